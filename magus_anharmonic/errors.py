@@ -1,0 +1,33 @@
+"""Exceptions that carry a message for the user: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class MagusAnharmonicError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(MagusAnharmonicError):
+    """The input (a key, a file, a structure) is wrong; the command line exits with code 2.
+
+    Parameters
+    ----------
+    problems
+        One line per problem, each naming the key path or file, the value and what is allowed.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, truncated, or of an architecture that is not supported."""
+
+
+class LabelerError(MagusAnharmonicError):
+    """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
+
+
+class SschaError(MagusAnharmonicError):
+    """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""

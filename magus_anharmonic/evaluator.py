@@ -1,0 +1,92 @@
+"""The ``Evaluator`` protocol: energies, forces and stresses of many structures in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+
+from magus_anharmonic.errors import MagusAnharmonicError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Results for n structures, in the order of the input.
+
+    energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign.
+    """
+
+    energy: np.ndarray
+    forces: list[np.ndarray]
+    stress: np.ndarray
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Anything that evaluates structures in batches; ``model_id`` names the energy surface."""
+
+    @property
+    def model_id(self) -> str: ...
+
+    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation: ...
+
+
+class CalculatorEvaluator:
+    """Evaluator that calls an ASE calculator, one structure after the other."""
+
+    def __init__(self, calculator: BaseCalculator, model_id: str | None = None) -> None:
+        self.calculator = calculator
+        self._model_id = model_id or type(calculator).__name__.lower()
+
+    @property
+    def model_id(self) -> str:
+        return self._model_id
+
+    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
+        """See `Evaluator`; the given structures are not changed."""
+        energy, forces, stress = [], [], []
+        for atoms in structures:
+            copy = atoms.copy()
+            copy.calc = self.calculator
+            energy.append(copy.get_potential_energy())
+            forces.append(copy.get_forces(apply_constraint=False))
+            stress.append(copy.get_stress(voigt=False, apply_constraint=False))
+        return Evaluation(np.array(energy), forces, np.array(stress).reshape(-1, 3, 3))
+
+
+class LabelerEvaluator:
+    """Evaluator that asks a labeler (DFT); a label that fails raises, because an ensemble needs all of them."""
+
+    def __init__(self, labeler: Any) -> None:
+        self.labeler = labeler
+
+    @property
+    def model_id(self) -> str:
+        return f"dft-{self.labeler.settings_hash}"
+
+    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
+        """See `Evaluator`; raises ``MagusAnharmonicError`` with the labeler's reason."""
+        labels = self.labeler.label(list(structures))
+        for index, label in enumerate(labels):
+            if not label.ok:
+                raise MagusAnharmonicError(f"label {index + 1} of {len(labels)} failed: {label.reason}")
+        return Evaluation(
+            np.array([label.energy for label in labels]),
+            [label.forces for label in labels],
+            np.array([label.stress for label in labels]).reshape(-1, 3, 3),
+        )
+
+
+def as_evaluator(source: Any) -> Evaluator:
+    """Make an evaluator of a Potential, an ASE calculator or a labeler; TypeError for anything else."""
+    if hasattr(source, "evaluate") and hasattr(source, "model_id"):
+        return source
+    if hasattr(source, "label") and hasattr(source, "settings_hash"):
+        return LabelerEvaluator(source)
+    if isinstance(source, BaseCalculator) or hasattr(source, "get_potential_energy"):
+        return CalculatorEvaluator(source)
+    raise TypeError(f"{type(source).__name__} is no evaluator, ASE calculator or labeler")

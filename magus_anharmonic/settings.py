@@ -1,0 +1,337 @@
+"""Every key that this package adds to ``input.yaml``: names, units, defaults, limits.
+
+The tree is pydantic; camelCase and snake_case are both accepted; a wrong key, type, unit or combination
+raises ``InputError`` with one line per problem (key path, value, what is allowed, nearest valid key).
+MAGUS's own keys are in ``host_keys``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from magus_anharmonic.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+MAX_PRESSURE_GPA = 2000.0
+
+
+def snake_case(key: str) -> str:
+    """``nSample`` -> ``n_sample``, ``MainCalculator`` -> ``main_calculator``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+
+
+def check_pressure(value: Any) -> float:
+    """A pressure in GPa; recognises values that were meant in Pa or kbar. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("must be one number in GPa")
+    if value < 0:
+        raise ValueError("must not be negative (GPa, positive = compressed)")
+    if value >= 1e6:
+        raise ValueError(f"looks like Pa: {value:g} Pa = {value / 1e9:g} GPa; give GPa")
+    if value > MAX_PRESSURE_GPA:
+        raise ValueError(f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({value:g} kbar = {value / 10:g} GPa)")
+    return float(value)
+
+
+PressureGPa = Annotated[float, BeforeValidator(check_pressure)]
+
+
+class Section(BaseModel):
+    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_case(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        folded: dict[str, Any] = {}
+        for key, value in data.items():
+            name = snake_case(str(key)) if str(key) not in cls.model_fields else str(key)
+            name = name if name in cls.model_fields else str(key)
+            if name in folded:
+                raise ValueError(f"{key} is given twice (camelCase and snake_case)")
+            folded[name] = value
+        return folded
+
+
+class CalculatorSettings(Section):
+    """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
+
+    calculator: Literal["mattersim"] = Field("mattersim", description="name under which MAGUS finds this calculator")
+    job_prefix: str = Field("MatterSim", description="folder name under calcFold/ and mlFold/")
+    checkpoint: str = Field(
+        "mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships"
+    )
+    device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
+    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
+    max_step: Count = Field(300, description="most relaxation steps")
+    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
+    relax_lattice: bool = Field(True, description="relax the cell too")
+    fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
+
+    @field_validator("job_prefix", mode="before")
+    @classmethod
+    def _one_prefix(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("must be one name, not a list: MAGUS would build an adjoint calculator without select/train")
+        return value
+
+
+class LabelerSettings(Section):
+    """Where DFT labels come from."""
+
+    calculator: str = Field(
+        description="gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
+        "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+    )
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
+    k_spacing: Positive | None = Field(None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler")
+    n_workers: Count | None = Field(None, description="labels at the same time; left out: one per core")
+    timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
+
+
+class LearningSettings(Section):
+    """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of the paper)."""
+
+    labeler: LabelerSettings = Field(description="the DFT code and its settings")
+    select: Literal["random"] = Field("random", description="how structures are chosen; duplicates are kept")
+    n_sample: Count = Field(10, description="structures chosen per generation")
+    n_perturb: Count = Field(10, description="distortions of each")
+    atom_displacement: NonNegative = Field(0.05, le=1.0, description="Angstrom, random direction, fixed length")
+    strain: NonNegative = Field(0.05, le=0.3, description="six components uniform in [-strain, +strain]")
+    n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(100, description="structures drawn from the previous training set")
+    split: tuple[Count, Count, Count] = Field((8, 1, 1), description="train : validation : test, by a hash of the parent")
+    epochs: Count = Field(50, description="finetuning epochs per generation")
+    learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
+    batch_size: Count = Field(8, description="structures per training step")
+    loss: Literal["huber", "mse"] = Field("huber", description="Huber with delta 0.01, or mean square")
+    force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
+    stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
+    target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")
+    dataset: str | None = Field(None, description="extxyz with earlier labels of the same DFT settings, for replay")
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _three_parts(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            raise ValueError("must be three whole numbers, e.g. [8, 1, 1]")
+        return tuple(value)
+
+
+class SschaSettings(Section):
+    """``sscha``: free energies of the low-enthalpy structures (Secs. II and IV B of the paper)."""
+
+    temperature: NonNegative | list[NonNegative] = Field(0.0, description="K; a list runs one after the other")
+    when: Literal["converged_model", "every_generation"] = Field(
+        "converged_model",
+        description="converged_model: last generation, or once validation RMSE is below learning.target_rmse; "
+        "without learning: every generation",
+    )
+    max_candidates: Count = Field(100, description="the lowest distinct structures, counted per model")
+    window: Positive | None = Field(None, description="only structures this far (eV/atom) above the best enthalpy")
+    supercell: tuple[Count, Count, Count] | dict[Literal["min_length"], Positive] = Field(
+        (2, 2, 2), description="three repetitions, or {min_length: Angstrom between images}"
+    )
+    cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
+    n_configs: Count = Field(1000, description="configurations per population, even (+u/-u pairs)")
+    max_populations: Count = Field(30, description="most populations of one relaxation")
+    engine: Literal["python-sscha"] = Field("python-sscha", description="who minimises")
+    pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")
+    free_energy_tolerance: Positive = Field(0.2e-3, description="eV/atom, predicted remaining decrease of G")
+    min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs below which a new population is drawn")
+    symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
+    reference_spacing: Positive = Field(0.02, description="2 pi / A: q spacing to which the free energy is interpolated")
+    seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
+
+    @field_validator("temperature", mode="before")
+    @classmethod
+    def _kelvin(cls, value: Any) -> Any:
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ValueError("must be a number or a list of numbers in K")
+        for item in values:
+            if isinstance(item, bool) or not isinstance(item, int | float):
+                raise ValueError("must be a number or a list of numbers in K")
+            if item < 0:
+                raise ValueError("must not be below 0 K")
+        return value
+
+    @field_validator("supercell", mode="before")
+    @classmethod
+    def _repetitions(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            if set(value) != {"min_length"}:
+                raise ValueError("must be three whole numbers >= 1, or {min_length: Angstrom}")
+            return value
+        ok = isinstance(value, list | tuple) and len(value) == 3
+        if not ok or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value):
+            raise ValueError("must be three whole numbers >= 1, or {min_length: Angstrom}")
+        return tuple(value)
+
+    @field_validator("n_configs")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError("must be even: configurations come in +u/-u pairs")
+        return value
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _engine(cls, value: Any) -> Any:
+        if value == "native":
+            raise ValueError("the native engine is not part of this version; use python-sscha")
+        return value
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures in K, in the order in which they run."""
+        return tuple(self.temperature) if isinstance(self.temperature, list) else (self.temperature,)
+
+
+class Settings(Section):
+    """Everything of one search that this package acts on; MAGUS's remaining keys are in ``host``."""
+
+    pressure: PressureGPa = Field(0.0, description="GPa (MAGUS's key)")
+    seed: int | None = Field(None, ge=0, description="same input and seed, same result; left out: drawn once and recorded")
+    symbols: list[str] = Field(default_factory=list, description="MAGUS's key: the elements")
+    formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
+    fitness: list[str] = Field(default_factory=list, description="MAGUS's key; [SSCHA] ranks by free energy")
+    num_gen: Count | None = Field(None, description="MAGUS's key: the number of generations")
+    main_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block; ours with calculator: mattersim")
+    ml_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block under magus search -m")
+    learning: LearningSettings | None = Field(None, description="left out: no learning")
+    sscha: SschaSettings | None = Field(None, description="left out: static enthalpies")
+    host: dict[str, Any] = Field(default_factory=dict, description="every other key: MAGUS's own")
+
+    @field_validator("symbols")
+    @classmethod
+    def _elements(cls, value: list[str]) -> list[str]:
+        from ase.data import atomic_numbers
+
+        for symbol in value:
+            if symbol == "X" or symbol not in atomic_numbers:
+                raise ValueError(f"{symbol!r} is not a chemical element")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Settings:
+        if "SSCHA" in self.fitness and self.formula_type == "var":
+            raise ValueError(
+                "Fitness: [SSCHA] with formulaType: var: free energies of different compositions cannot be compared "
+                "before a hull of G exists; use formulaType: fix, or Fitness: [Ehull] and `magus-anharmonic rank` afterwards"
+            )
+        if "SSCHA" in self.fitness and self.sscha is None:
+            raise ValueError("Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the paper's values)")
+        if len(self.fitness) > 1 and "SSCHA" in self.fitness:
+            raise ValueError(f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front); give [SSCHA]")
+        _ = self.calculator
+        return self
+
+    @property
+    def calculator(self) -> CalculatorSettings | None:
+        """The block with ``calculator: mattersim``: MLCalculator first, else MainCalculator, else None."""
+        for name, block in (("MLCalculator", self.ml_calculator), ("MainCalculator", self.main_calculator)):
+            if block.get("calculator") == "mattersim":
+                return parse(CalculatorSettings, block, name)
+        return None
+
+
+T = TypeVar("T", bound=Section)
+
+
+def parse(model: type[T], data: Any, path: str = "") -> T:
+    """Validate ``data`` as ``model``; raises ``InputError`` whose lines start with the key path."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise InputError(*(_explain(model, item, path) for item in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join([path, *location] if path else location) or "input"
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(location[-1], fields_at(model, location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: is missing ({fields_at(model, location[:-1])[location[-1]]})"
+    text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = "" if isinstance(value, dict) else f"{value!r}: "
+    return f"{where}: {shown}{text}"
+
+
+def fields_at(model: type[BaseModel], location: list[str]) -> dict[str, str]:
+    """Names and descriptions of the keys of the section at ``location`` below ``model``."""
+    for part in location:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            inner = [a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else model
+    return {name: field.description or "" for name, field in model.model_fields.items()}
+
+
+def nearest(key: str, names: Any) -> str:
+    """``'; did you mean n_sample?'`` when a valid name is close, else the list of valid names."""
+    names = list(names)
+    close = difflib.get_close_matches(snake_case(key), names, n=1, cutoff=0.6) or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping safely; raises ``InputError`` that names file and line."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file (give the input with -i FILE)")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: must hold keys and values, found {type(data).__name__}")
+    return data
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read and validate ``input.yaml``; every problem in one ``InputError``."""
+    return parse_settings(load_yaml(path))
+
+
+def parse_settings(data: dict[str, Any]) -> Settings:
+    """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in ``Settings.host``."""
+    ours: dict[str, Any] = {}
+    host: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in data.items():
+        name = {"MLCalculator": "ml_calculator"}.get(str(key), snake_case(str(key)))
+        if name in Settings.model_fields and name != "host":
+            if name in ours:
+                problems.append(f"{key}: is given twice (camelCase and snake_case)")
+            ours[name] = {} if value is None and name in ("sscha", "learning") else value
+        else:
+            host[str(key)] = value
+    try:
+        return parse(Settings, {**ours, "host": host})
+    except InputError as error:
+        problems.extend(_public_name(line) for line in error.problems)
+    raise InputError(*problems)
+
+
+def _public_name(line: str) -> str:
+    for name, public in (("main_calculator", "MainCalculator"), ("ml_calculator", "MLCalculator")):
+        if line.startswith(name):
+            return public + line[len(name) :]
+    return line

@@ -1,0 +1,48 @@
+"""Identity and symmetry of structures."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import spglib
+from ase import Atoms
+
+
+def structure_id(atoms: Atoms) -> str:
+    """Twelve hex digits that identify species, cell and positions (rounded to 1e-6 Angstrom)."""
+    digest = hashlib.sha256()
+    digest.update(np.asarray(atoms.numbers, dtype=np.int64).tobytes())
+    for array in (atoms.cell.array, atoms.positions):
+        digest.update((np.round(np.asarray(array, dtype=float), 6) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def bare(atoms: Atoms) -> Atoms:
+    """Species, cell, positions and masses alone: no calculator, constraints, info or other arrays."""
+    copy = Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
+    )
+    if atoms.has("masses"):
+        copy.set_masses(atoms.get_masses())
+    return copy
+
+
+def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The (lattice, scaled positions, numbers) triple that spglib takes."""
+    return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
+
+
+def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
+    """International symbol and number, e.g. ``'R3m (160)'``; ``'P1 (1)'`` when spglib finds none."""
+    found = spglib.get_spacegroup(spglib_cell(atoms), symprec=symprec)
+    return found or "P1 (1)"
+
+
+def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
+    """Symmetrised primitive cell in the orientation of the input; the input itself when spglib finds none."""
+    found = spglib.standardize_cell(spglib_cell(atoms), to_primitive=True, no_idealize=True, symprec=symprec)
+    if found is None:
+        return bare(atoms)
+    lattice, positions, numbers = found
+    return Atoms(numbers=numbers, scaled_positions=positions, cell=lattice, pbc=True)

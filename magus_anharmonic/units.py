@@ -1,0 +1,39 @@
+"""The one place where units are converted.
+
+Inside the package: eV, Angstrom, amu, K. At the border (keys, tables, reports): GPa.
+"""
+
+from __future__ import annotations
+
+from ase import units as _ase
+
+EV_PER_A3_IN_GPA: float = 1.0 / _ase.GPa
+"""1 eV/A^3 expressed in GPa (160.2177)."""
+
+BOHR: float = _ase.Bohr
+"""Bohr radius in Angstrom."""
+
+RYDBERG: float = _ase.Ry
+"""Rydberg energy in eV."""
+
+KELVIN: float = _ase.kB
+"""Boltzmann constant in eV/K."""
+
+AMU_IN_RYDBERG_MASS: float = _ase._amu / _ase._me / 2.0
+"""1 amu in the mass unit of Rydberg atomic units (twice the electron mass)."""
+
+HBAR: float = _ase._hbar * _ase.J * _ase.s
+"""hbar in eV * ASE time units, so that omega = sqrt(k/m) with k in eV/A^2 and m in amu gives HBAR*omega in eV."""
+
+EV_IN_CM1: float = 1.0 / _ase.invcm
+"""1 eV in cm^-1."""
+
+
+def gpa_to_ev_per_a3(pressure: float) -> float:
+    """Pressure in GPa to eV/A^3."""
+    return pressure / EV_PER_A3_IN_GPA
+
+
+def ev_per_a3_to_gpa(stress: float) -> float:
+    """Stress or pressure in eV/A^3 to GPa."""
+    return stress * EV_PER_A3_IN_GPA
