@@ -1,0 +1,1 @@
+"""From stored numbers to sentences, tables and pictures."""

@@ -1,0 +1,216 @@
+"""What a ranking says: the table, the plain words, and the picture, all from ``ranking.csv``."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One structure of a ranking; energies in eV/atom, ``None`` where there is no number."""
+
+    id: str
+    formula: str
+    natoms: int
+    pressure: float
+    temperature: float
+    spg_static: str
+    spg_quantum: str
+    enthalpy: float | None
+    gibbs: float | None
+    gibbs_error: float | None
+    status: str
+    reason: str
+    same_as: str
+
+    @property
+    def ranked(self) -> bool:
+        """True for a structure with a free energy of its own (not estimated, failed, or found twice)."""
+        return self.status in RANKED and self.gibbs is not None and not self.same_as
+
+
+RANKED = ("sscha", "unconverged")
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_ranking(path: str | Path) -> list[Row]:
+    """Read ``ranking.csv``; rows in the order of the file."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return [
+            Row(
+                id=line["id"],
+                formula=line["formula"],
+                natoms=int(line["natoms"]),
+                pressure=float(line["pressure_GPa"]),
+                temperature=_number(line["temperature_K"]) or 0.0,
+                spg_static=line["spg_static"],
+                spg_quantum=line["spg_quantum"],
+                enthalpy=_number(line["enthalpy_eV_per_atom"]),
+                gibbs=_number(line["gibbs_eV_per_atom"]),
+                gibbs_error=_number(line["gibbs_error_eV_per_atom"]),
+                status=line["status"],
+                reason=line["reason"],
+                same_as=line.get("same_as", ""),
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def static_ranks(rows: Sequence[Row]) -> dict[str, int]:
+    """Rank by static enthalpy (1 is lowest) of every structure that has one."""
+    order = sorted((row for row in rows if row.enthalpy is not None), key=lambda row: row.enthalpy)
+    return {row.id: rank for rank, row in enumerate(order, start=1)}
+
+
+def quantum_ranks(rows: Sequence[Row]) -> dict[str, int]:
+    """Rank by free energy (1 is lowest) among the structures that have one of their own."""
+    order = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)
+    return {row.id: rank for rank, row in enumerate(order, start=1)}
+
+
+def table(rows: Sequence[Row], limit: int = 10) -> Table:
+    """The ranking as a rich table: ranked structures by G, then the rest by enthalpy."""
+    static, quantum = static_ranks(rows), quantum_ranks(rows)
+    reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
+    lowest = min((row.gibbs for row in rows if row.ranked), default=0.0)
+    result = Table(title="Ranking by free energy (energies in meV/atom above the lowest)")
+    for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "static rank", "change", "status"):
+        result.add_column(name, justify="left" if name in ("id", "space group", "status") else "right", no_wrap=True)
+    last = len(rows) + 1
+    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), bool(row.same_as), static.get(row.id, last)))
+    for row in order[:limit]:
+        rank = quantum.get(row.id)
+        result.add_row(
+            str(rank) if rank else "-",
+            row.id[:8],
+            str(row.natoms),
+            f"{row.spg_static} -> {row.spg_quantum}" if row.spg_quantum else row.spg_static,
+            _milli(row.enthalpy, reference),
+            _milli(row.gibbs, lowest) if row.status != "failed" else "-",
+            _milli(row.gibbs_error, 0.0) if row.status in RANKED else "-",
+            str(static.get(row.id, "-")),
+            _change(row, rows),
+            f"same as {row.same_as[:8]}" if row.same_as else row.status,
+        )
+    if len(order) > limit:
+        result.caption = f"{len(order) - limit} more in ranking.csv"
+    return result
+
+
+def _milli(value: float | None, reference: float) -> str:
+    return "-" if value is None else f"{1000 * (value - reference):.1f}"
+
+
+def _change(row: Row, rows: Sequence[Row]) -> str:
+    """Places gained or lost among the structures that have a free energy of their own."""
+    compared = [other for other in rows if other.ranked and other.enthalpy is not None]
+    if row not in compared:
+        return "-"
+    before = static_ranks(compared)[row.id]
+    after = quantum_ranks(compared)[row.id]
+    return "0" if before == after else f"{before - after:+d}"
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """What the moving ions changed, in plain words, from the numbers in ``rows`` alone."""
+    done = sorted((row for row in rows if row.status in RANKED and row.gibbs is not None), key=lambda row: row.gibbs)
+    ranked = [row for row in done if row.ranked and row.enthalpy is not None]
+    if not ranked:
+        return ["No structure has a free energy; the order is that of the static enthalpy."]
+    lines = []
+    condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
+    moved = [row for row in done if row.spg_quantum and row.spg_quantum != row.spg_static]
+    for row in moved:
+        lines.append(f"{row.id[:8]}: {row.spg_static} while the ions stand still, {row.spg_quantum} once they move.")
+    if not moved:
+        lines.append(f"None of the {len(done)} structures changed its space group when the ions moved.")
+    shifts = [1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
+    span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
+    lines.append(f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}.")
+    best = ranked[0]
+    static_best = min(ranked, key=lambda row: row.enthalpy)
+    if static_best is best:
+        lines.append(f"{best.spg_quantum or best.spg_static} ({best.id[:8]}) is lowest with and without the motion.")
+    else:
+        gain = 1000 * (static_best.gibbs - best.gibbs)
+        error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
+        lines.append(
+            f"The order changed: {static_best.id[:8]} has the lowest enthalpy, {best.id[:8]} "
+            f"({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +- {error:.1f} meV/atom."
+        )
+    lines.extend(_undecided(ranked))
+    unconverged = [row.id[:8] for row in done if row.status == "unconverged"]
+    if unconverged:
+        lines.append(f"Not converged within the budget, so the errors are larger than shown: {', '.join(unconverged)}.")
+    return lines
+
+
+def _undecided(ranked: Sequence[Row]) -> list[str]:
+    if len(ranked) < 2:
+        return []
+    best, second = ranked[0], ranked[1]
+    gap = 1000 * (second.gibbs - best.gibbs)
+    error = 1000 * math.hypot(best.gibbs_error or 0.0, second.gibbs_error or 0.0)
+    if gap >= 2 * error:
+        return []
+    return [f"The first two ({gap:.1f} meV/atom apart) are not told apart: the statistical error of the difference is {error:.1f}."]
+
+
+def picture(rows: Sequence[Row], path: str | Path) -> Path:
+    """Draw static enthalpy against free energy order as two ladders joined by lines; PNG or SVG by suffix."""
+    from matplotlib.figure import Figure
+
+    done = sorted(
+        (row for row in rows if row.status in RANKED and row.gibbs is not None and row.enthalpy is not None),
+        key=lambda row: row.gibbs,
+    )[:10]
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_ylabel("meV/atom above the lowest")
+    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (ions move)"])
+    axes.set_xlim(-0.55, 1.55)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if not done:
+        axes.text(0.5, 0.5, "no free energies", ha="center", transform=axes.transAxes)
+    lowest_h = min((row.enthalpy for row in done), default=0.0)
+    lowest_g = min((row.gibbs for row in done), default=0.0)
+    heights = [(1000 * (row.enthalpy - lowest_h), 1000 * (row.gibbs - lowest_g)) for row in done]
+    span = max((max(pair) for pair in heights), default=1.0) or 1.0
+    left = _spread([h for h, _ in heights], span)
+    right = _spread([g for _, g in heights], span)
+    for index, (row, (h, g)) in enumerate(zip(done, heights, strict=True)):
+        color = f"C{index}"
+        axes.plot([0, 1], [h, g], color=color, lw=1.2, alpha=0.8)
+        axes.plot([0], [h], "o", color=color)
+        axes.errorbar([1], [g], yerr=[1000 * (row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3)
+        axes.text(-0.06, left[index], f"{row.spg_static}  {row.id[:6]}", ha="right", va="center", fontsize=8, color=color)
+        axes.text(1.06, right[index], row.spg_quantum or row.spg_static, ha="left", va="center", fontsize=8, color=color)
+    if done:
+        axes.set_title(f"{done[0].formula} at {done[0].pressure:g} GPa, {done[0].temperature:g} K", fontsize=10)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=160)
+    return target
+
+
+def _spread(heights: Sequence[float], span: float) -> list[float]:
+    """Label heights pushed apart so that none overlap (at least 5 % of the axis between two)."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    placed = list(heights)
+    for below, above in zip(order, order[1:], strict=False):
+        placed[above] = max(placed[above], placed[below] + 0.05 * span)
+    return placed
