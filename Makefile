@@ -1,0 +1,47 @@
+# make demo: set everything up in .venv and run the H3S quick start.  make test: the same set-up, then the tests.
+# PYTHON=/path/to/python3.x chooses the interpreter; JOBS=n the number of test processes.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-again test test-full lint docs clean distclean
+
+BIN := .venv/bin
+JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
+COVERAGE ?= 85
+PYTEST_ARGS ?=
+PYTEST := env -u PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(PYTEST_ARGS)
+
+help:
+	@echo "make demo       set up .venv and run the H3S quick start in demo/"
+	@echo "make demo-again the quick start anew, the old demo/ removed"
+	@echo "make test       set up .venv and run the tests (coverage at least $(COVERAGE) %)"
+	@echo "make test-full  all tests, with those that take minutes"
+	@echo "make setup | lint | docs | clean | distclean"
+
+setup:
+	@.ci/setup
+
+demo: setup
+	@.ci/demo
+
+demo-again: setup
+	@rm -rf demo
+	@.ci/demo
+
+test: setup
+	@$(PYTEST) -m "not full" --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE)
+
+test-full: setup
+	@$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE)
+
+lint: setup
+	@$(BIN)/ruff check magus_anharmonic tests inputs
+	@$(BIN)/ruff format --check magus_anharmonic tests inputs
+
+docs: setup
+	@$(BIN)/python docs/make_keys.py
+
+clean:
+	rm -rf dist build .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find magus_anharmonic tests inputs docs -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv demo

@@ -1,0 +1,123 @@
+"""``run.json``: what a run was started with, written before its first step, and read before it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+import magus_anharmonic
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json
+
+NAME = "run.json"
+
+PACKAGES = (
+    "magus-anharmonic",
+    "torch",
+    "mattersim",
+    "ase",
+    "ase-ga",
+    "python-sscha",
+    "cellconstructor",
+    "numpy",
+    "scipy",
+    "spglib",
+    "vesin",
+    "pyxtal",
+    "pydantic",
+    "gpaw",
+    "gpaw-data",
+    "magus-kit",
+    "magus",
+)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of every package that touches a number; None where it is not installed."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    versions["magus-anharmonic"] = magus_anharmonic.__version__
+    return versions
+
+
+def settings_hash(settings: BaseModel) -> str:
+    """12 hexadecimal digits over the resolved settings; the order of keys does not matter."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_run_record(
+    path: str | Path, settings: BaseModel, *, seed: int, model_id: str | None, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the record of one start to ``path`` (a folder, then ``run.json`` in it, or the file) and return it.
+
+    An existing record is kept: its fields move to the list ``earlier_starts``, the oldest first.
+    """
+    file = record_file(path)
+    earlier: list[dict[str, Any]] = []
+    if file.exists():
+        previous = read_run_record(file)
+        earlier = [*previous.pop("earlier_starts", []), previous]
+    record = {
+        "version": magus_anharmonic.__version__,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": seed,
+        "model": model_id,
+        "settings_hash": settings_hash(settings),
+        "settings": settings.model_dump(mode="json"),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        **(extra or {}),
+        "earlier_starts": earlier,
+    }
+    write_json(file, record)
+    return record
+
+
+def read_run_record(path: str | Path) -> dict[str, Any]:
+    """The record in ``path`` (folder or file); raises ``InputError`` when it is not one."""
+    file = record_file(path)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as a run record ({error}); move the folder away and start anew") from None
+    if not isinstance(record, dict) or not isinstance(record.get("version"), str):
+        raise InputError(f"{file}: not a run record of magus-anharmonic; move the folder away and start anew")
+    return record
+
+
+def check_results_version(directory: str | Path) -> None:
+    """Refuse to continue in a results folder that another version wrote.
+
+    Versions that differ in the last number only (0.1.0, 0.1.3) share their files. A folder without a record is new: fine.
+    Raises ``InputError`` that names folder and both versions.
+    """
+    file = record_file(directory)
+    if not file.exists():
+        return
+    version = read_run_record(file)["version"]
+    if version.split(".")[:2] != magus_anharmonic.__version__.split(".")[:2]:
+        raise InputError(
+            f"{file.parent}: written by magus-anharmonic {version}, this is {magus_anharmonic.__version__}; "
+            f"continue with pip install 'magus-anharmonic=={version}', or move the folder away and start anew"
+        )
+
+
+def record_file(path: str | Path) -> Path:
+    """``path`` itself when it names a .json file, else ``path/run.json``."""
+    target = Path(path)
+    return target if target.suffix == ".json" else target / NAME
