@@ -1,0 +1,326 @@
+"""Training of a MatterSim (M3GNet) model through the factorised form, with second derivatives.
+
+Same loss, optimiser, clipping and averaging as ``Potential.train_model`` of mattersim 1.2.3, step for step; different are what is kept
+(the best of start and training on the validation set, by exact averages instead of means of batch means), the
+epoch counter (always from zero: a restored counter must not end training before it began) and the restart.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from magus_anharmonic.errors import CheckpointError, InputError
+from magus_anharmonic.files import replacing
+from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.batches import LabelledGraphs
+from magus_anharmonic.potential.score import Scores, labels_of
+from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
+from magus_anharmonic.structures import structure_id
+
+logger = logging.getLogger(__name__)
+
+LOG_INTERVAL = 10.0
+"""Seconds between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the history; ``epoch`` 0 is the model before training, and has no ``train_loss``."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float | None
+    validation: Scores
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Epoch:
+        """Inverse of `as_dict`."""
+        return cls(**{**data, "validation": Scores(**data["validation"])})
+
+
+@dataclass
+class FinetuneResult:
+    """The model that was kept (file, id and module in memory), and how it came about.
+
+    improved : whether training lowered the validation loss; if not, the kept weights are the initial ones.
+    before, after : validation scores of the initial and of the kept model; stopped : why training ended.
+    """
+
+    path: Path
+    model_id: str
+    parent_id: str
+    improved: bool
+    best_epoch: int
+    before: Scores
+    after: Scores
+    stopped: str
+    n_train: int
+    n_validation: int
+    seconds: float
+    module: Any = field(repr=False)
+    history: list[Epoch] = field(default_factory=list, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but module and history, for JSON."""
+        plain = {name: value for name, value in vars(self).items() if name not in ("module", "history", "before", "after")}
+        return {**plain, "path": str(self.path), "before": self.before.as_dict(), "after": self.after.as_dict()}
+
+
+def finetune(
+    start: torch.nn.Module | str | Path,
+    train: Sequence[Atoms],
+    validation: Sequence[Atoms],
+    settings: Any,
+    *,
+    out: str | Path,
+    seed: int,
+    device: str | None = None,
+    parent_id: str | None = None,
+    species: Iterable[int] | None = None,
+    progress: Callable[[Epoch], None] | None = None,
+) -> FinetuneResult:
+    """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better of old and new to ``out``.
+
+    Labels are Atoms that carry energy (eV), forces (eV/A) and stress (eV/A^3, ASE's sign). ``settings`` is a
+    `FinetuneSettings` or has its attributes (``LearningSettings``). Better means the lower validation loss; without
+    validation structures the training set decides. After every epoch the whole state goes to ``<out>.state``; a run with
+    the same start, labels, settings and seed resumes from it, and one that had finished returns what is in ``out``.
+    For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None: unknown, as for MatterSim's own)
+    may be given; a checkpoint knows them. ``progress`` is called after every epoch.
+
+    Raises InputError (no training structure, a label missing or not finite) and CheckpointError.
+    """
+    settings = FinetuneSettings.of(settings)
+    if not train:
+        raise InputError("no training structures: at least one label is needed")
+    module, known = _start(start, device)
+    species = known if species is None else species
+    if species is not None:
+        species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
+    run = _Run(module, list(train), list(validation) or list(train), settings, Path(out), seed)
+    run.parent_id, run.species = parent_id or checkpoint.model_id(module), species
+    if not validation:
+        logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
+    finished = run.finished()
+    return finished if finished is not None else run.train(progress)
+
+
+def _start(start: torch.nn.Module | str | Path, device: str | None) -> tuple[torch.nn.Module, Iterable[int] | None]:
+    if isinstance(start, torch.nn.Module):
+        module = copy.deepcopy(start)
+        return (module if device is None else module.to(device)), None
+    module, content = checkpoint.read(checkpoint.resolve(start), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return module, checkpoint.species_of(content)
+
+
+class _Run:
+    """One call of `finetune`: what is trained on what, and what of it is already on disk."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        train: list[Atoms],
+        validation: list[Atoms],
+        settings: FinetuneSettings,
+        out: Path,
+        seed: int,
+    ) -> None:
+        self.module, self.train_set, self.validation_set = module, train, validation
+        self.settings, self.out, self.seed = settings, out, seed
+        self.parent_id: str = ""
+        self.species: Iterable[int] | None = None
+        self.state_file = out.with_name(out.name + ".state")
+        self.key = self._key()
+        self.history: list[Epoch] = []
+        self.best_epoch = 0
+        self.best_state = copy_state(module)
+
+    def _key(self) -> str:
+        digest = hashlib.sha256(f"{checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
+        for part in (self.train_set, self.validation_set):
+            digest.update(f"{len(part)} structures".encode())
+            for atoms in part:
+                energy, forces, stress = labels_of(atoms)
+                digest.update(structure_id(atoms).encode())
+                digest.update(np.concatenate([[energy], forces.ravel(), stress.ravel()]).tobytes())
+        return digest.hexdigest()[:12]
+
+    def finished(self) -> FinetuneResult | None:
+        """The result of an earlier run with the same inputs, if ``out`` holds it."""
+        if not self.out.is_file():
+            return None
+        try:
+            module, record = checkpoint.read(self.out, str(_device(self.module)))
+        except CheckpointError as error:
+            logger.warning("%s is not readable and will be replaced: %s", self.out, error)
+            return None
+        metrics = record.get("metrics") or {}
+        if metrics.get("training_key") != self.key:
+            return None
+        logger.info("%s was trained from the same inputs: nothing to do", self.out)
+        known = {name: metrics[name] for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")}
+        return FinetuneResult(
+            path=self.out,
+            model_id=checkpoint.model_id(module),
+            parent_id=self.parent_id,
+            before=Scores(**metrics["before"]),
+            after=Scores(**metrics["after"]),
+            module=module,
+            history=[Epoch.from_dict(epoch) for epoch in metrics["history"]],
+            **known,
+        )
+
+    def train(self, progress: Callable[[Epoch], None] | None) -> FinetuneResult:
+        """Train, keep the best, write the checkpoint, remove the state."""
+        began = time.perf_counter()
+        data, held_out = LabelledGraphs(self.train_set, self.module), LabelledGraphs(self.validation_set, self.module)
+        trainer = Trainer(self.module, self.settings)
+        if not self._restore(trainer):
+            scores = trainer.scores(held_out)
+            self.history = [Epoch(0, self.settings.learning_rate, None, scores, time.perf_counter() - began)]
+            logger.info("before training on %d structures: validation loss %.4g (%s)", len(data), scores.loss, scores)
+        stopped = self._epochs(trainer, data, held_out, progress)
+        return self._keep_best(stopped)
+
+    def _epochs(self, trainer: Trainer, data: LabelledGraphs, held_out: LabelledGraphs, progress: Callable[[Epoch], None] | None) -> str:
+        ticker = _Ticker(self.settings.epochs, len(self.history) - 1)
+        for number in range(len(self.history), self.settings.epochs + 1):
+            if self.settings.patience is not None and number - 1 - self.best_epoch >= self.settings.patience:
+                return f"no improvement in {self.settings.patience} epochs"
+            began, rate = time.perf_counter(), trainer.scheduler.get_last_lr()[0]
+            loss = self._one_epoch(trainer, data, number, ticker)
+            if not np.isfinite(loss):
+                return f"the loss was not finite in epoch {number}"
+            with trainer.ema.average_parameters():
+                scores = trainer.scores(held_out)
+            trainer.scheduler.step()
+            epoch = Epoch(number, rate, loss, scores, time.perf_counter() - began)
+            self.history.append(epoch)
+            if np.isfinite(scores.loss) and not scores.loss >= self.history[self.best_epoch].validation.loss:
+                self.best_epoch, self.best_state = number, trainer.averaged_state()
+            self._save(trainer)
+            ticker.epoch(epoch)
+            if progress is not None:
+                progress(epoch)
+        return "all epochs done"
+
+    def _one_epoch(self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: _Ticker) -> float:
+        """Mean loss per structure over one shuffled pass."""
+        order = np.random.default_rng([self.seed, number]).permutation(len(data))
+        total, seen = 0.0, 0
+        for graph, targets in data.batches(self.settings.batch_size, order):
+            loss = trainer.step(graph, targets)
+            if not np.isfinite(loss):
+                return loss
+            total, seen = total + loss * len(targets.energy), seen + len(targets.energy)
+            ticker.batch(number, seen / len(data), total / seen)
+        return total / seen
+
+    def _keep_best(self, stopped: str) -> FinetuneResult:
+        self.module.load_state_dict(self.best_state)
+        self.module.eval()
+        before, after = self.history[0].validation, self.history[self.best_epoch].validation
+        result = FinetuneResult(
+            path=self.out,
+            model_id=checkpoint.model_id(self.module),
+            parent_id=self.parent_id,
+            improved=self.best_epoch > 0,
+            best_epoch=self.best_epoch,
+            before=before,
+            after=after,
+            stopped=stopped,
+            n_train=len(self.train_set),
+            n_validation=len(self.validation_set),
+            seconds=sum(epoch.seconds for epoch in self.history),
+            module=self.module,
+            history=self.history,
+        )
+        metrics = {**result.as_dict(), "training_key": self.key, "history": [epoch.as_dict() for epoch in self.history]}
+        checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species)
+        self.state_file.unlink(missing_ok=True)
+        kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the model from before is kept"
+        logger.info(
+            "%s; validation loss %.4g before, %.4g after (%s); %s; model %s in %s",
+            stopped, before.loss, after.loss, after, kept, result.model_id, self.out,
+        )  # fmt: skip
+        return result
+
+    def _save(self, trainer: Trainer) -> None:
+        state = {
+            "key": self.key,
+            "trainer": trainer.state(),
+            "best_epoch": self.best_epoch,
+            "best_state": self.best_state,
+            "history": [epoch.as_dict() for epoch in self.history],
+        }
+        with replacing(self.state_file) as temporary:
+            torch.save(state, temporary)
+
+    def _restore(self, trainer: Trainer) -> bool:
+        if not self.state_file.is_file():
+            return False
+        try:
+            state = torch.load(self.state_file, map_location=_device(self.module), weights_only=True)
+        except Exception as error:  # torch.load raises many types for a damaged file
+            logger.warning("%s is not readable; training starts anew: %s", self.state_file, error)
+            return False
+        if state.get("key") != self.key:
+            logger.info("%s belongs to other inputs; training starts anew", self.state_file)
+            return False
+        trainer.restore(state["trainer"])
+        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
+        self.history = [Epoch.from_dict(epoch) for epoch in state["history"]]
+        logger.info("training resumes after epoch %d from %s", len(self.history) - 1, self.state_file)
+        return True
+
+
+class _Ticker:
+    """Lines of progress, at most one in `LOG_INTERVAL` seconds, with the time left."""
+
+    def __init__(self, epochs: int, done: int) -> None:
+        self.epochs, self.done = epochs, done
+        self.began = self.last = time.perf_counter()
+
+    def _due(self) -> bool:
+        now = time.perf_counter()
+        if now - self.last < LOG_INTERVAL:
+            return False
+        self.last = now
+        return True
+
+    def _left(self, done: float) -> str:
+        elapsed = time.perf_counter() - self.began
+        seconds = elapsed / max(done - self.done, 1e-9) * (self.epochs - done)
+        return f"{seconds / 60:.0f} min left" if seconds > 120 else f"{seconds:.0f} s left"
+
+    def batch(self, number: int, fraction: float, loss: float) -> None:
+        """Within epoch ``number``, of which ``fraction`` is done."""
+        if self._due():
+            logger.info("epoch %d/%d, %.0f %%: loss %.4g; %s", number, self.epochs, 100 * fraction, loss, self._left(number - 1 + fraction))
+
+    def epoch(self, epoch: Epoch) -> None:
+        """At the end of an epoch; the last one is always shown."""
+        if self._due() or epoch.epoch == self.epochs:
+            found, left = epoch.validation, self._left(epoch.epoch)
+            progress = f"epoch {epoch.epoch}/{self.epochs}"
+            logger.info("%s: loss %.4g, validation %.4g (%s); %s", progress, epoch.train_loss, found.loss, found, left)
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next(module.parameters()).device

@@ -1,0 +1,122 @@
+"""How far a potential is from labels: RMSE of energy, forces and stress, and the training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.potential.losses import LossSettings, combine, mean_loss
+from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Errors over ``n`` structures.
+
+    energy_rmse : eV/atom; force_rmse : eV/A per component; stress_rmse : GPa per component of the 3x3 tensor;
+    loss : training loss over the whole set (independent of batches).
+    """
+
+    energy_rmse: float
+    force_rmse: float
+    stress_rmse: float
+    loss: float
+    n: int
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The five numbers by name, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.energy_rmse:.1f} meV/atom, {self.force_rmse:.3f} eV/A, {self.stress_rmse:.2f} GPa"
+
+
+@dataclass(frozen=True)
+class _DefaultLoss:
+    loss: str = "huber"
+    force_loss_ratio: float = 1.0
+    stress_loss_ratio: float = 0.1
+
+
+def name_of(atoms: Atoms) -> str:
+    """How messages call a structure: its ``info['id']`` or else its identity, and the formula."""
+    return f"structure {atoms.info.get('id', structure_id(atoms))} ({atoms.get_chemical_formula()})"
+
+
+def labels_of(atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
+    """Energy (eV), forces (N, 3) eV/A and stress (3, 3) eV/A^3 attached to ``atoms``.
+
+    Raises InputError naming the structure when one is missing or not finite.
+    """
+    name = name_of(atoms)
+    if atoms.calc is None:
+        raise InputError(f"{name}: has no labels; energy, forces and stress are needed (extended XYZ as ASE writes it)")
+    try:
+        energy = float(atoms.get_potential_energy())
+        forces = np.asarray(atoms.get_forces(apply_constraint=False), dtype=float)
+        stress = np.asarray(atoms.get_stress(voigt=False, apply_constraint=False), dtype=float)
+    except (PropertyNotImplementedError, RuntimeError) as error:
+        raise InputError(f"{name}: a label is missing: {error}") from None
+    if not (np.isfinite(energy) and np.isfinite(forces).all() and np.isfinite(stress).all()):
+        raise InputError(f"{name}: its energy, forces or stress are not finite; leave it out of the labels")
+    return energy, forces, stress
+
+
+def scores_from_residuals(energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, settings: LossSettings | None = None) -> Scores:
+    """Scores of residuals in eV/atom (n,), eV/A (N, 3) and GPa (n, 3, 3)."""
+    settings = settings or _DefaultLoss()
+    parts = [mean_loss(settings.loss, residual) for residual in (energy, forces, stress)]
+    rmse = [float(np.sqrt(np.mean(np.square(r, dtype=float)))) if np.size(r) else 0.0 for r in (energy, forces, stress)]
+    return Scores(rmse[0], rmse[1], rmse[2], float(combine(*parts, settings)), len(energy))
+
+
+def score(potential: Any, labelled: Sequence[Atoms], settings: LossSettings | None = None) -> Scores:
+    """Scores of ``potential`` (anything ``as_evaluator`` takes) on labelled structures.
+
+    ``settings`` gives ``loss``, ``force_loss_ratio``, ``stress_loss_ratio`` (default: Huber, 1, 0.1).
+    Raises InputError when a label is missing.
+    """
+    return scores_from_residuals(*_concatenate(_residuals(potential, labelled)), settings)
+
+
+def scores_by(potential: Any, labelled: Sequence[Atoms], key: str = "kind", settings: LossSettings | None = None) -> dict[str, Scores]:
+    """Scores per value of ``info[key]`` (structures without it: "other"), sorted by name; one evaluation of all."""
+    residuals = _residuals(potential, labelled)
+    kinds = [str(atoms.info.get(key, "other")) for atoms in labelled]
+    return {
+        kind: scores_from_residuals(*_concatenate([r for r, k in zip(residuals, kinds, strict=True) if k == kind]), settings)
+        for kind in sorted(set(kinds))
+    }
+
+
+Residual = tuple[float, np.ndarray, np.ndarray]
+
+
+def _residuals(potential: Any, labelled: Sequence[Atoms]) -> list[Residual]:
+    if not labelled:
+        return []
+    labels = [labels_of(atoms) for atoms in labelled]
+    found = as_evaluator(potential).evaluate(list(labelled))
+    return [
+        (
+            float(found.energy[i] - energy) / len(labelled[i]),
+            np.asarray(found.forces[i]) - forces,
+            (np.asarray(found.stress[i]) - stress) * EV_PER_A3_IN_GPA,
+        )
+        for i, (energy, forces, stress) in enumerate(labels)
+    ]
+
+
+def _concatenate(residuals: Sequence[Residual]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not residuals:
+        return np.empty(0), np.empty((0, 3)), np.empty((0, 3, 3))
+    energy, forces, stress = zip(*residuals, strict=True)
+    return np.array(energy), np.concatenate(forces), np.stack(stress)
