@@ -1,0 +1,73 @@
+"""DFT labels: GPAW, VASP, Quantum ESPRESSO, any ASE calculator.
+
+A code is one module with ``available``, ``recipe``, ``calculator``, ``check`` and ``default_workers``, and one line in `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+from magus_anharmonic.errors import InputError, LabelerError
+from magus_anharmonic.labelers.base import Failure, Label, Labeler, Relaxed, settings_hash
+from magus_anharmonic.settings import LabelerSettings
+
+__all__ = [
+    "REGISTRY", "CallableLabeler", "Failure", "Label", "Labeler", "Relaxed", "available", "code_module", "get_labeler", "settings_hash",
+]  # fmt: skip
+
+REGISTRY: dict[str, str] = {
+    "gpaw": "magus_anharmonic.labelers.gpaw",
+    "vasp": "magus_anharmonic.labelers.vasp",
+    "espresso": "magus_anharmonic.labelers.espresso",
+}
+"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE calculator."""
+
+OTHERS = "magus_anharmonic.labelers.ase_calculator"
+
+
+def code_module(name: str) -> ModuleType:
+    """The module that knows the code ``name``."""
+    return importlib.import_module(REGISTRY.get(name, OTHERS))
+
+
+def available(name: str) -> tuple[bool, str]:
+    """Whether labels of ``name`` can be made here, and one sentence that says why or what to install."""
+    if name == "main":
+        return True, "MAGUS's MainCalculator makes the labels (magus search -m)"
+    module = code_module(name)
+    return module.available() if name in REGISTRY else module.available(name)
+
+
+def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
+    """The labeler for ``learning.labeler``; its scratch files and logs go below ``directory``.
+
+    Raises ``InputError`` when the labeler is not installed or its settings contradict each other.
+    """
+    from magus_anharmonic.labelers.pool import WorkerLabeler, available_cores
+
+    name = settings.calculator
+    if name == "main":
+        raise InputError(
+            "learning.labeler.calculator: main: MAGUS's MainCalculator makes labels only under `magus search -m`; "
+            "give gpaw, vasp, espresso or the import path of an ASE calculator"
+        )
+    module = code_module(name)
+    try:
+        recipe = module.recipe(settings)
+        usable, message = available(name)
+    except LabelerError as error:
+        raise InputError(str(error)) from None
+    if not usable:
+        raise InputError(message if "learning.labeler" in message else f"learning.labeler.calculator: {name}: labeler not installed: {message}")
+    n_workers = settings.n_workers or module.default_workers(available_cores())
+    return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
+
+
+def __getattr__(name: str) -> object:
+    if name == "CallableLabeler":
+        from magus_anharmonic.labelers.adapter import CallableLabeler
+
+        return CallableLabeler
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

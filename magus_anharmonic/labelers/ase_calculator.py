@@ -1,0 +1,77 @@
+"""Labels from any ASE calculator, named by its import path, e.g. ``ase.calculators.emt.EMT``."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.labelers.base import Recipe, make_recipe
+from magus_anharmonic.settings import LabelerSettings
+
+EXECUTION_KEYS = frozenset({"command", "profile"})
+
+
+def load_class(path: str) -> type:
+    """The class at an import path; raises ``LabelerError`` that says which part is missing."""
+    module_name, _, name = path.rpartition(".")
+    if not module_name:
+        raise LabelerError(
+            f"learning.labeler.calculator: {path!r}: not known; allowed: gpaw, vasp, espresso, main, "
+            "or the import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise LabelerError(
+            f"learning.labeler.calculator: {path}: labeler not installed ({error}); install the package that brings "
+            f"{module_name!r} (for the open default: pip install 'magus-anharmonic[gpaw]' and calculator: gpaw)"
+        ) from None
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise LabelerError(f"learning.labeler.calculator: {path}: {module_name} has no calculator {name!r}")
+    return found
+
+
+def available(path: str) -> tuple[bool, str]:
+    """Whether the class can be imported, and what to do if not."""
+    try:
+        load_class(path)
+    except LabelerError as error:
+        return False, str(error)
+    return True, f"{path} can be imported"
+
+
+def recipe(settings: LabelerSettings) -> Recipe:
+    """Arguments as given; raises ``LabelerError`` for ``k_spacing``, which has no general meaning here."""
+    if settings.k_spacing is not None:
+        raise LabelerError(
+            f"learning.labeler.k_spacing: is not known to {settings.calculator}; give its own keyword under arguments"
+        )
+    return make_recipe(settings.calculator, settings, defaults={}, k_spacing=None, execution_keys=EXECUTION_KEYS)
+
+
+def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+    """An instance with the user's arguments; calculators that write files get ``directory``."""
+    from ase.calculators.calculator import FileIOCalculator
+    from ase.calculators.genericfileio import GenericFileIOCalculator
+
+    found = load_class(recipe.code)
+    arguments = {**recipe.arguments, **recipe.execution}
+    if isinstance(found, type) and issubclass(found, FileIOCalculator | GenericFileIOCalculator):
+        arguments["directory"] = str(directory)
+    return found(**arguments)
+
+
+def check(calculator: Any, directory: Path) -> None:
+    """Raise ``LabelerError`` when the calculator itself says that it did not converge."""
+    if getattr(calculator, "converged", None) is False:
+        raise LabelerError("the calculator reports that it did not converge")
+
+
+def default_workers(cores: int) -> int:
+    """One label per core."""
+    return cores

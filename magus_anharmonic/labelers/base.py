@@ -1,0 +1,177 @@
+"""What every labeler is and returns, and what identifies an energy surface."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.settings import LabelerSettings
+
+ENERGY_CONVENTION = "extrapolated to zero smearing"
+
+
+@dataclass(frozen=True)
+class Label:
+    """One DFT single point.
+
+    energy : eV, extrapolated to zero smearing; free_energy : eV, with the electronic entropy, None when the code gives none;
+    forces : (N, 3) eV/A; stress : (3, 3) eV/A^3, ASE's sign; seconds : wall time of this label.
+    """
+
+    structure: Atoms
+    energy: float
+    free_energy: float | None
+    forces: np.ndarray
+    stress: np.ndarray
+    settings_hash: str
+    seconds: float
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A structure that has no label, and why."""
+
+    structure: Atoms
+    reason: str
+    settings_hash: str
+    ok: bool = False
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """Result of a DFT relaxation: final structure, energy in eV, enthalpy in eV/atom, forces eV/A, stress (3, 3) eV/A^3."""
+
+    atoms: Atoms
+    energy: float
+    enthalpy: float
+    converged: bool
+    n_steps: int
+    reason: str
+    forces: np.ndarray | None
+    stress: np.ndarray | None
+    failed: bool = False
+
+
+OnResult = Callable[[int, "Label | Failure"], None]
+
+
+class Labeler(Protocol):
+    """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy surface."""
+
+    @property
+    def settings_hash(self) -> str: ...
+
+    @property
+    def description(self) -> str: ...
+
+    def label(self, structures: Sequence[Atoms], on_result: OnResult | None = None) -> list[Label | Failure]: ...
+
+    def relax(
+        self, structures: Sequence[Atoms], pressure: float = 0.0, *, force_tolerance: float = 0.05, max_steps: int = 300
+    ) -> list[Relaxed]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a worker needs to make a calculator, as plain data.
+
+    code : name in the registry; arguments : keyword arguments that define the energy surface;
+    k_spacing : Gamma-centred k-point spacing in 2 pi / A, None when ``arguments`` say it;
+    execution : arguments that only say how the code is run (command, parallelisation); not hashed.
+    """
+
+    code: str
+    arguments: Mapping[str, Any]
+    k_spacing: float | None
+    execution: Mapping[str, Any]
+
+    @property
+    def settings_hash(self) -> str:
+        """Twelve hex digits of code, arguments, k-point rule and energy convention."""
+        return settings_hash(self.code, self.arguments, self.k_spacing)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "code": self.code,
+            "arguments": dict(self.arguments),
+            "k_spacing": self.k_spacing,
+            "execution": dict(self.execution),
+        }
+
+
+def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | None) -> str:
+    """Hash of what defines the energy surface; independent of the order of keys and of 500 or 500.0."""
+    content = {
+        "code": code,
+        "arguments": canonical(arguments),
+        "k_spacing": canonical(k_spacing),
+        "energy": ENERGY_CONVENTION,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def canonical(value: Any) -> Any:
+    """Plain data in one spelling: numbers as floats, tuples as lists, keys as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [canonical(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        return value
+    if isinstance(value, int | float | np.number):
+        return float(value)
+    return str(value)
+
+
+def yaml_numbers(value: Any) -> Any:
+    """Turn strings like ``2e-5`` into numbers: YAML 1.1 reads them as text unless written ``2.0e-5``."""
+    if isinstance(value, Mapping):
+        return {key: yaml_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [yaml_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def make_recipe(
+    code: str,
+    settings: LabelerSettings,
+    *,
+    defaults: Mapping[str, Any],
+    k_spacing: float | None,
+    execution_keys: frozenset[str],
+    fixes_kpoints: tuple[str, ...] = ("kpts",),
+) -> Recipe:
+    """Merge the user's arguments over the defaults and separate what only says how the code runs.
+
+    Raises ``LabelerError`` when k-points are given in two ways, or an argument belongs to the labeler itself.
+    """
+    given = yaml_numbers(settings.arguments)
+    reserved = sorted({"directory", "atoms", "restart", "label", "txt"} & set(given))
+    if reserved:
+        raise LabelerError(f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it out")
+    named = [key for key in fixes_kpoints if key in given]
+    if named and settings.k_spacing is not None:
+        raise LabelerError(f"learning.labeler: both k_spacing and arguments.{named[0]} are given; keep one")
+    arguments = {**defaults, **{key: value for key, value in given.items() if key not in execution_keys}}
+    execution = {key: value for key, value in given.items() if key in execution_keys}
+    spacing = None if named else settings.k_spacing if settings.k_spacing is not None else k_spacing
+    return Recipe(code, arguments, spacing, execution)
+
+
+def k_points(atoms: Atoms, spacing: float) -> list[int]:
+    """Gamma-centred grid with at most ``spacing`` (2 pi / A) between points along each reciprocal axis."""
+    return [max(1, math.ceil(np.linalg.norm(vector) / spacing)) for vector in atoms.cell.reciprocal()]

@@ -1,0 +1,56 @@
+"""Labels from GPAW, the open default (plane waves, PBE).
+
+The default arguments are those of the H3S label set that this package ships: labels of the two may be mixed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.labelers.base import Recipe, k_points, make_recipe
+from magus_anharmonic.settings import LabelerSettings
+
+DEFAULTS: Mapping[str, Any] = {
+    "mode": {"name": "pw", "ecut": 500},
+    "xc": "PBE",
+    "occupations": {"name": "fermi-dirac", "width": 0.2},
+    "convergence": {"energy": 2e-5, "density": 2e-5},
+}
+K_SPACING = 0.08
+EXECUTION_KEYS = frozenset({"parallel", "communicator", "verbose", "maxiter"})
+
+
+def available() -> tuple[bool, str]:
+    """Whether GPAW can be imported, and how to get it if not."""
+    if importlib.util.find_spec("gpaw") is None:
+        return False, "gpaw is not installed; pip install 'magus-anharmonic[gpaw]'"
+    return True, "gpaw is installed"
+
+
+def recipe(settings: LabelerSettings) -> Recipe:
+    """Arguments and k-point rule for these settings."""
+    return make_recipe("gpaw", settings, defaults=DEFAULTS, k_spacing=K_SPACING, execution_keys=EXECUTION_KEYS)
+
+
+def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+    """A GPAW calculator for one structure; its text output goes to ``directory/gpaw.txt``."""
+    from gpaw import GPAW
+
+    arguments = {**recipe.arguments, **recipe.execution}
+    if recipe.k_spacing is not None:
+        arguments["kpts"] = {"size": k_points(atoms, recipe.k_spacing), "gamma": True}
+    return GPAW(txt=str(directory / "gpaw.txt"), **arguments)
+
+
+def check(calculator: Any, directory: Path) -> None:
+    """Nothing to check: GPAW raises ``KohnShamConvergenceError`` itself."""
+
+
+def default_workers(cores: int) -> int:
+    """GPAW runs serially: one label per core."""
+    return cores

@@ -1,0 +1,148 @@
+"""The process in which a DFT code runs: reads jobs and writes results as JSON lines.
+
+It is a process of its own so that a crash, a hang or the code's printing cannot harm the search.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import LabelerError, MagusAnharmonicError
+from magus_anharmonic.labelers.base import Recipe
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+
+def atoms_to_json(atoms: Atoms) -> dict[str, Any]:
+    """Species, positions and cell of a bulk structure as plain lists."""
+    return {
+        "numbers": atoms.numbers.tolist(),
+        "positions": atoms.positions.tolist(),
+        "cell": atoms.cell.array.tolist(),
+        "pbc": [bool(flag) for flag in atoms.pbc],
+    }
+
+
+def atoms_from_json(data: dict[str, Any]) -> Atoms:
+    """Inverse of `atoms_to_json`."""
+    return Atoms(numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=data["pbc"])
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job (``task``: label or relax) and return its result as plain data.
+
+    Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``.
+    """
+    started = time.monotonic()
+    try:
+        atoms = atoms_from_json(job["atoms"])
+        recipe = Recipe(**job["recipe"])
+        directory = Path(job["directory"])
+        directory.mkdir(parents=True, exist_ok=True)
+        task = {"label": _label, "relax": _relax}[job["task"]]
+        result = {"ok": True, **task(atoms, recipe, directory, job)}
+    except Exception as error:
+        traceback.print_exc()
+        result = {"ok": False, "reason": _reason(error)}
+    result["seconds"] = time.monotonic() - started
+    return result
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MagusAnharmonicError):
+        return text
+    if type(error).__name__ == "KohnShamConvergenceError":
+        return f"SCF did not converge: {text}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
+    from ase.calculators.calculator import PropertyNotImplementedError
+
+    energy = float(atoms.get_potential_energy())
+    forces = np.asarray(atoms.get_forces(apply_constraint=False))
+    try:
+        stress = np.asarray(atoms.get_stress(voigt=False, apply_constraint=False))
+    except PropertyNotImplementedError:
+        raise LabelerError("the calculator gives no stress; choose one that does (for GPAW: a plane-wave mode)") from None
+    free_energy = getattr(atoms.calc, "results", {}).get("free_energy")
+    module.check(atoms.calc, directory)
+    return {
+        "energy": energy,
+        "free_energy": None if free_energy is None else float(free_energy),
+        "forces": forces.tolist(),
+        "stress": stress.tolist(),
+    }
+
+
+def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
+    from magus_anharmonic.labelers import code_module
+
+    module = code_module(recipe.code)
+    atoms.calc = module.calculator(recipe, atoms, directory)
+    return _results(atoms, module, directory)
+
+
+def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
+    from ase.filters import FrechetCellFilter
+    from ase.optimize import BFGS
+
+    from magus_anharmonic.labelers import code_module
+
+    module = code_module(recipe.code)
+    atoms.calc = module.calculator(recipe, atoms, directory)
+    pressure = gpa_to_ev_per_a3(job["pressure"])
+    optimizer = BFGS(FrechetCellFilter(atoms, scalar_pressure=pressure), logfile=str(directory / "relax.log"))
+    converged = bool(optimizer.run(fmax=job["force_tolerance"], steps=job["max_steps"]))
+    results = _results(atoms, module, directory)
+    enthalpy = (results["energy"] + pressure * atoms.get_volume()) / len(atoms)
+    return {
+        **results,
+        "atoms": atoms_to_json(atoms),
+        "enthalpy": enthalpy,
+        "converged": converged,
+        "n_steps": int(optimizer.nsteps),
+    }
+
+
+def main() -> None:
+    """Serve jobs from standard input until it is closed.
+
+    Standard output is taken away from the DFT code (its prints go to standard error, a log file), so that
+    only results travel on the pipe.
+    """
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    jobs: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
+    while True:
+        line = jobs.get()
+        replies.write(json.dumps(run_job(json.loads(line))) + "\n")
+        replies.flush()
+
+
+def _read_jobs(jobs: queue.Queue[str]) -> None:
+    for line in sys.stdin:
+        jobs.put(line)
+    # The search is gone: end at once, together with any program that this process started.
+    if os.getpgid(0) == os.getpid():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
