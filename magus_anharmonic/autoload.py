@@ -1,0 +1,119 @@
+"""Makes stock MAGUS find this package: a post-import hook on ``magus.calculators``.
+
+ASE imports every entry point of its group ``ase.ioformats`` during ``import ase.io``, and MAGUS imports ``ase.io`` first of all.
+Ours is `ase_format`; asking for it installs the hook. When ``magus.calculators`` has been imported, and the package really is
+MAGUS, the entry points of the group ``magus.plugins`` are called. Nothing heavier than the standard library is imported here:
+every process that uses ASE runs this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+GROUP = "magus.plugins"
+TRIGGER = "magus.calculators"
+OWN_PLUGIN = ("magus-anharmonic", "magus_anharmonic.plugins:register")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "ase_format":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ase.utils.plugins import ExternalIOFormat
+
+    install()
+    return ExternalIOFormat(
+        desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing", code="1F", module=__name__
+    )
+
+
+class MagusFinder:
+    """Meta path finder that finds nothing itself: it lets the others find ``magus.calculators`` and extends the loading."""
+
+    def __init__(self) -> None:
+        self._busy = False
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The usual spec of ``magus.calculators`` with our call after it; None for every other module."""
+        if name != TRIGGER or self._busy:
+            return None
+        # The other finders may ask sys.meta_path again; without this flag two such hooks would call each other for ever.
+        self._busy = True
+        try:
+            spec = next((found for finder in sys.meta_path if (found := _ask(finder, name, path, target))), None)
+        finally:
+            self._busy = False
+        if spec is not None and spec.loader is not None:
+            _call_after(spec.loader)
+        return spec
+
+
+def _ask(finder: Any, name: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
+    find = getattr(finder, "find_spec", None)
+    return find(name, path, target) if find is not None else None
+
+
+def _call_after(loader: Any) -> None:
+    # Wrapped on the instance, so that the module's __loader__ stays what it is without us (pickling, inspect, reload).
+    original = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        original(module)
+        # Python binds the submodule to its parent only after this returns; plug-ins may say `magus.calculators` before.
+        parent, _, child = TRIGGER.rpartition(".")
+        setattr(sys.modules[parent], child, module)
+        load_plugins()
+
+    try:
+        loader.exec_module = exec_module
+    except AttributeError as error:
+        _log().warning("magus-anharmonic cannot attach to %s (%s); use `magus-anharmonic search`", TRIGGER, error)
+
+
+def install() -> None:
+    """Put the hook in place, once; when ``magus.calculators`` is there already, load the plug-ins at once."""
+    if TRIGGER in sys.modules:
+        load_plugins()
+    elif not any(isinstance(finder, MagusFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MagusFinder())
+
+
+def is_magus() -> bool:
+    """Whether the importable package called ``magus`` is the structure searcher (others share its name)."""
+    try:
+        return importlib.util.find_spec("magus") is not None and importlib.util.find_spec("magus.entrypoints") is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def load_plugins() -> list[str]:
+    """Call every entry point of the group ``magus.plugins``, ours included even when it is not installed as a distribution.
+
+    Returns the names of those that registered themselves. A plug-in that raises is logged and left out: a search without it
+    must still start.
+    """
+    if not is_magus():
+        return []
+    from importlib.metadata import EntryPoint, entry_points
+
+    # A dict by target: an editable install beside a wheel lists the same entry point twice.
+    found = {point.value: point for point in entry_points(group=GROUP)}
+    found.setdefault(OWN_PLUGIN[1], EntryPoint(*OWN_PLUGIN, GROUP))
+    loaded = []
+    for point in found.values():
+        try:
+            point.load()()
+        except Exception:
+            _log().exception("MAGUS plug-in %s (%s) could not be loaded", point.name, point.value)
+        else:
+            loaded.append(point.name)
+    return loaded
+
+
+def _log() -> Any:
+    import logging
+
+    return logging.getLogger(__name__)

@@ -1,0 +1,172 @@
+"""Stock MAGUS finds the plug-ins by itself, and nobody else notices them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+ENTRY_POINTS = """\
+[ase.ioformats]
+magus-anharmonic = magus_anharmonic.autoload:ase_format
+
+[magus.plugins]
+{plugins}
+"""
+
+RECORDER = """\
+import pathlib
+def register():
+    import magus.calculators
+    with pathlib.Path("registered.txt").open("a") as file:
+        file.write("calculators are complete: %s\\n" % hasattr(magus.calculators, "READY"))
+def broken():
+    raise RuntimeError("a broken plug-in")
+"""
+
+
+def site(folder: Path, plugins: str = "recorder = recorder:register", magus: bool = True, entrypoints: bool = True) -> Path:
+    """A folder for PYTHONPATH with our metadata and a package called magus."""
+    info = folder / "magus_anharmonic-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: magus-anharmonic\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(ENTRY_POINTS.format(plugins=plugins))
+    (folder / "recorder.py").write_text(RECORDER)
+    if magus:
+        for package in ("magus", "magus/calculators", *(["magus/entrypoints"] if entrypoints else [])):
+            (folder / package).mkdir()
+            (folder / package / "__init__.py").write_text("")
+        (folder / "magus/calculators/__init__.py").write_text("READY = True\n")
+    return folder
+
+
+def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)])}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def registered(folder: Path) -> list[str]:
+    file = folder / "registered.txt"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(tmp_path: Path) -> None:
+    result = python("import ase.io, magus.calculators", site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == ["calculators are complete: True"]
+
+
+def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(tmp_path: Path) -> None:
+    code = """
+        import ase.io, sys
+        assert "magus_anharmonic.autoload" in sys.modules
+        heavy = {"torch", "mattersim", "pydantic", "magus", "magus_anharmonic.settings", "magus_anharmonic.plugins", "sscha"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
+    result = python(code, site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == []
+
+
+def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
+    code = """
+        import logging, sys, time, ase.utils.plugins, importlib.util
+        def once():
+            for name in [name for name in sys.modules if name.startswith("magus_anharmonic")]:
+                del sys.modules[name]
+            start = time.perf_counter()
+            import magus_anharmonic.autoload
+            magus_anharmonic.autoload.ase_format
+            return time.perf_counter() - start
+        once()  # writes the byte code
+        print(min(once() for _ in range(20)))
+    """
+    result = python(code, site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < 1e-3
+
+
+def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
+    result = python("import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == []
+
+
+def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path: Path) -> None:
+    folder = site(tmp_path / "site", magus=False)
+    (folder / "magus.py").write_text("")
+    code = "import ase.io, magus; from magus_anharmonic import autoload; assert not autoload.is_magus(); assert autoload.load_plugins() == []"
+    assert python(code, folder, tmp_path).returncode == 0
+
+
+def test_calculators_imported_before_ase_are_served_at_once(tmp_path: Path) -> None:
+    result = python("import magus.calculators; import ase.io", site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == ["calculators are complete: True"]
+
+
+def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path: Path) -> None:
+    plugins = "bad = recorder:broken\ngood = recorder:register"
+    code = "import logging; logging.basicConfig(); import ase.io, magus.calculators; print(magus.calculators.READY)"
+    result = python(code, site(tmp_path / "site", plugins), tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.strip() == "True"
+    assert "a broken plug-in" in result.stderr and "bad" in result.stderr
+    assert registered(tmp_path) == ["calculators are complete: True"]
+
+
+def test_two_hooks_that_ask_each_other_do_not_recurse(tmp_path: Path) -> None:
+    code = """
+        import ase.io, sys, importlib.util
+        class Other:
+            busy = False
+            def find_spec(self, name, path=None, target=None):
+                if self.busy or not name.startswith("magus"):
+                    return None
+                self.busy = True
+                try:
+                    return importlib.util.find_spec(name)
+                finally:
+                    self.busy = False
+        sys.meta_path.insert(0, Other())
+        import magus.calculators
+        assert type(magus.calculators.__loader__).__name__ == "SourceFileLoader"
+    """
+    result = python(code, site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == ["calculators are complete: True"]
+
+
+def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path: Path) -> None:
+    folder = site(tmp_path / "site")
+    (folder / "magus/calculators/__init__.py").unlink()
+    (folder / "magus/calculators").rmdir()
+    result = python("import ase.io\ntry:\n    import magus.calculators\nexcept ModuleNotFoundError:\n    print('as ever')", folder, tmp_path)
+    assert result.stdout.strip() == "as ever"
+
+
+def test_ase_reads_files_as_before(tmp_path: Path) -> None:
+    code = """
+        import ase, ase.io
+        from ase.io.formats import ioformats
+        assert "magus-anharmonic" in ioformats
+        ase.io.write("cell.extxyz", ase.Atoms("H", cell=[3, 3, 3], pbc=True))
+        assert len(ase.io.read("cell.extxyz")) == 1
+    """
+    result = python(code, site(tmp_path / "site"), tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_only_the_format_is_a_lazy_attribute() -> None:
+    from magus_anharmonic import autoload
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = autoload.nothing
