@@ -1,0 +1,29 @@
+"""Split labels into training, validation and test set by a hash of where they come from.
+
+The side of a structure depends on its parent alone: all distortions of one structure stay together, and a label keeps its
+side when the set grows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from ase import Atoms
+
+from magus_anharmonic.structures import structure_id
+
+
+def parent_of(atoms: Atoms) -> str:
+    """``info['parent']``, or else the identity of the structure itself."""
+    return str(atoms.info.get("parent", structure_id(atoms)))
+
+
+def split_by_parent(labelled: Sequence[Atoms], split: Sequence[int] = (8, 1, 1)) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
+    """Training, validation and test set, expected to be in the ratio ``split`` (three numbers >= 0), order kept."""
+    total = sum(split)
+    parts: tuple[list[Atoms], list[Atoms], list[Atoms]] = ([], [], [])
+    for atoms in labelled:
+        position = int(hashlib.sha256(parent_of(atoms).encode()).hexdigest()[:12], 16) / 16**12 * total
+        parts[0 if position < split[0] else 1 if position < split[0] + split[1] else 2].append(atoms)
+    return parts

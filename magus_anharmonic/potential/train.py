@@ -1,0 +1,230 @@
+"""From files of labels and a recipe to a checkpoint and a report of its errors: the library behind ``magus-anharmonic train``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from ase import Atoms
+from pydantic import Field, model_validator
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json
+from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.evaluate import Potential
+from magus_anharmonic.potential.finetune import FinetuneResult, finetune
+from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
+from magus_anharmonic.potential.score import Scores, labels_of, score, scores_by
+from magus_anharmonic.potential.shift import refit_shift
+from magus_anharmonic.potential.split import parent_of, split_by_parent
+from magus_anharmonic.potential.trainer import FinetuneSettings
+from magus_anharmonic.settings import Section, load_yaml, parse
+
+logger = logging.getLogger(__name__)
+
+Share = Annotated[int, Field(ge=0, strict=True)]
+
+
+class TrainRecipe(Section):
+    """How a checkpoint is made; the keys of a recipe file."""
+
+    seed: int = Field(0, ge=0, description="of the weights and of the order of the batches; same labels, recipe and seed: same checkpoint")
+    checkpoint: str | None = Field(None, description="what to start from: a name or a path; left out: new weights of `architecture`")
+    architecture: Architecture | None = Field(None, description="shape of a new model")
+    refit_shift: bool = Field(True, description="fit the energy shift per species to the training labels first (checkpoint only)")
+    split: tuple[Share, Share, Share] = Field((8, 1, 1), description="train : validation : test, by a hash of info['parent']")
+    validation: str | None = Field(None, description="extxyz of its own for validation, relative to the recipe; the split's share trains")
+    test: str | None = Field(None, description="extxyz of its own for the test, relative to the recipe; the split's share trains")
+    kind: str = Field("kind", description="info key by which errors are reported")
+    stages: list[FinetuneSettings] = Field(default_factory=lambda: [FinetuneSettings()], min_length=1, description="one after the other")
+
+    @model_validator(mode="after")
+    def _one_start(self) -> TrainRecipe:
+        if self.checkpoint is not None and self.architecture is not None:
+            raise ValueError("give checkpoint (finetune) or architecture (new weights), not both")
+        if self.split[0] == 0:
+            raise ValueError("split: the training share must be at least 1")
+        return self
+
+
+@dataclass
+class TrainReport:
+    """What `train_file` made: the checkpoint, and errors by set ("train", "validation", "test") and kind ("all" first)."""
+
+    path: Path
+    model_id: str
+    start: str
+    shift_change: dict[str, float]
+    scores: dict[str, dict[str, Scores]]
+    stages: list[FinetuneResult] = field(repr=False)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, with the history of every stage."""
+        stages = [{**stage.as_dict(), "history": [epoch.as_dict() for epoch in stage.history]} for stage in self.stages]
+        scores = {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in self.scores.items()}
+        plain = {"path": str(self.path), "model_id": self.model_id, "start": self.start, "seconds": self.seconds}
+        return {**plain, "shift_change": self.shift_change, "scores": scores, "stages": stages}
+
+    def __str__(self) -> str:
+        lines = [f"model {self.model_id} in {self.path} (from {self.start})"]
+        if self.shift_change:
+            lines.append("energy shift: " + ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in self.shift_change.items()))
+        for number, stage in enumerate(self.stages, 1):
+            kept = f"epoch {stage.best_epoch}" if stage.improved else "the model from before (training did not lower the validation loss)"
+            lines.append(f"stage {number}: validation loss {stage.before.loss:.4g} -> {stage.after.loss:.4g}, kept {kept}; {stage.stopped}")
+        lines.append(f"{'set':<12}{'kind':<12}{'n':>5}{'E meV/atom':>12}{'F eV/A':>9}{'S GPa':>8}   (RMSE)")
+        for part, kinds in self.scores.items():
+            for kind, found in kinds.items():
+                numbers = f"{found.n:>5}{1e3 * found.energy_rmse:>12.2f}{found.force_rmse:>9.4f}{found.stress_rmse:>8.3f}"
+                lines.append(f"{part:<12}{kind:<12}{numbers}")
+        return "\n".join(lines)
+
+
+def load_recipe(path: str | Path) -> TrainRecipe:
+    """Read a recipe; files in it are relative to it. Raises InputError with key paths."""
+    folder = Path(path).resolve().parent
+    recipe = parse(TrainRecipe, load_yaml(path), Path(path).name)
+    files = {name: str(folder / value) for name in ("validation", "test") if (value := getattr(recipe, name)) is not None}
+    start = recipe.checkpoint
+    if start is not None and (folder / start).is_file():
+        files["checkpoint"] = str(folder / start)
+    return recipe.model_copy(update=files)
+
+
+def read_labels(*paths: str | Path) -> list[Atoms]:
+    """All labelled structures of extended-XYZ (or other ASE) files; raises InputError naming the file and structure."""
+    from ase.io import read
+
+    structures: list[Atoms] = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise InputError(f"{path}: no such file (labels are extended XYZ with energy, forces and stress)")
+        try:
+            found = read(path, ":")
+        except Exception as error:  # every ASE reader raises its own types
+            raise InputError(f"{path}: not readable as structures: {type(error).__name__}: {error}") from None
+        for index, atoms in enumerate(found):
+            try:
+                labels_of(atoms)
+            except InputError as error:
+                raise InputError(f"{path}, frame {index}: {error}") from None
+        structures += found
+    return structures
+
+
+def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecipe, *, device: str | None = None) -> TrainReport:
+    """Train by ``recipe`` on files of ``labels``; writes the checkpoint ``out`` and ``<out stem>.json`` beside it.
+
+    Interrupted, it goes on where it was when called again with the same inputs (``<stem>.stageN.pth`` and ``*.state`` hold
+    what is done). Raises InputError and CheckpointError.
+    """
+    began, out = time.perf_counter(), Path(out)
+    train, validation, test = _sets(labels, recipe)
+    module, start, change, species = _starting_model(train, recipe, device)
+    parent_id = checkpoint.model_id(module)
+    provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
+    stages = _train_stages(module, train, validation, recipe, out, device=device, parent_id=parent_id, species=species)
+    module = stages[-1].module
+    parts = {"train": train, "validation": validation, "test": test}
+    potential = Potential(module, device=str(next(module.parameters()).device))
+    scores = {part: _scores(potential, found, recipe) for part, found in parts.items() if found}
+    metrics = {
+        "n_train": len(train),
+        "n_validation": len(validation),
+        "scores": {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in scores.items()},
+    }
+    model = checkpoint.save(module, out, parent_id=parent_id, metrics=metrics, species=species, provenance=provenance)
+    report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began)
+    write_json(out.with_suffix(".json"), {**report.as_dict(), "provenance": provenance})
+    for stage in stages:
+        stage.path.unlink(missing_ok=True)
+    return report
+
+
+def _train_stages(
+    module: torch.nn.Module, train: list[Atoms], validation: list[Atoms], recipe: TrainRecipe, out: Path, **options: Any
+) -> list[FinetuneResult]:
+    stages: list[FinetuneResult] = []
+    for number, settings in enumerate(recipe.stages, 1):
+        logger.info("stage %d of %d: %d epochs, learning rate %g", number, len(recipe.stages), settings.epochs, settings.learning_rate)
+        target = out.with_name(f"{out.stem}.stage{number}.pth")
+        stages.append(finetune(module, train, validation, settings, out=target, seed=recipe.seed, **options))
+        module = stages[-1].module
+    return stages
+
+
+def _sets(labels: Sequence[str | Path], recipe: TrainRecipe) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
+    labelled = read_labels(*labels)
+    own = {part: read_labels(file) for part in ("validation", "test") if (file := getattr(recipe, part)) is not None}
+    train, validation, test = split_by_parent(labelled, recipe.split)
+    train += [*(validation if "validation" in own else []), *(test if "test" in own else [])]
+    validation, test = own.get("validation", validation), own.get("test", test)
+    if not train:
+        raise InputError(f"{', '.join(map(str, labels))}: no structure is left for training ({len(labelled)} labels, split {recipe.split})")
+    parents = {parent_of(atoms) for atoms in train}
+    for part, found in (("validation", validation), ("test", test)):
+        shared = parents.intersection(parent_of(atoms) for atoms in found)
+        if shared:
+            logger.warning("%d parents are in both the training and the %s set: its errors are too low", len(shared), part)
+    logger.info("%d structures for training, %d for validation, %d for the test", len(train), len(validation), len(test))
+    return train, validation, test
+
+
+def _starting_model(
+    train: list[Atoms], recipe: TrainRecipe, device: str | None
+) -> tuple[torch.nn.Module, str, dict[str, float], frozenset[int] | None]:
+    """The module, what it is in words, the change of its energy shift, and the species it will have seen (None: unknown)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    species = frozenset(number for atoms in train for number in atoms.numbers.tolist())
+    if recipe.checkpoint is None:
+        module = from_scratch(train, recipe.architecture, seed=recipe.seed, device=device)
+        return module, f"new weights, seed {recipe.seed}", {}, species
+    module, content = checkpoint.read(checkpoint.resolve(recipe.checkpoint), device)
+    start = f"{Path(recipe.checkpoint).name}, model {checkpoint.model_id(module)}"
+    known = checkpoint.species_of(content)
+    change = refit_shift(module, train) if recipe.refit_shift else {}
+    return module, start, change, None if known is None else known | species
+
+
+def _scores(potential: Potential, labelled: list[Atoms], recipe: TrainRecipe) -> dict[str, Scores]:
+    kinds = scores_by(potential, labelled, recipe.kind, recipe.stages[-1])
+    return {"all": score(potential, labelled, recipe.stages[-1]), **kinds}
+
+
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def train_command(
+    labels: Sequence[Path],
+    output: Path,
+    *,
+    checkpoint: str | None = None,
+    recipe: Path | None = None,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> str:
+    """`train_file` with the options of the command line laid over the recipe; returns the report as text.
+
+    ``checkpoint`` replaces the recipe's start; ``epochs`` or ``learning_rate`` make its first stage the only one.
+    Without recipe and checkpoint a small model is trained from new weights.
+    """
+    chosen = load_recipe(recipe) if recipe is not None else TrainRecipe()
+    update = chosen.model_dump()
+    if checkpoint is not None:
+        update |= {"checkpoint": checkpoint, "architecture": None}
+    if seed is not None:
+        update["seed"] = seed
+    if epochs is not None or learning_rate is not None:
+        given = {name: value for name, value in (("epochs", epochs), ("learning_rate", learning_rate)) if value is not None}
+        update["stages"] = [update["stages"][0] | given]
+    return str(train_file(list(labels), output, parse(TrainRecipe, update, "train"), device=device))
