@@ -1,0 +1,235 @@
+"""Checkpoints in MatterSim's format: find, read, check, identify and save them.
+
+A checkpoint written here is one of MatterSim's with additional keys (``model_id``, ``parent_id``, ``metrics``,
+``species``, ``provenance``), which stock ``mattersim`` ignores.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import socket
+import tempfile
+import urllib.request
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from magus_anharmonic.errors import CheckpointError
+from magus_anharmonic.files import replacing
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+MATTERSIM_FILES = {"mattersim-v1.0.0-1m": "mattersim-v1.0.0-1M.pth", "mattersim-v1.0.0-5m": "mattersim-v1.0.0-5M.pth"}
+MATTERSIM_URL = "https://raw.githubusercontent.com/microsoft/mattersim/main/pretrained_models/"
+SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "data"
+FALLBACK = "h3s-gpaw-small"
+
+_REQUIRED_KEYS = ("model_name", "model", "model_args")
+_SUPPORTED_BASIS = {"max_l": 4, "max_n": 4}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint on disk: where it is, the id of its weights, and where it comes from."""
+
+    path: Path
+    model_id: str
+    parent_id: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    species: frozenset[int] | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+def mattersim_folder() -> Path:
+    """Where MatterSim keeps the checkpoints it downloads."""
+    return Path("~/.local/mattersim/pretrained_models").expanduser()
+
+
+def shipped() -> list[str]:
+    """Names of the checkpoints that come with this package."""
+    return sorted(file.stem for file in SHIPPED_FOLDER.glob("*.pth"))
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """File of a checkpoint: a name MatterSim knows, a name this package ships, or a path.
+
+    MatterSim's checkpoints are downloaded by MatterSim when they are not there yet. Raises CheckpointError.
+    """
+    text = str(name_or_path)
+    file_name = MATTERSIM_FILES.get(text.lower().removesuffix(".pth"))
+    if file_name and not Path(text).is_file():
+        target = mattersim_folder() / file_name
+        return target if target.is_file() else _download(file_name, target)
+    if text in shipped():
+        return SHIPPED_FOLDER / f"{text}.pth"
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    known = [*(name.removesuffix(".pth") for name in MATTERSIM_FILES.values()), *shipped()]
+    if path.is_dir():
+        problem = "is a folder; give the .pth file in it"
+    else:
+        near = difflib.get_close_matches(text, known, n=1)
+        problem = "does not exist" + (f"; did you mean {near[0]}?" if near else "")
+    raise CheckpointError(f"checkpoint {text} {problem} (a path, or one of {', '.join(known)})")
+
+
+def _download(file_name: str, target: Path) -> Path:
+    """MatterSim's own downloader, into a temporary folder first: a broken download leaves no file behind."""
+    logger.info("checkpoint %s is not in %s: downloading it from %s", file_name, target.parent, MATTERSIM_URL)
+    try:
+        if not urllib.request.getproxies():
+            socket.create_connection(("raw.githubusercontent.com", 443), timeout=10).close()
+        from mattersim.utils.download_utils import download_checkpoint
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            download_checkpoint(file_name, save_folder=folder)
+            (Path(folder) / file_name).replace(target)
+    except Exception as error:
+        raise CheckpointError(
+            f"checkpoint {file_name} could not be downloaded ({type(error).__name__}): fetch {MATTERSIM_URL}{file_name} by hand "
+            f"and put it into {target.parent}, or use the checkpoint that is shipped here: {FALLBACK}"
+        ) from error
+    return target
+
+
+def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Read a checkpoint: MatterSim's ``M3Gnet`` module with its weights, in evaluation mode, and the whole dictionary.
+
+    Raises CheckpointError with the file and the reason when it is missing, truncated, of another architecture or not finite.
+    """
+    content = _load(Path(path), device)
+    arguments = dict(content["model_args"])
+    for key, value in _SUPPORTED_BASIS.items():
+        if arguments.get(key, value) != value:
+            raise CheckpointError(f"checkpoint {path}: {key} = {arguments[key]} is not supported, only {value}")
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    try:
+        module = M3Gnet(device=device, **arguments).to(device)
+        module.load_state_dict(content["model"], strict=True)
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}") from error
+    broken = [name for name, value in module.state_dict().items() if not bool(value.isfinite().all())]
+    if broken:
+        raise CheckpointError(f"checkpoint {path} holds weights that are not finite ({broken[0]} and {len(broken) - 1} more)")
+    return module.eval(), content
+
+
+def _load(path: Path, device: str) -> dict[str, Any]:
+    import torch
+
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CheckpointError(f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}") from error
+    missing = _REQUIRED_KEYS if not isinstance(content, dict) else [key for key in _REQUIRED_KEYS if key not in content]
+    if missing:
+        raise CheckpointError(f"checkpoint {path} is not in MatterSim's format: no {', '.join(missing)} in it")
+    if str(content["model_name"]).lower() != "m3gnet":
+        raise CheckpointError(f"checkpoint {path} is of the architecture {content['model_name']}; only m3gnet is supported")
+    return content
+
+
+def describe(path: str | Path) -> Model:
+    """Id, parent, metrics and species of a checkpoint; raises CheckpointError."""
+    module, content = read(path)
+    return Model(
+        Path(path),
+        model_id(module),
+        content.get("parent_id"),
+        content.get("metrics") or {},
+        species_of(content),
+        content.get("provenance") or {},
+    )
+
+
+def species_of(content: Mapping[str, Any]) -> frozenset[int] | None:
+    """Atomic numbers of the data behind a checkpoint, or None when it does not say."""
+    species = content.get("species")
+    return None if not species else frozenset(int(number) for number in species)
+
+
+def model_id(module: torch.nn.Module) -> str:
+    """Twelve hex digits of the weights and the architecture; the same on every device and in float64."""
+    digest = hashlib.sha256(json.dumps(_arguments(module), sort_keys=True).encode())
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().to("cpu").float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _arguments(module: Any) -> dict[str, Any]:
+    return dict(module.get_model_args())
+
+
+def save(
+    module: torch.nn.Module,
+    path: str | Path,
+    *,
+    parent_id: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    species: Iterable[int] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    description: str = "",
+    **extra: Any,
+) -> Model:
+    """Write a checkpoint in MatterSim's format, whole or not at all.
+
+    module
+        MatterSim's ``M3Gnet``. ``metrics``, ``provenance`` and ``extra`` may hold plain Python values and tensors only.
+    species
+        Atomic numbers that the training data hold, of the parent's too.
+    """
+    import torch
+    from torch_ema import ExponentialMovingAverage
+
+    # last_epoch stays -1: stock MatterSim continues counting there, and would train no epoch at all otherwise.
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, eps=1e-7)
+    identity = model_id(module)
+    numbers = None if species is None else sorted(int(number) for number in species)
+    content = {
+        "model_name": "m3gnet",
+        "model": {name: value.detach().to("cpu").float() for name, value in module.state_dict().items()},
+        "model_args": _arguments(module),
+        "optimizer": optimizer.state_dict(),
+        "ema": ExponentialMovingAverage(module.parameters(), decay=0.99).state_dict(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.95).state_dict(),
+        "last_epoch": -1,
+        "validation_metrics": {"loss": 10000000.0},
+        "description": description,
+        "model_id": identity,
+        "parent_id": parent_id,
+        "metrics": _plain(metrics or {}),
+        "species": numbers,
+        "provenance": _plain(provenance or {}),
+        **{key: _plain(value) for key, value in extra.items()},
+    }
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+    return Model(Path(path), identity, parent_id, content["metrics"], species_of(content), content["provenance"])
+
+
+def _plain(value: Any) -> Any:
+    """NumPy values as Python's own, because a safe load accepts nothing else."""
+    import torch
+
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, torch.Tensor) or not hasattr(value, "tolist"):
+        return str(value) if isinstance(value, Path) else value
+    return value.tolist()

@@ -1,0 +1,141 @@
+"""``Potential``: a loaded checkpoint that evaluates structures in batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluation
+from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.graph import Neighbours, build_graph, check, find_neighbours
+from magus_anharmonic.potential.model import FactorisedM3GNet
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential.relax import Relaxation
+
+logger = logging.getLogger(__name__)
+
+# Edges per batch. On a CPU the edge arrays should stay in the cache, on a GPU they should fill it.
+EDGES_PER_BATCH = {"cpu": 6_000, "cuda": 400_000}
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class Potential:
+    """A MatterSim checkpoint: an `Evaluator` for batches of structures of any size and species.
+
+    Directions without ``pbc`` are not periodic; the stress of a structure without a cell is zero.
+    ``module`` is MatterSim's own ``M3Gnet``, ``model`` the factorised form that shares its parameters.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        path: str | Path | None = None,
+        species: frozenset[int] | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        edges_per_batch: int | None = None,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
+        self.model_id = checkpoint.model_id(module)
+        self.path = None if path is None else Path(path)
+        self.species_seen = None if species is None else set(species)
+        self.device, self.dtype = device, _DTYPES[dtype]
+        self.module = module.to(device=device, dtype=self.dtype).eval()
+        self.model = FactorisedM3GNet(self.module)
+        self.cutoff = self.model.cutoff
+        self.edges_per_batch = edges_per_batch or EDGES_PER_BATCH["cuda" if device.startswith("cuda") else "cpu"]
+        self._warned: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"Potential({self.model_id}, {self.path}, {self.device}, {self.dtype})"
+
+    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
+        """Energies, forces and stresses in the order of the input; the structures are not changed.
+
+        Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result not finite),
+        both with the index of the structure.
+        """
+        structures = list(structures)
+        energy = np.empty(len(structures))
+        stress = np.empty((len(structures), 3, 3))
+        forces: list[np.ndarray] = []
+        for indices, neighbours in self._batches(structures):
+            batch = [structures[index] for index in indices]
+            graph = build_graph(
+                batch, self.cutoff, self.dtype, self.device, threebody_cutoff=self.model.threebody_cutoff, neighbours=neighbours
+            )
+            e, f, s = (value.cpu().numpy().astype(float) for value in self.model(graph))
+            energy[indices], stress[indices] = e, s
+            forces += np.split(f, np.cumsum(graph.n_atoms)[:-1])
+            _require_finite(indices, e, forces[indices[0] :], s)
+        return Evaluation(energy, forces, stress)
+
+    def _batches(self, structures: Sequence[Atoms]) -> Iterator[tuple[list[int], list[Neighbours]]]:
+        """Consecutive structures whose edges fit ``edges_per_batch`` together; at least one structure each."""
+        indices: list[int] = []
+        neighbours: list[Neighbours] = []
+        n_edges = 0
+        for index, atoms in enumerate(structures):
+            check(atoms, f"structure {index}")
+            self._warn_unseen(atoms)
+            found = find_neighbours(atoms, self.cutoff, f"structure {index}")
+            if indices and n_edges + len(found.length) > self.edges_per_batch:
+                yield indices, neighbours
+                indices, neighbours, n_edges = [], [], 0
+            indices.append(index)
+            neighbours.append(found)
+            n_edges += len(found.length)
+        if indices:
+            yield indices, neighbours
+
+    def _warn_unseen(self, atoms: Atoms) -> None:
+        if self.species_seen is None:
+            return
+        unseen = set(atoms.numbers.tolist()) - self.species_seen - self._warned
+        if unseen:
+            self._warned |= unseen
+            names = ", ".join(chemical_symbols[number] for number in sorted(unseen))
+            seen = ", ".join(chemical_symbols[number] for number in sorted(self.species_seen))
+            logger.warning("checkpoint %s was never trained on %s (only on %s): its numbers mean nothing there", self.path, names, seen)
+
+    def relax(self, structures: Sequence[Atoms], pressure: float = 0.0, **options: Any) -> list[Relaxation]:
+        """Relax structures at ``pressure`` (GPa), all at once; see `magus_anharmonic.potential.relax.relax`."""
+        from magus_anharmonic.potential.relax import relax
+
+        return relax(self, structures, pressure, **options)
+
+
+def _require_finite(indices: Sequence[int], energy: np.ndarray, forces: Sequence[np.ndarray], stress: np.ndarray) -> None:
+    for position, index in enumerate(indices):
+        if not (np.isfinite(energy[position]) and np.isfinite(forces[position]).all() and np.isfinite(stress[position]).all()):
+            raise MagusAnharmonicError(f"structure {index}: the potential gives an energy, force or stress that is not finite")
+
+
+def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "float32", edges_per_batch: int | None = None) -> Potential:
+    """Load a checkpoint: a name MatterSim knows, one that this package ships, or a path.
+
+    device
+        ``cpu``, ``cuda``, ...; None takes cuda where there is one.
+    dtype
+        ``float32`` as MatterSim, or ``float64`` for finite differences.
+
+    Raises CheckpointError, and InputError for a device that is not there.
+    """
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA")
+    path = checkpoint.resolve(name_or_path)
+    module, content = checkpoint.read(path, chosen)
+    return Potential(module, path=path, species=checkpoint.species_of(content), device=chosen, dtype=dtype, edges_per_batch=edges_per_batch)
