@@ -1,0 +1,131 @@
+"""The doctor tells apart what is missing, what is missing and needed, and what is only worth knowing."""
+
+from __future__ import annotations
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from magus_anharmonic import doctor
+from magus_anharmonic.doctor import Check, collect, exit_code, find_magus
+from magus_anharmonic.settings import Settings, parse_settings
+
+
+@pytest.fixture
+def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
+    """The answers of the labelers, to be set by a test, instead of what this machine happens to have."""
+    answers = {"gpaw": (True, "gpaw 26.7.0"), "vasp": (False, "no ASE_VASP_COMMAND"), "espresso": (False, "no pw.x")}
+    module = types.ModuleType("magus_anharmonic.labelers")
+    module.available = lambda name: answers.get(name, (False, f"{name} unknown"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "magus_anharmonic.labelers", module)
+    return answers
+
+
+@pytest.fixture
+def no_magus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_magus", lambda: (None, "not found"))
+
+
+def settings_with(checkpoint: str, labeler: str | None = None, **more: object) -> Settings:
+    data: dict[str, object] = {"symbols": ["H", "S"], "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint}, **more}
+    if labeler:
+        data["learning"] = {"labeler": {"calculator": labeler}}
+    return parse_settings(data)
+
+
+def named(checks: list[Check], name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_without_an_input_nothing_optional_is_a_failure(labelers: dict, no_magus: None) -> None:
+    checks = collect()
+    assert exit_code(checks) == 0
+    assert named(checks, "labeler vasp").ok is None
+    assert named(checks, "MAGUS").ok is None and "gitlab.com/bigd4/magus" in named(checks, "MAGUS").fix
+    assert named(checks, "SSCHA engine python-sscha").ok is True
+    assert named(checks, "torch").ok is True
+
+
+def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(labelers: dict, no_magus: None, tiny_checkpoint: Path) -> None:
+    present = settings_with(str(tiny_checkpoint), "gpaw")
+    assert exit_code(collect(present)) == 0
+    labelers["gpaw"] = (False, "gpaw is not installed")
+    checks = collect(present)
+    assert exit_code(checks) == 1
+    assert "magus-anharmonic[gpaw]" in named(checks, "labeler gpaw").fix
+
+
+def test_a_found_checkpoint_is_named_by_the_id_of_its_weights(labelers: dict, no_magus: None, tiny_checkpoint: Path) -> None:
+    from magus_anharmonic.potential.checkpoint import describe
+
+    check = named(collect(settings_with(str(tiny_checkpoint))), "checkpoint")
+    assert check.ok is True and describe(tiny_checkpoint).model_id in check.detail
+
+
+def test_a_missing_or_truncated_checkpoint_fails(labelers: dict, no_magus: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert exit_code(collect(settings_with("nowhere.pth"))) == 1
+    short = tmp_path / "short.pth"
+    short.write_bytes(Path(tiny_checkpoint).read_bytes()[:1000])
+    checks = collect(settings_with(str(short)))
+    assert exit_code(checks) == 1
+    assert "truncated" in named(checks, "checkpoint").detail
+
+
+def test_a_mattersim_checkpoint_is_looked_for_but_never_fetched(
+    labelers: dict, no_magus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from magus_anharmonic.potential import checkpoint
+
+    def fetch(*_: object) -> Path:
+        raise AssertionError("the doctor must not download")
+
+    monkeypatch.setattr(checkpoint, "_download", fetch)
+    monkeypatch.setattr(checkpoint, "mattersim_folder", lambda: tmp_path)
+    check = named(collect(settings_with("mattersim-v1.0.0-1M")), "checkpoint")
+    assert check.ok is False and check.needed
+    assert str(tmp_path) in check.fix and "mattersim-v1.0.0-1M.pth" in check.fix
+
+
+def test_a_device_that_is_not_there_fails_only_when_asked_for(labelers: dict, no_magus: None) -> None:
+    asked = parse_settings({"MainCalculator": {"calculator": "mattersim", "device": "cuda"}})
+    assert doctor._device(asked, None).ok is False and doctor._device(asked, None).needed
+    assert doctor._device(None, None).ok is None
+    assert doctor._device(asked, "NVIDIA X").ok is True
+
+
+def test_elements_that_the_training_data_lacked_are_named() -> None:
+    assert doctor._unseen(["H", "S", "La"], frozenset({1, 16})) == ["La"]
+    assert doctor._unseen(["H", "S"], None) == []
+
+
+def package(folder: Path, *, entrypoints: bool) -> None:
+    (folder / "magus").mkdir()
+    (folder / "magus" / "__init__.py").write_text("__version__ = '9.9.9'\nraise RuntimeError('must not be imported')\n")
+    if entrypoints:
+        (folder / "magus" / "entrypoints").mkdir()
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_another_package_of_the_same_name_is_not_taken_for_magus(real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, entrypoints=real)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "magus", raising=False)
+    version, text = find_magus()
+    assert version == ("9.9.9" if real else None)
+    assert real or "not MAGUS" in text
+
+
+def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, entrypoints=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "magus", raising=False)
+    seen = named(doctor._magus(), "MAGUS sees")
+    assert seen.ok is False and "must not be imported" in seen.detail
+
+
+def test_a_module_that_does_not_import_gives_the_reason() -> None:
+    check = doctor._module("engine", "no_such_engine", "none", "pip install it", needed=True)
+    assert check == Check("engine", False, "no_such_engine does not import: No module named 'no_such_engine'", "pip install it", True)

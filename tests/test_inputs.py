@@ -1,0 +1,95 @@
+"""Every input that is shipped passes the checks a run would make, and says what its folder promises."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from magus_anharmonic.settings import Settings, load_settings, parse
+
+INPUTS = Path(__file__).parent.parent / "inputs"
+SEARCHES = sorted([*INPUTS.glob("*/input.yaml"), *INPUTS.glob("h3s-paper/*/input-*.yaml"), INPUTS / "h3s-paper" / "search-100GPa.yaml"])
+PAPER = sorted(INPUTS.glob("h3s-paper/*/input-*.yaml"))
+
+
+def label(path: Path) -> str:
+    return str(path.relative_to(INPUTS))
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=label)
+def test_every_search_input_is_valid(path: Path) -> None:
+    settings = load_settings(path)
+    assert settings.calculator is not None
+    assert settings.num_gen and settings.symbols
+
+
+@pytest.mark.parametrize("path", PAPER, ids=label)
+def test_the_paper_inputs_hold_the_numbers_of_the_paper(path: Path) -> None:
+    settings: Settings = load_settings(path)
+    assert settings.pressure == (75 if "75GPa" in path.name else 125)
+    learning, sscha = settings.learning, settings.sscha
+    assert learning is not None and sscha is not None and settings.calculator is not None
+    assert (learning.n_sample, learning.n_perturb, learning.n_replay, learning.split) == (10, 10, 100, (8, 1, 1))
+    assert (learning.atom_displacement, learning.strain, learning.epochs, learning.learning_rate) == (0.05, 0.05, 50, 2e-4)
+    assert (sscha.n_configs, sscha.max_populations, sscha.supercell, sscha.max_candidates) == (1000, 30, (2, 2, 2), 100)
+    assert (settings.host["popSize"], settings.num_gen, settings.host["randRatio"]) == (1000, 10, 0.9)
+    assert (settings.host["min_n_atoms"], settings.host["max_n_atoms"]) == (4, 32)
+    assert settings.calculator.checkpoint == "mattersim-v1.0.0-1M"
+
+
+def test_both_pressures_exist_for_both_ways_and_differ_in_nothing_else() -> None:
+    assert len(PAPER) == 4
+    for folder in ("one-gpu-job", "magus-jobs"):
+        low, high = (yaml.safe_load((INPUTS / "h3s-paper" / folder / f"input-{p}GPa.yaml").read_text()) for p in (75, 125))
+        assert {**low, "pressure": 125} == high
+
+
+def test_vasp_labels_have_the_settings_of_the_paper_in_both_ways() -> None:
+    settings = load_settings(INPUTS / "h3s-paper" / "one-gpu-job" / "input-75GPa.yaml")
+    assert settings.learning is not None
+    labeler = settings.learning.labeler
+    assert (labeler.calculator, labeler.arguments["xc"], labeler.arguments["encut"], labeler.k_spacing) == ("vasp", "PBE", 500, 0.03)
+    lines = (INPUTS / "h3s-paper" / "magus-jobs" / "inputFold" / "VASP" / "INCAR").read_text().splitlines()
+    incar = {key.strip(): value.strip() for key, value in (line.split("=") for line in lines if "=" in line)}
+    assert float(incar["ENCUT"]) == 500
+    assert float(incar["KSPACING"]) == pytest.approx(2 * 3.14159265 * 0.03, abs=1e-4)
+    same = {"PREC": "prec", "EDIFF": "ediff", "NELM": "nelm", "ISMEAR": "ismear", "SIGMA": "sigma", "NCORE": "ncore"}
+    for tag, argument in same.items():
+        given = labeler.arguments[argument]
+        assert incar[tag] == given if isinstance(given, str) else float(incar[tag]) == given
+
+
+def test_under_m_the_labels_are_magus_own_and_the_folders_differ() -> None:
+    settings = load_settings(INPUTS / "h3s-paper" / "magus-jobs" / "input-75GPa.yaml")
+    assert settings.learning is not None and settings.learning.labeler.calculator == "main"
+    assert settings.host["SelectDFTScf"] is True and settings.host["poolSize"]
+    assert settings.main_calculator["calculator"] == "vasp"
+    assert settings.main_calculator["jobPrefix"] != settings.ml_calculator["jobPrefix"]
+
+
+def test_the_final_model_is_trained_in_the_two_stages_of_the_paper() -> None:
+    from magus_anharmonic.potential.train import TrainRecipe
+
+    recipe = parse(TrainRecipe, yaml.safe_load((INPUTS / "h3s-paper" / "final.yaml").read_text()))
+    assert [(s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio) for s in recipe.stages] == [
+        (100, 1e-3, 1.0, 1.0),
+        (100, 1e-3, 0.1, 0.1),
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(INPUTS.glob("**/job.*")), ids=label)
+def test_the_job_scripts_are_shell_that_calls_stock_magus(path: Path) -> None:
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    text = path.read_text()
+    assert "magus search -m" in text if path.parent.name == "magus-jobs" else "magus search -i" in text
+    assert ("#SBATCH" in text) == (path.suffix == ".slurm") and ("#BSUB" in text) == (path.suffix == ".lsf")
+
+
+def test_the_oxide_example_is_marked_as_not_run() -> None:
+    settings = load_settings(INPUTS / "batio3" / "input.yaml")
+    assert settings.sscha is not None and settings.sscha.temperatures == (0, 100, 200, 300, 400)
+    text = (INPUTS / "batio3" / "README.md").read_text()
+    assert "not run here" in text and "LO-TO" in text
