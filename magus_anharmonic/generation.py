@@ -1,0 +1,321 @@
+"""What happens after each round of a search, the same in MAGUS and in the embedded host.
+
+The host hands over the population and takes it back: learn from it, re-evaluate the survivors with the new model (no
+ranking mixes two models), rank by free energy, set flat ``info`` keys, and return SSCHA centroids as seeds.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.settings import Settings
+from magus_anharmonic.structures import bare
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+log = logging.getLogger(__name__)
+
+RELAXATION_STEPS = 50
+"""Steps that bring survivors of an older model near the minimum of the new one."""
+
+
+@dataclass
+class SearchState:
+    """One search between its rounds. ``potential`` is the newest model; the host relaxes with it.
+
+    Under ``magus search -m`` MAGUS's own loop trains: then ``learn`` is False and the plug-in sets ``potential`` and
+    ``energy_rmse`` (eV/atom, validation) before it calls `after_generation`. ``candidates`` is the latest ranking.
+    """
+
+    settings: Settings
+    run_dir: Path
+    potential: Evaluator
+    seed: int
+    labeler: Any = None
+    store: Any = None
+    learn: bool = True
+    n_generations: int | None = None
+    energy_rmse: float | None = None
+    relaxation_steps: int = RELAXATION_STEPS
+    free_energy: Callable[..., Any] | None = None
+    workers: int | None = None
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+def start(
+    settings: Settings,
+    run_dir: str | Path,
+    *,
+    restart: bool = False,
+    learn: bool = True,
+    allow_missing_labeler: bool = False,
+    potential: Evaluator | None = None,
+) -> SearchState:
+    """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its ``run.json``.
+
+    Parameters
+    ----------
+    restart
+        Go on with the newest model and the recorded seed of ``run_dir``.
+    learn
+        False under ``magus search -m``, where the ML calculator learns.
+    allow_missing_labeler
+        Run without learning, with a warning, where the labeler is not installed; else that is an ``InputError``.
+    potential
+        Instead of the one that the settings name.
+
+    Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint not loadable).
+    """
+    from magus_anharmonic.run_record import check_results_version, write_run_record
+
+    folder = Path(run_dir)
+    check_results_version(folder)
+    chosen = potential or _load_potential(settings, newest_checkpoint(folder) if restart else None)
+    labeler, store = (None, None)
+    if learn and settings.learning is not None:
+        labeler, store = _labeler(settings, folder, allow_missing_labeler)
+    seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
+    state = SearchState(
+        settings, folder, chosen, seed, labeler, store, learn=labeler is not None, n_generations=settings.num_gen,
+        energy_rmse=_recorded_rmse(folder) if restart else None,
+    )  # fmt: skip
+    write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra={"restart": restart, "learning": state.learn})
+    return state
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """``checkpoints/gen{N}.pth`` with the largest N, or None."""
+    found = {}
+    for path in (Path(run_dir) / "checkpoints").glob("gen*.pth"):
+        if number := re.fullmatch(r"gen(\d+)", path.stem):
+            found[int(number[1])] = path
+    return found[max(found)] if found else None
+
+
+def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
+    calculator = settings.calculator
+    if calculator is None:
+        raise InputError("MainCalculator: learning and sscha need calculator: mattersim (as MainCalculator or MLCalculator)")
+    from magus_anharmonic.potential import load
+
+    if newest is not None:
+        log.info("going on with the model %s", newest)
+    return load(newest or calculator.checkpoint, device=calculator.device)
+
+
+def _labeler(settings: Settings, folder: Path, allow_missing: bool) -> tuple[Any, Any]:
+    from magus_anharmonic.labelers import get_labeler
+    from magus_anharmonic.learning.dataset import LabelStore
+
+    try:
+        labeler = get_labeler(settings.learning.labeler, folder / "labeling")
+    except LabelerError as error:
+        if not allow_missing:
+            raise InputError(f"learning.labeler: {error}") from None
+        log.warning("no labels, so the model does not learn in this run: %s", error)
+        return None, None
+    return labeler, LabelStore(folder / "labels")
+
+
+def _recorded_seed(folder: Path, restart: bool) -> int:
+    from magus_anharmonic.run_record import read_run_record, record_file
+
+    if restart and record_file(folder).exists():
+        recorded = read_run_record(folder).get("seed")
+        if isinstance(recorded, int):
+            return recorded
+    return secrets.randbelow(2**31)
+
+
+def _recorded_rmse(folder: Path) -> float | None:
+    from magus_anharmonic.files import read_jsonl
+
+    records = read_jsonl(folder / "metrics.jsonl")
+    return validation_rmse(records[-1]) if records else None
+
+
+def validation_rmse(metrics: dict[str, Any]) -> float | None:
+    """Energy RMSE (eV/atom) of the model in use on the validation labels, from a record of ``metrics.jsonl``; None if unknown."""
+    scores = metrics.get("new", {}).get("validation") or {}
+    value = scores.get("energy_rmse")
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
+def after_generation(
+    state: SearchState,
+    population: Sequence[Atoms],
+    survivors: Iterable[Atoms],
+    generation: int,
+    *,
+    last: bool | None = None,
+) -> list[Atoms]:
+    """Learn from ``population`` (relaxed, duplicates kept), then re-evaluate and rank ``survivors`` in place.
+
+    Parameters
+    ----------
+    survivors
+        Everything that will be compared from now on (good, keep and current ones); one structure may appear twice.
+    generation
+        Number of the round, from 1.
+    last
+        Whether this is the last round; None: when ``generation`` is ``numGen``.
+
+    Returns SSCHA centroids that no survivor stands for yet, as seeds of the next round. Doing a finished round again
+    costs nothing but the evaluation of the survivors.
+    """
+    unique = list({id(atoms): atoms for atoms in survivors}.values())
+    _learn(state, population, generation)
+    reevaluate(unique, state.potential, state.settings, state.relaxation_steps)
+    ending = generation >= (state.n_generations or np.inf) if last is None else last
+    from magus_anharmonic.ranking.rank import rank
+
+    state.candidates = rank(
+        unique,
+        evaluator=state.potential,
+        settings=state.settings,
+        run_dir=state.run_dir,
+        seed=state.seed,
+        generation=generation,
+        n_generations=generation if ending else generation + 1,
+        energy_rmse=state.energy_rmse,
+        free_energy=state.free_energy,
+        workers=state.workers,
+    )
+    _summarise(state.candidates, generation)
+    wanted = state.settings.sscha is not None and state.settings.sscha.seed_back
+    return quantum_seeds(state.candidates) if wanted and not ending else []
+
+
+def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> None:
+    if not state.learn or state.labeler is None or state.settings.learning is None:
+        return
+    from magus_anharmonic.learning.learn import learn
+
+    learned = learn(
+        list(population),
+        generation=generation,
+        potential=state.potential,
+        settings=state.settings.learning,
+        labeler=state.labeler,
+        store=state.store,
+        run_dir=state.run_dir,
+        seed=state.seed,
+    )
+    state.potential = learned.potential
+    state.energy_rmse = validation_rmse(learned.metrics)
+
+
+def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0) -> None:
+    """Energy (eV), enthalpy (eV/atom), forces, stress (Voigt) and model of ``evaluator`` into the ``info`` of each structure.
+
+    Structures that another model relaxed are first brought nearer to the minimum of this one, ``relaxation_steps`` at
+    most. One that cannot be evaluated gets an infinite enthalpy and the reason: it is out of every ranking.
+    """
+    foreign = [atoms for atoms in structures if atoms.info.get("model") != evaluator.model_id]
+    if foreign and relaxation_steps > 0:
+        _relax_in_place(foreign, evaluator, settings, relaxation_steps)
+    for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
+        atoms.info["model"] = evaluator.model_id
+        if isinstance(found, str):
+            log.warning("a survivor cannot be evaluated and is out of the ranking: %s", found)
+            atoms.info.update(enthalpy=np.inf, free_energy_reason=found)
+            continue
+        energy, forces, stress = float(found.energy[0]), found.forces[0], found.stress[0]
+        work = gpa_to_ev_per_a3(settings.pressure) * atoms.get_volume()
+        voigt = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        atoms.info.update(energy=energy, enthalpy=(energy + work) / len(atoms), forces=np.array(forces), stress=np.array(voigt))
+        if atoms.calc is not None:
+            _renew_results(atoms, energy, forces, voigt)
+
+
+def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
+
+
+def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
+    """One evaluation per structure, or the reason why there is none; the batch is split only when it fails as a whole."""
+    inputs = [bare(atoms) for atoms in structures]
+    try:
+        batch = evaluator.evaluate(inputs)
+    except MagusAnharmonicError as error:
+        if len(inputs) == 1:
+            return [str(error)]
+        return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
+    return [
+        Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1])
+        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and np.isfinite(batch.stress[i]).all()
+        else "energy, forces or stress are not finite"
+        for i in range(len(inputs))
+    ]
+
+
+def _relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int) -> None:
+    from magus_anharmonic.potential.relax import relax
+
+    calculator = settings.calculator
+    options = {"force_tolerance": calculator.eps, "max_move": calculator.max_move} if calculator else {}
+    relaxed = relax(
+        evaluator, [bare(atoms) for atoms in structures], settings.pressure, max_steps=max_steps,
+        relax_cell=calculator.relax_lattice if calculator else True, fix_symmetry=calculator.fix_symmetry if calculator else False,
+        **options,
+    )  # fmt: skip
+    for atoms, result in zip(structures, relaxed, strict=True):
+        if result.failed:
+            log.info("a survivor stays as it was, the new model does not relax it: %s", result.reason)
+            continue
+        atoms.set_cell(result.atoms.cell.array, scale_atoms=False)
+        atoms.set_positions(result.atoms.positions)
+
+
+def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
+    """Centroids of quantum phases that no candidate's static structure is: the search would not find them by itself.
+
+    Each carries ``sscha_centroid``, by which the ranking knows it again and reuses the free energy.
+    """
+    from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+    from magus_anharmonic.sscha.symmetry import symmetric_primitive
+
+    present = {c.seed for c in candidates if c.ranked and c.seed == c.record}
+    new = [c for c in candidates if c.ranked and not c.same_as and c.record not in present]
+    statics = [Fingerprint(c.atoms) for c in candidates] if new else []
+    seeds = []
+    for candidate in new:
+        atoms = symmetric_primitive(candidate.centroids, candidate.symmetry_tolerance)
+        fingerprint = Fingerprint(atoms, candidate.symmetry_tolerance)
+        if any(same_phase(fingerprint, other) for other in statics):
+            continue
+        atoms.info.update(
+            candidate_id=candidate.id,
+            sscha_centroid=candidate.record,
+            free_energy=candidate.gibbs,
+            free_energy_error=candidate.gibbs_error,
+            free_energy_status=candidate.status,
+            free_energy_model=candidate.model,
+            spg_quantum=candidate.spg_quantum,
+        )
+        seeds.append(atoms)
+    return seeds
+
+
+def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
+    counts: dict[str, int] = {}
+    for candidate in candidates:
+        counts[candidate.status] = counts.get(candidate.status, 0) + 1
+    words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
+    for c in candidates[:3]:
+        if c.rank_quantum is not None:
+            log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, c.gibbs, c.gibbs_error)

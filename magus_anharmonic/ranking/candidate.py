@@ -1,0 +1,86 @@
+"""One structure of a ranking, with everything the table, the fitness and the report say about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ase import Atoms
+
+Status = Literal["sscha", "unconverged", "estimated", "static", "failed", "saddle", "stable"]
+"""``saddle`` and ``stable`` are for the Hessian check of the best few; nothing sets them yet."""
+
+RANKED: tuple[Status, ...] = ("sscha", "unconverged", "stable")
+"""States whose free energy is a computed one and takes part in the ranking."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A distinct structure at one pressure and temperature; energies in eV/atom, ``None`` where there is no number.
+
+    ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members`` are the positions
+    in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate of
+    lower G that ended in the same quantum phase. ``folder`` is below the run's ``sscha/``.
+    """
+
+    id: str
+    atoms: Atoms
+    pressure: float
+    temperature: float
+    enthalpy: float | None
+    model: str
+    spg_static: str = ""
+    members: tuple[int, ...] = ()
+    seed: str = ""
+    status: Status = "static"
+    reason: str = ""
+    gibbs: float | None = None
+    gibbs_error: float | None = None
+    gibbs_raw: float | None = None
+    finite_size: float | None = None
+    volume: float | None = None
+    spg_quantum: str = ""
+    symmetry_tolerance: float = 0.05
+    centroids: Atoms | None = None
+    n_evaluations: int = 0
+    n_supercell: int = 0
+    same_as: str = ""
+    folder: str = ""
+    record: str = ""
+    rank_static: int | None = None
+    rank_quantum: int | None = None
+
+    @property
+    def ranked(self) -> bool:
+        """True with a computed free energy, also when another candidate stands for the same phase."""
+        return self.status in RANKED and self.gibbs is not None
+
+    @property
+    def formula(self) -> str:
+        """Chemical formula with the metals first, e.g. ``'SH3'``."""
+        return self.atoms.get_chemical_formula(mode="metal")
+
+
+def numbered(candidates: list[Candidate]) -> list[Candidate]:
+    """Order for the table, ranks filled in.
+
+    First the phases with a computed G, by G; then those that are the same phase as one of them; then the estimated and
+    static ones by G or enthalpy; the failed ones last. ``rank_static`` counts all candidates by enthalpy,
+    ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
+    """
+    by_enthalpy = sorted((c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id))
+    static = {c.id: place for place, c in enumerate(by_enthalpy, start=1)}
+    phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
+    quantum = {c.id: place for place, c in enumerate(phases, start=1)}
+    ranked = [replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates]
+    return sorted(ranked, key=_table_order)
+
+
+def _table_order(candidate: Candidate) -> tuple[int, float, str]:
+    if candidate.ranked:
+        return (1 if candidate.same_as else 0, candidate.gibbs or 0.0, candidate.id)
+    if candidate.status == "failed":
+        return (4, candidate.enthalpy or 0.0, candidate.id)
+    if candidate.gibbs is not None:
+        return (2, candidate.gibbs, candidate.id)
+    return (3, candidate.enthalpy or 0.0, candidate.id)

@@ -1,0 +1,59 @@
+"""Quantum phases: which SSCHA results are the same phase, and their primitive cells."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ase import Atoms
+
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+from magus_anharmonic.ranking.store import Record
+from magus_anharmonic.sscha.symmetry import symmetric_primitive
+
+log = logging.getLogger(__name__)
+
+VOLUME_TOLERANCE = 0.02
+GIBBS_TOLERANCE = 5e-3
+"""eV/atom; two runs of one phase may differ by their finite sizes."""
+
+
+def reduced_centroids(record: Record) -> Atoms | None:
+    """The primitive cell of a result whose symmetry made it smaller than the cell that was run, else None."""
+    smaller = symmetric_primitive(record.centroids, record.symmetry_tolerance)
+    return smaller if len(smaller) < len(record.centroids) else None
+
+
+def same_records(a: Atoms, b: Atoms) -> bool:
+    """True when two symmetrised primitive cells are one phase."""
+    return same_phase(Fingerprint(a), Fingerprint(b))
+
+
+def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Fill in ``same_as``: candidates that ended in the quantum phase of one with lower G count once as phases."""
+    order = sorted((c for c in candidates if c.ranked), key=lambda c: (c.gibbs, c.id))
+    phases: list[tuple[Candidate, Fingerprint]] = []
+    twins: dict[str, str] = {}
+    for candidate in order:
+        fingerprint = Fingerprint(symmetric_primitive(candidate.centroids, candidate.symmetry_tolerance), candidate.symmetry_tolerance)
+        twin = next((c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None)
+        if twin is None:
+            phases.append((candidate, fingerprint))
+        else:
+            twins[candidate.id] = twin.id
+    if twins:
+        log.info("%d of %d results are quantum phases that others lead to as well", len(twins), len(order))
+    return [replace(c, same_as=twins.get(c.id, "")) for c in candidates]
+
+
+def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Fingerprint) -> bool:
+    if a.record == b.record:
+        return True
+    noise = 3.0 * math.hypot(a.gibbs_error or 0.0, b.gibbs_error or 0.0)
+    if abs(a.gibbs - b.gibbs) > max(GIBBS_TOLERANCE, noise):
+        return False
+    near = abs(print_a.volume - print_b.volume) <= VOLUME_TOLERANCE * min(print_a.volume, print_b.volume)
+    return near and same_phase(print_a, print_b)

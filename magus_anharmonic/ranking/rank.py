@@ -1,0 +1,417 @@
+"""Ranking by free energy: which structures get an SSCHA run, which a stored result, which an estimate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.estimate import fit_estimate
+from magus_anharmonic.ranking.fitness import number
+from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
+from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
+from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, same_records
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
+from magus_anharmonic.ranking.table import write_quantum, write_ranking
+from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.structures import bare, space_group, structure_id
+
+log = logging.getLogger(__name__)
+
+SEED_KEY = "sscha_centroid"
+"""``info`` key of a seed: the structure id of the SSCHA run whose centroid it is."""
+RMSE_FACTOR = 3.0
+
+
+def rank(
+    population: Sequence[Atoms],
+    *,
+    evaluator: Evaluator,
+    settings: Settings,
+    run_dir: str | Path,
+    seed: int = 0,
+    generation: int | None = None,
+    n_generations: int | None = None,
+    energy_rmse: float | None = None,
+    free_energy: Callable[..., Any] | None = None,
+    workers: int | None = None,
+) -> list[Candidate]:
+    """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
+
+    Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures), ``quantum.traj`` and
+    ``free_energies.db`` in ``run_dir``, one folder per SSCHA run in ``run_dir/sscha``, and the flat ``info`` keys.
+
+    Parameters
+    ----------
+    energy_rmse
+        Of the model on its validation set, eV/atom; None: unknown.
+    generation, n_generations
+        Decide about ``sscha.when``; None: not part of a search, SSCHA runs now.
+    free_energy
+        `magus_anharmonic.sscha.free_energy`, or a stand-in with its arguments.
+    workers
+        SSCHA runs at the same time; None takes one per core.
+
+    Returns the candidates at the first temperature (the one that ranks) in the order of the table.
+    Raises ValueError when a structure's energy belongs to another model.
+    """
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed)
+    if settings.sscha is not None:
+        chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
+        ranking.look_up()
+        if sscha_is_due(settings, generation, n_generations, energy_rmse):
+            ranking.run(chosen, free_energy or _free_energy(), workers)
+        else:
+            log.info("no SSCHA yet: %s", _why_not(settings, energy_rmse))
+    tables = ranking.tables()
+    set_info(population, tables[0], evaluator.model_id)
+    write_tables(Path(run_dir), tables, ranking.store)
+    return tables[0]
+
+
+def _free_energy() -> Callable[..., Any]:
+    from magus_anharmonic.sscha.free_energy import free_energy
+
+    return free_energy
+
+
+def sscha_is_due(settings: Settings, generation: int | None, n_generations: int | None, energy_rmse: float | None) -> bool:
+    """``sscha.when``: every time without learning; else in the last round, or once the model is good enough."""
+    if settings.sscha is None:
+        return False
+    if settings.sscha.when == "every_generation" or settings.learning is None or generation is None:
+        return True
+    if n_generations is not None and generation >= n_generations:
+        return True
+    target = settings.learning.target_rmse
+    return target is not None and energy_rmse is not None and energy_rmse <= target
+
+
+def _why_not(settings: Settings, energy_rmse: float | None) -> str:
+    target = settings.learning.target_rmse if settings.learning else None
+    if target is None:
+        return "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the last round"
+    known = "unknown" if energy_rmse is None else f"{1000 * energy_rmse:.1f} meV/atom"
+    return f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
+
+
+def chosen_groups(
+    groups: Sequence[Sequence[int]], enthalpies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
+) -> list[int]:
+    """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
+
+    The window (eV/atom) is widened to three times the model's validation RMSE: closer structures are not told apart by it.
+    """
+    if not groups:
+        return []
+    window = np.inf if settings.window is None else settings.window
+    if energy_rmse is not None:
+        window = max(window, RMSE_FACTOR * energy_rmse)
+    limit = enthalpies[groups[0][0]] + window
+    inside = [g for g, members in enumerate(groups) if enthalpies[members[0]] <= limit]
+    return inside[: settings.max_candidates]
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """A run whose result has a smaller primitive cell, and the run that is to take over."""
+
+    record: Record
+    atoms: Atoms
+    structure: str
+
+
+class Ranking:
+    """The state of one call of `rank`: who is distinct, what is known, what was run."""
+
+    def __init__(self, population: Sequence[Atoms], evaluator: Evaluator, settings: Settings, run_dir: Path, seed: int) -> None:
+        self.population, self.evaluator, self.settings = population, evaluator, settings
+        self.run_dir, self.seed, self.model = run_dir, seed, evaluator.model_id
+        self.store = FreeEnergyStore(run_dir / NAME)
+        found = [number(atoms.info.get("enthalpy")) for atoms in population]
+        self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
+        self.unusable = [i for i, enthalpy in enumerate(found) if enthalpy is None]
+        self.enthalpies = [np.inf if enthalpy is None else enthalpy for enthalpy in found]
+        self._check_models()
+        inside = distinct([population[i] for i in self.usable], [self.enthalpies[i] for i in self.usable])
+        self.groups = [[self.usable[k] for k in group] for group in inside]
+        sscha = settings.sscha
+        self.keys = [self._key(t) for t in sscha.temperatures] if sscha else []
+        self.records: dict[tuple[int, Key], Record] = {}
+        self.failures: dict[tuple[int, Key], str] = {}
+
+    def _key(self, temperature: float) -> Key:
+        sscha = self.settings.sscha
+        earlier = sscha.temperatures[: sscha.temperatures.index(temperature)]
+        return Key(self.model, self.settings.pressure, temperature, sscha_hash(sscha, self.seed, earlier))
+
+    def _check_models(self) -> None:
+        for i in self.usable:
+            model = self.population[i].info.get("model", self.model)
+            if model != self.model:
+                raise ValueError(f"structure {i}: its enthalpy is of model {model}, the ranking of {self.model}; evaluate it first")
+
+    def leader(self, group: int) -> Atoms:
+        """The lowest member of the group."""
+        return self.population[self.groups[group][0]]
+
+    def origin(self, group: int) -> str:
+        """The run whose centroid one of the members was seeded from, or an empty string."""
+        tags = (str(self.population[i].info.get(SEED_KEY) or "") for i in self.groups[group])
+        return next((tag for tag in tags if tag), "")
+
+    def look_up(self) -> None:
+        """Take over every stored free energy that holds for a structure of this population."""
+        for group in range(len(self.groups)):
+            atoms, enthalpy = self.leader(group), self.enthalpies[self.groups[group][0]]
+            for key in self.keys:
+                record = self.store.find(atoms, key, enthalpy, ENERGY_TOLERANCE, self.origin(group))
+                if record is not None:
+                    self.records[group, key] = record
+
+    def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: int | None) -> None:
+        """Run SSCHA for the chosen groups that lack a result, then again for results that gained symmetry."""
+        todo = [g for g in chosen if any((g, key) not in self.records for key in self.keys)]
+        log.info(
+            "SSCHA: %d distinct structures of %d, %d within reach, %d of them already known",
+            len(self.groups), len(self.population), len(chosen), len(chosen) - len(todo),
+        )  # fmt: skip
+        jobs = {structure_id(self.leader(g)): g for g in todo}
+        self._run([self._job(self.leader(g), self.keys) for g in todo], free_energy, lambda job: jobs[job.structure], workers)
+        self._run_reduced(free_energy, workers)
+
+    def _job(self, atoms: Atoms, keys: Sequence[Key]) -> Job:
+        name, sscha = structure_id(atoms), self.settings.sscha
+        folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
+        # From the structure, not from its place in the queue: a restarted run draws the same configurations.
+        generator = np.random.default_rng([self.seed, int(name, 16)])
+        options = {
+            "pressure": self.settings.pressure,
+            "supercell": sscha.supercell,
+            "cell": sscha.cell,
+            "n_configs": sscha.n_configs,
+            "max_populations": sscha.max_populations,
+            "engine": sscha.engine,
+            "seed": int(generator.integers(2**31)),
+            "pressure_tolerance": sscha.pressure_tolerance,
+            "free_energy_tolerance": sscha.free_energy_tolerance,
+            "min_effective_sample": sscha.min_effective_sample,
+            "symprec": sscha.symprec,
+            "reference_spacing": sscha.reference_spacing,
+        }
+        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options)
+
+    def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: int | None) -> None:
+        def done(job: Job, outcomes: list[Outcome]) -> None:
+            group = group_of(job)
+            for outcome in outcomes:
+                key = self._key(outcome.temperature)
+                record = self._record(job, key, outcome, self.enthalpies[self.groups[group][0]])
+                if record is None:
+                    self.failures[group, key] = outcome.reason
+                else:
+                    self.store.put(record)
+                    self.records[group, key] = record
+
+        run_jobs(jobs, self.evaluator, free_energy, done, workers)
+
+    def _record(self, job: Job, key: Key, outcome: Outcome, enthalpy: float | None, parent: str = "") -> Record | None:
+        """What is stored of an outcome; None for a failure that may not happen again."""
+        result = outcome.result
+        if result is None:
+            if not outcome.lasting:
+                return None
+            return Record(
+                job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent,
+                spg_static=space_group(job.atoms, self.settings.sscha.symprec),
+            )  # fmt: skip
+        return Record(
+            structure=job.structure,
+            key=key,
+            start=job.atoms,
+            status="sscha" if result.converged else "unconverged",
+            reason="" if result.converged else result.reason or "did not converge",
+            enthalpy=enthalpy,
+            gibbs=float(result.gibbs),
+            gibbs_error=float(result.gibbs_error),
+            gibbs_raw=_float(result.gibbs_raw),
+            finite_size=_float(result.finite_size),
+            volume=_float(result.volume),
+            n_evaluations=int(result.n_evaluations),
+            n_supercell=int(result.n_atoms_supercell),
+            spg_static=result.space_group_start,
+            spg_quantum=result.space_group,
+            symmetry_tolerance=float(result.symmetry_tolerance),
+            centroids=bare(result.centroids),
+            parent=parent,
+        )
+
+    def _reductions(self) -> list[_Reduction]:
+        found = []
+        for record in {r.folder: r for r in self.records.values()}.values():
+            if record.gibbs is None or record.reduced:
+                continue
+            smaller = reduced_centroids(record)
+            if smaller is not None:
+                found.append(_Reduction(record, smaller, structure_id(smaller)))
+        return found
+
+    def _run_reduced(self, free_energy: Callable[..., Any], workers: int | None) -> None:
+        """Results that gained symmetry are run again from the primitive cell of their centroids, once per phase.
+
+        Then Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference supercell and one G.
+        """
+        jobs: dict[str, Job] = {}
+        waiting: list[tuple[_Reduction, str]] = []
+        for reduction in self._reductions():
+            key = reduction.record.key
+            known = self.store.get(reduction.structure, key) or self.store.find_phase(reduction.atoms, key)
+            if known is not None:
+                self._take_over(reduction.record, known.structure)
+                continue
+            like = next((s for other, s in waiting if other.record.key == key and same_records(other.atoms, reduction.atoms)), None)
+            if like is None:
+                like = reduction.structure
+                job = self._job(reduction.atoms, [key])
+                jobs[str(job.folders[0])] = job
+            waiting.append((reduction, like))
+        if not jobs:
+            return
+        log.info("%d results gained symmetry; run again from their primitive cells", len(jobs))
+        parents = {(like, r.record.key): r.record.structure for r, like in reversed(waiting)}
+
+        def done(job: Job, outcomes: list[Outcome]) -> None:
+            for outcome in outcomes:
+                key = self._key(outcome.temperature)
+                record = self._record(job, key, outcome, None, parent=parents[job.structure, key])
+                if record is not None:
+                    self.store.put(record)
+
+        run_jobs(list(jobs.values()), self.evaluator, free_energy, done, workers)
+        for reduction, like in waiting:
+            if self.store.get(like, reduction.record.key) is not None:
+                self._take_over(reduction.record, like)
+
+    def _take_over(self, record: Record, successor: str) -> None:
+        changed = replace(record, reduced=successor)
+        self.store.put(changed)
+        for place, known in self.records.items():
+            if known.folder == record.folder:
+                self.records[place] = changed
+
+    def tables(self) -> list[list[Candidate]]:
+        """The candidates in the order of the table, one list per temperature (one list without ``sscha``)."""
+        return [self._table(key) for key in self.keys] or [self._table(None)]
+
+    def _table(self, key: Key | None) -> list[Candidate]:
+        candidates = [self._candidate(group, key) for group in range(len(self.groups))]
+        if key is not None:
+            candidates = self._estimated(candidates, key)
+            candidates = label_phases(candidates)
+        temperature = key.temperature if key else 0.0
+        failed = [self._failed(i, temperature) for i in self.unusable]
+        return numbered(candidates + failed)
+
+    def _failed(self, index: int, temperature: float) -> Candidate:
+        atoms = self.population[index]
+        reason = str(atoms.info.get("free_energy_reason") or "it has no enthalpy")
+        return Candidate(
+            structure_id(atoms), bare(atoms), self.settings.pressure, temperature, None, self.model,
+            spg_static=space_group(atoms), members=(index,), status="failed", reason=reason,
+        )  # fmt: skip
+
+    def _candidate(self, group: int, key: Key | None) -> Candidate:
+        atoms = self.leader(group)
+        symprec = self.settings.sscha.symprec if self.settings.sscha else 0.05
+        candidate = Candidate(
+            structure_id(atoms),
+            bare(atoms),
+            self.settings.pressure,
+            key.temperature if key else 0.0,
+            self.enthalpies[self.groups[group][0]],
+            self.model,
+            spg_static=space_group(atoms, symprec),
+            members=tuple(self.groups[group]),
+            seed=self.origin(group),
+        )
+        if key is None:
+            return candidate
+        if (group, key) in self.failures:
+            return replace(candidate, status="failed", reason=self.failures[group, key])
+        record = self.records.get((group, key))
+        return candidate if record is None else with_result(candidate, record, self.store.final(record))
+
+    def _estimated(self, candidates: list[Candidate], key: Key) -> list[Candidate]:
+        """Give the structures without a result the estimate from those that have one."""
+        known = [r for r in self.store.records(key) if r.gibbs is not None and r.enthalpy is not None]
+        final = [self.store.final(record) for record in known]
+        estimate = fit_estimate([r.enthalpy for r in known], [r.gibbs for r in final], [r.gibbs_error or 0.0 for r in final])
+        if estimate is None:
+            return candidates
+        return [
+            replace(c, status="estimated", gibbs=estimate(c.enthalpy), gibbs_error=estimate.margin, reason=estimate.description)
+            if c.status == "static" else c
+            for c in candidates
+        ]  # fmt: skip
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def with_result(candidate: Candidate, record: Record, final: Record) -> Candidate:
+    """``candidate`` with the result ``final``, to which its own run ``record`` led."""
+    if record.status == "failed":
+        return replace(candidate, status="failed", reason=record.reason, record=record.structure, folder=record.folder)
+    reason = final.reason
+    if final is not record:
+        note = f"G of its {len(final.centroids)}-atom primitive cell, run again"
+        reason = f"{reason}; {note}" if reason else note
+    return replace(
+        candidate,
+        status=final.status,
+        reason=reason,
+        gibbs=final.gibbs,
+        gibbs_error=final.gibbs_error,
+        gibbs_raw=final.gibbs_raw,
+        finite_size=final.finite_size,
+        volume=final.volume,
+        spg_quantum=final.spg_quantum,
+        symmetry_tolerance=final.symmetry_tolerance,
+        centroids=final.centroids,
+        n_evaluations=record.n_evaluations + (final.n_evaluations if final is not record else 0),
+        n_supercell=final.n_supercell,
+        record=final.structure,
+        folder=final.folder,
+    )
+
+
+def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:
+    """The flat ``info`` keys that fitness, host and ``magus summary`` read, on every structure of the population."""
+    for candidate in candidates:
+        for index in candidate.members:
+            population[index].info.update(
+                candidate_id=candidate.id,
+                model=model,
+                free_energy=np.nan if candidate.gibbs is None else candidate.gibbs,
+                free_energy_error=np.nan if candidate.gibbs_error is None else candidate.gibbs_error,
+                free_energy_status=candidate.status,
+                free_energy_model=model,
+                free_energy_reason=candidate.reason,
+                spg_quantum=candidate.spg_quantum,
+            )
+
+
+def write_tables(run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore) -> None:
+    """``ranking.csv`` for the first temperature, ``ranking_<T>K.csv`` for the others, ``quantum.traj`` for all results."""
+    for place, candidates in enumerate(tables):
+        name = "ranking.csv" if place == 0 or not candidates else f"ranking_{candidates[0].temperature:g}K.csv"
+        write_ranking(run_dir / name, candidates)
+    write_quantum(run_dir / "quantum.traj", store.records())

@@ -1,0 +1,223 @@
+"""``free_energies.db`` (ase.db, SQLite): every SSCHA result, so that none is worked out twice. Only the main process writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
+from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.structures import bare, structure_id
+
+log = logging.getLogger(__name__)
+
+NAME = "free_energies.db"
+NOT_PHYSICS = ("when", "max_candidates", "window", "seed_back", "temperature")
+"""Keys of ``sscha`` that decide who gets a free energy, not which one."""
+
+PREFIX = "id-"
+"""ase.db refuses strings that read as numbers, and some hashes do (``1234e5678901``)."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a free energy belongs to besides its structure; pressure in GPa, temperature in K."""
+
+    model: str
+    pressure: float
+    temperature: float
+    settings_hash: str
+
+    def folder(self, structure: str) -> str:
+        """Name of the run's folder below ``sscha/``: structure id and eight digits of this key."""
+        text = f"{self.model} {self.pressure:.6f} {self.temperature:.6f} {self.settings_hash}"
+        return f"{structure}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
+    """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
+    data = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "seed": seed, "earlier": list(earlier)}
+    text = json.dumps(data, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom, volume in A^3/atom.
+
+    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell), ``reduced`` the
+    run that took over from this one for the same reason.
+    """
+
+    structure: str
+    key: Key
+    start: Atoms
+    status: str
+    reason: str = ""
+    enthalpy: float | None = None
+    gibbs: float | None = None
+    gibbs_error: float | None = None
+    gibbs_raw: float | None = None
+    finite_size: float | None = None
+    volume: float | None = None
+    n_evaluations: int = 0
+    n_supercell: int = 0
+    spg_static: str = ""
+    spg_quantum: str = ""
+    symmetry_tolerance: float = DISTANCE_TOLERANCE
+    centroids: Atoms | None = None
+    parent: str = ""
+    reduced: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of the folder below ``sscha/``."""
+        return self.key.folder(self.structure)
+
+
+TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced")
+NUMBERS = (
+    "enthalpy",
+    "gibbs",
+    "gibbs_error",
+    "gibbs_raw",
+    "finite_size",
+    "volume",
+    "n_evaluations",
+    "n_supercell",
+    "symmetry_tolerance",
+)
+
+
+class FreeEnergyStore:
+    """All records of one run folder, in memory and on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._records: dict[tuple[str, Key], Record] = {}
+        self._rows: dict[tuple[str, Key], int] = {}
+        self._prints: dict[tuple[str, str], Fingerprint] = {}
+        if self.path.exists():
+            for row in self._connect().select():
+                record = _from_row(row)
+                self._records[record.structure, record.key] = record
+                self._rows[record.structure, record.key] = row.id
+
+    def _connect(self) -> Any:
+        import ase.db
+
+        # A lock file left by a killed process would block the next start for ever; one process writes.
+        return ase.db.connect(str(self.path), use_lock_file=False)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def records(self, key: Key | None = None) -> Iterator[Record]:
+        """All records, or those of one model, pressure, temperature and settings, oldest first."""
+        return (record for record in self._records.values() if key is None or record.key == key)
+
+    def put(self, record: Record) -> None:
+        """Add the record, or replace the one of the same structure and key; on disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        identity = (record.structure, record.key)
+        database = self._connect()
+        pairs, data = _to_row(record)
+        if identity in self._rows:
+            database.update(self._rows[identity], atoms=bare(record.start), data=data, **pairs)
+        else:
+            self._rows[identity] = database.write(bare(record.start), key_value_pairs=pairs, data=data)
+        self._records[identity] = record
+
+    def get(self, structure: str, key: Key) -> Record | None:
+        """The record of a run that started from the structure with this id."""
+        return self._records.get((structure, key))
+
+    def find(self, atoms: Atoms, key: Key, enthalpy: float | None, tolerance: float, seed: str = "") -> Record | None:
+        """The record that holds for ``atoms``, or None.
+
+        By its hash (as a start or as a centroid); as a seed, when it still is the phase of the centroid of run ``seed``;
+        else by the matcher among the starts with an enthalpy (eV/atom) within ``tolerance``.
+        """
+        name = structure_id(atoms)
+        if record := self.get(name, key):
+            return record
+        records = list(self.records(key))
+        for record in records:
+            if record.centroids is not None and structure_id(record.centroids) == name:
+                return record
+        fingerprint = Fingerprint(atoms)
+        origin = self.get(seed, key) if seed else None
+        if origin is not None and origin.centroids is not None and same_phase(fingerprint, self._print(origin, "centroids")):
+            return origin
+        for record in records:
+            near = None not in (enthalpy, record.enthalpy) and abs(enthalpy - record.enthalpy) <= tolerance
+            if near and same(fingerprint, self._print(record, "start")):
+                log.info("%s is %s, whose free energy is known", name, record.structure)
+                return record
+        return None
+
+    def find_phase(self, atoms: Atoms, key: Key) -> Record | None:
+        """A final record whose centroids are the phase ``atoms`` in a primitive cell of the same size, or None."""
+        fingerprint = Fingerprint(atoms)
+        for record in self.records(key):
+            if record.centroids is None or record.reduced or len(record.centroids) != len(atoms):
+                continue
+            if same_phase(fingerprint, self._print(record, "centroids")):
+                return record
+        return None
+
+    def final(self, record: Record) -> Record:
+        """The run that took over from ``record`` after a reduction to a smaller cell, or ``record`` itself."""
+        seen = {record.structure}
+        while record.reduced and record.reduced not in seen:
+            successor = self.get(record.reduced, record.key)
+            if successor is None or successor.gibbs is None:
+                break
+            seen.add(successor.structure)
+            record = successor
+        return record
+
+    def _print(self, record: Record, which: str) -> Fingerprint:
+        name = (record.folder, which)
+        if name not in self._prints:
+            start = which == "start"
+            self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.centroids, record.symmetry_tolerance)
+        return self._prints[name]
+
+
+def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+    pairs = {
+        "structure": PREFIX + record.structure,
+        "model": PREFIX + record.key.model,
+        "settings_hash": PREFIX + record.key.settings_hash,
+        "pressure_GPa": record.key.pressure,
+        "temperature_K": record.key.temperature,
+        "status": record.status,
+    }
+    pairs.update({name: getattr(record, name) for name in NUMBERS if getattr(record, name) is not None})
+    texts = {name: getattr(record, name) for name in TEXTS}
+    centroids = record.centroids
+    data = {"texts": texts, "centroids": None if centroids is None else bare(centroids).todict()}
+    return pairs, data
+
+
+def _from_row(row: Any) -> Record:
+    pairs, data = row.key_value_pairs, row.data
+    key = Key(
+        pairs["model"].removeprefix(PREFIX),
+        float(pairs["pressure_GPa"]),
+        float(pairs["temperature_K"]),
+        pairs["settings_hash"].removeprefix(PREFIX),
+    )
+    stored = data["centroids"]
+    known = {field.name for field in fields(Record)}
+    values = {name: pairs[name] for name in NUMBERS if name in pairs}
+    values.update({name: text for name, text in data["texts"].items() if name in known})
+    return Record(key=key, start=bare(row.toatoms()), centroids=None if stored is None else Atoms.fromdict(stored), **values)

@@ -1,0 +1,121 @@
+"""``ranking.csv`` and ``quantum.traj``: what a ranking leaves for people and for other programs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.files import replacing
+from magus_anharmonic.ranking.candidate import RANKED, Candidate
+from magus_anharmonic.ranking.store import Record
+from magus_anharmonic.structures import bare
+
+COLUMNS = (
+    "id",
+    "formula",
+    "natoms",
+    "pressure_GPa",
+    "temperature_K",
+    "spg_static",
+    "spg_quantum",
+    "enthalpy_eV_per_atom",
+    "gibbs_eV_per_atom",
+    "gibbs_error_eV_per_atom",
+    "n_evaluations",
+    "model",
+    "status",
+    "reason",
+    "rank_static",
+    "rank_quantum",
+    "same_as",
+    "gibbs_raw_eV_per_atom",
+    "finite_size_eV_per_atom",
+    "natoms_supercell",
+    "volume_A3_per_atom",
+    "n_merged",
+    "seed_of",
+    "sscha_folder",
+)
+
+
+def row(candidate: Candidate) -> dict[str, Any]:
+    """The columns of one candidate; energies in eV/atom with six digits, empty where there is no number."""
+    c = candidate
+    values = (
+        c.id,
+        c.formula,
+        len(c.atoms),
+        f"{c.pressure:g}",
+        f"{c.temperature:g}",
+        c.spg_static,
+        c.spg_quantum,
+        _digits(c.enthalpy),
+        _digits(c.gibbs),
+        _digits(c.gibbs_error),
+        c.n_evaluations,
+        c.model,
+        c.status,
+        c.reason,
+        c.rank_static,
+        c.rank_quantum,
+        c.same_as,
+        _digits(c.gibbs_raw),
+        _digits(c.finite_size),
+        c.n_supercell or "",
+        _digits(c.volume),
+        max(0, len(c.members) - 1),
+        c.seed,
+        c.folder,
+    )
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.6f}"
+
+
+def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
+    """Write the table atomically, in the order given."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row(candidate) for candidate in candidates)
+
+
+def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
+    """Write the centroids of all records that have a G, lowest first, with what is known in ``info``; returns how many.
+
+    ``parent_id`` is the structure whose run led here, ``candidate_id`` the one this run started from.
+    """
+    from ase.io import write
+
+    found = sorted(
+        (r for r in records if r.status in RANKED and r.centroids is not None and r.gibbs is not None),
+        key=lambda r: (r.key.model, r.key.temperature, r.gibbs),
+    )
+    if found:
+        with replacing(path) as temporary:
+            write(temporary, [_frame(record) for record in found], format="traj")
+    return len(found)
+
+
+def _frame(record: Record) -> Atoms:
+    atoms = bare(record.centroids)
+    atoms.info = {
+        "candidate_id": record.structure,
+        "parent_id": record.parent or record.structure,
+        "free_energy": record.gibbs,
+        "free_energy_error": record.gibbs_error,
+        "free_energy_status": record.status,
+        "free_energy_model": record.key.model,
+        "spg": record.spg_quantum,
+        "spg_static": record.spg_static,
+        "pressure_GPa": record.key.pressure,
+        "temperature_K": record.key.temperature,
+        "sscha_folder": record.folder,
+    }
+    return atoms
