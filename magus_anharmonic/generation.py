@@ -61,6 +61,8 @@ def start(
     learn: bool = True,
     allow_missing_labeler: bool = False,
     potential: Evaluator | None = None,
+    seed: int | None = None,
+    record: bool = True,
 ) -> SearchState:
     """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its ``run.json``.
 
@@ -72,8 +74,10 @@ def start(
         False under ``magus search -m``, where the ML calculator learns.
     allow_missing_labeler
         Run without learning, with a warning, where the labeler is not installed; else that is an ``InputError``.
-    potential
-        Instead of the one that the settings name.
+    potential, seed
+        Instead of those that the settings and the record name.
+    record
+        False where the host has written ``run.json`` already.
 
     Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint not loadable).
     """
@@ -85,20 +89,24 @@ def start(
     labeler, store = (None, None)
     if learn and settings.learning is not None:
         labeler, store = _labeler(settings, folder, allow_missing_labeler)
-    seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
+    if seed is None:
+        seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
     state = SearchState(
         settings, folder, chosen, seed, labeler, store, learn=labeler is not None, n_generations=settings.num_gen,
         energy_rmse=_recorded_rmse(folder) if restart else None,
     )  # fmt: skip
-    write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra={"restart": restart, "learning": state.learn})
+    if record:
+        extra = {"restart": restart, "learning": state.learn}
+        write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra=extra)
     return state
 
 
-def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """``checkpoints/gen{N}.pth`` with the largest N, or None."""
+def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
+    """``checkpoints/gen{N}.pth`` with the largest N (not above ``up_to``), or None."""
     found = {}
     for path in (Path(run_dir) / "checkpoints").glob("gen*.pth"):
-        if number := re.fullmatch(r"gen(\d+)", path.stem):
+        number = re.fullmatch(r"gen(\d+)", path.stem)
+        if number and (up_to is None or int(number[1]) <= up_to):
             found[int(number[1])] = path
     return found[max(found)] if found else None
 

@@ -36,8 +36,7 @@ def available(name: str) -> tuple[bool, str]:
     """Whether labels of ``name`` can be made here, and one sentence that says why or what to install."""
     if name == "main":
         return True, "MAGUS's MainCalculator makes the labels (magus search -m)"
-    module = code_module(name)
-    return module.available() if name in REGISTRY else module.available(name)
+    return code_module(name).available(name)
 
 
 def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
@@ -56,11 +55,11 @@ def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
     module = code_module(name)
     try:
         recipe = module.recipe(settings)
-        usable, message = available(name)
     except LabelerError as error:
         raise InputError(str(error)) from None
+    usable, message = module.available(name, recipe.execution)
     if not usable:
-        raise InputError(message if "learning.labeler" in message else f"learning.labeler.calculator: {name}: labeler not installed: {message}")
+        raise InputError(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
     n_workers = settings.n_workers or module.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
 

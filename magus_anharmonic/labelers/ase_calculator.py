@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,37 +21,35 @@ def load_class(path: str) -> type:
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise LabelerError(
-            f"learning.labeler.calculator: {path!r}: not known; allowed: gpaw, vasp, espresso, main, "
-            "or the import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+            f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, or the import path of an ASE calculator, "
+            "e.g. ase.calculators.emt.EMT"
         )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise LabelerError(
-            f"learning.labeler.calculator: {path}: labeler not installed ({error}); install the package that brings "
-            f"{module_name!r} (for the open default: pip install 'magus-anharmonic[gpaw]' and calculator: gpaw)"
+            f"{error}; install the package that brings {module_name}, "
+            "or take the open default: calculator: gpaw after pip install 'magus-anharmonic[gpaw]'"
         ) from None
     found = getattr(module, name, None)
     if not callable(found):
-        raise LabelerError(f"learning.labeler.calculator: {path}: {module_name} has no calculator {name!r}")
+        raise LabelerError(f"{module_name} has no calculator {name!r}")
     return found
 
 
-def available(path: str) -> tuple[bool, str]:
-    """Whether the class can be imported, and what to do if not."""
+def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+    """Whether the class ``name`` can be imported, and what to do if not."""
     try:
-        load_class(path)
+        load_class(name)
     except LabelerError as error:
         return False, str(error)
-    return True, f"{path} can be imported"
+    return True, f"{name} can be imported"
 
 
 def recipe(settings: LabelerSettings) -> Recipe:
     """Arguments as given; raises ``LabelerError`` for ``k_spacing``, which has no general meaning here."""
     if settings.k_spacing is not None:
-        raise LabelerError(
-            f"learning.labeler.k_spacing: is not known to {settings.calculator}; give its own keyword under arguments"
-        )
+        raise LabelerError(f"learning.labeler.k_spacing: is not known to {settings.calculator}; give its own keyword under arguments")
     return make_recipe(settings.calculator, settings, defaults={}, k_spacing=None, execution_keys=EXECUTION_KEYS)
 
 

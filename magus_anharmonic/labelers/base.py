@@ -119,7 +119,13 @@ def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | No
         "k_spacing": canonical(k_spacing),
         "energy": ENERGY_CONVENTION,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    text = json.dumps(content, sort_keys=True).encode()
+    digest = hashlib.sha256(text).hexdigest()[:12]
+    # Extended XYZ would read 123456789012 or 12e456789012 back as a number.
+    while re.fullmatch(r"\d+(e\d+)?", digest):
+        text += b" "
+        digest = hashlib.sha256(text).hexdigest()[:12]
+    return digest
 
 
 def canonical(value: Any) -> Any:

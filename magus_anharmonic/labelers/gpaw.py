@@ -25,10 +25,10 @@ K_SPACING = 0.08
 EXECUTION_KEYS = frozenset({"parallel", "communicator", "verbose", "maxiter"})
 
 
-def available() -> tuple[bool, str]:
+def available(name: str = "gpaw", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
     """Whether GPAW can be imported, and how to get it if not."""
     if importlib.util.find_spec("gpaw") is None:
-        return False, "gpaw is not installed; pip install 'magus-anharmonic[gpaw]'"
+        return False, "gpaw cannot be imported; pip install 'magus-anharmonic[gpaw]'"
     return True, "gpaw is installed"
 
 

@@ -90,7 +90,7 @@ class FactorisedM3GNet(nn.Module):
 
     def energy(self, graph: Graph, vector: torch.Tensor) -> torch.Tensor:
         """Energies (n,) in eV, float64, as a differentiable function of the edge vectors (E, 3)."""
-        module, centre, neighbour = self.module, graph.centre, graph.neighbour
+        module, centre = self.module, graph.centre
         radial, threebody = self.edge_basis(graph, vector)
         atom = module.atom_embedding.mlp[0].linear.weight.T.index_select(0, graph.numbers)
         edge = module.edge_encoder.mlp(radial)
