@@ -1,0 +1,145 @@
+"""Labels from Quantum ESPRESSO's pw.x through ASE. Program and pseudopotentials are the user's.
+
+``arguments`` needs ``pseudopotentials`` (symbol -> UPF file); ``command`` (default ``pw.x``) and ``pseudo_dir`` may stand there or in
+ASE's configuration; ``input_data`` holds pw.x's own keys.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.labelers.base import Recipe, k_points, make_recipe
+from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.units import RYDBERG
+
+SYSTEM: Mapping[str, Any] = {"ecutwfc": 60, "ecutrho": 480, "occupations": "smearing", "smearing": "gaussian", "degauss": 0.01}
+ELECTRONS: Mapping[str, Any] = {"conv_thr": 1e-8}
+K_SPACING = 0.03
+EXECUTION_KEYS = frozenset({"command", "pseudo_dir"})
+
+# Where the energy at zero smearing lies between F and E = F + TS: E0 = F + fraction * TS (Methfessel-Paxton of order 1).
+_TOWARDS_ZERO = {
+    "gaussian": 0.5, "gauss": 0.5, "fermi-dirac": 0.5, "f-d": 0.5, "fd": 0.5,
+    "methfessel-paxton": 1.0 / 3.0, "m-p": 1.0 / 3.0, "mp": 1.0 / 3.0,
+    "marzari-vanderbilt": 0.0, "cold": 0.0, "m-v": 0.0, "mv": 0.0,
+}  # fmt: skip
+
+
+def _configured(name: str) -> str | None:
+    from ase.config import cfg
+
+    return cfg.parser.get("espresso", name, fallback=None) if cfg.parser.has_section("espresso") else None
+
+
+def available(name: str = "espresso", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+    """Whether the command (``execution``, ASE's configuration, or pw.x) is found."""
+    command = _command(execution or {})
+    if shutil.which(shlex.split(command)[0]) is None:
+        return False, f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g. mpirun -n 8 /path/to/pw.x)"
+    return True, f"{command} is found"
+
+
+def _command(execution: Mapping[str, Any]) -> str:
+    return execution.get("command") or _configured("command") or "pw.x"
+
+
+def recipe(settings: LabelerSettings) -> Recipe:
+    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials."""
+    if not isinstance(settings.arguments.get("pseudopotentials"), Mapping):
+        raise LabelerError(
+            "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per element, e.g. {H: H.upf, S: S.upf}"
+        )
+    made = make_recipe(
+        "espresso",
+        settings,
+        defaults={},
+        k_spacing=K_SPACING,
+        execution_keys=EXECUTION_KEYS,
+        fixes_kpoints=("kpts", "kspacing"),
+    )
+    arguments = {**made.arguments, "input_data": _input_data(made.arguments.get("input_data", {}))}
+    return Recipe(made.code, arguments, made.k_spacing, made.execution)
+
+
+def _input_data(given: Mapping[str, Any]) -> dict[str, Any]:
+    from ase.io.espresso import Namelist
+
+    nested = Namelist(dict(given))
+    nested.to_nested("pw")
+    data = {section: dict(keys) for section, keys in nested.items() if keys}
+    control = data.get("control", {})
+    if control.get("calculation", "scf") != "scf":
+        raise LabelerError("learning.labeler.arguments.input_data.control.calculation: labels are single points (scf); leave it out")
+    data["control"] = {"disk_io": "none", **control, "calculation": "scf", "tprnfor": True, "tstress": True}
+    given_system = data.get("system", {})
+    smearing = {} if "occupations" in given_system else {key: SYSTEM[key] for key in ("occupations", "smearing", "degauss")}
+    cutoffs = {key: SYSTEM[key] for key in (() if "ecutwfc" in given_system else ("ecutwfc", "ecutrho"))}
+    data["system"] = {**cutoffs, **smearing, **given_system}
+    data["electrons"] = {**ELECTRONS, **data.get("electrons", {})}
+    name = str(data["system"].get("smearing", "gaussian")).lower()
+    if data["system"].get("occupations") == "smearing" and name not in _TOWARDS_ZERO:
+        raise LabelerError(f"learning.labeler.arguments.input_data.system.smearing: {name!r}: allowed: {', '.join(sorted(_TOWARDS_ZERO))}")
+    return data
+
+
+def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+    """ASE's Espresso for one single point in ``directory``."""
+    from ase.calculators.espresso import EspressoProfile
+
+    arguments = dict(recipe.arguments)
+    if recipe.k_spacing is not None:
+        arguments["kpts"] = k_points(atoms, recipe.k_spacing)
+    profile = EspressoProfile(
+        command=_command(recipe.execution),
+        pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
+    )
+    return _extrapolating()(profile=profile, directory=str(directory), **arguments)
+
+
+def _extrapolating() -> type:
+    from ase.calculators.espresso import Espresso
+
+    class ExtrapolatedEspresso(Espresso):
+        """ASE's Espresso, whose ``energy`` is extrapolated to zero smearing (ASE returns the free energy under both names)."""
+
+        def calculate(self, atoms: Atoms, properties: Any, system_changes: Any) -> None:
+            super().calculate(atoms, properties, system_changes)
+            text = (self.directory / self.template.outputname).read_text(errors="replace")
+            require_converged(text)
+            system = self.parameters["input_data"].get("system", {})
+            self.results["energy"] = zero_smearing_energy(self.results["free_energy"], text, str(system.get("smearing", "gaussian")))
+
+    return ExtrapolatedEspresso
+
+
+def zero_smearing_energy(free_energy: float, output: str, smearing: str) -> float:
+    """Energy (eV) at zero smearing from the free energy F (eV) and the line ``smearing contrib. (-TS)`` (Ry) of pw.x's output."""
+    found = re.findall(r"smearing contrib\. \(-TS\)\s*=\s*([-+\d.Ee]+)\s*Ry", output)
+    if not found:
+        return free_energy
+    return free_energy - _TOWARDS_ZERO[smearing.lower()] * float(found[-1]) * RYDBERG
+
+
+def require_converged(output: str) -> None:
+    """Raise ``LabelerError`` when pw.x says that its SCF did not converge, or did not finish."""
+    if "convergence NOT achieved" in output:
+        raise LabelerError("SCF did not converge: pw.x says 'convergence NOT achieved'")
+    if "convergence has been achieved" not in output:
+        raise LabelerError("pw.x did not finish: its output has no 'convergence has been achieved'")
+
+
+def check(calculator: Any, directory: Path) -> None:
+    """Nothing to check: done while the results are read."""
+
+
+def default_workers(cores: int) -> int:
+    """pw.x is usually started with MPI on all cores."""
+    return 1

@@ -1,0 +1,113 @@
+"""Labels from VASP through ASE. VASP and its POTCAR files are the user's (VASP_PP_PATH, ASE_VASP_COMMAND or ``command``).
+
+Cutoff and k-point spacing are the paper's (Sec. IV: 500 eV, 2 pi x 0.03 / A); it names no smearing, ours is Gaussian, 0.05 eV.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.labelers.base import Recipe, k_points, make_recipe
+from magus_anharmonic.settings import LabelerSettings
+
+DEFAULTS: Mapping[str, Any] = {
+    "xc": "PBE",
+    "encut": 500,
+    "prec": "Accurate",
+    "ediff": 1e-6,
+    "ismear": 0,
+    "sigma": 0.05,
+    "nelm": 100,
+    "lreal": False,
+}
+K_SPACING = 0.03
+EXECUTION_KEYS = frozenset({"command", "ncore", "npar", "kpar", "lplane", "nsim", "lwave", "lcharg", "lvtot", "lvhar", "nelm"})
+_OURS = frozenset({"nsw", "ibrion", "isif", "pstress", "potim"})
+_COMMANDS = ("ASE_VASP_COMMAND", "VASP_COMMAND")
+
+
+def available(name: str = "vasp", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+    """Whether the command and the POTCAR folder are known, in ``execution``, the environment or ASE's configuration."""
+    command = _command(execution or {})
+    missing = []
+    if not command:
+        missing.append("ASE_VASP_COMMAND (how to start VASP, e.g. 'mpirun -n 16 vasp_std')")
+    elif shutil.which(shlex.split(command)[0]) is None:
+        return False, f"the program of the command {command!r} is not found"
+    if not _configured("VASP_PP_PATH"):
+        missing.append("VASP_PP_PATH (folder of the POTCAR files)")
+    if missing:
+        return False, f"set {' and '.join(missing)} in the environment or in ~/.config/ase/config.ini; VASP itself needs a licence"
+    return True, f"command {command!r} and POTCAR folder are set"
+
+
+def _command(execution: Mapping[str, Any]) -> str | None:
+    return execution.get("command") or next((value for name in _COMMANDS if (value := _configured(name))), None)
+
+
+def _configured(name: str) -> str | None:
+    from ase.config import cfg
+
+    return os.environ.get(name) or cfg.get(name)
+
+
+def recipe(settings: LabelerSettings) -> Recipe:
+    """Arguments and k-point rule; raises ``LabelerError`` for keys that would make it more than a single point."""
+    wrong = sorted(_OURS & {str(key).lower() for key in settings.arguments})
+    if wrong:
+        raise LabelerError(f"learning.labeler.arguments.{wrong[0]}: labels are single points; leave it out")
+    return make_recipe(
+        "vasp",
+        settings,
+        defaults=DEFAULTS,
+        k_spacing=K_SPACING,
+        execution_keys=EXECUTION_KEYS,
+        fixes_kpoints=("kpts", "kspacing", "reciprocal"),
+    )
+
+
+def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+    """ASE's Vasp for one single point in ``directory``."""
+    arguments = {"lwave": False, "lcharg": False, **recipe.arguments, **recipe.execution}
+    if recipe.k_spacing is not None:
+        arguments.update(kpts=k_points(atoms, recipe.k_spacing), gamma=True)
+    arguments["command"] = _command(recipe.execution)
+    return _without_shell()(directory=str(directory), atoms=None, nsw=0, ibrion=-1, **arguments)
+
+
+def _without_shell() -> type:
+    from ase.calculators.vasp import Vasp
+
+    class VaspWithoutShell(Vasp):
+        """ASE's Vasp, except that the command is started directly: no shell reads the user's text."""
+
+        def _run(self, command: str | None = None, out: Any = None, directory: str | None = None) -> tuple[int, str]:
+            result = subprocess.run(
+                shlex.split(command or self.command), cwd=directory or self.directory, capture_output=True, text=True, check=False
+            )
+            if out is not None:
+                out.write(result.stdout)
+            return result.returncode, result.stderr
+
+    return VaspWithoutShell
+
+
+def check(calculator: Any, directory: Path) -> None:
+    """Raise ``LabelerError`` unless VASP's electronic loop ended because EDIFF was reached."""
+    if not calculator.converged:
+        steps = calculator.exp_params.get("ediff")
+        raise LabelerError(f"SCF did not converge: VASP's electronic loop ended before EDIFF = {steps:g} eV was reached")
+
+
+def default_workers(cores: int) -> int:
+    """VASP's command usually takes all cores itself."""
+    return 1

@@ -1,0 +1,55 @@
+"""An ASE calculator that fails in the way its arguments ask for, by number of atoms."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from ase.calculators.calculator import Calculator, all_changes
+
+
+class Misbehaving(Calculator):
+    """Zero forces, energy = number of atoms; ``behaviour`` maps a number of atoms to a way to fail."""
+
+    implemented_properties = ["energy", "forces", "stress"]
+
+    def __init__(self, behaviour=None, child_file=None, nap=0.0):
+        super().__init__()
+        self.behaviour = {int(key): value for key, value in (behaviour or {}).items()}
+        self.child_file, self.nap = child_file, nap
+        self.converged = True
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        print("a line that a DFT code prints on standard output", flush=True)
+        os.write(1, b"{not json from the code}\n")
+        time.sleep(self.nap)
+        n = len(atoms)
+        how = self.behaviour.get(n)
+        self.results = {"energy": float(n), "forces": np.zeros((n, 3)), "stress": np.zeros(6)}
+        if how == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif how == "exit":
+            os._exit(7)
+        elif how == "hang":
+            if self.child_file:
+                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+                Path(self.child_file).write_text(str(child.pid))
+            time.sleep(600)
+        elif how == "nan":
+            self.results["forces"] = np.full((n, 3), np.nan)
+        elif how == "infinite":
+            self.results["energy"] = np.inf
+        elif how == "atoms":
+            self.results["forces"] = np.zeros((n + 1, 3))
+        elif how == "raise":
+            raise ValueError("the density is negative")
+        elif how == "unconverged":
+            self.converged = False
+        elif how == "pid":
+            self.results["energy"] = float(os.getpid())

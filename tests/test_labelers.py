@@ -1,0 +1,333 @@
+"""Labelers: what they compute, and that nothing a DFT code does can stop a search."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.units import GPa
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.labelers import available, get_labeler
+from magus_anharmonic.labelers.base import k_points, settings_hash
+from magus_anharmonic.labelers.pool import WorkerLabeler, available_cores
+from magus_anharmonic.settings import LabelerSettings
+
+EMT_PATH = "ase.calculators.emt.EMT"
+H3S_CELL = [[-1.5, 1.5, 1.5], [1.5, -1.5, 1.5], [1.5, 1.5, -1.5]]
+H3S_SCALED = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+
+
+def copper(scale: float = 1.0) -> Atoms:
+    atoms = bulk("Cu", cubic=True, a=3.6 * scale)
+    atoms.rattle(0.05, seed=3)
+    return atoms
+
+
+def chain(n: int) -> Atoms:
+    return Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+
+
+def misbehaving(directory: Path, behaviour: dict, *, n_workers: int = 1, timeout: float = 60.0, **arguments) -> WorkerLabeler:
+    settings = LabelerSettings(
+        calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour, **arguments}, n_workers=n_workers, timeout=timeout
+    )
+    return get_labeler(settings, directory)
+
+
+# ------------------------------------------------------------------ any ASE calculator
+
+
+@pytest.fixture(scope="module")
+def emt(tmp_path_factory):
+    with get_labeler(LabelerSettings(calculator=EMT_PATH, n_workers=2), tmp_path_factory.mktemp("emt")) as labeler:
+        yield labeler
+
+
+def test_labels_are_those_of_the_calculator_in_the_order_of_the_input(emt):
+    structures = [copper(1.0), copper(1.02), copper(0.97)]
+    finished = []
+    labels = emt.label(structures, lambda index, label: finished.append((index, label)))
+    for atoms, label in zip(structures, labels, strict=True):
+        reference = atoms.copy()
+        reference.calc = EMT()
+        assert label.ok and label.settings_hash == emt.settings_hash
+        assert label.energy == pytest.approx(reference.get_potential_energy(), abs=1e-12)
+        assert label.forces == pytest.approx(reference.get_forces(), abs=1e-12)
+        assert label.stress == pytest.approx(reference.get_stress(voigt=False), abs=1e-12)
+    assert sorted(index for index, _ in finished) == [0, 1, 2]
+    assert all(label is labels[index] for index, label in finished)
+
+
+def test_relaxation_reaches_the_pressure_asked_for(emt):
+    start = copper()
+    (result,) = emt.relax([start], pressure=20.0, force_tolerance=0.005)
+    assert result.converged and not result.failed and result.n_steps > 1
+    assert -np.trace(result.stress) / 3 / GPa == pytest.approx(20.0, abs=0.1)
+    assert np.abs(result.forces).max() < 0.005
+    pv = 20.0 * GPa * result.atoms.get_volume()
+    assert result.enthalpy == pytest.approx((result.energy + pv) / len(start))
+    assert start.get_volume() > result.atoms.get_volume()
+
+
+def test_relaxation_that_runs_out_of_steps_says_so(emt):
+    (result,) = emt.relax([copper()], pressure=20.0, max_steps=1)
+    assert not result.converged and not result.failed
+    assert "1 steps" in result.reason
+
+
+def test_the_worker_is_kept_from_call_to_call(tmp_path):
+    with misbehaving(tmp_path, {2: "pid"}) as labeler:
+        first, second = labeler.label([chain(2)]) + labeler.label([chain(2)])
+    assert first.energy == second.energy != os.getpid()
+
+
+# ------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("segfault", "SIGSEGV"),
+        ("exit", "exit code 7"),
+        ("nan", "NaN or infinite forces"),
+        ("infinite", "NaN or infinite energy"),
+        ("atoms", "wrong number of atoms"),
+        ("raise", "ValueError: the density is negative"),
+        ("unconverged", "did not converge"),
+    ],
+)
+def test_a_label_that_fails_has_its_reason_and_the_others_are_made(tmp_path, how, reason):
+    with misbehaving(tmp_path, {2: how}) as labeler:
+        results = labeler.label([chain(1), chain(2), chain(3)])
+    assert [result.ok for result in results] == [True, False, True]
+    assert reason in results[1].reason
+    assert len(results[1].structure) == 2
+    assert [results[0].energy, results[2].energy] == [1.0, 3.0]
+
+
+def test_a_hanging_label_is_given_up_together_with_its_child_processes(tmp_path):
+    child_file = tmp_path / "child"
+    with misbehaving(tmp_path / "scratch", {2: "hang"}, timeout=4.0, child_file=str(child_file)) as labeler:
+        results = labeler.label([chain(2), chain(1)])
+    assert [result.ok for result in results] == [False, True]
+    assert "no answer within 4 s" in results[0].reason
+    assert not _alive(int(child_file.read_text()))
+
+
+def _alive(pid: int) -> bool:
+    deadline = time.monotonic() + 5.0
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_a_relaxation_that_fails_returns_the_start_and_the_reason(tmp_path):
+    with misbehaving(tmp_path, {2: "nan", 3: "segfault"}) as labeler:
+        bad, worse = labeler.relax([chain(2), chain(3)], pressure=10.0)
+    assert bad.failed and not bad.converged and worse.failed and "SIGSEGV" in worse.reason
+    assert bad.atoms.positions == pytest.approx(chain(2).positions)
+
+
+def test_what_the_code_prints_goes_to_the_log_of_the_worker(tmp_path):
+    with misbehaving(tmp_path, {}) as labeler:
+        assert labeler.label([chain(1)])[0].ok
+    assert "a line that a DFT code prints" in (tmp_path / "worker0.log").read_text()
+
+
+def test_the_worker_ends_when_the_search_is_killed(tmp_path):
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from pathlib import Path
+    from test_labelers import misbehaving, chain
+    with misbehaving(Path({str(tmp_path)!r}), {{2: "pid", 3: "hang"}}, child_file={str(tmp_path / "child")!r}) as labeler:
+        print(int(labeler.label([chain(2)])[0].energy), flush=True)
+        labeler.label([chain(3)])
+    """
+    search = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    worker = int(search.stdout.readline())
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "child").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    child = int((tmp_path / "child").read_text())
+    search.send_signal(signal.SIGKILL)
+    search.wait()
+    assert not _alive(worker) and not _alive(child)
+
+
+def test_an_exception_in_the_search_ends_the_workers(tmp_path):
+    pids = []
+
+    def interrupt(index, label):
+        pids.append(int(label.energy))
+        raise KeyboardInterrupt
+
+    with misbehaving(tmp_path, {2: "pid"}) as labeler, pytest.raises(KeyboardInterrupt):
+        labeler.label([chain(2), chain(1)], interrupt)
+    assert not _alive(pids[0])
+
+
+def test_progress_names_count_failures_and_time_left(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with misbehaving(tmp_path, {2: "raise"}) as labeler:
+        labeler.label([chain(2), chain(1), chain(1)])
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("label 2 of 3, 1 failed, about ") and line.endswith(" left") for line in lines)
+    assert "label 3 of 3, 1 failed" in lines
+
+
+def test_two_workers_work_at_the_same_time(tmp_path):
+    with misbehaving(tmp_path, {}, n_workers=2, nap=1.0) as labeler:
+        labeler.label([chain(1), chain(1)])
+        started = time.monotonic()
+        labeler.label([chain(1)] * 4)
+    assert time.monotonic() - started < 3.8
+
+
+def test_a_module_of_the_users_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('shadowed')")
+    monkeypatch.chdir(tmp_path)
+    with get_labeler(LabelerSettings(calculator=EMT_PATH, n_workers=1), tmp_path / "scratch") as labeler:
+        assert labeler.label([copper()])[0].ok
+
+
+def test_one_label_per_available_core_unless_told_otherwise(tmp_path):
+    with get_labeler(LabelerSettings(calculator=EMT_PATH), tmp_path) as labeler:
+        assert labeler.n_workers == available_cores() >= 1
+
+
+# ------------------------------------------------------------------ settings
+
+
+def test_hash_names_the_energy_surface_and_nothing_else(tmp_path):
+    def of(**arguments):
+        return get_labeler(LabelerSettings(calculator="gpaw", **arguments), tmp_path).settings_hash
+
+    pytest.importorskip("gpaw")
+    default = of()
+    assert len(default) == 12 and int(default, 16) >= 0
+    assert default == of(k_spacing=0.08) == of(n_workers=3, timeout=10.0)
+    assert default == of(arguments={"mode": {"ecut": 500.0, "name": "pw"}})
+    assert default == of(arguments={"convergence": {"energy": "2e-5", "density": "2E-5"}}), "YAML 1.1 reads 2e-5 as text"
+    others = [of(k_spacing=0.05), of(arguments={"xc": "LDA"}), of(arguments={"mode": {"name": "pw", "ecut": 600}})]
+    others.append(of(arguments={"occupations": {"name": "fermi-dirac", "width": 0.1}}))
+    assert len({default, *others}) == 5
+
+
+def test_hash_is_never_a_number_in_extended_xyz():
+    hashes = [settings_hash("code", {"n": n}, None) for n in range(3000)]
+    assert not any(value.isdigit() for value in hashes)
+    for value in hashes:
+        with pytest.raises(ValueError):
+            float(value)
+
+
+def test_k_points_of_the_shared_labels():
+    cell = Atoms("SH3", cell=H3S_CELL, scaled_positions=H3S_SCALED, pbc=True)
+    assert k_points(cell, 0.08) == [6, 6, 6]
+    assert k_points(cell.repeat((2, 1, 1)), 0.08) == [3, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"calculator": "no_such_package.Calculator"}, ("learning.labeler.calculator", "not installed", "magus-anharmonic[gpaw]")),
+        ({"calculator": "ase.calculators.emt.NoSuch"}, ("no calculator 'NoSuch'",)),
+        ({"calculator": "gpa"}, ("'gpa'", "allowed", "gpaw")),
+        ({"calculator": "main"}, ("magus search -m",)),
+        ({"calculator": EMT_PATH, "k_spacing": 0.1}, ("learning.labeler.k_spacing",)),
+        ({"calculator": "gpaw", "k_spacing": 0.1, "arguments": {"kpts": [2, 2, 2]}}, ("k_spacing", "arguments.kpts", "keep one")),
+        ({"calculator": "gpaw", "arguments": {"txt": "here"}}, ("arguments.txt", "leave it out")),
+        ({"calculator": "vasp", "arguments": {"nsw": 50}}, ("arguments.nsw", "single points")),
+        ({"calculator": "vasp", "arguments": {"command": "no-such-vasp-here"}}, ("no-such-vasp-here", "not found")),
+        ({"calculator": "espresso"}, ("pseudopotentials", "missing")),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(tmp_path, settings, words):
+    pytest.importorskip("gpaw")
+    with pytest.raises(InputError) as caught:
+        get_labeler(LabelerSettings(**settings), tmp_path / "scratch")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_available_answers_for_every_labeler():
+    assert available(EMT_PATH)[0] and available("main")[0]
+    assert not available("no_such_package.Calculator")[0]
+    for name in ("gpaw", "vasp", "espresso"):
+        usable, text = available(name)
+        assert isinstance(usable, bool) and text
+
+
+# ------------------------------------------------------------------ GPAW, for real
+
+# The first label of kind h3s4 in the shared H3S set (GPAW-PBE), id set1-0001.
+SHARED_H3S = {
+    "energy": -8.24070233,
+    "positions": [
+        [0.01844263, -0.01263971, 0.02216084],
+        [1.52740736, 0.08622955, 0.01362165],
+        [-0.06956417, 1.47460817, 0.0509737],
+        [0.0347129, -0.02365941, 1.42424331],
+    ],
+    "cell": [
+        [-1.5691602516, 1.523922241, 1.5360064179],
+        [1.5992934673, -1.429767687, 1.4719850796],
+        [1.6099004245, 1.4705078599, -1.4418518639],
+    ],
+    "forces": [
+        [-0.30524835, 0.32810019, -1.00705216],
+        [-0.19980591, -0.71618444, 0.30245916],
+        [0.65329599, -0.13800437, 0.10975835],
+        [-0.14824894, 0.52606351, 0.59474897],
+    ],
+    "stress": [
+        [-0.6963121944, 0.0318190352, 0.0178403783],
+        [0.0318190352, -1.0767287136, 0.1132675556],
+        [0.0178403783, 0.1132675556, -1.1089042146],
+    ],
+}
+
+
+@pytest.mark.slow
+def test_gpaw_reproduces_a_label_of_the_shared_set(tmp_path):
+    pytest.importorskip("gpaw")
+    atoms = Atoms("SH3", positions=SHARED_H3S["positions"], cell=SHARED_H3S["cell"], pbc=True)
+    with get_labeler(LabelerSettings(calculator="gpaw", n_workers=1), tmp_path) as labeler:
+        (label,) = labeler.label([atoms])
+    assert label.ok, label.reason
+    assert label.energy == pytest.approx(SHARED_H3S["energy"], abs=1e-4)
+    assert label.forces == pytest.approx(np.array(SHARED_H3S["forces"]), abs=2e-3)
+    assert label.stress == pytest.approx(np.array(SHARED_H3S["stress"]), abs=2e-4)
+    # Fermi-Dirac: F < E0, and E0 lies half way between F and F + TS.
+    assert label.free_energy < label.energy
+    assert (tmp_path / "slot0" / "gpaw.txt").is_file()
+
+
+@pytest.mark.slow
+def test_gpaw_that_does_not_converge_is_a_failure_with_that_reason(tmp_path):
+    pytest.importorskip("gpaw")
+    arguments = {"mode": {"name": "pw", "ecut": 200}, "kpts": [1, 1, 1], "maxiter": 3}
+    atoms = Atoms("H", cell=[1.7, 1.7, 1.7], pbc=True)
+    with get_labeler(LabelerSettings(calculator="gpaw", arguments=arguments, n_workers=1), tmp_path) as labeler:
+        (result,) = labeler.label([atoms])
+    assert not result.ok and "SCF did not converge" in result.reason
+    assert list((tmp_path / "failed").iterdir()), "the output of a failed label is kept"
