@@ -53,3 +53,9 @@ class Misbehaving(Calculator):
             self.converged = False
         elif how == "pid":
             self.results["energy"] = float(os.getpid())
+
+
+class WithoutStress(Misbehaving):
+    """Energy and forces only."""
+
+    implemented_properties = ["energy", "forces"]
