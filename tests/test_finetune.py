@@ -1,0 +1,436 @@
+"""Training: the same steps as stock MatterSim, never a worse model than before, reproducible, restartable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from ase.units import GPa
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.batches import LabelledGraphs
+from magus_anharmonic.potential.evaluate import Potential, load
+from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
+from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
+from magus_anharmonic.potential.losses import mean_loss, torch_loss
+from magus_anharmonic.potential.score import score, scores_by
+from magus_anharmonic.potential.shift import refit_shift
+from magus_anharmonic.potential.split import split_by_parent
+from magus_anharmonic.potential.train import TrainRecipe, load_recipe, read_labels, train_command, train_file
+from magus_anharmonic.potential.trainer import Trainer
+from magus_anharmonic.settings import LearningSettings, parse
+
+TINY = Architecture(num_blocks=1, units=8)
+FAST = FinetuneSettings(epochs=3, learning_rate=5e-3, batch_size=4)
+
+
+def random_model(seed: int) -> torch.nn.Module:
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return M3Gnet(device="cpu", **TINY.model_dump()).eval()
+
+
+def rattled_h3s(rng: np.random.Generator, n_sulfur: int = 1) -> Atoms:
+    half = rng.uniform(1.5, 1.6)
+    cell = half * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
+    atoms = Atoms("SH3" if n_sulfur == 1 else "S2H2", positions=np.vstack([np.zeros(3), half * np.eye(3)]), cell=cell, pbc=True)
+    atoms.positions += 0.08 * rng.normal(size=(4, 3))
+    return atoms
+
+
+def with_labels(structures: list[Atoms], module: torch.nn.Module, offset: dict[str, float] | None = None) -> list[Atoms]:
+    """Labels by ``module``; ``offset``: a constant in eV per atom of a species."""
+    found = Potential(module).evaluate(structures)
+    for index, atoms in enumerate(structures):
+        constant = sum((offset or {}).get(symbol, 0.0) for symbol in atoms.symbols)
+        energy = found.energy[index] + constant
+        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=found.forces[index], stress=found.stress[index])
+        atoms.info.update(id=f"s{index}", parent=f"p{index // 2}", kind="even" if index % 2 == 0 else "odd")
+    return structures
+
+
+@pytest.fixture(scope="module")
+def labelled() -> list[Atoms]:
+    rng = np.random.default_rng(1)
+    return with_labels([rattled_h3s(rng) for _ in range(12)], random_model(7), {"H": -0.5, "S": -0.5})
+
+
+@pytest.fixture
+def train_set(labelled: list[Atoms]) -> list[Atoms]:
+    return labelled[:8]
+
+
+@pytest.fixture
+def validation_set(labelled: list[Atoms]) -> list[Atoms]:
+    return labelled[8:]
+
+
+@pytest.fixture
+def student() -> torch.nn.Module:
+    return random_model(3)
+
+
+# --- the step is MatterSim's ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_set: list[Atoms], validation_set: list[Atoms]) -> None:
+    """Loss of each of eight steps (two passes, clipping active) and the loss of the averaged weights."""
+    from mattersim.datasets.utils.build import build_dataloader
+    from mattersim.forcefield.potential import Potential as Stock
+
+    settings = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2, loss=loss)
+    stock = Stock(copy.deepcopy(student), device="cpu", lr=1e-3)
+
+    def stock_losses(structures: list[Atoms], mode: str) -> list[float]:
+        stresses = [atoms.get_stress(voigt=False) / GPa for atoms in structures]
+        energies, forces = [atoms.get_potential_energy() for atoms in structures], [atoms.get_forces() for atoms in structures]
+        loader = build_dataloader(structures, energies, forces, stresses, batch_size=2, shuffle=False)
+        function = torch_loss(loss)
+        return [stock.train_one_epoch([batch], 0, function, True, True, True, 1.0, 0.1, None, mode=mode, log=False)[0] for batch in loader]
+
+    expected = stock_losses(train_set, "train") + stock_losses(train_set, "train")
+    trainer, data = Trainer(student, settings), LabelledGraphs(train_set, student)
+    found = [trainer.step(*batch) for _ in range(2) for batch in data.batches(2)]
+    assert len(found) == 8 and found[-1] < found[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    with trainer.ema.average_parameters():
+        averaged = trainer.scores(LabelledGraphs(validation_set, student)).loss
+    # equal batches: the mean of stock's batch means is the mean over the set
+    assert averaged == pytest.approx(np.mean(stock_losses(validation_set, "val")), rel=1e-4)
+
+
+def test_schedules(student: torch.nn.Module) -> None:
+    step = Trainer(copy.deepcopy(student), FinetuneSettings(epochs=20, learning_rate=1e-2))
+    cosine = Trainer(copy.deepcopy(student), FinetuneSettings(epochs=20, learning_rate=1e-2, schedule="cosine"))
+    for trainer in (step, cosine):
+        trainer.optimizer.step()
+        for _ in range(20):
+            trainer.scheduler.step()
+    assert step.scheduler.get_last_lr()[0] == pytest.approx(1e-2 * 0.95**2)
+    assert cosine.scheduler.get_last_lr()[0] == pytest.approx(1e-4)
+
+
+def test_numpy_loss_is_torchs() -> None:
+    residual = np.random.default_rng(0).normal(scale=0.02, size=(7, 3))
+    for name in ("mse", "huber"):
+        expected = torch_loss(name)(torch.as_tensor(residual), torch.zeros(7, 3, dtype=torch.float64))
+        assert mean_loss(name, residual) == pytest.approx(float(expected), rel=1e-12)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_validation_loss_and_the_file_holds_that_model(tmp_path, student, train_set, validation_set) -> None:
+    before = checkpoint.model_id(student)
+    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    assert result.improved and result.after.loss < 0.9 * result.before.loss
+    assert (result.n_train, result.n_validation, len(result.history)) == (8, 4, 4)
+    assert checkpoint.model_id(student) == before == result.parent_id
+    potential = load(result.path, "cpu")
+    assert potential.model_id == result.model_id != before
+    written = score(potential, validation_set, FAST)
+    assert written.loss == pytest.approx(result.after.loss, rel=1e-4)
+    assert written.energy_rmse == pytest.approx(result.after.energy_rmse, rel=1e-3)
+    assert not (tmp_path / "new.pth.state").exists()
+
+
+def test_a_model_that_is_already_right_is_kept(tmp_path) -> None:
+    teacher = random_model(5)
+    rng = np.random.default_rng(2)
+    labelled = with_labels([rattled_h3s(rng) for _ in range(4)], teacher)
+    result = finetune(teacher, labelled[:3], labelled[3:], FAST, out=tmp_path / "new.pth", seed=0)
+    assert not result.improved and result.best_epoch == 0 and result.after == result.before
+    assert load(tmp_path / "new.pth", "cpu").model_id == result.parent_id
+
+
+def test_a_divergent_training_ends_and_keeps_the_model(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
+    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    assert not result.improved and "not finite in epoch 1" in result.stopped
+    assert result.model_id == result.parent_id
+
+
+def test_early_stopping(tmp_path) -> None:
+    teacher = random_model(5)
+    labelled = with_labels([rattled_h3s(np.random.default_rng(3)) for _ in range(3)], teacher)
+    settings = FinetuneSettings(epochs=50, learning_rate=0.05, patience=2)
+    result = finetune(teacher, labelled[:2], labelled[2:], settings, out=tmp_path / "new.pth", seed=0)
+    assert "no improvement in 2 epochs" in result.stopped and len(result.history) == 3
+
+
+def test_scale_and_shift_stay(tmp_path, student, train_set, validation_set) -> None:
+    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    for name in ("scale", "shift"):
+        assert torch.equal(getattr(result.module.normalizer, name), getattr(student.normalizer, name))
+
+
+def test_a_checkpoint_that_stock_mattersim_trained_to_epoch_99_is_trained_again(tmp_path, student, train_set, validation_set) -> None:
+    from mattersim.forcefield.potential import Potential as Stock
+
+    Stock(student, device="cpu", last_epoch=99).save(str(tmp_path / "stock.pth"))
+    result = finetune(tmp_path / "stock.pth", train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0, device="cpu")
+    assert [epoch.epoch for epoch in result.history] == [0, 1, 2, 3] and result.improved
+    stock = Stock.from_checkpoint(str(result.path), device="cpu")
+    assert checkpoint.model_id(stock.model) == result.model_id
+
+
+def test_learning_settings_are_enough(tmp_path, student, train_set) -> None:
+    settings = parse(LearningSettings, {"labeler": {"calculator": "gpaw"}, "epochs": 1, "batch_size": 4, "learning_rate": 1e-3})
+    result = finetune(student, train_set, [], settings, out=tmp_path / "new.pth", seed=0)
+    assert result.stopped == "all epochs done" and result.n_validation == 8
+
+
+# --- same seed, same model; interrupted, same model ------------------------------------------------
+
+
+def test_one_seed_one_model(tmp_path, student, train_set, validation_set) -> None:
+    ids = [
+        finetune(student, train_set, validation_set, FAST, out=tmp_path / f"{i}.pth", seed=seed).model_id
+        for i, seed in enumerate((4, 4, 5))
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+class Stop(Exception):
+    """An interrupt."""
+
+
+def interrupt_after(epoch: int):
+    def progress(record) -> None:
+        if record.epoch == epoch:
+            raise Stop
+
+    return progress
+
+
+def test_an_interrupted_training_resumes_to_the_same_model(tmp_path, student, train_set, validation_set) -> None:
+    whole = finetune(student, train_set, validation_set, FAST, out=tmp_path / "whole.pth", seed=0)
+    out = tmp_path / "parts.pth"
+    with pytest.raises(Stop):
+        finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2))
+    assert (tmp_path / "parts.pth.state").exists() and not out.exists()
+    seen: list[int] = []
+    rest = finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=lambda record: seen.append(record.epoch))
+    assert seen == [3]
+    assert rest.model_id == whole.model_id and rest.after == whole.after
+
+
+@pytest.mark.parametrize("damage", ["other inputs", "truncated"])
+def test_a_state_that_does_not_fit_is_not_used(tmp_path, student, train_set, validation_set, damage: str) -> None:
+    out, state = tmp_path / "new.pth", tmp_path / "new.pth.state"
+    other = FAST.model_copy(update={"learning_rate": 1e-4})
+    with pytest.raises(Stop):
+        finetune(
+            student,
+            train_set,
+            validation_set,
+            other if damage == "other inputs" else FAST,
+            out=out,
+            seed=0,
+            progress=interrupt_after(1),
+        )
+    if damage == "truncated":
+        state.write_bytes(state.read_bytes()[:200])
+    assert [epoch.epoch for epoch in finetune(student, train_set, validation_set, FAST, out=out, seed=0).history] == [0, 1, 2, 3]
+    assert not state.exists()
+
+
+def test_a_finished_training_is_not_repeated(tmp_path, student, train_set, validation_set) -> None:
+    first = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    seen: list[int] = []
+    again = finetune(
+        student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0, progress=lambda record: seen.append(record.epoch)
+    )
+    assert not seen and again.as_dict() == first.as_dict() and again.history == first.history
+    finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=1, progress=lambda record: seen.append(record.epoch))
+    assert seen == [1, 2, 3]
+
+
+# --- new models, shift, scores ---------------------------------------------------------------------
+
+
+def test_scaling_of_a_new_model_is_stock_mattersims(labelled: list[Atoms]) -> None:
+    """One composition leaves the shifts open: the fit of minimum norm, as the pseudo-inverse of the stock code."""
+    from mattersim.forcefield.m3gnet.scaling import AtomScaling
+
+    stock = AtomScaling(
+        atoms=labelled,
+        total_energy=[atoms.get_potential_energy() for atoms in labelled],
+        forces=[atoms.get_forces() for atoms in labelled],
+        shift_key="per_species_energy_mean_linear_reg",
+        scale_key="per_species_forces_rms",
+        device="cpu",
+    )
+    module = from_scratch(labelled, TINY, seed=0)
+    torch.testing.assert_close(module.normalizer.shift, stock.shift)
+    torch.testing.assert_close(module.normalizer.scale, stock.scale)
+    assert float(module.normalizer.shift[1]) == pytest.approx(3 * float(module.normalizer.shift[16]), rel=1e-4)
+
+
+def test_weights_of_a_new_model_depend_on_the_seed_alone(labelled: list[Atoms]) -> None:
+    state = torch.random.get_rng_state()
+    ids = [checkpoint.model_id(from_scratch(labelled, TINY, seed=seed)) for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_shift_of_two_compositions_is_found() -> None:
+    """Labels of "another code": two constants more, nothing else."""
+    module, rng = random_model(4), np.random.default_rng(5)
+    structures = [rattled_h3s(rng, 1 + index % 2) for index in range(8)]
+    labelled = with_labels(structures, module, {"H": -1.25, "S": 3.5})
+    change = refit_shift(module, labelled)
+    assert change == pytest.approx({"H": -1.25, "S": 3.5}, abs=1e-4)
+    assert score(Potential(module), labelled).energy_rmse < 1e-4
+
+
+def test_shift_of_one_composition_is_the_smallest_change() -> None:
+    module, rng = random_model(4), np.random.default_rng(5)
+    before = module.normalizer.shift.clone()
+    labelled = with_labels([rattled_h3s(rng) for _ in range(4)], module, {"H": -1.0, "S": -1.0})
+    change = refit_shift(module, labelled)
+    assert change == pytest.approx({"H": -1.2, "S": -0.4}, abs=1e-4)  # 0.75 H + 0.25 S = -1 eV/atom, parallel to (3, 1)
+    assert score(Potential(module), labelled).energy_rmse < 1e-4
+    assert int((module.normalizer.shift != before).sum()) == 2
+
+
+def test_scores_of_known_errors() -> None:
+    module, rng = random_model(4), np.random.default_rng(5)
+    labelled = with_labels([rattled_h3s(rng) for _ in range(4)], module)
+    for atoms in labelled:
+        sign = 1 if atoms.info["kind"] == "odd" else 2
+        results = atoms.calc.results
+        results["energy"] += 0.02 * sign * len(atoms)
+        results["forces"] = results["forces"] + 0.3 * sign
+        results["stress"] = results["stress"] + 0.5 * sign * GPa
+    kinds = scores_by(Potential(module), labelled, "kind")
+    for kind, sign in (("odd", 1), ("even", 2)):
+        found = kinds[kind]
+        assert (found.energy_rmse, found.force_rmse, found.stress_rmse) == pytest.approx((0.02 * sign, 0.3 * sign, 0.5 * sign), rel=1e-4)
+        assert found.n == 2
+    huber = 0.01 * (0.02 - 0.005) + 0.01 * (0.3 - 0.005) + 0.1 * 0.01 * (0.5 - 0.005)
+    assert kinds["odd"].loss == pytest.approx(huber, rel=1e-4)
+    everything = score(Potential(module), labelled)
+    assert everything.n == 4 and everything.force_rmse == pytest.approx(0.3 * math.sqrt(2.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("problem", ["no calculator", "no stress", "nan"])
+def test_a_missing_or_broken_label_names_the_structure(tmp_path, student, labelled, problem: str) -> None:
+    bad = labelled[0].copy()
+    results = {"energy": -1.0, "forces": np.zeros((4, 3)), "stress": np.zeros(6)}
+    if problem == "no stress":
+        del results["stress"]
+    if problem == "nan":
+        results["forces"] = np.full((4, 3), np.nan)
+    if problem != "no calculator":
+        bad.calc = SinglePointCalculator(bad, **results)
+    bad.info["id"] = "the-bad-one"
+    with pytest.raises(InputError, match="the-bad-one"):
+        finetune(student, [*labelled[1:3], bad], [], FAST, out=tmp_path / "new.pth", seed=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_training_structures(tmp_path, student, validation_set) -> None:
+    with pytest.raises(InputError, match="no training structures"):
+        finetune(student, [], validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+
+
+def test_split_keeps_families_together_and_does_not_move_when_the_set_grows() -> None:
+    structures = [Atoms("H", info={"parent": f"p{index // 3}"}) for index in range(1500)]
+    parts = split_by_parent(structures, (8, 1, 1))
+    families = [{atoms.info["parent"] for atoms in part} for part in parts]
+    assert not (families[0] & families[1] or families[0] & families[2] or families[1] & families[2])
+    assert [len(part) / 1500 for part in parts] == pytest.approx([0.8, 0.1, 0.1], abs=0.05)
+    assert [len(part) for part in split_by_parent(structures[:30], (8, 1, 1))] == [
+        sum(any(atoms is other for other in structures[:30]) for atoms in part) for part in parts
+    ]
+
+
+# --- recipes -----------------------------------------------------------------------------------------
+
+RECIPE = """
+architecture: {num_blocks: 1, units: 8}
+seed: 3
+split: [2, 1, 1]
+stages:
+  - {epochs: 2, learning_rate: 5.0e-3, batchSize: 4}
+  - {epochs: 1, learning_rate: 1.0e-3, batch_size: 4, loss: mse, force_loss_ratio: 0.1, stress_loss_ratio: 0.1, schedule: cosine}
+"""
+
+
+@pytest.fixture
+def label_file(tmp_path, labelled):
+    write(tmp_path / "labels.extxyz", labelled)
+    return tmp_path / "labels.extxyz"
+
+
+def test_labels_survive_the_file(label_file, labelled) -> None:
+    for found, expected in zip(read_labels(label_file), labelled, strict=True):
+        assert found.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-6)
+        np.testing.assert_allclose(found.get_stress(), expected.get_stress(), atol=1e-8)
+
+
+def test_recipe_to_checkpoint_and_report(tmp_path, label_file) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    text = train_command([label_file], tmp_path / "h3s.pth", recipe=tmp_path / "recipe.yaml", device="cpu")
+    potential = load(tmp_path / "h3s.pth", "cpu")
+    assert potential.model_id in text and potential.species_seen == {1, 16}
+    report = json.loads((tmp_path / "h3s.json").read_text())
+    assert report["model_id"] == potential.model_id
+    assert [len(stage["history"]) for stage in report["stages"]] == [3, 2]
+    assert report["provenance"]["recipe"]["stages"][1]["loss"] == "mse"
+    train, validation, test = split_by_parent(read_labels(label_file), (2, 1, 1))
+    for part, structures in (("train", train), ("validation", validation), ("test", test)):
+        found = report["scores"][part]["all"]
+        assert found["n"] == len(structures) > 0
+        assert found["force_rmse"] == pytest.approx(score(potential, structures).force_rmse, rel=1e-4)
+    assert {file.name for file in tmp_path.iterdir()} == {"labels.extxyz", "recipe.yaml", "h3s.pth", "h3s.json"}
+    from mattersim.forcefield.potential import Potential as Stock
+
+    assert checkpoint.model_id(Stock.from_checkpoint(str(tmp_path / "h3s.pth"), device="cpu").model) == potential.model_id
+
+
+def test_finetuning_a_file_refits_the_shift_and_never_ends_worse(tmp_path, label_file, student, labelled) -> None:
+    checkpoint.save(student, tmp_path / "start.pth", species={16})
+    recipe = TrainRecipe(checkpoint=str(tmp_path / "start.pth"), split=(1, 0, 0), stages=[FAST])
+    report = train_file([label_file], tmp_path / "new.pth", recipe, device="cpu")
+    assert report.shift_change["H"] == pytest.approx(3 * report.shift_change["S"], rel=1e-3)
+    shifted = copy.deepcopy(student)
+    refit_shift(shifted, labelled)
+    assert report.stages[0].before.loss == pytest.approx(score(Potential(shifted), labelled).loss, rel=1e-4)
+    assert report.scores["train"]["all"].loss <= report.stages[0].before.loss
+    assert load(tmp_path / "new.pth", "cpu").species_seen == {1, 16}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: [{epoch: 3}]", "did you mean epochs"),
+        ("stages: [{loss: mae}]", r"stages\.0\.loss"),
+        ("{checkpoint: a.pth, architecture: {units: 8}}", "not both"),
+        ("split: [0, 1, 1]", "training share"),
+        ("architecture: {unit: 8}", "did you mean units"),
+    ],
+)
+def test_wrong_recipes_are_explained(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:
+    (tmp_path / "recipe.yaml").write_text("validation: labels.extxyz")
+    assert load_recipe(tmp_path / "recipe.yaml").validation == str(label_file)
+    with pytest.raises(InputError, match="nothing.xyz: no such file"):
+        read_labels(tmp_path / "nothing.xyz")
