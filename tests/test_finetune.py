@@ -85,11 +85,11 @@ def student() -> torch.nn.Module:
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_set: list[Atoms], validation_set: list[Atoms]) -> None:
-    """Loss of each of eight steps (two passes, clipping active) and the loss of the averaged weights."""
+    """Loss of each of eight steps (two passes; ratios so large that gradients are clipped) and the loss of the averaged weights."""
     from mattersim.datasets.utils.build import build_dataloader
     from mattersim.forcefield.potential import Potential as Stock
 
-    settings = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2, loss=loss)
+    settings = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2, loss=loss, force_loss_ratio=50.0, stress_loss_ratio=5.0)
     stock = Stock(copy.deepcopy(student), device="cpu", lr=1e-3)
 
     def stock_losses(structures: list[Atoms], mode: str) -> list[float]:
@@ -97,7 +97,7 @@ def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_
         energies, forces = [atoms.get_potential_energy() for atoms in structures], [atoms.get_forces() for atoms in structures]
         loader = build_dataloader(structures, energies, forces, stresses, batch_size=2, shuffle=False)
         function = torch_loss(loss)
-        return [stock.train_one_epoch([batch], 0, function, True, True, True, 1.0, 0.1, None, mode=mode, log=False)[0] for batch in loader]
+        return [stock.train_one_epoch([batch], 0, function, True, True, True, 50.0, 5.0, None, mode=mode, log=False)[0] for batch in loader]
 
     expected = stock_losses(train_set, "train") + stock_losses(train_set, "train")
     trainer, data = Trainer(student, settings), LabelledGraphs(train_set, student)
@@ -215,15 +215,26 @@ def interrupt_after(epoch: int):
 
 
 def test_an_interrupted_training_resumes_to_the_same_model(tmp_path, student, train_set, validation_set) -> None:
-    whole = finetune(student, train_set, validation_set, FAST, out=tmp_path / "whole.pth", seed=0)
+    settings = FAST.model_copy(update={"schedule": "cosine"})
+    whole = finetune(student, train_set, validation_set, settings, out=tmp_path / "whole.pth", seed=0)
     out = tmp_path / "parts.pth"
     with pytest.raises(Stop):
-        finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2))
+        finetune(student, train_set, validation_set, settings, out=out, seed=0, progress=interrupt_after(1))
     assert (tmp_path / "parts.pth.state").exists() and not out.exists()
     seen: list[int] = []
-    rest = finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=lambda record: seen.append(record.epoch))
-    assert seen == [3]
+    rest = finetune(student, train_set, validation_set, settings, out=out, seed=0, progress=lambda record: seen.append(record.epoch))
+    assert seen == [2, 3]
     assert rest.model_id == whole.model_id and rest.after == whole.after
+
+
+def test_the_best_before_an_interrupt_is_not_lost(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+    out = tmp_path / "new.pth"
+    with pytest.raises(Stop):
+        finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2))
+    monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
+    result = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
+    assert result.best_epoch == 2 and result.improved
+    assert score(load(out, "cpu"), validation_set, FAST).loss == pytest.approx(result.after.loss, rel=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["other inputs", "truncated"])
