@@ -17,9 +17,14 @@ HUBER_DELTA = 0.01
 class LossSettings(Protocol):
     """What the loss needs to know; ``LearningSettings`` and ``FinetuneSettings`` both have it."""
 
-    loss: Any
-    force_loss_ratio: Any
-    stress_loss_ratio: Any
+    @property
+    def loss(self) -> str: ...
+
+    @property
+    def force_loss_ratio(self) -> float: ...
+
+    @property
+    def stress_loss_ratio(self) -> float: ...
 
 
 def mean_loss(name: str, residual: np.ndarray) -> float:

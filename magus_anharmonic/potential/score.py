@@ -72,10 +72,14 @@ def labels_of(atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
 
 def scores_from_residuals(energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, settings: LossSettings | None = None) -> Scores:
     """Scores of residuals in eV/atom (n,), eV/A (N, 3) and GPa (n, 3, 3)."""
-    settings = settings or _DefaultLoss()
-    parts = [mean_loss(settings.loss, residual) for residual in (energy, forces, stress)]
-    rmse = [float(np.sqrt(np.mean(np.square(r, dtype=float)))) if np.size(r) else 0.0 for r in (energy, forces, stress)]
-    return Scores(rmse[0], rmse[1], rmse[2], float(combine(*parts, settings)), len(energy))
+    chosen: LossSettings = settings or _DefaultLoss()
+    energy_loss, force_loss, stress_loss = (mean_loss(chosen.loss, residual) for residual in (energy, forces, stress))
+    loss = float(combine(energy_loss, force_loss, stress_loss, chosen))
+    return Scores(_rms(energy), _rms(forces), _rms(stress), loss, len(energy))
+
+
+def _rms(residual: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(residual, dtype=float)))) if np.size(residual) else 0.0
 
 
 def score(potential: Any, labelled: Sequence[Atoms], settings: LossSettings | None = None) -> Scores:
@@ -84,17 +88,19 @@ def score(potential: Any, labelled: Sequence[Atoms], settings: LossSettings | No
     ``settings`` gives ``loss``, ``force_loss_ratio``, ``stress_loss_ratio`` (default: Huber, 1, 0.1).
     Raises InputError when a label is missing.
     """
-    return scores_from_residuals(*_concatenate(_residuals(potential, labelled)), settings)
+    energy, forces, stress = _concatenate(_residuals(potential, labelled))
+    return scores_from_residuals(energy, forces, stress, settings)
 
 
 def scores_by(potential: Any, labelled: Sequence[Atoms], key: str = "kind", settings: LossSettings | None = None) -> dict[str, Scores]:
     """Scores per value of ``info[key]`` (structures without it: "other"), sorted by name; one evaluation of all."""
     residuals = _residuals(potential, labelled)
     kinds = [str(atoms.info.get(key, "other")) for atoms in labelled]
-    return {
-        kind: scores_from_residuals(*_concatenate([r for r, k in zip(residuals, kinds, strict=True) if k == kind]), settings)
-        for kind in sorted(set(kinds))
-    }
+    found: dict[str, Scores] = {}
+    for kind in sorted(set(kinds)):
+        energy, forces, stress = _concatenate([residual for residual, other in zip(residuals, kinds, strict=True) if other == kind])
+        found[kind] = scores_from_residuals(energy, forces, stress, settings)
+    return found
 
 
 Residual = tuple[float, np.ndarray, np.ndarray]

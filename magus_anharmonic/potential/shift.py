@@ -38,7 +38,8 @@ def refit_shift(module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_siz
     species = sorted({int(number) for atoms in labelled for number in atoms.numbers})
     fractions = np.array([[np.mean(atoms.numbers == number) for number in species] for atoms in labelled])
     change = np.linalg.lstsq(fractions, residual, rcond=RELATIVE_RANK)[0]
-    shift: Any = module.normalizer.shift
+    normalizer: Any = module.normalizer
+    shift = normalizer.shift
     with torch.no_grad():
         shift[species] += torch.as_tensor(change, dtype=shift.dtype, device=shift.device)
     found = {chemical_symbols[number]: float(value) for number, value in zip(species, change, strict=True)}

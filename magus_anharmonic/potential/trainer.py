@@ -94,7 +94,8 @@ class Trainer:
             residuals = (energy / targets.n_atoms - targets.energy, forces - targets.forces, stress * EV_PER_A3_IN_GPA - targets.stress)
             for part, residual in zip(parts, residuals, strict=True):
                 part.append(residual.detach().cpu().double().numpy())
-        return scores_from_residuals(*(np.concatenate(part) for part in parts), self.settings)
+        energies, force_parts, stresses = (np.concatenate(part) for part in parts)
+        return scores_from_residuals(energies, force_parts, stresses, self.settings)
 
     def averaged_state(self) -> dict[str, torch.Tensor]:
         """Copy of the module's state with the averaged weights."""
