@@ -196,7 +196,7 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 
 def _labelers(settings: Settings | None) -> list[Check]:
-    from magus_anharmonic.labelers import available
+    from magus_anharmonic.labelers import available, code_module
 
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
     checks = []
@@ -205,7 +205,8 @@ def _labelers(settings: Settings | None) -> list[Check]:
         if name == "main":
             checks.append(Check("labeler main", None, "MAGUS's MainCalculator, under `magus search -m`", needed=needed))
             continue
-        ok, text = available(name)
+        arguments = settings.learning.labeler.arguments if settings and settings.learning and needed else {}
+        ok, text = code_module(name).available(name, arguments) if arguments else available(name)
         fix = "" if ok else {"gpaw": "pip install 'magus-anharmonic[gpaw]'"}.get(name, "see docs/labelers.md")
         checks.append(Check(f"labeler {name}", ok if ok or needed else None, text, fix, needed))
     return checks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,15 @@ from magus_anharmonic.settings import Settings, parse_settings
 def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
     """The answers of the labelers, to be set by a test, instead of what this machine happens to have."""
     answers = {"gpaw": (True, "gpaw 26.7.0"), "vasp": (False, "no ASE_VASP_COMMAND"), "espresso": (False, "no pw.x")}
-    module = types.ModuleType("magus_anharmonic.labelers")
-    module.available = lambda name: answers.get(name, (False, f"{name} unknown"))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "magus_anharmonic.labelers", module)
+    monkeypatch.setattr("magus_anharmonic.labelers.available", lambda name: answers.get(name, (False, f"{name} unknown")))
     return answers
+
+
+def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(no_magus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    block = {"calculator": "espresso", "arguments": {"command": f"{sys.executable} pw.py", "pseudopotentials": {"H": "H.upf"}}}
+    check = doctor._labelers(parse_settings({"learning": {"labeler": block}}))[0]
+    assert (check.name, check.ok, check.needed) == ("labeler espresso", True, True)
 
 
 @pytest.fixture
