@@ -55,6 +55,9 @@ FILES = {
                 self.wrap()
                 return self
 
+            def find_spg(self):
+                self.info["spg"] = 1
+
         class Population:
             fit_calcs = []
             results_dir = "results"
@@ -84,6 +87,9 @@ FILES = {
                 new = self.copy()
                 new.pop.extend(other)
                 return new
+
+            def check(self):
+                self.pop = [ind for ind in self.pop if "energy" in ind.info]
 
             def calc_fitness(self):
                 for fit in self.fit_calcs:
@@ -184,7 +190,9 @@ FILES = {
 
             def one_step(self, population):
                 self.update_volume_ratio()
-                self.cur_pop = self.main_calculator.relax(self.Population(population, "init", self.curgen))
+                relaxed = self.main_calculator.relax(self.Population(population, "init", self.curgen))
+                relaxed.save("raw", self.curgen)
+                self.cur_pop = self.Population(relaxed.pop[: self.parameters.get("distinct")], "cur", self.curgen)
                 self.cur_pop.calc_fitness()
                 self.cur_pop.save("gen", self.curgen)
                 self.set_good_pop()

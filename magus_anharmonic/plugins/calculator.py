@@ -1,0 +1,214 @@
+"""The calculator ``mattersim`` of MAGUS: relaxes and evaluates a population in batches at the pressure of the search."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms
+from ase.io import write
+from ase.stress import full_3x3_to_voigt_6_stress
+from magus.calculators.base import Calculator
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
+from magus_anharmonic.structures import bare
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential import Potential, Relaxation
+
+logger = logging.getLogger(__name__)
+
+# What an earlier calculation left in ``info``: it belongs to another structure or another model once this one starts.
+RESULT_KEYS = ("energy", "forces", "stress", "enthalpy", "trajs", "model")
+FREE_ENERGY_KEYS = (
+    "free_energy",
+    "free_energy_error",
+    "free_energy_status",
+    "free_energy_model",
+    "free_energy_reason",
+    "spg_quantum",
+    "candidate_id",
+)
+
+
+class MatterSimCalculator(Calculator):
+    """``MainCalculator`` with ``calculator: mattersim``.
+
+    Results in ``info``: ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) eV/A^3 in ASE's sign and Voigt order,
+    ``enthalpy`` (eV/atom, at ``pressure``), ``model`` (id of the weights), after a relaxation ``trajs`` (first and last frame).
+    A structure without a result is left out of what is returned; the reason is in the log.
+    The model is loaded at first use and left out of pickles.
+    """
+
+    is_learner = False
+    seed = 0
+    generation = 1
+
+    def __init__(self, **parameters: Any) -> None:
+        try:
+            self.settings = settings_of(parameters)
+            self.options = calculator_settings(self.settings, learner=self.is_learner)
+            self.checkpoint = self._find_checkpoint()
+        except InputError as error:
+            stop(error)
+        super().__init__(**{**parameters, "job_prefix": self.options.job_prefix, "pressure": self.settings.pressure})
+        self.work_dir, self.calc_dir = os.path.abspath(self.work_dir), os.path.abspath(self.calc_dir)
+        self.main_info.extend(["checkpoint", "options"])
+        self._potential: Potential | None = None
+
+    def _find_checkpoint(self) -> str:
+        # Other calculators of MAGUS change the working directory, so a relative path is made absolute here.
+        from magus_anharmonic.potential import checkpoint
+
+        return str(checkpoint.resolve(self.options.checkpoint).absolute())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_potential": None}
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this package's files, ``results/anharmonic``."""
+        return Path(self.work_dir) / "results" / "anharmonic"
+
+    @property
+    def potential(self) -> Potential:
+        """The model in use; loaded when it is first needed: what this search learned last, else ``checkpoint``."""
+        if self._potential is None:
+            from magus_anharmonic.potential import load
+
+            _refuse_forked_cuda(self.options.device)
+            self.checkpoint = self._learned() or self.checkpoint
+            self._potential = load(self.checkpoint, self.options.device)
+            logger.info("MatterSim model %s from %s", self._potential.model_id, self.checkpoint)
+        return self._potential
+
+    def use(self, potential: Potential) -> None:
+        """Take another model, e.g. the one just finetuned."""
+        self._potential = potential
+        if potential.path is not None:
+            self.checkpoint = str(Path(potential.path).absolute())
+
+    def _learned(self) -> str | None:
+        if self.settings.learning is None:
+            return None
+        from magus_anharmonic.generation import newest_checkpoint
+
+        newest = newest_checkpoint(self.run_dir)
+        return None if newest is None else str(newest)
+
+    def relax_(self, calcPop: Sequence[Atoms], *args: Any, **kwargs: Any) -> list[Atoms]:  # noqa: N803 (MAGUS's name)
+        """Relax ``calcPop`` in place; MAGUS's ``logfile`` and ``trajname`` are accepted and not needed."""
+        individuals = list(calcPop)
+        if not individuals:
+            return []
+        starts = [bare(atoms) for atoms in individuals]
+        self._clear(individuals)
+        results = self.potential.relax(
+            starts,
+            self.pressure,
+            force_tolerance=self.options.eps,
+            max_steps=self.options.max_step,
+            max_move=self.options.max_move,
+            relax_cell=self.options.relax_lattice,
+            fix_symmetry=self.options.fix_symmetry,
+        )
+        relaxed, failed = [], []
+        for atoms, start, result in zip(individuals, starts, results, strict=True):
+            if result.failed:
+                failed.append(_dropped(atoms, result.reason, "relaxation"))
+                continue
+            self._take(atoms, start, result)
+            relaxed.append(atoms)
+        self._report("relaxed", relaxed, failed)
+        logger.info("relaxation steps: %d in all, %d structures converged", *_effort(results))
+        return relaxed
+
+    def scf_(self, calcPop: Sequence[Atoms]) -> list[Atoms]:  # noqa: N803
+        """Single points of ``calcPop`` in place."""
+        individuals = list(calcPop)
+        self._clear(individuals)
+        done, failed = [], []
+        for atoms, outcome in zip(individuals, evaluate_each(self.potential, individuals), strict=True):
+            if isinstance(outcome, str):
+                failed.append(_dropped(atoms, outcome, "single point"))
+                continue
+            self._store_result(atoms, *outcome)
+            done.append(atoms)
+        self._report("evaluated", done, failed)
+        return done
+
+    def _take(self, atoms: Atoms, start: Atoms, result: Relaxation) -> None:
+        atoms.set_cell(result.atoms.cell.array)
+        atoms.set_positions(result.atoms.positions)
+        self._store_result(atoms, result.energy, result.forces, result.stress)
+        atoms.wrap()
+        atoms.info["trajs"] = [start, bare(atoms)]
+
+    def _store_result(self, atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
+        volume_term = gpa_to_ev_per_a3(self.pressure) * atoms.get_volume()
+        atoms.calc = None
+        atoms.info.update(
+            energy=float(energy),
+            forces=np.array(forces, dtype=float),
+            stress=full_3x3_to_voigt_6_stress(np.asarray(stress, dtype=float)),
+            enthalpy=float((energy + volume_term) / len(atoms)),
+            model=self.potential.model_id,
+        )
+
+    @staticmethod
+    def _clear(individuals: Iterable[Atoms]) -> None:
+        for atoms in individuals:
+            atoms.calc = None
+            for key in (*RESULT_KEYS, *FREE_ENERGY_KEYS):
+                atoms.info.pop(key, None)
+
+    def _report(self, what: str, done: Sequence[Atoms], failed: Sequence[Atoms]) -> None:
+        logger.info("%s %d structures with model %s, %d failed", what, len(done), self.potential.model_id, len(failed))
+        if failed:
+            write(os.path.join(self.calc_dir, "errorTraj.traj"), failed)
+
+
+def evaluate_each(potential: Any, structures: Sequence[Atoms]) -> list[tuple[float, np.ndarray, np.ndarray] | str]:
+    """Energy, forces, stress (3, 3) of each structure, or the reason why it has none: one bad structure spoils no batch."""
+    if not structures:
+        return []
+    try:
+        found = potential.evaluate([bare(atoms) for atoms in structures])
+    except MagusAnharmonicError as error:
+        if len(structures) == 1:
+            return [str(error)]
+        return [outcome for atoms in structures for outcome in evaluate_each(potential, [atoms])]
+    return [(float(e), f, s) for e, f, s in zip(found.energy, found.forces, found.stress, strict=True)]
+
+
+def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
+    logger.warning(
+        "%s of %s (%s) failed and the structure is left out: %s",
+        what,
+        atoms.info.get("identity", "a structure"),
+        atoms.get_chemical_formula(),
+        reason,
+    )
+    copy = bare(atoms)
+    copy.info["reason"] = reason
+    return copy
+
+
+def _effort(results: Sequence[Relaxation]) -> tuple[int, int]:
+    return sum(result.n_steps for result in results), sum(bool(result.converged) for result in results)
+
+
+def _refuse_forked_cuda(device: str | None) -> None:
+    torch = sys.modules.get("torch")
+    if device != "cpu" and torch is not None and torch.cuda._is_in_bad_fork():
+        raise MagusAnharmonicError(
+            "calculator mattersim: CUDA cannot be used in the forked workers of `magus search -p`; run without -p "
+            "(structures are relaxed in batches in one process), or set device: cpu"
+        )

@@ -1,0 +1,98 @@
+"""The hook around MAGUS's search: checks the input first, and after each round learns, re-evaluates and ranks.
+
+``Magus.set_good_pop`` is the one place that every mode (plain, ``-m``, ``-p``) passes once per round in the main process, with the
+relaxed and deduplicated population. Class attributes are wrapped, because the classes' names are bound elsewhere already.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from magus.search.search import Magus
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.plugins.logs import tame
+from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, single_thread
+from magus_anharmonic.plugins.parameters import concerns_us, misspelt_blocks, stop
+from magus_anharmonic.plugins.rounds import Rounds
+from magus_anharmonic.run_record import check_results_version
+from magus_anharmonic.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Beside the search objects, not on them: `magus search -p` pickles the whole object for its workers.
+_ROUNDS: WeakKeyDictionary[Magus, Rounds] = WeakKeyDictionary()
+
+
+def attach() -> None:
+    """Wrap the methods of ``Magus``; once, however often it is called."""
+    for name, around in (("__init__", _start), ("update_volume_ratio", _before_round), ("set_good_pop", _after_round)):
+        original = Magus.__dict__[name]
+        if not hasattr(original, "by_magus_anharmonic"):
+            setattr(Magus, name, _wrapped(original, around))
+
+
+def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Magus, *args: Any, **kwargs: Any) -> Any:
+        return around(functools.partial(original, self), self, *args, **kwargs)
+
+    method.by_magus_anharmonic = True  # type: ignore[attr-defined]
+    return method
+
+
+def _start(original: Callable[..., None], search: Magus, parameters: Any, restart: bool = False) -> None:
+    keys = parameters.p_dict
+    if not concerns_us(keys) and not misspelt_blocks(keys):
+        original(parameters, restart=restart)
+        return
+    tame()
+    try:
+        settings = check_input(keys, ml=is_mode(search, "MLMagus"), parallel=is_mode(search, "PaMagus"))
+        run_dir = _run_dir(keys)
+        if is_mode(search, "PaMagus"):
+            single_thread()
+        check_installation(settings)
+        if restart:
+            check_results_version(run_dir)
+        _seed_generators(settings, 0)
+        original(parameters, restart=restart)
+        _ROUNDS[search] = Rounds.begin(search, settings, run_dir, restart=restart)
+    except InputError as error:
+        stop(error)
+
+
+def _run_dir(keys: Mapping[str, Any]) -> Path:
+    return Path(keys["resultsDir"]) / "anharmonic"
+
+
+def _before_round(original: Callable[..., None], search: Magus) -> None:
+    rounds = _ROUNDS.get(search)
+    if rounds is not None:
+        _seed_generators(rounds.settings, search.curgen)
+        rounds.prepare(search)
+    original()
+
+
+def _seed_generators(settings: Settings, generation: int) -> None:
+    # MAGUS draws from the global generators; seeded per round, a restarted search draws what it would have drawn.
+    if settings.seed is not None:
+        random.seed(f"{settings.seed} {generation}")
+        np.random.seed([settings.seed % 2**32, generation])
+
+
+def _after_round(original: Callable[..., None], search: Magus) -> None:
+    rounds = _ROUNDS.get(search)
+    if rounds is not None:
+        try:
+            rounds.finish(search)
+        except InputError as error:
+            stop(error)
+    original()

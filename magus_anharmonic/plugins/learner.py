@@ -1,0 +1,206 @@
+"""``MLCalculator`` with ``calculator: mattersim``: what ``magus search -m`` calls to choose, distort, keep labels and train."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from magus.populations.populations import Population
+
+from magus_anharmonic.generation import validation_rmse
+from magus_anharmonic.labelers.adapter import CallableLabeler
+from magus_anharmonic.learning.choose import choose
+from magus_anharmonic.learning.dataset import LabelStore, on_side, side
+from magus_anharmonic.learning.learn import keep_label, learn, plan
+from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
+from magus_anharmonic.settings import LearningSettings, snake_case
+from magus_anharmonic.structures import bare, structure_id
+
+logger = logging.getLogger(__name__)
+
+_SELECT = 105
+
+# What identifies a label and its history; a label carries nothing else of MAGUS's info.
+_HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_seed")
+
+# Keys of MainCalculator that say how a code is run, not which energy surface it gives.
+_EXECUTION = frozenset(
+    "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time wait_params verbose kill_time memory "
+    "mem_per_cpu exe_cmd eps max_step max_move max_force optimizer relax_lattice fix_symmetry fix_volume connect".split()
+)
+
+
+class MatterSimLearner(MatterSimCalculator):
+    """The learning calculator; the labels come from MAGUS's own ``MainCalculator``.
+
+    Per round MAGUS calls ``relax``, ``select``, ``expand_perturb``, (``MainCalculator.scf``), ``updatedataset``, ``train``
+    (``SelectDFTScf``), or ``get_loss`` and ``calc_efs`` around its own choice (``DFTScf``, ``DFTRelax``).
+    """
+
+    is_learner = True
+
+    init_times = 0
+    """Trainings on random structures before the first round: none, because the checkpoint is a trained model already."""
+
+    def __init__(self, **parameters: Any) -> None:
+        super().__init__(**parameters)
+        self.energy_rmse: float | None = None
+        self._main = parameters["query_calculator"]
+        self._main_settings = main_settings(parameters, self._main)
+        self._selected: list[Atoms] = []
+        self._reasons: dict[str, str] = {}
+        self._labels: LabelStore | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_labels": None}
+
+    @property
+    def learning(self) -> LearningSettings:
+        """The block ``learning``; the input check has made sure that a search that trains has it."""
+        return self.settings.learning or LearningSettings.model_validate({"labeler": {"calculator": "main"}})
+
+    @property
+    def store(self) -> LabelStore:
+        """All labels of this search."""
+        if self._labels is None:
+            self._labels = LabelStore(self.run_dir / "labels")
+        return self._labels
+
+    @property
+    def labeler(self) -> CallableLabeler:
+        """Reads the results that ``MainCalculator`` left in ``info``."""
+        return CallableLabeler(self._results, description=f"MainCalculator ({type(self._main).__name__})", settings=self._main_settings)
+
+    def _results(self, structures: Sequence[Atoms]) -> list[Mapping[str, Any] | str]:
+        return [_result(atoms) or self._reasons.get(str(atoms.info.get("id")), "MainCalculator gave no result") for atoms in structures]
+
+    @property
+    def trainset(self) -> list[Atoms]:
+        """The labelled structures of the training side, energy, forces and stress in ``info`` too."""
+        frames = []
+        for atoms in on_side(self.store.labels(), "train", self.learning.split):
+            copy = atoms.copy()
+            copy.info.update({key: atoms.calc.results[key] for key in ("energy", "forces", "stress")})
+            frames.append(copy)
+        return frames
+
+    def select(self, pop: Any) -> Any:
+        """``n_sample`` members drawn at random, duplicates kept; copies, of the same kind (Population or list)."""
+        individuals = list(pop)
+        rng = np.random.default_rng([self.seed, self.generation, _SELECT])
+        chosen = [individuals[index].copy() for index in choose(individuals, self.learning.n_sample, rng)]
+        logger.info("%d of %d structures are chosen for labels", len(chosen), len(individuals))
+        return _like(pop, chosen)
+
+    def expand_perturb(self, pop: Any) -> Any:
+        """``n_perturb`` distortions of each chosen structure, without old results, with their history in ``info``."""
+        self._selected = [bare(individual) for individual in pop]
+        planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
+        return _like(pop, planned)
+
+    def updatedataset(self, frames: Iterable[Atoms]) -> None:
+        """Save the labels that ``MainCalculator`` has put into ``info``."""
+        asked = {atoms.info["id"] for atoms in plan(self._selected, self.generation, self.learning, self.store, self.seed)}
+        self._reasons = {}
+        labelled = []
+        for atoms in frames:
+            if "id" in atoms.info and atoms.info["id"] not in asked:
+                # MAGUS's cluster calculators hand the previous file back when a job fails.
+                logger.warning("a label of an earlier batch (%s) came back and is not taken", atoms.info["id"])
+            else:
+                labelled.append(self._with_history(atoms))
+        clean = [_only(atoms, _HISTORY) for atoms in labelled]
+        for atoms, result in zip(clean, self.labeler.label(labelled), strict=True):
+            reason = keep_label(atoms, result, self.store)
+            if reason is not None:
+                self._reasons[str(atoms.info["id"])] = reason
+        logger.info("%d labels from MainCalculator, %d of them unusable", len(clean), len(self._reasons))
+
+    def _with_history(self, atoms: Atoms) -> Atoms:
+        if "id" in atoms.info:
+            return atoms
+        copy, name = atoms.copy(), f"p-{structure_id(atoms)}"
+        family = self.store.families.family(name, bare(atoms))
+        copy.info.update(
+            id=f"g{self.generation}-{structure_id(atoms)}",
+            generation=self.generation,
+            parent=name,
+            family=family,
+            side=side(family, self.learning.split),
+            kind="relaxed",
+            distortion_seed="",
+        )
+        return copy
+
+    def train(self) -> None:
+        """Finetune on the labels of this round and a replay of earlier ones; the better of old and new model is used from now on."""
+        learned = learn(
+            self._selected,
+            generation=self.generation,
+            potential=self.potential,
+            settings=self.learning,
+            labeler=self.labeler,
+            store=self.store,
+            run_dir=self.run_dir,
+            seed=self.seed,
+        )
+        self._selected = []
+        self.use(learned.potential)
+        self.energy_rmse = validation_rmse(learned.metrics)
+        logger.info("round %d: model %s, %d labels, %d failed", self.generation, learned.model_id, learned.n_labels, learned.n_failures)
+
+    def calc_efs(self, frames: Any) -> list[Atoms]:
+        """Copies with the model's energy, forces and stress, one per frame and in order; NaN where the model has no result."""
+        given = [frames] if isinstance(frames, Atoms) else list(frames)
+        copies = [_only(atoms, [key for key in atoms.info if key not in RESULT_KEYS]) for atoms in given]
+        for copy, outcome in zip(copies, evaluate_each(self.potential, copies), strict=True):
+            if isinstance(outcome, str):
+                copy.info["energy"] = np.nan
+            else:
+                self._store_result(copy, *outcome)
+        return copies
+
+    def get_loss(self, frames: Any) -> list[float]:
+        """Mean absolute error of the energy (eV/atom) on labelled frames, in a list as MAGUS expects; 0 without frames."""
+        given = list(frames)
+        errors = [
+            abs(_energy(target) - predicted.info["energy"]) / len(target)
+            for target, predicted in zip(given, self.calc_efs(given), strict=True)
+        ]
+        finite = [error for error in errors if np.isfinite(error)]
+        return [float(np.mean(finite)) if finite else 0.0]
+
+
+def main_settings(parameters: Mapping[str, Any], main: Any) -> dict[str, Any]:
+    """What defines the energy surface of ``MainCalculator``: its block without the keys of execution, and its input files."""
+    block = parameters.get("MainCalculator") or {}
+    chosen = {key: value for key, value in block.items() if snake_case(str(key)) not in _EXECUTION}
+    last = getattr(main, "calclist", [main])[-1]
+    folder = Path(getattr(last, "input_dir", "."))
+    files = sorted(file for file in folder.glob("*") if file.is_file()) if hasattr(last, "input_dir") else []
+    return {**chosen, "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
+
+
+def _result(atoms: Atoms) -> dict[str, Any] | None:
+    if any(key not in atoms.info for key in ("energy", "forces", "stress")):
+        return None
+    return {key: atoms.info[key] for key in ("energy", "forces", "stress")}
+
+
+def _energy(atoms: Atoms) -> float:
+    return float(atoms.info["energy"] if "energy" in atoms.info else atoms.get_potential_energy())
+
+
+def _only(atoms: Atoms, keys: Iterable[str]) -> Atoms:
+    copy = bare(atoms)
+    copy.info = {key: atoms.info[key] for key in keys if key in atoms.info}
+    return copy
+
+
+def _like(pop: Any, individuals: list[Atoms]) -> Any:
+    return type(pop)(individuals) if isinstance(pop, Population) else individuals

@@ -1,0 +1,92 @@
+"""What this package does between two rounds of MAGUS: hand the population over, take it back, seed the next round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.io import read
+
+from magus_anharmonic.generation import SearchState, after_generation, start
+from magus_anharmonic.plugins.calculator import MatterSimCalculator
+from magus_anharmonic.plugins.modes import is_mode
+from magus_anharmonic.plugins.seeds import write_seeds
+from magus_anharmonic.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# What MAGUS derived from positions and cell: out of date once a structure has been moved.
+_DERIVED = ("compare_info", "fingerprint")
+
+
+@dataclass
+class Rounds:
+    """One search of MAGUS with our keys: its settings, the calculator it relaxes with, and what its rounds share."""
+
+    settings: Settings
+    ml: bool
+    calculator: MatterSimCalculator | None = None
+    state: SearchState | None = None
+
+    @classmethod
+    def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
+        """After MAGUS has set up its folders and before its first step: load the model and write ``run.json``.
+
+        Raises InputError (checkpoint, labeler, results of another version).
+        """
+        ml = is_mode(search, "MLMagus")
+        calculator = search.ml_calculator if ml else search.main_calculator
+        if not isinstance(calculator, MatterSimCalculator):
+            return cls(settings, ml)
+        if not ml:
+            # A block for `-m` may stand in the same input; here it plays no part.
+            settings = settings.model_copy(update={"ml_calculator": {}})
+        state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential)
+        calculator.use(state.potential)
+        calculator.seed = state.seed
+        if ml:
+            calculator.energy_rmse = state.energy_rmse
+        return cls(settings, ml, calculator, state)
+
+    def prepare(self, search: Any) -> None:
+        """At the start of a round: tell the calculator which one it is."""
+        if self.calculator is not None:
+            self.calculator.generation = search.curgen
+
+    def finish(self, search: Any) -> None:
+        """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next round."""
+        calculator, state = self.calculator, self.state
+        if calculator is None or state is None or (self.settings.learning is None and self.settings.sscha is None):
+            return
+        if self.ml:
+            state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
+        survivors = [*search.good_pop, *search.keep_pop, *search.cur_pop]
+        sample = self._relaxed(search) if state.learn else []
+        seeds = after_generation(state, sample, survivors, search.curgen)
+        calculator.use(state.potential)
+        _renew_derived(survivors)
+        # MAGUS saved it before; now energies are of the new model and free energies are there.
+        search.cur_pop.save("gen", search.curgen)
+        write_seeds(search.seed_dir, search.curgen + 1, seeds)
+
+    @staticmethod
+    def _relaxed(search: Any) -> list[Atoms]:
+        """This round's structures as they were relaxed, duplicates included: ``cur_pop`` has lost them."""
+        file = Path(search.Population.results_dir) / f"raw{search.curgen}.traj"
+        if not file.exists():
+            logger.warning("%s is missing: labels are chosen among the structures without duplicates", file)
+            return list(search.cur_pop)
+        population = search.Population(read(file, index=":"), "raw", search.curgen)
+        population.check()
+        return list(population)
+
+
+def _renew_derived(individuals: Iterable[Any]) -> None:
+    for individual in individuals:
+        for key in _DERIVED:
+            individual.info.pop(key, None)
+        individual.find_spg()

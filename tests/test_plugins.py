@@ -1,0 +1,671 @@
+"""The plug-ins inside a stand-in for MAGUS: registration, input, calculator, hook, seeds, fitness."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.io import read, write
+
+sys.path.insert(0, str(Path(__file__).parent))
+import magus_stand_in  # noqa: E402
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError  # noqa: E402
+from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
+
+OURS = ("magus", "magus_anharmonic.plugins")
+
+
+def forget() -> dict[str, Any]:
+    """Take every module of MAGUS and of the plug-ins out of sys.modules, and return them."""
+    names = [name for name in sys.modules if name in OURS or name.startswith(tuple(f"{top}." for top in OURS))]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+@pytest.fixture
+def magus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The stand-in, imported and with the plug-ins registered; the working directory is a fresh folder."""
+    before = forget()
+    monkeypatch.syspath_prepend(str(magus_stand_in.write(tmp_path / "site")))
+    work = tmp_path / "Generation 7"  # a path with a word that MAGUS's restart searches for
+    work.mkdir()
+    monkeypatch.chdir(work)
+    import magus.calculators
+    import magus.fitness
+    import magus.parameters
+    import magus.search.search
+    import magus.search.search_ml
+    import magus.utils
+
+    import magus_anharmonic.plugins as plugins
+
+    plugins.register()
+    yield SimpleNamespace(
+        plugins=plugins,
+        calculators=magus.calculators,
+        fitness=magus.fitness,
+        utils=magus.utils,
+        Parameters=magus.parameters.magusParameters,
+        Magus=magus.search.search.Magus,
+        MLMagus=magus.search.search_ml.MLMagus,
+        work=work,
+    )
+    forget()
+    sys.modules.update(before)
+
+
+def keys(checkpoint: Path | str, **more: Any) -> dict[str, Any]:
+    return {
+        "symbols": ["H", "S"],
+        "formula": [3, 1],
+        "pressure": 150,
+        "popSize": 4,
+        "numGen": 2,
+        "MainCalculator": {"calculator": "mattersim", "jobPrefix": "MatterSim", "checkpoint": str(checkpoint)},
+        **more,
+    }
+
+
+def search_of(magus: SimpleNamespace, data: dict[str, Any], *, ml: bool = False, **options: Any) -> Any:
+    return (magus.MLMagus if ml else magus.Magus)(magus.Parameters(data), **options)
+
+
+def population(magus: SimpleNamespace, h3s: Any, n: int = 3) -> Any:
+    from magus.populations.populations import Population
+
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(n):
+        atoms = h3s(0.1)
+        atoms.positions += rng.normal(scale=0.03, size=(len(atoms), 3))
+        frames.append(atoms)
+    return Population(frames, "init", 1)
+
+
+# Registration
+
+
+def test_registering_twice_changes_nothing(magus: SimpleNamespace) -> None:
+    first = magus.Magus.set_good_pop, magus.calculators.load_plugins, magus.utils.CALCULATOR_PLUGIN["mattersim"]
+    magus.plugins.register()
+    assert (magus.Magus.set_good_pop, magus.calculators.load_plugins, magus.utils.CALCULATOR_PLUGIN["mattersim"]) == first
+
+
+def test_a_file_of_magus_with_our_name_does_not_displace_us(magus: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    magus.utils.EXTRA.append(("mattersim", object))
+    magus.calculators.load_plugins("x", "magus.calculators")
+    assert magus.utils.CALCULATOR_PLUGIN["mattersim"] is magus.plugins.mattersim
+    assert "is replaced by the one of magus-anharmonic" in caplog.text
+
+
+def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
+    assert magus.fitness.fit_dict["SSCHA"].__name__ == "SschaFitness"
+
+
+# Input
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"learning": {"labeler": {"calculator": "gpaw"}, "n_sampel": 3}}, "learning.n_sampel: unknown key; did you mean n_sample?"),
+        ({"sscah": {"n_configs": 100}}, "sscah: unknown block of keys; did you mean sscha?"),
+        ({"sscha": {"nConfigs": 101}}, "must be even"),
+        ({"pressure": 1.5e11, "sscha": None}, "looks like Pa"),
+        ({"MainCalculator": {"calculator": "mattersim", "checkpoint": "nowhere.pth"}}, "checkpoint nowhere.pth does not exist"),
+        ({"learning": {"labeler": {"calculator": "main"}}}, "main is for `magus search -m`"),
+        ({"MainCalculator": {"calculator": "emt"}, "sscha": {}}, "MainCalculator.calculator: is emt"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_before_any_work(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        search_of(magus, keys(tiny_checkpoint, **more))
+    assert stopped.value.code == 2
+    assert complaint in caplog.text
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"SelectDFTScf": True, "learning": {"labeler": {"calculator": "gpaw"}}}, "under `magus search -m` MAGUS takes the labels"),
+        ({"learning": {"labeler": {"calculator": "main"}}}, "needs SelectDFTScf: True"),
+        ({"SelectDFTScf": True}, "SelectDFTScf: needs the block learning:"),
+    ],
+)
+def test_what_does_not_go_with_the_ml_mode_is_refused(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], complaint: str
+) -> None:
+    ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint)}
+    data = keys(tiny_checkpoint, MainCalculator={"calculator": "emt", "jobPrefix": "EMT"}, MLCalculator=ours, **more)
+    with pytest.raises(SystemExit):
+        search_of(magus, data, ml=True)
+    assert complaint in caplog.text
+
+
+def test_a_search_without_our_keys_is_not_even_looked_at(magus: SimpleNamespace) -> None:
+    @magus.utils.CALCULATOR_PLUGIN.register("other")
+    class Other:
+        def __init__(self, **parameters: Any) -> None:
+            pass
+
+        def relax(self, pop: Any) -> Any:
+            for ind in pop:
+                ind.info["enthalpy"] = 1.0
+            return pop
+
+    # A pressure that we would refuse, and a key of the same name as one of ours with another meaning.
+    search = search_of(magus, {"pressure": 1e12, "seed": "a file", "MainCalculator": {"calculator": "other"}})
+    search.one_step([Atoms("H", cell=[3, 3, 3], pbc=True)])
+    assert not Path("results/anharmonic").exists()
+    assert set(search.good_pop[0].info) == {"fitness", "used", "identity", "enthalpy"}
+
+
+def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from magus_anharmonic.plugins.modes import check_input
+
+    data = keys(tiny_checkpoint, Fitness=["SSCHA"], sscha={})
+    check_input(data, ml=False, parallel=False)
+    assert "dE: 0.001" in caplog.text
+    caplog.clear()
+    check_input({**data, "dE": 0.001}, ml=False, parallel=False)
+    assert not caplog.text
+
+
+def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint: Path) -> None:
+    from magus_anharmonic.plugins.parameters import settings_of
+
+    assert settings_of({**keys(tiny_checkpoint), "formula_type": "var", "formulaType": "fix"}).formula_type == "var"
+
+
+def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_checkpoint: Path) -> None:
+    from magus_anharmonic.plugins.parameters import calculator_settings, settings_of
+
+    settings = settings_of(keys(tiny_checkpoint, eps=0.2, maxStep=7))
+    options = calculator_settings(settings, learner=False)
+    assert (options.eps, options.max_step) == (0.2, 7)
+
+
+# Log
+
+
+def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCaptureFixture) -> None:
+    from magus_anharmonic.plugins.logs import tame
+
+    root = logging.getLogger()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    root.addHandler(handler)
+    try:
+        tame()
+        tame()
+        logging.getLogger("magus_anharmonic.x").warning("model from %s", "/Generation 7/volRatio.pth")
+        logging.getLogger("magus.search.search").warning(" Generation 1 ")
+    finally:
+        root.removeHandler(handler)
+    assert lines == ["model from /generation 7/volume ratio.pth", " Generation 1 "]
+    assert len(handler.filters) == 1
+
+
+# Calculator
+
+
+def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+    from mattersim.forcefield import MatterSimCalculator, Potential
+
+    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    done = calculator.scf(population(magus, h3s))
+    stock = MatterSimCalculator(potential=Potential.from_checkpoint(load_path=str(tiny_checkpoint), device="cpu", load_training_state=False))
+    for individual in done:
+        atoms = Atoms(individual)
+        atoms.calc = stock
+        assert individual.info["energy"] == pytest.approx(atoms.get_potential_energy(), rel=1e-6)
+        assert np.allclose(individual.info["forces"], atoms.get_forces(), rtol=1e-4, atol=2e-6)
+        assert np.allclose(individual.info["stress"], atoms.get_stress(), rtol=1e-4, atol=1e-6)
+        expected = (individual.info["energy"] + gpa_to_ev_per_a3(150) * individual.get_volume()) / len(individual)
+        assert individual.info["enthalpy"] == pytest.approx(expected)
+        assert individual.info["model"] == calculator.potential.model_id
+        assert individual.calc is None
+
+
+def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "max_step": 5}
+    calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
+    pop = population(magus, h3s)
+    before = [ind.info["enthalpy"] for ind in calculator.scf(pop.copy())]
+    pop[0].info.update(free_energy=-1.0, free_energy_model="old", origin="seed")
+    relaxed = calculator.relax(pop, logfile="aserelax0.log", trajname="calc0.traj")
+    assert type(relaxed) is type(pop) and [ind.info["identity"] for ind in relaxed] == ["init1-0", "init1-1", "init1-2"]
+    assert all(ind.info["enthalpy"] < start for ind, start in zip(relaxed, before, strict=True))
+    assert "free_energy" not in relaxed[0].info and relaxed[0].info["origin"] == "seed"
+    assert len(relaxed[0].info["trajs"]) == 2
+    assert Path.cwd() == magus.work
+
+
+def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    assert isinstance(calculator.scf([h3s(0.0)]), list)
+    assert calculator.relax([]) == [] and calculator.scf([]) == []
+
+
+class Refusing:
+    """A potential that fails for some structures, to see what is dropped."""
+
+    model_id = "refusing"
+    path = None
+
+    def evaluate(self, structures: list[Atoms]) -> Any:
+        from magus_anharmonic.evaluator import Evaluation
+
+        if any(len(atoms) == 1 for atoms in structures):
+            raise MagusAnharmonicError("structure 0: not finite")
+        n = len(structures)
+        return Evaluation(np.zeros(n), [np.zeros((len(a), 3)) for a in structures], np.zeros((n, 3, 3)))
+
+    def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+        return [
+            SimpleNamespace(
+                atoms=a, energy=0.0, forces=np.zeros((len(a), 3)), stress=np.zeros((3, 3)), n_steps=1, converged=True,
+                failed=len(a) == 1, reason="dissolved" if len(a) == 1 else "",
+            )
+            for a in structures
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["scf", "relax"])
+def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    calculator.use(Refusing())
+    bad = Atoms("H", cell=[2, 2, 2], pbc=True, info={"energy": -99.0, "enthalpy": -99.0, "identity": "init1-9"})
+    done = getattr(calculator, mode)([h3s(0.0), bad, h3s(0.1)])
+    assert len(done) == 2 and bad not in done and "energy" not in bad.info
+    assert "init1-9 (H) failed" in caplog.text
+    assert ("not finite" if mode == "scf" else "dissolved") in caplog.text
+    [kept] = read(Path("calcFold/MatterSim/errorTraj.traj"), ":")
+    assert len(kept) == 1 and kept.info["reason"]
+
+
+def test_the_model_is_loaded_late_and_left_out_of_pickles(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    assert calculator._potential is None
+    energy = calculator.scf([h3s(0.0)])[0].info["energy"]
+    data = pickle.dumps(calculator)
+    assert len(data) < 50_000
+    copy = pickle.loads(data)
+    assert copy._potential is None and copy.scf([h3s(0.0)])[0].info["energy"] == energy
+
+
+def test_a_relative_checkpoint_is_found_from_any_working_directory(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.pth").write_bytes(Path(tiny_checkpoint).read_bytes())
+    calculator = magus.Parameters(keys("mine.pth")).MainCalculator
+    monkeypatch.chdir("/")
+    assert len(calculator.scf([h3s(0.0)])) == 1
+
+
+def test_a_search_that_learns_goes_on_with_its_latest_model(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
+    folder = Path("results/anharmonic/checkpoints")
+    folder.mkdir(parents=True)
+    for name in ("gen2.pth", "gen10.pth", "gen9.pth.state", "genX.pth"):
+        (folder / name).write_bytes(Path(tiny_checkpoint).read_bytes())
+    learning = {"labeler": {"calculator": "ase.calculators.emt.EMT"}}
+    calculator = magus.Parameters(keys(tiny_checkpoint, learning=learning)).MainCalculator
+    assert calculator.potential and calculator.checkpoint.endswith("gen10.pth")
+    fixed = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    assert fixed.potential and fixed.checkpoint == str(tiny_checkpoint)
+
+
+def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from magus_anharmonic.plugins.modes import check_input
+
+    calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(MagusAnharmonicError, match="magus search -p"):
+        calculator.scf([h3s(0.0)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="run without -p"):
+        check_input(keys(tiny_checkpoint), ml=False, parallel=True)
+
+
+# Seeds
+
+
+def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: SimpleNamespace, h3s: Any) -> None:
+    from magus_anharmonic.plugins.seeds import write_seeds
+
+    Path("Seeds").mkdir()
+    mine = h3s(0.3)
+    mine.info["note"] = "from the paper"
+    write("Seeds/seeds_2.traj", [mine])
+    centroid = h3s(0.0)
+    centroid.info["seed"] = "abc"
+    for _ in range(2):
+        assert write_seeds("Seeds", 2, [centroid, centroid]) == 1
+        first, second = read("Seeds/seeds_2.traj", ":")
+        assert first.info["note"] == "from the paper" and np.allclose(first.positions, mine.positions)
+        assert second.info["seed"] == "abc" and np.allclose(second.positions, centroid.positions)
+    assert len(read("Seeds/seeds_2.traj.user", ":", format="traj")) == 1
+    assert write_seeds("Seeds", 3, [centroid]) == 0 and not Path("Seeds/seeds_3.traj").exists()
+    assert write_seeds("Seeds", 2, []) == 0 and len(read("Seeds/seeds_2.traj", ":")) == 1
+
+
+def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus: SimpleNamespace, h3s: Any) -> None:
+    from magus_anharmonic.plugins.seeds import write_seeds
+
+    assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
+    assert write_seeds("Seeds", 2, [h3s(0.0)]) == 1
+    assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
+
+
+# Fitness
+
+
+def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus: SimpleNamespace) -> None:
+    from magus.populations.populations import Population
+
+    infos = [
+        {"enthalpy": -1.0, "model": "m", "free_energy": -0.8, "free_energy_model": "m", "free_energy_status": "sscha"},
+        {"enthalpy": -1.1, "model": "m", "free_energy": -0.9, "free_energy_model": "m", "free_energy_status": "sscha"},
+        {"enthalpy": -0.5, "model": "m"},
+        {"enthalpy": float("nan"), "model": "m"},
+        {},
+    ]
+    pop = Population([Atoms("H", info=dict(info)) for info in infos])
+    magus.fitness.fit_dict["SSCHA"]({}).calc(pop)
+    values = [ind.info["fitness"]["sscha"] for ind in pop]
+    assert np.isfinite(values).all()
+    assert np.argsort(values)[::-1].tolist()[:3] == [1, 0, 2]
+
+
+# Hook
+
+
+class Relaxing(Refusing):
+    """Harmonic wells by volume: enough for populations to have different enthalpies; relaxes nothing."""
+
+    def __init__(self, model_id: str = "first") -> None:
+        self.model_id = model_id
+
+    def evaluate(self, structures: list[Atoms]) -> Any:
+        found = super().evaluate(structures)
+        shift = 1.0 if self.model_id == "first" else 2.0
+        energy = np.array([shift + 0.01 * np.abs(atoms.positions).sum() for atoms in structures])
+        return type(found)(energy, found.forces, found.stress)
+
+
+@pytest.fixture
+def rounds_of(magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Start a stand-in search whose potential is `Relaxing`; returns the search and its rounds."""
+    from magus_anharmonic.plugins import hook
+
+    def begin(ml: bool = False, restart: bool = False, **more: Any) -> tuple[Any, Any]:
+        search = search_of(magus, keys(tiny_checkpoint, **more), ml=ml, restart=restart)
+        rounds = hook._ROUNDS[search]
+        rounds.state.potential = Relaxing()
+        rounds.calculator.use(rounds.state.potential)
+        return search, rounds
+
+    return begin
+
+
+def sscha_stand_in(calls: list[Atoms]) -> Any:
+    """A free energy that is the enthalpy plus 0.1 eV/atom, and centroids that are the structure itself."""
+
+    def free_energy(atoms: Atoms, evaluator: Any, **options: Any) -> SimpleNamespace:
+        calls.append(atoms)
+        found = evaluator.evaluate([atoms])
+        gibbs = (found.energy[0] + gpa_to_ev_per_a3(options["pressure"]) * atoms.get_volume()) / len(atoms) + 0.1
+        return SimpleNamespace(
+            gibbs=gibbs, gibbs_error=1e-3, gibbs_raw=gibbs, finite_size=0.0, helmholtz=gibbs, volume=atoms.get_volume() / len(atoms),
+            stress=np.zeros((3, 3)), pressure=options["pressure"], centroids=atoms.copy(), space_group_start="P1 (1)", space_group="P1 (1)",
+            n_evaluations=2, n_populations=1, converged=True, reason="", status="converged", temperature=0.0, supercell=(1, 1, 1),
+            model_id=evaluator.model_id, n_atoms_supercell=len(atoms), symmetry_tolerance=0.05,
+        )  # fmt: skip
+
+    return free_energy
+
+
+def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_restart(rounds_of: Any) -> None:
+    import json
+
+    _, rounds = rounds_of(sscha={})
+    record = json.loads(Path("results/anharmonic/run.json").read_text())
+    assert record["seed"] == rounds.state.seed
+    _, again = rounds_of(sscha={}, restart=True)
+    assert again.state.seed == rounds.state.seed
+
+
+def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_survivors(
+    rounds_of: Any, magus: SimpleNamespace, h3s: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magus_anharmonic.plugins import rounds as module
+
+    seen: list[tuple[int, int, int]] = []
+
+    def after_generation(state: Any, population: list[Atoms], survivors: Any, generation: int) -> list[Atoms]:
+        survivors = list(survivors)
+        seen.append((generation, len(population), len(survivors)))
+        assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
+        for ind in survivors:
+            ind.info.update(free_energy=-1.0, compare_info={"old": 1})
+        return [h3s(0.0)]
+
+    monkeypatch.setattr(module, "after_generation", after_generation)
+    search, _ = rounds_of(distinct=2, learning={"labeler": {"calculator": "ase.calculators.emt.EMT"}})
+    for generation in (1, 2):
+        search.one_step(population(magus, h3s).pop)
+        assert len(read(f"Seeds/seeds_{generation + 1}.traj", ":")) == 1 if generation == 1 else True
+    assert seen == [(1, 3, 2), (2, 3, 4)]
+    assert [frame.info["free_energy"] for frame in read("results/gen1.traj", ":")] == [-1.0, -1.0]
+    assert all("compare_info" not in ind.info and ind.info["spg"] == 1 for ind in search.cur_pop)
+
+
+def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_population(
+    rounds_of: Any, magus: SimpleNamespace, h3s: Any
+) -> None:
+    search, rounds = rounds_of(Fitness=["SSCHA"], sscha={"max_candidates": 2}, dE=0.001)
+    calls: list[Atoms] = []
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in(calls), 1, 0
+    search.one_step(population(magus, h3s).pop)
+    assert len(calls) == 2
+    saved = read("results/gen1.traj", ":")
+    assert sorted(frame.info["free_energy_status"] for frame in saved) == ["estimated", "sscha", "sscha"]
+    assert {frame.info["model"] for frame in saved} == {"first"}
+    assert np.isfinite([ind.info["fitness"]["sscha"] for ind in search.good_pop]).all()
+    # The same round again, as after a kill: nothing is calculated twice.
+    search.curgen = 1
+    search.one_step(population(magus, h3s).pop)
+    assert len(calls) == 2
+
+
+def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(rounds_of: Any, magus: SimpleNamespace, h3s: Any) -> None:
+    search, rounds = rounds_of(sscha={"max_candidates": 1})
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in([]), 1, 0
+    search.one_step(population(magus, h3s).pop)
+    moved = search.good_pop[0]
+    before = moved.info["energy"]
+    moved.positions += 0.5  # what addSym does to the members of the archive
+    search.one_step(population(magus, h3s, 1).pop)
+    expected = Relaxing().evaluate([moved]).energy[0]
+    assert moved.info["energy"] == pytest.approx(expected) and moved.info["energy"] != before
+
+
+def test_a_restart_in_the_folder_of_another_version_is_refused(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path("results/anharmonic")
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"version": "99.0.0", "seed": 1}')
+    with pytest.raises(SystemExit):
+        search_of(magus, keys(tiny_checkpoint, sscha={}), restart=True)
+    assert "written by magus-anharmonic 99.0.0" in caplog.text
+
+
+def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of: Any) -> None:
+    draws = []
+    for _ in range(2):
+        search, _ = rounds_of(seed=7, sscha={})
+        search.curgen = 5
+        search.update_volume_ratio()
+        draws.append(np.random.random())
+    assert draws[0] == draws[1]
+    search.curgen = 6
+    search.update_volume_ratio()
+    assert np.random.random() != draws[0]
+
+
+# Learning under `magus search -m`
+
+
+@pytest.fixture
+def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
+    """Input of a search whose MainCalculator is ``dft``: a spring to the origin, in place like MAGUS's own, with failures on request."""
+    from magus.calculators.base import Calculator
+
+    class Dft(Calculator):
+        fail: set[int] = set()
+        voigt = True
+
+        def scf_(self, pop: list[Atoms]) -> list[Atoms]:
+            for number, atoms in enumerate(pop):
+                if number in self.fail:
+                    continue
+                forces = (-0.1 * atoms.positions).tolist()
+                stress = np.full(6, 0.01) if self.voigt else 0.01 * np.ones((3, 3))
+                atoms.info.update(energy=0.05 * float((atoms.positions**2).sum()), forces=forces, stress=stress)
+            return pop
+
+    magus.utils.CALCULATOR_PLUGIN.register("dft")(Dft)
+    learning = {"labeler": {"calculator": "main"}, "n_sample": 2, "n_perturb": 2, "epochs": 1, "n_replay": 2, "batch_size": 4}
+    ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint), "max_step": 2}
+    main = {"calculator": "dft", "jobPrefix": "DFT", "cutoff": 500, "numCore": 4}
+    return keys(tiny_checkpoint, MainCalculator=main, MLCalculator=ours, SelectDFTScf=True, learning=learning)
+
+
+def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+    from magus_anharmonic.files import read_jsonl
+
+    search = search_of(magus, ml_keys, ml=True)
+    ml = search.ml_calculator
+    assert ml.init_times == 0 and ml.trainset == [] and ml.get_loss([]) == [0.0]
+    first = ml.potential.model_id
+    search.one_step(population(magus, h3s).pop)
+    assert len(ml.store) == 4
+    assert {atoms.info["kind"] for atoms in ml.store.labels()} == {"distorted"}
+    assert len({atoms.info["parent"] for atoms in ml.store.labels()}) == 2
+    for atoms in ml.store.labels():
+        assert atoms.get_potential_energy() == pytest.approx(0.05 * (atoms.positions**2).sum(), rel=1e-5)
+        assert "fitness" not in atoms.info and "identity" not in atoms.info
+    [metrics] = read_jsonl(Path("results/anharmonic/metrics.jsonl"))
+    assert metrics["generation"] == 1 and metrics["n_labels"] == 4 and metrics["old_model"] == first
+    assert {ind.info["model"] for ind in search.good_pop} == {metrics["new_model"]}, "survivors are of the model after training"
+    assert all(np.isfinite(ind.info["enthalpy"]) for ind in search.good_pop)
+    search.one_step(population(magus, h3s).pop)
+    assert [record["generation"] for record in read_jsonl(Path("results/anharmonic/metrics.jsonl"))] == [1, 2]
+    assert len(list(Path("results/anharmonic/checkpoints").glob("gen?.pth"))) == 2
+
+
+def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+    from magus_anharmonic.files import read_jsonl
+
+    search = search_of(magus, ml_keys, ml=True)
+    search.main_calculator.fail, search.main_calculator.voigt = {1}, False
+    search.one_step(population(magus, h3s).pop)
+    assert len(search.ml_calculator.store) == 3
+    [failure] = read_jsonl(Path("results/anharmonic/failures.jsonl"))
+    assert "gave no result" in failure["reason"] and failure["generation"] == 1
+    [metrics] = read_jsonl(Path("results/anharmonic/metrics.jsonl"))
+    assert (metrics["n_labels"], metrics["n_failures"]) == (3, 1)
+
+
+def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    search = search_of(magus, ml_keys, ml=True)
+    ml, main = search.ml_calculator, search.main_calculator
+    pop = population(magus, h3s)
+    old = main.scf(ml.expand_perturb(ml.select(pop)))
+    ml.generation = 2
+    asked = ml.expand_perturb(ml.select(pop))
+    ml.updatedataset([*main.scf(asked), *old])
+    assert len(ml.store) == len(asked)
+    assert "earlier batch" in caplog.text
+
+
+def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+    ml = search_of(magus, ml_keys, ml=True).ml_calculator
+    pop = ml.relax(population(magus, h3s))
+    chosen = ml.select(pop)
+    assert type(chosen) is type(pop) and len(chosen) == 2
+    assert not any(a is b for a in chosen for b in pop)
+    distorted = ml.expand_perturb(chosen)
+    assert type(distorted) is type(pop) and len(distorted) == 4
+    assert not any("energy" in atoms.info or "enthalpy" in atoms.info for atoms in distorted)
+    assert [a.positions.tolist() for a in ml.expand_perturb(chosen)] == [a.positions.tolist() for a in distorted], "same seed, same labels"
+    assert isinstance(ml.select(list(pop)), list)
+
+
+def test_predictions_leave_the_labels_as_they_are(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+    search = search_of(magus, ml_keys, ml=True)
+    ml, labelled = search.ml_calculator, search.main_calculator.scf(population(magus, h3s))
+    before = [ind.info["energy"] for ind in labelled]
+    predicted = ml.calc_efs(labelled)
+    assert [ind.info["energy"] for ind in labelled] == before
+    expected = np.mean([abs(b - p.info["energy"]) / 4 for b, p in zip(before, predicted, strict=True)])
+    assert ml.get_loss(labelled) == pytest.approx([expected])
+    assert np.isnan(ml.calc_efs(Atoms("HH", positions=np.zeros((2, 3)), cell=[3, 3, 3], pbc=True))[0].info["energy"])
+
+
+def test_labels_of_the_other_loops_of_magus_are_kept_too(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+    search = search_of(magus, ml_keys, ml=True)
+    ml = search.ml_calculator
+    ml.updatedataset([*search.main_calculator.scf(population(magus, h3s))])
+    ml.train()
+    assert len(ml.store) == 3 and {atoms.info["kind"] for atoms in ml.store.labels()} == {"relaxed"}
+    ml.updatedataset([])
+    assert all("energy" in atoms.info for atoms in ml.trainset)
+
+
+def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
+    def hash_with(**changes: Any) -> str:
+        main = {**ml_keys["MainCalculator"], **changes}
+        return search_of(magus, {**ml_keys, "MainCalculator": main}, ml=True, restart=True).ml_calculator.labeler.settings_hash
+
+    first = hash_with()
+    assert hash_with(numCore=16, queueName="long", preProcessing="module load vasp") == first
+    assert hash_with(cutoff=600) != first
+    Path("inputFold/DFT").mkdir(parents=True)
+    Path("inputFold/DFT/INCAR").write_text("ENCUT = 500")
+    with_incar = hash_with()
+    assert with_incar != first
+    Path("inputFold/DFT/INCAR").write_text("ENCUT = 600")
+    assert hash_with() != with_incar
+
+
+def test_the_learner_is_pickled_without_model_and_labels(magus: SimpleNamespace, ml_keys: dict[str, Any]) -> None:
+    ml = search_of(magus, ml_keys, ml=True).ml_calculator
+    state = ml.__getstate__()
+    assert ml.potential is not None and state["_potential"] is None and state["_labels"] is None
