@@ -25,8 +25,8 @@ find_python() {
         done
         { [ "$(id -u)" = 0 ] && apt_python; } || break
     done
-    fail "no Python 3.11, 3.12 or 3.13 with the modules venv and ensurepip" "Debian, Ubuntu: apt-get install -y python3 python3-venv python3-dev" \
-        "Fedora:         dnf install -y python3.11 python3.11-devel" "conda:          conda create -n csp -c conda-forge python=3.11 && conda activate csp" \
+    fail "no Python 3.11, 3.12 or 3.13 with the modules venv and ensurepip" "Debian, Ubuntu: sudo $APT_LINE" \
+        "Fedora:         sudo $DNF_LINE" "conda:          conda create -n csp -c conda-forge python=3.11 && conda activate csp" \
         "or give one: make PYTHON=/path/to/python3.11 ..."
 }
 
