@@ -1,0 +1,62 @@
+"""``MatterSim``: an ASE calculator on a MatterSim checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential.evaluate import Potential
+
+
+class MatterSim(Calculator):
+    """Energy (eV), free energy (the same), forces (eV/A) and stress (Voigt, eV/A^3) of a MatterSim checkpoint.
+
+    The checkpoint is loaded at the first calculation. Pickles and copies hold its name and settings, not the weights.
+
+    checkpoint
+        A name MatterSim knows, one that this package ships, or a path.
+    device
+        ``cpu``, ``cuda``, ...; None takes cuda where there is one.
+    dtype
+        ``float32`` or ``float64``.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(
+        self, checkpoint: str | Path = "mattersim-v1.0.0-1M", device: str | None = None, *, dtype: str = "float32", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.checkpoint, self.device, self.dtype = str(checkpoint), device, dtype
+        self._potential: Potential | None = None
+
+    @property
+    def potential(self) -> Potential:
+        """The loaded model; raises CheckpointError."""
+        if self._potential is None:
+            from magus_anharmonic.potential.evaluate import load
+
+            self._potential = load(self.checkpoint, self.device, dtype=self.dtype)
+        return self._potential
+
+    @property
+    def model_id(self) -> str:
+        """Id of the weights; loads the checkpoint."""
+        return self.potential.model_id
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_potential": None}
+
+    def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+        """ASE's entry point; all properties come from one evaluation."""
+        super().calculate(atoms, properties or ["energy"], system_changes)
+        found = self.potential.evaluate([self.atoms])
+        energy = float(found.energy[0])
+        self.results = {"energy": energy, "free_energy": energy, "forces": found.forces[0]}
+        if self.atoms.cell.rank == 3:
+            self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0])

@@ -1,0 +1,54 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from ase import Atoms
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential import Potential
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MatterSim-format model with random weights: 2 blocks, 16 units."""
+    import torch
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    from magus_anharmonic.potential.checkpoint import save
+
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        module = M3Gnet(num_blocks=2, units=16, device="cpu")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    save(module, path, species=range(1, 95))
+    return path
+
+
+@pytest.fixture(scope="session")
+def potential(tiny_checkpoint: Path) -> Potential:
+    """The tiny model, loaded on the CPU."""
+    from magus_anharmonic.potential import load
+
+    return load(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def h3s() -> Callable[..., Atoms]:
+    """``h3s(a=3.0, bond_shift=0.0)``: 4 atoms, S at the corner of a bcc cell; Im-3m, or R3m when H is off the middle (Angstrom)."""
+
+    def build(a: float = 3.0, bond_shift: float = 0.0) -> Atoms:
+        cell = 0.5 * a * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
+        positions = 0.5 * a * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
+        positions[1:] += bond_shift * np.eye(3)
+        return Atoms("SH3", positions=positions, cell=cell, pbc=True)
+
+    return build
