@@ -29,5 +29,9 @@ class LabelerError(MagusAnharmonicError):
     """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
 
 
+class LabelerNotInstalled(InputError, LabelerError):
+    """The DFT code or ASE calculator asked for is not here; the message says what to install."""
+
+
 class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""

@@ -9,7 +9,7 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
-from magus_anharmonic.errors import InputError, LabelerError
+from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, Relaxed, settings_hash
 from magus_anharmonic.settings import LabelerSettings
 
@@ -42,7 +42,7 @@ def available(name: str) -> tuple[bool, str]:
 def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
     """The labeler for ``learning.labeler``; its scratch files and logs go below ``directory``.
 
-    Raises ``InputError`` when the labeler is not installed or its settings contradict each other.
+    Raises ``InputError`` when its settings contradict each other, ``LabelerNotInstalled`` (also an ``InputError``) when it is not here.
     """
     from magus_anharmonic.labelers.pool import WorkerLabeler, available_cores
 
@@ -59,7 +59,7 @@ def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
         raise InputError(str(error)) from None
     usable, message = module.available(name, recipe.execution)
     if not usable:
-        raise InputError(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
+        raise LabelerNotInstalled(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
     n_workers = settings.n_workers or module.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
 

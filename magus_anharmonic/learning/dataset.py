@@ -1,0 +1,186 @@
+"""All labels of a search, on disk: each one saved the moment it is finished, none ever changed or lost."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing
+from magus_anharmonic.labelers.base import Label
+from magus_anharmonic.learning.families import Families
+from magus_anharmonic.structures import bare, structure_id
+
+log = logging.getLogger(__name__)
+
+SIDES = ("train", "validation", "test")
+
+
+def side(name: str, split: Sequence[int] = (8, 1, 1)) -> str:
+    """``train``, ``validation`` or ``test``: by the hash of a parent's name, so that it is the same for ever."""
+    fraction = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
+    limits = np.cumsum(split) / np.sum(split)
+    return SIDES[int(np.searchsorted(limits, fraction, side="right"))]
+
+
+def side_of(atoms: Atoms, split: Sequence[int] = (8, 1, 1)) -> str:
+    """Side of a labelled structure: ``info['side']`` given when it was labelled, else by ``family``, ``parent`` or its own identity."""
+    stored = atoms.info.get("side")
+    if stored in SIDES:
+        return str(stored)
+    return side(str(atoms.info.get("family") or atoms.info.get("parent") or structure_id(atoms)), split)
+
+
+def labelled(structure: Atoms, label: Label, **info: Any) -> Atoms:
+    """``structure`` with its label: energy, forces and stress attached; free energy, settings hash and ``info`` in ``info``."""
+    atoms = bare(structure)
+    atoms.info.update(structure.info)
+    atoms.info.update(info, settings_hash=label.settings_hash)
+    if label.free_energy is not None:
+        atoms.info["free_energy"] = label.free_energy
+    atoms.calc = SinglePointCalculator(atoms, energy=label.energy, forces=label.forces, stress=label.stress)
+    return atoms
+
+
+class LabelStore:
+    """The labels in ``directory`` (``results/anharmonic/labels``).
+
+    ``gen003.xyz`` (then ``gen003-2.xyz``, ...) are finished batches and never change; ``pending/gen003/<id>.xyz`` are the labels of a
+    batch that is not finished. Reading merges both; a label that is in both after a kill counts once. ``families.jsonl`` says which
+    chosen structures are one phase. One process writes.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.families = Families(self.directory / "families.jsonl")
+        self._frames: dict[str, Atoms] = {}
+        batches = sorted(self.directory.glob("gen*.xyz"))
+        for file in [*batches, *sorted(self.directory.glob("pending/*/*.xyz"))]:
+            for atoms in read_labels(file):
+                self._frames.setdefault(str(atoms.info["id"]), atoms)
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __contains__(self, label_id: str) -> bool:
+        return label_id in self._frames
+
+    def check(self, settings_hash: str) -> None:
+        """Raise ``InputError`` when a label here was made with other DFT settings than ``settings_hash``."""
+        for atoms in self._frames.values():
+            if atoms.info.get("settings_hash") != settings_hash:
+                raise InputError(
+                    f"learning.labeler: {self.directory} holds labels of other DFT settings "
+                    f"({atoms.info.get('settings_hash')}, now {settings_hash}); energies of two settings must not be mixed: "
+                    "give the earlier settings, or start a new search"
+                )
+
+    def add(self, atoms: Atoms) -> None:
+        """Save one label at once; ``info`` must hold ``id`` and ``generation``."""
+        label_id, generation = str(atoms.info["id"]), int(atoms.info["generation"])
+        file = self._pending(generation) / f"{label_id}.xyz"
+        with replacing(file) as temporary:
+            write(temporary, atoms, format="extxyz")
+        # The digits of the file, not those in memory: a restarted search must train on the same numbers.
+        self._frames[label_id] = read_labels(file)[0]
+
+    def close_batch(self, generation: int) -> Path | None:
+        """Merge the pending labels of ``generation`` into one new file and return it; None when there are none."""
+        folder = self._pending(generation)
+        files = sorted(folder.glob("*.xyz"))
+        if not files:
+            return None
+        done = {str(atoms.info["id"]) for file in self.directory.glob(f"gen{generation:03d}*.xyz") for atoms in read_labels(file)}
+        fresh = [atoms for file in files for atoms in read_labels(file) if str(atoms.info["id"]) not in done]
+        batch = self._next_file(generation) if fresh else None
+        if batch is not None:
+            with replacing(batch) as temporary:
+                write(temporary, fresh, format="extxyz")
+        for file in files:
+            file.unlink()
+        folder.rmdir()
+        return batch
+
+    def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
+        """Usable labels of one generation, of all ``before`` one, or all, in the order of their id.
+
+        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) are left out.
+        """
+        chosen = [
+            atoms
+            for _, atoms in sorted(self._frames.items())
+            if "excluded" not in atoms.info
+            and (generation is None or atoms.info["generation"] == generation)
+            and (before is None or atoms.info["generation"] < before)
+        ]
+        return chosen
+
+    def get(self, label_id: str) -> Atoms:
+        """The label with this id; KeyError when there is none."""
+        return self._frames[label_id]
+
+    def _pending(self, generation: int) -> Path:
+        return self.directory / "pending" / f"gen{generation:03d}"
+
+    def _next_file(self, generation: int) -> Path:
+        file, number = self.directory / f"gen{generation:03d}.xyz", 2
+        while file.exists():
+            file, number = self.directory / f"gen{generation:03d}-{number}.xyz", number + 1
+        return file
+
+
+def read_labels(file: str | Path) -> list[Atoms]:
+    """Labelled structures of an extended XYZ file; raises ``InputError`` that names the file when it is none."""
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        frames = read(path, index=":", format="extxyz")
+    except Exception as error:  # ASE's reader raises many types for malformed text
+        raise InputError(f"{path}: not readable as extended XYZ: {error}") from None
+    if not frames:
+        raise InputError(f"{path}: holds no structure")
+    for atoms in frames:
+        # ASE reads this key as a result of the calculator, and then refuses to write it from both places.
+        if atoms.calc is not None and "free_energy" in atoms.calc.results:
+            atoms.info["free_energy"] = float(atoms.calc.results.pop("free_energy"))
+    return frames
+
+
+def read_dataset(file: str | Path, settings_hash: str) -> list[Atoms]:
+    """Earlier labels (``learning.dataset``) of the same DFT settings.
+
+    Raises ``InputError`` when the file is missing, a label is incomplete, or the settings hash is missing or another one.
+    """
+    frames = read_labels(file)
+    for number, atoms in enumerate(frames, start=1):
+        where = f"learning.dataset: {file}: structure {number} ({atoms.info.get('id', atoms.get_chemical_formula())})"
+        found = atoms.info.get("settings_hash")
+        if found is None:
+            raise InputError(
+                f"{where}: has no settings_hash, so nothing says that its DFT settings are those of learning.labeler. If they are, add "
+                f"settings_hash={settings_hash} to the second line of every structure (ASE: atoms.info['settings_hash'])"
+            )
+        if str(found) != settings_hash:
+            raise InputError(
+                f"{where}: was labelled with other DFT settings ({found}) than learning.labeler has ({settings_hash}); "
+                "energies of two settings must not be mixed: change learning.labeler or leave the file out"
+            )
+        if atoms.calc is None or not {"energy", "forces", "stress"} <= set(atoms.calc.results):
+            raise InputError(f"{where}: energy, forces and stress are needed")
+    if any("parent" not in atoms.info for atoms in frames):
+        log.warning("%s: structures without the key parent are split one by one: siblings may end up on two sides", file)
+    return frames
+
+
+def on_side(frames: Iterable[Atoms], name: str, split: Sequence[int]) -> list[Atoms]:
+    """Those of ``frames`` that are on the side ``name`` (train, validation, test)."""
+    return [atoms for atoms in frames if side_of(atoms, split) == name]

@@ -1,0 +1,341 @@
+"""One round of learning: population -> labels -> finetuned model (Fig. 1a of the paper)."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
+from magus_anharmonic.labelers.base import Failure, Label, Labeler
+from magus_anharmonic.learning.choose import choose
+from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset, side
+from magus_anharmonic.learning.distort import distort
+from magus_anharmonic.settings import LearningSettings
+from magus_anharmonic.structures import bare, structure_id
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential import Potential
+
+log = logging.getLogger(__name__)
+
+MAX_FORCE = 50.0
+"""eV/A; a label with a larger force is kept but not learned from (MAGUS drops such structures too)."""
+
+_CHOOSE, _DISTORT, _REPLAY, _TRAIN = 101, 102, 103, 104
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The model after a round. ``metrics`` is the line of ``metrics.jsonl``; ``changed`` says whether the model is a new one."""
+
+    potential: Potential
+    model_id: str
+    metrics: dict[str, Any]
+    n_labels: int
+    n_failures: int
+    changed: bool
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What a round trains on and is judged by. ``validation_from`` and ``test_from``: this round, all rounds, training, or none."""
+
+    train: list[Atoms] = field(default_factory=list)
+    validation: list[Atoms] = field(default_factory=list)
+    test: list[Atoms] = field(default_factory=list)
+    n_new: int = 0
+    n_replay: int = 0
+    validation_from: str = "none"
+    test_from: str = "none"
+
+
+def learn(
+    population: Sequence[Atoms],
+    *,
+    generation: int,
+    potential: Potential,
+    settings: LearningSettings,
+    labeler: Labeler,
+    store: LabelStore,
+    run_dir: str | Path,
+    seed: int,
+) -> Learned:
+    """Choose, distort, label, finetune, and keep the better of the old and the new model.
+
+    Parameters
+    ----------
+    population
+        Relaxed structures, duplicates kept.
+    run_dir
+        ``results/anharmonic``; gets ``checkpoints/gen{N}.pth``, ``metrics.jsonl`` and ``failures.jsonl``.
+    seed
+        Same seed, population and labels: same result. A round that is finished is returned without work; one that was
+        interrupted uses the labels that it has.
+
+    Raises ``InputError`` (labels of other DFT settings in the store or in ``settings.dataset``) and ``LabelerError``.
+    """
+    folder = Path(run_dir)
+    finished = _finished(folder, generation, potential)
+    if finished is not None:
+        return finished
+    store.check(labeler.settings_hash)
+    dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
+    began = time.monotonic()
+    n_failures = _label(population, generation, settings, labeler, store, folder, seed)
+    labels = store.labels(generation=generation)
+    sets = training_sets(labels, store.labels(before=generation), dataset, settings, np.random.default_rng([seed, generation, _REPLAY]))
+    metrics: dict[str, Any] = {
+        "generation": generation,
+        "settings_hash": labeler.settings_hash,
+        "n_labels": len(labels),
+        "n_failures": n_failures,
+        "n_new": sets.n_new,
+        "n_replay": sets.n_replay,
+        "n_train": len(sets.train),
+        "n_validation": len(sets.validation),
+        "n_test": len(sets.test),
+        "validation_from": sets.validation_from,
+        "test_from": sets.test_from,
+        "seconds_labels": time.monotonic() - began,
+    }
+    if labels and sets.train:
+        candidate, found = _train(potential, sets, settings, folder, generation, seed)
+    else:
+        reason = "no label could be made" if not labels else "no label is on the training side, and there is none to replay"
+        candidate, found = None, {"reason": reason}
+        log.warning("the model stays as it is: %s", reason)
+    return _conclude(potential, candidate, sets, settings, folder, {**metrics, **found})
+
+
+def _finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
+    """The result of a round that an earlier run finished: its line of metrics and its checkpoint are there."""
+    records = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    file = checkpoint_file(folder, generation)
+    if not records or not file.is_file():
+        return None
+    metrics, current = records[-1], potential
+    if potential.model_id != metrics["new_model"]:
+        from magus_anharmonic.potential import load
+
+        current = load(file, device=potential.device)
+        if current.model_id != metrics["new_model"]:
+            log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
+            return None
+    log.info("round %d has learned already: model %s", generation, current.model_id)
+    return Learned(current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], metrics["changed"])
+
+
+def checkpoint_file(folder: Path, generation: int) -> Path:
+    """Where the model after a round is."""
+    return folder / "checkpoints" / f"gen{generation}.pth"
+
+
+def plan(population: Sequence[Atoms], generation: int, settings: LearningSettings, store: LabelStore, seed: int) -> list[Atoms]:
+    """The distorted structures to label, with everything about them in ``info``; the same for the same seed and population."""
+    distorted = []
+    chosen = choose(population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE]))
+    for draw, index in enumerate(chosen):
+        parent = bare(population[index])
+        name = f"p-{structure_id(parent)}"
+        family = store.families.family(name, parent)
+        for number in range(settings.n_perturb):
+            key = [seed, generation, _DISTORT, draw, number]
+            try:
+                atoms = distort(parent, np.random.default_rng(key), atom_displacement=settings.atom_displacement, strain=settings.strain)
+            except MagusAnharmonicError as error:
+                log.warning("%s is not distorted: %s", name, error)
+                break
+            atoms.info.update(
+                id=f"g{generation}-{structure_id(atoms)}",
+                generation=generation,
+                parent=name,
+                family=family,
+                side=side(family, settings.split),
+                kind="distorted",
+                distortion_seed="-".join(map(str, key)),
+            )
+            distorted.append(atoms)
+    return distorted
+
+
+def _label(
+    population: Sequence[Atoms],
+    generation: int,
+    settings: LearningSettings,
+    labeler: Labeler,
+    store: LabelStore,
+    folder: Path,
+    seed: int,
+) -> int:
+    """Label what is not labelled yet; returns the number of failures."""
+    planned = plan(population, generation, settings, store, seed)
+    waiting = [atoms for atoms in planned if atoms.info["id"] not in store]
+    if len(waiting) < len(planned):
+        log.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
+    n_failures = sum(atoms.info["id"] in store and "excluded" in store.get(atoms.info["id"]).info for atoms in planned)
+
+    def keep(index: int, result: Label | Failure) -> None:
+        nonlocal n_failures
+        reason = keep_label(waiting[index], result, store)
+        if reason is not None:
+            n_failures += 1
+            _record_failure(folder, waiting[index], result.settings_hash, reason)
+
+    if waiting:
+        log.info("labelling %d structures with %s", len(waiting), labeler.description)
+        labeler.label(waiting, keep)
+    store.close_batch(generation)
+    return n_failures
+
+
+def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str | None:
+    """Save one result; returns the reason when it cannot be learned from."""
+    if isinstance(result, Failure):
+        return result.reason
+    numbers = (np.asarray(result.energy), result.forces, result.stress)
+    if not all(np.isfinite(values).all() for values in numbers):
+        return "NaN or infinite energy, forces or stress"
+    largest = float(np.linalg.norm(result.forces, axis=1).max())
+    frame = labelled(atoms, result, seconds=round(result.seconds, 2))
+    reason = None
+    if largest > MAX_FORCE:
+        reason = f"unphysical: a force of {largest:.0f} eV/A, more than {MAX_FORCE:g}"
+        frame.info["excluded"] = reason
+    store.add(frame)
+    return reason
+
+
+def _record_failure(folder: Path, atoms: Atoms, settings_hash: str, reason: str) -> None:
+    log.warning("label %s (%s) failed: %s", atoms.info["id"], atoms.get_chemical_formula(), reason)
+    record = {key: atoms.info[key] for key in ("generation", "id", "parent", "distortion_seed")}
+    append_jsonl(
+        folder / "failures.jsonl",
+        {
+            "stage": "label",
+            **record,
+            "formula": atoms.get_chemical_formula(),
+            "settings_hash": settings_hash,
+            "reason": reason,
+            "cell": atoms.cell.array,
+            "positions": atoms.positions,
+        },
+    )
+
+
+def training_sets(
+    labels: Sequence[Atoms], earlier: Sequence[Atoms], dataset: Sequence[Atoms], settings: LearningSettings, rng: np.random.Generator
+) -> Sets:
+    """Training, validation and test set of a round.
+
+    Training: the training side of this round's ``labels`` and ``n_replay`` drawn from the training side of ``earlier`` rounds and of
+    ``dataset``. Validation and test: this round's; when it has none there, those of all rounds and of ``dataset``.
+    """
+    split = settings.split
+    new = on_side(labels, "train", split)
+    previous = on_side([*dataset, *earlier], "train", split)
+    drawn = sorted(rng.permutation(len(previous))[: settings.n_replay])
+    replay = [previous[index] for index in drawn]
+    everything = [*dataset, *earlier, *labels]
+    sides: dict[str, list[Atoms]] = {}
+    origin: dict[str, str] = {}
+    for name in ("validation", "test"):
+        own = on_side(labels, name, split)
+        sides[name] = own or on_side(everything, name, split)
+        origin[name] = "this round" if own else "all rounds" if sides[name] else "none"
+    if not sides["validation"]:
+        origin["validation"] = "training"
+    return Sets([*new, *replay], sides["validation"], sides["test"], len(new), len(replay), origin["validation"], origin["test"])
+
+
+def _train(
+    potential: Potential, sets: Sets, settings: LearningSettings, folder: Path, generation: int, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Refit the shift, finetune; returns the new model (not yet the one in use) and what there is to report."""
+    from magus_anharmonic.potential import load
+    from magus_anharmonic.potential.finetune import finetune
+    from magus_anharmonic.potential.shift import refit_shift
+
+    began = time.monotonic()
+    module = copy.deepcopy(potential.module)
+    shift = refit_shift(module, sets.train)
+    result = finetune(
+        module,
+        sets.train,
+        sets.validation,
+        settings,
+        out=folder / "training" / f"gen{generation}.pth",
+        seed=int(np.random.default_rng([seed, generation, _TRAIN]).integers(2**31)),
+        parent_id=potential.model_id,
+        species=potential.species_seen,
+    )
+    found = {
+        "shift": shift,
+        "best_epoch": result.best_epoch,
+        "stopped": result.stopped,
+        "seconds_training": time.monotonic() - began,
+    }
+    return load(result.path, device=potential.device), found
+
+
+def _conclude(
+    potential: Potential, candidate: Potential | None, sets: Sets, settings: LearningSettings, folder: Path, metrics: dict[str, Any]
+) -> Learned:
+    """Compare old and new, keep the better one, write metrics and then the checkpoint (its presence ends the round)."""
+    old = _scores(potential, sets, settings)
+    trained = {} if candidate is None else _scores(candidate, sets, settings)
+    changed = False
+    if candidate is not None:
+        judge = "validation" if sets.validation else "train"
+        before, after = old[judge]["loss"], trained[judge]["loss"]
+        changed = bool(np.isfinite(after)) and not after >= before
+        verdict = "the new model is kept" if changed else "the old model is kept: the new one is not better"
+        metrics["reason"] = f"{verdict} (loss {before:.4g} -> {after:.4g} on {old[judge]['n']} labels of {sets.validation_from})"
+        log.info("%s", metrics["reason"])
+    current = candidate if changed and candidate is not None else potential
+    metrics |= {
+        "old_model": potential.model_id,
+        "new_model": current.model_id,
+        "changed": changed,
+        "old": old,
+        "new": trained if changed else old,
+    }
+    if candidate is not None and not changed:
+        metrics["rejected"] = {"model": candidate.model_id, **trained}
+    generation = int(metrics["generation"])
+    recorded = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    if not recorded or recorded[-1]["new_model"] != current.model_id:
+        append_jsonl(folder / "metrics.jsonl", metrics)
+    file = checkpoint_file(folder, generation)
+    _write_checkpoint(current, changed, file, folder / "training" / f"gen{generation}.pth")
+    if changed:
+        current.path = file
+    return Learned(current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], changed)
+
+
+def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path) -> None:
+    from magus_anharmonic.potential import checkpoint
+
+    if changed:
+        with replacing(file) as temporary:
+            shutil.copyfile(trained, temporary)
+    else:
+        checkpoint.save(model.module, file, parent_id=model.model_id, species=model.species_seen)
+    trained.unlink(missing_ok=True)
+
+
+def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
+    """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not empty."""
+    from magus_anharmonic.potential.score import score
+
+    parts = {"train": sets.train, "validation": sets.validation, "test": sets.test}
+    return {name: score(potential, frames, settings).as_dict() for name, frames in parts.items() if frames}
