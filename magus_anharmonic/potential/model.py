@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from magus_anharmonic.potential.graph import Graph
+from magus_anharmonic.potential.inference import Inference
 
 _DEGENERACY = (1, 3, 5, 7)
 
@@ -83,10 +84,28 @@ class FactorisedM3GNet(nn.Module):
         With ``create_graph`` the results can be differentiated again, by the parameters.
         """
         vector = graph.vector.detach().requires_grad_(True)
+        if not create_graph:
+            energy, gradient = self._evaluate(graph, vector)
+            return energy, *_forces_and_stress(graph, gradient)
         energy = self.energy(graph, vector)
-        (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=create_graph)
-        energy = energy if create_graph else energy.detach()
+        (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=True)
         return energy, *_forces_and_stress(graph, gradient)
+
+    def _evaluate(self, graph: Graph, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energy and its gradient by the edge vectors through `Inference`; nothing can be differentiated again."""
+        with torch.enable_grad():
+            radial, threebody = self.edge_basis(graph, vector)
+        with torch.no_grad():
+            inference = Inference(self.module, graph, radial.detach(), threebody.detach())
+            atom = inference.forward()
+        with torch.enable_grad():
+            atom.requires_grad_(True)
+            energy = self._readout(graph, atom)
+            (by_atom,) = torch.autograd.grad(energy.sum(), atom)
+        with torch.no_grad():
+            gradients = inference.backward(by_atom)
+        (gradient,) = torch.autograd.grad((radial, threebody), vector, gradients)
+        return energy.detach(), gradient
 
     def energy(self, graph: Graph, vector: torch.Tensor) -> torch.Tensor:
         """Energies (n,) in eV, float64, as a differentiable function of the edge vectors (E, 3)."""
