@@ -1,0 +1,278 @@
+"""The main loop of the embedded host: one step as MAGUS's, restartable at any moment.
+
+Every random draw comes from a generator seeded with (seed, generation, purpose), and every stage ends in a file that is read
+back before it is used: a search that was killed and restarted is the search that was not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError, LabelerNotInstalled
+from magus_anharmonic.generation import SearchState, after_generation, newest_checkpoint, start
+from magus_anharmonic.host_keys import HostKeys, parse_host_keys
+from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.search import population as pops
+from magus_anharmonic.search.archive import Archive, compare_settings
+from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.operators import OffspringGenerator
+from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
+from magus_anharmonic.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for."""
+
+    RANDOM = 1
+    OFFSPRING = 2
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What a search found: ``good`` is sorted, best first; ``best`` holds the best of every generation."""
+
+    results: Path
+    n_generations: int
+    good: list[Atoms]
+    best: list[Atoms]
+    seed: int
+    seconds: float
+
+
+def run(settings: Settings, directory: str | Path = ".", restart: bool = False, allow_missing_labeler: bool = False) -> SearchOutcome:
+    """Search in ``directory`` and leave MAGUS's ``results/`` there.
+
+    Parameters
+    ----------
+    restart
+        Go on with the search in ``directory``; without it an existing ``results`` is moved to ``results1``, ...
+    allow_missing_labeler
+        Run without learning, with a warning, when the labeler is not installed; else that is an error.
+
+    Raises
+    ------
+    InputError
+        Anything wrong in the input, before any file is touched.
+    MagusAnharmonicError
+        No structure could be made, or none is left.
+    """
+    began = time.perf_counter()
+    keys, warnings = parse_host_keys(settings)
+    for line in warnings:
+        log.warning(line)
+    archive = Archive(Path(directory).resolve())
+    settings = _with_labeler(settings, archive, allow_missing_labeler)
+    relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
+    settings = _open(archive, settings, relaxer, restart)
+    state = None
+    if settings.learning is not None or settings.sscha is not None:
+        state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
+    Search(settings, keys, relaxer, archive, state).run()
+    good = archive.load("good", settings.num_gen) or []
+    return SearchOutcome(
+        archive.results, settings.num_gen, good, archive.load("best", "") or [], settings.seed, time.perf_counter() - began
+    )
+
+
+def _with_labeler(settings: Settings, archive: Archive, allow_missing: bool) -> Settings:
+    """The settings, without ``learning`` where its labeler is not installed and that is allowed."""
+    if settings.learning is None:
+        return settings
+    if settings.calculator is None:
+        raise InputError("learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}")
+    from magus_anharmonic.labelers import get_labeler
+
+    try:
+        get_labeler(settings.learning.labeler, archive.anharmonic / "labeling")
+    except LabelerNotInstalled as error:
+        if not allow_missing:
+            raise
+        log.warning("running without learning: %s", error)
+        return settings.model_copy(update={"learning": None})
+    return settings
+
+
+def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
+    """Make or check the results folder; returns the settings with the seed."""
+    if restart:
+        if not (archive.anharmonic / "run.json").exists():
+            raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
+        check_results_version(archive.anharmonic)
+        record = read_run_record(archive.anharmonic)
+        seed = record["seed"] if settings.seed is None else settings.seed
+        settings = settings.model_copy(update={"seed": seed})
+        for key in compare_settings({**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")):
+            log.warning("%s is not what the search was started with", key)
+    else:
+        seed = secrets.randbits(31) if settings.seed is None else settings.seed
+        settings = settings.model_copy(update={"seed": seed})
+        archive.start()
+    write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
+    log.info("seed %d", seed)
+    return settings
+
+
+class Search:
+    """The populations between two generations, and the step from one to the next."""
+
+    def __init__(self, settings: Settings, keys: HostKeys, relaxer: Relaxer, archive: Archive, state: SearchState | None) -> None:
+        self.settings, self.keys, self.relaxer, self.archive, self.state = settings, keys, relaxer, archive, state
+        self.fitness = settings.fitness or ["Enthalpy" if settings.formula_type == "fix" else "Ehull"]
+        self.geometry = Geometry(keys, settings.symbols)
+        self.checker = pops.Checker(keys, self.geometry)
+        self.random = RandomGenerator(self.geometry)
+        self.offspring = OffspringGenerator(keys, self.geometry, self.checker)
+        self.units = [Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)]) for row in keys.units]
+        self.good: list[Atoms] = []
+        self.keep: list[Atoms] = []
+        self.current: list[Atoms] = []
+        self.best: list[Atoms] = []
+        self.volume_ratio = keys.volume_ratio
+
+    def run(self) -> None:
+        """All generations that are not finished yet."""
+        done, ratio = self.archive.finished()
+        if done:
+            self.volume_ratio = ratio
+            self._load(done)
+            log.info("going on after generation %d of %d", done, self.settings.num_gen)
+        times: list[float] = []
+        for generation in range(done + 1, self.settings.num_gen + 1):
+            begun = time.perf_counter()
+            self._step(generation)
+            times.append(time.perf_counter() - begun)
+            left = np.mean(times) * (self.settings.num_gen - generation)
+            best = self.good[0]
+            log.info(
+                "generation %d of %d done in %.0f s: best %s, space group %d, %.4f eV/atom; about %.0f s left",
+                *(generation, self.settings.num_gen, times[-1], best.get_chemical_formula(), best.info["spg"], best.info["enthalpy"], left),
+            )
+
+    def _load(self, generation: int) -> None:
+        self.current = self.archive.load("gen", generation)
+        self.good = self.archive.load("good", generation)
+        self.keep = self.archive.load("keep", generation)
+        # a kill between best.traj and search.json leaves the unfinished generation in best.traj
+        self.best = [atoms for atoms in self.archive.load("best", "") if atoms.info["best_of"] <= generation]
+
+    def _step(self, generation: int) -> None:
+        log.info("generation %d of %d begins", generation, self.settings.num_gen)
+        start = self.archive.load("init", generation)
+        if start is None:
+            self._save("init", generation, self._initial(generation))
+            start = self.archive.load("init", generation)
+        raw = self.archive.load("raw", generation)
+        if raw is None:
+            chunks = self.archive.anharmonic / "relax" / str(generation)
+            relaxed = self.relaxer.relax(start, chunks)
+            require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
+            self._save("raw", generation, relaxed)
+            forget(chunks)
+            raw = self.archive.load("raw", generation)
+        relaxed = self._checked(raw, "after relaxation")
+        require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")
+        self.current = self._distinct(relaxed)
+        self._save("gen", generation, self.current)
+        self._learn_and_rank(generation, [pops.copied(atoms) for atoms in relaxed])
+        self._select(generation)
+        self._finish(generation)
+
+    def _initial(self, generation: int) -> list[Atoms]:
+        """Random structures, offspring of the last generation and the kept ones, and seeds; all checked."""
+        children: list[Atoms] = []
+        n = self.keys.init_size or self.keys.pop_size
+        if generation > 1:
+            n = self.keys.pop_size
+            parents = pops.remove_duplicates([*self.current, *self.keep], self.fitness, self.keys)
+            pops.set_dominators(parents, self.fitness)
+            rng = np.random.default_rng([self.settings.seed, generation, Purpose.OFFSPRING])
+            children = self.offspring.generate(parents, int(n * (1 - self.keys.rand_ratio)), rng)
+        rng = np.random.default_rng([self.settings.seed, generation, Purpose.RANDOM])
+        fresh = self.random.generate(n - len(children), self.volume_ratio, rng)
+        for atoms in fresh:
+            atoms.info = {"symbols": list(self.settings.symbols), "parentE": 0.0, "origin": "random"}
+        seeds = self.archive.read_seeds(generation)
+        for atoms in seeds:
+            atoms.info = {**atoms.info, "origin": "seed"}
+        population = self._checked([*children, *fresh, *seeds], "before relaxation")
+        counter = {"seed": itertools.count(), "init": itertools.count()}
+        for atoms in population:
+            name = "seed" if atoms.info["origin"] == "seed" else "init"
+            atoms.info |= {"identity": f"{name}{generation}-{next(counter[name])}", "gen": generation, "used": 0}
+        origins = Counter(atoms.info["origin"] for atoms in population)
+        log.info("%d new structures: %s", len(population), ", ".join(f"{n} {origin}" for origin, n in sorted(origins.items())))
+        require(population, "generator", "raise volume_ratio or lower d_ratio")
+        return population
+
+    def _checked(self, population: Sequence[Atoms], when: str) -> list[Atoms]:
+        problems = [self.checker.problem(atoms) for atoms in population]
+        reasons = Counter(problem for problem in problems if problem)
+        if reasons:
+            log.info("dropped %s: %s", when, ", ".join(f"{count} for {reason}" for reason, count in reasons.most_common()))
+        return [atoms for atoms, problem in zip(population, problems, strict=True) if problem is None]
+
+    def _distinct(self, relaxed: list[Atoms]) -> list[Atoms]:
+        for atoms in relaxed:
+            pops.find_space_group(atoms, self.keys.symprec)
+        distinct = pops.remove_duplicates(relaxed, self.fitness, self.keys)
+        log.info("%d structures, %d of them distinct", len(relaxed), len(distinct))
+        return distinct
+
+    def _learn_and_rank(self, generation: int, relaxed: list[Atoms]) -> None:
+        """Learning, re-evaluation and free energies, at the place of MAGUS's ``set_good_pop``."""
+        if self.state is None:
+            return
+        survivors = [*self.good, *self.keep, *self.current]
+        last = generation == self.settings.num_gen
+        seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
+        self.relaxer.evaluator = self.state.potential
+        self.archive.write_seeds(generation + 1, seeds)
+        self.good, self.keep, self.current = (self._usable(part) for part in (self.good, self.keep, self.current))
+        require(self.current, "re-evaluation", "the new model evaluates none of the structures")
+
+    def _usable(self, population: list[Atoms]) -> list[Atoms]:
+        """Structures that the new model can evaluate, with the space groups they have now."""
+        usable = [atoms for atoms in population if np.isfinite(atoms.info["enthalpy"])]
+        for atoms in usable:
+            pops.find_space_group(atoms, self.keys.symprec)
+        return usable
+
+    def _select(self, generation: int) -> None:
+        known = [*self.good, *self.keep]
+        self.current = [pops.copied(atoms) for atoms in pops.replace_known(self.current, known, self.keys)]
+        candidates = [pops.copied(atoms) for atoms in [*known, *self.current]]
+        self.good = pops.select_good(candidates, self.fitness, self.keys)
+        self.keep = pops.select_keep(self.good, self.keys.save_good)
+        best = [pops.copied(atoms) for atoms in pops.select_best(self.good)]
+        for atoms in best:
+            atoms.info["best_of"] = generation
+        self.best = [*self.best, *best]
+
+    def _finish(self, generation: int) -> None:
+        balls = [self.geometry.ball_volume(self.geometry.counts(atoms)) for atoms in self.current]
+        mean = np.mean([atoms.get_volume() / ball for atoms, ball in zip(self.current, balls, strict=True)])
+        self.volume_ratio = float(0.7 * mean + 0.3 * self.volume_ratio)
+        self._save("gen", generation, self.current)
+        for name in ("good", "keep"):
+            self._save(name, generation, getattr(self, name))
+        self._save("good", "", self.good)
+        self._save("best", "", self.best)
+        self.archive.finish(generation, self.volume_ratio)
+        self._load(generation)
+
+    def _save(self, name: str, generation: Any, population: Sequence[Atoms]) -> None:
+        self.archive.save(name, generation, population, self.units)

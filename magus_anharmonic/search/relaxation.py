@@ -1,0 +1,164 @@
+"""Relaxation of a whole population, in chunks that a restart does not repeat."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+from ase.stress import full_3x3_to_voigt_6_stress
+from pydantic import Field
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.search.archive import read_frames, write_frames
+from magus_anharmonic.search.population import reduce_cell
+from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
+
+log = logging.getLogger(__name__)
+
+CHUNK = {"cpu": 20, "cuda": 500}
+"""Structures per chunk; a GPU needs many at once."""
+
+SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
+
+
+class AseCalculatorSettings(Section):
+    """``MainCalculator`` with any other ASE calculator; names and defaults as in MAGUS."""
+
+    calculator: str = Field(description="mattersim, emt, lj or the import path of an ASE calculator")
+    job_prefix: str | list[str] = Field("ASE", description="MAGUS's folder name; the embedded host makes no such folder")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
+    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
+    max_step: Count = Field(100, description="most relaxation steps")
+    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
+    relax_lattice: bool = Field(True, description="relax the cell too")
+    fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
+
+
+@dataclass
+class Relaxer:
+    """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model."""
+
+    evaluator: Evaluator
+    settings: CalculatorSettings | AseCalculatorSettings
+    pressure: float
+
+    def relax(self, population: Sequence[Atoms], folder: Path) -> list[Atoms]:
+        """Relaxed copies at ``pressure`` (GPa) with MAGUS's ``info`` keys; failures are dropped with their reason in the log.
+
+        Finished chunks lie in ``folder`` (removed by `forget`) and are not computed again.
+        """
+        size = CHUNK["cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"]
+        relaxed: list[Atoms] = []
+        begun, computed = time.perf_counter(), 0
+        for first in range(0, len(population), size):
+            chunk = population[first : first + size]
+            file = folder / f"chunk-{first // size}.traj"
+            if not file.exists():
+                write_frames(file, self._relax_chunk(chunk))
+                computed += len(chunk)
+            relaxed.extend(read_frames(file))
+            _report(relaxed, len(population), computed, time.perf_counter() - begun)
+        reasons = Counter(atoms.info["failure"] for atoms in relaxed if "failure" in atoms.info)
+        for reason, count in reasons.most_common():
+            log.warning("%d relaxations failed: %s", count, reason)
+        return [atoms for atoms in relaxed if "failure" not in atoms.info]
+
+    def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
+        from magus_anharmonic.potential.relax import relax
+
+        starts = []
+        for atoms in chunk:
+            start = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+            reduce_cell(start)
+            starts.append(start)
+        results = relax(
+            self.evaluator,
+            starts,
+            self.pressure,
+            force_tolerance=self.settings.eps,
+            max_steps=self.settings.max_step,
+            max_move=self.settings.max_move,
+            fix_symmetry=self.settings.fix_symmetry,
+            relax_cell=self.settings.relax_lattice,
+        )
+        return [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]
+
+    def _described(self, before: Atoms, result: Any) -> Atoms:
+        atoms = Atoms(numbers=result.atoms.numbers, positions=result.atoms.positions, cell=result.atoms.cell, pbc=True)
+        atoms.info = dict(before.info)
+        if result.failed:
+            atoms.info["failure"] = result.reason
+            return atoms
+        atoms.wrap()
+        atoms.info |= {
+            "energy": float(result.energy),
+            "enthalpy": float(result.enthalpy),
+            "forces": result.forces,
+            "stress": full_3x3_to_voigt_6_stress(result.stress),
+            "model": self.evaluator.model_id,
+            "relaxed": bool(result.converged),
+        }
+        return atoms
+
+
+def forget(folder: Path) -> None:
+    """Remove the chunks once the whole population is saved."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        folder.parent.rmdir()
+
+
+def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer:
+    """The calculator of ``MLCalculator`` or ``MainCalculator``, with ``checkpoint`` when learning made one.
+
+    Raises ``InputError`` when it cannot be used.
+    """
+    own = settings.calculator
+    if own is not None:
+        from magus_anharmonic.potential import load
+
+        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure)
+    if settings.ml_calculator:
+        raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
+    block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
+    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure)
+
+
+def _import_calculator(block: AseCalculatorSettings) -> Any:
+    where = f"MainCalculator.calculator: {block.calculator!r}"
+    module, _, name = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
+    if not module:
+        raise InputError(
+            f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE calculators; vasp and others need MAGUS"
+        )
+    try:
+        calculator = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{where}: cannot be imported: {error}") from None
+    try:
+        return calculator(**block.arguments)
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise InputError(f"{where}: cannot be made with arguments {block.arguments}: {error}") from None
+
+
+def _report(relaxed: Sequence[Atoms], total: int, computed: int, seconds: float) -> None:
+    enthalpies = [atoms.info["enthalpy"] for atoms in relaxed if "enthalpy" in atoms.info]
+    best = f"best enthalpy {min(enthalpies):.4f} eV/atom" if enthalpies else "none succeeded yet"
+    left = f", about {seconds / computed * (total - len(relaxed)):.0f} s left" if computed and len(relaxed) < total else ""
+    log.info("relaxed %d of %d structures, %s, %.0f s%s", len(relaxed), total, best, seconds, left)
+
+
+def require(population: Sequence[Atoms], what: str, hint: str) -> None:
+    """Raise ``MagusAnharmonicError`` for an empty population instead of going on without structures."""
+    if not population:
+        raise MagusAnharmonicError(f"{what}: no structure is left; {hint}")
