@@ -1,0 +1,135 @@
+"""Averages over an ensemble that was drawn from the very state they describe: no weights, no bias.
+
+Formulas: Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302; stress: Monacelli et al.,
+PRB 98, 024106 (2018), doi:10.1103/PhysRevB.98.024106. Error bars are standard errors of +u/-u pair means, because
+the two members of a pair are correlated; they do not contain the error of the energy surface or of the supercell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from magus_anharmonic.sscha.state import SschaState, expand, fold, variance
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import HBAR
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """n configurations of the supercell, +u and -u next to each other.
+
+    displacements (n, N, 3) A; energies (n,) eV; forces (n, N, 3) eV/A; stresses (n, 3, 3) eV/A^3, ASE's sign.
+    """
+
+    displacements: np.ndarray
+    energies: np.ndarray
+    forces: np.ndarray
+    stresses: np.ndarray
+
+
+@dataclass(frozen=True)
+class Averages:
+    """What one fresh ensemble says about its state.
+
+    helmholtz, helmholtz_error : eV per primitive cell.
+    stress, stress_error : (3, 3), eV/A^3, ASE's sign, symmetrised.
+    force, position_error : (n, 3), force on the centroids in eV/A, and its standard error times the inverse of the
+    force constants, in A.
+    decrease : eV per primitive cell, predicted remaining decrease of the free energy by centroids and force constants.
+    """
+
+    helmholtz: float
+    helmholtz_error: float
+    stress: np.ndarray
+    stress_error: np.ndarray
+    force: np.ndarray
+    position_error: np.ndarray
+    decrease: float
+
+
+def pair_means(values: np.ndarray) -> np.ndarray:
+    """(n, ...) to (n/2, ...): the mean of each +u/-u pair."""
+    return 0.5 * (values[0::2] + values[1::2])
+
+
+def standard_error(pairs: np.ndarray) -> np.ndarray:
+    """Standard error of the mean over the first axis; infinite for a single pair."""
+    if len(pairs) < 2:
+        return np.full(pairs.shape[1:], np.inf)
+    return pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs))
+
+
+def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> Averages:
+    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper) and their errors."""
+    n_configs = len(ensemble.energies)
+    u = ensemble.displacements.reshape(n_configs, -1)
+    harmonic_forces = -u @ state.full
+    harmonic_energies = -0.5 * np.einsum("ci,ci->c", u, harmonic_forces)
+    excess = pair_means(ensemble.energies - harmonic_energies) / state.n_cells
+    volume = state.supercell.get_volume()
+    virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
+    stresses = pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)))
+    residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
+    centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
+    forces = np.array([symmetry.vectors(force) for force in pair_means(centroid)])
+    compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
+    force_error = standard_error(forces)
+    return Averages(
+        helmholtz=state.harmonic_free_energy + float(excess.mean()),
+        helmholtz_error=float(standard_error(excess)),
+        stress=symmetry.tensor(stresses.mean(axis=0)),
+        stress_error=standard_error(np.array([symmetry.tensor(stress) for stress in stresses])),
+        force=forces.mean(axis=0),
+        position_error=np.sqrt((compliance**2) @ (force_error.ravel() ** 2)).reshape(-1, 3),
+        decrease=centroid_decrease(forces, compliance) + matrix_decrease(state, u, residual, symmetry),
+    )
+
+
+def gamma_matrix(state: SschaState) -> np.ndarray:
+    """Force constants for lattice-periodic displacements, (3n, 3n), eV/A^2 per primitive cell."""
+    n = len(state.atoms)
+    return state.force_constants.sum(axis=0).transpose(0, 2, 1, 3).reshape(3 * n, 3 * n)
+
+
+def centroid_decrease(forces: np.ndarray, compliance: np.ndarray) -> float:
+    """1/2 f Phi^-1 f in eV per primitive cell from the pairs' forces (n_pairs, n, 3).
+
+    The two factors come from the two halves of the ensemble, so that noise does not add up to a decrease.
+    """
+    if len(forces) < 2:
+        return np.inf
+    first, second = (forces[half::2].mean(axis=0).ravel() for half in (0, 1))
+    return float(abs(0.5 * first @ compliance @ second))
+
+
+def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry) -> float:
+    """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants.
+
+    With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the divided difference of
+    the variance with respect to omega^2; K^2 is the product of the two halves of the ensemble (`centroid_decrease`).
+    """
+    pairs = np.arange(len(u)) // 2
+    if pairs[-1] < 1:
+        return np.inf
+    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
+    vectors = state.modes.vectors / root[:, None]
+    quantum = state.modes.quantum
+    halves = []
+    for half in (0, 1):
+        chosen = pairs % 2 == half
+        curvature = -(u[chosen] @ state.precision).T @ residual[chosen] / chosen.sum()
+        compact = symmetry.force_constants(fold(0.5 * (curvature + curvature.T), state.repeats))
+        halves.append(vectors.T @ expand(compact, state.repeats) @ vectors)
+    return float(abs(0.25 * np.sum(halves[0] * halves[1] * variance_response(quantum, state.temperature))) / state.n_cells)
+
+
+def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
+    """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes, in A^2 amu / (eV/A^2/amu); the limit for equal ones."""
+    first, second = np.broadcast_arrays(quantum[:, None], quantum[None, :])
+    close = np.abs(first - second) < 1e-4 * first
+    first = np.where(close, second * (1.0 + 1e-4), first)
+    difference = variance(first, temperature) - variance(second, temperature)
+    return -difference / ((first**2 - second**2) / HBAR**2)
+

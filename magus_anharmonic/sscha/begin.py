@@ -1,0 +1,142 @@
+"""The first state of a run: a harmonic start, or the state of another run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.sscha.finite_size import nearest_images
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.start import CountingEvaluator, Start, floor_modes, harmonic_start, stress_response
+from magus_anharmonic.sscha.state import SschaState, cell_offsets, inverse_fourier
+from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats, symmetric_primitive
+from magus_anharmonic.structures import bare
+
+SYMMETRY_OF_A_STATE = 1e-3
+"""A, tolerance for the symmetry of a structure that is already symmetric."""
+
+
+def check_structure(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
+    """Raise ``InputError`` for a structure without a cell, without atoms, or with masses that cannot be meant."""
+    if len(atoms) == 0:
+        raise InputError("structure: has no atoms")
+    if atoms.cell.rank < 3 or not np.all(atoms.pbc):
+        raise InputError(f"structure {atoms.get_chemical_formula()}: has no three-dimensional periodic cell; SSCHA needs a crystal")
+    for symbol, mass in (masses or {}).items():
+        if symbol not in atoms.get_chemical_symbols():
+            raise InputError(f"masses.{symbol}: not in {atoms.get_chemical_formula()}")
+        if isinstance(mass, bool) or not isinstance(mass, int | float) or not 0 < mass < 500:
+            raise InputError(f"masses.{symbol}: {mass!r}: must be a mass in amu")
+
+
+def with_masses(atoms: Atoms, masses: Mapping[str, float] | None) -> Atoms:
+    """A copy with one mass per species in amu: ``masses``, else those of the natural element."""
+    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=True)
+    natural = copy.get_masses()
+    chosen = [float((masses or {}).get(symbol, mass)) for symbol, mass in zip(copy.get_chemical_symbols(), natural, strict=True)]
+    copy.set_masses(chosen)
+    return copy
+
+
+def read_state(start: Any, temperature: float, log: Path) -> SschaState:
+    """The state behind ``start``: a `SschaResult`, an `SschaState`, the folder of a run, or a prefix of dynamical matrices."""
+    if isinstance(start, SschaState):
+        return start
+    if isinstance(start, SschaResult):
+        return start.state
+    if not isinstance(start, str | Path):
+        raise InputError(f"start: {type(start).__name__}: must be an SschaResult, the folder of a run, or the prefix of dynamical matrices")
+    if Path(start).is_dir():
+        return SschaResult.read(start).state
+    from magus_anharmonic.sscha.python_sscha import read_dynamical_matrices
+
+    return read_dynamical_matrices(start, temperature, log)
+
+
+def state_digest(state: SschaState) -> str:
+    """Twelve hex digits that identify a state."""
+    digest = hashlib.sha256()
+    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
+        digest.update((np.round(array, 6) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def begin_run(
+    atoms: Atoms,
+    evaluator: Evaluator,
+    settings: SschaSettings,
+    *,
+    pressure: float,
+    temperature: float,
+    masses: Mapping[str, float] | None,
+    start: SschaState | None,
+) -> Start:
+    """First state of a run; evaluates forces (and stresses, if the cell may change)."""
+    if start is not None:
+        return continue_from(start, atoms, evaluator, settings, temperature=temperature, masses=masses)
+    structure = with_masses(symmetric_primitive(bare(atoms), settings.symprec), masses)
+    repeats = choose_repeats(structure, settings.supercell, SYMMETRY_OF_A_STATE)
+    _require_modes(structure, repeats)
+    return harmonic_start(
+        structure,
+        evaluator,
+        pressure=pressure,
+        temperature=temperature,
+        repeats=repeats,
+        variable_cell=settings.cell == "variable",
+    )
+
+
+def continue_from(
+    start: SschaState,
+    atoms: Atoms,
+    evaluator: Evaluator,
+    settings: SschaSettings,
+    *,
+    temperature: float,
+    masses: Mapping[str, float] | None,
+) -> Start:
+    """Take cell, centroids and force constants of another run; supercell, masses and temperature may change."""
+    if composition(start.atoms) != composition(atoms):
+        raise InputError(f"start: is {start.atoms.get_chemical_formula()}, the structure is {atoms.get_chemical_formula()}")
+    structure = with_masses(start.atoms, masses)
+    repeats = choose_repeats(structure, settings.supercell, SYMMETRY_OF_A_STATE)
+    _require_modes(structure, repeats)
+    symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
+    compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
+    state = SschaState(structure, repeats, symmetry.force_constants(compact), temperature)
+    if np.any(state.modes.quantum <= 0):
+        state = floor_modes(state, symmetry)
+    counting = CountingEvaluator(evaluator)
+    response = stress_response(structure, symmetry, counting) if settings.cell == "variable" else None
+    return Start(state, response, counting.count)
+
+
+def _require_modes(atoms: Atoms, repeats: tuple[int, int, int]) -> None:
+    if len(atoms) * int(np.prod(repeats)) < 2:
+        raise InputError(f"sscha.supercell: {list(repeats)}: one atom has no vibrations; take a larger supercell")
+
+
+def composition(atoms: Atoms) -> dict[str, float]:
+    """Fraction of every element."""
+    symbols = atoms.get_chemical_symbols()
+    return {symbol: round(symbols.count(symbol) / len(symbols), 6) for symbol in sorted(set(symbols))}
+
+
+def interpolate(state: SschaState, repeats: tuple[int, int, int]) -> np.ndarray:
+    """Compact force constants of another supercell by Fourier interpolation."""
+    vectors, blocks = nearest_images(state)
+    q = cell_offsets(repeats) / np.array(repeats)
+    size = 3 * len(state.atoms)
+    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
+    matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
+    return inverse_fourier(matrices, repeats, q)

@@ -1,0 +1,267 @@
+"""The engine ``python-sscha``: minimise the free energy on one ensemble, read and write dynamical matrices.
+
+The only module that imports ``sscha`` and ``cellconstructor``. Monacelli et al., J. Phys.: Condens. Matter 33, 363001
+(2021), doi:10.1088/1361-648X/ac066b.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.state import SschaState, cell_offsets, fourier, inverse_fourier
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import AMU_IN_RYDBERG_MASS, BOHR, RYDBERG
+
+os.environ.setdefault("SSCHA_JULIA_BACKEND", "none")
+os.environ.setdefault("GFORTRAN_UNBUFFERED_PRECONNECTED", "y")
+
+MEANINGFUL = 0.1
+"""A gradient below this part of its statistical error ends the minimisation."""
+STEPS = 60
+"""Most steps on one ensemble."""
+
+_redirect = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Send Python's and Fortran's standard output to ``log``; standard error (our progress lines) stays.
+
+    Fortran writes to file descriptor 1, so that descriptor is redirected for the whole process: only around calls.
+    """
+    with _redirect, log.open("a", encoding="utf-8") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ValueError, io.UnsupportedOperation):
+            sys.stdout.flush()
+        saved = os.dup(1)
+        try:
+            os.dup2(file.fileno(), 1)
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                yield
+        finally:
+            file.flush()
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+@dataclass(frozen=True)
+class Minimised:
+    """The state after the minimisation, and how it went.
+
+    effective_sample : effective sample size / number of configurations at the end; decrease : eV per primitive cell,
+    on this ensemble; stress : (3, 3) eV/A^3 in ASE's sign, reweighted; fc_gradient, centroid_gradient : moduli of the
+    preconditioned gradients (eV/A^2, A); converged : the gradients went below their statistical errors.
+    """
+
+    state: SschaState
+    effective_sample: float
+    decrease: float
+    stress: np.ndarray
+    fc_gradient: float
+    centroid_gradient: float
+    n_steps: int
+    converged: bool
+
+
+def minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, *, min_effective_sample: float, log: Path) -> Minimised:
+    """Minimise F in centroids and force constants at fixed cell, until the effective sample falls below its minimum.
+
+    The symmetry is imposed on the gradients by ``symmetry``, because python-sscha finds only the operations of
+    standard orientations. Raises ``SschaError`` with python-sscha's own reason.
+    """
+    with quiet(log):
+        import sscha.SchaMinimizer
+
+        try:
+            loaded = to_ensemble(state, ensemble)
+            minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(
+                loaded, meaningful_factor=MEANINGFUL / np.sqrt(len(symmetry) * state.n_cells), kong_liu_ratio=min_effective_sample
+            )
+            minimizer.min_step_dyn = minimizer.min_step_struc = 0.5
+            minimizer.max_ka = STEPS
+            minimizer.neglect_symmetries = True
+            minimizer.minim_struct = symmetry.free_centroids() > 0
+            # python-sscha would write error_dyn* into the working directory; with more retries the step goes to zero instead
+            minimizer.max_imag_freq_counter = minimizer.max_diag_error_counter = 1000
+            minimizer.init(init_timer=False)
+            minimizer.run(verbose=0, custom_function_gradient=_projector(minimizer, state, symmetry))
+        except (ValueError, AssertionError, np.linalg.LinAlgError) as error:
+            raise SschaError(f"python-sscha: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        result = Minimised(
+            state=from_phonons(minimizer.dyn, state, symmetry),
+            effective_sample=float(loaded.get_effective_sample_size() / loaded.N),
+            decrease=float(minimizer.__fe__[0] - minimizer.get_free_energy()) * RYDBERG,
+            stress=symmetry.tensor(_reweighted_stress(loaded)),
+            fc_gradient=float(minimizer.__gc__[-1]) * RYDBERG / BOHR**2,
+            centroid_gradient=float(minimizer.__gw__[-1]),
+            n_steps=len(minimizer.__gc__),
+            converged=bool(minimizer.is_converged()),
+        )
+    if np.any(result.state.modes.quantum <= 0):
+        raise SschaError("python-sscha: imaginary auxiliary modes after the minimisation")
+    return result
+
+
+def _projector(minimizer: Any, state: SschaState, symmetry: Symmetry) -> Any:
+    q = fractional_q(minimizer.dyn)
+
+    def project(dyn_gradient: np.ndarray, centroid_gradient: np.ndarray) -> None:
+        compact = symmetry.force_constants(inverse_fourier(dyn_gradient, state.repeats, q))
+        dyn_gradient[:] = _exact_sum_rule(fourier(compact, state.repeats, q))
+        centroid_gradient[:] = symmetry.vectors(centroid_gradient)
+
+    return project
+
+
+def _exact_sum_rule(matrices: np.ndarray) -> np.ndarray:
+    """Remove from the first (Gamma) matrix what rounding leaves of the translations, as python-sscha does."""
+    import cellconstructor as CC
+    import cellconstructor.symmetries
+
+    gamma = np.array(matrices[0].real, dtype=np.complex128)
+    CC.symmetries.CustomASR(gamma)
+    matrices[0] = gamma
+    return matrices
+
+
+def _reweighted_stress(loaded: Any) -> np.ndarray:
+    """<sigma + f u / Omega> with python-sscha's weights, (3, 3) eV/A^3 in ASE's sign.
+
+    Not ``get_stress_tensor``: that imposes the symmetry as python-sscha sees it.
+    """
+    weights = loaded.rho / loaded.rho.sum()
+    displacements = loaded.u_disps.reshape(loaded.N, -1, 3)
+    virial = np.einsum("c,cai,caj->ij", weights, loaded.forces, displacements, optimize=True) / loaded.supercell_structure.get_volume()
+    return (np.einsum("c,cij->ij", weights, -loaded.stresses) / BOHR**3 + 0.5 * (virial + virial.T)) * RYDBERG
+
+
+def fractional_q(dyn: Any) -> np.ndarray:
+    """(n_q, 3) q points of a ``Phonons`` object in fractions of the reciprocal vectors."""
+    return np.array(dyn.q_tot) @ np.asarray(dyn.structure.unit_cell).T
+
+
+def _q_grid(repeats: tuple[int, int, int]) -> np.ndarray:
+    """(n_q, 3) fractional q points of the supercell, Gamma first.
+
+    Not ``GetQGrid`` of cellconstructor: on a 3x3x3 grid it puts (1/3, -1/3, 0) first, taking it for Gamma.
+    """
+    q = cell_offsets(repeats) / np.array(repeats)
+    return q - np.round(q - 1e-9)
+
+
+def to_phonons(state: SschaState) -> Any:
+    """The state as ``cellconstructor.Phonons.Phonons`` (Ry/bohr^2, masses in Rydberg units, coordinates in A)."""
+    import cellconstructor as CC
+    import cellconstructor.Phonons
+    import cellconstructor.Structure
+
+    structure = CC.Structure.Structure()
+    structure.generate_from_ase_atoms(state.atoms)
+    masses = state.atoms.get_masses() * AMU_IN_RYDBERG_MASS
+    structure.masses = dict(zip(state.atoms.get_chemical_symbols(), masses.tolist(), strict=True))
+    dyn = CC.Phonons.Phonons(structure, nqirr=state.n_cells)
+    dyn.q_tot = list(_q_grid(state.repeats) @ np.linalg.inv(state.atoms.cell.array).T)
+    dyn.q_stars = [[q.copy()] for q in dyn.q_tot]
+    matrices = fourier(state.force_constants, state.repeats, fractional_q(dyn)) * BOHR**2 / RYDBERG
+    dyn.dynmats = [np.array(matrix, dtype=np.complex128) for matrix in _exact_sum_rule(matrices)]
+    dyn.initialized = True
+    return dyn
+
+
+def from_phonons(dyn: Any, template: SschaState, symmetry: Symmetry) -> SschaState:
+    """The state of a ``Phonons`` object with the cell, masses and temperature of ``template``."""
+    atoms = template.atoms.copy()
+    atoms.positions = dyn.structure.coords
+    matrices = np.array(dyn.dynmats) * RYDBERG / BOHR**2
+    compact = symmetry.force_constants(inverse_fourier(matrices, template.repeats, fractional_q(dyn)))
+    return replace(template, atoms=atoms, force_constants=compact)
+
+
+def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
+    """Load an evaluated ensemble; energies are taken relative to their mean (python-sscha has two Rydbergs)."""
+    import cellconstructor as CC
+    import cellconstructor.Structure
+    import sscha.Ensemble
+
+    loaded = sscha.Ensemble.Ensemble(to_phonons(state), T0=state.temperature)
+    order = atom_order(state.supercell, loaded.supercell_structure)
+    n_configs = len(ensemble.energies)
+    structures = []
+    for displacement in ensemble.displacements:
+        structure = loaded.supercell_structure.copy()
+        structure.coords = structure.coords + displacement[order]
+        structures.append(structure)
+    loaded.init_from_structures(structures)
+    loaded.energies = (ensemble.energies - ensemble.energies.mean()) / RYDBERG
+    loaded.forces[:] = ensemble.forces[:, order] / RYDBERG
+    loaded.stresses[:] = -ensemble.stresses * BOHR**3 / RYDBERG
+    loaded.force_computed = np.ones(n_configs, dtype=bool)
+    loaded.stress_computed = np.ones(n_configs, dtype=bool)
+    loaded.has_stress = True
+    loaded.init()
+    loaded.update_weights(loaded.dyn_0, state.temperature)
+    return loaded
+
+
+def atom_order(supercell: Atoms, structure: Any) -> np.ndarray:
+    """For every atom of python-sscha's supercell its index in ours."""
+    scaled = np.asarray(structure.coords) @ np.linalg.inv(supercell.cell.array)
+    difference = scaled[:, None] - (supercell.positions @ np.linalg.inv(supercell.cell.array))[None]
+    distance = np.abs(difference - np.round(difference)).max(axis=2)
+    order = distance.argmin(axis=1)
+    if distance.min(axis=1).max() > 1e-4 or len(set(order.tolist())) != len(order):
+        raise SschaError("the supercells of python-sscha and of this package hold different atoms")
+    return order
+
+
+def write_dynamical_matrices(state: SschaState, prefix: Path, log: Path) -> None:
+    """Write ``prefix1`` ... ``prefixN`` in Quantum ESPRESSO's format, one file per star of q points where possible."""
+    with quiet(log):
+        dyn = to_phonons(state)
+        try:
+            dyn.AdjustQStar()
+        except (ValueError, IndexError, AssertionError):
+            # cellconstructor's symmetry finder does not close these stars; one file per q point is as readable
+            dyn = to_phonons(state)
+        dyn.nqirr = len(dyn.q_stars)
+        temporary = prefix.with_name(f".{prefix.name}")
+        dyn.save_qe(str(temporary))
+        for index in range(1, dyn.nqirr + 1):
+            os.replace(f"{temporary}{index}", f"{prefix}{index}")
+
+
+def read_dynamical_matrices(prefix: str | Path, temperature: float, log: Path) -> SschaState:
+    """Read ``prefix1`` ... ``prefixN`` (Quantum ESPRESSO's format); raises ``InputError`` when they are not there."""
+    count = 0
+    while Path(f"{prefix}{count + 1}").is_file():
+        count += 1
+    if count == 0:
+        raise InputError(f"start: {prefix}1: no such file (give an SSCHA folder, or the prefix of dynamical matrices)")
+    with quiet(log):
+        import cellconstructor as CC
+        import cellconstructor.Phonons
+
+        dyn = CC.Phonons.Phonons(str(prefix), count)
+        repeats = tuple(int(n) for n in dyn.GetSupercell())
+    structure = dyn.structure
+    atoms = Atoms(structure.atoms, positions=structure.coords, cell=structure.unit_cell, pbc=True)
+    atoms.set_masses(structure.get_masses_array() / AMU_IN_RYDBERG_MASS)
+    matrices = np.array(dyn.dynmats) * RYDBERG / BOHR**2
+    compact = inverse_fourier(matrices, repeats, fractional_q(dyn))
+    if len(cell_offsets(repeats)) != len(matrices):
+        raise InputError(f"start: {prefix}: {len(matrices)} q points do not make a supercell {repeats}")
+    return SschaState(atoms, repeats, compact, temperature)

@@ -1,0 +1,122 @@
+"""The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run starts again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing, write_json, write_text
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.result import FORMAT, SschaResult
+from magus_anharmonic.sscha.start import Start
+from magus_anharmonic.sscha.state import SschaState
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """Files of a run in ``directory``; every file is written whole or not at all."""
+
+    def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log = self.directory / "sscha.log"
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        path = self.directory / "settings.json"
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
+            if different:
+                raise InputError(
+                    f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
+                    "give another folder, or the settings of settings.json"
+                )
+        else:
+            write_json(path, identity)
+
+    def finished(self, max_populations: int) -> SschaResult | None:
+        """The stored result, unless more populations are allowed now than an unconverged one has used."""
+        if not (self.directory / "result.json").is_file():
+            return None
+        result = SschaResult.read(self.directory)
+        if result.status == "unconverged" and result.n_populations < max_populations:
+            return None
+        return result
+
+    def read_start(self) -> Start | None:
+        """The stored start, None when there is none yet."""
+        path = self.directory / "start.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as stored:
+            response = stored["stress_response"]
+            return Start(_state(stored), response if response.size else None, int(stored["n_evaluations"]))
+
+    def write_start(self, start: Start) -> None:
+        response = np.zeros(0) if start.stress_response is None else start.stress_response
+        self._write("start.npz", start.state, stress_response=response, n_evaluations=start.n_evaluations)
+
+    def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        """State and ensemble of a finished population, None when it has to be evaluated."""
+        path = self.directory / f"population_{number:03d}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as stored:
+            known = _state(stored)
+            ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+        if known.repeats != state.repeats:
+            raise InputError(f"{path}: another supercell than this run's; give another folder")
+        log.info("population %d: taken from %s", number, path)
+        return replace(known, temperature=state.temperature), ensemble
+
+    def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
+        from magus_anharmonic.sscha.python_sscha import write_dynamical_matrices
+
+        positions = state.supercell.positions + ensemble.displacements
+        self._write(
+            f"population_{number:03d}.npz",
+            state,
+            positions=positions,
+            displacements=ensemble.displacements,
+            energies=ensemble.energies,
+            forces=ensemble.forces,
+            stresses=ensemble.stresses,
+        )
+        write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
+
+    def write_convergence(self, rows: list[dict[str, Any]]) -> None:
+        """Write ``convergence.csv``: one line per population so far."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.directory / "convergence.csv", text.getvalue())
+
+    def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
+        with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(
+                file,
+                numbers=state.atoms.numbers,
+                masses=state.atoms.get_masses(),
+                cell=state.atoms.cell.array,
+                centroids=state.atoms.positions,
+                repeats=state.repeats,
+                force_constants=state.force_constants,
+                temperature=state.temperature,
+                **arrays,
+            )
+
+
+def _state(stored: Any) -> SschaState:
+    atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
+    repeats = tuple(int(n) for n in stored["repeats"])
+    return SschaState(atoms, repeats, stored["force_constants"], float(stored["temperature"]))

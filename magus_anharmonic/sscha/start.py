@@ -1,0 +1,238 @@
+"""Where an SSCHA run starts: primitive cell, relaxation in its symmetry, harmonic force constants, stress response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from magus_anharmonic.errors import SschaError
+from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.structures import bare
+from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
+
+log = logging.getLogger(__name__)
+
+FORCE_TOLERANCE = 1e-3
+"""eV/A, end of the relaxation before the start."""
+STRESS_TOLERANCE = gpa_to_ev_per_a3(0.05)
+"""eV/A^3, end of the relaxation before the start."""
+RELAXATION_STEPS = 200
+DISPLACEMENT = 0.015
+"""A, of the central differences."""
+STRAIN = 0.005
+"""Of the central differences of the stress."""
+LARGEST_AMPLITUDE = 0.15
+"""Largest rms displacement of one mode at the start, in nearest-neighbour distances."""
+
+VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
+
+
+class CountingEvaluator:
+    """Passes on to ``evaluator``, counts the structures and refuses numbers that are not finite (``SschaError``)."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+        self.count = 0
+
+    @property
+    def model_id(self) -> str:
+        return self.evaluator.model_id
+
+    def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
+        found = self.evaluator.evaluate(structures)
+        self.count += len(structures)
+        finite = [np.isfinite(e) and np.isfinite(f).all() and np.isfinite(s).all() for e, f, s in _rows(found)]
+        if not all(finite):
+            raise SschaError(f"{finite.count(False)} of {len(finite)} configurations have energies, forces or stresses that are not finite")
+        return found
+
+
+def _rows(found: Evaluation) -> zip:
+    return zip(found.energy, found.forces, found.stress, strict=True)
+
+
+class EvaluatorCalculator(Calculator):
+    """ASE calculator on top of an evaluator, for ASE's optimisers."""
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        super().__init__()
+        self.evaluator = evaluator
+
+    def calculate(self, atoms: Atoms | None = None, properties: Sequence[str] = ("energy",), system_changes: Sequence[str] = all_changes) -> None:
+        from ase.stress import full_3x3_to_voigt_6_stress
+
+        super().calculate(atoms, properties, system_changes)
+        found = self.evaluator.evaluate([bare(self.atoms)])
+        self.results = {
+            "energy": float(found.energy[0]),
+            "forces": np.asarray(found.forces[0], dtype=float),
+            "stress": full_3x3_to_voigt_6_stress(np.asarray(found.stress[0], dtype=float)),
+        }
+
+
+@dataclass(frozen=True)
+class Start:
+    """First state, d(stress)/d(strain) as a 6x6 matrix in eV/A^3 (Voigt, None with a fixed cell), evaluations spent."""
+
+    state: SschaState
+    stress_response: np.ndarray | None
+    n_evaluations: int
+
+
+def relax_in_symmetry(atoms: Atoms, evaluator: Evaluator, pressure: float, *, variable_cell: bool) -> Atoms:
+    """Relax positions, and the cell at ``pressure`` (GPa) if wanted, within the space group of ``atoms``.
+
+    Ends at 1e-3 eV/A and 0.05 GPa or after 200 steps (logged). Raises ``SschaError`` when the volume runs away.
+    """
+    from ase.constraints import FixSymmetry
+    from ase.filters import FrechetCellFilter
+    from ase.optimize import BFGS
+
+    relaxed = bare(atoms)
+    relaxed.calc = EvaluatorCalculator(evaluator)
+    relaxed.set_constraint(FixSymmetry(relaxed, symprec=1e-3))
+    volume = relaxed.get_volume()
+    target: Atoms | FrechetCellFilter = relaxed
+    tolerance = FORCE_TOLERANCE
+    if variable_cell:
+        target = FrechetCellFilter(relaxed, scalar_pressure=gpa_to_ev_per_a3(pressure))
+        tolerance = min(FORCE_TOLERANCE, STRESS_TOLERANCE * volume / len(relaxed))
+    optimiser = BFGS(target, logfile=None, maxstep=0.1)
+    for _ in optimiser.irun(fmax=tolerance, steps=RELAXATION_STEPS):
+        if not 0.4 < relaxed.get_volume() / volume < 2.5:
+            raise SschaError(f"relaxation before the start: the volume went from {volume:.1f} to {relaxed.get_volume():.1f} A^3")
+    if not optimiser.converged(target.get_gradient() if hasattr(target, "get_gradient") else -target.get_forces().ravel()):
+        log.info("relaxation before the start: not converged after %d steps, going on", RELAXATION_STEPS)
+    return bare(relaxed)
+
+
+def harmonic_force_constants(atoms: Atoms, repeats: tuple[int, int, int], symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
+    """Compact force constants in eV/A^2 by central differences of the symmetry-inequivalent atoms, symmetrised."""
+    state = SschaState(atoms, repeats, np.zeros((int(np.prod(repeats)), len(atoms), len(atoms), 3, 3)), 0.0)
+    representatives = symmetry.representatives()
+    displaced = []
+    for atom in representatives:
+        for axis in range(3):
+            for sign in (1.0, -1.0):
+                configuration = state.supercell.copy()
+                configuration.positions[atom, axis] += sign * DISPLACEMENT
+                displaced.append(configuration)
+    forces = np.array(evaluator.evaluate(displaced).forces, dtype=float)
+    slopes = -(forces[0::2] - forces[1::2]) / (2.0 * DISPLACEMENT)
+    blocks = slopes.reshape(len(representatives), 3, state.n_cells, len(atoms), 3).transpose(0, 2, 3, 1, 4)
+    compact = symmetry.spread(dict(zip(representatives, blocks, strict=True)))
+    return symmetry.force_constants(compact)
+
+
+def nearest_neighbour(atoms: Atoms) -> np.ndarray:
+    """(n,) distance of every atom to its nearest neighbour (periodic images included), Angstrom."""
+    from ase.neighborlist import neighbor_list
+
+    cutoff = 1.5 * atoms.get_volume() ** (1 / 3) if len(atoms) == 1 else atoms.get_volume() ** (1 / 3)
+    while True:
+        first, distance = neighbor_list("id", atoms, cutoff)
+        if len(np.unique(first)) == len(atoms):
+            nearest = np.full(len(atoms), np.inf)
+            np.minimum.at(nearest, first, distance)
+            return nearest
+        cutoff *= 1.4
+
+
+def floor_modes(state: SschaState, symmetry: Symmetry) -> SschaState:
+    """Make the force constants positive definite.
+
+    Imaginary modes keep the size of their frequency. Then every quantum is raised until the rms displacement of the
+    mode, taken as if all q points had its frequency (so that it does not depend on the supercell), is at most
+    0.15 of the nearest-neighbour distance.
+    """
+    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
+    limit = (LARGEST_AMPLITUDE * nearest_neighbour(state.atoms).min()) ** 2
+    full = state.full
+    for _ in range(10):
+        modes = normal_modes(full, state.supercell.get_masses())
+        inverse_mass = np.sum((modes.vectors / root[:, None]) ** 2, axis=0)
+        smallest = _smallest_quantum(limit / inverse_mass, state.temperature)
+        if np.all(modes.quantum >= smallest * (1 - 1e-6)):
+            break
+        raised = np.maximum(np.abs(modes.quantum), smallest)
+        change = (np.sign(raised) * raised**2 - np.sign(modes.quantum) * modes.quantum**2) / HBAR**2
+        vectors = modes.vectors * root[:, None]
+        full = full + (vectors * change) @ vectors.T
+        full = expand(symmetry.force_constants(fold(sum_rule(full), state.repeats)), state.repeats)
+    return replace(state, force_constants=fold(full, state.repeats))
+
+
+def _smallest_quantum(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
+    """Quantum in eV at which the variance (A^2 amu) equals ``largest_variance``; bisection in the logarithm."""
+    low, high = np.full(len(largest_variance), 1e-8), np.full(len(largest_variance), 1e2)
+    for _ in range(80):
+        middle = np.sqrt(low * high)
+        too_soft = variance(middle, temperature) > largest_variance
+        low, high = np.where(too_soft, middle, low), np.where(too_soft, high, middle)
+    return high
+
+
+def stress_response(atoms: Atoms, symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
+    """d(stress)/d(strain) at fixed fractional positions, (6, 6) in eV/A^3, Voigt strains with engineering shear."""
+    strained = []
+    for row, column in VOIGT:
+        for sign in (1.0, -1.0):
+            strain = np.zeros((3, 3))
+            strain[row, column] = strain[column, row] = sign * (STRAIN if row == column else STRAIN / 2.0)
+            copy = bare(atoms)
+            copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+            strained.append(copy)
+    stresses = np.asarray(evaluator.evaluate(strained).stress, dtype=float)
+    slopes = (stresses[0::2] - stresses[1::2]) / (2.0 * STRAIN)
+    return np.array([[slope[row, column] for slope in slopes] for row, column in VOIGT])
+
+
+def harmonic_start(
+    atoms: Atoms,
+    evaluator: Evaluator,
+    *,
+    pressure: float,
+    temperature: float,
+    repeats: tuple[int, int, int],
+    variable_cell: bool,
+) -> Start:
+    """Relax in the symmetry of ``atoms`` (a symmetric primitive cell) and take floored harmonic force constants."""
+    counting = CountingEvaluator(evaluator)
+    relaxed = relax_in_symmetry(atoms, counting, pressure, variable_cell=variable_cell)
+    relaxed.set_masses(atoms.get_masses())
+    symmetry = Symmetry(relaxed, repeats)
+    compact = harmonic_force_constants(relaxed, repeats, symmetry, counting)
+    state = SschaState(relaxed, repeats, compact, temperature)
+    response = stress_response(relaxed, symmetry, counting) if variable_cell else None
+    soft = int((state.modes.quantum <= 0).sum())
+    log.info(
+        "start: %s, %.3f A^3/atom, %d operations, %d of %d harmonic modes imaginary, %d evaluations",
+        relaxed.get_chemical_formula(), relaxed.get_volume() / len(relaxed), len(symmetry), soft, len(state.modes.quantum), counting.count,
+    )  # fmt: skip
+    return Start(floor_modes(state, symmetry), response, counting.count)
+
+
+def strain_towards(stress: np.ndarray, pressure: float, response: np.ndarray, symmetry: Symmetry, largest: float = 0.02) -> np.ndarray:
+    """Symmetric strain (3, 3) that brings ``stress`` (eV/A^3, ASE's sign) to ``-pressure`` (GPa); no component above ``largest``.
+
+    Directions in which the response is softer than a tenth of its stiffest are treated as if they were that stiff.
+    """
+    deviation = stress + np.eye(3) * pressure / EV_PER_A3_IN_GPA
+    vector = np.array([deviation[row, column] for row, column in VOIGT])
+    values, axes = np.linalg.eigh(0.5 * (response + response.T))
+    stiff = np.maximum(values, 0.1 * values.max())
+    solution = -axes @ ((axes.T @ vector) / stiff)
+    strain = np.zeros((3, 3))
+    for value, (row, column) in zip(solution, VOIGT, strict=True):
+        strain[row, column] = strain[column, row] = value if row == column else value / 2.0
+    strain = symmetry.tensor(strain)
+    return strain * min(1.0, largest / max(np.abs(strain).max(), 1e-12))

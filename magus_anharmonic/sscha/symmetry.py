@@ -1,0 +1,159 @@
+"""Space-group operations of a primitive cell, applied to forces, stresses and force constants of its supercell."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import spglib
+from ase import Atoms
+
+from magus_anharmonic.sscha.state import cell_index, cell_offsets, expand, fold, sum_rule
+from magus_anharmonic.structures import primitive, spglib_cell
+
+log = logging.getLogger(__name__)
+
+
+class Symmetry:
+    """Operations of ``atoms`` (a primitive cell, exactly symmetric) that also leave the supercell lattice invariant.
+
+    rotations : (m, 3, 3) Cartesian; permutations : (m, n), operation g takes atom a to permutations[g, a].
+    """
+
+    def __init__(self, atoms: Atoms, repeats: tuple[int, int, int], symprec: float = 1e-3) -> None:
+        found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
+        fractional = found["rotations"] if found else np.eye(3, dtype=int)[None]
+        translations = found["translations"] if found else np.zeros((1, 3))
+        keep = [compatible(rotation, repeats) for rotation in fractional]
+        cell = atoms.cell.array
+        self.repeats = repeats
+        self.rotations = np.array([cell.T @ w @ np.linalg.inv(cell.T) for w in fractional[keep]])
+        scaled = atoms.get_scaled_positions(wrap=False)
+        self.permutations, shifts = [], []
+        for rotation, translation in zip(fractional[keep], translations[keep], strict=True):
+            permutation, shift = _images(scaled, atoms.numbers, rotation, translation)
+            self.permutations.append(permutation)
+            shifts.append(shift)
+        self.permutations = np.array(self.permutations)
+        self._targets = self._block_targets(fractional[keep], np.array(shifts))
+
+    def __len__(self) -> int:
+        return len(self.rotations)
+
+    def _block_targets(self, fractional: np.ndarray, shifts: np.ndarray) -> np.ndarray:
+        """Cell index (m, n_cells, n, n) of the block to which operation g takes block (R, a, b)."""
+        offsets = cell_offsets(self.repeats)
+        turned = np.einsum("gij,rj->gri", fractional, offsets)
+        moved = turned[:, :, None, None] + shifts[:, None, None, :] - shifts[:, None, :, None]
+        return cell_index(moved, self.repeats)
+
+    def vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """Average of one vector per atom (n, 3) over the operations, without the mean over atoms."""
+        average = np.zeros_like(vectors)
+        for rotation, permutation in zip(self.rotations, self.permutations, strict=True):
+            average += vectors[permutation] @ rotation
+        average /= len(self)
+        return average - average.mean(axis=0)
+
+    def free_centroids(self) -> int:
+        """Number of independent displacements of the centroids that keep the symmetry, translations left out."""
+        n = self.permutations.shape[1]
+        units = np.eye(3 * n).reshape(3 * n, n, 3)
+        return round(sum(float(np.vdot(unit, self.vectors(unit))) for unit in units))
+
+    def tensor(self, tensor: np.ndarray) -> np.ndarray:
+        """Symmetric part of a Cartesian tensor (3, 3), averaged over the operations."""
+        average = np.einsum("gji,jk,gkl->il", self.rotations, tensor, self.rotations) / len(self)
+        return 0.5 * (average + average.T)
+
+    def force_constants(self, compact: np.ndarray) -> np.ndarray:
+        """Force constants averaged over the operations, symmetric, and obeying the acoustic sum rule."""
+        n = compact.shape[1]
+        average = np.zeros_like(compact)
+        first, second = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
+        for rotation, permutation, target in zip(self.rotations, self.permutations, self._targets, strict=True):
+            images = compact[target, permutation[first], permutation[second]]
+            average += np.einsum("ji,rabjk,kl->rabil", rotation, images, rotation, optimize=True)
+        return fold(sum_rule(expand(average / len(self), self.repeats)), self.repeats)
+
+    def spread(self, rows: dict[int, np.ndarray]) -> np.ndarray:
+        """All force constants from those of some atoms.
+
+        ``rows[a]`` are the blocks (n_cells, n, 3, 3) of atom a of the first cell; every atom must be equivalent
+        to one of them (see `representatives`).
+        """
+        n_cells, n = next(iter(rows.values())).shape[:2]
+        compact = np.zeros((n_cells, n, n, 3, 3))
+        count = np.zeros(n)
+        everything = np.arange(n)
+        for rotation, permutation, target in zip(self.rotations, self.permutations, self._targets, strict=True):
+            for atom, blocks in rows.items():
+                image = permutation[atom]
+                turned = np.einsum("ij,rbjk,lk->rbil", rotation, blocks, rotation, optimize=True)
+                compact[target[:, atom, :], image, permutation[everything][None, :]] += turned
+                count[image] += 1
+        return compact / count[None, :, None, None, None]
+
+    def representatives(self) -> list[int]:
+        """One atom of every set of equivalent atoms."""
+        return sorted({int(self.permutations[:, atom].min()) for atom in range(self.permutations.shape[1])})
+
+
+def compatible(rotation: np.ndarray, repeats: tuple[int, int, int]) -> bool:
+    """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell onto itself."""
+    scale = np.array(repeats)
+    return bool(np.all(rotation * scale[None, :] % scale[:, None] == 0))
+
+
+def _images(scaled: np.ndarray, numbers: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Permutation (n,) and lattice shift (n, 3): rotation x_a + translation = x_permutation[a] + shift[a]."""
+    moved = scaled @ rotation.T + translation
+    difference = moved[:, None] - scaled[None, :]
+    distance = np.abs(difference - np.round(difference)).max(axis=2)
+    distance[numbers[:, None] != numbers[None, :]] = np.inf
+    permutation = distance.argmin(axis=1)
+    shift = np.round(difference[np.arange(len(scaled)), permutation]).astype(int)
+    return permutation, shift
+
+
+def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
+    """The primitive cell with cell and positions exactly symmetric; the orientation of the input is kept."""
+    from ase.spacegroup.symmetrize import refine_symmetry
+
+    reduced = primitive(atoms, symprec)
+    found = spglib.get_symmetry_dataset(spglib_cell(reduced), symprec=symprec)
+    if found is not None and found.number > 1:
+        refine_symmetry(reduced, symprec=symprec)
+    return reduced
+
+
+def choose_repeats(atoms: Atoms, supercell: tuple[int, int, int] | dict[str, float], symprec: float) -> tuple[int, int, int]:
+    """Repetitions of the primitive cell for ``supercell``: three whole numbers or ``{"min_length": Angstrom}``.
+
+    Repetitions that break the symmetry of the structure are raised to the next that does not, and that is logged.
+    """
+    if isinstance(supercell, dict):
+        heights = 1.0 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+        wanted = tuple(int(np.ceil(supercell["min_length"] / height - 1e-6)) for height in heights)
+    else:
+        wanted = tuple(int(n) for n in supercell)
+    found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
+    repeats = np.array(wanted)
+    while found and not all(compatible(rotation, repeats) for rotation in found["rotations"]):
+        for rotation in found["rotations"]:
+            coupled = (rotation != 0) | (rotation.T != 0)
+            for axis in range(3):
+                repeats[axis] = max(repeats[axis], repeats[coupled[axis]].max())
+    if tuple(repeats) != wanted:
+        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, tuple(int(n) for n in repeats))
+    return tuple(int(n) for n in repeats)
+
+
+def statistical_tolerance(position_error: np.ndarray, strain_error: float, cell_length: float) -> float:
+    """Tolerance in A for the space group of SSCHA centroids.
+
+    Three standard errors of the least certain centroid (``position_error`` (n, 3) in A), plus the part of a
+    lattice vector left open by the stress criterion, within [0.01, 0.1] A.
+    """
+    error = 3.0 * float(np.max(position_error, initial=0.0)) + strain_error * cell_length
+    return float(np.clip(error, 0.01, 0.1))

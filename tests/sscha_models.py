@@ -1,0 +1,108 @@
+"""Energy surfaces with known answers, for the SSCHA tests."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+
+from magus_anharmonic.units import HBAR, KELVIN
+
+
+class LatticeSprings(Calculator):
+    """Simple cubic crystal of lattice constant ``a``; springs between nearest neighbours, exactly harmonic.
+
+    Energy of a bond along axis b: 1/2 (longitudinal u_b^2 + transverse |u_perp|^2) with u the relative displacement,
+    so that omega_i^2(q) = 2/m sum_b k_ib (1 - cos 2 pi q_b) with k_ii = longitudinal, else transverse.
+    """
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def __init__(self, a: float = 3.0, longitudinal: float = 2.0, transverse: float = 0.5) -> None:
+        super().__init__()
+        self.a = a
+        self.springs = np.full((3, 3), transverse) + np.eye(3) * (longitudinal - transverse)
+        self.n_structures = 0
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.n_structures += 1
+        repeats = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
+        sites = np.rint(self.atoms.positions / self.a).astype(int)
+        u = np.zeros((*repeats, 3))
+        index = tuple(np.mod(sites, repeats).T)
+        u[index] = self.atoms.positions - sites * self.a
+        energy, forces = 0.0, np.zeros_like(u)
+        for axis in range(3):
+            relative = np.roll(u, -1, axis) - u
+            pull = relative * self.springs[:, axis]
+            energy += 0.5 * float((relative * pull).sum())
+            forces += pull - np.roll(pull, 1, axis)
+        self.results = {"energy": energy, "forces": forces[index], "stress": np.zeros(6)}
+
+    def quanta(self, q: np.ndarray, mass: float) -> np.ndarray:
+        """hbar omega in eV at fractional q (m, 3), (m, 3)."""
+        return HBAR * np.sqrt(2.0 / mass * (1.0 - np.cos(2.0 * np.pi * q)) @ self.springs.T)
+
+    def free_energy(self, mesh: tuple[int, int, int], mass: float, temperature: float) -> float:
+        """Harmonic free energy per atom on a q mesh without the translations, eV."""
+        q = np.array(list(np.ndindex(*mesh)))[1:] / np.array(mesh)
+        quanta = self.quanta(q, mass)
+        thermal = 0.0 if temperature == 0 else KELVIN * temperature * np.log1p(-np.exp(-quanta / (KELVIN * temperature))).sum()
+        return float((quanta.sum() / 2.0 + thermal) / np.prod(mesh))
+
+
+class QuarticPair(Calculator):
+    """Two atoms in one cell, bound by v(d) = sum_i 1/2 k d_i^2 + c d_i^4 in the deviation d from half the body diagonal."""
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def __init__(self, a: float = 3.0, k: float = -1.0, c: float = 8.0) -> None:
+        super().__init__()
+        self.a, self.k, self.c = a, k, c
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        d = self.atoms.positions[1] - self.atoms.positions[0] - self.a / 2.0
+        pull = self.k * d + 4.0 * self.c * d**3
+        energy = float((0.5 * self.k * d**2 + self.c * d**4).sum())
+        self.results = {"energy": energy, "forces": np.array([pull, -pull]), "stress": np.zeros(6)}
+
+    def scha_free_energy(self, reduced_mass: float, temperature: float) -> float:
+        """Minimum over omega of F_0(omega) + <v - v_0>, three equal oscillators, eV; moments by Gauss-Hermite quadrature."""
+        from scipy.optimize import minimize_scalar
+
+        nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+        weights = weights / weights.sum()
+
+        def free_energy(log_quantum: float) -> float:
+            quantum = np.exp(log_quantum)
+            spring = reduced_mass * (quantum / HBAR) ** 2
+            variance = HBAR**2 / (2.0 * reduced_mass * quantum)
+            f0 = quantum / 2.0
+            if temperature > 0:
+                thermal = KELVIN * temperature
+                variance /= np.tanh(quantum / (2.0 * thermal))
+                f0 += thermal * np.log1p(-np.exp(-quantum / thermal))
+            d = np.sqrt(variance) * nodes
+            return float(f0 + weights @ (0.5 * self.k * d**2 + self.c * d**4 - 0.5 * spring * d**2))
+
+        return 3.0 * minimize_scalar(free_energy, bounds=(np.log(1e-3), np.log(1.0)), method="bounded", options={"xatol": 1e-10}).fun
+
+
+class CountingCalculator(Calculator):
+    """Passes on to another calculator and counts; raises ``KeyboardInterrupt`` after ``stop_after`` structures."""
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def __init__(self, calculator: Calculator, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.inner, self.count, self.stop_after = calculator, 0, stop_after
+
+    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        self.count += 1
+        if self.stop_after is not None and self.count > self.stop_after:
+            raise KeyboardInterrupt
+        self.inner.calculate(self.atoms, ("energy", "forces", "stress"), all_changes)
+        self.results = dict(self.inner.results)
