@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.errors import InputError, LabelerNotInstalled
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.settings import Settings
-from magus_anharmonic.structures import bare
-from magus_anharmonic.units import gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
@@ -128,10 +127,10 @@ def _labeler(settings: Settings, folder: Path, allow_missing: bool) -> tuple[Any
 
     try:
         labeler = get_labeler(settings.learning.labeler, folder / "labeling")
-    except LabelerError as error:
+    except LabelerNotInstalled as error:
         if not allow_missing:
-            raise InputError(f"learning.labeler: {error}") from None
-        log.warning("no labels, so the model does not learn in this run: %s", error)
+            raise
+        log.warning("running without learning: %s", error)
         return None, None
     return labeler, LabelStore(folder / "labels")
 
@@ -224,70 +223,6 @@ def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> 
     state.energy_rmse = validation_rmse(learned.metrics)
 
 
-def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0) -> None:
-    """Energy (eV), enthalpy (eV/atom), forces, stress (Voigt) and model of ``evaluator`` into the ``info`` of each structure.
-
-    Structures that another model relaxed are first brought nearer to the minimum of this one, ``relaxation_steps`` at
-    most. One that cannot be evaluated gets an infinite enthalpy and the reason: it is out of every ranking.
-    """
-    foreign = [atoms for atoms in structures if atoms.info.get("model") != evaluator.model_id]
-    if foreign and relaxation_steps > 0:
-        _relax_in_place(foreign, evaluator, settings, relaxation_steps)
-    for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
-        atoms.info["model"] = evaluator.model_id
-        if isinstance(found, str):
-            log.warning("a survivor cannot be evaluated and is out of the ranking: %s", found)
-            atoms.info.update(enthalpy=np.inf, free_energy_reason=found)
-            continue
-        energy, forces, stress = float(found.energy[0]), found.forces[0], found.stress[0]
-        work = gpa_to_ev_per_a3(settings.pressure) * atoms.get_volume()
-        voigt = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-        atoms.info.update(energy=energy, enthalpy=(energy + work) / len(atoms), forces=np.array(forces), stress=np.array(voigt))
-        if atoms.calc is not None:
-            _renew_results(atoms, energy, forces, voigt)
-
-
-def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
-    from ase.calculators.singlepoint import SinglePointCalculator
-
-    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
-
-
-def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
-    """One evaluation per structure, or the reason why there is none; the batch is split only when it fails as a whole."""
-    inputs = [bare(atoms) for atoms in structures]
-    try:
-        batch = evaluator.evaluate(inputs)
-    except MagusAnharmonicError as error:
-        if len(inputs) == 1:
-            return [str(error)]
-        return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
-    return [
-        Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1])
-        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and np.isfinite(batch.stress[i]).all()
-        else "energy, forces or stress are not finite"
-        for i in range(len(inputs))
-    ]
-
-
-def _relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int) -> None:
-    from magus_anharmonic.potential.relax import relax
-
-    calculator = settings.calculator
-    options = {"force_tolerance": calculator.eps, "max_move": calculator.max_move} if calculator else {}
-    relaxed = relax(
-        evaluator, [bare(atoms) for atoms in structures], settings.pressure, max_steps=max_steps,
-        relax_cell=calculator.relax_lattice if calculator else True, fix_symmetry=calculator.fix_symmetry if calculator else False,
-        **options,
-    )  # fmt: skip
-    for atoms, result in zip(structures, relaxed, strict=True):
-        if result.failed:
-            log.info("a survivor stays as it was, the new model does not relax it: %s", result.reason)
-            continue
-        atoms.set_cell(result.atoms.cell.array, scale_atoms=False)
-        atoms.set_positions(result.atoms.positions)
-
-
 def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
     """Centroids of quantum phases that no candidate's static structure is: the search would not find them by itself.
 
@@ -326,4 +261,5 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
     log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
     for c in candidates[:3]:
         if c.rank_quantum is not None:
-            log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, c.gibbs, c.gibbs_error)
+            g, error = c.gibbs, c.gibbs_error
+            log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error)

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "sscha": BASE,
     "labelers": BASE,
     "learning": BASE | {"potential", "labelers"},
-    "ranking": BASE | {"potential", "sscha", "labelers"},
+    "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
     "report": BASE | {"ranking"},
     "run_record": BASE,
     "host_keys": BASE,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magus_anharmonic.ranking.candidate import Candidate as Candidate
-    from magus_anharmonic.ranking.fitness import fitness_values as fitness_values
-    from magus_anharmonic.ranking.matcher import distinct as distinct
     from magus_anharmonic.ranking.files import rank_file as rank_file
     from magus_anharmonic.ranking.files import rank_structures as rank_structures
+    from magus_anharmonic.ranking.fitness import fitness_values as fitness_values
+    from magus_anharmonic.ranking.matcher import distinct as distinct
 
 _LAZY = {
     "Candidate": "candidate",

@@ -57,7 +57,7 @@ class Candidate:
 
     @property
     def formula(self) -> str:
-        """Chemical formula with the metals first, e.g. ``'SH3'``."""
+        """Chemical formula with the metals first, e.g. ``'H3S'``."""
         return self.atoms.get_chemical_formula(mode="metal")
 
 

@@ -38,9 +38,7 @@ class GibbsEstimate:
         )
 
 
-def fit_estimate(
-    enthalpies: Sequence[float], gibbs: Sequence[float], errors: Sequence[float] | None = None
-) -> GibbsEstimate | None:
+def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Sequence[float] | None = None) -> GibbsEstimate | None:
     """Least-squares line from SSCHA results of one model, pressure and temperature; None without results.
 
     From three points on: the line, and two standard deviations of its residuals as margin. With fewer:

@@ -60,7 +60,8 @@ def fitness_values(infos: Sequence[Mapping[str, Any]]) -> list[float]:
     enthalpies = [number(info.get("enthalpy")) for info in infos]
     failed = [has_failed(info) for info in infos]
     gibbs = [None if bad else computed_gibbs(info) for info, bad in zip(infos, failed, strict=True)]
-    pairs = [(h, g, number(info.get("free_energy_error")) or 0.0) for info, h, g in zip(infos, enthalpies, gibbs, strict=True) if g is not None]
+    errors = [number(info.get("free_energy_error")) or 0.0 for info in infos]
+    pairs = [(h, g, e) for h, g, e in zip(enthalpies, gibbs, errors, strict=True) if g is not None]
     known = [pair for pair in pairs if pair[0] is not None]
     estimate = fit_estimate(*zip(*known, strict=True)) if known else None
     best = min((pair[1] for pair in pairs), default=None)

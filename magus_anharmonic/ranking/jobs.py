@@ -66,9 +66,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
             outcomes.append(Outcome(temperature, None, reason, outcomes[-1].lasting))
             continue
         try:
-            result = free_energy(
-                job.atoms, evaluator, temperature=temperature, start=previous, directory=folder, **job.options
-            )
+            result = free_energy(job.atoms, evaluator, temperature=temperature, start=previous, directory=folder, **job.options)
         except (SschaError, InputError) as error:
             outcomes.append(Outcome(temperature, None, _one_line(error)))
         except MagusAnharmonicError as error:

@@ -17,7 +17,6 @@ from functools import cached_property
 import numpy as np
 import vesin
 from ase import Atoms
-from ase.data import chemical_symbols
 from scipy.optimize import linear_sum_assignment
 
 from magus_anharmonic.structures import bare, primitive, space_group, structure_id
@@ -72,9 +71,7 @@ def pointwise_distances(atoms: Atoms, composition: Sequence[tuple[int, int]]) ->
 def _neighbour_rows(atoms: Atoms, cutoff: float, wanted: dict[int, int]) -> list[tuple[int, np.ndarray]] | None:
     """None when the cutoff (Angstrom) is too small for some atom."""
     neighbours = vesin.NeighborList(cutoff=cutoff, full_list=True)
-    first, second, distance = neighbours.compute(
-        points=atoms.positions, box=atoms.cell.array, periodic=True, quantities="ijd"
-    )
+    first, second, distance = neighbours.compute(points=atoms.positions, box=atoms.cell.array, periodic=True, quantities="ijd")
     species = atoms.numbers[second]
     rows = []
     for index, own in enumerate(atoms.numbers):

@@ -18,16 +18,16 @@ from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, same_records
+from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
-from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.settings import Settings
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
 
 SEED_KEY = "sscha_centroid"
 """``info`` key of a seed: the structure id of the SSCHA run whose centroid it is."""
-RMSE_FACTOR = 3.0
 
 
 def rank(
@@ -69,7 +69,7 @@ def rank(
         if sscha_is_due(settings, generation, n_generations, energy_rmse):
             ranking.run(chosen, free_energy or _free_energy(), workers)
         else:
-            log.info("no SSCHA yet: %s", _why_not(settings, energy_rmse))
+            log.info("no SSCHA yet: %s", why_not(settings, energy_rmse))
     tables = ranking.tables()
     set_info(population, tables[0], evaluator.model_id)
     write_tables(Path(run_dir), tables, ranking.store)
@@ -80,43 +80,6 @@ def _free_energy() -> Callable[..., Any]:
     from magus_anharmonic.sscha.free_energy import free_energy
 
     return free_energy
-
-
-def sscha_is_due(settings: Settings, generation: int | None, n_generations: int | None, energy_rmse: float | None) -> bool:
-    """``sscha.when``: every time without learning; else in the last round, or once the model is good enough."""
-    if settings.sscha is None:
-        return False
-    if settings.sscha.when == "every_generation" or settings.learning is None or generation is None:
-        return True
-    if n_generations is not None and generation >= n_generations:
-        return True
-    target = settings.learning.target_rmse
-    return target is not None and energy_rmse is not None and energy_rmse <= target
-
-
-def _why_not(settings: Settings, energy_rmse: float | None) -> str:
-    target = settings.learning.target_rmse if settings.learning else None
-    if target is None:
-        return "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the last round"
-    known = "unknown" if energy_rmse is None else f"{1000 * energy_rmse:.1f} meV/atom"
-    return f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
-
-
-def chosen_groups(
-    groups: Sequence[Sequence[int]], enthalpies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
-) -> list[int]:
-    """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
-
-    The window (eV/atom) is widened to three times the model's validation RMSE: closer structures are not told apart by it.
-    """
-    if not groups:
-        return []
-    window = np.inf if settings.window is None else settings.window
-    if energy_rmse is not None:
-        window = max(window, RMSE_FACTOR * energy_rmse)
-    limit = enthalpies[groups[0][0]] + window
-    inside = [g for g, members in enumerate(groups) if enthalpies[members[0]] <= limit]
-    return inside[: settings.max_candidates]
 
 
 @dataclass(frozen=True)

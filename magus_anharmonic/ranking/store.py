@@ -201,10 +201,11 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
         "temperature_K": record.key.temperature,
         "status": record.status,
     }
-    pairs.update({name: getattr(record, name) for name in NUMBERS if getattr(record, name) is not None})
-    texts = {name: getattr(record, name) for name in TEXTS}
+    # For `ase db` queries; ase.db has a `volume` of its own, so what is read back is in `data`.
+    pairs.update({name: getattr(record, name) for name in ("enthalpy", "gibbs", "gibbs_error") if getattr(record, name) is not None})
+    values = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     centroids = record.centroids
-    data = {"texts": texts, "centroids": None if centroids is None else bare(centroids).todict()}
+    data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict()}
     return pairs, data
 
 
@@ -218,6 +219,5 @@ def _from_row(row: Any) -> Record:
     )
     stored = data["centroids"]
     known = {field.name for field in fields(Record)}
-    values = {name: pairs[name] for name in NUMBERS if name in pairs}
-    values.update({name: text for name, text in data["texts"].items() if name in known})
+    values = {name: value for name, value in data["values"].items() if name in known}
     return Record(key=key, start=bare(row.toatoms()), centroids=None if stored is None else Atoms.fromdict(stored), **values)

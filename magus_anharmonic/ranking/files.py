@@ -1,0 +1,101 @@
+"""Ranking of structures from anywhere: ``magus-anharmonic rank FILE``, or `rank_structures` in a script."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ase import Atoms
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
+from magus_anharmonic.run_record import check_results_version, write_run_record
+from magus_anharmonic.settings import Settings
+from magus_anharmonic.structures import bare
+
+log = logging.getLogger(__name__)
+
+
+def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[Candidate]:
+    """Rank the structures of any file that ASE reads with the model that ``settings`` name; everything goes to ``output``.
+
+    The same call again takes up what is finished. Raises ``InputError`` (file, structure, checkpoint, or a folder of
+    another version); nothing is written then.
+    """
+    structures = read_structures(path)
+    check_results_version(output)
+    if settings.calculator is None:
+        raise InputError("MainCalculator: rank needs calculator: mattersim with a checkpoint")
+    from magus_anharmonic.potential import load
+
+    potential = load(settings.calculator.checkpoint, device=settings.calculator.device)
+    seed = settings.seed or 0
+    write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra={"structures": str(path)})
+    return rank_structures(structures, potential, settings, output, seed=seed)
+
+
+def rank_structures(
+    structures: Sequence[Atoms],
+    evaluator: Any,
+    settings: Settings,
+    run_dir: str | Path,
+    *,
+    seed: int = 0,
+    relax: bool = True,
+    free_energy: Callable[..., Any] | None = None,
+    workers: int | None = None,
+) -> list[Candidate]:
+    """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.
+
+    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are. The
+    structures are not changed; one that cannot be relaxed is in the table as failed, with the reason.
+    """
+    source = as_evaluator(evaluator)
+    for index, atoms in enumerate(structures):
+        check_structure(atoms, f"structure {index}")
+    copies = [bare(atoms) for atoms in structures]
+    reasons = relax_in_place(copies, source, settings) if relax else [""] * len(copies)
+    good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]
+    reevaluate(good, source, settings)
+    for index, (atoms, reason) in enumerate(zip(copies, reasons, strict=True)):
+        if reason:
+            atoms.info["free_energy_reason"] = f"relaxation: {reason}"
+            log.warning("structure %d is out of the ranking: %s", index, atoms.info["free_energy_reason"])
+    return rank(copies, evaluator=source, settings=settings, run_dir=run_dir, seed=seed, free_energy=free_energy, workers=workers)
+
+
+def read_structures(path: str | Path) -> list[Atoms]:
+    """All structures of a file; raises ``InputError`` that names the file and the index of a structure that will not do."""
+    from ase.io import read
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        structures = read(file, index=":")
+    except Exception as error:
+        raise InputError(f"{file}: ASE cannot read it: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    if not structures:
+        raise InputError(f"{file}: holds no structure")
+    for index, atoms in enumerate(structures):
+        check_structure(atoms, f"{file}: structure {index}")
+    return structures
+
+
+def check_structure(atoms: Atoms, where: str) -> None:
+    """Raise ``InputError`` that starts with ``where`` unless ``atoms`` is a crystal: atoms, known species, a cell."""
+    if len(atoms) == 0:
+        raise InputError(f"{where} has no atoms")
+    if (atoms.numbers < 1).any():
+        raise InputError(f"{where} has an atom of no known element")
+    if not atoms.cell.rank == 3 or atoms.get_volume() < 1e-6:
+        raise InputError(
+            f"{where} ({atoms.get_chemical_formula()}) has no cell; give a periodic structure (POSCAR, CIF, extxyz with Lattice=)"
+        )
+    if not atoms.pbc.all():
+        raise InputError(f"{where} ({atoms.get_chemical_formula()}) is not periodic in three directions")

@@ -1,0 +1,91 @@
+"""Static energies of structures: evaluation with the newest model, and relaxation towards its minima."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.settings import CalculatorSettings, Settings
+from magus_anharmonic.structures import bare
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+log = logging.getLogger(__name__)
+
+
+def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0) -> None:
+    """Energy (eV), enthalpy (eV/atom), forces, stress (Voigt) and model of ``evaluator`` into the ``info`` of each structure.
+
+    Structures that another model relaxed are first brought nearer to the minimum of this one, ``relaxation_steps`` at
+    most. One that cannot be evaluated gets an infinite enthalpy and the reason: it is out of every ranking.
+    """
+    foreign = [atoms for atoms in structures if atoms.info.get("model") != evaluator.model_id]
+    if foreign and relaxation_steps > 0:
+        for reason in relax_in_place(foreign, evaluator, settings, relaxation_steps):
+            if reason:
+                log.info("a survivor stays as it was, the new model does not relax it: %s", reason)
+    for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
+        atoms.info["model"] = evaluator.model_id
+        if isinstance(found, str):
+            log.warning("a survivor cannot be evaluated and is out of the ranking: %s", found)
+            atoms.info.update(enthalpy=np.inf, free_energy_reason=found)
+            continue
+        energy, forces, stress = float(found.energy[0]), found.forces[0], found.stress[0]
+        work = gpa_to_ev_per_a3(settings.pressure) * atoms.get_volume()
+        voigt = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+        atoms.info.update(energy=energy, enthalpy=(energy + work) / len(atoms), forces=np.array(forces), stress=np.array(voigt))
+        if atoms.calc is not None:
+            _renew_results(atoms, energy, forces, voigt)
+
+
+def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
+    from ase.calculators.singlepoint import SinglePointCalculator
+
+    atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
+
+
+def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
+    """One evaluation per structure, or the reason why there is none; the batch is split only when it fails as a whole."""
+    inputs = [bare(atoms) for atoms in structures]
+    try:
+        batch = evaluator.evaluate(inputs)
+    except MagusAnharmonicError as error:
+        if len(inputs) == 1:
+            return [str(error)]
+        return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
+    return [
+        Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1])
+        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and np.isfinite(batch.stress[i]).all()
+        else "energy, forces or stress are not finite"
+        for i in range(len(inputs))
+    ]
+
+
+def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int | None = None) -> list[str]:
+    """Relax cell and positions at the target pressure as the block of the calculator says.
+
+    Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps or runs away stays
+    as it was.
+    """
+    from magus_anharmonic.potential.relax import relax
+
+    keys = settings.calculator or CalculatorSettings()
+    relaxed = relax(
+        evaluator,
+        [bare(atoms) for atoms in structures],
+        settings.pressure,
+        force_tolerance=keys.eps,
+        max_steps=max_steps or keys.max_step,
+        max_move=keys.max_move,
+        relax_cell=keys.relax_lattice,
+        fix_symmetry=keys.fix_symmetry,
+    )
+    for atoms, result in zip(structures, relaxed, strict=True):
+        if not result.failed:
+            atoms.set_cell(result.atoms.cell.array, scale_atoms=False)
+            atoms.set_positions(result.atoms.positions)
+    return [(result.reason or "the relaxation failed") if result.failed else "" for result in relaxed]

@@ -1,0 +1,120 @@
+"""Stand-ins for SSCHA with known answers, importable by worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.emt import EMT
+
+from magus_anharmonic.errors import SschaError
+from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.files import append_jsonl
+from magus_anharmonic.structures import bare, primitive, space_group
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+ZERO_POINT = 0.2
+"""eV/atom that the ions' motion adds in `shifted`."""
+
+
+class Emt:
+    """EMT as an evaluator; good for Al, Cu, Ag, Au, Ni, Pd, Pt. A calculator per call: a used one does not pickle."""
+
+    def __init__(self, model_id: str = "emt") -> None:
+        self.model_id = model_id
+
+    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+        """See `Evaluator`."""
+        return CalculatorEvaluator(EMT()).evaluate(structures)
+
+
+class Flat:
+    """Evaluator with E = depth per atom for every structure: only volume makes enthalpies differ."""
+
+    def __init__(self, model_id: str = "flat", depth: float = -1.0) -> None:
+        self.model_id, self.depth = model_id, depth
+
+    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+        """See `Evaluator`."""
+        energy = np.array([self.depth * len(atoms) for atoms in structures])
+        return Evaluation(energy, [np.zeros((len(atoms), 3)) for atoms in structures], np.zeros((len(structures), 3, 3)))
+
+
+def h3s(lattice: float = 3.1, shift: float = 0.0) -> Atoms:
+    """H3S in its 4-atom cell: Im-3m, or R3m with the three H moved off the bond centres by ``shift`` (Angstrom)."""
+    cell = 0.5 * lattice * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
+    hydrogens = [np.eye(3)[axis] * (0.5 * lattice + shift) for axis in range(3)]
+    return Atoms("SH3", positions=[np.zeros(3), *hydrogens], cell=cell, pbc=True)
+
+
+def centred(atoms: Atoms) -> Atoms:
+    """R3m H3S of `h3s` (or a supercell of it) with the hydrogens moved to the nearest bond centres: Im-3m."""
+    result = bare(atoms)
+    symbols = np.array(result.get_chemical_symbols())
+    sulphur = result.positions[symbols == "S"]
+    from itertools import product
+
+    images = np.concatenate([sulphur + np.array(n) @ result.cell.array for n in product(range(-2, 3), repeat=3)])
+    for index in np.flatnonzero(symbols == "H"):
+        near = images[np.argsort(np.linalg.norm(images - result.positions[index], axis=1))[:2]]
+        result.positions[index] = near.mean(axis=0)
+    return result
+
+
+def sscha_result(atoms: Atoms, centroids: Atoms, gibbs: float, temperature: float, **changes: Any) -> SimpleNamespace:
+    """A converged `SschaResult` in the fields that the ranking reads."""
+    values = dict(
+        status="converged", converged=True, reason="", gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs - 0.01, finite_size=0.01,
+        volume=centroids.get_volume() / len(centroids), n_evaluations=200, n_atoms_supercell=8 * len(centroids), centroids=centroids,
+        space_group_start=space_group(atoms), space_group=space_group(centroids), symmetry_tolerance=0.05, temperature=temperature,
+    )  # fmt: skip
+    return SimpleNamespace(**{**values, **changes})
+
+
+def count_call(directory: Any, atoms: Atoms, temperature: float, start: Any) -> None:
+    """Leave a line per call beside the folder of the run."""
+    append_jsonl(
+        directory.parent.parent / "calls.jsonl",
+        {"folder": directory.name, "natoms": len(atoms), "T": temperature, "started": start is not None, "pid": os.getpid()},
+    )
+
+
+def shifted(atoms: Atoms, evaluator: Any, *, pressure: float, temperature: float, start: Any, directory: Any, **options: Any) -> Any:
+    """G = H + 0.2 eV/atom - T * 1e-4 eV/(atom K); the structure stays as it is."""
+    count_call(directory, atoms, temperature, start)
+    cell = primitive(atoms)
+    energy = float(evaluator.evaluate([cell]).energy[0])
+    enthalpy = (energy + gpa_to_ev_per_a3(pressure) * cell.get_volume()) / len(cell)
+    return sscha_result(cell, cell, enthalpy + ZERO_POINT - 1e-4 * temperature, temperature)
+
+
+def symmetrising(atoms: Atoms, evaluator: Any, *, pressure: float, temperature: float, start: Any, directory: Any, **options: Any) -> Any:
+    """Quantum H3S: hydrogens end at the bond centres. G depends on the cell that was run, as finite size makes it."""
+    count_call(directory, atoms, temperature, start)
+    cell = primitive(atoms)
+    centroids = centred(cell)
+    return sscha_result(cell, centroids, -1.0 + 0.001 * len(cell), temperature)
+
+
+def failing_on_gold(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+    """Like `shifted`, but gold dissociates, silver meets a defect and nickel kills its process."""
+    symbol = atoms.get_chemical_symbols()[0]
+    if symbol == "Au":
+        raise SschaError("dissociated: two atoms are 7.1 A apart")
+    if symbol == "Ag":
+        raise OSError("no space left on device")
+    if symbol == "Ni" and multiprocessing.parent_process() is not None:
+        os._exit(9)
+    return shifted(atoms, evaluator, **options)
+
+
+def slow(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+    """Like `shifted` after a minute; says that it has begun."""
+    count_call(options["directory"], atoms, options["temperature"], None)
+    time.sleep(60)
+    return shifted(atoms, evaluator, **options)

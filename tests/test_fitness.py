@@ -1,0 +1,128 @@
+"""The fitness ``SSCHA`` and the estimate of free energies that were not computed."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magus_anharmonic.ranking.estimate import fit_estimate
+from magus_anharmonic.ranking.fitness import fitness_values
+
+MODELS = st.sampled_from(["a", "b", "", None, 3])
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.binary(max_size=2),
+    st.lists(st.floats(), max_size=2),
+    st.floats(width=32).map(np.float32),
+    st.floats().map(np.array),
+)
+ENERGY = st.floats(-50, 50)
+INFO = st.fixed_dictionaries(
+    {},
+    optional={
+        "enthalpy": ENERGY | ANYTHING,
+        "free_energy": ENERGY | ANYTHING,
+        "free_energy_error": st.floats(0, 1) | ANYTHING,
+        "free_energy_status": st.sampled_from(["sscha", "unconverged", "estimated", "static", "failed", "saddle"]) | ANYTHING,
+        "free_energy_model": MODELS,
+        "model": MODELS,
+    },
+)
+
+
+def computed(enthalpy: float, gibbs: float, model: str = "m", of: str = "m", status: str = "sscha") -> dict:
+    return {
+        "enthalpy": enthalpy,
+        "model": model,
+        "free_energy": gibbs,
+        "free_energy_error": 1e-3,
+        "free_energy_status": status,
+        "free_energy_model": of,
+    }
+
+
+def plain(enthalpy: float) -> dict:
+    return {"enthalpy": enthalpy, "model": "m"}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(INFO, max_size=8))
+def test_fitness_is_a_finite_float_for_every_population(infos: list[dict]) -> None:
+    values = fitness_values(infos)
+    assert len(values) == len(infos)
+    assert all(type(value) is float and math.isfinite(value) for value in values)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=6), st.lists(st.floats(-10, 10), max_size=6))
+def test_order_of_computed_and_estimated(done: list[tuple[float, float]], others: list[float]) -> None:
+    """Computed ones by G; estimated ones by enthalpy, strictly, and none above the best computed one."""
+    infos = [computed(h, g) for h, g in done] + [plain(h) for h in others]
+    values = fitness_values(infos)
+    assert values[: len(done)] == [-g for _, g in done]
+    estimated = values[len(done) :]
+    for i, h in enumerate(others):
+        assert estimated[i] < max(values[: len(done)])
+        for j, other in enumerate(others):
+            assert (estimated[i] > estimated[j]) == (h < other)
+
+
+def test_without_any_free_energy_the_enthalpy_ranks() -> None:
+    assert fitness_values([plain(-1.0), plain(-2.0), {"enthalpy": np.float32(-3.0)}]) == [1.0, 2.0, 3.0]
+
+
+def test_a_free_energy_of_another_model_is_not_used() -> None:
+    infos = [computed(-5.0, -4.9), computed(-5.1, -99.0, model="m", of="old")]
+    fresh, stale = fitness_values(infos)
+    assert fresh == 4.9
+    assert stale < fresh
+
+
+def test_estimates_are_not_taken_for_results() -> None:
+    infos = [computed(-5.0, -4.8), computed(-5.2, -9.0, status="estimated")]
+    assert fitness_values(infos)[1] < 4.8
+
+
+def test_failed_ones_are_below_those_without_enthalpy_and_those_below_all_others() -> None:
+    infos = [computed(-9.0, float("nan"), status="failed"), {"model": "m"}, plain(400.0), computed(1.0, 2.0)]
+    failed, empty, high, best = fitness_values(infos)
+    assert failed < empty < high < best
+
+
+def test_a_failure_with_an_older_model_is_forgotten() -> None:
+    assert fitness_values([computed(-9.0, float("nan"), of="old", status="failed"), plain(-8.0)]) == [9.0, 8.0]
+
+
+def test_the_line_is_found_and_the_margin_is_two_standard_deviations() -> None:
+    h = np.linspace(-5.0, -4.0, 50)
+    noise = np.random.default_rng(0).normal(0.0, 0.003, 50)
+    estimate = fit_estimate(h, 0.4 + 1.05 * h + noise)
+    slope, intercept = np.polyfit(h, 0.4 + 1.05 * h + noise, 1)
+    assert estimate.slope == pytest.approx(slope)
+    assert estimate.intercept == pytest.approx(intercept)
+    assert estimate.margin == pytest.approx(2 * 0.003, rel=0.25)
+
+
+def test_with_two_points_the_largest_shift_counts() -> None:
+    estimate = fit_estimate([-5.0, -4.9], [-4.8, -4.68], [0.001, 0.002])
+    assert estimate(-4.0) == pytest.approx(-4.0 + 0.22 + 0.004)
+
+
+def test_points_close_in_enthalpy_do_not_tilt_the_line() -> None:
+    """Three results within 1 meV whose G differ by 40 meV would give a slope of -40: everything high would look best."""
+    estimate = fit_estimate([-5.0, -4.9995, -4.999], [-4.76, -4.78, -4.8])
+    assert estimate.slope == 1.0
+    assert estimate(-4.0) > estimate(-5.0)
+
+
+def test_no_results_no_estimate() -> None:
+    assert fit_estimate([], []) is None

@@ -1,0 +1,487 @@
+"""Ranking by free energy: who is distinct, who gets SSCHA, what is never done twice, and what the table says."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranking_fakes as fakes
+from ase import Atoms
+from ase.build import bulk, make_supercell
+from ase.io import read, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.files import rank_structures, read_structures
+from magus_anharmonic.ranking.matcher import Fingerprint, distinct, largest_difference, same, same_phase
+from magus_anharmonic.ranking.rank import SEED_KEY, rank
+from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due
+from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.table import COLUMNS
+from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
+from magus_anharmonic.structures import structure_id
+
+DESIGN_COLUMNS = (
+    "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum, enthalpy_eV_per_atom, gibbs_eV_per_atom, "
+    "gibbs_error_eV_per_atom, n_evaluations, model, status, reason"
+).split(", ")
+
+
+def search_settings(pressure: float = 0.0, learning: dict | None = None, **sscha: object) -> Settings:
+    keys = {"pressure": pressure, "Fitness": ["SSCHA"], "sscha": sscha, "numGen": 3}
+    return parse_settings({**keys, "learning": learning} if learning else keys)
+
+
+def metals(*symbols: str, scale: float = 1.0) -> list[Atoms]:
+    structures = [bulk(symbol) for symbol in symbols]
+    for atoms in structures:
+        atoms.set_cell(atoms.cell * scale, scale_atoms=True)
+    return structures
+
+
+def ranked(structures: list[Atoms], folder: Path, keys: Settings, evaluator=None, fake=fakes.shifted, **options) -> list[Candidate]:
+    evaluator = evaluator or fakes.Emt()
+    reevaluate(structures, evaluator, keys)
+    return rank(structures, evaluator=evaluator, settings=keys, run_dir=folder, free_energy=fake, **{"workers": 1, **options})
+
+
+def calls(folder: Path) -> list[dict]:
+    return read_jsonl(folder / "calls.jsonl")
+
+
+def table_of(folder: Path, name: str = "ranking.csv") -> list[dict]:
+    with (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------- who is distinct
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_structure_in_another_cell_orientation_and_order_is_the_same(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    atoms = fakes.h3s(shift=0.12)
+    matrix = np.eye(3, dtype=int)
+    while True:
+        matrix = rng.integers(-1, 3, (3, 3))
+        if 1 <= np.linalg.det(matrix) < 3.5:
+            break
+    other = make_supercell(atoms, matrix)
+    other.rotate(rng.uniform(0, 360), rng.normal(size=3), rotate_cell=True)
+    other.positions += rng.normal(size=3)
+    other = other[rng.permutation(len(other))]
+    other.wrap()
+    assert same(Fingerprint(atoms), Fingerprint(other))
+
+
+def test_near_degenerate_phases_survive() -> None:
+    """R3m and Im-3m H3S within 0.1 meV/atom: MAGUS's 10 meV/atom would merge them."""
+    structures = [fakes.h3s(), fakes.h3s(shift=0.08), fakes.h3s(shift=0.16)]
+    assert distinct(structures, [-1.0, -1.0001, -1.00005]) == [[1], [2], [0]]
+
+
+def test_the_same_phase_at_other_volume_or_enthalpy_or_composition_is_distinct() -> None:
+    a, larger = fakes.h3s(), fakes.h3s(lattice=3.1 * 1.004)
+    assert len(distinct([a, larger], [-1.0, -1.0])) == 2
+    assert len(distinct([a, a.copy()], [-1.0, -1.0011])) == 2
+    assert len(distinct([a, a.copy()], [-1.0, -1.0009])) == 1
+    deuterated = a.copy()
+    deuterated.numbers[0] = 34
+    assert len(distinct([a, deuterated], [-1.0, -1.0])) == 2
+
+
+def test_small_steps_do_not_chain_two_ends_together() -> None:
+    steps = [fakes.h3s() for _ in range(4)]
+    assert distinct(steps, [0.0, 0.0006, 0.0012, 0.0018]) == [[0, 1], [2, 3]]
+
+
+def test_mirror_images_are_one() -> None:
+    atoms = bulk("Te", "hcp", a=4.4, c=5.9)
+    left = Atoms("Te3", scaled_positions=[(0.27, 0, 0), (0, 0.27, 1 / 3), (0.73, 0.73, 2 / 3)], cell=atoms.cell.array, pbc=True)
+    right = Atoms("Te3", scaled_positions=[(0.27, 0, 0), (0, 0.27, 2 / 3), (0.73, 0.73, 1 / 3)], cell=atoms.cell.array, pbc=True)
+    assert largest_difference(Fingerprint(left), Fingerprint(right)) < 1e-6
+
+
+def test_merged_structures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        distinct([fakes.h3s(), fakes.h3s()], [-1.0, -0.9996])
+    assert structure_id(fakes.h3s()) in caplog.text
+    assert "+0.400" in caplog.text
+
+
+def test_a_centroid_and_its_compressed_copy_are_one_phase_but_r3m_is_another() -> None:
+    assert same_phase(Fingerprint(fakes.h3s(3.1)), Fingerprint(fakes.h3s(3.04)))
+    assert not same_phase(Fingerprint(fakes.h3s(3.1)), Fingerprint(fakes.h3s(3.04, shift=0.15)))
+
+
+# ---------------------------------------------------------------------------------------------- who gets SSCHA, and when
+
+
+def test_the_window_is_never_below_three_times_the_error_of_the_model() -> None:
+    groups, enthalpies = [[0], [1], [2], [3]], [0.0, 0.02, 0.05, 0.2]
+    assert chosen_groups(groups, enthalpies, SschaSettings(), None) == [0, 1, 2, 3]
+    assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03), None) == [0, 1]
+    assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03), 0.02) == [0, 1, 2]
+    assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03, max_candidates=1), 0.02) == [0]
+    assert chosen_groups([], [], SschaSettings(), 0.02) == []
+
+
+def test_sscha_waits_for_a_converged_model_or_the_last_round() -> None:
+    learning = {"labeler": {"calculator": "gpaw"}, "target_rmse": 0.01}
+    keys = search_settings(learning=learning)
+    assert not sscha_is_due(keys, 1, 3, 0.02)
+    assert not sscha_is_due(keys, 1, 3, None)
+    assert sscha_is_due(keys, 1, 3, 0.009)
+    assert sscha_is_due(keys, 3, 3, 0.02)
+    assert sscha_is_due(search_settings(learning=learning, when="every_generation"), 1, 3, None)
+    assert sscha_is_due(search_settings(), 1, 3, None)
+    assert not sscha_is_due(parse_settings({"pressure": 1.0}), 3, 3, None)
+
+
+def test_before_its_time_nothing_runs_and_everything_is_static(tmp_path: Path) -> None:
+    keys = search_settings(learning={"labeler": {"calculator": "gpaw"}})
+    found = ranked(metals("Cu", "Al"), tmp_path, keys, generation=1, n_generations=3)
+    assert [c.status for c in found] == ["static", "static"]
+    assert not calls(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- the ranking itself
+
+
+def test_the_table_holds_the_columns_of_the_design_and_the_numbers_of_sscha(tmp_path: Path) -> None:
+    structures = [fakes.h3s(), fakes.h3s(shift=0.1)]
+    keys = search_settings(pressure=150.0)
+    found = ranked(structures, tmp_path, keys, evaluator=fakes.Flat())
+    rows = table_of(tmp_path)
+    assert list(COLUMNS[: len(DESIGN_COLUMNS)]) == DESIGN_COLUMNS
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["id"] for row in rows] == [c.id for c in found]
+    best = rows[0]
+    enthalpy = -1.0 + 150.0 / 160.21766 * structures[0].get_volume() / 4
+    assert float(best["enthalpy_eV_per_atom"]) == pytest.approx(enthalpy, abs=1e-5)
+    assert float(best["gibbs_eV_per_atom"]) == pytest.approx(enthalpy + fakes.ZERO_POINT, abs=1e-5)
+    assert (best["status"], best["model"], best["pressure_GPa"], best["formula"]) == ("sscha", "flat", "150", "H3S")
+    assert best["rank_quantum"] == "1"
+
+
+def test_flat_info_keys_are_set_on_every_structure_also_on_merged_ones(tmp_path: Path) -> None:
+    structures = [*metals("Cu", "Al"), bulk("Cu")]
+    found = ranked(structures, tmp_path, search_settings())
+    assert len(found) == 2
+    for atoms in structures:
+        info = atoms.info
+        assert info["free_energy"] == pytest.approx(info["enthalpy"] + fakes.ZERO_POINT)
+        assert (info["free_energy_status"], info["free_energy_model"], info["model"]) == ("sscha", "emt", "emt")
+        assert info["spg_quantum"] == "Fm-3m (225)"
+    assert structures[0].info["candidate_id"] == structures[2].info["candidate_id"]
+
+
+def test_those_outside_the_selection_get_the_estimate_and_are_never_best(tmp_path: Path) -> None:
+    structures = metals("Pt", "Cu", "Al", "Ni", "Pd")
+    found = ranked(structures, tmp_path, search_settings(max_candidates=3))
+    assert sorted(c.status for c in found) == ["estimated"] * 2 + ["sscha"] * 3
+    assert found[0].status == "sscha"
+    for c in found:
+        if c.status == "estimated":
+            assert c.gibbs == pytest.approx(c.enthalpy + fakes.ZERO_POINT, abs=1e-6)
+            assert c.rank_quantum is None
+            assert "3 SSCHA results" in c.reason
+
+
+def test_an_estimate_below_every_result_is_not_first() -> None:
+    common = dict(atoms=bulk("Cu"), pressure=0.0, temperature=0.0, model="m")
+    low = Candidate(id="a", enthalpy=-2.0, status="estimated", gibbs=-1.8, **common)
+    done = Candidate(id="b", enthalpy=-1.0, status="sscha", gibbs=-0.8, **common)
+    broken = Candidate(id="c", enthalpy=-3.0, status="failed", **common)
+    order = numbered([low, broken, done])
+    assert [c.id for c in order] == ["b", "a", "c"]
+    assert [c.rank_quantum for c in order] == [1, None, None]
+    assert [c.rank_static for c in order] == [3, 2, 1]
+
+
+def test_a_stored_free_energy_is_not_computed_again(tmp_path: Path) -> None:
+    first = ranked(metals("Cu", "Al"), tmp_path, search_settings())
+    again = ranked(metals("Cu", "Al"), tmp_path, search_settings())
+    assert len(calls(tmp_path)) == 2
+    assert [(c.id, c.gibbs, c.status) for c in again] == [(c.id, c.gibbs, c.status) for c in first]
+
+
+def test_a_copy_in_another_orientation_reuses_the_stored_free_energy(tmp_path: Path) -> None:
+    ranked(metals("Cu"), tmp_path, search_settings())
+    turned = bulk("Cu", cubic=True)
+    turned.rotate(20, "z", rotate_cell=True)
+    found = ranked([turned], tmp_path, search_settings())
+    assert found[0].id != structure_id(bulk("Cu"))
+    assert found[0].status == "sscha"
+    assert len(calls(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("change", [{"pressure": 10.0}, {"temperature": 300.0}, {"n_configs": 500}, {"supercell": [3, 3, 3]}])
+def test_another_pressure_temperature_or_setting_is_another_free_energy(tmp_path: Path, change: dict) -> None:
+    ranked(metals("Cu"), tmp_path, search_settings())
+    ranked(metals("Cu"), tmp_path, search_settings(**change))
+    assert len(calls(tmp_path)) == 2
+    assert len({call["folder"] for call in calls(tmp_path)}) == 2
+
+
+def test_a_new_model_makes_old_free_energies_stale(tmp_path: Path) -> None:
+    ranked(metals("Cu"), tmp_path, search_settings())
+    ranked(metals("Cu"), tmp_path, search_settings(), evaluator=fakes.Emt("other"))
+    assert len(calls(tmp_path)) == 2
+
+
+def test_keys_that_only_choose_candidates_do_not_change_the_identity(tmp_path: Path) -> None:
+    ranked(metals("Cu"), tmp_path, search_settings())
+    ranked(metals("Cu"), tmp_path, search_settings(max_candidates=5, window=1.0, when="every_generation", seed_back=False))
+    assert len(calls(tmp_path)) == 1
+
+
+def test_no_ranking_mixes_two_models(tmp_path: Path) -> None:
+    structures = metals("Cu", "Al")
+    reevaluate(structures, fakes.Emt("old"), search_settings())
+    with pytest.raises(ValueError, match="model old"):
+        rank(structures, evaluator=fakes.Emt("new"), settings=search_settings(), run_dir=tmp_path)
+
+
+def test_temperatures_run_one_after_the_other_and_the_first_ranks(tmp_path: Path) -> None:
+    structures = metals("Cu")
+    found = ranked(structures, tmp_path, search_settings(temperature=[100.0, 300.0]))
+    assert [(call["T"], call["started"]) for call in calls(tmp_path)] == [(100.0, False), (300.0, True)]
+    assert found[0].temperature == 100.0
+    cold, warm = table_of(tmp_path)[0], table_of(tmp_path, "ranking_300K.csv")[0]
+    assert float(warm["gibbs_eV_per_atom"]) - float(cold["gibbs_eV_per_atom"]) == pytest.approx(-0.02, abs=1e-6)
+    assert structures[0].info["free_energy"] == pytest.approx(found[0].gibbs)
+
+
+def test_same_seed_same_draws_whatever_the_place_in_the_queue(tmp_path: Path) -> None:
+    drawn: dict[str, list[int]] = {}
+
+    def note(atoms: Atoms, evaluator: object, **options: object) -> object:
+        drawn.setdefault(str(atoms.symbols), []).append(options["seed"])
+        return fakes.shifted(atoms, evaluator, **options)
+
+    for name, symbols, seed in (("a", "CuAl", 1), ("b", "AlCu", 1), ("c", "CuAl", 2)):
+        pair = [symbols[:2], symbols[2:]]
+        ranked(metals(*pair), tmp_path / name, search_settings(), fake=note, seed=seed)
+    assert drawn["Cu"][0] == drawn["Cu"][1] != drawn["Cu"][2]
+    assert drawn["Cu"][0] != drawn["Al"][0]
+
+
+# ---------------------------------------------------------------------------------------------- quantum phases
+
+
+def test_im3m_from_a_four_and_an_eight_atom_cell_is_one_phase_with_one_free_energy(tmp_path: Path) -> None:
+    """The eight-atom cell is first run as it is; its result has a smaller primitive cell and is run again from that."""
+    small = fakes.h3s(shift=0.12)
+    large = make_supercell(fakes.h3s(), [[1, 1, 0], [0, 1, 0], [0, 0, 2]])
+    large.positions[5] += [0.11, 0.0, 0.0]
+    keys = search_settings(pressure=150.0)
+    found = ranked([small, large], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)
+    assert [call["natoms"] for call in calls(tmp_path)] == [4, 8]
+    assert {c.spg_quantum for c in found} == {"Im-3m (229)"}
+    assert found[0].gibbs == found[1].gibbs == pytest.approx(-1.0 + 0.004)
+    assert [c.rank_quantum for c in found] == [1, None]
+    assert found[1].same_as == found[0].id
+    folders = sorted(path.name for path in tmp_path.glob("sscha/*"))
+    assert len({record.folder for record in FreeEnergyStore(tmp_path / "free_energies.db").records()}) == 2
+    assert folders == [] or len(folders) == 2
+
+
+def test_several_large_cells_that_end_in_one_phase_share_one_run_of_its_primitive_cell(tmp_path: Path) -> None:
+    structures = []
+    for shift in (0.11, 0.16):
+        large = make_supercell(fakes.h3s(), [[1, 1, 0], [0, 1, 0], [0, 0, 2]])
+        large.positions[5] += [shift, 0.0, 0.0]
+        structures.append(large)
+    keys = search_settings(pressure=150.0)
+    found = ranked(structures, tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)
+    assert [call["natoms"] for call in calls(tmp_path)] == [8, 8, 4]
+    assert [c.gibbs for c in found] == [pytest.approx(-0.996)] * 2
+    assert "primitive cell" in found[0].reason
+    again = ranked(structures, tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)
+    assert len(calls(tmp_path)) == 3
+    assert [c.gibbs for c in again] == [c.gibbs for c in found]
+
+
+def test_a_seed_reuses_the_free_energy_of_its_run_while_it_is_that_phase(tmp_path: Path) -> None:
+    keys = search_settings(pressure=150.0)
+    first = ranked([fakes.h3s(shift=0.12)], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)[0]
+    seed = fakes.h3s(lattice=3.05)
+    seed.info[SEED_KEY] = first.record
+    found = ranked([seed], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)[0]
+    assert len(calls(tmp_path)) == 1
+    assert (found.gibbs, found.status, found.seed) == (first.gibbs, "sscha", first.record)
+    rolled_down = fakes.h3s(lattice=3.05, shift=0.2)
+    rolled_down.info[SEED_KEY] = first.record
+    ranked([rolled_down], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)
+    assert len(calls(tmp_path)) == 2
+
+
+def test_quantum_traj_holds_the_centroids_with_what_is_known(tmp_path: Path) -> None:
+    keys = search_settings(pressure=150.0)
+    static = fakes.h3s(shift=0.12)
+    found = ranked([static], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)[0]
+    frames = read(tmp_path / "quantum.traj", index=":")
+    assert len(frames) == 1
+    info = frames[0].info
+    assert (info["candidate_id"], info["spg"], info["spg_static"]) == (found.id, "Im-3m (229)", "R3m (160)")
+    assert info["free_energy"] == pytest.approx(found.gibbs)
+    assert same_phase(Fingerprint(frames[0]), Fingerprint(fakes.h3s()))
+
+
+# ---------------------------------------------------------------------------------------------- failures and processes
+
+
+def test_a_candidate_that_fails_is_flagged_and_the_others_are_ranked(tmp_path: Path) -> None:
+    structures = metals("Cu", "Au", "Ag")
+    found = {c.formula: c for c in ranked(structures, tmp_path, search_settings(), fake=fakes.failing_on_gold)}
+    assert found["Cu"].status == "sscha"
+    assert found["Au"].status == found["Ag"].status == "failed"
+    assert "dissociated" in found["Au"].reason
+    assert "no space left" in found["Ag"].reason
+    assert np.isnan(structures[1].info["free_energy"])
+    assert "dissociated" in structures[1].info["free_energy_reason"]
+
+
+def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(tmp_path: Path) -> None:
+    ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.failing_on_gold)
+    found = {c.formula: c.status for c in ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.shifted)}
+    assert found == {"Au": "failed", "Ag": "sscha"}
+
+
+def test_temperatures_after_a_failure_are_not_run(tmp_path: Path) -> None:
+    ranked(metals("Au"), tmp_path, search_settings(temperature=[0.0, 300.0]), fake=fakes.failing_on_gold)
+    assert "0 K" in table_of(tmp_path, "ranking_300K.csv")[0]["reason"]
+
+
+def test_a_structure_without_enthalpy_is_in_the_table_as_failed(tmp_path: Path) -> None:
+    structures = metals("Cu", "Al")
+    reevaluate(structures, fakes.Emt(), search_settings())
+    structures[1].info.update(enthalpy=float("nan"), free_energy_reason="relaxation: it dissolved")
+    rank(structures, evaluator=fakes.Emt(), settings=search_settings(), run_dir=tmp_path, free_energy=fakes.shifted, workers=1)
+    assert [(row["formula"], row["status"], row["reason"]) for row in table_of(tmp_path)][1] == ("Al", "failed", "relaxation: it dissolved")
+
+
+@pytest.mark.slow
+def test_candidates_run_in_processes_and_one_that_dies_takes_nobody_with_it(tmp_path: Path) -> None:
+    found = {c.formula: c for c in ranked(metals("Cu", "Ni", "Al"), tmp_path, search_settings(), fake=fakes.failing_on_gold, workers=2)}
+    assert found["Cu"].status == found["Al"].status == "sscha"
+    assert found["Ni"].status == "failed" and "process died" in found["Ni"].reason
+    assert os.getpid() not in {call["pid"] for call in calls(tmp_path)}
+    alone = ranked(metals("Cu", "Al"), tmp_path / "serial", search_settings(), workers=1)
+    assert [c.gibbs for c in alone] == [found[c.formula].gibbs for c in alone]
+
+
+INTERRUPTED = """
+import sys
+sys.path.insert(0, {tests!r})
+import ranking_fakes as fakes
+from ase.build import bulk
+from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.settings import parse_settings
+
+if __name__ == "__main__":
+    keys = parse_settings({{"Fitness": ["SSCHA"], "sscha": {{}}}})
+    structures = [bulk("Cu"), bulk("Al")]
+    reevaluate(structures, fakes.Emt(), keys)
+    rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir={folder!r}, free_energy=fakes.slow, workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_it_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
+    wait_until(lambda: len(calls(tmp_path)) == 2, 50)
+    process.send_signal(sent)
+    process.wait(timeout=20)
+    process.stderr.close()
+    workers = {call["pid"] for call in calls(tmp_path)}
+    wait_until(lambda: not any(alive(pid) for pid in workers), 20)
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------------- the store, files
+
+
+def test_the_store_gives_back_what_was_put_in_also_hashes_that_read_as_numbers(tmp_path: Path) -> None:
+    key = Key("123456789012", 150.0, 0.0, "1234e5678901")
+    atoms = fakes.h3s(shift=0.1)
+    record = Record(
+        "000000000012", key, atoms, "unconverged", "30 populations", -1.0, -0.8, 1e-3, -0.81, 0.01, 9.3, 3000, 32,
+        "R3m (160)", "Im-3m (229)", 0.03, fakes.h3s(), "111111111111", "222222222222",
+    )  # fmt: skip
+    failed = Record("000000000013", key, atoms, "failed", "it melted")
+    FreeEnergyStore(tmp_path / "x.db").put(record)
+    FreeEnergyStore(tmp_path / "x.db").put(failed)
+    found = FreeEnergyStore(tmp_path / "x.db")
+    assert found.get("000000000012", key) == record
+    assert found.get("000000000013", key) == failed
+    assert found.get("000000000012", Key("other", 150.0, 0.0, "1234e5678901")) is None
+
+
+def test_a_lock_file_left_by_a_killed_process_does_not_stop_the_next(tmp_path: Path) -> None:
+    (tmp_path / "free_energies.db.lock").touch()
+    ranked(metals("Cu"), tmp_path, search_settings())
+    assert len(FreeEnergyStore(tmp_path / "free_energies.db")) == 1
+
+
+def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(tmp_path: Path) -> None:
+    from ase.calculators.emt import EMT
+
+    structures = metals("Cu", "Al")
+    before = [atoms.copy() for atoms in structures]
+    found = rank_structures(structures, EMT(), search_settings(), tmp_path, relax=False, free_energy=fakes.shifted, workers=1)
+    assert [c.status for c in found] == ["sscha", "sscha"]
+    assert structures == before
+
+
+def test_a_file_with_a_structure_that_has_no_cell_is_named_with_its_index(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.xyz"
+    write(file, [bulk("Cu"), Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]])], format="extxyz")
+    with pytest.raises(InputError, match=r"mixed\.xyz: structure 1 \(H2\) has no cell"):
+        read_structures(file)
+
+
+def test_files_that_are_missing_or_no_structures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read_structures(tmp_path / "nothing.vasp")
+    broken = tmp_path / "POSCAR"
+    broken.write_text("this is no structure\n")
+    with pytest.raises(InputError, match="ASE cannot read it"):
+        read_structures(broken)
+    slab = bulk("Cu")
+    slab.pbc = (True, True, False)
+    write(tmp_path / "slab.xyz", slab, format="extxyz")
+    with pytest.raises(InputError, match="not periodic"):
+        read_structures(tmp_path / "slab.xyz")
