@@ -18,6 +18,8 @@ from magus_anharmonic.potential.graph import Graph
 _silu_backward = torch.ops.aten.silu_backward
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
+_Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 40}
 """Size of one array (edges, 2 u) of a block; a GPU works on all edges at once."""
 
@@ -38,27 +40,23 @@ class _EdgeNetwork:
         """(2 N, 2 u): what v adds to the first layer as centre (with the bias), then as neighbour."""
         return torch.cat([torch.addmm(self.bias, atom, self.own.T), atom @ self.other.T])
 
-    def forward(
-        self, table: torch.Tensor, pairs: torch.Tensor, edge: torch.Tensor, basis: torch.Tensor, kept: torch.Tensor
-    ) -> torch.Tensor:
-        """Output (B, u); ``kept`` (B, 4 u) is filled with what `backward` needs."""
+    def forward(self, table: torch.Tensor, pairs: torch.Tensor, edge: torch.Tensor, basis: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        """Output (B, u); ``kept`` is filled with what `backward` needs."""
+        before, inner, gate = kept
         u = self.units
-        hidden = embedding_bag(pairs, table, mode="sum").addmm_(edge, self.bond.T)
-        kept[:, : 2 * u].copy_(hidden)
-        hidden = silu(hidden, inplace=True)
-        inner = torch.addmm(self.second_bias[0], hidden[:, :u], self.second[0].T)
-        gate = torch.addmm(self.second_bias[1], hidden[:, u:], self.second[1].T).sigmoid_()
-        kept[:, 2 * u : 3 * u].copy_(inner)
-        kept[:, 3 * u :].copy_(gate)
+        torch.addmm(embedding_bag(pairs, table, mode="sum"), edge, self.bond.T, out=before)
+        hidden = silu(before)
+        torch.addmm(self.second_bias[0], hidden[:, :u], self.second[0].T, out=inner)
+        torch.addmm(self.second_bias[1], hidden[:, u:], self.second[1].T, out=gate)
         weight = linear(basis, self.beside)
         if self.beside_silu:
             weight = silu(weight, inplace=True)
-        return silu(inner, inplace=True).mul_(gate).mul_(weight)
+        return silu(inner).mul_(gate.sigmoid_()).mul_(weight)
 
-    def backward(self, gradient: torch.Tensor, basis: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(self, gradient: torch.Tensor, basis: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients by the first layer's sum (B, 2 u) and by e0 (B, 4), from the gradient by the output (B, u)."""
+        before, inner, gate = kept
         u = self.units
-        before, inner, gate = kept[:, : 2 * u], kept[:, 2 * u : 3 * u], kept[:, 3 * u :]
         raw = linear(basis, self.beside)
         weight = silu(raw) if self.beside_silu else raw
         active = silu(inner)
@@ -69,7 +67,7 @@ class _EdgeNetwork:
             by_weight = _silu_backward(by_weight, raw)
         by_inner = _silu_backward((gradient * gate).mul_(weight), inner)
         by_gate = _sigmoid_backward(by_gate, gate)
-        by_hidden = torch.empty_like(before, memory_format=torch.contiguous_format)
+        by_hidden = torch.empty_like(before)
         torch.mm(by_inner, self.second[0], out=by_hidden[:, :u])
         torch.mm(by_gate, self.second[1], out=by_hidden[:, u:])
         return _silu_backward(by_hidden, before), by_weight @ self.beside
@@ -90,21 +88,51 @@ class _Layer:
         return torch.addmm(self.gate_bias, atom, self.gate_weight.T).sigmoid_()
 
 
-class Inference:
-    """One pass over a graph. Not to be shared between threads while it runs."""
+class Workspace:
+    """Memory for what the backward pass needs, kept from call to call: to touch fresh pages costs as much as to fill them."""
 
-    def __init__(self, module: nn.Module, graph: Graph, radial: torch.Tensor, threebody: torch.Tensor) -> None:
+    LIMIT = 1 << 30
+    """Bytes; more is given back after the call."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def take(self, size: int, like: torch.Tensor) -> torch.Tensor:
+        """A flat tensor of ``size`` numbers. It is handed out once, so that two threads never share it."""
+        memory, self._memory = self._memory, None
+        if memory is None or memory.numel() < size or memory.dtype != like.dtype or memory.device != like.device:
+            memory = torch.empty(size, dtype=like.dtype, device=like.device)
+        return memory
+
+    def give(self, memory: torch.Tensor) -> None:
+        """Hand it back."""
+        if memory.numel() * memory.element_size() <= self.LIMIT:
+            self._memory = memory
+
+
+class Inference:
+    """One pass over a graph."""
+
+    def __init__(self, module: nn.Module, graph: Graph, radial: torch.Tensor, threebody: torch.Tensor, workspace: Workspace) -> None:
         self.module, self.graph, self.radial, self.threebody = module, graph, radial, threebody
         self.units = int(module.model_args["units"])
         self.layers = [_Layer(block, self.units) for block in module.graph_conv]
-        n_edges, kind = len(graph.centre), radial.dtype
         rows = max(64, BLOCK_BYTES.get(radial.device.type, BLOCK_BYTES["cpu"]) // (2 * self.units * radial.element_size()))
-        self.blocks = list(_blocks(graph.n_near, n_edges, rows))
+        self.blocks = list(_blocks(graph.n_near, len(radial), rows))
         self.pairs = torch.stack([graph.centre, graph.neighbour + len(graph.numbers)], 1)
-        width = {"edge": 4 * self.units, "atom": 4 * self.units, "three": 2 * self.units}
-        count = {"edge": n_edges, "atom": n_edges, "three": graph.n_near}
-        self.kept = [{name: torch.empty(count[name], width[name], dtype=kind, device=radial.device) for name in width} for _ in self.layers]
         self.gate_values: list[torch.Tensor] = []
+        self.workspace = workspace
+        self.memory = workspace.take(2 * self.units * (4 * len(radial) + graph.n_near) * len(self.layers), radial)
+        self.kept = [self._carve(index) for index in range(len(self.layers))]
+
+    def _carve(self, layer: int) -> dict[str, _Kept]:
+        """The arrays of one layer as views of the workspace."""
+        u, n_edges, n_near = self.units, len(self.radial), self.graph.n_near
+        shapes = [(n_edges, 2 * u), (n_edges, u), (n_edges, u)] * 2 + [(n_near, u), (n_near, u)]
+        sizes = [rows * columns for rows, columns in shapes]
+        part = self.memory[layer * sum(sizes) : (layer + 1) * sum(sizes)]
+        arrays = [view.view(shape) for view, shape in zip(part.split(sizes), shapes, strict=True)]
+        return {"edge": tuple(arrays[:3]), "atom": tuple(arrays[3:6]), "three": tuple(arrays[6:])}
 
     def forward(self) -> torch.Tensor:
         """Atom features (N, u) after the last block."""
@@ -115,7 +143,7 @@ class Inference:
             atom = self._forward_layer(layer, kept, atom, edge)
         return atom
 
-    def _forward_layer(self, layer: _Layer, kept: dict[str, torch.Tensor], atom: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
+    def _forward_layer(self, layer: _Layer, kept: dict[str, _Kept], atom: torch.Tensor, edge: torch.Tensor) -> torch.Tensor:
         """New atom features; the edge features change in place."""
         gates = layer.gates(atom)
         self.gate_values.append(gates)
@@ -124,11 +152,13 @@ class Inference:
         for rows, near in self.blocks:
             e, basis, pairs, centre = edge[rows], self.radial[rows], self.pairs[rows], self.graph.centre[rows]
             if near:
-                before = kept["three"][rows]
-                torch.mm(gates.index_select(0, centre).mul_(self.threebody[rows]), layer.three.T, out=before)
-                e += silu(before[:, : self.units]).mul_(before[:, self.units :].sigmoid_())
-            e += layer.edge.forward(edge_table, pairs, e, basis, kept["edge"][rows])
-            result.index_add_(0, centre, layer.atom.forward(atom_table, pairs, e, basis, kept["atom"][rows]))
+                inner, sigma = (array[rows] for array in kept["three"])
+                product = gates.index_select(0, centre).mul_(self.threebody[rows])
+                torch.mm(product, layer.three[: self.units].T, out=inner)
+                torch.mm(product, layer.three[self.units :].T, out=sigma)
+                e.addcmul_(silu(inner), sigma.sigmoid_())
+            e += layer.edge.forward(edge_table, pairs, e, basis, _rows(kept["edge"], rows))
+            _add_rows(result, centre, layer.atom.forward(atom_table, pairs, e, basis, _rows(kept["atom"], rows)))
         return result
 
     def backward(self, by_atom: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,12 +170,13 @@ class Inference:
         encoder = self.module.edge_encoder.mlp[0].linear.weight
         for rows, _ in self.blocks:
             by_radial[rows] += _silu_backward(by_edge[rows], linear(self.radial[rows], encoder)) @ encoder
+        self.workspace.give(self.memory)
         return by_radial, by_threebody
 
     def _backward_layer(
         self,
         layer: _Layer,
-        kept: dict[str, torch.Tensor],
+        kept: dict[str, _Kept],
         gates: torch.Tensor,
         by_atom: torch.Tensor,
         by_edge: torch.Tensor,
@@ -160,13 +191,13 @@ class Inference:
             basis, centre, neighbour = self.radial[rows], self.graph.centre[rows], self.graph.neighbour[rows]
             e = by_edge[rows]
             for name, network, gradient in (("atom", layer.atom, by_atom.index_select(0, centre)), ("edge", layer.edge, e)):
-                by_first, by_basis = network.backward(gradient, basis, kept[name][rows])
+                by_first, by_basis = network.backward(gradient, basis, _rows(kept[name], rows))
                 by_radial[rows] += by_basis
                 e.addmm_(by_first, network.bond)
                 _add_rows(tables[name][0], centre, by_first)
                 _add_rows(tables[name][1], neighbour, by_first)
             if near:
-                inner, sigma = kept["three"][rows].split(self.units, 1)
+                inner, sigma = (array[rows] for array in kept["three"])
                 by_inner = _silu_backward(e * sigma, inner)
                 by_sigma = _sigmoid_backward(silu(inner).mul_(e), sigma)
                 by_product = torch.addmm(by_inner @ layer.three[: self.units], by_sigma, layer.three[self.units :])
@@ -176,6 +207,10 @@ class Inference:
         for name, network in (("atom", layer.atom), ("edge", layer.edge)):
             by_atom.addmm_(tables[name][0], network.own).addmm_(tables[name][1], network.other)
         return by_atom
+
+
+def _rows(kept: _Kept, rows: slice) -> _Kept:
+    return kept[0][rows], kept[1][rows], kept[2][rows]
 
 
 def _add_rows(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:

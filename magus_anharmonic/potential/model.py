@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.functional import linear, silu
 
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.inference import Inference
+from magus_anharmonic.potential.inference import Inference, Workspace
 
 _DEGENERACY = (1, 3, 5, 7)
 
@@ -77,6 +77,7 @@ class FactorisedM3GNet(nn.Module):
         self.units: int = arguments["units"]
         self.cutoff: float = float(arguments["cutoff"])
         self.threebody_cutoff: float = float(arguments["threebody_cutoff"])
+        self._workspace = Workspace()
 
     def forward(self, graph: Graph, create_graph: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Energy (n,) eV in float64, forces (N, 3) eV/A, stress (n, 3, 3) eV/A^3 in ASE's sign.
@@ -96,7 +97,7 @@ class FactorisedM3GNet(nn.Module):
         with torch.enable_grad():
             radial, threebody = self.edge_basis(graph, vector)
         with torch.no_grad():
-            inference = Inference(self.module, graph, radial.detach(), threebody.detach())
+            inference = Inference(self.module, graph, radial.detach(), threebody.detach(), self._workspace)
             atom = inference.forward()
         with torch.enable_grad():
             atom.requires_grad_(True)
