@@ -163,9 +163,11 @@ class Search:
             )
 
     def _load(self, generation: int) -> None:
-        self.current = self.archive.load("gen", generation)
-        self.good = self.archive.load("good", generation)
-        self.keep = self.archive.load("keep", generation)
+        known: dict[str, Atoms] = {}
+        for name in ("good", "keep", "gen"):
+            # one object per structure, so that nothing is evaluated or ranked twice
+            loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
+            setattr(self, "current" if name == "gen" else name, loaded)
         # a kill between best.traj and search.json leaves the unfinished generation in best.traj
         self.best = [atoms for atoms in self.archive.load("best", "") if atoms.info["best_of"] <= generation]
 

@@ -23,7 +23,7 @@ from magus_anharmonic.structures import spglib_cell
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS_PER_CHILD = 50
+ATTEMPTS_PER_CHILD = 20
 """Failed attempts in a row after which the rest of the offspring is left to random structures."""
 
 DESCRIPTORS = {
