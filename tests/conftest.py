@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MatterSim-format model with random weights: 2 blocks, 16 units."""
+    """A MatterSim-format model with random weights and a per-species shift of the usual size: 2 blocks, 16 units."""
     import torch
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
@@ -29,6 +29,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(1.5)
+        module.normalizer.shift.copy_(-2.0 - torch.arange(95) / 20)
     save(module, path, species=range(1, 95))
     return path
 

@@ -148,7 +148,8 @@ class Inference:
         gates = layer.gates(atom)
         self.gate_values.append(gates)
         edge_table, atom_table = layer.edge.atom_table(atom), layer.atom.atom_table(atom)
-        result = atom.clone()
+        # Over a hundred nearly equal messages reach an atom: their sum in float32 would lose a digit or two.
+        result = atom.double()
         for rows, near in self.blocks:
             e, basis, pairs, centre = edge[rows], self.radial[rows], self.pairs[rows], self.graph.centre[rows]
             if near:
@@ -158,8 +159,9 @@ class Inference:
                 torch.mm(product, layer.three[self.units :].T, out=sigma)
                 e.addcmul_(silu(inner), sigma.sigmoid_())
             e += layer.edge.forward(edge_table, pairs, e, basis, _rows(kept["edge"], rows))
-            _add_rows(result, centre, layer.atom.forward(atom_table, pairs, e, basis, _rows(kept["atom"], rows)))
-        return result
+            message = layer.atom.forward(atom_table, pairs, e, basis, _rows(kept["atom"], rows))
+            _add_rows(result, centre, message.double())
+        return result.to(atom.dtype)
 
     def backward(self, by_atom: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients by e0 (E, 4) and by B (n_near, 16), from that by the last atom features (N, u)."""

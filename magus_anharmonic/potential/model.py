@@ -84,18 +84,22 @@ class FactorisedM3GNet(nn.Module):
 
         With ``create_graph`` the results can be differentiated again, by the parameters.
         """
-        vector = graph.vector.detach().requires_grad_(True)
         if not create_graph:
-            energy, gradient = self._evaluate(graph, vector)
+            energy, gradient = self._evaluate(graph)
             return energy, *_forces_and_stress(graph, gradient)
+        vector = graph.vector.detach().requires_grad_(True)
         energy = self.energy(graph, vector)
         (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=True)
         return energy, *_forces_and_stress(graph, gradient)
 
-    def _evaluate(self, graph: Graph, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energy and its gradient by the edge vectors through `Inference`; nothing can be differentiated again."""
+    def _evaluate(self, graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
+        """Energy and its gradient by the edge vectors through `Inference`; nothing can be differentiated again.
+
+        The edge basis is computed in float64: the closed forms of R_ln cancel at small r, which costs two digits of float32.
+        """
+        kind, vector = graph.vector.dtype, graph.vector.detach().double().requires_grad_(True)
         with torch.enable_grad():
-            radial, threebody = self.edge_basis(graph, vector)
+            radial, threebody = (value.to(kind) for value in self.edge_basis(graph, vector))
         with torch.no_grad():
             inference = Inference(self.module, graph, radial.detach(), threebody.detach(), self._workspace)
             atom = inference.forward()

@@ -1,0 +1,72 @@
+"""The ASE calculator ``MatterSim`` gives the numbers of stock ``MatterSimCalculator`` and can be pickled."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from mattersim.forcefield import MatterSimCalculator
+from mattersim.forcefield import Potential as StockPotential
+
+from magus_anharmonic.errors import CheckpointError
+from magus_anharmonic.potential.calculator import MatterSim
+
+
+def structures(h3s):
+    rattled = bulk("NaCl", "rocksalt", a=5.6).repeat((2, 1, 1))
+    rattled.rattle(0.1, seed=5)
+    return [h3s(2.9, 0.1), rattled, bulk("Si")]
+
+
+def test_the_calculator_equals_stock_mattersim_to_1e_6_relative(tiny_checkpoint, h3s):
+    stock_potential = StockPotential.from_checkpoint(str(tiny_checkpoint), device="cpu", load_training_state=False)
+    for atoms in structures(h3s):
+        ours, stock = atoms.copy(), atoms.copy()
+        ours.calc = MatterSim(tiny_checkpoint, device="cpu")
+        stock.calc = MatterSimCalculator(potential=stock_potential, device="cpu")
+        assert ours.get_potential_energy() == pytest.approx(stock.get_potential_energy(), rel=1e-6)
+        assert ours.get_potential_energy(force_consistent=True) == ours.get_potential_energy()
+        for mine, theirs in ((ours.get_forces(), stock.get_forces()), (ours.get_stress(), stock.get_stress())):
+            scale = np.abs(theirs).max()
+            if scale > 1e-4:
+                assert np.abs(mine - theirs).max() < 1e-5 * scale
+            else:
+                np.testing.assert_allclose(mine, theirs, atol=1e-8 + 1e-2 * scale)
+
+
+def test_the_calculator_is_lazy_pickles_and_copies(tiny_checkpoint, h3s):
+    lazy = MatterSim("no-such-file.pth", device="cpu")
+    with pytest.raises(CheckpointError, match=r"no-such-file\.pth"):
+        bulk("Cu").copy().get_positions(), lazy.get_potential_energy(bulk("Cu"))
+    atoms = h3s(3.0, 0.05)
+    atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
+    energy = atoms.get_potential_energy()
+    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+        fresh = atoms.copy()
+        fresh.calc = twin
+        fresh.positions[0] += 0.0
+        assert twin._potential is None
+        assert twin.get_property("energy", h3s(3.0, 0.05)) == energy
+        assert twin.model_id == atoms.calc.model_id
+    assert len(pickle.dumps(atoms.calc)) < 5000
+
+
+def test_the_calculator_notices_changes_and_offers_no_stress_without_a_cell(tiny_checkpoint):
+    atoms = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]])
+    atoms.calc = MatterSim(tiny_checkpoint, device="cpu", dtype="float64")
+    before = atoms.get_potential_energy()
+    atoms.positions[1, 2] = 0.9
+    assert atoms.get_potential_energy() != before
+    assert "stress" not in atoms.calc.results
+
+
+def test_the_calculator_module_imports_no_torch():
+    import subprocess
+
+    code = "import sys; from magus_anharmonic.potential.calculator import MatterSim; MatterSim('x'); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,249 @@
+"""Relaxation reaches the minimum that ASE finds, one structure does not disturb another, and every failure has its reason."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.filters import FrechetCellFilter
+from ase.optimize import BFGS
+from ase.units import GPa
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.potential import relax as relax_module
+from magus_anharmonic.potential.calculator import MatterSim
+from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.structures import space_group
+
+TIGHT = {"force_tolerance": 5e-3, "stress_tolerance": 0.02}
+
+
+class Counted:
+    """EMT, with the number of structures of each batch."""
+
+    model_id = "emt"
+
+    def __init__(self):
+        self.batches = []
+
+    def evaluate(self, structures):
+        self.batches.append(len(structures))
+        return CalculatorEvaluator(EMT()).evaluate(structures)
+
+
+class Pair:
+    """A pair potential of the distance alone, in a fixed big cell: ``slope`` > 0 drives atoms apart."""
+
+    model_id = "pair"
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def evaluate(self, structures):
+        energy, forces = [], []
+        for atoms in structures:
+            vector = atoms.get_distance(0, 1, vector=True)
+            length = np.linalg.norm(vector)
+            energy.append(-self.slope * length)
+            forces.append(self.slope / length * np.array([-vector, vector]))
+        return Evaluation(np.array(energy), forces, np.zeros((len(energy), 3, 3)))
+
+
+def strained(symbol, repeat, seed):
+    rng = np.random.default_rng(seed)
+    atoms = bulk(symbol).repeat(repeat)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.06, (3, 3))), scale_atoms=True)
+    atoms.rattle(0.2, rng=rng)
+    return atoms
+
+
+@pytest.mark.parametrize("pressure", [0.0, 50.0])
+def test_a_batch_of_metals_reaches_the_enthalpies_of_ase(pressure):
+    structures = [strained("Cu", (2, 1, 1), 1), strained("Al", (2, 1, 1), 2), strained("Au", (2, 2, 1), 3)]
+    before = [atoms.positions.copy() for atoms in structures]
+    for atoms, result in zip(structures, relax(CalculatorEvaluator(EMT()), structures, pressure, **TIGHT), strict=True):
+        reference = atoms.copy()
+        reference.calc = EMT()
+        BFGS(FrechetCellFilter(reference, scalar_pressure=pressure * GPa), logfile=None).run(fmax=5e-3, steps=300)
+        enthalpy = (reference.get_potential_energy() + pressure * GPa * reference.get_volume()) / len(atoms)
+        assert result.converged and not result.failed and result.reason == ""
+        assert result.enthalpy < enthalpy + 1e-4
+        assert np.linalg.norm(result.forces, axis=1).max() < 5e-3
+        assert np.abs(result.stress + pressure * GPa * np.eye(3)).max() < 0.02 * GPa
+        assert result.enthalpy == pytest.approx((result.energy + pressure * GPa * result.atoms.cell.volume) / len(atoms))
+        assert result.atoms.calc is None
+    assert all(np.array_equal(atoms.positions, old) for atoms, old in zip(structures, before, strict=True))
+
+
+def test_a_mattersim_model_relaxes_h3s_at_pressure_as_ase_does(tiny_checkpoint, potential, h3s):
+    double = MatterSim(tiny_checkpoint, device="cpu", dtype="float64")
+    start = h3s(3.1, 0.1)
+    reference = start.copy()
+    reference.calc = double
+    BFGS(FrechetCellFilter(reference, scalar_pressure=150 * GPa), logfile=None).run(fmax=0.01, steps=200)
+    enthalpy = (reference.get_potential_energy() + 150 * GPa * reference.get_volume()) / 4
+    (result,) = potential.relax([start], pressure=150.0, force_tolerance=0.01)
+    assert result.converged
+    assert result.enthalpy < enthalpy + 1e-4
+
+
+def test_the_gradient_of_the_deformation_is_exact_far_from_the_start():
+    from magus_anharmonic.potential.trajectory import Trajectory
+
+    way = Trajectory(strained("Cu", (2, 1, 1), 4), 0.3, 0.1, True, None)
+    rng = np.random.default_rng(0)
+    deformation = rng.normal(0, 0.2, (3, 3))
+    x = way.x + np.concatenate([rng.normal(0, 0.05, 6), (deformation + deformation.T).ravel()])
+
+    def enthalpy(point):
+        atoms = way.structure(point)
+        atoms.calc = EMT()
+        return atoms.get_potential_energy() + 0.3 * atoms.cell.volume
+
+    atoms = way.structure(x)
+    atoms.calc = EMT()
+    gradient = way._gradient(x, atoms.cell.array, atoms.get_forces(), atoms.get_stress(voigt=False))
+    direction = np.concatenate([rng.normal(size=6), (lambda m: (m + m.T).ravel())(rng.normal(size=(3, 3)))])
+    step = 1e-5 * direction
+    assert (enthalpy(x + step) - enthalpy(x - step)) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-5)
+
+
+def test_finished_structures_leave_the_batch():
+    counted = Counted()
+    results = relax(counted, [bulk("Cu", a=3.59), strained("Cu", (2, 1, 1), 5)], 0.0)
+    assert counted.batches[0] == 2 and counted.batches[-1] == 1
+    assert results[0].n_steps < results[1].n_steps == len(counted.batches)
+
+
+def test_the_enthalpy_of_what_is_returned_never_exceeds_the_start():
+    structures = [strained("Cu", (2, 1, 1), seed) for seed in range(3)]
+    first = CalculatorEvaluator(EMT()).evaluate(structures)
+    for atoms, energy, result in zip(
+        structures, first.energy, relax(CalculatorEvaluator(EMT()), structures, 20.0, max_steps=3), strict=True
+    ):
+        assert not result.converged and not result.failed
+        assert "not converged after 3 steps" in result.reason and "GPa" in result.reason
+        assert result.enthalpy <= (energy + 20 * GPa * atoms.cell.volume) / len(atoms)
+
+
+def test_a_fixed_cell_stays_and_only_forces_count():
+    start = strained("Cu", (2, 1, 1), 7)
+    (result,) = relax(CalculatorEvaluator(EMT()), [start], 30.0, relax_cell=False)
+    assert result.converged
+    np.testing.assert_array_equal(result.atoms.cell.array, start.cell.array)
+    assert np.abs(result.stress + 30 * GPa * np.eye(3)).max() > GPa
+
+
+def test_fix_symmetry_keeps_the_space_group_and_heals_small_deviations():
+    start = bulk("Cu", cubic=True)
+    start.set_cell(np.diag([3.7, 3.7, 3.9]), scale_atoms=True)
+    start.rattle(1e-3, seed=1)
+    (result,) = relax(CalculatorEvaluator(EMT()), [start], 10.0, fix_symmetry=True, **TIGHT)
+    assert result.converged
+    assert space_group(result.atoms, symprec=1e-5) in ("I4/mmm (139)", "Fm-3m (225)")
+    assert space_group(start, symprec=1e-5) == "P1 (1)"
+
+
+class DoubleWell:
+    """Pulls every atom off its ideal site, which is a saddle; the cell is fixed."""
+
+    model_id = "double-well"
+
+    def __init__(self, centre):
+        self.centre = centre
+
+    def evaluate(self, structures):
+        u = np.array([atoms.positions - self.centre for atoms in structures])
+        return Evaluation((u**4 - 0.1 * u**2).sum((1, 2)), list(-(4 * u**3 - 0.2 * u)), np.zeros((len(u), 3, 3)))
+
+
+def test_symmetrised_forces_keep_a_saddle_that_free_relaxation_leaves(h3s):
+    start = h3s(3.0)
+    pushed = start.copy()
+    pushed.positions += 1e-3
+    evaluator = DoubleWell(start.positions)
+    options = {"relax_cell": False, "force_tolerance": 1e-6}
+    (free,) = relax(evaluator, [pushed], **options)
+    assert free.converged and np.abs(free.atoms.positions - start.positions).min() == pytest.approx(np.sqrt(0.05), abs=1e-4)
+    (kept,) = relax(evaluator, [start], fix_symmetry=True, **options)
+    np.testing.assert_allclose(kept.atoms.positions, start.positions, atol=1e-9)
+
+
+def test_bad_structures_fail_with_their_reason_and_the_others_relax():
+    coincident = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.01]], cell=[4, 4, 4], pbc=True)
+    unknown = bulk("Fe")
+    flat = Atoms("Cu", cell=[3, 3, 0], pbc=True)
+    results = relax(CalculatorEvaluator(EMT()), [coincident, bulk("Cu"), unknown, Atoms(), flat], 0.0)
+    assert [result.failed for result in results] == [True, False, True, True, True]
+    assert results[1].converged
+    assert "coincide" in results[0].reason and "Fe" in results[2].reason and "no atoms" in results[3].reason and "flat" in results[4].reason
+    assert np.isnan(results[0].enthalpy)
+
+
+def test_nan_forces_fail_one_structure_only():
+    class Nan(Counted):
+        def evaluate(self, structures):
+            found = super().evaluate(structures)
+            for atoms, forces in zip(structures, found.forces, strict=True):
+                if len(atoms) == 2:
+                    forces[0] = np.nan
+            return found
+
+    results = relax(Nan(), [bulk("Cu"), bulk("Cu").repeat((2, 1, 1))])
+    assert [result.failed for result in results] == [False, True]
+    assert "not finite" in results[1].reason
+
+
+def test_atoms_that_fly_apart_are_called_dissolved():
+    start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1.0]], cell=[30, 30, 30], pbc=True)
+    (result,) = relax(Pair(1.0), [start], max_steps=120, relax_cell=False)
+    assert result.failed and "dissolved" in result.reason
+
+
+def test_atoms_that_fall_into_each_other_are_called_overlapping():
+    start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]], cell=[30, 30, 30], pbc=True)
+    (result,) = relax(Pair(-1.0), [start], max_steps=120, relax_cell=False)
+    assert result.failed and "overlap" in result.reason
+
+
+class Jelly:
+    """A cell under ``stress`` (3, 3) eV/A^3 whatever its shape; the energy falls as the cell follows."""
+
+    model_id = "jelly"
+
+    def __init__(self, stress):
+        self.stress_tensor, self.calls = np.asarray(stress, dtype=float), 0
+
+    def evaluate(self, structures):
+        self.calls += 1
+        n = len(structures)
+        return Evaluation(
+            np.full(n, -float(self.calls)), [np.zeros((len(a), 3)) for a in structures], np.tile(self.stress_tensor, (n, 1, 1))
+        )
+
+
+@pytest.mark.parametrize("stress", [-np.eye(3), np.eye(3), np.diag([-1.0, 0.5, 0.5])], ids=["expands", "collapses", "needle"])
+def test_runaway_cells_are_stopped(stress):
+    (result,) = relax(Jelly(0.1 * stress), [Atoms("H", cell=[2, 2, 2], pbc=True)], max_steps=400)
+    assert result.failed and "runaway cell" in result.reason
+
+
+def test_senseless_arguments_are_refused():
+    for arguments in ({"force_tolerance": 0}, {"max_steps": 0}, {"max_move": -1.0}, {"pressure": np.nan}):
+        with pytest.raises(InputError, match=next(iter(arguments))):
+            relax(Counted(), [bulk("Cu")], **arguments)
+    assert relax(Counted(), []) == []
+
+
+def test_long_runs_report_progress_with_an_estimate(monkeypatch, caplog):
+    clock = iter(np.arange(0.0, 1e6, 7.0))
+    monkeypatch.setattr(relax_module, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    with caplog.at_level(logging.INFO, logger=relax_module.__name__):
+        relax(Counted(), [strained("Cu", (2, 1, 1), 5)])
+    assert caplog.messages and all("left" in message for message in caplog.messages)
