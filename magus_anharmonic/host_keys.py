@@ -92,10 +92,10 @@ class Perm(CutAndSplice):
 class Operators(Section):
     """``OffspringCreator``: operators by MAGUS's names, run by ase-ga."""
 
-    cutandsplice: CutAndSplice = Field(default_factory=CutAndSplice, description="cut-and-splice crossover")
-    lattice: Lattice = Field(default_factory=Lattice, description="random strain")
-    rattle: Rattle = Field(default_factory=Rattle, description="random displacements")
-    perm: Perm = Field(default_factory=Perm, description="exchange of unlike atoms (two elements or more)")
+    cutandsplice: CutAndSplice = Field(CutAndSplice.model_validate({}), description="cut-and-splice crossover")
+    lattice: Lattice = Field(Lattice.model_validate({}), description="random strain")
+    rattle: Rattle = Field(Rattle.model_validate({}), description="random displacements")
+    perm: Perm = Field(Perm.model_validate({}), description="exchange of unlike atoms (two elements or more)")
 
     @model_validator(mode="before")
     @classmethod
@@ -161,7 +161,7 @@ class HostKeys(Section):
     choice_func: Literal["exp"] = Field("exp", description="parents are drawn with exp(-k x number of better structures)")
     k: NonNegative = Field(0.3, description="see choice_func")
     allow_self_cross: bool = Field(True, description="a structure may pair with itself")
-    offspring_creator: Operators = Field(default_factory=Operators, description="operators, their probabilities and values")
+    offspring_creator: Operators = Field(Operators.model_validate({}), description="operators, their probabilities and values")
 
     @field_validator("spacegroup", mode="before")
     @classmethod
@@ -299,7 +299,7 @@ def known_keys() -> list[tuple[str, str, str]]:
         default = "1-230" if name == "spacegroup" else _shown(field)
         rows.append((_PUBLIC.get(name, name), default, field.description or ""))
     for name, field in Operators.model_fields.items():
-        rows.append((f"OffspringCreator.{name}", ", ".join(field.annotation.model_fields), field.description or ""))
+        rows.append((f"OffspringCreator.{name}", ", ".join(type(field.default).model_fields), field.description or ""))
     return rows
 
 
@@ -326,7 +326,7 @@ def _shown(field: Any) -> str:
 
 def _public(line: str) -> str:
     """The line with the key in MAGUS's own spelling: ``offspring_creator.rattle: ...`` -> ``OffspringCreator.rattle: ...``."""
-    name = re.match(r"\w*", line)[0]
+    name = re.split(r"\W", line, maxsplit=1)[0]
     return _PUBLIC.get(name, name) + line[len(name) :]
 
 

@@ -197,7 +197,7 @@ def die() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_files", "before"), [(2, False), (3, False), (5, True), (6, False), (9, False), (11, False), (13, True), (18, False)]
+    ("n_files", "before"), [(2, False), (3, False), (5, True), (6, False), (9, False), (11, False), (13, True), (24, True)]
 )
 def test_a_search_killed_around_any_file_goes_on_as_if_it_had_not_been(
     finished: tuple[Path, SearchOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, before: bool

@@ -56,16 +56,19 @@ class Archive:
             frames.append(frame)
         write_frames(self.results / f"{name}{generation}.traj", frames)
 
-    def load(self, name: str, generation: int | str) -> list[Atoms] | None:
-        """The population of a file of this search, None when it was not written yet."""
-        file = self.results / f"{name}{generation}.traj"
-        return read_frames(file) if file.exists() else None
+    def has(self, name: str, generation: int | str) -> bool:
+        """Whether a file of this search was written already."""
+        return (self.results / f"{name}{generation}.traj").exists()
 
-    def finished(self) -> tuple[int, float | None]:
-        """Number of the last finished generation (0: none) and the volume ratio for the next."""
+    def load(self, name: str, generation: int | str) -> list[Atoms]:
+        """The population of a file of this search."""
+        return read_frames(self.results / f"{name}{generation}.traj")
+
+    def finished(self) -> tuple[int, float]:
+        """Number of the last finished generation (0: none) and the volume ratio for the next (nan before the first)."""
         file = self.anharmonic / STATE
         if not file.exists():
-            return 0, None
+            return 0, float("nan")
         state = json.loads(file.read_text(encoding="utf-8"))
         return int(state["finished"]), float(state["volume_ratio"])
 
@@ -115,7 +118,7 @@ def write_frames(file: Path, frames: Sequence[Atoms]) -> None:
 
 def read_frames(file: Path) -> list[Atoms]:
     """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays."""
-    frames = read(file, index=":", format="traj")
+    frames = list(read(file, index=":", format="traj"))
     for frame in frames:
         frame.calc = None
         for key in ("forces", "stress", "priNum"):

@@ -81,11 +81,9 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False, 
     state = None
     if settings.learning is not None or settings.sscha is not None:
         state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
-    Search(settings, keys, relaxer, archive, state).run()
-    good = archive.load("good", settings.num_gen) or []
-    return SearchOutcome(
-        archive.results, settings.num_gen, good, archive.load("best", "") or [], settings.seed, time.perf_counter() - began
-    )
+    search = Search(settings, keys, relaxer, archive, state)
+    search.run()
+    return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
 
 
 def _with_labeler(settings: Settings, archive: Archive, allow_missing: bool) -> Settings:
@@ -137,6 +135,7 @@ class Search:
         self.random = RandomGenerator(self.geometry)
         self.offspring = OffspringGenerator(keys, self.geometry, self.checker)
         self.units = [Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)]) for row in keys.units]
+        self.num_gen, self.seed = settings.num_gen or 0, settings.seed or 0
         self.good: list[Atoms] = []
         self.keep: list[Atoms] = []
         self.current: list[Atoms] = []
@@ -149,17 +148,17 @@ class Search:
         if done:
             self.volume_ratio = ratio
             self._load(done)
-            log.info("going on after generation %d of %d", done, self.settings.num_gen)
+            log.info("going on after generation %d of %d", done, self.num_gen)
         times: list[float] = []
-        for generation in range(done + 1, self.settings.num_gen + 1):
+        for generation in range(done + 1, self.num_gen + 1):
             begun = time.perf_counter()
             self._step(generation)
             times.append(time.perf_counter() - begun)
-            left = np.mean(times) * (self.settings.num_gen - generation)
+            left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
             log.info(
                 "generation %d of %d done in %.0f s: best %s, space group %d, %.4f eV/atom; about %.0f s left",
-                *(generation, self.settings.num_gen, times[-1], best.get_chemical_formula(), best.info["spg"], best.info["enthalpy"], left),
+                *(generation, self.num_gen, times[-1], best.get_chemical_formula(), best.info["spg"], best.info["enthalpy"], left),
             )
 
     def _load(self, generation: int) -> None:
@@ -172,20 +171,16 @@ class Search:
         self.best = [atoms for atoms in self.archive.load("best", "") if atoms.info["best_of"] <= generation]
 
     def _step(self, generation: int) -> None:
-        log.info("generation %d of %d begins", generation, self.settings.num_gen)
-        start = self.archive.load("init", generation)
-        if start is None:
+        log.info("generation %d of %d begins", generation, self.num_gen)
+        if not self.archive.has("init", generation):
             self._save("init", generation, self._initial(generation))
-            start = self.archive.load("init", generation)
-        raw = self.archive.load("raw", generation)
-        if raw is None:
+        if not self.archive.has("raw", generation):
             chunks = self.archive.anharmonic / "relax" / str(generation)
-            relaxed = self.relaxer.relax(start, chunks)
+            relaxed = self.relaxer.relax(self.archive.load("init", generation), chunks)
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
             self._save("raw", generation, relaxed)
             forget(chunks)
-            raw = self.archive.load("raw", generation)
-        relaxed = self._checked(raw, "after relaxation")
+        relaxed = self._checked(self.archive.load("raw", generation), "after relaxation")
         require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")
         self.current = self._distinct(relaxed)
         self._save("gen", generation, self.current)
@@ -201,9 +196,9 @@ class Search:
             n = self.keys.pop_size
             parents = pops.remove_duplicates([*self.current, *self.keep], self.fitness, self.keys)
             pops.set_dominators(parents, self.fitness)
-            rng = np.random.default_rng([self.settings.seed, generation, Purpose.OFFSPRING])
+            rng = np.random.default_rng([self.seed, generation, Purpose.OFFSPRING])
             children = self.offspring.generate(parents, int(n * (1 - self.keys.rand_ratio)), rng)
-        rng = np.random.default_rng([self.settings.seed, generation, Purpose.RANDOM])
+        rng = np.random.default_rng([self.seed, generation, Purpose.RANDOM])
         fresh = self.random.generate(n - len(children), self.volume_ratio, rng)
         for atoms in fresh:
             atoms.info = {"symbols": list(self.settings.symbols), "parentE": 0.0, "origin": "random"}
@@ -239,7 +234,7 @@ class Search:
         if self.state is None:
             return
         survivors = [*self.good, *self.keep, *self.current]
-        last = generation == self.settings.num_gen
+        last = generation == self.num_gen
         seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
         self.relaxer.evaluator = self.state.potential
         self.archive.write_seeds(generation + 1, seeds)
