@@ -25,9 +25,7 @@ def __getattr__(name: str) -> Any:
     from ase.utils.plugins import ExternalIOFormat
 
     install()
-    return ExternalIOFormat(
-        desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing", code="1F", module=__name__
-    )
+    return ExternalIOFormat(desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing", code="1F", module=__name__)
 
 
 class MagusFinder:

@@ -103,7 +103,7 @@ def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
 def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path: Path) -> None:
     folder = site(tmp_path / "site", magus=False)
     (folder / "magus.py").write_text("")
-    code = "import ase.io, magus; from magus_anharmonic import autoload; assert not autoload.is_magus(); assert autoload.load_plugins() == []"
+    code = "import ase.io, magus; from magus_anharmonic import autoload as a; assert not a.is_magus() and not a.load_plugins()"
     assert python(code, folder, tmp_path).returncode == 0
 
 
@@ -149,7 +149,8 @@ def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path: Pa
     folder = site(tmp_path / "site")
     (folder / "magus/calculators/__init__.py").unlink()
     (folder / "magus/calculators").rmdir()
-    result = python("import ase.io\ntry:\n    import magus.calculators\nexcept ModuleNotFoundError:\n    print('as ever')", folder, tmp_path)
+    code = "import ase.io\ntry:\n    import magus.calculators\nexcept ModuleNotFoundError:\n    print('as ever')"
+    result = python(code, folder, tmp_path)
     assert result.stdout.strip() == "as ever"
 
 

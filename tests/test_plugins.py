@@ -84,7 +84,7 @@ def population(magus: SimpleNamespace, h3s: Any, n: int = 3) -> Any:
     rng = np.random.default_rng(0)
     frames = []
     for _ in range(n):
-        atoms = h3s(0.1)
+        atoms = h3s(bond_shift=0.1)
         atoms.positions += rng.normal(scale=0.03, size=(len(atoms), 3))
         frames.append(atoms)
     return Population(frames, "init", 1)
@@ -228,7 +228,8 @@ def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus: Simpl
 
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     done = calculator.scf(population(magus, h3s))
-    stock = MatterSimCalculator(potential=Potential.from_checkpoint(load_path=str(tiny_checkpoint), device="cpu", load_training_state=False))
+    oracle = Potential.from_checkpoint(load_path=str(tiny_checkpoint), device="cpu", load_training_state=False)
+    stock = MatterSimCalculator(potential=oracle)
     for individual in done:
         atoms = Atoms(individual)
         atoms.calc = stock
@@ -241,7 +242,9 @@ def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus: Simpl
         assert individual.calc is None
 
 
-def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
+) -> None:
     block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "max_step": 5}
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
     pop = population(magus, h3s)
@@ -257,7 +260,7 @@ def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(mag
 
 def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
-    assert isinstance(calculator.scf([h3s(0.0)]), list)
+    assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
 
 
@@ -293,7 +296,7 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     calculator.use(Refusing())
     bad = Atoms("H", cell=[2, 2, 2], pbc=True, info={"energy": -99.0, "enthalpy": -99.0, "identity": "init1-9"})
-    done = getattr(calculator, mode)([h3s(0.0), bad, h3s(0.1)])
+    done = getattr(calculator, mode)([h3s(bond_shift=0.0), bad, h3s(bond_shift=0.1)])
     assert len(done) == 2 and bad not in done and "energy" not in bad.info
     assert "init1-9 (H) failed" in caplog.text
     assert ("not finite" if mode == "scf" else "dissolved") in caplog.text
@@ -304,11 +307,11 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
 def test_the_model_is_loaded_late_and_left_out_of_pickles(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert calculator._potential is None
-    energy = calculator.scf([h3s(0.0)])[0].info["energy"]
+    energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
     data = pickle.dumps(calculator)
     assert len(data) < 50_000
     copy = pickle.loads(data)
-    assert copy._potential is None and copy.scf([h3s(0.0)])[0].info["energy"] == energy
+    assert copy._potential is None and copy.scf([h3s(bond_shift=0.0)])[0].info["energy"] == energy
 
 
 def test_a_relative_checkpoint_is_found_from_any_working_directory(
@@ -317,7 +320,7 @@ def test_a_relative_checkpoint_is_found_from_any_working_directory(
     Path("mine.pth").write_bytes(Path(tiny_checkpoint).read_bytes())
     calculator = magus.Parameters(keys("mine.pth")).MainCalculator
     monkeypatch.chdir("/")
-    assert len(calculator.scf([h3s(0.0)])) == 1
+    assert len(calculator.scf([h3s(bond_shift=0.0)])) == 1
 
 
 def test_a_search_that_learns_goes_on_with_its_latest_model(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
@@ -342,7 +345,7 @@ def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(MagusAnharmonicError, match="magus search -p"):
-        calculator.scf([h3s(0.0)])
+        calculator.scf([h3s(bond_shift=0.0)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(InputError, match="run without -p"):
         check_input(keys(tiny_checkpoint), ml=False, parallel=True)
@@ -355,10 +358,10 @@ def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: S
     from magus_anharmonic.plugins.seeds import write_seeds
 
     Path("Seeds").mkdir()
-    mine = h3s(0.3)
+    mine = h3s(bond_shift=0.3)
     mine.info["note"] = "from the paper"
     write("Seeds/seeds_2.traj", [mine])
-    centroid = h3s(0.0)
+    centroid = h3s(bond_shift=0.0)
     centroid.info["seed"] = "abc"
     for _ in range(2):
         assert write_seeds("Seeds", 2, [centroid, centroid]) == 1
@@ -374,7 +377,7 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
     from magus_anharmonic.plugins.seeds import write_seeds
 
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
-    assert write_seeds("Seeds", 2, [h3s(0.0)]) == 1
+    assert write_seeds("Seeds", 2, [h3s(bond_shift=0.0)]) == 1
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
 
 
@@ -469,7 +472,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
         assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
         for ind in survivors:
             ind.info.update(free_energy=-1.0, compare_info={"old": 1})
-        return [h3s(0.0)]
+        return [h3s(bond_shift=0.0)]
 
     monkeypatch.setattr(module, "after_generation", after_generation)
     search, _ = rounds_of(distinct=2, learning={"labeler": {"calculator": "ase.calculators.emt.EMT"}})

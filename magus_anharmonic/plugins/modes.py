@@ -110,7 +110,6 @@ def _warn_merging(settings: Settings, parameters: Mapping[str, Any]) -> None:
     )
 
 
-
 def check_installation(settings: Settings) -> None:
     """Read the checkpoints and look for the labeler before MAGUS touches a folder; raises InputError."""
     from magus_anharmonic.labelers import available
