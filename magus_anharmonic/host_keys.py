@@ -151,7 +151,7 @@ class HostKeys(Section):
     max_forces: Positive = Field(50.0, description="eV/A; structures above it are dropped")
     max_enthalpy: float = Field(100.0, description="eV/atom; structures above it are dropped")
     symprec: Positive = Field(0.1, description="Angstrom, for finding space groups")
-    dE: Positive = Field(0.01, description="eV/atom: duplicates have the same space group and differ less")  # noqa: N815
+    dE: Positive = Field(0.01, description="eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS: energy)")  # noqa: N815
     dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")  # noqa: N815
     check_seed: bool = Field(False, description="check seeds like other structures")
     rand_ratio: Probability = Field(0.2, description="share of random structures from the second generation on")

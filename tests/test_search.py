@@ -430,6 +430,12 @@ def test_duplicates_are_found_in_any_setting_and_cell() -> None:
     assert {id(atoms) for atoms in kept} == {id(fcc), id(bcc), id(dense)}
 
 
+def test_volume_left_over_by_a_relaxation_does_not_hide_a_duplicate_under_pressure() -> None:
+    pair = [described(bulk("Al", a=3.5), 1.0), described(bulk("Al", a=3.502), 1.0)]
+    pair[1].info["energy"] -= 150 * GPa * (pair[1].get_volume() - pair[0].get_volume())
+    assert len(population.remove_duplicates(pair, ["Enthalpy"], parts(dE=0.001)[0].keys)) == 1
+
+
 def test_near_degenerate_phases_survive_a_small_dE() -> None:
     pair = [described(bulk("Al", a=4.0), 0.0), described(bulk("Al", a=4.02), 0.003)]
     assert len(population.remove_duplicates(pair, ["Enthalpy"], parts()[0].keys)) == 1
