@@ -11,6 +11,22 @@ from pathlib import Path
 FILES = {
     "__init__.py": "__version__ = 'stand-in'",
     "entrypoints/__init__.py": "",
+    "entrypoints/search.py": """
+        from magus.parameters import magusParameters
+        from magus.search.search import Magus
+        from magus.search.search_ml import MLMagus
+
+        started = []
+
+        def search(input_file="input.yaml", use_ml=False, restart=False, **kwargs):
+            started.append((MLMagus if use_ml else Magus)(magusParameters(input_file), restart=restart))
+    """,
+    "logger.py": """
+        import logging
+
+        def set_logger(name=None, level="INFO", log_path="log.txt"):
+            logging.getLogger().addHandler(logging.FileHandler(log_path))
+    """,
     "populations/__init__.py": "",
     "search/__init__.py": "",
     "utils.py": """

@@ -198,6 +198,50 @@ def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_check
     assert (options.eps, options.max_step) == (0.2, 7)
 
 
+def test_a_calculator_built_alone_ends_with_code_2_too(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "maxSteps": 3}
+    with pytest.raises(SystemExit):
+        _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
+    assert "MainCalculator.maxSteps: unknown key; did you mean max_step?" in caplog.text
+
+
+@pytest.fixture
+def root_handlers() -> Iterator[None]:
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
+    for handler in set(before) - set(root.handlers):
+        root.addHandler(handler)
+
+
+def test_our_own_command_runs_stock_magus_with_the_plugins(
+    magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, root_handlers: None
+) -> None:
+    import yaml
+    from magus.entrypoints.search import started
+
+    from magus_anharmonic import labelers
+    from magus_anharmonic.plugins.run import run_stock_magus
+
+    monkeypatch.setattr(labelers, "available", lambda name: (False, "not installed"))
+    Path("input.yaml").write_text(yaml.safe_dump(keys(tiny_checkpoint, sscha={}, learning={"labeler": {"calculator": "gpaw"}})))
+    with pytest.raises(InputError, match="-r: no results/"):
+        run_stock_magus("input.yaml", restart=True)
+    run_stock_magus("input.yaml")
+    [search] = started
+    assert type(search) is magus.Magus and search.parameters.get("learning") is None
+    assert "running without learning: labeler gpaw: not installed" in Path("log.txt").read_text()
+    assert Path("results/anharmonic/run.json").exists()
+    monkeypatch.setattr("magus_anharmonic.autoload.is_magus", lambda: False)
+    with pytest.raises(InputError, match="MAGUS is not installed"):
+        run_stock_magus("input.yaml")
+
+
 # Log
 
 
