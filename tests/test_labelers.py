@@ -95,25 +95,35 @@ def test_the_worker_is_kept_from_call_to_call(tmp_path):
 # ------------------------------------------------------------------ failures
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ("segfault", "SIGSEGV"),
-        ("exit", "exit code 7"),
-        ("nan", "NaN or infinite forces"),
-        ("infinite", "NaN or infinite energy"),
-        ("atoms", "wrong number of atoms"),
-        ("raise", "ValueError: the density is negative"),
-        ("unconverged", "did not converge"),
-    ],
-)
-def test_a_label_that_fails_has_its_reason_and_the_others_are_made(tmp_path, how, reason):
-    with misbehaving(tmp_path, {2: how}) as labeler:
-        results = labeler.label([chain(1), chain(2), chain(3)])
-    assert [result.ok for result in results] == [True, False, True]
-    assert reason in results[1].reason
-    assert len(results[1].structure) == 2
-    assert [results[0].energy, results[2].energy] == [1.0, 3.0]
+WAYS_TO_FAIL = {
+    "segfault": "SIGSEGV",
+    "exit": "exit code 7",
+    "nan": "NaN or infinite forces",
+    "infinite": "NaN or infinite energy",
+    "atoms": "wrong number of atoms",
+    "raise": "ValueError: the density is negative",
+    "unconverged": "did not converge",
+}
+
+
+@pytest.fixture(scope="module")
+def after_failures(tmp_path_factory):
+    """Results of one worker: structures of 1 to 8 atoms of which those of 2 to 8 fail, each in its own way, then one more of 1 atom."""
+    behaviour = {str(number): how for number, how in enumerate(WAYS_TO_FAIL, start=2)}
+    with misbehaving(tmp_path_factory.mktemp("failures"), behaviour) as labeler:
+        return labeler.label([*(chain(n) for n in range(1, 9)), chain(1)])
+
+
+@pytest.mark.parametrize(("position", "how"), enumerate(WAYS_TO_FAIL, start=1))
+def test_a_label_that_fails_has_its_reason(after_failures, position, how):
+    failure = after_failures[position]
+    assert not failure.ok and WAYS_TO_FAIL[how] in failure.reason
+    assert len(failure.structure) == position + 1
+
+
+def test_labels_before_and_after_failures_are_made(after_failures):
+    assert [result.ok for result in after_failures] == [True] + [False] * 7 + [True]
+    assert after_failures[0].energy == after_failures[-1].energy == 1.0
 
 
 def test_a_hanging_label_is_given_up_together_with_its_child_processes(tmp_path):
@@ -121,7 +131,7 @@ def test_a_hanging_label_is_given_up_together_with_its_child_processes(tmp_path)
     with misbehaving(tmp_path / "scratch", {2: "hang"}, timeout=4.0, child_file=str(child_file)) as labeler:
         results = labeler.label([chain(2), chain(1)])
     assert [result.ok for result in results] == [False, True]
-    assert "no answer within 4 s" in results[0].reason
+    assert "within 4 s" in results[0].reason
     assert not _alive(int(child_file.read_text()))
 
 
@@ -195,11 +205,11 @@ def test_progress_names_count_failures_and_time_left(tmp_path, caplog):
 
 
 def test_two_workers_work_at_the_same_time(tmp_path):
-    with misbehaving(tmp_path, {}, n_workers=2, nap=1.0) as labeler:
+    with misbehaving(tmp_path, {}, n_workers=2, nap=1.5) as labeler:
         labeler.label([chain(1), chain(1)])
         started = time.monotonic()
         labeler.label([chain(1)] * 4)
-    assert time.monotonic() - started < 3.8
+    assert time.monotonic() - started < 5.5
 
 
 def test_a_module_of_the_users_folder_cannot_shadow_the_package(tmp_path, monkeypatch):

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 # The parent's module search path travels as an argument: no environment variable that the DFT code would inherit.
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from magus_anharmonic.labelers.worker import main; main()"
+START_TIMEOUT = 300.0
+"""Seconds for a worker to import what it needs (a busy file system can be slow); not part of a label's own time."""
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
 
 
@@ -62,7 +64,7 @@ class Worker:
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise WorkerDied(self._end_of(process)) from None
-        line = self._read_line(process, timeout)
+        line = self._read_line(process, timeout, "no answer (learning.labeler.timeout)")
         return json.loads(line)
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -82,9 +84,10 @@ class Worker:
                 start_new_session=True,
                 env={**os.environ, **_ONE_THREAD},
             )
+        self._read_line(self._process, START_TIMEOUT, "the labeler's process did not start")
         return self._process
 
-    def _read_line(self, process: subprocess.Popen[bytes], timeout: float) -> bytes:
+    def _read_line(self, process: subprocess.Popen[bytes], timeout: float, what: str = "no answer") -> bytes:
         assert process.stdout is not None
         deadline = time.monotonic() + timeout
         with selectors.DefaultSelector() as selector:
@@ -92,7 +95,7 @@ class Worker:
             while b"\n" not in self._buffer:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.stop()
-                    raise WorkerDied(f"no answer within {timeout:g} s (learning.labeler.timeout); the process was ended")
+                    raise WorkerDied(f"{what} within {timeout:g} s; the process was ended")
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     raise WorkerDied(self._end_of(process))

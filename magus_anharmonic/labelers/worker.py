@@ -105,7 +105,8 @@ def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
     module = code_module(recipe.code)
     atoms.calc = module.calculator(recipe, atoms, directory)
     pressure = gpa_to_ev_per_a3(job["pressure"])
-    optimizer = BFGS(FrechetCellFilter(atoms, scalar_pressure=pressure), logfile=str(directory / "relax.log"))
+    both: Any = FrechetCellFilter(atoms, scalar_pressure=pressure)
+    optimizer = BFGS(both, logfile=str(directory / "relax.log"))
     converged = bool(optimizer.run(fmax=job["force_tolerance"], steps=job["max_steps"]))
     results = _results(atoms, module, directory)
     enthalpy = (results["energy"] + pressure * atoms.get_volume()) / len(atoms)
@@ -121,17 +122,18 @@ def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
 def main() -> None:
     """Serve jobs from standard input until it is closed.
 
-    Standard output is taken away from the DFT code (its prints go to standard error, a log file), so that
-    only results travel on the pipe.
+    The first line of the answer says that the process is ready. Standard output is taken away from the DFT code (its prints
+    go to standard error, a log file), so that only results travel on the pipe.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
+    reply: dict[str, Any] = {"ready": True}
     while True:
-        line = jobs.get()
-        replies.write(json.dumps(run_job(json.loads(line))) + "\n")
+        replies.write(json.dumps(reply) + "\n")
         replies.flush()
+        reply = run_job(json.loads(jobs.get()))
 
 
 def _read_jobs(jobs: queue.Queue[str]) -> None:

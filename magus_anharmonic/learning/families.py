@@ -6,7 +6,6 @@ itself, distortions of one phase would be both in training and in validation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ class Families:
 
 
 def _to_record(parent: str, family: str, found: Fingerprint) -> dict[str, Any]:
-    density: Sequence[float] = np.round(found.density, 5)
+    density = np.round(found.density, 5)
     return {"parent": parent, "family": family, "formula": found.formula, "volume": round(found.volume, 5), "density": density}
 
 
