@@ -21,6 +21,8 @@ from magus_anharmonic.structures import bare, structure_id
 
 log = logging.getLogger(__name__)
 
+SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / "data"
+
 SIDES = ("train", "validation", "test")
 
 
@@ -143,7 +145,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        frames = read(path, index=":", format="extxyz")
+        frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
         raise InputError(f"{path}: not readable as extended XYZ: {error}") from None
     if not frames:
@@ -155,11 +157,20 @@ def read_labels(file: str | Path) -> list[Atoms]:
     return frames
 
 
-def read_dataset(file: str | Path, settings_hash: str) -> list[Atoms]:
-    """Earlier labels (``learning.dataset``) of the same DFT settings.
+def dataset_file(name: str | Path) -> Path:
+    """File of ``learning.dataset``: a path, or the name of a shipped checkpoint (the labels that it was trained on)."""
+    shipped = SHIPPED_FOLDER / f"{name}.labels.xyz"
+    return shipped if shipped.is_file() and not Path(name).exists() else Path(name)
+
+
+def read_dataset(name: str | Path, settings_hash: str) -> list[Atoms]:
+    """Earlier labels (``learning.dataset``) of the same DFT settings; ``name`` as in `dataset_file`.
 
     Raises ``InputError`` when the file is missing, a label is incomplete, or the settings hash is missing or another one.
     """
+    file = dataset_file(name)
+    if not file.is_file():
+        raise InputError(f"learning.dataset: {name}: no such file")
     frames = read_labels(file)
     for number, atoms in enumerate(frames, start=1):
         where = f"learning.dataset: {file}: structure {number} ({atoms.info.get('id', atoms.get_chemical_formula())})"
