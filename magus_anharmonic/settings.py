@@ -120,7 +120,7 @@ class LearningSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")
-    dataset: str | None = Field(None, description="extxyz with earlier labels of the same DFT settings, for replay")
+    dataset: str | None = Field(None, description="earlier labels of the same DFT settings, for replay: an extxyz file, or the name of a shipped checkpoint")
 
     @field_validator("split", mode="before")
     @classmethod
