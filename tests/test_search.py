@@ -458,6 +458,8 @@ def test_a_child_that_relaxed_back_is_its_parent() -> None:
     other = described(bulk("Al", "bcc", a=3.2), 0.0, gen=2)
     replaced = population.replace_known([child, other], [parent], parts()[0].keys)
     assert replaced[0] is parent and replaced[1] is other
+    child.info.update(free_energy=0.05, free_energy_status="sscha", free_energy_model="m", model="m")
+    assert population.replace_known([child], [parent], parts()[0].keys)[0] is child, "a computed free energy is not thrown away"
 
 
 def test_keep_takes_the_best_of_each_kind() -> None:

@@ -18,7 +18,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.optimize import linprog
 
 from magus_anharmonic.host_keys import HostKeys
-from magus_anharmonic.ranking.fitness import fitness_values
+from magus_anharmonic.ranking.fitness import computed_gibbs, fitness_values
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.structures import spglib_cell
 
@@ -121,8 +121,16 @@ def remove_duplicates(population: Sequence[Atoms], fitness: Sequence[str], keys:
 
 
 def replace_known(current: list[Atoms], known: Sequence[Atoms], keys: HostKeys) -> list[Atoms]:
-    """``current`` with every structure that equals a known one replaced by that one: a child that relaxed back is its parent."""
-    return [next((other for other in known if same(atoms, other, keys)), atoms) for atoms in current]
+    """``current`` with every structure that equals a known one replaced by that one: a child that relaxed back is its parent.
+
+    A structure whose free energy was computed stays when the known one has none: MAGUS would throw that result away.
+    """
+
+    def equal(atoms: Atoms, other: Atoms) -> bool:
+        loses = computed_gibbs(atoms.info) is not None and computed_gibbs(other.info) is None
+        return not loses and same(atoms, other, keys)
+
+    return [next((other for other in known if equal(atoms, other)), atoms) for atoms in current]
 
 
 def select_good(candidates: Sequence[Atoms], fitness: Sequence[str], keys: HostKeys) -> list[Atoms]:
