@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,20 @@ class Potential:
 
     def __repr__(self) -> str:
         return f"Potential({self.model_id}, {self.path}, {self.device}, {self.dtype})"
+
+    def double(self) -> Potential:
+        """The same model in float64, for finite differences; a copy, unless this one is float64 already."""
+        if self.dtype == torch.float64:
+            return self
+        species = None if self.species_seen is None else frozenset(self.species_seen)
+        return Potential(
+            copy.deepcopy(self.module),
+            path=self.path,
+            species=species,
+            device=self.device,
+            dtype="float64",
+            edges_per_batch=self.edges_per_batch,
+        )
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         """Energies, forces and stresses in the order of the input; the structures are not changed.

@@ -132,4 +132,3 @@ def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
     first = np.where(close, second * (1.0 + 1e-4), first)
     difference = variance(first, temperature) - variance(second, temperature)
     return -difference / ((first**2 - second**2) / HBAR**2)
-

@@ -16,7 +16,15 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.start import CountingEvaluator, Start, floor_modes, harmonic_start, stress_response
+from magus_anharmonic.sscha.start import (
+    CountingEvaluator,
+    Start,
+    floor_modes,
+    harmonic_start,
+    in_double_precision,
+    relaxed_primitive,
+    stress_response,
+)
 from magus_anharmonic.sscha.state import SschaState, cell_offsets, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats, symmetric_primitive
 from magus_anharmonic.structures import bare
@@ -83,17 +91,16 @@ def begin_run(
     """First state of a run; evaluates forces (and stresses, if the cell may change)."""
     if start is not None:
         return continue_from(start, atoms, evaluator, settings, temperature=temperature, masses=masses)
-    structure = with_masses(symmetric_primitive(bare(atoms), settings.symprec), masses)
+    variable_cell = settings.cell == "variable"
+    reduced = symmetric_primitive(bare(atoms), settings.symprec)
+    _require_modes(reduced, choose_repeats(reduced, settings.supercell, SYMMETRY_OF_A_STATE))
+    counting = CountingEvaluator(in_double_precision(evaluator))
+    relaxed = relaxed_primitive(reduced, counting, pressure, symprec=settings.symprec, variable_cell=variable_cell)
+    structure = with_masses(relaxed, masses)
     repeats = choose_repeats(structure, settings.supercell, SYMMETRY_OF_A_STATE)
     _require_modes(structure, repeats)
-    return harmonic_start(
-        structure,
-        evaluator,
-        pressure=pressure,
-        temperature=temperature,
-        repeats=repeats,
-        variable_cell=settings.cell == "variable",
-    )
+    begin = harmonic_start(structure, counting, temperature=temperature, repeats=repeats, variable_cell=variable_cell)
+    return replace(begin, n_evaluations=counting.count)
 
 
 def continue_from(

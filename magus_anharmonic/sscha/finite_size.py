@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.sscha.state import SschaState, cell_offsets, oscillator_free_energy
+from magus_anharmonic.sscha.state import SschaState, cell_offsets, oscillator_free_energy, three
 from magus_anharmonic.units import HBAR
 
 CHUNK = 2048
@@ -25,7 +25,7 @@ class FiniteSize:
 def reference_mesh(atoms: Atoms, spacing: float, repeats: tuple[int, int, int]) -> tuple[int, int, int]:
     """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the supercell's."""
     lengths = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-    return tuple(int(max(np.ceil(length / spacing - 1e-6), n)) for length, n in zip(lengths, repeats, strict=True))
+    return three(max(np.ceil(length / spacing - 1e-6), n) for length, n in zip(lengths, repeats, strict=True))
 
 
 def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:

@@ -189,9 +189,7 @@ def _relax(task: Task, evaluator: Evaluator, run: RunFolder, progress: Progress,
             result = finished_result(task, state, averages, progress, begin, reason, began)
             result.write(run.directory)
             return result
-        minimised = minimise(
-            state, ensemble, symmetry, min_effective_sample=task.settings.min_effective_sample, log=run.log
-        )
+        minimised = minimise(state, ensemble, symmetry, min_effective_sample=task.settings.min_effective_sample, log=run.log)
         _record(run, progress, _row(number, state, averages, progress, minimised), task)
         state = minimised.state
         if response is not None:

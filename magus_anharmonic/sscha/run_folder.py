@@ -18,7 +18,7 @@ from magus_anharmonic.files import replacing, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, three
 
 log = logging.getLogger(__name__)
 
@@ -118,5 +118,4 @@ class RunFolder:
 
 def _state(stored: Any) -> SschaState:
     atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
-    repeats = tuple(int(n) for n in stored["repeats"])
-    return SschaState(atoms, repeats, stored["force_constants"], float(stored["temperature"]))
+    return SschaState(atoms, three(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -13,8 +14,8 @@ from ase.calculators.calculator import Calculator, all_changes
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
-from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import bare
+from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
+from magus_anharmonic.structures import bare, space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,12 @@ class CountingEvaluator:
         return found
 
 
+def in_double_precision(evaluator: Evaluator) -> Evaluator:
+    """The evaluator in float64 where it offers that (``Potential.double``): differences of forces lose digits."""
+    double = getattr(evaluator, "double", None)
+    return double() if callable(double) else evaluator
+
+
 def _rows(found: Evaluation) -> zip:
     return zip(found.energy, found.forces, found.stress, strict=True)
 
@@ -61,13 +68,15 @@ def _rows(found: Evaluation) -> zip:
 class EvaluatorCalculator(Calculator):
     """ASE calculator on top of an evaluator, for ASE's optimisers."""
 
-    implemented_properties = ("energy", "forces", "stress")
+    implemented_properties = ["energy", "forces", "stress"]
 
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__()
         self.evaluator = evaluator
 
-    def calculate(self, atoms: Atoms | None = None, properties: Sequence[str] = ("energy",), system_changes: Sequence[str] = all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties: Sequence[str] = ("energy",), system_changes: Sequence[str] = all_changes
+    ) -> None:
         from ase.stress import full_3x3_to_voigt_6_stress
 
         super().calculate(atoms, properties, system_changes)
@@ -101,7 +110,7 @@ def relax_in_symmetry(atoms: Atoms, evaluator: Evaluator, pressure: float, *, va
     relaxed.calc = EvaluatorCalculator(evaluator)
     relaxed.set_constraint(FixSymmetry(relaxed, symprec=1e-3))
     volume = relaxed.get_volume()
-    target: Atoms | FrechetCellFilter = relaxed
+    target: Any = relaxed
     tolerance = FORCE_TOLERANCE
     if variable_cell:
         target = FrechetCellFilter(relaxed, scalar_pressure=gpa_to_ev_per_a3(pressure))
@@ -113,6 +122,16 @@ def relax_in_symmetry(atoms: Atoms, evaluator: Evaluator, pressure: float, *, va
     if not optimiser.converged(target.get_gradient() if hasattr(target, "get_gradient") else -target.get_forces().ravel()):
         log.info("relaxation before the start: not converged after %d steps, going on", RELAXATION_STEPS)
     return bare(relaxed)
+
+
+def relaxed_primitive(atoms: Atoms, evaluator: Evaluator, pressure: float, *, symprec: float, variable_cell: bool) -> Atoms:
+    """Relax a symmetric primitive cell in its symmetry; once more where that led to a higher one (within ``symprec`` A)."""
+    relaxed = relax_in_symmetry(atoms, evaluator, pressure, variable_cell=variable_cell)
+    again = symmetric_primitive(relaxed, symprec)
+    if len(again) == len(relaxed) and space_group(again, 1e-3) == space_group(relaxed, 1e-3):
+        return relaxed
+    log.info("the relaxation before the start led from %s to %s", space_group(atoms, 1e-3), space_group(again, 1e-3))
+    return relax_in_symmetry(again, evaluator, pressure, variable_cell=variable_cell)
 
 
 def harmonic_force_constants(atoms: Atoms, repeats: tuple[int, int, int], symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
@@ -196,27 +215,17 @@ def stress_response(atoms: Atoms, symmetry: Symmetry, evaluator: Evaluator) -> n
     return np.array([[slope[row, column] for slope in slopes] for row, column in VOIGT])
 
 
-def harmonic_start(
-    atoms: Atoms,
-    evaluator: Evaluator,
-    *,
-    pressure: float,
-    temperature: float,
-    repeats: tuple[int, int, int],
-    variable_cell: bool,
-) -> Start:
-    """Relax in the symmetry of ``atoms`` (a symmetric primitive cell) and take floored harmonic force constants."""
+def harmonic_start(atoms: Atoms, evaluator: Evaluator, *, temperature: float, repeats: tuple[int, int, int], variable_cell: bool) -> Start:
+    """Floored harmonic force constants, and the stress response, of a relaxed symmetric primitive cell."""
     counting = CountingEvaluator(evaluator)
-    relaxed = relax_in_symmetry(atoms, counting, pressure, variable_cell=variable_cell)
-    relaxed.set_masses(atoms.get_masses())
-    symmetry = Symmetry(relaxed, repeats)
-    compact = harmonic_force_constants(relaxed, repeats, symmetry, counting)
-    state = SschaState(relaxed, repeats, compact, temperature)
-    response = stress_response(relaxed, symmetry, counting) if variable_cell else None
+    symmetry = Symmetry(atoms, repeats)
+    compact = harmonic_force_constants(atoms, repeats, symmetry, counting)
+    state = SschaState(atoms, repeats, compact, temperature)
+    response = stress_response(atoms, symmetry, counting) if variable_cell else None
     soft = int((state.modes.quantum <= 0).sum())
     log.info(
-        "start: %s, %.3f A^3/atom, %d operations, %d of %d harmonic modes imaginary, %d evaluations",
-        relaxed.get_chemical_formula(), relaxed.get_volume() / len(relaxed), len(symmetry), soft, len(state.modes.quantum), counting.count,
+        "start: %s, %.3f A^3/atom, %d operations, %d of %d harmonic modes imaginary",
+        atoms.get_chemical_formula(), atoms.get_volume() / len(atoms), len(symmetry), soft, len(state.modes.quantum),
     )  # fmt: skip
     return Start(floor_modes(state, symmetry), response, counting.count)
 

@@ -6,13 +6,21 @@ cell and atom b of cell R of the supercell. Supercell atoms are ordered cell by 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.units import HBAR, KELVIN
+
+
+def three(values: Iterable[Any]) -> tuple[int, int, int]:
+    """Three whole numbers as plain integers."""
+    first, second, third = (int(value) for value in values)
+    return first, second, third
 
 
 def cell_offsets(repeats: tuple[int, int, int]) -> np.ndarray:

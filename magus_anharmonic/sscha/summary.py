@@ -27,7 +27,7 @@ def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tupl
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa."""
     n = len(state.atoms)
     work = pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()
-    return (averages.helmholtz + work) / n, averages.helmholtz_error / n
+    return float((averages.helmholtz + work) / n), averages.helmholtz_error / n
 
 
 def centroid_tolerance(state: SschaState, averages: Averages, begin: Start, pressure_tolerance: float) -> float:
@@ -58,7 +58,7 @@ def finished_result(
         gibbs_raw=raw,
         finite_size=finite.term / n,
         helmholtz=(averages.helmholtz + finite.term) / n,
-        volume=state.atoms.get_volume() / n,
+        volume=float(state.atoms.get_volume() / n),
         stress=averages.stress,
         stress_error=averages.stress_error,
         pressure=float(-np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA),
@@ -67,7 +67,7 @@ def finished_result(
         decrease=averages.decrease / n,
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
-        space_group_start=space_group(begin.state.atoms, 1e-3),
+        space_group_start=space_group(begin.state.atoms, 0.01),
         space_group=space_group(state.atoms, tolerance),
         symmetry_tolerance=tolerance,
         n_evaluations=progress.n_evaluations,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import spglib
 from ase import Atoms
 
-from magus_anharmonic.sscha.state import cell_index, cell_offsets, expand, fold, sum_rule
+from magus_anharmonic.sscha.state import cell_index, cell_offsets, expand, fold, sum_rule, three
 from magus_anharmonic.structures import primitive, spglib_cell
 
 log = logging.getLogger(__name__)
@@ -29,13 +31,11 @@ class Symmetry:
         self.repeats = repeats
         self.rotations = np.array([cell.T @ w @ np.linalg.inv(cell.T) for w in fractional[keep]])
         scaled = atoms.get_scaled_positions(wrap=False)
-        self.permutations, shifts = [], []
+        images = []
         for rotation, translation in zip(fractional[keep], translations[keep], strict=True):
-            permutation, shift = _images(scaled, atoms.numbers, rotation, translation)
-            self.permutations.append(permutation)
-            shifts.append(shift)
-        self.permutations = np.array(self.permutations)
-        self._targets = self._block_targets(fractional[keep], np.array(shifts))
+            images.append(_images(scaled, atoms.numbers, rotation, translation))
+        self.permutations = np.array([permutation for permutation, _ in images])
+        self._targets = self._block_targets(fractional[keep], np.array([shift for _, shift in images]))
 
     def __len__(self) -> int:
         return len(self.rotations)
@@ -99,9 +99,9 @@ class Symmetry:
         return sorted({int(self.permutations[:, atom].min()) for atom in range(self.permutations.shape[1])})
 
 
-def compatible(rotation: np.ndarray, repeats: tuple[int, int, int]) -> bool:
+def compatible(rotation: np.ndarray, repeats: Iterable[int]) -> bool:
     """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell onto itself."""
-    scale = np.array(repeats)
+    scale = np.array(three(repeats))
     return bool(np.all(rotation * scale[None, :] % scale[:, None] == 0))
 
 
@@ -127,16 +127,16 @@ def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
     return reduced
 
 
-def choose_repeats(atoms: Atoms, supercell: tuple[int, int, int] | dict[str, float], symprec: float) -> tuple[int, int, int]:
+def choose_repeats(atoms: Atoms, supercell: Iterable[int] | Mapping[Any, float], symprec: float) -> tuple[int, int, int]:
     """Repetitions of the primitive cell for ``supercell``: three whole numbers or ``{"min_length": Angstrom}``.
 
     Repetitions that break the symmetry of the structure are raised to the next that does not, and that is logged.
     """
-    if isinstance(supercell, dict):
+    if isinstance(supercell, Mapping):
         heights = 1.0 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-        wanted = tuple(int(np.ceil(supercell["min_length"] / height - 1e-6)) for height in heights)
+        wanted = three(np.ceil(supercell["min_length"] / height - 1e-6) for height in heights)
     else:
-        wanted = tuple(int(n) for n in supercell)
+        wanted = three(supercell)
     found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
     repeats = np.array(wanted)
     while found and not all(compatible(rotation, repeats) for rotation in found["rotations"]):
@@ -145,8 +145,8 @@ def choose_repeats(atoms: Atoms, supercell: tuple[int, int, int] | dict[str, flo
             for axis in range(3):
                 repeats[axis] = max(repeats[axis], repeats[coupled[axis]].max())
     if tuple(repeats) != wanted:
-        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, tuple(int(n) for n in repeats))
-    return tuple(int(n) for n in repeats)
+        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, three(repeats))
+    return three(repeats)
 
 
 def statistical_tolerance(position_error: np.ndarray, strain_error: float, cell_length: float) -> float:

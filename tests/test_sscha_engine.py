@@ -1,0 +1,189 @@
+"""The engine: same numbers as python-sscha on the same ensemble, its chatter in a file, dynamical matrices as files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from sscha_models import LatticeSprings
+
+from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.sscha import python_sscha
+from magus_anharmonic.sscha.averages import Ensemble, average
+from magus_anharmonic.sscha.finite_size import finite_size_term
+from magus_anharmonic.sscha.start import harmonic_force_constants
+from magus_anharmonic.sscha.state import SschaState, sample
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import BOHR, RYDBERG
+
+
+def evaluated(state: SschaState, evaluator, n_configs: int, seed: int = 0) -> Ensemble:
+    u = sample(state, n_configs, np.random.default_rng(seed))
+    structures = []
+    for displacement in u:
+        structure = state.supercell.copy()
+        structure.positions += displacement
+        structures.append(structure)
+    found = evaluator.evaluate(structures)
+    return Ensemble(u, found.energy, np.array(found.forces), found.stress)
+
+
+@pytest.fixture(scope="module")
+def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
+    """Compressed hcp Cu, two atoms, turned out of every standard orientation, with an evaluated ensemble at 300 K."""
+    atoms = bulk("Cu", "hcp", a=2.45, c=4.0)
+    atoms.rotate(20, (1, 1, 0), rotate_cell=True)
+    symmetry = Symmetry(atoms, (2, 2, 1))
+    compact = harmonic_force_constants(atoms, (2, 2, 1), symmetry, as_evaluator(EMT()))
+    state = SschaState(atoms, (2, 2, 1), symmetry.force_constants(1.1 * compact), 300.0)
+    return state, evaluated(state, as_evaluator(EMT()), 100), symmetry
+
+
+def test_free_energy_stress_and_error_equal_python_sscha(hcp, tmp_path):
+    state, ensemble, _ = hcp
+    nothing = Symmetry(state.atoms, state.repeats)
+    nothing.rotations, nothing.permutations, nothing._targets = np.eye(3)[None], np.arange(2)[None], nothing._targets[:1]
+    ours = average(state, ensemble, nothing)
+    with python_sscha.quiet(tmp_path / "log"):
+        loaded = python_sscha.to_ensemble(state, ensemble)
+        energy, error = loaded.get_free_energy(return_error=True)
+        stress = python_sscha._reweighted_stress(loaded)
+        theirs, _ = loaded.get_stress_tensor()
+        force = loaded.get_average_forces(False)
+    shift = ensemble.energies.mean() / state.n_cells
+    assert ours.helmholtz == pytest.approx(energy * RYDBERG / state.n_cells + shift, abs=2e-7)
+    assert stress == pytest.approx(ours.stress, abs=1e-9)
+    assert -np.trace(theirs) * RYDBERG / BOHR**3 == pytest.approx(np.trace(ours.stress), abs=1e-7)
+    assert force * RYDBERG - np.mean(force * RYDBERG, axis=0) == pytest.approx(ours.force, abs=1e-8)
+    # python-sscha counts the two of a pair as independent
+    assert 0.5 < ours.helmholtz_error / (error * RYDBERG / state.n_cells) < 1.5 * np.sqrt(2)
+
+
+def test_finite_size_term_equals_python_sschas_interpolation(hcp, tmp_path):
+    state, ensemble, _ = hcp
+    spacing = np.linalg.norm(np.linalg.inv(state.atoms.cell.array), axis=0) / [4, 4, 2]
+    found = finite_size_term(state, float(spacing.max()) + 1e-9)
+    with python_sscha.quiet(tmp_path / "log"):
+        loaded = python_sscha.to_ensemble(state, ensemble)
+        fine = loaded.get_free_energy_interpolating(found.mesh)
+        coarse = loaded.get_free_energy() / state.n_cells
+    assert found.term == pytest.approx((fine - coarse) * RYDBERG, rel=1e-5)
+
+
+def test_gradient_in_q_space_is_python_sschas_own(hcp, tmp_path):
+    state, ensemble, _ = hcp
+    with python_sscha.quiet(tmp_path / "log"):
+        loaded = python_sscha.to_ensemble(state, ensemble)
+        fast = loaded.get_preconditioned_gradient_parallel(True, True)
+        del loaded.__dict__["_get_gradient_qspace"]
+        slow = loaded.get_preconditioned_gradient_parallel(True, True)
+    for one, other in zip(fast, slow, strict=True):
+        assert one == pytest.approx(other, abs=1e-12 * np.abs(other).max())
+
+
+def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_path):
+    state, ensemble, symmetry = hcp
+    found = python_sscha.minimise(state, ensemble, symmetry, min_effective_sample=0.3, log=tmp_path / "log")
+    assert found.decrease > 0.0
+    assert found.converged
+    assert 0.3 < found.effective_sample <= 1.0
+    fresh = average(found.state, evaluated(found.state, as_evaluator(EMT()), 100, seed=1), symmetry)
+    before = average(state, ensemble, symmetry)
+    assert fresh.helmholtz < before.helmholtz
+    assert fresh.decrease < 0.1 * before.decrease
+    assert symmetry.force_constants(found.state.force_constants) == pytest.approx(found.state.force_constants, abs=1e-9)
+    assert found.stress == pytest.approx(fresh.stress, abs=5 * fresh.stress_error.max() + 5e-4)
+
+
+def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(tmp_path):
+    calculator = as_evaluator(LatticeSprings())
+    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    symmetry = Symmetry(atoms, (3, 3, 3))
+    exact = SschaState(atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0)
+    state = replace(exact, force_constants=0.97 * exact.force_constants)
+    found = python_sscha.minimise(state, evaluated(state, calculator, 200), symmetry, min_effective_sample=0.1, log=tmp_path / "log")
+    assert found.state.modes.quantum == pytest.approx(exact.modes.quantum, rel=1e-3)
+
+
+def test_an_effective_sample_below_its_minimum_ends_the_minimisation(hcp, tmp_path):
+    state, _, symmetry = hcp
+    soft = replace(state, force_constants=0.5 * state.force_constants)
+    ensemble = evaluated(soft, as_evaluator(EMT()), 100)
+    found = python_sscha.minimise(soft, ensemble, symmetry, min_effective_sample=0.8, log=tmp_path / "log")
+    assert not found.converged
+    assert found.effective_sample > 0.5
+
+
+def test_a_state_with_imaginary_modes_is_refused_with_a_reason(hcp, tmp_path, monkeypatch):
+    state, ensemble, symmetry = hcp
+    monkeypatch.chdir(tmp_path)
+    broken = replace(state, force_constants=-state.force_constants)
+    with pytest.raises(SschaError, match="python-sscha"):
+        python_sscha.minimise(broken, ensemble, symmetry, min_effective_sample=0.5, log=tmp_path / "log")
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_dynamical_matrices_come_back_from_their_files(hcp, tmp_path):
+    state, _, _ = hcp
+    heavy = state.atoms.copy()
+    heavy.set_masses([65.0, 65.0])
+    state = replace(state, atoms=heavy)
+    python_sscha.write_dynamical_matrices(state, tmp_path / "dyn_pop3_", tmp_path / "log")
+    back = python_sscha.read_dynamical_matrices(tmp_path / "dyn_pop3_", 300.0, tmp_path / "log")
+    assert back.repeats == state.repeats
+    assert back.force_constants == pytest.approx(state.force_constants, abs=1e-6)
+    assert back.atoms.positions == pytest.approx(state.atoms.positions, abs=1e-6)
+    assert back.atoms.get_masses() == pytest.approx([65.0, 65.0], rel=1e-6)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with pytest.raises(InputError, match="no such file"):
+        python_sscha.read_dynamical_matrices(tmp_path / "dyn_pop9_", 300.0, tmp_path / "log")
+
+
+SCRIPT = """
+import logging, os, sys
+import numpy as np
+from pathlib import Path
+from ase import Atoms
+from sscha_models import QuarticPair
+from magus_anharmonic.sscha import free_energy
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+print("before")
+atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+free_energy(atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=40, max_populations=3, directory=sys.argv[1])
+os.write(1, b"from the descriptor\\n")
+print("after")
+"""
+
+
+def test_standard_output_belongs_to_the_user_and_progress_still_shows(tmp_path):
+    here = Path(__file__).parent
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(here), str(here.parent)]), OMP_NUM_THREADS="1")
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(run.stdout.split("\n")) == ["", "after", "before", "from the descriptor"]
+    assert "population 1 of at most 3: G = " in run.stderr
+    assert "KL" not in run.stderr
+    assert (tmp_path / "run" / "sscha.log").stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_standard_output_comes_back_after_an_exception(tmp_path, capfd):
+    with pytest.raises(ZeroDivisionError), python_sscha.quiet(tmp_path / "log"):
+        print("inside")
+        os.write(1, b"inside too\n")
+        raise ZeroDivisionError
+    print("outside")
+    os.write(1, b"outside too\n")
+    captured = capfd.readouterr().out
+    assert "outside" in captured and "outside too" in captured and "inside" not in captured
+    assert (tmp_path / "log").read_text().count("inside") == 2

@@ -1,0 +1,360 @@
+"""``free_energy`` on energy surfaces with known answers; restart, seeds, isotopes, wrong input and crystals that fall apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from sscha_models import CountingCalculator, LatticeSprings, QuarticPair
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.sscha import SschaResult, free_energy
+from magus_anharmonic.sscha.averages import average
+from magus_anharmonic.sscha.free_energy import SAMPLING_TAG
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
+
+NEON = Atoms("Ne", cell=[3.0] * 3, pbc=True)
+PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+ALUMINIUM = bulk("Al", "fcc", a=4.0)
+
+
+def quartic(directory=None, **changes) -> SschaResult:
+    """The cheapest run with something to relax."""
+    options = dict(cell="fixed", supercell=(1, 1, 1), n_configs=60, max_populations=6, directory=directory)
+    evaluator = changes.pop("evaluator", None) or QuarticPair()
+    return free_energy(changes.pop("atoms", PAIR), evaluator, **{**options, **changes})
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory) -> tuple[SschaResult, object]:
+    """fcc Al at 20 GPa and 300 K, variable cell, from its conventional cell."""
+    folder = tmp_path_factory.mktemp("al") / "run"
+    atoms = bulk("Al", "fcc", a=4.0, cubic=True)
+    return free_energy(atoms, EMT(), 20.0, 300.0, n_configs=100, directory=folder), folder
+
+
+@pytest.mark.parametrize("temperature", [0.0, 100.0, 600.0])
+def test_harmonic_crystal_has_its_analytic_free_energy(temperature):
+    calculator = LatticeSprings()
+    result = free_energy(NEON, calculator, temperature=temperature, supercell=(3, 3, 3), cell="fixed", n_configs=10, reference_spacing=0.05)
+    mass = NEON.get_masses()[0]
+    assert result.converged and result.n_populations == 2
+    assert result.gibbs_raw == pytest.approx(calculator.free_energy((3, 3, 3), mass, temperature), abs=1e-7)
+    assert result.gibbs == pytest.approx(calculator.free_energy((7, 7, 7), mass, temperature), abs=1e-7)
+    assert result.gibbs_error < 1e-7
+    assert (result.space_group_start, result.space_group) == ("Pm-3m (221)", "Pm-3m (221)")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 300.0])
+def test_quartic_double_well_has_the_free_energy_of_the_direct_integration(temperature):
+    """Starts on the saddle between the wells: every harmonic mode is imaginary there."""
+    calculator = QuarticPair()
+    result = quartic(evaluator=calculator, temperature=temperature, n_configs=1000)
+    masses = PAIR.get_masses()
+    exact = calculator.scha_free_energy(masses.prod() / masses.sum(), temperature) / 2.0
+    assert result.converged
+    assert result.gibbs_error < 2e-3
+    assert result.gibbs_raw == pytest.approx(exact, abs=3.5 * result.gibbs_error)
+
+
+def test_errors_of_independent_runs_cover_the_exact_value():
+    calculator = QuarticPair()
+    masses = PAIR.get_masses()
+    exact = calculator.scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
+    runs = [quartic(evaluator=calculator, seed=seed, n_configs=100) for seed in range(10)]
+    pulls = np.array([(run.gibbs_raw - exact) / run.gibbs_error for run in runs])
+    assert np.abs(pulls).max() < 4.5
+    assert abs(pulls.mean()) < 1.3
+
+
+def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compressed):
+    result, folder = compressed
+    assert result.converged and result.reason == ""
+    assert len(result.centroids) == 1 and result.n_atoms_supercell == 8
+    assert np.abs(result.stress * EV_PER_A3_IN_GPA + 20.0 * np.eye(3)).max() < 0.5
+    assert result.pressure == pytest.approx(20.0, abs=0.5)
+    assert result.volume == pytest.approx(result.centroids.get_volume(), rel=1e-12)
+    work = gpa_to_ev_per_a3(20.0) * result.volume
+    assert result.gibbs == pytest.approx(result.helmholtz + work, abs=1e-12)
+    assert result.gibbs == pytest.approx(result.gibbs_raw + result.finite_size, abs=1e-12)
+    state = result.state
+    number = result.n_populations
+    from test_sscha_engine import evaluated
+
+    with np.load(folder / f"population_{number:03d}.npz") as stored:
+        energies = stored["energies"]
+        assert stored["cell"] == pytest.approx(result.centroids.cell.array, abs=1e-12)
+    again = evaluated(state, as_evaluator(EMT()), 100, seed=[0, number, SAMPLING_TAG])
+    assert energies == pytest.approx(again.energies, abs=1e-8)
+    averages = average(state, again, Symmetry(state.atoms, state.repeats))
+    assert averages.helmholtz + work == pytest.approx(result.gibbs_raw, abs=1e-8)
+    assert averages.stress == pytest.approx(result.stress, abs=1e-8)
+
+
+def test_error_bar_of_the_fresh_ensemble_covers_a_much_larger_one(compressed):
+    from test_sscha_engine import evaluated
+
+    result, _ = compressed
+    state = result.state
+    large = average(state, evaluated(state, as_evaluator(EMT()), 1200, seed=99), Symmetry(state.atoms, state.repeats))
+    assert result.gibbs_raw - gpa_to_ev_per_a3(20.0) * result.volume == pytest.approx(large.helmholtz, abs=4.0 * result.gibbs_error)
+
+
+def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
+    result, _ = compressed
+    for factor in (0.99, 1.01):
+        state = result.state.strained(np.eye(3) * (factor ** (1 / 3) - 1))
+        from test_sscha_engine import evaluated
+
+        averages = average(state, evaluated(state, as_evaluator(EMT()), 200, seed=3), Symmetry(state.atoms, state.repeats))
+        gibbs = averages.helmholtz + gpa_to_ev_per_a3(20.0) * state.atoms.get_volume()
+        assert gibbs > result.gibbs_raw - 3.0 * np.hypot(averages.helmholtz_error, result.gibbs_error)
+
+
+def test_every_evaluation_is_counted_and_tabulated(compressed):
+    result, folder = compressed
+    rows = list(csv.DictReader((folder / "convergence.csv").open()))
+    assert len(rows) == result.n_populations
+    with np.load(folder / "start.npz") as start:
+        assert result.n_evaluations == int(start["n_evaluations"]) + 100 * result.n_populations
+    assert float(rows[-1]["gibbs_eV_per_atom"]) == pytest.approx(result.gibbs_raw)
+    assert float(rows[-1]["effective_sample"]) == 1.0
+    assert (folder / f"dyn_pop{result.n_populations}_1").is_file()
+
+
+def test_counts_are_those_of_the_calculator():
+    calculator = CountingCalculator(QuarticPair())
+    result = quartic(evaluator=calculator)
+    assert result.n_evaluations == calculator.count
+
+
+def test_same_seed_same_result_and_another_seed_another():
+    first, second, other = quartic(seed=1), quartic(seed=1), quartic(seed=2)
+    assert (first.gibbs, first.n_populations) == (second.gibbs, second.n_populations)
+    assert np.array_equal(first.force_constants, second.force_constants)
+    assert other.gibbs != first.gibbs
+
+
+def test_a_killed_run_repeats_only_the_population_it_was_in(tmp_path):
+    whole = quartic(tmp_path / "whole")
+    assert whole.n_populations >= 2
+    start = whole.n_evaluations - 60 * whole.n_populations
+    killed = CountingCalculator(QuarticPair(), stop_after=start + 60 + 30)
+    with pytest.raises(KeyboardInterrupt):
+        quartic(tmp_path / "killed", evaluator=as_evaluator_named(killed))
+    assert not (tmp_path / "killed" / "result.json").exists()
+    rest = CountingCalculator(QuarticPair())
+    resumed = quartic(tmp_path / "killed", evaluator=as_evaluator_named(rest))
+    assert rest.count == 60 * (whole.n_populations - 1)
+    assert resumed.gibbs == pytest.approx(whole.gibbs, abs=1e-12)
+    assert resumed.n_evaluations == whole.n_evaluations
+
+
+def test_a_finished_run_is_returned_without_work(tmp_path):
+    first = quartic(tmp_path / "run")
+    calculator = CountingCalculator(QuarticPair())
+    again = quartic(tmp_path / "run", evaluator=as_evaluator_named(calculator))
+    assert calculator.count == 0
+    assert json.dumps(again.as_dict(), default=list) == json.dumps(first.as_dict(), default=lambda value: value.tolist())
+    assert np.array_equal(again.force_constants, first.force_constants)
+    assert again.state.modes.quantum == pytest.approx(first.state.modes.quantum)
+
+
+def test_more_populations_continue_an_unconverged_run(tmp_path):
+    short = quartic(tmp_path / "run", max_populations=1)
+    assert short.status == "unconverged" and "one population" in short.reason
+    assert np.isfinite(short.gibbs)
+    long = quartic(tmp_path / "run", max_populations=6)
+    assert long.converged
+    assert long.gibbs == pytest.approx(quartic(max_populations=6).gibbs, abs=1e-12)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 50.0}, {"seed": 3}, {"n_configs": 62}, {"masses": {"H": 2.0}}])
+def test_a_folder_of_another_run_is_refused(tmp_path, change):
+    quartic(tmp_path / "run", max_populations=1)
+    with pytest.raises(InputError, match="another SSCHA run"):
+        quartic(tmp_path / "run", **change)
+
+
+def test_a_result_of_another_version_is_refused(tmp_path):
+    quartic(tmp_path / "run", max_populations=1)
+    path = tmp_path / "run" / "result.json"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(InputError, match="another version"):
+        quartic(tmp_path / "run", max_populations=1)
+
+
+def test_nothing_is_written_where_nothing_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quartic()
+    quartic(tmp_path / "only" / "here", max_populations=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["only"]
+
+
+def test_isotopes_start_from_the_lighter_crystal_and_vibrate_less(tmp_path):
+    hydrogen = quartic(tmp_path / "H", n_configs=400)
+    deuterium = quartic(masses={"H": 2.014}, start=hydrogen, n_configs=400)
+    from_folder = quartic(masses={"H": 2.014}, start=tmp_path / "H", n_configs=400)
+    masses = np.array([2.014, PAIR.get_masses()[1]])
+    exact = QuarticPair().scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
+    assert deuterium.gibbs_raw < hydrogen.gibbs_raw
+    assert deuterium.gibbs_raw == pytest.approx(exact, abs=4.0 * deuterium.gibbs_error)
+    assert from_folder.gibbs == pytest.approx(deuterium.gibbs, abs=1e-12)
+    assert deuterium.n_evaluations == 400 * deuterium.n_populations
+    assert deuterium.centroids.get_masses()[0] == 2.014
+
+
+def test_force_constants_of_one_surface_start_a_run_on_another(compressed):
+    """DFT-driven SSCHA: fixed cell and a labeler, from the potential's force constants."""
+    result, folder = compressed
+    labeler = LabelerOfEmt()
+    prefix = folder / f"dyn_pop{result.n_populations}_"
+    driven = free_energy(ALUMINIUM, labeler, 20.0, 300.0, cell="fixed", n_configs=20, start=prefix)
+    assert labeler.calls == [20] * driven.n_populations
+    assert driven.n_evaluations == 20 * driven.n_populations
+    assert driven.model_id == "dft-0123456789ab"
+    assert driven.volume == pytest.approx(result.volume, rel=1e-6)
+    assert driven.gibbs == pytest.approx(result.gibbs, abs=5.0 * driven.gibbs_error + 1e-5)
+
+
+def test_a_start_of_another_supercell_is_interpolated(compressed):
+    result, _ = compressed
+    larger = free_energy(ALUMINIUM, EMT(), 20.0, 300.0, supercell=(3, 3, 3), n_configs=40, start=result)
+    assert larger.n_atoms_supercell == 27
+    assert larger.converged and larger.n_populations <= 4
+    assert larger.gibbs == pytest.approx(result.gibbs, abs=3e-3)
+
+
+def test_one_population_is_one_call_of_the_evaluator():
+    evaluator = RecordingEvaluator()
+    result = quartic(evaluator=evaluator)
+    assert evaluator.sizes[-result.n_populations :] == [60] * result.n_populations
+
+
+def test_progress_is_logged(caplog):
+    caplog.set_level(logging.INFO, logger="magus_anharmonic")
+    quartic(max_populations=2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("population 1 of at most 2: G = ") and "ESS" in line for line in lines)
+    assert not any("Generation" in line or "volRatio" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_configs": 61}, "n_configs.*even"),
+        ({"n_configs": 0}, "n_configs"),
+        ({"supercell": (0, 1, 1)}, "supercell"),
+        ({"supercell": (1, 1)}, "supercell"),
+        ({"cell": "free"}, "cell"),
+        ({"engine": "native"}, "engine.*python-sscha"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"pressure": 1.5e11}, "Pa"),
+        ({"pressure": -3.0}, "pressure"),
+        ({"masses": {"He": 3.0}}, "masses.He"),
+        ({"masses": {"H": -3.0}}, "masses.H"),
+        ({"atoms": Atoms("HF", positions=[[0, 0, 0], [0, 0, 1]])}, "periodic cell"),
+        ({"pressure_tolerence": 1.0}, "pressure_tolerance"),
+        ({"start": 3.0}, "start"),
+        ({"start": "nowhere/dyn"}, "no such file"),
+        ({"evaluator": "emt"}, "evaluator"),
+        ({"atoms": NEON}, "larger supercell"),
+    ],
+)
+def test_wrong_input_is_named_and_leaves_nothing_behind(tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        quartic(tmp_path / "run", **change)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_start_of_another_composition_is_refused():
+    with pytest.raises(InputError, match="start: is HF, the structure is Ne"):
+        quartic(atoms=NEON, start=quartic(max_populations=1))
+
+
+def test_a_crystal_that_falls_apart_is_a_failed_result_with_a_reason(tmp_path):
+    class Repulsion(QuarticPair):
+        """Nothing but a pressure of its own: the cell runs away."""
+
+        def calculate(self, atoms=None, properties=("energy",), system_changes=()):
+            super().calculate(atoms, properties, system_changes)
+            self.results["stress"] = np.array([-1.0, -1.0, -1.0, 0, 0, 0])
+
+    result = quartic(tmp_path / "run", evaluator=Repulsion(), cell="variable", max_populations=3)
+    assert result.status == "failed" and not result.converged
+    assert "volume" in result.reason
+    assert np.isnan(result.gibbs)
+    assert SschaResult.read(tmp_path / "run").reason == result.reason
+
+
+def test_numbers_that_are_not_finite_end_in_a_reason():
+    class Broken(RecordingEvaluator):
+        def evaluate(self, structures):
+            found = super().evaluate(structures)
+            if len(structures) == 60:
+                found.forces[7][0, 0] = np.nan
+            return found
+
+    result = quartic(evaluator=Broken())
+    assert result.status == "failed"
+    assert "1 of 60 configurations" in result.reason
+
+
+def test_an_evaluator_that_dies_is_reported_and_may_be_tried_again(tmp_path):
+    class Dying(RecordingEvaluator):
+        def evaluate(self, structures):
+            if len(structures) == 60:
+                raise RuntimeError("CUDA out of memory")
+            return super().evaluate(structures)
+
+    result = quartic(tmp_path / "run", evaluator=Dying())
+    assert result.status == "failed" and "out of memory" in result.reason
+    assert quartic(tmp_path / "run", evaluator=RecordingEvaluator()).converged
+
+
+class RecordingEvaluator:
+    """Remembers how many structures each call had."""
+
+    model_id = "recording"
+
+    def __init__(self) -> None:
+        self.inner = as_evaluator(QuarticPair())
+        self.sizes: list[int] = []
+
+    def evaluate(self, structures) -> Evaluation:
+        self.sizes.append(len(structures))
+        return self.inner.evaluate(structures)
+
+
+def as_evaluator_named(calculator: CountingCalculator):
+    """The counting calculator under the model id of what it counts."""
+    from magus_anharmonic.evaluator import CalculatorEvaluator
+
+    return CalculatorEvaluator(calculator, model_id="quarticpair")
+
+
+class LabelerOfEmt:
+    """A labeler as far as ``free_energy`` needs one."""
+
+    settings_hash = "0123456789ab"
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def label(self, structures, on_result=None):
+        from types import SimpleNamespace
+
+        self.calls.append(len(structures))
+        found = as_evaluator(EMT()).evaluate(structures)
+        return [
+            SimpleNamespace(ok=True, energy=energy, forces=forces, stress=stress)
+            for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True)
+        ]
