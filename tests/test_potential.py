@@ -18,10 +18,10 @@ from mattersim.forcefield.potential import Potential as StockPotential
 
 from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load
+from magus_anharmonic.potential.basis import radial_functions, spherical_harmonics
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
 from magus_anharmonic.potential.inference import BLOCK_BYTES
-from magus_anharmonic.potential.model import spherical_harmonics
 
 
 def stock_results(path, structures):
@@ -120,6 +120,16 @@ def test_spherical_harmonics_obey_the_addition_theorem():
         legendre = np.polynomial.legendre.Legendre.basis(order)(cosine)
         total = 4 * np.pi / (2 * order + 1) * (first[order] * second[order]).sum(-1).numpy()
         np.testing.assert_allclose(total, legendre, atol=1e-12)
+
+
+def test_radial_functions_are_those_of_mattersim(potential):
+    length = torch.linspace(0.6, 4.0, 50, dtype=torch.float64)
+    layer = potential.module.sbf
+    stock = layer.double()(length, torch.zeros_like(length))
+    ours = radial_functions(layer.coef, layer.factor, length / layer.cutoff)
+    scale = torch.tensor([np.sqrt((2 * order + 1) / (4 * np.pi)) for order in range(4)]).repeat_interleave(4)
+    np.testing.assert_allclose(ours * scale, stock, rtol=1e-5, atol=1e-7)
+    layer.float()
 
 
 def test_directions_without_pbc_are_not_periodic_and_no_cell_means_no_stress(potential):

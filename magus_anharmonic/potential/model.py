@@ -12,54 +12,13 @@ where the last term takes out k = j. B is the same in all blocks; each block mul
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.nn.functional import linear, silu
 
+from magus_anharmonic.potential.basis import radial_functions, smooth_cutoff, spherical_harmonics, threebody_sum
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.inference import Inference, Workspace
-
-_DEGENERACY = (1, 3, 5, 7)
-
-
-def spherical_harmonics(unit: torch.Tensor) -> torch.Tensor:
-    """Real, orthonormal Y_lm of unit vectors (E, 3) for l = 0 to 3: (E, 16), ordered by l."""
-    x, y, z = unit.unbind(-1)
-    x2, y2, z2 = x * x, y * y, z * z
-    pi = math.pi
-    c1, c2, c3 = math.sqrt(3 / (4 * pi)), 0.5 * math.sqrt(15 / pi), 0.25 * math.sqrt(5 / pi)
-    c4, c5, c6, c7 = (
-        0.25 * math.sqrt(35 / (2 * pi)),
-        0.5 * math.sqrt(105 / pi),
-        0.25 * math.sqrt(21 / (2 * pi)),
-        0.25 * math.sqrt(7 / pi),
-    )
-    values = [torch.full_like(x, 0.5 / math.sqrt(pi)), c1 * y, c1 * z, c1 * x]
-    values += [c2 * x * y, c2 * y * z, c3 * (3 * z2 - 1), c2 * x * z, 0.5 * c2 * (x2 - y2)]
-    values += [c4 * y * (3 * x2 - y2), c5 * x * y * z, c6 * y * (5 * z2 - 1), c7 * z * (5 * z2 - 3)]
-    values += [c6 * x * (5 * z2 - 1), 0.5 * c5 * z * (x2 - y2), c4 * x * (x2 - 3 * y2)]
-    return torch.stack(values, -1)
-
-
-def smooth_cutoff(length: torch.Tensor, cutoff: float) -> torch.Tensor:
-    """f(r) = 1 - 6 x^5 + 15 x^4 - 10 x^3 with x = r / cutoff, and 0 beyond."""
-    x = length / cutoff
-    return torch.clamp(1 - x * x * x * (10 - x * (15 - 6 * x)), min=0.0)
-
-
-def radial_functions(coefficients: torch.Tensor, factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """R_ln(r), MatterSim's closed forms of the spherical Bessel functions, at x = r / cutoff: (E, 4 l, 4 n)."""
-    c, x = coefficients, x[:, None]
-    x2 = x * x
-    order0 = torch.sin(c[0, 0] * x) / x
-    order1 = (c[1, 0] * x * torch.cos(c[1, 1] * x) + c[1, 2] * torch.sin(c[1, 3] * x)) / x2
-    sine, cosine = torch.sin(c[2, 1] * x), torch.cos(c[2, 1] * x)
-    order2 = (c[2, 0] * x2 * sine - c[2, 2] * x * cosine + c[2, 4] * sine) / (x2 * x)
-    sine, cosine = torch.sin(c[3, 1] * x), torch.cos(c[3, 1] * x)
-    order3 = (c[3, 0] * x2 * x * cosine - c[3, 2] * x2 * sine - c[3, 4] * x * cosine + c[3, 6] * sine) / (x2 * x2)
-    return torch.stack([order0, order1, order2, order3], 1) * factor
 
 
 def _gated(network: nn.Module, values: torch.Tensor) -> torch.Tensor:
@@ -144,22 +103,8 @@ class FactorisedM3GNet(nn.Module):
         radial = radial_functions(basis.coef, basis.factor, near / basis.cutoff)
         harmonics = spherical_harmonics(vector[: graph.n_near] / near[:, None])
         cutoff = smooth_cutoff(near, self.threebody_cutoff)
-        weighted = cutoff[:, None, None] * radial
-        return self.module.rbf(length), self._threebody(graph, cutoff, weighted, harmonics)
-
-    @staticmethod
-    def _threebody(graph: Graph, cutoff: torch.Tensor, weighted: torch.Tensor, harmonics: torch.Tensor) -> torch.Tensor:
-        centre, columns = graph.centre[: graph.n_near], harmonics.split(_DEGENERACY, 1)
-        products = [(weighted[:, order, :, None] * y[:, None, :]).flatten(1) for order, y in enumerate(columns)]
-        density = torch.zeros(len(graph.numbers), 64, dtype=weighted.dtype, device=weighted.device)
-        density = density.index_add(0, centre, torch.cat(products, 1)).index_select(0, centre)
-        parts = density.split([4 * count for count in _DEGENERACY], 1)
-        result = []
-        for order, (part, y) in enumerate(zip(parts, columns, strict=True)):
-            count = 2 * order + 1
-            total = torch.einsum("enm,em->en", part.view(-1, 4, count), y) * (4 * math.pi / count)
-            result.append(math.sqrt(count / (4 * math.pi)) * cutoff[:, None] * (total - weighted[:, order]))
-        return torch.cat(result, 1)
+        centre = graph.centre[: graph.n_near]
+        return self.module.rbf(length), threebody_sum(centre, len(graph.numbers), cutoff, radial, harmonics)
 
     def _edge_network(self, network: nn.Module, atom: torch.Tensor, edge: torch.Tensor, graph: Graph) -> torch.Tensor:
         """GatedMLP of [v_i, v_j, e_ij]; the first layer is split, so that the parts of v_i and v_j are per-atom products."""
