@@ -425,6 +425,20 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
 
 
+def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+    from magus_anharmonic.plugins.seeds import write_seeds
+
+    Path("Seeds").mkdir()
+    write("Seeds/seeds_2.traj", [h3s(bond_shift=0.3)])
+    write_seeds("Seeds", 2, [h3s()])
+    write_seeds("Seeds", 3, [h3s(bond_shift=0.1)])
+    search_of(magus, keys(tiny_checkpoint, sscha={}), restart=True)
+    assert len(read("Seeds/seeds_2.traj", ":")) == 2 and Path("Seeds/seeds_3.traj").exists()
+    search_of(magus, keys(tiny_checkpoint, sscha={}))
+    [mine] = read("Seeds/seeds_2.traj", ":")
+    assert np.allclose(mine.positions, h3s(bond_shift=0.3).positions) and not Path("Seeds/seeds_3.traj").exists()
+
+
 # Fitness
 
 
@@ -516,6 +530,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
         assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
         for ind in survivors:
             ind.info.update(free_energy=-1.0, compare_info={"old": 1})
+        state.potential = Relaxing(f"after round {generation}")
         return [h3s(bond_shift=0.0)]
 
     monkeypatch.setattr(module, "after_generation", after_generation)
@@ -524,6 +539,9 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
         search.one_step(population(magus, h3s).pop)
         assert len(read(f"Seeds/seeds_{generation + 1}.traj", ":")) == 1 if generation == 1 else True
     assert seen == [(1, 3, 2), (2, 3, 4)]
+    assert {frame.info["model"] for frame in read("results/raw2.traj", ":")} == {"after round 1"}, (
+        "the next round relaxes with what was learned"
+    )
     assert [frame.info["free_energy"] for frame in read("results/gen1.traj", ":")] == [-1.0, -1.0]
     assert all("compare_info" not in ind.info and ind.info["spg"] == 1 for ind in search.cur_pop)
 

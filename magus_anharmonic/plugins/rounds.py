@@ -14,7 +14,7 @@ from ase.io import read
 from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import is_mode
-from magus_anharmonic.plugins.seeds import write_seeds
+from magus_anharmonic.plugins.seeds import clear_seeds, write_seeds
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,8 @@ class Rounds:
         if not ml:
             # A block for `-m` may stand in the same input; here it plays no part.
             settings = settings.model_copy(update={"ml_calculator": {}})
+        if not restart:
+            clear_seeds(search.seed_dir)
         state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential)
         calculator.use(state.potential)
         calculator.seed = state.seed

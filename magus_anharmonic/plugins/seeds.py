@@ -41,13 +41,27 @@ def write_seeds(folder: str | Path, generation: int, structures: Sequence[Atoms]
         return 0
     if users and len(users) == len(present):
         shutil.copy2(file, file.with_name(file.name + ".user"))
-    if not users + ours:
-        file.unlink()
-        return 0
-    with replacing(file) as temporary:
-        write(temporary, users + ours, format="traj")
-    logger.info("%d SSCHA centroids are seeds of round %d (%s)", len(ours), generation, file)
+    _replace(file, users + ours)
+    if ours:
+        logger.info("%d SSCHA centroids are seeds of round %d (%s)", len(ours), generation, file)
     return len(ours)
+
+
+def clear_seeds(folder: str | Path) -> None:
+    """Take the seeds of an earlier search out of every seed file; a new search starts without them, the user's own stay."""
+    for file in sorted(Path(folder).glob("seeds_*.traj")):
+        present = _frames(file)
+        users = [atoms for atoms in present if atoms.info.get(MARK) != OWN]
+        if len(users) < len(present):
+            _replace(file, users)
+
+
+def _replace(file: Path, frames: list[Atoms]) -> None:
+    if not frames:
+        file.unlink()
+        return
+    with replacing(file) as temporary:
+        write(temporary, frames, format="traj")
 
 
 def _seed(atoms: Atoms) -> Atoms:
