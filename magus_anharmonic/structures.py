@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import spglib
@@ -20,9 +22,7 @@ def structure_id(atoms: Atoms) -> str:
 
 def bare(atoms: Atoms) -> Atoms:
     """Species, cell, positions and masses alone: no calculator, constraints, info or other arrays."""
-    copy = Atoms(
-        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
-    )
+    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
     if atoms.has("masses"):
         copy.set_masses(atoms.get_masses())
     return copy
@@ -33,15 +33,26 @@ def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
 
 
+def spglib_or_none(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call spglib; None where it fails (overlapping atoms, flat cells).
+
+    spglib returns None then, but raises once any package (phonopy, symfc, ASE) has set its ``OLD_ERROR_HANDLING`` to False.
+    """
+    try:
+        return function(*arguments, **options)
+    except getattr(spglib, "SpglibError", ()):
+        return None
+
+
 def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
     """International symbol and number, e.g. ``'R3m (160)'``; ``'P1 (1)'`` when spglib finds none."""
-    found = spglib.get_spacegroup(spglib_cell(atoms), symprec=symprec)
+    found = spglib_or_none(spglib.get_spacegroup, spglib_cell(atoms), symprec=symprec)
     return found or "P1 (1)"
 
 
 def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
     """Symmetrised primitive cell in the orientation of the input; the input itself when spglib finds none."""
-    found = spglib.standardize_cell(spglib_cell(atoms), to_primitive=True, no_idealize=True, symprec=symprec)
+    found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, no_idealize=True, symprec=symprec)
     if found is None:
         return bare(atoms)
     lattice, positions, numbers = found

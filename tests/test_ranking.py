@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,18 +22,23 @@ from ase.io import read, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.files import rank_structures, read_structures
+from magus_anharmonic.ranking.files import rank_file, rank_structures, read_structures
+from magus_anharmonic.ranking.jobs import portable
 from magus_anharmonic.ranking.matcher import Fingerprint, distinct, largest_difference, same, same_phase
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.ranking.table import COLUMNS
+from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
-from magus_anharmonic.structures import structure_id
+from magus_anharmonic.structures import primitive, space_group, structure_id
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential import Potential
 
 DESIGN_COLUMNS = (
     "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum, enthalpy_eV_per_atom, gibbs_eV_per_atom, "
@@ -402,8 +409,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
 def test_interrupted_it_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
@@ -464,6 +472,53 @@ def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(tm
     found = rank_structures(structures, EMT(), search_settings(), tmp_path, relax=False, free_energy=fakes.shifted, workers=1)
     assert [c.status for c in found] == ["sscha", "sscha"]
     assert structures == before
+
+
+def test_a_structure_that_cannot_be_relaxed_is_in_the_table_with_the_reason(tmp_path: Path) -> None:
+    coincident = Atoms("Cu2", positions=[[0, 0, 0], [0.02, 0, 0]], cell=[3, 3, 3], pbc=True)
+    found = rank_structures([bulk("Cu"), coincident], fakes.Emt(), search_settings(), tmp_path, free_energy=fakes.shifted, workers=1)
+    assert [c.status for c in found] == ["sscha", "failed"]
+    assert found[1].reason.startswith("relaxation: ")
+
+
+def test_the_space_group_of_a_broken_structure_is_p1_also_when_spglib_has_been_told_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    import spglib.error
+
+    coincident = Atoms("Cu2", positions=[[0, 0, 0], [0.02, 0, 0]], cell=[3, 3, 3], pbc=True)
+    for old in (True, False):
+        monkeypatch.setattr(spglib.error, "OLD_ERROR_HANDLING", old, raising=False)
+        assert space_group(coincident) == "P1 (1)"
+        assert len(primitive(coincident)) == 2
+
+
+def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    keys = parse_settings(
+        {"pressure": 10.0, "MainCalculator": {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "maxStep": 2}}
+    )
+    with pytest.raises(InputError):
+        rank_file(tmp_path / "nothing.cif", keys, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write(tmp_path / "cu.vasp", bulk("Cu"))
+    found = rank_file(tmp_path / "cu.vasp", keys, tmp_path / "out")
+    assert [c.status for c in found] == ["static"]
+    record = read_run_record(tmp_path / "out")
+    assert record["model"] == found[0].model
+
+
+def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(potential: Potential, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    source = portable(potential, fakes.shifted)
+    assert source.evaluator is None
+    assert source.make().model_id == potential.model_id
+    with pytest.raises(MagusAnharmonicError, match="was replaced"):
+        dataclasses.replace(source, model_id="another").make()
+
+
+def test_what_cannot_be_sent_to_another_process_stays_in_this_one(tmp_path: Path) -> None:
+    evaluator = fakes.Emt()
+    evaluator.handle = lambda: None
+    found = ranked(metals("Cu", "Al"), tmp_path, search_settings(), evaluator=evaluator, workers=2)
+    assert [c.status for c in found] == ["sscha", "sscha"]
+    assert {call["pid"] for call in calls(tmp_path)} == {os.getpid()}
 
 
 def test_a_file_with_a_structure_that_has_no_cell_is_named_with_its_index(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ class Candidate:
     """A distinct structure at one pressure and temperature; energies in eV/atom, ``None`` where there is no number.
 
     ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members`` are the positions
-    in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate of
-    lower G that ended in the same quantum phase. ``folder`` is below the run's ``sscha/``.
+    in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
+    for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``.
     """
 
     id: str

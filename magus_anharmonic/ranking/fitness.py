@@ -24,9 +24,8 @@ def number(value: Any) -> float | None:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
         return None
-    if abs(value) > LARGEST or not math.isfinite(value):
-        return None
-    return float(value)
+    energy = float(value) if abs(value) <= LARGEST else math.nan
+    return energy if math.isfinite(energy) else None
 
 
 def _text(value: Any) -> str:
@@ -65,12 +64,11 @@ def fitness_values(infos: Sequence[Mapping[str, Any]]) -> list[float]:
     known = [pair for pair in pairs if pair[0] is not None]
     estimate = fit_estimate(*zip(*known, strict=True)) if known else None
     best = min((pair[1] for pair in pairs), default=None)
-    open_ = [i for i, g in enumerate(gibbs) if g is None and not failed[i] and enthalpies[i] is not None]
-    values = dict(enumerate(gibbs))
-    values.update(_estimated({i: enthalpies[i] for i in open_}, estimate, best))
-    worst = max((v for v in values.values() if v is not None), default=0.0)
-    bottom = {i: worst + (2.0 if failed[i] else 1.0) for i in values if values[i] is None}
-    return [-float(bottom.get(i, values[i])) for i in range(len(infos))]
+    values = {i: g for i, g in enumerate(gibbs) if g is not None}
+    others = {i: h for i, h in enumerate(enthalpies) if h is not None and i not in values and not failed[i]}
+    values.update(_estimated(others, estimate, best))
+    worst = max(values.values(), default=0.0)
+    return [-values.get(i, worst + (2.0 if failed[i] else 1.0)) for i in range(len(infos))]
 
 
 def _estimated(enthalpies: dict[int, float], estimate: GibbsEstimate | None, best: float | None) -> dict[int, float]:

@@ -102,14 +102,14 @@ def run_jobs(
 
     ``workers``: processes at the same time; None takes one per core, at most four where they share a GPU.
     """
-    progress = Progress(len(jobs))
+    count = _n_workers(len(jobs), evaluator, workers)
+    progress = Progress(len(jobs), count)
 
     def done(job: Job, outcomes: list[Outcome]) -> None:
         on_done(job, outcomes)
         progress.step(job, outcomes)
 
-    count = _n_workers(len(jobs), evaluator, workers)
-    source = _portable(evaluator, free_energy) if count > 1 else None
+    source = portable(evaluator, free_energy) if count > 1 else None
     if source is None:
         for job in jobs:
             done(job, run_job(job, evaluator, free_energy))
@@ -152,12 +152,12 @@ class Source:
         return potential
 
 
-def _portable(evaluator: Evaluator, free_energy: Callable[..., Any]) -> Source | None:
+def portable(evaluator: Evaluator, free_energy: Callable[..., Any]) -> Source | None:
     """None (with a line in the log) when evaluator or function cannot be sent to another process."""
     path = getattr(evaluator, "path", None)
     if path is not None and hasattr(evaluator, "dtype"):
         dtype = str(evaluator.dtype).removeprefix("torch.")
-        source = Source(free_energy, evaluator.model_id, checkpoint=str(path), device=evaluator.device, dtype=dtype)
+        source = Source(free_energy, evaluator.model_id, checkpoint=str(path), device=getattr(evaluator, "device", None), dtype=dtype)
     else:
         source = Source(free_energy, evaluator.model_id, evaluator=evaluator)
     try:
@@ -194,6 +194,8 @@ def _end_with_parent() -> None:
 
 def _in_worker(job: Job) -> list[Outcome]:
     global _EVALUATOR
+    if _SOURCE is None:
+        raise RuntimeError("the worker was not started by run_jobs")
     if _EVALUATOR is None:
         try:
             _EVALUATOR = _SOURCE.make()
@@ -254,14 +256,16 @@ def _thread_variables(threads: int) -> Iterator[None]:
 class Progress:
     """Log lines with the number done and an estimate of the time left."""
 
-    def __init__(self, total: int) -> None:
-        self.total, self.finished, self.began = total, 0, time.monotonic()
+    def __init__(self, total: int, workers: int = 1) -> None:
+        self.total, self.workers, self.finished, self.began = total, workers, 0, time.monotonic()
 
     def step(self, job: Job, outcomes: Sequence[Outcome]) -> None:
         """Log that ``job`` is done."""
         self.finished += 1
         elapsed = time.monotonic() - self.began
-        left = elapsed / self.finished * (self.total - self.finished)
+        waiting = self.total - self.finished
+        # The other processes are in the middle of theirs, on average.
+        left = elapsed / self.finished * (waiting - 0.5 * min(self.workers - 1, waiting))
         note = "" if self.finished == self.total else f"; about {duration(left)} left"
         for outcome in outcomes:
             log.info("SSCHA %d of %d: %s %s%s", self.finished, self.total, job.structure, _words(outcome), note)

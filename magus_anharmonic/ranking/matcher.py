@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import takewhile
 
 import numpy as np
 import vesin
@@ -138,20 +139,19 @@ def distinct(
     prints = [Fingerprint(atoms, symprec) for atoms in structures]
     groups: list[list[int]] = []
     for index in order:
-        for group in reversed(groups):
-            if enthalpies[index] - enthalpies[group[0]] > energy_tolerance:
-                group = None
-                break
-            if same(prints[group[0]], prints[index]):
-                break
-        else:
-            group = None
-        if group is None:
+        near = _within(groups, enthalpies, enthalpies[index] - energy_tolerance)
+        match = next((group for group in near if same(prints[group[0]], prints[index])), None)
+        if match is None:
             groups.append([index])
         else:
-            group.append(index)
+            match.append(index)
     _log_merged(structures, enthalpies, groups)
     return groups
+
+
+def _within(groups: list[list[int]], enthalpies: Sequence[float], lowest: float) -> Iterator[list[int]]:
+    """The groups whose first member is not below ``lowest`` (eV/atom), the highest first."""
+    return takewhile(lambda group: enthalpies[group[0]] >= lowest, reversed(groups))
 
 
 def _log_merged(structures: Sequence[Atoms], enthalpies: Sequence[float], groups: list[list[int]]) -> None:

@@ -23,8 +23,8 @@ GIBBS_TOLERANCE = 5e-3
 
 def reduced_centroids(record: Record) -> Atoms | None:
     """The primitive cell of a result whose symmetry made it smaller than the cell that was run, else None."""
-    smaller = symmetric_primitive(record.centroids, record.symmetry_tolerance)
-    return smaller if len(smaller) < len(record.centroids) else None
+    smaller = symmetric_primitive(record.phase, record.symmetry_tolerance)
+    return smaller if len(smaller) < len(record.phase) else None
 
 
 def same_records(a: Atoms, b: Atoms) -> bool:
@@ -33,8 +33,13 @@ def same_records(a: Atoms, b: Atoms) -> bool:
 
 
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Fill in ``same_as``: candidates that ended in the quantum phase of one with lower G count once as phases."""
-    order = sorted((c for c in candidates if c.ranked), key=lambda c: (c.gibbs, c.id))
+    """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
+
+    That is the converged one of lowest G, or the lowest when none has converged.
+    """
+    order = sorted(
+        (c for c in candidates if c.ranked and c.centroids is not None), key=lambda c: (c.status == "unconverged", c.gibbs, c.id)
+    )
     phases: list[tuple[Candidate, Fingerprint]] = []
     twins: dict[str, str] = {}
     for candidate in order:
@@ -53,7 +58,7 @@ def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Finger
     if a.record == b.record:
         return True
     noise = 3.0 * math.hypot(a.gibbs_error or 0.0, b.gibbs_error or 0.0)
-    if abs(a.gibbs - b.gibbs) > max(GIBBS_TOLERANCE, noise):
+    if a.gibbs is None or b.gibbs is None or abs(a.gibbs - b.gibbs) > max(GIBBS_TOLERANCE, noise):
         return False
     near = abs(print_a.volume - print_b.volume) <= VOLUME_TOLERANCE * min(print_a.volume, print_b.volume)
     return near and same_phase(print_a, print_b)

@@ -21,7 +21,7 @@ from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, sam
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -110,14 +110,21 @@ class Ranking:
         self.records: dict[tuple[int, Key], Record] = {}
         self.failures: dict[tuple[int, Key], str] = {}
 
+    @property
+    def sscha(self) -> SschaSettings:
+        """The block ``sscha``; only asked for where there is one."""
+        if self.settings.sscha is None:
+            raise ValueError("the settings have no block sscha")
+        return self.settings.sscha
+
     def _key(self, temperature: float) -> Key:
-        sscha = self.settings.sscha
+        sscha = self.sscha
         earlier = sscha.temperatures[: sscha.temperatures.index(temperature)]
         return Key(self.model, self.settings.pressure, temperature, sscha_hash(sscha, self.seed, earlier))
 
     def _check_models(self) -> None:
         for i in self.usable:
-            model = self.population[i].info.get("model", self.model)
+            model = self.population[i].info.get("model") or self.model
             if model != self.model:
                 raise ValueError(f"structure {i}: its enthalpy is of model {model}, the ranking of {self.model}; evaluate it first")
 
@@ -151,7 +158,7 @@ class Ranking:
         self._run_reduced(free_energy, workers)
 
     def _job(self, atoms: Atoms, keys: Sequence[Key]) -> Job:
-        name, sscha = structure_id(atoms), self.settings.sscha
+        name, sscha = structure_id(atoms), self.sscha
         folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
         # From the structure, not from its place in the queue: a restarted run draws the same configurations.
         generator = np.random.default_rng([self.seed, int(name, 16)])
@@ -193,7 +200,7 @@ class Ranking:
                 return None
             return Record(
                 job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent,
-                spg_static=space_group(job.atoms, self.settings.sscha.symprec),
+                spg_static=space_group(job.atoms, self.sscha.symprec),
             )  # fmt: skip
         return Record(
             structure=job.structure,
@@ -313,14 +320,14 @@ class Ranking:
 
     def _estimated(self, candidates: list[Candidate], key: Key) -> list[Candidate]:
         """Give the structures without a result the estimate from those that have one."""
-        known = [r for r in self.store.records(key) if r.gibbs is not None and r.enthalpy is not None]
-        final = [self.store.final(record) for record in known]
-        estimate = fit_estimate([r.enthalpy for r in known], [r.gibbs for r in final], [r.gibbs_error or 0.0 for r in final])
+        pairs = [(record.enthalpy, self.store.final(record)) for record in self.store.records(key)]
+        known = [(h, final.gibbs, final.gibbs_error or 0.0) for h, final in pairs if h is not None and final.gibbs is not None]
+        estimate = fit_estimate(*zip(*known, strict=True)) if known else None
         if estimate is None:
             return candidates
         return [
             replace(c, status="estimated", gibbs=estimate(c.enthalpy), gibbs_error=estimate.margin, reason=estimate.description)
-            if c.status == "static" else c
+            if c.status == "static" and c.enthalpy is not None else c
             for c in candidates
         ]  # fmt: skip
 
@@ -335,7 +342,7 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
         return replace(candidate, status="failed", reason=record.reason, record=record.structure, folder=record.folder)
     reason = final.reason
     if final is not record:
-        note = f"G of its {len(final.centroids)}-atom primitive cell, run again"
+        note = f"G of its {len(final.phase)}-atom primitive cell, run again"
         reason = f"{reason}; {note}" if reason else note
     return replace(
         candidate,

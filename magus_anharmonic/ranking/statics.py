@@ -10,7 +10,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation, Evaluator
-from magus_anharmonic.settings import CalculatorSettings, Settings
+from magus_anharmonic.settings import CalculatorSettings, Settings, parse
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -73,7 +73,7 @@ def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: 
     """
     from magus_anharmonic.potential.relax import relax
 
-    keys = settings.calculator or CalculatorSettings()
+    keys = settings.calculator or parse(CalculatorSettings, {})
     relaxed = relax(
         evaluator,
         [bare(atoms) for atoms in structures],

@@ -12,6 +12,7 @@ from typing import Any
 
 from ase import Atoms
 
+from magus_anharmonic.ranking.candidate import Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.structures import bare, structure_id
@@ -59,7 +60,7 @@ class Record:
     structure: str
     key: Key
     start: Atoms
-    status: str
+    status: Status
     reason: str = ""
     enthalpy: float | None = None
     gibbs: float | None = None
@@ -80,6 +81,13 @@ class Record:
     def folder(self) -> str:
         """Name of the folder below ``sscha/``."""
         return self.key.folder(self.structure)
+
+    @property
+    def phase(self) -> Atoms:
+        """The centroids; ValueError for a run that failed."""
+        if self.centroids is None:
+            raise ValueError(f"{self.folder}: the run failed and has no centroids")
+        return self.centroids
 
 
 TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced")
@@ -104,10 +112,11 @@ class FreeEnergyStore:
         self._records: dict[tuple[str, Key], Record] = {}
         self._rows: dict[tuple[str, Key], int] = {}
         self._prints: dict[tuple[str, str], Fingerprint] = {}
+        self._by_centroids: dict[tuple[str, Key], str] = {}
         if self.path.exists():
             for row in self._connect().select():
                 record = _from_row(row)
-                self._records[record.structure, record.key] = record
+                self._remember(record)
                 self._rows[record.structure, record.key] = row.id
 
     def _connect(self) -> Any:
@@ -133,7 +142,12 @@ class FreeEnergyStore:
             database.update(self._rows[identity], atoms=bare(record.start), data=data, **pairs)
         else:
             self._rows[identity] = database.write(bare(record.start), key_value_pairs=pairs, data=data)
-        self._records[identity] = record
+        self._remember(record)
+
+    def _remember(self, record: Record) -> None:
+        self._records[record.structure, record.key] = record
+        if record.centroids is not None:
+            self._by_centroids[structure_id(record.centroids), record.key] = record.structure
 
     def get(self, structure: str, key: Key) -> Record | None:
         """The record of a run that started from the structure with this id."""
@@ -148,17 +162,16 @@ class FreeEnergyStore:
         name = structure_id(atoms)
         if record := self.get(name, key):
             return record
-        records = list(self.records(key))
-        for record in records:
-            if record.centroids is not None and structure_id(record.centroids) == name:
-                return record
+        if (name, key) in self._by_centroids:
+            return self.get(self._by_centroids[name, key], key)
         fingerprint = Fingerprint(atoms)
         origin = self.get(seed, key) if seed else None
         if origin is not None and origin.centroids is not None and same_phase(fingerprint, self._print(origin, "centroids")):
             return origin
-        for record in records:
-            near = None not in (enthalpy, record.enthalpy) and abs(enthalpy - record.enthalpy) <= tolerance
-            if near and same(fingerprint, self._print(record, "start")):
+        for record in self.records(key):
+            if enthalpy is None or record.enthalpy is None or abs(enthalpy - record.enthalpy) > tolerance:
+                continue
+            if same(fingerprint, self._print(record, "start")):
                 log.info("%s is %s, whose free energy is known", name, record.structure)
                 return record
         return None
@@ -188,7 +201,7 @@ class FreeEnergyStore:
         name = (record.folder, which)
         if name not in self._prints:
             start = which == "start"
-            self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.centroids, record.symmetry_tolerance)
+            self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.phase, record.symmetry_tolerance)
         return self._prints[name]
 
 

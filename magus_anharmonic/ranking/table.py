@@ -104,7 +104,7 @@ def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
 
 
 def _frame(record: Record) -> Atoms:
-    atoms = bare(record.centroids)
+    atoms = bare(record.phase)
     atoms.info = {
         "candidate_id": record.structure,
         "parent_id": record.parent or record.structure,
