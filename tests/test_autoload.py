@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import subprocess
 import sys
@@ -47,9 +48,7 @@ def site(folder: Path, plugins: str = "recorder = recorder:register", magus: boo
 
 
 def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # Installed packages come with their byte code; here it is written to a folder of the test's own.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)]), "PYTHONDONTWRITEBYTECODE": ""}
-    environment["PYTHONPYCACHEPREFIX"] = str(cwd / "bytecode")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)])}
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -88,10 +87,17 @@ def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
             import magus_anharmonic.autoload
             magus_anharmonic.autoload.ase_format
             return time.process_time() - start
-        once()  # writes the byte code
+        once()
         print(min(once() for _ in range(50)))
     """
-    result = python(code, site(tmp_path / "site"), tmp_path)
+    folder = site(tmp_path / "site")
+    # An installed package has its byte code; the checkout may have none, so the two modules are compiled here.
+    for name in ("__init__.py", "autoload.py"):
+        target = folder / "magus_anharmonic" / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes((REPOSITORY / "magus_anharmonic" / name).read_bytes())
+    compileall.compile_dir(folder / "magus_anharmonic", quiet=1)
+    result = python(code, folder, tmp_path)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) < 1e-3
 
