@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Edges per batch. On a CPU the edge arrays should stay in the cache, on a GPU they should fill it.
-EDGES_PER_BATCH = {"cpu": 6_000, "cuda": 400_000}
+# Edges times units of a batch: large enough to spread the cost of calling torch, small enough for 200 MB (CPU) or 10 GB (CUDA).
+EDGE_UNITS_PER_BATCH = {"cpu": 1_500_000, "cuda": 50_000_000}
+MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 1_000_000}
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -56,7 +57,8 @@ class Potential:
         self.module = module.to(device=device, dtype=self.dtype).eval()
         self.model = FactorisedM3GNet(self.module)
         self.cutoff = self.model.cutoff
-        self.edges_per_batch = edges_per_batch or EDGES_PER_BATCH["cuda" if device.startswith("cuda") else "cpu"]
+        kind = "cuda" if device.startswith("cuda") else "cpu"
+        self.edges_per_batch = edges_per_batch or min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
         self._warned: set[int] = set()
 
     def __repr__(self) -> str:

@@ -20,7 +20,7 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
 _Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 40}
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 40}
 """Size of one array (edges, 2 u) of a block; a GPU works on all edges at once."""
 
 
