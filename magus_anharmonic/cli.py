@@ -6,7 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Iterator
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 INPUT_ERROR = 2
 
 
-class Host(str, Enum):
+class Host(StrEnum):
     """Who runs the search."""
 
     auto = "auto"
@@ -113,7 +113,7 @@ def _embedded(input_file: Path, restart: bool) -> None:
     from magus_anharmonic.search import run
     from magus_anharmonic.settings import load_settings
 
-    run(load_settings(input_file), Path.cwd(), restart=restart, allow_missing_labeler=True)
+    run(load_settings(input_file), Path.cwd(), restart=restart)
 
 
 def _show(folder: Path) -> None:

@@ -58,7 +58,6 @@ def start(
     *,
     restart: bool = False,
     learn: bool = True,
-    allow_missing_labeler: bool = False,
     potential: Evaluator | None = None,
     seed: int | None = None,
     record: bool = True,
@@ -71,8 +70,6 @@ def start(
         Go on with the newest model and the recorded seed of ``run_dir``.
     learn
         False under ``magus search -m``, where the ML calculator learns.
-    allow_missing_labeler
-        Run without learning, with a warning, where the labeler is not installed; else that is an ``InputError``.
     potential, seed
         Instead of those that the settings and the record name.
     record
@@ -84,10 +81,12 @@ def start(
 
     folder = Path(run_dir)
     check_results_version(folder)
+    if learn:
+        settings = checked_learning(settings, folder)
     chosen = potential or _load_potential(settings, newest_checkpoint(folder) if restart else None)
     labeler, store = (None, None)
     if learn and settings.learning is not None:
-        labeler, store = _labeler(settings, folder, allow_missing_labeler)
+        labeler, store = _labeler(settings, folder)
     if seed is None:
         seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
     state = SearchState(
@@ -121,18 +120,36 @@ def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
     return load(newest or calculator.checkpoint, device=calculator.device)
 
 
-def _labeler(settings: Settings, folder: Path, allow_missing: bool) -> tuple[Any, Any]:
+def checked_learning(settings: Settings, folder: str | Path) -> Settings:
+    """The settings, without ``learning`` where its labeler is not installed and it is not required; touches no file.
+
+    Raises ``InputError``: no model that can learn, no labeler, a dataset that is missing or of other DFT settings.
+    """
+    learning = settings.learning
+    if learning is None:
+        return settings
+    if settings.calculator is None:
+        raise InputError("learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}")
+    from magus_anharmonic.labelers import get_labeler
+    from magus_anharmonic.learning.dataset import read_dataset
+
+    try:
+        labeler = get_labeler(learning.labeler, Path(folder) / "labeling")
+    except LabelerNotInstalled as error:
+        if learning.required:
+            raise
+        log.warning("running without learning: %s", error)
+        return settings.model_copy(update={"learning": None})
+    if learning.dataset is not None:
+        read_dataset(learning.dataset, labeler.settings_hash)
+    return settings
+
+
+def _labeler(settings: Settings, folder: Path) -> tuple[Any, Any]:
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import LabelStore
 
-    try:
-        labeler = get_labeler(settings.learning.labeler, folder / "labeling")
-    except LabelerNotInstalled as error:
-        if not allow_missing:
-            raise
-        log.warning("running without learning: %s", error)
-        return None, None
-    return labeler, LabelStore(folder / "labels")
+    return get_labeler(settings.learning.labeler, folder / "labeling"), LabelStore(folder / "labels")
 
 
 def _recorded_seed(folder: Path, restart: bool) -> int:

@@ -71,9 +71,7 @@ class CalculatorSettings(Section):
 
     calculator: Literal["mattersim"] = Field("mattersim", description="name under which MAGUS finds this calculator")
     job_prefix: str = Field("MatterSim", description="folder name under calcFold/ and mlFold/")
-    checkpoint: str = Field(
-        "mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships"
-    )
+    checkpoint: str = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
@@ -106,6 +104,7 @@ class LearningSettings(Section):
     """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of the paper)."""
 
     labeler: LabelerSettings = Field(description="the DFT code and its settings")
+    required: bool = Field(True, description="false: where the labeler is not installed, run without learning and say so")
     select: Literal["random"] = Field("random", description="how structures are chosen; duplicates are kept")
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
@@ -120,7 +119,9 @@ class LearningSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")
-    dataset: str | None = Field(None, description="earlier labels of the same DFT settings, for replay: an extxyz file, or the name of a shipped checkpoint")
+    dataset: str | None = Field(
+        None, description="earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's name"
+    )
 
     @field_validator("split", mode="before")
     @classmethod
@@ -150,7 +151,7 @@ class SschaSettings(Section):
     engine: Literal["python-sscha"] = Field("python-sscha", description="who minimises")
     pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")
     free_energy_tolerance: Positive = Field(0.2e-3, description="eV/atom, predicted remaining decrease of G")
-    min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs below which a new population is drawn")
+    min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation")
     symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
     reference_spacing: Positive = Field(0.02, description="2 pi / A: q spacing to which the free energy is interpolated")
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")

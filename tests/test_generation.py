@@ -299,7 +299,7 @@ def test_a_labeler_that_is_not_installed_is_an_error_or_a_warning(
     keys = search_settings(learning=LEARNING)
     with pytest.raises(InputError, match="pip install gpaw"):
         start(keys, tmp_path, potential=fakes.Emt())
-    state = start(keys, tmp_path, potential=fakes.Emt(), allow_missing_labeler=True)
+    state = start(search_settings(learning={**LEARNING, "required": False}), tmp_path, potential=fakes.Emt())
     assert not state.learn
     assert "without learning" in caplog.text
     structures = [bulk("Cu")]

@@ -20,6 +20,7 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
+from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.search import SearchOutcome, host, operators, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
@@ -571,5 +572,5 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
     with pytest.raises(InputError):
         run(given, tmp_path)
     assert not list(tmp_path.iterdir())
-    allowed = host._with_labeler(given, Archive(tmp_path), allow_missing=True)
+    allowed = checked_learning(given.model_copy(update={"learning": given.learning.model_copy(update={"required": False})}), tmp_path)
     assert allowed.learning is None and "running without learning" in caplog.text

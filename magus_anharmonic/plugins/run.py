@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from magus_anharmonic import autoload
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import load_yaml, parse_settings, snake_case
+from magus_anharmonic.settings import load_yaml, parse_settings
 
 logger = logging.getLogger(__name__)
 
 
-def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bool = False, allow_missing_labeler: bool = True) -> None:
+def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bool = False) -> None:
     """The same as ``magus search -i input_file [-r] [-m]`` in the current folder.
-
-    allow_missing_labeler
-        Run without learning, with a warning, when the labeler is not installed; else that ends the run.
 
     Raises InputError for wrong input, and when the package called ``magus`` is not the structure searcher.
     """
@@ -28,8 +24,6 @@ def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bo
     if restart and not (Path("results").is_dir() and Path("log.txt").is_file()):
         raise InputError("-r: no results/ and log.txt in this folder to go on with; start without -r")
     _log_as_magus_does()
-    if allow_missing_labeler:
-        data = _without_missing_labeler(data)
     autoload.install()
     from magus.entrypoints.search import search
 
@@ -45,16 +39,3 @@ def _log_as_magus_does() -> None:
         root.removeHandler(handler)
     # A restart reads log.txt, so it must be written here too.
     set_logger(level="INFO", log_path="log.txt")
-
-
-def _without_missing_labeler(data: dict[str, Any]) -> dict[str, Any]:
-    from magus_anharmonic.labelers import available
-
-    learning = parse_settings(data).learning
-    if learning is None:
-        return data
-    usable, reason = available(learning.labeler.calculator)
-    if usable:
-        return data
-    logger.warning("running without learning: labeler %s: %s", learning.labeler.calculator, reason)
-    return {key: value for key, value in data.items() if snake_case(str(key)) != "learning"}

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, LabelerNotInstalled
-from magus_anharmonic.generation import SearchState, after_generation, newest_checkpoint, start
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
@@ -53,15 +53,13 @@ class SearchOutcome:
     seconds: float
 
 
-def run(settings: Settings, directory: str | Path = ".", restart: bool = False, allow_missing_labeler: bool = False) -> SearchOutcome:
+def run(settings: Settings, directory: str | Path = ".", restart: bool = False) -> SearchOutcome:
     """Search in ``directory`` and leave MAGUS's ``results/`` there.
 
     Parameters
     ----------
     restart
         Go on with the search in ``directory``; without it an existing ``results`` is moved to ``results1``, ...
-    allow_missing_labeler
-        Run without learning, with a warning, when the labeler is not installed; else that is an error.
 
     Raises
     ------
@@ -75,7 +73,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False, 
     for line in warnings:
         log.warning(line)
     archive = Archive(Path(directory).resolve())
-    settings = _with_labeler(settings, archive, allow_missing_labeler)
+    settings = checked_learning(settings, archive.anharmonic)
     relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
     settings = _open(archive, settings, relaxer, restart)
     state = None
@@ -84,24 +82,6 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False, 
     search = Search(settings, keys, relaxer, archive, state)
     search.run()
     return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
-
-
-def _with_labeler(settings: Settings, archive: Archive, allow_missing: bool) -> Settings:
-    """The settings, without ``learning`` where its labeler is not installed and that is allowed."""
-    if settings.learning is None:
-        return settings
-    if settings.calculator is None:
-        raise InputError("learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}")
-    from magus_anharmonic.labelers import get_labeler
-
-    try:
-        get_labeler(settings.learning.labeler, archive.anharmonic / "labeling")
-    except LabelerNotInstalled as error:
-        if not allow_missing:
-            raise
-        log.warning("running without learning: %s", error)
-        return settings.model_copy(update={"learning": None})
-    return settings
 
 
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:

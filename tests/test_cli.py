@@ -1,0 +1,123 @@
+"""The command line: help to learn from, wrong input ends with exit code 2, one clear message and no traceback."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ase import Atoms
+from ase.io import write
+from typer.testing import CliRunner
+
+from magus_anharmonic.cli import app
+
+QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """The quick start's input with one key changed."""
+    data = copy.deepcopy(yaml.safe_load(QUICKSTART.read_text()))
+    block = data
+    for part in path[:-1]:
+        block = block.setdefault(part, {})
+    block[path[-1]] = value
+    return data
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [(), ("search",), ("rank",), ("train",), ("doctor",)])
+def test_help_explains_every_command(command):
+    code, text = run(*command, "--help")
+    assert code == 0 and "Usage" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("presure",), 150, ["presure", "pressure"]),
+        (("pressure",), 1.5e11, ["pressure", "Pa", "150 GPa"]),
+        (("pressure",), -5, ["pressure", "negative"]),
+        (("symbols",), ["H", "Xx"], ["symbols", "Xx"]),
+        (("sscha", "supercell"), [0, 2, 2], ["sscha.supercell"]),
+        (("sscha", "n_configs"), 7, ["sscha.n_configs", "even"]),
+        (("sscha", "temperature"), -3, ["sscha.temperature", "0 K"]),
+        (("sscha", "nConfig"), 100, ["sscha.nConfig", "n_configs"]),
+        (("MainCalculator", "checkpoint"), "nowhere.pth", ["checkpoint", "nowhere.pth"]),
+        (("learning", "split"), [1, 2], ["learning.split"]),
+        (("learning", "labeler"), {}, ["learning.labeler"]),
+        (("learning",), {"labeler": {"calculator": "no.such.Code"}}, ["learning.labeler", "no.such", "not installed"]),
+        (("learning", "dataset"), "nowhere.xyz", ["dataset", "nowhere.xyz"]),
+        (("learning", "epochs"), "many", ["learning.epochs"]),
+        (("sscha", "engine"), "natif", ["sscha.engine", "python-sscha"]),
+        (("formulaType",), "var", ["formulaType", "SSCHA"]),
+    ],
+)
+def test_a_wrong_key_or_value_stops_the_search_before_any_work(folder, path, value, words):
+    (folder / "input.yaml").write_text(yaml.safe_dump(changed(path, value)))
+    code, text = run("search", "-i", "input.yaml", "--host", "embedded")
+    assert code == 2, text
+    assert "Traceback" not in text
+    assert all(word in text for word in words), text
+    assert [file.name for file in folder.iterdir()] == ["input.yaml"], "something was left behind"
+
+
+def test_a_truncated_checkpoint_is_named(folder):
+    (folder / "half.pth").write_bytes(b"PK\x03\x04 cut short")
+    (folder / "input.yaml").write_text(yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "half.pth")))
+    code, text = run("search", "-i", "input.yaml", "--host", "embedded")
+    assert code == 2 and "half.pth" in text and "checkpoint" in text
+
+
+def test_an_input_that_is_missing_or_no_yaml_is_named(folder):
+    assert run("search", "-i", "absent.yaml", "--host", "embedded")[0] == 2
+    (folder / "input.yaml").write_text("symbols: [H, S\n")
+    code, text = run("search", "-i", "input.yaml", "--host", "embedded")
+    assert code == 2 and "input.yaml" in text
+
+
+def test_ranking_a_structure_without_a_cell_names_file_and_structure(folder, tiny_checkpoint):
+    write(folder / "molecule.xyz", Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]]))
+    code, text = run("rank", "molecule.xyz", "--pressure", "150", "--checkpoint", str(tiny_checkpoint))
+    assert code == 2 and "molecule.xyz" in text and "cell" in text
+
+
+def test_ranking_with_an_odd_number_of_configurations_names_the_key(folder, tiny_checkpoint):
+    write(folder / "a.xyz", Atoms("H", cell=[2, 2, 2], pbc=True))
+    code, text = run("rank", "a.xyz", "--n-configs", "7", "--checkpoint", str(tiny_checkpoint))
+    assert code == 2 and "n_configs" in text
+
+
+def test_magus_is_refused_by_name_when_it_is_not_installed(folder, monkeypatch):
+    import magus_anharmonic.doctor as doctor
+
+    monkeypatch.setattr(doctor, "magus_version", lambda: None)
+    (folder / "input.yaml").write_text(QUICKSTART.read_text())
+    code, text = run("search", "--host", "magus")
+    assert code == 2 and "pip install git+https://gitlab.com/bigd4/magus.git" in text
+
+
+def test_the_keys_of_the_embedded_host_are_listed():
+    code, text = run("search", "--keys")
+    assert code == 0 and "popSize" in text and "spacegroup" in text
+
+
+def test_the_doctor_fails_only_for_what_the_input_needs(folder):
+    (folder / "input.yaml").write_text(yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "nowhere.pth")))
+    assert run("doctor")[0] == 0
+    code, text = run("doctor", "-i", "input.yaml")
+    assert code == 1 and "nowhere.pth" in text

@@ -1,0 +1,90 @@
+"""What the report says follows from the numbers of the ranking, and from nothing else."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from magus_anharmonic.ranking.table import COLUMNS
+from magus_anharmonic.report.summary import picture, quantum_ranks, read_ranking, sentences, static_ranks, table
+
+R3M = {"id": "aaaaaaaaaaaa", "spg_static": "R3m (160)", "spg_quantum": "Im-3m (229)", "enthalpy_eV_per_atom": "-1.000",
+       "gibbs_eV_per_atom": "-0.810", "gibbs_error_eV_per_atom": "0.001", "status": "sscha"}  # fmt: skip
+CCCM = {"id": "bbbbbbbbbbbb", "spg_static": "Cccm (66)", "spg_quantum": "Cccm (66)", "enthalpy_eV_per_atom": "-1.010",
+        "gibbs_eV_per_atom": "-0.800", "gibbs_error_eV_per_atom": "0.001", "status": "sscha"}  # fmt: skip
+FAILED = {"id": "cccccccccccc", "spg_static": "P1 (1)", "enthalpy_eV_per_atom": "-0.9", "status": "failed", "reason": "dissociated"}
+ESTIMATED = {
+    "id": "dddddddddddd",
+    "spg_static": "P-1 (2)",
+    "enthalpy_eV_per_atom": "-0.95",
+    "gibbs_eV_per_atom": "-0.99",
+    "status": "estimated",
+}
+
+
+@pytest.fixture
+def rows(tmp_path: Path):
+    def make(*lines: dict[str, str]):
+        file = tmp_path / "ranking.csv"
+        common = {"formula": "H3S", "natoms": "4", "pressure_GPa": "150", "temperature_K": "0"}
+        with file.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, COLUMNS)
+            writer.writeheader()
+            writer.writerows({**common, **line} for line in lines)
+        return read_ranking(file)
+
+    return make
+
+
+def text_of(rows) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))
+    console.print(table(rows))
+    return console.export_text()
+
+
+def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
+    found = rows(R3M, CCCM)
+    assert static_ranks(found) == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
+    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
+    said = " ".join(sentences(found))
+    assert "R3m (160) while the ions stand still, Im-3m (229) once they move" in said
+    assert "bbbbbbbb has the lowest enthalpy, aaaaaaaa (Im-3m (229)) the lowest free energy, by 10.0 +- 1.4 meV/atom" in said
+    assert "adds 190 to 210 meV/atom" in said
+
+
+def test_an_estimate_is_never_the_best_even_when_its_number_is_lower(rows):
+    found = rows(R3M, ESTIMATED)
+    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    assert "dddddddd" not in " ".join(sentences(found))
+
+
+def test_a_difference_within_two_errors_is_called_undecided(rows):
+    close = {**CCCM, "gibbs_eV_per_atom": "-0.809"}
+    assert any("not told apart" in line for line in sentences(rows(R3M, close)))
+    assert not any("not told apart" in line for line in sentences(rows(R3M, CCCM)))
+
+
+def test_a_phase_found_twice_counts_once(rows):
+    twin = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
+    found = rows(R3M, twin)
+    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    assert "same as aaaaaaaa" in text_of(found)
+
+
+def test_without_any_free_energy_the_report_says_so(rows):
+    assert sentences(rows({**R3M, "status": "static", "gibbs_eV_per_atom": ""})) == [
+        "No structure has a free energy; the order is that of the static enthalpy."
+    ]
+
+
+def test_the_table_shows_failures_and_how_many_places_were_gained(rows):
+    shown = text_of(rows(R3M, CCCM, FAILED))
+    assert "failed" in shown and "+1" in shown and "-1" in shown
+
+
+@pytest.mark.parametrize("lines", [(), (R3M,), (R3M, CCCM, FAILED, ESTIMATED)])
+def test_the_picture_is_drawn_for_any_number_of_points(rows, tmp_path, lines):
+    assert picture(rows(*lines), tmp_path / "out" / "ranking.png").stat().st_size > 5000
