@@ -20,10 +20,10 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.averages import Ensemble, average
 from magus_anharmonic.sscha.finite_size import finite_size_term
-from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, sample
+from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, harmonic_force_constants, nearest_neighbour
+from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, sample, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.units import BOHR, RYDBERG
+from magus_anharmonic.units import BOHR, HBAR, RYDBERG
 
 
 def evaluated(state: SschaState, evaluator, n_configs: int, seed: int = 0) -> Ensemble:
@@ -187,3 +187,18 @@ def test_standard_output_comes_back_after_an_exception(tmp_path, capfd):
     captured = capfd.readouterr().out
     assert "outside" in captured and "outside too" in captured and "inside" not in captured
     assert (tmp_path / "log").read_text().count("inside") == 2
+
+
+def test_a_mode_that_a_noisy_minimisation_drove_to_zero_is_raised_before_the_next_ensemble(hcp):
+    state, _, symmetry = hcp
+    masses = state.supercell.get_masses()
+    soft = normal_modes(state.full, masses)
+    root = np.sqrt(np.repeat(masses, 3))
+    vector = soft.vectors[:, 0] * root
+    emptied = state.full - 0.999999 * np.outer(vector, vector) * (soft.quantum[0] / HBAR) ** 2
+    lost = replace(state, force_constants=symmetry.force_constants(fold(emptied, state.repeats)))
+    assert lost.modes.quantum[0] < 0.9 * state.modes.quantum[0]
+    kept = floor_modes(lost, symmetry, LARGEST_AMPLITUDE_LATER)
+    amplitude = np.sqrt(variance(kept.modes.quantum, state.temperature) / masses[0])
+    assert amplitude.max() <= LARGEST_AMPLITUDE_LATER * nearest_neighbour(state.atoms).min() * (1 + 1e-4)
+    assert floor_modes(state, symmetry, LARGEST_AMPLITUDE_LATER).force_constants == pytest.approx(state.force_constants), "firm modes stay"

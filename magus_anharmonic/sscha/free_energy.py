@@ -24,7 +24,15 @@ from magus_anharmonic.sscha.averages import Averages, Ensemble, average
 from magus_anharmonic.sscha.begin import begin_run, check_structure, read_state, state_digest
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import RunFolder
-from magus_anharmonic.sscha.start import VOIGT, CountingEvaluator, Start, nearest_neighbour, strain_towards
+from magus_anharmonic.sscha.start import (
+    LARGEST_AMPLITUDE_LATER,
+    VOIGT,
+    CountingEvaluator,
+    Start,
+    floor_modes,
+    nearest_neighbour,
+    strain_towards,
+)
 from magus_anharmonic.sscha.state import SschaState, sample
 from magus_anharmonic.sscha.summary import failed_result, finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -191,7 +199,7 @@ def _relax(task: Task, evaluator: Evaluator, run: RunFolder, progress: Progress,
             return result
         minimised = minimise(state, ensemble, symmetry, min_effective_sample=task.settings.min_effective_sample, log=run.log)
         _record(run, progress, _row(number, state, averages, progress, minimised), task)
-        state = minimised.state
+        state = floor_modes(minimised.state, symmetry, LARGEST_AMPLITUDE_LATER)
         if response is not None:
             strain = strain_towards(minimised.stress, task.pressure, response, symmetry)
             predicted = (minimised.stress, strain)

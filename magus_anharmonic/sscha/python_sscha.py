@@ -34,6 +34,9 @@ MEANINGFUL = 0.3
 STEPS = 60
 """Most steps on one ensemble."""
 
+STEP_SIZES = (0.5, 0.1, 0.02)
+"""First steps of the minimisation, tried one after the other (1 would be the self-consistent solution)."""
+
 _redirect = threading.RLock()
 
 
@@ -81,27 +84,40 @@ def minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, *, min_e
     """Minimise F in centroids and force constants at fixed cell, until the effective sample falls below its minimum.
 
     The symmetry is imposed on the gradients by ``symmetry``, because python-sscha finds only the operations of
-    standard orientations. Raises ``SschaError`` with python-sscha's own reason.
+    standard orientations. Where a step empties the sample or makes modes imaginary, the minimisation begins again with
+    smaller steps. Raises ``SschaError`` with python-sscha's own reason when the smallest fail too.
     """
+    reason = ""
+    for step in STEP_SIZES:
+        try:
+            minimised = _minimise(state, ensemble, symmetry, min_effective_sample, step, log)
+        except (ValueError, AssertionError, ArithmeticError, np.linalg.LinAlgError) as error:
+            empty = isinstance(error, ArithmeticError)
+            reason = "the effective sample size fell to zero" if empty else " ".join(str(error).split())[:300] or type(error).__name__
+            continue
+        if np.all(minimised.state.modes.quantum > 0):
+            return minimised
+        reason = "imaginary auxiliary modes after the minimisation"
+    raise SschaError(f"python-sscha: {reason}")
+
+
+def _minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, min_effective_sample: float, step: float, log: Path) -> Minimised:
     with quiet(log):
         import sscha.SchaMinimizer
 
-        try:
-            loaded = to_ensemble(state, ensemble)
-            minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(
-                loaded, meaningful_factor=MEANINGFUL / np.sqrt(len(symmetry) * state.n_cells), kong_liu_ratio=min_effective_sample
-            )
-            minimizer.min_step_dyn = minimizer.min_step_struc = 0.5
-            minimizer.max_ka = STEPS
-            minimizer.neglect_symmetries = True
-            minimizer.minim_struct = symmetry.free_centroids() > 0
-            # python-sscha would write error_dyn* into the working directory; with more retries the step goes to zero instead
-            minimizer.max_imag_freq_counter = minimizer.max_diag_error_counter = 1000
-            minimizer.init(init_timer=False)
-            minimizer.run(verbose=0, custom_function_gradient=_projector(minimizer, state, symmetry))
-        except (ValueError, AssertionError, np.linalg.LinAlgError) as error:
-            raise SschaError(f"python-sscha: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
-        result = Minimised(
+        loaded = to_ensemble(state, ensemble)
+        minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(
+            loaded, meaningful_factor=MEANINGFUL / np.sqrt(len(symmetry) * state.n_cells), kong_liu_ratio=min_effective_sample
+        )
+        minimizer.min_step_dyn = minimizer.min_step_struc = step
+        minimizer.max_ka = STEPS
+        minimizer.neglect_symmetries = True
+        minimizer.minim_struct = symmetry.free_centroids() > 0
+        # python-sscha would write error_dyn* into the working directory; with more retries the step goes to zero instead
+        minimizer.max_imag_freq_counter = minimizer.max_diag_error_counter = 1000
+        minimizer.init(init_timer=False)
+        minimizer.run(verbose=0, custom_function_gradient=_projector(minimizer, state, symmetry))
+        return Minimised(
             state=from_phonons(minimizer.dyn, state, symmetry),
             effective_sample=float(loaded.get_effective_sample_size() / loaded.N),
             decrease=float(minimizer.__fe__[0] - minimizer.get_free_energy()) * RYDBERG,
@@ -111,9 +127,6 @@ def minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, *, min_e
             n_steps=len(minimizer.__gc__),
             converged=bool(minimizer.is_converged()),
         )
-    if np.any(result.state.modes.quantum <= 0):
-        raise SschaError("python-sscha: imaginary auxiliary modes after the minimisation")
-    return result
 
 
 def _projector(minimizer: Any, state: SschaState, symmetry: Symmetry) -> Any:

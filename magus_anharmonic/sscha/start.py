@@ -32,6 +32,9 @@ STRAIN = 0.005
 LARGEST_AMPLITUDE = 0.15
 """Largest rms displacement of one mode at the start, in nearest-neighbour distances."""
 
+LARGEST_AMPLITUDE_LATER = 0.3
+"""The same between two populations: a noisy minimisation can drive a mode to zero, and the next ensemble would be lost."""
+
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -166,15 +169,15 @@ def nearest_neighbour(atoms: Atoms) -> np.ndarray:
         cutoff *= 1.4
 
 
-def floor_modes(state: SschaState, symmetry: Symmetry) -> SschaState:
+def floor_modes(state: SschaState, symmetry: Symmetry, largest: float = LARGEST_AMPLITUDE) -> SschaState:
     """Make the force constants positive definite.
 
     Imaginary modes keep the size of their frequency. Then every quantum is raised until the rms displacement of the
     mode, taken as if all q points had its frequency (so that it does not depend on the supercell), is at most
-    0.15 of the nearest-neighbour distance.
+    ``largest`` times the nearest-neighbour distance.
     """
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    limit = (LARGEST_AMPLITUDE * nearest_neighbour(state.atoms).min()) ** 2
+    limit = (largest * nearest_neighbour(state.atoms).min()) ** 2
     full = state.full
     for _ in range(10):
         modes = normal_modes(full, state.supercell.get_masses())
