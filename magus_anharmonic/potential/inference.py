@@ -51,7 +51,7 @@ class _EdgeNetwork:
         weight = linear(basis, self.beside)
         if self.beside_silu:
             weight = silu(weight, inplace=True)
-        return silu(inner).mul_(gate.sigmoid_()).mul_(weight)
+        return weight.mul_(gate.sigmoid_()).mul_(silu(inner))
 
     def backward(self, gradient: torch.Tensor, basis: torch.Tensor, kept: _Kept) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients by the first layer's sum (B, 2 u) and by e0 (B, 4), from the gradient by the output (B, u)."""

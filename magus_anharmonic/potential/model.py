@@ -103,8 +103,8 @@ class FactorisedM3GNet(nn.Module):
         radial = radial_functions(basis.coef, basis.factor, near / basis.cutoff)
         harmonics = spherical_harmonics(vector[: graph.n_near] / near[:, None])
         cutoff = smooth_cutoff(near, self.threebody_cutoff)
-        centre = graph.centre[: graph.n_near]
-        return self.module.rbf(length), threebody_sum(centre, len(graph.numbers), cutoff, radial, harmonics)
+        parts = (value.to(graph.vector.dtype) for value in (cutoff, radial, harmonics))
+        return self.module.rbf(length), threebody_sum(graph.centre[: graph.n_near], len(graph.numbers), *parts)
 
     def _edge_network(self, network: nn.Module, atom: torch.Tensor, edge: torch.Tensor, graph: Graph) -> torch.Tensor:
         """GatedMLP of [v_i, v_j, e_ij]; the first layer is split, so that the parts of v_i and v_j are per-atom products."""
