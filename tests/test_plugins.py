@@ -734,3 +734,26 @@ def test_the_learner_is_pickled_without_model_and_labels(magus: SimpleNamespace,
     ml = search_of(magus, ml_keys, ml=True).ml_calculator
     state = ml.__getstate__()
     assert ml.potential is not None and state["_potential"] is None and state["_labels"] is None
+
+
+def test_a_computed_free_energy_takes_the_place_of_an_equal_structure_without_one(magus: SimpleNamespace) -> None:
+    from magus_anharmonic.plugins.rounds import keep_computed
+
+    class Individual(Atoms):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Atoms) and self.info["phase"] == other.info["phase"]
+
+        __hash__ = None  # type: ignore[assignment]
+
+    def individual(phase: str, **info: Any) -> Individual:
+        return Individual("H", info={"phase": phase, "model": "m", **info})
+
+    ranked = {"free_energy": -1.0, "free_energy_status": "sscha", "free_energy_model": "m"}
+    old, own, new = individual("A"), individual("B", **ranked), individual("A", **ranked)
+    known = [old, own]
+    keep_computed(known, [new, individual("B", **{**ranked, "free_energy": -2.0})])
+    assert known[0] is new, "MAGUS would have thrown the free energy away"
+    assert known[1] is own, "a structure that has one keeps its own"
+    stale = [individual("A")]
+    keep_computed(stale, [individual("A", **{**ranked, "free_energy_model": "older"})])
+    assert "free_energy" not in stale[0].info, "a free energy of another model is none"

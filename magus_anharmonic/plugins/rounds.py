@@ -15,6 +15,7 @@ from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import is_mode
 from magus_anharmonic.plugins.seeds import clear_seeds, write_seeds
+from magus_anharmonic.ranking.fitness import computed_gibbs
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class Rounds:
         seeds = after_generation(state, sample, survivors, search.curgen)
         calculator.use(state.potential)
         _renew_derived(survivors)
+        for population in (search.good_pop, search.keep_pop):
+            keep_computed(population, search.cur_pop)
         # MAGUS saved it before; now energies are of the new model and free energies are there.
         search.cur_pop.save("gen", search.curgen)
         write_seeds(search.seed_dir, search.curgen + 1, seeds)
@@ -85,6 +88,17 @@ class Rounds:
         population = search.Population(read(file, index=":"), "raw", search.curgen)
         population.check()
         return list(population)
+
+
+def keep_computed(known: Any, current: Iterable[Any]) -> None:
+    """Put structures of ``current`` with a computed free energy in the place of equal ``known`` ones without.
+
+    MAGUS replaces every current structure that equals a known one by the known one, and would lose that free energy.
+    """
+    computed = [individual for individual in current if computed_gibbs(individual.info) is not None]
+    for place, individual in enumerate(known):
+        if computed_gibbs(individual.info) is None:
+            known[place] = next((other for other in computed if other == individual), individual)
 
 
 def _renew_derived(individuals: Iterable[Any]) -> None:
