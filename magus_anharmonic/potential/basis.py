@@ -6,7 +6,9 @@ Plain torch operations: differentiable as often as needed.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -41,39 +43,48 @@ def radial_functions(coefficients: torch.Tensor, factor: torch.Tensor, x: torch.
 
 def spherical_harmonics(unit: torch.Tensor) -> torch.Tensor:
     """Real, orthonormal Y_lm of unit vectors (E, 3) for l = 0 to 3: (E, 16), ordered by l; polynomials of the components."""
-    second = (unit[:, :, None] * unit[:, None, :]).flatten(1)
-    third = (second[:, :, None] * unit[:, None, :]).flatten(1)
-    first_order, second_order, third_order = (table.to(unit) for table in _polynomials())
+    factors, first_order, second_order, third_order = (tuple(table.to(unit) for table in tables) for tables in _polynomials())
+    second = (unit @ factors[0]) * (unit @ factors[1])
+    third = (second @ factors[2]) * (unit @ factors[3])
     constant = torch.full_like(unit[:, :1], 0.5 / math.sqrt(math.pi))
-    return torch.cat([constant, unit @ first_order, second @ second_order, third @ third_order], 1)
+    return torch.cat([constant, unit @ first_order[0], second @ second_order[0], third @ third_order[0]], 1)
 
 
 @functools.cache
-def _polynomials() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Coefficients (3, 3), (9, 5), (27, 7) of Y_1m, Y_2m, Y_3m in x_a, x_a x_b, x_a x_b x_c; r^2 = 1 makes them homogeneous."""
+def _polynomials() -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Tables that make the monomials of degree 2 and 3 as products, and the coefficients of Y_1m, Y_2m and Y_3m in them.
+
+    r^2 = 1 makes the polynomials homogeneous. Matrix products, because their derivatives are matrix products too.
+    """
     pi = math.pi
     c1, c2, c3 = math.sqrt(3 / (4 * pi)), 0.5 * math.sqrt(15 / pi), 0.25 * math.sqrt(5 / pi)
     c4, c5 = 0.25 * math.sqrt(35 / (2 * pi)), 0.5 * math.sqrt(105 / pi)
     c6, c7 = 0.25 * math.sqrt(21 / (2 * pi)), 0.25 * math.sqrt(7 / pi)
+    pairs = ["".join(pair) for pair in itertools.combinations_with_replacement("xyz", 2)]
+    triples = ["".join(triple) for triple in itertools.combinations_with_replacement("xyz", 3)]
+    factors = (
+        _table("xyz", [{pair[0]: 1.0} for pair in pairs]),
+        _table("xyz", [{pair[1]: 1.0} for pair in pairs]),
+        _table(pairs, [{triple[:2]: 1.0} for triple in triples]),
+        _table("xyz", [{triple[2]: 1.0} for triple in triples]),
+    )
     first = [{"y": c1}, {"z": c1}, {"x": c1}]
     second = [{"xy": c2}, {"yz": c2}, {"zz": 2 * c3, "xx": -c3, "yy": -c3}, {"xz": c2}, {"xx": 0.5 * c2, "yy": -0.5 * c2}]
     third = [
-        {"yxx": 3 * c4, "yyy": -c4},
+        {"xxy": 3 * c4, "yyy": -c4},
         {"xyz": c5},
-        {"yzz": 4 * c6, "yxx": -c6, "yyy": -c6},
-        {"zzz": 2 * c7, "zxx": -3 * c7, "zyy": -3 * c7},
+        {"yzz": 4 * c6, "xxy": -c6, "yyy": -c6},
+        {"zzz": 2 * c7, "xxz": -3 * c7, "yyz": -3 * c7},
         {"xzz": 4 * c6, "xxx": -c6, "xyy": -c6},
-        {"zxx": 0.5 * c5, "zyy": -0.5 * c5},
+        {"xxz": 0.5 * c5, "yyz": -0.5 * c5},
         {"xxx": c4, "xyy": -3 * c4},
     ]
-    tables = []
-    for degree, terms in enumerate((first, second, third), start=1):
-        table = torch.zeros(3**degree, len(terms), dtype=torch.float64)
-        for column, term in enumerate(terms):
-            for name, value in term.items():
-                table[sum("xyz".index(letter) * 3**power for power, letter in enumerate(reversed(name))), column] = value
-        tables.append(table)
-    return tuple(tables)
+    return factors, (_table("xyz", first),), (_table(pairs, second),), (_table(triples, third),)
+
+
+def _table(names: Sequence[str], columns: list[dict[str, float]]) -> torch.Tensor:
+    """(names, columns): the coefficients of each column."""
+    return torch.tensor([[column.get(name, 0.0) for column in columns] for name in names], dtype=torch.float64)
 
 
 @functools.cache
