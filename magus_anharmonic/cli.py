@@ -62,10 +62,12 @@ def configure_logging(verbose: bool) -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger("magus_anharmonic")
-    root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if verbose else logging.INFO)
-    root.propagate = False
+    handler.set_name("magus-anharmonic")
+    root = logging.getLogger()
+    for earlier in [known for known in root.handlers if known.get_name() == handler.get_name()]:
+        root.removeHandler(earlier)
+    root.addHandler(handler)
+    logging.getLogger("magus_anharmonic").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 InputFile = Annotated[Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")]

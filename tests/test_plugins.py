@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import sys
@@ -18,7 +19,7 @@ from ase.io import read, write
 sys.path.insert(0, str(Path(__file__).parent))
 import magus_stand_in  # noqa: E402
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError  # noqa: E402
+from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
 OURS = ("magus", "magus_anharmonic.plugins")
@@ -228,15 +229,19 @@ def test_our_own_command_runs_stock_magus_with_the_plugins(
     from magus_anharmonic import labelers
     from magus_anharmonic.plugins.run import run_stock_magus
 
-    monkeypatch.setattr(labelers, "available", lambda name: (False, "not installed"))
-    Path("input.yaml").write_text(yaml.safe_dump(keys(tiny_checkpoint, sscha={}, learning={"labeler": {"calculator": "gpaw"}})))
+    def missing(*_: Any) -> Any:
+        raise LabelerNotInstalled("learning.labeler.calculator: gpaw: labeler not installed")
+
+    monkeypatch.setattr(labelers, "get_labeler", missing)
+    learning = {"labeler": {"calculator": "gpaw"}, "required": False}
+    Path("input.yaml").write_text(yaml.safe_dump(keys(tiny_checkpoint, sscha={}, learning=learning)))
     with pytest.raises(InputError, match="-r: no results/"):
         run_stock_magus("input.yaml", restart=True)
     run_stock_magus("input.yaml")
     [search] = started
-    assert type(search) is magus.Magus and search.parameters.get("learning") is None
-    assert "running without learning: labeler gpaw: not installed" in Path("log.txt").read_text()
-    assert Path("results/anharmonic/run.json").exists()
+    assert type(search) is magus.Magus
+    assert "running without learning: learning.labeler.calculator: gpaw: labeler not installed" in Path("log.txt").read_text()
+    assert json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["learning"] is None
     monkeypatch.setattr("magus_anharmonic.autoload.is_magus", lambda: False)
     with pytest.raises(InputError, match="MAGUS is not installed"):
         run_stock_magus("input.yaml")

@@ -59,7 +59,7 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
         run_dir = _run_dir(keys)
         if is_mode(search, "PaMagus"):
             single_thread()
-        check_installation(settings)
+        settings = check_installation(settings, run_dir)
         if restart:
             check_results_version(run_dir)
         _seed_generators(settings, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError
@@ -110,16 +111,17 @@ def _warn_merging(settings: Settings, parameters: Mapping[str, Any]) -> None:
     )
 
 
-def check_installation(settings: Settings) -> None:
-    """Read the checkpoints and look for the labeler before MAGUS touches a folder; raises InputError."""
-    from magus_anharmonic.labelers import available
+def check_installation(settings: Settings, run_dir: Path) -> Settings:
+    """Read the checkpoints and look for labeler and data set before MAGUS touches a folder; raises InputError.
+
+    Returns the settings, without ``learning`` where its labeler is not installed and not required.
+    """
+    from magus_anharmonic.generation import checked_learning
     from magus_anharmonic.potential import checkpoint
 
     for learner in (False, True):
         if _is_ours(settings, learner):
             checkpoint.describe(checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint))
-    if settings.learning is not None:
-        name = settings.learning.labeler.calculator
-        usable, reason = available(name)
-        if not usable:
-            raise InputError(f"learning.labeler.calculator: {name}: {reason}")
+    if settings.learning is None or settings.learning.labeler.calculator == "main":
+        return settings
+    return checked_learning(settings, run_dir)
