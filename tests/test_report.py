@@ -71,7 +71,9 @@ def test_a_phase_found_twice_counts_once(rows):
     twin = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
     found = rows(R3M, twin)
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
-    assert "same as aaaaaaaa" in text_of(found)
+    shown = text_of(rows(R3M, twin, ESTIMATED))
+    assert shown.index("same as aaaaaaaa") < shown.index("estimated"), "what was computed comes before what was estimated"
+    assert "aaaaaaaa (R3m (160)) and bbbbbbbb (Cccm (66)) are one and the same phase" in " ".join(sentences(found))
 
 
 def test_without_any_free_energy_the_report_says_so(rows):
@@ -88,3 +90,10 @@ def test_the_table_shows_failures_and_how_many_places_were_gained(rows):
 @pytest.mark.parametrize("lines", [(), (R3M,), (R3M, CCCM, FAILED, ESTIMATED)])
 def test_the_picture_is_drawn_for_any_number_of_points(rows, tmp_path, lines):
     assert picture(rows(*lines), tmp_path / "out" / "ranking.png").stat().st_size > 5000
+
+
+def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
+    lowest = {**R3M, "enthalpy_eV_per_atom": "-1.02"}
+    assert "aaaaaaaa is lowest with and without the motion, as R3m (160) without and as Im-3m (229) with it." in sentences(
+        rows(lowest, CCCM)
+    )

@@ -87,17 +87,17 @@ def table(rows: Sequence[Row], limit: int = 10) -> Table:
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     lowest = min((row.gibbs for row in rows if row.ranked), default=0.0)
     result = Table(title="Ranking by free energy (energies in meV/atom above the lowest)")
-    for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "static rank", "change", "status"):
+    for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "rank by H", "change", "status"):
         result.add_column(name, justify="left" if name in ("id", "space group", "status") else "right", no_wrap=True)
     last = len(rows) + 1
-    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), bool(row.same_as), static.get(row.id, last)))
+    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), not row.same_as, static.get(row.id, last)))
     for row in order[:limit]:
         rank = quantum.get(row.id)
         result.add_row(
             str(rank) if rank else "-",
             row.id[:8],
             str(row.natoms),
-            f"{row.spg_static} -> {row.spg_quantum}" if row.spg_quantum else row.spg_static,
+            " -> ".join(group.split(" ")[0] for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
             _milli(row.gibbs, lowest) if row.status != "failed" else "-",
             _milli(row.gibbs_error, 0.0) if row.status in RANKED else "-",
@@ -142,8 +142,10 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     lines.append(f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}.")
     best = ranked[0]
     static_best = min(ranked, key=lambda row: row.enthalpy)
+    lines.extend(_meeting(done))
     if static_best is best:
-        lines.append(f"{best.spg_quantum or best.spg_static} ({best.id[:8]}) is lowest with and without the motion.")
+        phase = f"as {best.spg_static} without and as {best.spg_quantum} with it" if best in moved else f"{best.spg_static} both times"
+        lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
     else:
         gain = 1000 * (static_best.gibbs - best.gibbs)
         error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
@@ -155,6 +157,17 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     unconverged = [row.id[:8] for row in done if row.status == "unconverged"]
     if unconverged:
         lines.append(f"Not converged within the budget, so the errors are larger than shown: {', '.join(unconverged)}.")
+    return lines
+
+
+def _meeting(done: Sequence[Row]) -> list[str]:
+    """Which structures ended in one phase."""
+    lines = []
+    for row in done:
+        twins = [other for other in done if other.same_as == row.id]
+        if twins:
+            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *twins])
+            lines.append(f"{names} are one and the same phase once the ions move: {row.spg_quantum}.")
     return lines
 
 
