@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
@@ -17,6 +15,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import Families
+from magus_anharmonic.potential.split import side_of_name
 from magus_anharmonic.structures import bare, structure_id
 
 log = logging.getLogger(__name__)
@@ -28,9 +27,7 @@ SIDES = ("train", "validation", "test")
 
 def side(name: str, split: Sequence[int] = (8, 1, 1)) -> str:
     """``train``, ``validation`` or ``test``: by the hash of a parent's name, so that it is the same for ever."""
-    fraction = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12
-    limits = np.cumsum(split) / np.sum(split)
-    return SIDES[int(np.searchsorted(limits, fraction, side="right"))]
+    return SIDES[side_of_name(name, split)]
 
 
 def side_of(atoms: Atoms, split: Sequence[int] = (8, 1, 1)) -> str:

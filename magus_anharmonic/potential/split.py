@@ -19,11 +19,15 @@ def parent_of(atoms: Atoms) -> str:
     return str(atoms.info.get("parent", structure_id(atoms)))
 
 
+def side_of_name(name: str, split: Sequence[int] = (8, 1, 1)) -> int:
+    """0, 1 or 2 (training, validation, test): by the hash of a parent's name, so that it is the same for ever."""
+    position = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12 * sum(split)
+    return 0 if position < split[0] else 1 if position < split[0] + split[1] else 2
+
+
 def split_by_parent(labelled: Sequence[Atoms], split: Sequence[int] = (8, 1, 1)) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
     """Training, validation and test set, expected to be in the ratio ``split`` (three numbers >= 0), order kept."""
-    total = sum(split)
     parts: tuple[list[Atoms], list[Atoms], list[Atoms]] = ([], [], [])
     for atoms in labelled:
-        position = int(hashlib.sha256(parent_of(atoms).encode()).hexdigest()[:12], 16) / 16**12 * total
-        parts[0 if position < split[0] else 1 if position < split[0] + split[1] else 2].append(atoms)
+        parts[side_of_name(parent_of(atoms), split)].append(atoms)
     return parts
