@@ -4,7 +4,7 @@
 .PHONY: help setup demo demo-again test test-full lint docs clean distclean
 
 BIN := .venv/bin
-JOBS ?= $(shell n=$$(nproc 2> /dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
+JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2> /dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 COVERAGE ?= 85
 PYTEST_ARGS ?=
 PYTEST := env -u PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(PYTEST_ARGS)

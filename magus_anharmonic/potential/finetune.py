@@ -254,7 +254,7 @@ class _Run:
         metrics = {**result.as_dict(), "training_key": self.key, "history": [epoch.as_dict() for epoch in self.history]}
         checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species)
         self.state_file.unlink(missing_ok=True)
-        kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the model from before is kept"
+        kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the weights from before are kept"
         logger.info(
             "%s; validation loss %.4g before, %.4g after (%s); %s; model %s in %s",
             stopped, before.loss, after.loss, after, kept, result.model_id, self.out,
