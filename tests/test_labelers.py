@@ -136,7 +136,7 @@ def test_a_hanging_label_is_given_up_together_with_its_child_processes(tmp_path)
 
 
 def _alive(pid: int) -> bool:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -173,7 +173,7 @@ def test_the_worker_ends_when_the_search_is_killed(tmp_path):
     """
     search = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     worker = int(search.stdout.readline())
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (tmp_path / "child").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.2)

@@ -416,12 +416,12 @@ def test_interrupted_it_leaves_no_process_behind(tmp_path: Path, sent: signal.Si
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
-    wait_until(lambda: len(calls(tmp_path)) == 2, 50)
+    wait_until(lambda: len(calls(tmp_path)) == 2, 300)
     process.send_signal(sent)
-    process.wait(timeout=20)
+    process.wait(timeout=120)
     process.stderr.close()
     workers = {call["pid"] for call in calls(tmp_path)}
-    wait_until(lambda: not any(alive(pid) for pid in workers), 20)
+    wait_until(lambda: not any(alive(pid) for pid in workers), 120)
 
 
 def alive(pid: int) -> bool:
