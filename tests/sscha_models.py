@@ -6,6 +6,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.state import SschaState, sample
 from magus_anharmonic.units import HBAR, KELVIN
 
 
@@ -106,3 +108,15 @@ class CountingCalculator(Calculator):
             raise KeyboardInterrupt
         self.inner.calculate(self.atoms, ("energy", "forces", "stress"), all_changes)
         self.results = dict(self.inner.results)
+
+
+def evaluated(state: SschaState, evaluator, n_configs: int, seed: np.random.Generator | int | list[int] = 0) -> Ensemble:
+    """Draw and evaluate an ensemble; ``seed`` may be a generator."""
+    u = sample(state, n_configs, np.random.default_rng(seed))
+    structures = []
+    for displacement in u:
+        structure = state.supercell.copy()
+        structure.positions += displacement
+        structures.append(structure)
+    found = evaluator.evaluate(structures)
+    return Ensemble(u, found.energy, np.array(found.forces), found.stress)

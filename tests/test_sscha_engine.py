@@ -13,7 +13,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
-from sscha_models import LatticeSprings
+from sscha_models import LatticeSprings, evaluated
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import as_evaluator
@@ -21,20 +21,9 @@ from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.averages import Ensemble, average
 from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, harmonic_force_constants, nearest_neighbour
-from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, sample, variance
+from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, RYDBERG
-
-
-def evaluated(state: SschaState, evaluator, n_configs: int, seed: int = 0) -> Ensemble:
-    u = sample(state, n_configs, np.random.default_rng(seed))
-    structures = []
-    for displacement in u:
-        structure = state.supercell.copy()
-        structure.positions += displacement
-        structures.append(structure)
-    found = evaluator.evaluate(structures)
-    return Ensemble(u, found.energy, np.array(found.forces), found.stress)
 
 
 @pytest.fixture(scope="module")

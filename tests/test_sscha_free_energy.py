@@ -11,7 +11,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
-from sscha_models import CountingCalculator, LatticeSprings, QuarticPair
+from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
@@ -87,7 +87,6 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
     assert result.gibbs == pytest.approx(result.gibbs_raw + result.finite_size, abs=1e-12)
     state = result.state
     number = result.n_populations
-    from test_sscha_engine import evaluated
 
     with np.load(folder / f"population_{number:03d}.npz") as stored:
         energies = stored["energies"]
@@ -100,7 +99,6 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
 
 
 def test_error_bar_of_the_fresh_ensemble_covers_a_much_larger_one(compressed):
-    from test_sscha_engine import evaluated
 
     result, _ = compressed
     state = result.state
@@ -112,7 +110,6 @@ def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
     result, _ = compressed
     for factor in (0.99, 1.01):
         state = result.state.strained(np.eye(3) * (factor ** (1 / 3) - 1))
-        from test_sscha_engine import evaluated
 
         averages = average(state, evaluated(state, as_evaluator(EMT()), 200, seed=3), Symmetry(state.atoms, state.repeats))
         gibbs = averages.helmholtz + gpa_to_ev_per_a3(20.0) * state.atoms.get_volume()

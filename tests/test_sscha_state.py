@@ -9,10 +9,10 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
-from sscha_models import LatticeSprings, QuarticPair
+from sscha_models import LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.averages import Ensemble, average
+from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.begin import interpolate
 from magus_anharmonic.sscha.finite_size import finite_size_term, interpolated_squares, nearest_images, reference_mesh
 from magus_anharmonic.sscha.start import (
@@ -253,7 +253,7 @@ def test_averages_of_a_harmonic_crystal_are_exact_for_any_ensemble():
     calculator = LatticeSprings()
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     state = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator), 100.0)
-    found = average(state, ensemble_of(state, as_evaluator(calculator), 6), Symmetry(atoms, (2, 2, 2)))
+    found = average(state, evaluated(state, as_evaluator(calculator), 6), Symmetry(atoms, (2, 2, 2)))
     assert found.helmholtz == pytest.approx(calculator.free_energy((2, 2, 2), atoms.get_masses()[0], 100.0), abs=1e-8)
     assert found.helmholtz_error < 1e-8
     assert found.decrease < 1e-8
@@ -265,7 +265,7 @@ def test_predicted_decrease_is_what_is_gained_by_the_step():
     symmetry = Symmetry(atoms, (2, 2, 2))
     exact = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator))
     soft = replace(exact, force_constants=0.8 * exact.force_constants)
-    found = average(soft, ensemble_of(soft, as_evaluator(calculator), 1500), symmetry)
+    found = average(soft, evaluated(soft, as_evaluator(calculator), 1500), symmetry)
     # to second order they are equal; the next order is 12 per cent here, the rest is noise
     assert found.decrease == pytest.approx(found.helmholtz - exact.harmonic_free_energy, rel=0.35)
 
@@ -277,7 +277,7 @@ def test_error_bar_takes_the_two_of_a_pair_as_one():
     exact = harmonic_state(atoms, (2, 2, 2), as_evaluator(calculator))
     soft = replace(exact, force_constants=0.8 * exact.force_constants)
     rng = np.random.default_rng(0)
-    found = [average(soft, ensemble_of(soft, as_evaluator(calculator), 12, rng), symmetry) for _ in range(60)]
+    found = [average(soft, evaluated(soft, as_evaluator(calculator), 12, rng), symmetry) for _ in range(60)]
     scatter = np.std([one.helmholtz for one in found], ddof=1)
     assert np.mean([one.helmholtz_error for one in found]) == pytest.approx(scatter, rel=0.3)
 
@@ -292,18 +292,6 @@ def test_zero_point_variance_is_the_textbook_value():
     quantum = np.array([0.1])
     assert variance(quantum, 0.0) == pytest.approx(HBAR**2 / 0.2)
     assert variance(quantum, 1e5)[0] == pytest.approx(HBAR**2 * 8.617333e-5 * 1e5 / 0.01, rel=1e-3)
-
-
-def ensemble_of(state: SschaState, evaluator, n_configs: int, rng: np.random.Generator | None = None) -> Ensemble:
-    """Draw and evaluate."""
-    u = sample(state, n_configs, rng or np.random.default_rng(0))
-    structures = []
-    for displacement in u:
-        structure = state.supercell.copy()
-        structure.positions += displacement
-        structures.append(structure)
-    found = evaluator.evaluate(structures)
-    return Ensemble(u, found.energy, np.array(found.forces), found.stress)
 
 
 def test_finite_differences_use_float64_where_the_potential_has_it(potential, h3s):

@@ -315,10 +315,11 @@ class _Progress:
         self.failed += not ok
         left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
         text = f"{self.what} {self.done} of {self.total}, {self.failed} failed"
-        log.info("%s%s", text, f", about {_duration(left)} left" if self.done < self.total else "")
+        log.info("%s%s", text, f", about {duration(left)} left" if self.done < self.total else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """``'40 s'``, ``'12 min'``, ``'3.5 h'``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -7,7 +7,7 @@ import spglib
 from ase import Atoms
 from scipy.linalg import sqrtm
 
-from magus_anharmonic.structures import spglib_cell
+from magus_anharmonic.structures import spglib_cell, spglib_or_none
 
 
 class SymmetryProjector:
@@ -17,7 +17,7 @@ class SymmetryProjector:
     """
 
     def __init__(self, atoms: Atoms, symprec: float = 0.01) -> None:
-        found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
+        found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
         identity = {"rotations": np.eye(3, dtype=int)[None], "translations": np.zeros((1, 3))}
         operations = found or identity
         self.rotations = np.asarray(operations["rotations"], dtype=float)

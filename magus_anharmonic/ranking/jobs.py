@@ -25,6 +25,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.labelers.pool import available_cores, duration
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,6 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def available_cores() -> int:
-    """Cores this process may use (batch systems give a job fewer than the machine has)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_jobs(
@@ -280,10 +276,3 @@ def _words(outcome: Outcome) -> str:
         f"{where}: {r.space_group_start} -> {r.space_group}, G = {r.gibbs:.5f} +- {r.gibbs_error:.5f} eV/atom, "
         f"{r.n_evaluations} evaluations, {r.status}"
     )
-
-
-def duration(seconds: float) -> str:
-    """``'40 s'``, ``'12 min'``, ``'3.5 h'``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from magus_anharmonic.ranking.candidate import RANKED
+
 
 @dataclass(frozen=True)
 class Row:
@@ -33,9 +35,6 @@ class Row:
     def ranked(self) -> bool:
         """True for a structure with a free energy of its own (not estimated, failed, or found twice)."""
         return self.status in RANKED and self.gibbs is not None and not self.same_as
-
-
-RANKED = ("sscha", "unconverged")
 
 
 def _number(text: str) -> float | None:

@@ -19,7 +19,7 @@ from ase.data import atomic_numbers
 from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.search.population import Checker, cluster
-from magus_anharmonic.structures import spglib_cell
+from magus_anharmonic.structures import spglib_cell, spglib_or_none
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class _Pool:
 def symmetrised(atoms: Atoms, symprec: float) -> Atoms:
     """The standardised cell with as many atoms as before; the structure itself when spglib finds none of that size."""
     for primitive in (False, True):
-        found = spglib.standardize_cell(spglib_cell(atoms), to_primitive=primitive, symprec=symprec)
+        found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=primitive, symprec=symprec)
         if found is not None and len(atoms) % len(found[2]) == 0:
             lattice, positions, numbers = found
             standard = Atoms(numbers=numbers, scaled_positions=positions, cell=lattice, pbc=True)

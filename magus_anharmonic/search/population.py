@@ -20,7 +20,7 @@ from scipy.optimize import linprog
 from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.ranking.fitness import computed_gibbs, fitness_values
 from magus_anharmonic.search.generate import Geometry
-from magus_anharmonic.structures import spglib_cell
+from magus_anharmonic.structures import spglib_cell, spglib_or_none
 
 FINGERPRINT_CUTOFF = 6.0
 """Angstrom, range of the radial fingerprint that keep structures are clustered by."""
@@ -79,9 +79,9 @@ def reduce_cell(atoms: Atoms) -> None:
 
 def find_space_group(atoms: Atoms, symprec: float) -> None:
     """Set ``spg`` (number, 1 when spglib finds none), ``priNum`` and ``priVol`` (A^3) as MAGUS does."""
-    data = spglib.get_symmetry_dataset(spglib_cell(atoms), symprec=symprec)
+    data = spglib_or_none(spglib.get_symmetry_dataset, spglib_cell(atoms), symprec=symprec)
     atoms.info["spg"] = int(data.number) if data is not None else 1
-    primitive = spglib.standardize_cell(spglib_cell(atoms), to_primitive=True, symprec=symprec)
+    primitive = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, symprec=symprec)
     lattice, _, numbers = primitive if primitive is not None else spglib_cell(atoms)
     atoms.info["priNum"] = np.array(numbers)
     atoms.info["priVol"] = float(abs(np.linalg.det(lattice)))

@@ -11,7 +11,7 @@ import spglib
 from ase import Atoms
 
 from magus_anharmonic.sscha.state import cell_index, cell_offsets, expand, fold, sum_rule, three
-from magus_anharmonic.structures import primitive, spglib_cell
+from magus_anharmonic.structures import primitive, spglib_cell, spglib_or_none
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class Symmetry:
     """
 
     def __init__(self, atoms: Atoms, repeats: tuple[int, int, int], symprec: float = 1e-3) -> None:
-        found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
+        found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
         fractional = found["rotations"] if found else np.eye(3, dtype=int)[None]
         translations = found["translations"] if found else np.zeros((1, 3))
         keep = [compatible(rotation, repeats) for rotation in fractional]
@@ -121,7 +121,7 @@ def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
     from ase.spacegroup.symmetrize import refine_symmetry
 
     reduced = primitive(atoms, symprec)
-    found = spglib.get_symmetry_dataset(spglib_cell(reduced), symprec=symprec)
+    found = spglib_or_none(spglib.get_symmetry_dataset, spglib_cell(reduced), symprec=symprec)
     if found is not None and found.number > 1:
         refine_symmetry(reduced, symprec=symprec)
     return reduced
@@ -137,7 +137,7 @@ def choose_repeats(atoms: Atoms, supercell: Iterable[int] | Mapping[Any, float],
         wanted = three(np.ceil(supercell["min_length"] / height - 1e-6) for height in heights)
     else:
         wanted = three(supercell)
-    found = spglib.get_symmetry(spglib_cell(atoms), symprec=symprec)
+    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
     repeats = np.array(wanted)
     while found and not all(compatible(rotation, repeats) for rotation in found["rotations"]):
         for rotation in found["rotations"]:
