@@ -85,7 +85,7 @@ def student() -> torch.nn.Module:
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
 def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_set: list[Atoms], validation_set: list[Atoms]) -> None:
-    """Loss of each of eight steps (two passes; ratios so large that gradients are clipped) and the loss of the averaged weights."""
+    """Loss of each of twenty steps (five passes; ratios so large that gradients are clipped) and the loss of the averaged weights."""
     from mattersim.datasets.utils.build import build_dataloader
     from mattersim.forcefield.potential import Potential as Stock
 
@@ -99,10 +99,10 @@ def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_
         function = torch_loss(loss)
         return [stock.train_one_epoch([batch], 0, function, True, True, True, 50.0, 5.0, None, mode=mode, log=False)[0] for batch in loader]
 
-    expected = stock_losses(train_set, "train") + stock_losses(train_set, "train")
+    expected = [value for _ in range(5) for value in stock_losses(train_set, "train")]
     trainer, data = Trainer(student, settings), LabelledGraphs(train_set, student)
-    found = [trainer.step(*batch) for _ in range(2) for batch in data.batches(2)]
-    assert len(found) == 8 and found[-1] < found[0]
+    found = [trainer.step(*batch) for _ in range(5) for batch in data.batches(2)]
+    assert len(found) == 20 and found[-1] < found[0]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     with trainer.ema.average_parameters():
         averaged = trainer.scores(LabelledGraphs(validation_set, student)).loss
@@ -212,6 +212,26 @@ def interrupt_after(epoch: int):
             raise Stop
 
     return progress
+
+
+def test_weights_say_how_often_a_structure_is_seen(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+    seen: list[int] = []
+    batches = LabelledGraphs.batch
+    monkeypatch.setattr(LabelledGraphs, "batch", lambda self, indices: (seen.extend(map(int, indices)), batches(self, indices))[1])
+    settings = FAST.model_copy(update={"epochs": 20})
+    finetune(student, train_set, validation_set, settings, out=tmp_path / "a.pth", seed=0, weights=[3.0, 0.5, *[1.0] * 6])
+    # the validation set has four structures, each seen once before training and once per epoch
+    counts = np.bincount(seen, minlength=8) - 21 * (np.arange(8) < 4)
+    assert counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
+
+
+def test_weights_are_part_of_what_is_trained(tmp_path, student, train_set, validation_set) -> None:
+    run = {"out": tmp_path / "a.pth", "seed": 0}
+    plain = finetune(student, train_set, validation_set, FAST, **run)
+    weighted = finetune(student, train_set, validation_set, FAST, weights=[0.5] * 8, **run)
+    assert weighted.model_id != plain.model_id, "a checkpoint trained with other weights must not count as finished"
+    with pytest.raises(InputError, match="2 weights for 8 training structures"):
+        finetune(student, train_set, validation_set, FAST, weights=[1.0, 1.0], **run)
 
 
 def test_an_interrupted_training_resumes_to_the_same_model(tmp_path, student, train_set, validation_set) -> None:
@@ -438,6 +458,13 @@ def test_wrong_recipes_are_explained(tmp_path, text: str, message: str) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_weights_of_a_recipe_go_by_kind(tmp_path, label_file) -> None:
+    recipe = TrainRecipe(architecture=TINY, stages=[FAST], weights={"even": 2.0})
+    assert train_file([label_file], tmp_path / "a.pth", recipe).stages[0].improved
+    with pytest.raises(InputError, match=r"weights: no training label is of the kind evan \(there are even, odd\)"):
+        train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"weights": {"evan": 2.0}}))
 
 
 def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:

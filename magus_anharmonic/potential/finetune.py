@@ -93,6 +93,7 @@ def finetune(
     device: str | None = None,
     parent_id: str | None = None,
     species: Iterable[int] | None = None,
+    weights: Sequence[float] | None = None,
     progress: Callable[[Epoch], None] | None = None,
 ) -> FinetuneResult:
     """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better of old and new to ``out``.
@@ -102,7 +103,8 @@ def finetune(
     validation structures the training set decides. After every epoch the whole state goes to ``<out>.state``; a run with
     the same start, labels, settings and seed resumes from it, and one that had finished returns what is in ``out``.
     For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None: unknown, as for MatterSim's own)
-    may be given; a checkpoint knows them. ``progress`` is called after every epoch.
+    may be given; a checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on average
+    (default: once). ``progress`` is called after every epoch.
 
     Raises InputError (no training structure, a label missing or not finite) and CheckpointError.
     """
@@ -113,7 +115,9 @@ def finetune(
     species = known if species is None else species
     if species is not None:
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
-    run = _Run(module, list(train), list(validation) or list(train), settings, Path(out), seed)
+    if weights is not None and len(weights) != len(train):
+        raise InputError(f"{len(weights)} weights for {len(train)} training structures")
+    run = _Run(module, list(train), list(validation) or list(train), settings, Path(out), seed, weights)
     run.parent_id, run.species = parent_id or checkpoint.model_id(module), species
     if not validation:
         logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
@@ -140,9 +144,11 @@ class _Run:
         settings: FinetuneSettings,
         out: Path,
         seed: int,
+        weights: Sequence[float] | None,
     ) -> None:
         self.module, self.train_set, self.validation_set = module, train, validation
         self.settings, self.out, self.seed = settings, out, seed
+        self.weights = None if weights is None else np.asarray(weights, dtype=float)
         self.parent_id: str = ""
         self.species: Iterable[int] | None = None
         self.state_file = out.with_name(out.name + ".state")
@@ -159,6 +165,8 @@ class _Run:
                 energy, forces, stress = labels_of(atoms)
                 digest.update(structure_id(atoms).encode())
                 digest.update(np.concatenate([[energy], forces.ravel(), stress.ravel()]).tobytes())
+        if self.weights is not None:
+            digest.update(self.weights.tobytes())
         return digest.hexdigest()[:12]
 
     def finished(self) -> FinetuneResult | None:
@@ -222,15 +230,24 @@ class _Run:
 
     def _one_epoch(self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: _Ticker) -> float:
         """Mean loss per structure over one shuffled pass."""
-        order = np.random.default_rng([self.seed, number]).permutation(len(data))
+        order = self._order(len(data), number)
         total, seen = 0.0, 0
         for graph, targets in data.batches(self.settings.batch_size, order):
             loss = trainer.step(graph, targets)
             if not np.isfinite(loss):
                 return loss
             total, seen = total + loss * len(targets.energy), seen + len(targets.energy)
-            ticker.batch(number, seen / len(data), total / seen)
+            ticker.batch(number, seen / len(order), total / seen)
         return total / seen
+
+    def _order(self, count: int, number: int) -> np.ndarray:
+        """Indices of the structures of epoch ``number``: each once, or as often as its weight says (chance rounds it)."""
+        rng = np.random.default_rng([self.seed, number])
+        if self.weights is None:
+            return rng.permutation(count)
+        times = np.floor(self.weights + rng.random(count)).astype(int)
+        times[rng.integers(count)] += not times.any()
+        return rng.permutation(np.repeat(np.arange(count), times))
 
     def _keep_best(self, stopped: str) -> FinetuneResult:
         self.module.load_state_dict(self.best_state)

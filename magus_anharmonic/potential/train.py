@@ -41,7 +41,10 @@ class TrainRecipe(Section):
     split: tuple[Share, Share, Share] = Field((8, 1, 1), description="train : validation : test, by a hash of info['parent']")
     validation: str | None = Field(None, description="extxyz of its own for validation, relative to the recipe; the split's share trains")
     test: str | None = Field(None, description="extxyz of its own for the test, relative to the recipe; the split's share trains")
-    kind: str = Field("kind", description="info key by which errors are reported")
+    kind: str = Field("kind", description="info key by which errors are reported, and to which `weights` refers")
+    weights: dict[str, Annotated[float, Field(gt=0, le=10)]] = Field(
+        default_factory=dict, description="how often a training structure of a kind is seen per epoch, on average; 1 where not named"
+    )
     stages: list[FinetuneSettings] = Field(default_factory=lambda: [FinetuneSettings()], min_length=1, description="one after the other")
 
     @model_validator(mode="after")
@@ -130,7 +133,8 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     module, start, change, species = _starting_model(train, recipe, device)
     parent_id = checkpoint.model_id(module)
     provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
-    stages = _train_stages(module, train, validation, recipe, out, device=device, parent_id=parent_id, species=species)
+    options = {"device": device, "parent_id": parent_id, "species": species, "weights": _weights(train, recipe)}
+    stages = _train_stages(module, train, validation, recipe, out, **options)
     module = stages[-1].module
     parts = {"train": train, "validation": validation, "test": test}
     potential = Potential(module, device=str(next(module.parameters()).device))
@@ -175,6 +179,15 @@ def _sets(labels: Sequence[str | Path], recipe: TrainRecipe) -> tuple[list[Atoms
             logger.warning("%d parents are in both the training and the %s set: its errors are too low", len(shared), part)
     logger.info("%d structures for training, %d for validation, %d for the test", len(train), len(validation), len(test))
     return train, validation, test
+
+
+def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
+    """Of each training structure, by its kind; raises InputError for a kind that no label has."""
+    kinds = [str(atoms.info.get(recipe.kind, "other")) for atoms in train]
+    unknown = sorted(set(recipe.weights) - set(kinds))
+    if unknown:
+        raise InputError(f"weights: no training label is of the {recipe.kind} {unknown[0]} (there are {', '.join(sorted(set(kinds)))})")
+    return [recipe.weights.get(kind, 1.0) for kind in kinds] if recipe.weights else None
 
 
 def _starting_model(
