@@ -15,6 +15,7 @@ from ase.calculators.emt import EMT
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.files import append_jsonl
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare, primitive, space_group
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -72,6 +73,7 @@ def sscha_result(atoms: Atoms, centroids: Atoms, gibbs: float, temperature: floa
         status="converged", converged=True, reason="", gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs - 0.01, finite_size=0.01,
         volume=centroids.get_volume() / len(centroids), n_evaluations=200, n_atoms_supercell=8 * len(centroids), centroids=centroids,
         space_group_start=space_group(atoms), space_group=space_group(centroids), symmetry_tolerance=0.05, temperature=temperature,
+        force_constants=None,
     )  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -118,3 +120,13 @@ def slow(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     count_call(options["directory"], atoms, options["temperature"], None)
     time.sleep(60)
     return shifted(atoms, evaluator, **options)
+
+
+def rotating(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
+    """As `shifted`, and the state holds one H2 molecule whose libration costs next to nothing."""
+    result = shifted(atoms, evaluator, **options)
+    molecule = Atoms("H2", positions=[[1.0, 1.0, 1.0], [1.74, 1.0, 1.0]], cell=[4.0, 4.0, 4.0], pbc=True)
+    spring = np.diag([30.0, 0.1, 0.1])
+    block = np.stack([np.stack([spring, -spring]), np.stack([-spring, spring])])[None]
+    result.force_constants, result.state = block, SschaState(molecule, (1, 1, 1), block, 0.0)
+    return result

@@ -363,6 +363,13 @@ def test_a_candidate_that_fails_is_flagged_and_the_others_are_ranked(tmp_path: P
     assert "dissociated" in structures[1].info["free_energy_reason"]
 
 
+def test_rotating_molecules_are_named_in_the_table_and_in_the_structure(tmp_path: Path) -> None:
+    structures = metals("Cu")
+    (candidate,) = ranked(structures, tmp_path, search_settings(), fake=fakes.rotating)
+    assert candidate.status == "sscha" and "rotating H2 units" in candidate.reason
+    assert "rotating H2 units" in structures[0].info["free_energy_reason"]
+
+
 def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(tmp_path: Path) -> None:
     ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.failing_on_gold)
     found = {c.formula: c.status for c in ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.shifted)}

@@ -22,6 +22,7 @@ from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
 from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.sscha.rotations import rotation_warning
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ class Ranking:
             key=key,
             start=job.atoms,
             status="sscha" if result.converged else "unconverged",
-            reason="" if result.converged else result.reason or "did not converge",
+            reason="; ".join(filter(None, ("" if result.converged else result.reason or "did not converge", _rotation_warning(result)))),
             enthalpy=enthalpy,
             gibbs=float(result.gibbs),
             gibbs_error=float(result.gibbs_error),
@@ -330,6 +331,10 @@ class Ranking:
             if c.status == "static" and c.enthalpy is not None else c
             for c in candidates
         ]  # fmt: skip
+
+
+def _rotation_warning(result: Any) -> str:
+    return "" if result.force_constants is None else rotation_warning(result.state)
 
 
 def _float(value: float | None) -> float | None:
