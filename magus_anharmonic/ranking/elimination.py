@@ -1,0 +1,123 @@
+"""Successive elimination: who of the candidates deserves another population.
+
+A candidate's G is bounded from above by its free energy so far (SSCHA is variational: every state of the relaxation is an upper
+bound of its end) and from below by what it may still fall. One whose lower bound lies above the upper bounds of the best few
+stops; the rest go on until the order of the best few is known with the wanted confidence. Energies in eV/atom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import norm
+
+DECREASE_FACTOR = 3.0
+"""Times the predicted remaining decrease of G: the prediction is of second order, and the way to a minimum may be longer."""
+MIN_POPULATIONS = 2
+"""Nobody is stopped on one population: how fast G falls shows only with the second."""
+RESOLUTION = 0.3
+"""Of the model's error: a smaller sampling error improves no comparison."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What is known of one candidate after ``n_populations``.
+
+    gibbs, error : G and its standard error by sampling; decrease : predicted remaining decrease; fallen : by how much G fell
+    with the last population (None with one); converged : every criterion of the relaxation is met.
+    """
+
+    gibbs: float
+    error: float
+    decrease: float
+    fallen: float | None
+    converged: bool
+    n_populations: int
+
+    def upper(self, z: float) -> float:
+        """G at the end of the relaxation is below this."""
+        return self.gibbs + z * self.error
+
+    def lower(self, z: float) -> float:
+        """G at the end is above this. It may fall by ``decrease`` times a factor, or once more by as much as the last time."""
+        if self.converged:
+            return self.gibbs - self.decrease - z * self.error
+        if self.fallen is None:
+            return -math.inf
+        return self.gibbs - max(DECREASE_FACTOR * self.decrease, self.fallen) - z * self.error
+
+
+@dataclass(frozen=True)
+class Rules:
+    """confidence : that no stopped candidate belongs to the best ``keep_best`` and that their order is right.
+
+    model_error : eV/atom, None where unknown; max_populations, budget (force evaluations, None: no limit) : of the whole ranking.
+    """
+
+    confidence: float
+    keep_best: int
+    max_populations: int
+    model_error: float | None = None
+    budget: int | None = None
+
+    def z(self, n_candidates: int) -> float:
+        """Half width of the bounds in standard errors: one side, corrected for candidates times rounds (Bonferroni)."""
+        comparisons = max(1, n_candidates) * self.max_populations
+        return float(norm.isf((1.0 - self.confidence) / comparisons))
+
+    @property
+    def resolution(self) -> float:
+        """Sampling error below which more samples are of no use, eV/atom."""
+        return 0.0 if self.model_error is None else RESOLUTION * self.model_error
+
+
+def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None) -> dict[str, str]:
+    """Candidates that stop now, with the reason in words; whoever is not in it goes on.
+
+    ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given).
+    """
+    z = rules.z(n_candidates or len(standings))
+    uppers = sorted(standing.upper(z) for standing in standings.values())
+    limit = uppers[rules.keep_best - 1] if len(uppers) > rules.keep_best else math.inf
+    decided = order_is_known(standings, rules, z)
+    stopped = {}
+    for name, standing in standings.items():
+        if standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
+            best = "the lowest" if rules.keep_best == 1 else f"the lowest {rules.keep_best}"
+            stopped[name] = f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)"
+        elif standing.converged and (decided or standing.error <= rules.resolution):
+            stopped[name] = ""
+        elif standing.n_populations >= rules.max_populations:
+            stopped[name] = "" if standing.converged else f"not converged in {standing.n_populations} populations"
+    return stopped
+
+
+def order_is_known(standings: Mapping[str, Standing], rules: Rules, z: float) -> bool:
+    """Whether the bounds of the best ``keep_best``, and of the next one, do not overlap."""
+    ranked = sorted(standings.values(), key=lambda standing: standing.gibbs)
+    best = ranked[: rules.keep_best]
+    pairs = zip(best, ranked[1:], strict=False)
+    separate = all(first.upper(z) < second.lower(z) for first, second in pairs)
+    return separate and all(best[-1].upper(z) < other.lower(z) for other in ranked[rules.keep_best :])
+
+
+def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:
+    """Probability of each candidate to be the lowest, for independent Gaussian errors; (n,), sums to 1.
+
+    P_i = integral of p_i(g) prod_{j != i} [1 - Phi((g - G_j) / s_j)] dg, on a grid of the lowest candidates' errors.
+    """
+    values, widths = np.asarray(gibbs, dtype=float), np.maximum(np.asarray(errors, dtype=float), 1e-9)
+    if len(values) == 0:
+        return np.zeros(0)
+    edge = float((values + 8.0 * widths).min())
+    result = np.zeros(len(values))
+    for index in np.flatnonzero(values - 8.0 * widths <= edge):
+        grid = values[index] + widths[index] * np.linspace(-8.0, 8.0, 2001)
+        log_above = norm.logsf((grid[:, None] - values) / widths)
+        log_above[:, index] = 0.0
+        density = norm.pdf(grid, values[index], widths[index]) * np.exp(log_above.sum(axis=1))
+        result[index] = np.trapezoid(density, grid)
+    return result / result.sum()
