@@ -35,8 +35,10 @@ SOFTEST = 0.1
 WORSE = 4.0
 """A step after which this many times the decrease is promised was a bad one: back, and shorter ones from there."""
 SMALLEST_DAMPING = 0.1
-SHORTENINGS = 6
-"""How often a step is halved before the sample counts as used up."""
+SHORTEST = 0.003
+"""Part of a step below which the sample counts as used up."""
+BISECTIONS = 3
+"""Attempts to go as far as the sample allows."""
 
 
 def minimise(
@@ -62,6 +64,8 @@ def minimise(
     n_steps, damping, converged = 1, 1.0, point.promised < decrease * len(pool.masses)
     while not converged and n_steps < STEPS:
         trial, part = _shortened(pool, point.trial, damping * memory.step(point), needed)
+        if trial is None and n_steps == 1:
+            raise SschaError("native: the effective sample size collapses with every step; more configurations may help")
         if trial is None:
             break
         found = _Point.at(pool, trial, symmetry)
@@ -167,16 +171,24 @@ class _Memory:
 
 
 def _shortened(pool: Pool, begin: Trial, step: np.ndarray, needed: float) -> tuple[Trial | None, float]:
-    """The longest of step, step/2, ... that keeps the modes firm and enough of the sample; None when there is none."""
+    """The step, or about the longest part of it that keeps the modes firm and enough of the sample; None when there is none."""
     change = _unpack(step, begin)
     enough = min(needed, pool.effective_sample(begin))
-    for count in range(SHORTENINGS):
-        part = 0.5**count
+
+    def at(part: float) -> Trial | None:
         trial = pool.trial(begin.shift + part * change[0], without_translations(begin.matrices + part * change[1]))
         firm = trial.spectrum.lowest > np.sqrt(SOFTEST) * begin.spectrum.lowest
-        if firm and pool.effective_sample(trial) >= enough:
-            return trial, part
-    return None, 0.0
+        return trial if firm and pool.effective_sample(trial) >= enough else None
+
+    best, part, too_long = at(1.0), 1.0, 1.0
+    while best is None and part > SHORTEST:
+        too_long, part = part, 0.5 * part
+        best = at(part)
+    for _ in range(BISECTIONS if best is not None and part < 1.0 else 0):
+        middle = 0.5 * (part + too_long)
+        longer = at(middle)
+        best, part, too_long = (longer, middle, too_long) if longer is not None else (best, part, middle)
+    return best, part
 
 
 def _result(pool: Pool, first: _Point, last: _Point, symmetry: Symmetry, n_steps: int, converged: bool) -> Minimised:
