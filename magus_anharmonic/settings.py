@@ -148,7 +148,7 @@ class SschaSettings(Section):
     cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
     n_configs: Count = Field(1000, description="configurations per population, even (+u/-u pairs)")
     max_populations: Count = Field(30, description="most populations of one relaxation")
-    engine: Literal["python-sscha"] = Field("python-sscha", description="who minimises")
+    engine: Literal["native", "python-sscha"] = Field("native", description="who minimises on an ensemble")
     pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")
     free_energy_tolerance: Positive = Field(0.2e-3, description="eV/atom, predicted remaining decrease of G")
     min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation")
@@ -186,13 +186,6 @@ class SschaSettings(Section):
     def _even(cls, value: int) -> int:
         if value % 2:
             raise ValueError("must be even: configurations come in +u/-u pairs")
-        return value
-
-    @field_validator("engine", mode="before")
-    @classmethod
-    def _engine(cls, value: Any) -> Any:
-        if value == "native":
-            raise ValueError("the native engine is not part of this version; use python-sscha")
         return value
 
     @property

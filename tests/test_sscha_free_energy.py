@@ -17,7 +17,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.averages import average
-from magus_anharmonic.sscha.free_energy import SAMPLING_TAG
+from magus_anharmonic.sscha.run import SAMPLING_TAG
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
 
@@ -252,7 +252,7 @@ def test_progress_is_logged(caplog):
         ({"supercell": (0, 1, 1)}, "supercell"),
         ({"supercell": (1, 1)}, "supercell"),
         ({"cell": "free"}, "cell"),
-        ({"engine": "native"}, "engine.*python-sscha"),
+        ({"engine": "natif"}, "engine.*native.*python-sscha"),
         ({"temperature": -1.0}, "temperature"),
         ({"pressure": 1.5e11}, "Pa"),
         ({"pressure": -3.0}, "pressure"),

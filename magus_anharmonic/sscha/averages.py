@@ -73,14 +73,14 @@ def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> Averag
     stresses = pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)))
     residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
-    forces = np.array([symmetry.vectors(force) for force in pair_means(centroid)])
+    forces = symmetry.vectors(pair_means(centroid))
     compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
     force_error = standard_error(forces)
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
         helmholtz_error=float(standard_error(excess)),
         stress=symmetry.tensor(stresses.mean(axis=0)),
-        stress_error=standard_error(np.array([symmetry.tensor(stress) for stress in stresses])),
+        stress_error=standard_error(symmetry.tensor(stresses)),
         force=forces.mean(axis=0),
         position_error=np.sqrt((compliance**2) @ (force_error.ravel() ** 2)).reshape(-1, 3),
         decrease=centroid_decrease(forces, compliance) + matrix_decrease(state, u, residual, symmetry),
@@ -126,8 +126,8 @@ def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symm
 
 
 def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes, in A^2 amu / (eV/A^2/amu); the limit for equal ones."""
-    first, second = np.broadcast_arrays(quantum[:, None], quantum[None, :])
+    """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes (..., m), in A^2 amu / (eV/A^2/amu); the limit for equal ones."""
+    first, second = np.broadcast_arrays(quantum[..., :, None], quantum[..., None, :])
     close = np.abs(first - second) < 1e-4 * first
     first = np.where(close, second * (1.0 + 1e-4), first)
     difference = variance(first, temperature) - variance(second, temperature)

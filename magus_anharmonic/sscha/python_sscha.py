@@ -12,8 +12,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.state import SschaState, cell_offsets, fold, fourier, inverse_fourier, three
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import AMU_IN_RYDBERG_MASS, BOHR, RYDBERG
@@ -61,23 +62,10 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(saved)
 
 
-@dataclass(frozen=True)
-class Minimised:
-    """The state after the minimisation, and how it went.
-
-    effective_sample : effective sample size / number of configurations at the end; decrease : eV per primitive cell,
-    on this ensemble; stress : (3, 3) eV/A^3 in ASE's sign, reweighted; fc_gradient, centroid_gradient : moduli of the
-    preconditioned gradients (eV/A^2, A); converged : the gradients went below their statistical errors.
-    """
-
-    state: SschaState
-    effective_sample: float
-    decrease: float
-    stress: np.ndarray
-    fc_gradient: float
-    centroid_gradient: float
-    n_steps: int
-    converged: bool
+def minimise_last(populations: Sequence[Population], symmetry: Symmetry, *, min_effective_sample: float, log: Path) -> Minimised:
+    """`minimise` on the last population; python-sscha reweights one ensemble."""
+    state, ensemble = populations[-1]
+    return minimise(state, ensemble, symmetry, min_effective_sample=min_effective_sample, log=log)
 
 
 def minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, *, min_effective_sample: float, log: Path) -> Minimised:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import spglib
 from ase import Atoms
 
-from magus_anharmonic.sscha.state import cell_index, cell_offsets, expand, fold, sum_rule, three
+from magus_anharmonic.sscha.state import cell_index, cell_offsets, three
 from magus_anharmonic.structures import primitive, spglib_cell, spglib_or_none
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Symmetry:
             images.append(_images(scaled, atoms.numbers, rotation, translation))
         self.permutations = np.array([permutation for permutation, _ in images])
         self._targets = self._block_targets(fractional[keep], np.array([shift for _, shift in images]))
+        self._opposite = cell_index(-cell_offsets(repeats), repeats)
 
     def __len__(self) -> int:
         return len(self.rotations)
@@ -47,34 +49,50 @@ class Symmetry:
         moved = turned[:, :, None, None] + shifts[:, None, None, :] - shifts[:, None, :, None]
         return cell_index(moved, self.repeats)
 
-    def vectors(self, vectors: np.ndarray) -> np.ndarray:
-        """Average of one vector per atom (n, 3) over the operations, without the mean over atoms."""
-        average = np.zeros_like(vectors)
+    @cached_property
+    def _gather(self) -> np.ndarray:
+        """(m, n_cells, n, n) block, counted through (cell, a, b), that operation g brings to block (R, a, b)."""
+        n = self.permutations.shape[1]
+        first, second = self.permutations[:, None, :, None], self.permutations[:, None, None, :]
+        return (self._targets * n + first) * n + second
+
+    @cached_property
+    def _turn(self) -> np.ndarray:
+        """(m, 9, 9) what an operation does to a 3x3 block written as a row."""
+        return np.einsum("gji,gkl->gjkil", self.rotations, self.rotations).reshape(-1, 9, 9)
+
+    @cached_property
+    def _vector_average(self) -> np.ndarray:
+        """(3n, 3n) matrix of `vectors`."""
+        n = self.permutations.shape[1]
+        average = np.zeros((n, 3, n, 3))
         for rotation, permutation in zip(self.rotations, self.permutations, strict=True):
-            average += vectors[permutation] @ rotation
-        average /= len(self)
-        return average - average.mean(axis=0)
+            average[np.arange(n), :, permutation, :] += rotation.T / len(self)
+        average -= average.mean(axis=0)
+        return average.reshape(3 * n, 3 * n)
+
+    def vectors(self, vectors: np.ndarray) -> np.ndarray:
+        """Average of one vector per atom (..., n, 3) over the operations, without the mean over atoms."""
+        flat = vectors.reshape(*vectors.shape[:-2], -1)
+        return (flat @ self._vector_average.T).reshape(vectors.shape)
 
     def free_centroids(self) -> int:
         """Number of independent displacements of the centroids that keep the symmetry, translations left out."""
-        n = self.permutations.shape[1]
-        units = np.eye(3 * n).reshape(3 * n, n, 3)
-        return round(sum(float(np.vdot(unit, self.vectors(unit))) for unit in units))
+        return round(float(np.trace(self._vector_average)))
 
     def tensor(self, tensor: np.ndarray) -> np.ndarray:
-        """Symmetric part of a Cartesian tensor (3, 3), averaged over the operations."""
-        average = np.einsum("gji,jk,gkl->il", self.rotations, tensor, self.rotations) / len(self)
-        return 0.5 * (average + average.T)
+        """Symmetric part of Cartesian tensors (..., 3, 3), averaged over the operations."""
+        average = np.einsum("gji,...jk,gkl->...il", self.rotations, tensor, self.rotations, optimize=True) / len(self)
+        return 0.5 * (average + average.swapaxes(-1, -2))
 
     def force_constants(self, compact: np.ndarray) -> np.ndarray:
         """Force constants averaged over the operations, symmetric, and obeying the acoustic sum rule."""
-        n = compact.shape[1]
-        average = np.zeros_like(compact)
-        first, second = np.meshgrid(np.arange(n), np.arange(n), indexing="ij")
-        for rotation, permutation, target in zip(self.rotations, self.permutations, self._targets, strict=True):
-            images = compact[target, permutation[first], permutation[second]]
-            average += np.einsum("ji,rabjk,kl->rabil", rotation, images, rotation, optimize=True)
-        return fold(sum_rule(expand(average / len(self), self.repeats)), self.repeats)
+        if len(self) == 1:
+            return sum_rule_of_compact(compact, self._opposite)
+        n_cells, n = compact.shape[:2]
+        images = compact.reshape(-1, 9)[self._gather].reshape(len(self), -1, 9)
+        average = (images @ self._turn).sum(axis=0).reshape(n_cells, n, n, 3, 3) / len(self)
+        return sum_rule_of_compact(average, self._opposite)
 
     def spread(self, rows: dict[int, np.ndarray]) -> np.ndarray:
         """All force constants from those of some atoms.
@@ -97,6 +115,15 @@ class Symmetry:
     def representatives(self) -> list[int]:
         """One atom of every set of equivalent atoms."""
         return sorted({int(self.permutations[:, atom].min()) for atom in range(self.permutations.shape[1])})
+
+
+def sum_rule_of_compact(compact: np.ndarray, opposite: np.ndarray) -> np.ndarray:
+    """`state.sum_rule` without the supercell: symmetric, and a translation costs nothing; ``opposite``: index of cell -R."""
+    n_cells, n = compact.shape[:2]
+    symmetric = 0.5 * (compact + compact[opposite].transpose(0, 2, 1, 4, 3))
+    row = symmetric.sum(axis=(0, 2)) / (n_cells * n)
+    column = symmetric.sum(axis=(0, 1)) / (n_cells * n)
+    return symmetric - row[:, None] - column[None, :] + column.sum(axis=0) / n
 
 
 def compatible(rotation: np.ndarray, repeats: Iterable[int]) -> bool:
