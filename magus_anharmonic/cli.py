@@ -149,6 +149,10 @@ def rank(
     max_populations: Annotated[int, typer.Option(help="Most populations per structure.")] = 30,
     max_candidates: Annotated[int, typer.Option(help="Only this many of the lowest distinct structures.")] = 100,
     window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
+    confidence: Annotated[float, typer.Option(help="That nobody who belongs to the best is stopped early.")] = 0.95,
+    keep_best: Annotated[int, typer.Option(help="So many of the lowest are run to the end and put in order.")] = 3,
+    budget: Annotated[int | None, typer.Option(help="Most force evaluations of all structures together.")] = None,
+    everybody: Annotated[bool, typer.Option("--everybody", help="Nobody is stopped early.")] = False,
     fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")] = False,
     seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path("ranking"),
@@ -175,6 +179,10 @@ def rank(
                     "max_populations": max_populations,
                     "max_candidates": max_candidates,
                     "window": window,
+                    "allocation": "fixed" if everybody else "elimination",
+                    "confidence": confidence,
+                    "keep_best": keep_best,
+                    "budget": budget,
                 },
             }
         )

@@ -146,7 +146,7 @@ class SschaSettings(Section):
         (2, 2, 2), description="three repetitions, or {min_length: Angstrom between images}"
     )
     cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
-    n_configs: Count = Field(1000, description="configurations per population, even (+u/-u pairs)")
+    n_configs: Count = Field(1000, description="configurations per population, even (+u/-u pairs); with elimination the most")
     max_populations: Count = Field(30, description="most populations of one relaxation")
     engine: Literal["native", "python-sscha"] = Field("native", description="who minimises on an ensemble")
     pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")
@@ -154,6 +154,19 @@ class SschaSettings(Section):
     min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation")
     symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
     reference_spacing: Positive = Field(0.02, description="2 pi / A: q spacing to which the free energy is interpolated")
+    error_tolerance: Positive | None = Field(
+        None, description="eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's validation RMSE in a ranking"
+    )
+    n_configs_start: Count | None = Field(
+        None,
+        description="of the first population, doubled up to n_configs; left out: n_configs; with elimination an eighth of it, at least 100",
+    )
+    allocation: Literal["elimination", "fixed"] = Field(
+        "elimination", description="elimination: who cannot be among the best stops early; fixed: everybody runs to the end"
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="that no stopped candidate belongs to the best")
+    keep_best: Count = Field(3, description="so many of the lowest candidates are run to the end and put in order")
+    budget: Count | None = Field(None, description="most force evaluations of one ranking; left out: no limit")
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
     @field_validator("temperature", mode="before")
@@ -181,12 +194,24 @@ class SschaSettings(Section):
             raise ValueError("must be three whole numbers >= 1, or {min_length: Angstrom}")
         return tuple(value)
 
-    @field_validator("n_configs")
+    @field_validator("n_configs", "n_configs_start")
     @classmethod
-    def _even(cls, value: int) -> int:
-        if value % 2:
+    def _even(cls, value: int | None) -> int | None:
+        if value is not None and value % 2:
             raise ValueError("must be even: configurations come in +u/-u pairs")
         return value
+
+    @property
+    def ranking_start(self) -> int:
+        """Configurations of the first population in a ranking."""
+        if self.n_configs_start is not None:
+            return self.n_configs_start
+        return self.n_configs if self.allocation == "fixed" else min(self.n_configs, max(100, self.n_configs // 16 * 2))
+
+    def configurations(self, population: int) -> int:
+        """How many configurations the population with this number (from 1) has."""
+        start = self.n_configs if self.n_configs_start is None else self.n_configs_start
+        return min(self.n_configs, start * 2 ** min(population - 1, 20))
 
     @property
     def temperatures(self) -> tuple[float, ...]:

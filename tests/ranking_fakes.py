@@ -73,7 +73,7 @@ def sscha_result(atoms: Atoms, centroids: Atoms, gibbs: float, temperature: floa
         status="converged", converged=True, reason="", gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs - 0.01, finite_size=0.01,
         volume=centroids.get_volume() / len(centroids), n_evaluations=200, n_atoms_supercell=8 * len(centroids), centroids=centroids,
         space_group_start=space_group(atoms), space_group=space_group(centroids), symmetry_tolerance=0.05, temperature=temperature,
-        force_constants=None,
+        force_constants=None, decrease=0.0, n_populations=2,
     )  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -129,4 +129,16 @@ def rotating(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     spring = np.diag([30.0, 0.1, 0.1])
     block = np.stack([np.stack([spring, -spring]), np.stack([-spring, spring])])[None]
     result.force_constants, result.state = block, SschaState(molecule, (1, 1, 1), block, 0.0)
+    return result
+
+
+def falling(atoms: Atoms, evaluator: Any, *, max_populations: int, n_configs_start: int, n_configs: int, **options: Any) -> Any:
+    """As `shifted`, reached from 0.08 eV/atom above in halves; converged below 0.2 meV/atom. Populations double in size."""
+    result = shifted(atoms, evaluator, **options)
+    n = next((n for n in range(2, max_populations + 1) if 0.08 * 0.5**n < 2e-4), max_populations)
+    rest = 0.08 * 0.5**n
+    sizes = [min(n_configs, n_configs_start * 2**k) for k in range(n)]
+    result.gibbs, result.decrease, result.gibbs_error = result.gibbs + rest, rest, 1e-3 / np.sqrt(sizes[-1] / 100)
+    result.converged, result.n_populations, result.n_evaluations = rest < 2e-4, n, sum(sizes)
+    result.reason = "" if result.converged else "not converged"
     return result

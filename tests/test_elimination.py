@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from magus_anharmonic.ranking.elimination import Rules, Standing, order_is_known, probability_lowest, verdicts
+from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, order_is_known, probability_lowest, race, resolution, verdicts
 
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 
@@ -18,7 +18,7 @@ def standing(gibbs: float, error: float = 1e-3, decrease: float = 0.0, fallen: f
 
 def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on() -> None:
     found = verdicts({"a": standing(0.0), "b": standing(0.1), "c": standing(0.002)}, RULES)
-    assert list(found) == ["b"] and "not among the lowest" in found["b"]
+    assert list(found) == ["b"] and found["b"].eliminated and "not among the lowest" in found["b"].reason
 
 
 def test_a_candidate_that_is_still_falling_is_never_thrown_out() -> None:
@@ -35,14 +35,15 @@ def test_a_candidate_that_is_still_falling_is_never_thrown_out() -> None:
 def test_the_best_goes_on_until_it_has_converged() -> None:
     relaxing = {"a": standing(0.0, decrease=1e-3), "b": standing(0.5)}
     assert "a" not in verdicts(relaxing, RULES)
-    assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == ""
+    assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == Stop()
 
 
 def test_sampling_ends_where_the_model_cannot_tell_them_apart() -> None:
     tied = {"a": standing(0.0, 1e-3, converged=True), "b": standing(0.0005, 1e-3, converged=True)}
     assert verdicts(tied, RULES) == {}
-    known = Rules(confidence=0.95, keep_best=1, max_populations=30, model_error=5e-3)
-    assert verdicts(tied, known) == {"a": "", "b": ""}
+    known = Rules(confidence=0.95, keep_best=1, max_populations=30, tolerance=resolution(5e-3, 2e-4))
+    assert verdicts(tied, known) == {"a": Stop(), "b": Stop()}
+    assert resolution(None, 2e-4) == 2e-4 == resolution(1e-6, 2e-4)
 
 
 def test_the_order_of_the_best_three_keeps_their_sampling_going() -> None:
@@ -68,7 +69,7 @@ def test_the_bounds_hold_with_the_wanted_confidence() -> None:
         alive = dict(enumerate(truth))
         for n in range(2, 12):
             measured = {str(i): standing(g + rng.normal(0.0, 2e-3), 2e-3, n_populations=n, converged=True) for i, g in alive.items()}
-            stopped = {int(name) for name, reason in verdicts(measured, RULES, 100).items() if reason}
+            stopped = {int(name) for name, stop in verdicts(measured, RULES, 100).items() if stop.eliminated}
             alive = {i: g for i, g in alive.items() if i not in stopped}
         lost += 0 not in alive
     assert lost <= 10
@@ -89,3 +90,56 @@ def test_odds_without_noise(gibbs: list[float], expected: list[float]) -> None:
 
 def test_lower_bound_of_a_single_population_is_open() -> None:
     assert standing(0.0, fallen=None).lower(3.0) == -math.inf
+
+
+class Relaxations:
+    """Candidates whose G falls towards ``truth`` by half of the rest with every population; counts the populations."""
+
+    def __init__(self, truth: dict[str, float], error: float = 1e-4) -> None:
+        self.truth, self.error = truth, error
+        self.calls: dict[str, int] = {}
+
+    def standing(self, name: str, n: int) -> Standing:
+        rest = 0.08 * 0.5**n
+        return Standing(self.truth[name] + rest, self.error, rest, rest, rest < 2e-4, n, n_new=100)
+
+    def advance(self, wanted: dict[str, int]) -> dict[str, Standing]:
+        self.calls.update(wanted)
+        return {name: self.standing(name, n) for name, n in wanted.items() if not name.startswith("broken")}
+
+
+def test_a_race_runs_the_best_to_the_end_and_the_others_not() -> None:
+    field = Relaxations({f"c{i}": 0.01 * i for i in range(20)})
+    stops = race(list(field.truth), field.advance, Rules(0.95, 3, 30), {}, {})
+    ends = {name for name, stop in stops.items() if not stop.eliminated}
+    assert ends == {"c0", "c1", "c2"} and len(stops) == 20
+    assert field.calls["c0"] >= 9 and field.calls["c19"] == 2
+    assert sum(field.calls.values()) < 20 * 30 / 5
+
+
+def test_a_failed_candidate_leaves_the_race_to_the_others() -> None:
+    field = Relaxations({"broken": -1.0, "a": 0.0, "b": 0.05})
+    stops = race(["broken", "a", "b"], field.advance, Rules(0.95, 1, 30), {}, {})
+    assert set(stops) == {"a", "b"} and not stops["a"].eliminated and field.calls["broken"] == 1
+
+
+def test_a_budget_ends_the_race() -> None:
+    field = Relaxations({"a": 0.0, "b": 1e-5})
+    stops = race(["a", "b"], field.advance, Rules(0.95, 1, 30, budget=600), {}, {})
+    assert field.calls == {"a": 3, "b": 3}
+    assert all("budget of 600" in stop.reason and not stop.eliminated for stop in stops.values())
+
+
+def test_one_that_was_eliminated_among_others_is_woken_when_it_could_win() -> None:
+    field = Relaxations({"new": 0.1, "old": 0.0, "hopeless": 0.5})
+    dormant = {name: field.standing(name, 2) for name in ("old", "hopeless")}
+    stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, dormant)
+    assert field.calls["old"] > 2 and "hopeless" not in field.calls
+    assert not stops["old"].eliminated
+
+
+def test_known_results_take_part_without_running() -> None:
+    field = Relaxations({"a": 0.1})
+    known = {"best": standing(0.0, converged=True)}
+    stops = race(["a"], field.advance, Rules(0.95, 1, 30), known, {})
+    assert stops["a"].eliminated and "best" not in stops

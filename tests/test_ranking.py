@@ -370,6 +370,34 @@ def test_rotating_molecules_are_named_in_the_table_and_in_the_structure(tmp_path
     assert "rotating H2 units" in structures[0].info["free_energy_reason"]
 
 
+def test_hopeless_candidates_stop_early_and_the_best_keep_their_order(tmp_path: Path) -> None:
+    def copper() -> list[Atoms]:
+        return [metals("Cu", scale=scale)[0] for scale in np.linspace(1.0, 1.14, 8)]
+
+    everything = ranked(copper(), tmp_path / "fixed", search_settings(allocation="fixed"), fake=fakes.falling)
+    raced = ranked(copper(), tmp_path / "race", search_settings(keep_best=2), fake=fakes.falling)
+    assert [c.id for c in raced[:2]] == [c.id for c in everything[:2]]
+    assert all(c.status == "sscha" for c in [*everything, *raced[:2]])
+    assert {c.status for c in raced[2:]} == {"eliminated"} and all("not among the lowest 2" in c.reason for c in raced[2:])
+    assert sum(c.n_evaluations for c in raced) < sum(c.n_evaluations for c in everything) / 2
+
+
+def test_an_eliminated_candidate_takes_part_again_when_the_winner_is_gone(tmp_path: Path) -> None:
+    settings = search_settings(keep_best=1)
+    first = {c.formula: c for c in ranked(metals("Cu", "Al"), tmp_path, settings, fake=fakes.falling)}
+    loser = next(name for name, c in first.items() if c.status == "eliminated")
+    (alone,) = ranked(metals(loser), tmp_path, settings, fake=fakes.falling)
+    assert alone.status == "sscha" and alone.gibbs < first[loser].gibbs
+    assert alone.n_evaluations > first[loser].n_evaluations
+
+
+def test_the_error_of_the_model_ends_the_sampling(tmp_path: Path) -> None:
+    """0.3 of 10 meV/atom: a sampling error of 1 meV/atom is small enough, and G stops where the relaxation does."""
+    structures = metals("Cu")
+    (candidate,) = ranked(structures, tmp_path, search_settings(), fake=fakes.falling, energy_rmse=0.01)
+    assert candidate.status == "sscha" and candidate.p_lowest_total == 1.0
+
+
 def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(tmp_path: Path) -> None:
     ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.failing_on_gold)
     found = {c.formula: c.status for c in ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.shifted)}

@@ -7,10 +7,14 @@ from typing import Literal
 
 from ase import Atoms
 
-Status = Literal["sscha", "unconverged", "estimated", "static", "failed", "saddle", "stable"]
-"""``saddle`` and ``stable`` are for the Hessian check of the best few; nothing sets them yet."""
+Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
+"""``eliminated``: stopped early, because it cannot be among the best; its G is an upper bound. ``saddle`` and ``stable`` are for
+the Hessian check of the best few; nothing sets them yet."""
 
-RANKED: tuple[Status, ...] = ("sscha", "unconverged", "stable")
+CONVERGED: tuple[Status, ...] = ("sscha", "stable")
+"""States whose relaxation came to its end."""
+
+RANKED: tuple[Status, ...] = ("sscha", "unconverged", "eliminated", "stable")
 """States whose free energy is a computed one and takes part in the ranking."""
 
 
@@ -20,7 +24,8 @@ class Candidate:
 
     ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members`` are the positions
     in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
-    for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``.
+    for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
+    the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
     """
 
     id: str
@@ -47,6 +52,12 @@ class Candidate:
     same_as: str = ""
     folder: str = ""
     record: str = ""
+    difference: float | None = None
+    difference_sampling: float | None = None
+    difference_finite_size: float | None = None
+    difference_model: float | None = None
+    p_lowest: float | None = None
+    p_lowest_total: float | None = None
     rank_static: int | None = None
     rank_quantum: int | None = None
 

@@ -8,7 +8,7 @@ stops; the rest go on until the order of the best few is known with the wanted c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +23,20 @@ RESOLUTION = 0.3
 
 
 @dataclass(frozen=True)
+class Stop:
+    """Why a candidate gets no more populations; ``eliminated`` when it is out of the race, not at its end."""
+
+    reason: str = ""
+    eliminated: bool = False
+
+
+@dataclass(frozen=True)
 class Standing:
     """What is known of one candidate after ``n_populations``.
 
     gibbs, error : G and its standard error by sampling; decrease : predicted remaining decrease; fallen : by how much G fell
-    with the last population (None with one); converged : every criterion of the relaxation is met.
+    with the last population (None with one); converged : every criterion of the relaxation is met; n_new : force evaluations
+    of the last round.
     """
 
     gibbs: float
@@ -36,6 +45,7 @@ class Standing:
     fallen: float | None
     converged: bool
     n_populations: int
+    n_new: int = 0
 
     def upper(self, z: float) -> float:
         """G at the end of the relaxation is below this."""
@@ -54,13 +64,14 @@ class Standing:
 class Rules:
     """confidence : that no stopped candidate belongs to the best ``keep_best`` and that their order is right.
 
-    model_error : eV/atom, None where unknown; max_populations, budget (force evaluations, None: no limit) : of the whole ranking.
+    tolerance : eV/atom, sampling error below which more samples are of no use; max_populations : of one candidate; budget : force
+    evaluations of the whole ranking, None: no limit.
     """
 
     confidence: float
     keep_best: int
     max_populations: int
-    model_error: float | None = None
+    tolerance: float = 0.0
     budget: int | None = None
 
     def z(self, n_candidates: int) -> float:
@@ -68,14 +79,14 @@ class Rules:
         comparisons = max(1, n_candidates) * self.max_populations
         return float(norm.isf((1.0 - self.confidence) / comparisons))
 
-    @property
-    def resolution(self) -> float:
-        """Sampling error below which more samples are of no use, eV/atom."""
-        return 0.0 if self.model_error is None else RESOLUTION * self.model_error
+
+def resolution(model_error: float | None, free_energy_tolerance: float) -> float:
+    """Sampling error of G that is small enough: 0.3 of the model's error, never below the tolerance of the relaxation; eV/atom."""
+    return max(free_energy_tolerance, RESOLUTION * (model_error or 0.0))
 
 
-def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None) -> dict[str, str]:
-    """Candidates that stop now, with the reason in words; whoever is not in it goes on.
+def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None) -> dict[str, Stop]:
+    """Candidates that stop now; whoever is not in it goes on.
 
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given).
     """
@@ -87,11 +98,9 @@ def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int 
     for name, standing in standings.items():
         if standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
             best = "the lowest" if rules.keep_best == 1 else f"the lowest {rules.keep_best}"
-            stopped[name] = f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)"
-        elif standing.converged and (decided or standing.error <= rules.resolution):
-            stopped[name] = ""
-        elif standing.n_populations >= rules.max_populations:
-            stopped[name] = "" if standing.converged else f"not converged in {standing.n_populations} populations"
+            stopped[name] = Stop(f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)", eliminated=True)
+        elif standing.n_populations >= rules.max_populations or (standing.converged and (decided or standing.error <= rules.tolerance)):
+            stopped[name] = Stop()
     return stopped
 
 
@@ -102,6 +111,43 @@ def order_is_known(standings: Mapping[str, Standing], rules: Rules, z: float) ->
     pairs = zip(best, ranked[1:], strict=False)
     separate = all(first.upper(z) < second.lower(z) for first, second in pairs)
     return separate and all(best[-1].upper(z) < other.lower(z) for other in ranked[rules.keep_best :])
+
+
+Advance = Callable[[dict[str, int]], dict[str, Standing]]
+"""Takes candidates and the number of populations each is to have; returns the standings of those that did not fail."""
+
+
+def race(
+    names: Sequence[str], advance: Advance, rules: Rules, known: Mapping[str, Standing], dormant: Mapping[str, Standing]
+) -> dict[str, Stop]:
+    """Give populations to ``names`` round by round until each has stopped.
+
+    ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they are woken when they
+    could be among the best after all. Returns a `Stop` for everyone that ran and did not fail.
+    """
+    total = len(names) + len(known) + len(dormant)
+    standings, asleep, stops = {**known, **dormant}, set(dormant), {}
+    running = dict.fromkeys(names, 0)
+    spent = 0
+    while True:
+        if not running:
+            stopped = verdicts(standings, rules, total)
+            woken = {name for name in asleep if not (name in stopped and stopped[name].eliminated)}
+            if not woken:
+                return stops
+            asleep -= woken
+            running = {name: standings[name].n_populations for name in woken}
+        found = advance({name: count + 1 for name, count in running.items()})
+        spent += sum(found[name].n_new for name in found)
+        standings.update(found)
+        for failed in running.keys() - found.keys():
+            standings.pop(failed, None)
+        running = {name: found[name].n_populations for name in running if name in found}
+        stopped = verdicts(standings, rules, total)
+        stops.update({name: stopped[name] for name in running if name in stopped})
+        running = {name: count for name, count in running.items() if name not in stopped}
+        if rules.budget is not None and spent >= rules.budget:
+            return stops | dict.fromkeys(running, Stop(f"the budget of {rules.budget} force evaluations is spent"))
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

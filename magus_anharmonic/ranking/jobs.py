@@ -35,13 +35,14 @@ DIED = "its process died (crash, or out of memory); a script of your own needs `
 
 @dataclass(frozen=True)
 class Job:
-    """SSCHA of one structure at one temperature (K) or several, each starting from the former."""
+    """SSCHA of one structure at one temperature (K) or several, each starting from the former; ``start``: the folder of a run before."""
 
     structure: str
     atoms: Atoms
     temperatures: tuple[float, ...]
     folders: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Outcome:
 def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> list[Outcome]:
     """One outcome per temperature; raises nothing but what ends the whole program."""
     outcomes: list[Outcome] = []
-    previous = None
+    previous: Any = job.start
     for temperature, folder in zip(job.temperatures, job.folders, strict=True):
         if outcomes and outcomes[-1].result is None:
             reason = f"not run: {outcomes[-1].temperature:g} K, where it would start, failed"

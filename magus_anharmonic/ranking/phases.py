@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from ase import Atoms
 
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.sscha.symmetry import symmetric_primitive
@@ -38,7 +38,7 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     That is the converged one of lowest G, or the lowest when none has converged.
     """
     order = sorted(
-        (c for c in candidates if c.ranked and c.centroids is not None), key=lambda c: (c.status == "unconverged", c.gibbs, c.id)
+        (c for c in candidates if c.ranked and c.centroids is not None), key=lambda c: (c.status not in CONVERGED, c.gibbs, c.id)
     )
     phases: list[tuple[Candidate, Fingerprint]] = []
     twins: dict[str, str] = {}

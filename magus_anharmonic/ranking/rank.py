@@ -13,16 +13,18 @@ from ase import Atoms
 
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
+from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, same_records
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
 from magus_anharmonic.settings import Settings, SschaSettings
-from magus_anharmonic.sscha.rotations import rotation_warning
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ def rank(
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model.
     """
-    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed)
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse)
     if settings.sscha is not None:
         chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
         ranking.look_up()
@@ -95,8 +97,10 @@ class _Reduction:
 class Ranking:
     """The state of one call of `rank`: who is distinct, what is known, what was run."""
 
-    def __init__(self, population: Sequence[Atoms], evaluator: Evaluator, settings: Settings, run_dir: Path, seed: int) -> None:
-        self.population, self.evaluator, self.settings = population, evaluator, settings
+    def __init__(
+        self, population: Sequence[Atoms], evaluator: Evaluator, settings: Settings, run_dir: Path, seed: int, energy_rmse: float | None
+    ) -> None:
+        self.population, self.evaluator, self.settings, self.energy_rmse = population, evaluator, settings, energy_rmse
         self.run_dir, self.seed, self.model = run_dir, seed, evaluator.model_id
         self.store = FreeEnergyStore(run_dir / NAME)
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
@@ -148,17 +152,89 @@ class Ranking:
                     self.records[group, key] = record
 
     def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: int | None) -> None:
-        """Run SSCHA for the chosen groups that lack a result, then again for results that gained symmetry."""
-        todo = [g for g in chosen if any((g, key) not in self.records for key in self.keys)]
+        """Run SSCHA for the chosen groups that lack a final result, then again for results that gained symmetry."""
+        first = self.keys[0]
+        out = [g for g in chosen if (record := self.records.get((g, first))) is not None and record.status == "eliminated"]
+        todo = [g for g in chosen if g not in out and any((g, key) not in self.records for key in self.keys)]
         log.info(
             "SSCHA: %d distinct structures of %d, %d within reach, %d of them already known",
             len(self.groups), len(self.population), len(chosen), len(chosen) - len(todo),
         )  # fmt: skip
-        jobs = {structure_id(self.leader(g)): g for g in todo}
-        self._run([self._job(self.leader(g), self.keys) for g in todo], free_energy, lambda job: jobs[job.structure], workers)
+        if self.sscha.allocation == "elimination":
+            self._race(todo, out, chosen, free_energy, workers)
+            jobs = self._later_temperatures([*todo, *out])
+        else:
+            jobs = [(self._job(self.leader(g), self.keys), g) for g in todo]
+        groups = {job.structure: g for job, g in jobs}
+        self._run([job for job, _ in jobs], free_energy, lambda job: groups[job.structure], workers)
         self._run_reduced(free_energy, workers)
 
-    def _job(self, atoms: Atoms, keys: Sequence[Key]) -> Job:
+    def _later_temperatures(self, groups: Sequence[int]) -> list[tuple[Job, int]]:
+        """Jobs of those that were not eliminated at the first temperature, from where they ended there."""
+        jobs = []
+        for group in groups:
+            record = self.records.get((group, self.keys[0]))
+            if record is None or record.status == "failed":
+                reason = f"not run: {self.keys[0].temperature:g} K, where it would start, failed"
+                self.failures.update({(group, key): reason for key in self.keys[1:]})
+            elif self.keys[1:] and record.status in ("sscha", "unconverged"):
+                jobs.append((self._job(self.leader(group), self.keys[1:], start=self.run_dir / "sscha" / record.folder), group))
+        return jobs
+
+    def _race(
+        self, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: int | None
+    ) -> None:
+        """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was eliminated before."""
+        key = self.keys[0]
+        groups = {structure_id(self.leader(g)): g for g in (*todo, *out)}
+        rules = Rules(self.sscha.confidence, self.sscha.keep_best, self.sscha.max_populations, self._error_tolerance(), self.sscha.budget)
+        latest: dict[str, Record] = {}
+
+        def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+            found: dict[str, Standing] = {}
+
+            def done(job: Job, outcomes: list[Outcome]) -> None:
+                (outcome,) = outcomes
+                record = record_of(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]], self.sscha.symprec)
+                if record is None or record.gibbs is None:
+                    self._keep(groups[job.structure], key, record, outcome)
+                else:
+                    found[job.structure] = standing_of(record, latest.get(job.structure))
+                    latest[job.structure] = record
+
+            jobs = [self._job(self.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
+            run_jobs(jobs, self.evaluator, free_energy, done, workers)
+            return found
+
+        known = {
+            str(g): standing_of(record, None)
+            for g in chosen
+            if g not in (*todo, *out) and (record := self.records[g, key]).gibbs is not None
+        }
+        dormant = {structure_id(self.leader(g)): standing_of(self.records[g, key], None) for g in out}
+        again = [g for g in todo if (g, key) not in self.records]
+        names = [structure_id(self.leader(g)) for g in again]
+        stops = race(names, advance, rules, known, dormant)
+        for name, stop in stops.items():
+            self._keep(groups[name], key, stopped_record(latest[name], stop))
+        spent = sum(record.n_evaluations for record in latest.values())
+        early = sum(stop.eliminated for stop in stops.values())
+        if stops:
+            log.info("SSCHA: %d candidates, %d of them stopped early; %d force evaluations", len(stops), early, spent)
+
+    def _error_tolerance(self) -> float:
+        """Sampling error of G that is small enough for this ranking, eV/atom."""
+        wanted = self.sscha.error_tolerance
+        return resolution(self.energy_rmse, self.sscha.free_energy_tolerance) if wanted is None else wanted
+
+    def _keep(self, group: int, key: Key, record: Record | None, outcome: Outcome | None = None) -> None:
+        if record is None:
+            self.failures[group, key] = outcome.reason if outcome is not None else "no result"
+        else:
+            self.store.put(record)
+            self.records[group, key] = record
+
+    def _job(self, atoms: Atoms, keys: Sequence[Key], *, start: Path | None = None, max_populations: int | None = None) -> Job:
         name, sscha = structure_id(atoms), self.sscha
         folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
         # From the structure, not from its place in the queue: a restarted run draws the same configurations.
@@ -168,7 +244,8 @@ class Ranking:
             "supercell": sscha.supercell,
             "cell": sscha.cell,
             "n_configs": sscha.n_configs,
-            "max_populations": sscha.max_populations,
+            "n_configs_start": sscha.ranking_start,
+            "max_populations": max_populations or sscha.max_populations,
             "engine": sscha.engine,
             "seed": int(generator.integers(2**31)),
             "pressure_tolerance": sscha.pressure_tolerance,
@@ -176,58 +253,24 @@ class Ranking:
             "min_effective_sample": sscha.min_effective_sample,
             "symprec": sscha.symprec,
             "reference_spacing": sscha.reference_spacing,
+            "error_tolerance": self._error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
         }
-        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options)
+        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, start)
 
     def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: int | None) -> None:
         def done(job: Job, outcomes: list[Outcome]) -> None:
             group = group_of(job)
             for outcome in outcomes:
                 key = self._key(outcome.temperature)
-                record = self._record(job, key, outcome, self.enthalpies[self.groups[group][0]])
-                if record is None:
-                    self.failures[group, key] = outcome.reason
-                else:
-                    self.store.put(record)
-                    self.records[group, key] = record
+                record = record_of(job, key, outcome, self.enthalpies[self.groups[group][0]], self.sscha.symprec)
+                self._keep(group, key, record, outcome)
 
         run_jobs(jobs, self.evaluator, free_energy, done, workers)
-
-    def _record(self, job: Job, key: Key, outcome: Outcome, enthalpy: float | None, parent: str = "") -> Record | None:
-        """What is stored of an outcome; None for a failure that may not happen again."""
-        result = outcome.result
-        if result is None:
-            if not outcome.lasting:
-                return None
-            return Record(
-                job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent,
-                spg_static=space_group(job.atoms, self.sscha.symprec),
-            )  # fmt: skip
-        return Record(
-            structure=job.structure,
-            key=key,
-            start=job.atoms,
-            status="sscha" if result.converged else "unconverged",
-            reason="; ".join(filter(None, ("" if result.converged else result.reason or "did not converge", _rotation_warning(result)))),
-            enthalpy=enthalpy,
-            gibbs=float(result.gibbs),
-            gibbs_error=float(result.gibbs_error),
-            gibbs_raw=_float(result.gibbs_raw),
-            finite_size=_float(result.finite_size),
-            volume=_float(result.volume),
-            n_evaluations=int(result.n_evaluations),
-            n_supercell=int(result.n_atoms_supercell),
-            spg_static=result.space_group_start,
-            spg_quantum=result.space_group,
-            symmetry_tolerance=float(result.symmetry_tolerance),
-            centroids=bare(result.centroids),
-            parent=parent,
-        )
 
     def _reductions(self) -> list[_Reduction]:
         found = []
         for record in {r.folder: r for r in self.records.values()}.values():
-            if record.gibbs is None or record.reduced:
+            if record.gibbs is None or record.reduced or record.status == "eliminated":
                 continue
             smaller = reduced_centroids(record)
             if smaller is not None:
@@ -261,7 +304,7 @@ class Ranking:
         def done(job: Job, outcomes: list[Outcome]) -> None:
             for outcome in outcomes:
                 key = self._key(outcome.temperature)
-                record = self._record(job, key, outcome, None, parent=parents[job.structure, key])
+                record = record_of(job, key, outcome, None, self.sscha.symprec, parent=parents[job.structure, key])
                 if record is not None:
                     self.store.put(record)
 
@@ -285,7 +328,7 @@ class Ranking:
         candidates = [self._candidate(group, key) for group in range(len(self.groups))]
         if key is not None:
             candidates = self._estimated(candidates, key)
-            candidates = label_phases(candidates)
+            candidates = with_odds(label_phases(candidates), self.energy_rmse)
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
         return numbered(candidates + failed)
@@ -331,57 +374,6 @@ class Ranking:
             if c.status == "static" and c.enthalpy is not None else c
             for c in candidates
         ]  # fmt: skip
-
-
-def _rotation_warning(result: Any) -> str:
-    return "" if result.force_constants is None else rotation_warning(result.state)
-
-
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def with_result(candidate: Candidate, record: Record, final: Record) -> Candidate:
-    """``candidate`` with the result ``final``, to which its own run ``record`` led."""
-    if record.status == "failed":
-        return replace(candidate, status="failed", reason=record.reason, record=record.structure, folder=record.folder)
-    reason = final.reason
-    if final is not record:
-        note = f"G of its {len(final.phase)}-atom primitive cell, run again"
-        reason = f"{reason}; {note}" if reason else note
-    return replace(
-        candidate,
-        status=final.status,
-        reason=reason,
-        gibbs=final.gibbs,
-        gibbs_error=final.gibbs_error,
-        gibbs_raw=final.gibbs_raw,
-        finite_size=final.finite_size,
-        volume=final.volume,
-        spg_quantum=final.spg_quantum,
-        symmetry_tolerance=final.symmetry_tolerance,
-        centroids=final.centroids,
-        n_evaluations=record.n_evaluations + (final.n_evaluations if final is not record else 0),
-        n_supercell=final.n_supercell,
-        record=final.structure,
-        folder=final.folder,
-    )
-
-
-def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:
-    """The flat ``info`` keys that fitness, host and ``magus summary`` read, on every structure of the population."""
-    for candidate in candidates:
-        for index in candidate.members:
-            population[index].info.update(
-                candidate_id=candidate.id,
-                model=model,
-                free_energy=np.nan if candidate.gibbs is None else candidate.gibbs,
-                free_energy_error=np.nan if candidate.gibbs_error is None else candidate.gibbs_error,
-                free_energy_status=candidate.status,
-                free_energy_model=model,
-                free_energy_reason=candidate.reason,
-                spg_quantum=candidate.spg_quantum,
-            )
 
 
 def write_tables(run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore) -> None:

@@ -20,7 +20,7 @@ from magus_anharmonic.structures import bare, structure_id
 log = logging.getLogger(__name__)
 
 NAME = "free_energies.db"
-NOT_PHYSICS = ("when", "max_candidates", "window", "seed_back", "temperature")
+NOT_PHYSICS = ("when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget")
 """Keys of ``sscha`` that decide who gets a free energy, not which one."""
 
 PREFIX = "id-"
@@ -44,7 +44,8 @@ class Key:
 
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
-    data = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "seed": seed, "earlier": list(earlier)}
+    physics = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "n_configs_start": settings.ranking_start}
+    data = {**physics, "seed": seed, "earlier": list(earlier)}
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -76,6 +77,8 @@ class Record:
     centroids: Atoms | None = None
     parent: str = ""
     reduced: str = ""
+    decrease: float | None = None
+    n_populations: int = 0
 
     @property
     def folder(self) -> str:
@@ -101,6 +104,8 @@ NUMBERS = (
     "n_evaluations",
     "n_supercell",
     "symmetry_tolerance",
+    "decrease",
+    "n_populations",
 )
 
 

@@ -39,6 +39,12 @@ COLUMNS = (
     "n_merged",
     "seed_of",
     "sscha_folder",
+    "difference_eV_per_atom",
+    "difference_sampling_error_eV_per_atom",
+    "difference_finite_size_error_eV_per_atom",
+    "difference_model_error_eV_per_atom",
+    "p_lowest_sampling",
+    "p_lowest_total",
 )
 
 
@@ -70,6 +76,12 @@ def row(candidate: Candidate) -> dict[str, Any]:
         max(0, len(c.members) - 1),
         c.seed,
         c.folder,
+        _digits(c.difference),
+        _digits(c.difference_sampling),
+        _digits(c.difference_finite_size),
+        _digits(c.difference_model),
+        _digits(c.p_lowest),
+        _digits(c.p_lowest_total),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -62,8 +62,9 @@ def free_energy(
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is kept.
     tolerances
-        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` (eV/atom), ``min_effective_sample``, ``symprec`` (A),
-        ``reference_spacing`` (2 pi / A); defaults and meaning as in the block ``sscha`` of the input.
+        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom), ``n_configs_start``,
+        ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi / A);
+        defaults and meaning as in the block ``sscha`` of the input.
 
     Returns
     -------
@@ -93,7 +94,7 @@ def free_energy(
         state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id)
         run = RunFolder(folder, task.identity())
-        return run.finished(settings.max_populations) or _guarded(task, source, run)
+        return run.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, run)
 
 
 def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult:
@@ -102,7 +103,7 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult
     progress = Progress()
     try:
         run = SschaRun(task, evaluator, folder, progress)
-        while not run.converged and run.n_populations < task.settings.max_populations:
+        while not (run.converged and run.precise) and run.n_populations < task.settings.max_populations:
             run.advance()
         return run.finish()
     except InputError:

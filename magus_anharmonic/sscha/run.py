@@ -46,6 +46,8 @@ VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
+NOT_OF_A_RUN = ("temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget")
+"""Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 KEEP_CELL = 0.3
 """Part of ``pressure_tolerance``: with less stress than that the cell stays, and the populations can be used together."""
 
@@ -65,7 +67,7 @@ class Task:
 
     def identity(self) -> dict[str, Any]:
         """Everything on which the numbers depend; two runs with the same identity are the same run."""
-        ignored = {"temperature", "when", "max_candidates", "window", "seed_back", "max_populations"}
+        ignored = {*NOT_OF_A_RUN, "max_populations", "error_tolerance"}
         return {
             "structure": structure_id(self.atoms),
             "formula": self.atoms.get_chemical_formula(),
@@ -120,15 +122,21 @@ class SschaRun:
         """Whether the last population meets every criterion of `SschaSettings`."""
         return not self.reason
 
+    @property
+    def precise(self) -> bool:
+        """Whether the sampling error of G is as small as ``error_tolerance`` asks."""
+        tolerance = self.task.settings.error_tolerance
+        return tolerance is None or (bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance)
+
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
-        """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: the settings').
+        """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
 
         Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal falls apart, the sample collapses or
         the evaluator returns numbers that are not finite; what was done before stays in ``progress``.
         """
         if self.averages is not None:
             self._minimise()
-        ensemble = self._draw(n_configs or self.task.settings.n_configs)
+        ensemble = self._draw(n_configs or self.task.settings.configurations(self.n_populations + 1))
         self._populations = [*self._populations, (self.state, ensemble)]
         return self._average(ensemble)
 

@@ -43,12 +43,13 @@ class RunFolder:
         else:
             write_json(path, identity)
 
-    def finished(self, max_populations: int) -> SschaResult | None:
-        """The stored result, unless more populations are allowed now than an unconverged one has used."""
+    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
+        """The stored result, unless it is unconverged or less precise than wanted, and more populations are allowed now."""
         if not (self.directory / "result.json").is_file():
             return None
         result = SschaResult.read(self.directory)
-        if result.status == "unconverged" and result.n_populations < max_populations:
+        precise = error_tolerance is None or result.gibbs_error <= error_tolerance
+        if result.status != "failed" and not (result.converged and precise) and result.n_populations < max_populations:
             return None
         return result
 

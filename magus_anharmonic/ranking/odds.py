@@ -1,0 +1,52 @@
+"""How sure the order is: the three errors of a difference of G, and the probability of being the lowest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.elimination import probability_lowest
+
+FINITE_SIZE_PART = 0.5
+"""Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
+
+
+def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+    """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
+
+    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model :
+    sqrt(2) times ``model_error``, the validation RMSE of the energy (None: unknown, and no total): errors of the potential
+    that two structures share cancel in truth, so this is an upper estimate. Phases that another candidate stands for, estimates and
+    failures get none.
+    """
+    phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
+    if not phases:
+        return list(candidates)
+    best = phases[0]
+    gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
+    finite = [FINITE_SIZE_PART * abs(_number(c.finite_size) - _number(best.finite_size)) for c in phases]
+    odds = probability_lowest(gibbs, sampling)
+    total = np.full(len(phases), np.nan)
+    if model_error is not None:
+        total = probability_lowest(gibbs, np.sqrt(np.square(sampling) + np.square(finite) + model_error**2))
+    filled = {
+        c.id: replace(
+            c,
+            difference=_number(c.gibbs) - _number(best.gibbs),
+            difference_sampling=0.0 if c is best else math.hypot(_number(c.gibbs_error), _number(best.gibbs_error)),
+            difference_finite_size=finite[place],
+            difference_model=None if model_error is None else (0.0 if c is best else math.sqrt(2.0) * model_error),
+            p_lowest=float(odds[place]),
+            p_lowest_total=None if model_error is None else float(total[place]),
+        )
+        for place, c in enumerate(phases)
+    }
+    return [filled.get(c.id, c) for c in candidates]
+
+
+def _number(value: float | None) -> float:
+    return 0.0 if value is None else value

@@ -1,0 +1,121 @@
+"""From what an SSCHA run returned to the record of the store, to the candidate of the table, and to the flat ``info`` keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.elimination import Standing, Stop
+from magus_anharmonic.ranking.jobs import Job, Outcome
+from magus_anharmonic.ranking.store import Key, Record
+from magus_anharmonic.sscha.rotations import rotation_warning
+from magus_anharmonic.structures import bare, space_group
+
+
+def record_of(job: Job, key: Key, outcome: Outcome, enthalpy: float | None, symprec: float, parent: str = "") -> Record | None:
+    """What is stored of an outcome; None for a failure that may not happen again."""
+    result = outcome.result
+    if result is None:
+        if not outcome.lasting:
+            return None
+        spg = space_group(job.atoms, symprec)
+        return Record(job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent, spg_static=spg)
+    reasons = ("" if result.converged else result.reason or "did not converge", _rotation_warning(result))
+    return Record(
+        structure=job.structure,
+        key=key,
+        start=job.atoms,
+        status="sscha" if result.converged else "unconverged",
+        reason="; ".join(filter(None, reasons)),
+        enthalpy=enthalpy,
+        gibbs=float(result.gibbs),
+        gibbs_error=float(result.gibbs_error),
+        gibbs_raw=_float(result.gibbs_raw),
+        finite_size=_float(result.finite_size),
+        volume=_float(result.volume),
+        n_evaluations=int(result.n_evaluations),
+        n_supercell=int(result.n_atoms_supercell),
+        spg_static=result.space_group_start,
+        spg_quantum=result.space_group,
+        symmetry_tolerance=float(result.symmetry_tolerance),
+        centroids=bare(result.centroids),
+        parent=parent,
+        decrease=_float(result.decrease),
+        n_populations=int(result.n_populations),
+    )
+
+
+def standing_of(record: Record, before: Record | None) -> Standing:
+    """What the race knows of a run that has a G; ``before``: the same run one round earlier."""
+    assert record.gibbs is not None
+    fallen = None if before is None or before.gibbs is None else max(0.0, before.gibbs - record.gibbs)
+    if before is None and record.n_populations > 1:
+        fallen = record.decrease or 0.0
+    n_new = record.n_evaluations - (0 if before is None else before.n_evaluations)
+    converged = record.status == "sscha"
+    return Standing(record.gibbs, record.gibbs_error or 0.0, record.decrease or 0.0, fallen, converged, record.n_populations, n_new)
+
+
+def stopped_record(record: Record, stop: Stop) -> Record:
+    """The record with the reason why the race went on without it; a converged result stays one."""
+    if record.status == "sscha" or not stop.reason:
+        return record
+    return replace(
+        record, status="eliminated" if stop.eliminated else "unconverged", reason="; ".join(filter(None, (stop.reason, record.reason)))
+    )
+
+
+def _rotation_warning(result: Any) -> str:
+    return "" if result.force_constants is None else rotation_warning(result.state)
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def with_result(candidate: Candidate, record: Record, final: Record) -> Candidate:
+    """``candidate`` with the result ``final``, to which its own run ``record`` led."""
+    if record.status == "failed":
+        return replace(candidate, status="failed", reason=record.reason, record=record.structure, folder=record.folder)
+    reason = final.reason
+    if final is not record:
+        note = f"G of its {len(final.phase)}-atom primitive cell, run again"
+        reason = f"{reason}; {note}" if reason else note
+    return replace(
+        candidate,
+        status=final.status,
+        reason=reason,
+        gibbs=final.gibbs,
+        gibbs_error=final.gibbs_error,
+        gibbs_raw=final.gibbs_raw,
+        finite_size=final.finite_size,
+        volume=final.volume,
+        spg_quantum=final.spg_quantum,
+        symmetry_tolerance=final.symmetry_tolerance,
+        centroids=final.centroids,
+        n_evaluations=record.n_evaluations + (final.n_evaluations if final is not record else 0),
+        n_supercell=final.n_supercell,
+        record=final.structure,
+        folder=final.folder,
+    )
+
+
+def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:
+    """The flat ``info`` keys that fitness, host and ``magus summary`` read, on every structure of the population."""
+    for candidate in candidates:
+        for index in candidate.members:
+            population[index].info.update(
+                candidate_id=candidate.id,
+                model=model,
+                free_energy=np.nan if candidate.gibbs is None else candidate.gibbs,
+                free_energy_error=np.nan if candidate.gibbs_error is None else candidate.gibbs_error,
+                free_energy_status=candidate.status,
+                free_energy_model=model,
+                free_energy_reason=candidate.reason,
+                spg_quantum=candidate.spg_quantum,
+            )

@@ -1,0 +1,40 @@
+"""What the table says about how sure the order is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from ase import Atoms
+
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.odds import with_odds
+
+
+def candidate(name: str, gibbs: float | None, error: float = 1e-3, finite: float = 0.0, **more: object) -> Candidate:
+    values = {"status": "sscha", "gibbs": gibbs, "gibbs_error": error, "finite_size": finite, **more}
+    return Candidate(name, Atoms("H"), 150.0, 0.0, -1.0, "model", **values)
+
+
+def test_a_difference_has_three_errors() -> None:
+    best, other = with_odds([candidate("a", 0.0, 3e-3, 0.010), candidate("b", 0.02, 4e-3, 0.016)], model_error=0.01)
+    assert (best.difference, best.difference_sampling, best.difference_model) == (0.0, 0.0, 0.0)
+    assert other.difference == pytest.approx(0.02)
+    assert other.difference_sampling == pytest.approx(5e-3)
+    assert other.difference_finite_size == pytest.approx(3e-3)
+    assert other.difference_model == pytest.approx(0.01 * math.sqrt(2))
+
+
+def test_what_sampling_decides_the_model_may_leave_open() -> None:
+    first, second = with_odds([candidate("a", 0.0), candidate("b", 0.01)], model_error=0.02)
+    assert first.p_lowest == pytest.approx(1.0, abs=1e-6) and first.p_lowest_total < 0.8
+    assert first.p_lowest_total + second.p_lowest_total == pytest.approx(1.0)
+    unknown = with_odds([candidate("a", 0.0), candidate("b", 0.01)], model_error=None)
+    assert unknown[0].p_lowest_total is None and unknown[1].difference_model is None
+
+
+def test_twins_estimates_and_failures_take_no_part() -> None:
+    others = [candidate("t", -1.0, same_as="a"), candidate("e", -1.0, status="estimated"), candidate("f", None, status="failed")]
+    found = with_odds([candidate("a", 0.0), *others], model_error=0.01)
+    assert [c.p_lowest for c in found] == [1.0, None, None, None]
+    assert with_odds([], 0.01) == []
