@@ -18,11 +18,18 @@ class Evaluation:
     """Results for n structures, in the order of the input.
 
     energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign.
+    energy_error : (n,) eV/atom, expected error of the energies against the DFT that the model learned; None where the source
+    has no estimate (see `magus_anharmonic.potential.uncertainty`).
     """
 
     energy: np.ndarray
     forces: list[np.ndarray]
     stress: np.ndarray
+    energy_error: np.ndarray | None = None
+
+    def error_of(self, index: int) -> float | None:
+        """``energy_error`` of one structure (eV/atom), or None."""
+        return None if self.energy_error is None else float(self.energy_error[index])
 
 
 @runtime_checkable
