@@ -32,6 +32,10 @@ class Evaluation:
         return None if self.energy_error is None else float(self.energy_error[index])
 
 
+ENERGY_ERROR = "energy_error"
+"""``info`` key: expected error of the energy against the model's DFT, eV/atom; only where the model has an estimate."""
+
+
 @runtime_checkable
 class Evaluator(Protocol):
     """Anything that evaluates structures in batches; ``model_id`` names the energy surface."""
@@ -40,6 +44,21 @@ class Evaluator(Protocol):
     def model_id(self) -> str: ...
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation: ...
+
+
+def set_energy_errors(evaluator: Any, structures: Sequence[Atoms]) -> None:
+    """Set ``info['energy_error']`` (eV/atom), or remove it where ``evaluator`` has no estimate."""
+    estimate = getattr(evaluator, "uncertainty", None)
+    found = estimate(structures) if estimate is not None and structures else None
+    for index, atoms in enumerate(structures):
+        set_energy_error(atoms, None if found is None else float(found.energy_error[index]))
+
+
+def set_energy_error(atoms: Atoms, error: float | None) -> None:
+    """Set ``info['energy_error']`` (eV/atom), or remove it."""
+    atoms.info.pop(ENERGY_ERROR, None)
+    if error is not None:
+        atoms.info[ENERGY_ERROR] = error
 
 
 class CalculatorEvaluator:

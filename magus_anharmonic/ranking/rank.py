@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
@@ -21,10 +21,13 @@ from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, sam
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
+from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
+
+_TRUST = 106
 
 SEED_KEY = "sscha_centroid"
 """``info`` key of a seed: the structure id of the SSCHA run whose centroid it is."""
@@ -202,18 +205,23 @@ class Ranking:
                 job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent,
                 spg_static=space_group(job.atoms, self.sscha.symprec),
             )  # fmt: skip
+        trust = ensemble_trust(result, self.evaluator, np.random.default_rng([self.seed, int(job.structure, 16), _TRUST]))
+        notes = ["" if result.converged else result.reason or "did not converge", "" if trust is None else trust.warning]
+        if trust is not None and trust.warning:
+            log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
         return Record(
             structure=job.structure,
             key=key,
             start=job.atoms,
             status="sscha" if result.converged else "unconverged",
-            reason="" if result.converged else result.reason or "did not converge",
+            reason="; ".join(filter(None, notes)),
             enthalpy=enthalpy,
             gibbs=float(result.gibbs),
             gibbs_error=float(result.gibbs_error),
             gibbs_raw=_float(result.gibbs_raw),
             finite_size=_float(result.finite_size),
             volume=_float(result.volume),
+            ensemble_error=None if trust is None else trust.force_error,
             n_evaluations=int(result.n_evaluations),
             n_supercell=int(result.n_atoms_supercell),
             spg_static=result.space_group_start,
@@ -310,6 +318,7 @@ class Ranking:
             spg_static=space_group(atoms, symprec),
             members=tuple(self.groups[group]),
             seed=self.origin(group),
+            model_error=number(atoms.info.get(ENERGY_ERROR)),
         )
         if key is None:
             return candidate
@@ -353,6 +362,7 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
         gibbs_raw=final.gibbs_raw,
         finite_size=final.finite_size,
         volume=final.volume,
+        ensemble_error=final.ensemble_error,
         spg_quantum=final.spg_quantum,
         symmetry_tolerance=final.symmetry_tolerance,
         centroids=final.centroids,

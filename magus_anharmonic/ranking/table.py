@@ -39,6 +39,8 @@ COLUMNS = (
     "n_merged",
     "seed_of",
     "sscha_folder",
+    "model_error_eV_per_atom",
+    "ensemble_error_eV_per_A",
 )
 
 
@@ -70,6 +72,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
         max(0, len(c.members) - 1),
         c.seed,
         c.folder,
+        _digits(c.model_error),
+        _digits(c.ensemble_error),
     )
     return dict(zip(COLUMNS, values, strict=True))
 
