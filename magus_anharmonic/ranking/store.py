@@ -70,7 +70,6 @@ class Record:
     gibbs_raw: float | None = None
     finite_size: float | None = None
     volume: float | None = None
-    ensemble_error: float | None = None
     n_evaluations: int = 0
     n_supercell: int = 0
     spg_static: str = ""
@@ -79,6 +78,7 @@ class Record:
     centroids: Atoms | None = None
     parent: str = ""
     reduced: str = ""
+    ensemble_error: float | None = None
 
     @property
     def folder(self) -> str:
