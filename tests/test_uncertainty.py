@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from magus_anharmonic.potential import Potential, checkpoint, load, uncertainty
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.score import labels_of
+from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import LearningSettings, Settings, parse
@@ -256,16 +259,39 @@ def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(poten
     assert ensemble_trust(failed, potential, rng) is None
 
 
+def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away(
+    potential: Potential, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ranking_fakes as fakes
+
+    def walks(atoms: Atoms, evaluator: Any, *, temperature: float, **options: Any) -> Any:
+        result = fakes.sscha_result(atoms, atoms, -1.0, temperature)
+        walked = Walked(0.02)
+        result.state, result.force_constants = walked.state, walked.force_constants
+        return result
+
+    settings = parse(Settings, {"pressure": 150.0, "sscha": {}})
+    atoms = crystal(np.random.default_rng(0), 0.0)
+    reevaluate([atoms], potential, settings)
+    for _ in range(2):  # the second time from the store
+        (candidate,) = rank([atoms], evaluator=potential, settings=settings, run_dir=tmp_path, free_energy=walks, workers=1)
+        assert candidate.status == "sscha" and "where the model was not trained" in candidate.reason
+        (row,) = csv.DictReader((tmp_path / "ranking.csv").open(newline=""))
+        assert float(row["model_error_eV_per_atom"]) == pytest.approx(atoms.info["energy_error"], abs=1e-6)
+        assert float(row["ensemble_error_eV_per_A"]) > potential.error_model.usual_force_error
+    assert caplog.text.count("G is not to be trusted") == 1
+
+
 # ------------------------------------------------------------------ choosing labels
 
 
 @pytest.fixture(scope="module")
 def population() -> list[Atoms]:
-    """Twenty different structures, each twice; the enthalpy grows with the number, the displacements fall."""
+    """Ten different structures, each twice; the enthalpy grows with the number, the displacements fall."""
     rng = np.random.default_rng(11)
     found = []
-    for number in range(20):
-        atoms = crystal(rng, 0.4 - 0.018 * number)
+    for number in range(10):
+        atoms = crystal(rng, 0.4 - 0.036 * number)
         atoms.info["enthalpy"] = 0.01 * number
         found += [atoms, atoms.copy()]
     return found
@@ -291,7 +317,7 @@ def test_only_low_enthalpies_are_worth_a_label(population: list[Atoms]) -> None:
     upside_down = [atoms.copy() for atoms in population]
     for number, atoms in enumerate(upside_down):
         atoms.info["enthalpy"] = -number
-    assert lowest_distinct(upside_down, 1) == [39]
+    assert lowest_distinct(upside_down, 1) == [19]
 
 
 def test_a_model_without_an_estimate_chooses_at_random_and_says_so(

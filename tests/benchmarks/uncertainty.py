@@ -1,9 +1,12 @@
 """Is the error estimate calibrated, and does choosing by it save labels?  ``python tests/benchmarks/uncertainty.py [PART]``.
 
-``calibration`` trains a small model (2 blocks of 32 units) from new weights on part of the labels of ``inputs/h3s-checkpoint`` and
-compares expected with true errors on labels that it has not seen: the test side of ``labels.xyz`` and ``labels-next.xyz``. Writes
-``docs/calibration.svg``. ``learning`` starts from a few random labels of the training side and adds as many again and again, chosen
-by each rule of ``learning.select``, with finetuning in between; all are scored on the test side. Writes ``docs/learning-curve.svg``.
+``calibration`` fits the estimate of the checkpoint ``h3s-gpaw-small`` (or, with ``--n-train``, of a small model trained from new
+weights) to training and validation labels of ``inputs/h3s-checkpoint``, and compares expected with true errors on labels that the
+model has not seen: the test side of ``labels.xyz``, and ``labels-next.xyz``. Writes ``docs/calibration.svg``.
+
+``learning`` trains a small model (2 blocks of 32 units) on a few random labels of the training side and adds as many again and again,
+chosen by each rule of ``learning.select``, with finetuning in between; all are scored on the test side. Writes
+``docs/learning-curve.svg``.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.learning.choose import choose, farthest_points
-from magus_anharmonic.potential import Potential, load
+from magus_anharmonic.potential import Potential, load, uncertainty
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.score import Scores, labels_of, score
@@ -85,10 +88,14 @@ def cost(potential: Potential, structures: Sequence[Atoms]) -> None:
 
 def calibration(n_train: int, epochs: int, seed: int) -> None:
     train, validation, test = split_by_parent(read_labels(LABELS / "labels.xyz"))
-    train = [train[i] for i in choose(train, n_train, np.random.default_rng(seed))]
     later = read_labels(LABELS / "labels-next.xyz")
-    potential = trained(from_scratch(train, SMALL, seed=seed), train, validation, epochs, seed)
-    print(f"{len(train)} labels, {epochs} epochs: test {score(potential, test)}; later {score(potential, later)}")
+    if n_train:
+        train = [train[i] for i in choose(train, n_train, np.random.default_rng(seed))]
+        potential = trained(from_scratch(train, SMALL, seed=seed), train, validation, epochs, seed)
+    else:
+        potential = load("h3s-gpaw-small", device="cpu")
+        potential.error_model = uncertainty.fit(potential.module, train, validation)
+    print(f"{len(train)} training labels: test {score(potential, test)}; later {score(potential, later)}")
     print(f"estimate: {potential.error_model}")
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.0))
     for name, labelled in (("training", train), ("test", test), ("later searches", later)):
@@ -117,8 +124,8 @@ def pick(rule: str, potential: Potential, pool: Sequence[Atoms], known: Sequence
     return farthest_points(potential.mean_features(pool), n, rng, potential.mean_features(known))
 
 
-def learning(n_start: int, n_add: int, rounds: int, epochs: int, seeds: int) -> None:
-    train, validation, test = split_by_parent([atoms for atoms in read_labels(LABELS / "labels.xyz") if len(atoms) <= 8])
+def learning(size: int, n_start: int, n_add: int, rounds: int, epochs: tuple[int, int], seeds: int) -> None:
+    train, validation, test = split_by_parent([atoms for atoms in read_labels(LABELS / "labels.xyz") if len(atoms) <= size])
     validation = validation[::2]
     sizes = [n_start + n_add * k for k in range(rounds + 1)]
     curves: dict[str, list[list[Scores]]] = {rule: [] for rule in RULES}
@@ -127,18 +134,20 @@ def learning(n_start: int, n_add: int, rounds: int, epochs: int, seeds: int) -> 
         rng = np.random.default_rng(seed)
         first = choose(train, n_start, rng)
         labelled = [train[i] for i in first]
-        begin = trained(from_scratch(labelled, SMALL, seed=seed), labelled, validation, 2 * epochs, seed)
+        begin = trained(from_scratch(labelled, SMALL, seed=seed), labelled, validation, epochs[0], seed)
         for rule in RULES:
             chosen, potential, found = list(first), begin, [score(begin, test)]
             for _ in range(rounds):
                 rest = [i for i in range(len(train)) if i not in set(chosen)]
                 picked = pick(rule, potential, [train[i] for i in rest], [train[i] for i in chosen], n_add, rng)
                 chosen += [rest[place] for place in picked]
-                potential = trained(potential.module, [train[i] for i in chosen], validation, epochs, seed)
+                potential = trained(potential.module, [train[i] for i in chosen], validation, epochs[1], seed)
                 found.append(score(potential, test))
             curves[rule].append(found)
             words = ", ".join(f"{n}: {1e3 * s.energy_rmse:.1f} {s.force_rmse:.3f}" for n, s in zip(sizes, found, strict=True))
-            print(f"seed {seed} {rule:<10}{words}", flush=True)
+            true, expected = true_errors(potential, test)[1], potential.uncertainty(test).force_error
+            rank, ratio = np.corrcoef(ranks(expected), ranks(true))[0, 1], np.sqrt(np.mean((true / expected) ** 2))
+            print(f"seed {seed} {rule:<10}{words}; forces: rank correlation {rank:.2f}, rms(true/expected) {ratio:.2f}", flush=True)
     draw(sizes, curves)
 
 
@@ -172,20 +181,23 @@ def needed(sizes: Sequence[int], errors: np.ndarray, goal: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", nargs="?", choices=("calibration", "learning"), help="left out: both")
-    parser.add_argument("--n-train", type=int, default=320, help="labels of the calibration's model")
-    parser.add_argument("--epochs", type=int, default=25, help="of the calibration's model")
-    parser.add_argument("--start", type=int, default=30, help="labels at the start of the learning curve")
-    parser.add_argument("--add", type=int, default=30, help="labels added in each round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--round-epochs", type=int, default=12, help="finetuning epochs per round")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--n-train", type=int, default=0, help="calibration: labels for a small model of its own; 0: h3s-gpaw-small")
+    parser.add_argument("--epochs", type=int, default=25, help="calibration: of that model")
+    parser.add_argument("--size", type=int, default=4, help="learning: largest number of atoms")
+    parser.add_argument("--start", type=int, default=40, help="learning: labels at the start")
+    parser.add_argument("--start-epochs", type=int, default=40, help="learning: on these")
+    parser.add_argument("--add", type=int, default=40, help="learning: labels added in each round")
+    parser.add_argument("--rounds", type=int, default=2, help="learning: rounds")
+    parser.add_argument("--round-epochs", type=int, default=8, help="learning: finetuning epochs per round")
+    parser.add_argument("--seeds", type=int, default=2, help="learning: repetitions")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begun = time.perf_counter()
     if options.part != "learning":
         calibration(options.n_train, options.epochs, 0)
     if options.part != "calibration":
-        learning(options.start, options.add, options.rounds, options.round_epochs, options.seeds)
+        epochs = (options.start_epochs, options.round_epochs)
+        learning(options.size, options.start, options.add, options.rounds, epochs, options.seeds)
     print(f"{(time.perf_counter() - begun) / 60:.1f} min, CPU time {time.process_time() / 60:.1f} min")
 
 
