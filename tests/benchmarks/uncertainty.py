@@ -98,7 +98,7 @@ def calibration(n_train: int, epochs: int, seed: int) -> None:
     print(f"{len(train)} training labels: test {score(potential, test)}; later {score(potential, later)}")
     print(f"estimate: {potential.error_model}")
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.0))
-    for name, labelled in (("training", train), ("test", test), ("later searches", later)):
+    for name, labelled in (("test", test), ("later searches", later)):
         expected = potential.uncertainty(labelled)
         for axis, estimate, true, unit in zip(
             axes, (expected.energy_error, expected.force_error), true_errors(potential, labelled), ("eV/atom", "eV/A"), strict=True
@@ -112,7 +112,7 @@ def calibration(n_train: int, epochs: int, seed: int) -> None:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "calibration.svg")
-    cost(potential, test[:32])
+    cost(potential, test[:8])
 
 
 def pick(rule: str, potential: Potential, pool: Sequence[Atoms], known: Sequence[Atoms], n: int, rng: np.random.Generator) -> list[int]:
