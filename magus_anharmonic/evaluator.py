@@ -18,11 +18,22 @@ class Evaluation:
     """Results for n structures, in the order of the input.
 
     energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign.
+    energy_error : (n,) eV/atom, expected error of the energies against the DFT that the model learned; None where the source
+    has no estimate (see `magus_anharmonic.potential.uncertainty`).
     """
 
     energy: np.ndarray
     forces: list[np.ndarray]
     stress: np.ndarray
+    energy_error: np.ndarray | None = None
+
+    def error_of(self, index: int) -> float | None:
+        """``energy_error`` of one structure (eV/atom), or None."""
+        return None if self.energy_error is None else float(self.energy_error[index])
+
+
+ENERGY_ERROR = "energy_error"
+"""``info`` key: expected error of the energy against the model's DFT, eV/atom; only where the model has an estimate."""
 
 
 @runtime_checkable
@@ -33,6 +44,21 @@ class Evaluator(Protocol):
     def model_id(self) -> str: ...
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation: ...
+
+
+def set_energy_errors(evaluator: Any, structures: Sequence[Atoms]) -> None:
+    """Set ``info['energy_error']`` (eV/atom), or remove it where ``evaluator`` has no estimate."""
+    estimate = getattr(evaluator, "uncertainty", None)
+    found = estimate(structures) if estimate is not None and structures else None
+    for index, atoms in enumerate(structures):
+        set_energy_error(atoms, None if found is None else float(found.energy_error[index]))
+
+
+def set_energy_error(atoms: Atoms, error: float | None) -> None:
+    """Set ``info['energy_error']`` (eV/atom), or remove it."""
+    atoms.info.pop(ENERGY_ERROR, None)
+    if error is not None:
+        atoms.info[ENERGY_ERROR] = error
 
 
 class CalculatorEvaluator:

@@ -105,7 +105,12 @@ class LearningSettings(Section):
 
     labeler: LabelerSettings = Field(description="the DFT code and its settings")
     required: bool = Field(True, description="false: where the labeler is not installed, run without learning and say so")
-    select: Literal["random"] = Field("random", description="how structures are chosen; duplicates are kept")
+    select: Literal["random", "uncertain", "diverse"] = Field(
+        "random",
+        description="how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the lowest distinct ones "
+        "(10 n_sample) those with the largest expected error, at random while the model has no error estimate; "
+        "diverse: those farthest from one another and from the labels in the model's features",
+    )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
     atom_displacement: NonNegative = Field(0.05, le=1.0, description="Angstrom, random direction, fixed length")

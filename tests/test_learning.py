@@ -22,6 +22,7 @@ from magus_anharmonic.learning.distort import distort, random_directions, random
 from magus_anharmonic.learning.families import Families, fingerprint
 from magus_anharmonic.learning.learn import learn, plan, training_sets
 from magus_anharmonic.settings import LearningSettings, parse
+from magus_anharmonic.structures import structure_id
 
 
 def h3s(a: float = 3.0, shift: float = 0.0) -> Atoms:
@@ -522,3 +523,44 @@ def test_a_damaged_record_of_a_round_is_done_again(tmp_path, potential, settings
 
 def test_not_installed_is_both_a_users_and_a_labelers_error():
     assert issubclass(LabelerNotInstalled, InputError) and issubclass(LabelerNotInstalled, LabelerError)
+
+
+# ------------------------------------------------------------------ learning.select
+
+
+def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(tmp_path, potential, caplog):
+    """The first round runs on a model without an estimate; training makes one, and the checkpoint keeps it."""
+    from magus_anharmonic.potential import load
+
+    caplog.set_level("INFO")
+    keys = learning(select="uncertain", n_sample=2, n_perturb=1, epochs=1)
+    first = run(tmp_path, potential, keys)
+    assert "has no error estimate yet; this choice is random" in caplog.text
+    loaded = load(tmp_path / "checkpoints" / "gen1.pth", device="cpu")
+    assert loaded.error_model is not None and first.potential.error_model is not None
+    caplog.clear()
+    second = run(tmp_path, loaded, keys, generation=2)
+    assert "the 2 most uncertain of" in caplog.text and second.n_labels == 2
+    errors = loaded.uncertainty(POPULATION).force_error
+    parents = {atoms.info["parent"] for atoms in LabelStore(tmp_path / "labels").labels(generation=2)}
+    assert f"p-{structure_id(POPULATION[int(errors.argmax())])}" in parents
+
+
+def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings, monkeypatch):
+    import magus_anharmonic.potential.score as scores
+    from magus_anharmonic.potential import load
+
+    real = scores.score
+    monkeypatch.setattr(
+        scores, "score", lambda model, frames, settings=None: real(model, frames, settings) if model is potential else nan_scores()
+    )
+    assert not run(tmp_path, potential, settings).changed
+    again = run(tmp_path, load(potential.path, device="cpu"), settings)
+    assert again.potential.error_model is not None, "a restart finds the estimate in the checkpoint of the round"
+    assert again.potential.error_model.energy_scale == pytest.approx(potential.error_model.energy_scale)
+
+
+def nan_scores():
+    from magus_anharmonic.potential.score import Scores
+
+    return Scores(np.nan, np.nan, np.nan, np.nan, 1)

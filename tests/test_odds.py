@@ -33,6 +33,13 @@ def test_what_sampling_decides_the_model_may_leave_open() -> None:
     assert unknown[0].p_lowest_total is None and unknown[1].difference_model is None
 
 
+def test_the_model_error_of_a_structure_counts_before_that_of_the_validation_set() -> None:
+    _, other = with_odds([candidate("a", 0.0, model_error=0.003), candidate("b", 0.01, model_error=0.004)], model_error=0.02)
+    assert other.difference_model == pytest.approx(0.005)
+    _, other = with_odds([candidate("a", 0.0, model_error=0.03), candidate("b", 0.01)], model_error=0.04)
+    assert other.difference_model == pytest.approx(0.05)
+
+
 def test_twins_estimates_and_failures_take_no_part() -> None:
     others = [candidate("t", -1.0, same_as="a"), candidate("e", -1.0, status="estimated"), candidate("f", None, status="failed")]
     found = with_odds([candidate("a", 0.0), *others], model_error=0.01)

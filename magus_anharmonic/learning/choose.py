@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.learning.families import Fingerprint, fingerprint
+from magus_anharmonic.structures import bare
+
+if TYPE_CHECKING:
+    from magus_anharmonic.potential import Potential
+
+log = logging.getLogger(__name__)
+
+POOL = 10
+"""``uncertain`` and ``diverse`` choose among the lowest distinct structures, this many times as many as they choose."""
 
 
 def choose(population: Sequence[Any], n: int, rng: np.random.Generator) -> list[int]:
@@ -15,3 +28,70 @@ def choose(population: Sequence[Any], n: int, rng: np.random.Generator) -> list[
     a phase found k times is k times as likely to be drawn, and may be drawn up to k times.
     """
     return [int(index) for index in rng.permutation(len(population))[:n]]
+
+
+def select(
+    population: Sequence[Atoms], n: int, rng: np.random.Generator, rule: str, potential: Potential, known: Sequence[Atoms] = ()
+) -> list[int]:
+    """Indices of the ``n`` individuals that ``rule`` (``learning.select``) chooses.
+
+    random
+        `choose`, as in the paper.
+    uncertain
+        Of the lowest distinct structures (`lowest_distinct`) those with the largest expected error of the forces, which
+        ranks true errors better than that of the energy does. A model without an estimate, as a downloaded one in the first
+        round, makes this round's choice random, with a line in the log.
+    diverse
+        Of the same structures those farthest from one another and from the labels ``known`` in the model's features.
+
+    A population that is not larger than ``n`` is taken whole. Same generator state, population and model: same choice.
+    """
+    if rule == "random" or len(population) <= n:
+        return choose(population, n, rng)
+    if rule == "uncertain" and potential.error_model is None:
+        log.info("learning.select: uncertain: model %s has no error estimate yet; this choice is random", potential.model_id)
+        return choose(population, n, rng)
+    pool = lowest_distinct(population, POOL * n)
+    structures = [bare(population[index]) for index in pool]
+    if rule == "diverse":
+        picked = farthest_points(potential.mean_features(structures), n, rng, potential.mean_features(known))
+    else:
+        found = potential.uncertainty(structures)
+        errors = np.empty(0) if found is None else found.force_error
+        picked = [int(place) for place in np.argsort(-errors, kind="stable")[:n]]
+        log.info("the %d most uncertain of %d structures: %.3f to %.3f eV/A", len(picked), len(pool), *errors[picked][[-1, 0]])
+    return [pool[place] for place in picked]
+
+
+def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
+    """Indices of the ``n`` structures of lowest ``info['enthalpy']`` (unknown: last) no two of which are one phase."""
+    enthalpy = np.array([float(atoms.info.get("enthalpy", np.inf)) for atoms in population])
+    chosen: list[int] = []
+    prints: list[Fingerprint] = []
+    for index in np.argsort(enthalpy, kind="stable"):
+        mine = fingerprint(bare(population[index]))
+        if not any(mine.similar(other) for other in prints):
+            chosen.append(int(index))
+            prints.append(mine)
+        if len(chosen) == n:
+            break
+    return chosen
+
+
+def farthest_points(points: np.ndarray, n: int, rng: np.random.Generator, known: np.ndarray) -> list[int]:
+    """Indices of ``n`` of the ``points`` (m, u), each the farthest from those before it and from ``known`` (k, u).
+
+    Without known points the first is drawn. Euclidean distances; Gonzalez, doi:10.1016/0304-3975(85)90224-5.
+    """
+    if len(points) == 0:
+        return []
+    distance = np.full(len(points), np.inf)
+    for point in known:
+        distance = np.minimum(distance, np.linalg.norm(points - point, axis=1))
+    chosen: list[int] = []
+    while len(chosen) < min(n, len(points)):
+        index = int(rng.integers(len(points))) if np.isinf(distance).all() else int(distance.argmax())
+        chosen.append(index)
+        distance = np.minimum(distance, np.linalg.norm(points - points[index], axis=1))
+        distance[chosen] = -1.0
+    return chosen

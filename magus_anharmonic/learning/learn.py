@@ -17,7 +17,7 @@ from ase import Atoms
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import choose
+from magus_anharmonic.learning.choose import choose, select
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset, side
 from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.settings import LearningSettings
@@ -91,7 +91,8 @@ def learn(
     store.check(labeler.settings_hash)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     began = time.monotonic()
-    n_failures = _label(population, generation, settings, labeler, store, folder, seed)
+    chosen = _choose(population, generation, settings, store, seed, potential, dataset)
+    n_failures = _label(plan(population, generation, settings, store, seed, chosen), generation, labeler, store, folder)
     labels = store.labels(generation=generation)
     sets = training_sets(labels, store.labels(before=generation), dataset, settings, np.random.default_rng([seed, generation, _REPLAY]))
     metrics: dict[str, Any] = {
@@ -124,7 +125,7 @@ def _finished(folder: Path, generation: int, potential: Potential) -> Learned | 
     if not records or not file.is_file():
         return None
     metrics, current = records[-1], potential
-    if potential.model_id != metrics["new_model"]:
+    if potential.model_id != metrics["new_model"] or potential.error_model is None:
         from magus_anharmonic.potential import load
 
         current = load(file, device=potential.device)
@@ -140,10 +141,36 @@ def checkpoint_file(folder: Path, generation: int) -> Path:
     return folder / "checkpoints" / f"gen{generation}.pth"
 
 
-def plan(population: Sequence[Atoms], generation: int, settings: LearningSettings, store: LabelStore, seed: int) -> list[Atoms]:
-    """The distorted structures to label, with everything about them in ``info``; the same for the same seed and population."""
+def _choose(
+    population: Sequence[Atoms],
+    generation: int,
+    settings: LearningSettings,
+    store: LabelStore,
+    seed: int,
+    potential: Potential,
+    dataset: Sequence[Atoms],
+) -> list[int]:
+    """Indices of the structures to label by ``learning.select``."""
+    rng = np.random.default_rng([seed, generation, _CHOOSE])
+    known = [*dataset, *store.labels(before=generation)] if settings.select == "diverse" else []
+    return select(population, settings.n_sample, rng, settings.select, potential, known)
+
+
+def plan(
+    population: Sequence[Atoms],
+    generation: int,
+    settings: LearningSettings,
+    store: LabelStore,
+    seed: int,
+    chosen: Sequence[int] | None = None,
+) -> list[Atoms]:
+    """The distorted structures to label, with everything about them in ``info``; the same for the same seed and population.
+
+    ``chosen``: indices into the population; None draws them at random.
+    """
     distorted = []
-    chosen = choose(population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE]))
+    if chosen is None:
+        chosen = choose(population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE]))
     for draw, index in enumerate(chosen):
         parent = bare(population[index])
         name = f"p-{structure_id(parent)}"
@@ -168,17 +195,8 @@ def plan(population: Sequence[Atoms], generation: int, settings: LearningSetting
     return distorted
 
 
-def _label(
-    population: Sequence[Atoms],
-    generation: int,
-    settings: LearningSettings,
-    labeler: Labeler,
-    store: LabelStore,
-    folder: Path,
-    seed: int,
-) -> int:
+def _label(planned: Sequence[Atoms], generation: int, labeler: Labeler, store: LabelStore, folder: Path) -> int:
     """Label what is not labelled yet; returns the number of failures."""
-    planned = plan(population, generation, settings, store, seed)
     waiting = [atoms for atoms in planned if atoms.info["id"] not in store]
     if len(waiting) < len(planned):
         log.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
@@ -291,6 +309,8 @@ def _conclude(
     potential: Potential, candidate: Potential | None, sets: Sets, settings: LearningSettings, folder: Path, metrics: dict[str, Any]
 ) -> Learned:
     """Compare old and new, keep the better one, write metrics and then the checkpoint (its presence ends the round)."""
+    from magus_anharmonic.potential import uncertainty
+
     old = _scores(potential, sets, settings)
     trained = {} if candidate is None else _scores(candidate, sets, settings)
     changed = False
@@ -302,6 +322,8 @@ def _conclude(
         metrics["reason"] = f"{verdict} (loss {before:.4g} -> {after:.4g} on {old[judge]['n']} labels of {sets.validation_from})"
         log.info("%s", metrics["reason"])
     current = candidate if changed and candidate is not None else potential
+    if current.error_model is None and sets.train:
+        current.error_model = uncertainty.fit(current.module, sets.train, sets.validation)
     metrics |= {
         "old_model": potential.model_id,
         "new_model": current.model_id,
@@ -323,13 +345,14 @@ def _conclude(
 
 
 def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path) -> None:
-    from magus_anharmonic.potential import checkpoint
+    from magus_anharmonic.potential import checkpoint, uncertainty
 
     if changed:
         with replacing(file) as temporary:
             shutil.copyfile(trained, temporary)
     else:
-        checkpoint.save(model.module, file, parent_id=model.model_id, species=model.species_seen)
+        extra = uncertainty.for_checkpoint(model.error_model)
+        checkpoint.save(model.module, file, parent_id=model.model_id, species=model.species_seen, **extra)
     trained.unlink(missing_ok=True)
 
 

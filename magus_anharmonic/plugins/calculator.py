@@ -16,6 +16,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # What an earlier calculation left in ``info``: it belongs to another structure or another model once this one starts.
-RESULT_KEYS = ("energy", "forces", "stress", "enthalpy", "trajs", "model")
+RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
 FREE_ENERGY_KEYS = (
     "free_energy",
     "free_energy_error",
@@ -126,6 +127,7 @@ class MatterSimCalculator(Calculator):
                 continue
             self._take(atoms, start, result)
             relaxed.append(atoms)
+        set_energy_errors(self.potential, relaxed)
         self._report("relaxed", relaxed, failed)
         logger.info("relaxation steps: %d in all, %d structures converged", *_effort(results))
         return relaxed
@@ -141,6 +143,7 @@ class MatterSimCalculator(Calculator):
                 continue
             self._store_result(atoms, *outcome)
             done.append(atoms)
+        set_energy_errors(self.potential, done)
         self._report("evaluated", done, failed)
         return done
 

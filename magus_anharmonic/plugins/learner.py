@@ -14,7 +14,7 @@ from magus.populations.populations import Population
 
 from magus_anharmonic.generation import validation_rmse
 from magus_anharmonic.labelers.adapter import CallableLabeler
-from magus_anharmonic.learning.choose import choose
+from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, side
 from magus_anharmonic.learning.learn import keep_label, learn, plan
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
@@ -90,10 +90,13 @@ class MatterSimLearner(MatterSimCalculator):
         return frames
 
     def select(self, pop: Any) -> Any:
-        """``n_sample`` members drawn at random, duplicates kept; copies, of the same kind (Population or list)."""
+        """``n_sample`` members by ``learning.select``; copies, of the same kind (Population or list)."""
         individuals = list(pop)
         rng = np.random.default_rng([self.seed, self.generation, _SELECT])
-        chosen = [individuals[index].copy() for index in choose(individuals, self.learning.n_sample, rng)]
+        rule = self.learning.select
+        known = self.store.labels(before=self.generation) if rule == "diverse" else []
+        picked = select(individuals, self.learning.n_sample, rng, rule, self.potential, known)
+        chosen = [individuals[index].copy() for index in picked]
         logger.info("%d of %d structures are chosen for labels", len(chosen), len(individuals))
         return _like(pop, chosen)
 

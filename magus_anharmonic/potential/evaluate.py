@@ -15,9 +15,10 @@ from ase.data import chemical_symbols
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation
-from magus_anharmonic.potential import checkpoint
-from magus_anharmonic.potential.graph import Neighbours, build_graph, check, find_neighbours
+from magus_anharmonic.potential import checkpoint, uncertainty
+from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, find_neighbours
 from magus_anharmonic.potential.model import FactorisedM3GNet
+from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential.relax import Relaxation
@@ -47,6 +48,7 @@ class Potential:
         device: str = "cpu",
         dtype: str = "float32",
         edges_per_batch: int | None = None,
+        error_model: ErrorModel | None = None,
     ) -> None:
         if dtype not in _DTYPES:
             raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
@@ -57,9 +59,11 @@ class Potential:
         self.module = module.to(device=device, dtype=self.dtype).eval()
         self.model = FactorisedM3GNet(self.module)
         self.cutoff = self.model.cutoff
+        self.error_model = error_model
         kind = "cuda" if device.startswith("cuda") else "cpu"
         self.edges_per_batch = edges_per_batch or min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
         self._warned: set[int] = set()
+        self._said_no_estimate = False
 
     def __repr__(self) -> str:
         return f"Potential({self.model_id}, {self.path}, {self.device}, {self.dtype})"
@@ -76,11 +80,13 @@ class Potential:
             device=self.device,
             dtype="float64",
             edges_per_batch=self.edges_per_batch,
+            error_model=self.error_model,
         )
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
-        """Energies, forces and stresses in the order of the input; the structures are not changed.
+        """Energies, forces and stresses in the order of the input, with ``energy_error`` where the model has an estimate.
 
+        The structures are not changed.
         Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result not finite),
         both with the index of the structure.
         """
@@ -88,16 +94,46 @@ class Potential:
         energy = np.empty(len(structures))
         stress = np.empty((len(structures), 3, 3))
         forces: list[np.ndarray] = []
-        for indices, neighbours in self._batches(structures):
-            batch = [structures[index] for index in indices]
-            graph = build_graph(
-                batch, self.cutoff, self.dtype, self.device, threebody_cutoff=self.model.threebody_cutoff, neighbours=neighbours
-            )
-            e, f, s = (value.cpu().numpy().astype(float) for value in self.model(graph))
+        errors = None if self.error_model is None else np.empty(len(structures))
+        for indices, graph in self._graphs(structures):
+            *values, features = self.model.evaluate(graph)
+            e, f, s = (value.cpu().numpy().astype(float) for value in values)
             energy[indices], stress[indices] = e, s
             forces += np.split(f, np.cumsum(graph.n_atoms)[:-1])
             _require_finite(indices, e, forces[indices[0] :], s)
-        return Evaluation(energy, forces, stress)
+            if errors is not None and self.error_model is not None:
+                errors[indices] = self.error_model.predict(features, graph).energy_error
+        return Evaluation(energy, forces, stress, errors)
+
+    def uncertainty(self, structures: Sequence[Atoms]) -> Uncertainty | None:
+        """Expected errors against the model's DFT, without evaluating energies and forces; None when it has no estimate.
+
+        Raises InputError as `evaluate` does.
+        """
+        if self.error_model is None:
+            self._say_once_that_there_is_no_estimate()
+            return None
+        found = [self.error_model.predict(self.model.atom_features(graph), graph) for _, graph in self._graphs(list(structures))]
+        energy, force = ([getattr(part, name) for part in found] for name in ("energy_error", "force_error"))
+        return Uncertainty(np.concatenate([np.empty(0), *energy]), np.concatenate([np.empty(0), *force]))
+
+    def mean_features(self, structures: Sequence[Atoms]) -> np.ndarray:
+        """(n, u): features before the readout, means over the atoms of each structure; alike structures have alike ones."""
+        found = [uncertainty.mean_features(self.model, graph) for _, graph in self._graphs(list(structures))]
+        return np.concatenate([np.empty((0, self.model.units)), *found])
+
+    def _say_once_that_there_is_no_estimate(self) -> None:
+        if not self._said_no_estimate:
+            self._said_no_estimate = True
+            where = self.path or f"model {self.model_id}"
+            logger.info("%s comes without an error estimate; one is made when the model is trained or finetuned here", where)
+
+    def _graphs(self, structures: Sequence[Atoms]) -> Iterator[tuple[list[int], Graph]]:
+        """The batches of `_batches` as graphs, with the indices of their structures."""
+        near = self.model.threebody_cutoff
+        for indices, neighbours in self._batches(structures):
+            batch = [structures[index] for index in indices]
+            yield indices, build_graph(batch, self.cutoff, self.dtype, self.device, threebody_cutoff=near, neighbours=neighbours)
 
     def _batches(self, structures: Sequence[Atoms]) -> Iterator[tuple[list[int], list[Neighbours]]]:
         """Consecutive structures whose edges fit ``edges_per_batch`` together; at least one structure each."""
@@ -155,4 +191,12 @@ def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "f
         raise InputError(f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA")
     path = checkpoint.resolve(name_or_path)
     module, content = checkpoint.read(path, chosen)
-    return Potential(module, path=path, species=checkpoint.species_of(content), device=chosen, dtype=dtype, edges_per_batch=edges_per_batch)
+    return Potential(
+        module,
+        path=path,
+        species=checkpoint.species_of(content),
+        device=chosen,
+        dtype=dtype,
+        edges_per_batch=edges_per_batch,
+        error_model=uncertainty.error_model_of(content, int(content["model_args"]["units"])),
+    )

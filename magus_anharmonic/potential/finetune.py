@@ -22,7 +22,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, InputError
 from magus_anharmonic.files import replacing
-from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.score import Scores, labels_of
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
@@ -75,10 +75,12 @@ class FinetuneResult:
     seconds: float
     module: Any = field(repr=False)
     history: list[Epoch] = field(default_factory=list, repr=False)
+    error_model: uncertainty.ErrorModel | None = field(default=None, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but module and history, for JSON."""
-        plain = {name: value for name, value in vars(self).items() if name not in ("module", "history", "before", "after")}
+        """Everything but module, history and error model, for JSON."""
+        left_out = ("module", "history", "error_model", "before", "after")
+        plain = {name: value for name, value in vars(self).items() if name not in left_out}
         return {**plain, "path": str(self.path), "before": self.before.as_dict(), "after": self.after.as_dict()}
 
 
@@ -117,7 +119,8 @@ def finetune(
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
     if weights is not None and len(weights) != len(train):
         raise InputError(f"{len(weights)} weights for {len(train)} training structures")
-    run = _Run(module, list(train), list(validation) or list(train), settings, Path(out), seed, weights)
+    labels = list(train)
+    run = _Run(module, labels, list(validation) or labels, settings, Path(out), seed, weights)
     run.parent_id, run.species = parent_id or checkpoint.model_id(module), species
     if not validation:
         logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
@@ -191,6 +194,7 @@ class _Run:
             after=Scores(**metrics["after"]),
             module=module,
             history=[Epoch.from_dict(epoch) for epoch in metrics["history"]],
+            error_model=uncertainty.error_model_of(record, int(record["model_args"]["units"])),
             **known,
         )
 
@@ -269,7 +273,10 @@ class _Run:
             history=self.history,
         )
         metrics = {**result.as_dict(), "training_key": self.key, "history": [epoch.as_dict() for epoch in self.history]}
-        checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species)
+        held_out = [] if self.validation_set is self.train_set else self.validation_set
+        result.error_model = uncertainty.fit(self.module, self.train_set, held_out)
+        extra = uncertainty.for_checkpoint(result.error_model)
+        checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species, **extra)
         self.state_file.unlink(missing_ok=True)
         kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the weights from before are kept"
         logger.info(

@@ -44,15 +44,29 @@ class FactorisedM3GNet(nn.Module):
         With ``create_graph`` the results can be differentiated again, by the parameters.
         """
         if not create_graph:
-            energy, gradient = self._evaluate(graph)
+            energy, gradient, _ = self._evaluate(graph)
             return energy, *_forces_and_stress(graph, gradient)
         vector = graph.vector.detach().requires_grad_(True)
         energy = self.energy(graph, vector)
         (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=True)
         return energy, *_forces_and_stress(graph, gradient)
 
-    def _evaluate(self, graph: Graph) -> tuple[torch.Tensor, torch.Tensor]:
-        """Energy and its gradient by the edge vectors through `Inference`; nothing can be differentiated again.
+    def evaluate(self, graph: Graph) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs, at no further cost."""
+        energy, gradient, atom = self._evaluate(graph)
+        return energy, *_forces_and_stress(graph, gradient), atom
+
+    def atom_features(self, graph: Graph) -> torch.Tensor:
+        """Atom features (N, u) after the last block, before the readout; the forward pass alone."""
+        with torch.no_grad():
+            radial, threebody = (value.to(graph.vector.dtype) for value in self.edge_basis(graph, graph.vector.double()))
+            inference = Inference(self.module, graph, radial, threebody, self._workspace)
+            atom = inference.forward()
+            self._workspace.give(inference.memory)
+        return atom
+
+    def _evaluate(self, graph: Graph) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Energy, its gradient by the edge vectors, and the last atom features; nothing can be differentiated again.
 
         The edge basis is computed in float64: the closed forms of R_ln cancel at small r, which costs two digits of float32.
         """
@@ -69,7 +83,7 @@ class FactorisedM3GNet(nn.Module):
         with torch.no_grad():
             gradients = inference.backward(by_atom)
         (gradient,) = torch.autograd.grad((radial, threebody), vector, gradients)
-        return energy.detach(), gradient
+        return energy.detach(), gradient, atom.detach()
 
     def energy(self, graph: Graph, vector: torch.Tensor) -> torch.Tensor:
         """Energies (n,) in eV, float64, as a differentiable function of the edge vectors (E, 3)."""

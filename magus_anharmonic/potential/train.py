@@ -24,6 +24,7 @@ from magus_anharmonic.potential.score import Scores, labels_of, score, scores_by
 from magus_anharmonic.potential.shift import refit_shift
 from magus_anharmonic.potential.split import parent_of, split_by_parent
 from magus_anharmonic.potential.trainer import FinetuneSettings
+from magus_anharmonic.potential.uncertainty import for_checkpoint
 from magus_anharmonic.settings import Section, load_yaml, parse
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class TrainReport:
         for number, stage in enumerate(self.stages, 1):
             kept = f"epoch {stage.best_epoch}" if stage.improved else "the model from before (training did not lower the validation loss)"
             lines.append(f"stage {number}: validation loss {stage.before.loss:.4g} -> {stage.after.loss:.4g}, kept {kept}; {stage.stopped}")
+        errors = self.stages[-1].error_model
+        lines.append(f"error estimate: {'none' if errors is None else errors}")
         lines.append(f"{'set':<12}{'kind':<12}{'n':>5}{'E meV/atom':>12}{'F eV/A':>9}{'S GPa':>8}   (RMSE)")
         for part, kinds in self.scores.items():
             for kind, found in kinds.items():
@@ -135,7 +138,7 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
     options = {"device": device, "parent_id": parent_id, "species": species, "weights": _weights(train, recipe)}
     stages = _train_stages(module, train, validation, recipe, out, **options)
-    module = stages[-1].module
+    module, errors = stages[-1].module, stages[-1].error_model
     parts = {"train": train, "validation": validation, "test": test}
     potential = Potential(module, device=str(next(module.parameters()).device))
     scores = {part: _scores(potential, found, recipe) for part, found in parts.items() if found}
@@ -144,7 +147,9 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
         "n_validation": len(validation),
         "scores": {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in scores.items()},
     }
-    model = checkpoint.save(module, out, parent_id=parent_id, metrics=metrics, species=species, provenance=provenance)
+    model = checkpoint.save(
+        module, out, parent_id=parent_id, metrics=metrics, species=species, provenance=provenance, **for_checkpoint(errors)
+    )
     report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began)
     write_json(out.with_suffix(".json"), {**report.as_dict(), "provenance": provenance})
     for stage in stages:

@@ -26,6 +26,8 @@ class Candidate:
     in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
     for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
     the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
+    ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
+    final ensemble (eV/A).
     """
 
     id: str
@@ -47,6 +49,8 @@ class Candidate:
     spg_quantum: str = ""
     symmetry_tolerance: float = 0.05
     centroids: Atoms | None = None
+    model_error: float | None = None
+    ensemble_error: float | None = None
     n_evaluations: int = 0
     n_supercell: int = 0
     same_as: str = ""

@@ -18,10 +18,10 @@ FINITE_SIZE_PART = 0.5
 def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
     """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
 
-    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model :
-    sqrt(2) times ``model_error``, the validation RMSE of the energy (None: unknown, and no total): errors of the potential
-    that two structures share cancel in truth, so this is an upper estimate. Phases that another candidate stands for, estimates and
-    failures get none.
+    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model : the
+    expected errors of both static energies together, or ``model_error``, the validation RMSE of the energy, where a structure
+    has none (None: unknown, and no total); what two structures share cancels in truth, so this is an upper estimate.
+    Phases that another candidate stands for, estimates and failures get none.
     """
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
     if not phases:
@@ -30,22 +30,30 @@ def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> lis
     gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
     finite = [FINITE_SIZE_PART * abs(_number(c.finite_size) - _number(best.finite_size)) for c in phases]
     odds = probability_lowest(gibbs, sampling)
-    total = np.full(len(phases), np.nan)
-    if model_error is not None:
-        total = probability_lowest(gibbs, np.sqrt(np.square(sampling) + np.square(finite) + model_error**2))
+    model = [model_error if c.model_error is None else c.model_error for c in phases]
+    known = [value for value in model if value is not None]
+    total = None
+    if len(known) == len(phases):
+        total = probability_lowest(gibbs, np.sqrt(np.square(sampling) + np.square(finite) + np.square(known)))
     filled = {
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
             difference_sampling=0.0 if c is best else math.hypot(_number(c.gibbs_error), _number(best.gibbs_error)),
             difference_finite_size=finite[place],
-            difference_model=None if model_error is None else (0.0 if c is best else math.sqrt(2.0) * model_error),
+            difference_model=_together(model[place], model[0], c is best),
             p_lowest=float(odds[place]),
-            p_lowest_total=None if model_error is None else float(total[place]),
+            p_lowest_total=None if total is None else float(total[place]),
         )
         for place, c in enumerate(phases)
     }
     return [filled.get(c.id, c) for c in candidates]
+
+
+def _together(error: float | None, of_best: float | None, best: bool) -> float | None:
+    if error is None or of_best is None:
+        return None
+    return 0.0 if best else math.hypot(error, of_best)
 
 
 def _number(value: float | None) -> float:

@@ -13,11 +13,14 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome
 from magus_anharmonic.ranking.store import Key, Record
+from magus_anharmonic.ranking.trust import EnsembleTrust
 from magus_anharmonic.sscha.rotations import rotation_warning
 from magus_anharmonic.structures import bare, space_group
 
 
-def record_of(job: Job, key: Key, outcome: Outcome, enthalpy: float | None, symprec: float, parent: str = "") -> Record | None:
+def record_of(
+    job: Job, key: Key, outcome: Outcome, enthalpy: float | None, symprec: float, *, trust: EnsembleTrust | None = None, parent: str = ""
+) -> Record | None:
     """What is stored of an outcome; None for a failure that may not happen again."""
     result = outcome.result
     if result is None:
@@ -25,19 +28,21 @@ def record_of(job: Job, key: Key, outcome: Outcome, enthalpy: float | None, symp
             return None
         spg = space_group(job.atoms, symprec)
         return Record(job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent, spg_static=spg)
-    reasons = ("" if result.converged else result.reason or "did not converge", _rotation_warning(result))
+    notes = ["" if result.converged else result.reason or "did not converge", _rotation_warning(result)]
+    notes.append("" if trust is None else trust.warning)
     return Record(
         structure=job.structure,
         key=key,
         start=job.atoms,
         status="sscha" if result.converged else "unconverged",
-        reason="; ".join(filter(None, reasons)),
+        reason="; ".join(filter(None, notes)),
         enthalpy=enthalpy,
         gibbs=float(result.gibbs),
         gibbs_error=float(result.gibbs_error),
         gibbs_raw=_float(result.gibbs_raw),
         finite_size=_float(result.finite_size),
         volume=_float(result.volume),
+        ensemble_error=None if trust is None else trust.force_error,
         n_evaluations=int(result.n_evaluations),
         n_supercell=int(result.n_atoms_supercell),
         spg_static=result.space_group_start,
@@ -95,6 +100,7 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
         gibbs_raw=final.gibbs_raw,
         finite_size=final.finite_size,
         volume=final.volume,
+        ensemble_error=final.ensemble_error,
         spg_quantum=final.spg_quantum,
         symmetry_tolerance=final.symmetry_tolerance,
         centroids=final.centroids,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
@@ -24,10 +24,13 @@ from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, sam
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import write_quantum, write_ranking
+from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
+
+_TRUST = 106
 
 SEED_KEY = "sscha_centroid"
 """``info`` key of a seed: the structure id of the SSCHA run whose centroid it is."""
@@ -195,7 +198,7 @@ class Ranking:
 
             def done(job: Job, outcomes: list[Outcome]) -> None:
                 (outcome,) = outcomes
-                record = record_of(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]], self.sscha.symprec)
+                record = self._record(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]])
                 if record is None or record.gibbs is None:
                     self._keep(groups[job.structure], key, record, outcome)
                 else:
@@ -262,10 +265,18 @@ class Ranking:
             group = group_of(job)
             for outcome in outcomes:
                 key = self._key(outcome.temperature)
-                record = record_of(job, key, outcome, self.enthalpies[self.groups[group][0]], self.sscha.symprec)
+                record = self._record(job, key, outcome, self.enthalpies[self.groups[group][0]])
                 self._keep(group, key, record, outcome)
 
         run_jobs(jobs, self.evaluator, free_energy, done, workers)
+
+    def _record(self, job: Job, key: Key, outcome: Outcome, enthalpy: float | None, parent: str = "") -> Record | None:
+        """What is stored of an outcome, with what the model says about the ensemble; None for what may not happen again."""
+        rng = np.random.default_rng([self.seed, int(job.structure, 16), _TRUST])
+        trust = None if outcome.result is None else ensemble_trust(outcome.result, self.evaluator, rng)
+        if trust is not None and trust.warning:
+            log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
+        return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent)
 
     def _reductions(self) -> list[_Reduction]:
         found = []
@@ -304,7 +315,7 @@ class Ranking:
         def done(job: Job, outcomes: list[Outcome]) -> None:
             for outcome in outcomes:
                 key = self._key(outcome.temperature)
-                record = record_of(job, key, outcome, None, self.sscha.symprec, parent=parents[job.structure, key])
+                record = self._record(job, key, outcome, None, parent=parents[job.structure, key])
                 if record is not None:
                     self.store.put(record)
 
@@ -354,6 +365,7 @@ class Ranking:
             spg_static=space_group(atoms, symprec),
             members=tuple(self.groups[group]),
             seed=self.origin(group),
+            model_error=number(atoms.info.get(ENERGY_ERROR)),
         )
         if key is None:
             return candidate

@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.evaluator import Evaluation, Evaluator, set_energy_error
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0) -> None:
-    """Energy (eV), enthalpy (eV/atom), forces, stress (Voigt) and model of ``evaluator`` into the ``info`` of each structure.
+    """Energy (eV), its expected error and enthalpy (eV/atom), forces, stress (Voigt) and model into the ``info`` of each structure.
 
     Structures that another model relaxed are first brought nearer to the minimum of this one, ``relaxation_steps`` at
     most. One that cannot be evaluated gets an infinite enthalpy and the reason: it is out of every ranking.
@@ -30,6 +30,7 @@ def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Sett
                 log.info("a survivor stays as it was, the new model does not relax it: %s", reason)
     for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
         atoms.info["model"] = evaluator.model_id
+        set_energy_error(atoms, None if isinstance(found, str) else found.error_of(0))
         if isinstance(found, str):
             log.warning("a survivor cannot be evaluated and is out of the ranking: %s", found)
             atoms.info.update(enthalpy=np.inf, free_energy_reason=found)
@@ -58,11 +59,16 @@ def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Eva
             return [str(error)]
         return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
     return [
-        Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1])
+        _one(batch, i)
         if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and np.isfinite(batch.stress[i]).all()
         else "energy, forces or stress are not finite"
         for i in range(len(inputs))
     ]
+
+
+def _one(batch: Evaluation, i: int) -> Evaluation:
+    errors = None if batch.energy_error is None else batch.energy_error[i : i + 1]
+    return Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1], errors)
 
 
 def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int | None = None) -> list[str]:

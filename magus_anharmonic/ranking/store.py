@@ -54,6 +54,8 @@ def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] 
 class Record:
     """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom, volume in A^3/atom.
 
+    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A; None where the model has no estimate.
+
     ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell), ``reduced`` the
     run that took over from this one for the same reason.
     """
@@ -79,6 +81,7 @@ class Record:
     reduced: str = ""
     decrease: float | None = None
     n_populations: int = 0
+    ensemble_error: float | None = None
 
     @property
     def folder(self) -> str:
@@ -101,6 +104,7 @@ NUMBERS = (
     "gibbs_raw",
     "finite_size",
     "volume",
+    "ensemble_error",
     "n_evaluations",
     "n_supercell",
     "symmetry_tolerance",

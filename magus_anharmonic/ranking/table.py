@@ -45,6 +45,8 @@ COLUMNS = (
     "difference_model_error_eV_per_atom",
     "p_lowest_sampling",
     "p_lowest_total",
+    "model_error_eV_per_atom",
+    "ensemble_error_eV_per_A",
 )
 
 
@@ -82,6 +84,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.difference_model),
         _digits(c.p_lowest),
         _digits(c.p_lowest_total),
+        _digits(c.model_error),
+        _digits(c.ensemble_error),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

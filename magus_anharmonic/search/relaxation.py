@@ -18,7 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
 from magus_anharmonic.search.archive import read_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
@@ -91,7 +91,9 @@ class Relaxer:
             fix_symmetry=self.settings.fix_symmetry,
             relax_cell=self.settings.relax_lattice,
         )
-        return [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]
+        described = [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]
+        set_energy_errors(self.evaluator, [atoms for atoms in described if "failure" not in atoms.info])
+        return described
 
     def _described(self, before: Atoms, result: Any) -> Atoms:
         atoms = Atoms(numbers=result.atoms.numbers, positions=result.atoms.positions, cell=result.atoms.cell, pbc=True)
