@@ -466,6 +466,15 @@ def test_the_weights_of_a_recipe_go_by_kind(tmp_path, label_file) -> None:
         train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"weights": {"evan": 2.0}}))
 
 
+def test_the_best_epoch_is_chosen_by_the_kinds_of_the_recipe(tmp_path, label_file, labelled) -> None:
+    recipe = TrainRecipe(architecture=TINY, split=(1, 1, 0), stages=[FAST], validation_kinds=["odd"])
+    report = train_file([label_file], tmp_path / "a.pth", recipe)
+    kinds = [atoms.info["kind"] for atoms in split_by_parent(labelled, (1, 1, 0))[1]]
+    assert report.stages[0].n_validation == kinds.count("odd") < len(kinds) == report.scores["validation"]["all"].n
+    with pytest.raises(InputError, match="validation_kinds: no validation structure is of the kind prime"):
+        train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"validation_kinds": ["prime"]}))
+
+
 def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:
     (tmp_path / "recipe.yaml").write_text("validation: labels.extxyz")
     assert load_recipe(tmp_path / "recipe.yaml").validation == str(label_file)
