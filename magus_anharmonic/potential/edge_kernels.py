@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import silu
 
+_silu = torch.ops.aten.silu
 _silu_backward = torch.ops.aten.silu_backward
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 
@@ -25,7 +26,7 @@ class Kernels:
         """before_ += own[centre] + other[neighbour]; hidden_ = silu(before)."""
         before += own.index_select(0, centre)
         before += other.index_select(0, neighbour)
-        torch.mul(before, torch.sigmoid(before, out=hidden), out=hidden)
+        _silu.out(before, out=hidden)
 
     def first_backward(
         self,
