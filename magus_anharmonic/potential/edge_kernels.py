@@ -21,7 +21,13 @@ class Kernels:
     """The torch form."""
 
     def first_forward(
-        self, centre: torch.Tensor, neighbour: torch.Tensor, own: torch.Tensor, other: torch.Tensor, before: torch.Tensor, hidden: torch.Tensor
+        self,
+        centre: torch.Tensor,
+        neighbour: torch.Tensor,
+        own: torch.Tensor,
+        other: torch.Tensor,
+        before: torch.Tensor,
+        hidden: torch.Tensor,
     ) -> None:
         """before_ += own[centre] + other[neighbour]; hidden_ = silu(before)."""
         before += own.index_select(0, centre)

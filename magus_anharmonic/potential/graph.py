@@ -66,14 +66,14 @@ def complete_cell(atoms: Atoms) -> Cell:
     return atoms.cell if (missing & atoms.pbc).any() else atoms.cell.complete()
 
 
-def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0") -> Neighbours:
+def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT) -> Neighbours:
     """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both directions, sorted by centre.
 
-    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms coincide.
+    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer than ``coincident``.
     """
     finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
     centre, neighbour, vector, length = finder.compute(atoms.positions, complete_cell(atoms).array, atoms.pbc, "ijDd")
-    if len(length) and length.min() < COINCIDENT:
+    if len(length) and length.min() < coincident:
         pair = int(length.argmin())
         raise InputError(f"{where}: atoms {centre[pair]} and {neighbour[pair]} coincide (distance {length[pair]:.1e} A)")
     return Neighbours(centre.astype(np.int64), neighbour.astype(np.int64), vector, length)

@@ -2,7 +2,8 @@
 
 The same numbers as `FactorisedM3GNet.energy` with autograd, for evaluation only: the backward pass is written out, so that of
 each edge only the sums before each nonlinearity are kept, the two branches of every gated network share one matrix product,
-all temporary arrays have the size of a block, and what is not a matrix product is left to compiled loops where they exist. Symbols: v atom features (N, u), e edge features (E, u), e0 the edge basis (E, 4).
+all temporary arrays have the size of a block, and what is not a matrix product is left to compiled loops where they exist.
+Symbols: v atom features (N, u), e edge features (E, u), e0 the edge basis (E, 4).
 """
 
 from __future__ import annotations
