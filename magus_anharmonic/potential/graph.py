@@ -15,6 +15,7 @@ from magus_anharmonic.errors import InputError
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
+MIN_VOLUME = 0.05  # A^3 per atom, a tenth of hydrogen's at 10 TPa
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
         raise InputError(f"{where}: positions or cell are not finite")
     if any(atoms.pbc) and abs(complete_cell(atoms).volume) < 1e-3:
         raise InputError(f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic")
+    if atoms.pbc.all() and atoms.cell.volume < MIN_VOLUME * len(atoms):
+        raise InputError(f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no matter is like that")
 
 
 def complete_cell(atoms: Atoms) -> Cell:

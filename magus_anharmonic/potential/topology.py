@@ -24,7 +24,9 @@ from magus_anharmonic.potential.graph import COINCIDENT, Graph, complete_cell, f
 SKIN = 0.5
 """Angstrom; every atom may move at least half of this."""
 MAX_REACH = 1.8
-"""Of the cutoff: a longer list costs more than it saves."""
+"""Of the cutoff: such a list is not even tried."""
+MAX_GROWTH = 2.5
+"""Pairs of the list by pairs within the cutoff; a longer list costs more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -133,5 +135,7 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
     # Two atoms of the average structure may come close, which is nothing wrong.
     found = find_neighbours(reference, reach, coincident=0.0)
     kept = stretch * found.length <= cutoff + radius[found.centre] + radius[found.neighbour]
+    if kept.sum() > MAX_GROWTH * (found.length <= cutoff).sum():
+        return None
     arrays = (torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector))
     return Topology(first.numbers.copy(), first.pbc.copy(), reference.positions, reference.cell.array, radius, stretch, cutoff, *arrays)
