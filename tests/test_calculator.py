@@ -70,3 +70,19 @@ def test_the_calculator_module_imports_no_torch():
 
     code = "import sys; from magus_anharmonic.potential.calculator import MatterSim; MatterSim('x'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h3s, monkeypatch):
+    atoms = h3s(3.0, 0.1)
+    atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
+    calls = []
+    evaluate = atoms.calc.potential.evaluate
+    monkeypatch.setattr(atoms.calc.potential, "evaluate", lambda structures: calls.append(1) or evaluate(structures))
+    results = atoms.calc.get_property("energy", atoms), atoms.get_forces(), atoms.get_stress()
+    assert results[2].shape == (6,) and len(calls) == 1
+    np.testing.assert_allclose(atoms.get_stress(voigt=False), atoms.get_stress(voigt=False).T, atol=1e-7)
+    found = evaluate([atoms])
+    np.testing.assert_array_equal(results[1], found.forces[0])
+    np.testing.assert_allclose(results[2][[0, 1, 2]], np.diag(found.stress[0]), atol=1e-9)
+    results[1][:] = 0.0
+    assert np.abs(atoms.get_forces()).max() > 0

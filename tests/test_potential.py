@@ -149,6 +149,8 @@ def test_directions_without_pbc_are_not_periodic_and_no_cell_means_no_stress(pot
         (Atoms("Cm", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 96"),
         (Atoms("H2", positions=[[0, 0, 0], [0, 0, 5]], cell=[5, 5, 5], pbc=True), "structure 1: atoms . and . coincide"),
         (Atoms("H", cell=[5, 5, 0], pbc=True), "structure 1: the cell is flat"),
+        (Atoms("X", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 0 is outside 1 to 94"),
+        (Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.2]], cell=[0.4, 0.4, 0.5], pbc=True), r"structure 1: 4.0e-02 A\^3 per atom"),
         (Atoms("H", positions=[[np.nan, 0, 0]], cell=[5, 5, 5], pbc=True), "structure 1: positions or cell are not finite"),
     ],
 )
@@ -228,6 +230,10 @@ def _nan_weight(content, path):
         (_change(model_name="graphormer"), "architecture graphormer"),
         (_change(model_args={"num_blocks": 4, "units": 16}), "does not fit"),
         (_change(model_args={"num_blocks": 2, "units": 16, "max_n": 3}), "max_n = 3"),
+        (_change(model_args={"num_blocks": 2, "units": 16, "max_l": 3}), "max_l = 3"),
+        (_change(model_args={"num_blocks": 2, "units": 16, "max_z": 100}), "max_z = 100"),
+        (_change(model_args={"num_blocks": 2, "units": 16, "cutoff": float("nan")}), "cutoff = nan"),
+        (_change(model_args={"num_blocks": 2, "units": 16, "threebody_cutoff": 6.0}), "threebody_cutoff = 6.0 .* up to 5.0"),
         (_nan_weight, "not finite"),
         (lambda content, path: torch.save([1, 2], path), "MatterSim's format"),
     ],
@@ -317,3 +323,26 @@ def test_random_models_of_the_published_shape_equal_stock_mattersim(tmp_path, h3
     energy, forces, _ = stock_results(tmp_path / "big.pth", structures)
     np.testing.assert_allclose(found.energy, energy, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.forces[1], forces[1], atol=1e-5)
+
+
+def test_a_model_with_cutoffs_of_its_own_equals_stock_mattersim_with_them(tmp_path, h3s):
+    torch.manual_seed(5)
+    checkpoint.save(M3Gnet(num_blocks=2, units=16, cutoff=4.4, threebody_cutoff=3.1, device="cpu"), tmp_path / "short.pth")
+    ours = load(tmp_path / "short.pth", device="cpu")
+    atoms = h3s(2.9, 0.1)
+    found = ours.evaluate([atoms])
+    stock = StockPotential.from_checkpoint(str(tmp_path / "short.pth"), device="cpu", load_training_state=False)
+    loader = build_dataloader([atoms], batch_size=1, only_inference=True, cutoff=4.4, threebody_cutoff=3.1)
+    energy, forces, _ = stock.predict_properties(loader, include_forces=True, include_stresses=True)
+    assert found.energy[0] == pytest.approx(float(energy[0]), abs=1e-5)
+    np.testing.assert_allclose(found.forces[0], forces[0], atol=1e-5)
+
+
+def test_directions_that_are_periodic_are_so_one_by_one(potential):
+    """A sheet is the limit of a crystal whose layers are far apart."""
+    sheet = Atoms("C", cell=[2.4, 2.4, 3.0], pbc=[True, True, False])
+    apart = Atoms("C", cell=[2.4, 2.4, 30.0], pbc=True)
+    found = potential.evaluate([sheet, apart])
+    assert found.energy[0] == pytest.approx(found.energy[1], abs=1e-6)
+    np.testing.assert_allclose(found.forces[0], found.forces[1], atol=1e-6)
+    np.testing.assert_allclose(found.stress[0] * 3.0, found.stress[1] * 30.0, atol=1e-6)

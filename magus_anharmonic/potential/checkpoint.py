@@ -32,7 +32,9 @@ SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 FALLBACK = "h3s-gpaw-small"
 
 _REQUIRED_KEYS = ("model_name", "model", "model_args")
-_SUPPORTED_BASIS = {"max_l": 4, "max_n": 4}
+_SUPPORTED_BASIS = {"max_l": 4, "max_n": 4, "max_z": 94}
+_DEFAULT_CUTOFFS = {"cutoff": 5.0, "threebody_cutoff": 4.0}
+_LONGEST_CUTOFF = 20.0  # Angstrom
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,10 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
     for key, value in _SUPPORTED_BASIS.items():
         if arguments.get(key, value) != value:
             raise CheckpointError(f"checkpoint {path}: {key} = {arguments[key]} is not supported, only {value}")
+    cutoff, threebody_cutoff = (arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items())
+    for key, value, largest in (("cutoff", cutoff, _LONGEST_CUTOFF), ("threebody_cutoff", threebody_cutoff, cutoff)):
+        if not (isinstance(value, int | float) and 0 < value <= largest):
+            raise CheckpointError(f"checkpoint {path}: {key} = {value} is not supported, only above 0 and up to {largest} Angstrom")
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
     try:

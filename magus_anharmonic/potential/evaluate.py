@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,10 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, find_neighbours
+from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, is_out_of_memory, measure
 from magus_anharmonic.potential.model import FactorisedM3GNet
+from magus_anharmonic.potential.self_check import check_once
+from magus_anharmonic.potential.topology import Topology, displacements, find_topology
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
 if TYPE_CHECKING:
@@ -25,9 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Edges times units of a batch: large enough to spread the cost of calling torch, small enough for 200 MB (CPU) or 10 GB (CUDA).
-EDGE_UNITS_PER_BATCH = {"cpu": 1_500_000, "cuda": 50_000_000}
-MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 1_000_000}
+# Edges times units of a batch: large enough to spread the cost of calling torch. On a CPU a larger batch gains nothing; on CUDA
+# the free memory decides.
+EDGE_UNITS_PER_BATCH = {"cpu": 1_500_000, "cuda": 500_000_000}
+MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 10_000_000}
+SHARED_FROM = 4
+"""So many structures with the same atoms in one call share one neighbour list where they can."""
+KEPT_TOPOLOGIES = 8
+_CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -37,6 +46,11 @@ class Potential:
 
     Directions without ``pbc`` are not periodic; the stress of a structure without a cell is zero.
     ``module`` is MatterSim's own ``M3Gnet``, ``model`` the factorised form that shares its parameters.
+
+    edges_per_batch
+        Left out, the processor's cache (CPU) and the free memory decide; either way memory that runs out halves it.
+    memory_probe, available
+        Replace `magus_anharmonic.potential.memory.peak_bytes` and `available_bytes`, for tests.
     """
 
     def __init__(
@@ -49,6 +63,8 @@ class Potential:
         dtype: str = "float32",
         edges_per_batch: int | None = None,
         error_model: ErrorModel | None = None,
+        memory_probe: Callable[[Graph], float] | None = None,
+        available: Callable[[str], float] = available_bytes,
     ) -> None:
         if dtype not in _DTYPES:
             raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
@@ -60,8 +76,9 @@ class Potential:
         self.model = FactorisedM3GNet(self.module)
         self.cutoff = self.model.cutoff
         self.error_model = error_model
-        kind = "cuda" if device.startswith("cuda") else "cpu"
-        self.edges_per_batch = edges_per_batch or min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
+        self._edges_per_batch = edges_per_batch
+        self._memory_probe, self._available = memory_probe, available
+        self._topologies: dict[tuple[bytes, bytes], Topology] = {}
         self._warned: set[int] = set()
         self._said_no_estimate = False
 
@@ -79,31 +96,53 @@ class Potential:
             species=species,
             device=self.device,
             dtype="float64",
-            edges_per_batch=self.edges_per_batch,
+            edges_per_batch=self._edges_per_batch,
             error_model=self.error_model,
         )
+
+    @cached_property
+    def memory(self) -> MemoryModel:
+        """What an evaluation takes, measured at first use on tiny structures."""
+        return measure(self.model, self.dtype, self.device, self._memory_probe)
+
+    @property
+    def edges_per_batch(self) -> int:
+        """Edges that one batch may have."""
+        if self._edges_per_batch is None:
+            kind = "cuda" if self.device.startswith("cuda") else "cpu"
+            efficient = min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
+            self._edges_per_batch = max(1, int(min(efficient, SHARE * self._available(self.device) / self.memory.per_edge)))
+        return self._edges_per_batch
+
+    @property
+    def atoms_per_batch(self) -> int:
+        """Atoms that one batch may have: where there are few edges, they are what fills the memory."""
+        return max(1, int(self.edges_per_batch * max(1.0, self.memory.per_edge / self.memory.per_atom)))
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         """Energies, forces and stresses in the order of the input, with ``energy_error`` where the model has an estimate.
 
-        The structures are not changed.
-        Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result not finite),
-        both with the index of the structure.
+        The structures are not changed. Structures that are displaced or strained copies of one supercell share one neighbour list; that changes no result.
+        Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result not finite, or a
+        structure that does not fit the memory), all with the index of the structure.
         """
+        structures = self._checked(structures)
+        results = _Results(len(structures), self.error_model)
+        lone, shared = self._share(structures)
+        for topology, indices in shared:
+            self._evaluate_shared(structures, topology, indices, results)
+        for indices, neighbours in self._batches(structures, lone):
+            found = dict(zip(indices, neighbours, strict=True))
+            n_edges = sum(len(edges.length) for edges in neighbours)
+            self._evaluate_batch(structures, indices, n_edges, lambda part, found=found: self._join(structures, part, found), results)
+        return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
+
+    def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
         structures = list(structures)
-        energy = np.empty(len(structures))
-        stress = np.empty((len(structures), 3, 3))
-        forces: list[np.ndarray] = []
-        errors = None if self.error_model is None else np.empty(len(structures))
-        for indices, graph in self._graphs(structures):
-            *values, features = self.model.evaluate(graph)
-            e, f, s = (value.cpu().numpy().astype(float) for value in values)
-            energy[indices], stress[indices] = e, s
-            forces += np.split(f, np.cumsum(graph.n_atoms)[:-1])
-            _require_finite(indices, e, forces[indices[0] :], s)
-            if errors is not None and self.error_model is not None:
-                errors[indices] = self.error_model.predict(features, graph).energy_error
-        return Evaluation(energy, forces, stress, errors)
+        for index, atoms in enumerate(structures):
+            check(atoms, f"structure {index}")
+            self._warn_unseen(atoms)
+        return structures
 
     def uncertainty(self, structures: Sequence[Atoms]) -> Uncertainty | None:
         """Expected errors against the model's DFT, without evaluating energies and forces; None when it has no estimate.
@@ -113,13 +152,13 @@ class Potential:
         if self.error_model is None:
             self._say_once_that_there_is_no_estimate()
             return None
-        found = [self.error_model.predict(self.model.atom_features(graph), graph) for _, graph in self._graphs(list(structures))]
+        found = [self.error_model.predict(self.model.atom_features(graph), graph) for graph in self._graphs(structures)]
         energy, force = ([getattr(part, name) for part in found] for name in ("energy_error", "force_error"))
         return Uncertainty(np.concatenate([np.empty(0), *energy]), np.concatenate([np.empty(0), *force]))
 
     def mean_features(self, structures: Sequence[Atoms]) -> np.ndarray:
         """(n, u): features before the readout, means over the atoms of each structure; alike structures have alike ones."""
-        found = [uncertainty.mean_features(self.model, graph) for _, graph in self._graphs(list(structures))]
+        found = [uncertainty.mean_features(self.model, graph) for graph in self._graphs(structures)]
         return np.concatenate([np.empty((0, self.model.units)), *found])
 
     def _say_once_that_there_is_no_estimate(self) -> None:
@@ -128,28 +167,112 @@ class Potential:
             where = self.path or f"model {self.model_id}"
             logger.info("%s comes without an error estimate; one is made when the model is trained or finetuned here", where)
 
-    def _graphs(self, structures: Sequence[Atoms]) -> Iterator[tuple[list[int], Graph]]:
-        """The batches of `_batches` as graphs, with the indices of their structures."""
-        near = self.model.threebody_cutoff
-        for indices, neighbours in self._batches(structures):
-            batch = [structures[index] for index in indices]
-            yield indices, build_graph(batch, self.cutoff, self.dtype, self.device, threebody_cutoff=near, neighbours=neighbours)
+    def _graphs(self, structures: Sequence[Atoms]) -> Iterator[Graph]:
+        """Batches in the order of the input."""
+        structures = self._checked(structures)
+        for indices, neighbours in self._batches(structures, range(len(structures))):
+            yield self._join(structures, indices, dict(zip(indices, neighbours, strict=True)))
 
-    def _batches(self, structures: Sequence[Atoms]) -> Iterator[tuple[list[int], list[Neighbours]]]:
-        """Consecutive structures whose edges fit ``edges_per_batch`` together; at least one structure each."""
+    def _share(self, structures: Sequence[Atoms]) -> tuple[list[int], list[tuple[Topology, list[int]]]]:
+        """Indices of the structures on their own, and those that share a neighbour list."""
+        groups: dict[tuple[bytes, bytes], list[int]] = {}
+        for index, atoms in enumerate(structures):
+            groups.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append(index)
+        lone: list[int] = []
+        shared: list[tuple[Topology, list[int]]] = []
+        for key, indices in groups.items():
+            members = [structures[index] for index in indices]
+            topology = self._topology(key, members) if len(indices) >= SHARED_FROM else None
+            if topology is None:
+                lone += indices
+            else:
+                shared.append((topology, indices))
+        return sorted(lone), shared
+
+    def _topology(self, key: tuple[bytes, bytes], members: Sequence[Atoms]) -> Topology | None:
+        """A list that covers all members: the one of the last call where it still does."""
+        known = self._topologies.get(key)
+        if known is not None and known.fits(members[0].numbers, members[0].pbc, self.cutoff):
+            if known.covers(*displacements(known, members)).all():
+                return known
+        found = find_topology(members, self.cutoff)
+        self._topologies.pop(key, None)
+        if found is not None:
+            while len(self._topologies) >= KEPT_TOPOLOGIES:
+                self._topologies.pop(next(iter(self._topologies)))
+            self._topologies[key] = found
+        return found
+
+    def _evaluate_shared(self, structures: Sequence[Atoms], topology: Topology, indices: list[int], results: _Results) -> None:
+        def graph(part: list[int]) -> Graph:
+            members, names = [structures[index] for index in part], [f"structure {index}" for index in part]
+            return topology.graph(members, self.model.threebody_cutoff, self.dtype, self.device, names)
+
+        n_edges = max(1, len(topology.graph([structures[indices[0]]], 0.0, self.dtype, "cpu", [f"structure {indices[0]}"]).centre))
+        start = 0
+        while start < len(indices):
+            size = max(1, min(self.edges_per_batch // n_edges, self.atoms_per_batch // len(topology.numbers)))
+            part = indices[start : start + size]
+            self._evaluate_batch(structures, part, n_edges * len(part), graph, results)
+            start += size
+
+    def _evaluate_batch(
+        self, structures: Sequence[Atoms], indices: list[int], n_edges: int, graph_of: Callable[[list[int]], Graph], results: _Results
+    ) -> None:
+        """Evaluate a batch; memory that runs out halves it and all batches after it."""
+        try:
+            needed = self.memory.bytes(n_edges, sum(len(structures[index]) for index in indices))
+            if needed > _CHECKED_FROM and needed > self._available(self.device):
+                raise MemoryError(f"{needed:.1e} bytes are not free")
+            graph = graph_of(indices)
+            *values, features = self.model.evaluate(graph)
+            results.store(indices, graph, *(value.cpu().numpy().astype(float) for value in values), features)
+            return
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(indices) == 1:
+                size = self.memory.bytes(n_edges, len(structures[indices[0]])) / 1e9
+                raise MagusAnharmonicError(
+                    f"structure {indices[0]} ({len(structures[indices[0]])} atoms, {n_edges} neighbour pairs) does not fit the memory of "
+                    f"{self.device}: it needs {size:.1f} GB; take a smaller cell or "
+                    f"supercell, or a machine with more memory"
+                ) from error
+        self._edges_per_batch = max(1, min(self.edges_per_batch, n_edges) // 2)
+        logger.warning(
+            "memory of %s ran out with %d structures: batches of %d edges from now", self.device, len(indices), self._edges_per_batch
+        )
+        if self.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        middle = len(indices) // 2
+        for part in (indices[:middle], indices[middle:]):
+            self._evaluate_batch(structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results)
+
+    def _join(self, structures: Sequence[Atoms], indices: list[int], neighbours: dict[int, Neighbours]) -> Graph:
+        return build_graph(
+            [structures[index] for index in indices],
+            self.cutoff,
+            self.dtype,
+            self.device,
+            threebody_cutoff=self.model.threebody_cutoff,
+            neighbours=[neighbours[index] for index in indices],
+        )
+
+    def _batches(self, structures: Sequence[Atoms], chosen: Sequence[int]) -> Iterator[tuple[list[int], list[Neighbours]]]:
+        """Chosen structures in their order whose edges and atoms fit one batch together; at least one structure each."""
         indices: list[int] = []
         neighbours: list[Neighbours] = []
-        n_edges = 0
-        for index, atoms in enumerate(structures):
-            check(atoms, f"structure {index}")
-            self._warn_unseen(atoms)
-            found = find_neighbours(atoms, self.cutoff, f"structure {index}")
-            if indices and n_edges + len(found.length) > self.edges_per_batch:
+        n_edges = n_atoms = 0
+        for index in chosen:
+            found = find_neighbours(structures[index], self.cutoff, f"structure {index}")
+            full = n_edges + len(found.length) > self.edges_per_batch or n_atoms + len(structures[index]) > self.atoms_per_batch
+            if indices and full:
                 yield indices, neighbours
-                indices, neighbours, n_edges = [], [], 0
+                indices, neighbours, n_edges, n_atoms = [], [], 0, 0
             indices.append(index)
             neighbours.append(found)
             n_edges += len(found.length)
+            n_atoms += len(structures[index])
         if indices:
             yield indices, neighbours
 
@@ -170,10 +293,27 @@ class Potential:
         return relax(self, structures, pressure, **options)
 
 
-def _require_finite(indices: Sequence[int], energy: np.ndarray, forces: Sequence[np.ndarray], stress: np.ndarray) -> None:
-    for position, index in enumerate(indices):
-        if not (np.isfinite(energy[position]) and np.isfinite(forces[position]).all() and np.isfinite(stress[position]).all()):
-            raise MagusAnharmonicError(f"structure {index}: the potential gives an energy, force or stress that is not finite")
+class _Results:
+    """Results of n structures, filled batch by batch."""
+
+    def __init__(self, count: int, error_model: ErrorModel | None) -> None:
+        self.error_model = error_model
+        self.energy_error = None if error_model is None else np.empty(count)
+        self.energy = np.empty(count)
+        self.stress = np.empty((count, 3, 3))
+        self.forces: list[np.ndarray] = [np.empty((0, 3))] * count
+
+    def store(
+        self, indices: Sequence[int], graph: Graph, energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, features: torch.Tensor
+    ) -> None:
+        """Raises MagusAnharmonicError, with the index, for a result that is not finite."""
+        by_structure = np.split(forces, np.cumsum(graph.n_atoms)[:-1])
+        for position, index in enumerate(indices):
+            if not (np.isfinite(energy[position]) and np.isfinite(by_structure[position]).all() and np.isfinite(stress[position]).all()):
+                raise MagusAnharmonicError(f"structure {index}: the potential gives an energy, force or stress that is not finite")
+            self.energy[index], self.stress[index], self.forces[index] = energy[position], stress[position], by_structure[position]
+        if self.error_model is not None and self.energy_error is not None:
+            self.energy_error[indices] = self.error_model.predict(features, graph).energy_error
 
 
 def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "float32", edges_per_batch: int | None = None) -> Potential:
@@ -184,19 +324,18 @@ def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "f
     dtype
         ``float32`` as MatterSim, or ``float64`` for finite differences.
 
-    Raises CheckpointError, and InputError for a device that is not there.
+    The first time that a process loads a model, it is compared with stock MatterSim (`magus_anharmonic.potential.self_check`).
+    Raises CheckpointError, InputError for a device that is not there, and MagusAnharmonicError when that comparison fails.
     """
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if chosen.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA")
     path = checkpoint.resolve(name_or_path)
     module, content = checkpoint.read(path, chosen)
-    return Potential(
-        module,
-        path=path,
-        species=checkpoint.species_of(content),
-        device=chosen,
-        dtype=dtype,
-        edges_per_batch=edges_per_batch,
-        error_model=uncertainty.error_model_of(content, int(content["model_args"]["units"])),
+    species = checkpoint.species_of(content)
+    errors = uncertainty.error_model_of(content, int(content["model_args"]["units"]))
+    potential = Potential(
+        module, path=path, species=species, device=chosen, dtype=dtype, edges_per_batch=edges_per_batch, error_model=errors
     )
+    check_once(potential)
+    return potential

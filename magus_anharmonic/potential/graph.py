@@ -15,6 +15,7 @@ from magus_anharmonic.errors import InputError
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
+MIN_VOLUME = 0.05  # A^3 per atom, a tenth of hydrogen's at 10 TPa
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
         raise InputError(f"{where}: positions or cell are not finite")
     if any(atoms.pbc) and abs(complete_cell(atoms).volume) < 1e-3:
         raise InputError(f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic")
+    if atoms.pbc.all() and atoms.cell.volume < MIN_VOLUME * len(atoms):
+        raise InputError(f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no matter is like that")
 
 
 def complete_cell(atoms: Atoms) -> Cell:
@@ -66,14 +69,14 @@ def complete_cell(atoms: Atoms) -> Cell:
     return atoms.cell if (missing & atoms.pbc).any() else atoms.cell.complete()
 
 
-def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0") -> Neighbours:
+def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT) -> Neighbours:
     """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both directions, sorted by centre.
 
-    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms coincide.
+    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer than ``coincident``.
     """
     finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
     centre, neighbour, vector, length = finder.compute(atoms.positions, complete_cell(atoms).array, atoms.pbc, "ijDd")
-    if len(length) and length.min() < COINCIDENT:
+    if len(length) and length.min() < coincident:
         pair = int(length.argmin())
         raise InputError(f"{where}: atoms {centre[pair]} and {neighbour[pair]} coincide (distance {length[pair]:.1e} A)")
     return Neighbours(centre.astype(np.int64), neighbour.astype(np.int64), vector, length)

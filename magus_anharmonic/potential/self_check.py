@@ -1,0 +1,95 @@
+"""Does this installation evaluate this model as stock MatterSim does, alone and in a batch? Asked once per model and process.
+
+What could go wrong: another version of MatterSim with another architecture, a compiler or a BLAS that computes wrong numbers,
+indices of a batch that are mixed up. None of these raises an error by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.units import gpa_to_ev_per_a3
+
+if TYPE_CHECKING:
+    from magus_anharmonic.evaluator import Evaluation
+    from magus_anharmonic.potential.evaluate import Potential
+
+logger = logging.getLogger(__name__)
+
+ENERGY, FORCES, STRESS = 1e-4, 1e-3, 1e-3
+"""Tolerated: eV/atom, eV/A, eV/A^3; of the scale of the numbers where they are larger than 1. Ten times what is usual."""
+
+_checked: set[tuple[str, str, str]] = set()
+
+
+def check_once(potential: Potential) -> None:
+    """`check_against_stock`, unless this process has done it for these weights, device and precision."""
+    key = (potential.model_id, potential.device, str(potential.dtype))
+    if key not in _checked:
+        check_against_stock(potential)
+        _checked.add(key)
+
+
+def check_against_stock(potential: Potential) -> None:
+    """Raise MagusAnharmonicError when a handful of tiny structures differ alone, in a batch, and with stock MatterSim."""
+    structures = probes(sorted(potential.species_seen or {1, 8, 14, 16}))
+    together = potential.evaluate(structures)
+    for index, atoms in enumerate(structures):
+        _compare(potential, "alone", "in a batch", potential.evaluate([atoms]), together, index, atoms)
+    for index, (atoms, stock) in enumerate(zip(structures, _stock(potential, structures), strict=True)):
+        _compare(potential, "with stock MatterSim", "here", stock, together, index, atoms)
+    logger.debug("model %s: %d structures agree alone, in a batch and with stock MatterSim", potential.model_id, len(structures))
+
+
+def probes(species: list[int]) -> list[Atoms]:
+    """Five structures of 1 to 4 atoms without symmetry, of at most five of ``species``: dense, dilute, and two alike."""
+    rng = np.random.default_rng(0)
+    chosen = species[:: max(1, (len(species) + 4) // 5)]
+    built = []
+    for index, (count, volume) in enumerate(((1, 6.0), (2, 12.0), (3, 15.0), (4, 25.0), (4, 25.0))):
+        numbers = [chosen[(index + k) % len(chosen)] for k in range(count)]
+        edge = (count * volume) ** (1 / 3)
+        cell = edge * (np.eye(3) + rng.uniform(-0.1, 0.1, (3, 3)))
+        corners = np.array([[0, 0, 0], [0.5, 0.5, 0.1], [0.5, 0.0, 0.5], [0.0, 0.5, 0.6]])[:count]
+        built.append(Atoms(numbers, scaled_positions=corners + rng.uniform(-0.05, 0.05, (count, 3)), cell=cell, pbc=True))
+    built[-1].set_cell(built[-2].cell, scale_atoms=True)
+    return built
+
+
+def _stock(potential: Potential, structures: list[Atoms]) -> list[Evaluation]:
+    """Stock MatterSim's results, one structure at a time: its batches have had wrong three-body indices."""
+    from mattersim.datasets.utils.build import build_dataloader
+    from mattersim.forcefield.potential import Potential as StockPotential
+
+    from magus_anharmonic.evaluator import Evaluation
+
+    stock = StockPotential(copy.deepcopy(potential.module).float(), device=potential.device)
+    cutoffs = {"cutoff": potential.model.cutoff, "threebody_cutoff": potential.model.threebody_cutoff}
+    found = []
+    for atoms in structures:
+        loader = build_dataloader([atoms.copy()], batch_size=1, only_inference=True, **cutoffs)
+        energy, forces, stress = stock.predict_properties(loader, include_forces=True, include_stresses=True)
+        found.append(Evaluation(np.array(energy, dtype=float), [forces[0]], gpa_to_ev_per_a3(1.0) * np.array(stress)))
+    return found
+
+
+def _compare(potential: Potential, one: str, other: str, single: Evaluation, batch: Evaluation, index: int, atoms: Atoms) -> None:
+    pairs = (
+        ("energy (eV/atom)", ENERGY, single.energy[0] / len(atoms), batch.energy[index] / len(atoms)),
+        ("force (eV/A)", FORCES, single.forces[0], batch.forces[index]),
+        ("stress (eV/A^3)", STRESS, single.stress[0], batch.stress[index]),
+    )
+    for what, tolerance, first, second in pairs:
+        difference = float(np.abs(np.subtract(first, second)).max())
+        if not difference <= tolerance * max(1.0, float(np.abs(first).max())):
+            raise MagusAnharmonicError(
+                f"model {potential.model_id} ({potential.path}): the {what} of {atoms.get_chemical_formula()} differs by {difference:.1e} "
+                f"{one} and {other} on {potential.device}: this installation computes wrong numbers; stopped. Compare the versions of "
+                f"mattersim and torch with those of the README, and please report this"
+            )

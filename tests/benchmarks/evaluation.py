@@ -1,0 +1,239 @@
+"""Evaluation against stock MatterSim on the same structures: the rows of ``tests/benchmarks/potential.py`` that are about it.
+
+H3S supercells of 32 atoms at about 150 GPa, displaced by 0.1 Angstrom per component; random weights (the time does not depend on
+them). Stock and ours take turns, and medians are compared. On one core the time is that of the process, so that other work on
+the machine does not count; on a GPU it is the wall clock after synchronising.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from ase import Atoms
+from loguru import logger
+from mattersim.datasets.utils.build import build_dataloader
+from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+from mattersim.forcefield.potential import Potential as StockPotential
+
+from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.evaluate import Potential
+
+SIZES = {"890k": (3, 128), "232k": (3, 64), "44k": (2, 32)}
+"""Blocks and units of the models."""
+
+Evaluate = Callable[[Sequence[Atoms]], object]
+Measured = tuple[float | None, str]
+"""Ratio of stock to ours (None: not measured), and the numbers behind it."""
+
+
+def supercells(count: int, seed: int = 7, repeat: int = 2) -> list[Atoms]:
+    """Displaced supercells of Im-3m H3S at about 150 GPa; 4 repeat^3 atoms each."""
+    rng = np.random.default_rng(seed)
+    half = 1.5
+    cell = half * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
+    unit = Atoms("SH3", positions=np.vstack([np.zeros(3), half * np.eye(3)]), cell=cell, pbc=True)
+    result = []
+    for _ in range(count):
+        atoms = unit.repeat((repeat, repeat, repeat))
+        atoms.positions += rng.normal(0, 0.1, atoms.positions.shape)
+        result.append(atoms)
+    return result
+
+
+@functools.cache
+def model(size: str, device: str = "cpu") -> tuple[Potential, StockPotential]:
+    """Ours and stock's potential with the same random weights."""
+    logger.remove()
+    blocks, units = SIZES[size]
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pth"
+        checkpoint.save(M3Gnet(num_blocks=blocks, units=units, device="cpu"), path)
+        ours = Potential(checkpoint.read(path, device)[0], device=device)
+        return ours, StockPotential.from_checkpoint(str(path), device=device, load_training_state=False)
+
+
+def stock_call(stock: StockPotential, batch: int | None = None) -> Evaluate:
+    """Stock's batched evaluation, its graphs included; all structures in one batch unless ``batch`` is given."""
+
+    def call(structures: Sequence[Atoms]) -> object:
+        loader = build_dataloader([atoms.copy() for atoms in structures], batch_size=batch or len(structures), only_inference=True)
+        return stock.predict_properties(loader, include_forces=True, include_stresses=True)
+
+    return call
+
+
+def seconds(function: Evaluate, structures: Sequence[Atoms]) -> float:
+    """Per structure."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    begun = clock()
+    function(structures)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (clock() - begun) / len(structures)
+
+
+def interleaved(calls: dict[str, tuple[Evaluate, Sequence[Atoms]]], rounds: int) -> dict[str, float]:
+    """Medians of seconds per structure; the calls take turns."""
+    for function, structures in calls.values():
+        function(structures[:1])
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, (function, structures) in calls.items():
+            times[name].append(seconds(function, structures))
+    return {name: float(np.median(values)) for name, values in times.items()}
+
+
+def best_against_best(size: str, rounds: int) -> Measured:
+    """Each at its best batch size."""
+    ours, stock = model(size)
+    structures = supercells(16)
+    calls: dict[str, tuple[Evaluate, Sequence[Atoms]]] = {}
+    for batch in (1, 4):
+        calls[f"stock {batch}"] = (stock_call(stock), structures[:batch])
+    for batch in (1, 4, 16):
+        calls[f"ours {batch}"] = (ours.evaluate, structures[:batch])
+    found = interleaved(calls, rounds)
+    best = {side: min(value for name, value in found.items() if name.startswith(side)) for side in ("stock", "ours")}
+    return best["stock"] / best["ours"], "ms per structure at batch: " + _milliseconds(found)
+
+
+def batch_sixteen(rounds: int) -> Measured:
+    """Both with 16 structures in one batch."""
+    ours, stock = model("890k")
+    structures = supercells(16)
+    found = interleaved({"stock": (stock_call(stock), structures), "ours": (ours.evaluate, structures)}, rounds)
+    return found["stock"] / found["ours"], "ms per structure: " + _milliseconds(found)
+
+
+def many_supercells(rounds: int) -> Measured:
+    """64 configurations in one call of ours; stock at its best batch size, on every fourth of them."""
+    ours, stock = model("44k")
+    structures = supercells(64)
+    calls = {"stock": (stock_call(stock, 1), structures[::4]), "ours": (ours.evaluate, structures)}
+    found = interleaved(calls, rounds)
+    return found["stock"] / found["ours"], "ms per structure: " + _milliseconds(found)
+
+
+def _milliseconds(found: dict[str, float]) -> str:
+    return ", ".join(f"{name} {1e3 * value:.1f}" for name, value in found.items())
+
+
+def memory(rounds: int) -> Measured:
+    """Growth of the peak memory of a process of its own from a loaded model to 16 structures of 32 atoms in one batch."""
+    grown = {}
+    for side in ("stock", "ours"):
+        run = subprocess.run([sys.executable, __file__, side], capture_output=True, text=True, check=True)
+        grown[side] = json.loads(run.stdout.splitlines()[-1])
+    return grown["stock"] / grown["ours"], f"MB: stock {grown['stock']:.0f}, ours {grown['ours']:.0f}"
+
+
+def _grow(side: str) -> None:
+    """Print the growth of the peak resident memory in MB; in a process of its own."""
+    torch.set_num_threads(1)
+    ours, stock = model("890k")
+    call: Evaluate = ours.evaluate if side == "ours" else stock_call(stock)
+    tiny = supercells(1, repeat=1)
+    call(tiny)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of importing
+    call(supercells(16))
+    print(json.dumps(_resident("VmHWM") - before))
+
+
+def _resident(key: str) -> float:
+    """MB, from Linux."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return float(line.split()[1]) / 1024
+
+
+def gemm_rate(rows: int, columns: int, inner: int, device: str = "cpu", duration: float = 0.3) -> float:
+    """flop/s of single-precision products of these sizes."""
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+    out = torch.empty(rows, columns, device=device)
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    torch.mm(a, b, out=out)
+    count, begun = 0, clock()
+    while clock() - begun < duration:
+        torch.mm(a, b, out=out)
+        count += 1
+        if device != "cpu":
+            torch.cuda.synchronize()
+    return 2 * rows * columns * inner * count / (clock() - begun)
+
+
+def edge_flops(size: str) -> float:
+    """Of the edge networks for one edge, forward and gradient: per block two networks of (u -> 2 u) and twice (u -> u)."""
+    blocks, units = SIZES[size]
+    return 2 * blocks * 2 * (2 * units * 2 * units + 2 * 2 * units * units)
+
+
+def gpu(rounds: int) -> Measured:
+    """256 structures of 32 atoms, 890k."""
+    if not torch.cuda.is_available():
+        return None, "not measured: no CUDA device"
+    ours, stock = model("890k", "cuda")
+    structures = supercells(256)
+    wide = [atoms.repeat((2, 1, 1)) for atoms in structures]
+    calls = {
+        "stock": (stock_call(stock, 16), structures[:64]),
+        "ours": (ours.evaluate, structures),
+        "ours, 64 atoms": (ours.evaluate, wide),
+    }
+    found = interleaved(calls, rounds)
+    n_edges = np.mean([len(ours._join([atoms], [0], {0: neighbours(atoms, ours.cutoff)}).centre) for atoms in structures[:4]])
+    share = n_edges * edge_flops("890k") / found["ours"] / gemm_rate(200_000, 256, 128, "cuda")
+    text = (
+        f"ms per structure: {_milliseconds(found)}; {32 / found['ours']:.0f} atoms/s on {torch.cuda.get_device_name()}, {100 * share:.0f} %"
+    )
+    return found["stock"] / found["ours"], f"{text} of the card's rate for such products; at most 1 ms per 64 atoms is the aim on an H200"
+
+
+def neighbours(atoms: Atoms, cutoff: float) -> object:
+    """Of one structure."""
+    from magus_anharmonic.potential.graph import find_neighbours
+
+    return find_neighbours(atoms, cutoff)
+
+
+def limit(rounds: int) -> Measured:
+    """How far the evaluation is from its matrix products alone, in the same run: 1 would be the limit, 2 is the aim."""
+    parts, worst = [], 0.0
+    structures = supercells(4)
+    for size, (_, units) in SIZES.items():
+        ours, _ = model(size)
+        n_edges = len(ours._join(structures, [0, 1, 2, 3], {k: neighbours(a, 5.0) for k, a in enumerate(structures)}).centre) / 4
+        distances = []
+        for _ in range(max(rounds, 3)):
+            rate = gemm_rate(1024, 2 * units, units, duration=0.1)
+            distances.append(seconds(ours.evaluate, structures) / (n_edges * edge_flops(size) / rate))
+        worst = max(worst, float(np.median(distances)))
+        parts.append(f"{size} {np.median(distances):.2f}")
+    return 2.0 / worst, "time by that of the products: " + ", ".join(parts)
+
+
+ROWS: dict[str, tuple[float, Callable[[int], Measured]]] = {
+    "890k": (3.5, functools.partial(best_against_best, "890k")),
+    "232k": (6.0, functools.partial(best_against_best, "232k")),
+    "44k": (10.0, functools.partial(best_against_best, "44k")),
+    "890k-batch16": (7.0, batch_sixteen),
+    "memory": (8.0, memory),
+    "supercells": (12.0, many_supercells),
+    "gpu": (10.0, gpu),
+}
+"""Name -> (least ratio, measurement)."""
+
+
+if __name__ == "__main__":
+    _grow(sys.argv[1])

@@ -1,0 +1,295 @@
+"""Batches, shared neighbour lists, memory that runs out, and the check of a model at its loading: none changes a result."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.potential import checkpoint, evaluate, load, native, self_check
+from magus_anharmonic.potential.edge_kernels import Kernels
+from magus_anharmonic.potential.evaluate import Potential
+from magus_anharmonic.potential.graph import build_graph
+from magus_anharmonic.potential.memory import MemoryModel, available_bytes, is_out_of_memory, measure
+from magus_anharmonic.potential.topology import displacements, find_topology
+
+
+@pytest.fixture
+def double(tiny_checkpoint) -> Potential:
+    return Potential(checkpoint.read(tiny_checkpoint)[0], dtype="float64")
+
+
+def displaced(atoms: Atoms, count: int, size: float, seed: int = 0, strain: float = 0.0) -> list[Atoms]:
+    """Copies with normal displacements (Angstrom), each with a random strain of its own."""
+    rng = np.random.default_rng(seed)
+    copies = [atoms.copy() for _ in range(count)]
+    for each in copies:
+        each.set_cell(each.cell.array @ (np.eye(3) + strain * rng.uniform(-1, 1, (3, 3))), scale_atoms=True)
+        each.positions += rng.normal(0, size, each.positions.shape)
+    return copies
+
+
+def without_sharing(potential: Potential, structures: list[Atoms], monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "SHARED_FROM", 10**9)
+        return potential.evaluate(structures)
+
+
+def assert_same(first, second, tolerance: float) -> None:
+    np.testing.assert_allclose(first.energy, second.energy, atol=tolerance)
+    np.testing.assert_allclose(np.concatenate(first.forces), np.concatenate(second.forces), atol=tolerance)
+    np.testing.assert_allclose(first.stress, second.stress, atol=tolerance)
+
+
+@pytest.mark.parametrize(("size", "strain"), [(0.01, 0.0), (0.15, 0.0), (0.1, 0.03)])
+def test_a_shared_list_changes_no_number_beyond_rounding(double, h3s, monkeypatch, size, strain) -> None:
+    structures = displaced(h3s(3.0).repeat((2, 1, 1)), 6, size, strain=strain)
+    shared = double.evaluate(structures)
+    assert len(double._topologies) == 1
+    assert_same(shared, without_sharing(double, structures, monkeypatch), 1e-11)
+
+
+def test_a_list_is_used_again_while_atoms_move_less_than_half_the_skin(double, h3s, monkeypatch) -> None:
+    atoms = h3s(3.0).repeat((2, 1, 1))
+    double.evaluate(displaced(atoms, 5, 0.01))
+    (first,) = double._topologies.values()
+    again = displaced(atoms, 5, 0.02, seed=1)
+    assert_same(double.evaluate(again), without_sharing(double, again, monkeypatch), 1e-11)
+    assert list(double._topologies.values()) == [first]
+    far = displaced(atoms, 5, 0.3, seed=2)
+    assert_same(double.evaluate(far), without_sharing(double, far, monkeypatch), 1e-11)
+    assert next(iter(double._topologies.values())) is not first
+
+
+def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(double, h3s, monkeypatch) -> None:
+    wrapped = displaced(h3s(3.0).repeat((2, 1, 1)), 6, 0.05)
+    for index, atoms in enumerate(wrapped):
+        atoms.translate([0.7 * index, 0, 3.0 * index])
+        atoms.wrap()
+    free = displaced(Atoms("OH2", positions=[[0, 0, 0], [0.8, 0.6, 0], [-0.8, 0.6, 0]]), 5, 0.05)
+    slab = displaced(Atoms("Al2", positions=[[0, 0, 5], [1.4, 1.4, 7]], cell=[2.8, 2.8, 20], pbc=[True, True, False]), 5, 0.05)
+    structures = [wrapped[0], free[0], slab[0], *wrapped[1:], *free[1:], *slab[1:], bulk("Cu")]
+    assert_same(double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11)
+    assert len(double._topologies) == 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), size=st.floats(0.0, 0.4), strain=st.floats(0.0, 0.1))
+def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, strain) -> None:
+    rng = np.random.default_rng(seed)
+    atoms = Atoms("H4", scaled_positions=rng.random((4, 3)), cell=3.0 * np.eye(3) + rng.uniform(-0.8, 0.8, (3, 3)), pbc=True)
+    structures = displaced(atoms, 4, size, seed, strain)
+    topology = find_topology(structures, 5.0)
+    if topology is None:
+        return
+    assert topology.covers(*displacements(topology, structures)).all()
+    try:
+        plain = build_graph(structures, 5.0, torch.float64)
+    except InputError:
+        return
+    shared = topology.graph(structures, 4.0, torch.float64, "cpu")
+    assert shared.n_near == plain.n_near
+
+    def rows(graph):
+        values = np.column_stack([graph.centre, graph.neighbour, graph.edge_structure, np.round(graph.vector.numpy(), 6) + 0.0])
+        return values[np.lexsort(values.T[::-1])]
+
+    np.testing.assert_allclose(rows(shared), rows(plain), atol=2e-6)
+
+
+def test_very_different_structures_of_one_formula_do_not_share(double, h3s, monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    cells = [3.0 * (np.eye(3) + rng.uniform(-0.4, 0.4, (3, 3))) for _ in range(5)]
+    structures = [Atoms("H2", scaled_positions=[[0, 0, 0], rng.uniform(0.35, 0.65, 3)], cell=cell, pbc=True) for cell in cells]
+    assert_same(double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11)
+
+
+def test_coincident_atoms_of_a_shared_list_are_named(potential, h3s) -> None:
+    structures = displaced(h3s(3.0).repeat((2, 1, 1)), 6, 0.01)
+    structures[3].positions[2] = structures[3].positions[1] + 1e-5
+    with pytest.raises(InputError, match=r"structure 3: atoms . and . coincide"):
+        potential.evaluate(structures)
+
+
+def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s) -> None:
+    small = Potential(potential.module, edges_per_batch=800)
+    sizes: list[tuple[int, int]] = []
+    assert small.memory.per_edge > 0, "measured before the hook"
+    small.model.register_forward_hook(lambda module, args, output: sizes.append((len(args[0].centre), len(args[0].n_atoms))))
+    structures = [h3s(3.0 + 0.01 * k) for k in range(3)] + displaced(h3s(3.2), 5, 0.02) + [Atoms("H", cell=[20] * 3, pbc=True)] * 3
+    small.evaluate(structures)
+    assert sum(count for _, count in sizes) == len(structures)
+    assert all(edges <= 800 * 1.1 or count == 1 for edges, count in sizes)
+    assert max(count for _, count in sizes) > 1
+
+
+def fails_above(potential: Potential, limit: int, error: Exception) -> list[int]:
+    """Let the model raise ``error`` for graphs with more than ``limit`` structures; returns the sizes that were tried."""
+    tried: list[int] = []
+    assert potential.memory.per_edge > 0, "measured before the hook"
+
+    def refuse(module, args):
+        tried.append(len(args[0].n_atoms))
+        if tried[-1] > limit:
+            raise error
+
+    potential.model.register_forward_pre_hook(refuse)
+    return tried
+
+
+OUT_OF_MEMORY = [
+    torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(tiny_checkpoint, h3s, error, sharing, caplog) -> None:
+    structures = displaced(h3s(3.0), 9, 0.02) if sharing else [h3s(2.9 + 0.03 * k).repeat((1, 1, 1 + k % 2)) for k in range(9)]
+    expected = Potential(checkpoint.read(tiny_checkpoint)[0]).evaluate(structures)
+    narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
+    before = narrow.edges_per_batch
+    tried = fails_above(narrow, 2, error)
+    with caplog.at_level(logging.WARNING):
+        assert_same(narrow.evaluate(structures), expected, 2e-6)
+    assert max(tried) > 2 and narrow.edges_per_batch < before
+    assert "ran out" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s) -> None:
+    broken = Potential(checkpoint.read(tiny_checkpoint)[0])
+    tried = fails_above(broken, 0, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        broken.evaluate([h3s(3.0)] * 2)
+    assert len(tried) == 1 and not is_out_of_memory(ValueError("out of memory"))
+
+
+def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s) -> None:
+    narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
+    fails_above(narrow, 0, MemoryError())
+    with pytest.raises(MagusAnharmonicError, match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu"):
+        narrow.evaluate([h3s(3.0), h3s(3.1)])
+    small = Potential(checkpoint.read(tiny_checkpoint)[0], memory_probe=lambda graph: 1e9 * len(graph.centre), available=lambda device: 1e9)
+    with pytest.raises(MagusAnharmonicError, match=r"structure 1 .*needs \d+\.\d GB"):
+        small.evaluate([Atoms("H", cell=[20] * 3, pbc=True), h3s(3.0)])
+
+
+def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential) -> None:
+    def probe(graph) -> float:
+        return 5e4 + 1000.0 * len(graph.centre) + 300.0 * len(graph.numbers)
+
+    assert measure(potential.model, torch.float32, "cpu", probe) == MemoryModel(pytest.approx(1000.0), pytest.approx(300.0))
+    limited = Potential(potential.module, memory_probe=probe, available=lambda device: 1e6)
+    assert limited.edges_per_batch == 700
+    assert limited.atoms_per_batch == 2333
+
+
+def test_the_measured_memory_follows_the_size_of_the_model(potential) -> None:
+    from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
+
+    wide = Potential(M3Gnet(num_blocks=2, units=64, device="cpu"))
+    kept = 2 * 2 * 64 * 4 * 4
+    assert kept < wide.memory.per_edge < 3 * kept
+    assert potential.memory.per_edge < wide.memory.per_edge / 1.5
+    assert 1e8 < available_bytes("cpu") < 1e15
+
+
+def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch) -> None:
+    potential = Potential(checkpoint.read(tiny_checkpoint)[0])
+    self_check.check_against_stock(potential)
+    with torch.no_grad():
+        other = copy.deepcopy(potential.module)
+        other.graph_conv[0].gated_mlp_atom.g[1].linear.weight += 0.05
+    with monkeypatch.context() as patch, pytest.raises(MagusAnharmonicError, match="with stock MatterSim and here"):
+        patch.setattr(potential, "module", other)
+        self_check.check_against_stock(potential)
+    rightly = potential._join
+
+    def mixed(structures, indices, neighbours):
+        graph = rightly(structures, indices, neighbours)
+        return graph if len(indices) == 1 else type(graph)(**{**graph.__dict__, "numbers": graph.numbers.flip(0)})
+
+    monkeypatch.setattr(potential, "_join", mixed)
+    with pytest.raises(MagusAnharmonicError, match="alone and in a batch"):
+        self_check.check_against_stock(potential)
+
+
+def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(self_check, "_checked", set())
+    monkeypatch.setattr(self_check, "check_against_stock", calls.append)
+    first = load(tiny_checkpoint, device="cpu")
+    load(tiny_checkpoint, device="cpu")
+    assert calls == [first]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_loops_are_torchs(threads) -> None:
+    kernels = native._native()
+    if kernels is None:
+        pytest.skip("no C compiler")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for seed in range(5):
+            assert native.disagreement(kernels, seed) < 5e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_wrong_compiled_loops_are_noticed() -> None:
+    class Wrong(Kernels):
+        def three_forward(self, y, edge) -> None:
+            edge += 1.0001 * (y[:, : edge.shape[1]] * y[:, : edge.shape[1]].sigmoid() * y[:, edge.shape[1] :].sigmoid())
+
+    assert native.disagreement(Wrong()) > 1e-5
+
+
+def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None:
+    structures = displaced(h3s(3.0), 3, 0.05)
+    compiled = potential.evaluate(structures)
+    monkeypatch.setattr("magus_anharmonic.potential.inference.kernels_for", lambda example: Kernels())
+    assert_same(potential.evaluate(structures), compiled, 2e-6)
+
+
+def test_without_a_compiler_everything_works_and_the_log_says_so(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    with caplog.at_level(logging.INFO):
+        assert native._native.__wrapped__() is None
+    assert "no C compiler" in caplog.text
+    monkeypatch.setattr(native, "COMPILERS", ("false",))
+    with pytest.raises(OSError, match="cannot compile"):
+        native.compiled(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_compiled_loops_are_found_again(tmp_path) -> None:
+    try:
+        first = native.compiled(tmp_path)
+    except OSError:
+        pytest.skip("no C compiler")
+    written = first.stat().st_mtime_ns
+    assert native.compiled(tmp_path) == first and first.stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+def test_evaluating_leaves_the_number_of_threads(tiny_checkpoint, h3s) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        load(tiny_checkpoint, device="cpu").evaluate([h3s(3.0)] * 5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
