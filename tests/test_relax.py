@@ -202,7 +202,7 @@ def test_nan_forces_fail_one_structure_only():
 
 def test_atoms_that_fly_apart_are_called_dissolved():
     start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1.0]], cell=[30, 30, 30], pbc=True)
-    (result,) = relax(Pair(1.0), [start], max_steps=120, relax_cell=False)
+    (result,) = relax(Pair(10.0), [start], max_steps=120, relax_cell=False)
     assert result.failed and "dissolved" in result.reason
 
 
