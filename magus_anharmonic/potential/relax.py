@@ -200,9 +200,7 @@ class _Way:
         self.trajectory: Trajectory | None = None
         if not self.failed:
             projector = SymmetryProjector(self.atoms, options.symprec) if options.fix_symmetry and self.atoms.pbc.all() else None
-            self.trajectory = Trajectory(
-                self.atoms, options.pressure, options.max_move, options.relax_cell, projector, options.optimizer
-            )
+            self.trajectory = Trajectory(self.atoms, options.pressure, options.max_move, options.relax_cell, projector, options.optimizer)
             self.isolated = isolated(self.trajectory.start)
             self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
 
@@ -311,4 +309,6 @@ class _Progress:
         self.last = now
         spent = now - self.begun
         guess = spent * remaining / self.finished if self.finished else spent * max(self.max_steps - self.rounds, 1) / self.rounds
-        logger.info("relaxed %d of %d structures, %d rounds, %.0f s, about %.0f s left", self.finished, self.total, self.rounds, spent, guess)
+        logger.info(
+            "relaxed %d of %d structures, %d rounds, %.0f s, about %.0f s left", self.finished, self.total, self.rounds, spent, guess
+        )
