@@ -1,4 +1,4 @@
-"""Relaxation reaches the minimum that ASE finds, one structure does not disturb another, and every failure has its reason."""
+"""Relaxation takes ASE's path to ASE's minimum, one structure does not disturb another, and every failure has its reason."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS
+from ase.optimize import BFGS, FIRE
 from ase.units import GPa
 
 from magus_anharmonic.errors import InputError
@@ -55,6 +55,25 @@ class Pair:
         return Evaluation(np.array(energy), forces, np.zeros((len(energy), 3, 3)))
 
 
+class Path:
+    """EMT that remembers where it was asked."""
+
+    model_id = "emt"
+
+    def __init__(self):
+        self.visited, self.energies = [], []
+
+    def evaluate(self, structures):
+        found = CalculatorEvaluator(EMT()).evaluate(structures)
+        self.visited += [atoms.copy() for atoms in structures]
+        self.energies += list(found.energy)
+        return found
+
+    def enthalpies(self, pressure):
+        """Per atom, in eV, of every structure that was evaluated; pressure in eV/A^3."""
+        return [(e + pressure * a.cell.volume) / len(a) for e, a in zip(self.energies, self.visited, strict=True)]
+
+
 def strained(symbol, repeat, seed):
     rng = np.random.default_rng(seed)
     atoms = bulk(symbol).repeat(repeat)
@@ -63,11 +82,15 @@ def strained(symbol, repeat, seed):
     return atoms
 
 
-@pytest.mark.parametrize("pressure", [0.0, 50.0])
-def test_a_batch_of_metals_reaches_the_enthalpies_of_ase(pressure):
+BOTH = pytest.mark.parametrize("optimizer", ["bfgs", "fire"])
+
+
+@pytest.mark.parametrize(("pressure", "optimizer"), [(0.0, "bfgs"), (50.0, "bfgs"), (50.0, "fire")])
+def test_a_batch_of_metals_reaches_the_enthalpies_of_ase(pressure, optimizer):
     structures = [strained("Cu", (2, 1, 1), 1), strained("Al", (2, 1, 1), 2), strained("Au", (2, 2, 1), 3)]
     before = [atoms.positions.copy() for atoms in structures]
-    for atoms, result in zip(structures, relax(CalculatorEvaluator(EMT()), structures, pressure, **TIGHT), strict=True):
+    results = relax(CalculatorEvaluator(EMT()), structures, pressure, optimizer=optimizer, **TIGHT)
+    for atoms, result in zip(structures, results, strict=True):
         reference = atoms.copy()
         reference.calc = EMT()
         BFGS(FrechetCellFilter(reference, scalar_pressure=pressure * GPa), logfile=None).run(fmax=5e-3, steps=300)
@@ -112,6 +135,76 @@ def test_the_gradient_of_the_deformation_is_exact_far_from_the_start():
     direction = np.concatenate([rng.normal(size=6), (lambda m: (m + m.T).ravel())(rng.normal(size=(3, 3)))])
     step = 1e-5 * direction
     assert (enthalpy(x + step) - enthalpy(x - step)) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "rule", "longest"), [("bfgs", BFGS, 0.2), ("fire", FIRE, 1.0)])
+def test_the_path_is_that_of_ase(optimizer, rule, longest):
+    """FIRE with steps that reach no limit, which ASE sets on all atoms together."""
+    start = strained("Cu", (2, 1, 1), 1)
+    reference = start.copy()
+    reference.calc = EMT()
+    rule(FrechetCellFilter(reference, scalar_pressure=20 * GPa), logfile=None, maxstep=longest).run(fmax=1e-6, steps=9)
+    paths = Path()
+    relax(paths, [start], 20.0, optimizer=optimizer, max_move=longest, max_steps=10, force_tolerance=1e-6)
+    np.testing.assert_allclose(paths.visited[-1].cell.array, reference.cell.array, atol=1e-6)
+    np.testing.assert_allclose(paths.visited[-1].positions, reference.positions, atol=1e-6)
+
+
+@BOTH
+def test_the_end_of_a_cut_short_relaxation_is_the_lowest_point_it_visited(optimizer):
+    for seed in range(3):
+        path = Path()
+        (result,) = relax(path, [strained("Cu", (2, 1, 1), seed)], 20.0, optimizer=optimizer, max_move=0.3, max_steps=13, **TIGHT)
+        assert result.enthalpy == pytest.approx(min(path.enthalpies(20 * GPa)), abs=1e-9)
+
+
+def test_a_search_that_finds_nothing_lower_for_long_goes_back_and_then_only_downwards():
+    """Forces that point uphill: ASE's rule would climb for ever, ours ends where it began."""
+
+    class Wrong(Path):
+        def evaluate(self, structures):
+            found = super().evaluate(structures)
+            return Evaluation(found.energy, [-forces for forces in found.forces], found.stress)
+
+    start = strained("Cu", (2, 1, 1), 1)
+    path = Wrong()
+    (result,) = relax(path, [start], relax_cell=False, max_move=0.01, max_steps=300)
+    energies = path.enthalpies(0.0)
+    assert not result.converged and "no step lowers the enthalpy" in result.reason and result.n_steps < 100
+    assert result.enthalpy == pytest.approx(min(energies), abs=1e-9) and max(energies) > result.enthalpy + 0.01
+
+
+def test_waiting_structures_enter_as_others_leave_and_results_keep_the_order():
+    start = strained("Cu", (2, 1, 1), 5)
+    structures = [bulk("Cu", a=3.59), start, bulk("Al"), Atoms(), bulk("Au"), bulk("Cu", a=3.6)]
+    counted = Counted()
+    results = relax(counted, structures, edges_in_flight=60)
+    assert max(counted.batches) == 2 and [len(result.atoms) for result in results] == [len(atoms) for atoms in structures]
+    assert [result.atoms.get_chemical_formula() for result in results] == [atoms.get_chemical_formula() for atoms in structures]
+    assert [result.converged for result in results] == [True, True, True, False, True, True]
+    alone = Counted()
+    relax(alone, structures, edges_in_flight=1)
+    assert set(alone.batches) == {1}
+
+
+@BOTH
+def test_a_relaxation_does_not_depend_on_its_companions(optimizer):
+    structures = [strained("Cu", (2, 1, 1), 1), bulk("Al"), strained("Au", (2, 1, 1), 3)]
+    together = relax(CalculatorEvaluator(EMT()), structures, 10.0, optimizer=optimizer)
+    again = relax(CalculatorEvaluator(EMT()), structures, 10.0, optimizer=optimizer, edges_in_flight=1)
+    for one, other in zip(together, again, strict=True):
+        assert one.n_steps == other.n_steps and one.enthalpy == other.enthalpy
+        np.testing.assert_array_equal(one.atoms.positions, other.atoms.positions)
+
+
+def test_a_relaxation_with_the_potential_depends_on_its_companions_by_rounding_alone(potential, h3s):
+    double = potential.double()
+    structures = [h3s(3.1, 0.1), h3s(2.9, 0.05), h3s(3.0, 0.15)]
+    together = double.relax(structures, 150.0, max_steps=15)
+    for atoms, one in zip(structures, together, strict=True):
+        (other,) = double.relax([atoms], 150.0, max_steps=15)
+        assert one.n_steps == other.n_steps and one.enthalpy == pytest.approx(other.enthalpy, abs=1e-9)
+        np.testing.assert_allclose(one.atoms.positions, other.atoms.positions, atol=1e-7)
 
 
 def test_finished_structures_leave_the_batch():
@@ -186,6 +279,26 @@ def test_bad_structures_fail_with_their_reason_and_the_others_relax():
     assert np.isnan(results[0].enthalpy)
 
 
+def test_crowded_cells_are_refused_before_they_fill_the_memory():
+    tiny = Atoms("H2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=3 * [0.5], pbc=True)
+    own_image = Atoms("H", cell=[0.05, 3.0, 9.0], pbc=True)
+    results = relax(CalculatorEvaluator(EMT()), [tiny, own_image])
+    assert all(result.failed and np.isnan(result.enthalpy) and result.n_steps == 0 for result in results)
+    assert "too small: 0.063 A^3/atom" in results[0].reason and "atoms 0 and 0 coincide (0.050 A)" in results[1].reason
+
+
+@BOTH
+def test_a_slab_keeps_its_cell_and_its_forces_vanish(optimizer):
+    slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
+    slab.positions[2, 2] += 0.3
+    assert slab.pbc.tolist() == [True, True, False]
+    (result,) = relax(CalculatorEvaluator(EMT()), [slab], 100.0, optimizer=optimizer)
+    assert result.converged and np.linalg.norm(result.forces, axis=1).max() < 0.05
+    np.testing.assert_array_equal(result.atoms.cell.array, slab.cell.array)
+    assert result.atoms.pbc.tolist() == [True, True, False]
+    assert result.enthalpy == pytest.approx(result.energy / 3)  # no P V: an area has no pressure in GPa
+
+
 def test_nan_forces_fail_one_structure_only():
     class Nan(Counted):
         def evaluate(self, structures):
@@ -200,15 +313,17 @@ def test_nan_forces_fail_one_structure_only():
     assert "not finite" in results[1].reason
 
 
-def test_atoms_that_fly_apart_are_called_dissolved():
+@BOTH
+def test_atoms_that_fly_apart_are_called_dissolved(optimizer):
     start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1.0]], cell=[30, 30, 30], pbc=True)
-    (result,) = relax(Pair(10.0), [start], max_steps=120, relax_cell=False)
+    (result,) = relax(Pair(10.0), [start], max_steps=120, relax_cell=False, optimizer=optimizer)
     assert result.failed and "dissolved" in result.reason
 
 
-def test_atoms_that_fall_into_each_other_are_called_overlapping():
+@BOTH
+def test_atoms_that_fall_into_each_other_are_called_overlapping(optimizer):
     start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]], cell=[30, 30, 30], pbc=True)
-    (result,) = relax(Pair(-1.0), [start], max_steps=120, relax_cell=False)
+    (result,) = relax(Pair(-1.0), [start], max_steps=120, relax_cell=False, optimizer=optimizer)
     assert result.failed and "overlap" in result.reason
 
 
@@ -228,14 +343,22 @@ class Jelly:
         )
 
 
+@BOTH
 @pytest.mark.parametrize("stress", [-np.eye(3), np.eye(3), np.diag([-1.0, 0.5, 0.5])], ids=["expands", "collapses", "needle"])
-def test_runaway_cells_are_stopped(stress):
-    (result,) = relax(Jelly(0.1 * stress), [Atoms("H", cell=[2, 2, 2], pbc=True)], max_steps=400)
+def test_runaway_cells_are_stopped(stress, optimizer):
+    (result,) = relax(Jelly(0.1 * stress), [Atoms("H", cell=[2, 2, 2], pbc=True)], max_steps=400, optimizer=optimizer)
     assert result.failed and "runaway cell" in result.reason
 
 
 def test_senseless_arguments_are_refused():
-    for arguments in ({"force_tolerance": 0}, {"max_steps": 0}, {"max_move": -1.0}, {"pressure": np.nan}):
+    for arguments in (
+        {"force_tolerance": 0},
+        {"max_steps": 0},
+        {"max_move": -1.0},
+        {"pressure": np.nan},
+        {"optimizer": "gd"},
+        {"edges_in_flight": 0},
+    ):
         with pytest.raises(InputError, match=next(iter(arguments))):
             relax(Counted(), [bulk("Cu")], **arguments)
     assert relax(Counted(), []) == []

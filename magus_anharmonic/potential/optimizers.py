@@ -39,7 +39,7 @@ class Bfgs:
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         try:
-            return -cho_solve(cho_factor(self.hessian - SMALLEST_CURVATURE * np.eye(len(gradient))), gradient)
+            return -cho_solve(cho_factor(self.hessian), gradient)
         except LinAlgError:
             values, vectors = np.linalg.eigh(self.hessian)
             return -vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), SMALLEST_CURVATURE))

@@ -176,9 +176,7 @@ def main() -> None:
     logger.remove()
     if options.minima:
         same, lines = minima(options.minima, options.seed, options.optimizer)
-        print(
-            *lines, f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS on the stock calculator, or lower", sep="\n"
-        )
+        print(*lines, f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS with the stock calculator", sep="\n")
         return
     for line in speed(options.structures, options.stock, options.seed, options.threads):
         print(line, flush=True)
