@@ -55,16 +55,17 @@ class Pair:
         return Evaluation(np.array(energy), forces, np.zeros((len(energy), 3, 3)))
 
 
-class Path:
-    """EMT that remembers where it was asked."""
+class Recorder:
+    """EMT, or another evaluator, that remembers where it was asked."""
 
-    model_id = "emt"
+    model_id = "recorder"
 
-    def __init__(self):
+    def __init__(self, evaluator=None):
+        self.evaluator = evaluator or CalculatorEvaluator(EMT())
         self.visited, self.energies = [], []
 
     def evaluate(self, structures):
-        found = CalculatorEvaluator(EMT()).evaluate(structures)
+        found = self.evaluator.evaluate(structures)
         self.visited += [atoms.copy() for atoms in structures]
         self.energies += list(found.energy)
         return found
@@ -138,22 +139,24 @@ def test_the_gradient_of_the_deformation_is_exact_far_from_the_start():
 
 
 @pytest.mark.parametrize(("optimizer", "rule", "longest"), [("bfgs", BFGS, 0.2), ("fire", FIRE, 1.0)])
-def test_the_path_is_that_of_ase(optimizer, rule, longest):
+def test_the_path_is_that_of_ase(optimizer, rule, longest, tiny_checkpoint, potential, h3s):
     """FIRE with steps that reach no limit, which ASE sets on all atoms together."""
-    start = strained("Cu", (2, 1, 1), 1)
+    start = h3s(3.1, 0.1)
+    start.set_cell(start.cell.array @ (np.eye(3) + [[0.05, 0.02, 0], [0, -0.04, 0], [0.03, 0, 0]]), scale_atoms=True)
     reference = start.copy()
-    reference.calc = EMT()
-    rule(FrechetCellFilter(reference, scalar_pressure=20 * GPa), logfile=None, maxstep=longest).run(fmax=1e-6, steps=9)
-    paths = Path()
-    relax(paths, [start], 20.0, optimizer=optimizer, max_move=longest, max_steps=10, force_tolerance=1e-6)
-    np.testing.assert_allclose(paths.visited[-1].cell.array, reference.cell.array, atol=1e-6)
-    np.testing.assert_allclose(paths.visited[-1].positions, reference.positions, atol=1e-6)
+    reference.calc = MatterSim(tiny_checkpoint, device="cpu", dtype="float64")
+    rule(FrechetCellFilter(reference, scalar_pressure=20 * GPa), logfile=None, maxstep=longest).run(fmax=1e-6, steps=4)
+    double = Recorder(potential.double())
+    relax(double, [start], 20.0, optimizer=optimizer, max_move=longest, max_steps=5, force_tolerance=1e-6)
+    assert np.abs(reference.cell.array - start.cell.array).max() > 0.01
+    np.testing.assert_allclose(double.visited[-1].cell.array, reference.cell.array, atol=1e-6)
+    np.testing.assert_allclose(double.visited[-1].positions, reference.positions, atol=1e-6)
 
 
 @BOTH
 def test_the_end_of_a_cut_short_relaxation_is_the_lowest_point_it_visited(optimizer):
     for seed in range(3):
-        path = Path()
+        path = Recorder()
         (result,) = relax(path, [strained("Cu", (2, 1, 1), seed)], 20.0, optimizer=optimizer, max_move=0.3, max_steps=13, **TIGHT)
         assert result.enthalpy == pytest.approx(min(path.enthalpies(20 * GPa)), abs=1e-9)
 
@@ -161,7 +164,7 @@ def test_the_end_of_a_cut_short_relaxation_is_the_lowest_point_it_visited(optimi
 def test_a_search_that_finds_nothing_lower_for_long_goes_back_and_then_only_downwards():
     """Forces that point uphill: ASE's rule would climb for ever, ours ends where it began."""
 
-    class Wrong(Path):
+    class Wrong(Recorder):
         def evaluate(self, structures):
             found = super().evaluate(structures)
             return Evaluation(found.energy, [-forces for forces in found.forces], found.stress)
@@ -268,6 +271,34 @@ def test_symmetrised_forces_keep_a_saddle_that_free_relaxation_leaves(h3s):
     np.testing.assert_allclose(kept.atoms.positions, start.positions, atol=1e-9)
 
 
+def test_a_kick_leaves_the_saddle_on_which_a_symmetric_start_ends(h3s):
+    start = h3s(3.0)
+    options = {"relax_cell": False, "force_tolerance": 1e-4}
+    (saddle,) = relax(DoubleWell(start.positions), [start], **options)
+    assert saddle.converged and saddle.n_steps == 1 and saddle.energy == 0.0
+    (left,) = relax(DoubleWell(start.positions), [start], kicks=1, **options)
+    assert left.converged and left.energy == pytest.approx(-12 * 0.0025, abs=1e-6)
+    (again,) = relax(DoubleWell(start.positions), [bulk("Cu"), start][1:], kicks=1, **options)
+    np.testing.assert_array_equal(left.atoms.positions, again.atoms.positions)
+
+
+def test_what_goes_wrong_after_a_kick_does_not_spoil_the_minimum_before_it(h3s):
+    class Once(DoubleWell):
+        calls = 0
+
+        def evaluate(self, structures):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("out of luck")
+            return super().evaluate(structures)
+
+    start = h3s(3.0)
+    evaluator = Once(start.positions)
+    (result,) = relax(evaluator, [start], relax_cell=False, kicks=3)
+    assert evaluator.calls == 4 and result.converged and not result.failed and result.reason == ""
+    np.testing.assert_array_equal(result.atoms.positions, start.positions)
+
+
 def test_bad_structures_fail_with_their_reason_and_the_others_relax():
     coincident = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.01]], cell=[4, 4, 4], pbc=True)
     unknown = bulk("Fe")
@@ -361,6 +392,8 @@ def test_senseless_arguments_are_refused():
     ):
         with pytest.raises(InputError, match=next(iter(arguments))):
             relax(Counted(), [bulk("Cu")], **arguments)
+    with pytest.raises(InputError, match="kicks = 1: .*fix_symmetry"):
+        relax(Counted(), [bulk("Cu")], kicks=1, fix_symmetry=True)
     assert relax(Counted(), []) == []
 
 

@@ -15,8 +15,8 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.guards import BOND_RANGE, CellGuard, isolated, overlap, senseless
 from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
-from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Trajectory
-from magus_anharmonic.structures import bare
+from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
+from magus_anharmonic.structures import bare, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa, gpa_to_ev_per_a3
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class _Options:
     fix_symmetry: bool
     symprec: float
     optimizer: str
+    kicks: int
 
 
 def relax(
@@ -74,6 +75,7 @@ def relax(
     fix_symmetry: bool = False,
     symprec: float = 0.01,
     optimizer: str = "bfgs",
+    kicks: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
     """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the order of the input.
@@ -90,6 +92,10 @@ def relax(
         Keep the space group found at ``symprec`` (Angstrom).
     optimizer
         ``bfgs``, ASE's quasi-Newton steps, or ``fire``, damped dynamics: slower, and no harm where forces are rough.
+    kicks
+        How often a converged structure is displaced at random (0.1 Angstrom, seeded by the structure) and relaxed again; the lowest
+        is kept. Relaxations from symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all
+        together count for ``max_steps``.
     edges_in_flight
         Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more wait. Default: eight batches
         of the evaluator.
@@ -102,6 +108,8 @@ def relax(
     for name, value in (("max_steps", max_steps), ("edges_in_flight", 1 if edges_in_flight is None else edges_in_flight)):
         if value < 1:
             raise InputError(f"{name} = {value}: must be at least 1")
+    if kicks < 0 or (kicks and fix_symmetry):
+        raise InputError(f"kicks = {kicks}: must be 0 or more, and 0 with fix_symmetry, because they break it")
     if not np.isfinite(pressure):
         raise InputError(f"pressure = {pressure}: must be a number in GPa")
     if optimizer not in OPTIMIZERS:
@@ -116,6 +124,7 @@ def relax(
         fix_symmetry=fix_symmetry,
         symprec=symprec,
         optimizer=optimizer,
+        kicks=kicks,
     )
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
@@ -203,6 +212,9 @@ class _Way:
             self.trajectory = Trajectory(self.atoms, options.pressure, options.max_move, options.relax_cell, projector, options.optimizer)
             self.isolated = isolated(self.trajectory.start)
             self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
+        self.kept: tuple[Point, Atoms] | None = None
+        self.kicks_left = options.kicks
+        self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks and not self.failed else None
 
     def n_edges(self) -> float:
         """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
@@ -236,7 +248,23 @@ class _Way:
             self.reason = result
 
     def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
+        """The end, or another kick; a failed search after a kick does not spoil the minimum before it."""
+        if converged:
+            self._keep_lower()
+        if self.kept is not None:
+            reason, failed, converged = "", False, True
+            if self.kicks_left and self.n_steps < self.options.max_steps:
+                assert self.trajectory is not None and self.rng is not None
+                self.kicks_left -= 1
+                self.trajectory.kick(self.rng)
+                return
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
+
+    def _keep_lower(self) -> None:
+        assert self.trajectory is not None and self.trajectory.point is not None
+        point = self.trajectory.point
+        if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
+            self.kept = point, self.trajectory.structure()
 
     def judge(self) -> None:
         """End the relaxation where it has converged, gone astray, stuck or run out of steps."""
@@ -281,14 +309,24 @@ class _Way:
 
     def result(self) -> Relaxation:
         way = self.trajectory
-        if way is None or way.point is None:
+        if self.kept is None and way is not None and way.point is not None:
+            self.kept = way.point, way.structure()
+        if self.kept is None:
             nothing = np.full((len(self.atoms), 3), np.nan)
             return Relaxation(
                 self.atoms, np.nan, np.nan, nothing, np.full((3, 3), np.nan), False, True, self.n_steps, self.reason or "never evaluated"
             )
-        point, enthalpy = way.point, way.point.enthalpy / len(self.atoms)
+        point, atoms = self.kept
         return Relaxation(
-            way.structure(), point.energy, enthalpy, point.forces, point.stress, self.converged, self.failed, self.n_steps, self.reason
+            atoms=atoms,
+            energy=point.energy,
+            enthalpy=point.enthalpy / len(atoms),
+            forces=point.forces,
+            stress=point.stress,
+            converged=self.converged,
+            failed=self.failed,
+            n_steps=self.n_steps,
+            reason=self.reason,
         )
 
 

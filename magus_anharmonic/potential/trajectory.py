@@ -14,6 +14,7 @@ from magus_anharmonic.structures import bare
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
 LARGEST_RISE = 1.0  # eV/atom; a step that rises more is refused
+KICK = 0.1  # Angstrom, standard deviation of each coordinate (of N U for the cell)
 PATIENCE = 40  # steps without a new lowest enthalpy, after which only steps that lower it are taken
 
 
@@ -107,7 +108,7 @@ class Trajectory:
         enthalpy = energy + (self.pressure * abs(np.linalg.det(lattice)) if self.periodic else 0.0)
         point = Point(self.trial, self._gradient(self.trial, lattice, forces, stress), enthalpy, energy, forces, stress)
         if self.point is None or self.best is None:
-            self.point = self.best = point
+            self.point, self.best, self.x = point, point, point.x
             return True
         self.rule.learn(self.trial - self.x, point.gradient - self.point.gradient)
         noise = ENTHALPY_NOISE * len(self.start)
@@ -129,6 +130,16 @@ class Trajectory:
         if self.without_progress >= PATIENCE and not self.downwards:
             self.downwards = True
             self.return_to_best()
+
+    def kick(self, rng: np.random.Generator) -> None:
+        """Start again at a random place near this one: off a saddle point, with what was learnt about the curvature."""
+        strain = np.zeros((0, 3))
+        if self.relax_cell:
+            half = rng.normal(0.0, KICK, (3, 3))
+            strain = 0.5 * (half + half.T)
+        self.trial = self.x + np.concatenate([rng.normal(0.0, KICK, (len(self.start), 3)), strain]).ravel()
+        self.point = self.best = None
+        self.radius, self.without_progress, self.downwards = self.max_move, 0, False
 
     def return_to_best(self) -> None:
         """Stand at the lowest point that was visited."""

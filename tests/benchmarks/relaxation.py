@@ -43,6 +43,7 @@ MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
 MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft directions
 MINIMUM_STEPS = 600
+KICKS = 2
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def relax_with_torchsim(structures: Sequence[Atoms], max_steps: int) -> float:
     return time.perf_counter() - begun
 
 
-def speed(count: int, stock_count: int, seed: int, threads: int) -> Iterator[str]:
+def speed(count: int, stock_count: int, seed: int, threads: int, optimizers: Sequence[str] = ("bfgs", "fire")) -> Iterator[str]:
     """Lines with the ratios of the two rows of the table."""
     torch.set_num_threads(threads)
     structures = starts(count, seed)
@@ -123,20 +124,20 @@ def speed(count: int, stock_count: int, seed: int, threads: int) -> Iterator[str
         f"ASE BFGS, stock calculator: {stock_each:.2f} s per structure ({len(stock)} of {count} structures measured, "
         f"{sum(result.n_steps for result in stock) / len(stock):.0f} evaluations each)"
     )
-    each = {}
-    for optimizer in ("bfgs", "fire"):
+    each: dict[str, float] = {}
+    for optimizer in optimizers:
         begun = time.perf_counter()
         results = potential.relax(structures, PRESSURE, optimizer=optimizer, **_options(FORCE, MAX_STEPS))
         each[optimizer] = (time.perf_counter() - begun) / count
         yield f"ours, {optimizer}: {each[optimizer]:.3f} s per structure ({_summary(results)})"
-    yield f"relaxing {count} random H3S cells, {threads} threads, against MAGUS's way: {stock_each / each['bfgs']:.1f}x (at least 10)"
+    yield f"relaxing {count} random H3S cells, {threads} threads, against MAGUS's way: {stock_each / min(each.values()):.1f}x (at least 10)"
     try:
         seconds = relax_with_torchsim(chosen, MAX_STEPS) / len(chosen)
     except ImportError as error:
         yield f"against TorchSim's FIRE: not measured, TorchSim 0.3 cannot be imported ({error})"
         return
     yield f"TorchSim FIRE, stock MatterSim: {seconds:.2f} s per structure ({len(chosen)} of {count} structures measured)"
-    yield f"the same relaxations against TorchSim's batched FIRE: {seconds / each['bfgs']:.1f}x (at least 4)"
+    yield f"the same relaxations against TorchSim's batched FIRE: {seconds / min(each.values()):.1f}x (at least 4)"
 
 
 def _options(force_tolerance: float, max_steps: int) -> dict[str, float]:
@@ -148,12 +149,13 @@ def _summary(results: Sequence[Relaxation]) -> str:
     return f"{steps:.0f} evaluations each, {sum(result.converged for result in results)} of {len(results)} converged"
 
 
-def minima(count: int, seed: int, optimizer: str = "bfgs") -> tuple[int, list[str]]:
+def minima(count: int, seed: int, optimizer: str = "bfgs", kicks: int = KICKS) -> tuple[int, list[str]]:
     """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one."""
     structures = starts(count, seed)
     potential = load(CHECKPOINT, device="cpu")
     calculator = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
-    ours = potential.relax(structures, PRESSURE, optimizer=optimizer, **_options(MINIMUM, MINIMUM_STEPS) | {"stress_tolerance": 0.2})
+    options = _options(MINIMUM, (1 + kicks) * MINIMUM_STEPS) | {"stress_tolerance": 0.2, "kicks": kicks}
+    ours = potential.relax(structures, PRESSURE, optimizer=optimizer, **options)
     lines = []
     for index, (atoms, result) in enumerate(zip(structures, ours, strict=True)):
         stock = relax_with_ase(atoms, calculator, MINIMUM, MINIMUM_STEPS)
@@ -170,15 +172,16 @@ def main() -> None:
     parser.add_argument("--stock", type=int, default=16, help="structures on which the stock tools are measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--optimizers", nargs="+", default=["bfgs", "fire"], help="ours; the fastest counts, and the first with --minima")
     parser.add_argument("--minima", type=int, default=0, metavar="COUNT", help="compare the minima of so many starts instead")
-    parser.add_argument("--optimizer", default="bfgs", help="of --minima")
+    parser.add_argument("--kicks", type=int, default=KICKS, help="of --minima")
     options = parser.parse_args()
     logger.remove()
     if options.minima:
-        same, lines = minima(options.minima, options.seed, options.optimizer)
+        same, lines = minima(options.minima, options.seed, options.optimizers[0], options.kicks)
         print(*lines, f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS with the stock calculator", sep="\n")
         return
-    for line in speed(options.structures, options.stock, options.seed, options.threads):
+    for line in speed(options.structures, options.stock, options.seed, options.threads, options.optimizers):
         print(line, flush=True)
 
 
