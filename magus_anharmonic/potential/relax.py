@@ -256,7 +256,7 @@ class _Way:
             if self.kicks_left and self.n_steps < self.options.max_steps:
                 assert self.trajectory is not None and self.rng is not None
                 self.kicks_left -= 1
-                self.trajectory.kick(self.rng)
+                self.trajectory.kick(self.kept[0].x, self.rng)
                 return
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
 

@@ -131,13 +131,14 @@ class Trajectory:
             self.downwards = True
             self.return_to_best()
 
-    def kick(self, rng: np.random.Generator) -> None:
-        """Start again at a random place near this one: off a saddle point, with what was learnt about the curvature."""
+    def kick(self, x: np.ndarray, rng: np.random.Generator) -> None:
+        """Start again at a random place near a point: off a saddle, with what was learnt about the curvature."""
         strain = np.zeros((0, 3))
         if self.relax_cell:
             half = rng.normal(0.0, KICK, (3, 3))
             strain = 0.5 * (half + half.T)
-        self.trial = self.x + np.concatenate([rng.normal(0.0, KICK, (len(self.start), 3)), strain]).ravel()
+        self.x = x
+        self.trial = x + np.concatenate([rng.normal(0.0, KICK, (len(self.start), 3)), strain]).ravel()
         self.point = self.best = None
         self.radius, self.without_progress, self.downwards = self.max_move, 0, False
 
