@@ -1,4 +1,4 @@
-"""Relaxation takes ASE's path to ASE's minimum, one structure does not disturb another, and every failure has its reason."""
+"""Relaxation reaches ASE's minimum, one structure does not disturb another, and every failure has its reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.potential import optimizers as optimizers_module
 from magus_anharmonic.potential import relax as relax_module
+from magus_anharmonic.potential import trajectory as trajectory_module
 from magus_anharmonic.potential.calculator import MatterSim
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.structures import space_group
@@ -139,8 +141,10 @@ def test_the_gradient_of_the_deformation_is_exact_far_from_the_start():
 
 
 @pytest.mark.parametrize(("optimizer", "rule", "longest"), [("bfgs", BFGS, 0.2), ("fire", FIRE, 1.0)])
-def test_the_path_is_that_of_ase(optimizer, rule, longest, tiny_checkpoint, potential, h3s):
+def test_with_ases_constants_the_path_is_that_of_ase(optimizer, rule, longest, tiny_checkpoint, potential, h3s, monkeypatch):
     """For a symmetric cell, because ASE's deformation also turns others; for FIRE without its limit, which ASE sets on all atoms."""
+    monkeypatch.setattr(trajectory_module, "CELL_POWER", 1.0)
+    monkeypatch.setattr(optimizers_module, "START_CURVATURE", 70.0)
     start = h3s(3.1, 0.1)
     reference = start.copy()
     reference.calc = MatterSim(tiny_checkpoint, device="cpu", dtype="float64")

@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
-START_CURVATURE = 70.0  # eV/A^2, ASE's default: between a soft metal and a bond of hydrogen
+START_CURVATURE = 40.0  # eV/A^2, between a soft metal and a bond of hydrogen; ASE has 70
 SMALLEST_CURVATURE = 1e-2  # eV/A^2
 
 
@@ -30,7 +30,7 @@ class StepRule(Protocol):
 class Bfgs:
     """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from saddles too.
 
-    The rule of ASE's BFGS. B is positive definite nearly always: the step is then found by Cholesky's decomposition, twenty times
+    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's decomposition, twenty times
     faster than by eigenvectors.
     """
 

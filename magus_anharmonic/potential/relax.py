@@ -87,11 +87,11 @@ def relax(
     pressure, stress_tolerance
         GPa; converged when the largest force is below ``force_tolerance`` (eV/A) and each component of stress + P below this.
     max_move
-        Longest step of an atom, Angstrom; also of each row of N times the strain, as in ASE's FrechetCellFilter.
+        Longest step of an atom, Angstrom; also of each row of sqrt(N) times the strain.
     fix_symmetry
         Keep the space group found at ``symprec`` (Angstrom).
     optimizer
-        ``bfgs``, ASE's quasi-Newton steps, or ``fire``, damped dynamics: slower, and no harm where forces are rough.
+        ``bfgs``, quasi-Newton steps, or ``fire``, damped dynamics: slower, and no harm where forces are rough.
     kicks
         How often a converged structure is displaced at random (0.1 Angstrom, seeded by the structure) and relaxed again; the lowest
         is kept. Relaxations from symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all

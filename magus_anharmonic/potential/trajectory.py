@@ -14,7 +14,8 @@ from magus_anharmonic.structures import bare
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
 LARGEST_RISE = 1.0  # eV/atom; a step that rises more is refused
-KICK = 0.1  # Angstrom, standard deviation of each coordinate (of N U for the cell)
+CELL_POWER = 0.5  # a strain counts as a move of N to this power; ASE has 1, which makes cells needlessly stiff
+KICK = 0.1  # Angstrom, standard deviation of each coordinate (of the cell's rows too)
 PATIENCE = 40  # steps without a new lowest enthalpy, after which only steps that lower it are taken
 
 
@@ -33,10 +34,10 @@ class Point:
 class Trajectory:
     """Positions and cell of one structure as one vector, and a step rule that goes down in the enthalpy H = E + P V.
 
-    The cell is h0 expm(U) and the positions are q expm(U) with U symmetric, the logarithm of the deformation; the vector holds q
-    and N U, as in ASE's FrechetCellFilter. As with ASE's optimisers a step may rise (barriers between a random start and its
-    minimum are crossed in the same way), but not by more than `LARGEST_RISE`, and no longer once `PATIENCE` steps brought no new
-    lowest enthalpy: then the search goes on from the best point, downwards, within a trust radius.
+    The cell is h0 expm(U) and the positions are q expm(U) with U symmetric, the logarithm of the deformation, as in ASE's
+    FrechetCellFilter; the vector holds q and sqrt(N) U, so that the curvatures of both are alike whatever the number N of atoms.
+    As with ASE's optimisers a step may rise, but not by more than `LARGEST_RISE`, and no longer once `PATIENCE` steps brought no
+    new lowest enthalpy: then the search goes on from the best point, downwards, within a trust radius.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Trajectory:
         self.start_lattice = start.cell.array.copy()
         self.periodic = bool(start.pbc.all())
         self.relax_cell = relax_cell and self.periodic
-        self.length = float(len(start))
+        self.length = len(start) ** CELL_POWER
         self.x = np.concatenate([start.positions.ravel(), np.zeros(9 if self.relax_cell else 0)])
         self.trial = self.x
         self.rule = OPTIMIZERS[optimizer](len(self.x))
@@ -165,7 +166,7 @@ class Trajectory:
         return self.structure(self.trial)
 
     def _size(self, step: np.ndarray) -> float:
-        """Longest row of the step: the move of an atom, or of a row of N U."""
+        """Longest row of the step: the move of an atom, or of a row of sqrt(N) U."""
         return float(np.sqrt((step.reshape(-1, 3) ** 2).sum(axis=1).max()))
 
     def residual(self) -> tuple[float, float]:
