@@ -30,8 +30,8 @@ class StepRule(Protocol):
 class Bfgs:
     """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from saddles too.
 
-    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's decomposition, twenty times
-    faster than by eigenvectors.
+    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's
+    decomposition, several times faster than by eigenvectors.
     """
 
     def __init__(self, size: int) -> None:
