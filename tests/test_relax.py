@@ -1,4 +1,4 @@
-"""Relaxation reaches the minimum that ASE finds, one structure does not disturb another, and every failure has its reason."""
+"""Relaxation reaches ASE's minimum, one structure does not disturb another, and every failure has its reason."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import bulk
+from ase.build import bulk, fcc111
 from ase.calculators.emt import EMT
 from ase.filters import FrechetCellFilter
-from ase.optimize import BFGS
+from ase.optimize import BFGS, FIRE
 from ase.units import GPa
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.potential import optimizers as optimizers_module
 from magus_anharmonic.potential import relax as relax_module
+from magus_anharmonic.potential import trajectory as trajectory_module
 from magus_anharmonic.potential.calculator import MatterSim
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.structures import space_group
@@ -55,6 +57,26 @@ class Pair:
         return Evaluation(np.array(energy), forces, np.zeros((len(energy), 3, 3)))
 
 
+class Recorder:
+    """EMT, or another evaluator, that remembers where it was asked."""
+
+    model_id = "recorder"
+
+    def __init__(self, evaluator=None):
+        self.evaluator = evaluator or CalculatorEvaluator(EMT())
+        self.visited, self.energies = [], []
+
+    def evaluate(self, structures):
+        found = self.evaluator.evaluate(structures)
+        self.visited += [atoms.copy() for atoms in structures]
+        self.energies += list(found.energy)
+        return found
+
+    def enthalpies(self, pressure):
+        """Per atom, in eV, of every structure that was evaluated; pressure in eV/A^3."""
+        return [(e + pressure * a.cell.volume) / len(a) for e, a in zip(self.energies, self.visited, strict=True)]
+
+
 def strained(symbol, repeat, seed):
     rng = np.random.default_rng(seed)
     atoms = bulk(symbol).repeat(repeat)
@@ -63,11 +85,15 @@ def strained(symbol, repeat, seed):
     return atoms
 
 
-@pytest.mark.parametrize("pressure", [0.0, 50.0])
-def test_a_batch_of_metals_reaches_the_enthalpies_of_ase(pressure):
+BOTH = pytest.mark.parametrize("optimizer", ["bfgs", "fire"])
+
+
+@pytest.mark.parametrize(("pressure", "optimizer"), [(0.0, "bfgs"), (50.0, "bfgs"), (50.0, "fire")])
+def test_a_batch_of_metals_reaches_the_enthalpies_of_ase(pressure, optimizer):
     structures = [strained("Cu", (2, 1, 1), 1), strained("Al", (2, 1, 1), 2), strained("Au", (2, 2, 1), 3)]
     before = [atoms.positions.copy() for atoms in structures]
-    for atoms, result in zip(structures, relax(CalculatorEvaluator(EMT()), structures, pressure, **TIGHT), strict=True):
+    results = relax(CalculatorEvaluator(EMT()), structures, pressure, optimizer=optimizer, **TIGHT)
+    for atoms, result in zip(structures, results, strict=True):
         reference = atoms.copy()
         reference.calc = EMT()
         BFGS(FrechetCellFilter(reference, scalar_pressure=pressure * GPa), logfile=None).run(fmax=5e-3, steps=300)
@@ -112,6 +138,79 @@ def test_the_gradient_of_the_deformation_is_exact_far_from_the_start():
     direction = np.concatenate([rng.normal(size=6), (lambda m: (m + m.T).ravel())(rng.normal(size=(3, 3)))])
     step = 1e-5 * direction
     assert (enthalpy(x + step) - enthalpy(x - step)) / 2e-5 == pytest.approx(gradient @ direction, rel=1e-5)
+
+
+@pytest.mark.parametrize(("optimizer", "rule", "longest"), [("bfgs", BFGS, 0.2), ("fire", FIRE, 1.0)])
+def test_with_ases_constants_the_path_is_that_of_ase(optimizer, rule, longest, tiny_checkpoint, potential, h3s, monkeypatch):
+    """For a symmetric cell, because ASE's deformation also turns others; for FIRE without its limit, which ASE sets on all atoms."""
+    monkeypatch.setattr(trajectory_module, "CELL_POWER", 1.0)
+    monkeypatch.setattr(optimizers_module, "START_CURVATURE", 70.0)
+    start = h3s(3.1, 0.1)
+    reference = start.copy()
+    reference.calc = MatterSim(tiny_checkpoint, device="cpu", dtype="float64")
+    rule(FrechetCellFilter(reference, scalar_pressure=20 * GPa), logfile=None, maxstep=longest).run(fmax=1e-6, steps=4)
+    double = Recorder(potential.double())
+    relax(double, [start], 20.0, optimizer=optimizer, max_move=longest, max_steps=5, force_tolerance=1e-6)
+    assert np.abs(reference.cell.array - start.cell.array).max() > 1e-3
+    np.testing.assert_allclose(double.visited[-1].cell.array, reference.cell.array, atol=1e-6)
+    np.testing.assert_allclose(double.visited[-1].positions, reference.positions, atol=1e-6)
+
+
+@BOTH
+def test_the_end_of_a_cut_short_relaxation_is_the_lowest_point_it_visited(optimizer):
+    for seed in range(3):
+        path = Recorder()
+        (result,) = relax(path, [strained("Cu", (2, 1, 1), seed)], 20.0, optimizer=optimizer, max_move=0.3, max_steps=13, **TIGHT)
+        assert result.enthalpy == pytest.approx(min(path.enthalpies(20 * GPa)), abs=1e-9)
+
+
+def test_a_search_that_finds_nothing_lower_for_long_goes_back_and_then_only_downwards():
+    """Forces that point uphill: ASE's rule would climb for ever, ours ends where it began."""
+
+    class Wrong(Recorder):
+        def evaluate(self, structures):
+            found = super().evaluate(structures)
+            return Evaluation(found.energy, [-forces for forces in found.forces], found.stress)
+
+    start = strained("Cu", (2, 1, 1), 1)
+    path = Wrong()
+    (result,) = relax(path, [start], relax_cell=False, max_move=0.01, max_steps=300)
+    energies = path.enthalpies(0.0)
+    assert not result.converged and "no step lowers the enthalpy" in result.reason and result.n_steps < 100
+    assert result.enthalpy == pytest.approx(min(energies), abs=4e-6) and max(energies) > result.enthalpy + 0.01
+
+
+def test_waiting_structures_enter_as_others_leave_and_results_keep_the_order():
+    start = strained("Cu", (2, 1, 1), 5)
+    structures = [bulk("Cu", a=3.59), start, bulk("Al"), Atoms(), bulk("Au"), bulk("Cu", a=3.6)]
+    counted = Counted()
+    results = relax(counted, structures, edges_in_flight=60)
+    assert max(counted.batches) == 2 and [len(result.atoms) for result in results] == [len(atoms) for atoms in structures]
+    assert [result.atoms.get_chemical_formula() for result in results] == [atoms.get_chemical_formula() for atoms in structures]
+    assert [result.converged for result in results] == [True, True, True, False, True, True]
+    alone = Counted()
+    relax(alone, structures, edges_in_flight=1)
+    assert set(alone.batches) == {1}
+
+
+@BOTH
+def test_a_relaxation_does_not_depend_on_its_companions(optimizer):
+    structures = [strained("Cu", (2, 1, 1), 1), bulk("Al"), strained("Au", (2, 1, 1), 3)]
+    together = relax(CalculatorEvaluator(EMT()), structures, 10.0, optimizer=optimizer)
+    again = relax(CalculatorEvaluator(EMT()), structures, 10.0, optimizer=optimizer, edges_in_flight=1)
+    for one, other in zip(together, again, strict=True):
+        assert one.n_steps == other.n_steps and one.enthalpy == other.enthalpy
+        np.testing.assert_array_equal(one.atoms.positions, other.atoms.positions)
+
+
+def test_a_relaxation_with_the_potential_depends_on_its_companions_by_rounding_alone(potential, h3s):
+    double = potential.double()
+    structures = [h3s(3.1, 0.1), h3s(2.9, 0.05), h3s(3.0, 0.15)]
+    together = double.relax(structures, 150.0, max_steps=15)
+    for atoms, one in zip(structures, together, strict=True):
+        (other,) = double.relax([atoms], 150.0, max_steps=15)
+        assert one.n_steps == other.n_steps and one.enthalpy == pytest.approx(other.enthalpy, abs=1e-9)
+        np.testing.assert_allclose(one.atoms.positions, other.atoms.positions, atol=1e-7)
 
 
 def test_finished_structures_leave_the_batch():
@@ -175,6 +274,34 @@ def test_symmetrised_forces_keep_a_saddle_that_free_relaxation_leaves(h3s):
     np.testing.assert_allclose(kept.atoms.positions, start.positions, atol=1e-9)
 
 
+def test_a_kick_leaves_the_saddle_on_which_a_symmetric_start_ends(h3s):
+    start = h3s(3.0)
+    options = {"relax_cell": False, "force_tolerance": 1e-4}
+    (saddle,) = relax(DoubleWell(start.positions), [start], **options)
+    assert saddle.converged and saddle.n_steps == 1 and saddle.energy == 0.0
+    (left,) = relax(DoubleWell(start.positions), [start], kicks=1, **options)
+    assert left.converged and left.energy == pytest.approx(-12 * 0.0025, abs=1e-6)
+    (again,) = relax(DoubleWell(start.positions), [bulk("Cu"), start][1:], kicks=1, **options)
+    np.testing.assert_array_equal(left.atoms.positions, again.atoms.positions)
+
+
+def test_what_goes_wrong_after_a_kick_does_not_spoil_the_minimum_before_it(h3s):
+    class Once(DoubleWell):
+        calls = 0
+
+        def evaluate(self, structures):
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("out of luck")
+            return super().evaluate(structures)
+
+    start = h3s(3.0)
+    evaluator = Once(start.positions)
+    (result,) = relax(evaluator, [start], relax_cell=False, kicks=3)
+    assert evaluator.calls == 4 and result.converged and not result.failed and result.reason == ""
+    np.testing.assert_array_equal(result.atoms.positions, start.positions)
+
+
 def test_bad_structures_fail_with_their_reason_and_the_others_relax():
     coincident = Atoms("Cu2", positions=[[0, 0, 0], [0, 0, 0.01]], cell=[4, 4, 4], pbc=True)
     unknown = bulk("Fe")
@@ -184,6 +311,26 @@ def test_bad_structures_fail_with_their_reason_and_the_others_relax():
     assert results[1].converged
     assert "coincide" in results[0].reason and "Fe" in results[2].reason and "no atoms" in results[3].reason and "flat" in results[4].reason
     assert np.isnan(results[0].enthalpy)
+
+
+def test_crowded_cells_are_refused_before_they_fill_the_memory():
+    tiny = Atoms("H2", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=3 * [0.5], pbc=True)
+    own_image = Atoms("H", cell=[0.05, 3.0, 9.0], pbc=True)
+    results = relax(CalculatorEvaluator(EMT()), [tiny, own_image])
+    assert all(result.failed and np.isnan(result.enthalpy) and result.n_steps == 0 for result in results)
+    assert "too small: 0.063 A^3/atom" in results[0].reason and "atoms 0 and 0 coincide (0.050 A)" in results[1].reason
+
+
+@BOTH
+def test_a_slab_keeps_its_cell_and_its_forces_vanish(optimizer):
+    slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
+    slab.positions[2, 2] += 0.3
+    assert slab.pbc.tolist() == [True, True, False]
+    (result,) = relax(CalculatorEvaluator(EMT()), [slab], 100.0, optimizer=optimizer)
+    assert result.converged and np.linalg.norm(result.forces, axis=1).max() < 0.05
+    np.testing.assert_array_equal(result.atoms.cell.array, slab.cell.array)
+    assert result.atoms.pbc.tolist() == [True, True, False]
+    assert result.enthalpy == pytest.approx(result.energy / 3)  # no P V: an area has no pressure in GPa
 
 
 def test_nan_forces_fail_one_structure_only():
@@ -200,15 +347,17 @@ def test_nan_forces_fail_one_structure_only():
     assert "not finite" in results[1].reason
 
 
-def test_atoms_that_fly_apart_are_called_dissolved():
+@BOTH
+def test_atoms_that_fly_apart_are_called_dissolved(optimizer):
     start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 1.0]], cell=[30, 30, 30], pbc=True)
-    (result,) = relax(Pair(1.0), [start], max_steps=120, relax_cell=False)
+    (result,) = relax(Pair(10.0), [start], max_steps=120, relax_cell=False, optimizer=optimizer)
     assert result.failed and "dissolved" in result.reason
 
 
-def test_atoms_that_fall_into_each_other_are_called_overlapping():
+@BOTH
+def test_atoms_that_fall_into_each_other_are_called_overlapping(optimizer):
     start = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.8]], cell=[30, 30, 30], pbc=True)
-    (result,) = relax(Pair(-1.0), [start], max_steps=120, relax_cell=False)
+    (result,) = relax(Pair(-1.0), [start], max_steps=120, relax_cell=False, optimizer=optimizer)
     assert result.failed and "overlap" in result.reason
 
 
@@ -228,16 +377,26 @@ class Jelly:
         )
 
 
+@BOTH
 @pytest.mark.parametrize("stress", [-np.eye(3), np.eye(3), np.diag([-1.0, 0.5, 0.5])], ids=["expands", "collapses", "needle"])
-def test_runaway_cells_are_stopped(stress):
-    (result,) = relax(Jelly(0.1 * stress), [Atoms("H", cell=[2, 2, 2], pbc=True)], max_steps=400)
+def test_runaway_cells_are_stopped(stress, optimizer):
+    (result,) = relax(Jelly(0.1 * stress), [Atoms("H", cell=[2, 2, 2], pbc=True)], max_steps=400, optimizer=optimizer)
     assert result.failed and "runaway cell" in result.reason
 
 
 def test_senseless_arguments_are_refused():
-    for arguments in ({"force_tolerance": 0}, {"max_steps": 0}, {"max_move": -1.0}, {"pressure": np.nan}):
+    for arguments in (
+        {"force_tolerance": 0},
+        {"max_steps": 0},
+        {"max_move": -1.0},
+        {"pressure": np.nan},
+        {"optimizer": "gd"},
+        {"edges_in_flight": 0},
+    ):
         with pytest.raises(InputError, match=next(iter(arguments))):
             relax(Counted(), [bulk("Cu")], **arguments)
+    with pytest.raises(InputError, match="kicks = 1: .*fix_symmetry"):
+        relax(Counted(), [bulk("Cu")], kicks=1, fix_symmetry=True)
     assert relax(Counted(), []) == []
 
 

@@ -117,6 +117,7 @@ class MatterSimCalculator(Calculator):
             force_tolerance=self.options.eps,
             max_steps=self.options.max_step,
             max_move=self.options.max_move,
+            optimizer=self.options.optimizer,
             relax_cell=self.options.relax_lattice,
             fix_symmetry=self.options.fix_symmetry,
         )

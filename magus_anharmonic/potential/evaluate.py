@@ -122,9 +122,9 @@ class Potential:
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         """Energies, forces and stresses in the order of the input, with ``energy_error`` where the model has an estimate.
 
-        The structures are not changed. Structures that are displaced or strained copies of one supercell share one neighbour list; that changes no result.
-        Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result not finite, or a
-        structure that does not fit the memory), all with the index of the structure.
+        The structures are not changed. Those that are displaced or strained copies of one supercell share one neighbour list; that
+        changes no result. Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result
+        not finite, or a structure that does not fit the memory), all with the index of the structure.
         """
         structures = self._checked(structures)
         results = _Results(len(structures), self.error_model)

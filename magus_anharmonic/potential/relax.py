@@ -4,32 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
-from ase.data import covalent_radii
-from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.potential.graph import complete_cell
+from magus_anharmonic.potential.guards import BOND_RANGE, CellGuard, isolated, overlap, senseless
+from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
-from magus_anharmonic.potential.trajectory import Trajectory
-from magus_anharmonic.structures import bare
+from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
+from magus_anharmonic.structures import bare, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa, gpa_to_ev_per_a3
 
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 10.0  # s
-OVERLAP = 0.4  # of the sum of covalent radii
-COINCIDENT = 0.1  # Angstrom
-BOND_RANGE = 5.0  # Angstrom; an atom without a neighbour in this range is on its own
-MAX_EXPANSION = 4.0  # of the volume at the start
-MIN_VOLUME = 0.3  # A^3/atom
-MAX_ASPECT = 30.0  # longest by shortest cell vector
-MIN_SHAPE = 0.02  # volume by product of the vectors' lengths
+BATCHES_IN_FLIGHT = 8  # so that the last batch of a round is seldom a small one
+EDGES_IN_FLIGHT = 200_000  # for evaluators that do not say how many edges they take at once
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,22 @@ class Relaxation:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of `relax`, with pressures in eV/A^3."""
+
+    pressure: float
+    force_tolerance: float
+    stress_tolerance: float
+    max_steps: int
+    max_move: float
+    relax_cell: bool
+    fix_symmetry: bool
+    symprec: float
+    optimizer: str
+    kicks: int
+
+
 def relax(
     evaluator: Evaluator,
     structures: Sequence[Atoms],
@@ -64,46 +74,105 @@ def relax(
     relax_cell: bool = True,
     fix_symmetry: bool = False,
     symprec: float = 0.01,
+    optimizer: str = "bfgs",
+    kicks: int = 0,
+    edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
     """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the order of the input.
 
-    Every round evaluates all structures that are still on their way in one batch. Constraints of the given Atoms are ignored,
-    the Atoms are not changed, and a structure that is not periodic in three directions keeps its cell.
+    Every round evaluates all structures in flight in one call; those that have finished leave, and waiting ones enter.
+    Constraints of the given Atoms are ignored, the Atoms are not changed, and a structure that is not periodic in three
+    directions keeps its cell. A structure's path does not depend on the others, except for the rounding of their common batches.
 
     pressure, stress_tolerance
         GPa; converged when the largest force is below ``force_tolerance`` (eV/A) and each component of stress + P below this.
     max_move
-        Longest step of an atom, Angstrom; a step's strain is at most half that per Angstrom.
+        Longest step of an atom, Angstrom; also of each row of sqrt(N) times the strain.
     fix_symmetry
         Keep the space group found at ``symprec`` (Angstrom).
+    optimizer
+        ``bfgs``, quasi-Newton steps, or ``fire``, damped dynamics: slower, and no harm where forces are rough.
+    kicks
+        How often a converged structure is displaced at random (0.1 Angstrom, seeded by the structure) and relaxed again; the lowest
+        is kept. Relaxations from symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all
+        together count for ``max_steps``.
+    edges_in_flight
+        Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more wait. Default: eight batches
+        of the evaluator.
 
     One bad structure stops no other: it comes back with ``failed`` and a reason. Raises InputError for senseless arguments.
     """
     for name, value in (("force_tolerance", force_tolerance), ("stress_tolerance", stress_tolerance), ("max_move", max_move)):
         if not value > 0:
             raise InputError(f"{name} = {value}: must be positive")
-    if max_steps < 1:
-        raise InputError(f"max_steps = {max_steps}: must be at least 1")
+    for name, value in (("max_steps", max_steps), ("edges_in_flight", 1 if edges_in_flight is None else edges_in_flight)):
+        if value < 1:
+            raise InputError(f"{name} = {value}: must be at least 1")
+    if kicks < 0 or (kicks and fix_symmetry):
+        raise InputError(f"kicks = {kicks}: must be 0 or more, and 0 with fix_symmetry, because they break it")
     if not np.isfinite(pressure):
         raise InputError(f"pressure = {pressure}: must be a number in GPa")
-    stress_limit = gpa_to_ev_per_a3(stress_tolerance)
-    ways = [_Way(atoms, gpa_to_ev_per_a3(pressure), max_move, relax_cell, fix_symmetry, symprec) for atoms in structures]
-    progress = _Progress(len(ways), max_steps)
-    for step in range(1, max_steps + 1):
-        pending = [way for way in ways if not way.done]
-        trials = [way.propose() for way in pending]
-        usable = [(way, atoms) for way, atoms in zip(pending, trials, strict=True) if atoms is not None]
-        for (way, _), result in zip(usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True):
-            way.receive(result)
-        for way in pending:
-            way.judge(force_tolerance, stress_limit, last=step == max_steps)
-        progress.report(step, sum(not way.done for way in ways))
-        if all(way.done for way in ways):
-            break
-    return [way.result() for way in ways]
+    if optimizer not in OPTIMIZERS:
+        raise InputError(f"optimizer = {optimizer!r}: only {' and '.join(OPTIMIZERS)} are possible")
+    options = _Options(
+        pressure=gpa_to_ev_per_a3(pressure),
+        force_tolerance=force_tolerance,
+        stress_tolerance=gpa_to_ev_per_a3(stress_tolerance),
+        max_steps=max_steps,
+        max_move=max_move,
+        relax_cell=relax_cell,
+        fix_symmetry=fix_symmetry,
+        symprec=symprec,
+        optimizer=optimizer,
+        kicks=kicks,
+    )
+    results: dict[int, Relaxation] = {}
+    progress = _Progress(len(structures), max_steps)
+    for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
+        results[index] = way.result()
+    return [results[index] for index in range(len(structures))]
+
+
+def _capacity(evaluator: Evaluator) -> int:
+    per_batch = getattr(evaluator, "edges_per_batch", None)
+    return BATCHES_IN_FLIGHT * int(per_batch) if per_batch else EDGES_IN_FLIGHT
+
+
+def _finished(
+    evaluator: Evaluator, structures: Sequence[Atoms], options: _Options, capacity: int, progress: _Progress
+) -> Iterator[tuple[int, _Way]]:
+    """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one structure, are in flight at a time."""
+    flying: dict[int, _Way] = {}
+    waiting, entered = iter(enumerate(structures)), 0
+    while flying or entered < len(structures):
+        edges = sum(way.n_edges() for way in flying.values())
+        while entered < len(structures) and (edges < capacity or not flying):
+            index, atoms = next(waiting)
+            entered += 1
+            way = _Way(atoms, options)
+            if way.done:
+                yield index, way
+                continue
+            flying[index] = way
+            edges += way.n_edges()
+        _round(evaluator, list(flying.values()))
+        done = [index for index, way in flying.items() if way.done]
+        progress.report(len(done))
+        for index in done:
+            yield index, flying.pop(index)
 
 
 _Result = tuple[float, np.ndarray, np.ndarray]
+
+
+def _round(evaluator: Evaluator, ways: list[_Way]) -> None:
+    """One step of every structure in flight."""
+    trials = [(way, way.propose()) for way in ways]
+    usable = [(way, atoms) for way, atoms in trials if atoms is not None]
+    for (way, _), result in zip(usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True):
+        way.receive(result)
+    for way in ways:
+        way.judge()
 
 
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[_Result | str]:
@@ -130,28 +199,40 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[_Resul
 class _Way:
     """A `Trajectory` with its end: converged, failed, or out of steps."""
 
-    def __init__(self, atoms: Atoms, pressure: float, max_move: float, relax_cell: bool, fix_symmetry: bool, symprec: float) -> None:
+    def __init__(self, atoms: Atoms, options: _Options) -> None:
+        self.options = options
         self.atoms = bare(atoms)
-        self.reason = _senseless(self.atoms)
+        self.reason = senseless(self.atoms)
         self.failed = self.done = bool(self.reason)
         self.converged = False
         self.n_steps = 0
         self.trajectory: Trajectory | None = None
         if not self.failed:
-            projector = SymmetryProjector(self.atoms, symprec) if fix_symmetry and self.atoms.pbc.all() else None
-            self.trajectory = Trajectory(self.atoms, pressure, max_move, relax_cell, projector)
-            self.isolated = _isolated(self.trajectory.start)
-            self.start_volume = self.trajectory.start.cell.volume
-            self.aspect, self.shape = _aspect(self.trajectory.start), _shape(self.trajectory.start)
+            projector = SymmetryProjector(self.atoms, options.symprec) if options.fix_symmetry and self.atoms.pbc.all() else None
+            self.trajectory = Trajectory(self.atoms, options.pressure, options.max_move, options.relax_cell, projector, options.optimizer)
+            self.isolated = isolated(self.trajectory.start)
+            self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
+        self.kept: tuple[Point, Atoms] | None = None
+        self.kicks_left = options.kicks
+        self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks and not self.failed else None
+
+    def n_edges(self) -> float:
+        """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
+        assert self.trajectory is not None
+        n_atoms = len(self.atoms)
+        if not self.trajectory.periodic:
+            return float(n_atoms**2)
+        volume = abs(np.linalg.det(self.trajectory.lattice(self.trajectory.x)))
+        return n_atoms**2 * 4.0 / 3.0 * np.pi * BOND_RANGE**3 / volume
 
     def propose(self) -> Atoms | None:
         """The next structure to evaluate; None when the step led to overlapping atoms (the next step is shorter)."""
         assert self.trajectory is not None
         atoms = self.trajectory.propose()
         self.n_steps += 1
-        if self.trajectory.gradient is not None and _overlap(atoms):
+        if self.trajectory.point is not None and (reason := overlap(atoms)):
             self.trajectory.shrink()
-            self.reason = _overlap(atoms)
+            self.reason = reason
             return None
         return atoms
 
@@ -160,64 +241,92 @@ class _Way:
         if not isinstance(result, str):
             if self.trajectory.receive(*result):
                 self.reason = ""
-        elif self.trajectory.gradient is None:
+        elif self.trajectory.point is None:
             self._end(result, failed=True)
         else:
             self.trajectory.shrink()
             self.reason = result
 
     def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
+        """The end, or another kick; a failed search after a kick does not spoil the minimum before it."""
+        if converged:
+            self._keep_lower()
+        if self.kept is not None:
+            reason, failed, converged = "", False, True
+            if self.kicks_left and self.n_steps < self.options.max_steps:
+                assert self.trajectory is not None and self.rng is not None
+                self.kicks_left -= 1
+                self.trajectory.kick(self.kept[0].x, self.rng)
+                return
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
 
-    def judge(self, force_tolerance: float, stress_limit: float, last: bool) -> None:
+    def _keep_lower(self) -> None:
+        assert self.trajectory is not None and self.trajectory.point is not None
+        point = self.trajectory.point
+        if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
+            self.kept = point, self.trajectory.structure()
+
+    def judge(self) -> None:
         """End the relaxation where it has converged, gone astray, stuck or run out of steps."""
-        if self.done or self.trajectory is None or self.trajectory.gradient is None:
+        way = self.trajectory
+        if self.done or way is None or way.point is None or way.best is None:
             return
-        force, stress = self.trajectory.residual()
-        rest = f"largest force {force:.3g} eV/A, stress off by {ev_per_a3_to_gpa(stress):.3g} GPa"
-        atoms = self.trajectory.structure()
-        astray = self._astray(atoms)
-        converged = force < force_tolerance and stress < stress_limit
+        last = way.stuck or self.n_steps >= self.options.max_steps
+        higher = way.point.enthalpy > way.best.enthalpy + ENTHALPY_NOISE * len(self.atoms)
+        if higher and (last or self._converged()):
+            way.return_to_best()
+            way.downwards = True
+        astray = self.guard.astray(way.lattice(way.x)) if way.relax_cell else ""
         if astray:
             self._end(astray, failed=True)
-        elif converged or last or self.trajectory.stuck:
-            wrong = _overlap(atoms) or self._dissolved(atoms)
-            if wrong:
-                self._end(wrong, failed=True)
-            elif converged:
-                self._end("", converged=True)
-            elif self.trajectory.stuck and self.reason:
-                self._end(f"every step fails: {self.reason}", failed=True)
-            else:
-                cause = "no step lowers the enthalpy" if self.trajectory.stuck else f"not converged after {self.n_steps} steps"
-                self._end(f"{cause} ({rest})")
+        elif last or self._converged():
+            self._finish()
 
-    def _astray(self, atoms: Atoms) -> str:
-        if not self.trajectory.relax_cell:
-            return ""
-        volume = atoms.cell.volume
-        if volume > MAX_EXPANSION * self.start_volume:
-            return f"runaway cell: the volume grew {volume / self.start_volume:.1f} times"
-        if volume < MIN_VOLUME * len(atoms):
-            return f"runaway cell: collapsed to {volume / len(atoms):.2f} A^3/atom"
-        if _aspect(atoms) > max(MAX_ASPECT, 1.5 * self.aspect) or _shape(atoms) < min(MIN_SHAPE, 0.7 * self.shape):
-            return f"runaway cell: needle or plate (longest by shortest vector {_aspect(atoms):.0f})"
-        return ""
+    def _converged(self) -> bool:
+        assert self.trajectory is not None
+        force, stress = self.trajectory.residual()
+        return force < self.options.force_tolerance and stress < self.options.stress_tolerance
+
+    def _finish(self) -> None:
+        """Say how it ended at the point where the search stands."""
+        assert self.trajectory is not None
+        atoms = self.trajectory.structure()
+        wrong = overlap(atoms) or self._dissolved(atoms)
+        if wrong:
+            self._end(wrong, failed=True)
+        elif self._converged():
+            self._end("", converged=True)
+        elif self.trajectory.stuck and self.reason:
+            self._end(f"every step fails: {self.reason}", failed=True)
+        else:
+            force, stress = self.trajectory.residual()
+            cause = "no step lowers the enthalpy" if self.trajectory.stuck else f"not converged after {self.n_steps} steps"
+            self._end(f"{cause} (largest force {force:.3g} eV/A, stress off by {ev_per_a3_to_gpa(stress):.3g} GPa)")
 
     def _dissolved(self, atoms: Atoms) -> str:
-        lost = sorted(_isolated(atoms) - self.isolated)
+        lost = sorted(isolated(atoms) - self.isolated)
         return f"dissolved: atom {lost[0]} has no neighbour within {BOND_RANGE:g} A any more" if lost else ""
 
     def result(self) -> Relaxation:
         way = self.trajectory
-        if way is None or way.gradient is None:
+        if self.kept is None and way is not None and way.point is not None:
+            self.kept = way.point, way.structure()
+        if self.kept is None:
             nothing = np.full((len(self.atoms), 3), np.nan)
             return Relaxation(
                 self.atoms, np.nan, np.nan, nothing, np.full((3, 3), np.nan), False, True, self.n_steps, self.reason or "never evaluated"
             )
-        enthalpy = way.enthalpy / len(self.atoms)
+        point, atoms = self.kept
         return Relaxation(
-            way.structure(), way.energy, enthalpy, way.forces, way.stress, self.converged, self.failed, self.n_steps, self.reason
+            atoms=atoms,
+            energy=point.energy,
+            enthalpy=point.enthalpy / len(atoms),
+            forces=point.forces,
+            stress=point.stress,
+            converged=self.converged,
+            failed=self.failed,
+            n_steps=self.n_steps,
+            reason=self.reason,
         )
 
 
@@ -226,52 +335,18 @@ class _Progress:
 
     def __init__(self, total: int, max_steps: int) -> None:
         self.total, self.max_steps = total, max_steps
+        self.rounds = self.finished = 0
         self.begun = self.last = time.monotonic()
 
-    def report(self, step: int, remaining: int) -> None:
-        now = time.monotonic()
+    def report(self, newly_finished: int) -> None:
+        self.rounds += 1
+        self.finished += newly_finished
+        now, remaining = time.monotonic(), self.total - self.finished
         if now - self.last < LOG_INTERVAL or not remaining:
             return
         self.last = now
         spent = now - self.begun
-        finished = self.total - remaining
-        guess = spent * remaining / finished if finished else spent * (self.max_steps - step) / step
-        logger.info("relaxed %d of %d structures, %d steps, %.0f s, about %.0f s left", finished, self.total, step, spent, guess)
-
-
-def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    finder = NeighborList(cutoff=cutoff, full_list=True, n_threads=1)
-    first, second, distance = finder.compute(atoms.positions, complete_cell(atoms).array, atoms.pbc, "ijd")
-    return first.astype(int), second.astype(int), distance
-
-
-def _senseless(atoms: Atoms) -> str:
-    """Why a structure cannot be evaluated at all, or an empty string."""
-    if len(atoms) == 0:
-        return "no atoms"
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        return "positions or cell are not finite"
-    if atoms.pbc.any() and abs(complete_cell(atoms).volume) < 1e-3:
-        return "the cell is flat"
-    first, second, distance = _pairs(atoms, COINCIDENT)
-    return f"atoms {first[0]} and {second[0]} coincide ({distance[0]:.3f} A)" if len(distance) else ""
-
-
-def _overlap(atoms: Atoms) -> str:
-    radii = covalent_radii[atoms.numbers]
-    first, second, distance = _pairs(atoms, max(2.0 * OVERLAP * float(radii.max()), COINCIDENT))
-    close = np.flatnonzero(distance < OVERLAP * (radii[first] + radii[second]))
-    return f"atoms {first[close[0]]} and {second[close[0]]} overlap ({distance[close[0]]:.2f} A)" if len(close) else ""
-
-
-def _isolated(atoms: Atoms) -> set[int]:
-    return set(range(len(atoms))) - set(_pairs(atoms, BOND_RANGE)[0].tolist())
-
-
-def _aspect(atoms: Atoms) -> float:
-    lengths = atoms.cell.lengths()
-    return float(lengths.max() / max(lengths.min(), 1e-9))
-
-
-def _shape(atoms: Atoms) -> float:
-    return float(atoms.cell.volume / max(np.prod(atoms.cell.lengths()), 1e-9))
+        guess = spent * remaining / self.finished if self.finished else spent * max(self.max_steps - self.rounds, 1) / self.rounds
+        logger.info(
+            "relaxed %d of %d structures, %d rounds, %.0f s, about %.0f s left", self.finished, self.total, self.rounds, spent, guess
+        )

@@ -1,48 +1,81 @@
-"""One structure on its way to the nearest minimum of the enthalpy: coordinates, quasi-Newton model, trust region."""
+"""One structure on its way to the nearest minimum of the enthalpy: its coordinates, and which steps are taken."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.structures import bare
 
-START_CURVATURE = 40.0  # eV/A^2, between a soft metal and a bond of hydrogen
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
+LARGEST_RISE = 1.0  # eV/atom; a step that rises more is refused
+CELL_POWER = 0.5  # a strain counts as a move of N to this power; ASE has 1, which makes cells needlessly stiff
+KICK = 0.1  # Angstrom, standard deviation of each coordinate (of the cell's rows too)
+PATIENCE = 40  # steps without a new lowest enthalpy, after which only steps that lower it are taken
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the search: x (n,), gradient (n,), enthalpy and energy in eV, forces (N, 3) eV/A, stress (3, 3) eV/A^3."""
+
+    x: np.ndarray
+    gradient: np.ndarray
+    enthalpy: float
+    energy: float
+    forces: np.ndarray
+    stress: np.ndarray
 
 
 class Trajectory:
-    """Positions and cell of one structure as one vector, with a BFGS model of the enthalpy H = E + P V.
+    """Positions and cell of one structure as one vector, and a step rule that goes down in the enthalpy H = E + P V.
 
-    The cell is h0 expm(U) and the positions are q expm(U) with U symmetric, the logarithm of the deformation (as in ASE's
-    FrechetCellFilter); the vector holds q and U times a length. Steps follow |eigenvalues| of the BFGS Hessian, so that they
-    go down from saddles too, and are limited by a trust radius which shrinks when a step did not lower H.
+    The cell is h0 expm(U) and the positions are q expm(U) with U symmetric, the logarithm of the deformation, as in ASE's
+    FrechetCellFilter; the vector holds q and sqrt(N) U, so that the curvatures of both are alike whatever the number N of atoms.
+    As with ASE's optimisers a step may rise, but not by more than `LARGEST_RISE`, and no longer once `PATIENCE` steps brought no
+    new lowest enthalpy: then the search goes on from the best point, downwards, within a trust radius.
     """
 
-    def __init__(self, atoms: Atoms, pressure: float, max_move: float, relax_cell: bool, projector: SymmetryProjector | None) -> None:
+    def __init__(
+        self,
+        atoms: Atoms,
+        pressure: float,
+        max_move: float,
+        relax_cell: bool,
+        projector: SymmetryProjector | None,
+        optimizer: str = "bfgs",
+    ) -> None:
         start = bare(atoms if projector is None else projector.structure(atoms))
         self.start, self.projector, self.pressure, self.max_move = start, projector, pressure, max_move
+        self.start_lattice = start.cell.array.copy()
         self.periodic = bool(start.pbc.all())
         self.relax_cell = relax_cell and self.periodic
-        self.length = np.sqrt(len(start))
+        self.length = len(start) ** CELL_POWER
         self.x = np.concatenate([start.positions.ravel(), np.zeros(9 if self.relax_cell else 0)])
-        self.trial = self.x.copy()
-        self.hessian = START_CURVATURE * np.eye(len(self.x))
+        self.trial = self.x
+        self.rule = OPTIMIZERS[optimizer](len(self.x))
         self.radius = max_move
-        self.gradient: np.ndarray | None = None
-        self.enthalpy = np.inf
-        self.energy, self.forces, self.stress = np.nan, np.full((len(start), 3), np.nan), np.full((3, 3), np.nan)
+        self.point: Point | None = None
+        self.best: Point | None = None
+        self.without_progress = 0
+        self.downwards = False
+
+    def lattice(self, x: np.ndarray) -> np.ndarray:
+        """Cell vectors (3, 3) in Angstrom at a point."""
+        return self.start_lattice @ self._deformation(x)[0] if self.relax_cell else self.start_lattice
 
     def structure(self, x: np.ndarray | None = None) -> Atoms:
-        """The structure at a point; by default at the best point so far."""
+        """The structure at a point; by default where the search stands."""
         point = self.x if x is None else x
         atoms = self.start.copy()
         positions = point[: 3 * len(atoms)].reshape(-1, 3)
         if self.relax_cell:
             deformation = self._deformation(point)[0]
-            atoms.set_cell(self.start.cell.array @ deformation)
+            atoms.cell[:] = self.start_lattice @ deformation
             positions = positions @ deformation
         atoms.positions = positions
         return atoms
@@ -68,58 +101,76 @@ class Trajectory:
         return np.concatenate([-(forces @ deformation).ravel(), cell.ravel()])
 
     def receive(self, energy: float, forces: np.ndarray, stress: np.ndarray) -> bool:
-        """Take the result at ``trial``: move there when the enthalpy is not higher, else only learn from it. True when moved."""
-        atoms = self.structure(self.trial)
-        lattice = atoms.cell.array
+        """Take the result at ``trial``: move there, or only learn from it when it lies too high. True when moved."""
+        lattice = self.lattice(self.trial)
         if self.projector is not None:
             forces, stress = self.projector.forces(lattice, forces), self.projector.stress(lattice, stress)
         stress = 0.5 * (stress + stress.T)
-        enthalpy = energy + (self.pressure * atoms.cell.volume if self.periodic else 0.0)
-        gradient = self._gradient(self.trial, lattice, forces, stress)
-        step = self.trial - self.x
-        if self.gradient is not None:
-            self._update(step, gradient - self.gradient)
-        if enthalpy > self.enthalpy + ENTHALPY_NOISE * len(atoms):
+        enthalpy = energy + (self.pressure * abs(np.linalg.det(lattice)) if self.periodic else 0.0)
+        point = Point(self.trial, self._gradient(self.trial, lattice, forces, stress), enthalpy, energy, forces, stress)
+        if self.point is None or self.best is None:
+            self.point, self.best, self.x = point, point, point.x
+            return True
+        self.rule.learn(self.trial - self.x, point.gradient - self.point.gradient)
+        noise = ENTHALPY_NOISE * len(self.start)
+        if enthalpy > self.point.enthalpy + (noise if self.downwards else LARGEST_RISE * len(self.start)):
             self.shrink()
             return False
-        if self.gradient is not None:
-            self.radius = min(self.max_move, 1.5 * self.radius)
-        self.x, self.gradient, self.enthalpy = self.trial.copy(), gradient, enthalpy
-        self.energy, self.forces, self.stress = energy, forces, stress
+        self.radius = min(self.max_move, 1.5 * self.radius)
+        self.point, self.x = point, point.x
+        self._remember(noise)
         return True
 
-    def _update(self, step: np.ndarray, change: np.ndarray) -> None:
-        """BFGS update; left out where the curvature along the step is lost in rounding."""
-        curvature = float(step @ change)
-        predicted = self.hessian @ step
-        along = float(step @ predicted)
-        if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
-            self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+    def _remember(self, noise: float) -> None:
+        """Keep the lowest point; go back to it, and only downwards from there, after `PATIENCE` steps without a lower one."""
+        assert self.point is not None and self.best is not None
+        progress = self.point.enthalpy < self.best.enthalpy - noise
+        self.without_progress = 0 if progress else self.without_progress + 1
+        if self.point.enthalpy <= self.best.enthalpy:
+            self.best = self.point
+        if self.without_progress >= PATIENCE and not self.downwards:
+            self.downwards = True
+            self.return_to_best()
+
+    def kick(self, x: np.ndarray, rng: np.random.Generator) -> None:
+        """Start again at a random place near a point: off a saddle, with what was learnt about the curvature."""
+        strain = np.zeros((0, 3))
+        if self.relax_cell:
+            half = rng.normal(0.0, KICK, (3, 3))
+            strain = 0.5 * (half + half.T)
+        self.x = x
+        self.trial = x + np.concatenate([rng.normal(0.0, KICK, (len(self.start), 3)), strain]).ravel()
+        self.point = self.best = None
+        self.radius, self.without_progress, self.downwards = self.max_move, 0, False
+
+    def return_to_best(self) -> None:
+        """Stand at the lowest point that was visited."""
+        assert self.best is not None
+        self.point, self.x = self.best, self.best.x
 
     def shrink(self) -> None:
         """The last trial was bad: the next one is shorter."""
         self.radius = min(self.radius, self._size(self.trial - self.x)) / 3.0
+        self.rule.shorten()
 
     @property
     def stuck(self) -> bool:
-        """No step, however short, lowers the enthalpy."""
+        """No step, however short, is possible."""
         return self.radius < SMALLEST_STEP
 
     def propose(self) -> Atoms:
         """The next trial structure."""
-        if self.gradient is not None:
-            values, vectors = np.linalg.eigh(0.5 * (self.hessian + self.hessian.T))
-            step = -vectors @ ((vectors.T @ self.gradient) / np.maximum(np.abs(values), 1e-2))
+        if self.point is not None:
+            step = self.rule.step(self.point.gradient)
             self.trial = self.x + step * min(1.0, self.radius / max(self._size(step), 1e-300))
         return self.structure(self.trial)
 
     def _size(self, step: np.ndarray) -> float:
-        """Longest move of an atom, or twice the largest strain times 1 Angstrom, whichever is more."""
-        n = 3 * len(self.start)
-        largest = float(np.linalg.norm(step[:n].reshape(-1, 3), axis=1).max())
-        return max(largest, 2.0 * float(np.abs(step[n:]).max()) / self.length) if self.relax_cell else largest
+        """Longest row of the step: the move of an atom, or of a row of sqrt(N) U."""
+        return float(np.sqrt((step.reshape(-1, 3) ** 2).sum(axis=1).max()))
 
     def residual(self) -> tuple[float, float]:
         """Largest force (eV/A), and largest component of stress + P (eV/A^3; zero when the cell is fixed)."""
-        force = float(np.linalg.norm(self.forces, axis=1).max())
-        return force, float(np.abs(self.stress + self.pressure * np.eye(3)).max()) if self.relax_cell else 0.0
+        assert self.point is not None
+        force = float(np.sqrt((self.point.forces**2).sum(axis=1).max()))
+        return force, float(np.abs(self.point.stress + self.pressure * np.eye(3)).max()) if self.relax_cell else 0.0

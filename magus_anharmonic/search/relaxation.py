@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
@@ -40,6 +40,7 @@ class AseCalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
+    optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics")
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
 
@@ -88,6 +89,7 @@ class Relaxer:
             force_tolerance=self.settings.eps,
             max_steps=self.settings.max_step,
             max_move=self.settings.max_move,
+            optimizer=self.settings.optimizer,
             fix_symmetry=self.settings.fix_symmetry,
             relax_cell=self.settings.relax_lattice,
         )

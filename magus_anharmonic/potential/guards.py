@@ -1,0 +1,81 @@
+"""What must not come out of a relaxation: overlapping or lost atoms, runaway cells; and what cannot go in."""
+
+from __future__ import annotations
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from vesin import NeighborList
+
+from magus_anharmonic.potential.graph import complete_cell
+
+OVERLAP = 0.4  # of the sum of covalent radii
+COINCIDENT = 0.1  # Angstrom
+BOND_RANGE = 5.0  # Angstrom; an atom without a neighbour in this range is on its own
+MAX_EXPANSION = 4.0  # of the volume at the start
+MIN_VOLUME = 0.3  # A^3/atom
+MAX_ASPECT = 30.0  # longest by shortest cell vector
+MIN_SHAPE = 0.02  # volume by product of the vectors' lengths
+
+
+def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs closer than ``cutoff``; vesin searches a little farther, because it divides the cell into boxes of that size."""
+    cell = complete_cell(atoms)
+    finder = NeighborList(cutoff=max(cutoff, 0.2 * abs(cell.volume) ** (1 / 3)), full_list=True, n_threads=1)
+    first, second, distance = finder.compute(atoms.positions, cell.array, atoms.pbc, "ijd")
+    close = distance < cutoff
+    return first[close], second[close], distance[close]
+
+
+def senseless(atoms: Atoms) -> str:
+    """Why a structure cannot be evaluated at all, or an empty string."""
+    if len(atoms) == 0:
+        return "no atoms"
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
+        return "positions or cell are not finite"
+    volume = abs(complete_cell(atoms).volume)
+    if atoms.pbc.any() and volume < 1e-3:
+        return "the cell is flat"
+    if atoms.pbc.all() and volume < MIN_VOLUME * len(atoms):
+        return f"the cell is too small: {volume / len(atoms):.2g} A^3/atom, at least {MIN_VOLUME:g} are needed"
+    first, second, distance = _pairs(atoms, COINCIDENT)
+    return f"atoms {first[0]} and {second[0]} coincide ({distance[0]:.3f} A)" if len(distance) else ""
+
+
+def overlap(atoms: Atoms) -> str:
+    """Which two atoms are closer than `OVERLAP` of their radii, or an empty string."""
+    radii = covalent_radii[atoms.numbers]
+    first, second, distance = _pairs(atoms, max(2.0 * OVERLAP * float(radii.max()), COINCIDENT))
+    close = np.flatnonzero(distance < OVERLAP * (radii[first] + radii[second]))
+    return f"atoms {first[close[0]]} and {second[close[0]]} overlap ({distance[close[0]]:.2f} A)" if len(close) else ""
+
+
+def isolated(atoms: Atoms) -> set[int]:
+    """Atoms without a neighbour within `BOND_RANGE`."""
+    return set(range(len(atoms))) - set(_pairs(atoms, BOND_RANGE)[0].tolist())
+
+
+class CellGuard:
+    """Remembers volume and shape of a cell at the start, and tells when it has run away from them."""
+
+    def __init__(self, lattice: np.ndarray, n_atoms: int) -> None:
+        self.n_atoms = n_atoms
+        self.volume, self.aspect, self.shape = _measures(lattice)
+
+    def astray(self, lattice: np.ndarray) -> str:
+        """What is wrong with cell vectors (3, 3), or an empty string."""
+        volume, aspect, shape = _measures(lattice)
+        if not volume <= MAX_EXPANSION * self.volume:
+            return f"runaway cell: the volume grew {volume / self.volume:.1f} times"
+        if volume < MIN_VOLUME * self.n_atoms:
+            return f"runaway cell: collapsed to {volume / self.n_atoms:.2f} A^3/atom"
+        if aspect > max(MAX_ASPECT, 1.5 * self.aspect) or shape < min(MIN_SHAPE, 0.7 * self.shape):
+            return f"runaway cell: needle or plate (longest by shortest vector {aspect:.0f})"
+        return ""
+
+
+def _measures(lattice: np.ndarray) -> tuple[float, float, float]:
+    """Volume (A^3), longest by shortest vector, and volume by the product of the vectors' lengths."""
+    lengths = np.sqrt((lattice**2).sum(axis=1))
+    volume = abs(float(np.linalg.det(lattice)))
+    return volume, float(lengths.max() / max(lengths.min(), 1e-9)), volume / max(float(lengths.prod()), 1e-9)
