@@ -345,3 +345,12 @@ def test_the_key_is_checked() -> None:
     assert parse(LearningSettings, {**labeler, "select": "diverse"}).select == "diverse"
     with pytest.raises(InputError, match="select"):
         parse(LearningSettings, {**labeler, "select": "clever"})
+
+
+def test_the_shipped_checkpoint_knows_its_errors() -> None:
+    """H3S at 150 GPa is among its labels; molecular hydrogen is not."""
+    shipped = load("h3s-gpaw-small", device="cpu")
+    inside = shipped.uncertainty([crystal(np.random.default_rng(0), 0.05)])
+    outside = shipped.uncertainty([Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.75]], cell=[4, 4, 4], pbc=True)])
+    assert inside.force_error[0] < shipped.error_model.usual_force_error < outside.force_error[0]
+    assert shipped.error_model.calibrated_on == "validation" and shipped.error_model.n_calibration == 94
