@@ -18,7 +18,7 @@ from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.begin import check_structure, read_state
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run import Progress, SschaRun, Task
-from magus_anharmonic.sscha.run_folder import RunFolder
+from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
 from magus_anharmonic.sscha.summary import failed_result
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,10 @@ def free_energy(
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < np.inf:
         raise InputError(f"sscha.temperature: {temperature!r}: must be one number in K, not below 0")
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
-        folder = Path(directory) if directory is not None else Path(scratch)
         state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id)
-        run = RunFolder(folder, task.identity())
-        return run.finished(settings.max_populations) or _guarded(task, source, run)
+        folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity())
+        return folder.finished(settings.max_populations) or _guarded(task, source, folder)
 
 
 def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult:
@@ -109,7 +108,7 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult
         raise
     except SschaError as error:
         result = failed_result(task, str(error), progress, began)
-        result.write(folder.directory)
+        folder.write_result(result)
     except (MagusAnharmonicError, RuntimeError, ArithmeticError, np.linalg.LinAlgError) as error:
         result = failed_result(task, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", progress, began)
     if result.status == "failed":
