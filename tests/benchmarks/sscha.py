@@ -6,15 +6,10 @@ code is 0 only if all do. Seconds are of the process (user and system), so that 
 
 from __future__ import annotations
 
-import os
-import sys
-
-os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
-# this file has the name of python-sscha's package, and its folder comes first
-sys.path = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(os.path.abspath(__file__))]
-
 import argparse
 import logging
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +24,9 @@ from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.state import SschaState, expand, sample
 from magus_anharmonic.sscha.symmetry import Symmetry
+
+# this file has the name of python-sscha's package, and its folder comes first
+sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 LOG = Path(tempfile.mkdtemp()) / "log"
 
@@ -174,7 +172,8 @@ def whole_candidate(error: float = 1e-3) -> Row:
         results[name] = free_energy(atoms, evaluator, 150.0, 0.0, n_configs=60, max_populations=12, engine=engine)
         times[name] = time.process_time() - begun
     described = "; ".join(
-        f"{name}: {r.status}, G {r.gibbs_raw:.5f} +- {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations" for name, r in results.items()
+        f"{name}: {r.status}, G {r.gibbs_raw:.5f} +- {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations"
+        for name, r in results.items()
     )
     good = all(result.converged and result.gibbs_error <= error for result in results.values())
     return Row("whole candidate against python-sscha + stock MatterSim", times["theirs"] if good else 0.0, times["ours"], 10.0, described)
@@ -212,4 +211,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # BLAS reads it when NumPy is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
     sys.exit(main())
