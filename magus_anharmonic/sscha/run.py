@@ -56,6 +56,8 @@ APPROACH = 0.25
 sample up before it got to the minimum."""
 SMALLEST_APPROACH = 100
 """Configurations, where ``n_configs`` allows."""
+USED_UP = 1.2
+"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class SschaRun:
         self.folder.write_convergence(self.progress.rows)
         log.debug("%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample)
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
-        self._far = not minimised.converged
+        used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
+        self._far = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
         if self._response is None:
             return

@@ -107,7 +107,8 @@ class RunFolder:
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
         with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
+            # not compressed: random numbers shrink by a few per cent, and it would take longer than all the algebra
+            np.savez(
                 file,
                 numbers=state.atoms.numbers,
                 masses=state.atoms.get_masses(),
