@@ -152,7 +152,7 @@ class SschaSettings(Section):
         (2, 2, 2), description="three repetitions, or {min_length: Angstrom between images}"
     )
     cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
-    n_configs: Count = Field(1000, description="configurations per population, even (+u/-u pairs); with elimination the most")
+    n_configs: Count = Field(1000, description="most configurations of a population, even (+u/-u pairs); fewer far from the minimum")
     max_populations: Count = Field(30, description="most populations of one relaxation")
     engine: Literal["native", "python-sscha"] = Field("native", description="who minimises on an ensemble")
     pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")

@@ -120,3 +120,83 @@ def evaluated(state: SschaState, evaluator, n_configs: int, seed: np.random.Gene
         structures.append(structure)
     found = evaluator.evaluate(structures)
     return Ensemble(u, found.energy, np.array(found.forces), found.stress)
+
+
+class AnharmonicCell:
+    """Eight atoms in one cell with known SCHA free energy; an evaluator that takes all configurations at once.
+
+    V(u) = 1/2 u K u + sum_b (g_b x_b^3 + c_b x_b^4), x_b = e_b.(u_i - u_j), over the bonds of a 2x2x2 simple cubic cell
+    with periodic images folded in: Gaussian averages of polynomials are closed expressions. ``cubic``: full symmetry, no
+    cubic term; else springs, directions, masses and cubic terms of their own for every bond, and no symmetry at all.
+    """
+
+    model_id = "anharmonic-cell"
+
+    def __init__(self, cubic: bool = False, a: float = 2.0) -> None:
+        rng = np.random.default_rng(11)
+        sites = np.array(list(np.ndindex(2, 2, 2)), dtype=float)
+        self.atoms = Atoms("H8", positions=a * sites, cell=[2 * a] * 3, pbc=True)
+        pairs = [(i, j) for i in range(8) for j in range(i) if np.abs(sites[i] - sites[j]).sum() == 1]
+        rows, springs, thirds, fourths = [], [], [], []
+        for i, j in pairs:
+            axis = sites[i] - sites[j]
+            directions = np.eye(3) if cubic else np.eye(3) + 0.2 * rng.normal(size=(3, 3))
+            for direction in directions:
+                row = np.zeros((8, 3))
+                row[i], row[j] = direction, -direction
+                rows.append(row.ravel())
+                along = abs(axis @ direction) > 0.5
+                scale = 1.0 if cubic else rng.uniform(0.8, 1.2)
+                springs.append((2.0 if along else 0.8) * scale)
+                thirds.append(0.0 if cubic else 0.8 * rng.normal())
+                fourths.append(1.5 * scale)
+        if not cubic:
+            self.atoms.positions += 0.05 * rng.normal(size=(8, 3))
+        self.rows, self.springs, self.thirds, self.fourths = (np.array(part) for part in (rows, springs, thirds, fourths))
+        self.reference = self.atoms.positions.copy()
+
+    def evaluate(self, structures):
+        """Energies, forces and (zero) stresses."""
+        from magus_anharmonic.evaluator import Evaluation
+
+        u = np.array([atoms.positions for atoms in structures]) - self.reference
+        x = u.reshape(len(u), -1) @ self.rows.T
+        energy = (0.5 * self.springs * x**2 + self.thirds * x**3 + self.fourths * x**4).sum(axis=1)
+        pull = self.springs * x + 3.0 * self.thirds * x**2 + 4.0 * self.fourths * x**3
+        forces = -(pull @ self.rows).reshape(u.shape)
+        return Evaluation(energy, list(forces), np.zeros((len(u), 3, 3)))
+
+    def start(self, temperature: float) -> SschaState:
+        """Harmonic force constants about the reference positions, 20 per cent too stiff."""
+        return SschaState(self.atoms, (1, 1, 1), self._compact(1.2 * self._matrix(self.springs)), temperature)
+
+    def _matrix(self, springs: np.ndarray) -> np.ndarray:
+        return (self.rows * springs[:, None]).T @ self.rows
+
+    def _compact(self, matrix: np.ndarray) -> np.ndarray:
+        return matrix.reshape(8, 3, 8, 3).transpose(0, 2, 1, 3)[None]
+
+    def _moments(self, state: SschaState) -> tuple[np.ndarray, np.ndarray]:
+        mean = self.rows @ (state.atoms.positions - self.reference).ravel()
+        return mean, np.einsum("bi,ij,bj->b", self.rows, state.covariance, self.rows, optimize=True)
+
+    def free_energy(self, state: SschaState) -> float:
+        """F of any state, eV per cell, without sampling."""
+        m, s = self._moments(state)
+        potential = 0.5 * self.springs * (m**2 + s) + self.thirds * (m**3 + 3 * m * s) + self.fourths * (m**4 + 6 * m**2 * s + 3 * s**2)
+        return state.harmonic_free_energy + float(potential.sum() - 0.5 * np.sum(state.full * state.covariance))
+
+    def minimum(self, temperature: float) -> tuple[float, SschaState]:
+        """Smallest F in eV per cell and its state: half-way self-consistent steps until nothing moves."""
+        from dataclasses import replace
+
+        state = self.start(temperature)
+        for _ in range(200):
+            m, s = self._moments(state)
+            curvature = self._matrix(self.springs + 6.0 * self.thirds * m + 12.0 * self.fourths * (m**2 + s))
+            pull = self.springs * m + 3.0 * self.thirds * (m**2 + s) + 4.0 * self.fourths * (m**3 + 3 * m * s)
+            step = -np.linalg.pinv(curvature, rcond=1e-10) @ (pull @ self.rows)
+            atoms = state.atoms.copy()
+            atoms.positions += 0.5 * step.reshape(8, 3)
+            state = replace(state, atoms=atoms, force_constants=0.5 * (state.force_constants + self._compact(curvature)))
+        return self.free_energy(state), state

@@ -18,7 +18,7 @@ from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.begin import check_structure, read_state
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run import Progress, SschaRun, Task
-from magus_anharmonic.sscha.run_folder import RunFolder
+from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
 from magus_anharmonic.sscha.summary import failed_result
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def free_energy(
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
     n_configs, max_populations
-        Configurations per ensemble (even: +u/-u pairs), and most ensembles.
+        Configurations per ensemble (even: +u/-u pairs; a quarter, at least 100, while far from the minimum), and most ensembles.
     engine
         ``"native"``, or ``"python-sscha"``: who minimises on an ensemble. Ensembles and results are ours either way.
     masses
@@ -90,11 +90,10 @@ def free_energy(
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < np.inf:
         raise InputError(f"sscha.temperature: {temperature!r}: must be one number in K, not below 0")
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
-        folder = Path(directory) if directory is not None else Path(scratch)
         state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id)
-        run = RunFolder(folder, task.identity())
-        return run.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, run)
+        folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity())
+        return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder)
 
 
 def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult:
@@ -110,7 +109,7 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult
         raise
     except SschaError as error:
         result = failed_result(task, str(error), progress, began)
-        result.write(folder.directory)
+        folder.write_result(result)
     except (MagusAnharmonicError, RuntimeError, ArithmeticError, np.linalg.LinAlgError) as error:
         result = failed_result(task, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", progress, began)
     if result.status == "failed":

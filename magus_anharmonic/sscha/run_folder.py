@@ -102,9 +102,14 @@ class RunFolder:
         writer.writerows(rows)
         write_text(self.directory / "convergence.csv", text.getvalue())
 
+    def write_result(self, result: SschaResult) -> None:
+        """Write the result; the run is finished then."""
+        result.write(self.directory)
+
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
         with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(
+            # not compressed: random numbers shrink by a few per cent, and it would take longer than all the algebra
+            np.savez(
                 file,
                 numbers=state.atoms.numbers,
                 masses=state.atoms.get_masses(),
@@ -115,6 +120,35 @@ class RunFolder:
                 temperature=state.temperature,
                 **arrays,
             )
+
+
+class NoFolder(RunFolder):
+    """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an engine that chatters."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.log = self.directory / "sscha.log"
+
+    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
+        return None
+
+    def read_start(self) -> Start | None:
+        return None
+
+    def write_start(self, start: Start) -> None:
+        """Nothing to write."""
+
+    def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        return None
+
+    def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
+        """Nothing to write."""
+
+    def write_convergence(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing to write."""
+
+    def write_result(self, result: SschaResult) -> None:
+        """Nothing to write."""
 
 
 def _state(stored: Any) -> SschaState:

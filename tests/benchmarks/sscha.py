@@ -1,0 +1,217 @@
+"""The native SSCHA engine against python-sscha 1.6.2, in one run on one core: ``python tests/benchmarks/sscha.py [--full]``.
+
+Same ensembles on both sides. Every row is a function that returns a `Row`; the last line says how many bars hold, and the exit
+code is 0 only if all do. Seconds are of the process (user and system), so that a busy machine does not decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.sscha import native, python_sscha
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.reweight import Pool
+from magus_anharmonic.sscha.state import SschaState, expand, sample
+from magus_anharmonic.sscha.symmetry import Symmetry
+
+# this file has the name of python-sscha's package, and its folder comes first
+sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+LOG = Path(tempfile.mkdtemp()) / "log"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds of both sides, and how many times faster ours must at least be."""
+
+    what: str
+    theirs: float
+    ours: float
+    bar: float
+    remark: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.theirs >= self.bar * self.ours
+
+    def line(self) -> str:
+        ratio = self.theirs / self.ours
+        verdict = "holds" if self.holds else "MISSED"
+        return f"{self.what:64s} {self.theirs:9.3f} s {self.ours:9.4f} s {ratio:7.1f}x (bar {self.bar:.0f}x: {verdict}) {self.remark}"
+
+
+def cpu(function: Callable[[], object], repeats: int = 1) -> float:
+    """Shortest processor time in seconds of ``repeats`` calls."""
+    times = []
+    for _ in range(repeats):
+        begun = time.process_time()
+        function()
+        times.append(time.process_time() - begun)
+    return min(times)
+
+
+def low_symmetry_cell(n_atoms: int, seed: int = 1) -> Atoms:
+    """S and H at random places of a cell of 3.6 A^3 per atom, at least 1.1 A apart."""
+    rng = np.random.default_rng(seed)
+    cell = (3.6 * n_atoms) ** (1 / 3) * (np.eye(3) + 0.08 * rng.normal(size=(3, 3)))
+    places: list[np.ndarray] = []
+    while len(places) < n_atoms:
+        place = rng.random(3)
+        apart = [np.linalg.norm((other - place - np.round(other - place)) @ cell) for other in places]
+        if not apart or min(apart) > 1.1:
+            places.append(place)
+    return Atoms("SH3" * (n_atoms // 4), scaled_positions=places, cell=cell, pbc=True)
+
+
+def h3s() -> Atoms:
+    """Im-3m H3S at about 150 GPa, four atoms."""
+    cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]], dtype=float)
+    return Atoms("SH3", positions=1.5 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]), cell=cell, pbc=True)
+
+
+def synthetic(atoms: Atoms, repeats: tuple[int, int, int], n_configs: int) -> tuple[SschaState, Ensemble, Symmetry]:
+    """A state, and an ensemble of an anharmonic surface of the same symmetry whose minimum the sample reaches.
+
+    Energy 1/2 u K u + c sum_i |u_i|^4 without the mean displacement: it costs nothing, so that algebra alone is compared.
+    """
+    symmetry = Symmetry(atoms, repeats)
+    rng = np.random.default_rng(0)
+    n, n_cells = len(atoms), int(np.prod(repeats))
+    compact = 0.1 * rng.normal(size=(n_cells, n, n, 3, 3))
+    compact[0] += 12.0 * np.einsum("ab,ij->abij", np.eye(n), np.eye(3))
+    compact = symmetry.force_constants(compact)
+    state = SschaState(atoms, repeats, compact, 0.0)
+    u = sample(state, n_configs, rng)
+    quartic = 5.0 * (u**2).sum(axis=2, keepdims=True)
+    flat = u.reshape(n_configs, -1)
+    pull = 0.985 * (flat @ expand(compact, repeats)).reshape(u.shape)
+    energies = 0.5 * (pull * u).sum(axis=(1, 2)) + (quartic * u**2).sum(axis=(1, 2))
+    forces = -(pull + 4.0 * quartic * u)
+    stresses = 0.1 * rng.normal(size=(n_configs, 1, 1)) * np.eye(3)
+    return state, Ensemble(u, energies, forces - forces.mean(axis=1, keepdims=True), stresses), symmetry
+
+
+def one_step(what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: float, n_configs: int = 1000) -> Row:
+    """Weights, free energy with its error, both gradients and the stress of one moved state; symmetrised."""
+    state, ensemble, symmetry = synthetic(atoms, repeats, n_configs)
+    target = replace(state, force_constants=1.01 * state.force_constants)
+    pool = Pool([(state, ensemble)])
+    matrices, nowhere = pool.reciprocal.matrices(target.force_constants), np.zeros_like(atoms.positions)
+    with python_sscha.quiet(LOG):
+        import sscha.Ensemble
+
+        loaded = python_sscha.to_ensemble(state, ensemble)
+        # python-sscha as it comes: without our own shortcut for its Fourier transform
+        object.__setattr__(loaded, "_get_gradient_qspace", sscha.Ensemble.Ensemble._get_gradient_qspace.__get__(loaded))
+        dyn = python_sscha.to_phonons(target)
+
+        def theirs() -> None:
+            loaded.update_weights(dyn, state.temperature)
+            loaded.get_preconditioned_gradient(True, True)
+            loaded.get_free_energy(return_error=True)
+            loaded.get_average_forces(True)
+            loaded.get_stress_tensor()
+
+        stock = cpu(theirs, 2)
+    ours = cpu(lambda: native._Point.at(pool, pool.trial(nowhere, matrices), symmetry), 10)
+    return Row(f"one minimisation step, {what}, {n_configs} configurations", stock, ours, bar)
+
+
+def one_ensemble(what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: float, n_configs: int = 1000) -> Row:
+    """Minimise F on one ensemble to a gradient at least as small as python-sscha's; both stop by their own criterion."""
+    state, ensemble, symmetry = synthetic(atoms, repeats, n_configs)
+    results = {}
+
+    def theirs() -> None:
+        results["theirs"] = python_sscha.minimise(state, ensemble, symmetry, min_effective_sample=0.2, log=LOG)
+
+    def ours() -> None:
+        results["ours"] = native.minimise([(state, ensemble)], symmetry, min_effective_sample=0.2)
+
+    stock, mine = cpu(theirs), cpu(ours, 3)
+    one, other = results["ours"], results["theirs"]
+    remark = f"{one.n_steps} against {other.n_steps} steps, gradient {one.fc_gradient:.1e} against {other.fc_gradient:.1e} eV/A^2"
+    if one.fc_gradient > other.fc_gradient:
+        return Row(f"minimise one ensemble, {what}", 0.0, mine, bar, "NOT the same gradient: " + remark)
+    return Row(f"minimise one ensemble, {what}", stock, mine, bar, remark)
+
+
+def whole_candidate(error: float = 1e-3) -> Row:
+    """R3m H3S, four atoms, 2x2x2, variable cell at 150 GPa, 0 K, to G +- 1 meV/atom: from the structure on, wall time.
+
+    Theirs: the same driver with python-sscha's minimiser and stock MatterSim, one structure at a time. Both get the same
+    configurations per population; the errors that they reach are printed.
+    """
+    from mattersim.forcefield.potential import MatterSimCalculator
+    from mattersim.forcefield.potential import Potential as StockPotential
+
+    from magus_anharmonic.evaluator import as_evaluator
+    from magus_anharmonic.potential import load
+    from magus_anharmonic.sscha import free_energy
+
+    atoms = h3s()
+    atoms.set_cell(atoms.cell.array * 1.02, scale_atoms=True)
+    atoms.positions[1:] += 0.1 * np.eye(3)
+    checkpoint = Path(native.__file__).parents[1] / "data" / "h3s-gpaw-small.pth"
+    fast = load("h3s-gpaw-small", device="cpu")
+    stock = MatterSimCalculator(StockPotential.from_checkpoint(str(checkpoint), device="cpu", load_training_state=False), device="cpu")
+    times, results = {}, {}
+    for name, evaluator, engine in (("ours", fast, "native"), ("theirs", as_evaluator(stock), "python-sscha")):
+        begun = time.process_time()
+        results[name] = free_energy(atoms, evaluator, 150.0, 0.0, n_configs=60, max_populations=12, engine=engine)
+        times[name] = time.process_time() - begun
+    described = "; ".join(
+        f"{name}: {r.status}, G {r.gibbs_raw:.5f} +- {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations"
+        for name, r in results.items()
+    )
+    good = all(result.converged and result.gibbs_error <= error for result in results.values())
+    return Row("whole candidate against python-sscha + stock MatterSim", times["theirs"] if good else 0.0, times["ours"], 10.0, described)
+
+
+ROWS: list[Callable[[], Row]] = [
+    lambda: one_step("64 atoms P1", low_symmetry_cell(8), (2, 2, 2), 20.0),
+    lambda: one_ensemble("64 atoms P1", low_symmetry_cell(8), (2, 2, 2), 50.0),
+    lambda: one_step("128 atoms P1", low_symmetry_cell(16), (2, 2, 2), 20.0),
+    lambda: one_ensemble("128 atoms P1", low_symmetry_cell(16), (2, 2, 2), 50.0),
+    lambda: one_step("Im-3m 3x3x3 (108 atoms)", h3s(), (3, 3, 3), 20.0),
+    lambda: one_ensemble("Im-3m 3x3x3 (108 atoms)", h3s(), (3, 3, 3), 50.0),
+]
+"""What runs without ``--full``; a further comparison is one more function here."""
+FULL: list[Callable[[], Row]] = [whole_candidate]
+"""What runs with ``--full`` too."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="also the whole candidate: an hour on a slow core")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the rows to run, from 1")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    chosen = [*ROWS, *FULL] if options.full else ROWS
+    if options.only:
+        chosen = [row for number, row in enumerate([*ROWS, *FULL], 1) if number in options.only]
+    print(f"{'':64s} {'python-sscha':>11s} {'ours':>11s}")
+    rows = []
+    for row in chosen:
+        rows.append(row())
+        print(rows[-1].line(), flush=True)
+    print(f"{sum(row.holds for row in rows)} of {len(rows)} bars hold")
+    return 0 if all(row.holds for row in rows) else 1
+
+
+if __name__ == "__main__":
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        # BLAS reads it when NumPy is imported
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    sys.exit(main())
