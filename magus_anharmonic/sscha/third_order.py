@@ -11,7 +11,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from magus_anharmonic.sscha.state import cell_index
 from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors
 
 CHUNK = 2**21
