@@ -81,11 +81,13 @@ def third_order_of(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) ->
 
 
 def cubic_forces(state: SschaState, n_configs: int) -> Ensemble:
-    """The harmonic forces of the state and a quadratic term: enough for formulas, whatever the chemistry."""
+    """The harmonic forces of the state and a quadratic term without net force: enough for formulas, whatever the chemistry."""
     rng = np.random.default_rng(1)
     u = sample(state, n_configs, rng)
     pulls = -(u.reshape(n_configs, -1) @ state.full).reshape(u.shape)
-    return Ensemble(u, np.zeros(n_configs), pulls + 3.0 * u * np.roll(u, 1, axis=1), np.zeros((n_configs, 3, 3)))
+    extra = 3.0 * u * np.roll(u, 1, axis=1)
+    extra -= extra.mean(axis=1, keepdims=True)
+    return Ensemble(u, np.zeros(n_configs), pulls + extra, np.zeros((n_configs, 3, 3)))
 
 
 def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
