@@ -305,6 +305,14 @@ def test_symmetry_makes_equal_what_is_equal():
     assert np.bincount(found.star).tolist() == [1, 6, 2], "Gamma, the six around it, and K"
 
 
+def test_without_symmetry_a_mode_at_minus_q_is_the_one_at_q():
+    state = start(no_symmetry(), (3, 1, 1), 300.0)
+    found = free_energy_hessian(state, evaluated(state, EV, 20), Symmetry(state.atoms, state.repeats))
+    assert found.star.tolist() == [0, 1, 1]
+    assert np.all(found.errors[1] > 0)
+    assert found.errors[2] == pytest.approx(found.errors[1])
+
+
 def made(squares: list[float], errors: list[float] | None) -> Hessian:
     """A Hessian of one atom and two q points with three given modes."""
     atoms = Atoms("H", cell=[2.0] * 3, pbc=True)

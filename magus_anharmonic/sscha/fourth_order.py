@@ -81,7 +81,7 @@ class FourthOrder:
 
 
 def dressed_rows(fourth: FourthOrder, tensor: ThirdOrder, response: np.ndarray, q: int) -> np.ndarray:
-    """R (3n, n_q, 3n, 3n) at one q: row a, second q, modes there, modes at the third q; eV A^-1 ... units of L D.
+    """R (3n, n_q, 3n, 3n) at one q: row, second q, modes there, modes at the third q; in the units of L D.
 
     Solved in the symmetric form (1 + S D4 S) y = S D3, S = sqrt(-L), R = -S y. Raises ``SschaError`` when that does not
     converge, which noise in D4 can cause.

@@ -32,7 +32,7 @@ class Hessian:
 
     force_constants : compact, eV/A^2. points : (n_q, 3) fractional q. squares, errors : (n_q, 3n) squared frequencies
     in eV^2 (hbar omega)^2, ascending at each q, and their standard errors (None when not asked for); the three translations are
-    zero. vectors : (n_q, 3n, 3n) columns, mass weighted. star : (n_q,) number of the star of each q. fourth_order :
+    zero. vectors : (n_q, 3n, 3n) columns, mass weighted. star : (n_q,) number of the star of each q, -q included. fourth_order :
     whether <d4V> is in it. unbiased : whether the squared noise of D was removed.
     """
 
@@ -220,4 +220,6 @@ def _diagonalised(
     star = np.zeros(len(q), dtype=int)
     for number, members in enumerate(stars):
         star[list(members)] = number
+    # where no operation turns q around, -q is a star of its own with the same modes
+    star = np.unique(np.minimum(star, star[modes.minus]), return_inverse=True)[1]
     return Hessian(state, compact, q, squares * HBAR**2, None, vectors, star, n_configs, fourth, unbiased)

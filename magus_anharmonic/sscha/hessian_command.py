@@ -42,7 +42,10 @@ class HessianReport:
 
     def sentences(self) -> list[str]:
         """The verdict in words."""
-        return verdict(self.hessian)
+        lines = verdict(self.hessian)
+        if not self.result.converged:
+            lines.append("The SSCHA run had not converged: the state may still move, and its Hessian with it.")
+        return lines
 
 
 def check_source(source: Path, checkpoint: str | None, n_configs: int | None) -> bool:
