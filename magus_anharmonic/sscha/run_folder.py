@@ -71,9 +71,7 @@ class RunFolder:
         path = self.directory / f"population_{number:03d}.npz"
         if not path.is_file():
             return None
-        with np.load(path) as stored:
-            known = _state(stored)
-            ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+        known, ensemble = read_population_file(path)
         if known.repeats != state.repeats:
             raise InputError(f"{path}: another supercell than this run's; give another folder")
         log.info("population %d: taken from %s", number, path)
@@ -120,6 +118,12 @@ class RunFolder:
                 temperature=state.temperature,
                 **arrays,
             )
+
+
+def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
+    """State and ensemble of one ``population_NNN.npz``."""
+    with np.load(path) as stored:
+        return _state(stored), Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
 
 
 class NoFolder(RunFolder):

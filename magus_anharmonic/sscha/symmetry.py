@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class Symmetry:
     """Operations of ``atoms`` (a primitive cell, exactly symmetric) that also leave the supercell lattice invariant.
 
-    rotations : (m, 3, 3) Cartesian; permutations : (m, n), operation g takes atom a to permutations[g, a].
+    rotations : (m, 3, 3) Cartesian, fractional : (m, 3, 3) the same in whole numbers; permutations : (m, n), operation g
+    takes atom a to permutations[g, a], in the cell shifts[g, a] (m, n, 3) when a is in the first.
     """
 
     def __init__(self, atoms: Atoms, repeats: tuple[int, int, int], symprec: float = 1e-3) -> None:
@@ -36,7 +37,9 @@ class Symmetry:
         for rotation, translation in zip(fractional[keep], translations[keep], strict=True):
             images.append(_images(scaled, atoms.numbers, rotation, translation))
         self.permutations = np.array([permutation for permutation, _ in images])
-        self._targets = self._block_targets(fractional[keep], np.array([shift for _, shift in images]))
+        self.fractional = fractional[keep]
+        self.shifts = np.array([shift for _, shift in images])
+        self._targets = self._block_targets(self.fractional, self.shifts)
         self._opposite = cell_index(-cell_offsets(repeats), repeats)
 
     def __len__(self) -> int:

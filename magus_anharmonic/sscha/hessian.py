@@ -1,0 +1,225 @@
+"""The Hessian of the SSCHA free energy: is the structure a minimum, and what are its physical phonons.
+
+H = Phi + D L D [+ fourth order], Bianco et al., PRB 96, 014111 (2017), Eqs. 20-22, doi:10.1103/PhysRevB.96.014111: Phi the
+auxiliary force constants, D the third-order tensor of `third_order`, L = -1/2 of the response of the variances. The noise
+of D enters squared and always softens; by default it is removed by taking the two D from the two halves of the ensemble.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from scipy.special import ndtr
+
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.fourth_order import FourthOrder, dressed_rows
+from magus_anharmonic.sscha.hessian_error import levels, square_errors
+from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.third_order import ThirdOrder, third_order, transformed
+from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors, samples, wavevectors
+from magus_anharmonic.units import HBAR, KELVIN
+
+SIGMAS = 2.0
+"""Standard errors that a squared frequency must lie below or above zero to count."""
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Free-energy Hessian on the q points of the supercell.
+
+    force_constants : compact, eV/A^2. points : (n_q, 3) fractional q. squares, errors : (n_q, 3n) squared frequencies
+    in eV^2 (hbar omega)^2, ascending at each q, and their standard errors (None when not asked for); the three translations are
+    zero. vectors : (n_q, 3n, 3n) columns, mass weighted. star : (n_q,) number of the star of each q, -q included. fourth_order :
+    whether <d4V> is in it. unbiased : whether the squared noise of D was removed.
+    """
+
+    state: SschaState
+    force_constants: np.ndarray
+    points: np.ndarray
+    squares: np.ndarray
+    errors: np.ndarray | None
+    vectors: np.ndarray
+    star: np.ndarray
+    n_configs: int
+    fourth_order: bool
+    unbiased: bool
+
+    @property
+    def quantum(self) -> np.ndarray:
+        """(n_q, 3n) hbar omega in eV, negative for imaginary modes."""
+        return np.sign(self.squares) * np.sqrt(np.abs(self.squares))
+
+    @property
+    def quantum_error(self) -> np.ndarray | None:
+        """Standard errors in eV; for a mode within its error of zero, the frequency whose square is the error."""
+        if self.errors is None:
+            return None
+        return self.errors / np.maximum(2.0 * np.abs(self.quantum), np.sqrt(np.maximum(self.errors, 1e-30)))
+
+    @cached_property
+    def lowest(self) -> tuple[int, int]:
+        """q and mode that are most surely negative, or else least surely positive."""
+        score = self._moving(self.squares if self.errors is None else self.squares / np.maximum(self.errors, 1e-30))
+        q, mode = np.unravel_index(int(np.argmin(score)), score.shape)
+        return int(q), int(mode)
+
+    @property
+    def status(self) -> str:
+        """``saddle`` (a mode negative beyond two standard errors), ``stable`` (all positive beyond two), or ``undecided``."""
+        errors = np.zeros_like(self.squares) if self.errors is None else self.errors
+        if np.any(self._moving(self.squares + SIGMAS * errors) < 0):
+            return "saddle"
+        return "stable" if np.all(self._moving(self.squares - SIGMAS * errors) > 0) else "undecided"
+
+    @property
+    def probability_stable(self) -> float:
+        """Probability that no mode is negative, the sets of equivalent modes taken as independent; sampling errors alone."""
+        if self.errors is None:
+            return float(np.all(self._moving(self.squares) > 0))
+        score = self._moving(self.squares / np.maximum(self.errors, 1e-30))
+        first = [int(np.argmax(self.star == star)) for star in np.unique(self.star)]
+        return float(np.prod([ndtr(score[q][level].min()) for q in first for level in levels(self.squares[q])]))
+
+    def _moving(self, values: np.ndarray) -> np.ndarray:
+        """``values`` with the translations at q = 0 replaced by plus infinity."""
+        still = np.zeros(values.shape, dtype=bool)
+        still[0, np.argsort(np.abs(self.squares[0]))[:3]] = True
+        return np.where(still, np.inf, values)
+
+
+def free_energy_hessian(
+    state: SschaState,
+    ensemble: Ensemble,
+    symmetry: Symmetry,
+    *,
+    include_v4: bool = False,
+    unbiased: bool = True,
+    errors: bool = True,
+) -> Hessian:
+    """The Hessian of ``state`` from an ensemble drawn from it.
+
+    ``unbiased=False`` is the estimate of python-sscha. Error bars (first order in the noise, pairs as units) hold the
+    sampling of D and of Phi; not the error of the energy surface or of the supercell. Raises ``SschaError`` for
+    imaginary auxiliary modes, and with ``include_v4`` when the equation of fourth order does not converge.
+    """
+    modes = wavevectors(state)
+    data = samples(state, ensemble, modes)
+    representation = Representation(modes, symmetry)
+    tensor, noise = tensors(modes, data, representation, unbiased and len(data) > 1)
+    rows = Rows(modes, data, representation, state.temperature, include_v4)
+    corrections = np.zeros_like(modes.vectors)
+    for star in rows.stars:
+        first = next(iter(star))
+        corrections[first] = contracted(tensor, rows.of(tensor, first), first)
+        if noise is not None:
+            corrections[first] -= contracted(noise, rows.of(noise, first), first)
+        for q, operation in star.items():
+            turn = representation.matrix(operation, first)
+            corrections[q] = turn @ corrections[first] @ turn.conj().T
+    weights = modes.vectors * modes.root_mass[:, None]
+    q = modes.points / np.array(modes.repeats)
+    matrices = fourier(state.force_constants, state.repeats, q) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
+    compact = symmetry.force_constants(inverse_fourier(matrices, state.repeats, q))
+    found = _diagonalised(state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None)
+    if not errors or len(data) < 2:
+        return found
+    return replace(found, errors=square_errors(found, modes, data, lambda q: rows.everywhere(tensor, q)))
+
+
+def tensors(modes: Wavevectors, data: Samples, representation: Representation, halves: bool) -> tuple[ThirdOrder, ThirdOrder | None]:
+    """The symmetrised tensor, and half the difference between those of the two halves of the ensemble (or None)."""
+    if not halves:
+        return third_order(modes, data).symmetrised(representation), None
+    first, second = data.part(slice(0, None, 2)), data.part(slice(1, None, 2))
+    share = len(first) / len(data)
+    one, other = third_order(modes, first), third_order(modes, second)
+    mean = one.mixed(other, share, 1.0 - share)
+    return mean.symmetrised(representation), one.mixed(other, 0.5, -0.5).symmetrised(representation)
+
+
+def bubble_response(modes: Wavevectors, temperature: float) -> np.ndarray:
+    """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the translations."""
+    quantum = modes.quantum.ravel()
+    response = np.where(np.outer(modes.moving, modes.moving), static_response(quantum, temperature), 0.0)
+    n_q, size = modes.quantum.shape
+    return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
+
+
+def static_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
+    """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in eV, Bose numbers n.
+
+    Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b = w/2kT, x = a - b.
+    """
+    w1, w2 = quantum[:, None], quantum[None, :]
+    if temperature == 0:
+        return -(HBAR**4) / (4.0 * w1 * w2 * (w1 + w2))
+    thermal = 2.0 * KELVIN * temperature
+    a, b = np.maximum(w1, w2) / thermal, np.minimum(w1, w2) / thermal
+    x = np.maximum(a - b, 1e-12)
+    decay = -np.expm1(-2.0 * x) / x
+    slope = decay * np.exp(-2.0 * b) / (np.expm1(-2.0 * a) * np.expm1(-2.0 * b)) / thermal
+    occupied = 1.0 / np.expm1(2.0 * a) + 1.0 / np.expm1(2.0 * b) + 1.0
+    return -(HBAR**4) / (4.0 * w1 * w2) * (occupied / (w1 + w2) + slope)
+
+
+class Rows:
+    """R of H = Phi + D R at any q: L D, or with the fourth order L (1 - D4 L)^-1 D."""
+
+    def __init__(self, modes: Wavevectors, data: Samples, representation: Representation, temperature: float, include_v4: bool) -> None:
+        self.modes = modes
+        self.representation = representation
+        self.response = bubble_response(modes, temperature)
+        self.stars = representation.stars()
+        self.fourth = FourthOrder(modes, data, representation) if include_v4 else None
+        self._solved: dict[tuple[int, int], np.ndarray] = {}
+
+    def of(self, tensor: ThirdOrder, q: int) -> np.ndarray:
+        """(3n, n_q, 3n, 3n): row, second q, modes there, modes at the third q."""
+        n_q = len(self.modes.points)
+        if self.fourth is None:
+            return np.stack([tensor.block(q, second) * self.response[second, self.modes.third(q, second)] for second in range(n_q)], axis=1)
+        key = (id(tensor), q)
+        if key not in self._solved:
+            self._solved[key] = dressed_rows(self.fourth, tensor, self.response, q)
+        return self._solved[key]
+
+    def everywhere(self, tensor: ThirdOrder, q: int) -> np.ndarray:
+        """The same, from the representative of the star where that is dear."""
+        star = next(star for star in self.stars if q in star)
+        first = next(iter(star))
+        if self.fourth is None or first == q:
+            return self.of(tensor, q)
+        known, operation = self.of(tensor, first), star[q]
+        image = self.representation.images[operation]
+        rows = np.empty_like(known)
+        for second in range(len(image)):
+            triple = (first, second, self.modes.third(first, second))
+            rows[:, image[second]] = transformed(known[:, second], [self.representation.matrix(operation, index) for index in triple])
+        return rows
+
+
+def contracted(tensor: ThirdOrder, rows: np.ndarray, q: int) -> np.ndarray:
+    """D R at one q in modes, (3n, 3n), eV/A^2/amu."""
+    total = np.zeros(tensor.modes.vectors.shape[1:], dtype=tensor.modes.vectors.dtype)
+    for second in range(len(tensor.modes.points)):
+        block, right = tensor.block(q, second), rows[:, second]
+        total += block.reshape(len(block), -1) @ right.reshape(len(block), -1).conj().T
+    return 0.5 * (total + total.conj().T)
+
+
+def _diagonalised(
+    state: SschaState, modes: Wavevectors, compact: np.ndarray, stars: list[dict[int, int]], n_configs: int, fourth: bool, unbiased: bool
+) -> Hessian:
+    q = modes.points / np.array(modes.repeats)
+    matrices = fourier(compact, state.repeats, q) / np.outer(modes.root_mass, modes.root_mass)
+    matrices = matrices if np.iscomplexobj(modes.vectors) else matrices.real
+    squares, vectors = np.linalg.eigh(0.5 * (matrices + matrices.conj().transpose(0, 2, 1)))
+    star = np.zeros(len(q), dtype=int)
+    for number, members in enumerate(stars):
+        star[list(members)] = number
+    # where no operation turns q around, -q is a star of its own with the same modes
+    star = np.unique(np.minimum(star, star[modes.minus]), return_inverse=True)[1]
+    return Hessian(state, compact, q, squares * HBAR**2, None, vectors, star, n_configs, fourth, unbiased)

@@ -1,0 +1,138 @@
+"""The third-order tensor <d3V> of an SSCHA state, by wave vector.
+
+D(x, y, z) = < (Y_yz - v_y v_z) f_x >, symmetric in all three, with v = Y u, Y = <uu>^-1 and f the residual force
+(Bianco, Errea, Paulatto, Calandra, Mauri, PRB 96, 014111 (2017), Eq. 21, doi:10.1103/PhysRevB.96.014111). Only triples
+of wave vectors that add up to zero are computed, one for each set of equal permutations and complex conjugates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors
+
+CHUNK = 2**21
+"""Numbers in one intermediate array."""
+
+Triple = tuple[int, int, int]
+
+
+class ThirdOrder:
+    """D in modes, eV/A^3/amu^1.5: ``block(q1, q2)`` is (3n, 3n, 3n) for the modes at q1, q2 and -(q1 + q2)."""
+
+    def __init__(self, modes: Wavevectors, blocks: dict[Triple, np.ndarray]) -> None:
+        self.modes = modes
+        self.blocks = blocks
+
+    def block(self, first: int, second: int) -> np.ndarray:
+        """(3n, 3n, 3n) for the modes at q ``first``, ``second`` and the third that makes the sum zero."""
+        return self.of((first, second, self.modes.third(first, second)))
+
+    def of(self, triple: Triple) -> np.ndarray:
+        """The same for three q whose sum is zero; a view where possible."""
+        key, conjugate = canonical(triple, self.modes)
+        wanted = tuple(int(self.modes.minus[q]) for q in triple) if conjugate else triple
+        order = np.argsort(np.argsort(wanted, kind="stable"), kind="stable")
+        block = self.blocks[key].transpose(order)
+        return block.conj() if conjugate else block
+
+    def symmetrised(self, representation: Representation) -> ThirdOrder:
+        """Averaged over the operations of the space group."""
+        if len(representation) == 1:
+            return self
+        done: dict[Triple, np.ndarray] = {}
+        for key in self.blocks:
+            if key in done:
+                continue
+            images: list[Triple] = [tuple(row) for row in representation.images[:, list(key)].tolist()]
+            average = np.zeros_like(self.blocks[key])
+            for operation, image in enumerate(images):
+                back = [representation.matrix(operation, q).conj().T for q in key]
+                average += transformed(self.of(image), back)
+            average /= len(representation)
+            for operation, image in enumerate(images):
+                name, conjugate = canonical(image, self.modes)
+                if name not in done:
+                    turned = transformed(average, [representation.matrix(operation, q) for q in key])
+                    wanted = [int(self.modes.minus[q]) for q in image] if conjugate else image
+                    done[name] = (turned.conj() if conjugate else turned).transpose(np.argsort(wanted, kind="stable"))
+        return ThirdOrder(self.modes, done)
+
+    def mixed(self, other: ThirdOrder, own: float, others: float) -> ThirdOrder:
+        """own * self + others * other."""
+        return ThirdOrder(self.modes, {key: own * block + others * other.blocks[key] for key, block in self.blocks.items()})
+
+    def rows(self) -> np.ndarray:
+        """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the first cell."""
+        modes = self.modes
+        n_q, size = modes.quantum.shape
+        q = modes.points / np.array(modes.repeats)
+        wave = np.exp(2j * np.pi * q @ modes.points.T)
+        weights = modes.vectors * modes.root_mass[:, None]
+        rows = np.zeros((size, n_q, size, n_q, size))
+        for first in range(n_q):
+            for second in range(n_q):
+                third = modes.third(first, second)
+                block = transformed(self.block(first, second), [weights[first], weights[second], weights[third]])
+                rows += np.einsum("r,s,xyz->xrysz", wave[second], wave[third], block, optimize=True).real
+        return rows.reshape(size, n_q * size, n_q * size) / n_q**1.5
+
+
+def canonical(triple: Triple, modes: Wavevectors) -> tuple[Triple, bool]:
+    """The name under which a triple is kept, and whether that holds the complex conjugate."""
+    own = tuple(sorted(triple))
+    negative = tuple(sorted(int(modes.minus[q]) for q in triple))
+    return (negative, True) if negative < own else (own, False)
+
+
+def transformed(block: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
+    """Apply a matrix to each of the three indices."""
+    for matrix in matrices:
+        block = np.tensordot(block, matrix, axes=(0, 1))
+    return block
+
+
+def triples(modes: Wavevectors) -> Iterator[Triple]:
+    """Every kept triple once."""
+    for first in range(len(modes.points)):
+        for second in range(first, len(modes.points)):
+            triple = (first, second, modes.third(first, second))
+            if triple[2] >= second and canonical(triple, modes) == (triple, False):
+                yield triple
+
+
+def third_order(modes: Wavevectors, ensemble: Samples) -> ThirdOrder:
+    """The tensor of an ensemble, symmetric in its indices and under translations; see `ThirdOrder.symmetrised`."""
+    return ThirdOrder(modes, {triple: _block(modes, ensemble, triple) for triple in triples(modes)})
+
+
+def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
+    """Minus the average of (f v v + v f v + v v f) / 3 plus the Y terms, by matrix products over slices of the second index."""
+    v1, v2, v3 = (ensemble.scaled[q] for q in triple)
+    f1, f2, f3 = (ensemble.even[q] for q in triple)
+    count, size = v1.shape
+    left = np.concatenate([f1, v1]).T / (-3.0 * count)
+    block = np.empty((size, size, size), dtype=v1.dtype)
+    step = max(1, CHUNK // (2 * count * size))
+    for begin in range(0, size, step):
+        part = slice(begin, begin + step)
+        pairs = v2[:, part, None] * v3[:, None, :]
+        crossed = f2[:, part, None] * v3[:, None, :]
+        crossed += v2[:, part, None] * f3[:, None, :]
+        right = np.concatenate([pairs, crossed]).reshape(2 * count, -1)
+        block[:, part] = (left @ right).reshape(size, -1, size)
+    return _add_mean_force(block, modes, ensemble, triple)
+
+
+def _add_mean_force(block: np.ndarray, modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
+    """Add <Y_yz f_x> / 3 for each index at q = 0, where Y is diagonal."""
+    force = ensemble.even[0].mean(axis=0) / 3.0
+    for axis, q in enumerate(triple):
+        if q == 0:
+            other = triple[(axis + 1) % 3]
+            stiffness = np.diag(np.where(modes.moving[other], 1.0 / modes.variance[other], 0.0))
+            term = force[:, None, None] * stiffness[None]
+            block += np.moveaxis(term, 0, axis)
+    return block
