@@ -64,7 +64,7 @@ def test_a_list_is_used_again_while_atoms_move_less_than_half_the_skin(double, h
     again = displaced(atoms, 5, 0.02, seed=1)
     assert_same(double.evaluate(again), without_sharing(double, again, monkeypatch), 1e-11)
     assert list(double._topologies.values()) == [first]
-    far = displaced(atoms, 5, 0.3, seed=2)
+    far = displaced(atoms, 5, 0.1, seed=2)
     assert_same(double.evaluate(far), without_sharing(double, far, monkeypatch), 1e-11)
     assert next(iter(double._topologies.values())) is not first
 
