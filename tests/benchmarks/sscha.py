@@ -196,7 +196,10 @@ def stock_candidate(atoms: Atoms, calculator: Calculator, n_configs: int, pressu
         import sscha.SchaMinimizer
 
         np.random.seed(0)
-        ensemble = sscha.Ensemble.Ensemble(python_sscha.to_phonons(begin.state), T0=0.0)
+        dyn = python_sscha.to_phonons(begin.state)
+        dyn.AdjustQStar()
+        dyn.Symmetrize()
+        ensemble = sscha.Ensemble.Ensemble(dyn, T0=0.0)
         minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(ensemble, meaningful_factor=0.02, kong_liu_ratio=0.5)
         minimizer.min_step_dyn = minimizer.min_step_struc = 0.5
         relax = sscha.Relax.SSCHA(minimizer, ase_calculator=calculator, N_configs=n_configs, max_pop=12)
