@@ -147,7 +147,8 @@ from magus_anharmonic.sscha import free_energy
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 print("before")
 atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
-free_energy(atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=40, max_populations=3, directory=sys.argv[1])
+options = dict(cell="fixed", supercell=(1, 1, 1), n_configs=40, max_populations=3, engine="python-sscha")
+free_energy(atoms, QuarticPair(), directory=sys.argv[1], **options)
 os.write(1, b"from the descriptor\\n")
 print("after")
 """

@@ -120,8 +120,10 @@ def test_every_evaluation_is_counted_and_tabulated(compressed):
     result, folder = compressed
     rows = list(csv.DictReader((folder / "convergence.csv").open()))
     assert len(rows) == result.n_populations
+    evaluated_in = [len(np.load(folder / f"population_{k:03d}.npz")["energies"]) for k in range(1, len(rows) + 1)]
     with np.load(folder / "start.npz") as start:
-        assert result.n_evaluations == int(start["n_evaluations"]) + 100 * result.n_populations
+        assert result.n_evaluations == int(start["n_evaluations"]) + sum(evaluated_in)
+    assert evaluated_in[-1] == 100
     assert float(rows[-1]["gibbs_eV_per_atom"]) == pytest.approx(result.gibbs_raw)
     assert float(rows[-1]["effective_sample"]) == 1.0
     assert (folder / f"dyn_pop{result.n_populations}_1").is_file()
@@ -233,7 +235,8 @@ def test_a_start_of_another_supercell_is_interpolated(compressed):
 def test_one_population_is_one_call_of_the_evaluator():
     evaluator = RecordingEvaluator()
     result = quartic(evaluator=evaluator)
-    assert evaluator.sizes[-result.n_populations :] == [60] * result.n_populations
+    assert sum(evaluator.sizes) == result.n_evaluations
+    assert evaluator.sizes[-result.n_populations :] == [20] + [60] * (result.n_populations - 1)
 
 
 def test_progress_is_logged(caplog):

@@ -51,7 +51,7 @@ def free_energy(
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
     n_configs, max_populations
-        Configurations per ensemble (even: +u/-u pairs; a quarter, at least 100, while far from the minimum), and most ensembles.
+        Configurations per ensemble (even: +u/-u pairs; a quarter, at least 20 to 100, while far from the minimum), and most ensembles.
     engine
         ``"native"``, or ``"python-sscha"``: who minimises on an ensemble. Ensembles and results are ours either way.
     masses

@@ -56,8 +56,9 @@ follow noise), and the populations can be used together."""
 APPROACH = 0.25
 """Part of ``n_configs`` of a population that only shows the way: the first, and those after a minimisation that used its
 sample up before it got to the minimum."""
-SMALLEST_APPROACH = 100
-"""Configurations, where ``n_configs`` allows."""
+SMALLEST_APPROACH = (20, 100)
+"""Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the cell without symmetry (a
+force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
 USED_UP = 1.2
 """Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
 
@@ -130,7 +131,8 @@ class SschaRun:
         """Configurations of the next population: fewer while they only show the way."""
         settings = self.task.settings
         full, most = settings.configurations(self.n_populations + 1), settings.n_configs
-        return 2 * (min(full, max(int(APPROACH * most), SMALLEST_APPROACH)) // 2) if self._approach else full
+        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_APPROACH))
+        return 2 * (min(full, max(int(APPROACH * most), least)) // 2) if self._approach else full
 
     @property
     def n_populations(self) -> int:

@@ -7,6 +7,7 @@ code is 0 only if all do. Seconds are of the process (user and system), so that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 
 from magus_anharmonic.sscha import native, python_sscha
 from magus_anharmonic.sscha.averages import Ensemble
@@ -147,16 +149,15 @@ def one_ensemble(what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: fl
     return Row(f"minimise one ensemble, {what}", stock, mine, bar, remark)
 
 
-def whole_candidate(error: float = 1e-3) -> Row:
-    """R3m H3S, four atoms, 2x2x2, variable cell at 150 GPa, 0 K, to G +- 1 meV/atom: from the structure on, wall time.
+def whole_candidate(error: float = 1e-3, n_configs: int = 60) -> Row:
+    """R3m H3S, four atoms, 2x2x2, variable cell at 150 GPa, 0 K, from the structure to G +- 1 meV/atom.
 
-    Theirs: the same driver with python-sscha's minimiser and stock MatterSim, one structure at a time. Both get the same
-    configurations per population; the errors that they reach are printed.
+    Theirs: stock MatterSim under python-sscha's own ``vc_relax``, after the relaxation and the harmonic start of this package
+    (which need fewer evaluations than CellConstructor's). Both have ``n_configs`` in the last population.
     """
     from mattersim.forcefield.potential import MatterSimCalculator
     from mattersim.forcefield.potential import Potential as StockPotential
 
-    from magus_anharmonic.evaluator import as_evaluator
     from magus_anharmonic.potential import load
     from magus_anharmonic.sscha import free_energy
 
@@ -165,18 +166,50 @@ def whole_candidate(error: float = 1e-3) -> Row:
     atoms.positions[1:] += 0.1 * np.eye(3)
     checkpoint = Path(native.__file__).parents[1] / "data" / "h3s-gpaw-small.pth"
     fast = load("h3s-gpaw-small", device="cpu")
+    begun = time.process_time()
+    ours = free_energy(atoms, fast, 150.0, 0.0, n_configs=n_configs, max_populations=12)
+    mine = time.process_time() - begun
     stock = MatterSimCalculator(StockPotential.from_checkpoint(str(checkpoint), device="cpu", load_training_state=False), device="cpu")
-    times, results = {}, {}
-    for name, evaluator, engine in (("ours", fast, "native"), ("theirs", as_evaluator(stock), "python-sscha")):
-        begun = time.process_time()
-        results[name] = free_energy(atoms, evaluator, 150.0, 0.0, n_configs=60, max_populations=12, engine=engine)
-        times[name] = time.process_time() - begun
-    described = "; ".join(
-        f"{name}: {r.status}, G {r.gibbs_raw:.5f} +- {r.gibbs_error:.5f} eV/atom, {r.n_evaluations} evaluations"
-        for name, r in results.items()
+    begun = time.process_time()
+    gibbs, gibbs_error, evaluations, converged = stock_candidate(atoms, stock, n_configs)
+    remark = (
+        f"ours: {ours.status}, G {ours.gibbs_raw:.5f} +- {ours.gibbs_error:.5f} eV/atom, {ours.n_evaluations} evaluations; "
+        f"theirs: {'converged' if converged else 'not converged'}, {gibbs:.5f} +- {gibbs_error:.5f}, {evaluations}"
     )
-    good = all(result.converged and result.gibbs_error <= error for result in results.values())
-    return Row("whole candidate against python-sscha + stock MatterSim", times["theirs"] if good else 0.0, times["ours"], 10.0, described)
+    good = ours.converged and ours.gibbs_error <= error
+    return Row("whole candidate against python-sscha + stock MatterSim", time.process_time() - begun if good else 0.0, mine, 10.0, remark)
+
+
+def stock_candidate(atoms: Atoms, calculator: Calculator, n_configs: int, pressure: float = 150.0) -> tuple[float, float, int, bool]:
+    """G and its error (eV/atom), evaluations, and whether ``vc_relax`` of python-sscha says that it converged, at 0 K."""
+    from magus_anharmonic.evaluator import as_evaluator
+    from magus_anharmonic.sscha.start import CountingEvaluator, harmonic_start, relaxed_primitive
+    from magus_anharmonic.sscha.symmetry import symmetric_primitive
+    from magus_anharmonic.units import EV_PER_A3_IN_GPA, RYDBERG
+
+    counting = CountingEvaluator(as_evaluator(calculator))
+    relaxed = relaxed_primitive(symmetric_primitive(atoms, 0.05), counting, pressure, symprec=0.05, variable_cell=True)
+    begin = harmonic_start(relaxed, counting, temperature=0.0, repeats=(2, 2, 2), variable_cell=True)
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), python_sscha.quiet(LOG):
+        import sscha.Ensemble
+        import sscha.Relax
+        import sscha.SchaMinimizer
+
+        np.random.seed(0)
+        dyn = python_sscha.to_phonons(begin.state)
+        dyn.AdjustQStar()
+        dyn.Symmetrize()
+        ensemble = sscha.Ensemble.Ensemble(dyn, T0=0.0)
+        minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(ensemble, meaningful_factor=0.02, kong_liu_ratio=0.5)
+        minimizer.min_step_dyn = minimizer.min_step_struc = 0.5
+        relax = sscha.Relax.SSCHA(minimizer, ase_calculator=calculator, N_configs=n_configs, max_pop=12)
+        stiffness = float(begin.stress_response[:3, :3].mean()) * EV_PER_A3_IN_GPA
+        converged = relax.vc_relax(target_press=pressure, static_bulk_modulus=stiffness)
+        energy, spread = minimizer.get_free_energy(return_error=True)
+        volume = minimizer.ensemble.current_dyn.structure.get_volume()
+    n = len(relaxed)
+    gibbs = (energy * RYDBERG + pressure / EV_PER_A3_IN_GPA * volume) / n
+    return gibbs, spread * RYDBERG / n, counting.count + n_configs * minimizer.population, bool(converged)
 
 
 ROWS: list[Callable[[], Row]] = [
