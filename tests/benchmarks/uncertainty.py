@@ -2,7 +2,7 @@
 
 ``calibration`` fits the estimate of the checkpoint ``h3s-gpaw-small`` (or, with ``--n-train``, of a small model trained from new
 weights) to training and validation labels of ``inputs/h3s-checkpoint``, and compares expected with true errors on labels that the
-model has not seen: the test side of ``labels.xyz``, and ``labels-next.xyz``. Writes ``docs/calibration.svg``.
+model has not seen: the test side of ``labels.xyz``, cells around Im-3m and R3m apart from random and searched ones. Writes ``docs/calibration.svg``.
 
 ``learning`` trains a small model (2 blocks of 32 units) on a few random labels of the training side and adds as many again and again,
 chosen by each rule of ``learning.select``, with finetuning in between; all are scored on the test side. Writes
@@ -88,17 +88,18 @@ def cost(potential: Potential, structures: Sequence[Atoms]) -> None:
 
 def calibration(n_train: int, epochs: int, seed: int) -> None:
     train, validation, test = split_by_parent(read_labels(LABELS / "labels.xyz"))
-    later = read_labels(LABELS / "labels-next.xyz")
+    wide = [atoms for atoms in test if atoms.info["kind"] in ("random", "search")]
+    near = [atoms for atoms in test if atoms not in wide]
     if n_train:
         train = [train[i] for i in choose(train, n_train, np.random.default_rng(seed))]
         potential = trained(from_scratch(train, SMALL, seed=seed), train, validation, epochs, seed)
     else:
         potential = load("h3s-gpaw-small", device="cpu")
         potential.error_model = uncertainty.fit(potential.module, train, validation)
-    print(f"{len(train)} training labels: test {score(potential, test)}; later {score(potential, later)}")
+    print(f"{len(train)} training labels: around H3S {score(potential, near)}; wide {score(potential, wide)}")
     print(f"estimate: {potential.error_model}")
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 4.0))
-    for name, labelled in (("test", test), ("later searches", later)):
+    for name, labelled in (("around Im-3m and R3m", near), ("random and search", wide)):
         expected = potential.uncertainty(labelled)
         for axis, estimate, true, unit in zip(
             axes, (expected.energy_error, expected.force_error), true_errors(potential, labelled), ("eV/atom", "eV/A"), strict=True
