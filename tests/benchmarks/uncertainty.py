@@ -2,7 +2,8 @@
 
 ``calibration`` fits the estimate of the checkpoint ``h3s-gpaw-small`` (or, with ``--n-train``, of a small model trained from new
 weights) to training and validation labels of ``inputs/h3s-checkpoint``, and compares expected with true errors on labels that the
-model has not seen: the test side of ``labels.xyz``, cells around Im-3m and R3m apart from random and searched ones. Writes ``docs/calibration.svg``.
+model has not seen: the test side of ``labels.xyz``, cells around Im-3m and R3m apart from random and searched ones.
+Writes ``docs/calibration.svg``.
 
 ``learning`` trains a small model (2 blocks of 32 units) on a few random labels of the training side and adds as many again and again,
 chosen by each rule of ``learning.select``, with finetuning in between; all are scored on the test side. Writes
