@@ -161,6 +161,18 @@ def test_a_divergent_training_ends_and_keeps_the_model(tmp_path, student, train_
     assert result.model_id == result.parent_id
 
 
+def test_the_last_model_is_kept_where_the_settings_say_so(tmp_path) -> None:
+    """The teacher's own labels: nothing can be better than the start, and the best is the start."""
+    teacher = random_model(7)
+    labels = with_labels([rattled_h3s(np.random.default_rng(4)) for _ in range(6)], teacher)
+    best, last = (
+        finetune(teacher, labels[:4], labels[4:], FAST.model_copy(update={"keep": keep}), out=tmp_path / f"{keep}.pth", seed=0)
+        for keep in ("best", "last")
+    )
+    assert best.best_epoch == 0 and best.model_id == checkpoint.model_id(teacher)
+    assert last.best_epoch == 3 and last.model_id != best.model_id and last.after == last.history[3].validation
+
+
 def test_early_stopping(tmp_path) -> None:
     teacher = random_model(5)
     labelled = with_labels([rattled_h3s(np.random.default_rng(3)) for _ in range(3)], teacher)
@@ -464,15 +476,6 @@ def test_the_weights_of_a_recipe_go_by_kind(tmp_path, label_file) -> None:
     assert train_file([label_file], tmp_path / "a.pth", recipe).stages[0].improved
     with pytest.raises(InputError, match=r"weights: no training label is of the kind evan \(there are even, odd\)"):
         train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"weights": {"evan": 2.0}}))
-
-
-def test_the_best_epoch_is_chosen_by_the_kinds_of_the_recipe(tmp_path, label_file, labelled) -> None:
-    recipe = TrainRecipe(architecture=TINY, split=(1, 1, 0), stages=[FAST], validation_kinds=["odd"])
-    report = train_file([label_file], tmp_path / "a.pth", recipe)
-    kinds = [atoms.info["kind"] for atoms in split_by_parent(labelled, (1, 1, 0))[1]]
-    assert report.stages[0].n_validation == kinds.count("odd") < len(kinds) == report.scores["validation"]["all"].n
-    with pytest.raises(InputError, match="validation_kinds: no validation structure is of the kind prime"):
-        train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"validation_kinds": ["prime"]}))
 
 
 def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:

@@ -29,7 +29,7 @@ def fresh_python(code: str) -> str:
 
 
 def test_importing_the_package_takes_less_than_50_ms() -> None:
-    code = "import time; t = time.perf_counter(); import magus_anharmonic; print(time.perf_counter() - t)"
+    code = "import time; t = time.process_time(); import magus_anharmonic; print(time.process_time() - t)"
     assert min(float(fresh_python(code)) for _ in range(5)) < 0.05
 
 

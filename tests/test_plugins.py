@@ -506,7 +506,7 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
             gibbs=gibbs, gibbs_error=1e-3, gibbs_raw=gibbs, finite_size=0.0, helmholtz=gibbs, volume=atoms.get_volume() / len(atoms),
             stress=np.zeros((3, 3)), pressure=options["pressure"], centroids=atoms.copy(), space_group_start="P1 (1)", space_group="P1 (1)",
             n_evaluations=2, n_populations=1, converged=True, reason="", status="converged", temperature=0.0, supercell=(1, 1, 1),
-            model_id=evaluator.model_id, n_atoms_supercell=len(atoms), symmetry_tolerance=0.05,
+            model_id=evaluator.model_id, n_atoms_supercell=len(atoms), symmetry_tolerance=0.05, force_constants=None, decrease=0.0,
         )  # fmt: skip
 
     return free_energy

@@ -284,7 +284,7 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
         ({"molMode": True}, "molMode: only MAGUS knows"),
         ({"MainCalculator": {"calculator": "vasp"}}, "'vasp': the embedded host knows mattersim, emt"),
         ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "cannot be imported"),
-        ({"MainCalculator": {"calculator": "emt", "optimizer": "bfgs"}}, "MainCalculator.optimizer: unknown key"),
+        ({"MainCalculator": {"calculator": "emt", "step_size": 0.1}}, "MainCalculator.step_size: unknown key"),
         ({"MainCalculator": {"calculator": "ase.calculators.singlepoint.SinglePointCalculator"}}, "cannot be made with arguments"),
         ({"learning": {"labeler": {"calculator": "gpaw"}}}, "learning: needs a model that can learn"),
     ],

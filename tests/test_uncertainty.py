@@ -152,7 +152,7 @@ def test_the_covariance_is_that_of_the_training_atoms(potential: Potential, labe
 
 
 def atom_features(potential: Potential, atoms: Atoms) -> np.ndarray:
-    (graph,) = [graph for _, graph in potential._graphs([atoms])]
+    (graph,) = [graph for graph in potential._graphs([atoms])]
     return potential.model.atom_features(graph).double().numpy()
 
 

@@ -208,6 +208,8 @@ class _Run:
             self.history = [Epoch(0, self.settings.learning_rate, None, scores, time.perf_counter() - began)]
             logger.info("before training on %d structures: validation loss %.4g (%s)", len(data), scores.loss, scores)
         stopped = self._epochs(trainer, data, held_out, progress)
+        if self.settings.keep == "last" and np.isfinite(self.history[-1].validation.loss):
+            self.best_epoch, self.best_state = len(self.history) - 1, trainer.averaged_state()
         return self._keep_best(stopped)
 
     def _epochs(self, trainer: Trainer, data: LabelledGraphs, held_out: LabelledGraphs, progress: Callable[[Epoch], None] | None) -> str:

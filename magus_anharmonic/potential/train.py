@@ -46,9 +46,6 @@ class TrainRecipe(Section):
     weights: dict[str, Annotated[float, Field(gt=0, le=10)]] = Field(
         default_factory=dict, description="how often a training structure of a kind is seen per epoch, on average; 1 where not named"
     )
-    validation_kinds: list[str] = Field(
-        default_factory=list, description="kinds by which the best epoch is chosen; left out: all. Validation errors are of all kinds"
-    )
     stages: list[FinetuneSettings] = Field(default_factory=lambda: [FinetuneSettings()], min_length=1, description="one after the other")
 
     @model_validator(mode="after")
@@ -140,7 +137,7 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     parent_id = checkpoint.model_id(module)
     provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
     options = {"device": device, "parent_id": parent_id, "species": species, "weights": _weights(train, recipe)}
-    stages = _train_stages(module, train, _deciding(validation, recipe), recipe, out, **options)
+    stages = _train_stages(module, train, validation, recipe, out, **options)
     module, errors = stages[-1].module, stages[-1].error_model
     parts = {"train": train, "validation": validation, "test": test}
     potential = Potential(module, device=str(next(module.parameters()).device))
@@ -196,16 +193,6 @@ def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
     if unknown:
         raise InputError(f"weights: no training label is of the {recipe.kind} {unknown[0]} (there are {', '.join(sorted(set(kinds)))})")
     return [recipe.weights.get(kind, 1.0) for kind in kinds] if recipe.weights else None
-
-
-def _deciding(validation: list[Atoms], recipe: TrainRecipe) -> list[Atoms]:
-    """The validation structures by which the best epoch is chosen; raises InputError when there are none of the wanted kinds."""
-    if not recipe.validation_kinds:
-        return validation
-    chosen = [atoms for atoms in validation if str(atoms.info.get(recipe.kind, "other")) in recipe.validation_kinds]
-    if not chosen:
-        raise InputError(f"validation_kinds: no validation structure is of the {recipe.kind} {', '.join(recipe.validation_kinds)}")
-    return chosen
 
 
 def _starting_model(

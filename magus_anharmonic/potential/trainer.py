@@ -34,6 +34,9 @@ class FinetuneSettings(Section):
         "step", description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are validated and kept")
+    keep: Literal["best", "last"] = Field(
+        "best", description="best: the lowest validation loss, the start included; last: the averaged weights at the end, whatever they are"
+    )
     patience: Count | None = Field(None, description="stop after so many epochs without improvement; left out: never")
 
     @classmethod
