@@ -47,6 +47,10 @@ COLUMNS = (
     "p_lowest_total",
     "model_error_eV_per_atom",
     "ensemble_error_eV_per_A",
+    "parent",
+    "hessian_lowest_cm1",
+    "hessian_error_cm1",
+    "p_stable",
 )
 
 
@@ -86,6 +90,10 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.p_lowest_total),
         _digits(c.model_error),
         _digits(c.ensemble_error),
+        c.parent,
+        _digits(c.hessian_lowest),
+        _digits(c.hessian_error),
+        _digits(c.p_stable),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

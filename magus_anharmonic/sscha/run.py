@@ -46,7 +46,9 @@ VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
-NOT_OF_A_RUN = ("temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget")
+NOT_OF_A_RUN = (
+    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian"
+)  # fmt: skip
 """Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 TOGETHER = 8
 """Most populations of one cell that a minimisation uses."""
