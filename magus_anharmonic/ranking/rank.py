@@ -25,7 +25,7 @@ from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.stability import check_stability, follower_candidates
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
-from magus_anharmonic.ranking.table import write_quantum, write_ranking
+from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import bare, space_group, structure_id
@@ -81,6 +81,8 @@ def rank(
     tables = ranking.tables()
     set_info(population, tables[0], evaluator.model_id)
     write_tables(Path(run_dir), tables, ranking.store)
+    if settings.sscha is not None:
+        draw_best(Path(run_dir), tables[0], settings.sscha.keep_best)
     return tables[0]
 
 

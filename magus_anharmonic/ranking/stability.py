@@ -163,12 +163,12 @@ def _own_reason(record: Record) -> str:
 
 
 def follow_job(ranking: Ranking, record: Record) -> Job:
-    """The run down the unstable mode of a saddle, from its displaced centroids and its own force constants."""
+    """The run that starts from a saddle's centroids displaced along its unstable mode."""
     hessian = hessian_of_folder(ranking.run_dir / "sscha" / record.folder)
     if hessian is None:
         raise SschaError(f"{record.folder}: the ensembles of this saddle point are gone")
-    start = down_the_mode(hessian, ranking.sscha.supercell, ranking.evaluator)
-    return ranking.job(bare(start.atoms), [record.key], start=start)
+    start = down_the_mode(hessian, ranking.evaluator, ranking.sscha.symprec)
+    return ranking.job(bare(start), [record.key])
 
 
 def what_became(saddle: Record, follower: Record) -> str:

@@ -110,6 +110,18 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
         writer.writerows(row(candidate) for candidate in candidates)
 
 
+def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
+    """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle points; those that have a table."""
+    from magus_anharmonic.sscha.convergence_figure import draw_convergence
+
+    best = [c for c in candidates if c.folder and (c.status == "saddle" or (c.rank_quantum or n_best + 1) <= n_best)]
+    found = []
+    for c in best:
+        title = f"{c.formula}, {c.spg_quantum}, {c.pressure:g} GPa, {c.temperature:g} K"
+        found.append(draw_convergence(run_dir / "sscha" / c.folder, title))
+    return [path for path in found if path is not None]
+
+
 def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
     """Write the centroids of all records that have a G, lowest first, with what is known in ``info``; returns how many.
 

@@ -1,28 +1,28 @@
 """From a saddle point of the free energy down its unstable mode: the start of a run in the subgroup.
 
-The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of the new primitive cell, and
-the force constants go along. Where the mode is degenerate, the direction is the one of lowest static energy among the simple
-ones, and of those the most symmetric.
+The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of the new primitive cell. Where
+the mode is degenerate, the direction is the one of lowest static energy among the simple ones, and of those the most symmetric.
+
+The run below starts harmonic, as any other. From the force constants of the saddle it would go back: at fixed force constants the
+free energy of SSCHA is convex in the centroids, and the saddle's wide Gaussian hides the well that a narrow one falls into.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import numpy as np
 import spglib
 from ase import Atoms
 from ase.geometry import minkowski_reduce
 
+from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.hessian_error import levels
 from magus_anharmonic.sscha.start import nearest_neighbour
-from magus_anharmonic.sscha.state import SschaState, cell_index, fourier, variance
-from magus_anharmonic.sscha.symmetry import choose_repeats
+from magus_anharmonic.sscha.state import fourier, variance
 from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
 from magus_anharmonic.units import HBAR
 
@@ -60,13 +60,6 @@ class Sublattice:
             found.setdefault(_remainder(np.array(offset), matrix), np.array(offset))
         return cls(matrix, np.array(list(found.values())))
 
-    def locate(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Old lattice vectors (m, 3) as new lattice vectors (m, 3) and positions in ``offsets`` (m,)."""
-        places = {_remainder(offset, self.matrix): place for place, offset in enumerate(self.offsets)}
-        place = np.array([places[_remainder(vector, self.matrix)] for vector in vectors], dtype=int)
-        new = np.rint((vectors - self.offsets[place]) @ np.linalg.inv(self.matrix)).astype(int)
-        return new, place
-
 
 def _triangular(determinant: int) -> list[np.ndarray]:
     """All Hermite normal forms of a determinant: one basis for every sublattice of that index."""
@@ -85,21 +78,6 @@ def _remainder(vector: np.ndarray, matrix: np.ndarray) -> tuple[int, ...]:
     return tuple(int(value) for value in (vector @ adjugate) % determinant)
 
 
-def in_larger_cell(state: SschaState, sublattice: Sublattice, repeats: tuple[int, int, int]) -> SschaState:
-    """The same crystal with the sublattice's cell as primitive cell, in a supercell of ``repeats`` of it.
-
-    Force constants are interpolated as for the finite-size term: exact where the new supercell is the old one.
-    """
-    atoms, n = larger_cell(state.atoms, sublattice), len(state.atoms)
-    vectors, blocks = nearest_images(state)
-    compact = np.zeros((int(np.prod(repeats)), len(atoms), len(atoms), 3, 3))
-    for first, offset in enumerate(sublattice.offsets):
-        cells, places = sublattice.locate(offset + vectors)
-        for cell, place, block in zip(cell_index(cells, repeats), places, blocks, strict=True):
-            compact[cell, first * n : (first + 1) * n, place * n : (place + 1) * n] += block
-    return SschaState(atoms, repeats, compact, state.temperature)
-
-
 def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
     """The crystal in the sublattice's cell; atoms ordered by old cell, in the order of ``offsets``."""
     shifts = sublattice.offsets @ atoms.cell.array
@@ -112,11 +90,11 @@ def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
     )
 
 
-def down_the_mode(hessian: Hessian, supercell: Any, evaluator: Evaluator) -> SschaState:
-    """The saddle's state with its centroids displaced along the most surely negative mode, in that mode's primitive cell.
+def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Atoms:
+    """The centroids of a saddle displaced along its most surely negative mode, in the primitive cell that the mode leaves.
 
-    ``supercell`` : as in the settings, of the new cell. The amplitude is the mode's root mean square in the auxiliary state,
-    no atom further than 0.15 of the nearest-neighbour distance.
+    The amplitude is the mode's root mean square in the auxiliary state, no atom further than 0.15 of the nearest-neighbour
+    distance; more only where a search for symmetry with ``symprec`` (A) would not see it. Raises ``SschaError`` where it never does.
     """
     state = hessian.state
     q, mode = hessian.lowest
@@ -125,17 +103,32 @@ def down_the_mode(hessian: Hessian, supercell: Any, evaluator: Evaluator) -> Ssc
     level = next(level for level in levels(hessian.squares[q]) if mode in level)
     patterns = real_patterns(hessian.vectors[q][:, level], hessian.points[q], sublattice)
     limit = LARGEST_SHIFT * nearest_neighbour(state.atoms).min()
-    rms = np.sqrt(_variance(hessian, q, hessian.vectors[q][:, mode]))
+    rms = np.sqrt(_variance(hessian, q, hessian.vectors[q][:, mode]) * len(sublattice.offsets))
     displaced = []
     for direction in simple_directions(patterns):
-        shift = rms * np.sqrt(len(sublattice.offsets)) * direction / np.sqrt(cell.get_masses())[:, None]
+        shift = rms * direction / np.sqrt(cell.get_masses())[:, None]
+        shift *= min(1.0, limit / np.linalg.norm(shift, axis=1).max())
+        moved = _visible(cell, shift, symprec)
+        if moved is not None:
+            displaced.append(moved)
+    if not displaced:
+        raise SschaError(f"the displacements along the unstable mode are not told from noise at symprec {symprec:g} A")
+    return _best(displaced, evaluator)
+
+
+def _visible(cell: Atoms, shift: np.ndarray, symprec: float) -> Atoms | None:
+    """``cell`` displaced by ``shift``, or by up to twice that, so that its symmetry is the same at ``symprec`` as exactly."""
+    for factor in (1.0, 1.25, 1.5, 2.0):
         moved = cell.copy()
-        moved.positions += shift * min(1.0, limit / np.linalg.norm(shift, axis=1).max())
-        displaced.append(moved)
-    chosen = _best(displaced, evaluator)
-    repeats = choose_repeats(chosen, supercell, SYMPREC)
-    whole = in_larger_cell(state, sublattice, repeats)
-    return SschaState(chosen, repeats, whole.force_constants, state.temperature)
+        moved.positions += factor * shift
+        if _kind(moved, symprec) == _kind(moved, SYMPREC):
+            return moved
+    return None
+
+
+def _kind(atoms: Atoms, symprec: float) -> tuple[str, int]:
+    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
+    return space_group(atoms, symprec), len(found["rotations"]) if found else 1
 
 
 def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
@@ -176,15 +169,9 @@ def _best(displaced: list[Atoms], evaluator: Evaluator) -> Atoms:
     """One of every space group is evaluated; the lowest, and among equals the most symmetric, is taken."""
     kinds: dict[tuple[str, int], Atoms] = {}
     for atoms in displaced:
-        kinds.setdefault((space_group(atoms, SYMPREC), _n_operations(atoms)), atoms)
+        kinds.setdefault(_kind(atoms, SYMPREC), atoms)
     if len(kinds) == 1:
-        return next(iter(kinds.values()))
-    structures = list(kinds.values())
-    energies = np.asarray(evaluator.evaluate(structures).energy, dtype=float) / len(structures[0])
-    equal = [place for place, energy in enumerate(energies) if energy <= energies.min() + TIE]
-    return structures[max(equal, key=lambda place: _n_operations(structures[place]))]
-
-
-def _n_operations(atoms: Atoms) -> int:
-    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=SYMPREC)
-    return len(found["rotations"]) if found else 1
+        return displaced[0]
+    energies = np.asarray(evaluator.evaluate(list(kinds.values())).energy, dtype=float) / len(displaced[0])
+    equal = [kind for kind, energy in zip(kinds, energies, strict=True) if energy <= energies.min() + TIE]
+    return kinds[max(equal, key=lambda kind: kind[1])]

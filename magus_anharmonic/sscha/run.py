@@ -325,6 +325,8 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "gibbs_eV_per_atom": gibbs,
         "error_eV_per_atom": error,
         "pressure_GPa": -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA,
+        # the diagonal components taken as wholly correlated: an upper bound
+        "pressure_error_GPa": float(np.trace(averages.stress_error)) / 3.0 * EV_PER_A3_IN_GPA,
         "volume_A3_per_atom": state.atoms.get_volume() / n,
         "predicted_decrease_eV_per_atom": averages.decrease / n,
         "centroid_force_eV_per_A": float(np.abs(averages.force).max()),
