@@ -110,10 +110,10 @@ def copper(scale: float = 1.0) -> Atoms:
     return atoms
 
 
-def distorted(scale: float = 1.0) -> Atoms:
-    """A tetragonal crystal of copper: below the cubic one here."""
-    atoms = bulk("Cu", "bct", a=2.5 * scale, c=3.5 * scale)
-    return atoms
+def distorted(ratio: float = 1.25) -> Atoms:
+    """A tetragonal crystal of copper with this c/a (1.414 would be cubic): below the cubic one here."""
+    a = (23.6 / ratio) ** (1 / 3)
+    return bulk("Cu", "bct", a=a, c=a * ratio)
 
 
 def names(*structures: Atoms) -> list[str]:
@@ -211,7 +211,7 @@ def test_a_run_that_comes_back_to_the_saddle_is_no_phase_of_its_own(tmp_path: Pa
 
 
 def test_two_steps_down_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [copper(), distorted(), distorted(1.02), distorted(1.04)]
+    steps = [copper(), distorted(), distorted(1.15), distorted(1.6)]
     ids = names(*steps)
     verdicts = Verdicts(monkeypatch, dict.fromkeys(ids, -1.0))
     led = {ids[k]: steps[k + 1] for k in range(3)}

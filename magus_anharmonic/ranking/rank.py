@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, s
 from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def rank(
     energy_rmse: float | None = None,
     free_energy: Callable[..., Any] | None = None,
     workers: int | None = None,
+    starts: Mapping[str, SschaState] | None = None,
 ) -> list[Candidate]:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
@@ -66,11 +68,13 @@ def rank(
         `magus_anharmonic.sscha.free_energy`, or a stand-in with its arguments.
     workers
         SSCHA runs at the same time; None takes one per core.
+    starts
+        By structure id: the SSCHA state from which that structure's run starts, instead of a harmonic one.
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model.
     """
-    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse)
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts)
     if settings.sscha is not None:
         chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
         ranking.look_up()
@@ -96,10 +100,17 @@ class Ranking:
     """The state of one call of `rank`: who is distinct, what is known, what was run."""
 
     def __init__(
-        self, population: Sequence[Atoms], evaluator: Evaluator, settings: Settings, run_dir: Path, seed: int, energy_rmse: float | None
+        self,
+        population: Sequence[Atoms],
+        evaluator: Evaluator,
+        settings: Settings,
+        run_dir: Path,
+        seed: int,
+        energy_rmse: float | None,
+        starts: Mapping[str, SschaState] | None = None,
     ) -> None:
         self.population, self.evaluator, self.settings, self.energy_rmse = population, evaluator, settings, energy_rmse
-        self.run_dir, self.seed, self.model = run_dir, seed, evaluator.model_id
+        self.run_dir, self.seed, self.model, self.starts = run_dir, seed, evaluator.model_id, dict(starts or {})
         self.store = FreeEnergyStore(run_dir / NAME)
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
@@ -257,7 +268,8 @@ class Ranking:
             "reference_spacing": sscha.reference_spacing,
             "error_tolerance": self._error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
         }
-        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, start)
+        begin = self.starts.get(name) if start is None else start
+        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin)
 
     def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: int | None) -> None:
         def done(job: Job, outcomes: list[Outcome]) -> None:
