@@ -192,6 +192,23 @@ def test_a_saddle_leaves_the_winners_and_the_next_one_is_asked_in_its_place(tmp_
     assert n_runs(tmp_path) == calls and again[first] == found[first] and again[below].gibbs == found[below].gibbs
 
 
+def test_a_candidate_that_lies_below_the_saddle_is_one_row_and_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two structures end in the saddle; both lead to the third, which is in the population."""
+    first, second, below = names(copper(), copper(1.0105), distorted())
+
+    def cubic(atoms: Atoms, evaluator: object, **options: object) -> object:
+        result = deeper(-0.5)(atoms, evaluator, **options)
+        if "m-3m" in result.space_group:
+            result.gibbs, result.centroids = -5.0, copper()
+        return result
+
+    Verdicts(monkeypatch, {first: -1.0, second: -1.0}, distorted())
+    found = run(tmp_path, [copper(), copper(1.0105), distorted()], fake=cubic)
+    assert sorted(found) == sorted([first, second, below]) and n_runs(tmp_path) == 3
+    assert [found[name].status for name in (first, second)] == ["saddle", "saddle"]
+    assert (found[below].rank_quantum, found[below].parent in (first, second), found[below].members) == (1, True, (2,))
+
+
 def test_what_lies_above_the_saddle_is_said_to_be_not_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, below = names(copper(), distorted())
     Verdicts(monkeypatch, {first: -1.0}, distorted())

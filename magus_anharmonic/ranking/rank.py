@@ -23,7 +23,7 @@ from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, 
 from magus_anharmonic.ranking.phases import label_phases
 from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
-from magus_anharmonic.ranking.stability import check_stability, follower_candidates
+from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.trust import ensemble_trust
@@ -309,7 +309,7 @@ class Ranking:
         candidates = [self._candidate(group, key) for group in range(len(self.groups))]
         if key is not None:
             candidates = self._estimated(candidates, key)
-            candidates += follower_candidates(self.store, self.results(key))
+            candidates = with_followers(candidates, self.store, self.results(key))
             candidates = with_odds(label_phases(candidates), self.energy_rmse)
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]

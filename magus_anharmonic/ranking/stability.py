@@ -17,6 +17,7 @@ from magus_anharmonic.errors import MagusAnharmonicError, SschaError
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+from magus_anharmonic.ranking.outcomes import with_result
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.sscha.follow import down_the_mode
 from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian
@@ -244,36 +245,23 @@ def unfollowed(store: FreeEnergyStore, records: Sequence[Record]) -> list[Record
     return [record for record in saddles.values() if depth_of(store, record) < DEPTH]
 
 
-def follower_candidates(store: FreeEnergyStore, records: Sequence[Record]) -> list[Candidate]:
-    """The rows of the table for what was found below saddle points: no members of the population, and no static enthalpy."""
-    return [
-        Candidate(
-            follower.structure,
-            bare(follower.start),
-            follower.key.pressure,
-            follower.key.temperature,
-            None,
-            follower.key.model,
-            spg_static=follower.spg_static,
-            status=follower.status,
-            reason=_joined(f"below the saddle point {saddle.structure}", follower.reason),
-            gibbs=follower.gibbs,
-            gibbs_error=follower.gibbs_error,
-            gibbs_raw=follower.gibbs_raw,
-            finite_size=follower.finite_size,
-            volume=follower.volume,
-            spg_quantum=follower.spg_quantum,
-            symmetry_tolerance=follower.symmetry_tolerance,
-            centroids=follower.centroids,
-            ensemble_error=follower.ensemble_error,
-            n_evaluations=follower.n_evaluations,
-            n_supercell=follower.n_supercell,
-            folder=follower.folder,
-            record=follower.structure,
-            parent=saddle.structure,
-            hessian_lowest=follower.hessian_lowest,
-            hessian_error=follower.hessian_error,
-            p_stable=follower.p_stable,
-        )
-        for saddle, follower in followers(store, records)
-    ]
+def with_followers(candidates: Sequence[Candidate], store: FreeEnergyStore, records: Sequence[Record]) -> list[Candidate]:
+    """The candidates and what was found below saddle points: a row of its own, unless the run is that of a candidate."""
+    found = list(candidates)
+    for saddle, follower in followers(store, records):
+        known = [place for place, candidate in enumerate(found) if candidate.record == follower.structure]
+        for place in known:
+            found[place] = replace(found[place], parent=saddle.structure)
+        if not known:
+            found.append(_row_of(saddle, follower))
+    return found
+
+
+def _row_of(saddle: Record, follower: Record) -> Candidate:
+    """No member of the population, and without static enthalpy."""
+    reason = _joined(f"below the saddle point {saddle.structure}", follower.reason)
+    symmetry = {"spg_static": follower.spg_static, "parent": saddle.structure}
+    row = Candidate(
+        follower.structure, bare(follower.start), follower.key.pressure, follower.key.temperature, None, follower.key.model, **symmetry
+    )
+    return replace(with_result(row, follower, follower), reason=reason)
