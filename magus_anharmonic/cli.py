@@ -139,10 +139,17 @@ def _show(folder: Path) -> None:
 
 @app.command()
 def rank(
-    structures: Annotated[Path, typer.Argument(help="Any file that ASE reads, one structure or many.")],
+    structures: Annotated[Path | None, typer.Argument(help="Any file that ASE reads, one structure or many.")] = None,
     pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
     temperature: Annotated[list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")] = None,
     checkpoint: Annotated[str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")] = "mattersim-v1.0.0-1M",
+    start_dyn: Annotated[
+        str | None, typer.Option(help="Instead of structures: prefix of Quantum ESPRESSO dynamical matrices; their supercell is taken.")
+    ] = None,
+    load_ensemble: Annotated[
+        Path | None,
+        typer.Option(help="Instead of structures: python-sscha's ensemble (save_bin or data_dir); the start is minimised on it."),
+    ] = None,
     supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell.")] = (2, 2, 2),
     min_length: Annotated[float | None, typer.Option(help="Angstrom between images, instead of --supercell.")] = None,
     n_configs: Annotated[int, typer.Option(help="Configurations per population, even.")] = 1000,
@@ -152,6 +159,7 @@ def rank(
     confidence: Annotated[float, typer.Option(help="That nobody who belongs to the best is stopped early.")] = 0.95,
     keep_best: Annotated[int, typer.Option(help="So many of the lowest are run to the end and put in order.")] = 3,
     budget: Annotated[int | None, typer.Option(help="Most force evaluations of all structures together.")] = None,
+    check_hessian: Annotated[int, typer.Option("--hessian", help="So many of the lowest are checked for saddle points; 0: none.")] = 3,
     everybody: Annotated[bool, typer.Option("--everybody", help="Nobody is stopped early.")] = False,
     fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")] = False,
     seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
@@ -163,8 +171,10 @@ def rank(
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.ranking import rank_file
+        from magus_anharmonic.ranking.given_start import check_sources, rank_start
         from magus_anharmonic.settings import parse_settings
 
+        check_sources(structures, start_dyn, load_ensemble)
         settings = parse_settings(
             {
                 "pressure": pressure,
@@ -183,10 +193,14 @@ def rank(
                     "confidence": confidence,
                     "keep_best": keep_best,
                     "budget": budget,
+                    "hessian": check_hessian,
                 },
             }
         )
-        rank_file(structures, settings, output)
+        if structures is None:
+            rank_start(start_dyn, load_ensemble, settings, output)
+        else:
+            rank_file(structures, settings, output)
         _show(output)
 
 

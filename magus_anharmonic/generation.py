@@ -250,7 +250,7 @@ def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
 
     present = {c.seed for c in candidates if c.ranked and c.seed == c.record}
     new = [c for c in candidates if c.ranked and not c.same_as and c.record not in present]
-    statics = [Fingerprint(c.atoms) for c in candidates] if new else []
+    statics = [Fingerprint(c.atoms) for c in candidates if c.members] if new else []
     seeds = []
     for candidate in new:
         atoms = symmetric_primitive(candidate.centroids, candidate.symmetry_tolerance)

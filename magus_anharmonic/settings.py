@@ -173,6 +173,9 @@ class SschaSettings(Section):
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="that no stopped candidate belongs to the best")
     keep_best: Count = Field(3, description="so many of the lowest candidates are run to the end and put in order")
     budget: Count | None = Field(None, description="most force evaluations of one ranking; left out: no limit")
+    hessian: int = Field(
+        3, ge=0, description="so many of the lowest phases are checked for saddle points (free-energy Hessian), which are followed; 0: none"
+    )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
     @field_validator("temperature", mode="before")

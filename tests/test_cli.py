@@ -121,3 +121,87 @@ def test_the_doctor_fails_only_for_what_the_input_needs(folder):
     assert run("doctor")[0] == 0
     code, text = run("doctor", "-i", "input.yaml")
     assert code == 1 and "nowhere.pth" in text
+
+
+# ---------------------------------------------------------------------------------------------- rank from dynamical matrices
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory) -> Path:
+    """Dynamical matrices and an ensemble of fcc copper, as an SSCHA user has them; the forces are EMT's."""
+    import numpy as np
+    from ase.build import bulk
+    from ranking_fakes import Emt
+    from sscha_models import evaluated
+
+    from magus_anharmonic.sscha.qe_files import write_dyn, write_ensemble
+    from magus_anharmonic.sscha.start import harmonic_force_constants
+    from magus_anharmonic.sscha.state import SschaState
+    from magus_anharmonic.sscha.symmetry import Symmetry
+
+    folder = tmp_path_factory.mktemp("brought")
+    atoms = bulk("Cu")
+    symmetry = Symmetry(atoms, (2, 2, 2))
+    state = SschaState(atoms, (2, 2, 2), 1.3 * harmonic_force_constants(atoms, (2, 2, 2), symmetry, Emt()), 300.0)
+    write_dyn(state, folder / "dyn")
+    ensemble = evaluated(state, Emt(), 200)
+    write_ensemble(state, ensemble, folder / "data")
+    write_ensemble(state, type(ensemble)(*(values[:5] for values in vars(ensemble).values())), folder / "odd")
+    heavy = atoms.copy()
+    heavy.set_masses([70.0])
+    write_dyn(SschaState(heavy, (2, 2, 2), state.force_constants, 300.0), folder / "isotope")
+    assert np.isfinite(ensemble.energies).all()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ["--start-dyn"]),
+        (("a.xyz", "--start-dyn", "dyn"), ["a.xyz", "leave the file out"]),
+        (("--start-dyn", "nowhere/dyn"), ["nowhere/dyn1", "no such file"]),
+        (("--load-ensemble", "nowhere"), ["nowhere", "no such folder"]),
+        (("--load-ensemble", "."), ["energies_popN.npy"]),
+        (("--load-ensemble", "odd"), ["odd", "5 configurations", "even"]),
+        (("--start-dyn", "isotope"), ["Cu", "70.000", "masses="]),
+    ],
+)
+def test_a_start_that_cannot_be_used_is_one_clear_line(brought, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(brought)
+    code, text = run("rank", *arguments, "--temperature", "300", "-o", str(tmp_path / "out"))
+    assert code == 2 and len(text.strip().splitlines()) == 1 and all(word in text for word in words), text
+    assert not (tmp_path / "out").exists()
+
+
+def test_minimising_on_the_ensemble_that_was_brought_mends_the_force_constants(brought, caplog):
+    """30 per cent too stiff on purpose; EMT copper at 300 K is nearly harmonic."""
+    import numpy as np
+
+    from magus_anharmonic.ranking.given_start import read_start
+
+    before = read_start(str(brought / "dyn"), None, 300.0, 0.0, 0.5)
+    with caplog.at_level("INFO"):
+        after = read_start(None, brought / "data", 300.0, 0.0, 0.5)
+    assert after.repeats == before.repeats == (2, 2, 2)
+    ratio = np.median(after.modes.quantum / before.modes.quantum)
+    assert ratio == pytest.approx(1.3**-0.5, abs=0.04)
+    assert "200 configurations, F = " in caplog.text and "GPa" in caplog.text
+
+
+def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
+    """No static relaxation and no harmonic start: the evaluations are those of populations and of the stress response."""
+    from ranking_fakes import Emt
+
+    from magus_anharmonic.ranking.files import rank_structures
+    from magus_anharmonic.ranking.given_start import read_start
+    from magus_anharmonic.settings import parse_settings
+    from magus_anharmonic.sscha.state import SschaState
+    from magus_anharmonic.structures import bare, structure_id
+
+    state: SschaState = read_start(None, brought / "data", 300.0, 0.0, 0.5)
+    block = {"temperature": 300, "supercell": [2, 2, 2], "n_configs": 40, "max_populations": 3, "cell": "fixed", "allocation": "fixed"}
+    settings = parse_settings({"Fitness": ["SSCHA"], "sscha": {**block, "hessian": 0}})
+    atoms = bare(state.atoms)
+    (found,) = rank_structures([atoms], Emt(), settings, tmp_path, relax=False, workers=1, starts={structure_id(atoms): state})
+    assert found.gibbs is not None and found.n_evaluations % 40 == 0, found.reason
+    assert found.enthalpy == pytest.approx(float(Emt().evaluate([atoms]).energy[0]))

@@ -97,3 +97,25 @@ def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
     assert "aaaaaaaa is lowest with and without the motion, as R3m (160) without and as Im-3m (229) with it." in sentences(
         rows(lowest, CCCM)
     )
+
+
+SADDLE = {**R3M, "id": "eeeeeeeeeeee", "spg_static": "Im-3m (229)", "gibbs_eV_per_atom": "-0.80", "status": "saddle",
+          "hessian_lowest_cm1": "-310.2", "hessian_error_cm1": "42.0"}  # fmt: skip
+BELOW = {**R3M, "id": "ffffffffffff", "spg_quantum": "R3m (160)", "enthalpy_eV_per_atom": "", "gibbs_eV_per_atom": "-0.83",
+         "status": "stable", "parent": "eeeeeeeeeeee"}  # fmt: skip
+
+
+def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(rows, tmp_path):
+    found = rows(SADDLE, BELOW, CCCM)
+    assert quantum_ranks(found) == {"ffffffffffff": 1, "bbbbbbbbbbbb": 2}
+    said = " ".join(sentences(found))
+    assert "eeeeeeee (Im-3m (229)) is a saddle point of the free energy (a mode at -310 +- 42 cm^-1) and not ranked" in said
+    assert "below it lies ffffffff (R3m (160))" in said and "ffffffff (R3m (160)) is lowest" in said
+    assert "saddle point" in text_of(found) and "minimum" in text_of(found)
+    assert picture(found, tmp_path / "ranking.png").stat().st_size > 5000
+
+
+def test_a_saddle_point_below_which_nothing_was_found_is_said_to_be_missing_from_the_ranking(rows):
+    alone = rows(SADDLE)
+    assert quantum_ranks(alone) == {}
+    assert "what lies below it was not found" in sentences(alone)[0] and "No structure has a free energy" in sentences(alone)[1]

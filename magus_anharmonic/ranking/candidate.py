@@ -8,14 +8,14 @@ from typing import Literal
 from ase import Atoms
 
 Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
-"""``eliminated``: stopped early, because it cannot be among the best; its G is an upper bound. ``saddle`` and ``stable`` are for
-the Hessian check of the best few; nothing sets them yet."""
+"""``eliminated``: stopped early, because it cannot be among the best; its G is an upper bound. ``stable`` and ``saddle``: converged,
+and the Hessian of the free energy has no negative mode, or has one, beyond two standard errors (`stability`)."""
 
-CONVERGED: tuple[Status, ...] = ("sscha", "stable")
+CONVERGED: tuple[Status, ...] = ("sscha", "stable", "saddle")
 """States whose relaxation came to its end."""
 
 RANKED: tuple[Status, ...] = ("sscha", "unconverged", "eliminated", "stable")
-"""States whose free energy is a computed one and takes part in the ranking."""
+"""States whose free energy is a computed one and takes part in the ranking. Below a saddle point there is something lower."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Candidate:
     for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
     the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
     ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
-    final ensemble (eV/A).
+    final ensemble (eV/A). ``parent`` is the structure whose saddle point was followed to this one, which is no member of the population
+    then. ``hessian_lowest``, ``hessian_error`` (cm^-1) and ``p_stable``: see `Record`.
     """
 
     id: str
@@ -62,6 +63,10 @@ class Candidate:
     difference_model: float | None = None
     p_lowest: float | None = None
     p_lowest_total: float | None = None
+    parent: str = ""
+    hessian_lowest: float | None = None
+    hessian_error: float | None = None
+    p_stable: float | None = None
     rank_static: int | None = None
     rank_quantum: int | None = None
 

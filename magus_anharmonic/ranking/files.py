@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
 from magus_anharmonic.run_record import check_results_version, write_run_record
 from magus_anharmonic.settings import Settings
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare
 
 log = logging.getLogger(__name__)
@@ -49,11 +50,12 @@ def rank_structures(
     relax: bool = True,
     free_energy: Callable[..., Any] | None = None,
     workers: int | None = None,
+    starts: Mapping[str, SschaState] | None = None,
 ) -> list[Candidate]:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.
 
-    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are. The
-    structures are not changed; one that cannot be relaxed is in the table as failed, with the reason.
+    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are. ``starts``: see `rank`.
+    The structures are not changed; one that cannot be relaxed is in the table as failed, with the reason.
     """
     source = as_evaluator(evaluator)
     for index, atoms in enumerate(structures):
@@ -66,7 +68,16 @@ def rank_structures(
         if reason:
             atoms.info["free_energy_reason"] = f"relaxation: {reason}"
             log.warning("structure %d is out of the ranking: %s", index, atoms.info["free_energy_reason"])
-    return rank(copies, evaluator=source, settings=settings, run_dir=run_dir, seed=seed, free_energy=free_energy, workers=workers)
+    return rank(
+        copies,
+        evaluator=source,
+        settings=settings,
+        run_dir=run_dir,
+        seed=seed,
+        free_energy=free_energy,
+        workers=workers,
+        starts=starts,
+    )
 
 
 def read_structures(path: str | Path) -> list[Atoms]:

@@ -35,14 +35,14 @@ DIED = "its process died (crash, or out of memory); a script of your own needs `
 
 @dataclass(frozen=True)
 class Job:
-    """SSCHA of one structure at one temperature (K) or several, each starting from the former; ``start``: the folder of a run before."""
+    """SSCHA of one structure at one temperature (K) or several, each starting from the former; ``start``: see `free_energy`."""
 
     structure: str
     atoms: Atoms
     temperatures: tuple[float, ...]
     folders: tuple[Path, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    start: Path | None = None
+    start: Any = None
 
 
 @dataclass(frozen=True)

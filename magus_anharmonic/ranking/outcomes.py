@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome
 from magus_anharmonic.ranking.store import Key, Record
@@ -62,13 +62,13 @@ def standing_of(record: Record, before: Record | None) -> Standing:
     if before is None and record.n_populations > 1:
         fallen = record.decrease or 0.0
     n_new = record.n_evaluations - (0 if before is None else before.n_evaluations)
-    converged = record.status == "sscha"
+    converged = record.status in CONVERGED
     return Standing(record.gibbs, record.gibbs_error or 0.0, record.decrease or 0.0, fallen, converged, record.n_populations, n_new)
 
 
 def stopped_record(record: Record, stop: Stop) -> Record:
     """The record with the reason why the race went on without it; a converged result stays one."""
-    if record.status == "sscha" or not stop.reason:
+    if record.status in CONVERGED or not stop.reason:
         return record
     return replace(
         record, status="eliminated" if stop.eliminated else "unconverged", reason="; ".join(filter(None, (stop.reason, record.reason)))
@@ -101,6 +101,9 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
         finite_size=final.finite_size,
         volume=final.volume,
         ensemble_error=final.ensemble_error,
+        hessian_lowest=final.hessian_lowest,
+        hessian_error=final.hessian_error,
+        p_stable=final.p_stable,
         spg_quantum=final.spg_quantum,
         symmetry_tolerance=final.symmetry_tolerance,
         centroids=final.centroids,

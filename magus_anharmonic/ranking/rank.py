@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.odds import with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
-from magus_anharmonic.ranking.phases import label_phases, reduced_centroids, same_records
+from magus_anharmonic.ranking.phases import label_phases
+from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
+from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
-from magus_anharmonic.ranking.table import write_quantum, write_ranking
+from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.settings import Settings, SschaSettings
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -48,6 +51,7 @@ def rank(
     energy_rmse: float | None = None,
     free_energy: Callable[..., Any] | None = None,
     workers: int | None = None,
+    starts: Mapping[str, SschaState] | None = None,
 ) -> list[Candidate]:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
@@ -64,11 +68,13 @@ def rank(
         `magus_anharmonic.sscha.free_energy`, or a stand-in with its arguments.
     workers
         SSCHA runs at the same time; None takes one per core.
+    starts
+        By structure id: the SSCHA state from which that structure's run starts, instead of a harmonic one.
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model.
     """
-    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse)
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts)
     if settings.sscha is not None:
         chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
         ranking.look_up()
@@ -79,6 +85,8 @@ def rank(
     tables = ranking.tables()
     set_info(population, tables[0], evaluator.model_id)
     write_tables(Path(run_dir), tables, ranking.store)
+    if settings.sscha is not None:
+        draw_best(Path(run_dir), tables[0], settings.sscha.keep_best)
     return tables[0]
 
 
@@ -88,23 +96,21 @@ def _free_energy() -> Callable[..., Any]:
     return free_energy
 
 
-@dataclass(frozen=True)
-class _Reduction:
-    """A run whose result has a smaller primitive cell, and the run that is to take over."""
-
-    record: Record
-    atoms: Atoms
-    structure: str
-
-
 class Ranking:
     """The state of one call of `rank`: who is distinct, what is known, what was run."""
 
     def __init__(
-        self, population: Sequence[Atoms], evaluator: Evaluator, settings: Settings, run_dir: Path, seed: int, energy_rmse: float | None
+        self,
+        population: Sequence[Atoms],
+        evaluator: Evaluator,
+        settings: Settings,
+        run_dir: Path,
+        seed: int,
+        energy_rmse: float | None,
+        starts: Mapping[str, SschaState] | None = None,
     ) -> None:
         self.population, self.evaluator, self.settings, self.energy_rmse = population, evaluator, settings, energy_rmse
-        self.run_dir, self.seed, self.model = run_dir, seed, evaluator.model_id
+        self.run_dir, self.seed, self.model, self.starts = run_dir, seed, evaluator.model_id, dict(starts or {})
         self.store = FreeEnergyStore(run_dir / NAME)
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
@@ -114,7 +120,7 @@ class Ranking:
         inside = distinct([population[i] for i in self.usable], [self.enthalpies[i] for i in self.usable])
         self.groups = [[self.usable[k] for k in group] for group in inside]
         sscha = settings.sscha
-        self.keys = [self._key(t) for t in sscha.temperatures] if sscha else []
+        self.keys = [self.key_at(t) for t in sscha.temperatures] if sscha else []
         self.records: dict[tuple[int, Key], Record] = {}
         self.failures: dict[tuple[int, Key], str] = {}
 
@@ -125,7 +131,8 @@ class Ranking:
             raise ValueError("the settings have no block sscha")
         return self.settings.sscha
 
-    def _key(self, temperature: float) -> Key:
+    def key_at(self, temperature: float) -> Key:
+        """What free energies of this ranking at one temperature (K) belong to."""
         sscha = self.sscha
         earlier = sscha.temperatures[: sscha.temperatures.index(temperature)]
         return Key(self.model, self.settings.pressure, temperature, sscha_hash(sscha, self.seed, earlier))
@@ -167,10 +174,12 @@ class Ranking:
             self._race(todo, out, chosen, free_energy, workers)
             jobs = self._later_temperatures([*todo, *out])
         else:
-            jobs = [(self._job(self.leader(g), self.keys), g) for g in todo]
+            jobs = [(self.job(self.leader(g), self.keys), g) for g in todo]
         groups = {job.structure: g for job, g in jobs}
         self._run([job for job, _ in jobs], free_energy, lambda job: groups[job.structure], workers)
-        self._run_reduced(free_energy, workers)
+        run_reduced(self, list(self.records.values()), free_energy, workers)
+        for key in self.keys if self.sscha.hessian else ():
+            check_stability(self, key, free_energy, workers)
 
     def _later_temperatures(self, groups: Sequence[int]) -> list[tuple[Job, int]]:
         """Jobs of those that were not eliminated at the first temperature, from where they ended there."""
@@ -180,8 +189,8 @@ class Ranking:
             if record is None or record.status == "failed":
                 reason = f"not run: {self.keys[0].temperature:g} K, where it would start, failed"
                 self.failures.update({(group, key): reason for key in self.keys[1:]})
-            elif self.keys[1:] and record.status in ("sscha", "unconverged"):
-                jobs.append((self._job(self.leader(group), self.keys[1:], start=self.run_dir / "sscha" / record.folder), group))
+            elif self.keys[1:] and record.status != "eliminated":
+                jobs.append((self.job(self.leader(group), self.keys[1:], start=self.run_dir / "sscha" / record.folder), group))
         return jobs
 
     def _race(
@@ -198,21 +207,21 @@ class Ranking:
 
             def done(job: Job, outcomes: list[Outcome]) -> None:
                 (outcome,) = outcomes
-                record = self._record(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]])
+                record = self.recorded(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]])
                 if record is None or record.gibbs is None:
                     self._keep(groups[job.structure], key, record, outcome)
                 else:
                     found[job.structure] = standing_of(record, latest.get(job.structure))
                     latest[job.structure] = record
 
-            jobs = [self._job(self.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
+            jobs = [self.job(self.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
             run_jobs(jobs, self.evaluator, free_energy, done, workers)
             return found
 
         known = {
             str(g): standing_of(record, None)
             for g in chosen
-            if g not in (*todo, *out) and (record := self.records[g, key]).gibbs is not None
+            if g not in (*todo, *out) and (record := self.records[g, key]).gibbs is not None and record.status != "saddle"
         }
         dormant = {structure_id(self.leader(g)): standing_of(self.records[g, key], None) for g in out}
         again = [g for g in todo if (g, key) not in self.records]
@@ -237,7 +246,8 @@ class Ranking:
             self.store.put(record)
             self.records[group, key] = record
 
-    def _job(self, atoms: Atoms, keys: Sequence[Key], *, start: Path | None = None, max_populations: int | None = None) -> Job:
+    def job(self, atoms: Atoms, keys: Sequence[Key], *, start: Any = None, max_populations: int | None = None) -> Job:
+        """The SSCHA run of a structure with this ranking's settings; ``start``: see `free_energy`."""
         name, sscha = structure_id(atoms), self.sscha
         folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
         # From the structure, not from its place in the queue: a restarted run draws the same configurations.
@@ -258,19 +268,20 @@ class Ranking:
             "reference_spacing": sscha.reference_spacing,
             "error_tolerance": self._error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
         }
-        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, start)
+        begin = self.starts.get(name) if start is None else start
+        return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin)
 
     def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: int | None) -> None:
         def done(job: Job, outcomes: list[Outcome]) -> None:
             group = group_of(job)
             for outcome in outcomes:
-                key = self._key(outcome.temperature)
-                record = self._record(job, key, outcome, self.enthalpies[self.groups[group][0]])
+                key = self.key_at(outcome.temperature)
+                record = self.recorded(job, key, outcome, self.enthalpies[self.groups[group][0]])
                 self._keep(group, key, record, outcome)
 
         run_jobs(jobs, self.evaluator, free_energy, done, workers)
 
-    def _record(self, job: Job, key: Key, outcome: Outcome, enthalpy: float | None, parent: str = "") -> Record | None:
+    def recorded(self, job: Job, key: Key, outcome: Outcome, enthalpy: float | None, parent: str = "") -> Record | None:
         """What is stored of an outcome, with what the model says about the ensemble; None for what may not happen again."""
         rng = np.random.default_rng([self.seed, int(job.structure, 16), _TRUST])
         trust = None if outcome.result is None else ensemble_trust(outcome.result, self.evaluator, rng)
@@ -278,67 +289,27 @@ class Ranking:
             log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
         return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent)
 
-    def _reductions(self) -> list[_Reduction]:
-        found = []
-        for record in {r.folder: r for r in self.records.values()}.values():
-            if record.gibbs is None or record.reduced or record.status == "eliminated":
-                continue
-            smaller = reduced_centroids(record)
-            if smaller is not None:
-                found.append(_Reduction(record, smaller, structure_id(smaller)))
-        return found
+    def results(self, key: Key) -> list[Record]:
+        """What the runs of this population led to at ``key``."""
+        return [self.store.final(record) for (_, other), record in self.records.items() if other == key]
 
-    def _run_reduced(self, free_energy: Callable[..., Any], workers: int | None) -> None:
-        """Results that gained symmetry are run again from the primitive cell of their centroids, once per phase.
-
-        Then Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference supercell and one G.
-        """
-        jobs: dict[str, Job] = {}
-        waiting: list[tuple[_Reduction, str]] = []
-        for reduction in self._reductions():
-            key = reduction.record.key
-            known = self.store.get(reduction.structure, key) or self.store.find_phase(reduction.atoms, key)
-            if known is not None:
-                self._take_over(reduction.record, known.structure)
-                continue
-            like = next((s for other, s in waiting if other.record.key == key and same_records(other.atoms, reduction.atoms)), None)
-            if like is None:
-                like = reduction.structure
-                job = self._job(reduction.atoms, [key])
-                jobs[str(job.folders[0])] = job
-            waiting.append((reduction, like))
-        if not jobs:
-            return
-        log.info("%d results gained symmetry; run again from their primitive cells", len(jobs))
-        parents = {(like, r.record.key): r.record.structure for r, like in reversed(waiting)}
-
-        def done(job: Job, outcomes: list[Outcome]) -> None:
-            for outcome in outcomes:
-                key = self._key(outcome.temperature)
-                record = self._record(job, key, outcome, None, parent=parents[job.structure, key])
-                if record is not None:
-                    self.store.put(record)
-
-        run_jobs(list(jobs.values()), self.evaluator, free_energy, done, workers)
-        for reduction, like in waiting:
-            if self.store.get(like, reduction.record.key) is not None:
-                self._take_over(reduction.record, like)
-
-    def _take_over(self, record: Record, successor: str) -> None:
-        changed = replace(record, reduced=successor)
-        self.store.put(changed)
+    def put(self, record: Record) -> None:
+        """Store a record, new or changed, for every place where it is used."""
+        self.store.put(record)
         for place, known in self.records.items():
             if known.folder == record.folder:
-                self.records[place] = changed
+                self.records[place] = record
 
     def tables(self) -> list[list[Candidate]]:
         """The candidates in the order of the table, one list per temperature (one list without ``sscha``)."""
-        return [self._table(key) for key in self.keys] or [self._table(None)]
+        return [self.table(key) for key in self.keys] or [self.table(None)]
 
-    def _table(self, key: Key | None) -> list[Candidate]:
+    def table(self, key: Key | None) -> list[Candidate]:
+        """The candidates as they are known now, in the order of the table; ``key`` None: without free energies."""
         candidates = [self._candidate(group, key) for group in range(len(self.groups))]
         if key is not None:
             candidates = self._estimated(candidates, key)
+            candidates = with_followers(candidates, self.store, self.results(key))
             candidates = with_odds(label_phases(candidates), self.energy_rmse)
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]

@@ -20,7 +20,9 @@ from magus_anharmonic.structures import bare, structure_id
 log = logging.getLogger(__name__)
 
 NAME = "free_energies.db"
-NOT_PHYSICS = ("when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget")
+NOT_PHYSICS = (
+    "when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget", "hessian"
+)  # fmt: skip
 """Keys of ``sscha`` that decide who gets a free energy, not which one."""
 
 PREFIX = "id-"
@@ -56,8 +58,11 @@ class Record:
 
     ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A; None where the model has no estimate.
 
-    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell), ``reduced`` the
-    run that took over from this one for the same reason.
+    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell, or a saddle point that was
+    followed), ``reduced`` the run that took over from this one in the first case, ``followed`` the one in the second.
+
+    ``hessian_lowest``, ``hessian_error`` (cm^-1, negative: imaginary) : the mode that decides about stability; ``p_stable`` : the
+    probability that there is no negative one; all None where the Hessian was not computed.
     """
 
     structure: str
@@ -82,6 +87,10 @@ class Record:
     decrease: float | None = None
     n_populations: int = 0
     ensemble_error: float | None = None
+    followed: str = ""
+    hessian_lowest: float | None = None
+    hessian_error: float | None = None
+    p_stable: float | None = None
 
     @property
     def folder(self) -> str:
@@ -96,7 +105,7 @@ class Record:
         return self.centroids
 
 
-TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced")
+TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced", "followed")
 NUMBERS = (
     "enthalpy",
     "gibbs",
@@ -110,6 +119,9 @@ NUMBERS = (
     "symmetry_tolerance",
     "decrease",
     "n_populations",
+    "hessian_lowest",
+    "hessian_error",
+    "p_stable",
 )
 
 

@@ -47,6 +47,10 @@ COLUMNS = (
     "p_lowest_total",
     "model_error_eV_per_atom",
     "ensemble_error_eV_per_A",
+    "parent",
+    "hessian_lowest_cm1",
+    "hessian_error_cm1",
+    "p_stable",
 )
 
 
@@ -86,6 +90,10 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.p_lowest_total),
         _digits(c.model_error),
         _digits(c.ensemble_error),
+        c.parent,
+        _digits(c.hessian_lowest),
+        _digits(c.hessian_error),
+        _digits(c.p_stable),
     )
     return dict(zip(COLUMNS, values, strict=True))
 
@@ -100,6 +108,18 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(row(candidate) for candidate in candidates)
+
+
+def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
+    """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle points; those that have a table."""
+    from magus_anharmonic.sscha.convergence_figure import draw_convergence
+
+    best = [c for c in candidates if c.folder and (c.status == "saddle" or (c.rank_quantum or n_best + 1) <= n_best)]
+    found = []
+    for c in best:
+        title = f"{c.formula}, {c.spg_quantum}, {c.pressure:g} GPa, {c.temperature:g} K"
+        found.append(draw_convergence(run_dir / "sscha" / c.folder, title))
+    return [path for path in found if path is not None]
 
 
 def write_quantum(path: str | Path, records: Iterable[Record]) -> int:

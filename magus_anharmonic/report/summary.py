@@ -12,6 +12,9 @@ from rich.table import Table
 
 from magus_anharmonic.ranking.candidate import RANKED
 
+WORDS = {"stable": "minimum", "saddle": "saddle point"}
+"""States in the table on the screen, where another word says more."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,6 +33,9 @@ class Row:
     status: str
     reason: str
     same_as: str
+    parent: str = ""
+    hessian: float | None = None
+    hessian_error: float | None = None
 
     @property
     def ranked(self) -> bool:
@@ -63,6 +69,9 @@ def read_ranking(path: str | Path) -> list[Row]:
                 status=line["status"],
                 reason=line["reason"],
                 same_as=line.get("same_as", ""),
+                parent=line.get("parent") or "",
+                hessian=_number(line.get("hessian_lowest_cm1") or ""),
+                hessian_error=_number(line.get("hessian_error_cm1") or ""),
             )
             for line in csv.DictReader(file)
         ]
@@ -99,10 +108,10 @@ def table(rows: Sequence[Row], limit: int = 10) -> Table:
             " -> ".join(group.split(" ")[0] for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
             _milli(row.gibbs, lowest) if row.status != "failed" else "-",
-            _milli(row.gibbs_error, 0.0) if row.status in RANKED else "-",
+            _milli(row.gibbs_error, 0.0) if row.status in (*RANKED, "saddle") else "-",
             str(static.get(row.id, "-")),
             _change(row, rows),
-            f"same as {row.same_as[:8]}" if row.same_as else row.status,
+            f"same as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status),
         )
     if len(order) > limit:
         result.caption = f"{len(order) - limit} more in ranking.csv"
@@ -126,9 +135,10 @@ def _change(row: Row, rows: Sequence[Row]) -> str:
 def sentences(rows: Sequence[Row]) -> list[str]:
     """What the moving ions changed, in plain words, from the numbers in ``rows`` alone."""
     done = sorted((row for row in rows if row.status in RANKED and row.gibbs is not None), key=lambda row: row.gibbs)
-    ranked = [row for row in done if row.ranked and row.enthalpy is not None]
+    ranked = [row for row in done if row.ranked]
+    static = [row for row in ranked if row.enthalpy is not None]
     if not ranked:
-        return ["No structure has a free energy; the order is that of the static enthalpy."]
+        return [*_saddles(rows), "No structure has a free energy; the order is that of the static enthalpy."]
     lines = []
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
     moved = [row for row in done if row.spg_quantum and row.spg_quantum != row.spg_static]
@@ -137,12 +147,16 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     if not moved:
         lines.append(f"None of the {len(done)} structures changed its space group when the ions moved.")
     shifts = [1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
-    span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
-    lines.append(f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}.")
+    if shifts:
+        span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
+        lines.append(f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}.")
     best = ranked[0]
-    static_best = min(ranked, key=lambda row: row.enthalpy)
+    static_best = min(static, key=lambda row: row.enthalpy) if static else best
     lines.extend(_meeting(done))
-    if static_best is best:
+    lines.extend(_saddles(rows))
+    if best.parent:
+        lines.append(f"{best.id[:8]} ({best.spg_quantum}) is lowest; it was found below the saddle point {best.parent[:8]}.")
+    elif static_best is best:
         phase = f"as {best.spg_static} without and as {best.spg_quantum} with it" if best in moved else f"{best.spg_static} both times"
         lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
     else:
@@ -170,6 +184,19 @@ def _meeting(done: Sequence[Row]) -> list[str]:
     return lines
 
 
+def _saddles(rows: Sequence[Row]) -> list[str]:
+    """What the Hessian took out of the ranking, and what was found below."""
+    lines = []
+    for row in rows:
+        if row.status != "saddle":
+            continue
+        below = next((other for other in rows if other.parent == row.id), None)
+        mode = "" if row.hessian is None else f" (a mode at {row.hessian:.0f} +- {row.hessian_error or 0.0:.0f} cm^-1)"
+        found = "what lies below it was not found" if below is None else f"below it lies {below.id[:8]} ({below.spg_quantum})"
+        lines.append(f"{row.id[:8]} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not ranked: {found}.")
+    return lines
+
+
 def _undecided(ranked: Sequence[Row]) -> list[str]:
     if len(ranked) < 2:
         return []
@@ -186,7 +213,7 @@ def picture(rows: Sequence[Row], path: str | Path) -> Path:
     from matplotlib.figure import Figure
 
     done = sorted(
-        (row for row in rows if row.status in RANKED and row.gibbs is not None and row.enthalpy is not None),
+        (row for row in rows if row.status in RANKED and row.gibbs is not None),
         key=lambda row: row.gibbs,
     )[:10]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -198,18 +225,20 @@ def picture(rows: Sequence[Row], path: str | Path) -> Path:
         axes.spines[side].set_visible(False)
     if not done:
         axes.text(0.5, 0.5, "no free energies", ha="center", transform=axes.transAxes)
-    lowest_h = min((row.enthalpy for row in done), default=0.0)
+    lowest_h = min((row.enthalpy for row in done if row.enthalpy is not None), default=0.0)
     lowest_g = min((row.gibbs for row in done), default=0.0)
-    heights = [(1000 * (row.enthalpy - lowest_h), 1000 * (row.gibbs - lowest_g)) for row in done]
+    # what was found below a saddle point has no static enthalpy of its own and stands on the right alone
+    heights = [(1000 * ((row.enthalpy or lowest_h) - lowest_h), 1000 * (row.gibbs - lowest_g)) for row in done]
     span = max((max(pair) for pair in heights), default=1.0) or 1.0
     left = _spread([h for h, _ in heights], span)
     right = _spread([g for _, g in heights], span)
     for index, (row, (h, g)) in enumerate(zip(done, heights, strict=True)):
         color = f"C{index}"
-        axes.plot([0, 1], [h, g], color=color, lw=1.2, alpha=0.8)
-        axes.plot([0], [h], "o", color=color)
+        if row.enthalpy is not None:
+            axes.plot([0, 1], [h, g], color=color, lw=1.2, alpha=0.8)
+            axes.plot([0], [h], "o", color=color)
+            axes.text(-0.06, left[index], f"{row.spg_static}  {row.id[:6]}", ha="right", va="center", fontsize=8, color=color)
         axes.errorbar([1], [g], yerr=[1000 * (row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3)
-        axes.text(-0.06, left[index], f"{row.spg_static}  {row.id[:6]}", ha="right", va="center", fontsize=8, color=color)
         axes.text(1.06, right[index], row.spg_quantum or row.spg_static, ha="left", va="center", fontsize=8, color=color)
     if done:
         axes.set_title(f"{done[0].formula} at {done[0].pressure:g} GPa, {done[0].temperature:g} K", fontsize=10)

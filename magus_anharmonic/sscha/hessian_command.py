@@ -20,7 +20,7 @@ from magus_anharmonic.sscha.group import group_of_result
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import read_population_file
+from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import CountingEvaluator, harmonic_force_constants, in_double_precision
 from magus_anharmonic.sscha.state import SschaState, sample
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -73,7 +73,7 @@ def hessian_of_run(
 ) -> HessianReport:
     """Hessian of the state in which a run ended, with all files in ``output``.
 
-    ``n_configs`` above what the last population holds draws the rest with ``evaluator``, which also gives the harmonic
+    ``n_configs`` above what the populations of the last state hold draws the rest with ``evaluator``, which also gives the harmonic
     bands. Raises ``InputError`` for a folder without a finished run, for a run without a state, and where an evaluator
     is needed and missing or another model's than the run's; ``SschaError`` where the equation of ``include_v4`` has no solution.
     """
@@ -82,7 +82,7 @@ def hessian_of_run(
     state = result.state
     if evaluator is not None and evaluator.model_id != result.model_id:
         raise InputError(f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with {result.model_id}")
-    ensemble = ensemble_of(state, stored_ensemble(run, result), evaluator, n_configs, seed)
+    ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
     symmetry = Symmetry(state.atoms, state.repeats)
     found = free_energy_hessian(state, ensemble, symmetry, include_v4=include_v4)
     harmonic = None
@@ -91,17 +91,6 @@ def hessian_of_run(
     report = HessianReport(result, found, output)
     write_report(report, harmonic)
     return report
-
-
-def stored_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
-    """The last population that was drawn from the final state; None when the run keeps none."""
-    assert result.force_constants is not None
-    for path in sorted(run.glob("population_*.npz"), reverse=True):
-        state, ensemble = read_population_file(path)
-        same = state.repeats == result.supercell and np.allclose(state.force_constants, result.force_constants, rtol=0.0, atol=1e-9)
-        if same and np.allclose(state.atoms.positions, result.centroids.positions, rtol=0.0, atol=1e-9):
-            return ensemble
-    return None
 
 
 def ensemble_of(state: SschaState, stored: Ensemble | None, evaluator: Evaluator | None, n_configs: int | None, seed: int) -> Ensemble:

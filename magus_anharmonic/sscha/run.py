@@ -46,7 +46,9 @@ VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
-NOT_OF_A_RUN = ("temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget")
+NOT_OF_A_RUN = (
+    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian"
+)  # fmt: skip
 """Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 TOGETHER = 8
 """Most populations of one cell that a minimisation uses."""
@@ -325,6 +327,8 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "gibbs_eV_per_atom": gibbs,
         "error_eV_per_atom": error,
         "pressure_GPa": -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA,
+        # the diagonal components taken as wholly correlated: an upper bound
+        "pressure_error_GPa": float(np.trace(averages.stress_error)) / 3.0 * EV_PER_A3_IN_GPA,
         "volume_A3_per_atom": state.atoms.get_volume() / n,
         "predicted_decrease_eV_per_atom": averages.decrease / n,
         "centroid_force_eV_per_A": float(np.abs(averages.force).max()),

@@ -126,6 +126,29 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
         return _state(stored), Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
 
 
+def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
+    """All populations that were drawn from the state in which a run ended, as one ensemble; None when the folder keeps none."""
+    found: list[Ensemble] = []
+    for path in sorted(run.glob("population_*.npz")):
+        state, ensemble = read_population_file(path)
+        if _is_state_of(result, state):
+            found.append(ensemble)
+    if not found:
+        return None
+    return Ensemble(*(np.concatenate(parts) for parts in zip(*(vars(one).values() for one in found), strict=True)))
+
+
+def _is_state_of(result: SschaResult, state: SschaState) -> bool:
+    if result.force_constants is None or state.repeats != result.supercell or len(state.atoms) != len(result.centroids):
+        return False
+    pairs = (
+        (state.force_constants, result.force_constants),
+        (state.atoms.positions, result.centroids.positions),
+        (state.atoms.cell.array, result.centroids.cell.array),
+    )
+    return all(np.allclose(a, b, rtol=0.0, atol=1e-9) for a, b in pairs)
+
+
 class NoFolder(RunFolder):
     """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an engine that chatters."""
 

@@ -1,0 +1,177 @@
+"""From a saddle point of the free energy down its unstable mode: the start of a run in the subgroup.
+
+The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of the new primitive cell. Where
+the mode is degenerate, the direction is the one of lowest static energy among the simple ones, and of those the most symmetric.
+
+The run below starts harmonic, as any other. From the force constants of the saddle it would go back: at fixed force constants the
+free energy of SSCHA is convex in the centroids, and the saddle's wide Gaussian hides the well that a narrow one falls into.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import spglib
+from ase import Atoms
+from ase.geometry import minkowski_reduce
+
+from magus_anharmonic.errors import SschaError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.sscha.hessian import Hessian
+from magus_anharmonic.sscha.hessian_error import levels
+from magus_anharmonic.sscha.start import nearest_neighbour
+from magus_anharmonic.sscha.state import fourier, variance
+from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
+from magus_anharmonic.units import HBAR
+
+LARGEST_SHIFT = 0.15
+"""Of the nearest-neighbour distance: the largest displacement of an atom."""
+TIE = 1e-4
+"""eV/atom between directions that count as equal; then symmetry decides."""
+SYMPREC = 1e-3
+"""A, for structures that are symmetric to rounding."""
+
+
+@dataclass(frozen=True)
+class Sublattice:
+    """The lattice vectors R of a crystal with q.R a whole number: those that the unstable mode leaves a period.
+
+    matrix : (3, 3) whole numbers, rows are the new lattice vectors in units of the old; offsets : (n, 3) the old cells in one new.
+    """
+
+    matrix: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, point: np.ndarray, cell: np.ndarray) -> Sublattice:
+        """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact choice of the new."""
+        size = next(n for n in range(1, 1000) if np.allclose(n * point, np.rint(n * point), atol=1e-6))
+        if size == 1:
+            return cls(np.eye(3, dtype=int), np.zeros((1, 3), dtype=int))
+        triangular = next(m for m in _triangular(size) if np.allclose(m @ point, np.rint(m @ point), atol=1e-6))
+        _, change = minkowski_reduce(triangular @ cell)
+        matrix = np.rint(change @ triangular).astype(int)
+        if np.linalg.det(matrix) < 0:
+            matrix = -matrix
+        found: dict[tuple[int, ...], np.ndarray] = {}
+        for offset in sorted(product(range(size), repeat=3), key=sum):
+            found.setdefault(_remainder(np.array(offset), matrix), np.array(offset))
+        return cls(matrix, np.array(list(found.values())))
+
+
+def _triangular(determinant: int) -> list[np.ndarray]:
+    """All Hermite normal forms of a determinant: one basis for every sublattice of that index."""
+    found = []
+    for a in (d for d in range(1, determinant + 1) if determinant % d == 0):
+        for b in (d for d in range(1, determinant // a + 1) if determinant // a % d == 0):
+            c = determinant // a // b
+            found += [np.array([[a, x, y], [0, b, z], [0, 0, c]]) for x in range(b) for y in range(c) for z in range(c)]
+    return found
+
+
+def _remainder(vector: np.ndarray, matrix: np.ndarray) -> tuple[int, ...]:
+    """What tells apart lattice vectors modulo the rows of ``matrix``, exact in whole numbers."""
+    determinant = round(float(np.linalg.det(matrix)))
+    adjugate = np.rint(np.linalg.inv(matrix) * determinant).astype(int)
+    return tuple(int(value) for value in (vector @ adjugate) % determinant)
+
+
+def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
+    """The crystal in the sublattice's cell; atoms ordered by old cell, in the order of ``offsets``."""
+    shifts = sublattice.offsets @ atoms.cell.array
+    return Atoms(
+        numbers=np.tile(atoms.numbers, len(shifts)),
+        positions=(atoms.positions[None] + shifts[:, None]).reshape(-1, 3),
+        cell=sublattice.matrix @ atoms.cell.array,
+        masses=np.tile(atoms.get_masses(), len(shifts)),
+        pbc=True,
+    )
+
+
+def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Atoms:
+    """The centroids of a saddle displaced along its most surely negative mode, in the primitive cell that the mode leaves.
+
+    The amplitude is the mode's root mean square in the auxiliary state, no atom further than 0.15 of the nearest-neighbour
+    distance; more only where a search for symmetry with ``symprec`` (A) would not see it. Raises ``SschaError`` where it never does.
+    """
+    state = hessian.state
+    q, mode = hessian.lowest
+    sublattice = Sublattice.of(hessian.points[q], state.atoms.cell.array)
+    cell = larger_cell(state.atoms, sublattice)
+    level = next(level for level in levels(hessian.squares[q]) if mode in level)
+    patterns = real_patterns(hessian.vectors[q][:, level], hessian.points[q], sublattice)
+    limit = LARGEST_SHIFT * nearest_neighbour(state.atoms).min()
+    rms = np.sqrt(_variance(hessian, q, hessian.vectors[q][:, mode]) * len(sublattice.offsets))
+    displaced = []
+    for direction in simple_directions(patterns):
+        shift = rms * direction / np.sqrt(cell.get_masses())[:, None]
+        shift *= min(1.0, limit / np.linalg.norm(shift, axis=1).max())
+        moved = _visible(cell, shift, symprec)
+        if moved is not None:
+            displaced.append(moved)
+    if not displaced:
+        raise SschaError(f"the displacements along the unstable mode are not told from noise at symprec {symprec:g} A")
+    return _best(displaced, evaluator)
+
+
+def _visible(cell: Atoms, shift: np.ndarray, symprec: float) -> Atoms | None:
+    """``cell`` displaced by ``shift``, or by up to twice that, so that its symmetry is the same at ``symprec`` as exactly."""
+    for factor in (1.0, 1.25, 1.5, 2.0):
+        moved = cell.copy()
+        moved.positions += factor * shift
+        if _kind(moved, symprec) == _kind(moved, SYMPREC):
+            return moved
+    return None
+
+
+def _kind(atoms: Atoms, symprec: float) -> tuple[str, int]:
+    found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
+    return space_group(atoms, symprec), len(found["rotations"]) if found else 1
+
+
+def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
+    """<|Q|^2> in A^2 amu of a mode in the auxiliary state, as if all q points had its frequency."""
+    state = hessian.state
+    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
+    matrix = fourier(state.force_constants, state.repeats, hessian.points[q : q + 1])[0] / np.outer(root, root)
+    square = float((vector.conj() @ matrix @ vector).real)
+    return float(variance(np.array([HBAR * np.sqrt(square)]), state.temperature)[0])
+
+
+def real_patterns(vectors: np.ndarray, point: np.ndarray, sublattice: Sublattice) -> np.ndarray:
+    """Orthonormal mass-weighted displacement patterns (m, n_new, 3) that the modes (3n, k) at fractional q span."""
+    phases = np.exp(2j * np.pi * sublattice.offsets @ point)
+    waves = (phases[:, None, None] * vectors[None]).reshape(-1, vectors.shape[1])
+    left, sizes, _ = np.linalg.svd(np.concatenate([waves.real, waves.imag], axis=1), full_matrices=False)
+    kept = left[:, sizes > 1e-6 * sizes.max()]
+    return kept.T.reshape(kept.shape[1], -1, 3)
+
+
+def simple_directions(patterns: np.ndarray) -> list[np.ndarray]:
+    """Unit patterns (n, 3): the projections of Cartesian moves of each atom, and their sums and differences."""
+    flat = patterns.reshape(len(patterns), -1)
+    if len(flat) == 1:
+        return [patterns[0]]
+    found: list[np.ndarray] = []
+    for atom in range(patterns.shape[1]):
+        axes = flat[:, 3 * atom : 3 * atom + 3].T @ flat
+        for signs in product((-1, 0, 1), repeat=3):
+            direction = np.array(signs) @ axes
+            size = np.linalg.norm(direction)
+            if size > 1e-3 and all(abs(direction @ other) < (1.0 - 1e-6) * size for other in found):
+                found.append(direction / size)
+    return [direction.reshape(-1, 3) for direction in found]
+
+
+def _best(displaced: list[Atoms], evaluator: Evaluator) -> Atoms:
+    """One of every space group is evaluated; the lowest, and among equals the most symmetric, is taken."""
+    kinds: dict[tuple[str, int], Atoms] = {}
+    for atoms in displaced:
+        kinds.setdefault(_kind(atoms, SYMPREC), atoms)
+    if len(kinds) == 1:
+        return displaced[0]
+    energies = np.asarray(evaluator.evaluate(list(kinds.values())).energy, dtype=float) / len(displaced[0])
+    equal = [kind for kind, energy in zip(kinds, energies, strict=True) if energy <= energies.min() + TIE]
+    return kinds[max(equal, key=lambda kind: kind[1])]
