@@ -50,7 +50,7 @@ MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
 MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft directions
 MINIMUM_STEPS = 600
-KICKS = 4
+KICKS = 8
 COUNT = 64
 
 
