@@ -76,9 +76,21 @@ class CalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics, several times slower")
+    optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics, usually slower")
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
+    kicks: int = Field(
+        0,
+        ge=0,
+        description="times that a relaxed structure is displaced at random and relaxed again, the lowest being kept; off saddle points, "
+        "at several times the cost. All steps count for max_step",
+    )
+
+    @model_validator(mode="after")
+    def _kicks_break_symmetry(self) -> CalculatorSettings:
+        if self.kicks and self.fix_symmetry:
+            raise ValueError("kicks must be 0 with fix_symmetry, because they break it")
+        return self
 
     @field_validator("job_prefix", mode="before")
     @classmethod

@@ -307,6 +307,23 @@ def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
     assert Path.cwd() == magus.work
 
 
+def test_keys_of_the_relaxation_reach_it(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "max_step": 7, "kicks": 2, "optimizer": "fire"}
+    calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
+    given: dict[str, Any] = {}
+    relax = type(calculator.potential).relax
+    monkeypatch.setattr(type(calculator.potential), "relax", lambda *a, **options: given.update(options) or relax(*a, **options))
+    calculator.relax([h3s(bond_shift=0.0)])
+    assert (given["max_steps"], given["kicks"], given["optimizer"]) == (7, 2, "fire")
+
+
+def test_kicks_and_fix_symmetry_exclude_each_other(magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "kicks": 1, "fix_symmetry": True}
+    with pytest.raises(SystemExit):
+        _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
+    assert "kicks must be 0 with fix_symmetry" in caplog.text
+
+
 def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)

@@ -156,6 +156,16 @@ def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> 
     assert {225, 194} & {atoms.info["spg"] for atoms in outcome.good}
 
 
+def test_kicks_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
+    square = Atoms("Cu4", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]], cell=[2.4, 2.4, 4.8], pbc=True)
+
+    def enthalpy(kicks: int) -> float:
+        keys = relaxation.AseCalculatorSettings(calculator="emt", max_step=300, kicks=kicks)
+        return float(relaxation.Relaxer(CalculatorEvaluator(EMT()), keys, 0.0).relax([square], tmp_path / str(kicks))[0].info["enthalpy"])
+
+    assert enthalpy(2) < enthalpy(0) - 1e-3
+
+
 def test_progress_can_be_read_in_a_log_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="magus_anharmonic")
     run(settings(numGen=1, initSize=3), tmp_path)

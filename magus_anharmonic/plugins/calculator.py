@@ -120,6 +120,7 @@ class MatterSimCalculator(Calculator):
             optimizer=self.options.optimizer,
             relax_cell=self.options.relax_lattice,
             fix_symmetry=self.options.fix_symmetry,
+            kicks=self.options.kicks,
         )
         relaxed, failed = [], []
         for atoms, start, result in zip(individuals, starts, results, strict=True):

@@ -31,7 +31,7 @@ _HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_
 # Keys of MainCalculator that say how a code is run, not which energy surface it gives.
 _EXECUTION = frozenset(
     "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time wait_params verbose kill_time memory "
-    "mem_per_cpu exe_cmd eps max_step max_move max_force optimizer relax_lattice fix_symmetry fix_volume connect".split()
+    "mem_per_cpu exe_cmd eps max_step max_move max_force optimizer relax_lattice fix_symmetry kicks fix_volume connect".split()
 )
 
 

@@ -93,7 +93,7 @@ def relax(
     optimizer
         ``bfgs``, quasi-Newton steps, or ``fire``, damped dynamics: slower, and no harm where forces are rough.
     kicks
-        How often a converged structure is displaced at random (0.1 Angstrom, seeded by the structure) and relaxed again; the lowest
+        How often a converged structure is displaced at random (0.2 Angstrom, seeded by the structure) and relaxed again; the lowest
         is kept. Relaxations from symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all
         together count for ``max_steps``.
     edges_in_flight

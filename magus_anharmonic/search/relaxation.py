@@ -43,6 +43,7 @@ class AseCalculatorSettings(Section):
     optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics")
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
+    kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Relaxer:
             max_move=self.settings.max_move,
             optimizer=self.settings.optimizer,
             fix_symmetry=self.settings.fix_symmetry,
+            kicks=self.settings.kicks,
             relax_cell=self.settings.relax_lattice,
         )
         described = [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]

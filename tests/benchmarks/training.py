@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import time
 from collections.abc import Callable
 
@@ -85,6 +86,19 @@ def measure(blocks: int, units: int, n_structures: int, piece: int, seed: int) -
     detail = "; ".join(f"batch {size}: {seconds['stock'][size]:.1f} / {seconds['ours'][size]:.1f} s" for size in BATCH_SIZES)
     line = f"training epoch, {n_structures} structures, {parameters / 1e3:.0f} k parameters: {ratio:.1f}x (stock / ours: {detail})"
     return ratio, line
+
+
+def row(size: tuple[int, int], rounds: int) -> tuple[float, str]:
+    """Ratio for `potential.py`: 16 structures per round, at most 48, on one thread."""
+    torch.set_num_threads(1)
+    return measure(*size, n_structures=16 * min(rounds, 3), piece=16, seed=7)
+
+
+ROWS: dict[str, tuple[float, Callable[[int], tuple[float | None, str]]]] = {
+    "epoch-890k": (BARS[3, 128], functools.partial(row, (3, 128))),
+    "epoch-44k": (BARS[2, 32], functools.partial(row, (2, 32))),
+}
+"""Name -> (least ratio, measurement), for potential.py."""
 
 
 def main() -> int:
