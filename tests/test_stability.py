@@ -74,6 +74,19 @@ def test_a_minimum_is_called_stable_and_is_checked_once(tmp_path: Path, monkeypa
     assert (again.status, again.p_stable, again.gibbs) == (candidate.status, candidate.p_stable, candidate.gibbs)
 
 
+@pytest.mark.full
+def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path) -> None:
+    """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a minimum (200 configurations are enough)."""
+    from magus_anharmonic.potential import load
+    from magus_anharmonic.ranking.files import rank_structures
+
+    block = {"supercell": [2, 2, 2], "n_configs": 200, "max_populations": 8, "hessian": 1}
+    settings = parse_settings({"pressure": 100.0, "Fitness": ["SSCHA"], "sscha": block})
+    (found,) = rank_structures([fakes.h3s(3.15)], load("h3s-gpaw-small", device="cpu"), settings, tmp_path, workers=1)
+    assert (found.status, found.spg_quantum) == ("stable", "Im-3m (229)"), found.reason
+    assert found.p_stable > 0.99 and found.hessian_lowest > 5 * found.hessian_error
+
+
 # ---------------------------------------------------------------------------------------------- the rules, with invented Hessians
 
 
