@@ -15,7 +15,7 @@ SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
 LARGEST_RISE = 1.0  # eV/atom; a step that rises more is refused
 CELL_POWER = 0.5  # a strain counts as a move of N to this power; ASE has 1, which makes cells needlessly stiff
-KICK = 0.2  # Angstrom, standard deviation of each coordinate (of the cell's rows too); 0.1 often falls back, 0.3 takes far more steps
+KICK = 0.2  # Angstrom, standard deviation of each coordinate (of the cell's rows too); 0.1 often falls back where it came from
 PATIENCE = 40  # steps without a new lowest enthalpy, after which only steps that lower it are taken
 
 
