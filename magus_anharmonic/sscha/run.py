@@ -153,8 +153,9 @@ class SschaRun:
         """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
 
         A run that has converged stays where it is: the next population is one more of the same state, and is averaged with
-        the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal falls apart, the sample collapses or
-        the evaluator returns numbers that are not finite; what was done before stays in ``progress``.
+        the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal
+        falls apart, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
+        ``progress``.
         """
         if self.averages is not None and self.converged:
             return self._more(n_configs or self._missing())
