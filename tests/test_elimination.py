@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, order_is_known, probability_lowest, race, resolution, verdicts
+from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, probability_lowest, race, resolution, verdicts
 
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 
@@ -46,14 +46,17 @@ def test_sampling_ends_where_the_model_cannot_tell_them_apart() -> None:
     assert resolution(None, 2e-4) == 2e-4 == resolution(1e-6, 2e-4)
 
 
-def test_the_order_of_the_best_three_keeps_their_sampling_going() -> None:
+def test_only_those_that_are_not_told_apart_are_sampled_further() -> None:
     rules = Rules(confidence=0.95, keep_best=3, max_populations=30)
-    names = {"a": 0.0, "b": 0.05, "c": 0.1, "d": 0.2}
-    apart = {name: standing(g, converged=True) for name, g in names.items()}
-    assert order_is_known(apart, rules, 3.0)
+    apart = {name: standing(g, converged=True) for name, g in {"a": 0.0, "b": 0.05, "c": 0.1, "d": 0.2, "e": 0.2}.items()}
+    assert set(verdicts(apart, rules)) == set(apart)
     close = apart | {"c": standing(0.0505, converged=True)}
-    assert not order_is_known(close, rules, 3.0)
-    assert set(verdicts(close, rules)) == {"d"}, "the other three are not told apart yet"
+    assert set(verdicts(close, rules)) == {"a", "d", "e"}
+    relaxing = apart | {"c": standing(0.052, decrease=0.02)}
+    assert "b" in verdicts(relaxing, rules), "where c ends decides, not the error of b"
+    assert "c" not in verdicts(relaxing, rules)
+    beyond = apart | {"d": standing(0.2, converged=True), "e": standing(0.1995, converged=True)}
+    assert set(verdicts(beyond, rules)) == set(beyond), "the order behind the best three is of no interest"
 
 
 def test_more_candidates_widen_the_bounds() -> None:
@@ -143,3 +146,34 @@ def test_known_results_take_part_without_running() -> None:
     known = {"best": standing(0.0, converged=True)}
     stops = race(["a"], field.advance, Rules(0.95, 1, 30), known, {})
     assert stops["a"].eliminated and "best" not in stops
+
+
+def test_the_eliminated_come_back_when_the_best_falls_apart() -> None:
+    """The winner dissociates in its fifth population; the one that was thrown out because of it must run to its end."""
+    field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
+
+    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+        return {name: found for name, found in field.advance(wanted).items() if not (name == "best" and found.n_populations == 5)}
+
+    stops = race(list(field.truth), advance, Rules(0.95, 1, 30), {}, {})
+    assert set(stops) == {"second", "third"}
+    assert stops["second"] == Stop() and field.calls["second"] >= 9
+    assert stops["third"].eliminated and field.calls["third"] == 2
+
+
+def test_one_that_has_stopped_is_sampled_again_when_another_comes_near() -> None:
+    """b ends 0.5 meV/atom above a, whose error was small enough while b was far away."""
+
+    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+        counts.update(wanted)
+        sharp = {name: 1e-3 / n for name, n in wanted.items()}
+        found = {name: standing(0.0, sharp["a"], converged=True, n_populations=n) for name, n in wanted.items() if name == "a"}
+        if "b" in wanted:
+            rest = max(0.0, 0.1 - 0.02 * wanted["b"])
+            found["b"] = standing(5e-4 + rest, sharp["b"], 2 * rest, rest, converged=rest == 0.0, n_populations=wanted["b"])
+        return found
+
+    counts: dict[str, int] = {}
+    race(["a", "b"], advance, Rules(0.95, 1, 30), {}, {})
+    assert counts["a"] > 5 and counts["b"] > 5, "sampled until they are told apart"
+    assert counts["a"] < counts["b"] + 5

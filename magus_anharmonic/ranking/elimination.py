@@ -93,24 +93,31 @@ def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int 
     z = rules.z(n_candidates or len(standings))
     uppers = sorted(standing.upper(z) for standing in standings.values())
     limit = uppers[rules.keep_best - 1] if len(uppers) > rules.keep_best else math.inf
-    decided = order_is_known(standings, rules, z)
     stopped = {}
     for name, standing in standings.items():
         if standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
             best = "the lowest" if rules.keep_best == 1 else f"the lowest {rules.keep_best}"
             stopped[name] = Stop(f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)", eliminated=True)
-        elif standing.n_populations >= rules.max_populations or (standing.converged and (decided or standing.error <= rules.tolerance)):
+        elif standing.n_populations >= rules.max_populations:
+            stopped[name] = Stop()
+        elif standing.converged and (standing.error <= rules.tolerance or place_is_known(name, standings, rules, z)):
             stopped[name] = Stop()
     return stopped
 
 
-def order_is_known(standings: Mapping[str, Standing], rules: Rules, z: float) -> bool:
-    """Whether the bounds of the best ``keep_best``, and of the next one, do not overlap."""
-    ranked = sorted(standings.values(), key=lambda standing: standing.gibbs)
-    best = ranked[: rules.keep_best]
-    pairs = zip(best, ranked[1:], strict=False)
-    separate = all(first.upper(z) < second.lower(z) for first, second in pairs)
-    return separate and all(best[-1].upper(z) < other.lower(z) for other in ranked[rules.keep_best :])
+def place_is_known(name: str, standings: Mapping[str, Standing], rules: Rules, z: float) -> bool:
+    """Whether more samples of ``name`` would tell nobody apart: its bounds overlap with nobody's, or only where it does not matter.
+
+    Two matter to each other when one of them is among the best ``keep_best``. Somebody who is still relaxing does not: where
+    it ends decides, not the error of ``name``; the question comes up again when it is there.
+    """
+    best = sorted(standings, key=lambda other: standings[other].gibbs)[: rules.keep_best]
+    own = standings[name]
+    return not any(
+        other.lower(z) <= own.upper(z) and own.lower(z) <= other.upper(z)
+        for rival, other in standings.items()
+        if rival != name and (name in best or rival in best) and (other.converged or other.n_populations >= rules.max_populations)
+    )
 
 
 Advance = Callable[[dict[str, int]], dict[str, Standing]]
@@ -122,32 +129,34 @@ def race(
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
-    ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they are woken when they
-    could be among the best after all. Returns a `Stop` for everyone that ran and did not fail.
+    ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they, and those that were
+    eliminated here, are woken when they could be among the best after all and everybody else has stopped. Returns a `Stop`
+    for everyone that ran and did not fail.
     """
     total = len(names) + len(known) + len(dormant)
-    standings, asleep, stops = {**known, **dormant}, set(dormant), {}
-    running = dict.fromkeys(names, 0)
-    spent = 0
+    standings, asleep, spent = {**known, **dormant}, set(dormant), 0
+    field = dict.fromkeys([*names, *dormant])
+    ran: dict[str, None] = {}
     while True:
-        if not running:
-            stopped = verdicts(standings, rules, total)
-            woken = {name for name in asleep if not (name in stopped and stopped[name].eliminated)}
-            if not woken:
-                return stops
-            asleep -= woken
-            running = {name: standings[name].n_populations for name in woken}
-        found = advance({name: count + 1 for name, count in running.items()})
-        spent += sum(found[name].n_new for name in found)
-        standings.update(found)
-        for failed in running.keys() - found.keys():
-            standings.pop(failed, None)
-        running = {name: found[name].n_populations for name in running if name in found}
         stopped = verdicts(standings, rules, total)
-        stops.update({name: stopped[name] for name in running if name in stopped})
-        running = {name: count for name, count in running.items() if name not in stopped}
+        asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
+        wanted = [name for name in field if name not in stopped]
+        running = [name for name in wanted if name not in asleep] or wanted
+        stops = {name: stopped[name] for name in ran if name in stopped}
+        if not running:
+            return stops
         if rules.budget is not None and spent >= rules.budget:
-            return stops | dict.fromkeys(running, Stop(f"the budget of {rules.budget} force evaluations is spent"))
+            spent_all = Stop(f"the budget of {rules.budget} force evaluations is spent")
+            return stops | {name: spent_all for name in ran if name in wanted}
+        asleep -= set(running)
+        found = advance({name: standings[name].n_populations + 1 if name in standings else 1 for name in running})
+        spent += sum(standing.n_new for standing in found.values())
+        ran |= dict.fromkeys(found)
+        standings.update(found)
+        for failed in set(running) - found.keys():
+            standings.pop(failed, None)
+            field.pop(failed)
+            ran.pop(failed, None)
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

@@ -42,7 +42,8 @@ class Averages:
     stress, stress_error : (3, 3), eV/A^3, ASE's sign, symmetrised.
     force, position_error : (n, 3), force on the centroids in eV/A, and its standard error times the inverse of the
     force constants, in A.
-    decrease : eV per primitive cell, predicted remaining decrease of the free energy by centroids and force constants.
+    decrease : eV per primitive cell, predicted remaining decrease of the free energy by centroids and force constants; a run adds the
+    cell's.
     """
 
     helmholtz: float

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from magus_anharmonic.sscha.start import (
     VOIGT,
     CountingEvaluator,
     Start,
+    cell_decrease,
     floor_modes,
     nearest_neighbour,
     strain_towards,
@@ -125,6 +126,7 @@ class SschaRun:
         self._response = self.start.stress_response
         self._populations: list[Population] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
+        self._promised = 0.0
         self._far = task.start is None
         self._approach = False
         self._size = 0
@@ -154,9 +156,13 @@ class SschaRun:
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
         """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
 
-        Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal falls apart, the sample collapses or
-        the evaluator returns numbers that are not finite; what was done before stays in ``progress``.
+        A run that has converged stays where it is: the next population is one more of the same state, and is averaged with
+        the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal
+        falls apart, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
+        ``progress``.
         """
+        if self.averages is not None and self.converged:
+            return self._more(n_configs or self._missing())
         if self.averages is not None:
             self._minimise()
         self._approach = n_configs is None and self._far
@@ -167,16 +173,29 @@ class SschaRun:
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
         """The result. With ``n_configs`` one more ensemble first: of the same state, and both together where the run has converged."""
-        if n_configs is not None and self.converged:
-            more, last = self._draw(n_configs), self._populations[-1][1]
-            parts = zip(vars(last).values(), vars(more).values(), strict=True)
-            self._average(Ensemble(*(np.concatenate(pair) for pair in parts)))
-        elif n_configs is not None or self.averages is None:
+        if n_configs is not None or self.averages is None:
             self.advance(n_configs)
         assert self.averages is not None
         result = finished_result(self.task, self.state, self.averages, self.progress, self.start, self.reason, self._began)
         self.folder.write_result(result)
         return result
+
+    def _missing(self) -> int:
+        """Configurations that bring the error of G below ``error_tolerance``, as far as ``n_configs`` allows."""
+        tolerance, most = self.task.settings.error_tolerance, self.task.settings.n_configs
+        if tolerance is None:
+            return most
+        wanted = len(self._populations[-1][1].energies) * (1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0)
+        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH, most), most)) // 2)
+
+    def _more(self, n_configs: int) -> dict[str, Any]:
+        """Another ensemble of the last state, averaged together with the last one."""
+        state, last = self._populations[-1]
+        more = self._draw(n_configs)
+        together = Ensemble(*(np.concatenate(pair) for pair in zip(vars(last).values(), vars(more).values(), strict=True)))
+        self._populations[-1] = (state, together)
+        self._promised, self._predicted = 0.0, None
+        return self._average(together)
 
     def _begin(self) -> Start:
         begin = self.folder.read_start()
@@ -207,12 +226,16 @@ class SschaRun:
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
         self._far = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
+        self._promised = minimised.decrease / len(self.state.atoms)
         if self._response is None:
             return
         assert self.averages is not None
         deviation = np.abs(minimised.stress * EV_PER_A3_IN_GPA + np.eye(3) * self.task.pressure)
         error = np.where(np.isfinite(self.averages.stress_error), self.averages.stress_error * EV_PER_A3_IN_GPA, 0.0)
-        if np.any(deviation > np.maximum(KEEP_CELL * settings.pressure_tolerance, error)):
+        gain = cell_decrease(self.state, minimised.stress, self.averages.stress_error, self.task.pressure, self._response, self.symmetry)
+        gain /= len(self.state.atoms)
+        if gain > settings.free_energy_tolerance or np.any(deviation > np.maximum(KEEP_CELL * settings.pressure_tolerance, error)):
+            self._promised += gain
             strain = strain_towards(minimised.stress, self.task.pressure, self._response, self.symmetry)
             self._predicted = (minimised.stress, strain)
             self.state = self.state.strained(strain)
@@ -232,6 +255,10 @@ class SschaRun:
 
     def _average(self, ensemble: Ensemble) -> dict[str, Any]:
         self.averages = average(self.state, ensemble, self.symmetry)
+        if self._response is not None:
+            found = self.averages
+            by_cell = cell_decrease(self.state, found.stress, found.stress_error, self.task.pressure, self._response, self.symmetry)
+            self.averages = replace(found, decrease=found.decrease + by_cell)
         self.progress.gibbs.append(gibbs_energy(self.state, self.averages, self.task.pressure))
         number = self.n_populations + 1
         row = _row(number, self.state, self.averages, self.progress)
@@ -244,7 +271,7 @@ class SschaRun:
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
         )  # fmt: skip
         _require_crystal(self.state, self.start.state)
-        self.reason = _unconverged(self.state, self.averages, self.progress, self.task)
+        self.reason = _unconverged(self.state, self.averages, self.progress, self.task, self._promised)
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
         if self._response is not None and self._predicted is not None:
@@ -286,8 +313,12 @@ def _require_crystal(state: SschaState, begin: SschaState) -> None:
         )
 
 
-def _unconverged(state: SschaState, averages: Averages, progress: Progress, task: Task) -> str:
-    """Why the run has to go on; empty when it has converged."""
+def _unconverged(state: SschaState, averages: Averages, progress: Progress, task: Task, promised: float) -> str:
+    """Why the run has to go on; empty when it has converged.
+
+    The last two populations agree when G neither rose nor fell by more than their errors, after what the step between them
+    had ``promised`` (eV/atom): a fall that was foreseen is no sign of drift.
+    """
     settings, n = task.settings, len(state.atoms)
     gibbs, error = progress.gibbs[-1]
     open_issues = []
@@ -301,7 +332,8 @@ def _unconverged(state: SschaState, averages: Averages, progress: Progress, task
         open_issues.append("one population")
     else:
         before, error_before = progress.gibbs[-2]
-        if abs(gibbs - before) > 2.0 * np.hypot(error, error_before) + 1e-6:
+        noise = 2.0 * np.hypot(error, error_before) + 1e-6
+        if not -noise - max(0.0, promised) <= gibbs - before <= noise:
             open_issues.append(f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population")
     return "; ".join(open_issues)
 

@@ -248,3 +248,18 @@ def strain_towards(stress: np.ndarray, pressure: float, response: np.ndarray, sy
         strain[row, column] = strain[column, row] = value if row == column else value / 2.0
     strain = symmetry.tensor(strain)
     return strain * min(1.0, largest / max(np.abs(strain).max(), 1e-12))
+
+
+def cell_decrease(
+    state: SschaState, stress: np.ndarray, error: np.ndarray, pressure: float, response: np.ndarray, symmetry: Symmetry
+) -> float:
+    """Predicted decrease of F + P V by the cell, eV per primitive cell: half of excess stress times the strain that removes it.
+
+    ``stress``, ``error`` (3, 3) in eV/A^3: the error (where it is known) is taken off first, so that noise promises nothing.
+    """
+    target = -np.eye(3) * pressure / EV_PER_A3_IN_GPA
+    noise = np.where(np.isfinite(error), error, 0.0)
+    excess = stress - target
+    clear = np.sign(excess) * np.sqrt(np.maximum(excess**2 - noise**2, 0.0))
+    strain = strain_towards(target + clear, pressure, response, symmetry, largest=np.inf)
+    return float(max(0.0, -0.5 * state.atoms.get_volume() * np.sum(clear * strain)))
