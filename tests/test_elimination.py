@@ -177,3 +177,15 @@ def test_one_that_has_stopped_is_sampled_again_when_another_comes_near() -> None
     race(["a", "b"], advance, Rules(0.95, 1, 30), {}, {})
     assert counts["a"] > 5 and counts["b"] > 5, "sampled until they are told apart"
     assert counts["a"] < counts["b"] + 5
+
+
+def test_a_run_that_gives_no_more_populations_ends_its_race() -> None:
+    """Two that are not told apart, and whose runs have met their own criteria."""
+    calls: list[dict[str, int]] = []
+
+    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+        calls.append(wanted)
+        return {name: standing(0.0, 1e-3, converged=True, n_populations=1) for name in wanted}
+
+    stops = race(["a", "b"], advance, Rules(0.95, 1, 30), {}, {})
+    assert stops == {"a": Stop(), "b": Stop()} and calls == [{"a": 1, "b": 1}, {"a": 2, "b": 2}]

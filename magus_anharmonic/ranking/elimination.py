@@ -137,19 +137,23 @@ def race(
     standings, asleep, spent = {**known, **dormant}, set(dormant), 0
     field = dict.fromkeys([*names, *dormant])
     ran: dict[str, None] = {}
+    ended: set[str] = set()
     while True:
         stopped = verdicts(standings, rules, total)
         asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
-        wanted = [name for name in field if name not in stopped]
+        wanted = [name for name in field if name not in stopped and name not in ended]
         running = [name for name in wanted if name not in asleep] or wanted
-        stops = {name: stopped[name] for name in ran if name in stopped}
+        stops = {name: stopped.get(name, Stop()) for name in ran if name in stopped or name in ended}
         if not running:
             return stops
         if rules.budget is not None and spent >= rules.budget:
             spent_all = Stop(f"the budget of {rules.budget} force evaluations is spent")
             return stops | {name: spent_all for name in ran if name in wanted}
         asleep -= set(running)
-        found = advance({name: standings[name].n_populations + 1 if name in standings else 1 for name in running})
+        asked = {name: standings[name].n_populations + 1 if name in standings else 1 for name in running}
+        found = advance(asked)
+        # A run that ends before the population it was asked for has met every criterion of its own, and gives no more.
+        ended |= {name for name, standing in found.items() if standing.n_populations < asked[name]}
         spent += sum(standing.n_new for standing in found.values())
         ran |= dict.fromkeys(found)
         standings.update(found)
