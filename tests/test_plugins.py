@@ -520,9 +520,9 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
         found = evaluator.evaluate([atoms])
         gibbs = (found.energy[0] + gpa_to_ev_per_a3(options["pressure"]) * atoms.get_volume()) / len(atoms) + 0.1
         return SimpleNamespace(
-            gibbs=gibbs, gibbs_error=1e-3, gibbs_raw=gibbs, finite_size=0.0, helmholtz=gibbs, volume=atoms.get_volume() / len(atoms),
+            gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs, finite_size=0.0, helmholtz=gibbs, volume=atoms.get_volume() / len(atoms),
             stress=np.zeros((3, 3)), pressure=options["pressure"], centroids=atoms.copy(), space_group_start="P1 (1)", space_group="P1 (1)",
-            n_evaluations=2, n_populations=1, converged=True, reason="", status="converged", temperature=0.0, supercell=(1, 1, 1),
+            n_evaluations=2, n_populations=2, converged=True, reason="", status="converged", temperature=0.0, supercell=(1, 1, 1),
             model_id=evaluator.model_id, n_atoms_supercell=len(atoms), symmetry_tolerance=0.05, force_constants=None, decrease=0.0,
         )  # fmt: skip
 

@@ -30,7 +30,7 @@ RIVALS = [PLAIN, *(crystal((3.0 * 0.94**k,) * 3, 1.0, 0.2, -0.3, 1.0, depth=0.1 
 
 
 def ranked(crystals: list, folder: Path, **changes) -> list[Candidate]:
-    sscha = {"n_configs": 400, "reference_spacing": 0.1, "keep_best": 1, **changes.pop("sscha", {})}
+    sscha = {"n_configs": 400, "reference_spacing": 0.1, "keep_best": 1, "hessian": 0, **changes.pop("sscha", {})}
     settings = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": sscha})
     evaluator = changes.pop("evaluator", None) or Crystals(crystals)
     return rank_structures([one.atoms for one in crystals], evaluator, settings, folder, relax=False, **{"workers": 1, **changes})

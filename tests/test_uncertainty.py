@@ -353,4 +353,4 @@ def test_the_shipped_checkpoint_knows_its_errors() -> None:
     inside = shipped.uncertainty([crystal(np.random.default_rng(0), 0.05)])
     outside = shipped.uncertainty([Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.75]], cell=[4, 4, 4], pbc=True)])
     assert inside.force_error[0] < shipped.error_model.usual_force_error < outside.force_error[0]
-    assert shipped.error_model.calibrated_on == "validation" and shipped.error_model.n_calibration == 94
+    assert shipped.error_model.calibrated_on == "validation" and shipped.error_model.n_calibration == 107
