@@ -200,19 +200,23 @@ class Ranking:
         key = self.keys[0]
         groups = {structure_id(self.leader(g)): g for g in (*todo, *out)}
         rules = Rules(self.sscha.confidence, self.sscha.keep_best, self.sscha.max_populations, self._error_tolerance(), self.sscha.budget)
-        latest: dict[str, Record] = {}
+        latest: dict[str, tuple[Job, Outcome, Record]] = {}
+
+        def enthalpy_of(name: str) -> float:
+            return self.enthalpies[self.groups[groups[name]][0]]
 
         def advance(wanted: dict[str, int]) -> dict[str, Standing]:
             found: dict[str, Standing] = {}
 
             def done(job: Job, outcomes: list[Outcome]) -> None:
                 (outcome,) = outcomes
-                record = self.recorded(job, key, outcome, self.enthalpies[self.groups[groups[job.structure]][0]])
+                record = record_of(job, key, outcome, enthalpy_of(job.structure), self.sscha.symprec)
                 if record is None or record.gibbs is None:
                     self._keep(groups[job.structure], key, record, outcome)
                 else:
-                    found[job.structure] = standing_of(record, latest.get(job.structure))
-                    latest[job.structure] = record
+                    before = latest[job.structure][2] if job.structure in latest else None
+                    found[job.structure] = standing_of(record, before)
+                    latest[job.structure] = job, outcome, record
 
             jobs = [self.job(self.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
             run_jobs(jobs, self.evaluator, free_energy, done, workers)
@@ -228,8 +232,11 @@ class Ranking:
         names = [structure_id(self.leader(g)) for g in again]
         stops = race(names, advance, rules, known, dormant)
         for name, stop in stops.items():
-            self._keep(groups[name], key, stopped_record(latest[name], stop))
-        spent = sum(record.n_evaluations for record in latest.values())
+            job, outcome, record = latest[name]
+            # Only now: what the model says about an ensemble is asked once, of the last one.
+            final = self.recorded(job, key, outcome, enthalpy_of(name)) or record
+            self._keep(groups[name], key, stopped_record(final, stop))
+        spent = sum(record.n_evaluations for _, _, record in latest.values())
         early = sum(stop.eliminated for stop in stops.values())
         if stops:
             log.info("SSCHA: %d candidates, %d of them stopped early; %d force evaluations", len(stops), early, spent)

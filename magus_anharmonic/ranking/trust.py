@@ -43,13 +43,8 @@ def ensemble_trust(result: Any, evaluator: Evaluator, rng: np.random.Generator) 
     error_model = getattr(evaluator, "error_model", None)
     if error_model is None or getattr(result, "force_constants", None) is None:
         return None
-    from magus_anharmonic.sscha.state import sample
+    from magus_anharmonic.sscha.state import displaced, sample
 
     state = result.state
-    structures = []
-    for displacement in sample(state, N_CONFIGS, rng):
-        atoms = state.supercell.copy()
-        atoms.positions += displacement
-        structures.append(atoms)
-    found = evaluator.uncertainty(structures)  # type: ignore[attr-defined]
+    found = evaluator.uncertainty(displaced(state, sample(state, N_CONFIGS, rng)))  # type: ignore[attr-defined]
     return EnsembleTrust(float(found.energy_error.mean()), float(found.force_error.mean()), error_model.usual_force_error)

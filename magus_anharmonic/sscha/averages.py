@@ -12,6 +12,7 @@ which an error bar needs, the error of 256 pairs in 24 dimensions falls by 3 to 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,12 @@ class Averages:
     force: np.ndarray
     position_error: np.ndarray
     decrease: float
+
+
+def joined(ensembles: Sequence[Ensemble]) -> Ensemble:
+    """Ensembles of one state as one, in this order."""
+    parts = zip(*(vars(ensemble).values() for ensemble in ensembles), strict=True)
+    return Ensemble(*(np.concatenate(part) for part in parts))
 
 
 def pair_means(values: np.ndarray) -> np.ndarray:

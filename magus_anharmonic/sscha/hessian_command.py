@@ -14,7 +14,7 @@ import numpy as np
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import write_json, write_text
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.group import group_of_result
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian
@@ -22,7 +22,7 @@ from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import CountingEvaluator, harmonic_force_constants, in_double_precision
-from magus_anharmonic.sscha.state import SschaState, sample
+from magus_anharmonic.sscha.state import SschaState, displaced, sample
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import EV_IN_CM1
 
@@ -107,18 +107,10 @@ def ensemble_of(state: SschaState, stored: Ensemble | None, evaluator: Evaluator
         raise InputError(f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to draw the rest")
     log.info("drawing %d configurations of the final state", wanted - have)
     u = sample(state, wanted - have, np.random.default_rng([seed, SAMPLING_TAG]))
-    structures = []
-    for displacement in u:
-        structure = state.supercell.copy()
-        structure.positions += displacement
-        structures.append(structure)
-    values = CountingEvaluator(evaluator).evaluate(structures)
+    values = CountingEvaluator(evaluator).evaluate(displaced(state, u))
     energies, forces = np.asarray(values.energy, dtype=float), np.array(values.forces, dtype=float)
     fresh = Ensemble(u, energies, forces, np.asarray(values.stress, dtype=float).reshape(-1, 3, 3))
-    if stored is None:
-        return fresh
-    names = ("displacements", "energies", "forces", "stresses")
-    return Ensemble(*(np.concatenate([getattr(stored, name), getattr(fresh, name)]) for name in names))
+    return fresh if stored is None else joined([stored, fresh])
 
 
 def hessian_of_structure(

@@ -18,7 +18,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha.averages import Averages, Ensemble, average
+from magus_anharmonic.sscha.averages import Averages, Ensemble, average, joined
 from magus_anharmonic.sscha.begin import begin_run, state_digest
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.result import SschaResult
@@ -33,7 +33,7 @@ from magus_anharmonic.sscha.start import (
     nearest_neighbour,
     strain_towards,
 )
-from magus_anharmonic.sscha.state import SschaState, sample
+from magus_anharmonic.sscha.state import SschaState, displaced, sample
 from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import structure_id
@@ -192,7 +192,7 @@ class SschaRun:
         """Another ensemble of the last state, averaged together with the last one."""
         state, last = self._populations[-1]
         more = self._draw(n_configs)
-        together = Ensemble(*(np.concatenate(pair) for pair in zip(vars(last).values(), vars(more).values(), strict=True)))
+        together = joined([last, more])
         self._populations[-1] = (state, together)
         self._promised, self._predicted = 0.0, None
         return self._average(together)
@@ -282,13 +282,8 @@ class SschaRun:
 def evaluate(state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, number: int) -> Ensemble:
     """Draw ``n_configs`` configurations of the state and evaluate them in one call; ``number`` is for the messages."""
     displacements = sample(state, n_configs, np.random.default_rng(seed))
-    structures = []
-    for displacement in displacements:
-        structure = state.supercell.copy()
-        structure.positions += displacement
-        structures.append(structure)
     try:
-        found = CountingEvaluator(evaluator).evaluate(structures)
+        found = CountingEvaluator(evaluator).evaluate(displaced(state, displacements))
     except InputError as error:
         raise SschaError(f"population {number}: a sampled configuration cannot be evaluated: {error}") from error
     return Ensemble(

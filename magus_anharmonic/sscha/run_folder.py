@@ -15,7 +15,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing, write_json, write_text
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, three
@@ -133,9 +133,7 @@ def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
         state, ensemble = read_population_file(path)
         if _is_state_of(result, state):
             found.append(ensemble)
-    if not found:
-        return None
-    return Ensemble(*(np.concatenate(parts) for parts in zip(*(vars(one).values() for one in found), strict=True)))
+    return joined(found) if found else None
 
 
 def _is_state_of(result: SschaResult, state: SschaState) -> bool:

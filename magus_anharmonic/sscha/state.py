@@ -192,3 +192,13 @@ def sample(state: SschaState, n_configs: int, rng: np.random.Generator) -> np.nd
     normal = rng.standard_normal((n_configs // 2, state.full.shape[0]))
     half = normal @ state.square_root.T
     return np.stack([half, -half], axis=1).reshape(n_configs, -1, 3)
+
+
+def displaced(state: SschaState, displacements: np.ndarray) -> list[Atoms]:
+    """The supercell with each of the ``displacements`` (n_configs, n_supercell, 3), A."""
+    structures = []
+    for displacement in displacements:
+        structure = state.supercell.copy()
+        structure.positions += displacement
+        structures.append(structure)
+    return structures
