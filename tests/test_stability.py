@@ -24,7 +24,7 @@ from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.settings import Settings, parse_settings
 from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence
 from magus_anharmonic.sscha.follow import Sublattice, down_the_mode, larger_cell, real_patterns, simple_directions
-from magus_anharmonic.sscha.free_energy import free_energy
+from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.structures import space_group, structure_id

@@ -91,7 +91,7 @@ def rank(
 
 
 def _free_energy() -> Callable[..., Any]:
-    from magus_anharmonic.sscha.free_energy import free_energy
+    from magus_anharmonic.sscha.gibbs import free_energy
 
     return free_energy
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from magus_anharmonic.sscha.free_energy import free_energy
+    from magus_anharmonic.sscha.gibbs import free_energy
     from magus_anharmonic.sscha.result import SschaResult
 
 __all__ = ["SschaResult", "free_energy"]
 
-_HOME = {"free_energy": "magus_anharmonic.sscha.free_energy", "SschaResult": "magus_anharmonic.sscha.result"}
+_HOME = {"free_energy": "magus_anharmonic.sscha.gibbs", "SschaResult": "magus_anharmonic.sscha.result"}
 
 
 def __getattr__(name: str) -> Any:

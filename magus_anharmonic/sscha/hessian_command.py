@@ -128,7 +128,7 @@ def hessian_of_structure(
     seed: int = 0,
 ) -> HessianReport:
     """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian. Raises ``SschaError`` when the relaxation fails."""
-    from magus_anharmonic.sscha.free_energy import free_energy
+    from magus_anharmonic.sscha.gibbs import free_energy
 
     output = Path(output)
     result = free_energy(
