@@ -1,0 +1,18 @@
+"""``magus-anharmonic``: parse, call, print. One module per command; every library is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from magus_anharmonic.cli.common import app
+
+COMMANDS = ("search", "hessian", "train", "doctor")
+"""The modules of this package, in the order in which ``--help`` lists their commands; importing one registers it."""
+
+for _name in COMMANDS:
+    import_module(f"magus_anharmonic.cli.{_name}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,151 @@
+"""``search`` and ``rank``: structures in, a table ranked by free energy out."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, user_errors
+from magus_anharmonic.errors import InputError
+
+
+class Host(StrEnum):
+    """Who runs the search."""
+
+    auto = "auto"
+    magus = "magus"
+    embedded = "embedded"
+
+
+@app.command()
+def search(
+    input_file: InputFile = Path("input.yaml"),
+    host: Annotated[Host, typer.Option(help="Stock MAGUS, the embedded host, or MAGUS when it is installed.")] = Host.auto,
+    restart: Annotated[bool, typer.Option("-r", "--restart", help="Go on with the search in this folder.")] = False,
+    use_ml: Annotated[bool, typer.Option("-m", "--use-ml", help="MAGUS's own learning loop (host magus only).")] = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List MAGUS's keys that the embedded host knows, and stop.")] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Search for structures and rank them by the SSCHA free energy.
+
+    Runs in the current folder and leaves MAGUS's [bold]results/[/bold] there, with ours in
+    [bold]results/anharmonic/[/bold]. The same input.yaml works with stock [bold]magus search[/bold].
+    """
+    configure_logging(verbose)
+    with user_errors():
+        if keys:
+            from magus_anharmonic.host_keys import keys_table
+
+            typer.echo(keys_table())
+            return
+        from magus_anharmonic.doctor import magus_version
+
+        found = magus_version()
+        if host is Host.magus and found is None:
+            raise InputError("--host magus: MAGUS is not installed (pip install git+https://gitlab.com/bigd4/magus.git)")
+        if found is not None and host is not Host.embedded:
+            from magus_anharmonic.plugins.run import run_stock_magus
+
+            run_stock_magus(input_file, restart=restart, use_ml=use_ml)
+        else:
+            if use_ml:
+                raise InputError("-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the block learning:")
+            _embedded(input_file, restart)
+        _show(Path("results/anharmonic"))
+
+
+def _embedded(input_file: Path, restart: bool) -> None:
+    from magus_anharmonic.search import run
+    from magus_anharmonic.settings import load_settings
+
+    run(load_settings(input_file), Path.cwd(), restart=restart)
+
+
+def _show(folder: Path) -> None:
+    """Print what a finished run found: table, plain words, picture and folder."""
+    from rich.console import Console
+
+    from magus_anharmonic.report.summary import picture, read_ranking, sentences, table
+
+    ranking = folder / "ranking.csv"
+    if not ranking.exists():
+        return
+    rows = read_ranking(ranking)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print()
+    console.print(table(rows))
+    for line in sentences(rows):
+        console.print(f"* {line}", highlight=False)
+    drawn = picture(rows, folder / "ranking.png")
+    console.print(f"\nPicture: {drawn}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def rank(
+    structures: Annotated[Path | None, typer.Argument(help="Any file that ASE reads, one structure or many.")] = None,
+    pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
+    temperature: Annotated[list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")] = None,
+    checkpoint: Annotated[str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")] = "mattersim-v1.0.0-1M",
+    start_dyn: Annotated[
+        str | None, typer.Option(help="Instead of structures: prefix of Quantum ESPRESSO dynamical matrices; their supercell is taken.")
+    ] = None,
+    load_ensemble: Annotated[
+        Path | None,
+        typer.Option(help="Instead of structures: python-sscha's ensemble (save_bin or data_dir); the start is minimised on it."),
+    ] = None,
+    supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell.")] = (2, 2, 2),
+    min_length: Annotated[float | None, typer.Option(help="Angstrom between images, instead of --supercell.")] = None,
+    n_configs: Annotated[int, typer.Option(help="Configurations per population, even.")] = 1000,
+    max_populations: Annotated[int, typer.Option(help="Most populations per structure.")] = 30,
+    max_candidates: Annotated[int, typer.Option(help="Only this many of the lowest distinct structures.")] = 100,
+    window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
+    confidence: Annotated[float, typer.Option(help="That nobody who belongs to the best is stopped early.")] = 0.95,
+    keep_best: Annotated[int, typer.Option(help="So many of the lowest are run to the end and put in order.")] = 3,
+    budget: Annotated[int | None, typer.Option(help="Most force evaluations of all structures together.")] = None,
+    check_hessian: Annotated[int, typer.Option("--hessian", help="So many of the lowest are checked for saddle points; 0: none.")] = 3,
+    everybody: Annotated[bool, typer.Option("--everybody", help="Nobody is stopped early.")] = False,
+    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")] = False,
+    seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path("ranking"),
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Rank structures by their SSCHA free energy at a pressure and temperature."""
+    configure_logging(verbose)
+    with user_errors():
+        from magus_anharmonic.ranking import rank_file
+        from magus_anharmonic.ranking.given_start import check_sources, rank_start
+        from magus_anharmonic.settings import parse_settings
+
+        check_sources(structures, start_dyn, load_ensemble)
+        settings = parse_settings(
+            {
+                "pressure": pressure,
+                "seed": seed,
+                "Fitness": ["SSCHA"],
+                "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint, "device": device},
+                "sscha": {
+                    "temperature": temperature or [0.0],
+                    "supercell": {"min_length": min_length} if min_length is not None else list(supercell),
+                    "cell": "fixed" if fixed_cell else "variable",
+                    "n_configs": n_configs,
+                    "max_populations": max_populations,
+                    "max_candidates": max_candidates,
+                    "window": window,
+                    "allocation": "fixed" if everybody else "elimination",
+                    "confidence": confidence,
+                    "keep_best": keep_best,
+                    "budget": budget,
+                    "hessian": check_hessian,
+                },
+            }
+        )
+        if structures is None:
+            rank_start(start_dyn, load_ensemble, settings, output)
+        else:
+            rank_file(structures, settings, output)
+        _show(output)
