@@ -1,0 +1,47 @@
+"""Every key of ``input.yaml`` and ``campaign.yaml``: the one place that knows names, units, defaults and limits."""
+
+from __future__ import annotations
+
+from magus_anharmonic.settings.search import (
+    CalculatorSettings,
+    LabelerSettings,
+    LearningSettings,
+    Settings,
+    SschaSettings,
+    load_settings,
+    parse_settings,
+)
+from magus_anharmonic.settings.section import (
+    Count,
+    NonNegative,
+    Positive,
+    PressureGPa,
+    Section,
+    check_pressure,
+    fields_at,
+    load_yaml,
+    nearest,
+    parse,
+    snake_case,
+)
+
+__all__ = [
+    "CalculatorSettings",
+    "Count",
+    "LabelerSettings",
+    "LearningSettings",
+    "NonNegative",
+    "Positive",
+    "PressureGPa",
+    "Section",
+    "Settings",
+    "SschaSettings",
+    "check_pressure",
+    "fields_at",
+    "load_settings",
+    "load_yaml",
+    "nearest",
+    "parse",
+    "parse_settings",
+    "snake_case",
+]

@@ -1,0 +1,118 @@
+"""What every block of keys is made of: types with units, folding of names, reading, and errors that name the key path."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from magus_anharmonic.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+
+MAX_PRESSURE_GPA = 2000.0
+
+
+def snake_case(key: str) -> str:
+    """``nSample`` -> ``n_sample``, ``MainCalculator`` -> ``main_calculator``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower()
+
+
+def check_pressure(value: Any) -> float:
+    """A pressure in GPa; recognises values that were meant in Pa or kbar. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError("must be one number in GPa")
+    if value < 0:
+        raise ValueError("must not be negative (GPa, positive = compressed)")
+    if value >= 1e6:
+        raise ValueError(f"looks like Pa: {value:g} Pa = {value / 1e9:g} GPa; give GPa")
+    if value > MAX_PRESSURE_GPA:
+        raise ValueError(f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({value:g} kbar = {value / 10:g} GPa)")
+    return float(value)
+
+
+PressureGPa = Annotated[float, BeforeValidator(check_pressure)]
+
+
+class Section(BaseModel):
+    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_case(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        folded: dict[str, Any] = {}
+        for key, value in data.items():
+            name = snake_case(str(key)) if str(key) not in cls.model_fields else str(key)
+            name = name if name in cls.model_fields else str(key)
+            if name in folded:
+                raise ValueError(f"{key} is given twice (camelCase and snake_case)")
+            folded[name] = value
+        return folded
+
+
+T = TypeVar("T", bound=Section)
+
+
+def parse(model: type[T], data: Any, path: str = "") -> T:
+    """Validate ``data`` as ``model``; raises ``InputError`` whose lines start with the key path."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise InputError(*(_explain(model, item, path) for item in error.errors())) from None
+
+
+def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    where = ".".join([path, *location] if path else location) or "input"
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(location[-1], fields_at(model, location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{where}: is missing ({fields_at(model, location[:-1])[location[-1]]})"
+    text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    shown = "" if isinstance(value, dict) else f"{value!r}: "
+    return f"{where}: {shown}{text}"
+
+
+def fields_at(model: type[BaseModel], location: list[str]) -> dict[str, str]:
+    """Names and descriptions of the keys of the section at ``location`` below ``model``."""
+    for part in location:
+        if part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            inner = [a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            model = inner[0] if inner else model
+    return {name: field.description or "" for name, field in model.model_fields.items()}
+
+
+def nearest(key: str, names: Any) -> str:
+    """``'; did you mean n_sample?'`` when a valid name is close, else the list of valid names."""
+    names = list(names)
+    close = difflib.get_close_matches(snake_case(key), names, n=1, cutoff=0.6) or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping safely; raises ``InputError`` that names file and line."""
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file (give the input with -i FILE)")
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{file}: must hold keys and values, found {type(data).__name__}")
+    return data
