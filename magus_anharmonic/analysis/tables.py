@@ -143,7 +143,7 @@ class GradientError:
     """Figs. 7 and 8 (Eqs. 11 to 15): what averaging over an ensemble leaves of the errors of the forces.
 
     ``rmse`` is what the ensemble of ``n_configs`` gives, its square the sum of those of ``systematic`` (what an infinite ensemble would
-    leave) and ``statistical``; ``floor`` is the RMSE of one configuration over sqrt(n_configs).
+    leave, with ``systematic_error``) and ``statistical``; ``floor`` is ``single``, the RMSE of one configuration, over sqrt(n_configs).
     """
 
     FILE: ClassVar[str] = "gradient_errors.csv"
@@ -156,6 +156,42 @@ class GradientError:
     systematic: float | None
     statistical: float | None
     floor: float | None
+    systematic_error: float | None = None
+    single: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_unit(self.quantity, self.unit, GRADIENT_UNITS)
+
+
+@dataclass(frozen=True)
+class GradientBin:
+    """Figs. 7 and 8: how the errors (model minus reference) of a quantity are distributed; ``count`` of them from ``low`` to ``high``."""
+
+    FILE: ClassVar[str] = "gradient_histogram.csv"
+    phase: str
+    pressure_GPa: float
+    quantity: Literal["force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"]
+    averaged: int
+    unit: str
+    low: float
+    high: float
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_unit(self.quantity, self.unit, GRADIENT_UNITS)
+
+
+@dataclass(frozen=True)
+class GradientParity:
+    """Figs. 7 and 8: one component of an averaged gradient by the reference and by the model."""
+
+    FILE: ClassVar[str] = "gradient_parity.csv"
+    phase: str
+    pressure_GPa: float
+    quantity: Literal["force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"]
+    unit: str
+    reference: float
+    predicted: float
 
     def __post_init__(self) -> None:
         _check_unit(self.quantity, self.unit, GRADIENT_UNITS)
@@ -214,7 +250,7 @@ class FailureRow:
 Row = TypeVar("Row")
 
 TABLES: tuple[type, ...] = (
-    ModelError, Parity, Enthalpy, Ranked, SpaceGroups, Mode, Band, GradientError, GibbsCorrection, LearningPoint, Cost, FailureRow,
+    ModelError, Parity, Enthalpy, Ranked, SpaceGroups, Mode, Band, GradientError, GradientBin, GradientParity, GibbsCorrection, LearningPoint, Cost, FailureRow,
 )  # fmt: skip
 """Every table of a campaign."""
 
