@@ -250,8 +250,21 @@ class FailureRow:
 Row = TypeVar("Row")
 
 TABLES: tuple[type, ...] = (
-    ModelError, Parity, Enthalpy, Ranked, SpaceGroups, Mode, Band, GradientError, GradientBin, GradientParity, GibbsCorrection, LearningPoint, Cost, FailureRow,
-)  # fmt: skip
+    ModelError,
+    Parity,
+    Enthalpy,
+    Ranked,
+    SpaceGroups,
+    Mode,
+    Band,
+    GradientError,
+    GradientBin,
+    GradientParity,
+    GibbsCorrection,
+    LearningPoint,
+    Cost,
+    FailureRow,
+)
 """Every table of a campaign."""
 
 TABLES_FOLDER = "tables"
