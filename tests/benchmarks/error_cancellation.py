@@ -12,21 +12,51 @@ import argparse
 import logging
 from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 from ase.io import read
 
 from magus_anharmonic.analysis.labelled_ensemble import draw, label_ensemble
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.potential import load
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import SschaState
 
 
 def im3m(a: float = 3.0) -> Atoms:
     """Primitive cell of Im-3m H3S with lattice constant ``a`` (A)."""
     cell = [[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]]
     return Atoms("SH3", scaled_positions=[(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)], cell=cell, pbc=True)
+
+
+def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
+    """The state restricted to the modes that repeat with ``cell`` (3, 3) A, whose lattice holds that of the state's supercell.
+
+    Force constants between atoms that this cell makes the same are added: exact at the q points that both cells share.
+    """
+    supercell = state.supercell
+    scaled = supercell.positions @ np.linalg.inv(cell)
+    difference = scaled[:, None] - scaled[None]
+    same = np.abs(difference - np.round(difference)).max(axis=2) < 1e-6
+    first = np.unique(same.argmax(axis=1))
+    if not np.isclose(len(first) * supercell.get_volume(), len(supercell) * abs(np.linalg.det(cell))):
+        raise InputError("the smaller cell does not repeat into the supercell of the state")
+    blocks = state.full.reshape(len(supercell), 3, len(supercell), 3)
+    matrix = np.einsum("ixjy,bj->ibxy", blocks[first], same[first].astype(float))
+    atoms = Atoms(supercell.numbers[first], positions=supercell.positions[first], cell=cell, pbc=True)
+    atoms.set_masses(supercell.get_masses()[first])
+    return SschaState(atoms, (1, 1, 1), matrix[None], state.temperature)
+
+
+def state_of(result: SschaResult, options: argparse.Namespace) -> SschaState:
+    """The state of the run, in its supercell or in the cubic cell of a body-centred lattice."""
+    if not options.conventional:
+        return result.state
+    a = 2.0 * np.abs(result.centroids.cell.array).max()
+    return in_smaller_cell(result.state, a * np.eye(3))
 
 
 def sscha(options: argparse.Namespace) -> SschaResult:
@@ -48,7 +78,8 @@ def label(options: argparse.Namespace) -> None:
     print(f"model {result.model_id}: {result.space_group}, G = {result.gibbs:.5f} +- {result.gibbs_error:.5f} eV/atom, {result.status}")
     labeler = get_labeler(LabelerSettings(calculator="gpaw", n_workers=1, timeout=36000.0), options.folder / "gpaw")
     try:
-        label_ensemble(result.state, draw(result.state, options.n, seed=0), labeler, options.folder)
+        state = state_of(result, options)
+        label_ensemble(state, draw(state, options.n, seed=0), labeler, options.folder)
     finally:
         labeler.close()
 
@@ -61,6 +92,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="h3s-gpaw-small")
     parser.add_argument("--pressure", type=float, default=150.0, help="GPa")
     parser.add_argument("--supercell", type=int, nargs=3, default=[2, 2, 2])
+    parser.add_argument("--conventional", action="store_true", help="label in the cubic 8-atom cell of Im-3m instead of the supercell")
     parser.add_argument("-n", type=int, default=60, help="configurations, in +u/-u pairs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
