@@ -55,9 +55,14 @@ def draw(state: SschaState, n_configs: int, seed: int) -> np.ndarray:
 
     Raises ``InputError`` for an odd or too small number.
     """
-    if n_configs < 4 or n_configs % 2:
-        raise InputError(f"n: {n_configs}: must be even (pairs +u, -u) and at least 4")
+    check_number(n_configs)
     return sample(state, n_configs, np.random.default_rng([seed, SAMPLING_TAG]))
+
+
+def check_number(n_configs: int) -> None:
+    """Raise ``InputError`` for a number of configurations that is odd or smaller than two pairs."""
+    if n_configs < 4 or n_configs % 2:
+        raise InputError(f"--n-configs: {n_configs}: must be even (pairs +u, -u) and at least 4")
 
 
 def label_ensemble(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
@@ -98,13 +103,25 @@ def configurations(state: SschaState, displacements: np.ndarray) -> list[Atoms]:
 
 def claim(folder: Path, state: SschaState, settings_hash: str, description: str) -> None:
     """Write ``source.json`` or compare with the one that is there; raises ``InputError`` when they differ."""
-    identity = {"format": FORMAT, "state": state_digest(state), "temperature_K": state.temperature, "settings_hash": settings_hash}
+    identity = {
+        "format": FORMAT,
+        "state": state_digest(state),
+        "supercell": list(state.repeats),
+        "masses_amu": state.atoms.get_masses().tolist(),
+        "temperature_K": state.temperature,
+        "settings_hash": settings_hash,
+    }
     path = folder / "source.json"
     if not path.is_file():
         write_json(path, {**identity, "labeler": description})
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
-    words = {"state": "another SSCHA state", "settings_hash": "labels of other DFT settings", "temperature_K": "another temperature"}
+    words = {
+        "state": "another SSCHA state",
+        "supercell": "another SSCHA state: supercell",
+        "settings_hash": "labels of other DFT settings",
+        "temperature_K": "another temperature",
+    }
     for key, value in identity.items():
         if stored.get(key) != value:
             raise InputError(
