@@ -56,7 +56,7 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
             colors.append(style.color(1))
         if row.floor is not None:
             axes.axhline(1e3 * row.floor, color=style.GREY, ls="--", lw=1)
-            axes.text(0.0, 1e3 * row.floor, "floor: RMSE/√n ", ha="left", va="bottom", fontsize=8, color=style.GREY)
+            axes.annotate("floor RMSE/√n", (1.0, 1e3 * row.floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
     for place, height in enumerate(heights):
         axes.annotate(f"{height:.3g}", (place, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)

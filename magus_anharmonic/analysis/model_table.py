@@ -51,10 +51,10 @@ def draw_table_one(lines: Sequence[TableOne], folder: Path, name: str = "table_1
                 if shown:
                     places = [place + 0.4 * (index - 0.5) for place, _ in shown]
                     bars = axes.bar(places, [value for _, value in shown], 0.36, color=style.color(index), label=model)
-                    axes.bar_label(bars, fmt="%.3g", fontsize=8, padding=2)
+                    axes.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", fontsize=8, padding=2)
             axes.set_xticks(range(len(SETS)), SETS)
             axes.set_xlim(-0.6, len(SETS) - 0.4)
             axes.set_ylabel(label)
             axes.margins(y=0.12)
-        style.legend(panels[0], loc="upper right")
+        style.legend(panels[0], loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
         return style.save(made, folder, name)

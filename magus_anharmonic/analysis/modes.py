@@ -147,7 +147,7 @@ def draw_modes(rows: Sequence[Mode], folder: Path, name: str) -> list[Path]:
     """Curves of one phase and irreducible representation; critical pressures as bands of one standard error."""
     curves, found = series(rows), critical_pressures(rows)
     first = rows[0]
-    with style.figure(title=f"{first.phase} ({first.space_group}): {first.irrep} at Γ") as (made, (axes,)):
+    with style.figure(title=f"{first.phase}: {first.irrep} at Γ") as (made, (axes,)):
         axes.axhline(0.0, color=style.GREY, lw=1)
         for (key, points), critical in zip(curves.items(), found, strict=True):
             index = ORDER.index((key[2], key[3]))

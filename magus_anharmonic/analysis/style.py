@@ -79,6 +79,7 @@ def marker(index: int) -> str:
 
 def say(axes: Axes, text: str) -> None:
     """A sentence in the middle of an empty panel."""
+    axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GREY, wrap=True)
 
 
