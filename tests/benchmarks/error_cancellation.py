@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from ase import Atoms
 from ase.io import read
 
+from magus_anharmonic.analysis.errors_run import Source, analyse_errors, draw_report, source_of_result
 from magus_anharmonic.analysis.labelled_ensemble import draw, label_ensemble
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import get_labeler
@@ -84,9 +86,41 @@ def label(options: argparse.Namespace) -> None:
         labeler.close()
 
 
+def analyse(options: argparse.Namespace) -> None:
+    """Print the errors of the whole pairs that are labelled, of all of them and of halves, and write the tables and the figure."""
+    result = SschaResult.read(options.folder / "sscha")
+    state = state_of(result, options)
+    whole = source_of_result(result)
+    source = replace(whole, state=state) if state is result.state else Source(state, whole.phase, whole.pressure, whole.model_id)
+    u = draw(state, options.n, seed=0)
+    report = analyse_errors(source, load(options.checkpoint), u, options.folder)
+    draw_report(report)
+    found, correction = report.errors, report.correction
+    print(f"{source.phase}, {source.pressure:g} GPa, {state.temperature:g} K, {len(state.supercell)} atoms, model {source.model_id}")
+    print(f"{found.n_configs} configurations in pairs; {report.n_failed} of {options.n} not labelled")
+    print(f"force RMSE {1e3 * found.force:.1f} meV/A")
+    for name, unit, parts in (
+        ("gradient by centroids", "meV/A", found.centroid),
+        ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
+        ("gradient by force constants", "meV/A^2", found.force_constants),
+    ):
+        print(
+            f"{name}: one configuration {1e3 * parts.single:.1f}, average {1e3 * parts.mean:.2f}, "
+            f"systematic {1e3 * parts.systematic:.2f} +- {1e3 * parts.systematic_error:.2f}, statistical {1e3 * parts.statistical:.2f}, "
+            f"floor {1e3 * parts.floor:.2f} {unit}"
+        )
+    if found.bo_centroid is not None:
+        print(f"Born-Oppenheimer force at the centroids: {1e3 * found.bo_centroid:.3f} meV/A")
+    print(
+        f"G(DFT) - G(model): {1e3 * correction.first_order:.2f} +- {1e3 * correction.first_order_error:.2f} meV/atom (first order), "
+        f"{1e3 * correction.second_order:.2f} meV/atom (second order)"
+    )
+    print(f"pressure of DFT minus that of the model: {report.pressure_error[0]:.2f} +- {report.pressure_error[1]:.2f} GPa")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["label"])
+    parser.add_argument("task", choices=["label", "analyse"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("phase", nargs="?", default="im-3m", help="im-3m, or a structure file")
     parser.add_argument("--checkpoint", default="h3s-gpaw-small")
@@ -96,7 +130,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, default=60, help="configurations, in +u/-u pairs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    {"label": label}[options.task](options)
+    {"label": label, "analyse": analyse}[options.task](options)
 
 
 if __name__ == "__main__":
