@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
@@ -22,6 +23,10 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.settings import Settings
+
+if TYPE_CHECKING:
+    from magus_anharmonic.learning.choose_ensembles import Contender
+    from magus_anharmonic.ranking.odds import ModelTerm
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +220,7 @@ def after_generation(
         energy_rmse=state.energy_rmse,
         free_energy=state.free_energy,
         workers=state.workers,
+        measured=measured_terms(state.run_dir, state.settings.pressure),
     )
     _summarise(state.candidates, generation)
     wanted = state.settings.sscha is not None and state.settings.sscha.seed_back
@@ -235,9 +241,67 @@ def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> 
         store=state.store,
         run_dir=state.run_dir,
         seed=state.seed,
+        contenders=undecided(state, generation) if state.settings.learning.select == "sscha" else (),
     )
     state.potential = learned.potential
     state.energy_rmse = validation_rmse(learned.metrics)
+
+
+UNDECIDED = 0.01
+"""A candidate whose odds to be the lowest are larger is undecided against the lowest one."""
+
+_ENSEMBLE = 107
+
+
+def undecided(state: SearchState, generation: int) -> list[Contender]:
+    """The lowest candidate of the latest ranking and those that may be lower after all, each with an ensemble of its SSCHA state.
+
+    The ensembles are drawn anew (no run has seen them) for ``n_sample * n_perturb`` labels each. Empty when nothing is undecided, or when
+    the runs left no folders.
+    """
+    from magus_anharmonic.learning.choose_ensembles import Contender
+    from magus_anharmonic.sscha.result import SschaResult
+    from magus_anharmonic.sscha.state import displaced, sample
+
+    learning = state.settings.learning
+    phases = sorted((c for c in state.candidates if c.ranked and not c.same_as and c.folder), key=lambda c: (c.gibbs, c.id))
+    found: list[Contender] = []
+    for candidate in phases:
+        odds = candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+        folder = state.run_dir / "sscha" / candidate.folder
+        if (found and (odds or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
+            continue
+        result = SschaResult.read(folder)
+        if result.force_constants is None:
+            continue
+        n_configs = 2 * max(1, learning.n_sample * learning.n_perturb // 2)
+        rng = np.random.default_rng([state.seed, generation, zlib.crc32(candidate.id.encode()), _ENSEMBLE])
+        configurations = displaced(result.state, sample(result.state, n_configs, rng))
+        found.append(Contender(candidate.id, result.centroids, configurations, odds or 0.0, _spread(state.potential, configurations[::2])))
+    return found if len(found) > 1 else []
+
+
+def _spread(potential: Any, configurations: Sequence[Atoms], most: int = 16) -> float:
+    """Expected error of the model's energy in an ensemble, eV/atom; 1 (all alike) where the model has no estimate."""
+    estimate = getattr(potential, "uncertainty", None)
+    errors = estimate(list(configurations[:most])) if estimate is not None else None
+    return 1.0 if errors is None else float(np.mean(errors.energy_error))
+
+
+def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
+    """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says about phases at ``pressure`` (GPa).
+
+    Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
+    """
+    from magus_anharmonic.analysis import tables
+    from magus_anharmonic.ranking.odds import ModelTerm
+
+    rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
+    return {
+        row.phase: ModelTerm(row.correction_eV_per_atom, row.correction_error_eV_per_atom)
+        for row in rows
+        if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6
+    }
 
 
 def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:

@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
     "report": BASE | {"ranking"},
+    "analysis": BASE | {"sscha", "labelers", "learning"},
     "run_record": BASE,
     "host_keys": BASE,
-    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record"},
+    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
     "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
     "doctor": BASE | {"potential", "labelers", "sscha"},
     "plugins": BASE

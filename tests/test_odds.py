@@ -8,7 +8,7 @@ import pytest
 from ase import Atoms
 
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.odds import ModelTerm, with_odds
 
 
 def candidate(name: str, gibbs: float | None, error: float = 1e-3, finite: float = 0.0, **more: object) -> Candidate:
@@ -45,3 +45,35 @@ def test_twins_estimates_and_failures_take_no_part() -> None:
     found = with_odds([candidate("a", 0.0), *others], model_error=0.01)
     assert [c.p_lowest for c in found] == [1.0, None, None, None]
     assert with_odds([], 0.01) == []
+
+
+def test_a_measured_model_term_replaces_the_estimate_and_moves_the_odds() -> None:
+    """The model puts a below b by 10 meV; labels say that its G of a is 30 meV too low, of b 5 meV."""
+    rows = [candidate("a", 0.0), candidate("b", 0.01)]
+    measured = {"a": ModelTerm(0.030, 0.001), "b": ModelTerm(0.005, 0.002)}
+    best, other = with_odds(rows, 0.02, measured)
+    assert (best.id, best.difference) == ("a", 0.0)
+    assert other.difference_model == pytest.approx(math.sqrt(0.001**2 + 0.002**2 + 0.025**2))
+    assert (best.model_correction, best.model_correction_error) == (0.030, 0.001)
+    assert other.p_lowest_total > 0.99 and other.p_lowest < 1e-6
+
+
+def test_what_two_corrections_share_cancels() -> None:
+    measured = {"a": ModelTerm(0.5, 0.001), "b": ModelTerm(0.5, 0.001)}
+    _, other = with_odds([candidate("a", 0.0), candidate("b", 0.01)], 0.02, measured)
+    assert other.difference_model == pytest.approx(0.001 * math.sqrt(2))
+    assert other.p_lowest_total < 1e-3
+
+
+def test_a_phase_without_labels_is_shifted_like_the_others_and_keeps_the_expected_error() -> None:
+    _, other = with_odds([candidate("a", 0.0), candidate("b", 0.01, model_error=0.004)], 0.02, {"a": ModelTerm(0.5, 0.003)})
+    assert other.difference_model == pytest.approx(0.005)
+    assert other.model_correction is None
+
+
+def test_a_space_group_names_a_phase_where_it_is_the_only_one_of_it() -> None:
+    measured = {"Im-3m": ModelTerm(0.1, 0.001)}
+    rows = [candidate("a", 0.0, spg_quantum="Im-3m (229)"), candidate("b", 0.01, spg_quantum="R3m (160)")]
+    assert [c.model_correction for c in with_odds(rows, 0.02, measured)] == [0.1, None]
+    rows = [candidate("a", 0.0, spg_quantum="Im-3m (229)"), candidate("b", 0.01, spg_quantum="Im-3m (229)")]
+    assert [c.model_correction for c in with_odds(rows, 0.02, measured)] == [None, None]

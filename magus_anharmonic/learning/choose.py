@@ -43,10 +43,12 @@ def select(
         round, makes this round's choice random, with a line in the log.
     diverse
         Of the same structures those farthest from one another and from the labels ``known`` in the model's features.
+    sscha
+        At random: only asked for where no two candidates are undecided (`choose_ensembles` takes SSCHA ensembles then).
 
     A population that is not larger than ``n`` is taken whole. Same generator state, population and model: same choice.
     """
-    if rule == "random" or len(population) <= n:
+    if rule in ("random", "sscha") or len(population) <= n:
         return choose(population, n, rng)
     if rule == "uncertain" and potential.error_model is None:
         log.info("learning.select: uncertain: model %s has no error estimate yet; this choice is random", potential.model_id)

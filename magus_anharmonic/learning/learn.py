@@ -18,6 +18,7 @@ from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, select
+from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset, side
 from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.settings import LearningSettings
@@ -69,6 +70,7 @@ def learn(
     store: LabelStore,
     run_dir: str | Path,
     seed: int,
+    contenders: Sequence[Contender] = (),
 ) -> Learned:
     """Choose, distort, label, finetune, and keep the better of the old and the new model.
 
@@ -78,6 +80,8 @@ def learn(
         Relaxed structures, duplicates kept.
     run_dir
         ``results/anharmonic``; gets ``checkpoints/gen{N}.pth``, ``metrics.jsonl`` and ``failures.jsonl``.
+    contenders
+        For ``learning.select: sscha``: candidates whose order is undecided, with their ensembles, the lowest first.
     seed
         Same seed, population and labels: same result. A round that is finished is returned without work; one that was
         interrupted uses the labels that it has.
@@ -91,8 +95,13 @@ def learn(
     store.check(labeler.settings_hash)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     began = time.monotonic()
-    chosen = _choose(population, generation, settings, store, seed, potential, dataset)
-    n_failures = _label(plan(population, generation, settings, store, seed, chosen), generation, labeler, store, folder)
+    planned = plan_ensembles(contenders, generation, settings, store, folder) if settings.select == "sscha" else []
+    if not planned:
+        if settings.select == "sscha":
+            log.info("learning.select: sscha: no two candidates with SSCHA ensembles are undecided; this choice is random")
+        chosen = _choose(population, generation, settings, store, seed, potential, dataset)
+        planned = plan(population, generation, settings, store, seed, chosen)
+    n_failures = _label(planned, generation, labeler, store, folder)
     labels = store.labels(generation=generation)
     sets = training_sets(labels, store.labels(before=generation), dataset, settings, np.random.default_rng([seed, generation, _REPLAY]))
     metrics: dict[str, Any] = {

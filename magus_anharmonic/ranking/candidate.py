@@ -26,6 +26,7 @@ class Candidate:
     in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
     for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
     the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
+    ``model_correction`` is G by DFT minus G where labels of the ensemble say so (`odds.ModelTerm`).
     ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
     final ensemble (eV/A). ``parent`` is the structure whose saddle point was followed to this one, which is no member of the population
     then. ``hessian_lowest``, ``hessian_error`` (cm^-1) and ``p_stable``: see `Record`.
@@ -61,6 +62,8 @@ class Candidate:
     difference_sampling: float | None = None
     difference_finite_size: float | None = None
     difference_model: float | None = None
+    model_correction: float | None = None
+    model_correction_error: float | None = None
     p_lowest: float | None = None
     p_lowest_total: float | None = None
     parent: str = ""

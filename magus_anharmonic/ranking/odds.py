@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,13 +15,27 @@ FINITE_SIZE_PART = 0.5
 """Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
 
 
-def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+@dataclass(frozen=True)
+class ModelTerm:
+    """What DFT labels of an SSCHA ensemble say about a model's G: ``correction`` = G_DFT - G_model with standard error, eV/atom."""
+
+    correction: float
+    error: float
+
+
+def with_odds(
+    candidates: Sequence[Candidate], model_error: float | None, measured: Mapping[str, ModelTerm] | None = None
+) -> list[Candidate]:
     """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
 
-    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model : the
-    expected errors of both static energies together, or ``model_error``, the validation RMSE of the energy, where a structure
-    has none (None: unknown, and no total); what two structures share cancels in truth, so this is an upper estimate.
+    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model : see below.
     Phases that another candidate stands for, estimates and failures get none.
+
+    The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it alone has) is measured: the error of
+    the difference is that of the two corrections together with their difference, which G itself does not contain, and the total odds
+    are those of the corrected G. Elsewhere it is the expected error of the static energy, or ``model_error``, the validation RMSE of the
+    energy, where a structure has none (None: unknown, and no total); what two structures share cancels in truth, so this is an upper
+    estimate. A phase without a measurement is taken to be shifted as the measured ones are on average.
     """
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
     if not phases:
@@ -30,18 +44,22 @@ def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> lis
     gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
     finite = [FINITE_SIZE_PART * abs(_number(c.finite_size) - _number(best.finite_size)) for c in phases]
     odds = probability_lowest(gibbs, sampling)
-    model = [model_error if c.model_error is None else c.model_error for c in phases]
+    terms = model_terms(phases, measured or {})
+    shift = _shifts(terms)
+    model = [_of_model(c, term, model_error) for c, term in zip(phases, terms, strict=True)]
     known = [value for value in model if value is not None]
     total = None
     if len(known) == len(phases):
-        total = probability_lowest(gibbs, np.sqrt(np.square(sampling) + np.square(finite) + np.square(known)))
+        total = probability_lowest(np.add(gibbs, shift), np.sqrt(np.square(sampling) + np.square(finite) + np.square(known)))
     filled = {
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
             difference_sampling=0.0 if c is best else math.hypot(_number(c.gibbs_error), _number(best.gibbs_error)),
             difference_finite_size=finite[place],
-            difference_model=_together(model[place], model[0], c is best),
+            difference_model=_together(model[place], model[0], shift[place] - shift[0], c is best),
+            model_correction=None if terms[place] is None else terms[place].correction,
+            model_correction_error=None if terms[place] is None else terms[place].error,
             p_lowest=float(odds[place]),
             p_lowest_total=None if total is None else float(total[place]),
         )
@@ -50,10 +68,32 @@ def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> lis
     return [filled.get(c.id, c) for c in candidates]
 
 
-def _together(error: float | None, of_best: float | None, best: bool) -> float | None:
+def model_terms(phases: Sequence[Candidate], measured: Mapping[str, ModelTerm]) -> list[ModelTerm | None]:
+    """The measured term of each phase: by its id, by that of its run, or by a space-group symbol that no other phase has."""
+    symbols = [c.spg_quantum.split(" ")[0] for c in phases]
+    found: list[ModelTerm | None] = []
+    for c, symbol in zip(phases, symbols, strict=True):
+        alone = symbol if symbols.count(symbol) == 1 else ""
+        found.append(next((measured[key] for key in (c.id, c.record, alone) if key and key in measured), None))
+    return found
+
+
+def _shifts(terms: Sequence[ModelTerm | None]) -> list[float]:
+    corrections = [term.correction for term in terms if term is not None]
+    mean = float(np.mean(corrections)) if corrections else 0.0
+    return [mean if term is None else term.correction for term in terms]
+
+
+def _of_model(candidate: Candidate, term: ModelTerm | None, model_error: float | None) -> float | None:
+    if term is not None:
+        return term.error
+    return model_error if candidate.model_error is None else candidate.model_error
+
+
+def _together(error: float | None, of_best: float | None, shift: float, best: bool) -> float | None:
     if error is None or of_best is None:
         return None
-    return 0.0 if best else math.hypot(error, of_best)
+    return 0.0 if best else math.hypot(error, of_best, shift)
 
 
 def _number(value: float | None) -> float:

@@ -18,7 +18,7 @@ from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
-from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.odds import ModelTerm, with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import label_phases
 from magus_anharmonic.ranking.reduction import run_reduced
@@ -52,6 +52,7 @@ def rank(
     free_energy: Callable[..., Any] | None = None,
     workers: int | None = None,
     starts: Mapping[str, SschaState] | None = None,
+    measured: Mapping[str, ModelTerm] | None = None,
 ) -> list[Candidate]:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
@@ -70,11 +71,13 @@ def rank(
         SSCHA runs at the same time; None takes one per core.
     starts
         By structure id: the SSCHA state from which that structure's run starts, instead of a harmonic one.
+    measured
+        By candidate id or space-group symbol: what DFT labels say about the model's G (`odds.with_odds`).
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model.
     """
-    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts)
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured)
     if settings.sscha is not None:
         chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
         ranking.look_up()
@@ -108,9 +111,11 @@ class Ranking:
         seed: int,
         energy_rmse: float | None,
         starts: Mapping[str, SschaState] | None = None,
+        measured: Mapping[str, ModelTerm] | None = None,
     ) -> None:
         self.population, self.evaluator, self.settings, self.energy_rmse = population, evaluator, settings, energy_rmse
         self.run_dir, self.seed, self.model, self.starts = run_dir, seed, evaluator.model_id, dict(starts or {})
+        self.measured = dict(measured or {})
         self.store = FreeEnergyStore(run_dir / NAME)
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
@@ -317,7 +322,7 @@ class Ranking:
         if key is not None:
             candidates = self._estimated(candidates, key)
             candidates = with_followers(candidates, self.store, self.results(key))
-            candidates = with_odds(label_phases(candidates), self.energy_rmse)
+            candidates = with_odds(label_phases(candidates), self.energy_rmse, self.measured)
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
         return numbered(candidates + failed)

@@ -51,6 +51,8 @@ COLUMNS = (
     "hessian_lowest_cm1",
     "hessian_error_cm1",
     "p_stable",
+    "model_correction_eV_per_atom",
+    "model_correction_error_eV_per_atom",
 )
 
 
@@ -94,6 +96,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.hessian_lowest),
         _digits(c.hessian_error),
         _digits(c.p_stable),
+        _digits(c.model_correction),
+        _digits(c.model_correction_error),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

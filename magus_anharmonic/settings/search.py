@@ -77,11 +77,13 @@ class LearningSettings(Section):
 
     labeler: LabelerSettings = Field(description="the DFT code and its settings")
     required: bool = Field(True, description="false: where the labeler is not installed, run without learning and say so")
-    select: Literal["random", "uncertain", "diverse"] = Field(
+    select: Literal["random", "uncertain", "diverse", "sscha"] = Field(
         "random",
         description="how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the lowest distinct ones "
         "(10 n_sample) those with the largest expected error, at random while the model has no error estimate; "
-        "diverse: those farthest from one another and from the labels in the model's features",
+        "diverse: those farthest from one another and from the labels in the model's features; "
+        "sscha: configurations (n_sample x n_perturb) of the SSCHA ensembles of the candidates whose order is undecided, where they narrow "
+        "the differences of G most; at random while there are none (needs sscha.when: every_generation)",
     )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
@@ -235,6 +237,8 @@ class Settings(Section):
             raise ValueError("Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the paper's values)")
         if len(self.fitness) > 1 and "SSCHA" in self.fitness:
             raise ValueError(f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front); give [SSCHA]")
+        if self.learning is not None and self.learning.select == "sscha" and self.sscha is None:
+            raise ValueError("learning.select: sscha takes labels from SSCHA ensembles: it needs the block sscha: (when: every_generation)")
         _ = self.calculator
         return self
 

@@ -1,0 +1,231 @@
+"""Figs. 2 and 5: enthalpy against volume with the rank of named phases, and relative enthalpy against pressure with transitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from magus_anharmonic.analysis import style
+from magus_anharmonic.analysis.tables import Enthalpy
+
+SAME_ENTHALPY = 1e-3
+"""eV/atom; with equal space group and nearly equal volume, structures this close count as one in a rank."""
+SAME_VOLUME = 0.02
+"""A^3/atom."""
+HIGHEST_SHOWN = 0.5
+"""eV/atom above the lowest; the picture ends there."""
+
+
+@dataclass(frozen=True)
+class PhaseRank:
+    """Where a named phase stands among all distinct structures of one model and pressure; rank 1 is the lowest."""
+
+    phase: str
+    formula: str
+    pressure_GPa: float
+    source: str
+    rank: int
+    n_distinct: int
+    above_lowest_meV_per_atom: float
+    volume_A3_per_atom: float
+    model_id: str
+
+
+def distinct(rows: Sequence[Enthalpy]) -> list[Enthalpy]:
+    """The structures by enthalpy, one for each that was found several times; a named one stands for its like."""
+    found: list[Enthalpy] = []
+    for row in sorted(rows, key=lambda r: (r.enthalpy_eV_per_atom, not r.phase, r.id)):
+        twin = _place_of_twin(found, row)
+        if twin is None:
+            found.append(row)
+        elif row.phase and not found[twin].phase:
+            found[twin] = row
+    return found
+
+
+def _place_of_twin(found: Sequence[Enthalpy], row: Enthalpy) -> int | None:
+    """Where in ``found``, sorted by enthalpy, the structure ``row`` is already."""
+    for place in range(len(found) - 1, -1, -1):
+        if not _close(found[place], row):
+            return None
+        if _same(found[place], row):
+            return place
+    return None
+
+
+def _close(a: Enthalpy, b: Enthalpy) -> bool:
+    return abs(a.enthalpy_eV_per_atom - b.enthalpy_eV_per_atom) < SAME_ENTHALPY
+
+
+def _same(a: Enthalpy, b: Enthalpy) -> bool:
+    alike = a.space_group == b.space_group and a.formula == b.formula and (a.phase == b.phase or not (a.phase and b.phase))
+    return _close(a, b) and alike and abs(a.volume_A3_per_atom - b.volume_A3_per_atom) < SAME_VOLUME
+
+
+def ranks(rows: Sequence[Enthalpy], source: str | None = None) -> list[PhaseRank]:
+    """Ranks of every named phase (its lowest row) by source and pressure; ``source``: that one alone. Compositions are ranked apart."""
+    groups: dict[tuple[str, float, str], list[Enthalpy]] = {}
+    for row in rows:
+        if source in (None, row.source):
+            groups.setdefault((row.source, row.pressure_GPa, row.formula), []).append(row)
+    found = []
+    for (name, pressure, formula), members in sorted(groups.items()):
+        order = distinct(members)
+        seen: set[str] = set()
+        for place, row in enumerate(order, start=1):
+            if row.phase and row.phase not in seen:
+                seen.add(row.phase)
+                above = 1e3 * (row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
+                found.append(PhaseRank(row.phase, formula, pressure, name, place, len(order), above, row.volume_A3_per_atom, row.model_id))
+    return found
+
+
+def draw_enthalpy_volume(rows: Sequence[Enthalpy], folder: Path, title: str, name: str) -> list[Path]:
+    """Enthalpy above the lowest against volume, all structures grey, named phases marked with their rank."""
+    lowest = min(row.enthalpy_eV_per_atom for row in rows)
+    with style.figure(title=title) as (made, (axes,)):
+        x = [row.volume_A3_per_atom for row in rows]
+        y = [1e3 * (row.enthalpy_eV_per_atom - lowest) for row in rows]
+        axes.plot(x, y, ".", color=style.GREY, ms=4, alpha=0.5, rasterized=len(rows) > 500, label=f"{len(rows)} structures")
+        for index, found in enumerate(ranks(rows)):
+            label = f"{found.phase}: {_ordinal(found.rank)} of {found.n_distinct}, +{found.above_lowest_meV_per_atom:.0f} meV/atom"
+            axes.plot(
+                [found.volume_A3_per_atom],
+                [found.above_lowest_meV_per_atom],
+                style.marker(index),
+                color=style.color(index),
+                ms=8,
+                label=label,
+            )
+        shown = [volume for volume, height in zip(x, y, strict=True) if height <= 1e3 * HIGHEST_SHOWN]
+        axes.set_ylim(-0.03 * min(1e3 * HIGHEST_SHOWN, max(y) or 1.0) - 1.0, min(1e3 * HIGHEST_SHOWN, 1.1 * max(y) + 5.0))
+        margin = 0.05 * (max(shown) - min(shown)) or 0.2
+        axes.set_xlim(min(shown) - margin, max(shown) + margin)
+        axes.set_xlabel("volume (Å³/atom)")
+        axes.set_ylabel("enthalpy above the lowest (meV/atom)")
+        style.legend(axes, loc="upper right", frameon=True)
+        return style.save(made, folder, name)
+
+
+def _ordinal(number: int) -> str:
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+@dataclass(frozen=True)
+class RelativeEnthalpy:
+    """Enthalpy of a phase minus that of the reference phase at one pressure."""
+
+    phase: str
+    reference: str
+    pressure_GPa: float
+    relative_meV_per_atom: float
+    model_id: str
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Where the phase of lowest enthalpy changes with rising pressure, by linear interpolation between two pressures."""
+
+    below: str
+    above: str
+    pressure_GPa: float
+    between_low_GPa: float
+    between_high_GPa: float
+
+
+def phase_enthalpies(rows: Sequence[Enthalpy]) -> dict[str, dict[float, Enthalpy]]:
+    """Named phase -> pressure -> its lowest row (``foundation`` rows left out); of the composition that most named rows have."""
+    named = [row for row in rows if row.phase and row.source != "foundation"]
+    formulas = [row.formula for row in named]
+    common = max(sorted(set(formulas)), key=formulas.count, default="")
+    found: dict[str, dict[float, Enthalpy]] = {}
+    for row in named:
+        if row.formula != common:
+            continue
+        known = found.setdefault(row.phase, {}).get(row.pressure_GPa)
+        if known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom:
+            found[row.phase][row.pressure_GPa] = row
+    return found
+
+
+def choose_reference(phases: dict[str, dict[float, Enthalpy]], wanted: str | None = "Im-3m") -> str:
+    """``wanted`` if it is there, else the phase known at most pressures."""
+    if wanted in phases:
+        return str(wanted)
+    return max(sorted(phases), key=lambda name: len(phases[name]))
+
+
+def relative_enthalpies(rows: Sequence[Enthalpy], reference: str | None = "Im-3m") -> list[RelativeEnthalpy]:
+    """Every named phase minus the reference, at the pressures where both are known; none without a named phase."""
+    phases = phase_enthalpies(rows)
+    if not phases:
+        return []
+    name = choose_reference(phases, reference)
+    return [
+        RelativeEnthalpy(phase, name, p, 1e3 * (row.enthalpy_eV_per_atom - phases[name][p].enthalpy_eV_per_atom), row.model_id)
+        for phase, known in sorted(phases.items())
+        for p, row in sorted(known.items())
+        if p in phases[name]
+    ]
+
+
+def transitions(rows: Sequence[Enthalpy]) -> list[Transition]:
+    """Changes of the lowest named phase with pressure: between neighbouring pressures, all crossings of the lower envelope."""
+    phases = phase_enthalpies(rows)
+    pressures = sorted({p for known in phases.values() for p in known})
+    found = []
+    for low, high in zip(pressures, pressures[1:], strict=False):
+        lines = {name: _line(known, low, high) for name, known in phases.items() if low in known and high in known}
+        if not lines:
+            continue
+        at, current = 0.0, min(lines, key=lambda name: lines[name])
+        while True:
+            crossings = [
+                (_crossing(lines[current], line), name) for name, line in lines.items() if name != current and line[1] < lines[current][1]
+            ]
+            later = [(where, name) for where, name in crossings if at <= where <= 1.0]
+            if not later:
+                break
+            at, following = min(later)
+            found.append(Transition(current, following, low + at * (high - low), low, high))
+            current = following
+    return found
+
+
+def _line(known: dict[float, Enthalpy], low: float, high: float) -> tuple[float, float]:
+    start = known[low].enthalpy_eV_per_atom
+    return start, known[high].enthalpy_eV_per_atom - start
+
+
+def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
+    return (b[0] - a[0]) / (a[1] - b[1])
+
+
+def draw_relative_enthalpy(
+    found: Sequence[RelativeEnthalpy], changes: Sequence[Transition], folder: Path, name: str = "fig_5_relative_enthalpy"
+) -> list[Path]:
+    """Lines of all phases against pressure, transitions marked."""
+    with style.figure() as (made, (axes,)):
+        phases = list(dict.fromkeys(row.phase for row in found))
+        for index, phase in enumerate(phases):
+            shown = [row for row in found if row.phase == phase]
+            style.points(axes, [r.pressure_GPa for r in shown], [r.relative_meV_per_atom for r in shown], index=index, label=phase)
+        for change in changes:
+            axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
+            text = f"{change.below} → {change.above}: {change.pressure_GPa:.0f} GPa"
+            axes.annotate(
+                text, (change.pressure_GPa, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right", va="top"
+            )
+        pressures = [row.pressure_GPa for row in found]
+        style.room(axes, pressures)
+        heights = np.array([row.relative_meV_per_atom for row in found])
+        if np.ptp(heights) == 0:
+            axes.set_ylim(-10.0, 10.0)
+        axes.set_xlabel("pressure (GPa)")
+        axes.set_ylabel(f"enthalpy relative to {found[0].reference} (meV/atom)")
+        style.legend(axes)
+        return style.save(made, folder, name)

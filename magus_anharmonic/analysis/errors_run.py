@@ -1,0 +1,253 @@
+"""What ``magus-anharmonic errors`` does: label an ensemble of an SSCHA state, compare model and reference, write the tables."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.analysis import gibbs_correction as gibbs
+from magus_anharmonic.analysis import gradient_errors as gradients
+from magus_anharmonic.analysis import tables
+from magus_anharmonic.analysis.labelled_ensemble import Labelled, draw, label_ensemble, read_labelled
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.files import write_json
+from magus_anharmonic.labelers.base import Labeler
+from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.settings.section import load_yaml, parse
+from magus_anharmonic.sscha.averages import pair_means, standard_error
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.structures import space_group
+from magus_anharmonic.units import ev_per_a3_to_gpa
+
+log = logging.getLogger(__name__)
+
+BINS = 61
+SINGLES = 20
+"""Configurations whose gradients by the force constants are in the histogram before averaging."""
+MOST_POINTS = 2000
+"""Components of one averaged gradient in the parity table, at most."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An SSCHA state to measure in. ``gibbs``, ``gibbs_error`` (eV/atom): the model's free energy of it, None where it is not known."""
+
+    state: SschaState
+    phase: str
+    pressure: float
+    model_id: str = ""
+    gibbs: float | None = None
+    gibbs_error: float | None = None
+
+
+@dataclass(frozen=True)
+class ErrorsReport:
+    """Everything that was measured; energies in eV/atom, pressures in GPa."""
+
+    source: Source
+    errors: gradients.GradientErrors
+    correction: gibbs.Correction
+    pressure_error: tuple[float, float]
+    n_failed: int
+    folder: Path
+
+    @property
+    def corrected_gibbs(self) -> tuple[float, float] | None:
+        """G by the reference to first order with its standard error, eV/atom; None where the model's G is not known."""
+        if self.source.gibbs is None:
+            return None
+        error = float(np.hypot(self.source.gibbs_error or 0.0, self.correction.first_order_error))
+        return self.source.gibbs + self.correction.first_order, error
+
+
+def source_of_result(result: SschaResult, phase: str = "") -> Source:
+    """The state in which an SSCHA run ended; ``phase``: its name, by default its space group. Raises ``InputError`` without a state."""
+    name = phase or result.space_group.split(" ")[0]
+    return Source(result.state, name, result.target_pressure, result.model_id, result.gibbs, result.gibbs_error)
+
+
+def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Source:
+    """A state without a run, e.g. dynamical matrices of another code."""
+    return Source(state, phase or space_group(state.atoms).split(" ")[0], pressure)
+
+
+def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str) -> np.ndarray:
+    """Displacements (n, n_supercell, 3) A of given configurations of ``state``, +u/-u next to each other.
+
+    Raises ``InputError`` when cell, species or pairs are not those of the state.
+    """
+    supercell = state.supercell
+    found = []
+    for number, atoms in enumerate(structures, start=1):
+        same_cell = np.allclose(atoms.cell.array, supercell.cell.array, atol=1e-4)
+        if len(atoms) != len(supercell) or not np.array_equal(atoms.numbers, supercell.numbers) or not same_cell:
+            raise InputError(f"{where}: configuration {number} is not one of the supercell of the state (species, order and cell)")
+        shift = (atoms.positions - supercell.positions) @ np.linalg.inv(supercell.cell.array)
+        found.append((shift - np.round(shift)) @ supercell.cell.array)
+    u = np.array(found)
+    if len(u) < 4 or len(u) % 2 or not np.allclose(u[0::2], -u[1::2], atol=1e-4):
+        raise InputError(f"{where}: {len(u)} configurations that are not pairs +u, -u next to each other; pairs are needed, at least two")
+    return u
+
+
+def load_labeler_settings(path: str | Path) -> LabelerSettings:
+    """Settings of the reference from a YAML file: the block ``labeler`` (or ``learning.labeler``), or its keys themselves."""
+    data = load_yaml(path)
+    if isinstance(data.get("learning"), dict):
+        data = data["learning"]
+    if isinstance(data.get("labeler"), dict):
+        data = data["labeler"]
+    if "calculator" not in data:
+        raise InputError(f"{path}: names no labeler: needed is labeler: {{calculator: gpaw | vasp | espresso | import path, ...}}")
+    return parse(LabelerSettings, data, "labeler")
+
+
+def measure_errors(
+    source: Source,
+    model: Evaluator,
+    labeler: Labeler,
+    folder: str | Path,
+    *,
+    n_configs: int = 60,
+    seed: int = 0,
+    displacements: np.ndarray | None = None,
+) -> ErrorsReport:
+    """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and ``errors.json`` to ``folder``.
+
+    Labels that are there are not made again. Raises ``InputError`` (another state or other DFT settings in the folder, no whole pairs).
+    """
+    u = draw(source.state, n_configs, seed) if displacements is None else displacements
+    label_ensemble(source.state, u, labeler, folder)
+    return analyse_errors(source, model, u, folder)
+
+
+def analyse_errors(source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path) -> ErrorsReport:
+    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there."""
+    target = Path(folder)
+    labelled = read_labelled(source.state, displacements, model, target)
+    report = ErrorsReport(
+        source,
+        gradients.gradient_errors(labelled),
+        gibbs.gibbs_correction(labelled),
+        pressure_error(labelled),
+        labelled.n_failed,
+        target,
+    )
+    for table, rows in report_tables(report, labelled).items():
+        tables.write(table, target / table.FILE, rows)  # type: ignore[attr-defined]
+    write_json(target / "errors.json", summary(report, model.model_id))
+    return report
+
+
+def report_tables(report: ErrorsReport, labelled: Labelled) -> dict[type, list[Any]]:
+    """Rows of the campaign's tables, by table."""
+    phase, pressure = report.source.phase, report.source.pressure
+    bins, parity = distributions(labelled, phase, pressure)
+    return {
+        tables.GradientError: gradients.rows(report.errors, phase, pressure),
+        tables.GibbsCorrection: [gibbs.row(report.correction, phase, pressure)],
+        tables.GradientBin: bins,
+        tables.GradientParity: parity,
+    }
+
+
+def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
+    """Put the tables of a report into those of a campaign (``campaign/tables``), in place of earlier rows of this phase and pressure."""
+    for table in (tables.GradientError, tables.GibbsCorrection, tables.GradientBin, tables.GradientParity):
+        rows = tables.read(table, report.folder / table.FILE)  # type: ignore[attr-defined]
+        known = tables.read_if_there(table, folder)
+        kept = [row for row in known if (row.phase, row.pressure_GPa) != (report.source.phase, report.source.pressure)]
+        tables.write(table, Path(folder) / table.FILE, [*kept, *rows])  # type: ignore[attr-defined]
+
+
+def draw_report(report: ErrorsReport) -> list[Path]:
+    """``gradient_errors.svg`` and ``.png`` beside the tables of a report."""
+    from magus_anharmonic.analysis.gradient_figure import draw_gradient_errors
+
+    bins = tables.read(tables.GradientBin, report.folder / tables.GradientBin.FILE)
+    parity = tables.read(tables.GradientParity, report.folder / tables.GradientParity.FILE)
+    return draw_gradient_errors(gradients.rows(report.errors, report.source.phase, report.source.pressure), bins, parity, report.folder)
+
+
+def pressure_error(labelled: Labelled) -> tuple[float, float]:
+    """Pressure of the reference minus that of the model in the state, with standard error, GPa (virial of the displacements included)."""
+    u, volume = labelled.reference.displacements, labelled.state.supercell.get_volume()
+    stress = labelled.reference.stresses - labelled.model.stresses
+    virial = np.einsum("cai,cai->c", -gradients.force_differences(labelled), u) / volume
+    pressures = pair_means(-(np.trace(stress, axis1=1, axis2=2) + virial) / 3.0)
+    return ev_per_a3_to_gpa(float(pressures.mean())), ev_per_a3_to_gpa(float(standard_error(pressures)))
+
+
+def distributions(labelled: Labelled, phase: str, pressure: float) -> tuple[list[tables.GradientBin], list[tables.GradientParity]]:
+    """Histograms of the errors before and after averaging, and the averaged components by reference and model (Figs. 7 and 8)."""
+    difference = gradients.force_differences(labelled)
+    n_configs = len(difference)
+    mean = {name: -ensemble.forces.mean(axis=0).ravel() for name, ensemble in _both(labelled)}
+    matrix = {name: gradients.mean_force_constant_gradient(labelled, ensemble.forces).ravel() for name, ensemble in _both(labelled)}
+    few = slice(0, min(SINGLES, n_configs))
+    weights = labelled.reference.displacements.reshape(n_configs, -1)[few] @ labelled.state.precision
+    single = np.einsum("ca,cb->cab", weights, difference.reshape(n_configs, -1)[few]).ravel()
+    bins = [
+        *_histogram(difference.ravel(), phase, pressure, "force", 0),
+        *_histogram(mean["model"] - mean["reference"], phase, pressure, "gradient_centroid", 1),
+        *_histogram(single, phase, pressure, "gradient_force_constants", 0),
+        *_histogram(matrix["model"] - matrix["reference"], phase, pressure, "gradient_force_constants", 1),
+    ]
+    points = {"gradient_centroid": (mean["reference"], mean["model"]), "gradient_force_constants": (matrix["reference"], matrix["model"])}
+    if labelled.centroid is not None:
+        reference, model = (-forces.ravel() for forces in labelled.centroid)
+        bins += _histogram(model - reference, phase, pressure, "bo_force_centroid", 1)
+        points["bo_force_centroid"] = (reference, model)
+    parity = []
+    for quantity, (reference, model) in points.items():
+        chosen = np.sort(np.random.default_rng(0).permutation(len(reference))[:MOST_POINTS])
+        unit = tables.GRADIENT_UNITS[quantity]
+        parity += [
+            tables.GradientParity(phase, pressure, quantity, unit, float(x), float(y))  # type: ignore[arg-type]
+            for x, y in zip(reference[chosen], model[chosen], strict=True)
+        ]
+    return bins, parity
+
+
+def _both(labelled: Labelled) -> tuple[tuple[str, Any], tuple[str, Any]]:
+    return ("reference", labelled.reference), ("model", labelled.model)
+
+
+def _histogram(values: np.ndarray, phase: str, pressure: float, quantity: Any, averaged: int) -> list[tables.GradientBin]:
+    edge = float(np.quantile(np.abs(values), 0.999)) or 1e-6
+    counts, edges = np.histogram(values, bins=BINS, range=(-edge, edge))
+    unit = tables.GRADIENT_UNITS[quantity]
+    return [
+        tables.GradientBin(phase, pressure, quantity, averaged, unit, float(low), float(high), int(count))
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]
+
+
+def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
+    """What ``errors.json`` holds."""
+    source = report.source
+    corrected = report.corrected_gibbs
+    return {
+        "phase": source.phase,
+        "pressure_GPa": source.pressure,
+        "temperature_K": source.state.temperature,
+        "supercell_atoms": len(source.state.supercell),
+        "model": model_id,
+        "model_of_the_state": source.model_id,
+        "n_configs": report.errors.n_configs,
+        "n_failed": report.n_failed,
+        "errors": asdict(report.errors),
+        "correction_eV_per_atom": asdict(report.correction),
+        "pressure_reference_minus_model_GPa": report.pressure_error,
+        "gibbs_model_eV_per_atom": source.gibbs,
+        "gibbs_reference_first_order_eV_per_atom": None if corrected is None else corrected[0],
+        "gibbs_reference_error_eV_per_atom": None if corrected is None else corrected[1],
+    }

@@ -1,0 +1,157 @@
+"""Errors of a model in an SSCHA ensemble: forces, gradients of the free energy, and what averaging does to them (Eqs. 11 to 15).
+
+Gao, Fang, Errea, arXiv:2512.20424. Every average is over +u/-u pairs, whose means are independent of one another. For a vector with K
+components whose mean over n pairs has the root mean square R, R^2 = systematic^2 + statistical^2: the systematic part is what an
+infinite ensemble would leave (estimated without bias, as the mean product of different pairs), the statistical part goes with
+1/sqrt(n). The paper's numbers are R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from magus_anharmonic.analysis.labelled_ensemble import Labelled
+from magus_anharmonic.analysis.tables import GRADIENT_UNITS, GradientError
+from magus_anharmonic.sscha.averages import pair_means
+from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE
+from magus_anharmonic.sscha.symmetry import Symmetry
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Root mean squares over the components of an averaged error, in the unit of its quantity.
+
+    single : of one configuration; mean : of the average over the ensemble; systematic, statistical : its two parts;
+    systematic_error : standard error of the systematic part by the jackknife over pairs (where that part is not told from zero: the value
+    that it may have); floor : ``single`` over the root of the number of configurations, what independent errors without a systematic part
+    would leave.
+    """
+
+    single: float
+    mean: float
+    systematic: float
+    statistical: float
+    systematic_error: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class GradientErrors:
+    """Errors of a model against its reference in one ensemble of ``n_configs``.
+
+    force : eV/A, RMSE of all components of all configurations (Eq. 12). centroid : eV/A, of the gradient by the centroids of the supercell
+    (Eq. 13; no symmetry and no translation averaged, as in the paper), symmetric_centroid : the same averaged over translations and
+    space group, as the SSCHA uses it. force_constants : eV/A^2, Eq. 15. bo_centroid : eV/A, forces at the centroids (Eq. 14), None without
+    a label of them.
+    """
+
+    n_configs: int
+    force: float
+    centroid: Parts
+    symmetric_centroid: Parts
+    force_constants: Parts
+    bo_centroid: float | None
+
+
+def gradient_errors(labelled: Labelled) -> GradientErrors:
+    """All errors of ``labelled``; model minus reference."""
+    state = labelled.state
+    difference = force_differences(labelled)
+    n_configs = len(difference)
+    flat = difference.reshape(n_configs, -1)
+    force = float(np.sqrt(np.mean(flat**2)))
+    symmetry = Symmetry(state.atoms, state.repeats, SYMMETRY_OF_A_STATE)
+    cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
+    symmetric = symmetry.vectors(cells).reshape(n_configs, -1)
+    return GradientErrors(
+        n_configs=n_configs,
+        force=force,
+        centroid=parts(gram(pair_means(flat)), force, n_configs),
+        symmetric_centroid=parts(gram(pair_means(symmetric)), float(np.sqrt(np.mean(symmetric**2))), n_configs),
+        force_constants=force_constant_parts(labelled, flat),
+        bo_centroid=None if labelled.centroid is None else _rms(labelled.centroid[1] - labelled.centroid[0]),
+    )
+
+
+def force_differences(labelled: Labelled) -> np.ndarray:
+    """Forces of the model minus those of the reference, (n, n_supercell, 3) eV/A (Eq. 11)."""
+    return labelled.model.forces - labelled.reference.forces
+
+
+def force_constant_parts(labelled: Labelled, difference: np.ndarray) -> Parts:
+    """Error of the gradient by the force constants (Eqs. 10 and 15), eV/A^2; ``difference`` (n, 3N) of the forces.
+
+    The harmonic forces drop out of the difference, so that G_i,ab = w_a d_b with w = Psi^-1 u. A pair has w and -w: only the odd part of
+    the error stays. Products of pairs factorise, so that no (n, 3N, 3N) array is needed.
+    """
+    n_configs, size = difference.shape
+    weights = labelled.reference.displacements.reshape(n_configs, -1) @ labelled.state.precision
+    single = float(np.sqrt(np.sum((weights**2).sum(axis=1) * (difference**2).sum(axis=1)) / n_configs) / size)
+    odd = 0.5 * (difference[0::2] - difference[1::2])
+    first = weights[0::2]
+    return parts((first @ first.T) * (odd @ odd.T) / size**2, single, n_configs)
+
+
+def mean_force_constant_gradient(labelled: Labelled, forces: np.ndarray) -> np.ndarray:
+    """Eqs. 9 and 10 with ``forces`` (n, N, 3): the gradient of the free energy by the force constants, (3N, 3N) eV/A^2."""
+    n_configs = len(forces)
+    u = labelled.reference.displacements.reshape(n_configs, -1)
+    residual = forces.reshape(n_configs, -1) + u @ labelled.state.full
+    return (u @ labelled.state.precision).T @ residual / n_configs
+
+
+def gram(vectors: np.ndarray) -> np.ndarray:
+    """Mean products of the components of all pairs of ``vectors`` (n, K): (n, n)."""
+    return vectors @ vectors.T / vectors.shape[1]
+
+
+def parts(products: np.ndarray, single: float, n_configs: int) -> Parts:
+    """The parts of an averaged error from the mean products (n_pairs, n_pairs) of its pair means."""
+    n = len(products)
+    diagonal, rows = np.diag(products), products.sum(axis=1)
+    total, trace = rows.sum(), diagonal.sum()
+    mean = total / n**2
+    systematic = (total - trace) / (n * (n - 1))
+    error = np.inf
+    if n > 2:
+        left_out = (total - 2.0 * rows + diagonal - (trace - diagonal)) / ((n - 1) * (n - 2))
+        error = float(np.sqrt((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2)))
+    return Parts(
+        single=single,
+        mean=float(np.sqrt(max(mean, 0.0))),
+        systematic=float(np.sqrt(max(systematic, 0.0))),
+        statistical=float(np.sqrt(max(mean - systematic, 0.0))),
+        systematic_error=_error_of_root(float(systematic), error),
+        floor=single / np.sqrt(n_configs),
+    )
+
+
+def _error_of_root(square: float, error: float) -> float:
+    """Standard error of a root from that of its square; where the square is within its error, the root of that error."""
+    return error / (2.0 * np.sqrt(square)) if square > error else float(np.sqrt(error))
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def rows(errors: GradientErrors, phase: str, pressure: float) -> list[GradientError]:
+    """The lines of ``gradient_errors.csv``; ``pressure`` in GPa."""
+
+    def line(quantity: str, rmse: float, found: Parts | None) -> GradientError:
+        numbers = (None, None, None) if found is None else (found.systematic, found.statistical, found.floor)
+        unit = GRADIENT_UNITS[quantity]
+        error = None if found is None else found.systematic_error
+        single = None if found is None else found.single
+        return GradientError(phase, pressure, errors.n_configs, quantity, unit, rmse, *numbers, error, single)  # type: ignore[arg-type]
+
+    lines = [
+        line("force", errors.force, None),
+        line("gradient_centroid", errors.centroid.mean, errors.centroid),
+        line("gradient_force_constants", errors.force_constants.mean, errors.force_constants),
+    ]
+    if errors.bo_centroid is not None:
+        lines.append(line("bo_force_centroid", errors.bo_centroid, None))
+    return lines

@@ -1,0 +1,109 @@
+"""Figs. 7 and 8: how errors of forces shrink when the SSCHA averages them into gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from magus_anharmonic.analysis import style
+from magus_anharmonic.analysis.tables import GradientBin, GradientError, GradientParity
+
+WORDS = {
+    "force": "forces",
+    "gradient_centroid": "gradient by centroids",
+    "gradient_force_constants": "gradient by force constants",
+    "bo_force_centroid": "forces at the centroids",
+}
+
+
+def unit_of(unit: str) -> tuple[float, str]:
+    """Factor and unit on the axes: meV instead of eV."""
+    return 1e3, f"m{unit}".replace("^2", "²").replace("A", "Å")
+
+
+def draw_gradient_errors(
+    rows: Sequence[GradientError],
+    bins: Sequence[GradientBin],
+    parity: Sequence[GradientParity],
+    folder: Path,
+    name: str = "gradient_errors",
+) -> list[Path]:
+    """Four panels for one phase: RMSEs with their parts, the two distributions, and the parity of the averaged gradients."""
+    if not rows:
+        return []
+    title = f"{rows[0].phase} at {rows[0].pressure_GPa:g} GPa, {rows[0].n_configs} configurations: model against reference"
+    with style.figure(2, 2, title=title) as (made, panels):
+        _bars(panels[0], rows)
+        _distribution(panels[1], bins, (("force", 0), ("gradient_centroid", 1), ("bo_force_centroid", 1)))
+        _distribution(panels[2], bins, (("gradient_force_constants", 0), ("gradient_force_constants", 1)))
+        _parity(panels[3], parity)
+        return style.save(made, folder, name)
+
+
+def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyped-def]
+    """RMSE of each quantity that is a force, the two parts of the averaged one, and the floor."""
+    shown = [row for row in rows if row.unit == "eV/A"]
+    labels, heights, colors, errors = [], [], [], []
+    for row in shown:
+        labels.append(WORDS[row.quantity].replace(" ", "\n", 1))
+        heights.append(1e3 * row.rmse)
+        colors.append(style.color(0))
+        errors.append(0.0)
+        if row.systematic is not None:
+            labels.append("its systematic\npart")
+            heights.append(1e3 * row.systematic)
+            errors.append(1e3 * (row.systematic_error or 0.0))
+            colors.append(style.color(1))
+        if row.floor is not None:
+            axes.axhline(1e3 * row.floor, color=style.GREY, ls="--", lw=1)
+            axes.annotate("floor RMSE/√n", (1.0, 1e3 * row.floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
+    for place, height in enumerate(heights):
+        axes.annotate(f"{height:.3g}", (place, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(shown)), labels, fontsize=7)
+    if any(height > 0 for height in heights):
+        axes.set_yscale("log")
+        axes.set_ylim(top=3 * max(heights))
+    axes.set_ylabel("RMSE (meV/Å)")
+
+
+def _distribution(axes, bins: Sequence[GradientBin], wanted: Sequence[tuple[str, int]]) -> None:  # type: ignore[no-untyped-def]
+    for index, (quantity, averaged) in enumerate(wanted):
+        found = [row for row in bins if row.quantity == quantity and row.averaged == averaged]
+        total = sum(row.count for row in found)
+        if not total:
+            continue
+        factor, unit = unit_of(found[0].unit)
+        edges = [factor * row.low for row in found] + [factor * found[-1].high]
+        density = [row.count / total / (factor * (row.high - row.low)) for row in found]
+        label = (
+            WORDS[quantity]
+            + ("" if averaged or quantity == "force" else ", one by one")
+            + (", averaged" if averaged and len(wanted) == 2 else "")
+        )
+        axes.stairs(density, edges, color=style.color(index), label=label, fill=index == 0, alpha=0.45 if index == 0 else 1.0)
+        axes.set_xlabel(f"model - reference ({unit})")
+    if not axes.get_legend_handles_labels()[0]:
+        style.say(axes, "no distribution was kept")
+        return
+    axes.set_yscale("log")
+    axes.set_ylabel("probability density")
+    style.legend(axes, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+
+
+def _parity(axes, parity: Sequence[GradientParity]) -> None:  # type: ignore[no-untyped-def]
+    shown = [row for row in parity if row.unit == "eV/A"]
+    if not shown:
+        style.say(axes, "no components were kept")
+        return
+    values = [value for row in shown for value in (row.reference, row.predicted)]
+    limits = [1e3 * min(values), 1e3 * max(values)]
+    axes.plot(limits, limits, color=style.GREY, lw=1)
+    for index, quantity in enumerate(("gradient_centroid", "bo_force_centroid")):
+        rows = [row for row in shown if row.quantity == quantity]
+        if rows:
+            x, y = [1e3 * row.reference for row in rows], [1e3 * row.predicted for row in rows]
+            axes.plot(x, y, style.marker(index), color=style.color(index + 1), ms=3, alpha=0.7, label=WORDS[quantity])
+    axes.set_xlabel("reference (meV/Å)")
+    axes.set_ylabel("model (meV/Å)")
+    style.legend(axes, fontsize=8)

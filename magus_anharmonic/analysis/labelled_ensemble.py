@@ -1,0 +1,193 @@
+"""DFT labels of the configurations of an SSCHA state: drawn once, labelled one by one, each kept the moment it is finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.io import write
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator
+from magus_anharmonic.files import append_jsonl, replacing, write_json
+from magus_anharmonic.labelers.base import Failure, Label, Labeler
+from magus_anharmonic.learning.dataset import labelled, read_labels
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.begin import state_digest
+from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.structures import structure_id
+
+log = logging.getLogger(__name__)
+
+SAMPLING_TAG = 5381
+"""Separates the random numbers of these ensembles from those of other purposes with the same seed."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What two energy surfaces say about the same configurations of ``state`` (whole +u/-u pairs, next to each other).
+
+    ``reference`` and ``model`` share their displacements; ``centroid`` are the forces (n_supercell, 3) eV/A of reference and model at the
+    centroids, None where there is no label of them. ``n_failed`` labels could not be made.
+    """
+
+    state: SschaState
+    reference: Ensemble
+    model: Ensemble
+    centroid: tuple[np.ndarray, np.ndarray] | None
+    n_failed: int = 0
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.reference.energies) // 2
+
+
+def draw(state: SschaState, n_configs: int, seed: int) -> np.ndarray:
+    """Displacements (n_configs, n_supercell, 3) in A, +u/-u pairs; a longer draw begins with the shorter one.
+
+    Raises ``InputError`` for an odd or too small number.
+    """
+    check_number(n_configs)
+    return sample(state, n_configs, np.random.default_rng([seed, SAMPLING_TAG]))
+
+
+def check_number(n_configs: int) -> None:
+    """Raise ``InputError`` for a number of configurations that is odd or smaller than two pairs."""
+    if n_configs < 4 or n_configs % 2:
+        raise InputError(f"--n-configs: {n_configs}: must be even (pairs +u, -u) and at least 4")
+
+
+def label_ensemble(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
+    """Label the centroids and then the ``displacements``, in order, into ``folder/labels.xyz``; what is there is not done again.
+
+    Failures go to ``failures.jsonl``; another call tries them again. ``source.json`` keeps state and DFT settings, and a folder that holds
+    another state or other settings is refused (``InputError``).
+    """
+    target = Path(folder)
+    claim(target, state, labeler.settings_hash, labeler.description)
+    file = target / "labels.xyz"
+    done = read_labels(file) if file.is_file() else []
+    known = {str(atoms.info["id"]) for atoms in done}
+    waiting = [atoms for atoms in configurations(state, displacements) if atoms.info["id"] not in known]
+    log.info("%d of %d labels are there; labelling with %s", len(known), len(displacements) + 1, labeler.description)
+
+    def keep(index: int, result: Label | Failure) -> None:
+        atoms = waiting[index]
+        if isinstance(result, Failure):
+            log.warning("configuration %s has no label: %s", atoms.info["id"], result.reason)
+            append_jsonl(target / "failures.jsonl", {"id": atoms.info["id"], "number": atoms.info["number"], "reason": result.reason})
+            return
+        done.append(labelled(atoms, result, seconds=round(result.seconds, 1)))
+        with replacing(file) as temporary:
+            write(temporary, done, format="extxyz")
+
+    if waiting:
+        labeler.label(waiting, keep)
+
+
+def configurations(state: SschaState, displacements: np.ndarray) -> list[Atoms]:
+    """The supercell at the centroids (``number`` -1) and at each of the displacements, ``info`` with ``id`` and ``number``."""
+    structures = [state.supercell.copy(), *displaced(state, displacements)]
+    for number, atoms in enumerate(structures, start=-1):
+        atoms.info.update(id=f"c-{structure_id(atoms)}", number=number, kind="centroids" if number < 0 else "ensemble")
+    return structures
+
+
+def claim(folder: Path, state: SschaState, settings_hash: str, description: str) -> None:
+    """Write ``source.json`` or compare with the one that is there; raises ``InputError`` when they differ."""
+    identity = {
+        "format": FORMAT,
+        "state": state_digest(state),
+        "supercell": list(state.repeats),
+        "masses_amu": state.atoms.get_masses().tolist(),
+        "temperature_K": state.temperature,
+        "settings_hash": settings_hash,
+    }
+    path = folder / "source.json"
+    if not path.is_file():
+        write_json(path, {**identity, "labeler": description})
+        return
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    words = {
+        "state": "another SSCHA state",
+        "supercell": "another SSCHA state: supercell",
+        "settings_hash": "labels of other DFT settings",
+        "temperature_K": "another temperature",
+    }
+    for key, value in identity.items():
+        if stored.get(key) != value:
+            raise InputError(
+                f"{folder}: holds {words.get(key, 'files of another version')} ({stored.get(key)}, now {value}); give another folder"
+            )
+
+
+def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator, folder: str | Path) -> Labelled:
+    """The labels of ``folder/labels.xyz`` that belong to ``displacements``, and the model's numbers at the same configurations.
+
+    Pairs of which a member has no label are left out. Raises ``InputError`` when there is no file or fewer than two whole pairs.
+    """
+    file = Path(folder) / "labels.xyz"
+    found = {str(atoms.info["id"]): atoms for atoms in read_labels(file)}
+    structures = configurations(state, displacements)
+    centroids, ensemble = structures[0], structures[1:]
+    there = np.array([atoms.info["id"] in found for atoms in ensemble])
+    whole = np.flatnonzero(np.repeat(there.reshape(-1, 2).all(axis=1), 2))
+    if len(whole) < 4:
+        raise InputError(f"{file}: {len(whole) // 2} whole pairs +u, -u are labelled; at least two are needed for an error bar")
+    chosen = [ensemble[index] for index in whole]
+    reference = evaluated_by_labels([found[atoms.info["id"]] for atoms in chosen], displacements[whole])
+    centroid = None
+    if centroids.info["id"] in found:
+        at_centroids = model.evaluate([centroids]).forces[0]
+        centroid = (np.asarray(found[centroids.info["id"]].get_forces()), np.asarray(at_centroids, dtype=float))
+    return Labelled(state, reference, evaluated_by(model, chosen, displacements[whole]), centroid, int((~there).sum()))
+
+
+def evaluated_by_labels(frames: Sequence[Atoms], displacements: np.ndarray) -> Ensemble:
+    """The labels of ``frames`` as an ensemble."""
+    return Ensemble(
+        displacements,
+        np.array([atoms.get_potential_energy() for atoms in frames]),
+        np.array([atoms.get_forces() for atoms in frames]),
+        np.array([atoms.get_stress(voigt=False) for atoms in frames]),
+    )
+
+
+def evaluated_by(model: Evaluator, structures: Sequence[Atoms], displacements: np.ndarray) -> Ensemble:
+    """The numbers of ``model`` as an ensemble."""
+    found = model.evaluate(structures)
+    return Ensemble(displacements, np.asarray(found.energy, dtype=float), np.array(found.forces, dtype=float), np.asarray(found.stress))
+
+
+class CalculatorLabeler:
+    """Labeler that calls an ASE calculator of this process: for tests and for reference surfaces that cost nothing."""
+
+    def __init__(self, calculator: Any, settings_hash: str | None = None) -> None:
+        self._evaluator = CalculatorEvaluator(calculator)
+        self.settings_hash = settings_hash or self._evaluator.model_id
+        self.description = type(calculator).__name__
+
+    def label(self, structures: Sequence[Atoms], on_result: Any = None) -> list[Label | Failure]:
+        """See `Labeler`; whatever the calculator raises becomes the reason of a ``Failure``."""
+        results: list[Label | Failure] = []
+        for index, atoms in enumerate(structures):
+            try:
+                one = self._evaluator.evaluate([atoms])
+                result: Label | Failure = Label(atoms, float(one.energy[0]), None, one.forces[0], one.stress[0], self.settings_hash, 0.0)
+            except Exception as error:  # any calculator may raise anything; the reason is recorded
+                result = Failure(atoms, f"{type(error).__name__}: {error}", self.settings_hash)
+            results.append(result)
+            if on_result is not None:
+                on_result(index, result)
+        return results
+
+    def close(self) -> None:
+        """Nothing to end."""

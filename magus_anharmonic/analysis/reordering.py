@@ -1,0 +1,201 @@
+"""Fig. 6: space groups before and after the ions move, free energy against static enthalpy, and where the order changes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from magus_anharmonic.analysis import style
+from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
+
+COMPUTED = ("sscha", "stable", "saddle", "unconverged", "eliminated")
+"""States with a free energy of their own; that of an eliminated run is an upper bound."""
+LINEAR_ABOVE = 0.05
+"""eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three structures there, else takes all."""
+SIGMAS = 3.0
+"""A structure whose G is farther from the line than this many times the scatter about it, and than `SMALLEST`, is reordered."""
+SMALLEST = 5.0
+"""meV/atom."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One structure: above the lowest static enthalpy and above the lowest G, meV/atom; ``deviation`` from the line."""
+
+    id: str
+    spg_static: str
+    spg_quantum: str
+    enthalpy_meV_per_atom: float
+    gibbs_meV_per_atom: float
+    gibbs_error_meV_per_atom: float | None
+    deviation_meV_per_atom: float | None
+    status: str
+
+
+@dataclass(frozen=True)
+class Reordering:
+    """What moving ions do to a ranking; energies in meV/atom.
+
+    shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the structures above ``linear_above`` (both above
+    their lowest) and the spread about it, None with fewer than three structures. window : highest enthalpy of a reordered structure
+    (`SIGMAS`), 0 without one. best : space group of the lowest G; n_became_best : structures that had another space group and ended in
+    that one; n_changed : that changed their space group at all, of n with a G. n_kept_by_dft : of the changed ones relaxed by DFT
+    (n_checked_by_dft), those that keep the static one there: they are minima, and only moving ions change them.
+    """
+
+    pressure_GPa: float
+    n: int
+    n_changed: int
+    best: str
+    n_became_best: int
+    shift: float
+    slope: float | None
+    offset: float | None
+    scatter: float | None
+    linear_above: float
+    window: float | None
+    n_checked_by_dft: int
+    n_kept_by_dft: int
+
+
+def computed(rows: Sequence[Ranked]) -> list[Ranked]:
+    """Rows with a static enthalpy and a free energy that was computed."""
+    return [r for r in rows if r.status in COMPUTED and r.gibbs_eV_per_atom is not None and r.enthalpy_eV_per_atom is not None]
+
+
+def number_of(space_group: str) -> int:
+    """229 of ``'Im-3m (229)'``; 0 where there is none."""
+    found = re.search(r"\((\d+)\)", space_group)
+    return int(found[1]) if found else 0
+
+
+def symbol_of(space_group: str) -> str:
+    """``Im-3m`` of ``'Im-3m (229)'``."""
+    return space_group.split(" ")[0]
+
+
+def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), became: str | None = None) -> tuple[Reordering, list[Moved]]:
+    """Numbers of Fig. 6 and its points; ``became``: the space group to count (None: that of the lowest G). Needs one computed row."""
+    shown = computed(rows)
+    h = np.array([r.enthalpy_eV_per_atom for r in shown])
+    g = np.array([r.gibbs_eV_per_atom for r in shown])
+    saddle = np.array([r.status == "saddle" for r in shown])
+    best = became or symbol_of(shown[int(np.argmin(np.where(saddle & ~saddle.all(), np.inf, g)))].spg_quantum)
+    above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
+    slope, offset, deviations, scatter, threshold = _line(above_h, above_g)
+    changed = [r for r in shown if r.spg_quantum and symbol_of(r.spg_quantum) != symbol_of(r.spg_static)]
+    dft = {row.id: row for row in checked if row.spg_dft}
+    in_dft = [dft[r.id] for r in changed if r.id in dft]
+    window = None
+    if scatter is not None:
+        outside = above_h[np.abs(deviations) > max(SIGMAS * scatter, SMALLEST)]
+        window = float(outside.max()) if len(outside) else 0.0
+    moved = [
+        Moved(
+            r.id,
+            r.spg_static,
+            r.spg_quantum,
+            float(above_h[i]),
+            float(above_g[i]),
+            None if r.gibbs_error_eV_per_atom is None else 1e3 * r.gibbs_error_eV_per_atom,
+            None if scatter is None else float(deviations[i]),
+            r.status,
+        )
+        for i, r in enumerate(shown)
+    ]
+    numbers = Reordering(
+        pressure_GPa=shown[0].pressure_GPa,
+        n=len(shown),
+        n_changed=len(changed),
+        best=best,
+        n_became_best=sum(symbol_of(r.spg_quantum) == best for r in changed),
+        shift=float(1e3 * np.mean(g - h)),
+        slope=slope,
+        offset=offset,
+        scatter=scatter,
+        linear_above=threshold,
+        window=window,
+        n_checked_by_dft=len(in_dft),
+        n_kept_by_dft=sum(symbol_of(row.spg_dft) == symbol_of(row.spg_static) for row in in_dft),
+    )
+    return numbers, moved
+
+
+def _line(h: np.ndarray, g: np.ndarray) -> tuple[float | None, float | None, np.ndarray, float | None, float]:
+    """Theil-Sen line (few outliers do not turn it) of the upper part, deviations of all, and their robust scatter there."""
+    from scipy.stats import theilslopes
+
+    threshold = 1e3 * LINEAR_ABOVE if np.sum(h >= 1e3 * LINEAR_ABOVE) >= 3 else 0.0
+    upper = h >= threshold
+    if upper.sum() < 3 or np.ptp(h[upper]) < 1e-6:
+        return None, None, np.full(len(h), np.nan), None, threshold
+    slope, offset = (float(value) for value in theilslopes(g[upper], h[upper])[:2])
+    deviations = g - offset - slope * h
+    scatter = 1.4826 * float(np.median(np.abs(deviations[upper] - np.median(deviations[upper]))))
+    return slope, offset, deviations, scatter, threshold
+
+
+def draw_reordering(numbers: Reordering, moved: Sequence[Moved], folder: Path, name: str) -> list[Path]:
+    """Space group after against before; G against H with the line and the window."""
+    title = f"{numbers.n} structures at {numbers.pressure_GPa:g} GPa: {numbers.n_became_best} became {numbers.best}"
+    with style.figure(2, title=title) as (made, (groups, energies)):
+        _groups(groups, moved)
+        _energies(energies, numbers, moved)
+        return style.save(made, folder, name)
+
+
+def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
+    pairs = Counter((number_of(m.spg_static), number_of(m.spg_quantum)) for m in moved if m.spg_quantum)
+    if not pairs:
+        style.say(axes, "no space groups")
+    axes.plot([0, 230], [0, 230], color=style.GREY, lw=1)
+    for changed in (False, True):
+        shown = {pair: count for pair, count in pairs.items() if (pair[0] != pair[1]) == changed}
+        if shown:
+            x, y = zip(*shown, strict=True)
+            sizes = [25.0 + 12.0 * (count - 1) for count in shown.values()]
+            label = f"{'changed' if changed else 'kept'}: {sum(shown.values())}"
+            axes.scatter(x, y, s=sizes, color=style.color(int(changed)), marker=style.marker(int(changed)), alpha=0.7, label=label)
+    axes.set_xlim(0, 235)
+    axes.set_ylim(0, 235)
+    axes.set_xlabel("space group number, ions at rest")
+    axes.set_ylabel("space group number, ions moving")
+    style.legend(axes, loc="lower right")
+
+
+def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
+    for index, (label, chosen) in enumerate(
+        (
+            (f"ended in {numbers.best}", lambda m: symbol_of(m.spg_quantum) == numbers.best),
+            ("other", lambda m: symbol_of(m.spg_quantum) != numbers.best),
+        )
+    ):
+        shown = [m for m in moved if chosen(m)]
+        if shown:
+            x, y = [m.enthalpy_meV_per_atom for m in shown], [m.gibbs_meV_per_atom for m in shown]
+            style.points(
+                axes,
+                x,
+                y,
+                [m.gibbs_error_meV_per_atom for m in shown],
+                index=1 - index,
+                label=label,
+                linestyle="none",
+                capsize=2,
+                alpha=0.8,
+            )
+    heights = [m.enthalpy_meV_per_atom for m in moved]
+    if numbers.slope is not None and numbers.offset is not None:
+        ends = [numbers.linear_above, max(heights)]
+        axes.plot(ends, [numbers.offset + numbers.slope * x for x in ends], color=style.GREY, label=f"line, slope {numbers.slope:.2f}")
+    if numbers.window:
+        axes.axvspan(0.0, numbers.window, color=style.color(4), alpha=0.15, lw=0, label=f"reordered up to {numbers.window:.0f} meV/atom")
+    style.room(axes, heights)
+    axes.set_xlabel("static enthalpy above the lowest (meV/atom)")
+    axes.set_ylabel("free energy above the lowest (meV/atom)")
+    style.legend(axes, fontsize=8)

@@ -1,0 +1,137 @@
+"""Error cancellation measured (Figs. 7 and 8 of the paper): GPAW labels of an SSCHA ensemble against the model that made it.
+
+Usage: python error_cancellation.py label FOLDER PHASE.cif|im-3m [options]     (run again, it goes on; can be stopped at any time)
+       python error_cancellation.py analyse FOLDER [options]                   (whatever labels are there)
+
+The SSCHA run is made first (FOLDER/sscha); GPAW's settings are the defaults of the labeler, those of the shipped label set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.io import read
+
+from magus_anharmonic.analysis.errors_run import Source, analyse_errors, draw_report, source_of_result
+from magus_anharmonic.analysis.labelled_ensemble import draw, label_ensemble
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.potential import load
+from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import SschaState
+
+
+def im3m(a: float = 3.0) -> Atoms:
+    """Primitive cell of Im-3m H3S with lattice constant ``a`` (A)."""
+    cell = [[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]]
+    return Atoms("SH3", scaled_positions=[(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)], cell=cell, pbc=True)
+
+
+def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
+    """The state restricted to the modes that repeat with ``cell`` (3, 3) A, whose lattice holds that of the state's supercell.
+
+    Force constants between atoms that this cell makes the same are added: exact at the q points that both cells share.
+    """
+    supercell = state.supercell
+    scaled = supercell.positions @ np.linalg.inv(cell)
+    difference = scaled[:, None] - scaled[None]
+    same = np.abs(difference - np.round(difference)).max(axis=2) < 1e-6
+    first = np.unique(same.argmax(axis=1))
+    if not np.isclose(len(first) * supercell.get_volume(), len(supercell) * abs(np.linalg.det(cell))):
+        raise InputError("the smaller cell does not repeat into the supercell of the state")
+    blocks = state.full.reshape(len(supercell), 3, len(supercell), 3)
+    matrix = np.einsum("ixjy,bj->ibxy", blocks[first], same[first].astype(float))
+    atoms = Atoms(supercell.numbers[first], positions=supercell.positions[first], cell=cell, pbc=True)
+    atoms.set_masses(supercell.get_masses()[first])
+    return SschaState(atoms, (1, 1, 1), matrix[None], state.temperature)
+
+
+def state_of(result: SschaResult, options: argparse.Namespace) -> SschaState:
+    """The state of the run, in its supercell or in the cubic cell of a body-centred lattice."""
+    if not options.conventional:
+        return result.state
+    a = 2.0 * np.abs(result.centroids.cell.array).max()
+    return in_smaller_cell(result.state, a * np.eye(3))
+
+
+def sscha(options: argparse.Namespace) -> SschaResult:
+    atoms = im3m() if options.phase == "im-3m" else read(options.phase)
+    return free_energy(
+        atoms,
+        load(options.checkpoint),
+        pressure=options.pressure,
+        supercell=tuple(options.supercell),
+        n_configs=500,
+        max_populations=20,
+        seed=0,
+        directory=options.folder / "sscha",
+    )
+
+
+def label(options: argparse.Namespace) -> None:
+    result = sscha(options)
+    print(f"model {result.model_id}: {result.space_group}, G = {result.gibbs:.5f} +- {result.gibbs_error:.5f} eV/atom, {result.status}")
+    labeler = get_labeler(LabelerSettings(calculator="gpaw", n_workers=1, timeout=36000.0), options.folder / "gpaw")
+    try:
+        state = state_of(result, options)
+        label_ensemble(state, draw(state, options.n, seed=0), labeler, options.folder)
+    finally:
+        labeler.close()
+
+
+def analyse(options: argparse.Namespace) -> None:
+    """Print the errors of the whole pairs that are labelled, of all of them and of halves, and write the tables and the figure."""
+    result = SschaResult.read(options.folder / "sscha")
+    state = state_of(result, options)
+    whole = source_of_result(result)
+    source = replace(whole, state=state) if state is result.state else Source(state, whole.phase, whole.pressure, whole.model_id)
+    u = draw(state, options.n, seed=0)
+    report = analyse_errors(source, load(options.checkpoint), u, options.folder)
+    draw_report(report)
+    found, correction = report.errors, report.correction
+    print(f"{source.phase}, {source.pressure:g} GPa, {state.temperature:g} K, {len(state.supercell)} atoms, model {source.model_id}")
+    print(f"{found.n_configs} configurations in pairs; {report.n_failed} of {options.n} not labelled")
+    print(f"force RMSE {1e3 * found.force:.1f} meV/A")
+    for name, unit, parts in (
+        ("gradient by centroids", "meV/A", found.centroid),
+        ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
+        ("gradient by force constants", "meV/A^2", found.force_constants),
+    ):
+        print(
+            f"{name}: one configuration {1e3 * parts.single:.1f}, average {1e3 * parts.mean:.2f}, "
+            f"systematic {1e3 * parts.systematic:.2f} +- {1e3 * parts.systematic_error:.2f}, statistical {1e3 * parts.statistical:.2f}, "
+            f"floor {1e3 * parts.floor:.2f} {unit}"
+        )
+    if found.bo_centroid is not None:
+        print(f"Born-Oppenheimer force at the centroids: {1e3 * found.bo_centroid:.3f} meV/A")
+    print(
+        f"G(DFT) - G(model): {1e3 * correction.first_order:.2f} +- {1e3 * correction.first_order_error:.2f} meV/atom (first order), "
+        f"{1e3 * correction.second_order:.2f} meV/atom (second order)"
+    )
+    print(f"pressure of DFT minus that of the model: {report.pressure_error[0]:.2f} +- {report.pressure_error[1]:.2f} GPa")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["label", "analyse"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("phase", nargs="?", default="im-3m", help="im-3m, or a structure file")
+    parser.add_argument("--checkpoint", default="h3s-gpaw-small")
+    parser.add_argument("--pressure", type=float, default=150.0, help="GPa")
+    parser.add_argument("--supercell", type=int, nargs=3, default=[2, 2, 2])
+    parser.add_argument("--conventional", action="store_true", help="label in the cubic 8-atom cell of Im-3m instead of the supercell")
+    parser.add_argument("-n", type=int, default=60, help="configurations, in +u/-u pairs")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    {"label": label, "analyse": analyse}[options.task](options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Numbers behind the paper's figures, on tables with known answers; pictures exist, also where there is little to show."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
+
+from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, tables
+from magus_anharmonic.errors import InputError
+
+NAMES = {
+    "table_1",
+    "fig_2_enthalpy_volume-150GPa",
+    "fig_3_parity-finetuned",
+    "fig_4a_modes-Im-3m-T1u",
+    "fig_4b_dispersion-Im-3m-60GPa",
+    "fig_5_relative_enthalpy",
+    "fig_6_ranking-100GPa",
+    "fig_7_gradient_errors-Im-3m-60GPa",
+    "learning",
+}
+
+
+def test_table_one_is_in_the_papers_order_and_units(tmp_path: Path) -> None:
+    write_campaign(tmp_path)
+    lines = model_table.table_one(tables.read(tables.ModelError, tmp_path / "tables" / "model_errors.csv"))
+    assert [(line.set, line.model) for line in lines][:3] == [
+        ("training", "foundation"),
+        ("training", "finetuned"),
+        ("validation", "foundation"),
+    ]
+    assert (lines[1].energy_meV_per_atom, lines[1].force_meV_per_A, lines[1].stress_GPa) == pytest.approx((6.1, 117.7, 0.48))
+
+
+def test_the_rank_of_a_named_phase_counts_distinct_structures() -> None:
+    (found,) = enthalpies.ranks(foundation(60, np.random.default_rng(0)))
+    assert (found.phase, found.rank, found.n_distinct) == ("R3m", 6, 61)
+    assert found.above_lowest_meV_per_atom == pytest.approx(65.0)
+
+
+def test_two_structures_of_equal_enthalpy_and_other_space_group_are_two() -> None:
+    rows = foundation(10, np.random.default_rng(0))
+    other = replace(rows[0], id="x", space_group="Cc (9)")
+    assert len(enthalpies.distinct([*rows, other])) == len(enthalpies.distinct(rows)) + 1
+
+
+def test_parity_statistics_are_those_of_the_errors() -> None:
+    rows = [tables.Parity("m", "test", "force", "eV/A", x, x + e) for x, e in ((0.0, 0.1), (1.0, -0.1), (2.0, 0.3), (3.0, 0.1))]  # type: ignore[arg-type]
+    (found,) = parity.parity_statistics(rows)
+    assert (found.n, found.rmse, found.mean_absolute, found.mean) == pytest.approx((4, np.sqrt(0.03), 0.15, 0.1))
+    assert found.r_squared == pytest.approx(1 - 0.12 / 5.0)
+    assert parity.parity_statistics(rows[:1])[0].r_squared is None
+
+
+def test_transitions_are_where_the_lower_envelope_changes() -> None:
+    found = enthalpies.transitions(relaxed())
+    assert [(change.below, change.above) for change in found] == [("C2/c", "R3m"), ("R3m", "Im-3m")]
+    assert [change.pressure_GPa for change in found] == pytest.approx([112.0, 177.0])
+
+
+def test_two_transitions_between_two_pressures_are_both_found() -> None:
+    rows = [row for row in relaxed() if row.pressure_GPa in (50.0, 200.0)]
+    assert [change.pressure_GPa for change in enthalpies.transitions(rows)] == pytest.approx([112.0, 177.0])
+
+
+def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase() -> None:
+    found = enthalpies.relative_enthalpies(relaxed())
+    assert {row.relative_meV_per_atom for row in found if row.phase == "Im-3m"} == {0.0}
+    without = [row for row in relaxed() if row.phase != "Im-3m"][1:]
+    assert enthalpies.relative_enthalpies(without)[0].reference == "C2/c"
+    assert enthalpies.relative_enthalpies(foundation(10, np.random.default_rng(0))) == []
+
+
+def test_critical_pressures_are_found_within_their_errors() -> None:
+    found = {(c.method, c.energies_by): c for c in modes.critical_pressures(soft_mode(np.random.default_rng(1)))}
+    harmonic = found["harmonic", "model"]
+    assert harmonic.critical_pressure_GPa == pytest.approx(173.0, abs=1e-6) and harmonic.error_GPa is None
+    for who, exact in (("model", 100.0), ("dft", 105.0)):
+        critical = found["sscha-hessian", who]
+        assert critical.how == "parabola"
+        assert critical.critical_pressure_GPa == pytest.approx(exact, abs=3 * critical.error_GPa)
+
+
+def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments() -> None:
+    many, errors = [], []
+    for seed in range(200):
+        points = [row for row in soft_mode(np.random.default_rng(seed)) if row.method == "sscha-hessian" and row.energies_by == "model"]
+        x, y = np.array([p.pressure_GPa for p in points]), np.array([p.frequency_squared_cm2 for p in points])
+        many.append(modes._parabola_root(x, np.full(len(x), 2e4))(x, y))
+        if seed < 5:
+            errors.append(modes.critical_pressure(list(x), list(y), [2e4] * len(x))[1])
+    assert np.mean(errors) == pytest.approx(np.std(many), rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("pressures", "squares", "words"),
+    [
+        ([100.0], [5.0], "one pressure alone"),
+        ([100.0, 150.0], [-5.0, -1.0], "no change from negative to positive between 100 and 150 GPa (negative"),
+        ([100.0, 150.0, 200.0], [5.0, 6.0, 7.0], "(positive at the highest)"),
+    ],
+)
+def test_no_critical_pressure_without_a_change_of_sign(pressures: list[float], squares: list[float], words: str) -> None:
+    value, error, _, reason = modes.critical_pressure(pressures, squares, [None] * len(pressures))
+    assert value is None and error is None and words in reason
+
+
+def test_two_points_with_errors_give_a_line_and_an_error() -> None:
+    value, error, how, _ = modes.critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
+    assert (value, how) == (pytest.approx(105.0), "interpolation")
+    slope = 2.0
+    assert error == pytest.approx(np.sqrt(0.75**2 + 0.25**2) / slope, rel=0.1)
+
+
+def test_the_reordering_is_told_from_the_linear_part() -> None:
+    checked = [
+        tables.SpaceGroups(f"s{i}", 100.0, f"C2 ({i + 3})", "" if i == 4 else f"C2 ({i + 3})", "Im-3m (229)", None, "") for i in range(1, 5)
+    ]
+    numbers, moved = reordering.reordering(ranking(), checked)
+    assert (numbers.n, numbers.n_changed, numbers.best, numbers.n_became_best) == (20, 4, "Im-3m", 4)
+    assert (numbers.n_checked_by_dft, numbers.n_kept_by_dft) == (3, 3)
+    assert numbers.slope == pytest.approx(1.0, abs=0.01)
+    assert numbers.window == pytest.approx(48.0)
+    assert numbers.shift == pytest.approx(np.mean([0.2] * 16 + [0.17 - 0.012 * i for i in range(1, 5)]) * 1e3, abs=0.1)
+    assert len(moved) == 20 and min(m.gibbs_meV_per_atom for m in moved) == 0.0
+
+
+def test_a_saddle_point_is_not_the_phase_that_others_become() -> None:
+    rows = [
+        replace(row, status="saddle", gibbs_eV_per_atom=-4.0, spg_quantum="Pm-3m (221)") if row.id == "s0" else row for row in ranking()
+    ]
+    assert reordering.reordering(rows)[0].best == "Im-3m"
+
+
+def test_every_figure_is_made_with_its_files(tmp_path: Path) -> None:
+    campaign = write_campaign(tmp_path / "campaign")
+    made, missing = make_figures(tmp_path)
+    assert missing == [] and {figure.name for figure in made} == NAMES
+    for figure in made:
+        assert figure.csv.parent == campaign / "figures" and figure.csv.stat().st_size > 50
+        assert figure.png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert ElementTree.parse(figure.svg).getroot().tag.endswith("svg")
+        assert figure.title and figure.alt
+    (critical,) = [figure for figure in made if figure.name.startswith("fig_4a")]
+    assert "critical_pressure_GPa" in critical.summary.read_text()
+    assert "zero at 173.0 GPa" in critical.alt
+
+
+def test_an_empty_campaign_makes_nothing_and_says_why(tmp_path: Path) -> None:
+    made, missing = make_figures(tmp_path)
+    assert made == [] and len(missing) == 9
+    assert all("not done" in one.reason for one in missing)
+    with pytest.raises(InputError, match="no such folder"):
+        make_figures(tmp_path / "nowhere")
+
+
+def test_a_wrong_table_costs_its_own_figures_alone_and_old_files_go(tmp_path: Path) -> None:
+    write_campaign(tmp_path)
+    (tmp_path / "figures").mkdir()
+    for name in ("fig_4a_modes-old.png", "table_1-summary.csv", "mine.png"):
+        (tmp_path / "figures" / name).write_text("old")
+    path = tmp_path / "tables" / "modes.csv"
+    path.write_text(path.read_text().replace("frequency_squared_cm2", "frequency_squared_THz2"))
+    for table in tables.TABLES:
+        other = tmp_path / "tables" / table.FILE
+        if table not in (tables.Mode, tables.ModelError) and other.is_file():
+            other.unlink()
+    made, missing = make_figures(tmp_path)
+    assert {figure.name for figure in made} == {"table_1", "fig_4b_dispersion-Im-3m-60GPa", "fig_6_ranking-100GPa"}
+    reasons = {one.name: one.reason for one in missing}
+    assert "frequency_squared_THz2" in reasons["fig_4a_modes"] and "enthalpies.csv is not there" in reasons["fig_5_relative_enthalpy"]
+    left = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert "mine.png" in left and "fig_4a_modes-old.png" not in left
+
+
+def test_one_point_each_and_no_error_bars_are_still_pictures(tmp_path: Path) -> None:
+    write_campaign(tmp_path)
+    for path in (tmp_path / "tables").glob("*.csv"):
+        lines = path.read_text().splitlines()
+        first = next((line for line in lines[1:] if "Im-3m-50" in line), lines[1])
+        path.write_text("\n".join([lines[0], first]) + "\n")
+    made, missing = make_figures(tmp_path)
+    assert {figure.name for figure in made} | {"fig_2_enthalpy_volume-150GPa"} == NAMES
+    assert [one.name for one in missing] == ["fig_2_enthalpy_volume"]
+    assert all(figure.png.stat().st_size > 3000 for figure in made)

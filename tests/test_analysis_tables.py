@@ -1,0 +1,108 @@
+"""The tables of a campaign: what is written is read back, and what is wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from magus_anharmonic.analysis import tables
+from magus_anharmonic.errors import InputError
+
+SAMPLES: dict[type, typing.Any] = {str: "text, with a comma", int: 7, float: 0.1234567891}
+
+
+def sample(table: type, *, empty: bool) -> typing.Any:
+    """A row whose optional cells are empty, or all filled."""
+    values = {}
+    for name, hint in typing.get_type_hints(table).items():
+        choices = typing.get_args(hint)
+        if name == "FILE":
+            continue
+        if type(None) in choices:
+            values[name] = None if empty else SAMPLES[choices[0]]
+        elif typing.get_origin(hint) is typing.Literal:
+            values[name] = choices[0]
+        else:
+            values[name] = SAMPLES[hint]
+    if "unit" in values:
+        values["unit"] = {**tables.UNITS, **tables.GRADIENT_UNITS}[values["quantity"]]
+    return table(**values)
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["empty", "full"])
+@pytest.mark.parametrize("table", tables.TABLES, ids=lambda table: table.__name__)
+def test_every_table_is_read_as_it_was_written(table: type, empty: bool, tmp_path: Path) -> None:
+    rows = [sample(table, empty=empty)] * 2
+    tables.write(table, tmp_path / "t.csv", rows)
+    assert tables.read(table, tmp_path / "t.csv") == rows
+
+
+def test_not_a_number_is_an_empty_cell(tmp_path: Path) -> None:
+    row = dataclasses.replace(sample(tables.Mode, empty=False), error_cm2=float("nan"))
+    tables.write(tables.Mode, tmp_path / "t.csv", [row])
+    assert tables.read(tables.Mode, tmp_path / "t.csv")[0].error_cm2 is None
+
+
+def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
+    path = tmp_path / table.FILE.replace("<P>", "100")  # type: ignore[attr-defined]
+    tables.write(table, path, [sample(table, empty=False)])
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new", "words"),
+    [
+        (tables.ModelError, "stress_rmse_GPa", "other", ["model_errors.csv", "stress_rmse_GPa", "missing"]),
+        (tables.ModelError, "energy_rmse_eV_per_atom", "energy_rmse_meV_per_atom", ["energy_rmse_meV_per_atom", "wrong unit"]),
+        (tables.Enthalpy, "volume_A3_per_atom", "volume_bohr3_per_atom", ["volume_bohr3_per_atom", "wrong unit"]),
+        (tables.Mode, "frequency_squared_cm2", "frequency_squared_THz2", ["frequency_squared_THz2", "wrong unit"]),
+        (tables.Enthalpy, ",7,", ",seven,", ["line 2", "natoms", "'seven'", "must be a number"]),
+        (tables.Enthalpy, ",7,", ",7.5,", ["line 2", "natoms", "whole number"]),
+        (tables.Enthalpy, ",0.1234567891,", ",nan,", ["line 2", "finite number"]),
+        (tables.Mode, "harmonic", "sscha", ["line 2", "method", "harmonic or sscha-hessian"]),
+        (tables.Parity, "eV/atom", "meV/atom", ["line 2", "energy must be in eV/atom"]),
+        (tables.GradientError, "eV/A", "eV/bohr", ["line 2", "force must be in eV/A"]),
+    ],
+)
+def test_a_wrong_table_is_refused_and_the_message_says_where(tmp_path: Path, table: type, old: str, new: str, words: list[str]) -> None:
+    path = changed(tmp_path, table, old, new)
+    with pytest.raises(InputError) as error:
+        tables.read(table, path)
+    for word in [path.name, *words]:
+        assert word in str(error.value)
+
+
+def test_a_missing_file_is_named_and_an_optional_one_has_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cost.csv: no such file"):
+        tables.read(tables.Cost, tmp_path / "cost.csv")
+    assert tables.read_if_there(tables.Cost, tmp_path) == []
+
+
+def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / tables.ranking_file(100)
+    row = dataclasses.replace(sample(tables.Ranked, empty=False), same_as="")
+    names = [name for name in tables.columns(tables.Ranked) if name != "same_as"]
+    cells = ['"' + str(getattr(row, name)) + '"' for name in names]
+    path.write_text(",".join([*names, "p_lowest_total"]) + "\n" + ",".join([*cells, "0.5"]) + "\n")
+    assert tables.read(tables.Ranked, path) == [row]
+
+
+def test_names_of_files_carry_pressure_and_phase() -> None:
+    assert tables.ranking_file(100.0) == "ranking-100GPa.csv"
+    assert tables.dispersion_file("C2/c", 62.5) == "dispersion-C2_c-62.5GPa.csv"
+    assert tables.pressure_of_file("dispersion-C2_c-62.5GPa.csv") == 62.5
+    assert tables.phase_of_file("dispersion-Im-3m-60GPa.csv") == "Im-3m"
+    with pytest.raises(InputError, match="ranking-high.csv"):
+        tables.pressure_of_file("ranking-high.csv")
+
+
+def test_the_ranking_columns_are_those_that_rank_writes() -> None:
+    from magus_anharmonic.ranking.table import COLUMNS
+
+    assert set(tables.columns(tables.Ranked)) <= set(COLUMNS)

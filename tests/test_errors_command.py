@@ -1,0 +1,147 @@
+"""``magus-anharmonic errors``: labels that are kept, failures that are recorded, tables and figures that follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.calculators.calculator import Calculator, all_changes
+from harmonic_pair import HarmonicCrystal, pair
+
+from magus_anharmonic.analysis import tables
+from magus_anharmonic.analysis.errors_run import Source, add_to_tables, draw_report, load_labeler_settings, measure_errors
+from magus_anharmonic.analysis.errors_source import find_source, given_displacements
+from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler, draw
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.run_folder import RunFolder
+
+
+class Reference(Calculator):
+    """A `HarmonicCrystal` as DFT code; counts, and fails or stops where it is told to."""
+
+    implemented_properties = ("energy", "forces", "stress")
+
+    def __init__(self, crystal: HarmonicCrystal, fail_at: tuple[int, ...] = (), stop_at: int | None = None) -> None:
+        super().__init__()
+        self.crystal, self.fail_at, self.stop_at, self.count = crystal, fail_at, stop_at, 0
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
+        super().calculate(atoms, properties, system_changes)
+        number, self.count = self.count, self.count + 1
+        if number == self.stop_at:
+            raise KeyboardInterrupt
+        if number in self.fail_at:
+            raise RuntimeError("the density did not converge")
+        found = self.crystal.evaluate([self.atoms])
+        self.results = {"energy": float(found.energy[0]), "forces": found.forces[0], "stress": np.zeros(6)}
+
+
+def run(folder: Path, *, fail_at: tuple[int, ...] = (), stop_at: int | None = None, n: int = 12, settings: str = "ref"):
+    model, reference = pair(0.2)
+    calculator = Reference(reference, fail_at, stop_at)
+    source = Source(model.state, "P1", 50.0, "harmonic-crystal", model.free_energy / 3, 0.001)
+    report = measure_errors(source, model, CalculatorLabeler(calculator, settings), folder, n_configs=n)
+    return report, calculator
+
+
+def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
+    report, calculator = run(tmp_path)
+    assert calculator.count == 13
+    rows = {row.quantity: row for row in tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")}
+    assert set(rows) == set(tables.GRADIENT_UNITS)
+    assert rows["gradient_centroid"].rmse == pytest.approx(report.errors.centroid.mean, rel=1e-8)
+    assert rows["gradient_centroid"].floor == pytest.approx(rows["force"].rmse / np.sqrt(12), rel=1e-8)
+    (line,) = tables.read(tables.GibbsCorrection, tmp_path / "gibbs_correction.csv")
+    assert (line.phase, line.pressure_GPa, line.n_labels) == ("P1", 50.0, 12)
+    value, error = report.corrected_gibbs
+    assert value == pytest.approx(report.source.gibbs + line.correction_eV_per_atom, rel=1e-8)
+    assert error == pytest.approx(np.hypot(0.001, line.correction_error_eV_per_atom), rel=1e-6)
+    assert json.loads((tmp_path / "errors.json").read_text())["n_failed"] == 0
+    draw_report(report)
+    assert (tmp_path / "gradient_errors.png").stat().st_size > 10_000 and (tmp_path / "gradient_errors.svg").is_file()
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_at=5)
+    resumed, calculator = run(tmp_path / "cut")
+    assert calculator.count == 13 - 5
+    assert resumed.errors == whole.errors and resumed.correction == whole.correction
+
+
+def test_more_configurations_keep_the_labels_of_fewer(tmp_path: Path) -> None:
+    run(tmp_path, n=8)
+    report, calculator = run(tmp_path, n=12)
+    assert calculator.count == 4 and report.errors.n_configs == 12
+
+
+def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> None:
+    report, _ = run(tmp_path, fail_at=(4,))
+    assert report.n_failed == 1 and report.errors.n_configs == 10
+    (failure,) = (tmp_path / "failures.jsonl").read_text().splitlines()
+    assert "density did not converge" in failure and '"number": 3' in failure
+    again, calculator = run(tmp_path)
+    assert calculator.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
+
+
+def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="1 whole pairs"):
+        run(tmp_path, n=4, fail_at=(2,))
+
+
+def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(InputError, match="other DFT settings"):
+        run(tmp_path, settings="finer")
+    model, reference = pair(0.2, repeats=(1, 1, 2))
+    with pytest.raises(InputError, match="another SSCHA state"):
+        measure_errors(Source(model.state, "P1", 50.0), model, CalculatorLabeler(Reference(reference), "ref"), tmp_path, n_configs=8)
+
+
+def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path: Path) -> None:
+    report, _ = run(tmp_path / "errors")
+    other = tables.GibbsCorrection("Cccm", 50.0, 10, 0.001, None, None)
+    earlier = tables.GibbsCorrection("P1", 50.0, 4, 9.9, None, None)
+    tables.write(tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv", [other, earlier])
+    add_to_tables(report, tmp_path / "tables")
+    found = tables.read(tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv")
+    assert [row.phase for row in found] == ["Cccm", "P1"] and found[1].n_labels == 12
+    assert len(tables.read(tables.GradientError, tmp_path / "tables" / "gradient_errors.csv")) == 4
+
+
+def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None:
+    model, _ = pair(0.2)
+    u = draw(model.state, 8, seed=5)
+    folder = RunFolder(tmp_path, {})
+    folder._write("population_001.npz", model.state, displacements=u, energies=np.zeros(8), forces=u, stresses=np.zeros((8, 3, 3)))
+    assert given_displacements(model.state, tmp_path / "population_001.npz") == pytest.approx(u, abs=1e-12)
+    folder._write(
+        "population_002.npz", model.state, displacements=u[1:7], energies=np.zeros(6), forces=u[1:7], stresses=np.zeros((6, 3, 3))
+    )
+    with pytest.raises(InputError, match="not pairs"):
+        given_displacements(model.state, tmp_path / "population_002.npz")
+    assert Ensemble(u, np.zeros(8), u, np.zeros((8, 3, 3))).displacements is u
+
+
+def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
+    model, _ = pair(0.2)
+    with pytest.raises(InputError, match="no such structure file"):
+        find_source(tmp_path / "nothing", model, tmp_path)
+    (tmp_path / "x.cif").write_text("not a crystal")
+    with pytest.raises(InputError, match="--pressure"):
+        find_source(tmp_path / "x.cif", model, tmp_path)
+    with pytest.raises(InputError, match="not a structure that ASE reads"):
+        find_source(tmp_path / "x.cif", model, tmp_path, pressure=10.0)
+    with pytest.raises(InputError, match="result.json"):
+        find_source(tmp_path, model, tmp_path)
+    (tmp_path / "ref.yaml").write_text("kpts: 3\n")
+    with pytest.raises(InputError, match="names no labeler"):
+        load_labeler_settings(tmp_path / "ref.yaml")
+    (tmp_path / "ref.yaml").write_text("labeler: {calculator: gpaw, k_spacing: 0.05}\n")
+    assert load_labeler_settings(tmp_path / "ref.yaml").k_spacing == 0.05
+    with pytest.raises(InputError, match="must be even"):
+        draw(model.state, 7, 0)
