@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.campaign.context import Context, Outcome
-from magus_anharmonic.campaign.plan import Step, at
+from magus_anharmonic.campaign.plan import Step, place
 from magus_anharmonic.errors import MagusAnharmonicError
 
 log = logging.getLogger(__name__)
@@ -56,13 +56,11 @@ def errors(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
-                place = f"{phase}-{at('p', pressure).removeprefix('p-')}"
-                run = context.folder("hessian") / place / f"sscha-{context.final_model.model_id}"
-                task = ErrorTask(
-                    phase, pressure, run, context.final_model, labeler, settings.n_configs, context.settings.seed, folder / place
-                )
+                own = folder / place(phase, pressure)
+                run = context.folder("hessian") / place(phase, pressure) / f"sscha-{context.final_model.model_id}"
+                task = ErrorTask(phase, pressure, run, context.final_model, labeler, settings.n_configs, context.settings.seed, own)
                 n_labels += int(compute(task))
-                parts.append(folder / place)
+                parts.append(own)
     _join(folder, parts)
     return Outcome(len(parts), 0, n_labels, output=str(n_labels))
 

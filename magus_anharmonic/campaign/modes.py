@@ -14,7 +14,7 @@ from ase import Atoms
 from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import SYMPREC, Phase, phases_of
 from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
-from magus_anharmonic.campaign.plan import Step, at
+from magus_anharmonic.campaign.plan import Step, place, safe
 from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
@@ -79,7 +79,7 @@ def _one(
     if start is None:
         raise MagusAnharmonicError(f"no structure of {phase.name} (space group {phase.number}) was found by the searches")
     cell = symmetric_primitive(start, SYMPREC)
-    own = folder / f"{wanted.name}-{at('p', pressure).removeprefix('p-')}"
+    own = folder / place(wanted.name, pressure)
     if pressure in settings.pressures:
         atoms, levels = _harmonic(context.final_model, cell, pressure, tally)
         _add(tally, wanted, phase, pressure, "harmonic", "model", levels, atoms, context.final_model.model_id)
@@ -90,7 +90,7 @@ def _one(
         _add(tally, wanted, phase, pressure, "sscha-hessian", "model", levels, centroids, report.result.model_id, report.hessian)
         file.add(centroids, structure_id(centroids), report.result.space_group, pressure, "centroids")
         if pressure in settings.dispersions:
-            name = f"dispersion-{wanted.name}-{pressure:g}GPa"
+            name = f"dispersion-{safe(wanted.name)}-{pressure:g}GPa"
             write_part(folder, name, dispersion_rows(dispersion(report.hessian, harmonic)), "dispersion")
     if pressure in settings.dft_harmonic:
         _harmonic_by_dft(context, wanted, phase, cell, pressure, own, tally)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -36,6 +37,16 @@ class Step:
 def at(name: str, pressure: float) -> str:
     """``learn-075GPa``, ``produce-112.5GPa``."""
     return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
+
+
+def safe(name: str) -> str:
+    """The name of a phase in file names: ``C2/c`` -> ``C2_c``."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name)
+
+
+def place(phase: str, pressure: float) -> str:
+    """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
+    return at(safe(phase), pressure)
 
 
 def _cycled(name: str, cycle: int) -> str:

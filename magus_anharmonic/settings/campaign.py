@@ -40,7 +40,7 @@ class Pressures(Section):
 class PhaseSettings(Section):
     """One entry of ``phases``: a name that tables, figures and Hessians use."""
 
-    name: str = Field(min_length=1, max_length=40, pattern=r"^[^\s,/\\]+$", description="e.g. Im-3m")
+    name: str = Field(min_length=1, max_length=40, pattern=r"^[^\s,]+$", description="e.g. Im-3m")
     structure: str | None = Field(None, description="file of one structure, relative to the campaign file; left out: found by the searches")
     space_group: Annotated[int, Field(ge=1, le=230, strict=True)] | None = Field(
         None, description="number; left out: that of `structure` at 0.05 Angstrom"
