@@ -115,19 +115,18 @@ def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], trai
     for family in family_of_label:
         sizes[family] += 1
     free = sorted((f for f in sizes if f not in training), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    # the largest one comes last, where it trains
+    free.sort(key=lambda name: name == max(free, key=lambda other: sizes[other]))
     total = sum(sizes[family] for family in free)
     sides = dict.fromkeys(sizes, "train")
-    wanted = {side: total * share / sum(split) for side, share in zip(SIDES, split, strict=True)}
-    for side in ("validation", "test"):
-        got, waiting = 0, [family for family in free if sides[family] == "train"]
-        # the last one trains
-        for family in waiting[:-1]:
-            if wanted[side] == 0 or (got and got + sizes[family] / 2 > wanted[side]):
-                continue
-            sides[family] = side
-            got += sizes[family]
-            if got >= wanted[side]:
-                break
+    for side, share in zip(SIDES[1:], split[1:], strict=True):
+        wanted, got = total * share / sum(split), 0
+        waiting = [family for family in free[:-1] if sides[family] == "train"]
+        small = [family for family in waiting if sizes[family] <= 1.5 * wanted]
+        for family in small or sorted(waiting, key=lambda name: sizes[name])[:1]:
+            if share and (got == 0 or got + sizes[family] / 2 <= wanted):
+                sides[family] = side
+                got += sizes[family]
     return sides
 
 
