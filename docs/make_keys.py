@@ -19,6 +19,7 @@ from magus_anharmonic.settings import (
     LearningSettings,
     Settings,
     SschaSettings,
+    campaign,
 )
 
 PAGE = Path(__file__).with_name("keys.md")
@@ -36,6 +37,21 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ),
     ("Recipe of `magus-anharmonic train --recipe`", "A file of its own.", TrainRecipe),
     ("One entry of `stages` in a recipe", "Stages run one after the other.", FinetuneSettings),
+    ("`campaign.yaml`", "A file of its own, for `magus-anharmonic campaign`. Files in it are relative to it.", campaign.CampaignSettings),
+    ("`phases` of a campaign", "A list.", campaign.PhaseSettings),
+    ("`learning` of a campaign", "The first stage.", campaign.CampaignLearning),
+    ("`merge` of a campaign", "", campaign.MergeSettings),
+    ("`final` of a campaign", "", campaign.FinalSettings),
+    ("One entry of `final.stages` of a campaign", "", campaign.StageSettings),
+    ("`produce` of a campaign", "The second stage.", campaign.ProduceSettings),
+    ("`foundation_check` of a campaign", "", campaign.FoundationSettings),
+    ("`relax` of a campaign", "", campaign.RelaxSettings),
+    ("`sscha` of a campaign", "", campaign.CampaignSscha),
+    ("`dft` of a campaign", "", campaign.DftSettings),
+    ("`hessian` of a campaign", "", campaign.HessianSettings),
+    ("One entry of `hessian.phases` of a campaign", "", campaign.HessianPhase),
+    ("`errors` of a campaign", "", campaign.ErrorSettings),
+    ("`figures` of a campaign", "", campaign.FigureSettings),
 ]
 
 SIMPLE = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "Any": "anything", "NoneType": "nothing"}

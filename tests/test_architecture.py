@@ -28,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
     "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
+    "campaign": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "search", "doctor", "run_record", "analysis", "report"},
     "doctor": BASE | {"potential", "labelers", "sscha"},
     "plugins": BASE
     | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload"},

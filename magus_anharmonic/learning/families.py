@@ -81,6 +81,10 @@ class Families:
         self._members.append(_from_record(record))
         return found
 
+    def members(self) -> list[tuple[str, Fingerprint]]:
+        """(parent, fingerprint) of every structure ever chosen, in the order of choice."""
+        return [(parent, found) for parent, _, found in self._members]
+
 
 def _to_record(parent: str, family: str, found: Fingerprint) -> dict[str, Any]:
     density = np.round(found.density, 5)

@@ -155,6 +155,7 @@ class MatterSimCalculator(Calculator):
         self._store_result(atoms, result.energy, result.forces, result.stress)
         atoms.wrap()
         atoms.info["trajs"] = [start, bare(atoms)]
+        atoms.info["n_evaluations"] = int(result.n_steps)
 
     def _store_result(self, atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
         volume_term = gpa_to_ev_per_a3(self.pressure) * atoms.get_volume()

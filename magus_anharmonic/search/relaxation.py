@@ -113,6 +113,7 @@ class Relaxer:
             "stress": full_3x3_to_voigt_6_stress(result.stress),
             "model": self.evaluator.model_id,
             "relaxed": bool(result.converged),
+            "n_evaluations": int(result.n_steps),
         }
         return atoms
 

@@ -1,0 +1,183 @@
+"""Which steps a campaign has, in which order, what each depends on, and the hash by which a finished one is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from magus_anharmonic.campaign.record import StepRecord
+from magus_anharmonic.settings.campaign import CampaignSettings
+
+FORMAT = 1
+"""Changes when the files of the steps do: finished steps of another format run again."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A unit of work with a folder of its own name.
+
+    needs : steps whose results it reads; settings : everything of the campaign file that its result depends on; cycle : of
+    learning, from 1; pressure : GPa.
+    """
+
+    id: str
+    kind: str
+    needs: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    pressure: float | None = None
+    cycle: int = 1
+
+
+def at(name: str, pressure: float) -> str:
+    """``learn-075GPa``, ``produce-112.5GPa``."""
+    return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
+
+
+def safe(name: str) -> str:
+    """The name of a phase in file names: ``C2/c`` -> ``C2_c``."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name)
+
+
+def place(phase: str, pressure: float) -> str:
+    """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
+    return at(safe(phase), pressure)
+
+
+def _cycled(name: str, cycle: int) -> str:
+    return name if cycle == 1 else f"{name}-cycle{cycle}"
+
+
+def plan(settings: CampaignSettings, cycles: int = 1) -> list[Step]:
+    """The steps in the order in which they run; ``cycles``: of learning, as many as are known to be needed."""
+    steps: list[Step] = []
+    for cycle in range(1, cycles + 1):
+        steps += learning_steps(settings, cycle)
+    model = (_cycled("final", cycles),) if settings.learning else ()
+    steps += _productions(settings, model)
+    steps += _static_steps(settings, model)
+    steps += _quantum_steps(settings, model)
+    return [*steps, Step("report", "report", tuple(step.id for step in steps), {"figures": settings.figures.model_dump(mode="json")})]
+
+
+def learning_steps(settings: CampaignSettings, cycle: int) -> list[Step]:
+    """Searches that learn, merge and final model of one cycle."""
+    learning = settings.learning
+    if learning is None:
+        return []
+    foundation = _foundation(settings)
+    before = (_cycled("final", cycle - 1),) if cycle > 1 else ()
+    searches = [
+        Step(
+            _cycled(at("learn", p), cycle), "learn", before,
+            {**foundation, "input": settings.learning_search(p, "foundation", cycle), "host": settings.host}, p, cycle,
+        )
+        for p in learning.pressures
+    ]  # fmt: skip
+    earlier = tuple(_cycled(at("learn", p), c) for c in range(1, cycle) for p in learning.pressures)
+    merge = settings.merge.model_dump(mode="json") | {"seed": settings.seed, "dataset_digest": file_digest(settings.merge.dataset)}
+    final = settings.final.model_dump(mode="json")
+    own = tuple(step.id for step in searches)
+    return [
+        *searches,
+        Step(_cycled("merge", cycle), "merge", (*earlier, *own), merge, cycle=cycle),
+        Step(
+            _cycled("final", cycle), "final", (_cycled("merge", cycle),), {**foundation, "final": final, "seed": settings.seed}, cycle=cycle
+        ),
+    ]
+
+
+def _foundation(settings: CampaignSettings) -> dict[str, Any]:
+    return {"foundation": foundation_digest(settings.foundation)}
+
+
+def _productions(settings: CampaignSettings, model: tuple[str, ...]) -> list[Step]:
+    if settings.produce is None:
+        return []
+    given = {} if model else _foundation(settings)
+    return [
+        Step(at("produce", p), "produce", model, {**given, "input": settings.production_search(p, "final"), "host": settings.host}, p)
+        for p in settings.produce.pressures
+    ]
+
+
+def productions(settings: CampaignSettings) -> tuple[str, ...]:
+    """Ids of the production searches."""
+    return tuple(at("produce", p) for p in (settings.produce.pressures if settings.produce else []))
+
+
+def nearest_production(settings: CampaignSettings, pressure: float) -> str:
+    """The production search at the pressure nearest to ``pressure`` (GPa); the lower one of two."""
+    pressures = settings.produce.pressures if settings.produce else []
+    return at("produce", min(pressures, key=lambda p: (abs(p - pressure), p)))
+
+
+def _static_steps(settings: CampaignSettings, model: tuple[str, ...]) -> list[Step]:
+    steps = []
+    shared = {"calculator": dict(settings.calculator), "phases": _phases(settings)}
+    if settings.foundation_check is not None:
+        check = settings.foundation_check
+        needs = (nearest_production(settings, check.pressure),)
+        own = {**shared, **_foundation(settings), **check.model_dump(mode="json")}
+        steps.append(Step(at("foundation", check.pressure), "foundation", needs, own, check.pressure))
+    if settings.relax is not None:
+        own = {**shared, **settings.relax.model_dump(mode="json")}
+        steps.append(Step("relax", "relax", (*model, *productions(settings)), own))
+    return steps
+
+
+def _quantum_steps(settings: CampaignSettings, model: tuple[str, ...]) -> list[Step]:
+    steps = []
+    labeler = None if settings.labeler is None else settings.labeler.model_dump(mode="json")
+    if settings.sscha is not None:
+        shared = {"sscha": settings.sscha.settings, "calculator": dict(settings.calculator), "seed": settings.seed}
+        for p in settings.sscha.pressures:
+            steps.append(Step(at("sscha", p), "sscha", (*model, nearest_production(settings, p)), shared, p))
+        if settings.dft is not None:
+            own = {**settings.dft.model_dump(mode="json"), "labeler": labeler}
+            steps.append(Step("dft", "dft", tuple(at("sscha", p) for p in settings.sscha.pressures), own))
+    needs = (*model, *((productions(settings)) if any(phase.structure is None for phase in settings.phases) else ()))
+    if settings.hessian is not None:
+        own = {**settings.hessian.model_dump(mode="json"), "phases_given": _phases(settings), "labeler": labeler, "seed": settings.seed}
+        given = {} if model else _foundation(settings)
+        steps.append(Step("hessian", "hessian", needs, {**given, **own}))
+    if settings.errors is not None:
+        own = {**settings.errors.model_dump(mode="json"), "labeler": labeler, "seed": settings.seed}
+        steps.append(Step("errors", "errors", ("hessian",), own))
+    return steps
+
+
+def _phases(settings: CampaignSettings) -> list[dict[str, Any]]:
+    return [{**phase.model_dump(mode="json"), "structure": file_digest(phase.structure)} for phase in settings.phases]
+
+
+def step_key(step: Step, records: Mapping[str, StepRecord]) -> str | None:
+    """12 hex digits over the step's settings and the keys and outputs of what it needs; None while one of those is not done."""
+    needed = []
+    for name in step.needs:
+        record = records.get(name)
+        if record is None or record.status != "done":
+            return None
+        needed.append([name, record.key, record.output])
+    text = json.dumps([FORMAT, step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@cache
+def file_digest(path: str | None) -> str | None:
+    """12 hex digits over the content of a file; the name itself when it is no file."""
+    if path is None or not Path(path).is_file():
+        return path
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def foundation_digest(name: str) -> str | None:
+    """Of the foundation's file, so that a shipped checkpoint that changed is another one; MatterSim's own names stand for themselves."""
+    shipped = Path(__file__).resolve().parents[1] / "data" / f"{name}.pth"
+    return file_digest(str(shipped if shipped.is_file() else name))

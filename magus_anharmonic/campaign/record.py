@@ -1,0 +1,74 @@
+"""``steps.json``: what is known of every step of a campaign; one process writes it, any process reads it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json
+
+FILE = "steps.json"
+
+Status = Literal["open", "running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step. ``wall_s`` sums up all sittings; ``key`` is the hash of what the result holds for; ``output`` identifies the result."""
+
+    status: Status
+    kind: str
+    pressure_GPa: float | None = None
+    started: str = ""
+    finished: str = ""
+    wall_s: float = 0.0
+    n_structures: int = 0
+    n_evaluations: int = 0
+    n_labels: int = 0
+    reason: str = ""
+    key: str = ""
+    output: str = ""
+    pid: int | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Said to be running by a process that is gone."""
+        return self.status == "running" and not _alive(self.pid)
+
+    def changed(self, **values: Any) -> StepRecord:
+        """A copy with other values."""
+        return replace(self, **values)
+
+
+def _alive(pid: int | None) -> bool:
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def read_records(folder: Path) -> dict[str, StepRecord]:
+    """The records in ``folder`` by step, in the order of the campaign; none when it has not begun. Raises ``InputError``."""
+    file = folder / FILE
+    if not file.is_file():
+        return {}
+    names = {field.name for field in fields(StepRecord)}
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        return {step: StepRecord(**{name: value for name, value in found.items() if name in names}) for step, found in data.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file}: not readable as the steps of a campaign ({error}); move it away and run the campaign again") from None
+
+
+def write_records(folder: Path, records: dict[str, StepRecord]) -> None:
+    """Write all records atomically."""
+    write_json(folder / FILE, {step: asdict(record) for step, record in records.items()})

@@ -1,0 +1,263 @@
+"""The driver: every step once, in order, skipped when done, begun anew when what it depends on has changed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from magus_anharmonic.campaign.context import FOLDER, Context, Outcome
+from magus_anharmonic.campaign.plan import Step, plan, step_key
+from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
+from magus_anharmonic.campaign.tables import assemble, write_part
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
+from magus_anharmonic.settings.campaign import load_campaign
+
+log = logging.getLogger(__name__)
+
+Run = Callable[[Context, Step], Outcome]
+
+
+def runners() -> Mapping[str, Run]:
+    """What is called for each kind of step."""
+    from magus_anharmonic.campaign import closing, finetuning, merging, modes, quantum, relaxing, searching
+
+    return {
+        "learn": searching.learn, "merge": merging.merge, "final": finetuning.final, "produce": searching.produce,
+        "foundation": relaxing.foundation, "relax": relaxing.relax, "sscha": quantum.sscha, "dft": quantum.dft, "hessian": modes.hessian,
+        "errors": closing.errors, "report": closing.report,
+    }  # fmt: skip
+
+
+CONTENT_KEYED = frozenset({"sscha", "dft", "hessian", "errors", "relax", "foundation", "merge", "final", "report"})
+"""Kinds whose folders know their own files by content, so that changed settings take over what still holds; searches start anew."""
+
+
+def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, StepRecord]:
+    """Run the campaign of ``path`` (``campaign.yaml``) in its folder, or go on with it; returns the records of all steps.
+
+    only
+        Run this step alone, again if it is done; the steps it needs must be done.
+
+    A step that fails is recorded with its reason; the others that do not need it still run. Raises ``InputError`` for wrong input (also for
+    a labeler of other DFT settings than the labels here), before any work where it can be known then.
+    """
+    file = Path(path)
+    settings = load_campaign(file)
+    root = file.resolve().parent / FOLDER
+    context = Context(settings, root)
+    _check(context, root)
+    campaign = Campaign(context)
+    return campaign.run(only)
+
+
+def _check(context: Context, root: Path) -> None:
+    """What can be wrong before the first step: version, phases, foundation, host, labeler."""
+    from magus_anharmonic.campaign.found import phases_of
+    from magus_anharmonic.campaign.searching import uses_magus
+
+    settings = context.settings
+    check_results_version(root)
+    phases_of(settings.phases)
+    uses_magus(settings.host)
+    settings_hash = None
+    if settings.labeler is not None:
+        with context.labeler(root) as labeler:
+            settings_hash = labeler.settings_hash
+    model_id = context.foundation.model_id
+    if record_file(root).is_file():
+        earlier = read_run_record(root).get("labeler_settings_hash")
+        if earlier and settings_hash and earlier != settings_hash and _holds_labels(root):
+            raise InputError(
+                f"labeler: {root} holds results of other DFT settings ({earlier}, now {settings_hash}); results of two settings must "
+                "not be mixed: give the earlier settings, or start in another folder"
+            )
+        settings_hash = settings_hash or earlier
+    write_run_record(root, settings, seed=settings.seed, model_id=model_id, extra={"labeler_settings_hash": settings_hash})
+
+
+def _holds_labels(root: Path) -> bool:
+    return any(root.glob("learn-*/results/anharmonic/labels/**/*.xyz")) or any(record.n_labels for record in read_records(root).values())
+
+
+class Campaign:
+    """One sitting: the steps, their records, and the order in which they run."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.runners = runners()
+        self.earlier = read_records(context.root)
+        self.cycles = 1
+        self.steps: list[Step] = []
+        self.records: dict[str, StepRecord] = {}
+        self._plan()
+
+    def _plan(self) -> None:
+        """The steps as far as they are known, with what is known of each."""
+        self.steps = plan(self.context.settings, self.cycles)
+        known = {**self.earlier, **self.records}
+        self.records = {step.id: known.get(step.id, StepRecord("open", step.kind, step.pressure)) for step in self.steps}
+
+    def run(self, only: str | None = None) -> dict[str, StepRecord]:
+        """All steps that are not done, or ``only`` one."""
+        self._more_cycles()
+        if only is not None:
+            self._run_alone(only)
+            return self.records
+        position = 0
+        while position < len(self.steps):
+            step = self.steps[position]
+            self._settle(step)
+            if step.kind == "final" and self._more_cycles():
+                continue
+            position += 1
+        self._save()
+        return self.records
+
+    def _run_alone(self, name: str) -> None:
+        step = next((step for step in self.steps if step.id == name), None)
+        if step is None:
+            raise InputError(f"--only: {name}: no such step; there are {', '.join(step.id for step in self.steps)}")
+        key = step_key(step, self.records)
+        if key is None and step.kind != "report":
+            missing = [need for need in step.needs if self.records[need].status != "done"]
+            raise InputError(f"--only: {name}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not done")
+        self._execute(step, key or "", again=True)
+
+    def _settle(self, step: Step) -> None:
+        """Run the step unless it is done or cannot run."""
+        record, key = self.records[step.id], step_key(step, self.records)
+        if step.kind == "report":
+            # whatever is missing is said in the report
+            key = key or "incomplete"
+            if any(self.records[need].status == "open" and not self.records[need].reason for need in step.needs):
+                return
+        if key is None:
+            waiting = [need for need in step.needs if self.records[need].status != "done"]
+            self._put(step, record.changed(status="open", pid=None, reason=f"waits for {', '.join(waiting)}"))
+            return
+        if record.status == "done" and record.key == key and key != "incomplete":
+            log.info("%s: done before", step.id)
+            return
+        self._execute(step, key, again=record.status == "done" or (bool(record.key) and record.key != key))
+
+    def _execute(self, step: Step, key: str, *, again: bool) -> None:
+        before = self.records[step.id]
+        if again and step.kind not in CONTENT_KEYED:
+            log.warning("%s: what it depends on has changed, or it was asked for: it starts anew", step.id)
+            self._move_away(step)
+            before = before.changed(wall_s=0.0)
+        began = time.perf_counter()
+        self._put(
+            step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key, pid=os.getpid())
+        )
+        log.info("%s begins (%d of %d)", step.id, self.steps.index(step) + 1, len(self.steps))
+        try:
+            outcome = self.runners[step.kind](self.context, step)
+        except InputError as error:
+            self._failed(step, str(error), began)
+            raise
+        except Exception as error:  # one step must not take the others with it
+            reason = str(error) if isinstance(error, MagusAnharmonicError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            log.error("%s failed: %s", step.id, reason)
+            log.debug("traceback", exc_info=True)
+            self._failed(step, reason, began)
+            return
+        except BaseException:
+            self._put(step, self.records[step.id].changed(wall_s=before.wall_s + time.perf_counter() - began))
+            raise
+        write_part(self.context.folder(step), "failures", [(step.id, *failure) for failure in outcome.failures])
+        wall = before.wall_s + time.perf_counter() - began
+        record = self.records[step.id].changed(
+            status="done", finished=_now(), wall_s=round(wall, 2), n_structures=outcome.n_structures, n_evaluations=outcome.n_evaluations,
+            n_labels=outcome.n_labels, output=outcome.output, reason=outcome.reason, pid=None,
+        )  # fmt: skip
+        self._put(step, record)
+        self._assemble(step)
+        log.info("%s done in %.0f s: %s", step.id, time.perf_counter() - began, counts(record))
+
+    def _failed(self, step: Step, reason: str, began: float) -> None:
+        record = self.records[step.id]
+        wall = round(record.wall_s + time.perf_counter() - began, 2)
+        self._put(step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason, pid=None))
+        if step.kind != "report":
+            self._assemble(step)
+
+    def _assemble(self, step: Step) -> None:
+        """``tables/`` from the steps that are done; the failed ones are in ``failures.csv``."""
+        done = [step for step in self.steps if self.records[step.id].status == "done"]
+        folders = list(dict.fromkeys(self.context.folder(step) for step in done))
+        state = self.context.root / ".overview"
+        rows = [(name, r.n_structures, r.n_evaluations, r.n_labels, r.wall_s) for name, r in self.records.items() if r.status == "done"]
+        write_part(state, "cost", rows)
+        write_part(state, "failures", [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"])
+        assemble(self.context.root / "tables", [*folders, state])
+
+    def _move_away(self, step: Step) -> None:
+        folder, number = self.context.folder(step), 1
+        if not folder.exists():
+            return
+        target = self.context.root / "superseded"
+        target.mkdir(exist_ok=True)
+        while (target / f"{step.id}-{number}").exists():
+            number += 1
+        folder.rename(target / f"{step.id}-{number}")
+
+    def _more_cycles(self) -> bool:
+        """Plan another cycle of learning when the final model of the last one misses the target; whether one was added."""
+        learning, added = self.context.settings.learning, False
+        while learning is not None and learning.target_rmse is not None and self.cycles < learning.max_cycles:
+            last = "final" if self.cycles == 1 else f"final-cycle{self.cycles}"
+            record = self.records.get(last)
+            step = next(step for step in self.steps if step.id == last)
+            if record is None or record.status != "done" or record.key != step_key(step, self.records):
+                break
+            rmse = validation_rmse(self.context.folder(last) / f"errors-cycle{self.cycles}.json")
+            if rmse is not None and rmse <= learning.target_rmse:
+                log.info("target_rmse reached: %.1f meV/atom on the validation set after cycle %d", 1e3 * rmse, self.cycles)
+                break
+            self.cycles += 1
+            shown = "no validation labels" if rmse is None else f"{1e3 * rmse:.1f} meV/atom"
+            log.info("target_rmse of %.1f meV/atom not reached (%s): cycle %d of learning", 1e3 * learning.target_rmse, shown, self.cycles)
+            self._plan()
+            added = True
+        return added
+
+    def _put(self, step: Step, record: StepRecord) -> None:
+        self.records[step.id] = record
+        self._save()
+
+    def _save(self) -> None:
+        write_records(self.context.root, self.records)
+
+
+def validation_rmse(file: Path) -> float | None:
+    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none."""
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))["finetuned"].get("validation")
+    return None if not found else float(found["energy_rmse"])
+
+
+def counts(record: StepRecord) -> str:
+    """What a step did, in words."""
+    parts = [
+        f"{record.n_structures} structures" if record.n_structures else "",
+        f"{record.n_evaluations} force evaluations" if record.n_evaluations else "",
+        f"{record.n_labels} DFT calls" if record.n_labels else "",
+    ]
+    return ", ".join(part for part in parts if part) or record.output or "finished"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def unfinished(records: Mapping[str, StepRecord]) -> list[str]:
+    """One line per step that failed or waits."""
+    return [f"{name}: {record.status}: {record.reason}" for name, record in records.items() if record.status != "done"]

@@ -1,0 +1,130 @@
+"""Steps that search: learning (first stage) and production (second stage), by stock MAGUS or the embedded host."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from magus_anharmonic.campaign.context import Context, Outcome, structure_file
+from magus_anharmonic.campaign.found import enthalpy_row, n_relaxed, phases_of, populations, relaxed_structures
+from magus_anharmonic.campaign.plan import Step
+from magus_anharmonic.campaign.tables import write_part
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.files import read_jsonl, write_text
+from magus_anharmonic.settings import parse_settings
+
+log = logging.getLogger(__name__)
+
+SETS = {"train": "training", "validation": "validation", "test": "test"}
+
+
+def learn(context: Context, step: Step) -> Outcome:
+    """A search that learns at one pressure; its labels and models stay in ``results/anharmonic``."""
+    folder = context.folder(step)
+    before = "final" if step.cycle == 2 else f"final-cycle{step.cycle - 1}"
+    start = context.settings.foundation if step.cycle == 1 else str(context.folder(before) / f"cycle{step.cycle - 1}.pth")
+    data = context.settings.learning_search(step.pressure or 0.0, start, step.cycle)
+    search(context, folder, data)
+    anharmonic = folder / "results" / "anharmonic"
+    metrics = read_jsonl(anharmonic / "metrics.jsonl")
+    if not metrics:
+        raise MagusAnharmonicError(f"{folder}: the search ended without a round of learning; see its log")
+    latest = {record["generation"]: record for record in metrics}
+    write_part(folder, "learning", [row for record in latest.values() for row in _learning_rows(step.id, record)])
+    failed = [record for record in read_jsonl(anharmonic / "failures.jsonl") if record.get("stage") == "label"]
+    structures, evaluations = n_relaxed(folder)
+    return Outcome(
+        n_structures=structures,
+        n_evaluations=evaluations,
+        n_labels=sum(record["n_labels"] + record["n_failures"] for record in latest.values()),
+        output=str(latest[max(latest)]["new_model"]),
+        failures=[(str(record["id"]), str(record["reason"])) for record in failed],
+    )
+
+
+def _learning_rows(step: str, record: dict[str, Any]) -> list[tuple[object, ...]]:
+    rows = []
+    for name, public in SETS.items():
+        found = record.get("new", {}).get(name)
+        if found and found.get("n"):
+            errors = found["energy_rmse"], found["force_rmse"], found["stress_rmse"]
+            rows.append((step, record["generation"], record["new_model"], public, *errors, record["n_labels"]))
+    return rows
+
+
+def produce(context: Context, step: Step) -> Outcome:
+    """A search with the final model at one pressure; all its distinct structures go into ``enthalpies.csv``."""
+    folder, pressure = context.folder(step), step.pressure or 0.0
+    search(context, folder, context.settings.production_search(pressure, context.final_checkpoint))
+    model, phases = context.final_model.model_id, phases_of(context.settings.phases)
+    digest = 0
+    with structure_file(folder) as file:
+
+        def rows() -> Any:
+            nonlocal digest
+            for found in relaxed_structures(folder, step.id):
+                row = enthalpy_row(found, phases, pressure, model, "produce")
+                file.add(found.atoms, found.id, str(row[4]), pressure, "static")
+                digest ^= int(found.id, 16)
+                yield row
+
+        write_part(folder, "enthalpies", rows())
+    structures, evaluations = n_relaxed(folder)
+    log.info("%s: %d structures relaxed, %d distinct ones kept", step.id, structures, file.n)
+    return Outcome(structures, evaluations, output=f"{digest:012x}")
+
+
+def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
+    """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(data, sort_keys=False)
+    write_text(folder / "input.yaml", text)
+    if uses_magus(context.settings.host):
+        _stock_magus(folder)
+    else:
+        from magus_anharmonic.search import run
+
+        run(parse_settings(data), folder, restart=(folder / "results" / "anharmonic" / "run.json").is_file())
+
+
+def uses_magus(host: str) -> bool:
+    """Whether stock MAGUS searches; raises ``InputError`` when it is asked for and not installed."""
+    from magus_anharmonic.doctor import magus_version
+
+    installed = magus_version() is not None
+    if host == "magus" and not installed:
+        raise InputError("host: magus: MAGUS is not installed (pip install git+https://gitlab.com/bigd4/magus.git)")
+    return installed and host != "embedded"
+
+
+def _stock_magus(folder: Path) -> None:
+    """``magus-anharmonic search`` in a process of its own: MAGUS takes the current folder and the root logger."""
+    command = [sys.executable, "-m", "magus_anharmonic.cli", "search", "-i", "input.yaml", "--host", "magus"]
+    # MAGUS can restart from its second round on
+    if populations(folder) and (folder / "log.txt").is_file():
+        command.append("-r")
+    log.info("stock MAGUS in %s; its log: log.txt", folder)
+    with (folder / "magus.out").open("ab") as output:
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent)
+        try:
+            code = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise MagusAnharmonicError(f"{folder}: MAGUS ended with exit code {code}; see {folder / 'magus.out'}")
+
+
+def _end_with_parent() -> None:
+    """Linux: this process gets SIGTERM when the campaign is killed, so that no second search starts beside it."""
+    import ctypes
+    import signal
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -1,0 +1,58 @@
+"""A campaign file for tests: every kind of step, nothing that needs DFT."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from ase import Atoms
+from ase.io import write
+
+GIVEN: dict[str, Any] = {
+    "seed": 3,
+    "foundation": "h3s-gpaw-small",
+    "host": "embedded",
+    "search": {
+        "formulaType": "fix",
+        "symbols": ["H", "S"],
+        "formula": [3, 1],
+        "min_n_atoms": 4,
+        "max_n_atoms": 4,
+        "popSize": 4,
+        "numGen": 2,
+    },
+    "labeler": {"calculator": "ase.calculators.lj.LennardJones", "n_workers": 1},
+    "phases": [{"name": "Im-3m", "structure": "cubic.vasp"}, {"name": "C2/c", "space_group": 15}],
+    "learning": {"pressures": [75, 125], "settings": {"n_sample": 2}},
+    "produce": {"pressures": [50, 100]},
+    "relax": {"pressures": [50, 100, 150]},
+    "sscha": {"pressures": [100]},
+    "dft": {},
+    "hessian": {"phases": [{"name": "Im-3m", "irreps": ["T1u"]}], "pressures": [100, 150], "dispersions": [100]},
+}
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """`GIVEN` with some blocks laid over its own; None removes a block."""
+    data = copy.deepcopy(GIVEN)
+    for name, value in changes.items():
+        if value is None:
+            del data[name]
+        elif isinstance(value, dict) and isinstance(data.get(name), dict):
+            data[name] = {**data[name], **value}
+        else:
+            data[name] = value
+    return data
+
+
+def write_campaign(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
+    cubic = Atoms("SH3", positions=np.vstack([np.zeros(3), 1.5 * np.eye(3)]), cell=cell, pbc=True)
+    write(folder / "cubic.vasp", cubic, format="vasp")
+    file = folder / "campaign.yaml"
+    file.write_text(yaml.safe_dump(changed(**changes)), encoding="utf-8")
+    return file

@@ -1,0 +1,379 @@
+"""The steps of a campaign on small systems with known answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+from campaign_inputs import write_campaign
+
+from magus_anharmonic.campaign import closing, merging, modes, quantum
+from magus_anharmonic.campaign.context import Context, structure_file
+from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
+from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
+from magus_anharmonic.campaign.plan import Step, at, place, plan
+from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.learning.dataset import LabelStore
+from magus_anharmonic.settings.campaign import DftSettings, load_campaign
+from magus_anharmonic.structures import space_group, structure_id
+from magus_anharmonic.units import EV_IN_CM1
+
+H3s = Callable[..., Atoms]
+
+
+def context_of(folder: Path, **changes: Any) -> Context:
+    return Context(load_campaign(write_campaign(folder, **changes)), folder / "campaign")
+
+
+# irreducible representations
+
+
+def symmetric_matrix(atoms: Atoms, seed: int = 0) -> np.ndarray:
+    """A random dynamical matrix at Gamma with the symmetry of the crystal."""
+    from magus_anharmonic.campaign.irreps import _representation
+    from magus_anharmonic.sscha.symmetry import Symmetry
+
+    random = np.random.default_rng(seed).normal(size=(3 * len(atoms),) * 2)
+    operations = _representation(Symmetry(atoms, (1, 1, 1)))
+    return np.mean([g @ (random + random.T) @ g.T for g in operations], axis=0)
+
+
+def counted(atoms: Atoms) -> dict[str, int]:
+    found = [level.irrep for level in levels_by_irrep(symmetric_matrix(atoms), atoms)]
+    return {name: found.count(name) for name in found}
+
+
+def test_optical_modes_at_gamma_are_those_of_the_tables(h3s: H3s) -> None:
+    """Known decompositions: Im-3m H3S 2 T1u + T2u, R3m H3S 3 A1 + A2 + 4 E less A1 + E of the translations; NaCl, diamond, wurtzite."""
+    assert counted(h3s()) == {"T1u": 2, "T2u": 1}
+    assert counted(h3s(bond_shift=0.1)) == {"A1": 2, "A2": 1, "E": 3}
+    assert counted(bulk("NaCl", "rocksalt", a=5.64)) == {"T1u": 1}
+    assert counted(bulk("Si")) == {"T2g": 1}
+    assert counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {"A1": 1, "B1": 2, "E1": 1, "E2": 2} or counted(
+        bulk("ZnO", "wurtzite", a=3.25, c=5.2)
+    ) == {"A1": 1, "B2": 2, "E1": 1, "E2": 2}
+
+
+def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None:
+    atoms = h3s()
+    matrix = symmetric_matrix(atoms)
+    before = [(level.irrep, level.square) for level in levels_by_irrep(matrix, atoms)]
+    turned, order = atoms.copy(), [2, 0, 3, 1]
+    turned.rotate(33, (1, 2, 3), rotate_cell=True)
+    axis = np.array([1, 2, 3]) / np.sqrt(14)
+    angle = np.deg2rad(33)
+    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
+    rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    np.testing.assert_allclose(turned.positions, atoms.positions @ rotation.T, atol=1e-10)
+    blocks = np.einsum("ij,ajbk,lk->aibl", rotation, matrix.reshape(4, 3, 4, 3), rotation, optimize=True)
+    blocks = blocks[np.ix_(order, range(3), order, range(3))].reshape(12, 12)
+    after = [(level.irrep, level.square) for level in levels_by_irrep(blocks, turned[order])]
+    assert [name for name, _ in after] == [name for name, _ in before]
+    np.testing.assert_allclose([s for _, s in after], [s for _, s in before], atol=1e-8)
+
+
+def test_t1u_is_the_block_that_is_written_down_by_hand(h3s: H3s) -> None:
+    """S and H displaced along z couple in one 3x3 block: its two optical eigenvalues are the T1u levels."""
+    atoms = h3s()
+    raw = symmetric_matrix(atoms, seed=4).reshape(4, 3, 4, 3)
+    masses = atoms.get_masses()
+    along_z = np.zeros((12, 3))
+    along_z[2, 0] = 1.0
+    along_z[3 * 3 + 2, 1] = 1.0
+    along_z[3 * 1 + 2, 2] = along_z[3 * 2 + 2, 2] = np.sqrt(0.5)
+    still = np.kron(np.sqrt(masses / masses.sum())[:, None], np.eye(3))
+    free = np.eye(12) - still @ still.T
+    block = along_z.T @ free @ raw.reshape(12, 12) @ free @ along_z
+    optical = sorted(np.linalg.eigvalsh(block), key=abs)[1:]
+    found = [level.square for level in levels_by_irrep(raw.reshape(12, 12), atoms) if level.irrep == "T1u"]
+    np.testing.assert_allclose(sorted(found), sorted(optical), atol=1e-8)
+
+
+def test_the_lowest_level_of_a_representation_is_followed_and_an_absent_one_refused() -> None:
+    levels = [Level("T1u", 3.0, np.zeros((0, 0))), Level("T1u", -1.0, np.zeros((0, 0))), Level("T2u", 2.0, np.zeros((0, 0)))]
+    assert [level.square for level in lowest_levels(levels, ["T1u"])] == [-1.0]
+    assert [level.irrep for level in lowest_levels(levels, [])] == ["T1u", "T2u"]
+    with pytest.raises(InputError, match="Eg: this phase has no such optical mode at Gamma; it has T1u, T2u"):
+        lowest_levels(levels, ["Eg"])
+
+
+def test_the_error_of_a_level_is_that_of_the_eigenvectors_it_is_made_of(h3s: H3s) -> None:
+    vectors = np.eye(12)
+    errors = np.full((1, 12), 5.0e-5)
+    errors[0, 3:6] = 2.0e-5
+    found = SimpleNamespace(errors=errors, vectors=vectors[None])
+    level = Level("T1u", 1.0, vectors[:, 3:6])
+    assert modes.square_error(found, level) == pytest.approx(2.0e-5 * EV_IN_CM1**2)
+    assert modes.square_error(SimpleNamespace(errors=None, vectors=vectors[None]), level) is None
+
+
+def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
+    """Frozen T1u displacements of a Morse crystal: second difference of the energy against the level."""
+    from ase.calculators.morse import MorsePotential
+
+    from magus_anharmonic.evaluator import CalculatorEvaluator
+
+    atoms = h3s(3.0)
+    evaluator = CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1))
+    level = lowest_levels(modes._levels(atoms, evaluator), ["T1u"])[0]
+    direction = (level.vectors[:, 0] / np.sqrt(np.repeat(atoms.get_masses(), 3))).reshape(-1, 3)
+    step = 0.01
+    moved = [atoms.copy() for _ in range(3)]
+    for factor, structure in zip((-step, 0.0, step), moved, strict=True):
+        structure.positions += factor * direction
+    minus, middle, plus = evaluator.evaluate(moved).energy
+    assert level.square == pytest.approx((plus + minus - 2 * middle) / step**2, rel=5e-3)
+
+
+# merging
+
+
+def label(atoms: Atoms, name: str, parent: str, settings_hash: str = "aaaa") -> Atoms:
+    frame = atoms.copy()
+    frame.info = {"id": name, "generation": 1, "parent": parent, "settings_hash": settings_hash}
+    frame.calc = SinglePointCalculator(frame, energy=-1.0 * len(atoms), forces=np.zeros((len(atoms), 3)), stress=np.zeros(6))
+    return frame
+
+
+def store_of(folder: Path, parents: dict[str, Atoms], n: int = 4, settings_hash: str = "aaaa") -> None:
+    """A search's labels: ``n`` distortions of every parent."""
+    store = LabelStore(folder / "results" / "anharmonic" / "labels")
+    rng = np.random.default_rng(len(parents))
+    for name, parent in parents.items():
+        store.families.family(name, parent)
+        for number in range(n):
+            moved = parent.copy()
+            moved.positions += rng.normal(scale=0.02, size=moved.positions.shape)
+            store.add(label(moved, f"{name}-{number}", name, settings_hash))
+    store.close_batch(1)
+
+
+def crystals(n: int) -> dict[str, Atoms]:
+    """Different phases."""
+    rng = np.random.default_rng(8)
+    return {
+        f"p-{i}": Atoms("SH3", scaled_positions=rng.random((4, 3)), cell=np.diag([2.2, 2.5, 2.8]) + 0.3 * rng.random((3, 3)), pbc=True)
+        for i in range(n)
+    }
+
+
+def merge_step(context: Context) -> Step:
+    return next(step for step in plan(context.settings) if step.id == "merge")
+
+
+def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found_it(tmp_path: Path, h3s: H3s) -> None:
+    context = context_of(tmp_path)
+    shared = h3s(3.0)
+    in_another_cell = shared.repeat((2, 1, 1))
+    store_of(context.folder("learn-075GPa"), {"p-shared": shared, **crystals(6)})
+    store_of(context.folder("learn-125GPa"), {"p-other-name": in_another_cell, **dict(list(crystals(12).items())[6:])})
+    outcome = merging.merge(context, merge_step(context))
+    frames: Any = read(context.folder("merge") / merging.LABELS, ":")
+    assert outcome.n_structures == len(frames) == 4 * 14
+    sides: dict[str, set[str]] = {}
+    for atoms in frames:
+        sides.setdefault(atoms.info["family"], set()).add(atoms.info["side"])
+    assert all(len(found) == 1 for found in sides.values())
+    families = {(atoms.info["step"], atoms.info["parent"]): atoms.info["family"] for atoms in frames}
+    assert families["learn-075GPa", "p-shared"] == families["learn-125GPa", "p-other-name"]
+    assert families["learn-075GPa", "p-0"] != families["learn-075GPa", "p-1"]
+    counts = [sum(atoms.info["side"] == side for atoms in frames) for side in ("train", "validation", "test")]
+    assert counts[0] > 30 and min(counts) >= 4
+
+
+def test_labels_of_two_dft_settings_are_not_merged(tmp_path: Path) -> None:
+    context = context_of(tmp_path)
+    store_of(context.folder("learn-075GPa"), crystals(2))
+    store_of(context.folder("learn-125GPa"), crystals(2), settings_hash="bbbb")
+    with pytest.raises(InputError, match="two different DFT settings: aaaa in learn-075GPa, bbbb in learn-125GPa"):
+        merging.merge(context, merge_step(context))
+
+
+def test_searches_without_labels_are_a_clear_failure(tmp_path: Path) -> None:
+    context = context_of(tmp_path)
+    with pytest.raises(MagusAnharmonicError, match="no label in learn-075GPa, learn-125GPa"):
+        merging.merge(context, merge_step(context))
+
+
+def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> None:
+    labels = [f"family-{i}" for i in range(40) for _ in range(10)]
+    sides = merging.sides_of_families(labels, (8, 1, 1), set())
+    shares = {side: sum(10 for found in sides.values() if found == side) for side in ("train", "validation", "test")}
+    assert shares == {"train": 320, "validation": 40, "test": 40}
+    few = merging.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1), set())
+    assert few["a"] == "train" and sorted(few.values()) == ["test", "train", "validation"]
+    assert set(merging.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), {"a", "b", "c", "d"}).values()) == {"train"}
+    assert "test" not in merging.sides_of_families(labels, (9, 1, 0), set()).values()
+
+
+# structures that searches left
+
+
+def search_folder(folder: Path, structures: list[list[tuple[Atoms, float]]]) -> Path:
+    (folder / "results").mkdir(parents=True)
+    for generation, population in enumerate(structures, start=1):
+        frames = []
+        for atoms, enthalpy in population:
+            frame = atoms.copy()
+            frame.info = {"enthalpy": enthalpy, "n_evaluations": 7}
+            frames.append(frame)
+        write(folder / f"results/gen{generation}.traj", frames)
+        write(folder / f"results/raw{generation}.traj", frames)
+    write(folder / "results/good.traj", frames)
+    return folder
+
+
+def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_kept(tmp_path: Path, h3s: H3s) -> None:
+    a, b, c = h3s(3.0), h3s(3.1, 0.1), h3s(3.2, 0.15)
+    same = a.repeat((1, 1, 2))
+    folder = search_folder(tmp_path, [[(a, -3.0), (b, -2.0)], [(a, -3.0), (same, -2.9999), (c, -1.0)], [(b, np.nan)]])
+    found = list(relaxed_structures(folder, "produce-100GPa"))
+    assert [item.enthalpy for item in found] == [-3.0, -2.0, -2.9999, -1.0]
+    assert [item.enthalpy for item in lowest_distinct(found, 2)] == [-3.0, -2.0]
+    assert [item.enthalpy for item in lowest_distinct(found, 9)] == [-3.0, -2.0, -1.0]
+    assert [item.enthalpy for item in lowest_distinct(found, 9, window=1.5)] == [-3.0, -2.0]
+    assert n_relaxed(folder) == (6, 42)
+
+
+def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s: H3s) -> None:
+    cubic, trigonal = h3s(), h3s(bond_shift=0.1)
+    phases = [Phase("Im-3m", 229, 4, cubic), Phase("any-R3m", 160, None, None)]
+    assert phase_name(phases, cubic.repeat((2, 1, 1)), space_group(cubic.repeat((2, 1, 1)))) == "Im-3m"
+    assert phase_name(phases, trigonal, space_group(trigonal)) == "any-R3m"
+    assert phase_name(phases, bulk("Fe"), space_group(bulk("Fe"))) == "", "bcc iron has one atom"
+    row = enthalpy_row(Found(cubic, -1.5, "x"), phases, 150, "m", "produce")
+    assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(cubic.get_volume() / 4)
+
+
+# the check by DFT
+
+
+class Dft:
+    """A labeler that keeps every structure, or moves the hydrogens of R3m to the bond centres; counts what it was asked."""
+
+    settings_hash, n_workers = "dft1", 2
+
+    def __init__(self, change: Callable[[Atoms], Atoms] | None = None) -> None:
+        self.asked: list[Atoms] = []
+        self.change = change
+
+    def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+        self.asked += structures
+        return [
+            SimpleNamespace(
+                atoms=self.change(atoms) if self.change else atoms, enthalpy=-2.0, converged=True, n_steps=5, reason="", failed=False
+            )
+            for atoms in structures
+        ]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def ranked(context: Context, rows: list[tuple[Atoms, str, str]]) -> None:
+    folder = context.folder("sscha-100GPa")
+    with structure_file(folder) as file:
+        for atoms, static, _ in rows:
+            file.add(atoms, structure_id(atoms), static, 100.0, "static")
+            file.add(atoms, structure_id(atoms), static, 100.0, "centroids")
+    lines = ["id,pressure_GPa,spg_static,spg_quantum,status"]
+    lines += [f"{structure_id(atoms)},100,{static},{found},sscha" for atoms, static, found in rows]
+    (folder / "ranking.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(
+    tmp_path: Path, h3s: H3s, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(tmp_path)
+    changed, kept = h3s(3.1, 0.1), h3s()
+    ranked(context, [(changed, "R3m (160)", "Im-3m (229)"), (kept, "Im-3m (229)", "Im-3m (229)")])
+    labeler = Dft()
+    monkeypatch.setattr("magus_anharmonic.campaign.context.get_labeler", lambda *_: labeler)
+    step = next(step for step in plan(context.settings) if step.id == "dft")
+    outcome = quantum.dft(context, step)
+    (row,) = read_rows(context.folder("dft") / "tables" / "space_groups.csv")
+    assert (row["id"], row["spg_static"], row["spg_dft"], row["spg_quantum"]) == (
+        structure_id(changed), "R3m (160)", "R3m (160)", "Im-3m (229)",
+    )  # fmt: skip
+    assert outcome.n_labels == 6 and len(labeler.asked) == 1
+    again = quantum.dft(context, step)
+    assert len(labeler.asked) == 1 and again.n_labels == 6, "a finished relaxation is not repeated"
+
+
+def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(tmp_path: Path, h3s: H3s) -> None:
+    class Failing(Dft):
+        def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
+            return [
+                SimpleNamespace(atoms=a, enthalpy=np.nan, converged=False, n_steps=0, reason="SCF did not converge", failed=True)
+                for a in structures
+            ]
+
+    (record,) = quantum.relaxed_by_dft(Failing(), [h3s()], 100.0, tmp_path / "relaxed.jsonl", DftSettings())
+    assert record["failed"] and record["space_group"] == "" and record["enthalpy"] is None and record["reason"] == "SCF did not converge"
+
+
+# tables, hooks
+
+
+def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path: Path, h3s: H3s) -> None:
+    for number, name in enumerate(("one", "two")):
+        write_part(tmp_path / name, "failures", [(name, f"s{number}", 'a, "b"'), (name, "s9", None)])
+        with structure_file(tmp_path / name) as file:
+            file.add(h3s(3.0 + number), f"s{number}", "Im-3m (229)", 100, "static")
+    target = tmp_path / "tables"
+    target.mkdir()
+    (target / "modes.csv").write_text("of a step that is no longer done")
+    assemble(target, [tmp_path / "one", tmp_path / "two"])
+    assert [row["id"] for row in read_rows(target / "failures.csv")] == ["s0", "s9", "s1", "s9"]
+    assert next(read_rows(target / "failures.csv"))["reason"] == 'a, "b"'
+    frames: Any = read(target / "structures.extxyz", ":")
+    assert [(a.info["id"], a.info["space_group"], a.info["pressure_GPa"], a.info["kind"]) for a in frames] == [
+        ("s0", "Im-3m (229)", 100.0, "static"), ("s1", "Im-3m (229)", 100.0, "static"),
+    ]  # fmt: skip
+    assert not (target / "modes.csv").exists()
+
+
+def test_names_of_phases_make_folders_that_exist_everywhere() -> None:
+    assert place("C2/c", 60) == "C2_c-060GPa" and at("learn", 112.5) == "learn-112.5GPa"
+
+
+def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_analysis(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60})
+    monkeypatch.setattr(Context, "final_model", SimpleNamespace(model_id="0123"))
+    tasks: list[closing.ErrorTask] = []
+
+    def compute(task: closing.ErrorTask) -> int:
+        tasks.append(task)
+        write_part(task.folder, "failures", [("errors", task.phase, "none")])
+        return 60
+
+    monkeypatch.setattr(closing, "hook", lambda name: compute)
+    step = next(step for step in plan(context.settings) if step.id == "errors")
+    assert closing.errors(context, step).n_labels == 120
+    assert [(task.phase, task.pressure, task.n_configs) for task in tasks] == [("Im-3m", 100, 60), ("Im-3m", 150, 60)]
+    assert tasks[0].run == tmp_path / "campaign/hessian/Im-3m-100GPa/sscha-0123"
+    assert len(list(read_rows(context.folder("errors") / "tables/failures.csv"))) == 2
+
+
+def test_the_last_step_makes_figures_and_then_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = context_of(tmp_path)
+    called: list[tuple[str, Path]] = []
+    monkeypatch.setattr(closing, "hook", lambda name: lambda folder: called.append((name, folder)))
+    closing.report(context, Step("report", "report"))
+    assert called == [(closing.FIGURES_HOOK, context.root), (closing.REPORT_HOOK, context.root)]
+
+
+def test_a_part_of_the_package_that_is_not_there_is_named() -> None:
+    with pytest.raises(MagusAnharmonicError, match=r"this version has no magus_anharmonic\.nothing\.at_all"):
+        closing.hook("magus_anharmonic.nothing.at_all")
