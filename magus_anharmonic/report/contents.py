@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report import crystals as found_crystals
-from magus_anharmonic.report import findings, figures
+from magus_anharmonic.report import figures, findings
 from magus_anharmonic.report.crystals import Crystal
 from magus_anharmonic.report.figures import Picture
 from magus_anharmonic.report.rankings import RankingView, ranking_views
@@ -80,7 +80,7 @@ class Contents:
 
 
 def gather(folder: str | Path) -> Contents:
-    """Contents of a campaign (``folder`` or ``folder/campaign``), a search (``folder``, ``results`` or ``results/anharmonic``) or a ranking.
+    """Contents of a campaign (``folder``, ``folder/campaign``), a search (``folder``, ``results``, ``results/anharmonic``) or a ranking.
 
     Raises ``InputError``: no such folder, or nothing of ours in it.
     """

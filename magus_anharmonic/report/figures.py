@@ -140,7 +140,7 @@ def ladder_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None
         f"{rank}. {best[rank].spg_quantum or best[rank].spg_static} (place {static.get(best[rank].id, '-')} by enthalpy)"
         for rank in sorted(best)[:5]
     )
-    alt = f"Two ladders of levels, static enthalpy on the left and free energy on the right, joined by lines, at {where}. By free energy: {order}."
+    alt = f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right, joined by lines. By free energy: {order}."
     return drawn(ladders(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data)
 
 

@@ -50,11 +50,8 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
     if not steps:
         return []
     counts = Counter(str(step.get("status", "open")) for step in steps.values())
-    rest = [
-        f"{counts[status]} {word}"
-        for status, word in (("failed", "failed"), ("running", "running"), ("open", "not begun"))
-        if counts[status]
-    ]
+    words = {"failed": "failed", "running": "running", "open": "not begun"}
+    rest = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
     if not rest:
         return [f"All {len(steps)} steps of the campaign are done."]
     return [f"{counts['done']} of {len(steps)} steps of the campaign are done ({', '.join(rest)}): what follows is what there is so far."]
@@ -84,11 +81,8 @@ class EnthalpyTally:
         if not self.lowest:
             return []
         pressures = sorted(self.lowest)
-        where = (
-            f"at {pressures[0]:g} GPa"
-            if len(pressures) == 1
-            else f"at {len(pressures)} pressures from {pressures[0]:g} to {pressures[-1]:g} GPa"
-        )
+        span = f"{len(pressures)} pressures from {pressures[0]:g} to {pressures[-1]:g}"
+        where = f"at {f'{pressures[0]:g}' if len(pressures) == 1 else span} GPa"
         lines = [f"{self.count:,} relaxed structures {where} are stored."]
         runs: list[tuple[str, float, float]] = []
         for pressure in pressures:
@@ -182,8 +176,8 @@ def correction_sentences(sheet: Sheet) -> list[str]:
         if value is not None:
             margin = "" if error is None else f" +- {1000 * error:.2g}"
             lines.append(
-                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa: {row.get('n_labels', '')} DFT labels of its ensemble change G "
-                f"by {1000 * value:.3g}{margin} meV/atom."
+                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa: {row.get('n_labels', '')} DFT labels of its ensemble "
+                f"change G by {1000 * value:.3g}{margin} meV/atom."
             )
     return lines
 

@@ -98,7 +98,7 @@ def policy(scripts: list[str]) -> str:
 
 
 def chosen(crystals: list[Crystal]) -> list[Crystal]:
-    """What the viewer offers: the lowest of every ranking in turn, so that each pressure has its best, both kinds of a structure together."""
+    """What the viewer offers: the lowest of every ranking in turn, both kinds of a structure together."""
     groups: dict[tuple[float, float], dict[str, list[Crystal]]] = {}
     for crystal in crystals:
         groups.setdefault((crystal.pressure, crystal.temperature), {}).setdefault(crystal.line.id, []).append(crystal)
