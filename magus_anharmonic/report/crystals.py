@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -13,11 +14,17 @@ from typing import Literal
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing
 from magus_anharmonic.report.rankings import Line, RankingView
 from magus_anharmonic.structures import bare, space_group
 
 Kind = Literal["static", "centroids"]
+
+FILES = 100
+"""Most structures of one ranking that are written: the paper's number of free energies."""
+
+ALL = "structures.extxyz"
+OWN = re.compile(r"[^.].*GPa-.*-(static|centroids)\.(cif|vasp)")
+"""Names of the files that `write_structures` makes."""
 
 WORDS: dict[Kind, str] = {"static": "ions at rest", "centroids": "mean positions of the moving ions"}
 
@@ -54,7 +61,7 @@ def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Cryst
     """
     if not path.is_file():
         return []
-    wanted = {(line.id, ranking.pressure) for ranking in rankings for line in ranking.lines}
+    wanted = {(line.id, ranking.pressure) for ranking in rankings for line in ranking.lines[:FILES]}
     found: dict[tuple[str, float, str], Atoms] = {}
     for comment, text in _frames(path):
         key = (_info(comment, "id"), _float(_info(comment, "pressure_GPa")))
@@ -67,7 +74,7 @@ def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Cryst
 def _in_order(found: dict[tuple[str, float, str], Atoms], rankings: Iterable[RankingView]) -> list[Crystal]:
     crystals = []
     for ranking in rankings:
-        for line in ranking.lines:
+        for line in ranking.lines[:FILES]:
             for kind in WORDS:
                 atoms = found.get((line.id, ranking.pressure, kind))
                 if atoms is not None:
@@ -129,12 +136,12 @@ def search_crystals(anharmonic: Path, rankings: Iterable[RankingView]) -> list[C
         for atoms in _traj(path):
             statics.setdefault(str(atoms.info.get("candidate_id", "")), atoms)
     centroids = {str(atoms.info.get("sscha_folder", "")): atoms for atoms in _traj(anharmonic / "quantum.traj")}
-    if any(line.id not in statics for ranking in rankings for line in ranking.lines):
+    if any(line.id not in statics for ranking in rankings for line in ranking.lines[:FILES]):
         for name, atoms in _starts(anharmonic).items():
             statics.setdefault(name, atoms)
     crystals = []
     for ranking in rankings:
-        for line in ranking.lines:
+        for line in ranking.lines[:FILES]:
             if line.id in statics:
                 crystals.append(_crystal(line, ranking, "static", statics[line.id]))
             if line.folder and line.folder in centroids:
@@ -166,25 +173,40 @@ def _starts(anharmonic: Path) -> dict[str, Atoms]:
 
 
 def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
-    """``NAME.cif`` and ``NAME.vasp`` (a POSCAR) for each and all of them in ``structures.extxyz``; returns how many."""
+    """``NAME.cif`` and ``NAME.vasp`` (a POSCAR) for each and all of them in ``structures.extxyz``; returns how many.
+
+    Files of an earlier report that this one does not write are removed, others in ``folder`` are left alone. Each file is whole or
+    absent; none is flushed to disk by itself, since all can be made again.
+    """
     from ase.io import write
 
+    folder.mkdir(parents=True, exist_ok=True)
     frames = []
-    for crystal in crystals:
-        for suffix, form, options in ((".cif", "cif", {}), (".vasp", "vasp", {"direct": True, "sort": True})):
-            with replacing(folder / f"{crystal.stem}{suffix}") as temporary:
-                write(temporary, crystal.atoms, format=form, **options)
-        frame = crystal.atoms.copy()
-        frame.info = {
-            "id": crystal.line.id,
-            "formula": crystal.line.formula,
-            "space_group": crystal.space_group,
-            "pressure_GPa": crystal.pressure,
-            "kind": crystal.kind,
-            "file": crystal.stem,
-        }
-        frames.append(frame)
-    if frames:
-        with replacing(folder / "structures.extxyz") as temporary:
-            write(temporary, frames, format="extxyz")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
+        for crystal in crystals:
+            write(Path(making) / f"{crystal.stem}.cif", crystal.atoms, format="cif")
+            write(Path(making) / f"{crystal.stem}.vasp", crystal.atoms, format="vasp", direct=True, sort=True)
+            frames.append(_frame(crystal))
+        if frames:
+            write(Path(making) / ALL, frames, format="extxyz")
+        new = sorted(Path(making).iterdir())
+        for path in new:
+            path.replace(folder / path.name)
+    names = {path.name for path in new}
+    for path in folder.iterdir():
+        if path.name not in names and (path.name == ALL or OWN.fullmatch(path.name)):
+            path.unlink()
     return len(frames)
+
+
+def _frame(crystal: Crystal) -> Atoms:
+    frame = crystal.atoms.copy()
+    frame.info = {
+        "id": crystal.line.id,
+        "formula": crystal.line.formula,
+        "space_group": crystal.space_group,
+        "pressure_GPa": crystal.pressure,
+        "kind": crystal.kind,
+        "file": crystal.stem,
+    }
+    return frame

@@ -37,6 +37,7 @@
 
   function start() {
     box.replaceChildren();
+    box.classList.add("live");
     const made = $3Dmol.createViewer(box, { backgroundAlpha: 0, antialias: true, disableFog: true });
     if (!made) return null;
     document.querySelector(".controls").hidden = false;
@@ -53,7 +54,7 @@
     viewer.zoomTo();
     viewer.rotate(-18, "z");
     viewer.rotate(-72, "x");
-    viewer.zoom(1.25);
+    viewer.zoom(1.05);
     viewer.render();
   }
 
