@@ -96,7 +96,10 @@ def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
     table(
         tables / "space_groups.csv",
         "id pressure_GPa spg_static spg_dft spg_quantum enthalpy_dft_eV_per_atom reason",
-        ((name, 100, group, group if i else "Im-3m (229)", "Im-3m (229)", 0.91, "") for i, (name, group) in enumerate(zip(ids[:13], groups, strict=False))),
+        (
+            (name, 100, group, group if i else "Im-3m (229)", "Im-3m (229)", 0.91, "")
+            for i, (name, group) in enumerate(zip(ids[:13], groups, strict=False))
+        ),
     )  # fmt: skip
     table(
         tables / "modes.csv",
@@ -169,10 +172,8 @@ def _structures(tables: Path, ids: list[str], pressures: Sequence[float]) -> Non
 
 
 def _state(folder: Path, n: int, pressures: Sequence[float]) -> None:
-    steps = {
-        f"produce-{p:03g}GPa": {"status": "done", "kind": "produce", "pressure_GPa": p, "wall_s": 8000.0, "n_structures": n, "n_evaluations": 90 * n, "n_labels": 0}
-        for p in pressures
-    }  # fmt: skip
+    counts = {"wall_s": 8000.0, "n_structures": n, "n_evaluations": 90 * n, "n_labels": 0}
+    steps = {f"produce-{p:03g}GPa": {"status": "done", "kind": "produce", "pressure_GPa": p, **counts} for p in pressures}
     (folder / "steps.json").write_text(json.dumps(steps))
     record = {
         "version": "0.1.0", "started": "2026-11-25T00:08:32+00:00", "seed": 7, "model": "ffffffffffff", "settings_hash": "109f774e40bc",

@@ -89,7 +89,8 @@ def _own_words(path: Path) -> tuple[str, str]:
         return "", ""
     if root is None:
         return "", ""
-    words = {element.tag.rsplit("}", 1)[-1]: (element.text or "").strip() for element in root.iter()}
+    work = root.find(".//{*}Work")  # its children alone: the program that made the picture has a title too
+    words = {element.tag.rsplit("}", 1)[-1]: (element.text or "").strip() for element in (work if work is not None else ())}
     return words.get("title", ""), words.get("description", "")
 
 
@@ -154,7 +155,7 @@ def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | N
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
     steps = list(dict.fromkeys(point["step"] for point in points))
-    for axes, key, label in zip(panels, ("energy", "force"), ("energy RMSE (meV/atom)", "force RMSE (meV/\N{ANGSTROM SIGN})"), strict=True):
+    for axes, key, label in zip(panels, ("energy", "force"), ("energy RMSE (meV/atom)", "force RMSE (meV/Å)"), strict=True):
         for index, step in enumerate(steps):
             mine = [point for point in points if point["step"] == step and point[key] is not None]
             axes.plot([p["generation"] for p in mine], [1000 * p[key] for p in mine], "o-", color=f"C{index}", ms=4, lw=1.3, label=step)

@@ -104,7 +104,7 @@ def model_sentence(errors: Sheet) -> list[str]:
     parts = []
     for column, name, factor, unit in (
         ("energy_rmse_eV_per_atom", "energy", 1000, "meV/atom"),
-        ("force_rmse_eV_per_A", "forces", 1000, "meV/\N{ANGSTROM SIGN}"),
+        ("force_rmse_eV_per_A", "forces", 1000, "meV/Å"),
         ("stress_rmse_GPa", "stress", 1, "GPa"),
     ):
         old, new = number(before.get(column)), number(after.get(column))
@@ -163,7 +163,7 @@ def gradient_sentences(sheet: Sheet) -> list[str]:
         beside = "" if floor is None else f"; averaging alone would leave {1000 * floor:.2g}"
         lines.append(
             f"{phase} at {pressure} GPa: averaging over {mean.get('n_configs')} configurations leaves {1000 * many:.3g} of "
-            f"{1000 * one:.3g} meV/\N{ANGSTROM SIGN} error of the forces{beside}."
+            f"{1000 * one:.3g} meV/Å error of the forces{beside}."
         )
     return lines
 

@@ -37,8 +37,8 @@ MOST_VIEWED = 60
 UNITS = (
     ("_meV_per_atom", "meV/atom"),
     ("_eV_per_atom", "eV/atom"),
-    ("_eV_per_A", "eV/\N{ANGSTROM SIGN}"),
-    ("_A3_per_atom", "\N{ANGSTROM SIGN}\N{SUPERSCRIPT THREE}/atom"),
+    ("_eV_per_A", "eV/Å"),
+    ("_A3_per_atom", "Å\N{SUPERSCRIPT THREE}/atom"),
     ("_GPa", "GPa"),
     ("_cm2", "cm\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT TWO}"),
     ("_cm1", "cm\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT ONE}"),

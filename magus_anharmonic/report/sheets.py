@@ -32,26 +32,30 @@ class Sheet:
         return bool(self.rows)
 
 
-def lines_of(path: Path) -> Iterator[dict[str, str]]:
+def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
     """Rows of a CSV file one by one, every cell a text without surrounding spaces.
 
-    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or a NUL byte in it.
+    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of the ``needed`` ones.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, restkey="")
             if not reader.fieldnames:
                 raise InputError(f"{path.name}: empty; the step that writes it has to run again")
+            names = [name.strip() for name in reader.fieldnames]
+            absent = [name for name in needed if name not in names]
+            if absent:
+                raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
             for line in reader:
                 yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path.name}: not readable as a table ({error})") from None
 
 
-def read_sheet(path: Path, limit: int | None = None, needed: tuple[str, ...] = ()) -> Sheet:
+def read_sheet(path: Path, limit: int | None = None) -> Sheet:
     """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
 
-    Raises ``InputError``: see `lines_of`, or a column of ``needed`` is missing.
+    Raises ``InputError``: see `lines_of`.
     """
     if not path.is_file():
         return Sheet(path.name)
@@ -59,11 +63,7 @@ def read_sheet(path: Path, limit: int | None = None, needed: tuple[str, ...] = (
     total = 0
     columns: tuple[str, ...] = ()
     for line in lines_of(path):
-        if not total:
-            columns = tuple(line)
-            absent = [name for name in needed if name not in columns]
-            if absent:
-                raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(columns)}")
+        columns = columns or tuple(line)
         total += 1
         if limit is None or len(rows) < limit:
             rows.append(line)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.ranking.candidate import RANKED
-from magus_anharmonic.report.sheets import number, read_sheet
+from magus_anharmonic.report.sheets import lines_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ WORDS = {"stable": "minimum", "saddle": "saddle point"}
 """States in the table on the screen, where another word says more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One structure of a ranking; energies in eV/atom, ``None`` where there is no number."""
 
@@ -61,7 +62,7 @@ def read_ranking(path: str | Path) -> list[Row]:
     """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line, column)."""
     name = Path(path).name
     rows = []
-    for index, line in enumerate(read_sheet(Path(path), needed=NEEDED).rows, start=2):
+    for index, line in enumerate(lines_of(Path(path), needed=NEEDED), start=2):
         try:
             natoms, pressure = int(line["natoms"]), float(line["pressure_GPa"])
         except ValueError:
@@ -69,23 +70,23 @@ def read_ranking(path: str | Path) -> list[Row]:
         rows.append(
             Row(
                 id=line["id"],
-                formula=line["formula"],
+                formula=intern(line["formula"]),
                 natoms=natoms,
                 pressure=pressure,
                 temperature=number(line["temperature_K"]) or 0.0,
-                spg_static=line["spg_static"],
-                spg_quantum=line["spg_quantum"],
+                spg_static=intern(line["spg_static"]),
+                spg_quantum=intern(line["spg_quantum"]),
                 enthalpy=number(line["enthalpy_eV_per_atom"]),
                 gibbs=number(line["gibbs_eV_per_atom"]),
                 gibbs_error=number(line["gibbs_error_eV_per_atom"]),
-                status=line["status"],
-                reason=line["reason"],
+                status=intern(line["status"]),
+                reason=intern(line["reason"]),
                 same_as=line.get("same_as", ""),
                 parent=line.get("parent", ""),
                 hessian=number(line.get("hessian_lowest_cm1")),
                 hessian_error=number(line.get("hessian_error_cm1")),
                 folder=line.get("sscha_folder", ""),
-                model=line.get("model", ""),
+                model=intern(line.get("model", "")),
             )
         )
     return rows
