@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE,
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
-    "report": BASE | {"ranking"},
+    "report": BASE | {"ranking", "analysis"},
     "analysis": BASE | {"sscha", "labelers", "learning"},
     "run_record": BASE,
     "host_keys": BASE,

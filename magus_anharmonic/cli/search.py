@@ -81,7 +81,9 @@ def _show(folder: Path) -> None:
     for line in sentences(rows):
         console.print(f"* {line}", highlight=False)
     drawn = picture(rows, folder / "ranking.png")
-    console.print(f"\nPicture: {drawn}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
+    page = folder / "report.html"
+    report = f"\nReport: {page}" if page.is_file() else ""
+    console.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -119,6 +121,7 @@ def rank(
     with user_errors():
         from magus_anharmonic.ranking import rank_file
         from magus_anharmonic.ranking.given_start import check_sources, rank_start
+        from magus_anharmonic.report import report_at_end
         from magus_anharmonic.settings import parse_settings
 
         check_sources(structures, start_dyn, load_ensemble)
@@ -148,4 +151,5 @@ def rank(
             rank_start(start_dyn, load_ensemble, settings, output)
         else:
             rank_file(structures, settings, output)
+        report_at_end(output)
         _show(output)

@@ -16,6 +16,7 @@ from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import is_mode
 from magus_anharmonic.plugins.seeds import clear_seeds, write_seeds
 from magus_anharmonic.ranking.fitness import computed_gibbs
+from magus_anharmonic.report import report_at_end
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class Rounds:
         # MAGUS saved it before; now energies are of the new model and free energies are there.
         search.cur_pop.save("gen", search.curgen)
         write_seeds(search.seed_dir, search.curgen + 1, seeds)
+        if search.curgen >= (state.n_generations or float("inf")):
+            report_at_end(state.run_dir)
 
     @staticmethod
     def _relaxed(search: Any) -> list[Atoms]:

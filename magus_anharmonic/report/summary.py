@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import intern
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.report.sheets import lines_of, number
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 WORDS = {"stable": "minimum", "saddle": "saddle point"}
 """States in the table on the screen, where another word says more."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One structure of a ranking; energies in eV/atom, ``None`` where there is no number."""
 
@@ -36,6 +42,8 @@ class Row:
     parent: str = ""
     hessian: float | None = None
     hessian_error: float | None = None
+    folder: str = ""
+    model: str = ""
 
     @property
     def ranked(self) -> bool:
@@ -43,38 +51,45 @@ class Row:
         return self.status in RANKED and self.gibbs is not None and not self.same_as
 
 
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+NEEDED = (
+    "id", "formula", "natoms", "pressure_GPa", "temperature_K", "spg_static", "spg_quantum", "enthalpy_eV_per_atom",
+    "gibbs_eV_per_atom", "gibbs_error_eV_per_atom", "status", "reason",
+)  # fmt: skip
+"""Columns of ``ranking.csv`` without which there is nothing to say."""
 
 
 def read_ranking(path: str | Path) -> list[Row]:
-    """Read ``ranking.csv``; rows in the order of the file."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        return [
+    """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line, column)."""
+    name = Path(path).name
+    rows = []
+    for index, line in enumerate(lines_of(Path(path), needed=NEEDED), start=2):
+        try:
+            natoms, pressure = int(line["natoms"]), float(line["pressure_GPa"])
+        except ValueError:
+            raise InputError(f"{name}: line {index}: natoms must be a whole number and pressure_GPa a number") from None
+        rows.append(
             Row(
                 id=line["id"],
-                formula=line["formula"],
-                natoms=int(line["natoms"]),
-                pressure=float(line["pressure_GPa"]),
-                temperature=_number(line["temperature_K"]) or 0.0,
-                spg_static=line["spg_static"],
-                spg_quantum=line["spg_quantum"],
-                enthalpy=_number(line["enthalpy_eV_per_atom"]),
-                gibbs=_number(line["gibbs_eV_per_atom"]),
-                gibbs_error=_number(line["gibbs_error_eV_per_atom"]),
-                status=line["status"],
-                reason=line["reason"],
+                formula=intern(line["formula"]),
+                natoms=natoms,
+                pressure=pressure,
+                temperature=number(line["temperature_K"]) or 0.0,
+                spg_static=intern(line["spg_static"]),
+                spg_quantum=intern(line["spg_quantum"]),
+                enthalpy=number(line["enthalpy_eV_per_atom"]),
+                gibbs=number(line["gibbs_eV_per_atom"]),
+                gibbs_error=number(line["gibbs_error_eV_per_atom"]),
+                status=intern(line["status"]),
+                reason=intern(line["reason"]),
                 same_as=line.get("same_as", ""),
-                parent=line.get("parent") or "",
-                hessian=_number(line.get("hessian_lowest_cm1") or ""),
-                hessian_error=_number(line.get("hessian_error_cm1") or ""),
+                parent=line.get("parent", ""),
+                hessian=number(line.get("hessian_lowest_cm1")),
+                hessian_error=number(line.get("hessian_error_cm1")),
+                folder=line.get("sscha_folder", ""),
+                model=intern(line.get("model", "")),
             )
-            for line in csv.DictReader(file)
-        ]
+        )
+    return rows
 
 
 def static_ranks(rows: Sequence[Row]) -> dict[str, int]:
@@ -210,6 +225,14 @@ def _undecided(ranked: Sequence[Row]) -> list[str]:
 
 def picture(rows: Sequence[Row], path: str | Path) -> Path:
     """Draw static enthalpy against free energy order as two ladders joined by lines; PNG or SVG by suffix."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ladders(rows).savefig(target, dpi=160)
+    return target
+
+
+def ladders(rows: Sequence[Row]) -> Figure:
+    """The figure of `picture`."""
     from matplotlib.figure import Figure
 
     done = sorted(
@@ -242,10 +265,7 @@ def picture(rows: Sequence[Row], path: str | Path) -> Path:
         axes.text(1.06, right[index], row.spg_quantum or row.spg_static, ha="left", va="center", fontsize=8, color=color)
     if done:
         axes.set_title(f"{done[0].formula} at {done[0].pressure:g} GPa, {done[0].temperature:g} K", fontsize=10)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=160)
-    return target
+    return figure
 
 
 def _spread(heights: Sequence[float], span: float) -> list[float]:

@@ -23,6 +23,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
+from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
 from magus_anharmonic.search.archive import Archive, compare_settings
@@ -81,6 +82,8 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
     search = Search(settings, keys, relaxer, archive, state)
     search.run()
+    if state is not None:
+        report_at_end(archive.anharmonic)
     return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
 
 

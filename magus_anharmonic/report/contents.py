@@ -1,0 +1,299 @@
+"""Everything that the page of a report says, gathered from a folder; whatever is absent or unreadable is named, never fatal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.report import crystals as found_crystals
+from magus_anharmonic.report import figures, findings
+from magus_anharmonic.report.crystals import Crystal
+from magus_anharmonic.report.figures import Picture
+from magus_anharmonic.report.rankings import RankingView, ranking_views
+from magus_anharmonic.report.sheets import Sheet, lines_of, number, read_json, read_records, read_sheet
+from magus_anharmonic.report.summary import read_ranking
+
+ROWS = 200
+"""Most rows of a table on the page; the file holds all."""
+
+EXPECTED = (
+    ("model_errors.csv", "errors of the models (Table I)"),
+    ("parity.csv", "model against DFT (Fig. 3)"),
+    ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
+    ("ranking-*GPa.csv", "rankings by free energy (Fig. 6)"),
+    ("space_groups.csv", "space groups as found, after DFT, and with moving ions"),
+    ("modes.csv", "soft modes against pressure (Fig. 4a)"),
+    ("dispersion-*GPa.csv", "anharmonic dispersions (Fig. 4b)"),
+    ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
+    ("gibbs_correction.csv", "corrections of G by DFT labels"),
+    ("learning.csv", "learning curves"),
+    ("cost.csv", "cost of the steps"),
+    ("structures.extxyz", "the structures themselves"),
+)
+"""Files of ``campaign/tables`` and what is missing on the page without them."""
+
+TABLES = (
+    ("model_errors.csv", "Errors of the models"),
+    ("space_groups.csv", "Space groups"),
+    ("modes.csv", "Soft modes"),
+    ("gradient_errors.csv", "Errors of forces and of free-energy gradients"),
+    ("gibbs_correction.csv", "Corrections of the free energies by DFT labels"),
+)
+"""Tables that the page shows as they are."""
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Contents:
+    """What the page shows. ``folder`` holds the page and its ``structures/``."""
+
+    folder: Path
+    kind: str
+    title: str
+    summary: list[tuple[str, list[str]]] = field(default_factory=list)
+    rankings: list[RankingView] = field(default_factory=list)
+    crystals: list[Crystal] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[tuple[str, Sheet]] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    failures: Sheet = field(default_factory=lambda: Sheet("failures"))
+    reasons: list[tuple[str, int]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    models: list[str] = field(default_factory=list)
+    hashes: list[tuple[str, str]] = field(default_factory=list)
+
+    def attempt(self, work: Callable[[], Result], otherwise: Result) -> Result:
+        """``work()``, or ``otherwise`` and a line in ``problems`` when a file is not what it should be."""
+        try:
+            return work()
+        except InputError as error:
+            self.problems.extend(error.problems)
+            return otherwise
+
+
+def gather(folder: str | Path) -> Contents:
+    """Contents of a campaign (``folder``, ``folder/campaign``), a search (``folder``, ``results``, ``results/anharmonic``) or a ranking.
+
+    Raises ``InputError``: no such folder, or nothing of ours in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for campaign in (root / "campaign", root):
+        if (campaign / "steps.json").is_file() or (campaign / "tables").is_dir():
+            return campaign_contents(campaign)
+    for anharmonic in (root / "results" / "anharmonic", root / "anharmonic", root):
+        if (anharmonic / "run.json").is_file() or (anharmonic / "ranking.csv").is_file():
+            return search_contents(anharmonic)
+    raise InputError(
+        f"{root}: neither a campaign (campaign/steps.json, campaign/tables) nor a search (results/anharmonic/run.json) nor a ranking "
+        "(ranking.csv); give the folder in which one of them was run"
+    )
+
+
+def campaign_contents(folder: Path) -> Contents:
+    """Contents of ``campaign/``."""
+    contents = Contents(folder, "campaign", f"Campaign {folder.resolve().parent.name}")
+    tables = folder / "tables"
+    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
+    steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
+    steps = {name: step for name, step in steps.items() if isinstance(step, dict)}
+    contents.steps = _steps(steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv")))
+    for path in sorted(tables.glob("ranking-*GPa.csv"), key=lambda path: (len(path.name), path.name)):
+        contents.rankings += contents.attempt(lambda path=path: ranking_views(path.name, read_ranking(path)), [])
+    contents.rankings.sort(key=lambda view: (view.pressure, view.temperature))
+    sheets = {}
+    for name, title in TABLES:
+        sheets[name] = contents.attempt(lambda name=name: read_sheet(tables / name, ROWS), Sheet(name))
+        if sheets[name]:
+            contents.tables.append((title, sheets[name]))
+    contents.crystals = contents.attempt(lambda: found_crystals.campaign_crystals(tables / "structures.extxyz", contents.rankings), [])
+    _failures(contents, tables / "failures.csv")
+    contents.summary = _campaign_summary(contents, tables, steps, sheets)
+    contents.pictures = _campaign_pictures(contents, folder)
+    contents.missing = _campaign_missing(tables, steps, contents)
+    contents.models = _models(contents, sheets["model_errors.csv"])
+    contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
+    return contents
+
+
+def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]]:
+    """One row per step: its state from steps.json, its numbers from there or from cost.csv."""
+    spent = {row.get("step", ""): row for row in cost.rows}
+    rows = []
+    for name in [*steps, *(name for name in spent if name not in steps)]:
+        step, paid = steps.get(name, {}), spent.get(name, {})
+        row: dict[str, Any] = {"step": name, "status": step.get("status", "done"), "reason": step.get("reason") or ""}
+        for key in ("n_structures", "n_evaluations", "n_labels", "wall_s"):
+            row[key] = number(str(step.get(key))) if number(str(step.get(key))) is not None else number(paid.get(key))
+        rows.append(row)
+    return rows
+
+
+def _campaign_summary(contents: Contents, tables: Path, steps: dict[str, Any], sheets: dict[str, Sheet]) -> list[tuple[str, list[str]]]:
+    tally = findings.EnthalpyTally()
+    if (tables / "enthalpies.csv").is_file():
+        contents.attempt(lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None)
+    parts = [
+        ("", [*findings.step_sentence(steps), *tally.sentences(), *findings.model_sentence(sheets["model_errors.csv"])]),
+        *((view.title, findings.ranking_sentences(view)) for view in contents.rankings),
+        (
+            "Checks",
+            [
+                *findings.space_group_sentence(sheets["space_groups.csv"]),
+                *findings.mode_sentences(sheets["modes.csv"]),
+                *findings.gradient_sentences(sheets["gradient_errors.csv"]),
+                *findings.correction_sentences(sheets["gibbs_correction.csv"]),
+            ],
+        ),
+        ("Cost", findings.cost_sentence(contents.steps)),
+    ]
+    return [(title, lines) for title, lines in parts if lines]
+
+
+def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
+    pictures = figures.stored_pictures(folder / "figures")
+    names = " ".join(picture.name for picture in pictures)
+    if "learning" not in names:
+        sheet = contents.attempt(lambda: read_sheet(folder / "tables" / "learning.csv"), Sheet("learning.csv"))
+        points = [
+            {
+                "step": row.get("step", ""),
+                "generation": number(row.get("generation")) or 0,
+                "energy": number(row.get("energy_rmse_eV_per_atom")),
+                "force": number(row.get("force_rmse_eV_per_A")),
+            }
+            for row in sheet.rows
+            if row.get("set") == "validation"
+        ]
+        drawn = figures.learning_picture(points, "tables/learning.csv")
+        pictures += [drawn] if drawn else []
+    return pictures
+
+
+def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -> list[str]:
+    lines = []
+    for name, step in steps.items():
+        status = step.get("status", "open")
+        if status != "done":
+            reason = f": {step['reason']}" if step.get("reason") else ""
+            lines.append(f"Step {name} is {'not begun' if status == 'open' else status}{reason}.")
+    absent = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
+    lines += [f"Not there yet: {what}." for what in absent]
+    shown = {crystal.line.id for crystal in contents.crystals}
+    lacking = {line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]} - shown
+    if contents.rankings and lacking and any(tables.glob("structures.extxyz")):
+        lines.append(f"{len(lacking)} of the lowest structures of the rankings are not in structures.extxyz.")
+    return lines
+
+
+def search_contents(folder: Path) -> Contents:
+    """Contents of ``results/anharmonic/`` or of a folder of ``rank``."""
+    absolute = folder.resolve()
+    name = absolute.parent.parent.name if absolute.name == "anharmonic" else absolute.name
+    kind = "search" if absolute.name == "anharmonic" else "ranking"
+    contents = Contents(folder, kind, f"{kind.capitalize()} {name}")
+    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
+    ranking = folder / "ranking.csv"
+    if ranking.is_file():
+        contents.rankings = contents.attempt(lambda: ranking_views(ranking.name, read_ranking(ranking)), [])
+    else:
+        contents.missing.append("No ranking yet: ranking.csv is written at the end of the first generation.")
+    contents.crystals = contents.attempt(lambda: found_crystals.search_crystals(folder, contents.rankings), [])
+    _failures(contents, folder / "failures.jsonl")
+    progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
+    contents.summary = [*_progress(contents, progress), *((view.title, findings.ranking_sentences(view)) for view in contents.rankings)]
+    contents.pictures = _search_pictures(contents, folder)
+    contents.models = _models(contents, Sheet(""))
+    contents.hashes = _hashes([path for path in (ranking, folder / "metrics.jsonl", folder / "quantum.traj") if path.is_file()])
+    return contents
+
+
+def _progress(contents: Contents, progress: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    finished, planned = progress.get("finished"), _setting(contents.record, "num_gen")
+    if not isinstance(finished, int) or not isinstance(planned, int):
+        return []
+    if finished < planned:
+        contents.missing.append(f"Generations {finished + 1} to {planned}: the search is not finished (start it again with -r).")
+    return [("", [f"{finished} of {planned} generations are finished."])]
+
+
+def _setting(record: dict[str, Any], key: str) -> Any:
+    settings = record.get("settings")
+    return settings.get(key) if isinstance(settings, dict) else None
+
+
+def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
+    ladders = [figures.ladder_picture(view.rows, view.title, view.file) for view in contents.rankings]
+    records, _ = read_records(folder / "metrics.jsonl", ROWS)
+    points = []
+    for record in records:
+        scores = (record.get("new") or {}).get("validation") or {}
+        if isinstance(record.get("generation"), int):
+            energy, force = scores.get("energy_rmse"), scores.get("force_rmse")
+            points.append({"step": "search", "generation": record["generation"], "energy": energy, "force": force})
+    pictures = [*ladders, figures.learning_picture(points, "metrics.jsonl")]
+    best = {line.folder: line for view in contents.rankings for line in view.lines[:3] if line.folder and line.rank}
+    for name, line in best.items():
+        convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
+        if convergence is not None:
+            title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
+            alt = convergence.alt.replace(convergence.title, title, 1)
+            pictures.append(Picture(f"convergence-{line.id}", title, alt, convergence.uri, f"sscha/{name}/convergence.csv"))
+    return [picture for picture in pictures if picture is not None]
+
+
+def _failures(contents: Contents, path: Path) -> None:
+    """Failures of a file (CSV or JSON lines) and of the rankings, and how often each reason occurs."""
+    reasons: Counter[str] = Counter()
+    rows: list[dict[str, str]] = []
+    total = 0
+    if path.suffix == ".jsonl":
+        records, total = read_records(path, 100_000)
+        lines = [{"step": str(r.get("stage", "")), "id": str(r.get("id", "")), "reason": str(r.get("reason", ""))} for r in records]
+        reasons.update(line["reason"] for line in lines)
+        rows = lines[:ROWS]
+    elif path.is_file():
+
+        def count() -> None:
+            nonlocal total
+            for line in lines_of(path):
+                total += 1
+                reasons[line.get("reason", "")] += 1
+                if total <= ROWS:
+                    rows.append(line)
+
+        contents.attempt(count, None)
+    listed = {row.get("id") for row in rows}
+    for view in contents.rankings:
+        failed = [row for row in view.rows if row.status == "failed" and row.id not in listed]
+        total += len(failed)
+        reasons.update(row.reason for row in failed)
+        rows += [{"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason} for row in failed[:ROWS]]
+    contents.failures = Sheet(path.name, ("step", "id", "reason"), rows[:ROWS], total)
+    contents.reasons = reasons.most_common(10)
+
+
+def _models(contents: Contents, errors: Sheet) -> list[str]:
+    """Ids of all models of which numbers are shown, in the order in which they appear."""
+    named = [row.get("model_id", "") for row in errors.rows]
+    named += [row.model for view in contents.rankings for row in view.rows]
+    started = contents.record.get("model")
+    return [name for name in dict.fromkeys([str(started or ""), *named]) if name]
+
+
+def _hashes(paths: Sequence[Path]) -> list[tuple[str, str]]:
+    found = []
+    for path in paths:
+        if path.is_file():
+            with path.open("rb") as file:
+                found.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()[:12]))
+    return found

@@ -1,0 +1,110 @@
+"""Tables as a report reads them: whatever the file holds is shown or named as a problem, and never ends the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magus_anharmonic.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The first rows of a table as text. ``total`` counts all rows of the file, shown or not."""
+
+    name: str
+    columns: tuple[str, ...] = ()
+    rows: list[dict[str, str]] = field(default_factory=list)
+    total: int = 0
+
+    @property
+    def hidden(self) -> int:
+        """Rows of the file that are not in ``rows``."""
+        return self.total - len(self.rows)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file one by one, every cell a text without surrounding spaces.
+
+    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of the ``needed`` ones.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, restkey="")
+            if not reader.fieldnames:
+                raise InputError(f"{path.name}: empty; the step that writes it has to run again")
+            names = [name.strip() for name in reader.fieldnames]
+            absent = [name for name in needed if name not in names]
+            if absent:
+                raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
+            for line in reader:
+                yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path.name}: not readable as a table ({error})") from None
+
+
+def read_sheet(path: Path, limit: int | None = None) -> Sheet:
+    """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
+
+    Raises ``InputError``: see `lines_of`.
+    """
+    if not path.is_file():
+        return Sheet(path.name)
+    rows: list[dict[str, str]] = []
+    total = 0
+    columns: tuple[str, ...] = ()
+    for line in lines_of(path):
+        columns = columns or tuple(line)
+        total += 1
+        if limit is None or len(rows) < limit:
+            rows.append(line)
+    return Sheet(path.name, columns, rows, total)
+
+
+def number(text: str | None) -> float | None:
+    """The finite number that a cell holds, or None."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path.name}: holds a {type(data).__name__}, not an object")
+    return data
+
+
+def read_records(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut short by a kill do not count."""
+    if not path.is_file():
+        return [], 0
+    last: deque[dict[str, Any]] = deque(maxlen=limit)
+    total = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                last.append(record)
+                total += 1
+    return list(last), total
