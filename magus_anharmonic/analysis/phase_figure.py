@@ -76,14 +76,14 @@ def _line(axes: Any, line: Sequence[BoundaryPoint], order: Sequence[str]) -> Non
     p = np.array([one.pressure for one in line])
     edges = {name: np.array([getattr(one, name) for one in line]) for name in ("lower_95", "lower_68", "upper_68", "upper_95")}
     low, high = (axes.get_xlim() if axes.has_data() else (p.min(), p.max()))
-    for level, alpha in (("95", 0.12), ("68", 0.22)):
+    stable = any(one.stable for one in line)
+    for level, alpha in (("95", 0.12), ("68", 0.22)) if stable else ():
         left = np.clip(edges[f"lower_{level}"], low, high)
         right = np.clip(edges[f"upper_{level}"], low, high)
         if len(line) > 1:
             axes.fill_betweenx(t, left, right, color=color, alpha=alpha, lw=0)
         else:
             axes.plot([left[0], right[0]], [t[0], t[0]], color=color, alpha=3 * alpha, lw=3)
-    stable = any(one.stable for one in line)
     axes.plot(p, t, style if len(line) > 1 else "d", color=color, lw=1.6 if stable else 0.8, zorder=4)
 
 
