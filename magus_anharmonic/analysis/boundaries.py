@@ -78,9 +78,7 @@ class PhaseSet:
     draws: Mapping[str, SurfaceDraws]
 
 
-def phase_set(
-    points: Sequence[GibbsPoint], isotopes: str, *, n_samples: int = 1000, seed: int = 0, offset_error: float = 0.0
-) -> PhaseSet:
+def phase_set(points: Sequence[GibbsPoint], isotopes: str, *, n_samples: int = 1000, seed: int = 0, offset_error: float = 0.0) -> PhaseSet:
     """Fit every phase that has usable points; draws are seeded by phase, so that adding a phase changes no other.
 
     ``offset_error``: eV/atom, error of G of a phase as a whole (the potential's), independent between phases. It is drawn once for all

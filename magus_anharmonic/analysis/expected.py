@@ -43,17 +43,23 @@ NAMES: dict[str, Name] = {
     "transition_pressure": Name("pressure", "enthalpies.csv", ("phases",), "where two named phases have the same enthalpy"),
     "enthalpy_above_lowest": Name("energy", "enthalpies.csv", ("phase", "pressure_GPa"), "of a phase above the lowest structure (Fig. 2)"),
     "enthalpy_rank": Name("number", "enthalpies.csv", ("phase", "pressure_GPa"), "place of a phase by enthalpy, 1 is lowest (Fig. 2)"),
-    "critical_pressure": Name("pressure", "modes.csv", ("phase", "irrep", "method", "energies_by"), "where a squared frequency is zero (Fig. 4a)"),
+    "critical_pressure": Name(
+        "pressure", "modes.csv", ("phase", "irrep", "method", "energies_by"), "where a squared frequency is zero (Fig. 4a)"
+    ),
     "critical_pressure_difference": Name(
         "pressure", "modes.csv", ("phase", "irrep", "method"), "between the model's critical pressure and that by DFT (Fig. 4a)", True
     ),
-    "n_became": Name("number", "ranking-<P>GPa.csv", ("space_group", "pressure_GPa"), "structures that SSCHA turned into a space group (Fig. 6a)"),
+    "n_became": Name(
+        "number", "ranking-<P>GPa.csv", ("space_group", "pressure_GPa"), "structures that SSCHA turned into a space group (Fig. 6a)"
+    ),
     "n_with_free_energy": Name("number", "ranking-<P>GPa.csv", ("pressure_GPa",), "structures relaxed by SSCHA"),
     "lowest_space_group": Name("phases", "ranking-<P>GPa.csv", ("pressure_GPa",), "space group of the lowest free energy (Fig. 6c)"),
-    "share_kept_by_dft": Name("number", "space_groups.csv", ("space_group",), "of those that became it: share that DFT leaves in their space group"),
+    "share_kept_by_dft": Name("number", "space_groups.csv", ("space_group",), "of those that became it: share that keeps its own by DFT"),
     "gibbs_minus_enthalpy": Name("energy", "ranking-<P>GPa.csv", ("pressure_GPa",), "mean of G - H (Fig. 6c)"),
-    "reordering_window": Name("energy", "ranking-<P>GPa.csv", ("pressure_GPa",), "H above the lowest up to which G leaves the line (Fig. 6c)"),
-    "gradient_error": Name("force", "gradient_errors.csv", ("phase", "pressure_GPa", "quantity"), "error of forces and gradients (Figs. 7, 8)", True),
+    "reordering_window": Name("energy", "ranking-<P>GPa.csv", ("pressure_GPa",), "H up to which G leaves the line (Fig. 6c)"),
+    "gradient_error": Name(
+        "force", "gradient_errors.csv", ("phase", "pressure_GPa", "quantity"), "error of forces and gradients (Figs. 7, 8)", True
+    ),
 }  # fmt: skip
 """Every value that can be validated."""
 

@@ -1,4 +1,4 @@
-"""What in a run could explain that a value differs: its labels, the model's errors, the supercell, the sampling, the number of structures."""
+"""What in a run could explain that a value differs: labels, errors of the model, supercell, sampling, number of structures."""
 
 from __future__ import annotations
 
@@ -155,7 +155,8 @@ def _several_models(found: Found) -> list[str]:
 def _sampling(wanted: ExpectedValue, found: Found, context: Context, difference: float | None) -> list[str]:
     reasons = []
     if found.error is not None and difference is not None and abs(difference) <= 4.0 * found.error:
-        reasons.append(f"the value's own error is {found.error / wanted.factor:.3g} {wanted.unit}: {abs(difference) / found.error:.1f} of it")
+        own = f"{found.error / wanted.factor:.3g} {wanted.unit}"
+        reasons.append(f"the value's own error is {own}: the difference is {abs(difference) / found.error:.1f} times that")
     if "floor" in found.extra:
         reasons.append(f"{found.n} configurations: averaging alone leaves {found.extra['floor'] / wanted.factor:.3g} {wanted.unit}")
     elif NAMES[wanted.name].table in ("ranking-<P>GPa.csv", "modes.csv") and context.n_configs:
@@ -180,5 +181,3 @@ def _labels(wanted: ExpectedValue, context: Context) -> list[str]:
     several = "labels of several settings: " if len(context.labels) > 1 else "labels: "
     other = f"; behind the expected value: {wanted.labels}" if wanted.labels else ""
     return [f"{several}{'; '.join(context.labels)}{other}"]
-
-

@@ -225,7 +225,8 @@ def critical_pressure_difference(wanted: ExpectedValue, tables: Tables) -> Found
     return Found(abs(model.value - dft.value), math.hypot(model.error or 0.0, dft.error or 0.0), models=model.models)
 
 
-RANKING = ("id", "pressure_GPa", "spg_static", "spg_quantum", "enthalpy_eV_per_atom", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom", "status")
+ENERGIES = ("enthalpy_eV_per_atom", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
+RANKING = ("id", "pressure_GPa", "spg_static", "spg_quantum", *ENERGIES, "status")
 
 
 def _ranking(wanted: ExpectedValue, tables: Tables) -> tuple[str, list[Row]]:
@@ -250,7 +251,8 @@ def n_became(wanted: ExpectedValue, tables: Tables) -> Found | None:
         return None
     became = sum(symbol(row["spg_quantum"]) == wanted.space_group != symbol(row["spg_static"]) for row in rows)
     n = len(rows)
-    return Found(float(became), math.sqrt(max(became, 1) * (1.0 - min(became, n - 1) / n)) if n > 1 else 1.0, n=n, models=_models(rows, "model"))
+    error = math.sqrt(max(became, 1) * (1.0 - min(became, n - 1) / n)) if n > 1 else 1.0
+    return Found(float(became), error, n=n, models=_models(rows, "model"))
 
 
 def lowest_space_group(wanted: ExpectedValue, tables: Tables) -> Found | None:
@@ -277,8 +279,7 @@ def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: Tables) -> Found | None:
 def _pairs(wanted: ExpectedValue, tables: Tables) -> np.ndarray:
     """(n, 3): H, G, error of G of every structure with both, eV/atom."""
     name, rows = _ranking(wanted, tables)
-    columns = ("enthalpy_eV_per_atom", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
-    found = [[tables.number(name, row, column) for column in columns] for row in rows]
+    found = [[tables.number(name, row, column) for column in ENERGIES] for row in rows]
     return np.array([[h, g, e or 0.0] for h, g, e in found if h is not None and g is not None]).reshape(-1, 3)
 
 

@@ -70,6 +70,10 @@ class GibbsPoint:
 COLUMNS = tuple(field.name for field in fields(GibbsPoint))
 REQUIRED = ("phase", "pressure_GPa", "temperature_K", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
 WHOLE = ("n_evaluations", "natoms_supercell")
+WITH_ERRORS = (
+    ("volume_A3_per_atom", "volume_error_A3_per_atom"),
+    ("entropy_eV_per_K_per_atom", "entropy_error_eV_per_K_per_atom"),
+)
 TEXT = ("phase", "isotopes", "formula", "status", "space_group", "same_as", "model", "reason")
 
 
@@ -162,7 +166,7 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         raise InputError(f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became")
     if point.usable and not point.gibbs_error_eV_per_atom > 0:
         raise InputError(f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)")
-    for value, error in (("volume_A3_per_atom", "volume_error_A3_per_atom"), ("entropy_eV_per_K_per_atom", "entropy_error_eV_per_K_per_atom")):
+    for value, error in WITH_ERRORS:
         at_rest = value.startswith("entropy") and point.temperature_K == 0
         if math.isfinite(getattr(point, value)) and not at_rest and not getattr(point, error) > 0:
             raise InputError(f"{where}: {error}: must be above 0, because {value} is given")

@@ -28,8 +28,13 @@ MAX_COLD = 5
 MAX_THERMAL = 2
 """Highest power of P of a thermal term."""
 MAX_OSCILLATORS = 3
-LADDER = 5
-"""Einstein temperatures to choose from, from half the lowest temperature to six times the highest."""
+LADDER = 9
+"""Einstein temperatures to choose from, from half the lowest temperature to six times the highest; no two neighbours at once."""
+REFINED = 0.7
+"""An Einstein temperature is fitted within this factor (natural logarithm) of the ladder, and only where it is known so well."""
+GAUSS_NEWTON = 8
+SETTLED = 0.1
+"""Largest step of an Einstein temperature (natural logarithm) that a fit may still want."""
 MAX_MODELS = 12
 LEAST_WEIGHT = 0.02
 CONDITION = 1e9
@@ -44,9 +49,20 @@ def einstein(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndar
     return value, slope
 
 
+def einstein_shift(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of `einstein` with respect to ln(theta): k theta / (exp(x) - 1), and k x^2 exp(x) / (exp(x) - 1)^2, x = theta / T."""
+    t = np.asarray(temperature, dtype=float)
+    x = theta / np.where(t > 0, t, 1.0)
+    number = np.exp(-x) / -np.expm1(-x)
+    return np.where(t > 0, KELVIN * theta * number, 0.0), np.where(t > 0, KELVIN * x**2 * number * (1.0 + number), 0.0)
+
+
 @dataclass(frozen=True)
 class Basis:
-    """Functions of (P, T). centre, half : GPa; thetas : K, or a single 0 for a term linear in T about ``zero`` (K)."""
+    """Functions of (P, T). centre, half : GPa; thetas : K, or a single 0 for a term linear in T about ``zero`` (K).
+
+    bends : for each theta that was fitted too the coefficients of its term; adds the derivative of that term with respect to ln(theta).
+    """
 
     centre: float
     half: float
@@ -54,10 +70,11 @@ class Basis:
     thermal: int
     thetas: tuple[float, ...]
     zero: float = 0.0
+    bends: tuple[tuple[float, ...], ...] = ()
 
     @property
     def size(self) -> int:
-        return self.cold + 1 + len(self.thetas) * (self.thermal + 1)
+        return self.cold + 1 + len(self.thetas) * (self.thermal + 1) + len(self.bends)
 
     def values(self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = "") -> np.ndarray:
         """(n, size) values in eV; their derivatives with respect to ``"P"`` in A^3 or ``"T"`` in eV/K. Pressures in GPa."""
@@ -73,6 +90,9 @@ class Basis:
         for theta in self.thetas:
             value, slope = self._thermal(theta, np.asarray(temperature, dtype=float))
             parts.append(powers[:, : self.thermal + 1] * (slope if derivative == "T" else value)[:, None])
+        for theta, bend in zip(self.thetas, self.bends, strict=False):
+            value, slope = einstein_shift(theta, np.asarray(temperature, dtype=float))
+            parts.append((powers[:, : self.thermal + 1] @ np.array(bend) * (slope if derivative == "T" else value))[:, None])
         return np.concatenate(parts, axis=1)
 
     def _thermal(self, theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,12 +103,20 @@ class Basis:
 
 @dataclass(frozen=True)
 class Model:
-    """One fit: coefficients (size,), covariance (size, size), Akaike weight."""
+    """One fit: coefficients (size,), root (size, n) of their covariance, Akaike weight."""
 
     basis: Basis
     coefficients: np.ndarray
-    covariance: np.ndarray
-    weight: float
+    root: np.ndarray
+    weight: float = 1.0
+
+    def variance(self, rows: np.ndarray) -> np.ndarray:
+        """Of ``rows`` (n, size) times the coefficients, (n,)."""
+        return ((rows @ self.root) ** 2).sum(axis=1)
+
+    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """(n, size) coefficients."""
+        return self.coefficients + rng.standard_normal((n, self.root.shape[1])) @ self.root.T
 
 
 @dataclass(frozen=True)
@@ -134,10 +162,9 @@ class GibbsSurface:
         for model in self.models:
             rows = model.basis.values(p, t)
             off = rows @ model.coefficients + self._extra(p, t, "") - mean
-            total += model.weight * (np.einsum("ni,ij,nj->n", rows, model.covariance, rows) + off**2)
+            total += model.weight * (model.variance(rows) + off**2)
         if self.finite_size is not None:
-            rows = self.finite_size.basis.values(p, t)
-            total += np.einsum("ni,ij,nj->n", rows, self.finite_size.covariance, rows)
+            total += self.finite_size.variance(self.finite_size.basis.values(p, t))
         return np.sqrt(np.maximum(total, 0.0)).reshape(np.broadcast(pressure, temperature).shape)
 
     def _mean(self, pressure: np.ndarray, temperature: np.ndarray, derivative: str) -> np.ndarray:
@@ -161,15 +188,8 @@ class GibbsSurface:
         """``n`` surfaces from the distribution of the fit; ``offset_error`` (eV/atom): of G as a whole, e.g. the model's."""
         weights = np.array([model.weight for model in self.models])
         counts = rng.multinomial(n, weights / weights.sum())
-        parts = [
-            (model.basis, rng.multivariate_normal(model.coefficients, model.covariance, size=count, method="svd"))
-            for model, count in zip(self.models, counts, strict=True)
-            if count
-        ]
-        extra = None
-        if self.finite_size is not None:
-            one = self.finite_size
-            extra = (one.basis, rng.multivariate_normal(one.coefficients, one.covariance, size=n, method="svd"))
+        parts = [(model.basis, model.draw(count, rng)) for model, count in zip(self.models, counts, strict=True) if count]
+        extra = None if self.finite_size is None else (self.finite_size.basis, self.finite_size.draw(n, rng))
         return SurfaceDraws(tuple(parts), extra, offset_error * rng.standard_normal(n), rng.permutation(n))
 
 
@@ -244,6 +264,7 @@ def fit_surface(points: Sequence[GibbsPoint], kinds: Sequence[str] = ("G", "V", 
     domain = np.array([(point.pressure_GPa, point.temperature_K) for point in chosen])
     bases = _candidates(chosen, len(data.value), kinds)
     fits = _fit_all(bases, data)
+    fits += _refined(fits, data)
     if not fits:
         raise InputError(f"{chosen[0].phase}: {len(data.value)} numbers do not determine a surface; add pressures, volumes or entropies")
     best = min(fits, key=lambda fit: fit[0] + 2 * fit[1].basis.size)
@@ -257,23 +278,61 @@ def fit_surface(points: Sequence[GibbsPoint], kinds: Sequence[str] = ("G", "V", 
 
 def _fit_all(bases: Sequence[Basis], data: _Data) -> list[tuple[float, Model]]:
     """chi^2 and fit for every basis that the data determine, those with a negative number of oscillators left out."""
-    fits = []
-    wide: dict[tuple[float, ...], np.ndarray] = {}
     every = tuple(sorted({theta for basis in bases for theta in basis.thetas}))
+    rows = data.rows(replace(bases[0], cold=MAX_COLD, thermal=MAX_THERMAL, thetas=every))
+    chosen: dict[int, list[tuple[Basis, list[int]]]] = {}
     for basis in bases:
-        if not wide:
-            wide[every] = data.rows(replace(basis, cold=MAX_COLD, thermal=MAX_THERMAL, thetas=every))
         thermal = [MAX_COLD + 1 + every.index(theta) * (MAX_THERMAL + 1) + k for theta in basis.thetas for k in range(basis.thermal + 1)]
-        fit = _fit(basis, data, wide[every][:, [*range(basis.cold + 1), *thermal]])
-        if fit is not None and (basis.thetas in ((), (0.0,)) or _oscillators(fit[1]).min() >= 0):
-            fits.append(fit)
-    return fits
+        chosen.setdefault(basis.size, []).append((basis, [*range(basis.cold + 1), *thermal]))
+    fits: list[tuple[float, Model]] = []
+    for group in chosen.values():
+        fits += _least_squares([basis for basis, _ in group], np.stack([rows[:, columns] for _, columns in group]), data)
+    return [fit for fit in fits if fit[1].basis.thetas in ((), (0.0,)) or _oscillators(fit[1]).min() >= 0]
+
+
+def _refined(fits: Sequence[tuple[float, Model]], data: _Data) -> list[tuple[float, Model]]:
+    """For every number of oscillators the best fit again with its Einstein temperatures fitted too, where the data determine them."""
+    found = []
+    for n_terms in sorted({len(model.basis.thetas) for _, model in fits}):
+        chi2, model = min((fit for fit in fits if len(fit[1].basis.thetas) == n_terms), key=lambda fit: fit[0] + 2 * fit[1].basis.size)
+        if n_terms and model.basis.thetas != (0.0,) and model.basis.size + n_terms < len(data.value):
+            found += _with_bends(chi2, model, data)
+    return found
+
+
+def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Model]]:
+    """Gauss-Newton steps of the Einstein temperatures, then the fit with them as linear parameters.
+
+    None where a temperature leaves the neighbourhood of where it started, is known worse than that, or does not settle.
+    """
+    start, n = np.log(model.basis.thetas), model.basis.size
+    for _ in range(GAUSS_NEWTON):
+        wider = replace(model.basis, bends=tuple(tuple(row) for row in _terms(model).tolist()))
+        fits = _least_squares([wider], data.rows(wider)[None], data)
+        if not fits:
+            return []
+        step = fits[0][1].coefficients[n:]
+        if np.abs(step).max() < SETTLED:
+            return fits if np.linalg.norm(fits[0][1].root[n:], axis=1).max() < REFINED else []
+        logs = np.log(model.basis.thetas) + np.clip(step, -0.3, 0.3)
+        moved = replace(model.basis, thetas=tuple(np.exp(logs).tolist()))
+        again = _least_squares([moved], data.rows(moved)[None], data)
+        if not again or np.abs(logs - start).max() > REFINED or _oscillators(again[0][1]).min() < 0 or again[0][0] > chi2 + 1.0:
+            return []
+        chi2, model = again[0]
+    return []
+
+
+def _terms(model: Model) -> np.ndarray:
+    """(n_thetas, thermal + 1) coefficients of the thermal terms."""
+    basis = model.basis
+    first = basis.cold + 1
+    return model.coefficients[first : first + len(basis.thetas) * (basis.thermal + 1)].reshape(len(basis.thetas), -1)
 
 
 def _oscillators(model: Model) -> np.ndarray:
     """How many Einstein oscillators of each kind there are in the middle of the pressures."""
-    each = model.coefficients[model.basis.cold + 1 :].reshape(len(model.basis.thetas), -1)
-    return chebyshev.chebval(0.0, each.T)
+    return chebyshev.chebval(0.0, _terms(model).T)
 
 
 def _data(points: Sequence[GibbsPoint], kinds: Sequence[str]) -> _Data:
@@ -320,37 +379,42 @@ def _thermal_terms(temperatures: Sequence[float], entropies: bool, along: bool) 
         return [((0.0,), warm[0])] if entropies else [((), 0.0)]
     ladder = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], LADDER)
     n_terms = min(MAX_OSCILLATORS, (len(temperatures) - 1) * along + len(warm) * entropies)
-    return [(thetas, 0.0) for m in range(1, n_terms + 1) for thetas in itertools.combinations(ladder.tolist(), m)]
+    places = [c for m in range(1, n_terms + 1) for c in itertools.combinations(range(LADDER), m) if np.diff(c).min(initial=2) > 1]
+    return [(tuple(ladder[list(c)].tolist()), 0.0) for c in places]
 
 
-def _fit(basis: Basis, data: _Data, rows: np.ndarray) -> tuple[float, Model] | None:
-    """chi^2 and the fit; None when the data do not determine it. A constant that no datum sees is set to zero."""
-    seen = np.linalg.norm(rows, axis=0)
-    free = seen > 0
-    scaled = rows[:, free] / seen[free]
-    u, s, vt = np.linalg.svd(scaled, full_matrices=False)
-    if s[-1] * CONDITION < s[0] or len(s) < free.sum():
-        return None
+def _least_squares(bases: Sequence[Basis], rows: np.ndarray, data: _Data) -> list[tuple[float, Model]]:
+    """chi^2 and fit of bases of one size at once, ``rows`` (n_bases, n_data, size); those that the data do not determine are left out.
+
+    A constant that no datum sees (there are only derivatives) is set to zero.
+    """
+    norms = np.linalg.norm(rows, axis=1)
+    seen = norms > 0
+    scales = np.where(seen, norms, 1.0)
+    if rows.shape[1] < seen.sum(axis=1).max():
+        return []
+    u, s, vt = np.linalg.svd(rows / scales[:, None, :], full_matrices=False)
     target = data.value / data.error
-    inverse = vt.T / s
-    solution = inverse @ (u.T @ target)
-    coefficients, covariance = np.zeros(basis.size), np.zeros((basis.size, basis.size))
-    coefficients[free] = solution / seen[free]
-    covariance[np.ix_(free, free)] = inverse @ inverse.T / np.outer(seen[free], seen[free])
-    residual = target - rows @ coefficients
-    return float(residual @ residual), Model(basis, coefficients, covariance, 1.0)
+    found = []
+    for k, basis in enumerate(bases):
+        n = int(seen[k].sum())
+        if s[k, n - 1] * CONDITION < s[k, 0]:
+            continue
+        inverse = vt[k, :n].T / s[k, :n] / scales[k][:, None]
+        coefficients = np.where(seen[k], inverse @ (u[k, :, :n].T @ target), 0.0)
+        residual = target - rows[k] @ coefficients
+        found.append((float(residual @ residual), Model(basis, coefficients, inverse)))
+    return found
 
 
 def _weighted(fits: Sequence[tuple[float, Model]], inflation: float, rivals: Counter[int]) -> tuple[Model, ...]:
     """The models that compete, with Akaike weights; those with the same number of oscillators (``rivals``) share one vote."""
-    votes = np.array([rivals[len(model.basis.thetas)] for _, model in fits])
+    votes = np.array([1 if model.basis.bends else rivals[len(model.basis.thetas)] for _, model in fits])
     scores = np.array([chi2 / inflation + 2.0 * model.basis.size for chi2, model in fits]) + 2.0 * np.log(votes)
     weights = np.exp(-0.5 * (scores - scores.min()))
     order = [int(i) for i in np.argsort(-weights, kind="stable")[:MAX_MODELS] if weights[i] >= LEAST_WEIGHT * weights.max()]
     total = weights[order].sum()
-    return tuple(
-        Model(fits[i][1].basis, fits[i][1].coefficients, fits[i][1].covariance * inflation, float(weights[i] / total)) for i in order
-    )
+    return tuple(replace(fits[i][1], root=fits[i][1].root * np.sqrt(inflation), weight=float(weights[i] / total)) for i in order)
 
 
 def _quality(models: Sequence[Model], data: _Data, chi2: float, dof: int, inflation: float) -> Quality:
@@ -378,11 +442,10 @@ def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
     terms = [()] if len(temperatures) == 1 else [(theta,) for theta in np.geomspace(0.5 * temperatures[1], 6.0 * temperatures[-1], LADDER)]
     thermal = min(1, cold)
     bases = [Basis(centre, half, cold, power, term) for term in terms for power in sorted({0, thermal})]
-    fits = [fit for basis in bases if (fit := _fit(basis, data, data.rows(basis))) is not None]
+    fits = [fit for basis in bases for fit in _least_squares([basis], data.rows(basis)[None], data)]
     if not fits:
         return None
     chi2, model = min(fits, key=lambda fit: fit[0] + 2 * fit[1].basis.size)
     dof = n - model.basis.size
     scale = chi2 / dof if dof > 0 else 0.0
-    return Model(model.basis, model.coefficients, model.covariance * scale, 1.0)
-
+    return replace(model, root=model.root * np.sqrt(scale))

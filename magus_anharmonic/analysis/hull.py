@@ -67,9 +67,8 @@ def end_member_fractions(formulas: Sequence[str], end_members: Sequence[str]) ->
         raise InputError(f"end_members: {', '.join(end_members)}: one of them is made of the others; leave it out")
     wanted = np.array([atom_fractions(formula, elements) for formula in formulas])
     found = np.linalg.lstsq(corners.T, wanted.T, rcond=None)[0].T
-    bad = [
-        formula for formula, x, target in zip(formulas, found, wanted, strict=True) if np.abs(x @ corners - target).max() > 1e-9 or x.min() < -1e-9
-    ]
+    missed = (np.abs(found @ corners - wanted).max(axis=1) > 1e-9) | (found.min(axis=1) < -1e-9)
+    bad = [formula for formula, out in zip(formulas, missed, strict=True) if out]
     if bad:
         raise InputError(
             f"end_members: {', '.join(sorted(set(bad)))}: cannot be made of {', '.join(end_members)}; "

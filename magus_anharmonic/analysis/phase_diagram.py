@@ -262,8 +262,8 @@ def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
     fits = [
         {"isotopes": isotopes, "formula": formula, "phase": name, "chi2": surface.quality.chi2, "degrees_of_freedom": surface.quality.dof,
          "covariance_inflation": surface.quality.inflation, "n": surface.quality.n, "rms_of_residuals_over_errors": surface.quality.rms,
-         "terms": [{"weight": m.weight, "powers_of_P": m.basis.cold, "powers_of_P_thermal": m.basis.thermal, "einstein_K": list(m.basis.thetas)}
-                   for m in surface.models]}
+         "terms": [{"weight": m.weight, "powers_of_P": m.basis.cold, "powers_of_P_thermal": m.basis.thermal,
+                    "einstein_K": list(m.basis.thetas)} for m in surface.models]}
         for (isotopes, formula), phases in diagram.sets.items() for name, surface in phases.surfaces.items()
     ]  # fmt: skip
     return _finite(

@@ -49,6 +49,7 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
     """Boundaries with 68 and 95 % bands, the points of the grid coloured by the lowest phase, brackets of continuous transitions."""
     order = diagram.isotopes
     colors = _phase_colors(diagram)
+    _limits(axes, diagram)
     for one in diagram.stable:
         place = order.index(one.isotopes)
         filled = one.odds >= 0.95 or not math.isfinite(one.gap)
@@ -64,7 +65,6 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
             low, high = sorted((one.last, one.first))
             axes.plot([low, high], [one.temperature] * 2, color="0.35", ls=STYLES[place % 4], lw=1.5, marker="|", ms=9, zorder=2)
     _legend(axes, diagram, colors)
-    _limits(axes, diagram)
     axes.set_xlabel("pressure (GPa)")
     axes.set_ylabel("temperature (K)")
 
@@ -75,7 +75,7 @@ def _line(axes: Any, line: Sequence[BoundaryPoint], order: Sequence[str]) -> Non
     t = np.array([one.temperature for one in line])
     p = np.array([one.pressure for one in line])
     edges = {name: np.array([getattr(one, name) for one in line]) for name in ("lower_95", "lower_68", "upper_68", "upper_95")}
-    low, high = (axes.get_xlim() if axes.has_data() else (p.min(), p.max()))
+    low, high = axes.get_xlim()
     stable = any(one.stable for one in line)
     for level, alpha in (("95", 0.12), ("68", 0.22)) if stable else ():
         left = np.clip(edges[f"lower_{level}"], low, high)
@@ -100,7 +100,8 @@ def _legend(axes: Any, diagram: PhaseDiagram, colors: dict[str, str]) -> None:
     if diagram.boundaries or diagram.meetings:
         for i, name in enumerate(diagram.isotopes):
             color = "black" if i == 0 else "0.45"
-            handles.append(Line2D([], [], ls=STYLES[i % 4], color=color, label=f"boundary, {name}" if len(diagram.isotopes) > 1 else "boundary"))
+            label = f"boundary, {name}" if len(diagram.isotopes) > 1 else "boundary"
+            handles.append(Line2D([], [], ls=STYLES[i % 4], color=color, label=label))
     if any(one.last is not None for one in diagram.meetings):
         handles.append(Line2D([], [], color="0.35", marker="|", ms=9, label="one phase turns into the other between"))
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
@@ -159,8 +160,7 @@ def _difference(
     by_place = {(p.phase, p.pressure_GPa): p for p in points if p.temperature_K == temperature}
     pairs = [(p, by_place[name, p.pressure_GPa]) for p in by_place.values() if p.phase == reference and (name, p.pressure_GPa) in by_place]
     for one, other in pairs:
-        axes.errorbar(
-            [one.pressure_GPa], [1000 * (other.gibbs_eV_per_atom - one.gibbs_eV_per_atom)], yerr=[1000 * math.hypot(one.error, other.error)],
-            fmt="o", ms=4, color=color, alpha=shade, capsize=2, mfc=color if style == "-" else "white",
-        )  # fmt: skip
+        height, error = 1000 * (other.gibbs_eV_per_atom - one.gibbs_eV_per_atom), 1000 * math.hypot(one.error, other.error)
+        face = color if style == "-" else "white"
+        axes.errorbar([one.pressure_GPa], [height], yerr=[error], fmt="o", ms=4, color=color, alpha=shade, capsize=2, mfc=face)
     return bool(len(grid)) or bool(pairs)

@@ -211,4 +211,3 @@ def _isotope_name(folder: Path) -> str:
     path = folder / "settings.json"
     masses = json.loads(path.read_text(encoding="utf-8")).get("masses", {}) if path.is_file() else {}
     return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted(masses.items())) or NATURAL
-

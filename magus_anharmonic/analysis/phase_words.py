@@ -36,9 +36,8 @@ def _points(diagram: PhaseDiagram) -> list[str]:
     ]
     failed = [point for point in diagram.points if point.status == "failed"]
     for point in failed[:5]:
-        text.append(
-            f"{point.phase} ({point.isotopes}) failed at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K: {point.reason or 'no reason'}."
-        )
+        where = f"{point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
+        text.append(f"{point.phase} ({point.isotopes}) failed at {where}: {point.reason or 'no reason is known'}.")
     if len(failed) > 5:
         text.append(f"{len(failed) - 5} more points failed: see gibbs.csv.")
     unfinished = [point for point in usable if point.status == "unconverged"]
@@ -115,8 +114,8 @@ def _no_boundary(diagram: PhaseDiagram) -> list[str]:
         lowest = _unique(one.phase for one in compared)
         text.append(
             f"{' and '.join(lowest)} {'is' if len(lowest) == 1 else 'are'} lowest for {formula} ({isotopes}) wherever phases can be "
-            f"compared; no boundary crosses the grid. The smallest gap is {1000 * closest.gap:.1f} +- {1000 * closest.gap_error:.1f} meV/atom, "
-            f"at {closest.pressure:g} GPa and {closest.temperature:g} K."
+            f"compared; no boundary crosses the grid. The smallest gap is {1000 * closest.gap:.1f} +- {1000 * closest.gap_error:.1f} "
+            f"meV/atom, at {closest.pressure:g} GPa and {closest.temperature:g} K."
         )
     return text
 
@@ -130,15 +129,16 @@ def _shifts(diagram: PhaseDiagram) -> list[str]:
     for (isotopes, below, above), found in groups.items():
         ordered = sorted(found, key=lambda shift: float(shift["temperature_K"]))
         ends = ordered[:1] if len(ordered) == 1 else [ordered[0], ordered[-1]]
-        where = " and ".join(
-            f"{float(s['shift_GPa']):+.1f} GPa {'+- %.1f' % float(s['error_GPa']) if math.isfinite(float(s['error_GPa'])) else '(error open)'} "
-            f"at {float(s['temperature_K']):g} K"
-            for s in ends
-        )
+        where = " and ".join(f"{float(s['shift_GPa']):+.1f} GPa {_shift_error(s)} at {float(s['temperature_K']):g} K" for s in ends)
         sure = all(abs(float(s["shift_GPa"])) > 2 * float(s["error_GPa"]) for s in ends)
         tail = "" if sure else " (not more than two standard errors everywhere)"
         text.append(f"Going from {found[0]['reference']} to {isotopes} moves the boundary {below} to {above} by {where}{tail}.")
     return text
+
+
+def _shift_error(shift: dict[str, float | str]) -> str:
+    error = float(shift["error_GPa"])
+    return f"+- {error:.1f}" if math.isfinite(error) else "(error open: a band leaves the grid)"
 
 
 def _checks(diagram: PhaseDiagram) -> list[str]:
@@ -167,7 +167,8 @@ def _fits(diagram: PhaseDiagram) -> list[str]:
                 worst = max(quality.rms, key=lambda kind: quality.rms[kind])
                 text.append(
                     f"The smooth G(P,T) of {name} ({isotopes}) leaves chi^2 = {quality.chi2:.0f} for {quality.dof} degrees of freedom "
-                    f"(mostly {worst}, {quality.rms[worst]:.1f} standard errors): its errors were multiplied by {math.sqrt(quality.inflation):.1f}."
+                    f"(mostly {worst}, {quality.rms[worst]:.1f} standard errors): its errors were multiplied by "
+                    f"{math.sqrt(quality.inflation):.1f}."
                 )
     return text
 
@@ -194,4 +195,7 @@ def _errors(diagram: PhaseDiagram) -> str:
         if diagram.model_error > 0
         else "but not the error of the potential (key model_error)"
     )
-    return f"The bands hold the sampling error of G, V and S and the choice of the fit, {model}; finite size enters through the term in G only."
+    return (
+        f"The bands hold the sampling error of G, V and S and the choice of the fit, {model}; "
+        "finite size enters through the term in G only."
+    )

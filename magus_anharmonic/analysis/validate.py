@@ -23,7 +23,7 @@ STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Validated:
-    """One value: found and expected in the unit of the expected one. difference : found minus the nearest expected number; None for words."""
+    """One value: found and expected in the unit of the expected one. difference : found minus the nearest expected number."""
 
     name: str
     unit: str
@@ -118,9 +118,10 @@ def _same_words(wanted: ExpectedValue, words: Sequence[str]) -> bool:
 
 def _row(wanted: ExpectedValue, found: Found | None, verdict: Verdict, reasons: Sequence[str], difference: float | None) -> Validated:
     factor = wanted.factor
-    scaled = wanted if found is None or found.words or wanted.out_of in (None, found.n) else None
-    low, high, spread = _expected_range(wanted, found or Found())
-    expected = _expected_text(wanted) if scaled is not None else f"{_digits(low / factor)} (of {found.n}: {_expected_text(wanted)} of {wanted.out_of})"
+    low, _, spread = _expected_range(wanted, found or Found())
+    expected = _expected_text(wanted)
+    if wanted.out_of is not None and found is not None and found.n != wanted.out_of:
+        expected = f"{_digits(low / factor)} ({expected} of {wanted.out_of})"
     value = "" if found is None else " -> ".join(found.words) if found.words else found.bound + _digits(found.value / factor)
     if found is not None and found.n is not None and wanted.out_of is not None:
         value += f" of {found.n}"
@@ -139,7 +140,8 @@ def _expected_text(wanted: ExpectedValue) -> str:
     if wanted.at_most is not None:
         return f"at most {wanted.at_most:g}"
     if isinstance(wanted.value, list):
-        return (" -> " if isinstance(wanted.value[0], str) else " to ").join(f"{v:g}" if isinstance(v, int | float) else v for v in wanted.value)
+        between = " -> " if isinstance(wanted.value[0], str) else " to "
+        return between.join(f"{item:g}" if isinstance(item, int | float) else item for item in wanted.value)
     return f"{wanted.value:g}" if isinstance(wanted.value, int | float) else str(wanted.value)
 
 

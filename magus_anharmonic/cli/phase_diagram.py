@@ -23,7 +23,7 @@ def phase_diagram(
     temperature: Annotated[list[float] | None, typer.Option(help="K, rising; more than once. With structure files. [default: 0]")] = None,
     checkpoint: Annotated[str | None, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint. With structure files.")] = None,
     isotope: Annotated[
-        list[str] | None, typer.Option(help="A set of masses beside the natural ones, e.g. D3S:H=2.014; more than once. With structure files.")
+        list[str] | None, typer.Option(help="Masses beside the natural ones, e.g. D3S:H=2.014; more than once. With structure files.")
     ] = None,
     supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell. With structure files.")] = (2, 2, 2),
     n_configs: Annotated[int, typer.Option(help="Configurations per population, even. With structure files.")] = 1000,
@@ -32,7 +32,7 @@ def phase_diagram(
     ] = None,
     model_error: Annotated[float | None, typer.Option(help="eV/atom, error of the potential in G of each phase; widens the bands.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same input and seed, same result. [default: 0, or what the input says]")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results; the same again continues.")] = Path("phase-diagram"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results; again: go on.")] = Path("phase-diagram"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
@@ -45,12 +45,8 @@ def phase_diagram(
     with user_errors():
         from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command
 
-        grid = GridOptions(
-            tuple(pressure or ()), tuple(temperature or ()), checkpoint, tuple(isotope or ()), supercell, n_configs, device
-        )
-        lines, pictures = phase_diagram_command(
-            sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed
-        )
+        grid = GridOptions(tuple(pressure or ()), tuple(temperature or ()), checkpoint, tuple(isotope or ()), supercell, n_configs, device)
+        lines, pictures = phase_diagram_command(sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed)
         for line in lines:
             typer.echo(f"* {line}")
         typer.echo(f"\nPicture: {pictures['png']}\nEverything else: {output.resolve()}")

@@ -14,7 +14,7 @@ from magus_anharmonic.errors import InputError
 @app.command()
 def validate(
     campaign: Annotated[Path | None, typer.Argument(help="The folder of a campaign.")] = None,
-    expected: Annotated[Path | None, typer.Argument(help="YAML of expected values with unit and source (inputs/h3s-paper/expected.yaml).")] = None,
+    expected: Annotated[Path | None, typer.Argument(help="Expected values: YAML as inputs/h3s-paper/expected.yaml.")] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for validation.csv and validation.json. [default: beside the tables]")
     ] = None,
@@ -34,9 +34,8 @@ def validate(
             return
         if campaign is None or expected is None:
             raise InputError("give the folder of a campaign and a YAML of expected values")
-        from magus_anharmonic.analysis.validate import tables_folder
+        from magus_anharmonic.analysis.validate import tables_folder, write_validation
         from magus_anharmonic.analysis.validate import validate as compare
-        from magus_anharmonic.analysis.validate import write_validation
 
         rows = compare(campaign, expected)
         write_validation(rows, output or tables_folder(campaign).parent)
