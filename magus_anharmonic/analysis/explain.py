@@ -1,0 +1,183 @@
+"""What in a run could explain that a value differs: labels, errors of the model, supercell, sampling, number of structures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
+from magus_anharmonic.analysis.found_values import Found, Tables
+from magus_anharmonic.errors import InputError
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the run was: from ``run.json`` and the tables; empty or None where they do not say.
+
+    labels : the labelers' settings in words; rmse : quantity -> RMSE of the final model (eV/atom, eV/A, GPa) on ``rmse_set``;
+    undone : steps that are not done.
+    """
+
+    labels: tuple[str, ...] = ()
+    supercells: tuple[str, ...] = ()
+    n_configs: tuple[int, ...] = ()
+    n_labels: int | None = None
+    rmse: dict[str, float] = field(default_factory=dict)
+    rmse_set: str = ""
+    undone: tuple[str, ...] = ()
+
+
+def read_context(tables: Path) -> Context:
+    """Of the campaign whose tables are in ``tables``; raises ``InputError`` for files that are there and not readable."""
+    root = tables.parent
+    settings = _json(root / "run.json").get("settings", {})
+    steps = _json(root / "steps.json")
+    rmse, chosen = _rmse(Tables(tables))
+    return Context(
+        labels=tuple(dict.fromkeys(_label_words(block) for block in _find(settings, "labeler") if isinstance(block, dict))),
+        supercells=tuple(dict.fromkeys(_supercell_words(value) for value in _find(settings, "supercell") if value)),
+        n_configs=tuple(dict.fromkeys(int(value) for value in _find(settings, "n_configs") if isinstance(value, int))),
+        n_labels=_n_labels(Tables(tables)),
+        rmse=rmse,
+        rmse_set=chosen,
+        undone=tuple(name for name, step in steps.items() if isinstance(step, dict) and step.get("status") not in ("done", None)),
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    return data if isinstance(data, dict) else {}
+
+
+def _find(data: Any, key: str) -> Iterator[Any]:
+    """Every value under ``key``, however deep."""
+    if isinstance(data, dict):
+        for name, value in data.items():
+            if name == key:
+                yield value
+            else:
+                yield from _find(value, key)
+    elif isinstance(data, list):
+        for item in data:
+            yield from _find(item, key)
+
+
+def _label_words(block: dict[str, Any]) -> str:
+    arguments = block.get("arguments") or {}
+    parts = [str(block.get("calculator", "?")), *(f"{name}={value}" for name, value in sorted(arguments.items()))]
+    spacing = block.get("k_spacing")
+    return " ".join([*parts, *([f"k_spacing={spacing:g} (2 pi/A)"] if isinstance(spacing, int | float) else [])])
+
+
+def _supercell_words(value: Any) -> str:
+    return "x".join(str(n) for n in value) if isinstance(value, list | tuple) else f"min_length {value.get('min_length')} A"
+
+
+def _rmse(tables: Tables) -> tuple[dict[str, float], str]:
+    """Errors of the finetuned model (else of the foundation model) on the test set (else on another one)."""
+    name = "model_errors.csv"
+    columns = {"energy": "energy_rmse_eV_per_atom", "force": "force_rmse_eV_per_A", "pressure": "stress_rmse_GPa"}
+    rows = tables.rows(name, ("model", "set", *columns.values()))
+    for model in ("finetuned", "foundation"):
+        for chosen in ("test", "validation", "training"):
+            for row in rows:
+                if (row["model"], row["set"]) == (model, chosen):
+                    values = {key: tables.number(name, row, column) for key, column in columns.items()}
+                    return {key: value for key, value in values.items() if value is not None}, f"{model} model, {chosen} set"
+    return {}, ""
+
+
+def _n_labels(tables: Tables) -> int | None:
+    rows = tables.rows("cost.csv", ("step", "n_labels"))
+    counts = [tables.number("cost.csv", row, "n_labels") or 0.0 for row in rows]
+    return int(sum(counts)) if counts else None
+
+
+def explanations(wanted: ExpectedValue, found: Found, context: Context, difference: float | None) -> tuple[str, ...]:
+    """Possible reasons, each with the run's own numbers; empty when the run shows none (``difference``: in the unit of the tables)."""
+    reasons = [
+        *_structures(wanted, found),
+        *_model(wanted, found, context, difference),
+        *_several_models(found),
+        *_sampling(wanted, found, context, difference),
+        *_cell(wanted, context),
+        *_labels(wanted, context),
+    ]
+    if context.undone:
+        reasons.append(f"the campaign is not finished: {', '.join(context.undone[:6])}")
+    return tuple(reasons)
+
+
+def _structures(wanted: ExpectedValue, found: Found) -> list[str]:
+    if wanted.out_of is not None and found.n is not None and found.n < wanted.out_of:
+        return [f"only {found.n} structures have a free energy, {wanted.out_of} in the expected count"]
+    if wanted.name in ("enthalpy_rank", "enthalpy_above_lowest") and found.n is not None:
+        return [f"{found.n} structures were compared: a wider search finds more below"]
+    return []
+
+
+def _model(wanted: ExpectedValue, found: Found, context: Context, difference: float | None) -> list[str]:
+    """The error of the model in the unit of the value, and whether it reaches."""
+    rmse = context.rmse.get("energy")
+    where = f"({context.rmse_set})"
+    if wanted.name == "transition_pressure" and rmse is not None and found.slope:
+        shift = math.sqrt(2.0) * rmse / found.slope
+        reach = "" if difference is None else ": enough" if abs(difference) <= shift else ": not enough"
+        return [f"the model's energy RMSE of {1e3 * rmse:.1f} meV/atom {where} moves the crossing by up to {shift:.1f} GPa{reach}"]
+    if wanted.name in ("enthalpy_above_lowest", "gibbs_minus_enthalpy", "reordering_window") and rmse is not None:
+        reach = "" if difference is None else ": enough" if abs(difference) <= math.sqrt(2.0) * rmse else ": not enough by itself"
+        return [f"the model's energy RMSE is {1e3 * rmse:.1f} meV/atom {where}{reach}"]
+    if wanted.name in ("stability_sequence", "lowest_space_group", "enthalpy_rank", "n_became") and rmse is not None:
+        return [f"the model's energy RMSE is {1e3 * rmse:.1f} meV/atom {where}: phases closer than that may change places"]
+    if wanted.name.startswith("critical_pressure") and "force" in context.rmse and wanted.energies_by != "dft":
+        return [f"the model's force RMSE is {1e3 * context.rmse['force']:.0f} meV/A {where}"]
+    if NAMES[wanted.name].table == "model_errors.csv" and context.n_labels is not None:
+        reference = f", {wanted.n_labels} behind the expected one" if wanted.n_labels else ""
+        return [f"the campaign made {context.n_labels} labels{reference}"]
+    return []
+
+
+def _several_models(found: Found) -> list[str]:
+    if len(found.models) > 1:
+        return [f"numbers of several models are mixed ({', '.join(found.models)})"]
+    return []
+
+
+def _sampling(wanted: ExpectedValue, found: Found, context: Context, difference: float | None) -> list[str]:
+    reasons = []
+    if found.error is not None and difference is not None and abs(difference) <= 4.0 * found.error:
+        own = f"{found.error / wanted.factor:.3g} {wanted.unit}"
+        reasons.append(f"the value's own error is {own}: the difference is {abs(difference) / found.error:.1f} times that")
+    if "floor" in found.extra:
+        reasons.append(f"{found.n} configurations: averaging alone leaves {found.extra['floor'] / wanted.factor:.3g} {wanted.unit}")
+    elif NAMES[wanted.name].table in ("ranking-<P>GPa.csv", "modes.csv") and context.n_configs:
+        reasons.append(f"at most {max(context.n_configs)} configurations per population")
+    return reasons
+
+
+def _cell(wanted: ExpectedValue, context: Context) -> list[str]:
+    if NAMES[wanted.name].table not in ("ranking-<P>GPa.csv", "modes.csv") or not context.supercells:
+        return []
+    own = " and ".join(context.supercells)
+    expected = "" if wanted.supercell is None else "x".join(str(n) for n in wanted.supercell)
+    if expected and context.supercells == (expected,):
+        return []
+    return [f"supercell {own}" + (f", {expected} behind the expected value" if expected else "")]
+
+
+def _labels(wanted: ExpectedValue, context: Context) -> list[str]:
+    """The DFT of the run beside that of the expected value; nothing when the words are the same."""
+    if not context.labels or (wanted.labels is not None and context.labels == (wanted.labels,)):
+        return []
+    several = "labels of several settings: " if len(context.labels) > 1 else "labels: "
+    other = f"; behind the expected value: {wanted.labels}" if wanted.labels else ""
+    return [f"{several}{'; '.join(context.labels)}{other}"]

@@ -1,0 +1,187 @@
+"""Convex hull of free energies over composition: formation energies, distance above the hull, and the odds of being on it.
+
+Errors are sampled: every draw of the free energies has a hull of its own. The margin is the distance to the hull of all *other* entries
+(negative: how far below it); it has no wall at zero, so that its standard error means what it says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from magus_anharmonic.errors import InputError
+
+ON_HULL = 1e-9
+"""eV/atom."""
+
+
+@dataclass(frozen=True)
+class HullEntry:
+    """One phase at one pressure and temperature; energies in eV/atom.
+
+    fractions : (n_end_members,) atoms of each end member's kind, sum 1. formation : against the end members. distance : above the hull,
+    0 on it. margin : to the hull of the others; error : its standard error. p_on_hull : part of the draws.
+    """
+
+    name: str
+    formula: str
+    fractions: tuple[float, ...]
+    formation: float
+    formation_error: float
+    distance: float
+    margin: float
+    error: float
+    p_on_hull: float
+
+
+def parse_formula(formula: str) -> dict[str, int]:
+    """``"H2S"`` to ``{"H": 2, "S": 1}``; raises ``InputError``."""
+    from ase.data import atomic_numbers
+
+    parts = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
+    if not parts or "".join(symbol + number for symbol, number in parts) != formula or any(s not in atomic_numbers for s, _ in parts):
+        raise InputError(f"{formula!r}: is no chemical formula")
+    counts: dict[str, int] = {}
+    for symbol, number in parts:
+        counts[symbol] = counts.get(symbol, 0) + int(number or 1)
+    return counts
+
+
+def atom_fractions(formula: str, elements: Sequence[str]) -> np.ndarray:
+    """(n_elements,) atomic fractions."""
+    counts = parse_formula(formula)
+    return np.array([counts.get(symbol, 0) for symbol in elements], dtype=float) / sum(counts.values())
+
+
+def end_member_fractions(formulas: Sequence[str], end_members: Sequence[str]) -> np.ndarray:
+    """(n, n_end_members): how much of each end member (in atoms) makes up each formula.
+
+    Raises ``InputError`` for end members that depend on one another, and for formulas that they cannot make.
+    """
+    elements = sorted({symbol for formula in (*formulas, *end_members) for symbol in parse_formula(formula)})
+    corners = np.array([atom_fractions(formula, elements) for formula in end_members])
+    if np.linalg.matrix_rank(corners, tol=1e-9) < len(end_members):
+        raise InputError(f"end_members: {', '.join(end_members)}: one of them is made of the others; leave it out")
+    wanted = np.array([atom_fractions(formula, elements) for formula in formulas])
+    found = np.linalg.lstsq(corners.T, wanted.T, rcond=None)[0].T
+    missed = (np.abs(found @ corners - wanted).max(axis=1) > 1e-9) | (found.min(axis=1) < -1e-9)
+    bad = [formula for formula, out in zip(formulas, missed, strict=True) if out]
+    if bad:
+        raise InputError(
+            f"end_members: {', '.join(sorted(set(bad)))}: cannot be made of {', '.join(end_members)}; "
+            "give others, or phases of the elements"
+        )
+    return np.clip(found, 0.0, 1.0)
+
+
+def choose_end_members(formulas: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The end members asked for, else the elements; raises ``InputError`` when there is no phase of one of them."""
+    known = {_ratio(formula): formula for formula in formulas}
+    elements = sorted({symbol for formula in formulas for symbol in parse_formula(formula)})
+    chosen = list(wanted) or elements
+    missing = [name for name in chosen if _ratio(name) not in known]
+    if missing:
+        hint = "" if wanted else f" (or give end_members, e.g. [{', '.join(_extremes(formulas, elements))}])"
+        raise InputError(f"end_members: no phase of {', '.join(missing)}; add one{hint}")
+    return [known[_ratio(name)] for name in chosen]
+
+
+def _ratio(formula: str) -> tuple[tuple[str, int], ...]:
+    counts = parse_formula(formula)
+    divisor = int(np.gcd.reduce(list(counts.values())))
+    return tuple(sorted((symbol, number // divisor) for symbol, number in counts.items()))
+
+
+def _extremes(formulas: Sequence[str], elements: Sequence[str]) -> list[str]:
+    """For every element the formula richest in it."""
+    rich = [max(formulas, key=lambda f: atom_fractions(f, elements)[k]) for k in range(len(elements))]
+    return list(dict.fromkeys(rich))
+
+
+def lower_hull(fractions: np.ndarray, energies: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """(m,) energies of the lower convex hull of entries (n, d) -> (n,) at compositions (m, d), whose entries sum to 1.
+
+    Infinite where no mixture of the entries has the composition.
+    """
+    d = fractions.shape[1]
+    if d == 1:
+        return np.full(len(at), energies.min())
+    if d == 2:
+        return _lower_line(fractions[:, 0], energies, at[:, 0])
+    return _lower_facets(fractions, energies, at)
+
+
+def _lower_line(x: np.ndarray, energy: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Two end members: Andrew's monotone chain, lower half."""
+    order = np.lexsort((energy, x))
+    chain: list[tuple[float, float]] = []
+    for i in order:
+        point = (float(x[i]), float(energy[i]))
+        if chain and point[0] - chain[-1][0] < 1e-12:
+            continue
+        while len(chain) > 1 and _turns_down(chain[-2], chain[-1], point):
+            chain.pop()
+        chain.append(point)
+    xs, es = (np.array(column) for column in zip(*chain, strict=True))
+    inside = (at >= xs[0] - 1e-9) & (at <= xs[-1] + 1e-9)
+    return np.where(inside, np.interp(at, xs, es), np.inf)
+
+
+def _turns_down(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]) <= 0
+
+
+def _lower_facets(fractions: np.ndarray, energy: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Three end members or more: a linear programme for each composition."""
+    from scipy.optimize import linprog
+
+    found = np.empty(len(at))
+    for row, target in enumerate(at):
+        mix = linprog(energy, A_eq=fractions.T, b_eq=target, bounds=(0, None), method="highs")
+        found[row] = mix.fun if mix.success else np.inf
+    return found
+
+
+def margins(fractions: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) distances above the hull of all entries, and to the hull of the others (eV/atom; -inf where the others do not reach)."""
+    hull = lower_hull(fractions, energies, fractions)
+    distance = np.maximum(energies - hull, 0.0)
+    margin = distance.copy()
+    for i in np.flatnonzero(distance <= ON_HULL):
+        others = np.arange(len(energies)) != i
+        margin[i] = energies[i] - lower_hull(fractions[others], energies[others], fractions[i : i + 1])[0] if others.any() else -np.inf
+    return distance, margin
+
+
+def hull_entries(
+    names: Sequence[str], formulas: Sequence[str], energies: np.ndarray, draws: np.ndarray, end_members: Sequence[str]
+) -> list[HullEntry]:
+    """Hull of ``energies`` (n,) with errors from ``draws`` (n_draws, n), eV/atom; the end members are formulas among ``formulas``.
+
+    Raises ``InputError`` as `choose_end_members` and `end_member_fractions` do.
+    """
+    corners = choose_end_members(formulas, end_members)
+    fractions = end_member_fractions(formulas, corners)
+    formation = energies - fractions @ _corner_energies(fractions, energies[None], len(corners))[0]
+    drawn_formation = draws - _corner_energies(fractions, draws, len(corners)) @ fractions.T
+    distance, margin = margins(fractions, formation)
+    sampled = [margins(fractions, row) for row in drawn_formation]
+    drawn_margin = np.array([one[1] for one in sampled])
+    on_hull = np.array([one[0] <= ON_HULL for one in sampled]).mean(axis=0)
+    with np.errstate(invalid="ignore"):
+        errors = np.where(np.isfinite(drawn_margin).all(axis=0), drawn_margin.std(axis=0, ddof=1), 0.0)
+    return [
+        HullEntry(
+            name, formula, tuple(fractions[i].tolist()), float(formation[i]), float(drawn_formation[:, i].std(ddof=1)),
+            float(distance[i]), float(margin[i]), float(errors[i]), float(on_hull[i]),
+        )
+        for i, (name, formula) in enumerate(zip(names, formulas, strict=True))
+    ]  # fmt: skip
+
+
+def _corner_energies(fractions: np.ndarray, energies: np.ndarray, n_corners: int) -> np.ndarray:
+    """(n_draws, n_corners) energy of the lowest phase of each end member."""
+    return np.stack([energies[:, fractions[:, k] > 1.0 - 1e-9].min(axis=1) for k in range(n_corners)], axis=1)

@@ -1,0 +1,291 @@
+"""From free energies on a grid to a phase diagram: fits, boundaries, odds, hull, isotope shifts, tables, picture, plain words."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magus_anharmonic.analysis.boundaries import (
+    BoundaryPoint,
+    PhaseSet,
+    SlopeCheck,
+    all_boundaries,
+    isotope_shifts,
+    lowest_odds,
+    phase_set,
+    slope_check,
+)
+from magus_anharmonic.analysis.gibbs_points import GibbsPoint, write_points
+from magus_anharmonic.analysis.hull import HullEntry, hull_entries
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """``phase`` turns into another one (``space_group``, ``other`` when it is a phase of the diagram) between two pressures, at T.
+
+    GPa and K. last : the highest pressure below at which it is itself (None: nowhere), first : the lowest at which it is not. With
+    ``rising`` False the other way round.
+    """
+
+    isotopes: str
+    phase: str
+    other: str
+    space_group: str
+    temperature: float
+    last: float | None
+    first: float
+    rising: bool
+
+
+@dataclass(frozen=True)
+class Stable:
+    """Who is lowest at a point of the grid, and the odds of it."""
+
+    isotopes: str
+    formula: str
+    pressure: float
+    temperature: float
+    phase: str
+    odds: float
+    gap: float
+    """eV/atom to the second."""
+    gap_error: float
+
+
+@dataclass(frozen=True)
+class HullRow:
+    """One entry of the hull at one point of the grid."""
+
+    isotopes: str
+    pressure: float
+    temperature: float
+    entry: HullEntry
+
+
+@dataclass(frozen=True)
+class PhaseDiagram:
+    """Everything that follows from the points. ``sets``: by (isotopes, formula)."""
+
+    points: tuple[GibbsPoint, ...]
+    sets: dict[tuple[str, str], PhaseSet]
+    boundaries: tuple[BoundaryPoint, ...]
+    checks: tuple[SlopeCheck, ...]
+    meetings: tuple[Meeting, ...]
+    stable: tuple[Stable, ...]
+    hull: tuple[HullRow, ...]
+    shifts: tuple[dict[str, float | str], ...]
+    model_error: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def isotopes(self) -> list[str]:
+        return list(dict.fromkeys(point.isotopes for point in self.points))
+
+
+def phase_diagram(
+    points: Sequence[GibbsPoint], *, end_members: Sequence[str] = (), model_error: float = 0.0, n_samples: int = 1000, seed: int = 0
+) -> PhaseDiagram:
+    """Fit, cross and sample; pure. ``model_error``: eV/atom of G of a phase as a whole.
+
+    Raises ``InputError`` when no point is usable, when points are of several models, or when the end members do not fit.
+    """
+    if not any(point.usable for point in points):
+        reasons = sorted({point.reason for point in points if point.reason}) or ["none has a free energy"]
+        raise InputError(f"no point of the phase diagram can be used: {'; '.join(reasons[:5])}")
+    models = sorted({point.model for point in points if point.usable and point.model})
+    if len(models) > 1:
+        raise InputError(f"free energies of several models ({', '.join(models)}) cannot be compared; take the points of one")
+    sets = {}
+    for isotopes, formula in dict.fromkeys((p.isotopes, p.formula) for p in points if p.usable):
+        mine = [p for p in points if p.formula == formula]
+        sets[isotopes, formula] = phase_set(mine, isotopes, n_samples=n_samples, seed=seed, offset_error=model_error)
+    boundaries = [one for phases in sets.values() for one in all_boundaries(phases)]
+    checks = [check for line in lines(boundaries) if (check := slope_check(points, line, seed=seed)) is not None]
+    formulas = {formula for _, formula in sets}
+    hull, notes = _hull(points, sets, end_members) if len(formulas) > 1 or end_members else ([], [])
+    reference = points[0].isotopes
+    return PhaseDiagram(
+        tuple(points), sets, tuple(boundaries), tuple(checks), tuple(_meetings(points)), tuple(_stable(points, sets)), tuple(hull),
+        tuple(isotope_shifts(boundaries, reference)), model_error, tuple(notes),
+    )  # fmt: skip
+
+
+def lines(boundaries: Sequence[BoundaryPoint]) -> list[list[BoundaryPoint]]:
+    """The points of each boundary, by isotopes and phases, in the order of the temperature."""
+    found: dict[tuple[str, str, str], list[BoundaryPoint]] = {}
+    for one in boundaries:
+        found.setdefault((one.isotopes, one.below, one.above), []).append(one)
+    return [sorted(line, key=lambda one: (one.temperature, one.pressure)) for line in found.values()]
+
+
+def _meetings(points: Sequence[GibbsPoint]) -> list[Meeting]:
+    """Where along the pressure a phase stops being itself, per isotopes and temperature."""
+    found = []
+    rows: dict[tuple[str, str, float], list[GibbsPoint]] = {}
+    for point in points:
+        if point.usable or point.status == "became":
+            rows.setdefault((point.isotopes, point.phase, point.temperature_K), []).append(point)
+    for (isotopes, phase, temperature), row in rows.items():
+        row.sort(key=lambda point: point.pressure_GPa)
+        gone = [point for point in row if point.status == "became"]
+        kept = [point.pressure_GPa for point in row if point.usable]
+        if not gone:
+            continue
+        rising = not kept or kept[0] < gone[0].pressure_GPa
+        first = gone[0].pressure_GPa if rising else gone[-1].pressure_GPa
+        beside = [p for p in kept if (p < first) == rising]
+        last = None if not beside else max(beside) if rising else min(beside)
+        one = next(point for point in gone if point.pressure_GPa == first)
+        found.append(Meeting(isotopes, phase, one.same_as, one.space_group, temperature, last, first, rising))
+    return found
+
+
+def _grid(points: Sequence[GibbsPoint]) -> list[tuple[float, float]]:
+    return sorted({(point.pressure_GPa, point.temperature_K) for point in points})
+
+
+def _stable(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet]) -> list[Stable]:
+    found = []
+    for (isotopes, formula), phases in sets.items():
+        for pressure, temperature in _grid(points):
+            odds = lowest_odds(phases, pressure, temperature)
+            if not odds:
+                continue
+            order = sorted(odds, key=lambda name: float(phases.surfaces[name].gibbs(pressure, temperature)))
+            gap, error = math.nan, math.nan
+            if len(order) > 1:
+                drawn = [phases.draws[name].values(pressure, temperature)[:, 0] for name in order[:2]]
+                gap = float(phases.surfaces[order[1]].gibbs(pressure, temperature) - phases.surfaces[order[0]].gibbs(pressure, temperature))
+                error = float((drawn[1] - drawn[0]).std(ddof=1))
+            found.append(Stable(isotopes, formula, pressure, temperature, order[0], odds[order[0]], gap, error))
+    return found
+
+
+def _hull(
+    points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], end_members: Sequence[str]
+) -> tuple[list[HullRow], list[str]]:
+    """Hulls at every point of the grid where the end members have a free energy; where they have none it is said."""
+    by_phase = {point.phase: point.formula for point in points}
+    wanted = [by_phase.get(name, name) for name in end_members]
+    rows, notes = [], []
+    for isotopes in dict.fromkeys(isotopes for isotopes, _ in sets):
+        for pressure, temperature in _grid(points):
+            names, formulas, energies, draws = [], [], [], []
+            for (other, formula), phases in sets.items():
+                for name, surface in phases.surfaces.items() if other == isotopes else ():
+                    if bool(surface.inside(pressure, temperature)):
+                        names.append(name)
+                        formulas.append(formula)
+                        energies.append(float(surface.gibbs(pressure, temperature)))
+                        draws.append(phases.draws[name].values(pressure, temperature)[:, 0])
+            try:
+                entries = hull_entries(names, formulas, np.array(energies), np.array(draws).T, wanted)
+            except InputError as error:
+                notes.append(f"no hull at {pressure:g} GPa, {temperature:g} K ({isotopes}): {error}")
+                continue
+            rows += [HullRow(isotopes, pressure, temperature, entry) for entry in entries]
+    if not rows:
+        raise InputError(*dict.fromkeys(note.split(": ", 1)[1] for note in notes))
+    return rows, notes
+
+
+def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
+    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``hull.csv``, ``summary.json`` and the picture as SVG and PNG."""
+    from magus_anharmonic.analysis.phase_figure import draw
+    from magus_anharmonic.analysis.phase_words import sentences
+
+    target = Path(folder)
+    write_points(target / "gibbs.csv", diagram.points)
+    _write_rows(target / "boundaries.csv", BOUNDARY_COLUMNS, [_boundary_row(one) for one in diagram.boundaries])
+    _write_rows(target / "stability.csv", STABLE_COLUMNS, [_stable_row(one) for one in diagram.stable])
+    if diagram.hull:
+        _write_rows(target / "hull.csv", HULL_COLUMNS, [_hull_row(row) for row in diagram.hull])
+    write_json(target / "summary.json", summary(diagram, sentences(diagram)))
+    return {"png": draw(diagram, target / "phase-diagram.png"), "svg": draw(diagram, target / "phase-diagram.svg")}
+
+
+BOUNDARY_COLUMNS = (
+    "isotopes", "below", "above", "temperature_K", "pressure_GPa", "error_GPa", "lower_95_GPa", "lower_68_GPa", "upper_68_GPa",
+    "upper_95_GPa", "odds_inside", "slope_GPa_per_K", "slope_error_GPa_per_K", "entropy_change_eV_per_K_per_atom",
+    "volume_change_A3_per_atom", "stable",
+)  # fmt: skip
+STABLE_COLUMNS = ("isotopes", "formula", "pressure_GPa", "temperature_K", "phase", "odds", "gap_eV_per_atom", "gap_error_eV_per_atom")
+HULL_COLUMNS = (
+    "isotopes", "pressure_GPa", "temperature_K", "phase", "formula", "fractions", "formation_eV_per_atom", "formation_error_eV_per_atom",
+    "distance_eV_per_atom", "margin_eV_per_atom", "error_eV_per_atom", "p_on_hull",
+)  # fmt: skip
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.8g}" if math.isfinite(value) else ""
+    return str(value)
+
+
+def _boundary_row(one: BoundaryPoint) -> list[Any]:
+    return [getattr(one, field.name) for field in fields(BoundaryPoint)]
+
+
+def _stable_row(one: Stable) -> list[Any]:
+    return [getattr(one, field.name) for field in fields(Stable)]
+
+
+def _hull_row(row: HullRow) -> list[Any]:
+    one = row.entry
+    shares = " ".join(f"{x:.6g}" for x in one.fractions)
+    numbers = [one.formation, one.formation_error, one.distance, one.margin, one.error, one.p_on_hull]
+    return [row.isotopes, row.pressure, row.temperature, one.name, one.formula, shares, *numbers]
+
+
+def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
+    """Everything in one dictionary ready for JSON: words, boundaries, quality of the fits, checks; infinite numbers as null."""
+    fits = [
+        {"isotopes": isotopes, "formula": formula, "phase": name, "chi2": surface.quality.chi2, "degrees_of_freedom": surface.quality.dof,
+         "covariance_inflation": surface.quality.inflation, "n": surface.quality.n, "rms_of_residuals_over_errors": surface.quality.rms,
+         "terms": [{"weight": m.weight, "powers_of_P": m.basis.cold, "powers_of_P_thermal": m.basis.thermal,
+                    "einstein_K": list(m.basis.thetas)} for m in surface.models]}
+        for (isotopes, formula), phases in diagram.sets.items() for name, surface in phases.surfaces.items()
+    ]  # fmt: skip
+    return _finite(
+        {
+            "sentences": list(sentences),
+            "n_points": len(diagram.points),
+            "n_usable": sum(point.usable for point in diagram.points),
+            "models": sorted({point.model for point in diagram.points if point.model}),
+            "model_error_eV_per_atom": diagram.model_error,
+            "boundaries": [dict(zip(BOUNDARY_COLUMNS, _boundary_row(one), strict=True)) for one in diagram.boundaries],
+            "continuous_transitions": [asdict(one) for one in diagram.meetings],
+            "clausius_clapeyron": [{**asdict(one), "deviation": None if one.reason else one.deviation} for one in diagram.checks],
+            "isotope_shifts": list(diagram.shifts),
+            "fits": fits,
+            "notes": list(diagram.notes),
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

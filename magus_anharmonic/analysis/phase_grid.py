@@ -1,0 +1,213 @@
+"""SSCHA free energies of phases on a grid of pressures and temperatures, each point starting from its neighbour; stored and resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.analysis.gibbs_points import NATURAL, GibbsPoint, with_twins
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
+from magus_anharmonic.sscha.entropy import entropy, entropy_with_error
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+log = logging.getLogger(__name__)
+
+OF_A_RUN = (
+    "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine", "pressure_tolerance", "free_energy_tolerance",
+    "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
+)  # fmt: skip
+RESPONSE_ERROR = 0.2
+"""Relative error of the bulk modulus at the start of a run, with which volumes are brought to the target pressure."""
+
+
+def read_phase(name: str, phase: PhaseSettings) -> Atoms:
+    """The structure of one phase; raises ``InputError`` that names phase and file."""
+    from ase.io import read
+
+    path = Path(phase.structure)
+    if not path.is_file():
+        raise InputError(f"phases.{name}: {path}: no such file")
+    try:
+        found = read(path, index=phase.index)
+    except Exception as error:  # ASE raises whatever its parsers raise
+        raise InputError(f"phases.{name}: {path}: not readable as a structure ({' '.join(str(error).split())[:200]})") from None
+    if found.cell.rank < 3:
+        raise InputError(f"phases.{name}: {path}: has no three-dimensional periodic cell; SSCHA needs a crystal")
+    return bare(found)
+
+
+def point_folder(root: Path, phase: str, isotopes: str, pressure: float, temperature: float) -> Path:
+    """Where one run is stored."""
+    safe = [re.sub(r"[^A-Za-z0-9_.+-]", "_", text) for text in (phase, isotopes)]
+    return root / safe[0] / safe[1] / f"{pressure:g}GPa-{temperature:g}K"
+
+
+def run_grid(
+    settings: PhaseDiagramSettings,
+    structures: Mapping[str, Atoms],
+    evaluator: Evaluator,
+    root: Path,
+    *,
+    free_energy: Callable[..., SschaResult] | None = None,
+    on_point: Callable[[list[GibbsPoint]], None] = lambda points: None,
+) -> list[GibbsPoint]:
+    """Every phase, set of isotopes, pressure and temperature; finished runs below ``root`` are taken as they are.
+
+    ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder that holds other runs).
+    """
+    if free_energy is None:
+        from magus_anharmonic.sscha.gibbs import free_energy
+    points: list[GibbsPoint] = []
+    total = len(structures) * len(settings.isotopes) * len(settings.pressures) * len(settings.temperatures)
+    for name, atoms in structures.items():
+        results: dict[tuple[str, int, int], SschaResult] = {}
+        for isotopes in settings.isotopes:
+            for i, pressure in enumerate(settings.pressures):
+                for j, temperature in enumerate(settings.temperatures):
+                    folder = point_folder(root, name, isotopes, pressure, temperature)
+                    start = _neighbour(results, list(settings.isotopes), isotopes, i, j)
+                    result = free_energy(
+                        atoms, evaluator, pressure=pressure, temperature=temperature, seed=settings.seed, start=start, directory=folder,
+                        masses=_masses(settings.isotopes[isotopes], atoms), **_options(settings),
+                    )  # fmt: skip
+                    point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec)
+                    points.append(point)
+                    if point.usable:
+                        results[isotopes, i, j] = result
+                    _log(point, len(points), total)
+                    on_point(with_twins(points))
+    return with_twins(points)
+
+
+def _options(settings: PhaseDiagramSettings) -> dict[str, Any]:
+    return {name: value for name in OF_A_RUN if (value := getattr(settings.sscha, name)) is not None}
+
+
+def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | None:
+    """Those of the elements that are there (pure sulphur has no deuterium)."""
+    return {symbol: mass for symbol, mass in masses.items() if symbol in atoms.get_chemical_symbols()} or None
+
+
+def _neighbour(results: Mapping[tuple[str, int, int], SschaResult], order: list[str], isotopes: str, i: int, j: int) -> SschaResult | None:
+    """The nearest finished point that is still this phase: other masses, else the temperature before, else the pressure before."""
+    earlier = [(name, i, j) for name in order[: order.index(isotopes)]]
+    for place in [*earlier, (isotopes, i, j - 1), (isotopes, i - 1, j), (isotopes, i - 1, 0)]:
+        if place in results:
+            return results[place]
+    return None
+
+
+def _log(point: GibbsPoint, number: int, total: int) -> None:
+    what = f"{point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
+    if point.status == "failed":
+        log.warning("point %d of %d: %s failed: %s", number, total, what, point.reason)
+    else:
+        log.info(
+            "point %d of %d: %s: G = %.5f +- %.5f eV/atom, %s%s", number, total, what, point.gibbs_eV_per_atom,
+            point.gibbs_error_eV_per_atom, point.status, f" {point.space_group}" if point.status == "became" else "",
+        )  # fmt: skip
+
+
+def point_of(
+    phase: str, isotopes: str, result: SschaResult, folder: Path | None, atoms: Atoms | None = None, symprec: float = 0.05
+) -> GibbsPoint:
+    """G, V and S with their errors from one run; V at the target pressure by the bulk modulus, S as `entropy_with_error`.
+
+    ``atoms``: the structure of the phase; its space group tells whether the run still is the phase (None: that of the run's start).
+    """
+    own = space_group(atoms, symprec) if atoms is not None else result.space_group_start
+    status, reason = result.status, result.reason
+    if status != "failed" and result.space_group != own:
+        status, reason = "became", f"the structure was {own} and is {result.space_group}" + (f"; {reason}" if reason else "")
+    volume, volume_error = _volume(result, folder)
+    s, s_error = _entropy(result, folder)
+    return GibbsPoint(
+        phase, isotopes, result.centroids.get_chemical_formula(mode="metal", empirical=True), result.target_pressure, result.temperature,
+        result.gibbs, result.gibbs_error, volume, volume_error, s, s_error, result.finite_size,
+        abs(result.decrease) if status == "unconverged" else 0.0, status, result.space_group, "",
+        result.n_evaluations, result.n_atoms_supercell, result.model_id, reason,
+    )  # fmt: skip
+
+
+def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
+    """Volume per atom at the target pressure and its error (A^3): V (1 + (P - P_target) / B) with B of the run's start."""
+    bulk = _bulk_modulus(folder)
+    if bulk is None or not np.isfinite(result.stress).all():
+        return math.nan, math.nan
+    excess = result.pressure - result.target_pressure
+    # the diagonal components taken as wholly correlated: an upper bound
+    error = float(np.trace(result.stress_error)) / 3.0 * EV_PER_A3_IN_GPA
+    if not math.isfinite(error):
+        return math.nan, math.nan
+    return result.volume * (1.0 + excess / bulk), result.volume / bulk * math.hypot(error, RESPONSE_ERROR * excess, 1e-3)
+
+
+def _bulk_modulus(folder: Path | None) -> float | None:
+    """GPa, from the stress response that the run started with; None with a fixed cell."""
+    path = None if folder is None else folder / "start.npz"
+    if path is None or not path.is_file():
+        return None
+    with np.load(path) as stored:
+        response = stored["stress_response"]
+    if not response.size:
+        return None
+    bulk = float(response[:3, :3].mean()) * EV_PER_A3_IN_GPA
+    return bulk if bulk > 1.0 else None
+
+
+def _entropy(result: SschaResult, folder: Path | None) -> tuple[float, float]:
+    """Entropy and error, eV/K per atom; NaN without force constants, error NaN without configurations."""
+    if result.force_constants is None:
+        return math.nan, math.nan
+    state = result.state
+    if state.temperature == 0:
+        return 0.0, 0.0
+    ensemble = None if folder is None else final_ensemble(folder, result)
+    return (entropy(state), math.nan) if ensemble is None else entropy_with_error(state, ensemble)
+
+
+def collect_runs(root: Path) -> list[GibbsPoint]:
+    """Points from finished runs anywhere below ``root``: phases by the space group at the start, isotopes by their masses.
+
+    Raises ``InputError`` when there is no finished run, or when two runs are the same point (two models, supercells or seeds).
+    """
+    folders = sorted(path.parent for path in root.rglob("result.json"))
+    if not folders:
+        raise InputError(f"{root}: no finished SSCHA run (result.json) below it")
+    found: dict[tuple[str, str, float, float], tuple[Path, GibbsPoint]] = {}
+    for folder in folders:
+        result = SschaResult.read(folder)
+        group = result.space_group_start.split(" ")[0].replace("/", "_")
+        formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
+        point = point_of(f"{formula} {group}", _isotope_name(folder), result, folder)
+        key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
+        if key in found:
+            raise InputError(
+                f"{folder}: the same point as {found[key][0]} ({point.phase}, {point.pressure_GPa:g} GPa, {point.temperature_K:g} K); "
+                "give a folder that holds each point once, or a CSV"
+            )
+        found[key] = (folder, point)
+    models = {point.model for _, point in found.values()}
+    if len(models) > 1:
+        raise InputError(f"{root}: runs of several models ({', '.join(sorted(models))}); their free energies cannot be compared")
+    return with_twins([point for _, point in found.values()])
+
+
+def _isotope_name(folder: Path) -> str:
+    """``natural``, or the masses of ``settings.json`` in words."""
+    path = folder / "settings.json"
+    masses = json.loads(path.read_text(encoding="utf-8")).get("masses", {}) if path.is_file() else {}
+    return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted(masses.items())) or NATURAL

@@ -1,0 +1,174 @@
+"""``magus-anharmonic validate``: a campaign's numbers beside expected ones, and what in the run could explain a difference."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
+from magus_anharmonic.analysis.explain import Context, explanations, read_context
+from magus_anharmonic.analysis.found_values import FINDERS, Found, Tables
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing, write_json
+
+Verdict = Literal["agrees", "disagrees", "not in this run"]
+STANDARD_ERRORS = 2.0
+"""A difference of so many standard errors still agrees."""
+
+
+@dataclass(frozen=True)
+class Validated:
+    """One value: found and expected in the unit of the expected one. difference : found minus the nearest expected number."""
+
+    name: str
+    unit: str
+    found: str
+    error: str
+    expected: str
+    expected_error: str
+    difference: str
+    verdict: Verdict
+    source: str
+    could_explain: tuple[str, ...]
+
+    @property
+    def line(self) -> str:
+        """One line for the terminal."""
+        unit = "" if self.unit in ("-", "1") else f" {self.unit}"
+        mark = "DISAGREES" if self.verdict == "disagrees" else self.verdict
+        if self.verdict == "not in this run":
+            return f"{mark:16s} {self.name}: expected {self.expected}{unit}  [{self.source}]"
+        found = self.found + (f" +- {self.error}" if self.error else "")
+        expected = self.expected + (f" +- {self.expected_error}" if self.expected_error else "")
+        difference = f" (difference {self.difference})" if self.difference else ""
+        return f"{mark:16s} {self.name}: found {found}, expected {expected}{unit}{difference}  [{self.source}]"
+
+
+def tables_folder(campaign: str | Path) -> Path:
+    """Where the tables of a campaign are: below its folder, below ``campaign/`` in it, or the folder itself. Raises ``InputError``."""
+    root = Path(campaign)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for folder in (root / "campaign" / "tables", root / "tables", root):
+        if folder.is_dir() and any(folder.glob("*.csv")):
+            return folder
+    if (root / "campaign").is_dir() or (root / "steps.json").is_file():
+        return root / "campaign" / "tables"
+    raise InputError(f"{root}: no campaign (no tables/*.csv in it or in its campaign/)")
+
+
+def validate(campaign: str | Path, expected: str | Path) -> list[Validated]:
+    """Compare every expected value with what the campaign holds; pure. Raises ``InputError``."""
+    folder = tables_folder(campaign)
+    return compare_all(load_expected(expected), Tables(folder), read_context(folder))
+
+
+def compare_all(expected: ExpectedValues, tables: Tables, context: Context) -> list[Validated]:
+    """All values, in the order of the file."""
+    return [compare(wanted, FINDERS[wanted.name](wanted, tables), context) for wanted in expected.values]
+
+
+def compare(wanted: ExpectedValue, found: Found | None, context: Context) -> Validated:
+    """One value; agreement is a difference of at most two standard errors, or within the tolerance, on the open side of a limit, or,
+    for an error, below what is expected."""
+    if found is None:
+        return _row(wanted, None, "not in this run", (), None)
+    if found.words:
+        agrees = _same_words(wanted, found.words)
+        return _row(wanted, found, "agrees" if agrees else "disagrees", () if agrees else explanations(wanted, found, context, None), None)
+    low, high, spread = _expected_range(wanted, found)
+    difference = found.value - high if found.value > high else found.value - low if found.value < low else 0.0
+    agrees = _agrees(wanted, found, low, high, spread, difference)
+    reasons = () if agrees else explanations(wanted, found, context, difference)
+    return _row(wanted, found, "agrees" if agrees else "disagrees", reasons, difference)
+
+
+def _expected_range(wanted: ExpectedValue, found: Found) -> tuple[float, float, float]:
+    """Lowest and highest expected number and their error; a count among ``out_of`` structures is scaled to those of the run."""
+    low, high = wanted.range
+    spread = (wanted.error or 0.0) * wanted.factor
+    if wanted.out_of is not None and found.n is not None and found.n != wanted.out_of:
+        scale = found.n / wanted.out_of
+        low, high, spread = low * scale, high * scale, spread * math.sqrt(scale)
+    return low, high, spread
+
+
+def _agrees(wanted: ExpectedValue, found: Found, low: float, high: float, spread: float, difference: float) -> bool:
+    if found.bound:
+        return low <= found.value if found.bound == "<" else high >= found.value
+    if difference < 0 and NAMES[wanted.name].smaller_is_better:
+        return True
+    allowed = max(STANDARD_ERRORS * math.hypot(found.error or 0.0, spread), (wanted.tolerance or 0.0) * wanted.factor)
+    return abs(difference) <= allowed + 1e-12
+
+
+def _same_words(wanted: ExpectedValue, words: Sequence[str]) -> bool:
+    """A name is one of the allowed ones; a sequence is a stretch of the expected one (a run has its own pressures)."""
+    if isinstance(wanted.value, str):
+        return tuple(words) == (wanted.value,)
+    allowed = [str(item) for item in wanted.value] if isinstance(wanted.value, list) else []
+    stretches = [allowed[i : i + len(words)] for i in range(len(allowed) - len(words) + 1)]
+    return list(words) in stretches
+
+
+def _row(wanted: ExpectedValue, found: Found | None, verdict: Verdict, reasons: Sequence[str], difference: float | None) -> Validated:
+    factor = wanted.factor
+    low, _, spread = _expected_range(wanted, found or Found())
+    expected = _expected_text(wanted)
+    if wanted.out_of is not None and found is not None and found.n != wanted.out_of:
+        expected = f"{_digits(low / factor)} ({expected} of {wanted.out_of})"
+    value = "" if found is None else " -> ".join(found.words) if found.words else found.bound + _digits(found.value / factor)
+    if found is not None and found.n is not None and wanted.out_of is not None:
+        value += f" of {found.n}"
+    return Validated(
+        wanted.title, wanted.unit, value,
+        "" if found is None or found.error is None or found.bound else _digits(found.error / factor),
+        expected, _digits(spread / factor) if spread > 0 else f"{wanted.tolerance:g} (tolerance)" if wanted.tolerance else "",
+        "" if difference is None or (found is not None and found.bound) else f"{difference / factor:+.3g}",
+        verdict, wanted.source, tuple(reasons),
+    )  # fmt: skip
+
+
+def _expected_text(wanted: ExpectedValue) -> str:
+    if wanted.at_least is not None:
+        return f"at least {wanted.at_least:g}"
+    if wanted.at_most is not None:
+        return f"at most {wanted.at_most:g}"
+    if isinstance(wanted.value, list):
+        between = " -> " if isinstance(wanted.value[0], str) else " to "
+        return between.join(f"{item:g}" if isinstance(item, int | float) else item for item in wanted.value)
+    return f"{wanted.value:g}" if isinstance(wanted.value, int | float) else str(wanted.value)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.4g}"
+
+
+COLUMNS = ("name", "unit", "found", "error", "expected", "expected_error", "difference", "verdict", "source", "could_explain")
+
+
+def write_validation(rows: Sequence[Validated], folder: str | Path) -> None:
+    """``validation.csv`` and ``validation.json`` for the report."""
+    target = Path(folder)
+    with replacing(target / "validation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in rows:
+            data: dict[str, Any] = asdict(row)
+            writer.writerow(["; ".join(data[name]) if name == "could_explain" else data[name] for name in COLUMNS])
+    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("agrees", "disagrees", "not in this run")}
+    write_json(target / "validation.json", {"counts": counts, "values": [asdict(row) for row in rows]})
+
+
+def read_validation(path: str | Path) -> list[Validated]:
+    """Read ``validation.json`` back; raises ``InputError``."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [Validated(**{**row, "could_explain": tuple(row["could_explain"])}) for row in data["values"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not readable as a validation ({error})") from None

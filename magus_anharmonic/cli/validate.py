@@ -1,0 +1,49 @@
+"""``validate``: does a campaign reproduce what is known?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magus_anharmonic.cli.common import app, user_errors
+from magus_anharmonic.errors import InputError
+
+
+@app.command()
+def validate(
+    campaign: Annotated[Path | None, typer.Argument(help="The folder of a campaign.")] = None,
+    expected: Annotated[Path | None, typer.Argument(help="Expected values: YAML as inputs/h3s-paper/expected.yaml.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for validation.csv and validation.json. [default: beside the tables]")
+    ] = None,
+    names: Annotated[bool, typer.Option("--names", help="List the values that can be validated, and stop.")] = False,
+) -> None:
+    """Compare a campaign with expected values: found, expected, difference, agrees or not, and what could explain a difference.
+
+    Exit code 0 when everything that was found agrees, 1 when something disagrees, 2 for a wrong input.
+    """
+    with user_errors():
+        if names:
+            from magus_anharmonic.analysis.expected import NAMES, UNITS
+
+            for name, one in NAMES.items():
+                needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
+                typer.echo(f"{name}: {one.meaning}; in {' or '.join(UNITS[one.dimension])}.{needs}")
+            return
+        if campaign is None or expected is None:
+            raise InputError("give the folder of a campaign and a YAML of expected values")
+        from magus_anharmonic.analysis.validate import tables_folder, write_validation
+        from magus_anharmonic.analysis.validate import validate as compare
+
+        rows = compare(campaign, expected)
+        write_validation(rows, output or tables_folder(campaign).parent)
+        for row in rows:
+            typer.echo(row.line)
+            for reason in row.could_explain:
+                typer.echo(f"{'':17s}could explain it: {reason}")
+        counts = [f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in ("agrees", "disagrees", "not in this run")]
+        typer.echo(f"\n{', '.join(counts).replace('agrees', 'agree', 1)}")
+        if any(row.verdict == "disagrees" for row in rows):
+            raise typer.Exit(1)

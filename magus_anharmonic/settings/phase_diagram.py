@@ -1,0 +1,109 @@
+"""The input of ``magus-anharmonic phase-diagram``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from magus_anharmonic.settings.search import SschaSettings
+from magus_anharmonic.settings.section import Count, NonNegative, Positive, PressureGPa, Section, load_yaml, parse
+
+OTHERS = (
+    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian",
+)  # fmt: skip
+"""Keys of ``sscha`` that belong to a ranking, not to a grid."""
+
+
+class PhaseSettings(Section):
+    """One phase: a structure file, or a frame of one."""
+
+    structure: str = Field(description="a file that ASE reads; relative to the input file")
+    index: int = Field(-1, description="frame of the file, from 0; -1: the last")
+
+
+class PhaseDiagramSettings(Section):
+    """``phase-diagram.yaml``: G of the phases on a grid of pressures and temperatures."""
+
+    phases: dict[str, PhaseSettings] = Field(description="name: structure file, or {structure, index}")
+    checkpoint: str = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
+    device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
+    pressures: list[PressureGPa] = Field(min_length=1, description="GPa, rising; the diagram ends at the first and the last")
+    temperatures: list[NonNegative] = Field([0.0], min_length=1, description="K, rising; each point starts from its neighbour")
+    isotopes: dict[str, dict[str, Positive]] = Field(
+        {"natural": {}}, description="name: masses in amu by symbol, e.g. {H3S: {}, D3S: {H: 2.014}}; the first is the reference"
+    )
+    sscha: SschaSettings = Field(SschaSettings.model_validate({}), description="as in a search; keys of a ranking are refused")
+    end_members: list[str] = Field(
+        [], description="phases or formulas against which formation energies count, e.g. [H2S, H2]; left out: the elements"
+    )
+    model_error: NonNegative = Field(
+        0.0, description="eV/atom, error of the potential in G of a phase, independent between phases; widens the bands"
+    )
+    n_samples: Count = Field(1000, ge=100, description="draws of the fits behind bands and odds")
+    seed: int = Field(0, ge=0, description="same input and seed, same result")
+
+    @field_validator("phases", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            raise ValueError("must name at least one phase, e.g. {Im-3m: im3m.cif}")
+        for name in value:
+            if not str(name).strip() or "/" in str(name):
+                raise ValueError(f"{name!r}: a phase needs a name without slashes")
+        return {str(name): {"structure": item} if isinstance(item, str) else item for name, item in value.items()}
+
+    @field_validator("isotopes", mode="before")
+    @classmethod
+    def _empty_is_natural(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            raise ValueError("must name at least one set of masses, e.g. {H3S: {}, D3S: {H: 2.014}}")
+        return {str(name): {} if masses is None else masses for name, masses in value.items()}
+
+    @field_validator("isotopes")
+    @classmethod
+    def _elements(cls, value: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+        from ase.data import atomic_numbers
+
+        for name, masses in value.items():
+            for symbol, mass in masses.items():
+                if symbol not in atomic_numbers or symbol == "X":
+                    raise ValueError(f"{name}: {symbol!r} is not a chemical element")
+                if mass >= 500:
+                    raise ValueError(f"{name}: {symbol}: {mass:g}: must be a mass in amu")
+        return value
+
+    @field_validator("pressures", "temperatures")
+    @classmethod
+    def _rising(cls, value: list[float]) -> list[float]:
+        for before, after in zip(value, value[1:], strict=False):
+            if after <= before:
+                raise ValueError(f"must rise without repeats: {after:g} comes after {before:g}")
+        return value
+
+    @model_validator(mode="after")
+    def _no_ranking_keys(self) -> PhaseDiagramSettings:
+        given = [name for name in OTHERS if name in self.sscha.model_fields_set]
+        if given:
+            hint = "; give temperatures: beside it" if "temperature" in given else ""
+            raise ValueError(f"sscha: {', '.join(given)}: not used for a phase diagram{hint}")
+        return self
+
+
+def load_phase_diagram(path: str | Path) -> PhaseDiagramSettings:
+    """Read ``phase-diagram.yaml``; structure files become absolute paths. Raises ``InputError`` with every problem."""
+    file = Path(path)
+    settings = parse(PhaseDiagramSettings, load_yaml(file))
+    phases = {
+        name: phase.model_copy(update={"structure": str((file.parent / phase.structure).resolve())})
+        for name, phase in settings.phases.items()
+    }
+    checkpoint = file.parent / settings.checkpoint
+    changed: dict[str, Any] = {"phases": phases}
+    if checkpoint.suffix and checkpoint.is_file():
+        changed["checkpoint"] = str(checkpoint.resolve())
+    return settings.model_copy(update=changed)
+
+
+__all__ = ["PhaseDiagramSettings", "PhaseSettings", "load_phase_diagram"]
