@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -70,6 +73,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
+
+
+def set_aside(path: str | Path, why: str) -> Path:
+    """Rename a damaged file to ``NAME.damaged`` (``.damaged2``, ...) with a warning, so that it is made anew; returns its new name."""
+    target = Path(path)
+    number, kept = 1, target.with_name(f"{target.name}.damaged")
+    while kept.exists():
+        number += 1
+        kept = target.with_name(f"{target.name}.damaged{number}")
+    target.replace(kept)
+    log.warning("%s is damaged (%s); it is kept as %s and made anew", target, " ".join(why.split())[:200], kept.name)
+    return kept
 
 
 def _plain(value: Any) -> Any:

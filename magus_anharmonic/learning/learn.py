@@ -15,6 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, select
@@ -236,18 +237,8 @@ def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str 
 def _record_failure(folder: Path, atoms: Atoms, settings_hash: str, reason: str) -> None:
     log.warning("label %s (%s) failed: %s", atoms.info["id"], atoms.get_chemical_formula(), reason)
     record = {key: atoms.info[key] for key in ("generation", "id", "parent", "distortion_seed")}
-    append_jsonl(
-        folder / "failures.jsonl",
-        {
-            "stage": "label",
-            **record,
-            "formula": atoms.get_chemical_formula(),
-            "settings_hash": settings_hash,
-            "reason": reason,
-            "cell": atoms.cell.array,
-            "positions": atoms.positions,
-        },
-    )
+    what = {**record, "formula": atoms.get_chemical_formula(), "settings_hash": settings_hash}
+    record_failure(folder, "label", reason, **what, cell=atoms.cell.array, positions=atoms.positions)
 
 
 def training_sets(

@@ -6,12 +6,13 @@ back before it is used: a search that was killed and restarted is the search tha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, reason_of
+from magus_anharmonic.failures import record_failure
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
+from magus_anharmonic.lock import check_free, locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
 from magus_anharmonic.search.archive import Archive, compare_settings
@@ -32,6 +35,8 @@ from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, r
 from magus_anharmonic.settings import Settings
 
 log = logging.getLogger(__name__)
+
+WHAT = "magus-anharmonic search"
 
 
 class Purpose(IntEnum):
@@ -73,23 +78,43 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
     for line in warnings:
         log.warning(line)
     archive = Archive(Path(directory).resolve())
-    settings = checked_learning(settings, archive.anharmonic)
-    relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
-    settings = _open(archive, settings, relaxer, restart)
-    state = None
-    if settings.learning is not None or settings.sscha is not None:
-        state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
-    search = Search(settings, keys, relaxer, archive, state)
-    search.run()
+    with contextlib.ExitStack() as stack:
+        if restart:
+            if not (archive.anharmonic / "run.json").exists():
+                raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
+            stack.enter_context(locked(archive.anharmonic, WHAT))
+            stack.enter_context(_recording(archive.anharmonic))
+            check_results_version(archive.anharmonic)
+        settings = checked_learning(settings, archive.anharmonic)
+        relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
+        if not restart:
+            check_free(archive.anharmonic)
+            archive.start()
+            stack.enter_context(locked(archive.anharmonic, WHAT))
+            stack.enter_context(_recording(archive.anharmonic))
+        settings = _open(archive, settings, relaxer, restart)
+        state = None
+        if settings.learning is not None or settings.sscha is not None:
+            state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
+        search = Search(settings, keys, relaxer, archive, state)
+        search.run()
     return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def _recording(folder: Path) -> Iterator[None]:
+    """Leave the reason in ``failures.jsonl`` when a search stops before its end (a killed one cannot)."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            record_failure(folder, "run", reason_of(error))
+        raise
+
+
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
-    """Make or check the results folder; returns the settings with the seed."""
+    """Check or describe the results folder; returns the settings with the seed."""
     if restart:
-        if not (archive.anharmonic / "run.json").exists():
-            raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
-        check_results_version(archive.anharmonic)
         record = read_run_record(archive.anharmonic)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
@@ -98,7 +123,6 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     else:
         seed = secrets.randbits(31) if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
-        archive.start()
     write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
     log.info("seed %d", seed)
     return settings
