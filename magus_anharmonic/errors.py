@@ -25,6 +25,10 @@ class CheckpointError(InputError):
     """A checkpoint is missing, truncated, or of an architecture that is not supported."""
 
 
+class DamagedFile(InputError):
+    """A file of a results folder is cut, changed or not what its name says; nothing of it is used."""
+
+
 class LabelerError(MagusAnharmonicError):
     """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
 

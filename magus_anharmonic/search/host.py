@@ -28,7 +28,7 @@ from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.lock import check_free, locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
-from magus_anharmonic.search.archive import Archive, compare_settings
+from magus_anharmonic.search.archive import Archive, compare_settings, whole_frames
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.operators import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
@@ -128,6 +128,14 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     return settings
 
 
+def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:
+    """Copies of the best structures of a generation, which say so."""
+    best = [pops.copied(atoms) for atoms in pops.select_best(good)]
+    for atoms in best:
+        atoms.info["best_of"] = generation
+    return best
+
+
 class Search:
     """The populations between two generations, and the step from one to the next."""
 
@@ -140,6 +148,7 @@ class Search:
         self.offspring = OffspringGenerator(keys, self.geometry, self.checker)
         self.units = [Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)]) for row in keys.units]
         self.num_gen, self.seed = settings.num_gen or 0, settings.seed or 0
+        self.begun = time.perf_counter()
         self.good: list[Atoms] = []
         self.keep: list[Atoms] = []
         self.current: list[Atoms] = []
@@ -155,9 +164,9 @@ class Search:
             log.info("going on after generation %d of %d", done, self.num_gen)
         times: list[float] = []
         for generation in range(done + 1, self.num_gen + 1):
-            begun = time.perf_counter()
+            self.begun = time.perf_counter()
             self._step(generation)
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - self.begun)
             left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
             log.info(
@@ -172,19 +181,26 @@ class Search:
             loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
             setattr(self, "current" if name == "gen" else name, loaded)
         # a kill between best.traj and search.json leaves the unfinished generation in best.traj
-        self.best = [atoms for atoms in self.archive.load("best", "") if atoms.info["best_of"] <= generation]
+        best = whole_frames(self.archive.results / "best.traj")
+        if best is None:
+            best = [atoms for g in range(1, generation + 1) for atoms in best_of(self.archive.load("good", g), g)]
+        self.best = [atoms for atoms in best if atoms.info["best_of"] <= generation]
 
     def _step(self, generation: int) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
-        if not self.archive.has("init", generation):
-            self._save("init", generation, self._initial(generation))
-        if not self.archive.has("raw", generation):
+        raw = self.archive.known("raw", generation)
+        if raw is None:
+            initial = self.archive.known("init", generation)
+            if initial is None:
+                self._save("init", generation, self._initial(generation))
+                initial = self.archive.load("init", generation)
             chunks = self.archive.anharmonic / "relax" / str(generation)
-            relaxed = self.relaxer.relax(self.archive.load("init", generation), chunks)
+            relaxed = self.relaxer.relax(initial, chunks)
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
             self._save("raw", generation, relaxed)
             forget(chunks)
-        relaxed = self._checked(self.archive.load("raw", generation), "after relaxation")
+            raw = self.archive.load("raw", generation)
+        relaxed = self._checked(raw, "after relaxation")
         require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")
         self.current = self._distinct(relaxed)
         self._save("gen", generation, self.current)
@@ -258,10 +274,7 @@ class Search:
         candidates = [pops.copied(atoms) for atoms in [*known, *self.current]]
         self.good = pops.select_good(candidates, self.fitness, self.keys)
         self.keep = pops.select_keep(self.good, self.keys.save_good)
-        best = [pops.copied(atoms) for atoms in pops.select_best(self.good)]
-        for atoms in best:
-            atoms.info["best_of"] = generation
-        self.best = [*self.best, *best]
+        self.best = [*self.best, *best_of(self.good, generation)]
 
     def _finish(self, generation: int) -> None:
         balls = [self.geometry.ball_volume(self.geometry.counts(atoms)) for atoms in self.current]
@@ -272,7 +285,7 @@ class Search:
             self._save(name, generation, getattr(self, name))
         self._save("good", "", self.good)
         self._save("best", "", self.best)
-        self.archive.finish(generation, self.volume_ratio)
+        self.archive.finish(generation, self.volume_ratio, time.perf_counter() - self.begun)
         self._load(generation)
 
     def _save(self, name: str, generation: Any, population: Sequence[Atoms]) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
-from magus_anharmonic.search.archive import read_frames, write_frames
+from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
 
@@ -65,10 +65,12 @@ class Relaxer:
         for first in range(0, len(population), size):
             chunk = population[first : first + size]
             file = folder / f"chunk-{first // size}.traj"
-            if not file.exists():
+            known = whole_frames(file)
+            if known is None:
                 write_frames(file, self._relax_chunk(chunk))
                 computed += len(chunk)
-            relaxed.extend(read_frames(file))
+                known = read_frames(file)
+            relaxed.extend(known)
             _report(relaxed, len(population), computed, time.perf_counter() - begun)
         reasons = Counter(atoms.info["failure"] for atoms in relaxed if "failure" in atoms.info)
         for reason, count in reasons.most_common():
