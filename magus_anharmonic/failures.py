@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,21 @@ _NOT_IDENTITY = ("time", "cell", "positions")
 
 
 def record_failure(folder: str | Path, stage: str, reason: str, **what: Any) -> None:
-    """Append one failure to ``folder/failures.jsonl``.
+    """Append one failure to ``folder/failures.jsonl``; see `record_failures`."""
+    record_failures(folder, stage, [{**what, "reason": reason}])
 
-    stage : label, relaxation, sscha, run; ``what`` names the piece of work (generation, id, ...). A failure that is met again by a
-    restarted run, with the same reason, is not recorded twice; one of the stage run is, with its time.
+
+def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str, Any]]) -> None:
+    """Append failures to ``folder/failures.jsonl``.
+
+    stage : label, relaxation, sscha, run; each failure has a ``reason`` and what names the piece of work (generation, id, ...). One
+    that a restarted run meets again, with the same reason, is not recorded twice; one of the stage run is, with its time.
     """
-    record = {"stage": stage, **what, "reason": reason, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-    if stage == "run" or identity(record) not in (identity(known) for known in read_failures(folder)):
-        append_jsonl(Path(folder) / NAME, record)
+    known = [] if stage == "run" or not failures else [identity(record) for record in read_failures(folder)]
+    for failure in failures:
+        record = {"stage": stage, **failure, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        if identity(record) not in known:
+            append_jsonl(Path(folder) / NAME, record)
 
 
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:

@@ -37,6 +37,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: str | Path) -> int:
+    """Remove the temporary files that killed processes left below ``folder``, whose lock must be held; returns how many."""
+    found = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:

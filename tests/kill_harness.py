@@ -101,8 +101,8 @@ class Server:
     ) -> Ended:
         """Run ``magus-anharmonic search`` in ``folder`` to its end.
 
-        ``step``: send signal ``number`` just before the first step of that name; ``after``: send it after so many seconds; ``file_size``: no
-        file may grow beyond so many bytes.
+        ``step``: send signal ``number`` just before the first step of that name; ``after``: send it after so many seconds; ``file_size``:
+        no file may grow beyond so many bytes.
         """
         order = {"folder": str(folder), "restart": restart, "step": step, "number": int(number), "file_size": file_size}
         self._send(order)
@@ -135,7 +135,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     found["labels"] = labels(ours / "labels")
     for pattern in ("*.csv", "*.traj", "search.json", "seeds/*", "sscha/*/*.npz", "sscha/*/convergence.csv"):
         found |= {str(path.relative_to(folder)): path.read_bytes() for path in ours.glob(pattern)}
-    found["models"] = {path.name: describe(path).id for path in sorted(ours.glob("checkpoints/*.pth"))}
+    found["models"] = {path.name: describe(path).model_id for path in sorted(ours.glob("checkpoints/*.pth"))}
     metrics = read_jsonl(ours / "metrics.jsonl")
     found["metrics"] = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in metrics]
     found["failures"] = [identity(record) for record in read_failures(ours) if record["stage"] != "run"]

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record"},
     "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
+    "status": BASE,
     "doctor": BASE | {"potential", "labelers", "sscha"},
     "plugins": BASE
     | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload"},

@@ -6,7 +6,7 @@ from importlib import import_module
 
 from magus_anharmonic.cli.common import app
 
-COMMANDS = ("search", "hessian", "train", "doctor")
+COMMANDS = ("search", "hessian", "train", "status", "doctor")
 """The modules of this package, in the order in which ``--help`` lists their commands; importing one registers it."""
 
 for _name in COMMANDS:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
+from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, select
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset, side
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 MAX_FORCE = 50.0
 """eV/A; a label with a larger force is kept but not learned from (MAGUS drops such structures too)."""
+
+METRICS = ("generation", "new_model", "n_labels", "n_failures", "changed")
+"""What every line of ``metrics.jsonl`` has."""
 
 _CHOOSE, _DISTORT, _REPLAY, _TRAIN = 101, 102, 103, 104
 
@@ -121,7 +124,7 @@ def learn(
 
 def _finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint are there."""
-    records = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    records = [record for record in read_jsonl(folder / "metrics.jsonl", METRICS) if record["generation"] == generation]
     file = checkpoint_file(folder, generation)
     if not records or not file.is_file():
         return None
@@ -129,7 +132,11 @@ def _finished(folder: Path, generation: int, potential: Potential) -> Learned | 
     if potential.model_id != metrics["new_model"] or potential.error_model is None:
         from magus_anharmonic.potential import load
 
-        current = load(file, device=potential.device)
+        try:
+            current = load(file, device=potential.device)
+        except CheckpointError as error:
+            set_aside(file, str(error))
+            return None
         if current.model_id != metrics["new_model"]:
             log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
             return None
@@ -325,7 +332,7 @@ def _conclude(
     if candidate is not None and not changed:
         metrics["rejected"] = {"model": candidate.model_id, **trained}
     generation = int(metrics["generation"])
-    recorded = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    recorded = [record for record in read_jsonl(folder / "metrics.jsonl", METRICS) if record["generation"] == generation]
     if not recorded or recorded[-1]["new_model"] != current.model_id:
         append_jsonl(folder / "metrics.jsonl", metrics)
     file = checkpoint_file(folder, generation)

@@ -23,6 +23,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, reason_of
 from magus_anharmonic.failures import record_failure
+from magus_anharmonic.files import read_jsonl, remove_unfinished
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.lock import check_free, locked
@@ -84,6 +85,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
+            remove_unfinished(archive.results)
             check_results_version(archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
         relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
@@ -96,6 +98,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         state = None
         if settings.learning is not None or settings.sscha is not None:
             state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
+        relaxer.run_dir = archive.anharmonic
         search = Search(settings, keys, relaxer, archive, state)
         search.run()
     return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
@@ -116,6 +119,7 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     """Check or describe the results folder; returns the settings with the seed."""
     if restart:
         record = read_run_record(archive.anharmonic)
+        _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
         for key in compare_settings({**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")):
@@ -126,6 +130,25 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
     log.info("seed %d", seed)
     return settings
+
+
+def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> None:
+    """Refuse to go on with another model than the one that the search had: a checkpoint was replaced meanwhile."""
+    found = relaxer.evaluator.model_id
+    generation = archive.finished()[0]
+    own = newest_checkpoint(archive.anharmonic, generation)
+    if own is not None:
+        lines = read_jsonl(archive.anharmonic / "metrics.jsonl", ("generation", "new_model"))
+        models = {f"gen{line['generation']}": line["new_model"] for line in lines}
+        file, known = str(own), models.get(own.stem)
+    else:
+        first = (record.get("earlier_starts") or [record])[0]
+        file, known = "MainCalculator.checkpoint", first.get("model") if isinstance(first, dict) else None
+    if known is not None and known != found:
+        raise InputError(
+            f"{file}: holds the model {found}, but the search went on with {known}: the file was replaced; "
+            "put the earlier one back, or start anew without -r"
+        )
 
 
 def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:
