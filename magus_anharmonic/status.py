@@ -86,9 +86,8 @@ def _search(ours: Path) -> Status:
     results, settings = ours.parent, _json(ours / "run.json").get("settings")
     settings = settings if isinstance(settings, dict) else {}
     history = read_jsonl(ours / "generations.jsonl", ("generation",))
-    finished = _number(_json(ours / "search.json").get("finished")) or max(
-        (_number(line["generation"]) or 0 for line in history), default=0
-    )
+    last = max((_number(line["generation"]) or 0 for line in history), default=0)
+    finished = _number(_json(ours / "search.json").get("finished")) or last
     total = _number(settings.get("num_gen")) or 0
     owner = read_owner(ours)
     done = total > 0 and finished >= total
