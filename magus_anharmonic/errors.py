@@ -25,6 +25,10 @@ class CheckpointError(InputError):
     """A checkpoint is missing, truncated, or of an architecture that is not supported."""
 
 
+class DamagedFile(InputError):
+    """A file of a results folder is cut, changed or not what its name says; nothing of it is used."""
+
+
 class LabelerError(MagusAnharmonicError):
     """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
 
@@ -35,3 +39,21 @@ class LabelerNotInstalled(InputError, LabelerError):
 
 class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived: the batch system, or a person, wants the process to end now."""
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what stopped a run, for the user and for ``failures.jsonl``."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped by SIGINT"
+    if isinstance(error, Terminated):
+        return "stopped by SIGTERM"
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"memory exhausted{': ' if text else ''}{text}"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or text or type(error).__name__}"
+    return text if isinstance(error, MagusAnharmonicError) else f"{type(error).__name__}{': ' if text else ''}{text}"

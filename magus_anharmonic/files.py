@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from magus_anharmonic.errors import DamagedFile
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -30,6 +35,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: str | Path) -> int:
+    """Remove the temporary files that killed processes left below ``folder``, whose lock must be held; returns how many."""
+    found = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
+    for path in found:
+        path.unlink(missing_ok=True)
+    return len(found)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -60,16 +73,60 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Read all whole records of a JSON-lines file; a last line cut short by a kill is left out."""
+def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Read all whole records of a JSON-lines file that have the ``required`` keys.
+
+    A last line that a kill cut short is left out without a word, any other line that is no such record with a warning.
+    """
     target = Path(path)
     if not target.exists():
         return []
-    records = []
-    for line in target.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    records, wanted = [], set(required)
+    lines = target.read_bytes().decode("utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and wanted <= set(record):
+            records.append(record)
+        elif line.strip() and number < len(lines):
+            log.warning("%s, line %d: damaged, left out", target, number)
     return records
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none."""
+    try:
+        data = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path}: damaged or not readable ({error})") from None
+    if not isinstance(data, dict):
+        raise DamagedFile(f"{path}: damaged: holds {type(data).__name__} instead of keys and values")
+    return data
+
+
+def load_arrays(path: str | Path) -> dict[str, Any]:
+    """All arrays of an .npz file of ours; raises ``DamagedFile``. Pickled objects are never loaded."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
+        raise DamagedFile(f"{path}: damaged or not readable ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+
+
+def set_aside(path: str | Path, why: str) -> Path:
+    """Rename a damaged file to ``NAME.damaged`` (``.damaged2``, ...) with a warning, so that it is made anew; returns its new name."""
+    target = Path(path)
+    number, kept = 1, target.with_name(f"{target.name}.damaged")
+    while kept.exists():
+        number += 1
+        kept = target.with_name(f"{target.name}.damaged{number}")
+    target.replace(kept)
+    log.warning("%s is damaged (%s); it is kept as %s and made anew", target, " ".join(why.split())[:200], kept.name)
+    return kept
 
 
 def _plain(value: Any) -> Any:

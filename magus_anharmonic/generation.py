@@ -170,14 +170,15 @@ def _recorded_seed(folder: Path, restart: bool) -> int:
 def _recorded_rmse(folder: Path) -> float | None:
     from magus_anharmonic.files import read_jsonl
 
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = read_jsonl(folder / "metrics.jsonl", ("new",))
     return validation_rmse(records[-1]) if records else None
 
 
 def validation_rmse(metrics: dict[str, Any]) -> float | None:
     """Energy RMSE (eV/atom) of the model in use on the validation labels, from a record of ``metrics.jsonl``; None if unknown."""
-    scores = metrics.get("new", {}).get("validation") or {}
-    value = scores.get("energy_rmse")
+    new = metrics.get("new")
+    scores = new.get("validation") if isinstance(new, dict) else None
+    value = scores.get("energy_rmse") if isinstance(scores, dict) else None
     return float(value) if value is not None and np.isfinite(value) else None
 
 

@@ -12,7 +12,7 @@ import magus_anharmonic
 
 PACKAGE = Path(magus_anharmonic.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
-BASE = {"settings", "errors", "units", "files", "structures", "evaluator", "__init__"}
+BASE = {"settings", "errors", "units", "files", "failures", "lock", "structures", "evaluator", "__init__"}
 
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
     "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
     "campaign": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "search", "doctor", "run_record", "analysis", "report"},
+    "status": BASE,
     "doctor": BASE | {"potential", "labelers", "sscha"},
     "plugins": BASE
     | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload"},

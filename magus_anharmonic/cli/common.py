@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, reason_of
 
 app = typer.Typer(
     name="magus-anharmonic",
@@ -29,7 +31,8 @@ INPUT_ERROR = 2
 def user_errors() -> Iterator[None]:
     """Turn errors meant for the user into one clear message and an exit code (2 = the input is wrong)."""
     try:
-        yield
+        with _terminating():
+            yield
     except InputError as error:
         for problem in error.problems:
             typer.echo(f"input error: {problem}", err=True)
@@ -37,9 +40,31 @@ def user_errors() -> Iterator[None]:
     except MagusAnharmonicError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; finished work is kept, run the same command with -r to go on", err=True)
-        raise typer.Exit(130) from None
+    except (KeyboardInterrupt, Terminated) as error:
+        typer.echo(f"{reason_of(error)}; finished work is kept, run the same command with -r to go on", err=True)
+        raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
+    except (OSError, MemoryError) as error:
+        logging.getLogger(__name__).debug("stopped", exc_info=True)
+        typer.echo(f"error: {reason_of(error)}; finished work is kept, mend it and run the same command with -r to go on", err=True)
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _terminating() -> Iterator[None]:
+    """Let SIGTERM end the block as an exception, so that locks are given back and child processes end; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def configure_logging(verbose: bool) -> None:

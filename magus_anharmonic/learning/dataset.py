@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.potential.split import side_of_name
@@ -53,18 +56,42 @@ class LabelStore:
     """The labels in ``directory`` (``results/anharmonic/labels``).
 
     ``gen003.xyz`` (then ``gen003-2.xyz``, ...) are finished batches and never change; ``pending/gen003/<id>.xyz`` are the labels of a
-    batch that is not finished. Reading merges both; a label that is in both after a kill counts once. ``families.jsonl`` says which
-    chosen structures are one phase. One process writes.
+    batch that is not finished. Reading merges both; a label that is in both after a kill counts once. ``index.jsonl`` has the digest of
+    every label, so that none can be lost or changed unnoticed. ``families.jsonl`` says which chosen structures are one phase. One process
+    writes. Raises ``DamagedFile`` when a label is missing or changed.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.families = Families(self.directory / "families.jsonl")
+        self.index = self.directory / "index.jsonl"
         self._frames: dict[str, Atoms] = {}
-        batches = sorted(self.directory.glob("gen*.xyz"))
-        for file in [*batches, *sorted(self.directory.glob("pending/*/*.xyz"))]:
-            for atoms in read_labels(file):
-                self._frames.setdefault(str(atoms.info["id"]), atoms)
+        known = {str(line["id"]): line["digest"] for line in read_jsonl(self.index, ("id", "digest"))}
+        for file in sorted(self.directory.glob("gen*.xyz")):
+            self._take(file, known)
+        for file in sorted(self.directory.glob("pending/*/*.xyz")):
+            try:
+                self._take(file, known)
+            except DamagedFile as error:
+                set_aside(file, str(error))
+                known.pop(file.stem, None)  # it is made again
+        lost = sorted(set(known) - set(self._frames))
+        if lost:
+            raise DamagedFile(
+                f"{self.directory}: {len(lost)} labels are in {self.index.name} but in no file ({', '.join(lost[:3])}): a file was cut or "
+                "removed; bring it back, or delete their lines there to go on without them"
+            )
+
+    def _take(self, file: Path, known: Mapping[str, str]) -> None:
+        """Take over the labels of one file; raises ``DamagedFile`` when one is not what it was when it was written."""
+        for number, atoms in enumerate(read_labels(file), start=1):
+            label_id = str(atoms.info.get("id"))
+            complete = atoms.calc is not None and {"energy", "forces", "stress"} <= set(atoms.calc.results)
+            if not complete or not isinstance(atoms.info.get("generation"), int | np.integer) or label_id == "None":
+                raise DamagedFile(f"{file}: structure {number} ({label_id}) is no whole label; bring back an undamaged copy")
+            if known.get(label_id, digest := label_digest(atoms)) != digest:
+                raise DamagedFile(f"{file}: label {label_id} is not what it was when it was made; bring back an undamaged copy")
+            self._frames.setdefault(label_id, atoms)
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -90,6 +117,7 @@ class LabelStore:
             write(temporary, atoms, format="extxyz")
         # The digits of the file, not those in memory: a restarted search must train on the same numbers.
         self._frames[label_id] = read_labels(file)[0]
+        append_jsonl(self.index, {"id": label_id, "digest": label_digest(self._frames[label_id])})
 
     def close_batch(self, generation: int) -> Path | None:
         """Merge the pending labels of ``generation`` into one new file and return it; None when there are none."""
@@ -105,7 +133,8 @@ class LabelStore:
                 write(temporary, fresh, format="extxyz")
         for file in files:
             file.unlink()
-        folder.rmdir()
+        with contextlib.suppress(OSError):  # a damaged file that was set aside stays
+            folder.rmdir()
         return batch
 
     def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
@@ -136,6 +165,15 @@ class LabelStore:
         return file
 
 
+def label_digest(atoms: Atoms) -> str:
+    """Twelve hex digits over structure, energy, forces and stress of a label."""
+    results = atoms.calc.results
+    digest = hashlib.sha256(np.asarray(atoms.numbers, dtype=np.int64).tobytes())
+    for values in (atoms.cell.array, atoms.positions, results["energy"], results["forces"], results["stress"]):
+        digest.update((np.asarray(values, dtype=float) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
+
+
 def read_labels(file: str | Path) -> list[Atoms]:
     """Labelled structures of an extended XYZ file; raises ``InputError`` that names the file when it is none."""
     path = Path(file)
@@ -144,9 +182,9 @@ def read_labels(file: str | Path) -> list[Atoms]:
     try:
         frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
-        raise InputError(f"{path}: not readable as extended XYZ: {error}") from None
+        raise DamagedFile(f"{path}: not readable as extended XYZ: {' '.join(str(error).split())[:200]}") from None
     if not frames:
-        raise InputError(f"{path}: holds no structure")
+        raise DamagedFile(f"{path}: holds no structure")
     for atoms in frames:
         # ASE reads this key as a result of the calculator, and then refuses to write it from both places.
         if atoms.calc is not None and "free_energy" in atoms.calc.results:

@@ -19,6 +19,7 @@ from magus_anharmonic.files import append_jsonl, read_jsonl
 SIMILARITY = 0.985
 VOLUME_TOLERANCE = 0.05
 _REACH, _WIDTH = 2.4, 0.06
+_KEYS = ("parent", "family", "formula", "volume", "density")
 _GRID = np.arange(0.3, _REACH, _WIDTH)
 
 
@@ -38,6 +39,7 @@ class Fingerprint:
         """Whether the two are taken for one phase (scalar product above 0.985, volumes within 5 %)."""
         return (
             self.formula == other.formula
+            and self.density.shape == other.density.shape
             and abs(self.volume - other.volume) <= VOLUME_TOLERANCE * max(self.volume, other.volume)
             and float(self.density @ other.density) >= SIMILARITY
         )
@@ -67,7 +69,9 @@ class Families:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self._members: list[tuple[str, str, Fingerprint]] = [_from_record(record) for record in read_jsonl(file)]
+        self._members: list[tuple[str, str, Fingerprint]] = [
+            _from_record(record) for record in read_jsonl(file, _KEYS) if _is_whole(record)
+        ]
 
     def family(self, parent: str, atoms: Atoms) -> str:
         """Family of the structure ``parent``: that of the first similar structure chosen before, else its own name."""
@@ -89,6 +93,12 @@ class Families:
 def _to_record(parent: str, family: str, found: Fingerprint) -> dict[str, Any]:
     density = np.round(found.density, 5)
     return {"parent": parent, "family": family, "formula": found.formula, "volume": round(found.volume, 5), "density": density}
+
+
+def _is_whole(record: dict[str, Any]) -> bool:
+    numbers = record["density"]
+    whole = isinstance(numbers, list) and all(isinstance(value, int | float) for value in numbers)
+    return whole and isinstance(record["volume"], int | float)
 
 
 def _from_record(record: dict[str, Any]) -> tuple[str, str, Fingerprint]:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
+from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
+from magus_anharmonic.failures import record_failure
+from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, select
 from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 
 MAX_FORCE = 50.0
 """eV/A; a label with a larger force is kept but not learned from (MAGUS drops such structures too)."""
+
+METRICS = ("generation", "new_model", "n_labels", "n_failures", "changed")
+"""What every line of ``metrics.jsonl`` has."""
 
 _CHOOSE, _DISTORT, _REPLAY, _TRAIN = 101, 102, 103, 104
 
@@ -129,7 +133,7 @@ def learn(
 
 def _finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint are there."""
-    records = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    records = [record for record in read_jsonl(folder / "metrics.jsonl", METRICS) if record["generation"] == generation]
     file = checkpoint_file(folder, generation)
     if not records or not file.is_file():
         return None
@@ -137,7 +141,11 @@ def _finished(folder: Path, generation: int, potential: Potential) -> Learned | 
     if potential.model_id != metrics["new_model"] or potential.error_model is None:
         from magus_anharmonic.potential import load
 
-        current = load(file, device=potential.device)
+        try:
+            current = load(file, device=potential.device)
+        except CheckpointError as error:
+            set_aside(file, str(error))
+            return None
         if current.model_id != metrics["new_model"]:
             log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
             return None
@@ -245,18 +253,8 @@ def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str 
 def _record_failure(folder: Path, atoms: Atoms, settings_hash: str, reason: str) -> None:
     log.warning("label %s (%s) failed: %s", atoms.info["id"], atoms.get_chemical_formula(), reason)
     record = {key: atoms.info[key] for key in ("generation", "id", "parent", "distortion_seed")}
-    append_jsonl(
-        folder / "failures.jsonl",
-        {
-            "stage": "label",
-            **record,
-            "formula": atoms.get_chemical_formula(),
-            "settings_hash": settings_hash,
-            "reason": reason,
-            "cell": atoms.cell.array,
-            "positions": atoms.positions,
-        },
-    )
+    what = {**record, "formula": atoms.get_chemical_formula(), "settings_hash": settings_hash}
+    record_failure(folder, "label", reason, **what, cell=atoms.cell.array, positions=atoms.positions)
 
 
 def training_sets(
@@ -343,7 +341,7 @@ def _conclude(
     if candidate is not None and not changed:
         metrics["rejected"] = {"model": candidate.model_id, **trained}
     generation = int(metrics["generation"])
-    recorded = [record for record in read_jsonl(folder / "metrics.jsonl") if record.get("generation") == generation]
+    recorded = [record for record in read_jsonl(folder / "metrics.jsonl", METRICS) if record["generation"] == generation]
     if not recorded or recorded[-1]["new_model"] != current.model_id:
         append_jsonl(folder / "metrics.jsonl", metrics)
     file = checkpoint_file(folder, generation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import io
 import json
 import logging
 import socket
@@ -223,9 +224,19 @@ def save(
         "provenance": _plain(provenance or {}),
         **{key: _plain(value) for key, value in extra.items()},
     }
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    write_torch(path, content)
     return Model(Path(path), identity, parent_id, content["metrics"], species_of(content), content["provenance"])
+
+
+def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
+    """``torch.save`` whole or not at all; the same content gives the same bytes. Raises OSError where the disk is full."""
+    import torch
+
+    # Through memory: torch's own writer hides the disk's error and puts the name of the temporary file into the archive.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replacing(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def _plain(value: Any) -> Any:

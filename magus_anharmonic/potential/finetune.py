@@ -21,7 +21,6 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, InputError
-from magus_anharmonic.files import replacing
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.score import Scores, labels_of
@@ -295,8 +294,7 @@ class _Run:
             "best_state": self.best_state,
             "history": [epoch.as_dict() for epoch in self.history],
         }
-        with replacing(self.state_file) as temporary:
-            torch.save(state, temporary)
+        checkpoint.write_torch(self.state_file, state)
 
     def _restore(self, trainer: Trainer) -> bool:
         if not self.state_file.is_file():

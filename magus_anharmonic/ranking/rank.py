@@ -12,6 +12,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
+from magus_anharmonic.failures import record_failure
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
@@ -252,6 +253,10 @@ class Ranking:
         return resolution(self.energy_rmse, self.sscha.free_energy_tolerance) if wanted is None else wanted
 
     def _keep(self, group: int, key: Key, record: Record | None, outcome: Outcome | None = None) -> None:
+        if record is None or record.status == "failed":
+            reason = record.reason if record is not None else outcome.reason if outcome is not None else "no result"
+            what = {"id": structure_id(self.leader(group)), "temperature_K": key.temperature, "model": self.model}
+            record_failure(self.run_dir, "sscha", reason, **what)
         if record is None:
             self.failures[group, key] = outcome.reason if outcome is not None else "no result"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from ase import Atoms
 
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.files import set_aside
 from magus_anharmonic.ranking.candidate import Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
@@ -134,11 +137,15 @@ class FreeEnergyStore:
         self._rows: dict[tuple[str, Key], int] = {}
         self._prints: dict[tuple[str, str], Fingerprint] = {}
         self._by_centroids: dict[tuple[str, Key], str] = {}
-        if self.path.exists():
-            for row in self._connect().select():
-                record = _from_row(row)
-                self._remember(record)
-                self._rows[record.structure, record.key] = row.id
+        try:
+            rows = list(self._connect().select()) if self.path.exists() else []
+            found = [(_from_row(row), row.id) for row in rows]
+        except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
+            set_aside(self.path, f"{type(error).__name__}: {error}; free energies are taken from the folders of the runs again")
+            found = []
+        for record, row_id in found:
+            self._remember(record)
+            self._rows[record.structure, record.key] = row_id
 
     def _connect(self) -> Any:
         import ase.db
@@ -157,12 +164,15 @@ class FreeEnergyStore:
         """Add the record, or replace the one of the same structure and key; on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
-        database = self._connect()
         pairs, data = _to_row(record)
-        if identity in self._rows:
-            database.update(self._rows[identity], atoms=bare(record.start), data=data, **pairs)
-        else:
-            self._rows[identity] = database.write(bare(record.start), key_value_pairs=pairs, data=data)
+        try:
+            database = self._connect()
+            if identity in self._rows:
+                database.update(self._rows[identity], atoms=bare(record.start), data=data, **pairs)
+            else:
+                self._rows[identity] = database.write(bare(record.start), key_value_pairs=pairs, data=data)
+        except sqlite3.Error as error:  # a full disk, a folder that became read-only
+            raise MagusAnharmonicError(f"{self.path}: cannot be written ({error}); free space or mend the folder, then go on") from None
         self._remember(record)
 
     def _remember(self, record: Record) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ import numpy as np
 from ase import Atoms
 from ase.io import read, write
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, write_json
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, replacing, set_aside, write_json
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)
 
 STATE = "search.json"
+HISTORY = "generations.jsonl"
 FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")
 FIXED_HOST_KEYS = ("formula",)
 
@@ -26,7 +27,8 @@ FIXED_HOST_KEYS = ("formula",)
 class Archive:
     """``results/{init,raw,gen,good,keep}{g}.traj``, ``good.traj``, ``best.traj`` and ``results/anharmonic/``.
 
-    A generation counts as finished when ``search.json`` says so, which is the last file it writes.
+    A generation counts as finished when ``search.json`` says so, which is the last file it writes;
+    ``generations.jsonl`` has a line for each.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -43,7 +45,10 @@ class Archive:
                 number += 1
             self.results.rename(self.directory / f"results{number}")
             log.info("the earlier results are now in results%d", number)
-        self.anharmonic.mkdir(parents=True)
+        try:
+            self.anharmonic.mkdir(parents=True)
+        except FileExistsError:
+            raise InputError(f"{self.results}: another search was started here at the same moment; work in another folder") from None
 
     def save(self, name: str, generation: int | str, population: Sequence[Atoms], units: list[Atoms] | None = None) -> None:
         """Write ``{name}{generation}.traj`` atomically; fitness is not kept, as in MAGUS."""
@@ -61,19 +66,45 @@ class Archive:
         return (self.results / f"{name}{generation}.traj").exists()
 
     def load(self, name: str, generation: int | str) -> list[Atoms]:
-        """The population of a file of this search."""
+        """The population of a file of this search; raises ``DamagedFile``."""
         return read_frames(self.results / f"{name}{generation}.traj")
+
+    def known(self, name: str, generation: int) -> list[Atoms] | None:
+        """The population of a file that can be made anew: None when it is not there, or is damaged and now set aside."""
+        return whole_frames(self.results / f"{name}{generation}.traj")
 
     def finished(self) -> tuple[int, float]:
         """Number of the last finished generation (0: none) and the volume ratio for the next (nan before the first)."""
-        file = self.anharmonic / STATE
-        if not file.exists():
-            return 0, float("nan")
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return int(state["finished"]), float(state["volume_ratio"])
+        for generation, ratio in sorted(self._history().items(), reverse=True):
+            try:
+                for name in ("gen", "good", "keep"):
+                    self.load(name, generation)
+            except DamagedFile as error:
+                log.warning("%s; generation %d is done again", error, generation)
+            else:
+                return generation, ratio
+        return 0, float("nan")
 
-    def finish(self, generation: int, volume_ratio: float) -> None:
+    def _history(self) -> dict[int, float]:
+        """Volume ratio after each finished generation."""
+        file = self.anharmonic / STATE
+        lines = read_jsonl(self.anharmonic / HISTORY, ("generation", "volume_ratio"))
+        found = {line["generation"]: line["volume_ratio"] for line in lines}
+        last = max(found, default=0)
+        if file.exists():
+            try:
+                state = read_json(file)
+                last = int(state["finished"])
+                found.setdefault(last, float(state["volume_ratio"]))
+            except (DamagedFile, KeyError, TypeError, ValueError) as error:
+                log.warning("%s is damaged (%s); %s says how far the search came", file, error, HISTORY)
+        return {int(generation): float(ratio) for generation, ratio in found.items() if generation <= last}
+
+    def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
         """Record that every file of ``generation`` is there."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        line = {"generation": generation, "volume_ratio": volume_ratio, "seconds": round(seconds, 1), "finished": now}
+        append_jsonl(self.anharmonic / HISTORY, line)
         write_json(self.anharmonic / STATE, {"finished": generation, "volume_ratio": volume_ratio})
 
     def read_seeds(self, generation: int) -> list[Atoms]:
@@ -87,7 +118,7 @@ class Archive:
             if file.exists() and file.stat().st_size > 0:
                 try:
                     frames.extend(read(file, index=":", format=form))
-                except (OSError, ValueError, IndexError, KeyError) as error:
+                except Exception as error:  # ASE's readers raise many types
                     raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
         for frame in frames:
             if frame.cell.rank < 3:
@@ -117,14 +148,29 @@ def write_frames(file: Path, frames: Sequence[Atoms]) -> None:
 
 
 def read_frames(file: Path) -> list[Atoms]:
-    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays."""
-    frames = list(read(file, index=":", format="traj"))
+    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``."""
+    try:
+        frames: list[Atoms] = list(read(file, index=":", format="traj"))
+    except Exception as error:  # ASE's reader raises many types for a file that is cut
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:
         frame.calc = None
         for key in ("forces", "stress", "priNum"):
             if key in frame.info:
                 frame.info[key] = np.asarray(frame.info[key])
     return frames
+
+
+def whole_frames(file: Path) -> list[Atoms] | None:
+    """Structures of a .traj file; None when it is not there, or is damaged and now set aside to be made anew."""
+    if not file.exists():
+        return None
+    try:
+        return read_frames(file)
+    except DamagedFile as error:
+        set_aside(file, str(error))
+        return None
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

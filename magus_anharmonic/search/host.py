@@ -6,12 +6,13 @@ back before it is used: a search that was killed and restarted is the search tha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -20,19 +21,24 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, reason_of
+from magus_anharmonic.failures import record_failure
+from magus_anharmonic.files import read_jsonl, remove_unfinished
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
+from magus_anharmonic.lock import check_free, locked
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
-from magus_anharmonic.search.archive import Archive, compare_settings
+from magus_anharmonic.search.archive import Archive, compare_settings, whole_frames
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.operators import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
 from magus_anharmonic.settings import Settings
 
 log = logging.getLogger(__name__)
+
+WHAT = "magus-anharmonic search"
 
 
 class Purpose(IntEnum):
@@ -74,26 +80,49 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
     for line in warnings:
         log.warning(line)
     archive = Archive(Path(directory).resolve())
-    settings = checked_learning(settings, archive.anharmonic)
-    relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
-    settings = _open(archive, settings, relaxer, restart)
-    state = None
-    if settings.learning is not None or settings.sscha is not None:
-        state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
-    search = Search(settings, keys, relaxer, archive, state)
-    search.run()
-    if state is not None:
-        report_at_end(archive.anharmonic)
+    with contextlib.ExitStack() as stack:
+        if restart:
+            if not (archive.anharmonic / "run.json").exists():
+                raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
+            stack.enter_context(locked(archive.anharmonic, WHAT))
+            stack.enter_context(_recording(archive.anharmonic))
+            remove_unfinished(archive.results)
+            check_results_version(archive.anharmonic)
+        settings = checked_learning(settings, archive.anharmonic)
+        relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
+        if not restart:
+            check_free(archive.anharmonic)
+            archive.start()
+            stack.enter_context(locked(archive.anharmonic, WHAT))
+            stack.enter_context(_recording(archive.anharmonic))
+        settings = _open(archive, settings, relaxer, restart)
+        state = None
+        if settings.learning is not None or settings.sscha is not None:
+            state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
+        relaxer.run_dir = archive.anharmonic
+        search = Search(settings, keys, relaxer, archive, state)
+        search.run()
+        if state is not None:
+            report_at_end(archive.anharmonic)
     return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
 
 
+@contextlib.contextmanager
+def _recording(folder: Path) -> Iterator[None]:
+    """Leave the reason in ``failures.jsonl`` when a search stops before its end (a killed one cannot)."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            record_failure(folder, "run", reason_of(error))
+        raise
+
+
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
-    """Make or check the results folder; returns the settings with the seed."""
+    """Check or describe the results folder; returns the settings with the seed."""
     if restart:
-        if not (archive.anharmonic / "run.json").exists():
-            raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
-        check_results_version(archive.anharmonic)
         record = read_run_record(archive.anharmonic)
+        _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
         for key in compare_settings({**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")):
@@ -101,10 +130,36 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     else:
         seed = secrets.randbits(31) if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
-        archive.start()
     write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
     log.info("seed %d", seed)
     return settings
+
+
+def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> None:
+    """Refuse to go on with another model than the one that the search had: a checkpoint was replaced meanwhile."""
+    found = relaxer.evaluator.model_id
+    generation = archive.finished()[0]
+    own = newest_checkpoint(archive.anharmonic, generation)
+    if own is not None:
+        lines = read_jsonl(archive.anharmonic / "metrics.jsonl", ("generation", "new_model"))
+        models = {f"gen{line['generation']}": line["new_model"] for line in lines}
+        file, known = str(own), models.get(own.stem)
+    else:
+        first = (record.get("earlier_starts") or [record])[0]
+        file, known = "MainCalculator.checkpoint", first.get("model") if isinstance(first, dict) else None
+    if known is not None and known != found:
+        raise InputError(
+            f"{file}: holds the model {found}, but the search went on with {known}: the file was replaced; "
+            "put the earlier one back, or start anew without -r"
+        )
+
+
+def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:
+    """Copies of the best structures of a generation, which say so."""
+    best = [pops.copied(atoms) for atoms in pops.select_best(good)]
+    for atoms in best:
+        atoms.info["best_of"] = generation
+    return best
 
 
 class Search:
@@ -119,6 +174,7 @@ class Search:
         self.offspring = OffspringGenerator(keys, self.geometry, self.checker)
         self.units = [Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)]) for row in keys.units]
         self.num_gen, self.seed = settings.num_gen or 0, settings.seed or 0
+        self.begun = time.perf_counter()
         self.good: list[Atoms] = []
         self.keep: list[Atoms] = []
         self.current: list[Atoms] = []
@@ -134,9 +190,9 @@ class Search:
             log.info("going on after generation %d of %d", done, self.num_gen)
         times: list[float] = []
         for generation in range(done + 1, self.num_gen + 1):
-            begun = time.perf_counter()
+            self.begun = time.perf_counter()
             self._step(generation)
-            times.append(time.perf_counter() - begun)
+            times.append(time.perf_counter() - self.begun)
             left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
             log.info(
@@ -151,19 +207,26 @@ class Search:
             loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
             setattr(self, "current" if name == "gen" else name, loaded)
         # a kill between best.traj and search.json leaves the unfinished generation in best.traj
-        self.best = [atoms for atoms in self.archive.load("best", "") if atoms.info["best_of"] <= generation]
+        best = whole_frames(self.archive.results / "best.traj")
+        if best is None:
+            best = [atoms for g in range(1, generation + 1) for atoms in best_of(self.archive.load("good", g), g)]
+        self.best = [atoms for atoms in best if atoms.info["best_of"] <= generation]
 
     def _step(self, generation: int) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
-        if not self.archive.has("init", generation):
-            self._save("init", generation, self._initial(generation))
-        if not self.archive.has("raw", generation):
+        raw = self.archive.known("raw", generation)
+        if raw is None:
+            initial = self.archive.known("init", generation)
+            if initial is None:
+                self._save("init", generation, self._initial(generation))
+                initial = self.archive.load("init", generation)
             chunks = self.archive.anharmonic / "relax" / str(generation)
-            relaxed = self.relaxer.relax(self.archive.load("init", generation), chunks)
+            relaxed = self.relaxer.relax(initial, chunks)
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
             self._save("raw", generation, relaxed)
             forget(chunks)
-        relaxed = self._checked(self.archive.load("raw", generation), "after relaxation")
+            raw = self.archive.load("raw", generation)
+        relaxed = self._checked(raw, "after relaxation")
         require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")
         self.current = self._distinct(relaxed)
         self._save("gen", generation, self.current)
@@ -237,10 +300,7 @@ class Search:
         candidates = [pops.copied(atoms) for atoms in [*known, *self.current]]
         self.good = pops.select_good(candidates, self.fitness, self.keys)
         self.keep = pops.select_keep(self.good, self.keys.save_good)
-        best = [pops.copied(atoms) for atoms in pops.select_best(self.good)]
-        for atoms in best:
-            atoms.info["best_of"] = generation
-        self.best = [*self.best, *best]
+        self.best = [*self.best, *best_of(self.good, generation)]
 
     def _finish(self, generation: int) -> None:
         balls = [self.geometry.ball_volume(self.geometry.counts(atoms)) for atoms in self.current]
@@ -251,7 +311,7 @@ class Search:
             self._save(name, generation, getattr(self, name))
         self._save("good", "", self.good)
         self._save("best", "", self.best)
-        self.archive.finish(generation, self.volume_ratio)
+        self.archive.finish(generation, self.volume_ratio, time.perf_counter() - self.begun)
         self._load(generation)
 
     def _save(self, name: str, generation: Any, population: Sequence[Atoms]) -> None:

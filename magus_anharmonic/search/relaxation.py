@@ -19,7 +19,8 @@ from pydantic import Field
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
-from magus_anharmonic.search.archive import read_frames, write_frames
+from magus_anharmonic.failures import record_failures
+from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
 
@@ -48,11 +49,15 @@ class AseCalculatorSettings(Section):
 
 @dataclass
 class Relaxer:
-    """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model."""
+    """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
+
+    Failures are recorded in ``run_dir``.
+    """
 
     evaluator: Evaluator
     settings: CalculatorSettings | AseCalculatorSettings
     pressure: float
+    run_dir: Path | None = None
 
     def relax(self, population: Sequence[Atoms], folder: Path) -> list[Atoms]:
         """Relaxed copies at ``pressure`` (GPa) with MAGUS's ``info`` keys; failures are dropped with their reason in the log.
@@ -65,12 +70,18 @@ class Relaxer:
         for first in range(0, len(population), size):
             chunk = population[first : first + size]
             file = folder / f"chunk-{first // size}.traj"
-            if not file.exists():
+            known = whole_frames(file)
+            if known is None:
                 write_frames(file, self._relax_chunk(chunk))
                 computed += len(chunk)
-            relaxed.extend(read_frames(file))
+                known = read_frames(file)
+            relaxed.extend(known)
             _report(relaxed, len(population), computed, time.perf_counter() - begun)
-        reasons = Counter(atoms.info["failure"] for atoms in relaxed if "failure" in atoms.info)
+        failed = [atoms.info for atoms in relaxed if "failure" in atoms.info]
+        if self.run_dir is not None:
+            what = [{"generation": info.get("gen"), "id": info.get("identity"), "reason": info["failure"]} for info in failed]
+            record_failures(self.run_dir, "relaxation", what)
+        reasons = Counter(info["failure"] for info in failed)
         for reason, count in reasons.most_common():
             log.warning("%d relaxations failed: %s", count, reason)
         return [atoms for atoms in relaxed if "failure" not in atoms.info]

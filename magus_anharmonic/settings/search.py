@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.section import (
     Count,
+    InsidePath,
     NonNegative,
     Positive,
     PressureGPa,
@@ -29,8 +30,8 @@ class CalculatorSettings(Section):
     """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
 
     calculator: Literal["mattersim"] = Field("mattersim", description="name under which MAGUS finds this calculator")
-    job_prefix: str = Field("MatterSim", description="folder name under calcFold/ and mlFold/")
-    checkpoint: str = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
+    job_prefix: InsidePath = Field("MatterSim", description="folder name under calcFold/ and mlFold/")
+    checkpoint: InsidePath = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
@@ -98,7 +99,7 @@ class LearningSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")
-    dataset: str | None = Field(
+    dataset: InsidePath | None = Field(
         None, description="earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's name"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -39,6 +40,16 @@ def check_pressure(value: Any) -> float:
 
 
 PressureGPa = Annotated[float, BeforeValidator(check_pressure)]
+
+
+def check_path(value: Any) -> Any:
+    """A path (or name) that stays below the project folder, or is absolute; raises ValueError."""
+    if isinstance(value, str) and (os.path.normpath(value).split(os.sep)[0] == ".." or "\0" in value):
+        raise ValueError("leaves the project folder; give an absolute path if that is meant")
+    return value
+
+
+InsidePath = Annotated[str, BeforeValidator(check_path)]
 
 
 class Section(BaseModel):
@@ -111,7 +122,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{file}: no such file (give the input with -i FILE)")
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        RecursionError,
+        OSError,
+    ) as error:  # a date 2026-99-99 is a ValueError, a deep list a RecursionError
         raise InputError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise InputError(f"{file}: must hold keys and values, found {type(data).__name__}")

@@ -31,7 +31,13 @@ def state_from_dyn(prefix: str | Path, temperature: float = 0.0) -> SschaState:
     from magus_anharmonic.sscha.python_sscha import read_dynamical_matrices
 
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
-        return read_dynamical_matrices(prefix, temperature, Path(scratch) / "log")
+        try:
+            return read_dynamical_matrices(prefix, temperature, Path(scratch) / "log")
+        except InputError:
+            raise
+        except (Exception, SystemExit) as error:  # cellconstructor raises whatever it stumbles over
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise InputError(f"start: {prefix}1, ...: not readable as dynamical matrices of Quantum ESPRESSO ({why})") from None
 
 
 def write_dyn(state: SschaState, prefix: Path, force_constants: np.ndarray | None = None) -> None:
@@ -92,7 +98,7 @@ def read_ensemble(
     read = _binary if number in binary else _text
     try:
         u, energies, forces, stresses = read(folder, number, state)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy's readers raise many types for a damaged file
         raise InputError(f"ensemble: {folder}: population {number}: {' '.join(str(error).split())}") from None
     expected = (len(energies), len(state.supercell), 3)
     for name, values in (("displacements", u), ("forces", forces)):
@@ -118,9 +124,11 @@ def _prefix(folder: Path, number: int) -> Path:
 
 
 def _binary(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    energies, forces, positions = (np.load(folder / f"{name}_pop{number}.npy") for name in ("energies", "forces", "xats"))
+    energies, forces, positions = (
+        np.load(folder / f"{name}_pop{number}.npy", allow_pickle=False) for name in ("energies", "forces", "xats")
+    )
     stress = folder / f"stresses_pop{number}.npy"
-    stresses = np.load(stress) * STRESS if stress.is_file() else np.full((len(energies), 3, 3), np.nan)
+    stresses = np.load(stress, allow_pickle=False) * STRESS if stress.is_file() else np.full((len(energies), 3, 3), np.nan)
     return positions - state.supercell.positions, energies * RYDBERG, np.ascontiguousarray(forces) * RYDBERG, stresses
 
 

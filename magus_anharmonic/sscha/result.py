@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, write_json
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import load_arrays, read_json, replacing, write_json
 from magus_anharmonic.sscha.state import SschaState
 
 FORMAT = 1
@@ -106,9 +105,19 @@ class SschaResult:
         path = Path(directory) / "result.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file (not the folder of a finished SSCHA run)")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         if data.pop("format", None) != FORMAT:
             raise InputError(f"{path}: written by another version of this package; use an empty folder")
+        arrays = path.with_name("result.npz")
+        try:
+            result = cls._from_json(data)
+            found = load_arrays(arrays)["force_constants"] if arrays.is_file() else None
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise DamagedFile(f"{path}: not the result of an SSCHA run ({type(error).__name__}: {error})") from None
+        return replace(result, force_constants=found)
+
+    @classmethod
+    def _from_json(cls, data: dict[str, Any]) -> SschaResult:
         nan = float("nan")
         for name, value in data.items():
             if value is None:
@@ -117,8 +126,4 @@ class SschaResult:
                 data[name] = np.array(value)
         data["supercell"] = tuple(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
-        arrays = path.with_name("result.npz")
-        if arrays.is_file():
-            with np.load(arrays) as stored:
-                data["force_constants"] = stored["force_constants"]
         return cls(**data)

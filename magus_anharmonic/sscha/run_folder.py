@@ -6,21 +6,24 @@ import csv
 import io
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, write_json, write_text
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import load_arrays, read_json, replacing, set_aside, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, three
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class RunFolder:
@@ -32,8 +35,8 @@ class RunFolder:
         self.log = self.directory / "sscha.log"
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         path = self.directory / "settings.json"
-        if path.is_file():
-            stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = self._whole(path, read_json)
+        if stored is not None:
             different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
             if different:
                 raise InputError(
@@ -45,9 +48,9 @@ class RunFolder:
 
     def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
         """The stored result, unless it is unconverged or less precise than wanted, and more populations are allowed now."""
-        if not (self.directory / "result.json").is_file():
+        result = self._whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
+        if result is None:
             return None
-        result = SschaResult.read(self.directory)
         precise = error_tolerance is None or result.gibbs_error <= error_tolerance
         if result.status != "failed" and not (result.converged and precise) and result.n_populations < max_populations:
             return None
@@ -55,12 +58,7 @@ class RunFolder:
 
     def read_start(self) -> Start | None:
         """The stored start, None when there is none yet."""
-        path = self.directory / "start.npz"
-        if not path.is_file():
-            return None
-        with np.load(path) as stored:
-            response = stored["stress_response"]
-            return Start(_state(stored), response if response.size else None, int(stored["n_evaluations"]))
+        return self._whole(self.directory / "start.npz", _read_start_file)
 
     def write_start(self, start: Start) -> None:
         response = np.zeros(0) if start.stress_response is None else start.stress_response
@@ -69,9 +67,10 @@ class RunFolder:
     def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
         """State and ensemble of a finished population, None when it has to be evaluated."""
         path = self.directory / f"population_{number:03d}.npz"
-        if not path.is_file():
+        found = self._whole(path, read_population_file)
+        if found is None:
             return None
-        known, ensemble = read_population_file(path)
+        known, ensemble = found
         if known.repeats != state.repeats:
             raise InputError(f"{path}: another supercell than this run's; give another folder")
         log.info("population %d: taken from %s", number, path)
@@ -104,6 +103,16 @@ class RunFolder:
         """Write the result; the run is finished then."""
         result.write(self.directory)
 
+    def _whole(self, path: Path, reader: Callable[[Path], T]) -> T | None:
+        """What ``reader`` makes of a file; None when it is not there, or is damaged and set aside to be made anew."""
+        if not path.is_file():
+            return None
+        try:
+            return reader(path)
+        except DamagedFile as error:
+            set_aside(path, str(error))
+            return None
+
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
         with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
             # not compressed: random numbers shrink by a few per cent, and it would take longer than all the algebra
@@ -121,9 +130,27 @@ class RunFolder:
 
 
 def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
-    """State and ensemble of one ``population_NNN.npz``."""
-    with np.load(path) as stored:
-        return _state(stored), Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+    """State and ensemble of one ``population_NNN.npz``; raises ``DamagedFile``."""
+    stored = load_arrays(path)
+    try:
+        state = _state(stored)
+        ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+        n, atoms = len(ensemble.energies), len(state.atoms) * int(np.prod(state.repeats))
+        fits = ensemble.displacements.shape == ensemble.forces.shape == (n, atoms, 3) and ensemble.stresses.shape == (n, 3, 3)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
+    if not fits:
+        raise DamagedFile(f"{path}: arrays do not fit one another")
+    return state, ensemble
+
+
+def _read_start_file(path: Path) -> Start:
+    stored = load_arrays(path)
+    try:
+        response = stored["stress_response"]
+        return Start(_state(stored), response if response.size else None, int(stored["n_evaluations"]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
 
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:

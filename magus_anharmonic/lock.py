@@ -1,0 +1,206 @@
+"""One process at a time works in a results folder: a lock that names its owner and outlives no dead one.
+
+No clock is compared with another: an owner on this machine is looked up by its process id and start, one elsewhere is watched for
+its heartbeat, so neither a wrong clock nor a clock that is set back matters.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json
+
+log = logging.getLogger(__name__)
+
+NAME = "lock.json"
+HEARTBEAT = 10.0
+"""Seconds between two signs of life of an owner."""
+PATIENCE = 45.0
+"""Seconds without a sign of life after which an owner on another machine is dead."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock. ``machine`` : boot and process namespace, in which ``pid`` and ``born`` (clock ticks) mean something;
+    ``beat`` : counts signs of life, from 1."""
+
+    host: str
+    pid: int
+    machine: str
+    born: int
+    what: str
+    since: str
+    token: str
+    beat: int = 1
+
+    @property
+    def here(self) -> bool:
+        """Whether the owner's process id can be looked up from this process."""
+        return self.machine == _machine()
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether the owner runs; None when it is on another machine and only its heartbeat can tell."""
+        return _born(self.pid) == self.born if self.here else None
+
+    def described(self) -> str:
+        """``magus-anharmonic search, process 4711 on node7, since 2026-11-25T01:02:03+00:00 (3.2 h)``."""
+        return f"{self.what}, process {self.pid} on {self.host}, since {self.since}{_age(self.since)}"
+
+
+def read_owner(folder: str | Path) -> Owner | None:
+    """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it is not readable."""
+    try:
+        found = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+        owner = Owner(**found)
+    except (OSError, ValueError, TypeError):
+        return None
+    whole = all(isinstance(value, int) for value in (owner.pid, owner.born, owner.beat))
+    return owner if whole and all(isinstance(v, str) for v in (owner.host, owner.machine, owner.what, owner.since, owner.token)) else None
+
+
+def check_free(folder: str | Path) -> None:
+    """Raise ``InputError`` when a living process works in ``folder``; waits up to `PATIENCE` for one on another machine."""
+    owner = read_owner(folder)
+    if owner is not None and _lives(Path(folder), owner):
+        raise InputError(_refusal(Path(folder), owner))
+
+
+@contextlib.contextmanager
+def locked(folder: str | Path, what: str) -> Iterator[Owner]:
+    """Hold the lock of ``folder`` (made if needed); the lock of a dead process is taken over.
+
+    ``what`` names this command for whoever comes second. Raises ``InputError`` (exit code 2) that names the living owner.
+    """
+    held = Held(folder, what)
+    try:
+        yield held.owner
+    finally:
+        held.release()
+
+
+class Held:
+    """A lock that this process holds until `release`; prefer `locked` where there is a block to hold it for."""
+
+    def __init__(self, folder: str | Path, what: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        pid = os.getpid()
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        self.owner = Owner(socket.gethostname(), pid, _machine(), _born(pid) or 0, what, since, uuid.uuid4().hex[:12])
+        check_free(self.folder)
+        with _guarded(self.folder):
+            earlier = read_owner(self.folder)
+            if earlier is not None and earlier.alive:  # somebody came between the check and the guard
+                raise InputError(_refusal(self.folder, earlier))
+            write_json(self.folder / NAME, asdict(self.owner))
+        if earlier is not None:
+            log.warning("%s: took over the lock of a dead process (%s)", self.folder, earlier.described())
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        """Give the lock back; a lock that somebody else took over, or that a forked child inherited, is left alone."""
+        self._ended.set()
+        if os.getpid() != self.owner.pid:
+            return
+        self._thread.join()
+        found = read_owner(self.folder)
+        if found is not None and found.token == self.owner.token:
+            with contextlib.suppress(OSError):
+                (self.folder / NAME).unlink()
+
+    def _beat(self) -> None:
+        beat = 1
+        while not self._ended.wait(HEARTBEAT):
+            found = read_owner(self.folder)
+            if found is not None and found.token != self.owner.token:
+                log.error("%s: this process was taken for dead (was it stopped?) and lost its lock to %s", self.folder, found.described())
+                _thread.interrupt_main()
+                return
+            beat += 1
+            # A full disk is reported by whatever the process writes itself.
+            with contextlib.suppress(OSError):
+                write_json(self.folder / NAME, asdict(self.owner) | {"beat": beat})
+
+
+def _lives(folder: Path, owner: Owner) -> bool:
+    if owner.alive is not None:
+        return owner.alive
+    log.info("%s: waiting up to %g s for a sign of life of %s", folder, PATIENCE, owner.described())
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, PATIENCE / 5))
+        found = read_owner(folder)
+        if found is None:
+            return False
+        if (found.token, found.beat) != (owner.token, owner.beat):
+            return True
+    return False
+
+
+def _refusal(folder: Path, owner: Owner) -> str:
+    return (
+        f"{folder}: another process works here: {owner.described()}; wait for it or end it "
+        f"(`magus-anharmonic status` shows what it does), or work in another folder"
+    )
+
+
+@contextlib.contextmanager
+def _guarded(folder: Path) -> Iterator[None]:
+    """Only one process at a time decides about a lock; where the file system knows no such guard, none."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> str:
+    """Names boot and process namespace: host names are not unique, and process ids mean nothing in another container."""
+    parts = []
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with contextlib.suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts) if len(parts) == 2 else f"{socket.gethostname()} {uuid.getnode():x}"
+
+
+def _born(pid: int) -> int | None:
+    """When a process started, in ticks since boot (process ids are used again); None when there is none, 0 when nothing tells."""
+    try:
+        fields: Any = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, 0)
+            return 0
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _age(since: str) -> str:
+    with contextlib.suppress(ValueError):
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
+        if seconds >= 0:
+            return f" ({seconds / 3600:.1f} h)" if seconds > 5400 else f" ({seconds / 60:.0f} min)"
+    return ""

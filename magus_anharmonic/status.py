@@ -1,0 +1,243 @@
+"""Where a search or a campaign is, from its files alone: reads, never writes, and works beside the process that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.failures import read_failures
+from magus_anharmonic.files import read_json, read_jsonl
+from magus_anharmonic.lock import Owner, read_owner
+
+LAST_ERRORS = 5
+RECENT = 3600.0
+"""Seconds over which a rate is measured."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status` found in a folder.
+
+    kind : search or campaign; state : running, dead (its process is gone), finished, stopped (nobody holds the lock, not finished), or
+    unknown (its process is on another machine); where : the step in words; waits_for : what has to come next; rates : lines with
+    numbers per hour; seconds_left : estimate, None where there is nothing to base it on; errors : the last ones, newest last.
+    """
+
+    folder: Path
+    kind: str
+    state: str
+    where: str
+    waits_for: str
+    owner: Owner | None = None
+    rates: tuple[str, ...] = ()
+    seconds_left: float | None = None
+    errors: tuple[str, ...] = ()
+    counts: dict[str, int] = field(default_factory=dict)
+    last_change: float | None = None
+
+    def lines(self) -> list[str]:
+        """The report, one fact a line."""
+        found = [f"{self.kind} in {self.folder}: {self.state}", f"where: {self.where}", f"waits for: {self.waits_for}"]
+        if self.owner is not None:
+            found.append(f"held by: {self.owner.described()}")
+        elif self.state not in ("finished",):
+            found.append("held by: nobody")
+        if self.last_change is not None:
+            found.append(f"last file written: {_duration(max(0.0, self.last_change))} ago")
+        found += [f"rate: {rate}" for rate in self.rates]
+        if self.seconds_left is not None and self.state != "finished":
+            found.append(f"about {_duration(self.seconds_left)} left at this rate")
+        if self.counts:
+            found.append("failures: " + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items())))
+        found += [f"  {error}" for error in self.errors]
+        if self.state in ("dead", "stopped"):
+            command = "magus-anharmonic search -r" if self.kind == "search" else "magus-anharmonic campaign campaign.yaml"
+            found.append(f"to go on: {command}")
+        return found
+
+
+def status(folder: str | Path) -> Status:
+    """Status of the search or campaign in ``folder`` (the folder of the input, ``results``, ``results/anharmonic``, or ``campaign``).
+
+    Raises ``InputError`` when it holds neither.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise InputError(f"{place}: no such folder")
+    for steps in (place / "steps.json", place / "campaign" / "steps.json"):
+        if steps.is_file():
+            return _campaign(steps)
+    for ours in (place, place / "anharmonic", place / "results" / "anharmonic"):
+        if (ours / "run.json").is_file() and ours.name == "anharmonic":
+            return _search(ours)
+    raise InputError(f"{place}: holds neither a search (results/anharmonic/run.json) nor a campaign (campaign/steps.json)")
+
+
+# --- a search -------------------------------------------------------------------------------------------------------------
+
+
+def _search(ours: Path) -> Status:
+    results, settings = ours.parent, _json(ours / "run.json").get("settings")
+    settings = settings if isinstance(settings, dict) else {}
+    history = read_jsonl(ours / "generations.jsonl", ("generation",))
+    last = max((_number(line["generation"]) or 0 for line in history), default=0)
+    finished = _number(_json(ours / "search.json").get("finished")) or last
+    total = _number(settings.get("num_gen")) or 0
+    owner = read_owner(ours)
+    done = total > 0 and finished >= total
+    generation = finished + 1
+    if done:
+        where, waits = f"all {total} generations are done", "nothing"
+    else:
+        step, waits = _step(results, ours, generation, settings)
+        where = f"generation {generation} of {total or '?'}: {step}"
+    errors, counts = _errors(ours)
+    return Status(
+        results.parent if results.name == "results" else ours, "search", _state(owner, done), where, waits, owner,
+        _rates(ours), _left(history, total - finished), errors, counts, _since_change(ours, results),
+    )  # fmt: skip
+
+
+def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) -> tuple[str, str]:
+    """What a generation is at, and what it needs to go on, by the files that it has."""
+    if not (results / f"init{generation}.traj").exists():
+        return "making structures", "random structures and offspring"
+    if not (results / f"raw{generation}.traj").exists():
+        chunks = len(list((ours / "relax" / str(generation)).glob("chunk-*.traj")))
+        return f"relaxing, {chunks} chunks done", "the next chunk of relaxations"
+    learning = settings.get("learning")
+    if isinstance(learning, dict) and not (ours / "checkpoints" / f"gen{generation}.pth").exists():
+        return _learning_step(ours, generation, learning)
+    if isinstance(settings.get("sscha"), dict):
+        folders = [path for path in (ours / "sscha").glob("*") if path.is_dir()]
+        open_runs = [path for path in folders if not (path / "result.json").exists()]
+        populations = sum(len(list(path.glob("population_*.npz"))) for path in open_runs)
+        text = f"free energies, {len(folders) - len(open_runs)} runs finished, {len(open_runs)} open with {populations} populations"
+        return text, "the next population of SSCHA"
+    return "ranking", "the populations of this generation"
+
+
+def _learning_step(ours: Path, generation: int, learning: dict[str, Any]) -> tuple[str, str]:
+    wanted = (_number(learning.get("n_sample")) or 0) * (_number(learning.get("n_perturb")) or 0)
+    pending = len(list((ours / "labels" / "pending" / f"gen{generation:03d}").glob("*.xyz")))
+    batches = list((ours / "labels").glob(f"gen{generation:03d}*.xyz"))
+    failed = sum(record.get("stage") == "label" and record.get("generation") == generation for record in read_failures(ours))
+    if not batches:
+        return f"labelling, {pending} of at most {wanted} labels done, {failed} failed", "the labeler (learning.labeler)"
+    epoch = "a checkpoint of its epochs is there" if list((ours / "training").glob(f"gen{generation}.pth*")) else "no epoch done yet"
+    return f"training, {epoch}", "the next epoch of finetuning"
+
+
+def _rates(ours: Path) -> tuple[str, ...]:
+    """Labels and SSCHA populations of the last hour, from the times of their files."""
+    now = time.time()
+    found = []
+    labels = [_changed(path) for path in (ours / "labels").glob("pending/*/*.xyz")]
+    populations = [_changed(path) for path in (ours / "sscha").glob("*/population_*.npz")]
+    for what, times in (("labels", labels), ("SSCHA populations", populations)):
+        # a clock that was set back makes times of the future: they count as now
+        recent = [min(moment, now) for moment in times if moment > now - RECENT]
+        span = now - min(recent, default=now)
+        if len(recent) > 1 and span > 1:
+            found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
+    history = read_jsonl(ours / "generations.jsonl", ("seconds",))
+    seconds = [value for line in history[-5:] if isinstance(value := line["seconds"], int | float)]
+    if seconds:
+        found.append(f"{_duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
+    return tuple(found)
+
+
+def _left(history: Sequence[dict[str, Any]], generations: int) -> float | None:
+    seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float) and value > 0]
+    return sum(seconds) / len(seconds) * generations if seconds and generations > 0 else None
+
+
+# --- a campaign -----------------------------------------------------------------------------------------------------------
+
+
+def _campaign(file: Path) -> Status:
+    steps = {name: step for name, step in _json(file).items() if isinstance(step, dict)}
+    if not steps:
+        raise InputError(f"{file}: damaged: holds no step of a campaign")
+    states = Counter(str(step.get("status")) for step in steps.values())
+    running = [name for name, step in steps.items() if step.get("status") == "running"]
+    waiting = [name for name, step in steps.items() if step.get("status") == "open"]
+    failed = {name: str(step.get("reason") or "no reason given") for name, step in steps.items() if step.get("status") == "failed"}
+    done = states["done"] == len(steps)
+    owner = read_owner(file.parent)
+    where = f"{states['done']} of {len(steps)} steps done, {states['failed']} failed"
+    if running:
+        where += f"; in {', '.join(running)}"
+    inner = None
+    for name in running:
+        with contextlib.suppress(InputError):
+            inner = status(file.parent / name)
+            where += f" ({inner.where})"
+    waits = "nothing" if done else inner.waits_for if inner is not None else (running or waiting or ["a failed step to be mended"])[0]
+    spent = [value for step in steps.values() if step.get("status") == "done" and isinstance(value := step.get("wall_s"), int | float)]
+    left = sum(spent) / len(spent) * (len(running) + len(waiting)) if spent else None
+    errors = tuple(f"{name}: {reason}" for name, reason in failed.items())[-LAST_ERRORS:]
+    counts = {"step": len(failed)} if failed else {}
+    if inner is not None:
+        errors, counts = (*errors, *inner.errors)[-LAST_ERRORS:], {**inner.counts, **counts}
+    rates = inner.rates if inner is not None else ()
+    age = time.time() - _changed(file)
+    return Status(file.parent, "campaign", _state(owner, done), where, waits, owner, rates, left, errors, counts, age)
+
+
+# --- both -----------------------------------------------------------------------------------------------------------------
+
+
+def _state(owner: Owner | None, done: bool) -> str:
+    if owner is None:
+        return "finished" if done else "stopped"
+    return {True: "running", False: "finished" if done else "dead", None: "unknown (its process is on another machine)"}[owner.alive]
+
+
+def _errors(ours: Path) -> tuple[tuple[str, ...], dict[str, int]]:
+    records = read_failures(ours)
+    counts = Counter(str(record.get("stage", "?")) for record in records)
+    last = [
+        " ".join(str(part) for part in (record.get("time", ""), record.get("stage", "?"), record.get("id", "")) if part)
+        + f": {record.get('reason', 'no reason given')}"
+        for record in records[-LAST_ERRORS:]
+    ]
+    return tuple(last), dict(counts)
+
+
+def _since_change(*folders: Path) -> float | None:
+    """Seconds since a file in one of these folders, or one level below, was written; None when there is none."""
+    times = [_changed(path) for folder in folders for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.name != "lock.json"]
+    return time.time() - max(times) if times else None
+
+
+def _changed(path: Path) -> float:
+    """When a file was written, in seconds; 0 when it vanished meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON file, or nothing: a running search may be about to write it, and a damaged one must not hide the rest."""
+    try:
+        return read_json(file)
+    except DamagedFile:
+        return {}
+
+
+def _number(value: Any) -> int | None:
+    return int(value) if isinstance(value, int | float) and abs(value) < 1e9 else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

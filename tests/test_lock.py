@@ -1,0 +1,125 @@
+"""Two processes never work in one folder, and a dead one keeps nobody out."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from magus_anharmonic import lock
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.lock import NAME, Owner, check_free, locked, read_owner
+
+HOLD = """
+import sys, time
+from magus_anharmonic.lock import locked
+with locked(sys.argv[1], "a search"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    return process
+
+
+def elsewhere(folder: Path, **changes: object) -> Owner:
+    """A lock of a process on another machine."""
+    with locked(folder, "a search") as mine:
+        owner = replace(mine, **{"host": "node7", "machine": "another boot", "token": "f" * 12, **changes})
+    (folder / NAME).write_text(json.dumps(asdict(owner)))
+    return owner
+
+
+def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturbed(tmp_path: Path) -> None:
+    first = holder(tmp_path)
+    before = (tmp_path / NAME).read_text()
+    try:
+        with pytest.raises(InputError, match=rf"another process works here: a search, process {first.pid} on \S+, since .*\(0 min\)"):
+            locked(tmp_path, "another").__enter__()
+        assert (tmp_path / NAME).read_text() == before
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = holder(tmp_path)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with locked(tmp_path, "another") as owner:
+        assert owner.pid == os.getpid() and f"process {first.pid}" in caplog.text
+    assert not (tmp_path / NAME).exists()
+
+
+def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path: Path) -> None:
+    with locked(tmp_path, "a search") as owner:
+        pass
+    (tmp_path / NAME).write_text(json.dumps(asdict(replace(owner, born=owner.born - 1, token="0" * 12))))
+    check_free(tmp_path)
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), locked(tmp_path, "a search"):
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', '{"host": 3, "pid": "x"}'])
+def test_a_damaged_lock_keeps_nobody_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / NAME).write_text(text)
+    with locked(tmp_path, "a search"):
+        assert read_owner(tmp_path) is not None
+
+
+def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    elsewhere(tmp_path, since="2999-01-01T00:00:00+00:00")  # a clock that is wrong, or was set back since
+    with locked(tmp_path, "another"):
+        pass
+
+
+def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 3.0)
+    owner = elsewhere(tmp_path)
+    text = json.dumps(asdict(replace(owner, beat=2)))
+    beat = threading.Timer(0.3, lambda: (tmp_path / NAME).write_text(text))
+    beat.start()
+    with pytest.raises(InputError, match="on node7"):
+        locked(tmp_path, "another").__enter__()
+    beat.join()
+
+
+def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    with pytest.raises(KeyboardInterrupt), locked(tmp_path, "a search") as owner:
+        wait_for(lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2)
+        thief = replace(owner, token="f" * 12)
+        for _ in range(200):
+            (tmp_path / NAME).write_text(json.dumps(asdict(thief)))
+            time.sleep(0.05)
+    left = read_owner(tmp_path)
+    assert left is not None and left.token == thief.token, "the loser must not remove the lock of its successor"
+
+
+def wait_for(condition) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_owner_says_since_when(tmp_path: Path) -> None:
+    with locked(tmp_path, "a search") as owner:
+        assert datetime.fromisoformat(owner.since).tzinfo is not None and owner.alive and owner.here
