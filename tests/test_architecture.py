@@ -17,24 +17,26 @@ BASE = {"settings", "errors", "units", "files", "structures", "evaluator", "__in
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "__init__": BASE | {"potential", "sscha"},  # the lazy public names
-    "potential": BASE,
+    "scheduler": BASE,
+    "potential": BASE | {"scheduler"},
     "sscha": BASE,
-    "labelers": BASE,
+    "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
-    "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
+    "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
     "report": BASE | {"ranking"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record"},
-    "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
-    "doctor": BASE | {"potential", "labelers", "sscha"},
+    "search": BASE
+    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report", "scheduler"},
+    "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},
     "plugins": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload"},
+    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload", "scheduler"},
     "autoload": set(),
 }
 """Part of the package -> parts that it may import; ``cli`` may import everything."""
 
-HEAVY = {"torch", "mattersim", "gpaw", "sscha", "cellconstructor", "pyxtal", "ase_ga"}
+HEAVY = {"torch", "mattersim", "gpaw", "sscha", "cellconstructor", "pyxtal", "ase_ga", "distributed", "dask", "dask_jobqueue"}
 
 
 def part(path: Path) -> str:
