@@ -68,6 +68,7 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
         "log_directory": os.path.abspath(workers.logs),
         "death_timeout": 600,
         "job_name": "magus-anharmonic",
+        "scheduler_options": {"dashboard_address": ":0"},
         "job_script_prologue": [*exports, *workers.prologue],
         # Before the queue system ends the job the worker hands its task back and goes: no death is counted.
         "worker_extra_args": ["--lifetime", f"{max(60, workers.walltime - 300)}s", "--lifetime-stagger", "120s"],
