@@ -45,11 +45,12 @@ def tools(tmp_path, monkeypatch):
     folder = tmp_path / "bin"
     folder.mkdir()
     start = f'setsid bash "$script" > {tmp_path}/job-$$.out 2>&1 < /dev/null & echo $! >> {tmp_path}/pids\n'
+    sent = f"{tmp_path}/sent.sh"
     log = f'echo "$0 $*" >> {tmp_path}/commands\n'
     programs = {
-        "sbatch": f'{log}script="${{!#}}"; cp "$script" {tmp_path}/sent.sh; script={tmp_path}/sent.sh\n{start}echo "Submitted batch job $!"',
-        "bsub": f'{log}cat "$@" > {tmp_path}/sent.sh; script={tmp_path}/sent.sh\n{start}echo "Job <$!> is submitted to queue <gpu>."',
-        "qsub": f'{log}script="${{!#}}"; cp "$script" {tmp_path}/sent.sh; script={tmp_path}/sent.sh\n{start}echo "$!.server"',
+        "sbatch": f'{log}script="${{!#}}"; cp "$script" {sent}; script={sent}\n{start}echo "Submitted batch job $!"',
+        "bsub": f'{log}cat "$@" > {sent}; script={sent}\n{start}echo "Job <$!> is submitted to queue <gpu>."',
+        "qsub": f'{log}script="${{!#}}"; cp "$script" {sent}; script={sent}\n{start}echo "$!.server"',
         **{name: f'{log}for id in "$@"; do kill -- -"${{id%.server}}"; done; exit 0' for name in ("scancel", "bkill", "qdel")},
         "squeue": log,
     }
