@@ -23,8 +23,7 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.scheduled import ScheduledLabeler
 from magus_anharmonic.potential.portable import portable, relax_on
 from magus_anharmonic.potential.relax import relax
-from magus_anharmonic.ranking.rank import rank
-from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS
 from magus_anharmonic.scheduler.cluster import DaskScheduler
@@ -32,6 +31,8 @@ from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.structures import structure_id
 
 pytest.importorskip("distributed", reason="skipped: distributed is not installed (extra dask)")
 
@@ -280,50 +281,50 @@ def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, 
         dataclasses.replace(source, model_id="another").make()
 
 
-def sscha_ranking(folder: Path, workers, **options):
-    """Free energies of two metals on EMT by the real engine."""
-    structures = [bulk("Cu", a=3.55), bulk("Al", a=3.95), bulk("Ni", a=3.45)]
-    sscha = {
-        "n_configs": 20,
-        "n_configs_start": 20,
-        "max_populations": 2,
-        "supercell": [1, 1, 2],
-        "hessian": 0,
-        "cell": "variable",
-        **options,
-    }
-    settings = parse_settings({"Fitness": ["SSCHA"], "sscha": sscha})
-    reevaluate(structures, fakes.Emt(), settings)
-    return rank(structures, evaluator=fakes.Emt(), settings=settings, run_dir=folder, seed=5, workers=workers)
+def sscha_jobs(folder: Path, workers) -> dict[str, float]:
+    """Free energies of two metals on EMT by the real engine, at two temperatures, as the ranking runs them."""
+    options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
+    jobs = []
+    for symbol, a in (("Cu", 3.55), ("Al", 3.95)):
+        atoms = bulk(symbol, a=a, cubic=True)
+        generator = np.random.default_rng([5, int(structure_id(atoms), 16)])
+        seeded = {**options, "seed": int(generator.integers(2**31))}
+        jobs.append(Job(symbol, atoms, (0.0, 300.0), (folder / f"{symbol}-0", folder / f"{symbol}-300"), seeded))
+    found = {}
+
+    def done(job, outcomes):
+        for outcome, place in zip(outcomes, job.folders, strict=True):
+            assert (place / "result.json").is_file(), "its files are here when the client hears of it"
+            found[place.name] = outcome.result.gibbs
+
+    run_jobs(jobs, fakes.Emt(), free_energy, done, workers)
+    return found
 
 
 @pytest.mark.slow
-def test_sscha_gives_the_same_numbers_in_one_process_in_two_and_on_dask(dask, tmp_path):
-    sscha_ranking(tmp_path / "one", 1)
-    sscha_ranking(tmp_path / "two", 2)
-    sscha_ranking(tmp_path / "dask", dask)
-    expected = (tmp_path / "one" / "ranking.csv").read_bytes()
-    assert expected.count(b"\n") == 3 and b",failed," not in expected
-    for name in ("two", "dask"):
-        assert (tmp_path / name / "ranking.csv").read_bytes() == expected
-    for file in sorted((tmp_path / "one" / "sscha").rglob("population_*.npz")):
-        for name in ("two", "dask"):
-            other = tmp_path / name / file.relative_to(tmp_path / "one")
-            with np.load(file) as a, np.load(other) as b:
+def test_sscha_gives_the_same_numbers_in_one_process_in_two_and_on_dask(dask, local, tmp_path):
+    expected = sscha_jobs(tmp_path / "one", SerialScheduler())
+    assert len(expected) == 4 and np.isfinite(list(expected.values())).all()
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*")}
+    for name, workers in (("two", local), ("dask", dask)):
+        assert sscha_jobs(tmp_path / name, workers) == expected
+        assert {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")} == names
+        for file in sorted((tmp_path / "one").rglob("population_*.npz")):
+            with np.load(file) as a, np.load(tmp_path / name / file.relative_to(tmp_path / "one")) as b:
                 assert all((a[key] == b[key]).all() for key in a.files), "bitwise the same ensembles"
-    assert {path.name for path in (tmp_path / "one/sscha").rglob("*")} == {path.name for path in (tmp_path / "dask/sscha").rglob("*")}
+    populations = {path: path.stat().st_mtime_ns for path in (tmp_path / "dask").rglob("population_*.npz")}
+    assert len(populations) == 4
+    assert sscha_jobs(tmp_path / "dask", dask) == expected
+    assert {path: path.stat().st_mtime_ns for path in populations} == populations, "what is finished is neither run nor written again"
 
 
 @pytest.mark.slow
-def test_populations_that_exist_are_not_evaluated_again_elsewhere(dask, tmp_path):
-    sscha_ranking(tmp_path, dask, max_populations=1)
-    files = {path: path.read_bytes() for path in tmp_path.rglob("population_001.npz")}
-    assert len(files) == 2
-    for path in tmp_path.rglob("settings.json"):
-        assert path.is_file()
-    again = sscha_ranking(tmp_path, dask, max_populations=1)
-    assert {path: path.read_bytes() for path in files} == files
-    assert all(candidate.gibbs is not None for candidate in again)
+def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_later(dask, tmp_path):
+    found = {}
+    jobs = [Job(s, bulk(s), (0.0,), (tmp_path / "sscha" / s,), {"pressure": 0.0}) for s in ("Cu", "Ni", "Al")]
+    run_jobs(jobs, fakes.Emt(), fakes.failing_on_gold, lambda job, outcomes: found.update({job.structure: outcomes[0]}), dask)
+    assert found["Cu"].result is not None and found["Al"].result is not None
+    assert found["Ni"].result is None and not found["Ni"].lasting and "worker died" in found["Ni"].reason
 
 
 def emt_energy(atoms: Atoms) -> float:
