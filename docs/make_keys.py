@@ -20,6 +20,7 @@ from magus_anharmonic.settings import (
     Settings,
     SschaSettings,
     campaign,
+    WorkerSettings,
 )
 
 PAGE = Path(__file__).with_name("keys.md")
@@ -30,6 +31,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("`learning`", "Left out: no learning. The numbers are those of Sec. IV A of the paper.", LearningSettings),
     ("`learning.labeler`", "Where DFT labels come from: see [labelers.md](labelers.md).", LabelerSettings),
     ("`sscha`", "Left out: static enthalpies. `sscha: {}` takes every default.", SschaSettings),
+    ("`workers`", "Who runs labels, relaxations and SSCHA: see [clusters.md](clusters.md).", WorkerSettings),
     (
         "MAGUS's keys that the embedded host knows",
         "For `magus-anharmonic search --host embedded`. A key that only MAGUS knows is named and refused.",

@@ -139,7 +139,7 @@ def checked_learning(settings: Settings, folder: str | Path) -> Settings:
     from magus_anharmonic.learning.dataset import read_dataset
 
     try:
-        labeler = get_labeler(learning.labeler, Path(folder) / "labeling")
+        labeler = get_labeler(learning.labeler, Path(folder) / "labeling", settings)
     except LabelerNotInstalled as error:
         if learning.required:
             raise
@@ -154,7 +154,7 @@ def _labeler(settings: Settings, folder: Path) -> tuple[Any, Any]:
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import LabelStore
 
-    return get_labeler(settings.learning.labeler, folder / "labeling"), LabelStore(folder / "labels")
+    return get_labeler(settings.learning.labeler, folder / "labeling", settings), LabelStore(folder / "labels")
 
 
 def _recorded_seed(folder: Path, restart: bool) -> int:

@@ -17,27 +17,29 @@ BASE = {"settings", "errors", "units", "files", "failures", "lock", "structures"
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
     "__init__": BASE | {"potential", "sscha"},  # the lazy public names
-    "potential": BASE,
+    "scheduler": BASE,
+    "potential": BASE | {"scheduler"},
     "sscha": BASE,
-    "labelers": BASE,
+    "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
-    "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
+    "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
     "report": BASE | {"ranking", "analysis"},
     "analysis": BASE | {"sscha", "labelers", "learning"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
-    "search": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report"},
+    "search": BASE
+    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report", "scheduler"},
     "campaign": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "search", "doctor", "run_record", "analysis", "report"},
     "status": BASE,
-    "doctor": BASE | {"potential", "labelers", "sscha"},
+    "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},
     "plugins": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload"},
+    | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "run_record", "report", "host_keys", "autoload", "scheduler"},
     "autoload": set(),
 }
 """Part of the package -> parts that it may import; ``cli`` may import everything."""
 
-HEAVY = {"torch", "mattersim", "gpaw", "sscha", "cellconstructor", "pyxtal", "ase_ga"}
+HEAVY = {"torch", "mattersim", "gpaw", "sscha", "cellconstructor", "pyxtal", "ase_ga", "distributed", "dask", "dask_jobqueue"}
 
 
 def part(path: Path) -> str:

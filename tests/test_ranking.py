@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.potential.portable import portable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.files import rank_file, rank_structures, read_structures
-from magus_anharmonic.ranking.jobs import portable
 from magus_anharmonic.ranking.matcher import Fingerprint, distinct, largest_difference, same, same_phase
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due
@@ -541,7 +541,7 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(tmp_path: Pa
 
 
 def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(potential: Potential, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    source = portable(potential, fakes.shifted)
+    source = portable(potential)
     assert source.evaluator is None
     assert source.make().model_id == potential.model_id
     with pytest.raises(MagusAnharmonicError, match="was replaced"):

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, Relaxed, settings_hash
+from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 
 __all__ = [
@@ -39,12 +40,15 @@ def available(name: str) -> tuple[bool, str]:
     return code_module(name).available(name)
 
 
-def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
+def get_labeler(settings: LabelerSettings, directory: str | Path, scheduling: Scheduling | None = None) -> Labeler:
     """The labeler for ``learning.labeler``; its scratch files and logs go below ``directory``.
+
+    ``scheduling``: what has the keys ``scheduler`` and ``workers`` (a `Settings`); None labels on this machine. Whether the DFT code
+    is there is not asked where the labels are made on workers elsewhere: they have their own environment.
 
     Raises ``InputError`` when its settings contradict each other, ``LabelerNotInstalled`` (also an ``InputError``) when it is not here.
     """
-    from magus_anharmonic.labelers.pool import WorkerLabeler, available_cores
+    from magus_anharmonic.labelers.pool import WorkerLabeler
 
     name = settings.calculator
     if name == "main":
@@ -57,9 +61,15 @@ def get_labeler(settings: LabelerSettings, directory: str | Path) -> Labeler:
         recipe = module.recipe(settings)
     except LabelerError as error:
         raise InputError(str(error)) from None
+    if scheduling is not None and is_remote(scheduling.scheduler):
+        from magus_anharmonic.labelers.scheduled import ScheduledLabeler
+
+        return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
     usable, message = module.available(name, recipe.execution)
     if not usable:
         raise LabelerNotInstalled(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
+    if scheduling is not None and scheduling.scheduler == "serial":
+        return WorkerLabeler(recipe, Path(directory), n_workers=1, timeout=settings.timeout)
     n_workers = settings.n_workers or module.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
 

@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
@@ -33,13 +33,6 @@ _BOOTSTRAP = "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from mag
 START_TIMEOUT = 300.0
 """Seconds for a worker to import what it needs (a busy file system can be slow); not part of a label's own time."""
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
-
-
-def available_cores() -> int:
-    """Cores that this process may use (a job's share of the machine), not those that the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class WorkerDied(Exception):
@@ -131,20 +124,13 @@ class Worker:
         self.stop()
 
 
-class WorkerLabeler:
-    """Labeler that runs one `Recipe` in ``n_workers`` processes.
+class JobLabeler:
+    """What labelers that run one `Recipe` as jobs share; `_run` says where the jobs run."""
 
-    Scratch folders ``slot0``, ``slot1``, ... and ``worker0.log``, ... are below ``directory``; the folder of a failed label is kept as
-    ``failed/<structure id>``. Call `close` (or use it in a ``with`` block) to end the processes; they also end with the search.
-    """
-
-    def __init__(self, recipe: Recipe, directory: Path, *, n_workers: int, timeout: float = 3600.0) -> None:
+    def __init__(self, recipe: Recipe, directory: Path, *, timeout: float) -> None:
         self.recipe = recipe
         self.directory = Path(directory).absolute()
         self.timeout = timeout
-        self.n_workers = n_workers
-        self._workers = [Worker(self.directory / f"worker{slot}.log") for slot in range(n_workers)]
-        self._finalizer = weakref.finalize(self, _close_all, self._workers)
 
     @property
     def settings_hash(self) -> str:
@@ -158,15 +144,11 @@ class WorkerLabeler:
         spacing = "" if self.recipe.k_spacing is None else f", k spacing 2 pi x {self.recipe.k_spacing:g} / A"
         return f"{self.recipe.code} ({arguments}{spacing})"
 
-    def __enter__(self) -> WorkerLabeler:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def close(self) -> None:
-        """End all worker processes; the labeler cannot be used afterwards."""
-        self._finalizer()
 
     def label(self, structures: Sequence[Atoms], on_result: OnResult | None = None) -> list[Label | Failure]:
         """Single points in the order of the input; ``on_result(index, result)`` is called here as each one finishes."""
@@ -215,6 +197,31 @@ class WorkerLabeler:
             self.settings_hash,
             answer["seconds"],
         )
+
+    def _run(self, jobs: list[dict[str, Any]], structures: Sequence[Atoms], accept: Callable[[int, dict[str, Any]], None]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End what the labeler has started; it cannot be used afterwards."""
+        raise NotImplementedError
+
+
+class WorkerLabeler(JobLabeler):
+    """Labeler that runs one `Recipe` in ``n_workers`` processes.
+
+    Scratch folders ``slot0``, ``slot1``, ... and ``worker0.log``, ... are below ``directory``; the folder of a failed label is kept as
+    ``failed/<structure id>``. Call `close` (or use it in a ``with`` block) to end the processes; they also end with the search.
+    """
+
+    def __init__(self, recipe: Recipe, directory: Path, *, n_workers: int, timeout: float = 3600.0) -> None:
+        super().__init__(recipe, directory, timeout=timeout)
+        self.n_workers = n_workers
+        self._workers = [Worker(self.directory / f"worker{slot}.log") for slot in range(n_workers)]
+        self._finalizer = weakref.finalize(self, _close_all, self._workers)
+
+    def close(self) -> None:
+        """End all worker processes; the labeler cannot be used afterwards."""
+        self._finalizer()
 
     def _run(self, jobs: list[dict[str, Any]], structures: Sequence[Atoms], accept: Callable[[int, dict[str, Any]], None]) -> None:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()

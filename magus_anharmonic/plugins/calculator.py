@@ -18,6 +18,7 @@ from magus.calculators.base import Calculator
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
+from magus_anharmonic.scheduler import is_remote, open_scheduler
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -111,17 +112,7 @@ class MatterSimCalculator(Calculator):
             return []
         starts = [bare(atoms) for atoms in individuals]
         self._clear(individuals)
-        results = self.potential.relax(
-            starts,
-            self.pressure,
-            force_tolerance=self.options.eps,
-            max_steps=self.options.max_step,
-            max_move=self.options.max_move,
-            optimizer=self.options.optimizer,
-            relax_cell=self.options.relax_lattice,
-            fix_symmetry=self.options.fix_symmetry,
-            kicks=self.options.kicks,
-        )
+        results = self._relaxed(starts)
         relaxed, failed = [], []
         for atoms, start, result in zip(individuals, starts, results, strict=True):
             if result.failed:
@@ -133,6 +124,23 @@ class MatterSimCalculator(Calculator):
         self._report("relaxed", relaxed, failed)
         logger.info("relaxation steps: %d in all, %d structures converged", *_effort(results))
         return relaxed
+
+    def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
+        options: dict[str, Any] = dict(
+            force_tolerance=self.options.eps,
+            max_steps=self.options.max_step,
+            max_move=self.options.max_move,
+            optimizer=self.options.optimizer,
+            relax_cell=self.options.relax_lattice,
+            fix_symmetry=self.options.fix_symmetry,
+            kicks=self.options.kicks,
+        )
+        if not is_remote(self.settings.scheduler):
+            return self.potential.relax(starts, self.pressure, **options)
+        from magus_anharmonic.potential.portable import relax_on
+
+        with open_scheduler(self.settings) as scheduler:
+            return relax_on(scheduler, self.potential, starts, self.pressure, **options)
 
     def scf_(self, calcPop: Sequence[Atoms]) -> list[Atoms]:  # noqa: N803
         """Single points of ``calcPop`` in place."""

@@ -12,6 +12,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
 from magus_anharmonic.run_record import check_results_version, write_run_record
@@ -49,7 +50,7 @@ def rank_structures(
     seed: int = 0,
     relax: bool = True,
     free_energy: Callable[..., Any] | None = None,
-    workers: int | None = None,
+    workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
 ) -> list[Candidate]:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.

@@ -1,6 +1,6 @@
-"""Runs SSCHA for several candidates, in processes of their own when there is more than one core.
+"""Runs SSCHA for several candidates, on the workers of a `Scheduler`.
 
-A candidate that fails comes back with its reason; a process that dies takes only its own candidate with it.
+A candidate that fails comes back with its reason; a worker that dies takes only its own candidate with it.
 """
 
 from __future__ import annotations
@@ -8,16 +8,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import multiprocessing
-import os
 import pickle
-import signal
-import threading
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +20,13 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.labelers.pool import available_cores, duration
+from magus_anharmonic.labelers.pool import duration
+from magus_anharmonic.potential.portable import portable
+from magus_anharmonic.scheduler import Scheduler
+from magus_anharmonic.scheduler.files import changed, packed, unpack
+from magus_anharmonic.scheduler.local import LocalScheduler
 
 log = logging.getLogger(__name__)
-
-MAX_WORKERS_PER_GPU = 4
-DIED = "its process died (crash, or out of memory); a script of your own needs `if __name__ == '__main__':`"
 
 
 @dataclass(frozen=True)
@@ -88,166 +84,94 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+Workers = Scheduler | int | None
+"""Who runs the jobs: a scheduler, a number of local processes, or None: one process per core."""
+
+
 def run_jobs(
     jobs: Sequence[Job],
     evaluator: Evaluator,
     free_energy: Callable[..., Any],
     on_done: Callable[[Job, list[Outcome]], None],
-    workers: int | None = None,
+    workers: Workers = None,
 ) -> None:
-    """Run all jobs; ``on_done(job, outcomes)`` is called in this process as each finishes.
+    """Run all jobs; ``on_done(job, outcomes)`` is called in this process as each finishes, and a job's files are in its folders then.
 
-    ``workers``: processes at the same time; None takes one per core, at most four where they share a GPU.
+    A job that cannot be sent elsewhere, and a single one where the workers are processes of this machine, runs in this process.
     """
-    count = _n_workers(len(jobs), evaluator, workers)
+    if workers is None or isinstance(workers, int):
+        device = "cuda" if str(getattr(evaluator, "device", "cpu")).startswith("cuda") else "cpu"
+        with contextlib.closing(LocalScheduler(workers, device=device)) as scheduler:
+            run_jobs(jobs, evaluator, free_energy, on_done, scheduler)
+        return
+    count = max(1, min(workers.n_workers, len(jobs)))
     progress = Progress(len(jobs), count)
 
     def done(job: Job, outcomes: list[Outcome]) -> None:
         on_done(job, outcomes)
         progress.step(job, outcomes)
 
-    source = portable(evaluator, free_energy) if count > 1 else None
+    wanted = bool(jobs) and (workers.remote or count > 1)
+    source = portable(evaluator, remote=workers.remote) if wanted and _travels(free_energy) else None
     if source is None:
         for job in jobs:
             done(job, run_job(job, evaluator, free_energy))
         return
-    log.info("SSCHA of %d structures in %d processes", len(jobs), count)
-    left = _run_pool(list(jobs), source, count, done)
-    for job in left:
-        # Which of the jobs killed the pool shows only when each has a process of its own.
-        if _run_pool([job], source, 1, done):
-            done(job, [Outcome(t, None, DIED, lasting=False) for t in job.temperatures])
+    log.info("SSCHA of %d structures: %s", len(jobs), workers.description)
+    run = _run_elsewhere if workers.remote else _run_in_process
+    items = ((_parcel(job) if workers.remote else job, free_energy) for job in jobs)
+    for end in workers.map(run, items, source):
+        job = jobs[end.index]
+        outcomes = [Outcome(t, None, end.reason, lasting=False) for t in job.temperatures] if end.reason else end.value
+        if workers.remote and not end.reason:
+            outcomes, files = end.value
+            for folder, new in zip(job.folders, files, strict=True):
+                unpack(new, folder)
+        done(job, outcomes)
 
 
-def _n_workers(n_jobs: int, evaluator: Evaluator, workers: int | None) -> int:
-    count = available_cores() if workers is None else workers
-    if workers is None and str(getattr(evaluator, "device", "cpu")).startswith("cuda"):
-        count = min(count, MAX_WORKERS_PER_GPU)
-    return max(1, min(count, n_jobs))
+def _travels(free_energy: Callable[..., Any]) -> bool:
+    try:
+        pickle.dumps(free_energy)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        log.info("SSCHA runs in this process, one structure after the other: %s", _one_line(error))
+        return False
+    return True
+
+
+def _run_in_process(item: tuple[Job, Callable[..., Any]], evaluator: Evaluator) -> list[Outcome]:
+    job, free_energy = item
+    return run_job(job, evaluator, free_energy)
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a worker needs to make its own evaluator: a checkpoint to load, or the pickled evaluator."""
+class Parcel:
+    """A job with the content of its folders, and of the one where it starts, for a worker that does not see them."""
 
-    free_energy: Callable[..., Any]
-    model_id: str
-    checkpoint: str = ""
-    device: str | None = None
-    dtype: str = ""
-    evaluator: Evaluator | None = None
-
-    def make(self) -> Evaluator:
-        """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same model."""
-        if self.evaluator is not None:
-            return self.evaluator
-        from magus_anharmonic.potential import load
-
-        potential = load(self.checkpoint, self.device, dtype=self.dtype)
-        if potential.model_id != self.model_id:
-            raise MagusAnharmonicError(f"{self.checkpoint}: holds model {potential.model_id}, not {self.model_id}: it was replaced")
-        return potential
+    job: Job
+    files: list[dict[str, bytes]]
+    start: dict[str, bytes] | None
 
 
-def portable(evaluator: Evaluator, free_energy: Callable[..., Any]) -> Source | None:
-    """None (with a line in the log) when evaluator or function cannot be sent to another process."""
-    path = getattr(evaluator, "path", None)
-    if path is not None and hasattr(evaluator, "dtype"):
-        dtype = str(evaluator.dtype).removeprefix("torch.")
-        source = Source(free_energy, evaluator.model_id, checkpoint=str(path), device=getattr(evaluator, "device", None), dtype=dtype)
-    else:
-        source = Source(free_energy, evaluator.model_id, evaluator=evaluator)
-    try:
-        pickle.dumps(source)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        log.info("SSCHA runs in this process, one structure after the other: %s", _one_line(error))
-        return None
-    return source
+def _parcel(job: Job) -> Parcel:
+    start = packed(job.start) if isinstance(job.start, Path) else None
+    return Parcel(job, [packed(folder) for folder in job.folders], start)
 
 
-_SOURCE: Source | None = None
-_EVALUATOR: Evaluator | None = None
-
-
-def _start_worker(source: Source, threads: int) -> None:
-    """Runs first in each worker: Ctrl-C is the parent's business, threads are shared fairly."""
-    global _SOURCE
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _SOURCE = source
-    if source.checkpoint:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _end_with_parent() -> None:
-    """Leave nothing behind that writes into a folder which a restarted search works in."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _in_worker(job: Job) -> list[Outcome]:
-    global _EVALUATOR
-    if _SOURCE is None:
-        raise RuntimeError("the worker was not started by run_jobs")
-    if _EVALUATOR is None:
-        try:
-            _EVALUATOR = _SOURCE.make()
-        except MagusAnharmonicError as error:
-            return [Outcome(t, None, _one_line(error), lasting=False) for t in job.temperatures]
-    return run_job(job, _EVALUATOR, _SOURCE.free_energy)
-
-
-def _run_pool(jobs: list[Job], source: Source, workers: int, done: Callable[[Job, list[Outcome]], None]) -> list[Job]:
-    """Run the jobs in a pool of processes; returns those left over because a process died."""
-    threads = max(1, available_cores() // workers)
-    pending: dict[Future, Job] = {}
-    with _thread_variables(threads), _pool(workers, source, threads) as pool:
-        try:
-            pending = {pool.submit(_in_worker, job): job for job in jobs}
-            while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    outcomes = future.result()
-                    done(pending.pop(future), outcomes)
-        except BrokenProcessPool:
-            log.warning("an SSCHA process died; what it worked on is run again alone")
-    return list(pending.values())
-
-
-@contextlib.contextmanager
-def _pool(workers: int, source: Source, threads: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh interpreters (torch and CUDA do not survive a fork) that is gone when the block is left early."""
-    context = multiprocessing.get_context("spawn")
-    others = {child.pid for child in multiprocessing.active_children()}
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(source, threads))
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():
-            if child.pid not in others:
-                child.terminate()
-        raise
-    pool.shutdown()
-
-
-@contextlib.contextmanager
-def _thread_variables(threads: int) -> Iterator[None]:
-    """The environment in which workers start: BLAS reads its number of threads when it is loaded."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: str(threads) for name in names})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+def _run_elsewhere(item: tuple[Parcel, Callable[..., Any]], evaluator: Evaluator) -> tuple[list[Outcome], list[dict[str, bytes]]]:
+    """Run the job in a temporary folder; its outcomes, and for each of its folders the files that are new or changed."""
+    parcel, free_energy = item
+    with tempfile.TemporaryDirectory(prefix="sscha-job-") as scratch:
+        # The folder's own name is kept: it is part of what the log says.
+        folders = tuple(Path(scratch) / str(place) / folder.name for place, folder in enumerate(parcel.job.folders))
+        for folder, files in zip(folders, parcel.files, strict=True):
+            unpack(files, folder)
+        job = replace(parcel.job, folders=folders)
+        if parcel.start is not None:
+            job = replace(job, start=Path(scratch) / "start")
+            unpack(parcel.start, job.start)
+        outcomes = run_job(job, evaluator, free_energy)
+        return outcomes, [changed(files, packed(folder)) for folder, files in zip(folders, parcel.files, strict=True)]
 
 
 class Progress:

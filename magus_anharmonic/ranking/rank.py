@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
-from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.odds import ModelTerm, with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
@@ -28,6 +29,7 @@ from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.trust import ensemble_trust
+from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare, space_group, structure_id
@@ -51,7 +53,7 @@ def rank(
     n_generations: int | None = None,
     energy_rmse: float | None = None,
     free_energy: Callable[..., Any] | None = None,
-    workers: int | None = None,
+    workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
 ) -> list[Candidate]:
@@ -69,7 +71,7 @@ def rank(
     free_energy
         `magus_anharmonic.sscha.free_energy`, or a stand-in with its arguments.
     workers
-        SSCHA runs at the same time; None takes one per core.
+        Who runs SSCHA: a scheduler, or a number of local processes; None takes ``settings.scheduler``.
     starts
         By structure id: the SSCHA state from which that structure's run starts, instead of a harmonic one.
     measured
@@ -83,7 +85,8 @@ def rank(
         chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
         ranking.look_up()
         if sscha_is_due(settings, generation, n_generations, energy_rmse):
-            ranking.run(chosen, free_energy or _free_energy(), workers)
+            with contextlib.nullcontext(workers) if workers is not None else _scheduler(settings, evaluator) as who:
+                ranking.run(chosen, free_energy or _free_energy(), who)
         else:
             log.info("no SSCHA yet: %s", why_not(settings, energy_rmse))
     tables = ranking.tables()
@@ -92,6 +95,10 @@ def rank(
     if settings.sscha is not None:
         draw_best(Path(run_dir), tables[0], settings.sscha.keep_best)
     return tables[0]
+
+
+def _scheduler(settings: Settings, evaluator: Evaluator) -> contextlib.AbstractContextManager[Scheduler]:
+    return open_scheduler(settings, device="cuda" if str(getattr(evaluator, "device", "cpu")).startswith("cuda") else "cpu")
 
 
 def _free_energy() -> Callable[..., Any]:
@@ -167,7 +174,7 @@ class Ranking:
                 if record is not None:
                     self.records[group, key] = record
 
-    def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: int | None) -> None:
+    def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers) -> None:
         """Run SSCHA for the chosen groups that lack a final result, then again for results that gained symmetry."""
         first = self.keys[0]
         out = [g for g in chosen if (record := self.records.get((g, first))) is not None and record.status == "eliminated"]
@@ -200,7 +207,7 @@ class Ranking:
         return jobs
 
     def _race(
-        self, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: int | None
+        self, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers
     ) -> None:
         """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was eliminated before."""
         key = self.keys[0]
@@ -288,7 +295,7 @@ class Ranking:
         begin = self.starts.get(name) if start is None else start
         return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin)
 
-    def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: int | None) -> None:
+    def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: Workers) -> None:
         def done(job: Job, outcomes: list[Outcome]) -> None:
             group = group_of(job)
             for outcome in outcomes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ase import Atoms
 
-from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.phases import reduced_centroids, same_records
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.structures import structure_id
@@ -44,7 +44,7 @@ def reductions(records: Sequence[Record]) -> list[Reduction]:
     return found
 
 
-def run_reduced(ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: int | None) -> None:
+def run_reduced(ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: Workers) -> None:
     """Run the reductions of ``records`` again, once per phase, and let them take over."""
     jobs: dict[str, Job] = {}
     waiting: list[tuple[Reduction, str]] = []

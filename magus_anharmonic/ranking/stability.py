@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import MagusAnharmonicError, SschaError
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.jobs import Job, Outcome, run_jobs
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 from magus_anharmonic.ranking.outcomes import with_result
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
@@ -38,7 +38,7 @@ SMALLEST_ENSEMBLE = 4
 NO_RUN = "following it failed"
 
 
-def check_stability(ranking: Ranking, key: Key, free_energy: Callable[..., Any], workers: int | None) -> None:
+def check_stability(ranking: Ranking, key: Key, free_energy: Callable[..., Any], workers: Workers) -> None:
     """Check the lowest ``sscha.hessian`` distinct phases at ``key``; follow saddle points; again, until no new one is among them."""
     n_phases, seen = ranking.sscha.hessian, set[str]()
     _follow(ranking, unfollowed(ranking.store, ranking.results(key)), free_energy, workers)
@@ -114,7 +114,7 @@ def _joined(*reasons: str) -> str:
     return "; ".join(filter(None, reasons))
 
 
-def _follow(ranking: Ranking, saddles: Sequence[Record], free_energy: Callable[..., Any], workers: int | None) -> None:
+def _follow(ranking: Ranking, saddles: Sequence[Record], free_energy: Callable[..., Any], workers: Workers) -> None:
     """Run each saddle's subgroup once, and write on the saddle what became of it."""
     jobs: dict[str, Job] = {}
     waiting: list[tuple[Record, str]] = []

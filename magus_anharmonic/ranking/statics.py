@@ -10,6 +10,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation, Evaluator, set_energy_error
+from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -77,19 +78,21 @@ def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: 
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps or runs away stays
     as it was.
     """
-    from magus_anharmonic.potential.relax import relax
+    from magus_anharmonic.potential.portable import relax_on
 
     keys = settings.calculator or parse(CalculatorSettings, {})
-    relaxed = relax(
-        evaluator,
-        [bare(atoms) for atoms in structures],
-        settings.pressure,
-        force_tolerance=keys.eps,
-        max_steps=max_steps or keys.max_step,
-        max_move=keys.max_move,
-        relax_cell=keys.relax_lattice,
-        fix_symmetry=keys.fix_symmetry,
-    )
+    with open_scheduler(settings) as scheduler:
+        relaxed = relax_on(
+            scheduler,
+            evaluator,
+            [bare(atoms) for atoms in structures],
+            settings.pressure,
+            force_tolerance=keys.eps,
+            max_steps=max_steps or keys.max_step,
+            max_move=keys.max_move,
+            relax_cell=keys.relax_lattice,
+            fix_symmetry=keys.fix_symmetry,
+        )
     for atoms, result in zip(structures, relaxed, strict=True):
         if not result.failed:
             atoms.set_cell(result.atoms.cell.array, scale_atoms=False)

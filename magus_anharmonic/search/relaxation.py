@@ -20,14 +20,12 @@ from pydantic import Field
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
+from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
 
 log = logging.getLogger(__name__)
-
-CHUNK = {"cpu": 20, "cuda": 500}
-"""Structures per chunk; a GPU needs many at once."""
 
 SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
@@ -58,15 +56,20 @@ class Relaxer:
     settings: CalculatorSettings | AseCalculatorSettings
     pressure: float
     run_dir: Path | None = None
+    scheduling: Scheduling | None = None
 
     def relax(self, population: Sequence[Atoms], folder: Path) -> list[Atoms]:
         """Relaxed copies at ``pressure`` (GPa) with MAGUS's ``info`` keys; failures are dropped with their reason in the log.
 
         Finished chunks lie in ``folder`` (removed by `forget`) and are not computed again.
         """
+        from magus_anharmonic.potential.portable import CHUNK
+
         size = CHUNK["cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"]
         relaxed: list[Atoms] = []
         begun, computed = time.perf_counter(), 0
+        if self.scheduling is not None and is_remote(self.scheduling.scheduler):
+            self._relax_elsewhere(population, folder, size)
         for first in range(0, len(population), size):
             chunk = population[first : first + size]
             file = folder / f"chunk-{first // size}.traj"
@@ -86,18 +89,31 @@ class Relaxer:
             log.warning("%d relaxations failed: %s", count, reason)
         return [atoms for atoms in relaxed if "failure" not in atoms.info]
 
-    def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
-        from magus_anharmonic.potential.relax import relax
+    def _relax_elsewhere(self, population: Sequence[Atoms], folder: Path, size: int) -> None:
+        """Write the chunks that are missing, each as its last structure comes back from the workers."""
+        assert self.scheduling is not None
+        files = {index: folder / f"chunk-{index // size}.traj" for index in range(len(population))}
+        wanted = [index for index, file in files.items() if not file.exists()]
+        left = Counter(files[index] for index in wanted)
+        found: dict[int, Any] = {}
 
-        starts = []
-        for atoms in chunk:
-            start = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
-            reduce_cell(start)
-            starts.append(start)
-        results = relax(
-            self.evaluator,
-            starts,
-            self.pressure,
+        def keep(place: int, result: Any) -> None:
+            index = wanted[place]
+            found[index] = result
+            left[files[index]] -= 1
+            if left[files[index]] == 0:
+                members = [i for i in wanted if files[i] == files[index]]
+                chunk = [population[i] for i in members]
+                write_frames(files[index], self._described_all(chunk, [found.pop(i) for i in members]))
+
+        from magus_anharmonic.potential.portable import relax_on
+
+        with open_scheduler(self.scheduling) as scheduler:
+            starts = [_start(population[index]) for index in wanted]
+            relax_on(scheduler, self.evaluator, starts, self.pressure, keep, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        return dict(
             force_tolerance=self.settings.eps,
             max_steps=self.settings.max_step,
             max_move=self.settings.max_move,
@@ -106,6 +122,13 @@ class Relaxer:
             kicks=self.settings.kicks,
             relax_cell=self.settings.relax_lattice,
         )
+
+    def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
+        from magus_anharmonic.potential.relax import relax
+
+        return self._described_all(chunk, relax(self.evaluator, [_start(atoms) for atoms in chunk], self.pressure, **self._options()))
+
+    def _described_all(self, chunk: Sequence[Atoms], results: Sequence[Any]) -> list[Atoms]:
         described = [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]
         set_energy_errors(self.evaluator, [atoms for atoms in described if "failure" not in atoms.info])
         return described
@@ -129,6 +152,12 @@ class Relaxer:
         return atoms
 
 
+def _start(atoms: Atoms) -> Atoms:
+    start = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+    reduce_cell(start)
+    return start
+
+
 def forget(folder: Path) -> None:
     """Remove the chunks once the whole population is saved."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -145,11 +174,11 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure)
+        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, settings)
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure)
+    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure, settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:

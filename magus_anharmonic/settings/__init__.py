@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from magus_anharmonic.settings.search import (
+    QUEUES,
     CalculatorSettings,
     LabelerSettings,
     LearningSettings,
     Settings,
     SschaSettings,
+    WorkerSettings,
     load_settings,
     parse_settings,
 )
@@ -26,6 +28,7 @@ from magus_anharmonic.settings.section import (
 )
 
 __all__ = [
+    "QUEUES",
     "CalculatorSettings",
     "Count",
     "LabelerSettings",
@@ -36,6 +39,7 @@ __all__ = [
     "Section",
     "Settings",
     "SschaSettings",
+    "WorkerSettings",
     "check_pressure",
     "fields_at",
     "load_settings",

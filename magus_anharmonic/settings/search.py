@@ -7,6 +7,7 @@ MAGUS's own keys are in ``host_keys``.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,52 @@ class LabelerSettings(Section):
     k_spacing: Positive | None = Field(None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler")
     n_workers: Count | None = Field(None, description="labels at the same time; left out: one per core")
     timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
+
+
+QUEUES = ("slurm", "lsf", "pbs")
+"""Queue systems that ``scheduler`` knows."""
+
+
+class WorkerSettings(Section):
+    """``workers``: who runs labels, relaxations and SSCHA; what only jobs of a queue system need is ignored by ``scheduler: local``."""
+
+    count: Count | None = Field(None, description="workers (jobs) at the same time; left out: one per core (local), or one job")
+    cores: Count | None = Field(None, description="cores, hence threads, of each; left out: a share of the machine (local), or 1")
+    gpus: int = Field(0, ge=0, description="GPUs of each job; more than one needs dask-cuda")
+    memory: str = Field("8 GB", description="of each job")
+    walltime: int = Field(86400, ge=600, description="of each job: hh:mm:ss, or seconds; jobs that end are sent again")
+    queue: str | None = Field(None, description="queue or partition")
+    account: str | None = Field(None, description="account or project")
+    directives: list[str] = Field(default_factory=list, description="further lines of the job script, without #SBATCH, #BSUB or #PBS")
+    prologue: list[str] = Field(
+        default_factory=list, description="shell lines before the worker starts, e.g. module load, source .../activate"
+    )
+    python: str | None = Field(None, description="Python on the nodes; left out: the one that runs the search")
+    interface: str | None = Field(None, description="network interface, e.g. ib0; left out: the default route")
+    scratch: str | None = Field(None, description="folder for temporary files on the nodes; left out: the working directory of the job")
+    logs: str = Field("worker-logs", description="folder for the output of the jobs")
+    timeout: Positive = Field(30.0, description="seconds in which a Dask scheduler at an address must answer")
+
+    @field_validator("memory")
+    @classmethod
+    def _with_unit(cls, value: str) -> str:
+        if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", value):
+            raise ValueError("must be a number with a unit, e.g. 16 GB")
+        return value
+
+    @field_validator("walltime", mode="before")
+    @classmethod
+    def _seconds(cls, value: Any) -> Any:
+        # YAML 1.1 reads 24:00:00 without quotes as the whole number 86400.
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ValueError("must be hh:mm:ss or seconds")
+        if isinstance(value, int):
+            return value
+        parts = value.split(":")
+        if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
+            raise ValueError("must be hh:mm:ss or seconds")
+        hours, minutes, seconds = (int(part) for part in [*parts, "0"][:3])
+        return 3600 * hours + 60 * minutes + seconds
 
 
 class LearningSettings(Section):
@@ -215,7 +262,20 @@ class Settings(Section):
     ml_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block under magus search -m")
     learning: LearningSettings | None = Field(None, description="left out: no learning")
     sscha: SschaSettings | None = Field(None, description="left out: static enthalpies")
+    scheduler: str = Field(
+        "local",
+        description="who runs labels, relaxations and SSCHA: local (processes of this machine), serial, the address of a Dask scheduler "
+        "(tcp://host:port), or jobs of slurm, lsf or pbs: see [clusters.md](clusters.md)",
+    )
+    workers: WorkerSettings = Field(default_factory=WorkerSettings, description="how many workers, and what each has")
     host: dict[str, Any] = Field(default_factory=dict, description="every other key: MAGUS's own")
+
+    @field_validator("scheduler")
+    @classmethod
+    def _known_scheduler(cls, value: str) -> str:
+        if value in ("local", "serial", *QUEUES) or re.fullmatch(r"(tcp|tls)://(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", value):
+            return value
+        raise ValueError(f"must be local, serial, {', '.join(QUEUES)}, or the address of a Dask scheduler, e.g. tcp://10.0.0.1:8786")
 
     @field_validator("symbols")
     @classmethod
@@ -267,7 +327,7 @@ def parse_settings(data: dict[str, Any]) -> Settings:
         if name in Settings.model_fields and name != "host":
             if name in ours:
                 problems.append(f"{key}: is given twice (camelCase and snake_case)")
-            ours[name] = {} if value is None and name in ("sscha", "learning") else value
+            ours[name] = {} if value is None and name in ("sscha", "learning", "workers") else value
         else:
             host[str(key)] = value
     try:

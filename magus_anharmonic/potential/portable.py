@@ -1,0 +1,144 @@
+"""Evaluators in other processes: what travels, and relaxations on workers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.potential.relax import Relaxation, relax
+from magus_anharmonic.scheduler import Done, Scheduler
+from magus_anharmonic.structures import bare
+
+log = logging.getLogger(__name__)
+
+CHUNK = {"cpu": 20, "cuda": 500}
+"""Structures that are relaxed together; a GPU needs many at once. Fixed, so that results do not depend on the number of workers."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a worker needs to make its own evaluator: a checkpoint to load (its bytes where folders are not shared), or the evaluator.
+
+    Of a pickled evaluator ``digest`` tells two with one ``model_id`` apart.
+    """
+
+    model_id: str
+    checkpoint: str = ""
+    content: bytes | None = None
+    device: str | None = None
+    dtype: str = ""
+    evaluator: Evaluator | None = None
+    digest: str = ""
+
+    @property
+    def key(self) -> str:
+        """See `magus_anharmonic.scheduler.Shared`."""
+        return "-".join(filter(None, (self.model_id, self.dtype, self.device, self.digest)))
+
+    def make(self) -> Evaluator:
+        """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same model."""
+        if self.evaluator is not None:
+            return self.evaluator
+        from magus_anharmonic.potential.evaluate import load
+
+        if self.content is None:
+            potential = load(self.checkpoint, self.device, dtype=self.dtype)
+        else:
+            with tempfile.TemporaryDirectory(prefix="model-") as folder:
+                path = Path(folder) / Path(self.checkpoint).name
+                path.write_bytes(self.content)
+                potential = load(path, self.device, dtype=self.dtype)
+        if potential.model_id != self.model_id:
+            raise MagusAnharmonicError(f"{self.checkpoint}: holds model {potential.model_id}, not {self.model_id}: it was replaced")
+        return potential
+
+
+def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
+    """None (with a line in the log) when the evaluator cannot be sent to another process; ``remote``: nor can it read our files."""
+    path = getattr(evaluator, "path", None)
+    if path is not None and hasattr(evaluator, "dtype"):
+        dtype = str(evaluator.dtype).removeprefix("torch.")
+        content = Path(path).read_bytes() if remote else None
+        device = None if remote else getattr(evaluator, "device", None)
+        return Source(evaluator.model_id, checkpoint=os.path.abspath(path), content=content, device=device, dtype=dtype)
+    try:
+        digest = hashlib.sha256(pickle.dumps(evaluator)).hexdigest()[:12]
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        log.info("the evaluator cannot be sent to another process: %s", " ".join(str(error).split()))
+        return None
+    return Source(evaluator.model_id, evaluator=evaluator, digest=digest)
+
+
+OnRelaxed = Callable[[int, Relaxation], None]
+
+
+def relax_on(
+    scheduler: Scheduler,
+    evaluator: Evaluator,
+    structures: Sequence[Atoms],
+    pressure: float = 0.0,
+    on_relaxed: OnRelaxed | None = None,
+    **options: Any,
+) -> list[Relaxation]:
+    """As `relax`, on the workers of a remote scheduler; here, with all threads, when it is none or the evaluator cannot travel.
+
+    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order.
+    """
+    source = portable(evaluator, remote=True) if scheduler.remote and structures else None
+    if source is None:
+        results = relax(evaluator, structures, pressure, **options)
+        for index, result in enumerate(results if on_relaxed is not None else ()):
+            on_relaxed(index, result)  # type: ignore[misc]
+        return results
+    size = CHUNK[scheduler.device]
+    copies = [bare(atoms) for atoms in structures]
+    places = [list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)]
+    found: dict[int, Relaxation] = {}
+    lost: list[list[int]] = []
+
+    def take(chunk: list[int], done: Done) -> None:
+        for index, result in zip(chunk, _results(done, [copies[i] for i in chunk]), strict=True):
+            found[index] = result
+            if on_relaxed is not None:
+                on_relaxed(index, result)
+        log.info("relaxed %d of %d structures", len(found), len(copies))
+
+    for done in scheduler.map(_relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in places), source):
+        chunk = places[done.index]
+        if done.died and len(chunk) > 1:
+            lost.append(chunk)
+        else:
+            take(chunk, done)
+    # Which structure of a chunk kills workers shows only when each is alone.
+    alone = [index for chunk in lost for index in chunk]
+    for done in scheduler.map(_relax_chunk, (([copies[i]], pressure, options) for i in alone), source) if alone else ():
+        take([alone[done.index]], done)
+    return [found[index] for index in range(len(copies))]
+
+
+def _relax_chunk(item: tuple[list[Atoms], float, dict[str, Any]], evaluator: Evaluator) -> list[Relaxation]:
+    structures, pressure, options = item
+    return relax(evaluator, structures, pressure, **options)
+
+
+def _results(done: Done, chunk: list[Atoms]) -> list[Relaxation]:
+    if not done.reason:
+        return done.value
+    log.warning("%d relaxations failed: %s", len(chunk), done.reason)
+    nothing = [(np.full((len(atoms), 3), np.nan), np.full((3, 3), np.nan)) for atoms in chunk]
+    return [
+        Relaxation(atoms, np.nan, np.nan, forces, stress, converged=False, failed=True, n_steps=0, reason=done.reason)
+        for atoms, (forces, stress) in zip(chunk, nothing, strict=True)
+    ]

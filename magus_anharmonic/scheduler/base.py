@@ -1,0 +1,98 @@
+"""What every scheduler is, what it hands back, and what a worker does with a task."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""A task whose worker died this many times is given up."""
+
+KEPT = 2
+"""Shared objects (models) that a worker keeps: the one in use and the one before."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use (a job's share of the machine), not those that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of one task: what it returned, or why it returned nothing; ``died``: because its worker did."""
+
+    index: int
+    value: Any = None
+    reason: str = ""
+    died: bool = False
+
+
+class Shared(Protocol):
+    """What all tasks of a call need, e.g. a model: travels once to each worker, which makes the object once and keeps it."""
+
+    @property
+    def key(self) -> str:
+        """Names the content: equal keys, equal objects."""
+        ...
+
+    def make(self) -> Any:
+        """The object; raises what the tasks are to fail with."""
+        ...
+
+
+Task = Callable[[Any, Any], Any]
+"""``task(item, shared object or None) -> data``; a function of a module, so that another process finds it."""
+
+
+class Scheduler(Protocol):
+    """Runs tasks. ``remote``: the workers need not see this process's folders; ``device``: where they compute, cpu or cuda."""
+
+    remote: bool
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def n_workers(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
+        """One `Done` per item, in the order in which they end; items are taken as workers become free."""
+        ...
+
+    def close(self) -> None: ...
+
+
+_MADE: OrderedDict[str, Any] = OrderedDict()
+
+
+def made(shared: Shared | None) -> Any:
+    """The object of ``shared`` in this process, made at its first use and kept while it is among the last `KEPT`."""
+    if shared is None:
+        return None
+    if shared.key not in _MADE:
+        # Room first: two models and a third would be too much for a GPU.
+        while len(_MADE) >= KEPT:
+            _MADE.popitem(last=False)
+        _MADE[shared.key] = shared.make()
+    _MADE.move_to_end(shared.key)
+    return _MADE[shared.key]
+
+
+def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
+    """Value and empty reason, or None and why: an error of one task stops no other."""
+    try:
+        return task(item, made(shared)), ""
+    except Exception as error:
+        log.warning("a task failed", exc_info=True)
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,259 @@
+"""Dask workers on this or other machines: at an address, or started by jobs of SLURM, LSF or PBS."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import magus_anharmonic
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt
+from magus_anharmonic.scheduler.local import limit_torch
+from magus_anharmonic.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+REFRESH = 2.0  # s between two questions how many workers there are
+PATIENCE = 60.0  # s between two lines that say that nobody works
+AHEAD = 2  # tasks per worker on their way, so that none waits for its next
+DIED = "its worker died {} times while running it (crash, out of memory, or the end of its job)"
+
+
+class DaskScheduler:
+    """A connection to a Dask scheduler; at most ``AHEAD`` tasks per worker are with it, so that its memory and ours stay bounded."""
+
+    remote = True
+
+    def __init__(self, client: Any, *, description: str, device: str | None = None, cluster: Any = None) -> None:
+        self._client, self._cluster, self.description = client, cluster, description
+        self._device = device
+        self._workers, self._asked = 0, 0.0
+
+    @classmethod
+    def connect(cls, name: str, workers: WorkerSettings) -> DaskScheduler:
+        """Connect to the address ``name``, or start a scheduler here and send jobs of the queue system ``name``.
+
+        Raises ``InputError`` when nobody answers within ``workers.timeout`` seconds, or something is not installed.
+        """
+        try:
+            from distributed import Client
+        except ImportError as error:
+            raise InputError(f"scheduler: {name}: {error}; pip install 'magus-anharmonic[dask]'") from None
+        if "://" not in name:
+            from magus_anharmonic.scheduler.queues import start_cluster
+
+            cluster = start_cluster(name, workers)
+            client = Client(cluster, set_as_default=False)
+            return cls(client, description=f"{workers.count or 1} {name} jobs", device="cuda" if workers.gpus else "cpu", cluster=cluster)
+        try:
+            with _silent("distributed"):
+                client = Client(name, timeout=workers.timeout, set_as_default=False)
+        except (OSError, TimeoutError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s ({_one_line(error)}); "
+                "start one with `dask scheduler` and workers with `dask worker ADDRESS --nthreads 1`"
+            ) from None
+        return cls(client, description=f"the Dask workers at {name}")
+
+    @property
+    def n_workers(self) -> int:
+        """Tasks that run at the same time now."""
+        if time.monotonic() - self._asked > REFRESH:
+            self._workers, self._asked = sum(self._client.nthreads().values()), time.monotonic()
+        return self._workers
+
+    @property
+    def device(self) -> str:
+        """``cuda`` when a worker has a CUDA device."""
+        if self._device is None:
+            found = self._client.run(_device_of_worker, on_error="ignore") if self.n_workers else {}
+            if not found:
+                return "cpu"
+            self._device = "cuda" if "cuda" in found.values() else "cpu"
+        return self._device
+
+    def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
+        """See `Scheduler`; raises ``MagusAnharmonicError`` when the scheduler is lost or its workers lack this package."""
+        yield from _Call(self, self._client, task, items, shared).results()
+
+    def close(self) -> None:
+        """Disconnect, and end the jobs that were started for this."""
+        with contextlib.suppress(Exception), _silent("distributed"):
+            self._client.close()
+            if self._cluster is not None:
+                self._cluster.close(timeout=10)
+
+
+class _Call:
+    """One `map`: which items wait, which are with the scheduler, whose workers died."""
+
+    def __init__(self, scheduler: DaskScheduler, client: Any, task: Task, items: Iterable[Any], shared: Shared | None) -> None:
+        self.scheduler, self.client, self.task, self.shared = scheduler, client, task, shared
+        self.waiting = enumerate(items)
+        self.again: deque[tuple[int, Any]] = deque()
+        self.running: dict[str, tuple[Any, int, Any]] = {}
+        self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.deaths: dict[int, int] = {}
+        self.token, self.numbers = uuid.uuid4().hex, itertools.count()
+        self.quiet_since = time.monotonic()
+
+    def results(self) -> Iterator[Done]:
+        """See `Scheduler.map`."""
+        try:
+            with _carried(self.client, self.shared):
+                while self._feed() or self.running:
+                    try:
+                        key = self.ended.get(timeout=REFRESH)
+                    except queue.Empty:
+                        self._complain()
+                        continue
+                    self.quiet_since = time.monotonic()
+                    done = self._end(key)
+                    if done is not None:
+                        yield done
+        finally:
+            with contextlib.suppress(Exception):
+                self.client.cancel([future for future, _, _ in self.running.values()], force=True)
+
+    def _feed(self) -> bool:
+        """Submit while there is room; a task whose worker died goes where nothing else waits behind it, so that no other is blamed."""
+        suspects = bool(self.again) or any(index in self.deaths for _, index, _ in self.running.values())
+        room = max(1, self.scheduler.n_workers * (1 if suspects else AHEAD))
+        while len(self.running) < room:
+            job = self.again.popleft() if self.again else next(self.waiting, None)
+            if job is None:
+                break
+            index, item = job
+            key = f"task-{self.token}-{next(self.numbers)}"
+            carried = None if self.shared is None else self.shared.key
+            future = self.client.submit(
+                run_on_worker, self.task, item, carried, magus_anharmonic.__version__, key=key, pure=False, priority=-index
+            )
+            self.running[key] = future, index, item
+            future.add_done_callback(lambda future: self.ended.put(future.key))
+        return bool(self.running)
+
+    def _end(self, key: str) -> Done | None:
+        """What became of a future; None when its item is to run again."""
+        from distributed.scheduler import KilledWorker
+
+        future, index, item = self.running.pop(key)
+        try:
+            if future.status == "finished":
+                value, reason = future.result()
+                return Done(index, value, reason)
+            error = future.exception() if future.status == "error" else None
+        finally:
+            future.release()
+        if isinstance(error, NotCarried):
+            self.again.append((index, item))
+            return None
+        if isinstance(error, KilledWorker):
+            self.deaths[index] = self.deaths.get(index, 0) + error.allowed_failures + 1
+            log.warning("a worker died running task %d (%s)", index, error.last_worker.address)
+            if self.deaths[index] >= MAX_DEATHS:
+                return Done(index, None, DIED.format(self.deaths[index]), died=True)
+            self.again.append((index, item))
+            return None
+        if error is None and self.client.status == "running":
+            self.again.append((index, item))
+            return None
+        if error is None:
+            raise MagusAnharmonicError(f"{self.scheduler.description}: the connection to the Dask scheduler is lost; finished work is kept")
+        raise MagusAnharmonicError(
+            f"{self.scheduler.description}: a worker cannot run this package's tasks: {type(error).__name__}: {_one_line(error)}; "
+            "install the same version of magus-anharmonic and Dask there"
+        )
+
+    def _complain(self) -> None:
+        if self.client.status != "running":
+            raise MagusAnharmonicError(f"{self.scheduler.description}: the connection to the Dask scheduler is lost; finished work is kept")
+        if time.monotonic() - self.quiet_since > PATIENCE and self.scheduler.n_workers == 0:
+            self.quiet_since = time.monotonic()
+            log.warning("%s: no worker is there; waiting", self.scheduler.description)
+
+
+class NotCarried(Exception):
+    """The worker has not received yet what the tasks share; the task is to be sent again."""
+
+
+_CARRIED: dict[str, Shared] = {}
+
+
+def run_on_worker(task: Task, item: Any, key: str | None, version: str) -> tuple[Any, str]:
+    """Runs on the worker: value and reason, as `attempt`; raises what says that no task can run here."""
+    if version != magus_anharmonic.__version__:
+        raise RuntimeError(f"magus-anharmonic {magus_anharmonic.__version__} on the worker, {version} where the search runs")
+    if key is not None and key not in _CARRIED:
+        raise NotCarried(key)
+    _threads()
+    return attempt(task, item, None if key is None else _CARRIED[key])
+
+
+def _threads() -> None:
+    """As many threads as the job has cores: torch would count those of the node."""
+    with contextlib.suppress(ValueError):
+        limit_torch(int(os.environ.get("OMP_NUM_THREADS", "")))
+
+
+def _device_of_worker() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _carried(client: Any, shared: Shared | None) -> Iterator[None]:
+    """Bring ``shared`` to every worker, those of later too: the scheduler hands it to each one before its first task."""
+    if shared is None:
+        yield
+        return
+    from distributed import WorkerPlugin
+
+    class Carry(WorkerPlugin):
+        """Puts the shared object where `run_on_worker` finds it."""
+
+        def __init__(self, shared: Shared) -> None:
+            self.shared, self.name = shared, f"magus-anharmonic-{shared.key}"
+
+        def setup(self, worker: Any) -> None:
+            from magus_anharmonic.scheduler.cluster import _CARRIED
+
+            _CARRIED[self.shared.key] = self.shared
+
+        def teardown(self, worker: Any) -> None:
+            from magus_anharmonic.scheduler.cluster import _CARRIED
+
+            _CARRIED.pop(self.shared.key, None)
+
+    plugin = Carry(shared)
+    client.register_plugin(plugin)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            client.unregister_worker_plugin(plugin.name)
+
+
+@contextlib.contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """Dask reports a refused connection with tracebacks of its own."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

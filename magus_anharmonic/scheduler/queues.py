@@ -1,0 +1,104 @@
+"""Dask workers as jobs of SLURM, LSF or PBS, by dask-jobqueue."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings import QUEUES, WorkerSettings
+
+COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}
+"""What dask-jobqueue calls to send and to end a job."""
+
+CLASSES = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster"}
+
+
+def missing(name: str, workers: WorkerSettings) -> str:
+    """What ``scheduler: name`` lacks on this machine, and what to do; empty when nothing."""
+    wanted = [("distributed", "dask"), ("dask_jobqueue", "cluster"), *([("dask_cuda", "")] if workers.gpus > 1 else [])]
+    for module, extra in wanted:
+        if importlib.util.find_spec(module) is None:
+            how = f"pip install 'magus-anharmonic[{extra}]'" if extra else "pip install dask-cuda (several GPUs per job need it)"
+            return f"the Python package {module} is not installed; {how}"
+    lacking = [command for command in COMMANDS[name] if shutil.which(command) is None]
+    if lacking:
+        return f"no command {' and no '.join(lacking)} here; run where jobs can be sent, or give the address of a Dask scheduler"
+    return ""
+
+
+def start_cluster(name: str, workers: WorkerSettings) -> Any:
+    """A Dask scheduler in this process, and ``workers.count`` jobs that are sent again when they end.
+
+    Raises ``InputError`` when a package or a command is missing, or dask-jobqueue refuses the keys.
+    """
+    problem = missing(name, workers)
+    if problem:
+        raise InputError(f"scheduler: {name}: {problem}")
+    import dask
+
+    # A task that ends its worker comes back to us at once: we count, because we know which tasks were beside it.
+    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    try:
+        cluster = getattr(importlib.import_module("dask_jobqueue"), CLASSES[name])(**arguments(name, workers))
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise InputError(f"scheduler: {name}: {' '.join(str(error).split())}") from None
+    cluster.adapt(minimum_jobs=workers.count or 1, maximum_jobs=workers.count or 1)
+    return cluster
+
+
+def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
+    """Keyword arguments of dask-jobqueue's cluster class: one worker that runs one task at a time per job (per GPU with several)."""
+    cores = workers.cores or 1
+    exports = [f"export {variable}={cores}" for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")]
+    common: dict[str, Any] = {
+        "queue": workers.queue,
+        "cores": 1,
+        "processes": 1,
+        "memory": workers.memory,
+        "walltime": _walltime(name, workers.walltime),
+        "python": workers.python or sys.executable,
+        "interface": workers.interface,
+        "local_directory": workers.scratch,
+        "log_directory": os.path.abspath(workers.logs),
+        "death_timeout": 600,
+        "job_name": "magus-anharmonic",
+        "scheduler_options": {"dashboard_address": ":0"},
+        "job_script_prologue": [*exports, *workers.prologue],
+        # Before the queue system ends the job the worker hands its task back and goes: no death is counted.
+        "worker_extra_args": ["--lifetime", f"{max(60, workers.walltime - 300)}s", "--lifetime-stagger", "120s"],
+    }
+    if workers.gpus > 1:
+        common |= {"worker_command": "dask_cuda.cli", "worker_extra_args": []}
+    return common | _OWN[name](workers, cores)
+
+
+def _walltime(name: str, seconds: int) -> str:
+    hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f"{hours:02d}:{minutes:02d}" if name == "lsf" else f"{hours:02d}:{minutes:02d}:{rest:02d}"
+
+
+def _slurm(workers: WorkerSettings, cores: int) -> dict[str, Any]:
+    gpus = [f"--gres=gpu:{workers.gpus}"] if workers.gpus else []
+    return {"account": workers.account, "job_cpu": cores, "job_extra_directives": [*gpus, *workers.directives]}
+
+
+def _lsf(workers: WorkerSettings, cores: int) -> dict[str, Any]:
+    gpus = [f"-gpu num={workers.gpus}"] if workers.gpus else []
+    return {"project": workers.account, "ncpus": cores, "job_extra_directives": [*gpus, *workers.directives]}
+
+
+def _pbs(workers: WorkerSettings, cores: int) -> dict[str, Any]:
+    gpus = f":ngpus={workers.gpus}" if workers.gpus else ""
+    memory = workers.memory.replace(" ", "").lower().replace("i", "")
+    select = f"select=1:ncpus={cores}:mem={memory}{gpus}"
+    return {"account": workers.account, "resource_spec": select, "job_extra_directives": list(workers.directives)}
+
+
+_OWN: dict[str, Callable[[WorkerSettings, int], dict[str, Any]]] = {"slurm": _slurm, "lsf": _lsf, "pbs": _pbs}
+assert set(_OWN) == set(QUEUES) == set(CLASSES) == set(COMMANDS)

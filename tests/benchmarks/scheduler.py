@@ -1,0 +1,173 @@
+"""How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory]`` (all of them without names).
+
+labels, sscha : one worker against two, taking turns. "speed-up" is the ratio of wall times; "busy" is the seconds spent inside tasks over
+the wall time, which says what the scheduler costs also where other programs share the cores. many : 256 Dask workers that sleep.
+memory : resident memory of the process that holds client and Dask scheduler, over 100,000 tasks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+from distributed import LocalCluster
+
+from magus_anharmonic.labelers.base import Recipe
+from magus_anharmonic.labelers.scheduled import label_on_worker
+from magus_anharmonic.labelers.worker import atoms_to_json
+from magus_anharmonic.potential.portable import portable
+from magus_anharmonic.ranking.jobs import Job, _parcel, _run_elsewhere
+from magus_anharmonic.scheduler import Scheduler
+from magus_anharmonic.scheduler.cluster import DaskScheduler
+from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.settings import WorkerSettings
+
+
+def timed(item: tuple[Callable[..., Any], Any], shared: Any = None) -> tuple[float, Any]:
+    """Seconds and value of a task."""
+    task, inner = item
+    begun = time.perf_counter()
+    value = task(inner, shared)
+    return time.perf_counter() - begun, value
+
+
+@contextlib.contextmanager
+def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
+    """``n_workers`` Dask workers on this machine, one thread each."""
+    options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 50, **options}
+    with LocalCluster(n_workers=n_workers, **options) as cluster:
+        with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+            yield scheduler
+
+
+def load() -> str:
+    return f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores"
+
+
+def one_against_two(name: str, task: Callable[..., Any], items: list[Any], shared: Any, rounds: int) -> None:
+    """Print speed-up and busy share for local processes and Dask."""
+    kinds: dict[str, Callable[[int], Any]] = {
+        "local": lambda n: contextlib.closing(LocalScheduler(n, threads=1)),
+        "dask": dask,
+    }
+    for kind, make in kinds.items():
+        with make(1) as one, make(2) as two:
+            for scheduler in (one, two):
+                spend(scheduler, task, items[:2], shared)
+            found = [(spend(one, task, items, shared), spend(two, task, items, shared)) for _ in range(rounds)]
+        for (wall_1, busy_1), (wall_2, busy_2) in found:
+            print(
+                f"{name:7s} {kind:5s} {len(items)} tasks of {busy_1 / len(items):.2f} s: one worker {wall_1:.1f} s, two {wall_2:.1f} s, "
+                f"speed-up {wall_1 / wall_2:.2f} of 2, busy {busy_1 / wall_1:.2f} of 1 and {busy_2 / wall_2:.2f} of 2; {load()}",
+                flush=True,
+            )
+
+
+def spend(scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shared: Any) -> tuple[float, float]:
+    """Wall time of a run, and the seconds in its tasks."""
+    begun, busy = time.perf_counter(), 0.0
+    for done in scheduler.map(timed, [(task, item) for item in items], shared):
+        if done.reason:
+            raise RuntimeError(done.reason)
+        busy += done.value[0]
+    return time.perf_counter() - begun, busy
+
+
+def labels(rounds: int) -> None:
+    """EMT on 256 copper atoms: a fifth of a second, far less than any DFT label."""
+    recipe = Recipe("ase.calculators.emt.EMT", {}, None, {}).as_json()
+    items = []
+    for seed in range(60):
+        atoms = bulk("Cu", cubic=True).repeat(4)
+        atoms.rattle(0.05, seed=seed)
+        items.append(({"task": "label", "atoms": atoms_to_json(atoms), "recipe": recipe}, 600.0))
+    one_against_two("labels", label_on_worker, items, None, rounds)
+
+
+def sscha(rounds: int) -> None:
+    """One population of 50 configurations of H3S in 2x2x2 with the shipped model, and its start."""
+    from magus_anharmonic.potential import load as load_model
+    from magus_anharmonic.sscha import free_energy
+
+    potential = load_model("h3s-gpaw-small", device="cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"pressure": 150.0, "supercell": (2, 2, 2), "cell": "fixed", "n_configs": 50, "max_populations": 1}
+        jobs = [Job(str(n), h3s(3.0 + 0.01 * n), (0.0,), (Path(folder) / str(n),), {**options, "seed": n}) for n in range(8)]
+        items = [(_parcel(job), free_energy) for job in jobs]
+        one_against_two("sscha", _run_elsewhere, items, portable(potential, remote=True), rounds)
+
+
+def h3s(a: float) -> Atoms:
+    cell = 0.5 * a * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
+    return Atoms("SH3", positions=[np.zeros(3), *(0.5 * a * np.eye(3))], cell=cell, pbc=True)
+
+
+def pause(item: float, shared: Any = None) -> None:
+    """A task that costs time and no processor."""
+    time.sleep(item)
+
+
+def many(seconds: float, waves: int, workers: int = 256) -> None:
+    """Tasks of 0.7 to 1.3 times ``seconds`` on 256 workers; all of them, the Dask scheduler and the client share one process here."""
+    rng = np.random.default_rng(1)
+    times = rng.uniform(0.7, 1.3, waves * workers) * seconds
+    with dask(workers, processes=False, protocol="tcp") as scheduler:
+        list(scheduler.map(pause, [0.0] * workers))
+        begun = time.perf_counter()
+        wall_of_end = [time.perf_counter() - begun for _ in scheduler.map(pause, times)]
+    # The tail, where there are fewer tasks than workers, belongs to the tasks and not to the scheduler. At any moment before it
+    # each worker has, on average, half of a task behind it that has not ended.
+    until = len(times) - 2 * workers
+    ideal = times.mean() * (until + workers / 2) / workers
+    overhead = wall_of_end[until - 1] / ideal - 1
+    print(
+        f"many    {len(times)} tasks of {seconds:g} s (+-30 %) on {workers} workers: {wall_of_end[-1]:.1f} s; overhead before the tail "
+        f"{overhead:.1%} (bar 5 %), with the tail {wall_of_end[-1] / (times.sum() / workers) - 1:.1%}; {load()}",
+        flush=True,
+    )
+
+
+def memory(total: int) -> None:
+    """Resident memory after every tenth of ``total`` tasks."""
+    page = resource.getpagesize()
+    sizes = []
+    begun = time.perf_counter()
+    with dask(2) as scheduler:
+        for number, _ in enumerate(scheduler.map(pause, (0.0 for _ in range(total))), start=1):
+            if number % (total // 10) == 0:
+                sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6)
+    shown = " ".join(f"{size:.0f}" for size in sizes)
+    rate = total / (time.perf_counter() - begun)
+    print(f"memory  {total} tasks, client and Dask scheduler: {shown} MB after each tenth; {rate:.0f} tasks/s; {load()}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="*", default=["labels", "sscha", "many", "memory"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a task of row many")
+    parser.add_argument("--waves", type=int, default=6)
+    parser.add_argument("--tasks", type=int, default=100_000, help="of row memory")
+    given = parser.parse_args()
+    rows: dict[str, Callable[[], None]] = {
+        "labels": lambda: labels(given.rounds),
+        "sscha": lambda: sscha(given.rounds),
+        "many": lambda: many(given.seconds, given.waves),
+        "memory": lambda: memory(given.tasks),
+    }
+    for row in given.rows:
+        rows[row]()
+
+
+if __name__ == "__main__":
+    main()

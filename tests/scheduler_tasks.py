@@ -1,0 +1,65 @@
+"""Tasks for the tests of schedulers, importable by worker processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A shared object that leaves a line in ``file`` whenever a process makes it."""
+
+    file: str
+    key: str = "counted"
+
+    def make(self) -> str:
+        """The text that tasks see."""
+        with open(self.file, "a") as out:
+            out.write(f"{os.getpid()}\n")
+        return "made"
+
+
+def square(item: int, shared: Any = None) -> int:
+    """The simplest task."""
+    return item * item
+
+
+def who(item: float, shared: Any = None) -> tuple[int, Any]:
+    """Process id, after ``item`` seconds, and the shared object."""
+    time.sleep(item)
+    return os.getpid(), shared
+
+
+def troubled(item: str, shared: Any = None) -> str:
+    """``raise`` raises, ``die`` kills its worker, anything else takes a while and is returned."""
+    if item == "raise":
+        raise ValueError("negative\ndensity")
+    if item == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    return item
+
+
+def dies_once(item: tuple[str, str], shared: Any = None) -> str:
+    """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for every run that ends."""
+    folder, name = item
+    first = Path(folder) / f"{name}.begun"
+    if name == "victim" and not first.exists():
+        first.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    return name
+
+
+def wait_for(item: tuple[str, int], shared: Any = None) -> int:
+    """Says in a folder who runs it, and ends when ``go`` is there."""
+    folder, number = item
+    (Path(folder) / f"{number}-{os.getpid()}").touch()
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.02)
+    return number

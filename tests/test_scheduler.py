@@ -1,0 +1,341 @@
+"""Schedulers: every task ends exactly once, whoever runs it and whatever dies; results do not depend on the number of workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranking_fakes as fakes
+import scheduler_tasks as tasks
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.labelers.scheduled import ScheduledLabeler
+from magus_anharmonic.potential.portable import portable, relax_on
+from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.ranking.jobs import Job, run_jobs
+from magus_anharmonic.scheduler import close_clusters, open_scheduler
+from magus_anharmonic.scheduler.base import MAX_DEATHS
+from magus_anharmonic.scheduler.cluster import DaskScheduler
+from magus_anharmonic.scheduler.files import changed, packed, unpack
+from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.scheduler.serial import SerialScheduler
+from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.structures import structure_id
+
+pytest.importorskip("distributed", reason="skipped: distributed is not installed (extra dask)")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Dask scheduler with two worker processes on this machine."""
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None) as found:
+        yield found
+        close_clusters()
+
+
+@pytest.fixture(scope="module")
+def dask(cluster):
+    """The scheduler that users get for ``scheduler: tcp://...``."""
+    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def local():
+    with contextlib.closing(LocalScheduler(2)) as found:
+        yield found
+
+
+@pytest.fixture(params=["serial", "local", "dask"])
+def scheduler(request):
+    """Each of the three."""
+    return SerialScheduler() if request.param == "serial" else request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["local", "dask"])
+def parallel(request):
+    """Those with other processes."""
+    return request.getfixturevalue(request.param)
+
+
+# ------------------------------------------------------------------ every task ends once
+
+
+@pytest.mark.slow
+def test_every_item_comes_back_once_with_its_own_result(scheduler):
+    found = list(scheduler.map(tasks.square, iter(range(40))))
+    assert Counter(done.index for done in found) == Counter(range(40))
+    assert all(done.value == done.index**2 and not done.reason for done in found)
+    assert list(scheduler.map(tasks.square, [])) == []
+
+
+@pytest.mark.slow
+def test_an_error_is_the_reason_of_its_item_alone(scheduler):
+    found = {done.index: done for done in scheduler.map(tasks.troubled, ["a", "raise", "b"])}
+    assert [found[index].value for index in range(3)] == ["a", None, "b"]
+    assert found[1].reason == "ValueError: negative density" and not found[1].died
+
+
+@pytest.mark.slow
+def test_two_workers_work_at_the_same_time_and_make_the_shared_object_once_each(parallel, tmp_path):
+    shared = tasks.Counted(str(tmp_path / "made"), key=f"counted-{tmp_path}")
+    found = [*parallel.map(tasks.who, [0.3] * 6, shared), *parallel.map(tasks.who, [0.3] * 6, shared)]
+    pids = {done.value[0] for done in found}
+    assert len(pids) == 2 and os.getpid() not in pids
+    assert {done.value[1] for done in found} == {"made"}
+    made = (tmp_path / "made").read_text().split()
+    assert sorted(made) == sorted(map(str, pids)), "the model stays warm from call to call"
+
+
+@pytest.mark.slow
+def test_a_task_that_kills_its_worker_is_given_up_and_the_others_end(parallel):
+    items = ["a", "b", "die", "c", "d", "e"]
+    found = {done.index: done for done in parallel.map(tasks.troubled, items)}
+    assert sorted(found) == list(range(6))
+    assert found[2].died and "died" in found[2].reason
+    assert [found[index].value for index in (0, 1, 3, 4, 5)] == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.slow
+def test_a_task_whose_worker_died_once_is_run_again(parallel, tmp_path):
+    names = ["a", "victim", "b", "c"]
+    found = [done.value for done in parallel.map(tasks.dies_once, [(str(tmp_path), name) for name in names])]
+    assert sorted(found) == sorted(names)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_from_outside_costs_no_task_and_doubles_none(parallel, tmp_path):
+    def kill() -> None:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("*-*")) and time.monotonic() < end:
+            time.sleep(0.02)
+        victim = next(tmp_path.glob("*-*")).name.split("-")[1]
+        os.kill(int(victim), signal.SIGKILL)
+        (tmp_path / "go").touch()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    found = list(parallel.map(tasks.wait_for, [(str(tmp_path), number) for number in range(8)]))
+    killer.join()
+    assert sorted(done.value for done in found) == list(range(8))
+    starts = Counter(path.name.split("-")[0] for path in tmp_path.glob("*-*"))
+    assert max(starts.values()) == 2, "the killed one was started twice"
+
+
+@pytest.mark.slow
+def test_a_local_task_is_tried_three_times(local, caplog):
+    (done,) = local.map(tasks.troubled, ["die"])
+    assert done.died and f"died {MAX_DEATHS} times" in done.reason
+    assert sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages) == MAX_DEATHS
+
+
+@pytest.mark.slow
+def test_leaving_in_the_middle_ends_what_runs(tmp_path):
+    with contextlib.closing(LocalScheduler(2)) as scheduler:
+        ends = scheduler.map(tasks.who, [0.0, 600.0, 600.0])
+        first = next(ends)
+        begun = time.monotonic()
+        ends.close()
+        assert first.value[0] > 0 and time.monotonic() - begun < 5
+
+
+# ------------------------------------------------------------------ addresses, files
+
+
+def test_an_address_where_nobody_answers_is_refused():
+    settings = parse_settings({"scheduler": "tcp://127.0.0.1:9", "workers": {"timeout": 2.0}})
+    with (
+        pytest.raises(InputError, match=r"tcp://127.0.0.1:9: no Dask scheduler answers within 2 s.*dask scheduler"),
+        open_scheduler(settings),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("address", ["tcp:/127.0.0.1:8786", "http://a:1", "tcp://host", "lokal", "SLURM", "tcp://a b:1"])
+def test_what_is_no_scheduler_is_refused_with_what_is_allowed(address):
+    with pytest.raises(InputError, match=r"^scheduler: .* must be local, serial, slurm, lsf, pbs, or the address"):
+        parse_settings({"scheduler": address})
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("24:00:00", 86400), ("00:30", 1800), (7200, 7200), ("1:02:03", 3723)])
+def test_walltimes_as_people_write_them(given, seconds):
+    assert WorkerSettings(walltime=given).walltime == seconds
+
+
+@pytest.mark.parametrize(
+    "keys", [{"walltime": "a day"}, {"walltime": "00:01:00"}, {"memory": "16"}, {"gpus": -1}, {"count": 0}, {"cpus": 1}]
+)
+def test_wrong_workers_are_refused(keys):
+    with pytest.raises(InputError, match="workers"):
+        parse_settings({"workers": keys})
+
+
+def test_folders_travel_as_bytes_and_only_what_changed_comes_back(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "sub").mkdir(parents=True)
+    (here / "start.npz").write_bytes(b"\0\1")
+    (here / "sub" / "log").write_text("a")
+    (here / ".start-x.tmp").write_text("half-written")
+    sent = packed(here)
+    unpack(sent, there)
+    assert packed(there) == sent == {"start.npz": b"\0\1", "sub/log": b"a"}
+    (there / "result.json").write_text("{}")
+    (there / "sub" / "log").write_text("ab")
+    assert changed(sent, packed(there)) == {"result.json": b"{}", "sub/log": b"ab"}
+    assert packed(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd-of-nobody", "a/../../b"])
+def test_a_worker_cannot_write_outside_the_folder(tmp_path, name):
+    with pytest.raises(MagusAnharmonicError, match="outside its folder"):
+        unpack({name: b"x"}, tmp_path / "run")
+    assert not (tmp_path / "outside").exists()
+
+
+# ------------------------------------------------------------------ labels, relaxations, SSCHA
+
+
+def at(address: str) -> Settings:
+    return parse_settings({"scheduler": address, "Fitness": ["SSCHA"], "sscha": {}})
+
+
+def copper(scale: float) -> Atoms:
+    atoms = bulk("Cu", cubic=True, a=3.6 * scale)
+    atoms.rattle(0.05, seed=3)
+    return atoms
+
+
+@pytest.mark.slow
+def test_labels_on_dask_workers_are_those_made_here(cluster, tmp_path):
+    structures = [copper(scale) for scale in (1.0, 1.02, 0.97)]
+    settings = LabelerSettings(calculator="ase.calculators.emt.EMT", n_workers=1)
+    seen = []
+    with get_labeler(settings, tmp_path, at(cluster.scheduler_address)) as labeler, get_labeler(settings, tmp_path / "here") as here:
+        assert isinstance(labeler, ScheduledLabeler) and labeler.settings_hash == here.settings_hash
+        found = labeler.label(structures, lambda index, label: seen.append(index))
+        for one, other in zip(found, here.label(structures), strict=True):
+            assert one.energy == other.energy and (one.forces == other.forces).all() and (one.stress == other.stress).all()
+    assert sorted(seen) == [0, 1, 2]
+    assert not list(tmp_path.glob("slot*")), "workers write nothing into the search's folder"
+
+
+@pytest.mark.slow
+def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_worker_lives(cluster, dask, tmp_path):
+    behaviour = {"2": "segfault", "3": "raise"}
+    settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour}, timeout=60.0)
+    before = set(dask._client.nthreads())
+    with get_labeler(settings, tmp_path, at(cluster.scheduler_address)) as labeler:
+        chain = [Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True) for n in (1, 2, 3, 4)]
+        found = labeler.label(chain)
+    assert [result.ok for result in found] == [True, False, False, True]
+    assert "SIGSEGV" in found[1].reason and "the density is negative" in found[2].reason
+    assert len(list((tmp_path / "failed").glob("*/worker.log"))) == 2
+    assert set(dask._client.nthreads()) == before
+
+
+@pytest.mark.slow
+def test_relaxations_on_dask_workers_are_those_made_here_in_the_same_chunks(dask, monkeypatch):
+    relax_in_both_places(dask, fakes.Emt(), [bulk("Cu", a=3.5 + 0.05 * i) for i in range(5)], monkeypatch)
+
+
+@pytest.mark.full
+def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(dask, potential, h3s, monkeypatch):
+    relax_in_both_places(dask, potential, [h3s(a, 0.1) for a in (2.9, 3.0, 3.1, 3.2, 3.3)], monkeypatch)
+
+
+def relax_in_both_places(dask, potential, structures, monkeypatch):
+    options = {"pressure": 100.0, "max_steps": 5}
+    monkeypatch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
+    seen = []
+    found = relax_on(dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options)
+    expected = [result for first in (0, 2, 4) for result in relax(potential, structures[first : first + 2], **options)]
+    assert sorted(seen) == list(range(5))
+    for one, other in zip(found, expected, strict=True):
+        assert one.energy == other.energy and one.n_steps == other.n_steps
+        assert (one.atoms.positions == other.atoms.positions).all() and (one.forces == other.forces).all()
+
+
+def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, tmp_path):
+    import dataclasses
+
+    source = portable(potential, remote=True)
+    elsewhere = dataclasses.replace(source, checkpoint=str(tmp_path / "not-mounted" / "tiny.pth"))
+    made = elsewhere.make()
+    atoms = copper(1.0)
+    assert made.evaluate([atoms]).energy == potential.evaluate([atoms]).energy
+    with pytest.raises(MagusAnharmonicError, match="was replaced"):
+        dataclasses.replace(source, model_id="another").make()
+
+
+def sscha_jobs(folder: Path, workers) -> dict[str, float]:
+    """Free energies of two metals on EMT by the real engine, at two temperatures, as the ranking runs them."""
+    options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
+    jobs = []
+    for symbol, a in (("Cu", 3.55), ("Al", 3.95)):
+        atoms = bulk(symbol, a=a, cubic=True)
+        generator = np.random.default_rng([5, int(structure_id(atoms), 16)])
+        seeded = {**options, "seed": int(generator.integers(2**31))}
+        jobs.append(Job(symbol, atoms, (0.0, 300.0), (folder / f"{symbol}-0", folder / f"{symbol}-300"), seeded))
+    found = {}
+
+    def done(job, outcomes):
+        for outcome, place in zip(outcomes, job.folders, strict=True):
+            assert (place / "result.json").is_file(), "its files are here when the client hears of it"
+            found[place.name] = outcome.result.gibbs
+
+    run_jobs(jobs, fakes.Emt(), free_energy, done, workers)
+    return found
+
+
+@pytest.mark.slow
+def test_sscha_gives_the_same_numbers_in_one_process_in_two_and_on_dask(dask, local, tmp_path):
+    expected = sscha_jobs(tmp_path / "one", SerialScheduler())
+    assert len(expected) == 4 and np.isfinite(list(expected.values())).all()
+    names = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*")}
+    for name, workers in (("two", local), ("dask", dask)):
+        assert sscha_jobs(tmp_path / name, workers) == expected
+        assert {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")} == names
+        for file in sorted((tmp_path / "one").rglob("population_*.npz")):
+            with np.load(file) as a, np.load(tmp_path / name / file.relative_to(tmp_path / "one")) as b:
+                assert all((a[key] == b[key]).all() for key in a.files), "bitwise the same ensembles"
+    populations = {path: path.stat().st_mtime_ns for path in (tmp_path / "dask").rglob("population_*.npz")}
+    assert len(populations) == 4
+    assert sscha_jobs(tmp_path / "dask", dask) == expected
+    assert {path: path.stat().st_mtime_ns for path in populations} == populations, "what is finished is neither run nor written again"
+
+
+@pytest.mark.slow
+def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_later(dask, tmp_path):
+    found = {}
+    jobs = [Job(s, bulk(s), (0.0,), (tmp_path / "sscha" / s,), {"pressure": 0.0}) for s in ("Cu", "Ni", "Al")]
+    run_jobs(jobs, fakes.Emt(), fakes.failing_on_gold, lambda job, outcomes: found.update({job.structure: outcomes[0]}), dask)
+    assert found["Cu"].result is not None and found["Al"].result is not None
+    assert found["Ni"].result is None and not found["Ni"].lasting and "worker died" in found["Ni"].reason
+
+
+def emt_energy(atoms: Atoms) -> float:
+    copy = atoms.copy()
+    copy.calc = EMT()
+    return copy.get_potential_energy()
+
+
+@pytest.mark.slow
+def test_an_evaluator_that_cannot_travel_is_used_here(dask):
+    evaluator = fakes.Emt()
+    evaluator.handle = lambda: None
+    (found,) = relax_on(dask, evaluator, [copper(1.05)], 0.0, max_steps=60, force_tolerance=0.01)
+    assert found.converged and found.energy == pytest.approx(emt_energy(found.atoms), abs=1e-9)
