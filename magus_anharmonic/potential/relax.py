@@ -12,6 +12,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import BOND_RANGE, CellGuard, isolated, overlap, senseless
 from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
@@ -219,11 +220,7 @@ class _Way:
     def n_edges(self) -> float:
         """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
         assert self.trajectory is not None
-        n_atoms = len(self.atoms)
-        if not self.trajectory.periodic:
-            return float(n_atoms**2)
-        volume = abs(np.linalg.det(self.trajectory.lattice(self.trajectory.x)))
-        return n_atoms**2 * 4.0 / 3.0 * np.pi * BOND_RANGE**3 / volume
+        return expected_pairs(self.trajectory.structure(), BOND_RANGE)
 
     def propose(self) -> Atoms | None:
         """The next structure to evaluate; None when the step led to overlapping atoms (the next step is shorter)."""
