@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from magus_anharmonic.potential.edge_kernels import Kernels
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
 from magus_anharmonic.potential.memory import MemoryModel, available_bytes, is_out_of_memory, measure
+from magus_anharmonic.potential.threads import run_side_by_side
 from magus_anharmonic.potential.topology import displacements, find_topology
 
 
@@ -287,6 +290,51 @@ def test_compiled_loops_are_found_again(tmp_path) -> None:
     written = first.stat().st_mtime_ns
     assert native.compiled(tmp_path) == first and first.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_take_batches_side_by_side_and_change_no_number(double, h3s, monkeypatch, three_threads) -> None:
+    structures = displaced(h3s(3.0).repeat((2, 2, 1)), 6, 0.05) + [h3s(3.0 + 0.02 * k, 0.1).repeat((2, 1, 1)) for k in range(5)]
+    structures += [Atoms("H", cell=[20] * 3, pbc=True)]
+    threads: list[tuple[str, int]] = []
+    evaluate = double.model.evaluate
+    monkeypatch.setattr(
+        double.model,
+        "evaluate",
+        lambda graph: (threads.append((threading.current_thread().name, torch.get_num_threads())), evaluate(graph))[1],
+    )
+    together = double.evaluate(structures)
+    assert {inside for _, inside in threads} == {1} and all(name.startswith("evaluation") for name, _ in threads)
+    assert len(threads) >= 3 and torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    threads.clear()
+    assert_same(together, double.evaluate(structures), 1e-11)
+    assert {name for name, _ in threads} == {threading.current_thread().name}
+
+
+def test_what_fails_in_a_thread_is_raised_with_its_index_and_stops_the_others(potential, h3s, three_threads) -> None:
+    structures = [h3s(3.0 + 0.01 * k, 0.05).repeat((2, 2, 1)) for k in range(12)]
+    structures[5].positions[1] = structures[5].positions[2] + 1e-5
+    with pytest.raises(InputError, match=r"structure 5: atoms . and . coincide"):
+        potential.evaluate(structures)
+    assert torch.get_num_threads() == 3
+    done: list[int] = []
+
+    def task(number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_side_by_side((functools.partial(task, number) for number in range(10_000)), 3)
+    assert len(done) < 9_999
 
 
 def test_evaluating_leaves_the_number_of_threads(tiny_checkpoint, h3s) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -17,10 +19,11 @@ from ase.data import chemical_symbols
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
-from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, find_neighbours
+from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, expected_pairs, find_neighbours
 from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, is_out_of_memory, measure
 from magus_anharmonic.potential.model import FactorisedM3GNet
 from magus_anharmonic.potential.self_check import check_once
+from magus_anharmonic.potential.threads import run_side_by_side
 from magus_anharmonic.potential.topology import Topology, displacements, find_topology
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
@@ -36,6 +39,8 @@ MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 10_000_000}
 SHARED_FROM = 4
 """So many structures with the same atoms in one call share one neighbour list where they can."""
 KEPT_TOPOLOGIES = 8
+LEAST_EDGES_OF_A_THREAD = 1_000
+"""Fewer, and the time to call torch counts."""
 _CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -111,7 +116,9 @@ class Potential:
         if self._edges_per_batch is None:
             kind = "cuda" if self.device.startswith("cuda") else "cpu"
             efficient = min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
-            self._edges_per_batch = max(1, int(min(efficient, SHARE * self._available(self.device) / self.memory.per_edge)))
+            at_once = torch.get_num_threads() if kind == "cpu" else 1
+            fitting = SHARE * self._available(self.device) / (at_once * self.memory.per_edge)
+            self._edges_per_batch = max(1, int(min(efficient, fitting)))
         return self._edges_per_batch
 
     @property
@@ -129,12 +136,15 @@ class Potential:
         structures = self._checked(structures)
         results = _Results(len(structures), self.error_model)
         lone, shared = self._share(structures)
-        for topology, indices in shared:
-            self._evaluate_shared(structures, topology, indices, results)
-        for indices, neighbours in self._batches(structures, lone):
-            found = dict(zip(indices, neighbours, strict=True))
-            n_edges = sum(len(edges.length) for edges in neighbours)
-            self._evaluate_batch(structures, indices, n_edges, lambda part, found=found: self._join(structures, part, found), results)
+        n_threads = torch.get_num_threads() if self.device == "cpu" else 1
+        share = self._edges_of_a_thread(structures, n_threads)
+        if share is None:
+            n_threads, share = 1, self.edges_per_batch
+        tasks = itertools.chain(
+            *(self._shared_batches(structures, topology, indices, share, results) for topology, indices in shared),
+            self._lone_batches(structures, lone, share, results),
+        )
+        run_side_by_side(tasks, n_threads)
         return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
@@ -203,17 +213,40 @@ class Potential:
             self._topologies[key] = found
         return found
 
-    def _evaluate_shared(self, structures: Sequence[Atoms], topology: Topology, indices: list[int], results: _Results) -> None:
+    def _edges_of_a_thread(self, structures: Sequence[Atoms], n_threads: int) -> int | None:
+        """Edges of a batch such that there is one for each thread; None where that would be too little to be worth it."""
+        if n_threads == 1:
+            return None
+        share = int(sum(expected_pairs(atoms, self.cutoff) for atoms in structures)) // n_threads
+        enough = share >= LEAST_EDGES_OF_A_THREAD and len(structures) >= n_threads
+        return min(share, self.edges_per_batch) if enough else None
+
+    def _lone_batches(
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: int, results: _Results
+    ) -> Iterator[Callable[[], None]]:
+        """Evaluations of batches of structures each with its own neighbours."""
+        for indices, neighbours in self._batches(structures, chosen, limit):
+            found = dict(zip(indices, neighbours, strict=True))
+            n_edges = sum(len(edges.length) for edges in neighbours)
+            yield functools.partial(
+                self._evaluate_batch, structures, indices, n_edges, lambda part, found=found: self._join(structures, part, found), results
+            )
+
+    def _shared_batches(
+        self, structures: Sequence[Atoms], topology: Topology, indices: list[int], limit: int, results: _Results
+    ) -> Iterator[Callable[[], None]]:
+        """Evaluations of batches of structures with common neighbours."""
+
         def graph(part: list[int]) -> Graph:
             members, names = [structures[index] for index in part], [f"structure {index}" for index in part]
             return topology.graph(members, self.model.threebody_cutoff, self.dtype, self.device, names)
 
-        n_edges = max(1, len(topology.graph([structures[indices[0]]], 0.0, self.dtype, "cpu", [f"structure {indices[0]}"]).centre))
+        n_edges = max(1, topology.n_inside)
         start = 0
         while start < len(indices):
-            size = max(1, min(self.edges_per_batch // n_edges, self.atoms_per_batch // len(topology.numbers)))
+            size = max(1, min(min(limit, self.edges_per_batch) // n_edges, self.atoms_per_batch // len(topology.numbers)))
             part = indices[start : start + size]
-            self._evaluate_batch(structures, part, n_edges * len(part), graph, results)
+            yield functools.partial(self._evaluate_batch, structures, part, n_edges * len(part), graph, results)
             start += size
 
     def _evaluate_batch(
@@ -248,24 +281,26 @@ class Potential:
         for part in (indices[:middle], indices[middle:]):
             self._evaluate_batch(structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results)
 
-    def _join(self, structures: Sequence[Atoms], indices: list[int], neighbours: dict[int, Neighbours]) -> Graph:
+    def _join(self, structures: Sequence[Atoms], indices: list[int], found: dict[int, Neighbours]) -> Graph:
         return build_graph(
             [structures[index] for index in indices],
             self.cutoff,
             self.dtype,
             self.device,
             threebody_cutoff=self.model.threebody_cutoff,
-            neighbours=[neighbours[index] for index in indices],
+            neighbours=[found[index] for index in indices],
         )
 
-    def _batches(self, structures: Sequence[Atoms], chosen: Sequence[int]) -> Iterator[tuple[list[int], list[Neighbours]]]:
+    def _batches(
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float = float("inf")
+    ) -> Iterator[tuple[list[int], list[Neighbours]]]:
         """Chosen structures in their order whose edges and atoms fit one batch together; at least one structure each."""
         indices: list[int] = []
         neighbours: list[Neighbours] = []
         n_edges = n_atoms = 0
         for index in chosen:
             found = find_neighbours(structures[index], self.cutoff, f"structure {index}")
-            full = n_edges + len(found.length) > self.edges_per_batch or n_atoms + len(structures[index]) > self.atoms_per_batch
+            full = n_edges + len(found.length) > min(limit, self.edges_per_batch) or n_atoms + len(structures[index]) > self.atoms_per_batch
             if indices and full:
                 yield indices, neighbours
                 indices, neighbours, n_edges, n_atoms = [], [], 0, 0

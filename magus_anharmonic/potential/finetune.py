@@ -96,6 +96,7 @@ def finetune(
     species: Iterable[int] | None = None,
     weights: Sequence[float] | None = None,
     progress: Callable[[Epoch], None] | None = None,
+    error_estimate: bool = True,
 ) -> FinetuneResult:
     """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better of old and new to ``out``.
 
@@ -105,7 +106,8 @@ def finetune(
     the same start, labels, settings and seed resumes from it, and one that had finished returns what is in ``out``.
     For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None: unknown, as for MatterSim's own)
     may be given; a checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on average
-    (default: once). ``progress`` is called after every epoch.
+    (default: once). ``progress`` is called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
+    one follows does not need it).
 
     Raises InputError (no training structure, a label missing or not finite) and CheckpointError.
     """
@@ -120,7 +122,7 @@ def finetune(
         raise InputError(f"{len(weights)} weights for {len(train)} training structures")
     labels = list(train)
     run = _Run(module, labels, list(validation) or labels, settings, Path(out), seed, weights)
-    run.parent_id, run.species = parent_id or checkpoint.model_id(module), species
+    run.parent_id, run.species, run.error_estimate = parent_id or checkpoint.model_id(module), species, error_estimate
     if not validation:
         logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
     finished = run.finished()
@@ -153,6 +155,7 @@ class _Run:
         self.weights = None if weights is None else np.asarray(weights, dtype=float)
         self.parent_id: str = ""
         self.species: Iterable[int] | None = None
+        self.error_estimate = True
         self.state_file = out.with_name(out.name + ".state")
         self.key = self._key()
         self.history: list[Epoch] = []
@@ -193,7 +196,7 @@ class _Run:
             after=Scores(**metrics["after"]),
             module=module,
             history=[Epoch.from_dict(epoch) for epoch in metrics["history"]],
-            error_model=uncertainty.error_model_of(record, int(record["model_args"]["units"])),
+            error_model=uncertainty.error_model_of(record, int(record["model_args"]["units"])) or self._error_model(module),
             **known,
         )
 
@@ -274,8 +277,7 @@ class _Run:
             history=self.history,
         )
         metrics = {**result.as_dict(), "training_key": self.key, "history": [epoch.as_dict() for epoch in self.history]}
-        held_out = [] if self.validation_set is self.train_set else self.validation_set
-        result.error_model = uncertainty.fit(self.module, self.train_set, held_out)
+        result.error_model = self._error_model(self.module)
         extra = uncertainty.for_checkpoint(result.error_model)
         checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species, **extra)
         self.state_file.unlink(missing_ok=True)
@@ -285,6 +287,10 @@ class _Run:
             stopped, before.loss, after.loss, after, kept, result.model_id, self.out,
         )  # fmt: skip
         return result
+
+    def _error_model(self, module: torch.nn.Module) -> uncertainty.ErrorModel | None:
+        held_out = [] if self.validation_set is self.train_set else self.validation_set
+        return uncertainty.fit(module, self.train_set, held_out) if self.error_estimate else None
 
     def _save(self, trainer: Trainer) -> None:
         state = {

@@ -69,6 +69,14 @@ def complete_cell(atoms: Atoms) -> Cell:
     return atoms.cell if (missing & atoms.pbc).any() else atoms.cell.complete()
 
 
+def expected_pairs(atoms: Atoms, cutoff: float) -> float:
+    """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them without periodicity."""
+    n_atoms = len(atoms)
+    if not atoms.pbc.all():
+        return float(n_atoms**2)
+    return n_atoms**2 * 4.0 / 3.0 * np.pi * cutoff**3 / abs(atoms.cell.volume)
+
+
 def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT) -> Neighbours:
     """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both directions, sorted by centre.
 

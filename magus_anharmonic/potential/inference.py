@@ -77,19 +77,22 @@ class Workspace:
     """Bytes; more is given back after the call."""
 
     def __init__(self) -> None:
-        self._memory: torch.Tensor | None = None
+        self._free: list[torch.Tensor] = []
 
     def take(self, size: int, like: torch.Tensor) -> torch.Tensor:
-        """A flat tensor of ``size`` numbers. It is handed out once, so that two threads never share it."""
-        memory, self._memory = self._memory, None
-        if memory is None or memory.numel() < size or memory.dtype != like.dtype or memory.device != like.device:
-            memory = torch.empty(size, dtype=like.dtype, device=like.device)
+        """A flat tensor of at least ``size`` numbers. It is handed out once, so that two threads never share it."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            return torch.empty(size, dtype=like.dtype, device=like.device)
+        if memory.numel() < size or memory.dtype != like.dtype or memory.device != like.device:
+            return torch.empty(size, dtype=like.dtype, device=like.device)
         return memory
 
     def give(self, memory: torch.Tensor) -> None:
         """Hand it back."""
-        if memory.numel() * memory.element_size() <= self.LIMIT:
-            self._memory = memory
+        if sum(kept.numel() * kept.element_size() for kept in [*self._free, memory]) <= self.LIMIT:
+            self._free.append(memory)
 
 
 class Inference:

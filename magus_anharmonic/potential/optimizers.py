@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
@@ -11,8 +12,31 @@ START_CURVATURE = 40.0  # eV/A^2, between a soft metal and a bond of hydrogen; A
 SMALLEST_CURVATURE = 1e-2  # eV/A^2
 
 
+@dataclass(frozen=True)
+class Coordinates:
+    """How a relaxation writes a cell and when it refuses a step.
+
+    cell_power
+        The coordinates of the cell are U times the number of atoms to this power, U the logarithm of the deformation. ASE has 1,
+        which makes cells needlessly stiff.
+    turns
+        U has nine components, as ASE's, and the cell may turn; else it is symmetric.
+    largest_rise
+        eV/atom; a step that rises more is refused.
+    patience
+        Steps without a new lowest enthalpy, after which only steps that lower it are taken.
+    """
+
+    cell_power: float = 0.5
+    turns: bool = False
+    largest_rise: float = 1.0
+    patience: float = 40
+
+
 class StepRule(Protocol):
     """What a relaxation needs to know to choose its steps; the caller limits their length."""
+
+    coordinates: ClassVar[Coordinates]
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         """The next step (n,) at a point with this gradient (n,)."""
@@ -33,6 +57,8 @@ class Bfgs:
     The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's
     decomposition, several times faster than by eigenvectors.
     """
+
+    coordinates: ClassVar[Coordinates] = Coordinates()
 
     def __init__(self, size: int) -> None:
         self.hessian = START_CURVATURE * np.eye(size)
@@ -56,6 +82,36 @@ class Bfgs:
         """Nothing to do: what was learnt stays valid."""
 
 
+class AseBfgs:
+    """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``.
+
+    It follows ASE's path to the same minimum until rounding decides: where the curvature along a step vanishes, and at saddle
+    points, which a symmetric start reaches.
+    """
+
+    coordinates: ClassVar[Coordinates] = Coordinates(cell_power=1.0, turns=True, largest_rise=np.inf, patience=np.inf)
+    START_CURVATURE = 70.0  # eV/A^2
+    SMALLEST_CURVATURE = 1e-9  # eV/A^2; ASE has no limit
+    SHORTEST_STEP = 1e-7  # Angstrom
+
+    def __init__(self, size: int) -> None:
+        self.hessian = self.START_CURVATURE * np.eye(size)
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        values, vectors = np.linalg.eigh(self.hessian)
+        return -vectors @ ((gradient @ vectors) / np.maximum(np.abs(values), self.SMALLEST_CURVATURE))
+
+    def learn(self, step: np.ndarray, change: np.ndarray) -> None:
+        """The BFGS update, also with a negative curvature along the step."""
+        curvature, predicted = float(step @ change), self.hessian @ step
+        along = float(step @ predicted)
+        if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
+            self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+
+    def shorten(self) -> None:
+        """Nothing to do: what was learnt stays valid."""
+
+
 class Fire:
     """The fast inertial relaxation engine: damped dynamics that stop whenever they go uphill.
 
@@ -63,6 +119,7 @@ class Fire:
     values; all masses are 1.
     """
 
+    coordinates: ClassVar[Coordinates] = Coordinates()
     FIRST_TIME_STEP, LONGEST_TIME_STEP, SHORTEST_TIME_STEP = 0.1, 1.0, 0.02
     GROWTH, DECAY, PATIENCE = 1.1, 0.5, 5
     MIXING, MIXING_DECAY = 0.1, 0.99
@@ -94,4 +151,4 @@ class Fire:
         self.mixing, self.downhill = self.MIXING, 0
 
 
-OPTIMIZERS: dict[str, type[Bfgs] | type[Fire]] = {"bfgs": Bfgs, "fire": Fire}
+OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {"bfgs": Bfgs, "ase": AseBfgs, "fire": Fire}

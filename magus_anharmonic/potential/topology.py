@@ -34,7 +34,8 @@ class Topology:
     """Pairs of a reference structure, with room for displacements and strain.
 
     positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom; stretch: smallest singular
-    value of the strain that is allowed; centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre.
+    value of the strain that is allowed; centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of
+    them are within the cutoff in the reference, about as many as each configuration has.
     """
 
     numbers: np.ndarray
@@ -47,6 +48,7 @@ class Topology:
     centre: torch.Tensor
     neighbour: torch.Tensor
     vector: torch.Tensor
+    n_inside: int
 
     def fits(self, numbers: np.ndarray, pbc: np.ndarray, cutoff: float) -> bool:
         """Same species in the same order, same periodic directions, same cutoff."""
@@ -135,7 +137,10 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
     # Two atoms of the average structure may come close, which is nothing wrong.
     found = find_neighbours(reference, reach, coincident=0.0)
     kept = stretch * found.length <= cutoff + radius[found.centre] + radius[found.neighbour]
-    if kept.sum() > MAX_GROWTH * (found.length <= cutoff).sum():
+    n_inside = int((found.length <= cutoff).sum())
+    if kept.sum() > MAX_GROWTH * n_inside:
         return None
     arrays = (torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector))
-    return Topology(first.numbers.copy(), first.pbc.copy(), reference.positions, reference.cell.array, radius, stretch, cutoff, *arrays)
+    return Topology(
+        first.numbers.copy(), first.pbc.copy(), reference.positions, reference.cell.array, radius, stretch, cutoff, *arrays, n_inside
+    )

@@ -164,7 +164,8 @@ def _train_stages(
     for number, settings in enumerate(recipe.stages, 1):
         logger.info("stage %d of %d: %d epochs, learning rate %g", number, len(recipe.stages), settings.epochs, settings.learning_rate)
         target = out.with_name(f"{out.stem}.stage{number}.pth")
-        stages.append(finetune(module, train, validation, settings, out=target, seed=recipe.seed, **options))
+        last = number == len(recipe.stages)
+        stages.append(finetune(module, train, validation, settings, out=target, seed=recipe.seed, error_estimate=last, **options))
         module = stages[-1].module
     return stages
 

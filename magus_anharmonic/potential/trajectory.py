@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
+from scipy.linalg import expm, expm_frechet
 
 from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
@@ -13,10 +14,7 @@ from magus_anharmonic.structures import bare
 
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
-LARGEST_RISE = 1.0  # eV/atom; a step that rises more is refused
-CELL_POWER = 0.5  # a strain counts as a move of N to this power; ASE has 1, which makes cells needlessly stiff
 KICK = 0.2  # Angstrom, standard deviation of each coordinate (of the cell's rows too); 0.1 often falls back where it came from
-PATIENCE = 40  # steps without a new lowest enthalpy, after which only steps that lower it are taken
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class Point:
 class Trajectory:
     """Positions and cell of one structure as one vector, and a step rule that goes down in the enthalpy H = E + P V.
 
-    The cell is h0 expm(U) and the positions are q expm(U) with U symmetric, the logarithm of the deformation, as in ASE's
-    FrechetCellFilter; the vector holds q and sqrt(N) U, so that the curvatures of both are alike whatever the number N of atoms.
-    As with ASE's optimisers a step may rise, but not by more than `LARGEST_RISE`, and no longer once `PATIENCE` steps brought no
+    The cell is h0 D and the positions are q D with D^T = expm(U), U the logarithm of the deformation, as in ASE's FrechetCellFilter;
+    the vector holds q and U times a power of the number of atoms, see `Coordinates`.
+    As with ASE's optimisers a step may rise, but not by more than ``largest_rise``, and no longer once ``patience`` steps brought no
     new lowest enthalpy: then the search goes on from the best point, downwards, within a trust radius.
     """
 
@@ -54,10 +52,12 @@ class Trajectory:
         self.start_lattice = start.cell.array.copy()
         self.periodic = bool(start.pbc.all())
         self.relax_cell = relax_cell and self.periodic
-        self.length = len(start) ** CELL_POWER
+        rule = OPTIMIZERS[optimizer]
+        self.coordinates = rule.coordinates
+        self.length = len(start) ** rule.coordinates.cell_power
         self.x = np.concatenate([start.positions.ravel(), np.zeros(9 if self.relax_cell else 0)])
         self.trial = self.x
-        self.rule = OPTIMIZERS[optimizer](len(self.x))
+        self.rule = rule(len(self.x))
         self.radius = max_move
         self.point: Point | None = None
         self.best: Point | None = None
@@ -66,7 +66,7 @@ class Trajectory:
 
     def lattice(self, x: np.ndarray) -> np.ndarray:
         """Cell vectors (3, 3) in Angstrom at a point."""
-        return self.start_lattice @ self._deformation(x)[0] if self.relax_cell else self.start_lattice
+        return self.start_lattice @ self._deformation(x) if self.relax_cell else self.start_lattice
 
     def structure(self, x: np.ndarray | None = None) -> Atoms:
         """The structure at a point; by default where the search stands."""
@@ -74,31 +74,35 @@ class Trajectory:
         atoms = self.start.copy()
         positions = point[: 3 * len(atoms)].reshape(-1, 3)
         if self.relax_cell:
-            deformation = self._deformation(point)[0]
+            deformation = self._deformation(point)
             atoms.cell[:] = self.start_lattice @ deformation
             positions = positions @ deformation
         atoms.positions = positions
         return atoms
 
-    def _deformation(self, point: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """expm(U), and the eigenvalues and eigenvectors of U."""
-        values, vectors = np.linalg.eigh(point[-9:].reshape(3, 3) / self.length)
-        return (vectors * np.exp(values)) @ vectors.T, values, vectors
+    def _logarithm(self, point: np.ndarray) -> np.ndarray:
+        return point[-9:].reshape(3, 3) / self.length
+
+    def _deformation(self, point: np.ndarray) -> np.ndarray:
+        """D of the class's docstring."""
+        logarithm = self._logarithm(point)
+        if self.coordinates.turns:
+            return expm(logarithm).T
+        values, vectors = np.linalg.eigh(logarithm)
+        return (vectors * np.exp(values)) @ vectors.T
 
     def _gradient(self, x: np.ndarray, lattice: np.ndarray, forces: np.ndarray, stress: np.ndarray) -> np.ndarray:
-        """dH/dx; the derivative of the exponential is exact (Daleckii and Krein's formula)."""
+        """dH/dx; the derivative of the exponential is exact."""
         if not self.relax_cell:
             return -forces.ravel()
-        deformation, values, vectors = self._deformation(x)
+        deformation = self._deformation(x)
         virial = abs(np.linalg.det(lattice)) * (stress + self.pressure * np.eye(3))
-        by_deformation = np.linalg.inv(deformation) @ virial
-        difference = values[:, None] - values[None]
-        near = np.abs(difference) < 1e-6
-        average = np.exp(0.5 * (values[:, None] + values[None]))
-        quotient = np.where(near, average, (np.exp(values)[:, None] - np.exp(values)) / np.where(near, 1.0, difference))
-        rotated = vectors.T @ (0.5 * (by_deformation + by_deformation.T)) @ vectors
-        cell = vectors @ (rotated * quotient) @ vectors.T / self.length
-        return np.concatenate([-(forces @ deformation).ravel(), cell.ravel()])
+        by_deformation = virial @ np.linalg.inv(deformation)
+        if not self.coordinates.turns:
+            by_deformation = 0.5 * (by_deformation + by_deformation.T)
+        # the derivative of expm at U is adjoint to that at U^T
+        cell = expm_frechet(self._logarithm(x).T, by_deformation, compute_expm=False) / self.length
+        return np.concatenate([-(forces @ deformation.T).ravel(), cell.ravel()])
 
     def receive(self, energy: float, forces: np.ndarray, stress: np.ndarray) -> bool:
         """Take the result at ``trial``: move there, or only learn from it when it lies too high. True when moved."""
@@ -113,7 +117,7 @@ class Trajectory:
             return True
         self.rule.learn(self.trial - self.x, point.gradient - self.point.gradient)
         noise = ENTHALPY_NOISE * len(self.start)
-        if enthalpy > self.point.enthalpy + (noise if self.downwards else LARGEST_RISE * len(self.start)):
+        if enthalpy > self.point.enthalpy + (noise if self.downwards else self.coordinates.largest_rise * len(self.start)):
             self.shrink()
             return False
         self.radius = min(self.max_move, 1.5 * self.radius)
@@ -122,13 +126,13 @@ class Trajectory:
         return True
 
     def _remember(self, noise: float) -> None:
-        """Keep the lowest point; go back to it, and only downwards from there, after `PATIENCE` steps without a lower one."""
+        """Keep the lowest point; go back to it, and only downwards from there, after ``patience`` steps without a lower one."""
         assert self.point is not None and self.best is not None
         progress = self.point.enthalpy < self.best.enthalpy - noise
         self.without_progress = 0 if progress else self.without_progress + 1
         if self.point.enthalpy <= self.best.enthalpy:
             self.best = self.point
-        if self.without_progress >= PATIENCE and not self.downwards:
+        if self.without_progress >= self.coordinates.patience and not self.downwards:
             self.downwards = True
             self.return_to_best()
 
@@ -166,7 +170,7 @@ class Trajectory:
         return self.structure(self.trial)
 
     def _size(self, step: np.ndarray) -> float:
-        """Longest row of the step: the move of an atom, or of a row of sqrt(N) U."""
+        """Longest row of the step: the move of an atom, or of a row of the cell's coordinates."""
         return float(np.sqrt((step.reshape(-1, 3) ** 2).sum(axis=1).max()))
 
     def residual(self) -> tuple[float, float]:

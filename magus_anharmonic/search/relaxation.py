@@ -39,7 +39,9 @@ class AseCalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics")
+    optimizer: Literal["bfgs", "ase", "fire"] = Field(
+        "bfgs", description="bfgs: quasi-Newton steps; ase: ASE's BFGS, step for step, with twice as many steps; fire: damped dynamics"
+    )
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")

@@ -37,7 +37,10 @@ class CalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Literal["bfgs", "fire"] = Field("bfgs", description="bfgs: quasi-Newton steps; fire: damped dynamics, usually slower")
+    optimizer: Literal["bfgs", "ase", "fire"] = Field(
+        "bfgs",
+        description="bfgs: quasi-Newton steps; ase: ASE's BFGS step for step, twice as many steps; fire: damped dynamics, slower",
+    )
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
     kicks: int = Field(
