@@ -18,7 +18,8 @@ from magus_anharmonic.files import replacing, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState, three
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.supercells import as_repeats
 
 log = logging.getLogger(__name__)
 
@@ -178,4 +179,4 @@ class NoFolder(RunFolder):
 
 def _state(stored: Any) -> SschaState:
     atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
-    return SschaState(atoms, three(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))
+    return SschaState(atoms, as_repeats(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))
