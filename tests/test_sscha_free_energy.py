@@ -129,6 +129,16 @@ def test_every_evaluation_is_counted_and_tabulated(compressed):
     assert (folder / f"dyn_pop{result.n_populations}_1").is_file()
 
 
+def test_a_converged_run_draws_what_is_missing_for_the_wanted_error():
+    rough = quartic(n_configs=200)
+    assert rough.converged
+    calculator = CountingCalculator(QuarticPair())
+    fine = quartic(evaluator=calculator, n_configs=200, max_populations=40, error_tolerance=0.5 * rough.gibbs_error)
+    assert fine.converged and fine.gibbs_error <= 0.5 * rough.gibbs_error
+    assert fine.n_evaluations == calculator.count < 8 * rough.n_evaluations, "four times the samples, not many times"
+    assert fine.gibbs_raw == pytest.approx(rough.gibbs_raw, abs=4.0 * rough.gibbs_error), "of the same state"
+
+
 def test_counts_are_those_of_the_calculator():
     calculator = CountingCalculator(QuarticPair())
     result = quartic(evaluator=calculator)

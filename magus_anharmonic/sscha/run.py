@@ -186,7 +186,7 @@ class SschaRun:
         if tolerance is None:
             return most
         wanted = len(self._populations[-1][1].energies) * (1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0)
-        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH, most), most)) // 2)
+        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH[0], most), most)) // 2)
 
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
