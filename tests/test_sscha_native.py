@@ -15,13 +15,15 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import free_energy, native, python_sscha
 from magus_anharmonic.sscha.averages import Ensemble, average
+from magus_anharmonic.sscha.drawing import draw
 from magus_anharmonic.sscha.reweight import Pool, ratio_error
-from magus_anharmonic.sscha.run import SschaRun, Task, evaluate
+from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.run_folder import NoFolder
 from magus_anharmonic.sscha.spectrum import Reciprocal, Spectrum, without_translations
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.units import HBAR, KELVIN, RYDBERG
 
 EV = as_evaluator(EMT())
@@ -138,7 +140,7 @@ def test_two_populations_are_one_sample_of_their_mixture():
     model = AnharmonicCell()
     first = model.start(0.0)
     second = moved(replace(first, force_constants=0.8 * first.force_constants))
-    populations = [(state, evaluate(state, 4000, [1, k], model, k)) for k, state in enumerate((first, second))]
+    populations = [(state, draw(state, 4000, [1, k], model, "test")) for k, state in enumerate((first, second))]
     middle = replace(second, force_constants=0.9 * first.force_constants)
     pool = Pool(populations)
     together, alone = pool.at(trial_of(pool, middle)), Pool(populations[:1])
@@ -156,7 +158,7 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
     state, populations = model.start(temperature), []
     symmetry = Symmetry(model.atoms, (1, 1, 1))
     for number in range(4):
-        populations.append((state, evaluate(state, 400, [3, number], model, number)))
+        populations.append((state, draw(state, 400, [3, number], model, "test")))
         found = native.minimise(populations, symmetry, min_effective_sample=0.4)
         state = found.state
     assert found.converged and found.n_steps < 10
@@ -180,7 +182,7 @@ def test_minimisation_of_a_harmonic_crystal_is_one_step():
 def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = evaluate(state, 600, [9], model, 0)
+    drawn = draw(state, 600, [9], model, "test")
     symmetry = Symmetry(state.atoms, state.repeats)
     ours = native.minimise([(state, drawn)], symmetry, min_effective_sample=0.1)
     theirs = python_sscha.minimise(state, drawn, symmetry, min_effective_sample=0.1, log=tmp_path / "log")
@@ -193,7 +195,7 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
 def test_a_minimisation_goes_as_far_as_its_sample_reaches():
     model = AnharmonicCell()
     far = replace(model.start(0.0), force_constants=3.0 * model.start(0.0).force_constants)
-    drawn = evaluate(far, 200, [2], model, 0)
+    drawn = draw(far, 200, [2], model, "test")
     found = native.minimise([(far, drawn)], Symmetry(far.atoms, far.repeats), min_effective_sample=0.5)
     assert not found.converged
     assert 0.5 <= found.effective_sample < 0.62
@@ -203,7 +205,7 @@ def test_a_minimisation_goes_as_far_as_its_sample_reaches():
 def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = evaluate(state, 4, [2], model, 0)
+    drawn = draw(state, 4, [2], model, "test")
     hopeless = replace(drawn, forces=1e5 * drawn.forces)
     with pytest.raises(SschaError, match="sample size collapses"):
         native.minimise([(state, hopeless)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.9)
@@ -231,7 +233,7 @@ def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
 
 def _own_ensemble(model: AnharmonicCell, state: SschaState, exact: float, seed: int) -> float:
     """(F - exact) / sigma as a minimisation reports it that begins at the exact minimum."""
-    drawn = evaluate(state, 400, [seed, 5], model, 0)
+    drawn = draw(state, 400, [seed, 5], model, "test")
     found = native.minimise([(state, drawn)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.3)
     pool = Pool([(state, drawn)])
     averages = pool.at(trial_of(pool, found.state))

@@ -16,6 +16,7 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
     Start,
@@ -69,6 +70,32 @@ def read_state(start: Any, temperature: float, log: Path) -> SschaState:
     from magus_anharmonic.sscha.python_sscha import read_dynamical_matrices
 
     return read_dynamical_matrices(start, temperature, log)
+
+
+def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
+    """Displacements (n, n_supercell, 3) in A that a run of another model than ``model_id`` drew from the state it ended in.
+
+    None where ``start`` is no folder of a run, or of the same model (whose energies would only be worked out again).
+    """
+    if not isinstance(start, str | Path) or not Path(start).is_dir():
+        return None
+    result = SschaResult.read(start)
+    if result.model_id == model_id:
+        return None
+    ensemble = final_ensemble(Path(start), result)
+    return None if ensemble is None else ensemble.displacements
+
+
+def same_gaussian(one: SschaState, other: SschaState) -> bool:
+    """Whether configurations drawn from one state are as good as from the other: all that the density depends on agrees."""
+    if one.repeats != other.repeats or one.temperature != other.temperature or len(one.atoms) != len(other.atoms):
+        return False
+    pairs = (
+        (one.force_constants, other.force_constants),
+        (one.atoms.get_masses(), other.atoms.get_masses()),
+        (one.atoms.cell.array, other.atoms.cell.array),
+    )
+    return all(np.allclose(a, b, rtol=0.0, atol=1e-7) for a, b in pairs)
 
 
 def state_digest(state: SschaState) -> str:

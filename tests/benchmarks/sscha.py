@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import logging
 import os
 import sys
@@ -17,14 +18,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import ranking  # noqa: E402
-import sscha_hessian  # noqa: E402
+# this file has the name of python-sscha's package, and its folder comes first
+HERE = Path(__file__).resolve().parent
+sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
 
 from magus_anharmonic.sscha import native, python_sscha  # noqa: E402
 from magus_anharmonic.sscha.averages import Ensemble  # noqa: E402
@@ -32,10 +34,18 @@ from magus_anharmonic.sscha.reweight import Pool  # noqa: E402
 from magus_anharmonic.sscha.state import SschaState, expand, sample  # noqa: E402
 from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
 
-# this file has the name of python-sscha's package, and its folder comes first
-sys.path = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-
 LOG = Path(tempfile.mkdtemp()) / "log"
+
+
+def beside(name: str) -> ModuleType:
+    """A script of this folder, which is not on the path."""
+    specification = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+ranking, sscha_hessian = beside("ranking"), beside("sscha_hessian")
 
 
 @dataclass(frozen=True)
