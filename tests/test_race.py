@@ -71,6 +71,27 @@ def test_a_candidate_that_falls_far_from_its_double_well_wins_the_race(tmp_path)
     assert all(found[structure_id(one.atoms)].n_evaluations < found[well].n_evaluations for one in RIVALS), "effort goes where it is needed"
 
 
+@pytest.mark.slow
+def test_a_new_model_takes_over_the_runs_of_the_old_one_and_asks_for_less(tmp_path):
+    """Models of one crystal that differ as two generations do; the second ranking goes on where the first ended."""
+    after = [
+        crystal((3.0,) * 3, 1.0, 0.2, -0.28, 1.05),
+        crystal((3.49, 3.46, 3.59), 0.94, 0.29, -0.43, 1.36, well=5.4, wall=2.75, depth=0.012, shift=(0.0, 0.0, 0.15)),
+    ]
+    options = {"sscha": {"allocation": "fixed"}}
+    old, new, anew = Crystals([PLAIN, DEEP], "old"), Crystals(after, "new"), Crystals(after, "new")
+    ranked([PLAIN, DEEP], tmp_path / "a", evaluator=old, **options)
+    found = ranked(after, tmp_path / "a", evaluator=new, **options)
+    alone = ranked(after, tmp_path / "b", evaluator=anew, **options)
+    assert new.n_structures < 0.75 * anew.n_structures
+    assert [c.id for c in found] == [c.id for c in alone] and all(c.status == "sscha" and c.model == "new" for c in found)
+    for one, other in zip(found, alone, strict=True):
+        assert one.gibbs == pytest.approx(other.gibbs, abs=4.0 * np.hypot(one.gibbs_error, other.gibbs_error) + 4e-4)
+    spent = new.n_structures
+    assert [c.gibbs for c in ranked(after, tmp_path / "a", evaluator=new, **options)] == [c.gibbs for c in found]
+    assert new.n_structures == spent + len(after), "only the static energies of the table are asked again"
+
+
 @pytest.mark.parametrize("temperature", [0.0, pytest.param(300.0, marks=pytest.mark.slow)])
 def test_heavy_hydrogen_needs_two_populations_from_light(temperature):
     evaluator = Crystals([PLAIN, WELL])
@@ -85,6 +106,20 @@ def test_heavy_hydrogen_needs_two_populations_from_light(temperature):
         assert heavy.gibbs == pytest.approx(anew.gibbs, abs=4.0 * np.hypot(heavy.gibbs_error, anew.gibbs_error) + 2e-4)
         assert sorted(heavy.state.supercell.get_masses())[0] == 2.014
         assert heavy.volume < light.volume * 1.002
+
+
+@pytest.mark.slow
+def test_d3s_needs_two_populations_from_h3s(h3s):
+    """Im-3m at 150 GPa with the shipped checkpoint; the cell of H3S is a GPa or two off for D3S."""
+    from magus_anharmonic.potential import load
+
+    potential = load("h3s-gpaw-small", device="cpu")
+    options = dict(pressure=150.0, temperature=0.0, n_configs=60, reference_spacing=0.1)
+    light = free_energy(h3s(3.03), potential, max_populations=12, **options)
+    heavy = free_energy(h3s(3.03), potential, max_populations=4, masses={"H": 2.014}, start=light, seed=1, **options)
+    assert light.converged and heavy.converged
+    assert heavy.n_populations == 2 and heavy.space_group == "Im-3m (229)"
+    assert 0.03 < light.gibbs - heavy.gibbs < 0.09, "0.3 of the zero-point energy of three H, per atom"
 
 
 def test_nothing_of_the_light_mass_is_left_in_the_heavy_crystal(tmp_path):

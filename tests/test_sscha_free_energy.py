@@ -129,6 +129,16 @@ def test_every_evaluation_is_counted_and_tabulated(compressed):
     assert (folder / f"dyn_pop{result.n_populations}_1").is_file()
 
 
+def test_a_converged_run_draws_what_is_missing_for_the_wanted_error():
+    rough = quartic(n_configs=200)
+    assert rough.converged
+    calculator = CountingCalculator(QuarticPair())
+    fine = quartic(evaluator=calculator, n_configs=200, max_populations=40, error_tolerance=0.5 * rough.gibbs_error)
+    assert fine.converged and fine.gibbs_error <= 0.5 * rough.gibbs_error
+    assert fine.n_evaluations == calculator.count < 8 * rough.n_evaluations, "four times the samples, not many times"
+    assert fine.gibbs_raw == pytest.approx(rough.gibbs_raw, abs=4.0 * rough.gibbs_error), "of the same state"
+
+
 def test_counts_are_those_of_the_calculator():
     calculator = CountingCalculator(QuarticPair())
     result = quartic(evaluator=calculator)
@@ -358,3 +368,65 @@ class LabelerOfEmt:
             SimpleNamespace(ok=True, energy=energy, forces=forces, stress=stress)
             for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True)
         ]
+
+
+class Watched:
+    """Keeps the positions of every structure that it is asked about."""
+
+    def __init__(self, calculator: QuarticPair, model_id: str) -> None:
+        self.inner, self.model_id, self.positions = as_evaluator(calculator), model_id, []
+
+    def evaluate(self, structures):
+        self.positions += [atoms.positions.copy() for atoms in structures]
+        return self.inner.evaluate(structures)
+
+
+def test_a_new_model_evaluates_the_old_configurations_before_it_draws_new_ones(tmp_path):
+    old, new = Watched(QuarticPair(), "old"), Watched(QuarticPair(c=9.0), "new")
+    first = quartic(tmp_path / "old", evaluator=old)
+    assert first.converged
+    found = quartic(tmp_path / "new", evaluator=new, start=tmp_path / "old")
+    assert np.array(new.positions[:20]) == pytest.approx(np.array(old.positions[-60:-40]), abs=1e-9), "the very same configurations"
+    assert found.converged and found.model_id == "new"
+    assert found.n_evaluations == len(new.positions) == 20 + 60, "no harmonic start; a few old ones show the way, one new population"
+    masses = PAIR.get_masses()
+    exact = QuarticPair(c=9.0).scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
+    assert found.gibbs_raw == pytest.approx(exact, abs=4.0 * found.gibbs_error)
+    with np.load(tmp_path / "new" / "population_001.npz") as stored:
+        one = stored["energies"]
+    assert one != pytest.approx(old.inner.evaluate([PAIR]).energy[0], abs=1e-3)
+    again = quartic(tmp_path / "new", evaluator=new, start=tmp_path / "old")
+    assert again.gibbs == found.gibbs and len(new.positions) == found.n_evaluations, "restarted: nothing is evaluated twice"
+
+
+def test_old_configurations_are_of_no_use_at_another_temperature_or_for_other_masses(tmp_path):
+    old = Watched(QuarticPair(), "old")
+    quartic(tmp_path / "old", evaluator=old)
+    for change in ({"temperature": 300.0}, {"masses": {"H": 2.014}}):
+        new = Watched(QuarticPair(c=9.0), "new")
+        quartic(evaluator=new, start=tmp_path / "old", max_populations=1, **change)
+        assert len(new.positions) == 20 and not np.allclose(new.positions, old.positions[-60:-40], atol=1e-3)
+
+
+def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_path, monkeypatch):
+    from magus_anharmonic.settings import SschaSettings
+    from magus_anharmonic.sscha import native
+    from magus_anharmonic.sscha.run import SschaRun
+    from magus_anharmonic.sscha.run_folder import RunFolder
+    from magus_anharmonic.sscha.task import Task
+
+    settings = SschaSettings(supercell=(2, 2, 2), n_configs=60, max_populations=5)
+    source = as_evaluator(EMT())
+    task = Task(ALUMINIUM, 20.0, 300.0, settings, 0, None, None, source.model_id)
+    whole = SschaRun(task, source, RunFolder(tmp_path / "whole", task.identity()))
+    for _ in range(5):
+        whole.advance()
+    calls = []
+    minimise = native.minimise
+    monkeypatch.setattr(native, "minimise", lambda *args, **options: calls.append(1) or minimise(*args, **options))
+    for _ in range(5):
+        run = SschaRun(task, source, RunFolder(tmp_path / "pieces", task.identity()))
+        row = run.advance()
+    assert len(calls) <= 4, "no minimisation is done twice"
+    assert row == whole.progress.rows[-1] and run.progress.rows == whole.progress.rows
+    assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}

@@ -194,8 +194,8 @@ def test_a_supercell_that_breaks_the_symmetry_is_enlarged(caplog):
     assert choose_repeats(atoms, (1, 1, 2), 1e-3) == (2, 2, 2)
     assert "(1, 1, 2)" in caplog.text
     assert choose_repeats(distorted(), (1, 1, 2), 1e-3) == (1, 1, 2)
-    assert choose_repeats(atoms, {"min_length": 6.0}, 1e-3) == (2, 2, 2)
-    assert choose_repeats(bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3) == (3, 3, 3)
+    assert choose_repeats(atoms, {"min_length": 6.0}, 1e-3, diagonal=True) == (2, 2, 2)
+    assert choose_repeats(bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3, diagonal=True) == (3, 3, 3)
 
 
 def test_primitive_cell_is_exactly_symmetric_and_not_turned():

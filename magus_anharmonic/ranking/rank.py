@@ -271,7 +271,7 @@ class Ranking:
             self.records[group, key] = record
 
     def job(self, atoms: Atoms, keys: Sequence[Key], *, start: Any = None, max_populations: int | None = None) -> Job:
-        """The SSCHA run of a structure with this ranking's settings; ``start``: see `free_energy`."""
+        """The SSCHA run of a structure with this ranking's settings; ``start``: see `free_energy`; None: an earlier model's run, if any."""
         name, sscha = structure_id(atoms), self.sscha
         folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
         # From the structure, not from its place in the queue: a restarted run draws the same configurations.
@@ -293,7 +293,18 @@ class Ranking:
             "error_tolerance": self._error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
         }
         begin = self.starts.get(name) if start is None else start
+        if begin is None:
+            begin = self._earlier_run(atoms, keys[0])
         return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin)
+
+    def _earlier_run(self, atoms: Atoms, key: Key) -> Path | None:
+        """The folder of a run that another model made of the same start: its state and its configurations are taken over."""
+        origin = next((str(a.info.get(SEED_KEY) or "") for a in self.population if structure_id(a) == structure_id(atoms)), "")
+        record = self.store.earlier(atoms, key, origin)
+        if record is None:
+            return None
+        folder = self.run_dir / "sscha" / record.folder
+        return folder if (folder / "result.npz").is_file() else None
 
     def _run(self, jobs: list[Job], free_energy: Callable[..., Any], group_of: Callable[[Job], int], workers: Workers) -> None:
         def done(job: Job, outcomes: list[Outcome]) -> None:

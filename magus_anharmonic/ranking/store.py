@@ -15,7 +15,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.files import set_aside
-from magus_anharmonic.ranking.candidate import Status
+from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.structures import bare, structure_id
@@ -205,6 +205,23 @@ class FreeEnergyStore:
             if same(fingerprint, self._print(record, "start")):
                 log.info("%s is %s, whose free energy is known", name, record.structure)
                 return record
+        return None
+
+    def earlier(self, atoms: Atoms, key: Key, seed: str = "") -> Record | None:
+        """The newest free energy of the same start by another model, at the same pressure, temperature and settings, or None.
+
+        The start is the same by its hash, as a centroid of run ``seed``, or as a phase: the two models relax it to other volumes.
+        """
+        name, fingerprint = structure_id(atoms), Fingerprint(atoms)
+        where = (key.pressure, key.temperature, key.settings_hash)
+        for record in reversed(list(self._records.values())):
+            other = record.key
+            if other.model == key.model or (other.pressure, other.temperature, other.settings_hash) != where:
+                continue
+            if record.status not in RANKED or record.gibbs is None:
+                continue
+            if record.structure in (name, seed) or same_phase(fingerprint, self._print(record, "start")):
+                return self.final(record)
         return None
 
     def find_phase(self, atoms: Atoms, key: Key) -> Record | None:

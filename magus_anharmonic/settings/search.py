@@ -26,6 +26,8 @@ from magus_anharmonic.settings.section import (
     snake_case,
 )
 
+Row = tuple[int, int, int]
+
 
 class CalculatorSettings(Section):
     """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
@@ -172,8 +174,10 @@ class SschaSettings(Section):
     )
     max_candidates: Count = Field(100, description="the lowest distinct structures, counted per model")
     window: Positive | None = Field(None, description="only structures this far (eV/atom) above the best enthalpy")
-    supercell: tuple[Count, Count, Count] | dict[Literal["min_length"], Positive] = Field(
-        (2, 2, 2), description="three repetitions, or {min_length: Angstrom between images}"
+    supercell: tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive] = Field(
+        (2, 2, 2),
+        description="three repetitions of the primitive cell, three rows of whole numbers (its vectors in those of the primitive cell), "
+        "or {min_length: Angstrom between images}: the fewest cells, not always repetitions",
     )
     cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
     n_configs: Count = Field(1000, description="most configurations of a population, even (+u/-u pairs); fewer far from the minimum")
@@ -218,13 +222,20 @@ class SschaSettings(Section):
     @field_validator("supercell", mode="before")
     @classmethod
     def _repetitions(cls, value: Any) -> Any:
+        problem = ValueError("must be three whole numbers >= 1, three rows of three whole numbers, or {min_length: Angstrom}")
         if isinstance(value, dict):
             if set(value) != {"min_length"}:
-                raise ValueError("must be three whole numbers >= 1, or {min_length: Angstrom}")
+                raise problem
             return value
-        ok = isinstance(value, list | tuple) and len(value) == 3
-        if not ok or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value):
-            raise ValueError("must be three whole numbers >= 1, or {min_length: Angstrom}")
+        if not isinstance(value, list | tuple) or len(value) != 3:
+            raise problem
+        if all(isinstance(row, list | tuple) and len(row) == 3 and all(type(n) is int for n in row) for row in value):
+            (a, b, c), (d, e, f), (g, h, i) = value
+            if a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) == 0:
+                raise ValueError("its three rows lie in one plane")
+            return tuple(tuple(row) for row in value)
+        if any(type(n) is not int or n < 1 for n in value):
+            raise problem
         return tuple(value)
 
     @field_validator("n_configs", "n_configs_start")

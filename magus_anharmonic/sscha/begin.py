@@ -16,6 +16,7 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
     Start,
@@ -25,7 +26,8 @@ from magus_anharmonic.sscha.start import (
     relaxed_primitive,
     stress_response,
 )
-from magus_anharmonic.sscha.state import SschaState, cell_offsets, inverse_fourier
+from magus_anharmonic.sscha.state import SschaState, inverse_fourier
+from magus_anharmonic.sscha.supercells import Repeats, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats, symmetric_primitive
 from magus_anharmonic.structures import bare
 
@@ -70,6 +72,32 @@ def read_state(start: Any, temperature: float, log: Path) -> SschaState:
     return read_dynamical_matrices(start, temperature, log)
 
 
+def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
+    """Displacements (n, n_supercell, 3) in A that a run of another model than ``model_id`` drew from the state it ended in.
+
+    None where ``start`` is no folder of a run, or of the same model (whose energies would only be worked out again).
+    """
+    if not isinstance(start, str | Path) or not Path(start).is_dir():
+        return None
+    result = SschaResult.read(start)
+    if result.model_id == model_id:
+        return None
+    ensemble = final_ensemble(Path(start), result)
+    return None if ensemble is None else ensemble.displacements
+
+
+def same_gaussian(one: SschaState, other: SschaState) -> bool:
+    """Whether configurations drawn from one state are as good as from the other: all that the density depends on agrees."""
+    if one.repeats != other.repeats or one.temperature != other.temperature or len(one.atoms) != len(other.atoms):
+        return False
+    pairs = (
+        (one.force_constants, other.force_constants),
+        (one.atoms.get_masses(), other.atoms.get_masses()),
+        (one.atoms.cell.array, other.atoms.cell.array),
+    )
+    return all(np.allclose(a, b, rtol=0.0, atol=1e-7) for a, b in pairs)
+
+
 def state_digest(state: SschaState) -> str:
     """Twelve hex digits that identify a state."""
     digest = hashlib.sha256()
@@ -93,12 +121,11 @@ def begin_run(
         return continue_from(start, atoms, evaluator, settings, temperature=temperature, masses=masses)
     variable_cell = settings.cell == "variable"
     reduced = symmetric_primitive(bare(atoms), settings.symprec)
-    _require_modes(reduced, choose_repeats(reduced, settings.supercell, SYMMETRY_OF_A_STATE))
+    supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
     relaxed = relaxed_primitive(reduced, counting, pressure, symprec=settings.symprec, variable_cell=variable_cell)
     structure = with_masses(relaxed, masses)
-    repeats = choose_repeats(structure, settings.supercell, SYMMETRY_OF_A_STATE)
-    _require_modes(structure, repeats)
+    repeats = supercell_of(structure, settings)
     begin = harmonic_start(structure, counting, temperature=temperature, repeats=repeats, variable_cell=variable_cell)
     return replace(begin, n_evaluations=counting.count)
 
@@ -116,8 +143,7 @@ def continue_from(
     if composition(start.atoms) != composition(atoms):
         raise InputError(f"start: is {start.atoms.get_chemical_formula()}, the structure is {atoms.get_chemical_formula()}")
     structure = with_masses(start.atoms, masses)
-    repeats = choose_repeats(structure, settings.supercell, SYMMETRY_OF_A_STATE)
-    _require_modes(structure, repeats)
+    repeats = supercell_of(structure, settings)
     symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
     compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
     state = SschaState(structure, repeats, symmetry.force_constants(compact), temperature)
@@ -128,9 +154,18 @@ def continue_from(
     return Start(state, response, counting.count)
 
 
-def _require_modes(atoms: Atoms, repeats: tuple[int, int, int]) -> None:
-    if len(atoms) * int(np.prod(repeats)) < 2:
+def supercell_of(atoms: Atoms, settings: SschaSettings) -> Repeats:
+    """The supercell of a primitive cell; raises ``InputError`` for one atom in one cell, and for what the engine cannot take."""
+    diagonal = settings.engine == "python-sscha"
+    repeats = choose_repeats(atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal)
+    if diagonal and not is_diagonal(repeats):
+        raise InputError(
+            f"sscha.supercell: {[list(row) for row in repeats]}: is not diagonal, and engine: python-sscha only repeats cells; "
+            "take engine: native, or three repetitions"
+        )
+    if len(atoms) * n_cells(repeats) < 2:
         raise InputError(f"sscha.supercell: {list(repeats)}: one atom has no vibrations; take a larger supercell")
+    return repeats
 
 
 def composition(atoms: Atoms) -> dict[str, float]:
@@ -139,10 +174,10 @@ def composition(atoms: Atoms) -> dict[str, float]:
     return {symbol: round(symbols.count(symbol) / len(symbols), 6) for symbol in sorted(set(symbols))}
 
 
-def interpolate(state: SschaState, repeats: tuple[int, int, int]) -> np.ndarray:
+def interpolate(state: SschaState, repeats: Repeats) -> np.ndarray:
     """Compact force constants of another supercell by Fourier interpolation."""
     vectors, blocks = nearest_images(state)
-    q = cell_offsets(repeats) / np.array(repeats)
+    q = q_points(repeats)
     size = 3 * len(state.atoms)
     flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
     matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)

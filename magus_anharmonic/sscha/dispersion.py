@@ -20,6 +20,7 @@ from magus_anharmonic.files import replacing, write_text
 from magus_anharmonic.sscha.finite_size import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.supercells import q_index, supercell_matrix
 from magus_anharmonic.structures import spglib_cell
 from magus_anharmonic.units import EV_IN_CM1, HBAR
 
@@ -110,15 +111,14 @@ def dispersion(hessian: Hessian, harmonic: np.ndarray | None = None, spacing: fl
 
 
 def _marks(hessian: Hessian, path: BandPath) -> list[tuple[float, float, float]]:
-    repeats = np.array(hessian.state.repeats)
-    known = {tuple(point): index for index, point in enumerate(np.rint(hessian.points * repeats).astype(int).tolist())}
+    matrix = supercell_matrix(hessian.state.repeats)
     errors = hessian.quantum_error
     marks = []
     for first, last in path.segments:
         start, along = path.q[first], path.q[last] - path.q[first]
         lengths = path.distance[first], path.distance[last]
-        for fraction in _meetings(start * repeats, along * repeats):
-            index = known[tuple(np.mod(np.rint((start + fraction * along) * repeats).astype(int), repeats).tolist())]
+        for fraction in _meetings(start @ matrix.T, along @ matrix.T):
+            index = int(q_index(start + fraction * along, hessian.state.repeats))
             where = lengths[0] + fraction * (lengths[1] - lengths[0])
             for mode, quantum in enumerate(hessian.quantum[index]):
                 marks.append((float(where), float(quantum), float("nan") if errors is None else float(errors[index, mode])))

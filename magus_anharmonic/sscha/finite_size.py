@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
+from ase.geometry import minkowski_reduce
 
-from magus_anharmonic.sscha.state import SschaState, cell_offsets, oscillator_free_energy, three
+from magus_anharmonic.sscha.state import SschaState, oscillator_free_energy
+from magus_anharmonic.sscha.supercells import Repeats, Three, cell_offsets, containing_mesh, supercell_matrix, three
 from magus_anharmonic.units import HBAR
 
 CHUNK = 2048
@@ -18,14 +20,14 @@ class FiniteSize:
     """term : eV per primitive cell, added to F; mesh : q points; imaginary : part of interpolated modes below zero."""
 
     term: float
-    mesh: tuple[int, int, int]
+    mesh: Three
     imaginary: float
 
 
-def reference_mesh(atoms: Atoms, spacing: float, repeats: tuple[int, int, int]) -> tuple[int, int, int]:
+def reference_mesh(atoms: Atoms, spacing: float, repeats: Repeats) -> Three:
     """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the supercell's."""
     lengths = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-    return three(max(np.ceil(length / spacing - 1e-6), n) for length, n in zip(lengths, repeats, strict=True))
+    return three(max(np.ceil(length / spacing - 1e-6), n) for length, n in zip(lengths, containing_mesh(repeats), strict=True))
 
 
 def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
@@ -52,10 +54,12 @@ def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
 def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     """Lattice vectors (m, 3) and blocks (m, n, n, 3, 3): every pair's block shared among its nearest images."""
     cell = state.atoms.cell.array
-    repeats = np.array(state.repeats)
+    # of a reduced basis, whose nearest images are within two shells
+    periods = supercell_matrix(state.repeats)
+    periods = np.rint(minkowski_reduce(periods @ cell)[1] @ periods).astype(int)
     offsets = cell_offsets(state.repeats)
     shells = np.array(list(np.ndindex(5, 5, 5))) - 2
-    candidates = offsets[:, None] + (shells * repeats)[None]
+    candidates = offsets[:, None] + (shells @ periods)[None]
     between = state.atoms.positions[None] - state.atoms.positions[:, None]
     distances = np.linalg.norm((candidates @ cell)[:, :, None, None] + between[None, None], axis=-1)
     near = distances < distances.min(axis=1, keepdims=True) + 1e-3

@@ -15,7 +15,6 @@ from itertools import product
 import numpy as np
 import spglib
 from ase import Atoms
-from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
@@ -23,6 +22,7 @@ from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.hessian_error import levels
 from magus_anharmonic.sscha.start import nearest_neighbour
 from magus_anharmonic.sscha.state import fourier, variance
+from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, supercell_matrix
 from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
 from magus_anharmonic.units import HBAR
 
@@ -47,35 +47,8 @@ class Sublattice:
     @classmethod
     def of(cls, point: np.ndarray, cell: np.ndarray) -> Sublattice:
         """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact choice of the new."""
-        size = next(n for n in range(1, 1000) if np.allclose(n * point, np.rint(n * point), atol=1e-6))
-        if size == 1:
-            return cls(np.eye(3, dtype=int), np.zeros((1, 3), dtype=int))
-        triangular = next(m for m in _triangular(size) if np.allclose(m @ point, np.rint(m @ point), atol=1e-6))
-        _, change = minkowski_reduce(triangular @ cell)
-        matrix = np.rint(change @ triangular).astype(int)
-        if np.linalg.det(matrix) < 0:
-            matrix = -matrix
-        found: dict[tuple[int, ...], np.ndarray] = {}
-        for offset in sorted(product(range(size), repeat=3), key=sum):
-            found.setdefault(_remainder(np.array(offset), matrix), np.array(offset))
-        return cls(matrix, np.array(list(found.values())))
-
-
-def _triangular(determinant: int) -> list[np.ndarray]:
-    """All Hermite normal forms of a determinant: one basis for every sublattice of that index."""
-    found = []
-    for a in (d for d in range(1, determinant + 1) if determinant % d == 0):
-        for b in (d for d in range(1, determinant // a + 1) if determinant // a % d == 0):
-            c = determinant // a // b
-            found += [np.array([[a, x, y], [0, b, z], [0, 0, c]]) for x in range(b) for y in range(c) for z in range(c)]
-    return found
-
-
-def _remainder(vector: np.ndarray, matrix: np.ndarray) -> tuple[int, ...]:
-    """What tells apart lattice vectors modulo the rows of ``matrix``, exact in whole numbers."""
-    determinant = round(float(np.linalg.det(matrix)))
-    adjugate = np.rint(np.linalg.inv(matrix) * determinant).astype(int)
-    return tuple(int(value) for value in (vector @ adjugate) % determinant)
+        repeats = commensurate(np.asarray(point)[None], cell)
+        return cls(supercell_matrix(repeats), cell_offsets(repeats))
 
 
 def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:

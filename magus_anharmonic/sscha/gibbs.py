@@ -15,11 +15,12 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.begin import check_structure, read_state
+from magus_anharmonic.sscha.begin import check_structure, configurations_of, read_state
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run import Progress, SschaRun, Task
+from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
 from magus_anharmonic.sscha.summary import failed_result
+from magus_anharmonic.sscha.task import Progress, Task
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def free_energy(
         Isotopes, amu by symbol, e.g. ``{"H": 2.014}``.
     start
         Cell, centroids and force constants to start from instead of harmonic ones: an `SschaResult`, the folder of a
-        finished run, or the prefix of Quantum ESPRESSO dynamical matrices (``.../dyn_pop5_``).
+        finished run, or the prefix of Quantum ESPRESSO dynamical matrices (``.../dyn_pop5_``). Of the folder of another model's run
+        the configurations of the last state are evaluated again, before any is drawn.
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is kept.
     tolerances
@@ -91,7 +93,8 @@ def free_energy(
         raise InputError(f"sscha.temperature: {temperature!r}: must be one number in K, not below 0")
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
         state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
-        task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id)
+        configurations = configurations_of(start, source.model_id)
+        task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id, configurations)
         folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity())
         return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder)
 

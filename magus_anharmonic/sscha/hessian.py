@@ -120,7 +120,7 @@ def free_energy_hessian(
             turn = representation.matrix(operation, first)
             corrections[q] = turn @ corrections[first] @ turn.conj().T
     weights = modes.vectors * modes.root_mass[:, None]
-    q = modes.points / np.array(modes.repeats)
+    q = modes.q
     matrices = fourier(state.force_constants, state.repeats, q) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
     compact = symmetry.force_constants(inverse_fourier(matrices, state.repeats, q))
     found = _diagonalised(state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None)
@@ -213,7 +213,7 @@ def contracted(tensor: ThirdOrder, rows: np.ndarray, q: int) -> np.ndarray:
 def _diagonalised(
     state: SschaState, modes: Wavevectors, compact: np.ndarray, stars: list[dict[int, int]], n_configs: int, fourth: bool, unbiased: bool
 ) -> Hessian:
-    q = modes.points / np.array(modes.repeats)
+    q = modes.q
     matrices = fourier(compact, state.repeats, q) / np.outer(modes.root_mass, modes.root_mass)
     matrices = matrices if np.iscomplexobj(modes.vectors) else matrices.real
     squares, vectors = np.linalg.eigh(0.5 * (matrices + matrices.conj().transpose(0, 2, 1)))

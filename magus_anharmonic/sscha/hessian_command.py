@@ -16,13 +16,14 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
+from magus_anharmonic.sscha.drawing import draw
 from magus_anharmonic.sscha.group import group_of_result
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
-from magus_anharmonic.sscha.start import CountingEvaluator, harmonic_force_constants, in_double_precision
-from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import EV_IN_CM1
 
@@ -106,10 +107,7 @@ def ensemble_of(state: SschaState, stored: Ensemble | None, evaluator: Evaluator
     if evaluator is None:
         raise InputError(f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to draw the rest")
     log.info("drawing %d configurations of the final state", wanted - have)
-    u = sample(state, wanted - have, np.random.default_rng([seed, SAMPLING_TAG]))
-    values = CountingEvaluator(evaluator).evaluate(displaced(state, u))
-    energies, forces = np.asarray(values.energy, dtype=float), np.array(values.forces, dtype=float)
-    fresh = Ensemble(u, energies, forces, np.asarray(values.stress, dtype=float).reshape(-1, 3, 3))
+    fresh = draw(state, wanted - have, [seed, SAMPLING_TAG], evaluator, "configurations for the Hessian")
     return fresh if stored is None else joined([stored, fresh])
 
 

@@ -23,7 +23,8 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.engines import Minimised, Population
-from magus_anharmonic.sscha.state import SschaState, cell_offsets, fold, fourier, inverse_fourier, three
+from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
+from magus_anharmonic.sscha.supercells import Repeats, commensurate, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import AMU_IN_RYDBERG_MASS, BOHR, RYDBERG
 
@@ -155,12 +156,12 @@ def fractional_q(dyn: Any) -> np.ndarray:
     return np.array(dyn.q_tot) @ np.asarray(dyn.structure.unit_cell).T
 
 
-def _q_grid(repeats: tuple[int, int, int]) -> np.ndarray:
+def _q_grid(repeats: Repeats) -> np.ndarray:
     """(n_q, 3) fractional q points of the supercell, Gamma first.
 
     Not ``GetQGrid`` of cellconstructor: on a 3x3x3 grid it puts (1/3, -1/3, 0) first, taking it for Gamma.
     """
-    q = cell_offsets(repeats) / np.array(repeats)
+    q = q_points(repeats)
     return q - np.round(q - 1e-9)
 
 
@@ -219,7 +220,7 @@ def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
     return loaded
 
 
-def _transform_gradients_fast(loaded: Any, repeats: tuple[int, int, int], order: np.ndarray) -> None:
+def _transform_gradients_fast(loaded: Any, repeats: Repeats, order: np.ndarray) -> None:
     """Let the ensemble Fourier transform its gradients with two matrix products; its own double loop takes half of a step."""
     columns = (3 * np.argsort(order)[:, None] + np.arange(3)).ravel()
     q = fractional_q(loaded.dyn_0)
@@ -247,7 +248,8 @@ def write_dynamical_matrices(state: SschaState, prefix: Path, log: Path) -> None
     with quiet(log):
         dyn = to_phonons(state)
         try:
-            dyn.AdjustQStar()
+            if is_diagonal(state.repeats):
+                dyn.AdjustQStar()
         except (ValueError, IndexError, AssertionError):
             # cellconstructor's symmetry finder does not close these stars; one file per q point is as readable
             dyn = to_phonons(state)
@@ -270,12 +272,12 @@ def read_dynamical_matrices(prefix: str | Path, temperature: float, log: Path) -
         import cellconstructor.Phonons
 
         dyn = CC.Phonons.Phonons(str(prefix), count)
-        repeats = three(dyn.GetSupercell())
     structure = dyn.structure
     atoms = Atoms(structure.atoms, positions=structure.coords, cell=structure.unit_cell, pbc=True)
     atoms.set_masses(structure.get_masses_array() / AMU_IN_RYDBERG_MASS)
     matrices = np.array(dyn.dynmats) * RYDBERG / BOHR**2
-    compact = inverse_fourier(matrices, repeats, fractional_q(dyn))
-    if len(cell_offsets(repeats)) != len(matrices):
+    repeats = commensurate(fractional_q(dyn), atoms.cell.array)
+    if n_cells(repeats) != len(matrices):
         raise InputError(f"start: {prefix}: {len(matrices)} q points do not make a supercell {repeats}")
+    compact = inverse_fourier(matrices, repeats, fractional_q(dyn))
     return SschaState(atoms, repeats, compact, temperature)

@@ -13,6 +13,7 @@ from ase import Atoms
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import load_arrays, read_json, replacing, write_json
 from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.supercells import Repeats, as_repeats
 
 FORMAT = 1
 """Version of the files of a run; a folder of another version is refused."""
@@ -61,7 +62,7 @@ class SschaResult:
     n_populations: int
     n_configs: int
     n_atoms_supercell: int
-    supercell: tuple[int, int, int]
+    supercell: Repeats
     interpolated_imaginary: float
     model_id: str
     seconds: float
@@ -124,6 +125,6 @@ class SschaResult:
                 data[name] = np.full((3, 3), nan) if name.startswith("stress") else nan
             elif name.startswith("stress"):
                 data[name] = np.array(value)
-        data["supercell"] = tuple(data["supercell"])
+        data["supercell"] = as_repeats(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)

@@ -8,35 +8,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ase import Atoms
 
-from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.averages import Averages, Ensemble, average, joined
-from magus_anharmonic.sscha.begin import begin_run, state_digest
+from magus_anharmonic.sscha.begin import begin_run, same_gaussian
+from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import RunFolder
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE_LATER,
     VOIGT,
-    CountingEvaluator,
     Start,
     cell_decrease,
     floor_modes,
     nearest_neighbour,
     strain_towards,
 )
-from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import structure_id
+from magus_anharmonic.sscha.task import Progress, Task
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -47,10 +44,6 @@ VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
-NOT_OF_A_RUN = (
-    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian"
-)  # fmt: skip
-"""Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 TOGETHER = 8
 """Most populations of one cell that a minimisation uses."""
 KEEP_CELL = 0.3
@@ -64,44 +57,6 @@ SMALLEST_APPROACH = (20, 100)
 force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
 USED_UP = 1.2
 """Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to compute: a validated, immutable request."""
-
-    atoms: Atoms
-    pressure: float
-    temperature: float
-    settings: SschaSettings
-    seed: int
-    masses: Mapping[str, float] | None
-    start: SschaState | None
-    model_id: str
-
-    def identity(self) -> dict[str, Any]:
-        """Everything on which the numbers depend; two runs with the same identity are the same run."""
-        ignored = {*NOT_OF_A_RUN, "max_populations", "error_tolerance"}
-        return {
-            "structure": structure_id(self.atoms),
-            "formula": self.atoms.get_chemical_formula(),
-            "model": self.model_id,
-            "pressure": self.pressure,
-            "temperature": self.temperature,
-            "seed": self.seed,
-            "masses": dict(self.masses or {}),
-            "start": None if self.start is None else state_digest(self.start),
-            "sscha": self.settings.model_dump(mode="json", exclude=ignored),
-        }
-
-
-@dataclass
-class Progress:
-    """Mutable record of a run: the table of ``convergence.csv``, and the free energies so far."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    gibbs: list[tuple[float, float]] = field(default_factory=list)
-    n_evaluations: int = 0
 
 
 class SschaRun:
@@ -125,11 +80,14 @@ class SschaRun:
         self.reason = "no population yet"
         self._response = self.start.stress_response
         self._populations: list[Population] = []
+        self._numbers: list[list[int]] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
         self._promised = 0.0
-        self._far = task.start is None
+        # another model's minimum is near, but not this one's: its first population only shows the way too
+        self._far = task.start is None or task.configurations is not None
         self._approach = False
         self._size = 0
+        self._restore()
 
     def _usual_size(self) -> int:
         """Configurations of the next population: fewer while they only show the way."""
@@ -169,6 +127,7 @@ class SschaRun:
         self._size = n_configs or self._usual_size()
         ensemble = self._draw(self._size)
         self._populations = [*self._populations, (self.state, ensemble)][-TOGETHER:]
+        self._numbers = [*self._numbers, [self.n_populations + 1]][-TOGETHER:]
         return self._average(ensemble)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
@@ -186,7 +145,7 @@ class SschaRun:
         if tolerance is None:
             return most
         wanted = len(self._populations[-1][1].energies) * (1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0)
-        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH, most), most)) // 2)
+        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH[0], most), most)) // 2)
 
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
@@ -194,6 +153,7 @@ class SschaRun:
         more = self._draw(n_configs)
         together = joined([last, more])
         self._populations[-1] = (state, together)
+        self._numbers[-1] = [*self._numbers[-1], self.n_populations + 1]
         self._promised, self._predicted = 0.0, None
         return self._average(together)
 
@@ -239,7 +199,7 @@ class SschaRun:
             strain = strain_towards(minimised.stress, self.task.pressure, self._response, self.symmetry)
             self._predicted = (minimised.stress, strain)
             self.state = self.state.strained(strain)
-            self._populations = []
+            self._populations, self._numbers = [], []
 
     def _draw(self, n_configs: int) -> Ensemble:
         """The next ensemble of the state: from the folder if it is there, else drawn and evaluated in one call."""
@@ -248,10 +208,59 @@ class SschaRun:
         if stored is not None:
             self.state, ensemble = stored
         else:
-            ensemble = evaluate(self.state, n_configs, [self.task.seed, number, SAMPLING_TAG], self._evaluator, number)
+            ensemble = self._fresh(number, n_configs)
             self.folder.write_population(number, self.state, ensemble)
         self.progress.n_evaluations += len(ensemble.energies)
         return ensemble
+
+    def _fresh(self, number: int, n_configs: int) -> Ensemble:
+        """An ensemble of the state: the first one from the configurations that another model left, as far as they go."""
+        seed, what = [self.task.seed, number, SAMPLING_TAG], f"population {number}"
+        earlier, begin = self.task.configurations, self.task.start
+        if number > 1 or earlier is None or begin is None or not same_gaussian(begin, self.state):
+            return draw(self.state, n_configs, seed, self._evaluator, what)
+        first = evaluated(self.state, earlier[:n_configs], self._evaluator, what)
+        log.info("population 1: %d configurations of another model's run, evaluated again", len(first.energies))
+        missing = n_configs - len(first.energies)
+        return joined([first, draw(self.state, missing, seed, self._evaluator, what)]) if missing else first
+
+    def _remember(self) -> None:
+        """What `_restore` needs besides the populations; the run goes on from here without going over them again."""
+        assert self.averages is not None
+        response, predicted = self._response, self._predicted
+        self.folder.write_progress(
+            {
+                "rows": self.progress.rows,
+                "gibbs": self.progress.gibbs,
+                "n_evaluations": self.progress.n_evaluations,
+                "together": self._numbers,
+                "decrease": self.averages.decrease,
+                "response": None if response is None else response.tolist(),
+                "predicted": None if predicted is None else [array.tolist() for array in predicted],
+                "promised": self._promised,
+                "far": self._far,
+                "reason": self.reason,
+            }
+        )
+
+    def _restore(self) -> None:
+        """Take up a run after its last population; one that was kept in another way begins anew, on the populations it left."""
+        stored = self.folder.read_progress()
+        if stored is None or len(stored["rows"]) > self.task.settings.max_populations:
+            return
+        populations = [self.folder.read_together(numbers, self.state) for numbers in stored["together"]]
+        if not populations or None in populations:
+            return
+        self._numbers, self._populations = stored["together"], [found for found in populations if found is not None]
+        self.progress.rows, self.progress.gibbs = stored["rows"], [(gibbs, error) for gibbs, error in stored["gibbs"]]
+        self.progress.n_evaluations = stored["n_evaluations"]
+        self.state, ensemble = self._populations[-1]
+        self.averages = replace(average(self.state, ensemble, self.symmetry), decrease=stored["decrease"])
+        self._response = None if stored["response"] is None else np.array(stored["response"])
+        if stored["predicted"] is not None:
+            stress, strain = (np.array(array) for array in stored["predicted"])
+            self._predicted = stress, strain
+        self._promised, self._far, self.reason = stored["promised"], stored["far"], stored["reason"]
 
     def _average(self, ensemble: Ensemble) -> dict[str, Any]:
         self.averages = average(self.state, ensemble, self.symmetry)
@@ -276,22 +285,8 @@ class SschaRun:
             self.reason = f"a population of {self._size} configurations only"
         if self._response is not None and self._predicted is not None:
             self._response = _learn_response(self._response, self.averages, *self._predicted)
+        self._remember()
         return row
-
-
-def evaluate(state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, number: int) -> Ensemble:
-    """Draw ``n_configs`` configurations of the state and evaluate them in one call; ``number`` is for the messages."""
-    displacements = sample(state, n_configs, np.random.default_rng(seed))
-    try:
-        found = CountingEvaluator(evaluator).evaluate(displaced(state, displacements))
-    except InputError as error:
-        raise SschaError(f"population {number}: a sampled configuration cannot be evaluated: {error}") from error
-    return Ensemble(
-        displacements,
-        np.asarray(found.energy, dtype=float),
-        np.array(found.forces, dtype=float),
-        np.array(found.stress, dtype=float).reshape(-1, 3, 3),
-    )
 
 
 def _require_crystal(state: SschaState, begin: SschaState) -> None:

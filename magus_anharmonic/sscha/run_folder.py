@@ -19,7 +19,8 @@ from magus_anharmonic.files import load_arrays, read_json, replacing, set_aside,
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState, three
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.supercells import as_repeats
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,23 @@ class RunFolder:
             stresses=ensemble.stresses,
         )
         write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
+
+    def read_together(self, numbers: list[int], state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        """Populations of one state as one; None when one of them is missing."""
+        found = [self.read_population(number, state) for number in numbers]
+        if None in found or not found:
+            return None
+        parts = [population for population in found if population is not None]
+        return parts[-1][0], joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
+
+    def read_progress(self) -> dict[str, Any] | None:
+        """What `write_progress` left."""
+        path = self.directory / "progress.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Where the run stands after its last population, beside the populations themselves."""
+        write_json(self.directory / "progress.json", progress)
 
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
@@ -199,10 +217,16 @@ class NoFolder(RunFolder):
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Nothing to write."""
 
+    def read_progress(self) -> dict[str, Any] | None:
+        return None
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Nothing to write."""
+
     def write_result(self, result: SschaResult) -> None:
         """Nothing to write."""
 
 
 def _state(stored: Any) -> SschaState:
     atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
-    return SschaState(atoms, three(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))
+    return SschaState(atoms, as_repeats(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))

@@ -11,7 +11,8 @@ from functools import cached_property
 
 import numpy as np
 
-from magus_anharmonic.sscha.state import cell_index, cell_offsets, oscillator_free_energy, variance
+from magus_anharmonic.sscha.state import oscillator_free_energy, variance
+from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, dual, q_points
 from magus_anharmonic.units import HBAR
 
 
@@ -19,25 +20,26 @@ from magus_anharmonic.units import HBAR
 class Reciprocal:
     """The q points of a supercell, Gamma first, one of each pair q, -q (weight 2; weight 1 where q = -q)."""
 
-    repeats: tuple[int, int, int]
+    repeats: Repeats
+
+    @cached_property
+    def _partner(self) -> np.ndarray:
+        """(n_cells,) index of -q."""
+        return cell_index(-cell_offsets(dual(self.repeats)), dual(self.repeats))
 
     @cached_property
     def _chosen(self) -> np.ndarray:
-        offsets = cell_offsets(self.repeats)
-        partner = cell_index(-offsets, self.repeats)
-        return np.flatnonzero(np.arange(len(offsets)) <= partner)
+        return np.flatnonzero(np.arange(len(self._partner)) <= self._partner)
 
     @cached_property
     def weights(self) -> np.ndarray:
         """(n_q,) how many q points each of the kept ones stands for; they add up to the number of cells."""
-        offsets = cell_offsets(self.repeats)[self._chosen]
-        return np.where(cell_index(-offsets, self.repeats) == self._chosen, 1.0, 2.0)
+        return np.where(self._partner[self._chosen] == self._chosen, 1.0, 2.0)
 
     @cached_property
     def phase(self) -> np.ndarray:
         """(n_q, n_cells) exp(2 pi i q.R); real where every q equals -q."""
-        offsets = cell_offsets(self.repeats)
-        phase = np.exp(2j * np.pi * (offsets[self._chosen] / np.array(self.repeats)) @ offsets.T)
+        phase = np.exp(2j * np.pi * q_points(self.repeats)[self._chosen] @ cell_offsets(self.repeats).T)
         return np.ascontiguousarray(phase.real) if np.all(self.weights == 1.0) else phase
 
     @property

@@ -14,6 +14,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
+from magus_anharmonic.sscha.supercells import Repeats, n_cells
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import bare, space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
@@ -137,9 +138,9 @@ def relaxed_primitive(atoms: Atoms, evaluator: Evaluator, pressure: float, *, sy
     return relax_in_symmetry(again, evaluator, pressure, variable_cell=variable_cell)
 
 
-def harmonic_force_constants(atoms: Atoms, repeats: tuple[int, int, int], symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
+def harmonic_force_constants(atoms: Atoms, repeats: Repeats, symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
     """Compact force constants in eV/A^2 by central differences of the symmetry-inequivalent atoms, symmetrised."""
-    state = SschaState(atoms, repeats, np.zeros((int(np.prod(repeats)), len(atoms), len(atoms), 3, 3)), 0.0)
+    state = SschaState(atoms, repeats, np.zeros((n_cells(repeats), len(atoms), len(atoms), 3, 3)), 0.0)
     representatives = symmetry.representatives()
     displaced = []
     for atom in representatives:
@@ -218,7 +219,7 @@ def stress_response(atoms: Atoms, symmetry: Symmetry, evaluator: Evaluator) -> n
     return np.array([[slope[row, column] for slope in slopes] for row, column in VOIGT])
 
 
-def harmonic_start(atoms: Atoms, evaluator: Evaluator, *, temperature: float, repeats: tuple[int, int, int], variable_cell: bool) -> Start:
+def harmonic_start(atoms: Atoms, evaluator: Evaluator, *, temperature: float, repeats: Repeats, variable_cell: bool) -> Start:
     """Floored harmonic force constants, and the stress response, of a relaxed symmetric primitive cell."""
     counting = CountingEvaluator(evaluator)
     symmetry = Symmetry(atoms, repeats)

@@ -6,35 +6,17 @@ cell and atom b of cell R of the supercell. Supercell atoms are ordered cell by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, n_cells, supercell_matrix
 from magus_anharmonic.units import HBAR, KELVIN
 
 
-def three(values: Iterable[Any]) -> tuple[int, int, int]:
-    """Three whole numbers as plain integers."""
-    first, second, third = (int(value) for value in values)
-    return first, second, third
-
-
-def cell_offsets(repeats: tuple[int, int, int]) -> np.ndarray:
-    """(n_cells, 3) whole-number lattice vectors of the cells of a supercell, the first one zero."""
-    return np.array(list(np.ndindex(*repeats)), dtype=int)
-
-
-def cell_index(offsets: np.ndarray, repeats: tuple[int, int, int]) -> np.ndarray:
-    """Index of the cell at ``offsets`` (..., 3), folded into the supercell."""
-    folded = np.mod(offsets, repeats)
-    return (folded[..., 0] * repeats[1] + folded[..., 1]) * repeats[2] + folded[..., 2]
-
-
-def expand(compact: np.ndarray, repeats: tuple[int, int, int]) -> np.ndarray:
+def expand(compact: np.ndarray, repeats: Repeats) -> np.ndarray:
     """Compact force constants (n_cells, n, n, 3, 3) to the full matrix (3 n_cells n, 3 n_cells n)."""
     offsets = cell_offsets(repeats)
     n_cells, n = compact.shape[:2]
@@ -43,7 +25,7 @@ def expand(compact: np.ndarray, repeats: tuple[int, int, int]) -> np.ndarray:
     return compact[difference].transpose(0, 2, 4, 1, 3, 5).reshape(size, size)
 
 
-def fold(full: np.ndarray, repeats: tuple[int, int, int]) -> np.ndarray:
+def fold(full: np.ndarray, repeats: Repeats) -> np.ndarray:
     """The inverse of `expand`; averages over the translations of the supercell."""
     offsets = cell_offsets(repeats)
     n_cells = len(offsets)
@@ -53,14 +35,14 @@ def fold(full: np.ndarray, repeats: tuple[int, int, int]) -> np.ndarray:
     return np.stack([blocks[first, cell_index(offsets + shift, repeats)].mean(axis=0) for shift in offsets])
 
 
-def fourier(compact: np.ndarray, repeats: tuple[int, int, int], q: np.ndarray) -> np.ndarray:
+def fourier(compact: np.ndarray, repeats: Repeats, q: np.ndarray) -> np.ndarray:
     """Force constants at ``q`` (m, 3; fractions of the reciprocal vectors): sum_R C(R) exp(2 pi i q.R), (m, 3n, 3n)."""
     n = compact.shape[1]
     phase = np.exp(2j * np.pi * np.asarray(q) @ cell_offsets(repeats).T)
     return np.einsum("qr,rabij->qaibj", phase, compact, optimize=True).reshape(len(q), 3 * n, 3 * n)
 
 
-def inverse_fourier(dynamical: np.ndarray, repeats: tuple[int, int, int], q: np.ndarray) -> np.ndarray:
+def inverse_fourier(dynamical: np.ndarray, repeats: Repeats, q: np.ndarray) -> np.ndarray:
     """The inverse of `fourier` on the q points of the supercell."""
     n = dynamical.shape[1] // 3
     phase = np.exp(-2j * np.pi * cell_offsets(repeats) @ np.asarray(q).T) / len(q)
@@ -102,13 +84,13 @@ class SschaState:
     """Centroids and masses (``atoms``, one primitive cell), supercell, force constants (module docstring), K."""
 
     atoms: Atoms
-    repeats: tuple[int, int, int]
+    repeats: Repeats
     force_constants: np.ndarray
     temperature: float
 
     @property
     def n_cells(self) -> int:
-        return int(np.prod(self.repeats))
+        return n_cells(self.repeats)
 
     @cached_property
     def supercell(self) -> Atoms:
@@ -117,7 +99,7 @@ class SschaState:
         return Atoms(
             numbers=np.tile(self.atoms.numbers, self.n_cells),
             positions=positions.reshape(-1, 3),
-            cell=self.atoms.cell.array * np.array(self.repeats)[:, None],
+            cell=supercell_matrix(self.repeats) @ self.atoms.cell.array,
             masses=np.tile(self.atoms.get_masses(), self.n_cells),
             pbc=True,
         )

@@ -18,7 +18,7 @@ from magus_anharmonic.structures import bare, space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 if TYPE_CHECKING:
-    from magus_anharmonic.sscha.run import Progress, Task
+    from magus_anharmonic.sscha.task import Progress, Task
 
 NAN = float("nan")
 

@@ -11,7 +11,18 @@ import numpy as np
 import spglib
 from ase import Atoms
 
-from magus_anharmonic.sscha.state import cell_index, cell_offsets, three
+from magus_anharmonic.sscha.supercells import (
+    Repeats,
+    as_repeats,
+    cell_index,
+    cell_offsets,
+    compatible,
+    containing_mesh,
+    is_diagonal,
+    smallest_supercell,
+    symmetric_supercell,
+    three,
+)
 from magus_anharmonic.structures import primitive, spglib_cell, spglib_or_none
 
 log = logging.getLogger(__name__)
@@ -24,7 +35,7 @@ class Symmetry:
     takes atom a to permutations[g, a], in the cell shifts[g, a] (m, n, 3) when a is in the first.
     """
 
-    def __init__(self, atoms: Atoms, repeats: tuple[int, int, int], symprec: float = 1e-3) -> None:
+    def __init__(self, atoms: Atoms, repeats: Repeats, symprec: float = 1e-3) -> None:
         found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
         fractional = found["rotations"] if found else np.eye(3, dtype=int)[None]
         translations = found["translations"] if found else np.zeros((1, 3))
@@ -129,12 +140,6 @@ def sum_rule_of_compact(compact: np.ndarray, opposite: np.ndarray) -> np.ndarray
     return symmetric - row[:, None] - column[None, :] + column.sum(axis=0) / n
 
 
-def compatible(rotation: np.ndarray, repeats: Iterable[int]) -> bool:
-    """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell onto itself."""
-    scale = np.array(three(repeats))
-    return bool(np.all(rotation * scale[None, :] % scale[:, None] == 0))
-
-
 def _images(scaled: np.ndarray, numbers: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Permutation (n,) and lattice shift (n, 3): rotation x_a + translation = x_permutation[a] + shift[a]."""
     moved = scaled @ rotation.T + translation
@@ -157,26 +162,30 @@ def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
     return reduced
 
 
-def choose_repeats(atoms: Atoms, supercell: Iterable[int] | Mapping[Any, float], symprec: float) -> tuple[int, int, int]:
-    """Repetitions of the primitive cell for ``supercell``: three whole numbers or ``{"min_length": Angstrom}``.
+def choose_repeats(atoms: Atoms, supercell: Iterable[Any] | Mapping[Any, float], symprec: float, *, diagonal: bool = False) -> Repeats:
+    """Supercell of the primitive cell for ``supercell``: three repetitions, three rows of whole numbers, or ``{"min_length": A}``.
 
-    Repetitions that break the symmetry of the structure are raised to the next that does not, and that is logged.
+    One that breaks the symmetry of the structure is enlarged to the smallest that does not, and that is logged. A length takes
+    the fewest cells that keep every image of an atom so far away, with ``diagonal`` by repetitions alone.
     """
-    if isinstance(supercell, Mapping):
-        heights = 1.0 / np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-        wanted = three(np.ceil(supercell["min_length"] / height - 1e-6) for height in heights)
-    else:
-        wanted = three(supercell)
     found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
-    repeats = np.array(wanted)
-    while found and not all(compatible(rotation, repeats) for rotation in found["rotations"]):
-        for rotation in found["rotations"]:
-            coupled = (rotation != 0) | (rotation.T != 0)
-            for axis in range(3):
-                repeats[axis] = max(repeats[axis], repeats[coupled[axis]].max())
-    if tuple(repeats) != wanted:
-        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, three(repeats))
-    return three(repeats)
+    rotations = np.unique(found["rotations"], axis=0) if found else np.eye(3, dtype=int)[None]
+    cell = atoms.cell.array
+    if isinstance(supercell, Mapping):
+        heights = 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+        wanted: Repeats = three(np.ceil(supercell["min_length"] / height - 1e-6) for height in heights)
+    else:
+        wanted = as_repeats(supercell if isinstance(supercell, np.ndarray) else list(supercell))
+    repeats = wanted
+    while not all(compatible(rotation, repeats) for rotation in rotations):
+        repeats = symmetric_supercell(repeats, rotations, cell)
+        # who asks for repetitions gets repetitions
+        repeats = containing_mesh(repeats) if is_diagonal(wanted) else repeats
+    if repeats != wanted:
+        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, repeats)
+    if isinstance(supercell, Mapping) and not diagonal:
+        return smallest_supercell(cell, rotations, supercell["min_length"], repeats)
+    return repeats
 
 
 def statistical_tolerance(position_error: np.ndarray, strain_error: float, cell_length: float) -> float:

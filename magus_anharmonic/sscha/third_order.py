@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from magus_anharmonic.sscha.supercells import cell_offsets
 from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors
 
 CHUNK = 2**21
@@ -68,8 +69,7 @@ class ThirdOrder:
         """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the first cell."""
         modes = self.modes
         n_q, size = modes.quantum.shape
-        q = modes.points / np.array(modes.repeats)
-        wave = np.exp(2j * np.pi * q @ modes.points.T)
+        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.repeats).T)
         weights = modes.vectors * modes.root_mass[:, None]
         rows = np.zeros((size, n_q, size, n_q, size))
         for first in range(n_q):

@@ -8,12 +8,14 @@ reciprocal lattice vector. Where every q is its own negative (no repetition abov
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.sscha.averages import Ensemble, gamma_matrix
-from magus_anharmonic.sscha.state import SschaState, cell_index, cell_offsets, fourier, normal_modes, variance
+from magus_anharmonic.sscha.state import SschaState, fourier, normal_modes, variance
+from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, dual, fractional_points, q_index
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR
 
@@ -22,18 +24,23 @@ from magus_anharmonic.units import HBAR
 class Wavevectors:
     """Modes of a state on the q points of its supercell.
 
-    points : (n_q, 3) whole numbers, q = points / repeats, the first zero; minus : (n_q,) index of -q; vectors :
+    points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus : (n_q,) index of -q; vectors :
     (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted, zero for the three translations; quantum,
     variance : (n_q, 3n) in eV and A^2 amu, one for the translations; root_mass : (3n,).
     """
 
-    repeats: tuple[int, int, int]
+    repeats: Repeats
     points: np.ndarray
     minus: np.ndarray
     vectors: np.ndarray
     quantum: np.ndarray
     variance: np.ndarray
     root_mass: np.ndarray
+
+    @cached_property
+    def q(self) -> np.ndarray:
+        """(n_q, 3) the points in fractions of the reciprocal vectors."""
+        return fractional_points(self.points, self.repeats)
 
     @property
     def moving(self) -> np.ndarray:
@@ -44,13 +51,13 @@ class Wavevectors:
 
     def third(self, first: int, second: int) -> int:
         """Index of the q that makes the sum of three zero."""
-        return int(cell_index(-(self.points[first] + self.points[second]), self.repeats))
+        return int(cell_index(-(self.points[first] + self.points[second]), dual(self.repeats)))
 
     def covectors(self, values: np.ndarray) -> np.ndarray:
         """Components (n_q, n_configs, 3n) of covectors (n_configs, n_supercell, 3)."""
         n_cells = len(self.points)
         cells = values.reshape(len(values), n_cells, -1)
-        phase = np.exp(-2j * np.pi * (self.points / np.array(self.repeats)) @ self.points.T) / np.sqrt(n_cells)
+        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.repeats).T) / np.sqrt(n_cells)
         phase = phase if np.iscomplexobj(self.vectors) else phase.real
         waves = np.einsum("qr,cra->qca", phase, cells, optimize=True)
         return waves @ (self.vectors.conj() / self.root_mass[:, None])
@@ -58,12 +65,12 @@ class Wavevectors:
 
 def wavevectors(state: SschaState) -> Wavevectors:
     """Diagonalise the state at every q; raises ``SschaError`` for imaginary auxiliary modes."""
-    points = cell_offsets(state.repeats)
-    minus = cell_index(-points, state.repeats)
+    points = cell_offsets(dual(state.repeats))
+    minus = cell_index(-points, dual(state.repeats))
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
     size = len(root)
     real = bool(np.all(minus == np.arange(len(points))))
-    matrices = fourier(state.force_constants, state.repeats, points / np.array(state.repeats))
+    matrices = fourier(state.force_constants, state.repeats, fractional_points(points, state.repeats))
     vectors = np.zeros((len(points), size, size), dtype=float if real else complex)
     quantum = np.ones((len(points), size))
     gamma = normal_modes(gamma_matrix(state), state.atoms.get_masses())
@@ -123,10 +130,8 @@ class Representation:
         self._modes = modes
         self._symmetry = symmetry
         inverse = np.array([np.rint(np.linalg.inv(w)).astype(int) for w in symmetry.fractional])
-        repeats = np.array(modes.repeats)
-        # q = points / repeats turns with the inverse transpose; it stays on the grid because the supercell is kept
-        turned = np.einsum("gji,qj->gqi", inverse, modes.points / repeats) * repeats
-        self.images = cell_index(np.rint(turned).astype(int), modes.repeats)
+        # q turns with the inverse transpose; it stays one of the points because the supercell is kept
+        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.repeats)
         """(n_operations, n_q) index of the q to which an operation takes a q."""
         self._known: dict[tuple[int, int], np.ndarray] = {}
 
@@ -140,7 +145,7 @@ class Representation:
             modes, image = self._modes, self.images[operation, q]
             permutation = self._symmetry.permutations[operation]
             shifts = self._symmetry.shifts[operation]
-            phase = np.exp(-2j * np.pi * shifts @ (modes.points[image] / np.array(modes.repeats)))
+            phase = np.exp(-2j * np.pi * shifts @ modes.q[image])
             n = len(permutation)
             turned = np.zeros((n, 3, n, 3), dtype=complex)
             turned[permutation, :, np.arange(n), :] = phase[:, None, None] * self._symmetry.rotations[operation]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,9 @@ def run_stock(name: str, n_configs: int, *, symmetries: bool) -> dict[str, float
 
 def apart(function: str, name: str, n_configs: int, **options: Any) -> dict[str, float]:
     """Call one of the two functions above in a process of its own."""
+    # the folder must not stay on the path: its sscha.py has the name of python-sscha's package
     code = (
-        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sscha_hessian as b;"
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import sscha_hessian as b; sys.path.pop(0);"
         f"found = b.{function}({name!r}, {n_configs}, **{options!r}); open(sys.argv[1], 'w').write(json.dumps(found))"
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -119,9 +121,30 @@ def apart(function: str, name: str, n_configs: int, **options: Any) -> dict[str,
         return json.loads(path.read_text())
 
 
-def compare(name: str, *, full: bool = False) -> str:
-    """One line: CPU seconds and memory of both, the ratios, and how the stock time was got."""
-    n_atoms = len(CASES[name][0]) * int(np.prod(CASES[name][1]))
+@dataclass(frozen=True)
+class Comparison:
+    """CPU seconds and memory (MB) of python-sscha and of ours, ours with error bars too, and how the stock time was got."""
+
+    name: str
+    theirs: float
+    ours: float
+    their_memory: float
+    memory: float
+    with_errors: float
+    memory_with_errors: float
+    how: str
+
+    @property
+    def remark(self) -> str:
+        """Memory, error bars and where the stock time comes from."""
+        return (
+            f"memory {self.their_memory:.0f} / {self.memory:.0f} MB = {self.their_memory / self.memory:.1f}x; with error bars "
+            f"{self.with_errors:.2f} s, {self.memory_with_errors:.0f} MB; {self.how}"
+        )
+
+
+def compare(name: str, *, full: bool = False) -> Comparison:
+    """Time and memory of both sides for one of `CASES`."""
     ours = [apart("run_ours", name, N_CONFIGS, errors=False) for _ in range(3)]
     seconds = float(np.median([found["seconds"] for found in ours]))
     with_errors = apart("run_ours", name, N_CONFIGS, errors=True)
@@ -135,12 +158,8 @@ def compare(name: str, *, full: bool = False) -> str:
         stock = first["seconds"] + slope * (N_CONFIGS - large)
         how = f"python-sscha on the line through {small} ({other['seconds']:.1f} s) and {large} ({first['seconds']:.1f} s) configurations"
         how += "; its symmetrisation left out, so a lower bound"
-    own, theirs = max(ours[0]["memory"], 1.0), first["memory"]
-    return (
-        f"{name}, {n_atoms} atoms, {N_CONFIGS} configurations: CPU {stock:.1f} s / {seconds:.2f} s = {stock / seconds:.0f}x "
-        f"(python-sscha / ours; with error bars {with_errors['seconds']:.2f} s); memory taken {theirs:.0f} / {own:.0f} MB = "
-        f"{theirs / own:.1f}x (with error bars {with_errors['memory']:.0f} MB); {how}"
-    )
+    own = max(1.0, *(found["memory"] for found in ours))
+    return Comparison(name, stock, seconds, first["memory"], own, with_errors["seconds"], with_errors["memory"], how)
 
 
 def fourth_order(name: str = "64 atoms, P1 (8 x 2x2x2)") -> str:
@@ -158,7 +177,9 @@ def main() -> None:
     parser.add_argument("--v4", action="store_true", help="also the full Hessian of the first row")
     options = parser.parse_args()
     for index in options.cases:
-        print(compare(list(CASES)[index], full=options.full), flush=True)
+        found = compare(list(CASES)[index], full=options.full)
+        ratio = found.theirs / found.ours
+        print(f"{found.name}: CPU {found.theirs:.1f} s / {found.ours:.2f} s = {ratio:.0f}x; {found.remark}", flush=True)
     if options.v4:
         print(fourth_order(), flush=True)
 

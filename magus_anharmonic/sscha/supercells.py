@@ -1,0 +1,226 @@
+"""Supercells as sublattices of the crystal's lattice: their cells, their q points, and which one to take.
+
+``repeats`` is either three repetitions or three rows of whole numbers, the vectors of the supercell in those of the primitive
+cell. Both go through the Hermite normal form: the cells are the remainders of lattice vectors by its rows, and the q points
+those of the transposed matrix (q.R is a whole number for the rows R, so q = M^-1 m, and m counts modulo the columns of M).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fractions import Fraction
+from functools import lru_cache
+from itertools import product
+from math import gcd, lcm
+from typing import Any
+
+import numpy as np
+from ase.geometry import minkowski_reduce
+
+Three = tuple[int, int, int]
+Repeats = Three | tuple[Three, Three, Three]
+
+LARGEST_DENOMINATOR = 1000
+"""Of the q points of a supercell that is read from files."""
+COMPARED = 500
+"""Most supercells of one size whose shapes are compared."""
+
+
+def three(values: Iterable[Any]) -> Three:
+    """Three whole numbers as plain integers."""
+    first, second, third = (int(value) for value in values)
+    return first, second, third
+
+
+def as_repeats(values: Any) -> Repeats:
+    """Three whole numbers, or three rows of them, as plain integers; a diagonal matrix as three numbers."""
+    array = np.asarray(values)
+    if array.ndim == 1:
+        return three(array)
+    if np.array_equal(array, np.diag(np.diag(array))) and np.all(np.diag(array) > 0):
+        return three(np.diag(array))
+    first, second, third = (three(row) for row in array)
+    return first, second, third
+
+
+def is_diagonal(repeats: Repeats) -> bool:
+    """Whether the supercell repeats the primitive cell along its own vectors."""
+    return not isinstance(repeats[0], tuple)
+
+
+@lru_cache(maxsize=256)
+def supercell_matrix(repeats: Repeats) -> np.ndarray:
+    """(3, 3) whole numbers: rows are the vectors of the supercell in those of the primitive cell."""
+    matrix = np.diag(repeats) if is_diagonal(repeats) else np.array(repeats, dtype=int)
+    matrix.setflags(write=False)
+    return matrix
+
+
+def n_cells(repeats: Repeats) -> int:
+    """Primitive cells in the supercell."""
+    return abs(determinant(supercell_matrix(repeats)))
+
+
+def determinant(matrix: np.ndarray) -> int:
+    """Determinant of a matrix of whole numbers, exactly."""
+    first, second, third = matrix.tolist()
+    return int(np.dot(first, np.cross(second, third)))
+
+
+def adjugate(matrix: np.ndarray) -> np.ndarray:
+    """(3, 3) whole numbers: inverse times determinant."""
+    return np.stack([np.cross(matrix[1], matrix[2]), np.cross(matrix[2], matrix[0]), np.cross(matrix[0], matrix[1])], axis=1)
+
+
+def hermite_form(rows: np.ndarray) -> np.ndarray:
+    """Upper triangular basis (3, 3) with positive diagonal of the lattice of whole-number ``rows`` (m, 3), unique."""
+    left = [np.array(row, dtype=int) for row in rows]
+    basis: list[np.ndarray] = []
+    for axis in range(3):
+        while True:
+            left.sort(key=lambda row: abs(row[axis]) or np.inf)
+            if len(left) < 2 or left[1][axis] == 0:
+                break
+            left[1:] = [row - row[axis] // left[0][axis] * left[0] for row in left[1:]]
+        if not left or left[0][axis] == 0:
+            raise ValueError(f"{np.asarray(rows).tolist()}: these vectors do not span a supercell")
+        pivot = left.pop(0)
+        basis.append(pivot if pivot[axis] > 0 else -pivot)
+    for axis in (1, 2):
+        for above in range(axis):
+            basis[above] = basis[above] - basis[above][axis] // basis[axis][axis] * basis[axis]
+    return np.array(basis)
+
+
+@lru_cache(maxsize=256)
+def _hermite(repeats: Repeats) -> np.ndarray:
+    return supercell_matrix(repeats) if is_diagonal(repeats) else hermite_form(supercell_matrix(repeats))
+
+
+def cell_offsets(repeats: Repeats) -> np.ndarray:
+    """(n_cells, 3) whole-number lattice vectors of the cells of a supercell, the first one zero."""
+    return np.array(list(np.ndindex(*np.diag(_hermite(repeats)))), dtype=int)
+
+
+def cell_index(offsets: np.ndarray, repeats: Repeats) -> np.ndarray:
+    """Index of the cell at ``offsets`` (..., 3), folded into the supercell."""
+    basis = _hermite(repeats)
+    folded = np.array(offsets)
+    for axis in range(3):
+        folded -= (folded[..., axis] // basis[axis, axis])[..., None] * basis[axis]
+    return (folded[..., 0] * basis[1, 1] + folded[..., 1]) * basis[2, 2] + folded[..., 2]
+
+
+def dual(repeats: Repeats) -> Repeats:
+    """What counts the q points of a supercell as ``repeats`` counts its cells."""
+    return repeats if is_diagonal(repeats) else as_repeats(supercell_matrix(repeats).T)
+
+
+def fractional_points(numbers: np.ndarray, repeats: Repeats) -> np.ndarray:
+    """The q (..., 3), fractions of the reciprocal vectors, that whole ``numbers`` (..., 3) count."""
+    matrix = supercell_matrix(repeats)
+    return np.asarray(numbers) @ adjugate(matrix).T / determinant(matrix)
+
+
+def q_points(repeats: Repeats) -> np.ndarray:
+    """(n_cells, 3) q points of a supercell in fractions of the reciprocal vectors, Gamma first."""
+    return fractional_points(cell_offsets(dual(repeats)), repeats)
+
+
+def q_index(q: np.ndarray, repeats: Repeats) -> np.ndarray:
+    """Index among `q_points` of fractional ``q`` (..., 3), up to reciprocal lattice vectors."""
+    return cell_index(np.rint(np.asarray(q) @ supercell_matrix(repeats).T).astype(int), dual(repeats))
+
+
+def compatible(rotation: np.ndarray, repeats: Repeats) -> bool:
+    """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell onto itself."""
+    matrix = supercell_matrix(repeats)
+    return bool(np.all(matrix @ np.asarray(rotation).T @ adjugate(matrix) % determinant(matrix) == 0))
+
+
+def short_basis(matrix: np.ndarray, cell: np.ndarray) -> Repeats:
+    """The supercell of ``matrix`` as three numbers where it is diagonal, else by the shortest right-handed vectors in ``cell`` (A)."""
+    basis = hermite_form(matrix)
+    if np.array_equal(basis, np.diag(np.diag(basis))):
+        return three(np.diag(basis))
+    change = minkowski_reduce(basis @ cell)[1]
+    reduced = np.rint(change @ basis).astype(int)
+    return as_repeats(reduced if determinant(reduced) > 0 else -reduced)
+
+
+def commensurate(q: np.ndarray, cell: np.ndarray) -> Repeats:
+    """The smallest supercell that has all of ``q`` (m, 3; fractions of the reciprocal vectors of ``cell``) among its q points."""
+    fractions = [[Fraction(float(value)).limit_denominator(LARGEST_DENOMINATOR) for value in point] for point in q]
+    common = lcm(*(value.denominator for point in fractions for value in point))
+    rows = [[int(value * common) for value in point] for point in fractions]
+    basis = hermite_form(np.array([*rows, *(common * np.eye(3, dtype=int)).tolist()]))
+    return short_basis(common * adjugate(basis).T // determinant(basis), cell)
+
+
+def symmetric_supercell(repeats: Repeats, rotations: np.ndarray, cell: np.ndarray) -> Repeats:
+    """The smallest supercell of ``repeats`` (or itself) that all ``rotations`` (m, 3, 3; whole numbers) map onto itself."""
+    turned = [q_points(repeats) @ rotation for rotation in rotations]
+    return commensurate(np.concatenate(turned), cell)
+
+
+def containing_mesh(repeats: Repeats) -> Three:
+    """The coarsest Gamma-centred mesh of q points along the reciprocal vectors that holds all of the supercell's."""
+    matrix = supercell_matrix(repeats)
+    size = abs(determinant(matrix))
+    return three(size // gcd(size, *row) for row in adjugate(matrix).tolist())
+
+
+def smallest_supercell(cell: np.ndarray, rotations: np.ndarray, length: float, limit: Repeats) -> Repeats:
+    """The supercell of fewest cells, diagonal or not, without a lattice vector shorter than ``length`` (A), kept by ``rotations``.
+
+    Of those of one size the most compact: the longest shortest vector, then the shortest sum of vectors. ``limit`` is the
+    answer where there is none with fewer cells.
+    """
+    most = n_cells(limit)
+    # no lattice is denser than the fcc one
+    least = max(1, int(np.ceil(length**3 / np.sqrt(2.0) / abs(np.linalg.det(cell)) - 1e-6)))
+    short = _shorter(cell, length)
+    for size in range(least, most):
+        found = sublattices(size)
+        for rotation in rotations:
+            found = found[_kept(found, rotation, size)]
+        if len(found):
+            inside = np.all(short @ _adjugates(found) % size == 0, axis=2)
+            found = found[~inside.any(axis=1)]
+        if len(found):
+            return min((short_basis(matrix, cell) for matrix in found[:COMPARED]), key=lambda repeats: _shape(repeats, cell))
+    return limit
+
+
+def _shape(repeats: Repeats, cell: np.ndarray) -> tuple[float, float, tuple[int, ...]]:
+    matrix = supercell_matrix(repeats)
+    lengths = np.linalg.norm(minkowski_reduce(matrix @ cell)[0], axis=1)
+    return -round(float(lengths.min()), 6), round(float(lengths.sum()), 6), tuple(matrix.ravel().tolist())
+
+
+def _shorter(cell: np.ndarray, length: float) -> np.ndarray:
+    """(m, 3) lattice vectors of ``cell`` other than zero that are shorter than ``length``."""
+    reach = np.ceil(length * np.linalg.norm(np.linalg.inv(cell), axis=0)).astype(int)
+    vectors = np.array(list(product(*(range(-n, n + 1) for n in reach))))
+    size = np.linalg.norm(vectors @ cell, axis=1)
+    return vectors[(size > 1e-9) & (size < length - 1e-6)]
+
+
+def sublattices(size: int) -> np.ndarray:
+    """(m, 3, 3) all Hermite normal forms of one determinant: one basis for every sublattice of that index."""
+    found = []
+    for a in (d for d in range(1, size + 1) if size % d == 0):
+        for b in (d for d in range(1, size // a + 1) if size // a % d == 0):
+            c = size // a // b
+            found += [[[a, x, y], [0, b, z], [0, 0, c]] for x in range(b) for y in range(c) for z in range(c)]
+    return np.array(found)
+
+
+def _adjugates(matrices: np.ndarray) -> np.ndarray:
+    one, two, three_ = matrices[:, 0], matrices[:, 1], matrices[:, 2]
+    return np.stack([np.cross(two, three_), np.cross(three_, one), np.cross(one, two)], axis=2)
+
+
+def _kept(matrices: np.ndarray, rotation: np.ndarray, size: int) -> np.ndarray:
+    """(m,) whether ``rotation`` maps each sublattice of index ``size`` onto itself."""
+    return np.all(matrices @ np.asarray(rotation).T @ _adjugates(matrices) % size == 0, axis=(1, 2))
