@@ -191,6 +191,7 @@ def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # typ
                 label=label,
                 linestyle="none",
                 capsize=2,
+                rasterized=len(shown) > 500,
                 alpha=0.8,
             )
     heights = [m.enthalpy_meV_per_atom for m in moved]
