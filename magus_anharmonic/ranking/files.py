@@ -57,7 +57,8 @@ def rank_structures(
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.
 
     ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are.
-    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed is in the table as failed, with the reason.
+    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed is in the table as failed, with
+    the reason.
     """
     source = as_evaluator(evaluator)
     for index, atoms in enumerate(structures):
