@@ -114,6 +114,7 @@ def analyse(options: argparse.Namespace) -> None:
         ("gradient by centroids", "meV/A", found.centroid),
         ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
         ("gradient by force constants", "meV/A^2", found.force_constants),
+        ("  averaged by symmetry", "meV/A^2", found.symmetric_force_constants),
     ):
         print(
             f"{name}: one configuration {1e3 * parts.single:.1f}, average {1e3 * parts.mean:.2f}, "
