@@ -110,6 +110,14 @@ def test_no_critical_pressure_without_a_change_of_sign(pressures: list[float], s
     assert value is None and error is None and words in reason
 
 
+def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable() -> None:
+    x = [0.0, 10.0, 20.0, 30.0, 40.0]
+    y = [-(p - 5.0) * (p - 35.0) for p in x]
+    for errors in ([1.0] * 5, [None] * 5):
+        value, _, how, _ = modes.critical_pressure(x, y, errors)
+        assert value == pytest.approx(5.0, abs=0.01 if how == "parabola" else 1.5)
+
+
 def test_two_points_with_errors_give_a_line_and_an_error() -> None:
     value, error, how, _ = modes.critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
     assert (value, how) == (pytest.approx(105.0), "interpolation")

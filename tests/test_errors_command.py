@@ -145,3 +145,66 @@ def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
     assert load_labeler_settings(tmp_path / "ref.yaml").k_spacing == 0.05
     with pytest.raises(InputError, match="must be even"):
         draw(model.state, 7, 0)
+
+
+def finished_run(folder: Path) -> Path:
+    """The folder of an SSCHA run of four atoms of H3S that ended in stiff isotropic springs."""
+    from dataclasses import fields
+
+    from ase import Atoms
+
+    from magus_anharmonic.sscha.result import SschaResult
+    from magus_anharmonic.sscha.symmetry import Symmetry
+
+    a = 3.1
+    atoms = Atoms("SH3", cell=[[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]], pbc=True)
+    atoms.set_scaled_positions([(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)])
+    springs = 20.0 * np.einsum("ab,ij->abij", np.eye(4), np.eye(3))[None]
+    values = {field.name: 0.0 for field in fields(SschaResult)} | {
+        "status": "converged", "reason": "", "converged": True, "model_id": "m", "supercell": (1, 1, 1), "space_group": "Im-3m (229)",
+        "space_group_start": "Im-3m (229)", "stress": np.zeros((3, 3)), "stress_error": np.zeros((3, 3)), "target_pressure": 150.0,
+        "centroids": atoms, "force_constants": Symmetry(atoms, (1, 1, 1)).force_constants(springs),
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    SschaResult(**values).write(folder)
+    return folder
+
+
+def command(*arguments: str):
+    from typer.testing import CliRunner
+
+    from magus_anharmonic.cli import app
+
+    return CliRunner().invoke(app, ["errors", *arguments])
+
+
+@pytest.mark.slow
+def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path: Path) -> None:
+    reference = tmp_path / "ref.yaml"
+    reference.write_text("labeler: {calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 1.1, epsilon: 0.05}, n_workers: 1}\n")
+    run_folder = finished_run(tmp_path / "run")
+    options = ["-r", str(reference), "--checkpoint", "h3s-gpaw-small", "-n", "6", "-o", str(tmp_path / "out")]
+    found = command(str(run_folder), *options, "--tables", str(tmp_path / "tables"))
+    assert found.exit_code == 0, found.output
+    assert "Im-3m at 150 GPa" in found.output and "first order" in found.output
+    assert (tmp_path / "out" / "gradient_errors.svg").is_file()
+    (line,) = tables.read(tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv")
+    assert (line.phase, line.n_labels) == ("Im-3m", 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "-r", "missing.yaml", "--checkpoint", "h3s-gpaw-small"], "missing.yaml: no such file"),
+        (["run", "-r", "ref.yaml", "--checkpoint", "h3s-gpaw-small", "-n", "7"], "must be even"),
+        (["run", "-r", "wrong.yaml", "--checkpoint", "h3s-gpaw-small"], "labeler.kspacing"),
+        (["nowhere", "-r", "ref.yaml", "--checkpoint", "h3s-gpaw-small"], "nowhere: no such structure file"),
+    ],
+)
+def test_bad_input_is_named_and_ends_with_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    finished_run(tmp_path / "run")
+    (tmp_path / "ref.yaml").write_text("labeler: {calculator: ase.calculators.lj.LennardJones}\n")
+    (tmp_path / "wrong.yaml").write_text("labeler: {calculator: gpaw, kspacing: 0.1}\n")
+    found = command(*arguments)
+    assert found.exit_code == 2 and words in found.output

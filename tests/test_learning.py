@@ -361,6 +361,32 @@ def test_a_round_labels_finetunes_and_reports(tmp_path, potential, settings):
     assert found.potential.path == tmp_path / "checkpoints" / "gen1.pth" and not list((tmp_path / "training").glob("*"))
 
 
+def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_random(tmp_path, potential, caplog):
+    from magus_anharmonic.learning.choose_ensembles import Contender
+
+    def contender(name, odds, seed):
+        cell = h3s(3.1).repeat((2, 1, 1))
+        u = 0.02 * np.random.default_rng(seed).normal(size=(8, len(cell), 3))
+        configurations = []
+        for one in u:
+            for sign in (1, -1):
+                configurations.append(cell.copy())
+                configurations[-1].positions += sign * one
+        return Contender(name, h3s(3.1), configurations, odds, 0.001)
+
+    settings, store = learning(select="sscha", n_sample=4, n_perturb=2, epochs=2), LabelStore(tmp_path / "labels")
+    options = {"potential": potential, "settings": settings, "store": store, "run_dir": tmp_path, "seed": 1}
+    labeler = labeler_of(Counting())
+    learn(POPULATION, generation=1, labeler=labeler, contenders=[contender("aa", 0.6, 1), contender("bb", 0.4, 2)], **options)
+    first = store.labels(generation=1)
+    assert len(first) == 8 and {atoms.info["kind"] for atoms in first} == {"sscha"}
+    assert sorted(atoms.info["candidate"] for atoms in first) == 4 * ["c-aa"] + 4 * ["c-bb"]
+    with caplog.at_level("INFO"):
+        learn(POPULATION, generation=2, labeler=labeler, **options)
+    assert {atoms.info["kind"] for atoms in store.labels(generation=2)} == {"distorted"}
+    assert "this choice is random" in caplog.text
+
+
 def test_labels_know_where_they_come_from(tmp_path, potential, settings):
     run(tmp_path, potential, settings)
     frames = read(tmp_path / "labels" / "gen001.xyz", index=":")

@@ -100,6 +100,8 @@ def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str)
 
 def load_labeler_settings(path: str | Path) -> LabelerSettings:
     """Settings of the reference from a YAML file: the block ``labeler`` (or ``learning.labeler``), or its keys themselves."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; needed is a YAML file with labeler: {{calculator: gpaw, ...}}")
     data = load_yaml(path)
     if isinstance(data.get("learning"), dict):
         data = data["learning"]

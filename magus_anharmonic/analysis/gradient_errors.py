@@ -16,6 +16,7 @@ from magus_anharmonic.analysis.labelled_ensemble import Labelled
 from magus_anharmonic.analysis.tables import GRADIENT_UNITS, GradientError
 from magus_anharmonic.sscha.averages import pair_means
 from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE
+from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 
@@ -43,8 +44,8 @@ class GradientErrors:
 
     force : eV/A, RMSE of all components of all configurations (Eq. 12). centroid : eV/A, of the gradient by the centroids of the supercell
     (Eq. 13; no symmetry and no translation averaged, as in the paper), symmetric_centroid : the same averaged over translations and
-    space group, as the SSCHA uses it. force_constants : eV/A^2, Eq. 15. bo_centroid : eV/A, forces at the centroids (Eq. 14), None without
-    a label of them.
+    space group, as the SSCHA uses it. force_constants, symmetric_force_constants : eV/A^2, the same for Eq. 15. bo_centroid : eV/A,
+    forces at the centroids (Eq. 14), None without a label of them.
     """
 
     n_configs: int
@@ -52,6 +53,7 @@ class GradientErrors:
     centroid: Parts
     symmetric_centroid: Parts
     force_constants: Parts
+    symmetric_force_constants: Parts
     bo_centroid: float | None
 
 
@@ -71,6 +73,7 @@ def gradient_errors(labelled: Labelled) -> GradientErrors:
         centroid=parts(gram(pair_means(flat)), force, n_configs),
         symmetric_centroid=parts(gram(pair_means(symmetric)), float(np.sqrt(np.mean(symmetric**2))), n_configs),
         force_constants=force_constant_parts(labelled, flat),
+        symmetric_force_constants=symmetric_force_constant_parts(labelled, flat, symmetry),
         bo_centroid=None if labelled.centroid is None else _rms(labelled.centroid[1] - labelled.centroid[0]),
     )
 
@@ -92,6 +95,18 @@ def force_constant_parts(labelled: Labelled, difference: np.ndarray) -> Parts:
     odd = 0.5 * (difference[0::2] - difference[1::2])
     first = weights[0::2]
     return parts((first @ first.T) * (odd @ odd.T) / size**2, single, n_configs)
+
+
+def symmetric_force_constant_parts(labelled: Labelled, difference: np.ndarray, symmetry: Symmetry) -> Parts:
+    """`force_constant_parts` after averaging over translations, space group and the two indices: components of compact force constants."""
+    state, n_configs = labelled.state, len(difference)
+    weights = labelled.reference.displacements.reshape(n_configs, -1) @ state.precision
+    compact = []
+    for w, d in zip(weights, difference, strict=True):
+        product = np.outer(w, d)
+        compact.append(symmetry.force_constants(fold(0.5 * (product + product.T), state.repeats)).ravel())
+    vectors = np.array(compact)
+    return parts(gram(pair_means(vectors)), float(np.sqrt(np.mean(vectors**2))), n_configs)
 
 
 def mean_force_constant_gradient(labelled: Labelled, forces: np.ndarray) -> np.ndarray:

@@ -16,6 +16,10 @@ WORDS = {
 }
 
 
+SMALLEST = 0.01
+"""meV/A; what is smaller is rounding, and written as such."""
+
+
 def unit_of(unit: str) -> tuple[float, str]:
     """Factor and unit on the axes: meV instead of eV."""
     return 1e3, f"m{unit}".replace("^2", "²").replace("A", "Å")
@@ -59,11 +63,20 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
             axes.annotate("floor RMSE/√n", (1.0, 1e3 * row.floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
     for place, height in enumerate(heights):
-        axes.annotate(f"{height:.3g}", (place, height), xytext=(0, 3), textcoords="offset points", ha="center", fontsize=8)
+        text = f"{height:.3g}" if height >= SMALLEST or max(heights) < SMALLEST else f"< {SMALLEST:g}"
+        axes.annotate(
+            text,
+            (place, max(height, SMALLEST if max(heights) > SMALLEST else 0.0)),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     axes.set_xticks(range(len(shown)), labels, fontsize=7)
     if any(height > 0 for height in heights):
         axes.set_yscale("log")
-        axes.set_ylim(top=3 * max(heights))
+        positive = min(height for height in heights if height > 0)
+        axes.set_ylim(max(SMALLEST, positive / 5) if max(heights) > SMALLEST else positive / 5, 3 * max(heights))
     axes.set_ylabel("RMSE (meV/Å)")
 
 
@@ -97,7 +110,7 @@ def _parity(axes, parity: Sequence[GradientParity]) -> None:  # type: ignore[no-
         style.say(axes, "no components were kept")
         return
     values = [value for row in shown for value in (row.reference, row.predicted)]
-    limits = [1e3 * min(values), 1e3 * max(values)]
+    limits = [min(1e3 * min(values), -1.0), max(1e3 * max(values), 1.0)]
     axes.plot(limits, limits, color=style.GREY, lw=1)
     for index, quantity in enumerate(("gradient_centroid", "bo_force_centroid")):
         rows = [row for row in shown if row.quantity == quantity]

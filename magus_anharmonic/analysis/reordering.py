@@ -21,6 +21,8 @@ SIGMAS = 3.0
 """A structure whose G is farther from the line than this many times the scatter about it, and than `SMALLEST`, is reordered."""
 SMALLEST = 5.0
 """meV/atom."""
+MOST_IN_LINE = 600
+"""Structures, evenly along the enthalpy, whose slopes in pairs make the line."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def _line(h: np.ndarray, g: np.ndarray) -> tuple[float | None, float | None, np.
     upper = h >= threshold
     if upper.sum() < 3 or np.ptp(h[upper]) < 1e-6:
         return None, None, np.full(len(h), np.nan), None, threshold
-    slope, offset = (float(value) for value in theilslopes(g[upper], h[upper])[:2])
+    order = np.flatnonzero(upper)[np.argsort(h[upper], kind="stable")]
+    few = order[np.unique(np.linspace(0, len(order) - 1, MOST_IN_LINE).astype(int))]
+    slope, offset = (float(value) for value in theilslopes(g[few], h[few])[:2])
     deviations = g - offset - slope * h
     scatter = 1.4826 * float(np.median(np.abs(deviations[upper] - np.median(deviations[upper]))))
     return slope, offset, deviations, scatter, threshold
@@ -187,6 +191,7 @@ def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # typ
                 label=label,
                 linestyle="none",
                 capsize=2,
+                rasterized=len(shown) > 500,
                 alpha=0.8,
             )
     heights = [m.enthalpy_meV_per_atom for m in moved]

@@ -80,6 +80,7 @@ def _show(report: Any) -> None:
         ("gradient by centroids", "meV/A", found.centroid),
         ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
         ("gradient by force constants", "meV/A^2", found.force_constants),
+        ("  averaged by symmetry", "meV/A^2", found.symmetric_force_constants),
     ):
         systematic = f"{1e3 * parts.systematic:.2f} +- {1e3 * parts.systematic_error:.2f}"
         numbers = (f"{1e3 * value:.2f}" for value in (parts.statistical, parts.floor))

@@ -13,6 +13,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
+from magus_anharmonic.ranking.odds import ModelTerm
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
 from magus_anharmonic.run_record import check_results_version, write_run_record
@@ -52,11 +53,13 @@ def rank_structures(
     free_energy: Callable[..., Any] | None = None,
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
+    measured: Mapping[str, ModelTerm] | None = None,
 ) -> list[Candidate]:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.
 
-    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are. ``starts``: see `rank`.
-    The structures are not changed; one that cannot be relaxed is in the table as failed, with the reason.
+    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are.
+    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed is in the table as failed, with
+    the reason.
     """
     source = as_evaluator(evaluator)
     for index, atoms in enumerate(structures):
@@ -78,6 +81,7 @@ def rank_structures(
         free_energy=free_energy,
         workers=workers,
         starts=starts,
+        measured=measured,
     )
 
 

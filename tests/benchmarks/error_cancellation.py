@@ -1,6 +1,6 @@
 """Error cancellation measured (Figs. 7 and 8 of the paper): GPAW labels of an SSCHA ensemble against the model that made it.
 
-Usage: python error_cancellation.py label FOLDER PHASE.cif|im-3m [options]     (run again, it goes on; can be stopped at any time)
+Usage: python error_cancellation.py label FOLDER im-3m|r3m|PHASE.cif [options]     (run again, it goes on; can be stopped at any time)
        python error_cancellation.py analyse FOLDER [options]                   (whatever labels are there)
 
 The SSCHA run is made first (FOLDER/sscha); GPAW's settings are the defaults of the labeler, those of the shipped label set.
@@ -34,6 +34,18 @@ def im3m(a: float = 3.0) -> Atoms:
     return Atoms("SH3", scaled_positions=[(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)], cell=cell, pbc=True)
 
 
+def r3m(a: float = 3.25, shift: float = 0.12) -> Atoms:
+    """Primitive cell of R3m H3S: Im-3m with every hydrogen off the middle of its bond by ``shift`` (A)."""
+    atoms = im3m(a)
+    atoms.positions[1:] *= 1.0 + shift / np.linalg.norm(atoms.positions[1:], axis=1, keepdims=True)
+    return atoms
+
+
+PHASES = {"im-3m": im3m, "r3m": r3m}
+CONVENTIONAL = np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]])
+"""The (pseudo)cubic 8-atom cell of a body-centred or rhombohedral primitive cell; a 2x2x2 supercell repeats it."""
+
+
 def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
     """The state restricted to the modes that repeat with ``cell`` (3, 3) A, whose lattice holds that of the state's supercell.
 
@@ -54,15 +66,14 @@ def in_smaller_cell(state: SschaState, cell: np.ndarray) -> SschaState:
 
 
 def state_of(result: SschaResult, options: argparse.Namespace) -> SschaState:
-    """The state of the run, in its supercell or in the cubic cell of a body-centred lattice."""
+    """The state of the run, in its supercell or in the (pseudo)cubic cell."""
     if not options.conventional:
         return result.state
-    a = 2.0 * np.abs(result.centroids.cell.array).max()
-    return in_smaller_cell(result.state, a * np.eye(3))
+    return in_smaller_cell(result.state, CONVENTIONAL @ result.centroids.cell.array)
 
 
 def sscha(options: argparse.Namespace) -> SschaResult:
-    atoms = im3m() if options.phase == "im-3m" else read(options.phase)
+    atoms = PHASES[options.phase]() if options.phase in PHASES else read(options.phase)
     return free_energy(
         atoms,
         load(options.checkpoint),
@@ -103,6 +114,7 @@ def analyse(options: argparse.Namespace) -> None:
         ("gradient by centroids", "meV/A", found.centroid),
         ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
         ("gradient by force constants", "meV/A^2", found.force_constants),
+        ("  averaged by symmetry", "meV/A^2", found.symmetric_force_constants),
     ):
         print(
             f"{name}: one configuration {1e3 * parts.single:.1f}, average {1e3 * parts.mean:.2f}, "
@@ -122,11 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["label", "analyse"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("phase", nargs="?", default="im-3m", help="im-3m, or a structure file")
+    parser.add_argument("phase", nargs="?", default="im-3m", help="im-3m, r3m, or a structure file")
     parser.add_argument("--checkpoint", default="h3s-gpaw-small")
     parser.add_argument("--pressure", type=float, default=150.0, help="GPa")
     parser.add_argument("--supercell", type=int, nargs=3, default=[2, 2, 2])
-    parser.add_argument("--conventional", action="store_true", help="label in the cubic 8-atom cell of Im-3m instead of the supercell")
+    parser.add_argument("--conventional", action="store_true", help="label in the (pseudo)cubic 8-atom cell instead of the 2x2x2 supercell")
     parser.add_argument("-n", type=int, default=60, help="configurations, in +u/-u pairs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
