@@ -115,8 +115,9 @@ def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], trai
     for family in family_of_label:
         sizes[family] += 1
     free = sorted((f for f in sizes if f not in training), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    # the largest one comes last, where it trains
-    free.sort(key=lambda name: name == max(free, key=lambda other: sizes[other]))
+    largest = max(free, key=lambda name: sizes[name], default="")
+    # it comes last, where it trains
+    free.sort(key=largest.__eq__)
     total = sum(sizes[family] for family in free)
     sides = dict.fromkeys(sizes, "train")
     for side, share in zip(SIDES[1:], split[1:], strict=True):
