@@ -124,7 +124,7 @@ def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
 
     atoms = h3s(3.0)
     evaluator = CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1))
-    level = lowest_levels(modes._levels(atoms, evaluator), ["T1u"])[0]
+    level = lowest_levels(modes.harmonic_levels(atoms, evaluator), ["T1u"])[0]
     direction = (level.vectors[:, 0] / np.sqrt(np.repeat(atoms.get_masses(), 3))).reshape(-1, 3)
     step = 0.01
     moved = [atoms.copy() for _ in range(3)]
@@ -132,6 +132,22 @@ def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
         structure.positions += factor * direction
     minus, middle, plus = evaluator.evaluate(moved).energy
     assert level.square == pytest.approx((plus + minus - 2 * middle) / step**2, rel=5e-3)
+
+
+def test_few_displacements_in_general_position_give_the_levels_of_all_force_constants(h3s: H3s) -> None:
+    from ase.calculators.morse import MorsePotential
+
+    from magus_anharmonic.evaluator import CalculatorEvaluator
+    from magus_anharmonic.sscha.start import CountingEvaluator
+
+    for atoms, wanted, expected in ((h3s(), ["T1u"], 2), (h3s(), ["T1u", "T2u"], 4), (h3s(bond_shift=0.05), ["E", "A1"], 8)):
+        evaluator = CountingEvaluator(CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1)))
+        found = modes.harmonic_levels(atoms, evaluator, wanted)
+        assert evaluator.count == expected
+        whole = [level for level in modes.harmonic_levels(atoms, evaluator) if level.irrep in wanted]
+        for name in wanted:
+            ours, theirs = ([level.square for level in levels if level.irrep == name] for levels in (found, whole))
+            np.testing.assert_allclose(ours, theirs, rtol=5e-3, atol=0.02)
 
 
 # merging

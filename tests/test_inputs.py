@@ -93,3 +93,51 @@ def test_the_oxide_example_is_marked_as_not_run() -> None:
     assert settings.sscha is not None and settings.sscha.temperatures == (0, 100, 200, 300, 400)
     text = (INPUTS / "batio3" / "README.md").read_text()
     assert "not run here" in text and "LO-TO" in text
+
+
+@pytest.mark.parametrize("path", sorted(INPUTS.glob("*/campaign.yaml")), ids=label)
+def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path: Path) -> None:
+    from magus_anharmonic.campaign.found import phases_of
+    from magus_anharmonic.campaign.plan import plan
+    from magus_anharmonic.settings.campaign import load_campaign
+
+    settings = load_campaign(path)
+    assert {"Im-3m": 229, "R3m": 160}.items() <= {phase.name: phase.number for phase in phases_of(settings.phases)}.items()
+    kinds = {step.kind for step in plan(settings)}
+    assert {"learn", "merge", "final", "produce", "foundation", "relax", "sscha", "dft", "hessian", "report"} <= kinds
+
+
+def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper() -> None:
+    from magus_anharmonic.settings import parse_settings
+    from magus_anharmonic.settings.campaign import load_campaign
+
+    settings = load_campaign(INPUTS / "h3s-paper" / "campaign.yaml")
+    assert settings.learning and settings.produce and settings.relax and settings.sscha and settings.hessian and settings.dft
+    assert settings.learning.pressures == [75, 125]
+    for pressure in settings.learning.pressures:
+        one = load_settings(INPUTS / "h3s-paper" / "one-gpu-job" / f"input-{pressure:g}GPa.yaml")
+        ours = parse_settings(settings.learning_search(pressure, "mattersim-v1.0.0-1M"))
+        assert ours.learning == one.learning and ours.host == one.host and ours.num_gen == one.num_gen == 10
+    stages = [(s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio) for s in settings.final.stages]
+    assert stages == [(100, 1e-3, 1.0, 1.0), (100, 1e-3, 0.1, 0.1)]
+    production = parse_settings(settings.production_search(100, "final.pth"))
+    assert settings.produce.pressures == [50, 100, 150] and production.host["popSize"] * (production.num_gen or 0) > 10_000
+    assert (settings.relax.pressures[0], settings.relax.pressures[-1]) == (50, 200)
+    ranking = settings.ranking_settings(100, "final.pth").sscha
+    assert ranking and settings.sscha.pressures == [100]
+    assert (ranking.max_candidates, ranking.n_configs, ranking.max_populations, ranking.supercell) == (100, 1000, 30, (2, 2, 2))
+    hessian = settings.hessian
+    assert (hessian.supercell, hessian.n_configs, hessian.max_populations) == ((3, 3, 3), 1000, 20)
+    assert (hessian.pressures[0], hessian.pressures[-1], hessian.dispersions) == (50, 250, [60])
+    assert settings.dft.max_structures is None, "every candidate that changed"
+
+
+def test_the_small_campaign_makes_sixty_labels() -> None:
+    from magus_anharmonic.settings import LearningSettings
+    from magus_anharmonic.settings.campaign import load_campaign
+
+    settings = load_campaign(INPUTS / "h3s-small" / "campaign.yaml")
+    assert settings.learning and settings.labeler and settings.labeler.calculator == "gpaw" and settings.foundation == "h3s-gpaw-small"
+    learning = parse(LearningSettings, {**settings.learning.settings, "labeler": settings.labeler})
+    rounds = len(settings.learning.pressures) * settings.search["numGen"]
+    assert rounds * learning.n_sample * learning.n_perturb >= 60

@@ -15,8 +15,10 @@ import spglib
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.sscha.start import DISPLACEMENT
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import spglib_cell, spglib_or_none
+from magus_anharmonic.structures import bare, spglib_cell, spglib_or_none
 
 
 @dataclass(frozen=True)
@@ -28,30 +30,89 @@ class Level:
     vectors: np.ndarray
 
 
-def levels_by_irrep(matrix: np.ndarray, atoms: Atoms, symprec: float = 1e-3) -> list[Level]:
-    """Levels of the mass-weighted matrix (3n, 3n) at Gamma of ``atoms`` (a primitive cell), translations left out, ascending by name.
+@dataclass(frozen=True)
+class Space:
+    """The optical displacements of one irreducible representation: basis (3n, m d), mass weighted; dimension d."""
 
-    The three translations are those of the masses of ``atoms``. Raises ``InputError`` where the point group has no table.
+    irrep: str
+    dimension: int
+    basis: np.ndarray
+
+    def levels(self, inside: np.ndarray) -> list[Level]:
+        """Levels of a matrix given in this basis, ascending."""
+        squares, vectors = np.linalg.eigh(0.5 * (inside + inside.T))
+        vectors = self.basis @ vectors
+        parts = [slice(first, first + self.dimension) for first in range(0, len(squares), self.dimension)]
+        return [Level(self.irrep, float(squares[part].mean()), vectors[:, part]) for part in parts]
+
+
+def spaces(atoms: Atoms, symprec: float = 1e-3) -> tuple[list[Space], np.ndarray]:
+    """The spaces of all representations that ``atoms`` (a primitive cell) has at Gamma, and the operations (m, 3n, 3n).
+
+    Raises ``InputError`` where the point group has no table.
     """
     symmetry = Symmetry(atoms, (1, 1, 1), symprec)
     names, characters, sizes = _characters(atoms, symmetry, symprec)
     still = _translations(atoms)
-    free = np.eye(len(matrix)) - still @ still.T
-    moving = free @ (0.5 * (matrix + matrix.T)) @ free
+    free = np.eye(3 * len(atoms)) - still @ still.T
     operations = _representation(symmetry)
-    found: list[Level] = []
+    found = []
     for name, character, size in zip(names, characters, sizes, strict=True):
         projector = size / len(operations) * np.einsum("g,gij->ij", character, operations)
         projector = free @ (0.5 * (projector + projector.T)) @ free
         weights, basis = np.linalg.eigh(projector)
-        basis = basis[:, weights > 0.5]
-        if not basis.shape[1]:
-            continue
-        squares, vectors = np.linalg.eigh(basis.T @ moving @ basis)
-        vectors = basis @ vectors
-        for first in range(0, len(squares), size):
-            part = slice(first, first + size)
-            found.append(Level(name, float(squares[part].mean()), vectors[:, part]))
+        if (weights > 0.5).any():
+            found.append(Space(name, size, basis[:, weights > 0.5]))
+    return found, operations
+
+
+def levels_by_irrep(matrix: np.ndarray, atoms: Atoms, symprec: float = 1e-3) -> list[Level]:
+    """Levels of the mass-weighted matrix (3n, 3n) at Gamma of ``atoms`` (a primitive cell), translations left out."""
+    return [level for space in spaces(atoms, symprec)[0] for level in space.levels(space.basis.T @ matrix @ space.basis)]
+
+
+def levels_by_displacing(atoms: Atoms, evaluator: Evaluator, wanted: Sequence[str], symprec: float = 1e-3) -> list[Level]:
+    """Levels (eV/A^2/amu) of the wanted representations from as few evaluations as their symmetry allows.
+
+    D commutes with the operations: D (g w) = g (D w). A displacement w in general position within the space of a representation that occurs
+    m times with dimension d has images that span d of its m copies, so that m/d of them, rounded up, each with both signs, are enough (T1u
+    of Im-3m H3S: two evaluations instead of the twelve of all force constants). Raises ``InputError`` for a representation that is absent.
+    """
+    present, operations = spaces(atoms, symprec)
+    lowest_levels([Level(space.irrep, 0.0, space.basis) for space in present], wanted)
+    root = np.sqrt(np.repeat(atoms.get_masses(), 3))
+    chosen = [space for space in present if space.irrep in wanted]
+    directions = [_in_general_position(space, operations) for space in chosen]
+    moved, lengths = [], []
+    for direction in (column for found in directions for column in found.T):
+        length = DISPLACEMENT / np.abs(direction / root).max()
+        lengths.append(length)
+        for sign in (1, -1):
+            structure = bare(atoms)
+            structure.positions += sign * length * (direction / root).reshape(-1, 3)
+            moved.append(structure)
+    forces = np.array(evaluator.evaluate(moved).forces, dtype=float).reshape(len(moved), -1)
+    responses = -(forces[0::2] - forces[1::2]) / (2 * np.array(lengths)[:, None]) / root
+    levels: list[Level] = []
+    for space, found in zip(chosen, directions, strict=True):
+        mine, responses = responses[: found.shape[1]], responses[found.shape[1] :]
+        inside = [space.basis.T @ np.einsum("gij,jk->igk", operations, columns).reshape(len(root), -1) for columns in (found, mine.T)]
+        levels += space.levels(inside[1] @ np.linalg.pinv(inside[0]))
+    return levels
+
+
+def _in_general_position(space: Space, operations: np.ndarray) -> np.ndarray:
+    """(3n, k) displacements whose images span the space: the best conditioned of some drawn at random."""
+    size = space.basis.shape[1]
+    n = -(-size // space.dimension**2)
+    rng, best, found = np.random.default_rng(0), 0.0, space.basis[:, :n]
+    for _ in range(50):
+        drawn = space.basis @ rng.normal(size=(size, n))
+        drawn /= np.linalg.norm(drawn, axis=0)
+        images = space.basis.T @ np.einsum("gij,jk->igk", operations, drawn).reshape(len(drawn), -1)
+        weakest = np.linalg.svd(images, compute_uv=False)[-1]
+        if weakest > best:
+            best, found = float(weakest), drawn
     return found
 
 

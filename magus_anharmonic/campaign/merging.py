@@ -115,8 +115,9 @@ def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], trai
     for family in family_of_label:
         sizes[family] += 1
     free = sorted((f for f in sizes if f not in training), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    # the largest one comes last, where it trains
-    free.sort(key=lambda name: name == max(free, key=lambda other: sizes[other]))
+    largest = max(free, key=lambda name: sizes[name], default="")
+    # it comes last, where it trains
+    free.sort(key=largest.__eq__)
     total = sum(sizes[family] for family in free)
     sides = dict.fromkeys(sizes, "train")
     for side, share in zip(SIDES[1:], split[1:], strict=True):
@@ -124,7 +125,8 @@ def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], trai
         waiting = [family for family in free[:-1] if sides[family] == "train"]
         small = [family for family in waiting if sizes[family] <= 1.5 * wanted]
         for family in small or sorted(waiting, key=lambda name: sizes[name])[:1]:
-            if share and (got == 0 or got + sizes[family] / 2 <= wanted):
+            left_for_the_test = side == "test" or any(sides[f] == "train" for f in waiting if f != family)
+            if share and (got == 0 or (left_for_the_test and got + sizes[family] / 2 <= wanted)):
                 sides[family] = side
                 got += sizes[family]
     return sides

@@ -13,7 +13,7 @@ from ase import Atoms
 
 from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import SYMPREC, Phase, phases_of
-from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
+from magus_anharmonic.campaign.irreps import Level, levels_by_displacing, levels_by_irrep, lowest_levels
 from magus_anharmonic.campaign.plan import Step, place, safe
 from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
@@ -102,12 +102,15 @@ def _harmonic(evaluator: Any, cell: Atoms, pressure: float, tally: Tally) -> tup
     """The cell relaxed in its symmetry, and its harmonic levels at Gamma."""
     counting = CountingEvaluator(in_double_precision(evaluator))
     atoms = relaxed_primitive(cell, counting, pressure, symprec=SYMPREC, variable_cell=True)
-    levels = _levels(atoms, counting)
+    levels = harmonic_levels(atoms, counting)
     tally.n_evaluations += counting.count
     return atoms, levels
 
 
-def _levels(atoms: Atoms, evaluator: Any) -> list[Level]:
+def harmonic_levels(atoms: Atoms, evaluator: Any, wanted: Sequence[str] = ()) -> list[Level]:
+    """Harmonic levels at Gamma (eV/A^2/amu) of a relaxed primitive cell: the wanted representations, or all."""
+    if wanted:
+        return levels_by_displacing(atoms, evaluator, wanted)
     once = (1, 1, 1)
     compact = harmonic_force_constants(atoms, once, Symmetry(atoms, once), evaluator)
     return levels_by_irrep(mass_weighted(compact[0].transpose(0, 2, 1, 3).reshape(3 * len(atoms), -1), atoms), atoms)
@@ -151,7 +154,7 @@ def _harmonic_by_dft(context: Context, wanted: HessianPhase, phase: Phase, cell:
     file = own / "dft-harmonic.jsonl"
     with context.labeler(own) as labeler:
         model_id = f"dft-{labeler.settings_hash}"
-        key = f"{structure_id(cell)} {pressure} {model_id}"
+        key = f"{structure_id(cell)} {pressure} {model_id} {','.join(wanted.irreps)}"
         record = next((known for known in read_jsonl(file) if known["key"] == key), None)
         if record is None:
             relaxed = labeler.relax([cell], pressure, force_tolerance=0.01)[0]
@@ -159,7 +162,7 @@ def _harmonic_by_dft(context: Context, wanted: HessianPhase, phase: Phase, cell:
                 raise MagusAnharmonicError(f"DFT relaxation failed: {relaxed.reason}")
             atoms = symmetric_primitive(relaxed.atoms, SYMPREC)
             counting = CountingEvaluator(LabelerEvaluator(labeler))
-            levels = _levels(atoms, counting)
+            levels = harmonic_levels(atoms, counting, wanted.irreps)
             record = {
                 "key": key, "levels": [[level.irrep, level.square] for level in levels], "n_labels": counting.count + relaxed.n_steps + 1,
                 "space_group": space_group(atoms),
