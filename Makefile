@@ -38,6 +38,8 @@ lint: setup
 
 docs: setup
 	@$(BIN)/python docs/make_keys.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file .ci/mkdocs.yml
+	@echo "build/docs/index.html"
 
 clean:
 	rm -rf dist build .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,7 +120,7 @@ def campaign_contents(folder: Path) -> Contents:
     _failures(contents, tables / "failures.csv")
     contents.summary = _campaign_summary(contents, tables, steps, sheets)
     contents.pictures = _campaign_pictures(contents, folder)
-    contents.missing = _campaign_missing(tables, steps, contents)
+    contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
     contents.models = _models(contents, sheets["model_errors.csv"])
     contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
     return contents
@@ -160,7 +161,9 @@ def _campaign_summary(contents: Contents, tables: Path, steps: dict[str, Any], s
 
 
 def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
-    pictures = figures.stored_pictures(folder / "figures")
+    pictures = _analysed(contents, folder)
+    drawn = {picture.name for picture in pictures}
+    pictures += [picture for picture in figures.stored_pictures(folder / "figures") if picture.name not in drawn]
     names = " ".join(picture.name for picture in pictures)
     if "learning" not in names:
         sheet = contents.attempt(lambda: read_sheet(folder / "tables" / "learning.csv"), Sheet("learning.csv"))
@@ -174,9 +177,21 @@ def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
             for row in sheet.rows
             if row.get("set") == "validation"
         ]
-        drawn = figures.learning_picture(points, "tables/learning.csv")
-        pictures += [drawn] if drawn else []
+        learning = figures.learning_picture(points, "tables/learning.csv")
+        pictures += [learning] if learning else []
     return pictures
+
+
+def _analysed(contents: Contents, folder: Path) -> list[Picture]:
+    """Have the analysis draw every figure that the tables allow; what it cannot draw is missing, with its reason."""
+    if find_spec("magus_anharmonic.analysis") is None or not (folder / "tables").is_dir():
+        return []
+    from magus_anharmonic.analysis import make_figures
+
+    figures_made, figures_missing = make_figures(folder)
+    contents.missing += [f"Figure {one.name}: {one.reason}." for one in figures_missing]
+    pictures = [figures.stored_picture(folder / "figures", one.name, title=one.title, alt=one.alt) for one in figures_made]
+    return [picture for picture in pictures if picture is not None]
 
 
 def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -> list[str]:

@@ -58,16 +58,18 @@ def stored_pictures(folder: Path) -> list[Picture]:
     return [picture for picture in found if picture is not None]
 
 
-def stored_picture(folder: Path, name: str) -> Picture | None:
-    """One figure of a folder; None when its file is empty or too large for a page."""
+def stored_picture(folder: Path, name: str, *, title: str = "", alt: str = "") -> Picture | None:
+    """One figure of a folder; None when its file is empty or too large for a page. ``title``, ``alt``: instead of its own words."""
     vector, pixels, table = (folder / f"{name}{suffix}" for suffix in (".svg", ".png", ".csv"))
     choice = vector if vector.is_file() and (vector.stat().st_size <= LARGEST_SVG or not pixels.is_file()) else pixels
     if not choice.is_file() or not 0 < choice.stat().st_size <= LARGEST:
         return None
     content = choice.read_bytes()
-    title, description = _own_words(vector) if vector.is_file() else ("", "")
-    title = title or title_of(name)
-    return Picture(name, title, description or described(title, table), _uri(content, choice.suffix), table.name if table.is_file() else "")
+    own_title, own_alt = _own_words(vector) if vector.is_file() else ("", "")
+    title = title or own_title or title_of(name)
+    return Picture(
+        name, title, alt or own_alt or described(title, table), _uri(content, choice.suffix), table.name if table.is_file() else ""
+    )
 
 
 def title_of(name: str) -> str:
