@@ -23,6 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record"},
     "report": BASE | {"ranking"},
+    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record"},
