@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
     "report": BASE | {"ranking", "analysis"},
-    "analysis": BASE | {"sscha", "labelers", "learning"},
+    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [(), ("search",), ("rank",), ("hessian",), ("train",), ("doctor",)])
+@pytest.mark.parametrize("command", [(), ("search",), ("rank",), ("hessian",), ("train",), ("doctor",), ("phase-diagram",), ("validate",)])
 def test_help_explains_every_command(command):
     code, text = run(*command, "--help")
     assert code == 0 and "Usage" in text

@@ -1,7 +1,7 @@
 """Two quasi-harmonic phases whose boundary is a closed expression, and noisy data of them: the oracle of the phase diagram.
 
-G = e + v p - v0 p^2 / (2 B) + 3/2 k theta + 3 k T ln(1 - exp(-theta/T)) per atom, with p in eV/A^3: the curvature in p is the same for
-both, so that the difference is linear in the pressure and P(T) = -[de + 3/2 k dtheta + 3 k T ln(...)] / dv.
+G = e + v p - v0 p^2 / (2 B) + 3/2 k theta + 3 k T ln(1 - exp(-theta/T)) per atom, with p in eV/A^3. The curvature in p is the same for
+both, so that the difference is linear in the pressure and P(T) = -[de + 3/2 k dtheta + 3 k T d ln(...)] / dv.
 """
 
 from __future__ import annotations

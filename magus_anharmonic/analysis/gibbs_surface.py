@@ -30,10 +30,12 @@ MAX_THERMAL = 2
 MAX_OSCILLATORS = 3
 LADDER = 9
 """Einstein temperatures to choose from, from half the lowest temperature to six times the highest; no two neighbours at once."""
-REFINED = 0.7
-"""An Einstein temperature is fitted within this factor (natural logarithm) of the ladder, and only where it is known so well."""
+WANDER = 1.5
+"""How far a fitted Einstein temperature may go from the ladder, natural logarithm."""
+KNOWN = 0.3
+"""Largest error of a fitted Einstein temperature, natural logarithm: beyond it the fit is no longer linear in it."""
 GAUSS_NEWTON = 8
-SETTLED = 0.1
+SETTLED = 0.02
 """Largest step of an Einstein temperature (natural logarithm) that a fit may still want."""
 MAX_MODELS = 12
 LEAST_WEIGHT = 0.02
@@ -313,11 +315,11 @@ def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Mod
             return []
         step = fits[0][1].coefficients[n:]
         if np.abs(step).max() < SETTLED:
-            return fits if np.linalg.norm(fits[0][1].root[n:], axis=1).max() < REFINED else []
+            return fits if np.linalg.norm(fits[0][1].root[n:], axis=1).max() < KNOWN else []
         logs = np.log(model.basis.thetas) + np.clip(step, -0.3, 0.3)
         moved = replace(model.basis, thetas=tuple(np.exp(logs).tolist()))
         again = _least_squares([moved], data.rows(moved)[None], data)
-        if not again or np.abs(logs - start).max() > REFINED or _oscillators(again[0][1]).min() < 0 or again[0][0] > chi2 + 1.0:
+        if not again or np.abs(logs - start).max() > WANDER or _oscillators(again[0][1]).min() < 0 or again[0][0] > chi2 + 1.0:
             return []
         chi2, model = again[0]
     return []

@@ -135,22 +135,25 @@ def _turns_down(a: tuple[float, float], b: tuple[float, float], c: tuple[float, 
 
 
 def _lower_facets(fractions: np.ndarray, energy: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Three end members or more: a linear programme for each composition."""
-    from scipy.optimize import linprog
+    """Three end members or more: the lower facets of Qhull's hull, closed above by a lid over the end members."""
+    from scipy.spatial import ConvexHull
 
-    found = np.empty(len(at))
-    for row, target in enumerate(at):
-        mix = linprog(energy, A_eq=fractions.T, b_eq=target, bounds=(0, None), method="highs")
-        found[row] = mix.fun if mix.success else np.inf
-    return found
+    d = fractions.shape[1]
+    lid = energy.max() + 10.0 * (np.ptp(energy) + 1.0)
+    points = np.vstack([np.column_stack([fractions[:, 1:], energy]), np.column_stack([np.eye(d)[:, 1:], np.full(d, lid)])])
+    planes = ConvexHull(points).equations
+    planes = planes[planes[:, d - 1] < -1e-12]
+    height = -(at[:, 1:] @ planes[:, : d - 1].T + planes[:, d]) / planes[:, d - 1]
+    found = height.max(axis=1)
+    return np.where(found > energy.max() + 1e-9, np.inf, found)
 
 
 def margins(fractions: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n,) distances above the hull of all entries, and to the hull of the others (eV/atom; -inf where the others do not reach)."""
     hull = lower_hull(fractions, energies, fractions)
-    distance = np.maximum(energies - hull, 0.0)
+    distance = np.where(energies - hull > ON_HULL, energies - hull, 0.0)
     margin = distance.copy()
-    for i in np.flatnonzero(distance <= ON_HULL):
+    for i in np.flatnonzero(distance == 0.0):
         others = np.arange(len(energies)) != i
         margin[i] = energies[i] - lower_hull(fractions[others], energies[others], fractions[i : i + 1])[0] if others.any() else -np.inf
     return distance, margin

@@ -1,0 +1,109 @@
+"""The hull of free energies over composition: geometry with known answers, odds from sampling, end members that fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.spatial import ConvexHull
+from scipy.stats import norm
+
+from magus_anharmonic.analysis.hull import end_member_fractions, hull_entries, lower_hull, margins, parse_formula
+from magus_anharmonic.errors import InputError
+
+FORMULAS = ["H", "H3S", "H2S", "S"]
+ENERGIES = np.array([0.0, -0.10, -0.05, 0.0])
+
+
+def entries(energies=ENERGIES, sigma=0.0, formulas=FORMULAS, end_members=(), seed=0, n=4000):
+    noise = sigma * np.random.default_rng(seed).standard_normal((n, len(energies)))
+    return hull_entries([f"phase {f}" for f in formulas], formulas, np.array(energies), np.array(energies) + noise, end_members)
+
+
+def test_distance_and_formation_energy_of_a_binary_system_by_hand():
+    found = {one.formula: one for one in entries()}
+    assert found["H3S"].formation == pytest.approx(-0.10) and found["H3S"].distance == 0.0
+    assert found["H2S"].formation == pytest.approx(-0.05)
+    line = -0.10 * (1 - 1 / 3) / (1 - 1 / 4)
+    assert found["H2S"].distance == pytest.approx(-0.05 - line) and found["H2S"].margin == pytest.approx(found["H2S"].distance)
+    assert found["H3S"].margin == pytest.approx(-0.10 - -0.05 * (1 / 4) / (1 / 3))
+    assert found["H"].fractions == (1.0, 0.0) and found["H3S"].fractions == pytest.approx((0.75, 0.25))
+
+
+def test_compounds_can_be_end_members():
+    """H3S = H2S + 1/2 H2: by atoms 3/4 of H2S and 1/4 of H."""
+    found = {one.formula: one for one in entries([-0.05, 0.0, -0.06], formulas=["H2S", "H", "H3S"], end_members=["H2S", "H"])}
+    assert found["H3S"].fractions == pytest.approx((0.75, 0.25))
+    assert found["H3S"].formation == pytest.approx(-0.06 + 0.75 * 0.05)
+    assert found["H3S"].distance == 0.0 and found["H2S"].formation == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_odds_of_being_on_the_hull_are_those_of_the_normal_distribution():
+    """One compound between two end members: the margin is Gaussian with variance s^2 (1 + 1/4 + 1/4)."""
+    sigma, margin = 4e-3, 3e-3
+    found = entries([0.0, margin, 0.0], sigma, formulas=["H", "HS", "S"], n=8000)[1]
+    assert found.margin == pytest.approx(margin) and found.distance == pytest.approx(margin)
+    assert found.error == pytest.approx(sigma * np.sqrt(1.5), rel=0.05)
+    assert found.p_on_hull == pytest.approx(norm.cdf(-margin / (sigma * np.sqrt(1.5))), abs=0.02)
+
+
+def test_many_binary_phases_agree_with_qhull():
+    rng = np.random.default_rng(1)
+    x = np.concatenate([[0.0, 1.0], rng.uniform(size=40)])
+    energy = np.concatenate([[0.0, 0.0], -rng.uniform(size=40) * x[2:] * (1 - x[2:])])
+    top = np.vstack([np.stack([x, energy], axis=1), [[0.0, 9.0], [1.0, 9.0]]])
+    hull = ConvexHull(top)
+    lower = hull.equations[hull.equations[:, 1] < 0]
+    exact = np.max(-(x[:, None] * lower[:, 0] + lower[:, 2]) / lower[:, 1], axis=1)
+    fractions = np.stack([x, 1 - x], axis=1)
+    np.testing.assert_allclose(lower_hull(fractions, energy, fractions), exact, atol=1e-12)
+    distance, margin = margins(fractions, energy)
+    assert (
+        np.all(distance >= 0) and np.all(margin[distance > 1e-9] == distance[distance > 1e-9]) and np.all(margin[distance <= 1e-9] <= 1e-9)
+    )
+
+
+def test_a_ternary_system_and_a_single_composition():
+    found = {one.formula: one for one in entries([0.0, 0.0, 0.0, -0.3, -0.05], formulas=["H", "S", "Li", "HSLi", "HS"], n=50)}
+    assert found["HSLi"].distance == 0.0 and found["HSLi"].formation == pytest.approx(-0.3)
+    assert found["HS"].distance == 0.0
+    alone = hull_entries(["a", "b"], ["H3S", "H3S"], np.array([0.0, 0.01]), np.zeros((10, 2)) + [0.0, 0.01], ["H3S"])
+    assert [one.distance for one in alone] == [0.0, 0.01]
+
+
+def test_many_ternary_phases_agree_with_a_linear_programme():
+    from scipy.optimize import linprog
+
+    rng = np.random.default_rng(2)
+    fractions = np.vstack([np.eye(3), rng.dirichlet([1.0, 1.0, 1.0], size=25)])
+    energy = np.concatenate([np.zeros(3), -rng.uniform(size=25)])
+    exact = [linprog(energy, A_eq=fractions.T, b_eq=x, bounds=(0, None), method="highs").fun for x in fractions]
+    np.testing.assert_allclose(lower_hull(fractions, energy, fractions), exact, atol=1e-9)
+    assert lower_hull(fractions[1:], energy[1:], fractions[:1])[0] == np.inf
+
+
+def test_the_lower_of_two_phases_of_one_composition_is_on_the_hull():
+    found = entries([0.0, -0.1, -0.08, 0.0], formulas=["H", "H3S", "H3S", "S"])
+    assert [round(one.distance, 6) for one in found] == [0.0, 0.0, 0.02, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("formulas", "end_members", "words"),
+    [
+        (["H", "H3S"], (), ["no phase of S", "end_members"]),
+        (["H", "H3S", "H2S"], ("H2S", "O"), ["no phase of O"]),
+        (["H", "H3S", "H2S", "S"], ("H2S", "H"), ["S", "cannot be made of"]),
+        (["H", "H3S", "H2S", "S"], ("H", "S", "H2S"), ["made of the others"]),
+    ],
+)
+def test_end_members_that_do_not_fit_are_explained(formulas, end_members, words):
+    with pytest.raises(InputError) as error:
+        entries(np.zeros(len(formulas)), formulas=formulas, end_members=end_members, n=10)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_formulas():
+    assert parse_formula("H3S") == {"H": 3, "S": 1} and parse_formula("LiH2Li") == {"Li": 2, "H": 2}
+    for bad in ("H3s", "", "3H", "Xx", "H-S"):
+        with pytest.raises(InputError, match="formula"):
+            parse_formula(bad)
+    np.testing.assert_allclose(end_member_fractions(["H6S2"], ["H", "S"]), [[0.75, 0.25]])

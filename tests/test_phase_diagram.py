@@ -1,0 +1,261 @@
+"""The phase diagram as a whole: real SSCHA on a grid (stored, resumed, chained), tables, words, picture, and wrong input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from crystal_models import Crystals, crystal
+from two_phases import HIGH, LOW, Phase, boundary, data
+from typer.testing import CliRunner
+
+from magus_anharmonic.analysis.gibbs_points import read_points, write_points
+from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings
+from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
+from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of
+from magus_anharmonic.analysis.phase_words import sentences
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings.phase_diagram import load_phase_diagram
+from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+SOFT = crystal((3.0, 3.0, 3.0), 1.0, 0.25, -0.2, 1.0)
+HARD = crystal((2.5, 2.5, 2.7), 1.2, 0.3, -0.2, 1.0, depth=0.05)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A real SSCHA grid: two crystals, two pressures, two temperatures, two isotopes; returns folder, settings, evaluator, points."""
+    folder = tmp_path_factory.mktemp("grid")
+    for name, one in (("soft", SOFT), ("hard", HARD)):
+        one.atoms.write(folder / f"{name}.vasp", direct=True)
+    (folder / "phase-diagram.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "phases": {"soft": "soft.vasp", "hard": {"structure": "hard.vasp"}},
+                "pressures": [0, 4],
+                "temperatures": [0, 300],
+                "isotopes": {"LiH": {}, "LiD": {"H": 2.014}},
+                "sscha": {"supercell": [1, 1, 1], "n_configs": 60, "max_populations": 6},
+            },
+            sort_keys=False,
+        )
+    )
+    settings = load_phase_diagram(folder / "phase-diagram.yaml")
+    evaluator = Crystals([SOFT, HARD])
+    points = run_settings(settings, folder / "out", evaluator)
+    return folder, settings, evaluator, points
+
+
+@pytest.mark.slow
+def test_the_grid_holds_every_point_and_its_volumes_and_entropies_fit_its_free_energies(grid):
+    _, settings, _, points = grid
+    assert len(points) == 2 * 2 * 2 * 2 and all(p.usable for p in points)
+    assert {p.isotopes for p in points} == {"LiH", "LiD"}
+    by_place = {(p.phase, p.isotopes, p.pressure_GPa, p.temperature_K): p for p in points}
+    for phase in ("soft", "hard"):
+        for isotopes in settings.isotopes:
+            for t in (0.0, 300.0):
+                a, b = by_place[phase, isotopes, 0.0, t], by_place[phase, isotopes, 4.0, t]
+                mean = 0.5 * (a.volume_A3_per_atom + b.volume_A3_per_atom)
+                rise, error = (b.raw - a.raw) / 4.0 * EV_PER_A3_IN_GPA, math.hypot(a.error, b.error) / 4.0 * EV_PER_A3_IN_GPA
+                assert rise == pytest.approx(mean, abs=4.0 * error + 0.02 * mean)
+            a, b = (by_place[phase, isotopes, 0.0, t] for t in (0.0, 300.0))
+            assert a.entropy_eV_per_K_per_atom == 0.0 < b.entropy_eV_per_K_per_atom and a.raw > b.raw
+    heavy, light = (by_place["soft", name, 0.0, 0.0] for name in ("LiD", "LiH"))
+    assert heavy.gibbs_eV_per_atom < light.gibbs_eV_per_atom, "heavier nuclei have less zero-point energy"
+    assert heavy.volume_A3_per_atom < light.volume_A3_per_atom
+
+
+@pytest.mark.slow
+def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(grid):
+    folder, settings, evaluator, points = grid
+    chained = [p for p in points if (p.isotopes, p.pressure_GPa, p.temperature_K) != ("LiH", 0.0, 0.0)]
+    firsts = [p for p in points if p not in chained]
+    for p in points:
+        run = point_folder(folder / "out" / "sscha", p.phase, p.isotopes, p.pressure_GPa, p.temperature_K)
+        stored = json.loads((run / "settings.json").read_text())
+        assert (stored["start"] is None) == (p in firsts)
+    before = evaluator.n_structures
+    assert run_settings(settings, folder / "out", evaluator) == points
+    assert evaluator.n_structures == before
+    assert read_points(folder / "out" / "gibbs.csv") == read_source([folder / "out"], folder / "x", GridOptions())[0]
+
+
+@pytest.mark.slow
+def test_a_folder_of_other_runs_is_refused_and_finished_runs_are_collected(grid):
+    folder, settings, evaluator, points = grid
+    with pytest.raises(InputError, match="another SSCHA run"):
+        run_settings(settings.model_copy(update={"seed": 5}), folder / "out", evaluator)
+    collected = collect_runs(folder / "out" / "sscha")
+    assert {p.isotopes for p in collected} == {"natural", "H=2.014"} and len(collected) == len(points)
+    assert sorted(p.gibbs_eV_per_atom for p in collected) == pytest.approx(sorted(p.gibbs_eV_per_atom for p in points))
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_in_another_symmetry_is_said_to_have_become_it(grid):
+    folder, _, _, _ = grid
+    from magus_anharmonic.sscha.result import SschaResult
+
+    run = folder / "out" / "sscha" / "hard" / "LiH" / "0GPa-0K"
+    result = SschaResult.read(run)
+    point = point_of("hard", "LiH", replace(result, space_group="Pm-3m (221)"), run, HARD.atoms)
+    assert point.status == "became" and "Pm-3m" in point.reason and not point.usable
+
+
+def two_isotopes(seed=11):
+    heavy = {n: replace(p, theta=p.theta / math.sqrt(2.0)) for n, p in (("R3m", LOW), ("Im-3m", HIGH))}
+    return [*data({"R3m": LOW, "Im-3m": HIGH}, seed), *data(heavy, seed + 1, isotopes="D3S")]
+
+
+def test_files_words_and_picture_hold_the_same_boundary(tmp_path):
+    write_points(tmp_path / "g.csv", two_isotopes())
+    result = CliRunner().invoke(app, ["phase-diagram", str(tmp_path / "g.csv"), "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    rows = table(tmp_path / "out" / "boundaries.csv")
+    assert {row["isotopes"] for row in rows} == {"natural", "D3S"}
+    first = next(row for row in rows if row["isotopes"] == "natural" and float(row["temperature_K"]) == 0)
+    assert f"R3m gives way to Im-3m (natural) at {float(first['pressure_GPa']):.1f} GPa" in result.output
+    assert float(first["lower_95_GPa"]) < boundary(0.0) < float(first["upper_95_GPa"])
+    assert "Going from natural to D3S moves the boundary" in result.output and "Clausius-Clapeyron" in result.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["n_usable"] == 36 and summary["isotope_shifts"] and summary["fits"][0]["n"] == {"G": 9, "V": 9, "S": 6}
+    assert (tmp_path / "out" / "phase-diagram.png").read_bytes().startswith(b"\x89PNG")
+    svg = (tmp_path / "out" / "phase-diagram.svg").read_text()
+    assert all(word in svg for word in ("pressure (GPa)", "temperature (K)", "R3m", "Im-3m", "boundary, D3S"))
+    assert {row["phase"] for row in table(tmp_path / "out" / "stability.csv")} == {"R3m", "Im-3m"}
+    assert not (tmp_path / "out" / "hull.csv").exists()
+
+
+def test_the_same_points_and_seed_give_the_same_diagram():
+    points = [p for p in two_isotopes() if p.temperature_K == 0]
+    a, b, other = (phase_diagram(points, n_samples=200, seed=seed) for seed in (4, 4, 5))
+    assert a.boundaries and a.boundaries == b.boundaries and a.shifts == b.shifts
+    assert other.boundaries != a.boundaries
+
+
+def test_a_phase_that_turns_into_another_is_bracketed_and_called_one_phase():
+    points = [replace(p, space_group="Im-3m (229)" if p.phase == "Im-3m" else "R3m (160)") for p in data({"R3m": LOW, "Im-3m": HIGH}, 3)]
+    gone = [
+        replace(p, status="became", space_group="Im-3m (229)", same_as="Im-3m") if p.phase == "R3m" and p.pressure_GPa > 100 else p
+        for p in points
+    ]
+    diagram = phase_diagram(gone, n_samples=200)
+    assert [(m.phase, m.other, m.last, m.first, m.temperature) for m in diagram.meetings] == [
+        ("R3m", "Im-3m", 60.0, 110.0, t) for t in (0.0, 300.0, 600.0)
+    ]
+    words = " ".join(sentences(diagram))
+    assert "between 60 and 110 GPa at 0 K" in words and "R3m and Im-3m are one and the same phase" in words
+    assert not diagram.boundaries, "R3m has one pressure only: nothing is said beyond it"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_one_point_or_two_make_a_picture_and_no_claim(tmp_path, keep):
+    points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if (p.pressure_GPa, p.temperature_K) == (60.0, 0.0)][:keep]
+    diagram = phase_diagram(points, n_samples=200)
+    write_diagram(diagram, tmp_path)
+    assert (tmp_path / "phase-diagram.svg").stat().st_size > 1000 and not diagram.boundaries
+    words = " ".join(sentences(diagram))
+    assert "60 to 60 GPa" in words and ("no boundary crosses the grid" in words) == (keep == 2)
+
+
+def test_compositions_make_a_hull_at_every_point_of_the_grid(tmp_path):
+    sulphur, hydrogen, compound = Phase(0.0, 5.0, 400.0), Phase(0.0, 1.5, 1500.0), Phase(-0.02, 2.2, 1100.0)
+    points = [
+        *data({"S": sulphur}, 1, formula="S"), *data({"H2": hydrogen}, 2, formula="H2"), *data({"Im-3m": compound}, 3, formula="H3S")
+    ]  # fmt: skip
+    diagram = phase_diagram(points, n_samples=200)
+    write_diagram(diagram, tmp_path)
+    rows = table(tmp_path / "hull.csv")
+    assert len(rows) == 27
+    for row in (row for row in rows if row["formula"] == "H3S"):
+        p, t = float(row["pressure_GPa"]), float(row["temperature_K"])
+        exact = float(compound.gibbs(p, t) - 0.75 * hydrogen.gibbs(p, t) - 0.25 * sulphur.gibbs(p, t))
+        assert float(row["formation_eV_per_atom"]) == pytest.approx(exact, abs=4 * float(row["formation_error_eV_per_atom"]))
+        assert (float(row["distance_eV_per_atom"]) == 0) == (float(row["formation_eV_per_atom"]) < 0)
+    assert any("Hull at 60 GPa" in line for line in sentences(diagram))
+    with pytest.raises(InputError, match="no phase of S"):
+        phase_diagram(points[9:], n_samples=200)
+
+
+def test_the_error_of_the_potential_widens_the_bands_and_is_named():
+    points = [p for p in two_isotopes() if p.temperature_K == 0]
+    narrow, wide = (phase_diagram(points, n_samples=300, model_error=e) for e in (0.0, 2e-3))
+    assert np.mean([b.error for b in wide.boundaries if math.isfinite(b.error)]) > 2 * np.mean([b.error for b in narrow.boundaries])
+    assert "not the error of the potential" in sentences(narrow)[-1] and "2 meV/atom for the potential" in sentences(wide)[-1]
+
+
+def test_points_of_several_models_and_points_without_free_energies_are_refused():
+    points = two_isotopes()
+    with pytest.raises(InputError, match="several models"):
+        phase_diagram([replace(points[0], model="abc"), *(replace(p, model="xyz") for p in points[1:])])
+    with pytest.raises(InputError, match="dissociated"):
+        phase_diagram([replace(p, status="failed", reason="dissociated") for p in points])
+
+
+GOOD = {"phases": {"a": "a.vasp"}, "pressures": [100, 200], "temperatures": [0, 300], "checkpoint": "h3s-gpaw-small"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pressures": [200, 100]}, ["pressures", "must rise", "100 comes after 200"]),
+        ({"pressures": [100, 100]}, ["pressures", "without repeats"]),
+        ({"pressures": [1e11]}, ["pressures", "Pa", "100 GPa"]),
+        ({"pressures": []}, ["pressures"]),
+        ({"temperatures": [-3]}, ["temperatures"]),
+        ({"phases": {}}, ["phases", "at least one"]),
+        ({"phases": {"a": "nowhere.vasp"}}, ["phases.a", "nowhere.vasp", "no such file"]),
+        ({"phases": {"a": {"structur": "a.vasp"}}}, ["structur", "did you mean structure"]),
+        ({"pressure": [100]}, ["pressure", "did you mean pressures"]),
+        ({"isotopes": {"D": {"Hx": 2.0}}}, ["isotopes", "Hx"]),
+        ({"isotopes": {"D": {"H": -2.0}}}, ["isotopes", "D"]),
+        ({"sscha": {"temperature": 300}}, ["sscha", "temperature", "temperatures"]),
+        ({"sscha": {"budget": 300}}, ["sscha", "budget", "not used"]),
+        ({"sscha": {"n_configs": 7}}, ["n_configs", "even"]),
+    ],
+)
+def test_a_wrong_input_ends_with_code_2_and_leaves_nothing_behind(tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
+    SOFT.atoms.write("a.vasp", direct=True)
+    Path("p.yaml").write_text(yaml.safe_dump({**GOOD, **change}))
+    result = CliRunner().invoke(app, ["phase-diagram", "p.yaml"])
+    assert result.exit_code == 2, result.output
+    assert all(word in result.output for word in words), result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.vasp", "p.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a.vasp"], ["--pressure"]),
+        (["a.vasp", "--pressure", "100", "--isotope", "D3S"], ["--isotope", "D3S:H=2.014"]),
+        (["g.csv", "--pressure", "100"], ["g.csv", "alone"]),
+        (["empty"], ["result.json"]),
+        (["nowhere.csv"], ["nowhere.csv", "no such file"]),
+    ],
+)
+def test_wrong_arguments_end_with_code_2(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    SOFT.atoms.write("a.vasp", direct=True)
+    Path("empty").mkdir()
+    write_points("g.csv", two_isotopes())
+    result = CliRunner().invoke(app, ["phase-diagram", *arguments])
+    assert result.exit_code == 2 and all(word in result.output for word in words), result.output
+
+
+def test_the_command_takes_the_points_of_its_own_folder_again(tmp_path):
+    write_points(tmp_path / "gibbs.csv", [p for p in two_isotopes() if p.temperature_K == 0])
+    lines, pictures = phase_diagram_command([tmp_path], tmp_path / "again", model_error=1e-3)
+    assert pictures["svg"].is_file() and "1 meV/atom for the potential" in lines[-1]

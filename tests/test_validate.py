@@ -1,0 +1,267 @@
+"""Validation of a campaign: every kind of value found in tables made by hand, verdicts, reasons from the run, and wrong input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from magus_anharmonic.analysis.expected import NAMES, load_expected
+from magus_anharmonic.analysis.found_values import FINDERS, zero_crossing
+from magus_anharmonic.analysis.validate import read_validation, validate
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import InputError
+
+PAPER = Path(__file__).parents[1] / "inputs" / "h3s-paper" / "expected.yaml"
+
+TABLES = {
+    "model_errors.csv": """model,model_id,set,n,energy_rmse_eV_per_atom,force_rmse_eV_per_A,stress_rmse_GPa
+foundation,f00,test,200,0.0853,0.409,6.88
+finetuned,abc,test,200,0.0121,0.136,1.13
+""",
+    "enthalpies.csv": """id,phase,formula,natoms,space_group,pressure_GPa,volume_A3_per_atom,enthalpy_eV_per_atom,model_id,source
+a,C2/c,H3S,8,C2/c (15),75,4,1.000,abc,relax
+b,R3m,H3S,4,R3m (160),75,4,1.006,abc,relax
+c,Im-3m,H3S,4,Im-3m (229),75,4,1.030,abc,relax
+a,C2/c,H3S,8,C2/c (15),125,4,1.503,abc,relax
+b,R3m,H3S,4,R3m (160),125,4,1.501,abc,relax
+c,Im-3m,H3S,4,Im-3m (229),125,4,1.511,abc,relax
+b,R3m,H3S,4,R3m (160),200,4,2.004,abc,relax
+c,Im-3m,H3S,4,Im-3m (229),200,4,2.000,abc,relax
+x,,H3S,4,P1 (1),150,4,0.935,f00,foundation
+y,,H3S,4,P1 (1),150,4,0.950,f00,foundation
+z,R3m,H3S,4,R3m (160),150,4,1.000,f00,foundation
+""",
+    "ranking-100GPa.csv": """id,formula,natoms,pressure_GPa,temperature_K,spg_static,spg_quantum,@,n_evaluations,model,status,reason
+a,H3S,4,100,0,R3m (160),Im-3m (229),1.000,1.195,0.001,900,abc,stable,
+b,H3S,4,100,0,C2/c (15),C2/c (15),1.002,1.205,0.001,900,abc,sscha,
+c,H3S,4,100,0,P1 (1),Im-3m (229),1.004,1.196,0.001,900,abc,sscha,
+d,H3S,4,100,0,P1 (1),P1 (1),1.060,1.262,0.001,900,abc,sscha,
+e,H3S,4,100,0,P2_1 (4),P2_1 (4),1.080,1.281,0.001,900,abc,unconverged,
+f,H3S,4,100,0,P-1 (2),P-1 (2),1.100,1.301,0.001,900,abc,eliminated,
+g,H3S,4,100,0,P-1 (2),P-1 (2),1.120,1.320,0.001,900,abc,sscha,
+h,H3S,4,100,0,P-1 (2),P-1 (2),1.140,1.341,0.001,900,abc,sscha,
+i,H3S,4,100,0,Cm (8),Cm (8),1.010,1.100,0.001,900,abc,saddle,
+j,H3S,4,100,0,Cm (8),,1.200,,,0,abc,static,
+""",
+    "space_groups.csv": """id,pressure_GPa,spg_static,spg_dft,spg_quantum,enthalpy_dft_eV_per_atom,reason
+a,100,R3m (160),R3m (160),Im-3m (229),1.0,
+c,100,P1 (1),P1 (1),Im-3m (229),1.0,
+b,100,C2/c (15),C2/c (15),C2/c (15),1.0,
+""",
+    "modes.csv": """phase,space_group,irrep,pressure_GPa,method,energies_by,frequency_squared_cm2,error_cm2,model_id
+Im-3m,Im-3m (229),T1u,50,sscha-hessian,model,-500000,20000,abc
+Im-3m,Im-3m (229),T1u,100,sscha-hessian,model,20000,20000,abc
+Im-3m,Im-3m (229),T1u,150,sscha-hessian,model,400000,20000,abc
+Im-3m,Im-3m (229),T1u,50,sscha-hessian,dft,-480000,20000,dft
+Im-3m,Im-3m (229),T1u,150,sscha-hessian,dft,480000,20000,dft
+Im-3m,Im-3m (229),T1u,150,harmonic,dft,-100000,,dft
+Im-3m,Im-3m (229),T1u,160,harmonic,dft,-50000,,dft
+""",
+    "gradient_errors.csv": """phase,pressure_GPa,n_configs,quantity,unit,rmse,systematic,statistical,floor
+Im-3m,60,60,force,eV/A,0.130,,,
+Im-3m,60,60,gradient_centroid,eV/A,0.016,0.003,0.0157,0.0168
+""",
+}  # fmt: skip
+
+RUN = {
+    "settings": {
+        "learning": {"labeler": {"calculator": "gpaw", "arguments": {"xc": "PBE"}, "k_spacing": 0.05}},
+        "sscha": {"supercell": [2, 2, 2], "n_configs": 100},
+    }
+}
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Path:
+    folder = tmp_path / "campaign" / "tables"
+    folder.mkdir(parents=True)
+    for name, text in TABLES.items():
+        energies = "enthalpy_eV_per_atom,gibbs_eV_per_atom,gibbs_error_eV_per_atom"
+        (folder / name).write_text(text.replace("@", energies))
+    (tmp_path / "campaign" / "run.json").write_text(json.dumps(RUN))
+    (tmp_path / "campaign" / "steps.json").write_text(json.dumps({"relax": {"status": "done"}, "hessian": {"status": "running"}}))
+    return tmp_path
+
+
+def one(campaign: Path, **entry):
+    path = campaign / "e.yaml"
+    path.write_text(yaml.safe_dump({"values": [{"source": "a paper", **entry}]}))
+    return validate(campaign, path)[0]
+
+
+BECAME = {"name": "n_became", "space_group": "Im-3m", "pressure_GPa": 100, "unit": "1"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "found", "verdict"),
+    [
+        ({"name": "energy_rmse", "model": "finetuned", "set": "test", "value": 6.7, "error": 0.3, "unit": "meV/atom"}, "12.1", "disagrees"),
+        ({"name": "energy_rmse", "model": "finetuned", "set": "test", "value": 0.0125, "unit": "eV/atom"}, "0.0121", "agrees"),
+        ({"name": "force_rmse", "model": "finetuned", "set": "test", "value": 200, "unit": "meV/A"}, "136", "agrees"),
+        ({"name": "stress_rmse", "model": "foundation", "set": "test", "value": 68.8, "unit": "kbar"}, "68.8", "agrees"),
+        ({"name": "stability_sequence", "value": ["P1", "C2/c", "R3m", "Im-3m"], "unit": "-"}, "C2/c -> R3m -> Im-3m", "agrees"),
+        ({"name": "stability_sequence", "value": ["R3m", "C2/c", "Im-3m"], "unit": "-"}, "C2/c -> R3m -> Im-3m", "disagrees"),
+        ({"name": "transition_pressure", "phases": ["C2/c", "R3m"], "value": 112, "unit": "GPa"}, "112.5", "agrees"),
+        ({"name": "transition_pressure", "phases": ["R3m", "Im-3m"], "value": [175, 180], "unit": "GPa"}, "178.6", "agrees"),
+        ({"name": "transition_pressure", "phases": ["Im-3m", "R3m"], "value": 90, "unit": "GPa"}, ">200", "disagrees"),
+        ({"name": "enthalpy_above_lowest", "phase": "R3m", "pressure_GPa": 150, "table_source": "foundation", "value": 65, "tolerance": 1,
+          "unit": "meV/atom"}, "65", "agrees"),
+        ({"name": "enthalpy_rank", "phase": "R3m", "pressure_GPa": 150, "table_source": "foundation", "value": 60, "unit": "1"},
+         "3", "disagrees"),
+        ({"name": "critical_pressure", "phase": "Im-3m", "irrep": "T1u", "method": "sscha-hessian", "energies_by": "model", "value": 98,
+          "unit": "GPa"}, "98.08", "agrees"),
+        ({"name": "critical_pressure", "phase": "Im-3m", "irrep": "T1u", "method": "harmonic", "energies_by": "dft", "value": 173,
+          "unit": "GPa"}, ">160", "agrees"),
+        ({"name": "critical_pressure", "phase": "Im-3m", "irrep": "T1u", "method": "harmonic", "energies_by": "dft", "value": 120,
+          "unit": "GPa"}, ">160", "disagrees"),
+        ({"name": "critical_pressure_difference", "phase": "Im-3m", "irrep": "T1u", "method": "sscha-hessian", "at_most": 10,
+          "unit": "GPa"}, "1.923", "agrees"),
+        ({**BECAME, "value": 13, "out_of": 100, "error": 3.4}, "2 of 9", "agrees"),
+        ({**BECAME, "value": 90, "out_of": 100, "error": 3}, "2 of 9", "disagrees"),
+        ({"name": "n_with_free_energy", "pressure_GPa": 100, "at_least": 100, "unit": "1"}, "9", "disagrees"),
+        ({"name": "lowest_space_group", "pressure_GPa": 100, "value": "Im-3m", "unit": "-"}, "Im-3m", "agrees"),
+        ({"name": "share_kept_by_dft", "space_group": "Im-3m", "at_least": 0.5, "unit": "1"}, "1", "agrees"),
+        ({"name": "gibbs_minus_enthalpy", "pressure_GPa": 100, "value": 200, "tolerance": 30, "unit": "meV/atom"}, "187.2", "agrees"),
+        ({"name": "reordering_window", "pressure_GPa": 100, "at_most": 50, "unit": "meV/atom"}, "10", "agrees"),
+        ({"name": "gradient_error", "phase": "Im-3m", "pressure_GPa": 60, "quantity": "force", "value": 128, "unit": "meV/A"},
+         "130", "agrees"),
+        ({"name": "gradient_error", "phase": "Im-3m", "pressure_GPa": 60, "quantity": "gradient_centroid", "value": 4.5, "unit": "meV/A"},
+         "16", "agrees"),
+    ],
+)  # fmt: skip
+def test_every_kind_of_value_is_found_and_judged(campaign, entry, found, verdict):
+    row = one(campaign, **entry)
+    assert (row.found, row.verdict) == (found, verdict), row.line
+
+
+def test_every_name_has_a_finder_and_says_not_in_this_run_without_tables(tmp_path):
+    assert set(NAMES) == set(FINDERS)
+    (tmp_path / "campaign").mkdir()
+    rows = validate(tmp_path, PAPER)
+    assert {row.verdict for row in rows} == {"not in this run"} and len(rows) > 35
+
+
+def test_the_paper_s_numbers_are_in_its_text_order_and_every_entry_has_a_source():
+    values = load_expected(PAPER).values
+    table = {(v.name, v.model, v.set): v.value for v in values if v.name.endswith("_rmse")}
+    assert len(table) == 18
+    assert [table["energy_rmse", m, "test"] for m in ("foundation", "finetuned")] == [85.3, 6.7]
+    assert [table["stress_rmse", "finetuned", s] for s in ("training", "validation", "test")] == [0.48, 1.14, 1.13]
+    assert all(v.source for v in values)
+    assert {v.name for v in values} == set(NAMES)
+    for v in values:
+        if v.name.endswith("_rmse"):
+            n = 1600 if v.set == "training" else 200
+            assert v.error == pytest.approx(v.value / np.sqrt(2 * n), rel=0.12), v.title
+
+
+def test_a_difference_comes_with_what_the_run_itself_says(campaign):
+    row = one(campaign, name="transition_pressure", phases=["C2/c", "R3m"], value=130, tolerance=1, unit="GPa", labels="vasp PBE")
+    words = "; ".join(row.could_explain)
+    assert row.verdict == "disagrees" and row.difference.startswith("-17")
+    slope = 0.008 / 50
+    assert f"by up to {np.sqrt(2) * 0.0121 / slope:.1f} GPa: enough" in words and "12.1 meV/atom (finetuned model, test set)" in words
+    assert "gpaw xc=PBE k_spacing=0.05" in words and "behind the expected value: vasp PBE" in words and "not finished: hessian" in words
+    row = one(campaign, **BECAME, value=90, out_of=100, error=3, supercell=[3, 3, 3])
+    words = "; ".join(row.could_explain)
+    assert "only 9 structures" in words and "supercell 2x2x2, 3x3x3 behind" in words and "at most 100 configurations" in words
+
+
+def test_reasons_change_with_the_run(campaign):
+    (campaign / "campaign" / "run.json").write_text(json.dumps({"settings": {}}))
+    (campaign / "campaign" / "tables" / "model_errors.csv").unlink()
+    row = one(campaign, name="transition_pressure", phases=["C2/c", "R3m"], value=130, tolerance=1, unit="GPa")
+    assert len(row.could_explain) == 2 and row.could_explain[1] == "the campaign is not finished: hessian"
+    assert "own error" in row.could_explain[0]
+
+
+def test_rows_of_several_models_and_labels_of_several_settings_are_named(campaign):
+    table = campaign / "campaign" / "tables" / "enthalpies.csv"
+    table.write_text(table.read_text().replace("1.006,abc", "1.006,xyz"))
+    run = {"settings": {"a": {"labeler": {"calculator": "gpaw"}}, "b": {"labeler": {"calculator": "vasp"}}}}
+    (campaign / "campaign" / "run.json").write_text(json.dumps(run))
+    words = "; ".join(one(campaign, name="transition_pressure", phases=["C2/c", "R3m"], value=140, tolerance=1, unit="GPa").could_explain)
+    assert "several models are mixed (abc, xyz)" in words and "labels of several settings: gpaw; vasp" in words
+
+
+def test_a_crossing_knows_its_error():
+    x = np.array([0.0, 1.0, 2.0, 3.0])
+    found = zero_crossing(x, x - 1.5, np.full(4, 0.1))
+    assert found.value == pytest.approx(1.5) and found.error == pytest.approx(0.1 / np.sqrt(2))
+    curved = zero_crossing(x, x**2 - 2.0, None)
+    assert abs(curved.value - np.sqrt(2.0)) < 2.0 * (curved.error or 0.0)
+    assert zero_crossing(x, x + 1.0, None).bound == "<" and zero_crossing(x, x - 9.0, None).bound == ">"
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["validate", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_exit_codes_and_files(campaign):
+    good = {"name": "lowest_space_group", "pressure_GPa": 100, "value": "Im-3m", "unit": "-", "source": "Fig. 6"}
+    absent = {"name": "lowest_space_group", "pressure_GPa": 300, "value": "Im-3m", "unit": "-", "source": "Fig. 6"}
+    path = campaign / "e.yaml"
+    path.write_text(yaml.safe_dump({"values": [good, absent]}))
+    code, text = run(str(campaign), str(path))
+    assert code == 0 and "1 agree, 0 disagrees, 1 not in this run" in text
+    path.write_text(yaml.safe_dump({"values": [good, {**good, "value": "R3m"}]}))
+    code, text = run(str(campaign), str(path))
+    assert code == 1 and re.search(r"DISAGREES +lowest_space_group", text) and "could explain it" in text
+    rows = read_validation(campaign / "campaign" / "validation.json")
+    assert [row.verdict for row in rows] == ["agrees", "disagrees"]
+    with (campaign / "campaign" / "validation.csv").open(newline="") as file:
+        assert [line["verdict"] for line in csv.DictReader(file)] == ["agrees", "disagrees"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"name": "energy_rms", "unit": "eV/atom", "value": 1}, ["energy_rms", "did you mean energy_rmse"]),
+        ({"name": "energy_rmse", "unit": "GPa", "value": 1, "model": "finetuned", "set": "test"}, ["GPa", "unit of pressure", "meV/atom"]),
+        ({"name": "energy_rmse", "unit": "meV/atm", "value": 1, "model": "finetuned", "set": "test"}, ["meV/atm", "did you mean meV/atom"]),
+        ({"name": "energy_rmse", "unit": "eV/atom", "value": 1, "model": "finetuned"}, ["needs set"]),
+        ({"name": "energy_rmse", "unit": "eV/atom", "value": 1, "model": "fine", "set": "test"}, ["model", "fine"]),
+        ({"name": "transition_pressure", "unit": "GPa", "value": 1, "phases": ["a"]}, ["phases", "two"]),
+        ({"name": "lowest_space_group", "unit": "-", "value": 3, "pressure_GPa": 100}, ["must be a name"]),
+        ({"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100}, ["one of value, at_least, at_most"]),
+        ({"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100, "value": [5, 1]}, ["[low, high]"]),
+        ({"name": "n_with_free_energy", "unit": "1", "pressure_GPa": 100, "valu": 5}, ["valu", "did you mean value"]),
+    ],
+)
+def test_a_wrong_expectation_ends_with_code_2(campaign, entry, words):
+    (campaign / "e.yaml").write_text(yaml.safe_dump({"values": [{"source": "x", **entry}]}))
+    code, text = run(str(campaign), str(campaign / "e.yaml"))
+    assert code == 2 and all(word in text for word in words), text
+
+
+def test_wrong_folders_and_tables_end_with_code_2(campaign, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    for folder, word in (("nothing", "no campaign"), ("nowhere", "no such folder")):
+        code, text = run(str(tmp_path / folder), str(PAPER))
+        assert code == 2 and word in text
+    table = campaign / "campaign" / "tables" / "enthalpies.csv"
+    table.write_text(table.read_text().replace("enthalpy_eV_per_atom", "enthalpy_meV_per_atom"))
+    code, text = run(str(campaign), str(PAPER))
+    assert code == 2 and "enthalpy_eV_per_atom is missing" in text and "enthalpy_meV_per_atom" in text
+    assert run()[0] == 2
+
+
+def test_names_lists_what_can_be_validated():
+    code, text = run("--names")
+    assert code == 0 and all(name in text for name in NAMES)
+
+
+def test_a_table_with_another_unit_is_refused(campaign):
+    table = campaign / "campaign" / "tables" / "gradient_errors.csv"
+    table.write_text(table.read_text().replace("force,eV/A", "force,meV/A"))
+    with pytest.raises(InputError, match="must be eV/A"):
+        one(campaign, name="gradient_error", phase="Im-3m", pressure_GPa=60, quantity="force", value=128, unit="meV/A")
