@@ -10,6 +10,7 @@ part of the matrix; nor are packages that need a compiler (cellconstructor, pyth
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import site
 import subprocess
@@ -26,7 +27,8 @@ ALONGSIDE = {"pydantic": "pydantic_core==2.18.1"}
 TESTS = (
     "tests/test_search.py", "tests/test_learning.py", "tests/test_labelers.py", "tests/test_labelers_files.py", "tests/test_cli.py",
     "tests/test_run_record.py", "tests/test_report.py", "tests/test_faults.py", "tests/test_status.py", "tests/test_lock.py",
-    "tests/test_potential.py", "tests/test_relax.py", "tests/test_sscha_state.py", "tests/test_sscha_native.py", "tests/test_sscha_files.py",
+    "tests/test_potential.py", "tests/test_relax.py", "tests/test_sscha_state.py", "tests/test_sscha_native.py",
+    "tests/test_sscha_files.py",
     "tests/test_host_keys.py", "tests/test_inputs.py", "tests/test_autoload.py", "tests/test_plugins.py",
 )  # fmt: skip
 
@@ -75,12 +77,8 @@ def main() -> None:
             shown = subprocess.run([str(python), "-c", ask, *names], check=True, capture_output=True, text=True)
             print(f"{which}: {shown.stdout.strip()}", flush=True)
             command = [str(python), "-m", "pytest", "-p", "no:cacheprovider", "-q", "-m", "not slow and not full", *given.tests]
-            environment = {
-                "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}",
-                "OMP_NUM_THREADS": "1",
-                "PATH": "/usr/bin:/bin",
-                "HOME": "/tmp",
-            }
+            paths = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+            environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
             codes.append(subprocess.run(command, cwd=REPOSITORY, env=environment).returncode)
             print(f"{which}: {'passed' if codes[-1] == 0 else 'FAILED'}", flush=True)
     sys.exit(max(codes))
