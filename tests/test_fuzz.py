@@ -26,6 +26,7 @@ from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
 from magus_anharmonic.ranking.files import read_structures
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings
@@ -122,6 +123,13 @@ def make_lines(file: Path) -> None:
     file.write_text("".join(json.dumps({**record, "generation": n}) + "\n" for n in range(3)))
 
 
+def make_ranking(file: Path) -> None:
+    from magus_anharmonic.ranking.candidate import Candidate
+    from magus_anharmonic.ranking.table import write_ranking
+
+    write_ranking(file, [Candidate(name, bulk("Cu"), 10.0, 0.0, 1.0, "m", spg_static="Fm-3m (225)") for name in "ab"])
+
+
 def make_lock(file: Path) -> None:
     owner = {"host": "a", "pid": 1, "machine": "m", "born": 2, "what": "x", "since": "2026-01-01T00:00:00+00:00", "token": "t", "beat": 1}
     write_json(file, owner)
@@ -157,6 +165,7 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),
     "jsonl": ("lines.jsonl", make_lines, [read_jsonl, families, lambda f: read_failures(f.parent), search_status]),
+    "csv": ("ranking.csv", make_ranking, [read_ranking]),
     "lock": ("lock.json", make_lock, [lambda f: read_owner(f.parent)]),
 }
 

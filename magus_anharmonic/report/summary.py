@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.ranking.candidate import RANKED
 
 WORDS = {"stable": "minimum", "saddle": "saddle point"}
@@ -52,8 +53,15 @@ def _number(text: str) -> float | None:
 
 
 def read_ranking(path: str | Path) -> list[Row]:
-    """Read ``ranking.csv``; rows in the order of the file."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    """Read ``ranking.csv``; rows in the order of the file. Raises ``DamagedFile``."""
+    try:
+        return _rows(Path(path))
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        raise DamagedFile(f"{path}: damaged or no ranking ({type(error).__name__}: {error}); the same command makes it anew") from None
+
+
+def _rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(
                 id=line["id"],
