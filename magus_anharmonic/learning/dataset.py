@@ -124,6 +124,8 @@ class LabelStore:
         folder = self._pending(generation)
         files = sorted(folder.glob("*.xyz"))
         if not files:
+            with contextlib.suppress(OSError):  # killed just before it was removed
+                folder.rmdir()
             return None
         done = {str(atoms.info["id"]) for file in self.directory.glob(f"gen{generation:03d}*.xyz") for atoms in read_labels(file)}
         fresh = [atoms for file in files for atoms in read_labels(file) if str(atoms.info["id"]) not in done]

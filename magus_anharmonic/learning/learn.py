@@ -149,6 +149,8 @@ def _finished(folder: Path, generation: int, potential: Potential) -> Learned | 
         if current.model_id != metrics["new_model"]:
             log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
             return None
+    for left in (folder / "training").glob(f"gen{generation}.pth*"):  # killed between the checkpoint and its tidying up
+        left.unlink()
     log.info("round %d has learned already: model %s", generation, current.model_id)
     return Learned(current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], metrics["changed"])
 

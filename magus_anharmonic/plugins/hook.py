@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.lock import Held, check_free, read_owner
 from magus_anharmonic.plugins.logs import tame
 from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, single_thread
 from magus_anharmonic.plugins.parameters import concerns_us, misspelt_blocks, stop
@@ -62,11 +64,28 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
         settings = check_installation(settings, run_dir)
         if restart:
             check_results_version(run_dir)
+        _lock(search, run_dir, only_check=True)
         _seed_generators(settings, 0)
         original(parameters, restart=restart)
+        _lock(search, run_dir)
         _ROUNDS[search] = Rounds.begin(search, settings, run_dir, restart=restart)
     except InputError as error:
         stop(error)
+
+
+def _lock(search: Magus, run_dir: Path, *, only_check: bool = False) -> None:
+    """Hold the lock of the results folder as long as ``search`` lives; raises ``InputError`` when another process holds it.
+
+    First looked at before MAGUS moves an earlier ``results`` away, taken once the new folder is there.
+    """
+    owner = read_owner(run_dir)
+    if owner is not None and owner.alive and owner.pid == os.getpid():
+        return
+    if only_check:
+        check_free(run_dir)
+        return
+    held = Held(run_dir, "magus search")
+    finalize(search, held.release)
 
 
 def _run_dir(keys: Mapping[str, Any]) -> Path:

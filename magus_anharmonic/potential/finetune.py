@@ -187,6 +187,7 @@ class _Run:
         if metrics.get("training_key") != self.key:
             return None
         logger.info("%s was trained from the same inputs: nothing to do", self.out)
+        self.state_file.unlink(missing_ok=True)  # of a run that was killed just before it did this
         known = {name: metrics[name] for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")}
         return FinetuneResult(
             path=self.out,

@@ -1,0 +1,343 @@
+"""Faults of the machine, of the disk and of people: a search goes on as if nothing had been, or says one clear line."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from ase import Atoms
+from ase.build import bulk
+from misbehaving import Misbehaving
+from typer.testing import CliRunner
+
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.failures import read_failures
+from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.labelers.base import Label
+from magus_anharmonic.learning.dataset import LabelStore, labelled
+from magus_anharmonic.learning.learn import _label
+from magus_anharmonic.lock import locked
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.search import host, run
+from magus_anharmonic.settings import LabelerSettings, parse_settings
+
+INPUT: dict[str, Any] = {
+    "symbols": ["Cu", "Al"],
+    "formula": [1, 1],
+    "min_n_atoms": 2,
+    "max_n_atoms": 4,
+    "spacegroup": [123, 166, 221, 225],
+    "pressure": 10,
+    "popSize": 2,
+    "initSize": 3,
+    "saveGood": 1,
+    "numGen": 3,
+    "randRatio": 0.5,
+    "seed": 1,
+    "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT", "maxStep": 3},
+}
+SETTINGS = parse_settings(INPUT)
+LIMIT = 2500
+"""Bytes: run.json fits, populations do not."""
+COMMAND = ["search", "--host", "embedded"]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "results").glob("*.traj"))}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A search of three generations that met no fault."""
+    folder = tmp_path_factory.mktemp("faults") / "search"
+    folder.mkdir()
+    (folder / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    run(SETTINGS, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def invoke(folder: Path, *arguments: str) -> tuple[int, str]:
+    """The command line in ``folder``: exit code and what it says at the end."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        result = CliRunner().invoke(app, [*COMMAND, *arguments])
+    finally:
+        os.chdir(before)
+        root = logging.getLogger()
+        for handler in [known for known in root.handlers if known.get_name() == "magus-anharmonic"]:
+            root.removeHandler(handler)  # it writes where nobody listens any more
+    unexpected = "" if isinstance(result.exception, SystemExit | None) else repr(result.exception)
+    return result.exit_code, result.output + unexpected
+
+
+def in_a_child(action: Callable[[], int], folder: Path) -> int:
+    """Exit code of ``action`` in a forked process, in ``folder``."""
+    child = os.fork()
+    if child == 0:
+        code = 70
+        try:
+            os.chdir(folder)
+            code = action()
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# --- disk and memory ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line_and_the_search_goes_on_once_there_is_space(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+
+    def full() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT))
+        code, said = invoke(tmp_path)
+        os.pwrite(said_file, said.encode()[-4000:], 0)
+        return code
+
+    said_file = os.open(tmp_path / "said", os.O_RDWR | os.O_CREAT)
+    assert in_a_child(full, tmp_path) == 1
+    last = (tmp_path / "said").read_text().rstrip().splitlines()[-1]
+    assert last.startswith("error: ") and "File too large" in last and "-r to go on" in last and "Traceback" not in last
+    run(SETTINGS, tmp_path, restart=True)
+    assert results(tmp_path) == results(finished)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def without_privileges() -> None:
+    """Give up root's right to write everywhere; nothing for anybody else (Linux)."""
+    header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, rights) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")
+def test_a_folder_without_the_right_to_write_is_one_line(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    said_file = os.open(tmp_path / "said", os.O_RDWR | os.O_CREAT)
+    tmp_path.chmod(0o555)
+
+    def powerless() -> int:
+        without_privileges()
+        code, said = invoke(tmp_path)
+        os.pwrite(said_file, said.encode()[-4000:], 0)
+        return code
+
+    assert in_a_child(powerless, tmp_path) == 1
+    last = (tmp_path / "said").read_text().rstrip().splitlines()[-1]
+    tmp_path.chmod(0o755)
+    assert last.startswith("error: ") and "Permission denied" in last
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "code"),
+    [
+        (MemoryError(), "memory exhausted", 1),
+        (OSError(28, "No space left on device", "results/x.traj"), "results/x.traj: No space left on device", 1),
+        (KeyboardInterrupt(), "stopped by SIGINT", 130),
+    ],
+)
+def test_what_stops_a_search_is_said_and_recorded(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, words: str, code: int
+) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+
+    def stop(self: host.Search, generation: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.Search, "_step", stop)
+        ended, said = invoke(tmp_path)
+    assert ended == code and words in said.rstrip().splitlines()[-1]
+    (record,) = read_failures(tmp_path / "results/anharmonic")
+    assert record["stage"] == "run" and record["reason"] == words
+    run(SETTINGS, tmp_path, restart=True)
+    assert results(tmp_path) == results(finished)
+
+
+# --- damaged files --------------------------------------------------------------------------------------------------------
+
+FILES = [
+    *(f"{name}{g}.traj" for name in ("init", "raw", "gen", "good", "keep") for g in (1, 2, 3)),
+    *("best.traj", "good.traj", "anharmonic/run.json", "anharmonic/search.json", "anharmonic/generations.jsonl"),
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_killed_search_with_a_cut_file_ends_the_same_or_names_the_file(finished: Path, copy: Path, name: str) -> None:
+    """Killed at the end of its last generation, all of whose files are there. What earlier steps left is not needed any more."""
+    history = copy / "results/anharmonic/generations.jsonl"
+    lines = history.read_text().splitlines()
+    history.write_text("\n".join(lines[:2]) + "\n")
+    (copy / "results/anharmonic/search.json").write_text(json.dumps({"finished": 2, "volume_ratio": json.loads(lines[1])["volume_ratio"]}))
+    file = copy / "results" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: random.Random(name).randrange(len(whole))])
+    try:
+        run(SETTINGS, copy, restart=True)
+    except InputError as error:
+        assert len(error.problems) == 1 and str(file) in str(error) and name == "anharmonic/run.json"
+        return
+    found, expected = results(copy), results(finished)
+    if name.startswith(("init", "raw")) or name in ("gen1.traj", "good1.traj", "keep1.traj"):
+        del found[name], expected[name]
+    assert found == expected
+
+
+def test_the_end_of_a_search_can_be_found_again_without_its_state_file(finished: Path, copy: Path) -> None:
+    for name in ("search.json", "generations.jsonl"):
+        (copy / "results/anharmonic" / name).unlink()
+    run(SETTINGS, copy, restart=True)
+    assert results(copy) == results(finished)
+
+
+def store_with_labels(folder: Path) -> LabelStore:
+    store = LabelStore(folder)
+    for generation in (1, 2):
+        for number in range(3):
+            atoms = bulk("Cu", cubic=True)
+            atoms.rattle(0.1, seed=10 * generation + number)
+            atoms.info = {"id": f"g{generation}-{number}", "generation": generation, "parent": "p"}
+            values = np.random.default_rng(number)
+            forces, stress = values.normal(size=(4, 3)), values.normal(size=(3, 3))
+            store.add(labelled(atoms, Label(atoms, values.normal(), None, forces, stress, "hash", 1.0)))
+        if generation == 1:
+            store.close_batch(1)
+    return store
+
+
+def test_no_cut_of_a_label_file_loses_or_changes_a_label_unnoticed(tmp_path: Path) -> None:
+    """Also where the cut leaves a readable file: at the end of a structure, or within a number."""
+    original = tmp_path / "labels"
+    energies = {key: store_atoms.get_potential_energy() for key, store_atoms in store_with_labels(original)._frames.items()}
+    files = [path for path in sorted(original.rglob("*.xyz"))]
+    assert len(files) == 4
+    draw = random.Random(1)
+    for file in files:
+        whole = file.read_bytes()
+        for cut in {0, 1, *(draw.randrange(len(whole)) for _ in range(12)), len(whole) // 3, len(whole) - 2, len(whole) - 4}:
+            folder = Path(shutil.copytree(original, tmp_path / "cut"))
+            (folder / file.relative_to(original)).write_bytes(whole[:cut])
+            try:
+                found = {key: atoms.get_potential_energy() for key, atoms in LabelStore(folder)._frames.items()}
+            except DamagedFile as error:
+                assert file.parent == original, "a label of an unfinished batch can be made again"
+                assert file.name in str(error) or "in no file" in str(error)
+            else:
+                missing = set(energies) - set(found)
+                assert missing <= ({file.stem} if file.parent != original else set()), f"{file.name} cut at {cut} of {len(whole)}"
+                assert all(found[key] == energies[key] for key in found)
+            shutil.rmtree(folder)
+
+
+def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = Key("model", 10.0, 0.0, "settings")
+    record = Record("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
+    FreeEnergyStore(tmp_path / NAME).put(record)
+    whole = (tmp_path / NAME).read_bytes()
+    for cut in (0, 10, 2000, len(whole) // 2, len(whole) - 5000):
+        (tmp_path / NAME).write_bytes(whole[:cut])
+        store = FreeEnergyStore(tmp_path / NAME)
+        store.put(record)
+        assert [item.structure for item in FreeEnergyStore(tmp_path / NAME).records()] == ["abc"]
+    assert "is damaged" in caplog.text
+
+
+# --- people and clocks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [(), ("-r",)])
+def test_a_second_search_in_the_folder_is_refused_and_touches_nothing(copy: Path, arguments: tuple[str, ...]) -> None:
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    with locked(copy / "results/anharmonic", "magus-anharmonic search"):
+        code, said = invoke(copy, *arguments)
+        (copy / "results/anharmonic/lock.json").read_text()
+    assert code == 2 and f"another process works here: magus-anharmonic search, process {os.getpid()} on" in said
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(moments)))
+    run(SETTINGS, tmp_path)
+    assert results(tmp_path) == results(finished)
+
+
+def test_a_model_that_was_replaced_meanwhile_is_refused(copy: Path) -> None:
+    file = copy / "results/anharmonic/run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({**record, "model": "0123456789ab"}))
+    with pytest.raises(InputError, match=r"holds the model emt, but the search went on with 0123456789ab: the file was replaced"):
+        run(SETTINGS, copy, restart=True)
+
+
+@pytest.mark.parametrize("path", ["../../etc/model.pth", "a/../../b", ".."])
+def test_a_relative_path_cannot_leave_the_project_folder(path: str) -> None:
+    with pytest.raises(InputError, match="leaves the project folder"):
+        _ = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": path}})
+    inside = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "models/../m.pth"}})
+    absolute = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "/srv/m.pth"}})
+    assert inside.calculator is not None and absolute.calculator is not None
+
+
+# --- labelers -------------------------------------------------------------------------------------------------------------
+
+WAYS = {
+    2: ("segfault", "SIGSEGV"),
+    3: ("hang", "within 3 s"),
+    4: ("nan", "NaN or infinite forces"),
+    5: ("atoms", "wrong number of atoms"),
+    6: ("raise", "the density is negative"),
+    7: ("unconverged", "did not converge"),
+    8: ("exit", "exit code 7"),
+}
+
+
+def chain(n: int) -> Atoms:
+    atoms = Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+    atoms.info = {"id": f"g1-{n}", "generation": 1, "parent": "p", "distortion_seed": f"1-{n}"}
+    return atoms
+
+
+def test_every_fault_of_a_labeler_is_in_the_record_of_failures_once(tmp_path: Path) -> None:
+    """Also when a restarted round meets it again; the labels that could be made are there, each of its own structure."""
+    assert Misbehaving.implemented_properties
+    behaviour = {str(n): how for n, (how, _) in WAYS.items()}
+    settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour}, n_workers=1, timeout=3.0)
+    planned = [chain(n) for n in range(1, 10)]
+    for _ in range(2):
+        store = LabelStore(tmp_path / "labels")
+        with get_labeler(settings, tmp_path / "labeling") as labeler:
+            assert _label(planned, 1, labeler, store, tmp_path) == len(WAYS)
+    reasons = {record["id"]: record["reason"] for record in read_failures(tmp_path)}
+    assert len(read_failures(tmp_path)) == len(reasons) == len(WAYS)
+    for n, (_, words) in WAYS.items():
+        assert words in reasons[f"g1-{n}"]
+    made = {atoms.info["id"]: (len(atoms), atoms.get_potential_energy()) for atoms in store.labels()}
+    assert made == {"g1-1": (1, 1.0), "g1-9": (9, 9.0)}
+
+
+@pytest.fixture(autouse=True)
+def same_folder() -> Iterator[None]:
+    before = Path.cwd()
+    yield
+    os.chdir(before)

@@ -1,0 +1,149 @@
+"""``status``: where a search is, told from its files, whoever runs it and whether it runs at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.failures import record_failure
+from magus_anharmonic.lock import NAME, locked
+from magus_anharmonic.search import run
+from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.status import status
+
+SMALL: dict[str, Any] = {
+    "symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "spacegroup": [225, 229, 194], "popSize": 2, "initSize": 2,
+    "saveGood": 1, "numGen": 1, "randRatio": 1.0, "seed": 1, "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT", "maxStep": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("status") / "search"
+    run(parse_settings(SMALL), folder)
+    return folder
+
+
+@pytest.fixture
+def search(tmp_path: Path) -> Path:
+    """A search of 4 generations with learning and SSCHA, killed in the third; nothing of the third is there yet."""
+    ours = tmp_path / "results" / "anharmonic"
+    ours.mkdir(parents=True)
+    settings = {"num_gen": 4, "learning": {"n_sample": 2, "n_perturb": 5}, "sscha": {"n_configs": 10}}
+    (ours / "run.json").write_text(json.dumps({"version": "0", "settings": settings}))
+    (ours / "search.json").write_text('{"finished": 2, "volume_ratio": 1.0}')
+    (ours / "generations.jsonl").write_text('{"generation": 1, "seconds": 100}\n{"generation": 2, "seconds": 300}\n')
+    return tmp_path
+
+
+def dead_lock(ours: Path) -> None:
+    with locked(ours, "magus-anharmonic search") as owner:
+        pass
+    (ours / NAME).write_text(json.dumps(asdict(replace(owner, born=owner.born - 1))))
+
+
+def test_a_finished_search_says_so_and_nothing_is_written(finished: Path) -> None:
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")}
+    for folder in (finished, finished / "results", finished / "results/anharmonic"):
+        found = status(folder)
+        assert found.state == "finished" and found.where == "all 1 generations are done" and found.waits_for == "nothing"
+        assert not any("left" in line for line in found.lines())
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("files", "where", "waits_for"),
+    [
+        ((), "making structures", "random structures"),
+        (("init3.traj", "anharmonic/relax/3/chunk-0.traj"), "relaxing, 1 chunks done", "next chunk"),
+        (("init3.traj", "raw3.traj", "anharmonic/labels/pending/gen003/a.xyz"), "labelling, 1 of at most 10 labels done, 1 failed", "labe"),
+        (("init3.traj", "raw3.traj", "anharmonic/labels/gen003.xyz"), "training, no epoch done yet", "epoch"),
+        (("init3.traj", "raw3.traj", "anharmonic/labels/gen003.xyz", "anharmonic/training/gen3.pth.state"), "a checkpoint of its", "epoch"),
+        (
+            ("init3.traj", "raw3.traj", "anharmonic/checkpoints/gen3.pth", "anharmonic/sscha/a/result.json",
+             "anharmonic/sscha/b/population_001.npz"),
+            "free energies, 1 runs finished, 1 open with 1 populations", "population",
+        ),
+    ],
+)  # fmt: skip
+def test_the_step_of_a_dead_search_is_told_from_its_files(search: Path, files: tuple[str, ...], where: str, waits_for: str) -> None:
+    ours = search / "results/anharmonic"
+    record_failure(ours, "label", "the density is negative", generation=3, id="g3-a")
+    dead_lock(ours)
+    for name in files:
+        (search / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (search / "results" / name).write_text("")
+    found = status(search)
+    assert found.state == "dead" and found.where.startswith("generation 3 of 4: ") and where in found.where
+    assert waits_for in found.waits_for and found.seconds_left == pytest.approx(400)
+    text = "\n".join(found.lines())
+    assert (
+        "label g3-a: the density is negative" in text and "failures: 1 label" in text and "search -r" in text and str(os.getpid()) in text
+    )
+
+
+def test_a_running_search_names_its_process_and_its_rate(search: Path) -> None:
+    ours = search / "results/anharmonic"
+    pending = ours / "labels/pending/gen003"
+    pending.mkdir(parents=True)
+    for number in range(4):
+        (pending / f"{number}.xyz").write_text("")
+        os.utime(pending / f"{number}.xyz", (time.time() - 360 * number,) * 2)
+    with locked(ours, "magus-anharmonic search"):
+        found = status(search)
+    assert found.state == "running" and found.owner is not None and found.owner.pid == os.getpid()
+    assert any(rate.startswith("13 labels per hour") for rate in found.rates) and any("200 s" in r or "3 min" in r for r in found.rates)
+
+
+def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> None:
+    ours = search / "results/anharmonic"
+    for name in ("search.json", "lock.json", "failures.jsonl"):
+        (ours / name).write_text('{"fini')
+    os.utime(ours / "run.json", (2e9 * 2,) * 2)
+    found = status(search)
+    assert found.where.startswith("generation 3 of 4") and found.state == "stopped"
+    assert "last file written: 0 s ago" in found.lines()
+
+
+def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(search: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "project/campaign"
+    shutil.copytree(search / "results", folder / "learn-075GPa/results")
+    steps = {
+        "learn-000GPa": {"status": "done", "wall_s": 1800.0},
+        "learn-075GPa": {"status": "running"},
+        "merge": {"status": "open"},
+        "produce-100GPa": {"status": "failed", "reason": "no structure is left"},
+    }
+    (folder / "steps.json").write_text(json.dumps(steps))
+    for place in (folder, folder.parent):
+        found = status(place)
+        assert found.kind == "campaign" and found.where.startswith("1 of 4 steps done, 1 failed; in learn-075GPa (generation 3 of 4")
+        assert found.seconds_left == pytest.approx(3600) and "produce-100GPa: no structure is left" in found.errors
+
+
+@pytest.mark.parametrize("what", ["", "empty", "steps"])
+def test_a_folder_that_is_nothing_is_one_clear_line(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "nothing"
+    if what:
+        folder.mkdir()
+    if what == "steps":
+        (folder / "steps.json").write_text("[1")
+    with pytest.raises(InputError):
+        status(folder)
+    result = CliRunner().invoke(app, ["status", str(folder)])
+    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1 and "input error: " in result.output
+
+
+def test_the_command_prints_what_the_library_finds(finished: Path) -> None:
+    result = CliRunner().invoke(app, ["status", str(finished)])
+    assert result.exit_code == 0 and "search in" in result.output and "where: all 1 generations are done" in result.output
