@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -60,6 +62,7 @@ def collect(settings: Settings | None = None) -> list[Check]:
         *_labelers(settings),
         *_sscha(settings),
         _embedded_host(),
+        _scheduler(settings),
         *_system_libraries(),
     ]
     return checks
@@ -197,15 +200,17 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 def _labelers(settings: Settings | None) -> list[Check]:
     from magus_anharmonic.labelers import available, code_module
+    from magus_anharmonic.scheduler import is_remote
 
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
     checks = []
     for name in dict.fromkeys([*([asked] if asked else []), *LABELERS]):
-        needed = name == asked
+        # Workers elsewhere have an environment of their own, which cannot be looked at from here.
+        needed = name == asked and not (settings and is_remote(settings.scheduler))
         if name == "main":
             checks.append(Check("labeler main", None, "MAGUS's MainCalculator, under `magus search -m`", needed=needed))
             continue
-        arguments = settings.learning.labeler.arguments if settings and settings.learning and needed else {}
+        arguments = settings.learning.labeler.arguments if settings and settings.learning and name == asked else {}
         ok, text = code_module(name).available(name, arguments) if arguments else available(name)
         fix = "" if ok else {"gpaw": "pip install 'magus-anharmonic[gpaw]'"}.get(name, "see docs/labelers.md")
         checks.append(Check(f"labeler {name}", ok if ok or needed else None, text, fix, needed))
@@ -225,6 +230,39 @@ def _embedded_host() -> Check:
         names = " ".join(name.replace("_", "-") for name in missing)
         return Check("embedded host", False, f"{names} missing", f"pip install {names}", needed=needed)
     return Check("embedded host", True, f"pyxtal {_version('pyxtal')}, ase-ga {_version('ase-ga')}", needed=needed)
+
+
+def _scheduler(settings: Settings | None) -> Check:
+    """Which scheduler is set, and whether its packages, its commands or its address are there."""
+    from magus_anharmonic.scheduler import available_cores, is_remote
+    from magus_anharmonic.scheduler.queues import COMMANDS, missing
+
+    if settings is None:
+        found = [name for name, commands in COMMANDS.items() if all(shutil.which(command) for command in commands)]
+        parts = [name for name in ("distributed", "dask_jobqueue", "dask_cuda") if find_spec(name)]
+        detail = f"Dask: {', '.join(parts) or 'not installed'}; queue systems with commands here: {', '.join(found) or 'none'}"
+        return Check("scheduler", None, detail, "scheduler: local needs neither; for the others pip install 'magus-anharmonic[cluster]'")
+    name, workers = settings.scheduler, settings.workers
+    if not is_remote(name):
+        count = 1 if name == "serial" else workers.count or available_cores()
+        return Check("scheduler", True, f"{name}: {count} process{'es' if count > 1 else ''} on this machine", needed=True)
+    problem = missing(name, workers) if name in COMMANDS else _no_answer(name, workers.timeout)
+    if problem:
+        return Check("scheduler", False, f"{name}: {problem}", "see docs/clusters.md", needed=True)
+    detail = f"{name}: {workers.count or 1} jobs by {COMMANDS[name][0]}" if name in COMMANDS else f"{name} answers"
+    return Check("scheduler", True, detail, needed=True)
+
+
+def _no_answer(address: str, timeout: float) -> str:
+    """Why nothing can be sent to a Dask scheduler at ``address``; empty when somebody listens there."""
+    if find_spec("distributed") is None:
+        return "the Python package distributed is not installed; pip install 'magus-anharmonic[dask]'"
+    host, _, port = address.partition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=min(timeout, 10.0)).close()
+    except (OSError, OverflowError) as error:
+        return f"nobody answers there ({error}); start `dask scheduler` on that machine"
+    return ""
 
 
 def _system_libraries() -> list[Check]:

@@ -133,3 +133,44 @@ def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path: Path
 def test_a_module_that_does_not_import_gives_the_reason() -> None:
     check = doctor._module("engine", "no_such_engine", "none", "pip install it", needed=True)
     assert check == Check("engine", False, "no_such_engine does not import: No module named 'no_such_engine'", "pip install it", True)
+
+
+# ------------------------------------------------------------------ the scheduler
+
+
+def scheduler_check(**keys: object) -> Check:
+    return doctor._scheduler(parse_settings(keys))
+
+
+def test_local_processes_need_nothing() -> None:
+    check = scheduler_check(workers={"count": 3})
+    assert check.ok and check.detail == "local: 3 processes on this machine"
+
+
+def test_a_queue_system_needs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("dask_jobqueue")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check = scheduler_check(scheduler="slurm")
+    assert check.ok is False and check.needed and "no command sbatch and no scancel here" in check.detail
+    for name in ("sbatch", "scancel"):
+        (tmp_path / name).write_text("#!/bin/sh")
+        (tmp_path / name).chmod(0o755)
+    assert scheduler_check(scheduler="slurm", workers={"count": 4}).detail == "slurm: 4 jobs by sbatch"
+    assert "queue systems with commands here: slurm" in doctor._scheduler(None).detail
+
+
+def test_an_address_is_tried() -> None:
+    import socket
+
+    pytest.importorskip("distributed")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        assert scheduler_check(scheduler=address).ok
+    check = scheduler_check(scheduler=address)
+    assert check.ok is False and "nobody answers there" in check.detail and "dask scheduler" in check.detail
+
+
+def test_a_labeler_of_workers_elsewhere_is_not_missing_here(labelers: dict) -> None:
+    block = {"labeler": {"calculator": "vasp"}}
+    here, elsewhere = (doctor._labelers(parse_settings({"learning": block, "scheduler": name}))[0] for name in ("local", "slurm"))
+    assert here.ok is False and here.needed and elsewhere.ok is None and not elsewhere.needed

@@ -20,7 +20,8 @@ from ase.units import GPa
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, get_labeler
 from magus_anharmonic.labelers.base import k_points, settings_hash
-from magus_anharmonic.labelers.pool import WorkerLabeler, available_cores
+from magus_anharmonic.labelers.pool import WorkerLabeler
+from magus_anharmonic.scheduler import available_cores
 from magus_anharmonic.settings import LabelerSettings
 
 EMT_PATH = "ase.calculators.emt.EMT"

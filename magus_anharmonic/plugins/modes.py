@@ -9,6 +9,7 @@ from typing import Any
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
+from magus_anharmonic.scheduler import is_remote
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> S
         problems.append(
             "MainCalculator.device: cuda cannot be used by the forked workers of `magus search -p`; run without -p "
             "(structures are relaxed in batches in one process), or set device: cpu"
+        )
+    if parallel and is_remote(settings.scheduler):
+        problems.append(
+            f"scheduler: {settings.scheduler} does not go with `magus search -p`, whose forked workers cannot share a connection; "
+            "run without -p (relaxations are sent to the workers)"
         )
     if problems:
         raise InputError(*problems)

@@ -1,8 +1,9 @@
-"""How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory]`` (all of them without names).
+"""How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory cost]`` (all of them without names).
 
 labels, sscha : one worker against two, taking turns. "speed-up" is the ratio of wall times; "busy" is the seconds spent inside tasks over
 the wall time, which says what the scheduler costs also where other programs share the cores. many : 256 Dask workers that sleep.
 memory : resident memory of the process that holds client and Dask scheduler, over 100,000 tasks.
+cost : hours of the paper's campaign at ``--atoms-per-second`` (``potential.py`` prints that number), and of one ten times its size.
 """
 
 from __future__ import annotations
@@ -83,11 +84,11 @@ def spend(scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shar
     return time.perf_counter() - begun, busy
 
 
-def labels(rounds: int) -> None:
+def labels(rounds: int, number: int) -> None:
     """EMT on 256 copper atoms: a fifth of a second, far less than any DFT label."""
     recipe = Recipe("ase.calculators.emt.EMT", {}, None, {}).as_json()
     items = []
-    for seed in range(60):
+    for seed in range(number):
         atoms = bulk("Cu", cubic=True).repeat(4)
         atoms.rattle(0.05, seed=seed)
         items.append(({"task": "label", "atoms": atoms_to_json(atoms), "recipe": recipe}, 600.0))
@@ -151,18 +152,48 @@ def memory(total: int) -> None:
     print(f"memory  {total} tasks, client and Dask scheduler: {shown} MB after each tenth; {rate:.0f} tasks/s; {load()}", flush=True)
 
 
+MEAN_ATOMS = 18  # of 4 to 32
+STEPS = 30  # evaluations of a relaxation: docs/performance.md, "Which path, and which minimum"
+ELIMINATION = 35  # times fewer evaluations than 30 populations of 1,000 for everybody: docs/performance.md, "Ranking"
+
+
+def cost(rate: float, label_seconds: float) -> None:
+    """Hours of one core or GPU that evaluates ``rate`` atoms per second, by step of the paper (Secs. IV A and B)."""
+    evaluations = {  # atoms times evaluations
+        "two searches that learn: 2 x 10 x 1,000 relaxations": 20_000 * STEPS * MEAN_ATOMS,
+        "three searches: 3 x 10,000 relaxations": 30_000 * STEPS * MEAN_ATOMS,
+        "SSCHA, 100 candidates x 30 x 1,000, 2x2x2": 100 * 30 * 1_000 * 8 * MEAN_ATOMS,
+        "Im-3m, 3x3x3, 20 x 1,000, five pressures": 5 * 20 * 1_000 * 27 * 4,
+    }
+    hours = {name: n / rate / 3600 for name, n in evaluations.items()}
+    sscha_hours = hours["SSCHA, 100 candidates x 30 x 1,000, 2x2x2"]
+    everybody = sum(hours.values())
+    raced = everybody - sscha_hours + sscha_hours / ELIMINATION
+    for name, value in hours.items():
+        print(f"cost    {name}: {value:.1f} h")
+    print(f"cost    with elimination instead of 30 x 1,000 for everybody: {sscha_hours / ELIMINATION:.1f} h instead of {sscha_hours:.1f} h")
+    print(f"cost    the campaign at {rate:g} atoms/s: {everybody:.0f} h, with elimination {raced:.0f} h")
+    print(f"cost    ten times its size: {10 * everybody:.0f} h, with elimination {10 * raced:.0f} h")
+    labels = 2_000 * label_seconds / 3600
+    print(f"cost    2,000 labels of {label_seconds:g} core seconds: {labels:.0f} core hours; ten times: {10 * labels:.0f} core hours")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", default=["labels", "sscha", "many", "memory"])
+    parser.add_argument("rows", nargs="*", default=["labels", "sscha", "many", "memory", "cost"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="of a task of row many")
     parser.add_argument("--waves", type=int, default=6)
     parser.add_argument("--tasks", type=int, default=100_000, help="of row memory")
+    parser.add_argument("--n-labels", type=int, default=60, help="of row labels")
+    parser.add_argument("--atoms-per-second", type=float, default=193.0, help="of row cost")
+    parser.add_argument("--label-seconds", type=float, default=65.0, help="core seconds of a label, of row cost")
     given = parser.parse_args()
     rows: dict[str, Callable[[], None]] = {
-        "labels": lambda: labels(given.rounds),
+        "labels": lambda: labels(given.rounds, given.n_labels),
         "sscha": lambda: sscha(given.rounds),
         "many": lambda: many(given.seconds, given.waves),
+        "cost": lambda: cost(given.atoms_per_second, given.label_seconds),
         "memory": lambda: memory(given.tasks),
     }
     for row in given.rows:

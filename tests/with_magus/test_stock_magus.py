@@ -5,89 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from ase.io import read
+from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
 
-from magus_anharmonic.autoload import is_magus
 from magus_anharmonic.files import read_jsonl
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not is_magus(), reason="skipped: MAGUS is not installed (no package magus with magus.entrypoints)"),
-]
-
-ENTRY_POINTS = """\
-[ase.ioformats]
-magus-anharmonic = magus_anharmonic.autoload:ase_format
-
-[magus.plugins]
-magus-anharmonic = magus_anharmonic.plugins:register
-"""
-
-SEARCH: dict[str, Any] = {
-    "formulaType": "fix",
-    "structureType": "bulk",
-    "symbols": ["Al"],
-    "formula": [1],
-    "min_n_atoms": 2,
-    "max_n_atoms": 4,
-    "pressure": 10,
-    "popSize": 4,
-    "numGen": 2,
-    "saveGood": 2,
-    "spacegroup": ["2-230"],
-    "d_ratio": 0.5,
-    "volume_ratio": 1.2,
-    "randRatio": 0.4,
-    "dE": 0.001,
-    "seed": 3,
-    "Fitness": ["SSCHA"],
-    "sscha": {"supercell": [2, 1, 1], "n_configs": 10, "max_populations": 1, "max_candidates": 1},
-}
-LEARNING = {"n_sample": 2, "n_perturb": 2, "epochs": 1}
-
-
-@pytest.fixture
-def work(tmp_path: Path, tiny_checkpoint: Path) -> Path:
-    """A folder with the inputs that every search here needs."""
-    info = tmp_path / "site" / "magus_anharmonic-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: magus-anharmonic\nVersion: 0\n")
-    (info / "entry_points.txt").write_text(ENTRY_POINTS)
-    folder = tmp_path / "work"
-    (folder / "inputFold/EMT").mkdir(parents=True)
-    (folder / "inputFold/EMT/emt.yaml").write_text("eps: 0.05\n")
-    (folder / "model.pth").write_bytes(Path(tiny_checkpoint).read_bytes())
-    return folder
-
-
-def ours(prefix: str = "MatterSim", **more: Any) -> dict[str, Any]:
-    return {"calculator": "mattersim", "jobPrefix": prefix, "checkpoint": "model.pth", "max_step": 5, **more}
-
-
-def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    paths = [str(folder.parent / "site"), str(REPOSITORY), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    call = [sys.executable, "-W", "ignore", "-m", "magus.entrypoints.main", *arguments]
-    return call, {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-
-
-def magus(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    call, options = command(folder, *arguments)
-    return subprocess.run(call, timeout=300, **options)
-
-
-def write_input(folder: Path, **changes: Any) -> None:
-    (folder / "input.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}))
+pytestmark = needs_magus
 
 
 def check_results(folder: Path) -> None:

@@ -1,0 +1,84 @@
+"""How the tests run MAGUS: as its users do, in a process and a folder of its own. What was run is listed at the end of the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from magus_anharmonic.autoload import is_magus
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+needs_magus = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_magus(), reason="skipped: MAGUS is not installed (no package magus with magus.entrypoints)"),
+]
+"""Marks of every test here."""
+
+RAN: list[str] = []
+"""Command lines of this session, with their exit codes."""
+
+ENTRY_POINTS = """\
+[ase.ioformats]
+magus-anharmonic = magus_anharmonic.autoload:ase_format
+
+[magus.plugins]
+magus-anharmonic = magus_anharmonic.plugins:register
+"""
+
+SEARCH: dict[str, Any] = {
+    "formulaType": "fix",
+    "structureType": "bulk",
+    "symbols": ["Al"],
+    "formula": [1],
+    "min_n_atoms": 2,
+    "max_n_atoms": 4,
+    "pressure": 10,
+    "popSize": 4,
+    "numGen": 2,
+    "saveGood": 2,
+    "spacegroup": ["2-230"],
+    "d_ratio": 0.5,
+    "volume_ratio": 1.2,
+    "randRatio": 0.4,
+    "dE": 0.001,
+    "seed": 3,
+    "Fitness": ["SSCHA"],
+    "sscha": {"supercell": [2, 1, 1], "n_configs": 10, "max_populations": 1, "max_candidates": 1},
+}
+LEARNING = {"n_sample": 2, "n_perturb": 2, "epochs": 1}
+
+
+def ours(prefix: str = "MatterSim", **more: Any) -> dict[str, Any]:
+    return {"calculator": "mattersim", "jobPrefix": prefix, "checkpoint": "model.pth", "max_step": 5, **more}
+
+
+def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
+    paths = [
+        str(folder.parent / "site"),
+        str(Path(__file__).parent),
+        str(REPOSITORY),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    call = [sys.executable, "-W", "ignore", "-m", "magus.entrypoints.main", *arguments]
+    return call, {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+
+
+def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``magus ARGUMENTS`` in ``folder``, with further variables of the environment."""
+    call, options = command(folder, *arguments)
+    options["env"] = {**options["env"], **environment}
+    result = subprocess.run(call, timeout=300, stdin=subprocess.DEVNULL, **options)
+    RAN.append(f"magus {' '.join(arguments)} -> {result.returncode}")
+    return result
+
+
+def write_input(folder: Path, **changes: Any) -> None:
+    (folder / "input.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}))

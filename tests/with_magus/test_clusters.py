@@ -1,0 +1,73 @@
+"""`magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs play."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.calculators.emt import EMT
+from ase.io import read
+from magus_run import LEARNING, magus, needs_magus, ours, write_input
+
+from magus_anharmonic.files import read_jsonl
+
+pytestmark = needs_magus
+
+CLUSTER = {"calculator": "toy-cluster", "jobPrefix": "Toy", "queueName": "normal", "numCore": 1, "numParallel": 2, "waitTime": 1}
+
+
+@pytest.fixture
+def cluster_search(work: Path, queue: Path) -> Path:
+    """An input whose labels go through a queue system."""
+    with (work.parent / "site/magus_anharmonic-0.dist-info/entry_points.txt").open("a") as file:
+        file.write("toy-cluster = toy_cluster:register\n")
+    (work / "inputFold/Toy").mkdir()
+    learning = {**LEARNING, "labeler": {"calculator": "main"}}
+    write_input(
+        work,
+        MainCalculator=CLUSTER,
+        MLCalculator=ours("ML"),
+        SelectDFTScf=True,
+        learning=learning,
+        numGen=1,
+        sscha=None,
+        Fitness=["Enthalpy"],
+    )
+    text = (work / "input.yaml").read_text().replace("sscha: null\n", "")
+    (work / "input.yaml").write_text(text)
+    return work
+
+
+@pytest.mark.parametrize(("system", "commands"), [("LSF", {"bsub", "bwait"}), ("SLURM", {"sbatch", "salloc"}), ("PBS", {"qsub", "qstat"})])
+def test_labels_come_back_through_the_queue_system(cluster_search: Path, queue: Path, system: str, commands: set[str]) -> None:
+    result = magus(cluster_search, "search", "-m", JOB_SYSTEM=system)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert {line.split()[0] for line in queue.read_text().splitlines()} == commands
+    labels = read(cluster_search / "results/anharmonic/labels/gen001.xyz", ":")
+    assert len(labels) == 4
+    for atoms in labels:
+        copy = atoms.copy()
+        copy.calc = EMT()
+        assert atoms.get_potential_energy() == pytest.approx(copy.get_potential_energy(), abs=1e-5)
+        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), "MAGUS's cluster calculators change the order"
+
+
+def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search: Path) -> None:
+    """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends without output."""
+    assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0
+    folder = cluster_search / "calcFold/Toy"
+    stale = [atoms for file in sorted(folder.glob("0?/optPop.traj")) for atoms in read(file, ":")]
+    assert len(stale) == 4
+    (folder / "crash").touch()
+    seeds = magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF")
+    assert [atoms.info["id"] for file in sorted(folder.glob("0?/optPop.traj")) for atoms in read(file, ":")] == [
+        atoms.info["id"] for atoms in stale
+    ], "MAGUS does not remove it"
+    labels = cluster_search / "results/anharmonic/labels/gen001.xyz"
+    kept = {atoms.info["id"] for atoms in read(labels, ":")} if labels.exists() else set()
+    asked = {atoms.info["id"] for file in sorted(folder.glob("0?/initPop.traj")) for atoms in read(file, ":")}
+    assert kept <= asked & {atoms.info["id"] for atoms in stale}
+    if asked.isdisjoint({atoms.info["id"] for atoms in stale}):
+        failures = read_jsonl(cluster_search / "results/anharmonic/failures.jsonl")
+        assert not kept and len(failures) == 4, seeds.stdout[-2000:]
