@@ -21,6 +21,7 @@ from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.score import Scores, labels_of, score, scores_by
+from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.shift import refit_shift
 from magus_anharmonic.potential.split import parent_of, split_by_parent
 from magus_anharmonic.potential.trainer import FinetuneSettings
@@ -140,7 +141,8 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     stages = _train_stages(module, train, validation, recipe, out, **options)
     module, errors = stages[-1].module, stages[-1].error_model
     parts = {"train": train, "validation": validation, "test": test}
-    potential = Potential(module, device=str(next(module.parameters()).device))
+    potential = Potential(module, device=str(next(module.parameters()).device), species=None if species is None else frozenset(species))
+    check_once(potential)
     scores = {part: _scores(potential, found, recipe) for part, found in parts.items() if found}
     metrics = {
         "n_train": len(train),

@@ -1,7 +1,7 @@
 """Time of a finetuning epoch, stock MatterSim against this package, in one run on one core: ``python tests/benchmarks/training.py``.
 
 H3S supercells of 4 to 32 atoms with made-up labels (the time does not depend on them). Pieces of the epoch are timed alternately on
-either side, each at its best batch size, so that other load on the machine hits both; ``--structures`` says how many are used.
+either side, each at its best batch size, in processor time, because other programs may run; ``--structures`` says how many are used.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def measure(blocks: int, units: int, n_structures: int, piece: int, seed: int) -
         for part in pieces:
             for name, prepare in (("stock", stock_epoch), ("ours", our_epoch)):
                 epoch = prepare(module, part, batch_size)
-                begun = time.perf_counter()
+                begun = time.process_time()
                 epoch()
-                seconds[name][batch_size] += time.perf_counter() - begun
+                seconds[name][batch_size] += time.process_time() - begun
     best = {name: min(times.values()) for name, times in seconds.items()}
     ratio = best["stock"] / best["ours"]
     parameters = sum(value.numel() for value in module.parameters())
