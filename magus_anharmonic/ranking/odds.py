@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.common_numbers import difference_error
 from magus_anharmonic.ranking.elimination import probability_lowest
 
 FINITE_SIZE_PART = 0.5
 """Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
 
 
-def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+def with_odds(
+    candidates: Sequence[Candidate], model_error: float | None, common: Callable[[Candidate, Candidate], float] = lambda one, other: 0.0
+) -> list[Candidate]:
     """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
 
-    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model : the
-    expected errors of both static energies together, or ``model_error``, the validation RMSE of the energy, where a structure
-    has none (None: unknown, and no total); what two structures share cancels in truth, so this is an upper estimate.
+    sampling : both standard errors together, less what ``common`` (the covariance of two free energies, eV^2/atom^2) says they
+    share; the odds take them as independent, which for candidates that share errors is on the safe side. finite size : half the
+    difference of the two interpolation terms. model : the expected errors of both static energies together, or ``model_error``,
+    the validation RMSE of the energy, where a structure has none (None: unknown, and no total); what two structures share cancels
+    in truth, so this is an upper estimate.
     Phases that another candidate stands for, estimates and failures get none.
     """
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
@@ -39,7 +44,7 @@ def with_odds(candidates: Sequence[Candidate], model_error: float | None) -> lis
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
-            difference_sampling=0.0 if c is best else math.hypot(_number(c.gibbs_error), _number(best.gibbs_error)),
+            difference_sampling=0.0 if c is best else difference_error(_number(c.gibbs_error), _number(best.gibbs_error), common(c, best)),
             difference_finite_size=finite[place],
             difference_model=_together(model[place], model[0], c is best),
             p_lowest=float(odds[place]),
