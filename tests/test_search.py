@@ -70,7 +70,7 @@ def dataset(atoms: Atoms, symprec: float) -> spglib.SpglibDataset:
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(relaxation.CHUNK, "cpu", 2)
+        patch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
         yield
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from magus_anharmonic.ranking.common_numbers import difference_error
+
 DECREASE_FACTOR = 3.0
 """Times the predicted remaining decrease of G: the prediction is of second order, and the way to a minimum may be longer."""
 MIN_POPULATIONS = 2
@@ -85,10 +87,17 @@ def resolution(model_error: float | None, free_energy_tolerance: float) -> float
     return max(free_energy_tolerance, RESOLUTION * (model_error or 0.0))
 
 
-def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None) -> dict[str, Stop]:
+Common = Callable[[str, str], float]
+"""Covariance of the free energies of two candidates, eV^2/atom^2."""
+
+
+def verdicts(
+    standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None, common: Common | None = None
+) -> dict[str, Stop]:
     """Candidates that stop now; whoever is not in it goes on.
 
-    ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given).
+    ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given); ``common``
+    knows what the errors of two candidates have in common (default: nothing).
     """
     z = rules.z(n_candidates or len(standings))
     uppers = sorted(standing.upper(z) for standing in standings.values())
@@ -100,24 +109,30 @@ def verdicts(standings: Mapping[str, Standing], rules: Rules, n_candidates: int 
             stopped[name] = Stop(f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)", eliminated=True)
         elif standing.n_populations >= rules.max_populations:
             stopped[name] = Stop()
-        elif standing.converged and (standing.error <= rules.tolerance or place_is_known(name, standings, rules, z)):
+        elif standing.converged and (standing.error <= rules.tolerance or place_is_known(name, standings, rules, z, common)):
             stopped[name] = Stop()
     return stopped
 
 
-def place_is_known(name: str, standings: Mapping[str, Standing], rules: Rules, z: float) -> bool:
-    """Whether more samples of ``name`` would tell nobody apart: its bounds overlap with nobody's, or only where it does not matter.
+def place_is_known(name: str, standings: Mapping[str, Standing], rules: Rules, z: float, common: Common | None = None) -> bool:
+    """Whether more samples of ``name`` would tell nobody apart: it differs from everybody by more than z errors, where it matters.
 
     Two matter to each other when one of them is among the best ``keep_best``. Somebody who is still relaxing does not: where
     it ends decides, not the error of ``name``; the question comes up again when it is there.
     """
     best = sorted(standings, key=lambda other: standings[other].gibbs)[: rules.keep_best]
-    own = standings[name]
     return not any(
-        other.lower(z) <= own.upper(z) and own.lower(z) <= other.upper(z)
+        _undecided((name, standings[name]), (rival, other), z, common)
         for rival, other in standings.items()
         if rival != name and (name in best or rival in best) and (other.converged or other.n_populations >= rules.max_populations)
     )
+
+
+def _undecided(one: tuple[str, Standing], other: tuple[str, Standing], z: float, common: Common | None) -> bool:
+    """Whether two candidates may yet be in either order: their bounds without errors differ by less than z errors of the difference."""
+    (low, lower), (high, upper) = sorted((one, other), key=lambda pair: pair[1].gibbs)
+    error = difference_error(lower.error, upper.error, 0.0 if common is None else common(low, high))
+    return upper.lower(0.0) - lower.gibbs <= z * error
 
 
 Advance = Callable[[dict[str, int]], dict[str, Standing]]
@@ -125,13 +140,18 @@ Advance = Callable[[dict[str, int]], dict[str, Standing]]
 
 
 def race(
-    names: Sequence[str], advance: Advance, rules: Rules, known: Mapping[str, Standing], dormant: Mapping[str, Standing]
+    names: Sequence[str],
+    advance: Advance,
+    rules: Rules,
+    known: Mapping[str, Standing],
+    dormant: Mapping[str, Standing],
+    common: Common | None = None,
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
     ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they, and those that were
     eliminated here, are woken when they could be among the best after all and everybody else has stopped. Returns a `Stop`
-    for everyone that ran and did not fail.
+    for everyone that ran and did not fail. ``common``: see `verdicts`.
     """
     total = len(names) + len(known) + len(dormant)
     standings, asleep, spent = {**known, **dormant}, set(dormant), 0
@@ -139,7 +159,7 @@ def race(
     ran: dict[str, None] = {}
     ended: set[str] = set()
     while True:
-        stopped = verdicts(standings, rules, total)
+        stopped = verdicts(standings, rules, total, common)
         asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
         wanted = [name for name in field if name not in stopped and name not in ended]
         running = [name for name in wanted if name not in asleep] or wanted

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.common_numbers import difference_error
 from magus_anharmonic.ranking.elimination import probability_lowest
 
 FINITE_SIZE_PART = 0.5
@@ -24,11 +25,16 @@ class ModelTerm:
 
 
 def with_odds(
-    candidates: Sequence[Candidate], model_error: float | None, measured: Mapping[str, ModelTerm] | None = None
+    candidates: Sequence[Candidate],
+    model_error: float | None,
+    measured: Mapping[str, ModelTerm] | None = None,
+    common: Callable[[Candidate, Candidate], float] = lambda one, other: 0.0,
 ) -> list[Candidate]:
     """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
 
-    sampling : both standard errors together. finite size : half the difference of the two interpolation terms. model : see below.
+    sampling : both standard errors together, less what ``common`` (the covariance of two free energies, eV^2/atom^2) says they
+    share; the odds take them as independent, which for candidates that share errors is on the safe side. finite size : half the
+    difference of the two interpolation terms. model : see below.
     Phases that another candidate stands for, estimates and failures get none.
 
     The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it alone has) is measured: the error of
@@ -55,7 +61,7 @@ def with_odds(
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
-            difference_sampling=0.0 if c is best else math.hypot(_number(c.gibbs_error), _number(best.gibbs_error)),
+            difference_sampling=0.0 if c is best else difference_error(_number(c.gibbs_error), _number(best.gibbs_error), common(c, best)),
             difference_finite_size=finite[place],
             difference_model=_together(model[place], model[0], shift[place] - shift[0], c is best),
             model_correction=None if terms[place] is None else terms[place].correction,

@@ -15,6 +15,7 @@ from ase import Atoms
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.common_numbers import CommonNumbers
 from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
@@ -36,7 +37,8 @@ from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
 
-_TRUST = 106
+_TRUST, _DRAWS = 106, 107
+"""Separate the random numbers of two purposes with the same seed."""
 
 SEED_KEY = "sscha_centroid"
 """``info`` key of a seed: the structure id of the SSCHA run whose centroid it is."""
@@ -125,6 +127,7 @@ class Ranking:
         self.run_dir, self.seed, self.model, self.starts = run_dir, seed, evaluator.model_id, dict(starts or {})
         self.measured = dict(measured or {})
         self.store = FreeEnergyStore(run_dir / NAME)
+        self.common_numbers = CommonNumbers(run_dir / "sscha")
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]
         self.unusable = [i for i, enthalpy in enumerate(found) if enthalpy is None]
@@ -243,7 +246,16 @@ class Ranking:
         dormant = {structure_id(self.leader(g)): standing_of(self.records[g, key], None) for g in out}
         again = [g for g in todo if (g, key) not in self.records]
         names = [structure_id(self.leader(g)) for g in again]
-        stops = race(names, advance, rules, known, dormant)
+
+        def folder_of(name: str) -> str:
+            if name in latest:
+                return latest[name][2].folder
+            return self.records[groups[name] if name in groups else int(name), key].folder
+
+        def common(one: str, other: str) -> float:
+            return self.common_numbers.covariance(folder_of(one), folder_of(other))
+
+        stops = race(names, advance, rules, known, dormant, common)
         for name, stop in stops.items():
             job, outcome, record = latest[name]
             # Only now: what the model says about an ensemble is asked once, of the last one.
@@ -274,8 +286,8 @@ class Ranking:
         """The SSCHA run of a structure with this ranking's settings; ``start``: see `free_energy`; None: an earlier model's run, if any."""
         name, sscha = structure_id(atoms), self.sscha
         folders = tuple(self.run_dir / "sscha" / key.folder(name) for key in keys)
-        # From the structure, not from its place in the queue: a restarted run draws the same configurations.
-        generator = np.random.default_rng([self.seed, int(name, 16)])
+        # one for all: alike candidates get the same random numbers, and a restarted run the same configurations
+        generator = np.random.default_rng([self.seed, _DRAWS])
         options = {
             "pressure": self.settings.pressure,
             "supercell": sscha.supercell,
@@ -345,7 +357,8 @@ class Ranking:
         if key is not None:
             candidates = self._estimated(candidates, key)
             candidates = with_followers(candidates, self.store, self.results(key))
-            candidates = with_odds(label_phases(candidates), self.energy_rmse, self.measured)
+            phases = label_phases(candidates)
+            candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: self.common_numbers.covariance(a.folder, b.folder))
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
         return numbered(candidates + failed)

@@ -34,6 +34,8 @@ from magus_anharmonic.sscha.reweight import Pool  # noqa: E402
 from magus_anharmonic.sscha.state import SschaState, expand, sample  # noqa: E402
 from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
 
+STOCK_POPULATIONS = 6
+"""Most populations of python-sscha's ``vc_relax``: 30 s of evaluations each."""
 LOG = Path(tempfile.mkdtemp()) / "log"
 
 
@@ -179,7 +181,8 @@ def whole_candidate(error: float = 1e-3, n_configs: int = 60) -> Row:
     """R3m H3S, four atoms, 2x2x2, variable cell at 150 GPa, 0 K, from the structure to G +- 1 meV/atom.
 
     Theirs: stock MatterSim under python-sscha's own ``vc_relax``, after the relaxation and the harmonic start of this package
-    (which need fewer evaluations than CellConstructor's). Both have ``n_configs`` in the last population.
+    (which need fewer evaluations than CellConstructor's). Both have ``n_configs`` in the last population; theirs ends after
+    `STOCK_POPULATIONS` whether it has converged or not, which only makes the ratio smaller.
     """
     from mattersim.forcefield.potential import MatterSimCalculator
     from mattersim.forcefield.potential import Potential as StockPotential
@@ -229,7 +232,7 @@ def stock_candidate(atoms: Atoms, calculator: Calculator, n_configs: int, pressu
         ensemble = sscha.Ensemble.Ensemble(dyn, T0=0.0)
         minimizer = sscha.SchaMinimizer.SSCHA_Minimizer(ensemble, meaningful_factor=0.02, kong_liu_ratio=0.5)
         minimizer.min_step_dyn = minimizer.min_step_struc = 0.5
-        relax = sscha.Relax.SSCHA(minimizer, ase_calculator=calculator, N_configs=n_configs, max_pop=12)
+        relax = sscha.Relax.SSCHA(minimizer, ase_calculator=calculator, N_configs=n_configs, max_pop=STOCK_POPULATIONS)
         stiffness = float(begin.stress_response[:3, :3].mean()) * EV_PER_A3_IN_GPA
         converged = relax.vc_relax(target_press=pressure, static_bulk_modulus=stiffness)
         energy, spread = minimizer.get_free_energy(return_error=True)
