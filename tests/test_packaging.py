@@ -63,9 +63,10 @@ def test_the_entry_points_lead_to_something() -> None:
 
 def test_every_distribution_that_the_code_imports_is_declared() -> None:
     declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
-    declared |= {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in PROJECT["project"]["optional-dependencies"]["gpaw"]}
-    names = {"yaml": "pyyaml", "sscha": "python-sscha", "ase_ga": "ase-ga"}
-    brought = {"torch_ema": "mattersim", "torch_geometric": "mattersim", "click": "typer"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    declared |= {re.split(r"[^A-Za-z0-9_.-]", line)[0] for extra in ("gpaw", "cluster", "docs") for line in extras[extra]}
+    names = {"yaml": "pyyaml", "sscha": "python-sscha", "ase_ga": "ase-ga", "dask_jobqueue": "dask-jobqueue"}
+    brought = {"dask": "distributed", "torch_ema": "mattersim", "torch_geometric": "mattersim", "click": "typer"}
     for path in (ROOT / "magus_anharmonic").rglob("*.py"):
         for match in re.finditer(r"^\s*(?:import|from) ([A-Za-z_][A-Za-z0-9_]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
             module = match.group(1)
