@@ -24,7 +24,7 @@ from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_byte
 from magus_anharmonic.potential.model import FactorisedM3GNet
 from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.threads import run_side_by_side
-from magus_anharmonic.potential.topology import Topology, displacements, find_topology
+from magus_anharmonic.potential.topology import Topology, find_topology
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ EDGE_UNITS_PER_BATCH = {"cpu": 1_500_000, "cuda": 500_000_000}
 MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 10_000_000}
 SHARED_FROM = 4
 """So many structures with the same atoms in one call share one neighbour list where they can."""
-KEPT_TOPOLOGIES = 8
 LEAST_EDGES_OF_A_THREAD = 1_000
 """Fewer, and the time to call torch counts."""
 _CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
@@ -83,7 +82,6 @@ class Potential:
         self.error_model = error_model
         self._edges_per_batch = edges_per_batch
         self._memory_probe, self._available = memory_probe, available
-        self._topologies: dict[tuple[bytes, bytes], Topology] = {}
         self._warned: set[int] = set()
         self._said_no_estimate = False
 
@@ -190,28 +188,15 @@ class Potential:
             groups.setdefault((atoms.numbers.tobytes(), atoms.pbc.tobytes()), []).append(index)
         lone: list[int] = []
         shared: list[tuple[Topology, list[int]]] = []
-        for key, indices in groups.items():
+        for indices in groups.values():
             members = [structures[index] for index in indices]
-            topology = self._topology(key, members) if len(indices) >= SHARED_FROM else None
+            # Found anew in each call: what is computed must not depend on what was computed before, or a restart would change it.
+            topology = find_topology(members, self.cutoff) if len(indices) >= SHARED_FROM else None
             if topology is None:
                 lone += indices
             else:
                 shared.append((topology, indices))
         return sorted(lone), shared
-
-    def _topology(self, key: tuple[bytes, bytes], members: Sequence[Atoms]) -> Topology | None:
-        """A list that covers all members: the one of the last call where it still does."""
-        known = self._topologies.get(key)
-        if known is not None and known.fits(members[0].numbers, members[0].pbc, self.cutoff):
-            if known.covers(*displacements(known, members)).all():
-                return known
-        found = find_topology(members, self.cutoff)
-        self._topologies.pop(key, None)
-        if found is not None:
-            while len(self._topologies) >= KEPT_TOPOLOGIES:
-                self._topologies.pop(next(iter(self._topologies)))
-            self._topologies[key] = found
-        return found
 
     def _edges_of_a_thread(self, structures: Sequence[Atoms], n_threads: int) -> int | None:
         """Edges of a batch such that there is one for each thread; None where that would be too little to be worth it."""
