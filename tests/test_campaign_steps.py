@@ -367,19 +367,24 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
 ) -> None:
     context = context_of(tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60})
     monkeypatch.setattr(Context, "final_model", SimpleNamespace(model_id="0123"))
-    tasks: list[closing.ErrorTask] = []
+    asked: list[tuple[Any, Any]] = []
 
-    def compute(task: closing.ErrorTask) -> int:
-        tasks.append(task)
-        write_part(task.folder, "failures", [("errors", task.phase, "none")])
-        return 60
+    def measure(source: Any, model: Any, labeler: Any, folder: Path, **options: Any) -> None:
+        asked.append((source, options))
+        folder.mkdir(parents=True)
+        (folder / "gradient_errors.csv").write_text(f"phase,rmse\n{source[1]},{len(asked)}\n")
 
-    monkeypatch.setattr(closing, "hook", lambda name: compute)
+    monkeypatch.setattr(closing, "hook", {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get)
+    monkeypatch.setattr("magus_anharmonic.sscha.result.SschaResult.read", lambda folder: folder)
     step = next(step for step in plan(context.settings) if step.id == "errors")
-    assert closing.errors(context, step).n_labels == 120
-    assert [(task.phase, task.pressure, task.n_configs) for task in tasks] == [("Im-3m", 100, 60), ("Im-3m", 150, 60)]
-    assert tasks[0].run == tmp_path / "campaign/hessian/Im-3m-100GPa/sscha-0123"
-    assert len(list(read_rows(context.folder("errors") / "tables/failures.csv"))) == 2
+    assert closing.errors(context, step).n_labels == 2 * 61
+    hessians = tmp_path / "campaign/hessian"
+    assert [source for source, _ in asked] == [
+        (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"), (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
+    ]  # fmt: skip
+    assert asked[0][1] == {"n_configs": 60, "seed": 3}
+    rows = list(read_rows(context.folder("errors") / "tables/gradient_errors.csv"))
+    assert [row["rmse"] for row in rows] == ["1", "2"]
 
 
 def test_the_last_step_makes_figures_and_then_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
