@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from campaign_inputs import write_campaign
 
-from magus_anharmonic.campaign import closing, merging, modes, quantum
+from magus_anharmonic.campaign import closing, merging, modes, quantum, searching
 from magus_anharmonic.campaign.context import Context, structure_file
 from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
 from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
@@ -268,6 +268,39 @@ def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s
     assert phase_name(phases, bulk("Fe"), space_group(bulk("Fe"))) == "", "bcc iron has one atom"
     row = enthalpy_row(Found(cubic, -1.5, "x"), phases, 150, "m", "produce")
     assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(cubic.get_volume() / 4)
+
+
+def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(tmp_path)
+    restarts: list[bool] = []
+
+    def run(settings: Any, folder: Path, restart: bool) -> None:
+        restarts.append(restart)
+        (folder / "results" / "anharmonic").mkdir(parents=True, exist_ok=True)
+        (folder / "results" / "anharmonic" / "run.json").touch()
+        if len(restarts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("magus_anharmonic.search.run", run, raising=False)
+    checkpoint = tmp_path / "final.pth"
+    checkpoint.write_text("weights")
+    folder = context.folder("produce-100GPa")
+
+    def search(pressure: float = 100) -> None:
+        searching.search(context, folder, context.settings.production_search(pressure, str(checkpoint)))
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    search()
+    search()
+    assert restarts == [False, True], "it goes on after a kill, and is left alone when finished"
+    checkpoint.write_text("other weights")
+    search()
+    search(50)
+    assert restarts == [False, True, False, False]
+    assert len(list((context.root / "superseded").iterdir())) == 2
 
 
 # the check by DFT

@@ -34,8 +34,8 @@ def runners() -> Mapping[str, Run]:
     }  # fmt: skip
 
 
-CONTENT_KEYED = frozenset({"sscha", "dft", "hessian", "errors", "relax", "foundation", "merge", "final", "report"})
-"""Kinds whose folders know their own files by content, so that changed settings take over what still holds; searches start anew."""
+SEARCHES = ("learn", "produce")
+"""Kinds whose folder is moved away when the step is asked for again; the others know their own files by content."""
 
 
 def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, StepRecord]:
@@ -127,7 +127,9 @@ class Campaign:
         if key is None and step.kind != "report":
             missing = [need for need in step.needs if self.records[need].status != "done"]
             raise InputError(f"--only: {name}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not done")
-        self._execute(step, key or "", again=True)
+        if step.kind in SEARCHES and self.records[name].status == "done":
+            self.context.move_away(self.context.folder(step))
+        self._execute(step, key or "")
 
     def _settle(self, step: Step) -> None:
         """Run the step unless it is done or cannot run."""
@@ -144,14 +146,12 @@ class Campaign:
         if record.status == "done" and record.key == key and key != "incomplete":
             log.info("%s: done before", step.id)
             return
-        self._execute(step, key, again=record.status == "done" or (bool(record.key) and record.key != key))
+        self._execute(step, key)
 
-    def _execute(self, step: Step, key: str, *, again: bool) -> None:
+    def _execute(self, step: Step, key: str) -> None:
         before = self.records[step.id]
-        if again and step.kind not in CONTENT_KEYED:
-            log.warning("%s: what it depends on has changed, or it was asked for: it starts anew", step.id)
-            self._move_away(step)
-            before = before.changed(wall_s=0.0)
+        if before.status == "done":
+            before = before.changed(wall_s=0.0, started="")
         began = time.perf_counter()
         self._put(
             step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key, pid=os.getpid())
@@ -197,16 +197,6 @@ class Campaign:
         write_part(state, "cost", rows)
         write_part(state, "failures", [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"])
         assemble(self.context.root / "tables", [*folders, state])
-
-    def _move_away(self, step: Step) -> None:
-        folder, number = self.context.folder(step), 1
-        if not folder.exists():
-            return
-        target = self.context.root / "superseded"
-        target.mkdir(exist_ok=True)
-        while (target / f"{step.id}-{number}").exists():
-            number += 1
-        folder.rename(target / f"{step.id}-{number}")
 
     def _more_cycles(self) -> bool:
         """Plan another cycle of learning when the final model of the last one misses the target; whether one was added."""
