@@ -117,6 +117,13 @@ def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(tmp_pat
         driver.run_campaign(file)
 
 
+def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(tmp_path: Path, fakes: Fakes) -> None:
+    file = write_campaign(tmp_path, hessian={"phases": [{"name": "Im-3m", "irreps": ["T2g"]}]})
+    with pytest.raises(InputError, match="T2g: this phase has no such optical mode at Gamma; it has T1u, T2u"):
+        driver.run_campaign(file)
+    assert fakes.calls == []
+
+
 def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path: Path, fakes: Fakes) -> None:
     file = write_campaign(tmp_path)
     records = driver.run_campaign(file)

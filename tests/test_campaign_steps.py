@@ -410,8 +410,13 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
     monkeypatch.setattr(closing, "hook", {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get)
     monkeypatch.setattr("magus_anharmonic.sscha.result.SschaResult.read", lambda folder: folder)
     step = next(step for step in plan(context.settings) if step.id == "errors")
-    assert closing.errors(context, step).n_labels == 2 * 61
     hessians = tmp_path / "campaign/hessian"
+    with pytest.raises(MagusAnharmonicError, match="has no SSCHA run of Im-3m-100GPa"):
+        closing.errors(context, step)
+    for pressure in (100, 150):
+        (hessians / f"Im-3m-{pressure}GPa").mkdir(parents=True)
+        (hessians / f"Im-3m-{pressure}GPa" / modes.RUN_OF_RECORD).write_text('{"run": "sscha-0123"}')
+    assert closing.errors(context, step).n_labels == 2 * 61
     assert [source for source, _ in asked] == [
         (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"), (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
     ]  # fmt: skip

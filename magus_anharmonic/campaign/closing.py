@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +46,7 @@ def errors(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
-                run = context.folder("hessian") / place(phase, pressure) / f"sscha-{context.final_model.model_id}"
+                run = run_of_record(context.folder("hessian") / place(phase, pressure))
                 own = folder / place(phase, pressure)
                 source = source_of(SschaResult.read(run), phase)
                 log.info("errors: %s at %g GPa, %d configurations by DFT", phase, pressure, settings.n_configs)
@@ -55,6 +56,16 @@ def errors(context: Context, step: Step) -> Outcome:
     # the centroids are one configuration more
     n_labels = len(parts) * (settings.n_configs + 1)
     return Outcome(len(parts), 0, n_labels, output=f"{len(parts)} {context.final_model.model_id}")
+
+
+def run_of_record(folder: Path) -> Path:
+    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError`` where there is none."""
+    from magus_anharmonic.campaign.modes import RUN_OF_RECORD
+
+    file = folder / RUN_OF_RECORD
+    if not file.is_file():
+        raise MagusAnharmonicError(f"errors: the step hessian has no SSCHA run of {folder.name} (it failed there: see failures.csv)")
+    return folder / str(json.loads(file.read_text(encoding="utf-8"))["run"])
 
 
 def report(context: Context, step: Step) -> Outcome:

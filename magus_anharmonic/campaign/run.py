@@ -59,11 +59,14 @@ def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, Step
 def _check(context: Context, root: Path) -> None:
     """What can be wrong before the first step: version, phases, foundation, host, labeler."""
     from magus_anharmonic.campaign.found import phases_of
+    from magus_anharmonic.campaign.irreps import check_irreps
     from magus_anharmonic.campaign.searching import uses_magus
 
     settings = context.settings
     check_results_version(root)
-    phases_of(settings.phases)
+    phases = {phase.name: phase for phase in phases_of(settings.phases)}
+    for wanted in settings.hessian.phases if settings.hessian else []:
+        check_irreps(phases[wanted.name].atoms, wanted.irreps)
     uses_magus(settings.host)
     settings_hash = None
     if settings.labeler is not None:
