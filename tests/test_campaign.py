@@ -117,6 +117,13 @@ def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(tmp_pat
         driver.run_campaign(file)
 
 
+def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(tmp_path: Path, fakes: Fakes) -> None:
+    file = write_campaign(tmp_path, hessian={"phases": [{"name": "Im-3m", "irreps": ["T2g"]}]})
+    with pytest.raises(InputError, match="T2g: this phase has no such optical mode at Gamma; it has T1u, T2u"):
+        driver.run_campaign(file)
+    assert fakes.calls == []
+
+
 def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path: Path, fakes: Fakes) -> None:
     file = write_campaign(tmp_path)
     records = driver.run_campaign(file)
@@ -135,7 +142,6 @@ def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(tmp_path: 
     fakes.calls.clear()
     driver.run_campaign(write_campaign(tmp_path, sscha={"settings": {"n_configs": 500}}, learning={"settings": {"n_sample": 3}}))
     assert fakes.calls == IDS
-    assert (tmp_path / "campaign" / "superseded" / "learn-075GPa-1").is_dir(), "earlier labels are moved away, never deleted"
 
 
 def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:
@@ -154,7 +160,9 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     with pytest.raises(InputError, match="no such step; there are learn-075GPa"):
         driver.run_campaign(file, only="margin")
     driver.run_campaign(file, only="learn-125GPa")
-    assert fakes.calls == ["learn-125GPa"]
+    driver.run_campaign(file, only="learn-125GPa")
+    assert fakes.calls == ["learn-125GPa"] * 2
+    assert (tmp_path / "campaign" / "superseded" / "learn-125GPa-1").is_dir(), "earlier labels are moved away, never deleted"
 
 
 def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:

@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from campaign_inputs import write_campaign
 
-from magus_anharmonic.campaign import closing, merging, modes, quantum
+from magus_anharmonic.campaign import closing, merging, modes, quantum, searching
 from magus_anharmonic.campaign.context import Context, structure_file
 from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
 from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
@@ -270,6 +270,39 @@ def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s
     assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(cubic.get_volume() / 4)
 
 
+def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = context_of(tmp_path)
+    restarts: list[bool] = []
+
+    def run(settings: Any, folder: Path, restart: bool) -> None:
+        restarts.append(restart)
+        (folder / "results" / "anharmonic").mkdir(parents=True, exist_ok=True)
+        (folder / "results" / "anharmonic" / "run.json").touch()
+        if len(restarts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("magus_anharmonic.search.run", run, raising=False)
+    checkpoint = tmp_path / "final.pth"
+    checkpoint.write_text("weights")
+    folder = context.folder("produce-100GPa")
+
+    def search(pressure: float = 100) -> None:
+        searching.search(context, folder, context.settings.production_search(pressure, str(checkpoint)))
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    search()
+    search()
+    assert restarts == [False, True], "it goes on after a kill, and is left alone when finished"
+    checkpoint.write_text("other weights")
+    search()
+    search(50)
+    assert restarts == [False, True, False, False]
+    assert len(list((context.root / "superseded").iterdir())) == 2
+
+
 # the check by DFT
 
 
@@ -367,19 +400,29 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
 ) -> None:
     context = context_of(tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60})
     monkeypatch.setattr(Context, "final_model", SimpleNamespace(model_id="0123"))
-    tasks: list[closing.ErrorTask] = []
+    asked: list[tuple[Any, Any]] = []
 
-    def compute(task: closing.ErrorTask) -> int:
-        tasks.append(task)
-        write_part(task.folder, "failures", [("errors", task.phase, "none")])
-        return 60
+    def measure(source: Any, model: Any, labeler: Any, folder: Path, **options: Any) -> None:
+        asked.append((source, options))
+        folder.mkdir(parents=True)
+        (folder / "gradient_errors.csv").write_text(f"phase,rmse\n{source[1]},{len(asked)}\n")
 
-    monkeypatch.setattr(closing, "hook", lambda name: compute)
+    monkeypatch.setattr(closing, "hook", {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get)
+    monkeypatch.setattr("magus_anharmonic.sscha.result.SschaResult.read", lambda folder: folder)
     step = next(step for step in plan(context.settings) if step.id == "errors")
-    assert closing.errors(context, step).n_labels == 120
-    assert [(task.phase, task.pressure, task.n_configs) for task in tasks] == [("Im-3m", 100, 60), ("Im-3m", 150, 60)]
-    assert tasks[0].run == tmp_path / "campaign/hessian/Im-3m-100GPa/sscha-0123"
-    assert len(list(read_rows(context.folder("errors") / "tables/failures.csv"))) == 2
+    hessians = tmp_path / "campaign/hessian"
+    with pytest.raises(MagusAnharmonicError, match="has no SSCHA run of Im-3m-100GPa"):
+        closing.errors(context, step)
+    for pressure in (100, 150):
+        (hessians / f"Im-3m-{pressure}GPa").mkdir(parents=True)
+        (hessians / f"Im-3m-{pressure}GPa" / modes.RUN_OF_RECORD).write_text('{"run": "sscha-0123"}')
+    assert closing.errors(context, step).n_labels == 2 * 61
+    assert [source for source, _ in asked] == [
+        (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"), (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
+    ]  # fmt: skip
+    assert asked[0][1] == {"n_configs": 60, "seed": 3}
+    rows = list(read_rows(context.folder("errors") / "tables/gradient_errors.csv"))
+    assert [row["rmse"] for row in rows] == ["1", "2"]
 
 
 def test_the_last_step_makes_figures_and_then_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

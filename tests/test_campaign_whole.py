@@ -46,7 +46,7 @@ def start(file: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_step_for_real_and_killed_in_the_middle(tmp_path: Path) -> None:
     file = write_campaign(tmp_path, **SMALL)
     root = tmp_path / "campaign"

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step, place
+from magus_anharmonic.campaign.tables import assemble
 from magus_anharmonic.errors import MagusAnharmonicError
 
 log = logging.getLogger(__name__)
 
-ERRORS_HOOK = "magus_anharmonic.analysis.campaign_errors"
+ERRORS_HOOK = "magus_anharmonic.analysis.errors_run.measure_errors"
+SOURCE_HOOK = "magus_anharmonic.analysis.errors_run.source_of_result"
 FIGURES_HOOK = "magus_anharmonic.analysis.make_figures"
 REPORT_HOOK = "magus_anharmonic.report.page.write_report"
-
-
-@dataclass(frozen=True)
-class ErrorTask:
-    """What `ERRORS_HOOK` gets: one phase at one pressure (GPa).
-
-    run : folder of the finished SSCHA run whose last ensemble is labelled; folder : where the hook keeps its labels and writes its part of
-    ``gradient_errors.csv`` and ``gibbs_correction.csv``, as ``folder/tables/*.csv``. The hook returns the number of labels it made.
-    """
-
-    phase: str
-    pressure: float
-    run: Path
-    model: Any
-    labeler: Any
-    n_configs: int
-    seed: int
-    folder: Path
+"""Called by name: the campaign knows these functions, and not what they need."""
 
 
 def hook(name: str) -> Callable[..., Any]:
@@ -48,27 +33,39 @@ def hook(name: str) -> Callable[..., Any]:
 
 
 def errors(context: Context, step: Step) -> Outcome:
-    """Errors of forces and free-energy gradients against DFT, phase by phase and pressure by pressure."""
+    """Errors of forces and free-energy gradients against DFT, and the first-order correction of G, in the states of the Hessians.
+
+    The functions of the analysis keep their labels in ``errors/<phase>-<P>GPa/``, and are asked again for what is there.
+    """
+    from magus_anharmonic.sscha.result import SschaResult
+
     settings, folder = context.settings.errors, context.folder(step)
     assert settings is not None
-    compute, n_labels = hook(ERRORS_HOOK), 0
+    measure, source_of = hook(ERRORS_HOOK), hook(SOURCE_HOOK)
     parts: list[Path] = []
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
+                run = run_of_record(context.folder("hessian") / place(phase, pressure))
                 own = folder / place(phase, pressure)
-                run = context.folder("hessian") / place(phase, pressure) / f"sscha-{context.final_model.model_id}"
-                task = ErrorTask(phase, pressure, run, context.final_model, labeler, settings.n_configs, context.settings.seed, own)
-                n_labels += int(compute(task))
+                source = source_of(SschaResult.read(run), phase)
+                log.info("errors: %s at %g GPa, %d configurations by DFT", phase, pressure, settings.n_configs)
+                measure(source, context.final_model, labeler, own, n_configs=settings.n_configs, seed=context.settings.seed)
                 parts.append(own)
-    _join(folder, parts)
-    return Outcome(len(parts), 0, n_labels, output=str(n_labels))
+    assemble(folder / "tables", parts, inside=".")
+    # the centroids are one configuration more
+    n_labels = len(parts) * (settings.n_configs + 1)
+    return Outcome(len(parts), 0, n_labels, output=f"{len(parts)} {context.final_model.model_id}")
 
 
-def _join(folder: Path, parts: list[Path]) -> None:
-    from magus_anharmonic.campaign.tables import assemble
+def run_of_record(folder: Path) -> Path:
+    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError`` where there is none."""
+    from magus_anharmonic.campaign.modes import RUN_OF_RECORD
 
-    assemble(folder / "tables", parts)
+    file = folder / RUN_OF_RECORD
+    if not file.is_file():
+        raise MagusAnharmonicError(f"errors: the step hessian has no SSCHA run of {folder.name} (it failed there: see failures.csv)")
+    return folder / str(json.loads(file.read_text(encoding="utf-8"))["run"])
 
 
 def report(context: Context, step: Step) -> Outcome:

@@ -52,6 +52,16 @@ class Context:
         name = step if isinstance(step, str) else step.id
         return self.root / ("final" if name.startswith("final-cycle") else name)
 
+    def move_away(self, folder: Path) -> None:
+        """Move the folder of a step to ``superseded/<step>-<number>``."""
+        if not folder.exists():
+            return
+        target, number = self.root / "superseded", 1
+        target.mkdir(exist_ok=True)
+        while (target / f"{folder.name}-{number}").exists():
+            number += 1
+        folder.rename(target / f"{folder.name}-{number}")
+
     @property
     def final_checkpoint(self) -> str:
         """The model of the second stage: the finetuned one, or without learning the foundation."""

@@ -17,7 +17,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.start import DISPLACEMENT
-from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import bare, spglib_cell, spglib_or_none
 
 
@@ -165,3 +165,11 @@ def lowest_levels(levels: Sequence[Level], wanted: Sequence[str]) -> list[Level]
     if missing:
         raise InputError(f"hessian.phases.irreps: {missing[0]}: this phase has no such optical mode at Gamma; it has {', '.join(present)}")
     return [min((level for level in levels if level.irrep == name), key=lambda level: level.square) for name in wanted or present]
+
+
+def check_irreps(atoms: Atoms | None, wanted: Sequence[str], symprec: float = 0.05) -> None:
+    """Raise ``InputError`` for a representation that ``atoms`` does not have; a structure that is not known yet passes."""
+    if atoms is None or not wanted:
+        return
+    present, _ = spaces(symmetric_primitive(atoms, symprec))
+    lowest_levels([Level(space.irrep, 0.0, space.basis) for space in present], wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import LabelerEvaluator
-from magus_anharmonic.files import append_jsonl, read_jsonl
+from magus_anharmonic.files import append_jsonl, read_jsonl, write_json
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.dispersion import Dispersion, dispersion
 from magus_anharmonic.sscha.gibbs import free_energy
@@ -32,6 +33,9 @@ from magus_anharmonic.structures import space_group, structure_id
 from magus_anharmonic.units import EV_IN_CM1, HBAR
 
 log = logging.getLogger(__name__)
+
+RUN_OF_RECORD = "run.json"
+"""In the folder of a phase at a pressure: the name of the SSCHA run whose numbers are in the tables."""
 
 SQUARE_IN_CM2 = (HBAR * EV_IN_CM1) ** 2
 """eV/A^2/amu -> cm^-2."""
@@ -70,6 +74,11 @@ def hessian(context: Context, step: Step) -> Outcome:
     write_part(folder, "modes", tally.rows)
     reason = f"{len(tally.failures)} of {len(settings.phases) * len(pressures)} points failed" if tally.failures else ""
     return Outcome(len(tally.rows), tally.n_evaluations, tally.n_labels, str(len(tally.rows)), reason, tally.failures)
+
+
+def run_name(cell: Atoms, model_id: str, *settings: Any) -> str:
+    """Folder of an SSCHA run: another cell, model or setting is another run, and finds no folder that is taken."""
+    return f"sscha-{model_id}-{hashlib.sha256(f'{structure_id(cell)} {settings}'.encode()).hexdigest()[:8]}"
 
 
 def _one(
@@ -132,7 +141,7 @@ def _sscha_hessian(
     context: Context, settings: HessianSettings, cell: Atoms, pressure: float, own: Path, tally: Tally
 ) -> tuple[Any, np.ndarray | None]:
     model = context.final_model
-    run = own / f"sscha-{model.model_id}"
+    run = own / run_name(cell, model.model_id, settings.temperature, settings.supercell, settings.n_configs, context.settings.seed)
     result = free_energy(
         cell, model, pressure, settings.temperature, supercell=settings.supercell, n_configs=settings.n_configs,
         max_populations=settings.max_populations, seed=context.settings.seed, directory=run,
@@ -140,6 +149,7 @@ def _sscha_hessian(
     tally.n_evaluations += result.n_evaluations
     if result.force_constants is None:
         raise MagusAnharmonicError(f"the SSCHA run failed: {result.reason}")
+    write_json(own / RUN_OF_RECORD, {"run": run.name})
     report = hessian_of_run(run, own / "hessian", evaluator=model, n_configs=settings.n_configs, seed=context.settings.seed)
     state: SschaState = report.hessian.state
     harmonic = None
@@ -181,18 +191,20 @@ def _hessian_by_dft(
     """SSCHA and Hessian by the labeler, from the model's state and with its cell (Sec. IV B of the paper)."""
     model = context.final_model
     common = {"n_configs": settings.dft_n_configs, "seed": context.settings.seed}
-    start = own / f"sscha-dft-start-{model.model_id}"
-    cell = phase_structure(context, phase, pressure)
-    assert cell is not None
+    found = phase_structure(context, phase, pressure)
+    assert found is not None
+    cell = symmetric_primitive(found, SYMPREC)
+    state = settings.temperature, settings.dft_supercell
+    start = own / run_name(cell, model.model_id, *state, settings.n_configs, context.settings.seed)
     begun = free_energy(
-        symmetric_primitive(cell, SYMPREC), model, pressure, settings.temperature, supercell=settings.dft_supercell,
+        cell, model, pressure, settings.temperature, supercell=settings.dft_supercell,
         n_configs=settings.n_configs, max_populations=settings.max_populations, seed=context.settings.seed, directory=start,
     )  # fmt: skip
     tally.n_evaluations += begun.n_evaluations
     if begun.force_constants is None:
         raise MagusAnharmonicError(f"the SSCHA run of the model failed: {begun.reason}")
     with context.labeler(own) as labeler:
-        run = own / f"sscha-dft-{labeler.settings_hash}"
+        run = own / f"dft-{run_name(begun.centroids, labeler.settings_hash, *state, settings.dft_n_configs, context.settings.seed)}"
         result = free_energy(
             begun.centroids, labeler, pressure, settings.temperature, supercell=settings.dft_supercell, cell="fixed",
             max_populations=settings.dft_max_populations, start=begun, directory=run, **common,

@@ -99,7 +99,7 @@ def _foundation(settings: CampaignSettings) -> dict[str, Any]:
 def _productions(settings: CampaignSettings, model: tuple[str, ...]) -> list[Step]:
     if settings.produce is None:
         return []
-    given = {} if model else _foundation(settings)
+    given = {"phases": _phases(settings), **({} if model else _foundation(settings))}
     return [
         Step(at("produce", p), "produce", model, {**given, "input": settings.production_search(p, "final"), "host": settings.host}, p)
         for p in settings.produce.pressures

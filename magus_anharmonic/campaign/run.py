@@ -34,8 +34,8 @@ def runners() -> Mapping[str, Run]:
     }  # fmt: skip
 
 
-CONTENT_KEYED = frozenset({"sscha", "dft", "hessian", "errors", "relax", "foundation", "merge", "final", "report"})
-"""Kinds whose folders know their own files by content, so that changed settings take over what still holds; searches start anew."""
+SEARCHES = ("learn", "produce")
+"""Kinds whose folder is moved away when the step is asked for again; the others know their own files by content."""
 
 
 def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, StepRecord]:
@@ -59,11 +59,14 @@ def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, Step
 def _check(context: Context, root: Path) -> None:
     """What can be wrong before the first step: version, phases, foundation, host, labeler."""
     from magus_anharmonic.campaign.found import phases_of
+    from magus_anharmonic.campaign.irreps import check_irreps
     from magus_anharmonic.campaign.searching import uses_magus
 
     settings = context.settings
     check_results_version(root)
-    phases_of(settings.phases)
+    phases = {phase.name: phase for phase in phases_of(settings.phases)}
+    for wanted in settings.hessian.phases if settings.hessian else []:
+        check_irreps(phases[wanted.name].atoms, wanted.irreps)
     uses_magus(settings.host)
     settings_hash = None
     if settings.labeler is not None:
@@ -127,7 +130,9 @@ class Campaign:
         if key is None and step.kind != "report":
             missing = [need for need in step.needs if self.records[need].status != "done"]
             raise InputError(f"--only: {name}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not done")
-        self._execute(step, key or "", again=True)
+        if step.kind in SEARCHES and self.records[name].status == "done":
+            self.context.move_away(self.context.folder(step))
+        self._execute(step, key or "")
 
     def _settle(self, step: Step) -> None:
         """Run the step unless it is done or cannot run."""
@@ -144,14 +149,12 @@ class Campaign:
         if record.status == "done" and record.key == key and key != "incomplete":
             log.info("%s: done before", step.id)
             return
-        self._execute(step, key, again=record.status == "done" or (bool(record.key) and record.key != key))
+        self._execute(step, key)
 
-    def _execute(self, step: Step, key: str, *, again: bool) -> None:
+    def _execute(self, step: Step, key: str) -> None:
         before = self.records[step.id]
-        if again and step.kind not in CONTENT_KEYED:
-            log.warning("%s: what it depends on has changed, or it was asked for: it starts anew", step.id)
-            self._move_away(step)
-            before = before.changed(wall_s=0.0)
+        if before.status == "done":
+            before = before.changed(wall_s=0.0, started="")
         began = time.perf_counter()
         self._put(
             step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key, pid=os.getpid())
@@ -197,16 +200,6 @@ class Campaign:
         write_part(state, "cost", rows)
         write_part(state, "failures", [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"])
         assemble(self.context.root / "tables", [*folders, state])
-
-    def _move_away(self, step: Step) -> None:
-        folder, number = self.context.folder(step), 1
-        if not folder.exists():
-            return
-        target = self.context.root / "superseded"
-        target.mkdir(exist_ok=True)
-        while (target / f"{step.id}-{number}").exists():
-            number += 1
-        folder.rename(target / f"{step.id}-{number}")
 
     def _more_cycles(self) -> bool:
         """Plan another cycle of learning when the final model of the last one misses the target; whether one was added."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import yaml
 
 from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import enthalpy_row, n_relaxed, phases_of, populations, relaxed_structures
-from magus_anharmonic.campaign.plan import Step
+from magus_anharmonic.campaign.plan import Step, file_digest, foundation_digest
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import read_jsonl, write_text
+from magus_anharmonic.files import read_jsonl, write_json, write_text
 from magus_anharmonic.settings import parse_settings
 
 log = logging.getLogger(__name__)
+
+IDENTITY = "identity.json"
+"""In the folder of a search: what it was started with, and whether it came to its end."""
 
 SETS = {"train": "training", "validation": "validation", "test": "test"}
 
@@ -80,16 +84,35 @@ def produce(context: Context, step: Step) -> Outcome:
 
 
 def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
-    """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(data, sort_keys=False)
-    write_text(folder / "input.yaml", text)
+    """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``; nothing when it is finished there.
+
+    A folder of another input or model is moved to ``superseded/``: what was labelled is never deleted.
+    """
+    model = content_digest(data["MainCalculator"]["checkpoint"])
+    identity = json.loads(json.dumps({"input": data, "model": model}))
+    mark = folder / IDENTITY
+    stored = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {**identity, "finished": False}
+    finished = stored.pop("finished")
+    if stored == identity and finished:
+        log.info("%s: the search is finished", folder.name)
+        return
+    if stored != identity:
+        log.warning("%s: its input or model has changed: it starts anew", folder.name)
+        context.move_away(folder)
+    write_text(folder / "input.yaml", yaml.safe_dump(data, sort_keys=False))
+    write_json(mark, {**identity, "finished": False})
     if uses_magus(context.settings.host):
         _stock_magus(folder)
     else:
         from magus_anharmonic.search import run
 
         run(parse_settings(data), folder, restart=(folder / "results" / "anharmonic" / "run.json").is_file())
+    write_json(mark, {**identity, "finished": True})
+
+
+def content_digest(checkpoint: str) -> str | None:
+    """Of the checkpoint as it is now."""
+    return foundation_digest(checkpoint) if not Path(checkpoint).is_file() else file_digest.__wrapped__(checkpoint)
 
 
 def uses_magus(host: str) -> bool:

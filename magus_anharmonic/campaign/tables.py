@@ -56,14 +56,16 @@ def read_rows(path: Path) -> Iterator[dict[str, str]]:
             yield from csv.DictReader(file)
 
 
-def assemble(target: Path, folders: Sequence[Path]) -> None:
+def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> None:
     """Make ``target`` (``campaign/tables``) from the parts in the ``folders`` of finished steps; tables without a part are removed.
+
+    ``inside``: where the parts are in each folder.
 
     Streams line by line, whatever the number of structures.
     """
     parts: dict[str, list[Path]] = {}
     for folder in folders:
-        for part in sorted([*(folder / "tables").glob("*.csv"), *folder.glob(f"tables/{STRUCTURES}")]):
+        for part in sorted([*(folder / inside).glob("*.csv"), *(folder / inside).glob(STRUCTURES)]):
             parts.setdefault(part.name, []).append(part)
     target.mkdir(parents=True, exist_ok=True)
     for stale in target.iterdir():
