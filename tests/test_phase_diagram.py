@@ -259,3 +259,13 @@ def test_the_command_takes_the_points_of_its_own_folder_again(tmp_path):
     write_points(tmp_path / "gibbs.csv", [p for p in two_isotopes() if p.temperature_K == 0])
     lines, pictures = phase_diagram_command([tmp_path], tmp_path / "again", model_error=1e-3)
     assert pictures["svg"].is_file() and "1 meV/atom for the potential" in lines[-1]
+
+
+def test_the_shipped_example_is_valid_and_its_structures_are_the_phases_it_names():
+    from magus_anharmonic.analysis.phase_grid import read_phase
+    from magus_anharmonic.structures import space_group
+
+    settings = load_phase_diagram(Path(__file__).parents[1] / "inputs" / "h3s-phase-diagram" / "phase-diagram.yaml")
+    groups = {name: space_group(read_phase(name, phase)).split(" ")[0] for name, phase in settings.phases.items()}
+    assert groups == {"Im-3m": "Im-3m", "R3m": "R3m"}
+    assert settings.isotopes["D3S"] == {"H": 2.014} and len(settings.pressures) == 3
