@@ -42,7 +42,7 @@ def _points(diagram: PhaseDiagram) -> list[str]:
         text.append(f"{len(failed) - 5} more points failed: see gibbs.csv.")
     unfinished = [point for point in usable if point.status == "unconverged"]
     if unfinished:
-        text.append(f"{len(unfinished)} points are not converged; what they may still fall by is part of their errors.")
+        text.append(f"Not converged, with what they may still fall by as part of their errors: {len(unfinished)} of the points.")
     return text
 
 
