@@ -269,3 +269,13 @@ def test_the_shipped_example_is_valid_and_its_structures_are_the_phases_it_names
     groups = {name: space_group(read_phase(name, phase)).split(" ")[0] for name, phase in settings.phases.items()}
     assert groups == {"Im-3m": "Im-3m", "R3m": "R3m"}
     assert settings.isotopes["D3S"] == {"H": 2.014} and len(settings.pressures) == 3
+
+
+def test_phases_that_agree_in_free_energy_and_volume_are_said_to_be_perhaps_one():
+    points = data({"R3m": LOW, "Im-3m": HIGH}, 11, temperatures=(0.0,))
+    assert not any("perhaps they are one phase" in line for line in sentences(phase_diagram(points, n_samples=200)))
+    last = [p for p in points if p.pressure_GPa == 160.0 and p.phase == "Im-3m"][0]
+    twins = [replace(last, phase="R3m", gibbs_eV_per_atom=last.gibbs_eV_per_atom + 5e-4) if p.pressure_GPa == 160.0 else p for p in points]
+    twins = [last if p.pressure_GPa == 160.0 and points[k].phase == "Im-3m" else p for k, p in enumerate(twins)]
+    words = [line for line in sentences(phase_diagram(twins, n_samples=200)) if "perhaps they are one phase" in line]
+    assert len(words) == 1 and "At 160 GPa, 0 K" in words[0]
