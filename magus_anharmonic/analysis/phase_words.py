@@ -57,7 +57,7 @@ def _meetings(diagram: PhaseDiagram) -> list[str]:
         where = "; ".join(f"{_place(one)} at {one.temperature:g} K" for one in sorted(found, key=lambda one: one.temperature))
         becomes = _unique(one.other or one.space_group for one in found)
         same = " and ".join(_unique(one.other for one in found if one.other))
-        merged = f" There {phase} and {same} are one and the same phase: the ions' motion removes the distortion." if same else ""
+        merged = f" Beyond, {phase} and {same} are one and the same phase: the ions' motion removes the distortion." if same else ""
         text.append(f"{phase} ({isotopes}) turns into {' or '.join(becomes)} {where}.{merged}")
     return text
 
@@ -78,8 +78,8 @@ def _alike(diagram: PhaseDiagram) -> list[str]:
             if abs(gap) <= 2 * error and swelling <= 2 * math.hypot(one.volume_error_A3_per_atom, other.volume_error_A3_per_atom):
                 text.append(
                     f"At {one.pressure_GPa:g} GPa, {one.temperature_K:g} K ({one.isotopes}) {one.phase} and {other.phase} agree in G "
-                    f"({1000 * abs(gap):.1f} +- {1000 * error:.1f} meV/atom apart) and in volume within two standard errors: perhaps they are "
-                    "one phase there, and a boundary between them is then a continuous transition."
+                    f"({1000 * abs(gap):.1f} +- {1000 * error:.1f} meV/atom apart) and in volume within two standard errors: perhaps they "
+                    "are one phase there, and a boundary between them is then a continuous transition."
                 )
     return text
 
