@@ -22,6 +22,7 @@ from magus_anharmonic.settings import (
     campaign,
     WorkerSettings,
 )
+from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 
 PAGE = Path(__file__).with_name("keys.md")
 
@@ -37,6 +38,12 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
         "For `magus-anharmonic search --host embedded`. A key that only MAGUS knows is named and refused.",
         HostKeys,
     ),
+    (
+        "`phase-diagram.yaml`",
+        "For `magus-anharmonic phase-diagram`: see [phase-diagram.md](phase-diagram.md). `sscha` as above, without the keys of a ranking.",
+        PhaseDiagramSettings,
+    ),
+    ("One entry of `phases`", "A path alone is enough.", PhaseSettings),
     ("Recipe of `magus-anharmonic train --recipe`", "A file of its own.", TrainRecipe),
     ("One entry of `stages` in a recipe", "Stages run one after the other.", FinetuneSettings),
     ("`campaign.yaml`", "A file of its own, for `magus-anharmonic campaign`. Files in it are relative to it.", campaign.CampaignSettings),

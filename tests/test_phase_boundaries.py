@@ -149,3 +149,11 @@ def test_quantiles_of_numbers_that_may_be_beyond_the_grid():
     values = np.array([-math.inf, 1.0, 2.0, 3.0, math.inf])
     assert quantile(values, 0.5) == 2.0 and quantile(values, 0.25) == 1.0
     assert quantile(values, 0.01) == -math.inf and quantile(values, 0.99) == math.inf
+
+
+@pytest.mark.parametrize("kinds", ["G", "GV", "GS"])
+def test_without_volumes_or_entropies_the_slope_is_not_checked_and_it_is_said_why(kinds):
+    points = data({"low": LOW, "high": HIGH}, 4, kinds=kinds)
+    line = [one for one in all_boundaries(phase_set(points, "natural", n_samples=200)) if one.below == "low"]
+    check = slope_check(points, line)
+    assert check is not None and "volume and an entropy" in check.reason

@@ -259,3 +259,23 @@ def test_the_command_takes_the_points_of_its_own_folder_again(tmp_path):
     write_points(tmp_path / "gibbs.csv", [p for p in two_isotopes() if p.temperature_K == 0])
     lines, pictures = phase_diagram_command([tmp_path], tmp_path / "again", model_error=1e-3)
     assert pictures["svg"].is_file() and "1 meV/atom for the potential" in lines[-1]
+
+
+def test_the_shipped_example_is_valid_and_its_structures_are_the_phases_it_names():
+    from magus_anharmonic.analysis.phase_grid import read_phase
+    from magus_anharmonic.structures import space_group
+
+    settings = load_phase_diagram(Path(__file__).parents[1] / "inputs" / "h3s-phase-diagram" / "phase-diagram.yaml")
+    groups = {name: space_group(read_phase(name, phase)).split(" ")[0] for name, phase in settings.phases.items()}
+    assert groups == {"Im-3m": "Im-3m", "R3m": "R3m"}
+    assert settings.isotopes["D3S"] == {"H": 2.014} and len(settings.pressures) == 3
+
+
+def test_phases_that_agree_in_free_energy_and_volume_are_said_to_be_perhaps_one():
+    points = data({"R3m": LOW, "Im-3m": HIGH}, 11, temperatures=(0.0,))
+    assert not any("perhaps they are one phase" in line for line in sentences(phase_diagram(points, n_samples=200)))
+    last = [p for p in points if p.pressure_GPa == 160.0 and p.phase == "Im-3m"][0]
+    twins = [replace(last, phase="R3m", gibbs_eV_per_atom=last.gibbs_eV_per_atom + 5e-4) if p.pressure_GPa == 160.0 else p for p in points]
+    twins = [last if p.pressure_GPa == 160.0 and points[k].phase == "Im-3m" else p for k, p in enumerate(twins)]
+    words = [line for line in sentences(phase_diagram(twins, n_samples=200)) if "perhaps they are one phase" in line]
+    assert len(words) == 1 and "At 160 GPa, 0 K" in words[0]

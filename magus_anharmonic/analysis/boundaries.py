@@ -238,6 +238,10 @@ def slope_check(
         return [fit_surface(mine, kinds).draw(n_samples, np.random.default_rng([seed, k])) for k, mine in enumerate(pairs)]
 
     nan = math.nan
+    warm = [p for mine in pairs for p in mine if p.usable and p.temperature_K > 0]
+    if not all(p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm):
+        reason = "not every point has a volume and an entropy with their errors"
+        return SlopeCheck(one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, reason)
     try:
         a, b = drawn(("G",))
         by_gibbs = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from magus_anharmonic.analysis.boundaries import BoundaryPoint, PhaseSet, common_pressures
-from magus_anharmonic.analysis.phase_diagram import PhaseDiagram, lines
+from magus_anharmonic.analysis.phase_diagram import PhaseDiagram, Stable, lines
 from magus_anharmonic.files import replacing
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito: told apart by everybody."""
 STYLES = ("-", "--", ":", "-.")
+SURE = 0.95
 MARKERS = ("o", "s", "^", "D")
 
 
@@ -52,11 +53,9 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
     _limits(axes, diagram)
     for one in diagram.stable:
         place = order.index(one.isotopes)
-        filled = one.odds >= 0.95 or not math.isfinite(one.gap)
-        axes.plot(
-            [one.pressure], [one.temperature], MARKERS[place % 4], ms=6 - 1.5 * place, color=colors[one.phase],
-            mfc=colors[one.phase] if filled else "white", zorder=3,
-        )  # fmt: skip
+        marker = MARKERS[place % 4] if _compared(diagram, one) else "x"
+        face = colors[one.phase] if one.odds >= SURE else "white"
+        axes.plot([one.pressure], [one.temperature], marker, ms=6 - 1.5 * place, color=colors[one.phase], mfc=face, zorder=3)
     for line in lines(diagram.boundaries):
         _line(axes, line, order)
     for one in diagram.meetings:
@@ -67,6 +66,13 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
     _legend(axes, diagram, colors)
     axes.set_xlabel("pressure (GPa)")
     axes.set_ylabel("temperature (K)")
+
+
+def _compared(diagram: PhaseDiagram, one: Stable) -> bool:
+    """Whether another phase has a free energy there, or has turned into this one."""
+    here = (one.isotopes, one.pressure, one.temperature)
+    merged = any((p.isotopes, p.pressure_GPa, p.temperature_K) == here and p.same_as == one.phase for p in diagram.points)
+    return merged or math.isfinite(one.gap)
 
 
 def _line(axes: Any, line: Sequence[BoundaryPoint], order: Sequence[str]) -> None:
@@ -95,7 +101,9 @@ def _legend(axes: Any, diagram: PhaseDiagram, colors: dict[str, str]) -> None:
         Line2D([], [], marker="o", ls="", color=color, label=name + ("" if name in lowest else " (nowhere lowest)"))
         for name, color in colors.items()
     ]
-    if any(one.odds < 0.95 and math.isfinite(one.gap) for one in diagram.stable):
+    if not all(_compared(diagram, one) for one in diagram.stable):
+        handles.append(Line2D([], [], marker="x", ls="", color="0.3", label="no other phase to compare with"))
+    if any(one.odds < SURE for one in diagram.stable):
         handles.append(Line2D([], [], marker="o", ls="", color="0.3", mfc="white", label="lowest with odds below 95 %"))
     if diagram.boundaries or diagram.meetings:
         for i, name in enumerate(diagram.isotopes):

@@ -16,6 +16,7 @@ def sentences(diagram: PhaseDiagram) -> list[str]:
     return [
         *_points(diagram),
         *_meetings(diagram),
+        *_alike(diagram),
         *(line for boundary in lines(diagram.boundaries) for line in _boundary(diagram, boundary)),
         *_no_boundary(diagram),
         *_shifts(diagram),
@@ -42,7 +43,7 @@ def _points(diagram: PhaseDiagram) -> list[str]:
         text.append(f"{len(failed) - 5} more points failed: see gibbs.csv.")
     unfinished = [point for point in usable if point.status == "unconverged"]
     if unfinished:
-        text.append(f"{len(unfinished)} points are not converged; what they may still fall by is part of their errors.")
+        text.append(f"Not converged, with what they may still fall by as part of their errors: {len(unfinished)} of the points.")
     return text
 
 
@@ -56,8 +57,30 @@ def _meetings(diagram: PhaseDiagram) -> list[str]:
         where = "; ".join(f"{_place(one)} at {one.temperature:g} K" for one in sorted(found, key=lambda one: one.temperature))
         becomes = _unique(one.other or one.space_group for one in found)
         same = " and ".join(_unique(one.other for one in found if one.other))
-        merged = f" There {phase} and {same} are one and the same phase: the ions' motion removes the distortion." if same else ""
+        merged = f" Beyond, {phase} and {same} are one and the same phase: the ions' motion removes the distortion." if same else ""
         text.append(f"{phase} ({isotopes}) turns into {' or '.join(becomes)} {where}.{merged}")
+    return text
+
+
+def _alike(diagram: PhaseDiagram) -> list[str]:
+    """Phases with different space groups that agree in G and in volume somewhere: perhaps one phase, its symmetry hidden by noise."""
+    text = []
+    usable = [point for point in diagram.points if point.usable]
+    for k, one in enumerate(usable):
+        for other in usable[k + 1 :]:
+            same_place = all(
+                getattr(one, name) == getattr(other, name) for name in ("isotopes", "formula", "pressure_GPa", "temperature_K")
+            )
+            if not same_place or one.phase == other.phase:
+                continue
+            gap, error = one.gibbs_eV_per_atom - other.gibbs_eV_per_atom, math.hypot(one.error, other.error)
+            swelling = abs(one.volume_A3_per_atom - other.volume_A3_per_atom)
+            if abs(gap) <= 2 * error and swelling <= 2 * math.hypot(one.volume_error_A3_per_atom, other.volume_error_A3_per_atom):
+                text.append(
+                    f"At {one.pressure_GPa:g} GPa, {one.temperature_K:g} K ({one.isotopes}) {one.phase} and {other.phase} agree in G "
+                    f"({1000 * abs(gap):.1f} +- {1000 * error:.1f} meV/atom apart) and in volume within two standard errors: perhaps they "
+                    "are one phase there, and a boundary between them is then a continuous transition."
+                )
     return text
 
 
