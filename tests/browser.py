@@ -98,6 +98,7 @@ class Browser:
         self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.navigate(page.resolve().as_uri())
         self.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        self.evaluate("document.fonts.ready.then(() => 1)")
 
     def navigate(self, url: str) -> None:
         """Go to an address and wait for its ``load``; what was heard of the page before is forgotten."""

@@ -314,6 +314,7 @@ def test_of_many_structures_only_those_shown_are_parsed(tmp_path: Path, monkeypa
         ([(50, -4), (100, 9)], "is imaginary at 50 GPa and real at 100 GPa"),
         ([(100, 9), (50, -4)], "is imaginary at 50 GPa and real at 100 GPa"),
         ([(50, -4)], "is imaginary at 50 GPa"),
+        ([(50, -4), (100, -3)], "is imaginary at 50 to 100 GPa"),
         ([(50, 4), (100, 5)], "is real at 50 to 100 GPa"),
         ([(50, 4), (100, -5)], "changes its sign"),
     ],

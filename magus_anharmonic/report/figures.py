@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Picture:
     alt: str
     uri: str
     data: str = ""
+    wide: bool = False
 
 
 def stored_pictures(folder: Path) -> list[Picture]:
@@ -67,9 +69,8 @@ def stored_picture(folder: Path, name: str, *, title: str = "", alt: str = "") -
     content = choice.read_bytes()
     own_title, own_alt = _own_words(vector) if vector.is_file() else ("", "")
     title = title or own_title or title_of(name)
-    return Picture(
-        name, title, alt or own_alt or described(title, table), _uri(content, choice.suffix), table.name if table.is_file() else ""
-    )
+    alt = alt or own_alt or described(title, table)
+    return Picture(name, title, alt, _uri(content, choice.suffix), table.name if table.is_file() else "", _wide(content))
 
 
 def title_of(name: str) -> str:
@@ -123,7 +124,17 @@ def drawn(figure: Figure, name: str, title: str, alt: str, data: str = "") -> Pi
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title, "Description": alt})
-    return Picture(name, title, alt, _uri(buffer.getvalue(), ".svg"), data)
+    return Picture(name, title, alt, _uri(buffer.getvalue(), ".svg"), data, _wide(buffer.getvalue()))
+
+
+def _wide(content: bytes) -> bool:
+    """Several panels side by side: wider than 1.8 times the height, by the view box of an SVG or the header of a PNG."""
+    if content.startswith(b"\x89PNG"):
+        width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
+    else:
+        box = re.search(rb'viewBox="[\d.]+ [\d.]+ ([\d.]+) ([\d.]+)"', content[:4000])
+        width, height = (float(box[1]), float(box[2])) if box else (1.0, 1.0)
+    return width > 1.8 * height
 
 
 def _uri(content: bytes, suffix: str) -> str:

@@ -33,18 +33,19 @@
     const probe = document.createElement("canvas");
     return Boolean(probe.getContext("webgl2") || probe.getContext("webgl"));
   };
-  const viewer = webgl() ? start() : null;
+  let viewer = null;
+  let current = 0;
 
   function start() {
     box.replaceChildren();
     box.classList.add("live");
     const made = $3Dmol.createViewer(box, { backgroundAlpha: 0, antialias: true, disableFog: true });
-    if (!made) return null;
+    if (!made) return;
+    viewer = made;
     document.querySelector(".controls").hidden = false;
     // the wheel scrolls the page; with Ctrl it zooms
     box.addEventListener("wheel", (event) => { if (!event.ctrlKey) event.stopPropagation(); }, true);
-    addEventListener("resize", () => { made.resize(); made.render(); });
-    return made;
+    show(current);
   }
 
   const point = ([x, y, z]) => ({ x, y, z });
@@ -52,14 +53,15 @@
   function home() {
     viewer.setView([0, 0, 0, 0, 0, 0, 0, 1]);
     viewer.zoomTo();
-    viewer.rotate(-18, "z");
-    viewer.rotate(-72, "x");
+    viewer.rotate(-18, "vz");
+    viewer.rotate(-72, "vx");
     viewer.zoom(1.05);
     viewer.render();
   }
 
   function show(index) {
     const scene = scenes[index];
+    current = index;
     select.value = String(index);
     box.setAttribute("aria-label", scene.label);
     document.getElementById("hint").textContent = captions[index].innerText.replace(/\s*3D\s*$/, "").replace(/\n+/g, ", ");
@@ -88,7 +90,7 @@
     home();
   }
 
-  const turn = (axis, angle) => { viewer.rotate(angle, axis); viewer.render(); };
+  const turn = (axis, angle) => { viewer.rotate(angle, `v${axis}`); viewer.render(); };
   const zoom = (factor) => { viewer.zoom(factor); viewer.render(); };
 
   select.addEventListener("change", () => show(Number(select.value)));
@@ -112,4 +114,11 @@
     event.preventDefault();
   });
   show(0);
+  if (!webgl()) return;
+  // a page opened in the background has no size yet, and WebGL cannot draw into nothing
+  new ResizeObserver(() => {
+    if (!box.clientWidth || !box.clientHeight) return;
+    if (!viewer) start();
+    else { viewer.resize(); viewer.render(); }
+  }).observe(box);
 })();
