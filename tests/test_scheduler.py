@@ -153,6 +153,32 @@ def test_leaving_in_the_middle_ends_what_runs(tmp_path):
         assert first.value[0] > 0 and time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
+def test_a_connection_that_breaks_is_made_again_and_no_task_is_lost(cluster, tmp_path):
+    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+        ends = scheduler.map(tasks.who, [0.3] * 8)
+        found = [next(ends)]
+        client = scheduler._client
+        client.loop.add_callback(lambda: client.scheduler_comm.comm.abort())
+        found += list(ends)
+    assert sorted(done.index for done in found) == list(range(8)) and not any(done.reason for done in found)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, host="127.0.0.1", dashboard_address=None) as short:
+        scheduler = DaskScheduler.connect(short.scheduler_address, WorkerSettings())
+        ends = scheduler.map(tasks.who, [0.2] * 50)
+        next(ends)
+        monkeypatch.setattr("magus_anharmonic.scheduler.cluster.PATIENCE", 3.0)
+        short.close()
+        with pytest.raises(MagusAnharmonicError, match="connection to the Dask scheduler is lost; finished work is kept"):
+            list(ends)
+        scheduler.close()
+
+
 # ------------------------------------------------------------------ addresses, files
 
 
