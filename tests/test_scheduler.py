@@ -42,7 +42,7 @@ def cluster():
     """A Dask scheduler with two worker processes on this machine."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None) as found:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
         yield found
         close_clusters()
 
@@ -168,7 +168,7 @@ def test_a_connection_that_breaks_is_made_again_and_no_task_is_lost(cluster, tmp
 def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, host="127.0.0.1", dashboard_address=None) as short:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0") as short:
         scheduler = DaskScheduler.connect(short.scheduler_address, WorkerSettings())
         ends = scheduler.map(tasks.who, [0.2] * 50)
         next(ends)
