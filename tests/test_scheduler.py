@@ -245,6 +245,16 @@ def copper(scale: float) -> Atoms:
     return atoms
 
 
+@pytest.mark.parametrize(
+    ("own", "keys", "expected"),
+    [(None, {"workers": {"count": 3}}, 3), (5, {"workers": {"count": 3}}, 5), (5, {"scheduler": "serial"}, 1)],
+)
+def test_labels_here_run_as_many_at_a_time_as_the_keys_say(tmp_path, own, keys, expected):
+    settings = LabelerSettings(calculator="ase.calculators.emt.EMT", n_workers=own)
+    with get_labeler(settings, tmp_path, parse_settings(keys)) as labeler:
+        assert labeler.n_workers == expected
+
+
 @pytest.mark.slow
 def test_labels_on_dask_workers_are_those_made_here(cluster, tmp_path):
     structures = [copper(scale) for scale in (1.0, 1.02, 0.97)]
