@@ -42,7 +42,7 @@ def cluster():
     """A Dask scheduler with two worker processes on this machine."""
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None) as found:
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
         yield found
         close_clusters()
 
@@ -153,6 +153,32 @@ def test_leaving_in_the_middle_ends_what_runs(tmp_path):
         assert first.value[0] > 0 and time.monotonic() - begun < 5
 
 
+@pytest.mark.slow
+def test_a_connection_that_breaks_is_made_again_and_no_task_is_lost(cluster, tmp_path):
+    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+        ends = scheduler.map(tasks.who, [0.3] * 8)
+        found = [next(ends)]
+        client = scheduler._client
+        client.loop.add_callback(lambda: client.scheduler_comm.comm.abort())
+        found += list(ends)
+    assert sorted(done.index for done in found) == list(range(8)) and not any(done.reason for done in found)
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0") as short:
+        scheduler = DaskScheduler.connect(short.scheduler_address, WorkerSettings())
+        ends = scheduler.map(tasks.who, [0.2] * 50)
+        next(ends)
+        monkeypatch.setattr("magus_anharmonic.scheduler.cluster.PATIENCE", 3.0)
+        short.close()
+        with pytest.raises(MagusAnharmonicError, match="connection to the Dask scheduler is lost; finished work is kept"):
+            list(ends)
+        scheduler.close()
+
+
 # ------------------------------------------------------------------ addresses, files
 
 
@@ -217,6 +243,16 @@ def copper(scale: float) -> Atoms:
     atoms = bulk("Cu", cubic=True, a=3.6 * scale)
     atoms.rattle(0.05, seed=3)
     return atoms
+
+
+@pytest.mark.parametrize(
+    ("own", "keys", "expected"),
+    [(None, {"workers": {"count": 3}}, 3), (5, {"workers": {"count": 3}}, 5), (5, {"scheduler": "serial"}, 1)],
+)
+def test_labels_here_run_as_many_at_a_time_as_the_keys_say(tmp_path, own, keys, expected):
+    settings = LabelerSettings(calculator="ase.calculators.emt.EMT", n_workers=own)
+    with get_labeler(settings, tmp_path, parse_settings(keys)) as labeler:
+        assert labeler.n_workers == expected
 
 
 @pytest.mark.slow

@@ -70,7 +70,8 @@ def get_labeler(settings: LabelerSettings, directory: str | Path, scheduling: Sc
         raise LabelerNotInstalled(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
     if scheduling is not None and scheduling.scheduler == "serial":
         return WorkerLabeler(recipe, Path(directory), n_workers=1, timeout=settings.timeout)
-    n_workers = settings.n_workers or module.default_workers(available_cores())
+    count = None if scheduling is None else scheduling.workers.count
+    n_workers = settings.n_workers or count or module.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
 
 

@@ -163,19 +163,26 @@ class _Call:
                 return Done(index, None, DIED.format(self.deaths[index]), died=True)
             self.again.append((index, item))
             return None
-        if error is None and self.client.status == "running":
+        if error is None:
+            # Dask drops what was under way when a connection breaks, and makes a new one by itself.
+            self._connected()
             self.again.append((index, item))
             return None
-        if error is None:
-            raise MagusAnharmonicError(f"{self.scheduler.description}: the connection to the Dask scheduler is lost; finished work is kept")
         raise MagusAnharmonicError(
             f"{self.scheduler.description}: a worker cannot run this package's tasks: {type(error).__name__}: {_one_line(error)}; "
             "install the same version of magus-anharmonic and Dask there"
         )
 
-    def _complain(self) -> None:
+    def _connected(self) -> None:
+        """Wait for a broken connection; raises ``MagusAnharmonicError`` when it does not come back."""
+        end = time.monotonic() + PATIENCE
+        while self.client.status == "connecting" and time.monotonic() < end:
+            time.sleep(0.1)
         if self.client.status != "running":
             raise MagusAnharmonicError(f"{self.scheduler.description}: the connection to the Dask scheduler is lost; finished work is kept")
+
+    def _complain(self) -> None:
+        self._connected()
         if time.monotonic() - self.quiet_since > PATIENCE and self.scheduler.n_workers == 0:
             self.quiet_since = time.monotonic()
             log.warning("%s: no worker is there; waiting", self.scheduler.description)

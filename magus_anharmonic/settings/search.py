@@ -75,7 +75,9 @@ class LabelerSettings(Section):
     )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
     k_spacing: Positive | None = Field(None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler")
-    n_workers: Count | None = Field(None, description="labels at the same time; left out: one per core")
+    n_workers: Count | None = Field(
+        None, description="labels at the same time with scheduler: local; left out: workers.count, or one per core"
+    )
     timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
 
 

@@ -1,7 +1,7 @@
 """How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory cost]`` (all of them without names).
 
 labels, sscha : one worker against two, taking turns. "speed-up" is the ratio of wall times; "busy" is the seconds spent inside tasks over
-the wall time, which says what the scheduler costs also where other programs share the cores. many : 256 Dask workers that sleep.
+the wall time, which says what the scheduler costs also where other programs share the cores. many : 256 places that sleep.
 memory : resident memory of the process that holds client and Dask scheduler, over 100,000 tasks.
 cost : hours of the paper's campaign at ``--atoms-per-second`` (``potential.py`` prints that number), and of one ten times its size.
 """
@@ -45,7 +45,7 @@ def timed(item: tuple[Callable[..., Any], Any], shared: Any = None) -> tuple[flo
 @contextlib.contextmanager
 def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
     """``n_workers`` Dask workers on this machine, one thread each."""
-    options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 50, **options}
+    options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": ":0", "silence_logs": 50, **options}
     with LocalCluster(n_workers=n_workers, **options) as cluster:
         with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
             yield scheduler
@@ -119,10 +119,10 @@ def pause(item: float, shared: Any = None) -> None:
 
 
 def many(seconds: float, waves: int, workers: int = 256) -> None:
-    """Tasks of 0.7 to 1.3 times ``seconds`` on 256 workers; all of them, the Dask scheduler and the client share one process here."""
+    """Tasks of 0.7 to 1.3 times ``seconds`` in 256 places (4 processes of 64 threads)."""
     rng = np.random.default_rng(1)
     times = rng.uniform(0.7, 1.3, waves * workers) * seconds
-    with dask(workers, processes=False, protocol="tcp") as scheduler:
+    with dask(4, threads_per_worker=workers // 4) as scheduler:
         list(scheduler.map(pause, [0.0] * workers))
         begun = time.perf_counter()
         wall_of_end = [time.perf_counter() - begun for _ in scheduler.map(pause, times)]
@@ -132,7 +132,7 @@ def many(seconds: float, waves: int, workers: int = 256) -> None:
     ideal = times.mean() * (until + workers / 2) / workers
     overhead = wall_of_end[until - 1] / ideal - 1
     print(
-        f"many    {len(times)} tasks of {seconds:g} s (+-30 %) on {workers} workers: {wall_of_end[-1]:.1f} s; overhead before the tail "
+        f"many    {len(times)} tasks of {seconds:g} s (+-30 %) in {workers} places: {wall_of_end[-1]:.1f} s; overhead before the tail "
         f"{overhead:.1%} (bar 5 %), with the tail {wall_of_end[-1] / (times.sum() / workers) - 1:.1%}; {load()}",
         flush=True,
     )
@@ -182,8 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="*", default=["labels", "sscha", "many", "memory", "cost"])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a task of row many")
-    parser.add_argument("--waves", type=int, default=6)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a task of row many")
+    parser.add_argument("--waves", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=100_000, help="of row memory")
     parser.add_argument("--n-labels", type=int, default=60, help="of row labels")
     parser.add_argument("--atoms-per-second", type=float, default=193.0, help="of row cost")
