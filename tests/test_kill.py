@@ -84,7 +84,7 @@ def test_the_reference_does_everything_that_a_kill_could_spoil(reference: Refere
     assert len(found["labels"]) == len({label[0] for label in found["labels"]}) >= 3
     assert found["failures"] and found["free energies"] and len(found["models"]) == 2 and not found["left over"]
     names = " ".join(reference.steps)
-    for part in ("init1.traj", "chunk-0.traj", "raw1.traj", "pending/gen001", "labels/gen001.xyz", "failures.jsonl", "gen1.pth.state",
+    for part in ("init1.traj", "chunk-0.traj", "raw1.traj", "pending/gen001", "labels/gen001.xyz", "failures.jsonl", "gen2.pth.state",
                  "checkpoints/gen1.pth", "metrics.jsonl", "population_001.npz", "result.json", "ranking.csv", "search.json"):  # fmt: skip
         assert part in names
 
