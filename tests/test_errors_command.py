@@ -88,6 +88,14 @@ def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> Non
     assert calculator.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
 
 
+def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(tmp_path: Path) -> None:
+    run(tmp_path, n=4)
+    text = (tmp_path / "errors.json").read_text()
+    assert "Infinity" not in text and json.loads(text)["errors"]["centroid"]["systematic_error"] is None
+    rows = tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")
+    assert all(row.systematic_error is None for row in rows)
+
+
 def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="1 whole pairs"):
         run(tmp_path, n=4, fail_at=(2,))
