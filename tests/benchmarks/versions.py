@@ -22,8 +22,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = {"torch", "mattersim", "cellconstructor", "python-sscha", "six"}
-ALONGSIDE = {"pydantic": "pydantic_core==2.18.1"}
-"""What a lowest version needs in one version only."""
+ALONGSIDE = {"pydantic": "pydantic_core==2.18.1", "numpy": "pandas==2.2.2"}
+"""What a lowest version needs beside it: a package that fits no other version (pandas, which pyxtal imports, is built for one NumPy)."""
 TESTS = (
     "tests/test_search.py", "tests/test_learning.py", "tests/test_labelers.py", "tests/test_labelers_files.py", "tests/test_cli.py",
     "tests/test_run_record.py", "tests/test_report.py", "tests/test_faults.py", "tests/test_status.py", "tests/test_lock.py",
