@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from magus_anharmonic.errors import InputError
 log = logging.getLogger(__name__)
 
 REFERENCE_PHASE = "Im-3m"
-"""Phase that the relative enthalpies refer to where a campaign has it."""
+"""Phase that the relative enthalpies refer to where the campaign names none and has it."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +199,19 @@ def _bands(folder: Path) -> Iterator[Drawing]:
         raise Missing("; ".join(problems))
 
 
+def _reference_phase(campaign: Path) -> str:
+    """``figures.reference_phase`` of the campaign's settings, as its run record has them."""
+    try:
+        named = json.loads((campaign / "run.json").read_text(encoding="utf-8"))["settings"]["figures"]["reference_phase"]
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        log.info("no figures.reference_phase in %s (%s): %s", campaign / "run.json", type(reason).__name__, REFERENCE_PHASE)
+        named = None
+    return named if isinstance(named, str) else REFERENCE_PHASE
+
+
 def _relative_enthalpy(folder: Path) -> Iterator[Drawing]:
     rows = _rows(tables.Enthalpy, folder, "the relaxation at more pressures")
-    found = enthalpies.relative_enthalpies(rows, REFERENCE_PHASE)
+    found = enthalpies.relative_enthalpies(rows, _reference_phase(folder.parent))
     if not found:
         raise Missing("enthalpies.csv names no phase that the finetuned model relaxed")
     changes = enthalpies.transitions(rows)

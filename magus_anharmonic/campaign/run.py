@@ -15,6 +15,7 @@ from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
 from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.lock import locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
 from magus_anharmonic.settings.campaign import load_campaign
 
@@ -45,15 +46,16 @@ def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, Step
         Run this step alone, again if it is done; the steps it needs must be done.
 
     A step that fails is recorded with its reason; the others that do not need it still run. Raises ``InputError`` for wrong input (also for
-    a labeler of other DFT settings than the labels here), before any work where it can be known then.
+    a labeler of other DFT settings than the labels here), before any work where it can be known then, and for a second process
+    in the folder.
     """
     file = Path(path)
     settings = load_campaign(file)
     root = file.resolve().parent / FOLDER
-    context = Context(settings, root)
-    _check(context, root)
-    campaign = Campaign(context)
-    return campaign.run(only)
+    with locked(root, "campaign"):
+        context = Context(settings, root)
+        _check(context, root)
+        return Campaign(context).run(only)
 
 
 def _check(context: Context, root: Path) -> None:

@@ -215,7 +215,6 @@ class FigureSettings(Section):
     """``figures``: what the figures show."""
 
     reference_phase: str | None = Field(None, description="one of `phases`: zero of the relative enthalpies (Fig. 5)")
-    ranked_phase: str | None = Field(None, description="one of `phases`: whose place the enthalpy-volume figure gives (Fig. 2)")
 
 
 class CampaignSettings(Section):
@@ -257,7 +256,6 @@ class CampaignSettings(Section):
             "hessian.phases": [phase.name for phase in self.hessian.phases] if self.hessian else [],
             "errors.phases": self.errors.phases if self.errors else [],
             "figures.reference_phase": [self.figures.reference_phase],
-            "figures.ranked_phase": [self.figures.ranked_phase],
         }
         known = ", ".join(names) or "none"
         return problems + [
