@@ -19,8 +19,8 @@ from magus_anharmonic.settings import (
     LearningSettings,
     Settings,
     SschaSettings,
-    campaign,
     WorkerSettings,
+    campaign,
 )
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 
