@@ -9,7 +9,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,34 @@ def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     return _without_shell()(directory=str(directory), atoms=None, nsw=0, ibrion=-1, **arguments)
 
 
+class _Ended(int):
+    """Exit code of VASP: ase 3.23 takes it as a number, later versions unpack it into code and standard error."""
+
+    stderr = ""
+
+    @classmethod
+    def of(cls, code: int, stderr: str) -> _Ended:
+        ended = cls(code)
+        ended.stderr = stderr
+        return ended
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((int(self), self.stderr))
+
+
 def _without_shell() -> type:
     from ase.calculators.vasp import Vasp
 
     class VaspWithoutShell(Vasp):
         """ASE's Vasp, except that the command is started directly: no shell reads the user's text."""
 
-        def _run(self, command: str | None = None, out: Any = None, directory: str | None = None) -> tuple[int, str]:
+        def _run(self, command: str | None = None, out: Any = None, directory: str | None = None) -> _Ended:
             result = subprocess.run(
                 shlex.split(command or self.command), cwd=directory or self.directory, capture_output=True, text=True, check=False
             )
             if out is not None:
                 out.write(result.stdout)
-            return result.returncode, result.stderr
+            return _Ended.of(result.returncode, result.stderr)
 
     return VaspWithoutShell
 
