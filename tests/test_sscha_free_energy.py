@@ -19,7 +19,7 @@ from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.run import SAMPLING_TAG
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
+from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, KELVIN, gpa_to_ev_per_a3
 
 NEON = Atoms("Ne", cell=[3.0] * 3, pbc=True)
 PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
@@ -63,6 +63,32 @@ def test_quartic_double_well_has_the_free_energy_of_the_direct_integration(tempe
     assert result.converged
     assert result.gibbs_error < 2e-3
     assert result.gibbs_raw == pytest.approx(exact, abs=3.5 * result.gibbs_error)
+
+
+def exact_free_energy(calculator: QuarticPair, mass: float, temperature: float) -> float:
+    """Of three equal oscillators, eV per pair, by diagonalising the Hamiltonian on a grid (sinc functions)."""
+    x = np.linspace(-1.6, 1.6, 161)
+    difference = np.subtract.outer(np.arange(161), np.arange(161))
+    with np.errstate(divide="ignore"):
+        kinetic = np.where(difference == 0, np.pi**2 / 3.0, 2.0 * (-1.0) ** difference / difference**2.0)
+    hamiltonian = HBAR**2 / (2.0 * mass * (x[1] - x[0]) ** 2) * kinetic + np.diag(0.5 * calculator.k * x**2 + calculator.c * x**4)
+    levels = np.linalg.eigvalsh(hamiltonian)
+    if temperature == 0:
+        return 3.0 * levels[0]
+    thermal = KELVIN * temperature
+    return 3.0 * (levels[0] - thermal * np.log(np.exp(-(levels - levels[0]) / thermal).sum()))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 600.0])
+@pytest.mark.parametrize(("k", "gap"), [(0.0, 0.004), (-1.0, 0.008), (-3.0, 0.03)], ids=["quartic", "soft", "double well"])
+def test_the_free_energy_is_an_upper_bound_of_the_diagonalised_one(k, gap, temperature):
+    """Gibbs and Bogoliubov: never below, and the closer the less anharmonic; ``gap`` in eV/atom (a barrier of the double well: 0.1)."""
+    calculator = QuarticPair(k=k, c=8.0)
+    masses = PAIR.get_masses()
+    exact = exact_free_energy(calculator, masses.prod() / masses.sum(), temperature) / 2.0
+    result = quartic(evaluator=calculator, temperature=temperature, n_configs=1000, max_populations=10)
+    assert result.converged
+    assert -3.0 * result.gibbs_error < result.gibbs_raw - exact < gap + 3.0 * result.gibbs_error
 
 
 def test_errors_of_independent_runs_cover_the_exact_value():
