@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import DamagedFile
+from magus_anharmonic.errors import DamagedFile, InputError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def table_rows(path: str | Path) -> Iterator[csv.DictReader[str]]:
+    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not UTF-8 or no table."""
+    file = Path(path)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as handle:
+            yield csv.DictReader(handle)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{file}: not readable as a table ({error}); the step that writes it has to run again") from None
 
 
 def remove_unfinished(folder: str | Path) -> int:

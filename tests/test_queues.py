@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +16,10 @@ from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.queues import CLASSES, COMMANDS, arguments, missing
 from magus_anharmonic.settings import WorkerSettings, parse_settings
 
+_ctrl_c, _end = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 dask_jobqueue = pytest.importorskip("dask_jobqueue", reason="skipped: dask-jobqueue is not installed (extra cluster)")
+signal.signal(signal.SIGINT, _ctrl_c)  # the package takes both when it is imported
+signal.signal(signal.SIGTERM, _end)
 
 WORKERS = WorkerSettings(
     count=2, cores=8, gpus=1, memory="16 GB", walltime="12:00:00", queue="gpu", account="h3s", python="/env/bin/python",
@@ -116,3 +121,12 @@ def test_tasks_run_in_jobs_that_are_sent_and_ended(name, tools, monkeypatch):
     assert sorted(again) == [4, 9]
     called = [Path(line.split()[0]).name for line in (tools / "commands").read_text().splitlines()]
     assert called[0] == COMMANDS[name][0] and COMMANDS[name][1] in called, "the job is ended when it is not needed any more"
+
+
+def test_asking_for_a_queue_leaves_ctrl_c_as_it_was():
+    code = (
+        "import signal; before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM);"
+        "from magus_anharmonic.scheduler.queues import _dask_jobqueue; _dask_jobqueue();"
+        "assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

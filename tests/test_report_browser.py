@@ -55,7 +55,7 @@ def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(browser: Browser
 def test_every_picture_is_drawn_and_has_a_text(browser: Browser, page: Path) -> None:
     browser.open(page)
     found = browser.evaluate("[...document.images].map(image => [image.naturalWidth > 100, image.alt.length > 20])")
-    assert len(found) == 3 and found == [[True, True]] * 3
+    assert len(found) >= 3 and found == [[True, True]] * len(found)
 
 
 def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(browser: Browser, page: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import numpy as np
 
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import table_rows
 
 Row = dict[str, str]
 
@@ -51,8 +51,7 @@ class Tables:
             if not path.is_file():
                 self._known[name] = []
             else:
-                with path.open(newline="", encoding="utf-8-sig") as file:
-                    reader = csv.DictReader(file)
+                with table_rows(path) as reader:
                     missing = [column for column in columns if column not in (reader.fieldnames or ())]
                     if missing:
                         there = ", ".join(reader.fieldnames or ())

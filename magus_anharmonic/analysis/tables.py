@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import replacing, table_rows
 
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
@@ -320,8 +320,7 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     readers = _readers(table)
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        lines = csv.DictReader(handle)
+    with table_rows(file) as lines:
         _check_columns(table, file, lines.fieldnames or ())
         for line in lines:
             values = {}

@@ -6,8 +6,11 @@ import importlib
 import importlib.util
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from magus_anharmonic.errors import InputError
@@ -45,11 +48,21 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
     # A task that ends its worker comes back to us at once: we count, because we know which tasks were beside it.
     dask.config.set({"distributed.scheduler.allowed-failures": 0})
     try:
-        cluster = getattr(importlib.import_module("dask_jobqueue"), CLASSES[name])(**arguments(name, workers))
+        cluster = getattr(_dask_jobqueue(), CLASSES[name])(**arguments(name, workers))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise InputError(f"scheduler: {name}: {' '.join(str(error).split())}") from None
     cluster.adapt(minimum_jobs=workers.count or 1, maximum_jobs=workers.count or 1)
     return cluster
+
+
+def _dask_jobqueue() -> ModuleType:
+    """The package, with the signal handlers that it installs when it is imported (a Ctrl-C that says nothing) taken back."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    module = importlib.import_module("dask_jobqueue")
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return module
 
 
 def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
