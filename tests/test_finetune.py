@@ -483,3 +483,16 @@ def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:
     assert load_recipe(tmp_path / "recipe.yaml").validation == str(label_file)
     with pytest.raises(InputError, match="nothing.xyz: no such file"):
         read_labels(tmp_path / "nothing.xyz")
+
+
+def test_a_small_model_trains_on_one_thread_and_gives_the_others_back(potential) -> None:
+    from magus_anharmonic.potential.threads import threads_for_training
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for_training(potential.module):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -24,6 +24,7 @@ from magus_anharmonic.errors import CheckpointError, InputError
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.score import Scores, labels_of
+from magus_anharmonic.potential.threads import threads_for_training
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
 from magus_anharmonic.structures import structure_id
 
@@ -203,6 +204,10 @@ class _Run:
 
     def train(self, progress: Callable[[Epoch], None] | None) -> FinetuneResult:
         """Train, keep the best, write the checkpoint, remove the state."""
+        with threads_for_training(self.module):
+            return self._train(progress)
+
+    def _train(self, progress: Callable[[Epoch], None] | None) -> FinetuneResult:
         began = time.perf_counter()
         data, held_out = LabelledGraphs(self.train_set, self.module), LabelledGraphs(self.validation_set, self.module)
         trainer = Trainer(self.module, self.settings)

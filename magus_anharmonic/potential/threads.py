@@ -6,10 +6,26 @@ and where another program has one of the cores that wait takes most of the time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
 import torch
+
+SMALL = 128
+"""Units; the products of a training step of a narrower model are too small to be shared by threads."""
+
+
+@contextlib.contextmanager
+def threads_for_training(module: torch.nn.Module) -> Iterator[None]:
+    """One thread while a small model is trained on the CPU: more gain little, and cost most of the time where others work."""
+    before = torch.get_num_threads()
+    small = int(module.model_args["units"]) < SMALL and not next(module.parameters()).is_cuda  # type: ignore[arg-type, index]
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_side_by_side(tasks: Iterator[Callable[[], None]], n_threads: int) -> None:
