@@ -201,6 +201,6 @@ def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # typ
     if numbers.window:
         axes.axvspan(0.0, numbers.window, color=style.color(4), alpha=0.15, lw=0, label=f"reordered up to {numbers.window:.0f} meV/atom")
     style.room(axes, heights)
-    axes.set_xlabel("static enthalpy above the lowest (meV/atom)")
-    axes.set_ylabel("free energy above the lowest (meV/atom)")
+    axes.set_xlabel("static enthalpy\nabove the lowest (meV/atom)")
+    axes.set_ylabel("free energy\nabove the lowest (meV/atom)")
     style.legend(axes, fontsize=8)

@@ -19,6 +19,8 @@ from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, atte
 log = logging.getLogger(__name__)
 
 MAX_PER_GPU = 4
+GOODBYE = 5.0
+"""Seconds that an idle process may take to end by itself."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 DIED = "its process died {} times (crash, or out of memory); a script of your own needs `if __name__ == '__main__':`"
 
@@ -89,9 +91,11 @@ class LocalScheduler:
             busy[process.connection] = process
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: each is told to go, and killed only where it does not, so that it can give back what it holds."""
+        for process in self._processes:
+            process.connection.close()
         while self._processes:
-            self._processes.pop().end()
+            self._processes.pop().end(patience=GOODBYE)
 
 
 class _Process:
@@ -128,10 +132,10 @@ class _Process:
         except (EOFError, OSError):
             return None
 
-    def end(self) -> str:
-        """End the process, if it has not ended; how it ended."""
+    def end(self, patience: float = 0.1) -> str:
+        """End the process, if it has not ended within ``patience`` seconds; how it ended."""
         if self._process.exitcode is None:
-            self._process.join(0.1)
+            self._process.join(patience)
         self._process.kill()
         self._process.join()
         self.connection.close()
