@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from ase import Atoms
+
+# distributed writes to the stream it saw when it was imported, which under pytest is a closed one by the time it says goodbye
+os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential

@@ -53,7 +53,7 @@ def test_data_without_noise_give_the_boundary_and_its_slope():
         assert one.volume_change == pytest.approx(HIGH.volume - LOW.volume, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_bands_cover_the_truth_as_often_as_they_claim():
     """30 data sets at three temperatures; counts outside of these limits have odds below a few per thousand for an honest band."""
     inside_68 = inside_95 = total = 0

@@ -183,7 +183,7 @@ class Recording(Crystals):
         return super().evaluate(structures)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_worker_two_workers_and_a_killed_race_give_the_same_table(tmp_path):
     crystals = [*RIVALS[:3], WELL]
     ranked(crystals, tmp_path / "one")

@@ -215,7 +215,7 @@ def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cubic", [False, True], ids=["P1", "cubic"])
+@pytest.mark.parametrize("cubic", [False, pytest.param(True, marks=pytest.mark.full)], ids=["P1", "cubic"])
 def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
     """200 whole runs, each from a poor start; and what the ensemble of the minimisation would have said: too low."""
     model = AnharmonicCell(cubic)

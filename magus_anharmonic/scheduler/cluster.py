@@ -102,6 +102,7 @@ class _Call:
         self.running: dict[str, tuple[Any, int, Any]] = {}
         self.ended: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.deaths: dict[int, int] = {}
+        self.alone = ""
         self.token, self.numbers = uuid.uuid4().hex, itertools.count()
         self.quiet_since = time.monotonic()
 
@@ -124,22 +125,29 @@ class _Call:
                 self.client.cancel([future for future, _, _ in self.running.values()], force=True)
 
     def _feed(self) -> bool:
-        """Submit while there is room; a task whose worker died goes where nothing else waits behind it, so that no other is blamed."""
-        suspects = bool(self.again) or any(index in self.deaths for _, index, _ in self.running.values())
-        room = max(1, self.scheduler.n_workers * (1 if suspects else AHEAD))
+        """Submit while there is room. A task whose worker died runs again with no other beside it: its deaths are its own then."""
+        if self.alone in self.running or (self.again and self.running):
+            return True
+        if self.again:
+            self.alone = self._submit(*self.again.popleft())
+            return True
+        room = max(1, self.scheduler.n_workers * AHEAD)
         while len(self.running) < room:
-            job = self.again.popleft() if self.again else next(self.waiting, None)
+            job = next(self.waiting, None)
             if job is None:
                 break
-            index, item = job
-            key = f"task-{self.token}-{next(self.numbers)}"
-            carried = None if self.shared is None else self.shared.key
-            future = self.client.submit(
-                run_on_worker, self.task, item, carried, magus_anharmonic.__version__, key=key, pure=False, priority=-index
-            )
-            self.running[key] = future, index, item
-            future.add_done_callback(lambda future: self.ended.put(future.key))
+            self._submit(*job)
         return bool(self.running)
+
+    def _submit(self, index: int, item: Any) -> str:
+        key = f"task-{self.token}-{next(self.numbers)}"
+        carried = None if self.shared is None else self.shared.key
+        future = self.client.submit(
+            run_on_worker, self.task, item, carried, magus_anharmonic.__version__, key=key, pure=False, priority=-index
+        )
+        self.running[key] = future, index, item
+        future.add_done_callback(lambda future: self.ended.put(future.key))
+        return key
 
     def _end(self, key: str) -> Done | None:
         """What became of a future; None when its item is to run again."""
@@ -159,7 +167,7 @@ class _Call:
         if isinstance(error, KilledWorker):
             self.deaths[index] = self.deaths.get(index, 0) + error.allowed_failures + 1
             log.warning("a worker died running task %d (%s)", index, error.last_worker.address)
-            if self.deaths[index] >= MAX_DEATHS:
+            if self.deaths[index] >= MAX_DEATHS and key == self.alone:
                 return Done(index, None, DIED.format(self.deaths[index]), died=True)
             self.again.append((index, item))
             return None
