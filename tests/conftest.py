@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,10 @@ from ase import Atoms
 
 # distributed writes to the stream it saw when it was imported, which under pytest is a closed one by the time it says goodbye
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
+
+# a shell without job control lets what it starts in the background ignore Ctrl-C, and the tests of being interrupted would never end
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
