@@ -8,13 +8,15 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from magus_anharmonic.errors import DamagedFile, InputError
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -39,14 +41,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def table_rows(path: str | Path) -> Iterator[csv.DictReader[str]]:
-    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not UTF-8 or no table."""
+def table_rows(path: str | Path, shown: str | None = None, restkey: str | None = None) -> Iterator[csv.DictReader[str]]:
+    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not UTF-8 or no table.
+
+    shown : what the error calls the file, None: its path. restkey : see ``csv.DictReader``.
+    """
     file = Path(path)
     try:
         with file.open(newline="", encoding="utf-8-sig") as handle:
-            yield csv.DictReader(handle)
+            yield csv.DictReader(handle, restkey=restkey)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file}: not readable as a table ({error}); the step that writes it has to run again") from None
+        raise InputError(f"{shown or file}: not readable as a table ({error}); the step that writes it has to run again") from None
 
 
 def remove_unfinished(folder: str | Path) -> int:
@@ -139,6 +144,18 @@ def set_aside(path: str | Path, why: str) -> Path:
     target.replace(kept)
     log.warning("%s is damaged (%s); it is kept as %s and made anew", target, " ".join(why.split())[:200], kept.name)
     return kept
+
+
+def read_whole(path: str | Path, reader: Callable[[Path], T]) -> T | None:
+    """What ``reader`` makes of a file; None when it is not there, or is damaged and set aside to be made anew."""
+    file = Path(path)
+    if not file.is_file():
+        return None
+    try:
+        return reader(file)
+    except DamagedFile as error:
+        set_aside(file, str(error))
+        return None
 
 
 def _plain(value: Any) -> Any:

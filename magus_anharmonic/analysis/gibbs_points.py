@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from magus_anharmonic.analysis.tables import write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import table_rows
 from magus_anharmonic.settings import check_pressure, nearest
 
 NAN = float("nan")
@@ -79,16 +79,7 @@ TEXT = ("phase", "isotopes", "formula", "status", "space_group", "same_as", "mod
 
 def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
     """Write ``gibbs.csv`` atomically; NaN as an empty cell."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        writer.writerows([_cell(getattr(point, name)) for name in COLUMNS] for point in points)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.10g}" if math.isfinite(value) else ""
-    return str(value)
+    write(GibbsPoint, path, points)
 
 
 def read_points(path: str | Path) -> list[GibbsPoint]:
@@ -100,8 +91,7 @@ def read_points(path: str | Path) -> list[GibbsPoint]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    with file.open(newline="", encoding="utf-8-sig") as handle:
-        reader = csv.DictReader(handle)
+    with table_rows(file) as reader:
         _check_columns(file, [name.strip() for name in reader.fieldnames or ()])
         points = [_point(file, reader.line_num, line) for line in reader]
     if not points:

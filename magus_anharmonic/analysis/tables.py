@@ -342,7 +342,7 @@ def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle, lineterminator="\n")
         writer.writerow(names)
-        writer.writerows([_text(getattr(row, name)) for name in names] for row in rows)
+        writer.writerows([cell(getattr(row, name)) for name in names] for row in rows)
 
 
 _REQUIRED: Any = object()
@@ -388,7 +388,8 @@ def _number(text: str) -> float:
     return value
 
 
-def _text(value: Any) -> str:
+def cell(value: Any) -> str:
+    """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no finite number."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.10g}" if isinstance(value, float) else str(value)

@@ -8,27 +8,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.analysis.tables import (
+    Band,
+    Cost,
+    Enthalpy,
+    FailureRow,
+    LearningPoint,
+    Mode,
+    ModelError,
+    Parity,
+    SpaceGroups,
+    cell,
+    columns,
+)
+from magus_anharmonic.files import replacing, table_rows
 
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "model_errors": ("model", "model_id", "set", "n", "energy_rmse_eV_per_atom", "force_rmse_eV_per_A", "stress_rmse_GPa"),
-    "parity": ("model", "set", "quantity", "unit", "reference", "predicted"),
-    "enthalpies": (
-        "id", "phase", "formula", "natoms", "space_group", "pressure_GPa", "volume_A3_per_atom", "enthalpy_eV_per_atom", "model_id",
-        "source",
-    ),
-    "space_groups": ("id", "pressure_GPa", "spg_static", "spg_dft", "spg_quantum", "enthalpy_dft_eV_per_atom", "reason"),
-    "modes": (
-        "phase", "space_group", "irrep", "pressure_GPa", "method", "energies_by", "frequency_squared_cm2", "error_cm2", "model_id",
-    ),
-    "dispersion": ("distance", "label", "branch", "frequency_cm1", "error_cm1", "method"),
-    "learning": (
-        "step", "generation", "model_id", "set", "energy_rmse_eV_per_atom", "force_rmse_eV_per_A", "stress_rmse_GPa", "n_labels",
-    ),
-    "cost": ("step", "n_structures", "n_evaluations", "n_labels", "wall_s"),
-    "failures": ("step", "id", "reason"),
-}  # fmt: skip
-"""Columns by the name of the table, with their units."""
+    table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
+    for table in (ModelError, Parity, Enthalpy, SpaceGroups, Mode, Band, LearningPoint, Cost, FailureRow)
+}
+"""Columns, with their units, by the name of each table that the steps write; what the analysis reads."""
 
 STRUCTURES = "structures.extxyz"
 
@@ -38,22 +37,14 @@ def write_part(folder: Path, name: str, rows: Iterable[Sequence[Any]], table: st
     with replacing(folder / "tables" / f"{name}.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS[table or name])
-        writer.writerows([_cell(value) for value in row] for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return "" if value != value else f"{value:.10g}"
-    return value
+        writer.writerows([cell(value) for value in row] for row in rows)
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
     """The rows of a CSV file one by one; none when there is no such file."""
     if path.is_file():
-        with path.open(newline="", encoding="utf-8") as file:
-            yield from csv.DictReader(file)
+        with table_rows(path) as rows:
+            yield from rows
 
 
 def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> None:

@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from magus_anharmonic.files import replacing
-from magus_anharmonic.learning.dataset import LabelStore, side
+from magus_anharmonic.learning.dataset import LabelStore, plan_label
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import bare, structure_id
 
@@ -87,12 +87,12 @@ def plan_ensembles(
         family = store.families.family(name, parent)
         for number, configuration in enumerate(contender.configurations[: 2 * share]):
             atoms = bare(configuration)
-            atoms.info.update(
-                id=f"g{generation}-{structure_id(atoms)}",
+            plan_label(
+                atoms,
                 generation=generation,
                 parent=name,
                 family=family,
-                side=side(family, settings.split),
+                split=settings.split,
                 kind="sscha",
                 candidate=f"c-{contender.id}",
                 distortion_seed=f"ensemble-{number}",

@@ -41,6 +41,22 @@ def side_of(atoms: Atoms, split: Sequence[int] = (8, 1, 1)) -> str:
     return side(str(atoms.info.get("family") or atoms.info.get("parent") or structure_id(atoms)), split)
 
 
+def plan_label(
+    atoms: Atoms, *, generation: int, parent: str, family: str, split: Sequence[int], kind: str, distortion_seed: str, **more: str
+) -> None:
+    """Write into ``info`` what identifies a label of a round and fixes its side for life."""
+    atoms.info.update(
+        id=f"g{generation}-{structure_id(atoms)}",
+        generation=generation,
+        parent=parent,
+        family=family,
+        side=side(family, split),
+        kind=kind,
+        **more,
+        distortion_seed=distortion_seed,
+    )
+
+
 def labelled(structure: Atoms, label: Label, **info: Any) -> Atoms:
     """``structure`` with its label: energy, forces and stress attached; free energy, settings hash and ``info`` in ``info``."""
     atoms = bare(structure)

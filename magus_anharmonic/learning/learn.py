@@ -20,7 +20,7 @@ from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_asid
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, select
 from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
-from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset, side
+from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, plan_label, read_dataset
 from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import bare, structure_id
@@ -201,14 +201,9 @@ def plan(
             except MagusAnharmonicError as error:
                 log.warning("%s is not distorted: %s", name, error)
                 break
-            atoms.info.update(
-                id=f"g{generation}-{structure_id(atoms)}",
-                generation=generation,
-                parent=name,
-                family=family,
-                side=side(family, settings.split),
-                kind="distorted",
-                distortion_seed="-".join(map(str, key)),
+            seed_text = "-".join(map(str, key))
+            plan_label(
+                atoms, generation=generation, parent=name, family=family, split=settings.split, kind="distorted", distortion_seed=seed_text
             )
             distorted.append(atoms)
     return distorted

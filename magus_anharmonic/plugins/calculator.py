@@ -126,19 +126,11 @@ class MatterSimCalculator(Calculator):
         return relaxed
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        options: dict[str, Any] = dict(
-            force_tolerance=self.options.eps,
-            max_steps=self.options.max_step,
-            max_move=self.options.max_move,
-            optimizer=self.options.optimizer,
-            relax_cell=self.options.relax_lattice,
-            fix_symmetry=self.options.fix_symmetry,
-            kicks=self.options.kicks,
-        )
+        from magus_anharmonic.potential.portable import relax_on, relax_options
+
+        options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):
             return self.potential.relax(starts, self.pressure, **options)
-        from magus_anharmonic.potential.portable import relax_on
-
         with open_scheduler(self.settings) as scheduler:
             return relax_on(scheduler, self.potential, starts, self.pressure, **options)
 

@@ -84,6 +84,19 @@ def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
 OnRelaxed = Callable[[int, Relaxation], None]
 
 
+def relax_options(keys: Any) -> dict[str, Any]:
+    """Arguments of `relax` and `relax_on` from the keys of a calculator's block, which have MAGUS's names."""
+    return {
+        "force_tolerance": keys.eps,
+        "max_steps": keys.max_step,
+        "max_move": keys.max_move,
+        "optimizer": keys.optimizer,
+        "fix_symmetry": keys.fix_symmetry,
+        "kicks": keys.kicks,
+        "relax_cell": keys.relax_lattice,
+    }
+
+
 def relax_on(
     scheduler: Scheduler,
     evaluator: Evaluator,

@@ -50,10 +50,6 @@ class Topology:
     vector: torch.Tensor
     n_inside: int
 
-    def fits(self, numbers: np.ndarray, pbc: np.ndarray, cutoff: float) -> bool:
-        """Same species in the same order, same periodic directions, same cutoff."""
-        return self.cutoff == cutoff and np.array_equal(self.pbc, pbc) and np.array_equal(self.numbers, numbers)
-
     def covers(self, strain: np.ndarray, displacement: np.ndarray) -> np.ndarray:
         """(n,) whether the pairs of each configuration are all in the list; arguments as `displacements` returns them."""
         stretch = np.linalg.svd(strain, compute_uv=False).min(axis=1)

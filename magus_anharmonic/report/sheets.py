@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections import deque
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import table_rows
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,15 @@ def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str
 
     Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of the ``needed`` ones.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="")
-            if not reader.fieldnames:
-                raise InputError(f"{path.name}: empty; the step that writes it has to run again")
-            names = [name.strip() for name in reader.fieldnames]
-            absent = [name for name in needed if name not in names]
-            if absent:
-                raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
-            for line in reader:
-                yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path.name}: not readable as a table ({error})") from None
+    with table_rows(path, shown=path.name, restkey="") as reader:
+        if not reader.fieldnames:
+            raise InputError(f"{path.name}: empty; the step that writes it has to run again")
+        names = [name.strip() for name in reader.fieldnames]
+        absent = [name for name in needed if name not in names]
+        if absent:
+            raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
+        for line in reader:
+            yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
 
 
 def read_sheet(path: Path, limit: int | None = None) -> Sheet:

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, replacing, set_aside, write_json
+from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, replacing, write_json
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)
@@ -164,13 +164,7 @@ def read_frames(file: Path) -> list[Atoms]:
 
 def whole_frames(file: Path) -> list[Atoms] | None:
     """Structures of a .traj file; None when it is not there, or is damaged and now set aside to be made anew."""
-    if not file.exists():
-        return None
-    try:
-        return read_frames(file)
-    except DamagedFile as error:
-        set_aside(file, str(error))
-        return None
+    return read_whole(file, read_frames)
 
 
 def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -108,27 +108,19 @@ class Relaxer:
                 chunk = [population[i] for i in members]
                 write_frames(files[index], self._described_all(chunk, [found.pop(i) for i in members]))
 
-        from magus_anharmonic.potential.portable import relax_on
+        from magus_anharmonic.potential.portable import relax_on, relax_options
 
         with open_scheduler(self.scheduling) as scheduler:
             starts = [_start(population[index]) for index in wanted]
-            relax_on(scheduler, self.evaluator, starts, self.pressure, keep, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        return dict(
-            force_tolerance=self.settings.eps,
-            max_steps=self.settings.max_step,
-            max_move=self.settings.max_move,
-            optimizer=self.settings.optimizer,
-            fix_symmetry=self.settings.fix_symmetry,
-            kicks=self.settings.kicks,
-            relax_cell=self.settings.relax_lattice,
-        )
+            relax_on(scheduler, self.evaluator, starts, self.pressure, keep, **relax_options(self.settings))
 
     def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
+        from magus_anharmonic.potential.portable import relax_options
         from magus_anharmonic.potential.relax import relax
 
-        return self._described_all(chunk, relax(self.evaluator, [_start(atoms) for atoms in chunk], self.pressure, **self._options()))
+        return self._described_all(
+            chunk, relax(self.evaluator, [_start(atoms) for atoms in chunk], self.pressure, **relax_options(self.settings))
+        )
 
     def _described_all(self, chunk: Sequence[Atoms], results: Sequence[Any]) -> list[Atoms]:
         described = [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]

@@ -6,16 +6,15 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, replacing, set_aside, write_json, write_text
+from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
@@ -23,8 +22,6 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import as_repeats
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class RunFolder:
@@ -36,7 +33,7 @@ class RunFolder:
         self.log = self.directory / "sscha.log"
         identity = json.loads(json.dumps({"format": FORMAT, **identity}))
         path = self.directory / "settings.json"
-        stored = self._whole(path, read_json)
+        stored = read_whole(path, read_json)
         if stored is not None:
             different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
             if different:
@@ -49,7 +46,7 @@ class RunFolder:
 
     def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
         """The stored result, unless it is unconverged or less precise than wanted, and more populations are allowed now."""
-        result = self._whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
+        result = read_whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
         if result is None:
             return None
         precise = error_tolerance is None or result.gibbs_error <= error_tolerance
@@ -59,7 +56,7 @@ class RunFolder:
 
     def read_start(self) -> Start | None:
         """The stored start, None when there is none yet."""
-        return self._whole(self.directory / "start.npz", _read_start_file)
+        return read_whole(self.directory / "start.npz", _read_start_file)
 
     def write_start(self, start: Start) -> None:
         response = np.zeros(0) if start.stress_response is None else start.stress_response
@@ -68,7 +65,7 @@ class RunFolder:
     def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
         """State and ensemble of a finished population, None when it has to be evaluated."""
         path = self.directory / f"population_{number:03d}.npz"
-        found = self._whole(path, read_population_file)
+        found = read_whole(path, read_population_file)
         if found is None:
             return None
         known, ensemble = found
@@ -120,16 +117,6 @@ class RunFolder:
     def write_result(self, result: SschaResult) -> None:
         """Write the result; the run is finished then."""
         result.write(self.directory)
-
-    def _whole(self, path: Path, reader: Callable[[Path], T]) -> T | None:
-        """What ``reader`` makes of a file; None when it is not there, or is damaged and set aside to be made anew."""
-        if not path.is_file():
-            return None
-        try:
-            return reader(path)
-        except DamagedFile as error:
-            set_aside(path, str(error))
-            return None
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
         with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
