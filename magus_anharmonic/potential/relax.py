@@ -16,6 +16,7 @@ from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import BOND_RANGE, CellGuard, isolated, overlap, senseless
 from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
+from magus_anharmonic.potential.threads import one_thread_for_small_matrices
 from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
 from magus_anharmonic.structures import bare, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa, gpa_to_ev_per_a3
@@ -130,8 +131,9 @@ def relax(
     )
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
-    for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
-        results[index] = way.result()
+    with one_thread_for_small_matrices():
+        for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
+            results[index] = way.result()
     return [results[index] for index in range(len(structures))]
 
 
