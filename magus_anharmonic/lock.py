@@ -1,4 +1,4 @@
-"""One process at a time works in a results folder: a lock that names its owner and outlives no dead one.
+"""One process at a time works in a results folder, or on one checkpoint: a lock that names its owner and outlives no dead one.
 
 No clock is compared with another: an owner on this machine is looked up by its process id and start, one elsewhere is watched for
 its heartbeat, so neither a wrong clock nor a clock that is set back matters.
@@ -28,6 +28,7 @@ from magus_anharmonic.files import write_json
 log = logging.getLogger(__name__)
 
 NAME = "lock.json"
+"""The lock of a whole folder. One of many things in a folder, a checkpoint, has its own: ``<stem>.lock.json``."""
 HEARTBEAT = 10.0
 """Seconds between two signs of life of an owner."""
 PATIENCE = 45.0
@@ -63,10 +64,10 @@ class Owner:
         return f"{self.what}, process {self.pid} on {self.host}, since {self.since}{_age(self.since)}"
 
 
-def read_owner(folder: str | Path) -> Owner | None:
+def read_owner(folder: str | Path, name: str = NAME) -> Owner | None:
     """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it is not readable."""
     try:
-        found = json.loads((Path(folder) / NAME).read_text(encoding="utf-8"))
+        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
         owner = Owner(**found)
     except (OSError, ValueError, TypeError):
         return None
@@ -74,20 +75,20 @@ def read_owner(folder: str | Path) -> Owner | None:
     return owner if whole and all(isinstance(v, str) for v in (owner.host, owner.machine, owner.what, owner.since, owner.token)) else None
 
 
-def check_free(folder: str | Path) -> None:
+def check_free(folder: str | Path, name: str = NAME) -> None:
     """Raise ``InputError`` when a living process works in ``folder``; waits up to `PATIENCE` for one on another machine."""
-    owner = read_owner(folder)
-    if owner is not None and _lives(Path(folder), owner):
-        raise InputError(_refusal(Path(folder), owner))
+    owner = read_owner(folder, name)
+    if owner is not None and _lives(Path(folder), name, owner):
+        raise InputError(_refusal(Path(folder), name, owner))
 
 
 @contextlib.contextmanager
-def locked(folder: str | Path, what: str) -> Iterator[Owner]:
-    """Hold the lock of ``folder`` (made if needed); the lock of a dead process is taken over.
+def locked(folder: str | Path, what: str, name: str = NAME) -> Iterator[Owner]:
+    """Hold the lock of ``folder`` (made if needed, and removed again if nothing was written); that of a dead process is taken over.
 
     ``what`` names this command for whoever comes second. Raises ``InputError`` (exit code 2) that names the living owner.
     """
-    held = Held(folder, what)
+    held = Held(folder, what, name)
     try:
         yield held.owner
     finally:
@@ -97,18 +98,19 @@ def locked(folder: str | Path, what: str) -> Iterator[Owner]:
 class Held:
     """A lock that this process holds until `release`; prefer `locked` where there is a block to hold it for."""
 
-    def __init__(self, folder: str | Path, what: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, what: str, name: str = NAME) -> None:
+        self.folder, self.name = Path(folder).absolute(), name
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.owner = Owner(socket.gethostname(), pid, _machine(), _born(pid) or 0, what, since, uuid.uuid4().hex[:12])
-        check_free(self.folder)
+        check_free(self.folder, name)
         with _guarded(self.folder):
-            earlier = read_owner(self.folder)
+            earlier = read_owner(self.folder, name)
             if earlier is not None and earlier.alive:  # somebody came between the check and the guard
-                raise InputError(_refusal(self.folder, earlier))
-            write_json(self.folder / NAME, asdict(self.owner))
+                raise InputError(_refusal(self.folder, name, earlier))
+            write_json(self.folder / name, asdict(self.owner))
         if earlier is not None:
             log.warning("%s: took over the lock of a dead process (%s)", self.folder, earlier.described())
         self._ended = threading.Event()
@@ -121,15 +123,17 @@ class Held:
         if os.getpid() != self.owner.pid:
             return
         self._thread.join()
-        found = read_owner(self.folder)
+        found = read_owner(self.folder, self.name)
         if found is not None and found.token == self.owner.token:
             with contextlib.suppress(OSError):
-                (self.folder / NAME).unlink()
+                (self.folder / self.name).unlink()
+                for path in self._made:
+                    path.rmdir()
 
     def _beat(self) -> None:
         beat = 1
         while not self._ended.wait(HEARTBEAT):
-            found = read_owner(self.folder)
+            found = read_owner(self.folder, self.name)
             if found is not None and found.token != self.owner.token:
                 log.error("%s: this process was taken for dead (was it stopped?) and lost its lock to %s", self.folder, found.described())
                 _thread.interrupt_main()
@@ -137,17 +141,17 @@ class Held:
             beat += 1
             # A full disk is reported by whatever the process writes itself.
             with contextlib.suppress(OSError):
-                write_json(self.folder / NAME, asdict(self.owner) | {"beat": beat})
+                write_json(self.folder / self.name, asdict(self.owner) | {"beat": beat})
 
 
-def _lives(folder: Path, owner: Owner) -> bool:
+def _lives(folder: Path, name: str, owner: Owner) -> bool:
     if owner.alive is not None:
         return owner.alive
     log.info("%s: waiting up to %g s for a sign of life of %s", folder, PATIENCE, owner.described())
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, PATIENCE / 5))
-        found = read_owner(folder)
+        found = read_owner(folder, name)
         if found is None:
             return False
         if (found.token, found.beat) != (owner.token, owner.beat):
@@ -155,7 +159,10 @@ def _lives(folder: Path, owner: Owner) -> bool:
     return False
 
 
-def _refusal(folder: Path, owner: Owner) -> str:
+def _refusal(folder: Path, name: str, owner: Owner) -> str:
+    if name != NAME:
+        files = folder / name.removesuffix(f".{NAME}")
+        return f"{files}.*: another process writes these files: {owner.described()}; wait for it or end it, or give another output"
     return (
         f"{folder}: another process works here: {owner.described()}; wait for it or end it "
         f"(`magus-anharmonic status` shows what it does), or work in another folder"

@@ -201,8 +201,10 @@ FILES = {
                 self.main_calculator = parameters.MainCalculator
                 self.Population = parameters.Population
 
+            volume_updates = 0
+
             def update_volume_ratio(self):
-                pass
+                self.volume_updates += 1
 
             def one_step(self, population):
                 self.update_volume_ratio()

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from ase import Atoms
 from ase.build import bulk
+from ase.io import write
 from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
@@ -75,12 +76,12 @@ def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
 
 
-def invoke(folder: Path, *arguments: str) -> tuple[int, str]:
+def invoke(folder: Path, *arguments: str, command: list[str] = COMMAND) -> tuple[int, str]:
     """The command line in ``folder``: exit code and what it says at the end."""
     before = Path.cwd()
     os.chdir(folder)
     try:
-        result = CliRunner().invoke(app, [*COMMAND, *arguments])
+        result = CliRunner().invoke(app, [*command, *arguments])
     finally:
         os.chdir(before)
         root = logging.getLogger()
@@ -267,12 +268,57 @@ def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: p
 
 @pytest.mark.parametrize("arguments", [(), ("-r",)])
 def test_a_second_search_in_the_folder_is_refused_and_touches_nothing(copy: Path, arguments: tuple[str, ...]) -> None:
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    before = contents(copy)
     with locked(copy / "results/anharmonic", "magus-anharmonic search"):
         code, said = invoke(copy, *arguments)
         (copy / "results/anharmonic/lock.json").read_text()
     assert code == 2 and f"another process works here: magus-anharmonic search, process {os.getpid()} on" in said
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert contents(copy) == before
+
+
+def test_a_second_ranking_in_the_folder_is_refused_and_touches_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    write(tmp_path / "cu.vasp", bulk("Cu"))
+    few = ("--supercell", "1", "1", "1", "--n-configs", "4", "--max-populations", "1", "--hessian", "0")
+    arguments = ("rank", "cu.vasp", "--checkpoint", str(tiny_checkpoint), "-o", "out", *few)
+    with locked(tmp_path / "out", "magus-anharmonic rank"):
+        before = contents(tmp_path)
+        code, said = invoke(tmp_path, *arguments, command=[])
+        assert contents(tmp_path) == before
+    assert code == 2 and f"out: another process works here: magus-anharmonic rank, process {os.getpid()} on" in one_line(said)
+    assert "(0 min)" in one_line(said) and not (tmp_path / "out").exists()
+    code, said = invoke(tmp_path, *arguments, command=[])
+    assert code == 0 and (tmp_path / "out/ranking.csv").is_file() and not list(tmp_path.rglob("*lock*")), said
+
+
+def test_a_second_training_of_a_checkpoint_is_refused_and_another_beside_it_is_not(tmp_path: Path) -> None:
+    """Trainings of several checkpoints in one folder have no file in common."""
+    frames = []
+    for seed in range(4):
+        atoms = bulk("Cu", cubic=True)
+        atoms.rattle(0.1, seed=seed)
+        frames.append(labelled(atoms, Label(atoms, -14.0, None, np.full((4, 3), 0.1), np.zeros((3, 3)), "hash", 1.0)))
+    write(tmp_path / "labels.extxyz", frames)
+    recipe = {"architecture": {"num_blocks": 1, "units": 8}, "stages": [{"epochs": 1, "batch_size": 4}], "split": [1, 0, 0]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = ("train", "labels.extxyz", "--recipe", "recipe.yaml", "--device", "cpu", "-o")
+    with locked(tmp_path, "magus-anharmonic train", "a.lock.json"):
+        before = contents(tmp_path)
+        code, said = invoke(tmp_path, *arguments, "a.pth", command=[])
+        assert contents(tmp_path) == before
+        assert code == 2 and f"a.*: another process writes these files: magus-anharmonic train, process {os.getpid()} on" in one_line(said)
+        assert "(0 min)" in one_line(said)
+        code, said = invoke(tmp_path, *arguments, "b.pth", command=[])
+        assert code == 0 and (tmp_path / "b.pth").is_file(), said
+    code, said = invoke(tmp_path, *arguments, "a.pth", command=[])
+    assert code == 0 and (tmp_path / "a.pth").is_file() and not list(tmp_path.rglob("*lock*")), said
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

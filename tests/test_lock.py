@@ -76,6 +76,22 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "a" / "b", "a search"):
+        assert (tmp_path / "a" / "b" / NAME).exists()
+    assert list(tmp_path.iterdir()) == []
+    with locked(tmp_path / "a" / "b", "a search"):
+        (tmp_path / "a" / "result").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["result"]
+
+
+def test_locks_of_different_names_in_a_folder_keep_nobody_out(tmp_path: Path) -> None:
+    with locked(tmp_path, "a training", "a.lock.json"), locked(tmp_path, "another", "b.lock.json"), locked(tmp_path, "a search"):
+        with pytest.raises(InputError, match=r"a\.\*: another process writes these files: a training, process \d+ on"):
+            locked(tmp_path, "a third", "a.lock.json").__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": "a"}', '{"host": 3, "pid": "x"}'])
 def test_a_damaged_lock_keeps_nobody_out(tmp_path: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)

@@ -673,6 +673,49 @@ def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus: Sim
     assert len(list(Path("results/anharmonic/checkpoints").glob("gen?.pth"))) == 2
 
 
+def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_no_label_again(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
+    search = search_of(magus, ml_keys, ml=True)
+    search.one_step(population(magus, h3s).pop)
+    files = [*Path("results/anharmonic/labels").glob("*.*"), *Path("results/anharmonic/checkpoints").glob("*")]
+    found = {path: path.read_bytes() for path in files}
+    assert len(found) == 4 and search.volume_updates == 1
+
+    again = search_of(magus, ml_keys, ml=True, restart=True)
+    again.main_calculator.scf_ = asked = Asked()
+    again.one_step(population(magus, h3s).pop)
+    assert asked.numbers == [0] and again.volume_updates == 0
+    assert {path: path.read_bytes() for path in found} == found and not list(Path("results/anharmonic/labels").glob("*/*/*"))
+    for first, second in zip(search.cur_pop, again.cur_pop, strict=True):
+        assert np.allclose(first.positions, second.positions, atol=1e-5) and first.info["model"] == second.info["model"]
+    again.update_volume_ratio()
+    assert again.volume_updates == 1, "only the first round is a repeated one"
+
+
+def test_a_round_that_was_killed_between_its_labels_and_its_training_asks_for_the_missing_ones(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
+    search = search_of(magus, ml_keys, ml=True)
+    ml = search.ml_calculator
+    planned = ml.expand_perturb(ml.select(population(magus, h3s)))
+    ml.updatedataset(list(search.main_calculator.scf(planned))[:3])
+    restarted = search_of(magus, ml_keys, ml=True, restart=True).ml_calculator
+    waiting = restarted.expand_perturb(restarted.select(population(magus, h3s)))
+    assert [atoms.info["id"] for atoms in waiting] == [planned[3].info["id"]]
+
+
+class Asked:
+    """A main calculator's single points, which fail: how many it was asked for, call by call."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+
+    def __call__(self, pop: list[Atoms]) -> list[Atoms]:
+        self.numbers.append(len(pop))
+        return pop
+
+
 def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
     from magus_anharmonic.files import read_jsonl
 

@@ -93,9 +93,9 @@ def learn(
     Raises ``InputError`` (labels of other DFT settings in the store or in ``settings.dataset``) and ``LabelerError``.
     """
     folder = Path(run_dir)
-    finished = _finished(folder, generation, potential)
-    if finished is not None:
-        return finished
+    earlier = finished(folder, generation, potential)
+    if earlier is not None:
+        return earlier
     store.check(labeler.settings_hash)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     began = time.monotonic()
@@ -131,7 +131,7 @@ def learn(
     return _conclude(potential, candidate, sets, settings, folder, {**metrics, **found})
 
 
-def _finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
+def finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint are there."""
     records = [record for record in read_jsonl(folder / "metrics.jsonl", METRICS) if record["generation"] == generation]
     file = checkpoint_file(folder, generation)

@@ -52,6 +52,8 @@ class MatterSimCalculator(Calculator):
     is_learner = False
     seed = 0
     generation = 1
+    learned_until: int | None = None
+    """Last round whose model may be used; None: the newest."""
 
     def __init__(self, **parameters: Any) -> None:
         try:
@@ -91,6 +93,13 @@ class MatterSimCalculator(Calculator):
             logger.info("MatterSim model %s from %s", self._potential.model_id, self.checkpoint)
         return self._potential
 
+    def begin_round(self, generation: int) -> None:
+        """Everything up to the next call belongs to this round, which begins with the model that the one before has left.
+
+        MAGUS's restart repeats its last round: relaxed with the model that this round learned already, it would find other structures.
+        """
+        self.generation, self.learned_until = generation, generation - 1
+
     def use(self, potential: Potential) -> None:
         """Take another model, e.g. the one just finetuned."""
         self._potential = potential
@@ -102,7 +111,7 @@ class MatterSimCalculator(Calculator):
             return None
         from magus_anharmonic.generation import newest_checkpoint
 
-        newest = newest_checkpoint(self.run_dir)
+        newest = newest_checkpoint(self.run_dir, self.learned_until)
         return None if newest is None else str(newest)
 
     def relax_(self, calcPop: Sequence[Atoms], *args: Any, **kwargs: Any) -> list[Atoms]:  # noqa: N803 (MAGUS's name)

@@ -97,6 +97,10 @@ def _before_round(original: Callable[..., None], search: Magus) -> None:
     if rounds is not None:
         _seed_generators(rounds.settings, search.curgen)
         rounds.prepare(search)
+        if rounds.repeats:
+            # MAGUS reads the ratio with which this round began from its log, and would mix the volumes of the round before in once more.
+            rounds.repeats = False
+            return
     original()
 
 

@@ -16,7 +16,7 @@ from magus_anharmonic.generation import validation_rmse
 from magus_anharmonic.labelers.adapter import CallableLabeler
 from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, side
-from magus_anharmonic.learning.learn import keep_label, learn, plan
+from magus_anharmonic.learning.learn import finished, keep_label, learn, plan
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
 from magus_anharmonic.settings import LearningSettings, snake_case
 from magus_anharmonic.structures import bare, structure_id
@@ -101,10 +101,18 @@ class MatterSimLearner(MatterSimCalculator):
         return _like(pop, chosen)
 
     def expand_perturb(self, pop: Any) -> Any:
-        """``n_perturb`` distortions of each chosen structure, without old results, with their history in ``info``."""
+        """``n_perturb`` distortions of each chosen structure, without old results, with their history in ``info``.
+
+        Those that have their label are left out, and all of them when this round has learned: MAGUS's restart repeats its last round.
+        """
         self._selected = [bare(individual) for individual in pop]
+        if finished(self.run_dir, self.generation, self.potential) is not None:
+            return _like(pop, [])
         planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
-        return _like(pop, planned)
+        waiting = [atoms for atoms in planned if atoms.info["id"] not in self.store]
+        if len(waiting) < len(planned):
+            logger.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
+        return _like(pop, waiting)
 
     def updatedataset(self, frames: Iterable[Atoms]) -> None:
         """Save the labels that ``MainCalculator`` has put into ``info``."""

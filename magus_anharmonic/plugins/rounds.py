@@ -33,6 +33,8 @@ class Rounds:
     ml: bool
     calculator: MatterSimCalculator | None = None
     state: SearchState | None = None
+    repeats: bool = False
+    """Whether the next round is one that an earlier process began."""
 
     @classmethod
     def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
@@ -49,17 +51,18 @@ class Rounds:
             settings = settings.model_copy(update={"ml_calculator": {}})
         if not restart:
             clear_seeds(search.seed_dir)
+        calculator.begin_round(search.curgen)
         state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential)
         calculator.use(state.potential)
         calculator.seed = state.seed
         if ml:
             calculator.energy_rmse = state.energy_rmse
-        return cls(settings, ml, calculator, state)
+        return cls(settings, ml, calculator, state, repeats=restart)
 
     def prepare(self, search: Any) -> None:
         """At the start of a round: tell the calculator which one it is."""
         if self.calculator is not None:
-            self.calculator.generation = search.curgen
+            self.calculator.begin_round(search.curgen)
 
     def finish(self, search: Any) -> None:
         """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next round."""

@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
+from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -130,9 +131,15 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     """Train by ``recipe`` on files of ``labels``; writes the checkpoint ``out`` and ``<out stem>.json`` beside it.
 
     Interrupted, it goes on where it was when called again with the same inputs (``<stem>.stageN.pth`` and ``*.state`` hold
-    what is done). Raises InputError and CheckpointError.
+    what is done). Raises InputError (also while another process trains the same checkpoint) and CheckpointError.
     """
-    began, out = time.perf_counter(), Path(out)
+    out = Path(out)
+    with locked(out.parent, "magus-anharmonic train", f"{out.stem}.lock.json"):
+        return _train(labels, out, recipe, device)
+
+
+def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None) -> TrainReport:
+    began = time.perf_counter()
     train, validation, test = _sets(labels, recipe)
     module, start, change, species = _starting_model(train, recipe, device)
     parent_id = checkpoint.model_id(module)

@@ -11,6 +11,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.odds import ModelTerm
@@ -23,23 +24,26 @@ from magus_anharmonic.structures import bare
 
 log = logging.getLogger(__name__)
 
+WHAT = "magus-anharmonic rank"
+
 
 def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[Candidate]:
     """Rank the structures of any file that ASE reads with the model that ``settings`` name; everything goes to ``output``.
 
-    The same call again takes up what is finished. Raises ``InputError`` (file, structure, checkpoint, or a folder of
-    another version); nothing is written then.
+    The same call again takes up what is finished. Raises ``InputError`` (file, structure, checkpoint, a folder of another version, or
+    one in which another process works); nothing is written then.
     """
     structures = read_structures(path)
-    check_results_version(output)
     if settings.calculator is None:
         raise InputError("MainCalculator: rank needs calculator: mattersim with a checkpoint")
-    from magus_anharmonic.potential import load
+    with locked(output, WHAT):
+        check_results_version(output)
+        from magus_anharmonic.potential import load
 
-    potential = load(settings.calculator.checkpoint, device=settings.calculator.device)
-    seed = settings.seed or 0
-    write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra={"structures": str(path)})
-    return rank_structures(structures, potential, settings, output, seed=seed)
+        potential = load(settings.calculator.checkpoint, device=settings.calculator.device)
+        seed = settings.seed or 0
+        write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra={"structures": str(path)})
+        return rank_structures(structures, potential, settings, output, seed=seed)
 
 
 def rank_structures(

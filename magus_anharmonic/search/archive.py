@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.io import read, write
+from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, replacing, write_json
+from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)
 
 STATE = "search.json"
 HISTORY = "generations.jsonl"
+BEST = "best.traj"
 FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")
 FIXED_HOST_KEYS = ("formula",)
 
@@ -52,14 +55,33 @@ class Archive:
 
     def save(self, name: str, generation: int | str, population: Sequence[Atoms], units: list[Atoms] | None = None) -> None:
         """Write ``{name}{generation}.traj`` atomically; fitness is not kept, as in MAGUS."""
-        frames = []
-        for atoms in population:
-            frame = atoms.copy()
-            frame.info = {**atoms.info, "type": "Bulk", "fitness": {}}
-            if units is not None:
-                frame.info["units"] = units
-            frames.append(frame)
-        write_frames(self.results / f"{name}{generation}.traj", frames)
+        write_frames(self.results / f"{name}{generation}.traj", _as_saved(population, units))
+
+    def add_best(self, best: Sequence[Atoms], units: list[Atoms]) -> None:
+        """Append the best structures of a generation to ``best.traj`` atomically; those before stay on disk, out of memory."""
+        file = self.results / BEST
+        with replacing(file) as temporary:
+            if file.exists():
+                shutil.copyfile(file, temporary)
+            append_frames(temporary, _as_saved(best, units))
+
+    def restore_best(self, generation: int) -> None:
+        """Make ``best.traj`` end with ``generation``, the last finished one, as it did then.
+
+        A kill between that file and ``search.json`` leaves an unfinished generation in it; a damaged one is made anew. Appended
+        generation by generation, as in a search that nobody killed, the bytes are the same.
+        """
+        file = self.results / BEST
+        best = whole_frames(file)
+        if best and best[-1].info.get("best_of") == generation:
+            return
+        file.unlink(missing_ok=True)
+        if generation == 0:
+            return
+        with replacing(file) as temporary:
+            for g in range(1, generation + 1):
+                known = [atoms for atoms in best or () if atoms.info.get("best_of") == g]
+                append_frames(temporary, known or best_of(self.load("good", g), g))
 
     def has(self, name: str, generation: int | str) -> bool:
         """Whether a file of this search was written already."""
@@ -141,10 +163,36 @@ class Archive:
         return self.anharmonic / "seeds" / f"seeds_{generation}.traj"
 
 
+def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:
+    """Copies of the best structures of a generation, which say so."""
+    best = [copied(atoms) for atoms in select_best(good)]
+    for atoms in best:
+        atoms.info["best_of"] = generation
+    return best
+
+
+def _as_saved(population: Sequence[Atoms], units: list[Atoms] | None) -> list[Atoms]:
+    frames = []
+    for atoms in population:
+        frame = atoms.copy()
+        frame.info = {**atoms.info, "type": "Bulk", "fitness": {}}
+        if units is not None:
+            frame.info["units"] = units
+        frames.append(frame)
+    return frames
+
+
 def write_frames(file: Path, frames: Sequence[Atoms]) -> None:
     """Write structures to a .traj file atomically."""
     with replacing(file) as temporary:
         write(temporary, list(frames), format="traj")
+
+
+def append_frames(file: Path, frames: Sequence[Atoms]) -> None:
+    """Append structures to a .traj file, which may be empty; not atomic."""
+    with Trajectory(file, "a") as trajectory:
+        for frame in frames:
+            trajectory.write(frame)
 
 
 def read_frames(file: Path) -> list[Atoms]:

@@ -30,7 +30,7 @@ from magus_anharmonic.lock import check_free, locked
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
-from magus_anharmonic.search.archive import Archive, compare_settings, whole_frames
+from magus_anharmonic.search.archive import Archive, best_of, compare_settings
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.operators import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
@@ -104,7 +104,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         search.run()
         if state is not None:
             report_at_end(archive.anharmonic)
-    return SearchOutcome(archive.results, search.num_gen, search.good, search.best, search.seed, time.perf_counter() - began)
+    return SearchOutcome(archive.results, search.num_gen, search.good, archive.load("best", ""), search.seed, time.perf_counter() - began)
 
 
 @contextlib.contextmanager
@@ -154,14 +154,6 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         )
 
 
-def best_of(good: Sequence[Atoms], generation: int) -> list[Atoms]:
-    """Copies of the best structures of a generation, which say so."""
-    best = [pops.copied(atoms) for atoms in pops.select_best(good)]
-    for atoms in best:
-        atoms.info["best_of"] = generation
-    return best
-
-
 class Search:
     """The populations between two generations, and the step from one to the next."""
 
@@ -178,12 +170,12 @@ class Search:
         self.good: list[Atoms] = []
         self.keep: list[Atoms] = []
         self.current: list[Atoms] = []
-        self.best: list[Atoms] = []
         self.volume_ratio = keys.volume_ratio
 
     def run(self) -> None:
         """All generations that are not finished yet."""
         done, ratio = self.archive.finished()
+        self.archive.restore_best(done)
         if done:
             self.volume_ratio = ratio
             self._load(done)
@@ -206,11 +198,6 @@ class Search:
             # one object per structure, so that nothing is evaluated or ranked twice
             loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
             setattr(self, "current" if name == "gen" else name, loaded)
-        # a kill between best.traj and search.json leaves the unfinished generation in best.traj
-        best = whole_frames(self.archive.results / "best.traj")
-        if best is None:
-            best = [atoms for g in range(1, generation + 1) for atoms in best_of(self.archive.load("good", g), g)]
-        self.best = [atoms for atoms in best if atoms.info["best_of"] <= generation]
 
     def _step(self, generation: int) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
@@ -300,7 +287,6 @@ class Search:
         candidates = [pops.copied(atoms) for atoms in [*known, *self.current]]
         self.good = pops.select_good(candidates, self.fitness, self.keys)
         self.keep = pops.select_keep(self.good, self.keys.save_good)
-        self.best = [*self.best, *best_of(self.good, generation)]
 
     def _finish(self, generation: int) -> None:
         balls = [self.geometry.ball_volume(self.geometry.counts(atoms)) for atoms in self.current]
@@ -310,7 +296,7 @@ class Search:
         for name in ("good", "keep"):
             self._save(name, generation, getattr(self, name))
         self._save("good", "", self.good)
-        self._save("best", "", self.best)
+        self.archive.add_best(best_of(self.good, generation), self.units)
         self.archive.finish(generation, self.volume_ratio, time.perf_counter() - self.begun)
         self._load(generation)
 

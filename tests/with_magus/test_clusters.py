@@ -53,6 +53,20 @@ def test_labels_come_back_through_the_queue_system(cluster_search: Path, queue: 
         assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), "MAGUS's cluster calculators change the order"
 
 
+def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search: Path, queue: Path) -> None:
+    """MAGUS's restart repeats its last round; each label is hours of a cluster."""
+    file = cluster_search / "input.yaml"
+    file.write_text(file.read_text().replace("numGen: 1", "numGen: 2"))
+    assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0
+    sent = queue.read_text()
+    again = magus(cluster_search, "search", "-m", "-r", JOB_SYSTEM="LSF")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert [line for line in queue.read_text().splitlines() if line.startswith("bsub")] == [
+        line for line in sent.splitlines() if line.startswith("bsub")
+    ]
+    assert len(read_jsonl(cluster_search / "results/anharmonic/metrics.jsonl")) == 2
+
+
 def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search: Path) -> None:
     """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends without output."""
     assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0

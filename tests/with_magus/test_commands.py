@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase.io import read
-from magus_run import LEARNING, magus, needs_magus, ours, write_input
+from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
 
-from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 pytestmark = needs_magus
@@ -73,21 +73,71 @@ def test_parallel_mode_is_refused_with_a_gpu_and_with_workers_elsewhere(work: Pa
     assert not (work / "results").exists()
 
 
-def test_a_restart_of_the_ml_mode_trains_nothing_again(work: Path) -> None:
-    """The fault: MLMagus repeats its whole initial training on a restart unless ``init_times`` is 0, as ours is."""
+def test_a_restart_of_the_ml_mode_labels_and_trains_nothing_again(work: Path) -> None:
+    """The faults: MLMagus repeats its initial training on a restart unless ``init_times`` is 0, as ours is, and every MAGUS repeats its
+    last round and puts its best structure into best.traj again.
+
+    With the model and the volume ratio that it began with, the repeated round finds what it found; its labels are there already.
+    """
     learning = {**LEARNING, "labeler": {"calculator": "main"}}
     main = {"calculator": "emt", "jobPrefix": "EMT"}
     static_input(work, MainCalculator=main, MLCalculator=ours("ML"), SelectDFTScf=True, learning=learning, numGen=2)
     first = magus(work, "search", "-m")
     assert first.returncode == 0, first.stdout[-3000:]
-    labels = (work / "results/anharmonic/labels/gen001.xyz").read_bytes()
-    metrics = read_jsonl(work / "results/anharmonic/metrics.jsonl")
+    before, found = learned(work), populations(work)
     again = magus(work, "search", "-m", "-r")
     assert again.returncode == 0, again.stdout[-3000:]
-    # MAGUS repeats its last round (2); nothing before it is done again.
-    assert (work / "results/anharmonic/labels/gen001.xyz").read_bytes() == labels
-    assert {path.name for path in (work / "results/anharmonic/labels").glob("gen*.xyz")} == {"gen001.xyz", "gen002.xyz"}
-    assert read_jsonl(work / "results/anharmonic/metrics.jsonl")[0] == metrics[0]
+    assert learned(work) == before and not list((work / "results/anharmonic/labels/pending").glob("*"))
+    repeated = populations(work)
+    best = found.pop("best.traj")
+    assert repeated.pop("best.traj") == [*best, best[-1]], "MAGUS counts the repeated round twice"
+    assert repeated == found
+
+
+STOCK = """
+from magus.entrypoints.main import main
+from magus.search.search import Magus
+from magus_anharmonic import plugins
+plugins.register()
+Magus.update_volume_ratio = Magus.update_volume_ratio.__wrapped__
+Magus.update_volume_ratio.by_magus_anharmonic = True
+main()
+"""
+"""MAGUS with our calculator, and with its own update of the volume ratio."""
+
+
+def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work: Path) -> None:
+    """The fault: MAGUS reads the ratio that a round began with from its log and updates it as if it were that of the round before."""
+    static_input(work, MainCalculator=ours(max_step=1), numGen=2)
+    assert magus(work, "search").returncode == 0
+    (first,) = volume_ratios(work)
+    assert magus(work, "search", "-r").returncode == 0
+    assert volume_ratios(work) == [first, first], "the second is what the restart read"
+    call, options = command(work, "search", "-r")
+    assert subprocess.run([call[0], "-c", STOCK, *call[-2:]], timeout=300, **options).returncode == 0
+    *_, read_again, updated = volume_ratios(work)
+    assert read_again == first != updated, "if MAGUS has mended it, hook.py need not leave the update out"
+
+
+def volume_ratios(folder: Path) -> list[float]:
+    return [float(line.split()[-1]) for line in (folder / "log.txt").read_text().splitlines() if "volRatio" in line]
+
+
+def learned(folder: Path) -> dict[str, bytes]:
+    """Labels, what says which they are, models and their errors."""
+    ours = folder / "results/anharmonic"
+    files = [*ours.glob("labels/*"), *ours.glob("checkpoints/*"), ours / "metrics.jsonl"]
+    return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+
+def populations(folder: Path) -> dict[str, list[tuple[str, int, float]]]:
+    """Identity, space group and enthalpy (to 0.1 meV/atom: survivors are relaxed together with others the second time)."""
+    names = ["best.traj", *(f"{kind}{g}.traj" for kind in ("init", "mlraw", "gen", "good") for g in (1, 2))]
+    frames = {name: read(folder / "results" / name, ":") for name in names}
+    return {
+        name: sorted((str(a.info["identity"]), int(a.info.get("spg", 0)), round(float(a.info.get("enthalpy", 0.0)), 4)) for a in found)
+        for name, found in frames.items()
+    }
 
 
 def test_missing_free_energies_are_last_in_the_summary(work: Path) -> None:
