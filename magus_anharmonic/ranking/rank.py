@@ -24,6 +24,7 @@ from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.odds import ModelTerm, with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import label_phases
+from magus_anharmonic.ranking.pooling import common_error, merge_duplicates
 from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.stability import check_stability, with_followers
@@ -357,8 +358,9 @@ class Ranking:
         if key is not None:
             candidates = self._estimated(candidates, key)
             candidates = with_followers(candidates, self.store, self.results(key))
-            phases = label_phases(candidates)
-            candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: self.common_numbers.covariance(a.folder, b.folder))
+            covariance = self.common_numbers.covariance
+            phases = merge_duplicates(label_phases(candidates), self.store, key, self.run_dir / "sscha", covariance)
+            candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance))
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
         return numbered(candidates + failed)
