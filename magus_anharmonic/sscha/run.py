@@ -17,6 +17,7 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.averages import Averages, Ensemble, average, joined
 from magus_anharmonic.sscha.begin import begin_run, same_gaussian
+from magus_anharmonic.sscha.criteria import unconverged
 from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.result import SschaResult
@@ -280,7 +281,7 @@ class SschaRun:
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
         )  # fmt: skip
         _require_crystal(self.state, self.start.state)
-        self.reason = _unconverged(self.state, self.averages, self.progress, self.task, self._promised)
+        self.reason = unconverged(self.state, self.averages, self.progress, self.task, self._promised)
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
         if self._response is not None and self._predicted is not None:
@@ -301,31 +302,6 @@ def _require_crystal(state: SschaState, begin: SschaState) -> None:
             f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]}) "
             f"is at {neighbours[worst]:.2f} times its distance at the start"
         )
-
-
-def _unconverged(state: SschaState, averages: Averages, progress: Progress, task: Task, promised: float) -> str:
-    """Why the run has to go on; empty when it has converged.
-
-    The last two populations agree when G neither rose nor fell by more than their errors, after what the step between them
-    had ``promised`` (eV/atom): a fall that was foreseen is no sign of drift.
-    """
-    settings, n = task.settings, len(state.atoms)
-    gibbs, error = progress.gibbs[-1]
-    open_issues = []
-    if settings.cell == "variable":
-        deviation = np.abs(averages.stress * EV_PER_A3_IN_GPA + np.eye(3) * task.pressure).max()
-        if deviation >= settings.pressure_tolerance:
-            open_issues.append(f"stress {deviation:.2f} GPa off the target")
-    if averages.decrease / n >= max(settings.free_energy_tolerance, error):
-        open_issues.append(f"G may still fall by {averages.decrease / n * 1e3:.2f} meV/atom")
-    if len(progress.gibbs) < 2:
-        open_issues.append("one population")
-    else:
-        before, error_before = progress.gibbs[-2]
-        noise = 2.0 * np.hypot(error, error_before) + 1e-6
-        if not -noise - max(0.0, promised) <= gibbs - before <= noise:
-            open_issues.append(f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population")
-    return "; ".join(open_issues)
 
 
 def _learn_response(response: np.ndarray, averages: Averages, stress: np.ndarray, strain: np.ndarray) -> np.ndarray:

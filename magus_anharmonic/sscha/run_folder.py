@@ -56,7 +56,7 @@ class RunFolder:
 
     def read_start(self) -> Start | None:
         """The stored start, None when there is none yet."""
-        return read_whole(self.directory / "start.npz", _read_start_file)
+        return read_whole(self.directory / "start.npz", read_start_file)
 
     def write_start(self, start: Start) -> None:
         response = np.zeros(0) if start.stress_response is None else start.stress_response
@@ -149,7 +149,8 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     return state, ensemble
 
 
-def _read_start_file(path: Path) -> Start:
+def read_start_file(path: Path) -> Start:
+    """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
     try:
         response = stored["stress_response"]
