@@ -335,7 +335,8 @@ class Ranking:
         trust = None if outcome.result is None else ensemble_trust(outcome.result, self.evaluator, rng)
         if trust is not None and trust.warning:
             log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
-        return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent)
+        cutoff = getattr(self.evaluator, "cutoff", None)
+        return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent, cutoff=cutoff)
 
     def results(self, key: Key) -> list[Record]:
         """What the runs of this population led to at ``key``."""

@@ -21,6 +21,7 @@ from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
 from magus_anharmonic.sscha.summary import failed_result
+from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.task import Progress, Task
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
         run = SschaRun(task, evaluator, folder, progress)
         while not (run.converged and run.precise) and run.n_populations < task.settings.max_populations:
             run.advance()
+        if warning := image_warning(run.state.supercell.cell.array, getattr(evaluator, "cutoff", None)):
+            log.warning("%s: %s", task.atoms.get_chemical_formula(), warning)
         return run.finish()
     except InputError:
         raise
