@@ -109,7 +109,7 @@ class RunFolder:
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=list(rows[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.directory / "convergence.csv", text.getvalue())
