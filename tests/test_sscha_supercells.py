@@ -22,6 +22,7 @@ from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.native import minimise
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
+from magus_anharmonic.sscha.run_folder import read_population_file
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, expand, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (
@@ -218,6 +219,17 @@ def test_dynamical_matrices_of_a_slanted_supercell_come_back(tmp_path):
     q = q_points(SLANTED)
     assert sorted(q_index(q, back.repeats).tolist()) == [0, 1, 2], "the same lattice, perhaps by other vectors"
     assert fourier(back.force_constants, back.repeats, q) == pytest.approx(fourier(state.force_constants, SLANTED, q), abs=1e-6)
+
+
+def test_a_population_of_a_slanted_supercell_is_read_back(tmp_path):
+    """And so a run is taken up, and its random numbers are compared with another's."""
+    atoms = bulk("Al", "fcc", a=4.0)
+    options = dict(supercell=CONVENTIONAL, cell="fixed", n_configs=10, max_populations=1, directory=tmp_path)
+    found = free_energy(atoms, EMT(), 5.0, 300.0, **options)
+    state, ensemble = read_population_file(tmp_path / "population_001.npz")
+    assert state.repeats == found.supercell and ensemble.forces.shape == (10, 4, 3)
+    onward = free_energy(atoms, EMT(), 5.0, 300.0, **{**options, "max_populations": 2})
+    assert onward.n_populations == 2 and not list(tmp_path.glob("*.damaged"))
 
 
 @pytest.mark.slow

@@ -29,7 +29,9 @@ class Candidate:
     ``model_correction`` is G by DFT minus G where labels of the ensemble say so (`odds.ModelTerm`).
     ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
     final ensemble (eV/A). ``parent`` is the structure whose saddle point was followed to this one, which is no member of the population
-    then. ``hessian_lowest``, ``hessian_error`` (cm^-1) and ``p_stable``: see `Record`.
+    then. ``pooled`` : folders of the runs of which G is the mean, and their weights (`pooling`; empty: of one run);
+    ``duplicate_spread`` : largest distance of G of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error``
+    (cm^-1) and ``p_stable``: see `Record`.
     """
 
     id: str
@@ -67,6 +69,8 @@ class Candidate:
     p_lowest: float | None = None
     p_lowest_total: float | None = None
     parent: str = ""
+    pooled: tuple[tuple[str, float], ...] = ()
+    duplicate_spread: float | None = None
     hessian_lowest: float | None = None
     hessian_error: float | None = None
     p_stable: float | None = None

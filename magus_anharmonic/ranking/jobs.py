@@ -45,13 +45,15 @@ class Job:
 class Outcome:
     """What became of a job at one temperature: an ``SschaResult``, or None and the reason.
 
-    ``lasting``: the same input will fail again (an SSCHA failure, not a full disk), so it need not be tried again.
+    ``lasting``: the same input will fail again (an SSCHA failure, not a full disk), so it need not be tried again. ``partial``: the
+    ``SschaResult`` of a run that failed, with the numbers of its last population.
     """
 
     temperature: float
     result: Any
     reason: str = ""
     lasting: bool = True
+    partial: Any = None
 
 
 def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> list[Outcome]:
@@ -75,7 +77,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
         else:
             failed = result.status == "failed" or not math.isfinite(result.gibbs)
             reason = (result.reason or "it has no free energy") if failed else ""
-            outcomes.append(Outcome(temperature, None if failed else result, reason))
+            outcomes.append(Outcome(temperature, None if failed else result, reason, partial=result if failed else None))
             previous = None if failed else result
     return outcomes
 

@@ -96,12 +96,17 @@ def largest_difference(a: Fingerprint, b: Fingerprint, rescale: bool = False) ->
         return math.inf
     mean = math.sqrt(a.volume * b.volume)
     scales = [(mean / f.volume) ** (1.0 / 3.0) if rescale else 1.0 for f in (a, b)]
-    rows_a, rows_b = a.distances, b.distances
+    rows = [[(z, row * scale) for z, row in f.distances] for f, scale in zip((a, b), scales, strict=True)]
+    return table_difference(*rows)
+
+
+def table_difference(rows_a: Sequence[tuple[int, np.ndarray]], rows_b: Sequence[tuple[int, np.ndarray]]) -> float:
+    """Largest difference (Angstrom) of two tables of `pointwise_distances` of one composition, under the best matching of the atoms."""
     size = math.lcm(len(rows_a), len(rows_b))
     worst = 0.0
-    for z, _ in a.composition:
-        table_a = np.array([row for own, row in rows_a if own == z]) * scales[0]
-        table_b = np.array([row for own, row in rows_b if own == z]) * scales[1]
+    for z in sorted({own for own, _ in rows_a}):
+        table_a = np.array([row for own, row in rows_a if own == z])
+        table_b = np.array([row for own, row in rows_b if own == z])
         cost = np.abs(table_a[:, None, :] - table_b[None, :, :]).max(axis=2)
         cost = np.repeat(np.repeat(cost, size // len(rows_a), axis=0), size // len(rows_b), axis=1)
         # A high power makes the matching of least sum that of the least largest difference.

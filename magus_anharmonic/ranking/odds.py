@@ -34,7 +34,7 @@ def with_odds(
 
     sampling : both standard errors together, less what ``common`` (the covariance of two free energies, eV^2/atom^2) says they
     share; the odds take them as independent, which for candidates that share errors is on the safe side. finite size : half the
-    difference of the two interpolation terms. model : see below.
+    difference of the two interpolation terms, together with the spreads of both phases over supercells. model : see below.
     Phases that another candidate stands for, estimates and failures get none.
 
     The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it alone has) is measured: the error of
@@ -48,7 +48,7 @@ def with_odds(
         return list(candidates)
     best = phases[0]
     gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
-    finite = [FINITE_SIZE_PART * abs(_number(c.finite_size) - _number(best.finite_size)) for c in phases]
+    finite = [0.0 if c is best else _finite_size_error(c, best) for c in phases]
     odds = probability_lowest(gibbs, sampling)
     terms = model_terms(phases, measured or {})
     shift = _shifts(terms)
@@ -100,6 +100,11 @@ def _together(error: float | None, of_best: float | None, shift: float, best: bo
     if error is None or of_best is None:
         return None
     return 0.0 if best else math.hypot(error, of_best, shift)
+
+
+def _finite_size_error(one: Candidate, other: Candidate) -> float:
+    by_interpolation = FINITE_SIZE_PART * abs(_number(one.finite_size) - _number(other.finite_size))
+    return math.hypot(by_interpolation, _number(one.duplicate_spread), _number(other.duplicate_spread))
 
 
 def _number(value: float | None) -> float:

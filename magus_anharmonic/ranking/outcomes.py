@@ -14,21 +14,32 @@ from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome
 from magus_anharmonic.ranking.store import Key, Record
 from magus_anharmonic.ranking.trust import EnsembleTrust
+from magus_anharmonic.sscha.melting import melting_warning
 from magus_anharmonic.sscha.rotations import rotation_warning
+from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.structures import bare, space_group
 
 
 def record_of(
-    job: Job, key: Key, outcome: Outcome, enthalpy: float | None, symprec: float, *, trust: EnsembleTrust | None = None, parent: str = ""
+    job: Job,
+    key: Key,
+    outcome: Outcome,
+    enthalpy: float | None,
+    symprec: float,
+    *,
+    trust: EnsembleTrust | None = None,
+    parent: str = "",
+    cutoff: float | None = None,
 ) -> Record | None:
-    """What is stored of an outcome; None for a failure that may not happen again."""
+    """What is stored of an outcome; None for a failure that may not happen again. ``cutoff`` : of the model, A, where it has one."""
     result = outcome.result
     if result is None:
         if not outcome.lasting:
             return None
         spg = space_group(job.atoms, symprec)
-        return Record(job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent, spg_static=spg)
-    notes = ["" if result.converged else result.reason or "did not converge", _rotation_warning(result)]
+        failed = Record(job.structure, key, job.atoms, "failed", outcome.reason, enthalpy=enthalpy, parent=parent, spg_static=spg)
+        return failed if outcome.partial is None else replace(failed, **_partial_numbers(outcome.partial))
+    notes = ["" if result.converged else result.reason or "did not converge", *_warnings(result, cutoff)]
     notes.append("" if trust is None else trust.warning)
     return Record(
         structure=job.structure,
@@ -75,8 +86,20 @@ def stopped_record(record: Record, stop: Stop) -> Record:
     )
 
 
-def _rotation_warning(result: Any) -> str:
-    return "" if result.force_constants is None else rotation_warning(result.state)
+def _partial_numbers(result: Any) -> dict[str, Any]:
+    """Fields of a failed run's record from its last population: no G, which would rank."""
+    numbers = {
+        "gibbs_raw": result.gibbs_raw, "gibbs_error": result.gibbs_error, "volume": result.volume, "decrease": result.decrease
+    }  # fmt: skip
+    known = {name: float(value) for name, value in numbers.items() if value is not None and np.isfinite(value)}
+    return {**known, "n_evaluations": int(result.n_evaluations), "n_populations": int(result.n_populations)}
+
+
+def _warnings(result: Any, cutoff: float | None) -> list[str]:
+    if result.force_constants is None:
+        return []
+    state = result.state
+    return [rotation_warning(state), melting_warning(state), image_warning(state.supercell.cell.array, cutoff)]
 
 
 def _float(value: float | None) -> float | None:
@@ -86,7 +109,17 @@ def _float(value: float | None) -> float | None:
 def with_result(candidate: Candidate, record: Record, final: Record) -> Candidate:
     """``candidate`` with the result ``final``, to which its own run ``record`` led."""
     if record.status == "failed":
-        return replace(candidate, status="failed", reason=record.reason, record=record.structure, folder=record.folder)
+        return replace(
+            candidate,
+            status="failed",
+            reason=record.reason,
+            gibbs_error=record.gibbs_error,
+            gibbs_raw=record.gibbs_raw,
+            volume=record.volume,
+            n_evaluations=record.n_evaluations,
+            record=record.structure,
+            folder=record.folder,
+        )
     reason = final.reason
     if final is not record:
         note = f"G of its {len(final.phase)}-atom primitive cell, run again"
@@ -122,7 +155,7 @@ def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model
                 candidate_id=candidate.id,
                 model=model,
                 free_energy=np.nan if candidate.gibbs is None else candidate.gibbs,
-                free_energy_error=np.nan if candidate.gibbs_error is None else candidate.gibbs_error,
+                free_energy_error=np.nan if candidate.gibbs is None or candidate.gibbs_error is None else candidate.gibbs_error,
                 free_energy_status=candidate.status,
                 free_energy_model=model,
                 free_energy_reason=candidate.reason,

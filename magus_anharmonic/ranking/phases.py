@@ -35,15 +35,15 @@ def same_records(a: Atoms, b: Atoms) -> bool:
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
 
-    That is the converged one of lowest G, or the lowest when none has converged.
+    That is a converged one if there is any, at the reference supercell (its cell is the phase's primitive one) rather than at
+    another, with more rather than fewer atoms in the supercell; among equals the one of lowest G.
     """
-    order = sorted(
-        (c for c in candidates if c.ranked and c.centroids is not None), key=lambda c: (c.status not in CONVERGED, c.gibbs, c.id)
-    )
+    cells = {c.id: symmetric_primitive(c.centroids, c.symmetry_tolerance) for c in candidates if c.ranked and c.centroids is not None}
+    order = sorted((c for c in candidates if c.id in cells), key=lambda c: _standing(c, len(cells[c.id])))
     phases: list[tuple[Candidate, Fingerprint]] = []
     twins: dict[str, str] = {}
     for candidate in order:
-        fingerprint = Fingerprint(symmetric_primitive(candidate.centroids, candidate.symmetry_tolerance), candidate.symmetry_tolerance)
+        fingerprint = Fingerprint(cells[candidate.id], candidate.symmetry_tolerance)
         twin = next((c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None)
         if twin is None:
             phases.append((candidate, fingerprint))
@@ -52,6 +52,11 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     if twins:
         log.info("%d of %d results are quantum phases that others lead to as well", len(twins), len(order))
     return [replace(c, same_as=twins.get(c.id, "")) for c in candidates]
+
+
+def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, int, float, str]:
+    larger = len(candidate.centroids or ()) > n_primitive
+    return candidate.status not in CONVERGED, larger, -candidate.n_supercell, candidate.gibbs or 0.0, candidate.id
 
 
 def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Fingerprint) -> bool:

@@ -24,6 +24,7 @@ from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.odds import ModelTerm, with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import label_phases
+from magus_anharmonic.ranking.pooling import common_error, merge_duplicates
 from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.stability import check_stability, with_followers
@@ -334,7 +335,8 @@ class Ranking:
         trust = None if outcome.result is None else ensemble_trust(outcome.result, self.evaluator, rng)
         if trust is not None and trust.warning:
             log.warning("%s: G is not to be trusted: %s", job.structure, trust.warning)
-        return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent)
+        cutoff = getattr(self.evaluator, "cutoff", None)
+        return record_of(job, key, outcome, enthalpy, self.sscha.symprec, trust=trust, parent=parent, cutoff=cutoff)
 
     def results(self, key: Key) -> list[Record]:
         """What the runs of this population led to at ``key``."""
@@ -357,8 +359,9 @@ class Ranking:
         if key is not None:
             candidates = self._estimated(candidates, key)
             candidates = with_followers(candidates, self.store, self.results(key))
-            phases = label_phases(candidates)
-            candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: self.common_numbers.covariance(a.folder, b.folder))
+            covariance = self.common_numbers.covariance
+            phases = merge_duplicates(label_phases(candidates), self.store, key, self.run_dir / "sscha", covariance)
+            candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance))
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
         return numbered(candidates + failed)

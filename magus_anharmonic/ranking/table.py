@@ -53,6 +53,8 @@ COLUMNS = (
     "p_stable",
     "model_correction_eV_per_atom",
     "model_correction_error_eV_per_atom",
+    "n_pooled",
+    "duplicate_spread_eV_per_atom",
 )
 
 
@@ -98,6 +100,8 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.p_stable),
         _digits(c.model_correction),
         _digits(c.model_correction_error),
+        max(1, len(c.pooled)) if c.ranked else "",
+        _digits(c.duplicate_spread),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

@@ -62,9 +62,17 @@ def joined(ensembles: Sequence[Ensemble]) -> Ensemble:
     return Ensemble(*(np.concatenate(part) for part in parts))
 
 
-def pair_means(values: np.ndarray) -> np.ndarray:
-    """(n, ...) to (n/2, ...): the mean of each +u/-u pair."""
-    return 0.5 * (values[0::2] + values[1::2])
+def pair_means(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """(n, ...) to (n/2, ...): the mean of each +u/-u pair.
+
+    With ``weights`` (n,): numbers whose mean is sum(w x) / sum(w), and whose scatter is that of this ratio to first order.
+    """
+    if weights is None:
+        return 0.5 * (values[0::2] + values[1::2])
+    share = weights / weights.mean()
+    share = share.reshape(-1, *(1,) * (values.ndim - 1))
+    mean = (share * values).mean(axis=0)
+    return mean + pair_means(share * (values - mean))
 
 
 def standard_error(pairs: np.ndarray) -> np.ndarray:
@@ -74,19 +82,22 @@ def standard_error(pairs: np.ndarray) -> np.ndarray:
     return pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs))
 
 
-def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> Averages:
-    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper) and their errors."""
+def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, weights: np.ndarray | None = None) -> Averages:
+    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper) and their errors.
+
+    ``weights`` (n,): density of the state over that from which the configurations were drawn; None: they were drawn from the state.
+    """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
     harmonic_forces = -u @ state.full
     harmonic_energies = -0.5 * np.einsum("ci,ci->c", u, harmonic_forces)
-    excess = pair_means(ensemble.energies - harmonic_energies) / state.n_cells
+    excess = pair_means(ensemble.energies - harmonic_energies, weights) / state.n_cells
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
-    stresses = pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)))
+    stresses = pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights)
     residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
-    forces = symmetry.vectors(pair_means(centroid))
+    forces = symmetry.vectors(pair_means(centroid, weights))
     compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
     force_error = standard_error(forces)
     return Averages(
@@ -96,7 +107,7 @@ def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> Averag
         stress_error=standard_error(symmetry.tensor(stresses)),
         force=forces.mean(axis=0),
         position_error=np.sqrt((compliance**2) @ (force_error.ravel() ** 2)).reshape(-1, 3),
-        decrease=centroid_decrease(forces, compliance) + matrix_decrease(state, u, residual, symmetry),
+        decrease=centroid_decrease(forces, compliance) + matrix_decrease(state, u, residual, symmetry, weights),
     )
 
 
@@ -117,7 +128,7 @@ def centroid_decrease(forces: np.ndarray, compliance: np.ndarray) -> float:
     return float(abs(0.5 * first @ compliance @ second))
 
 
-def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry) -> float:
+def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None) -> float:
     """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants.
 
     With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the divided difference of
@@ -126,13 +137,15 @@ def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symm
     pairs = np.arange(len(u)) // 2
     if pairs[-1] < 1:
         return np.inf
+    share = np.ones(len(u)) if weights is None else weights
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
     quantum = state.modes.quantum
     halves = []
     for half in (0, 1):
         chosen = pairs % 2 == half
-        curvature = -(u[chosen] @ state.precision).T @ residual[chosen] / chosen.sum()
+        part = share[chosen, None] / share[chosen].sum()
+        curvature = -(part * (u[chosen] @ state.precision)).T @ residual[chosen]
         compact = symmetry.force_constants(fold(0.5 * (curvature + curvature.T), state.repeats))
         halves.append(vectors.T @ expand(compact, state.repeats) @ vectors)
     return float(abs(0.25 * np.sum(halves[0] * halves[1] * variance_response(quantum, state.temperature))) / state.n_cells)

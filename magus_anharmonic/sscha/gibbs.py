@@ -16,10 +16,12 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.begin import check_structure, configurations_of, read_state
+from magus_anharmonic.sscha.isotopes import reweighted_result
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
 from magus_anharmonic.sscha.summary import failed_result
+from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.task import Progress, Task
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def free_energy(
     start
         Cell, centroids and force constants to start from instead of harmonic ones: an `SschaResult`, the folder of a
         finished run, or the prefix of Quantum ESPRESSO dynamical matrices (``.../dyn_pop5_``). Of the folder of another model's run
-        the configurations of the last state are evaluated again, before any is drawn.
+        the configurations of the last state are evaluated again, before any is drawn. Of the folder of a run with other masses
+        they are reweighted, without any evaluation, where that is enough (`isotopes`).
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is kept.
     tolerances
@@ -96,17 +99,21 @@ def free_energy(
         configurations = configurations_of(start, source.model_id)
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id, configurations)
         folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity())
-        return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder)
+        return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder, start)
 
 
-def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder) -> SschaResult:
+def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) -> SschaResult:
     """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator may be repaired."""
     began = time.perf_counter()
     progress = Progress()
     try:
+        if folder.read_progress() is None and (found := reweighted_result(task, start, folder)) is not None:
+            return found
         run = SschaRun(task, evaluator, folder, progress)
         while not (run.converged and run.precise) and run.n_populations < task.settings.max_populations:
             run.advance()
+        if warning := image_warning(run.state.supercell.cell.array, getattr(evaluator, "cutoff", None)):
+            log.warning("%s: %s", task.atoms.get_chemical_formula(), warning)
         return run.finish()
     except InputError:
         raise

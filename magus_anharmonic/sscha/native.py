@@ -21,6 +21,7 @@ from magus_anharmonic.sscha.averages import variance_response
 from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.reweight import Pool, Reweighted, Trial
 from magus_anharmonic.sscha.spectrum import Spectrum, without_translations
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR
 
@@ -48,14 +49,16 @@ def minimise(
     min_effective_sample: float,
     log: Path | None = None,
     decrease: float = DECREASE,
+    target: SschaState | None = None,
 ) -> Minimised:
     """Minimise F in centroids and force constants at fixed cell on the populations that are of the last one's cell.
 
     Ends where a full step promises less than ``decrease`` (eV/atom), or where the effective number of configurations
-    falls to ``min_effective_sample`` times the size of the last population. ``log`` is not used. Raises ``SschaError``
-    when the averages of the very first state are not finite.
+    falls to ``min_effective_sample`` times the size of the last population. ``log`` is not used. ``target``: where to start, perhaps
+    with other masses than the populations (default: the last one's state). Raises ``SschaError`` when the averages of the very first
+    state are not finite.
     """
-    pool = Pool(populations)
+    pool = Pool(populations, target)
     needed = min_effective_sample * pool.sizes[-1]
     point = first = _Point.at(pool, pool.own, symmetry)
     if not np.isfinite(point.promised) or not pool.own.spectrum.lowest > 0:

@@ -50,10 +50,13 @@ class Reweighted:
 
 
 class Pool:
-    """Evaluated populations of one cell, supercell and set of masses, as one sample. The reference centroids are those of the last."""
+    """Evaluated populations of one cell and supercell, as one sample.
 
-    def __init__(self, populations: Sequence[tuple[SschaState, Ensemble]]) -> None:
-        last = populations[-1][0]
+    Masses, temperature and reference centroids of what is asked about are those of ``target``, by default the last population's state.
+    """
+
+    def __init__(self, populations: Sequence[tuple[SschaState, Ensemble]], target: SschaState | None = None) -> None:
+        last = populations[-1][0] if target is None else target
         self.reference = last
         self.reciprocal = Reciprocal(last.repeats)
         self.masses = last.atoms.get_masses()
@@ -82,7 +85,8 @@ class Pool:
         """Logarithm of the density from which the whole sample was drawn, up to the constant left out in `Spectrum.log_volume`."""
         logs = []
         for state, offset, size in zip(states, offsets, self.sizes, strict=True):
-            spectrum = Spectrum.of(self.reciprocal.matrices(state.force_constants), self.masses, self.reciprocal, state.temperature)
+            masses = state.atoms.get_masses()
+            spectrum = Spectrum.of(self.reciprocal.matrices(state.force_constants), masses, self.reciprocal, state.temperature)
             quadratic, _, _ = self._quadratic(spectrum.precision, offset)
             logs.append(np.log(size / len(self.energies)) - 0.5 * quadratic - spectrum.log_volume)
         return np.logaddexp.reduce(np.stack(logs), axis=0)
@@ -107,8 +111,12 @@ class Pool:
 
     def effective_sample(self, trial: Trial) -> float:
         """Effective number of configurations for a trial state; much cheaper than everything else about it."""
-        weights = self._weights(trial, self._quadratic(trial.spectrum.precision, trial.shift)[0])
+        weights = self.weights(trial)
         return float(weights.sum() ** 2 / np.square(weights).sum())
+
+    def weights(self, trial: Trial) -> np.ndarray:
+        """(n_configs,) density of the trial over that of the sample; up to a factor where their masses differ."""
+        return self._weights(trial, self._quadratic(trial.spectrum.precision, trial.shift)[0])
 
     def _weights(self, trial: Trial, quadratic: np.ndarray) -> np.ndarray:
         return np.exp(np.minimum(-0.5 * quadratic - trial.spectrum.log_volume - self.log_density, 300.0))

@@ -17,8 +17,10 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.averages import Averages, Ensemble, average, joined
 from magus_anharmonic.sscha.begin import begin_run, same_gaussian
+from magus_anharmonic.sscha.criteria import unconverged
 from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
+from magus_anharmonic.sscha.melting import MELTED, lindemann_ratios, melted
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import RunFolder
 from magus_anharmonic.sscha.start import (
@@ -55,6 +57,8 @@ sample up before it got to the minimum."""
 SMALLEST_APPROACH = (20, 100)
 """Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the cell without symmetry (a
 force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
+RATIO = "lindemann_ratio"
+"""Column of ``convergence.csv``: the largest of the state's."""
 USED_UP = 1.2
 """Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
 
@@ -116,7 +120,7 @@ class SschaRun:
 
         A run that has converged stays where it is: the next population is one more of the same state, and is averaged with
         the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal
-        falls apart, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
+        falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
         ``progress``.
         """
         if self.averages is not None and self.converged:
@@ -135,7 +139,11 @@ class SschaRun:
         if n_configs is not None or self.averages is None:
             self.advance(n_configs)
         assert self.averages is not None
-        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, self.reason, self._began)
+        loose = melted(self.state)
+        if loose and self.converged:
+            raise SschaError(loose)
+        reason = "; ".join(filter(None, (self.reason, loose)))
+        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, self._began)
         self.folder.write_result(result)
         return result
 
@@ -280,7 +288,10 @@ class SschaRun:
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
         )  # fmt: skip
         _require_crystal(self.state, self.start.state)
-        self.reason = _unconverged(self.state, self.averages, self.progress, self.task, self._promised)
+        # a state on the way may be too wide; two in a row are where the run goes
+        if number > 1 and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
+            raise SschaError(reason)
+        self.reason = unconverged(self.state, self.averages, self.progress, self.task, self._promised)
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
         if self._response is not None and self._predicted is not None:
@@ -303,31 +314,6 @@ def _require_crystal(state: SschaState, begin: SschaState) -> None:
         )
 
 
-def _unconverged(state: SschaState, averages: Averages, progress: Progress, task: Task, promised: float) -> str:
-    """Why the run has to go on; empty when it has converged.
-
-    The last two populations agree when G neither rose nor fell by more than their errors, after what the step between them
-    had ``promised`` (eV/atom): a fall that was foreseen is no sign of drift.
-    """
-    settings, n = task.settings, len(state.atoms)
-    gibbs, error = progress.gibbs[-1]
-    open_issues = []
-    if settings.cell == "variable":
-        deviation = np.abs(averages.stress * EV_PER_A3_IN_GPA + np.eye(3) * task.pressure).max()
-        if deviation >= settings.pressure_tolerance:
-            open_issues.append(f"stress {deviation:.2f} GPa off the target")
-    if averages.decrease / n >= max(settings.free_energy_tolerance, error):
-        open_issues.append(f"G may still fall by {averages.decrease / n * 1e3:.2f} meV/atom")
-    if len(progress.gibbs) < 2:
-        open_issues.append("one population")
-    else:
-        before, error_before = progress.gibbs[-2]
-        noise = 2.0 * np.hypot(error, error_before) + 1e-6
-        if not -noise - max(0.0, promised) <= gibbs - before <= noise:
-            open_issues.append(f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population")
-    return "; ".join(open_issues)
-
-
 def _learn_response(response: np.ndarray, averages: Averages, stress: np.ndarray, strain: np.ndarray) -> np.ndarray:
     """Broyden's rank-one update of d(stress)/d(strain), where the change of stress stands clear of its noise."""
     step = np.array([strain[row, column] * (1.0 if row == column else 2.0) for row, column in VOIGT])
@@ -340,7 +326,7 @@ def _learn_response(response: np.ndarray, averages: Averages, stress: np.ndarray
 
 
 def _row(number: int, state: SschaState, averages: Averages, progress: Progress) -> dict[str, Any]:
-    """One line of ``convergence.csv``; the last four columns belong to the minimisation on this population, if any."""
+    """One line of ``convergence.csv``; the four columns from ``effective_sample`` on are of the minimisation on this population, if any."""
     n = len(state.atoms)
     gibbs, error = progress.gibbs[-1]
     return {
@@ -358,6 +344,7 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "fc_gradient_eV_per_A2": None,
         "centroid_gradient_A": None,
         "n_steps": 0,
+        RATIO: float(lindemann_ratios(state)[0].max()),
     }
 
 

@@ -56,7 +56,7 @@ class RunFolder:
 
     def read_start(self) -> Start | None:
         """The stored start, None when there is none yet."""
-        return read_whole(self.directory / "start.npz", _read_start_file)
+        return read_whole(self.directory / "start.npz", read_start_file)
 
     def write_start(self, start: Start) -> None:
         response = np.zeros(0) if start.stress_response is None else start.stress_response
@@ -109,7 +109,7 @@ class RunFolder:
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(text, fieldnames=list(rows[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.directory / "convergence.csv", text.getvalue())
@@ -140,7 +140,7 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     try:
         state = _state(stored)
         ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
-        n, atoms = len(ensemble.energies), len(state.atoms) * int(np.prod(state.repeats))
+        n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
         fits = ensemble.displacements.shape == ensemble.forces.shape == (n, atoms, 3) and ensemble.stresses.shape == (n, 3, 3)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
@@ -149,7 +149,8 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     return state, ensemble
 
 
-def _read_start_file(path: Path) -> Start:
+def read_start_file(path: Path) -> Start:
+    """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
     try:
         response = stored["stress_response"]

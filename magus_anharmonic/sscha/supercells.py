@@ -192,6 +192,14 @@ def smallest_supercell(cell: np.ndarray, rotations: np.ndarray, length: float, l
     return limit
 
 
+def image_warning(cell: np.ndarray, cutoff: float | None) -> str:
+    """One sentence when an atom of the supercell ``cell`` (A) feels its own image, else an empty string; ``cutoff`` of the model, A."""
+    shortest = float(np.linalg.norm(minkowski_reduce(cell)[0], axis=1).min())
+    if cutoff is None or shortest >= cutoff:
+        return ""
+    return f"the supercell is too small for the model: atoms feel their own images, {shortest:.2f} A away (cutoff {cutoff:g} A)"
+
+
 def _shape(repeats: Repeats, cell: np.ndarray) -> tuple[float, float, tuple[int, ...]]:
     matrix = supercell_matrix(repeats)
     lengths = np.linalg.norm(minkowski_reduce(matrix @ cell)[0], axis=1)

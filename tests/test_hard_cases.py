@@ -1,0 +1,202 @@
+"""One sound crystal and one hard case in a ranking: the case is named with its reason and its partial numbers, the other is ranked."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from crystal_models import Crystals, crystal
+from sscha_models import LatticeSprings, evaluated
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.melting import CLOSE_PACKING, MELTED, THERMAL, lindemann_ratios, melted, melting_warning
+from magus_anharmonic.sscha.state import SschaState, variance
+from magus_anharmonic.sscha.supercells import image_warning
+from magus_anharmonic.units import HBAR, KELVIN
+
+SOUND = crystal((3.0, 3.0, 3.1), 1.0, 0.2, -0.3, 1.0, depth=-8.0)
+HARD = crystal((3.4,) * 3, 1.0, 0.2, -0.3, 1.0)
+SOFT = crystal((3.4,) * 3, 0.02, 0.02, 0.0, 1e-4)
+SETTINGS = {
+    "n_configs": 20, "reference_spacing": 0.1, "hessian": 0, "allocation": "fixed", "supercell": [2, 2, 2], "max_populations": 12,
+    "free_energy_tolerance": 2e-3,
+}  # fmt: skip
+
+Spoil = Callable[[list[Atoms], Evaluation], None]
+
+
+class Spoilt(Crystals):
+    """`Crystals`, but what belongs to the larger one and has more than two atoms is changed by ``spoil``."""
+
+    def __init__(self, spoil: Spoil | None, hard: Any = HARD) -> None:
+        super().__init__([SOUND, hard])
+        self.spoil = spoil
+
+    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+        found = super().evaluate(structures)
+        first = structures[0]
+        if self.spoil is not None and len(first) > 2 and first.get_volume() / len(first) > 17.0:
+            self.spoil(structures, found)
+        return found
+
+
+def swollen(structures: list[Atoms], found: Evaluation) -> None:
+    found.stress[:] = -0.5 * np.eye(3)
+
+
+def one_nan(structures: list[Atoms], found: Evaluation) -> None:
+    if len(structures) >= 20:
+        found.forces[7][0, 0] = np.nan
+
+
+def upside_down(structures: list[Atoms], found: Evaluation) -> None:
+    if len(structures) >= 20:
+        for forces in found.forces:
+            forces *= -1.0
+
+
+def ranked(folder: Path, structures: list[Atoms], evaluator: Any, **changes: Any) -> dict[str, dict[str, str]]:
+    """Rows of ``ranking.csv`` by the volume of the start: ``sound`` or ``hard``."""
+    block = {**SETTINGS, **changes}
+    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block})
+    found = rank_structures(structures, evaluator, keys, folder, relax=False, workers=1)
+    names = {c.id: "sound" if c.atoms.get_volume() / len(c.atoms) < 15.0 else "hard" for c in found}
+    with (folder / "ranking.csv").open(newline="") as file:
+        return {names[row["id"]]: row for row in csv.DictReader(file)}
+
+
+def check_that_the_search_goes_on(rows: dict[str, dict[str, str]]) -> None:
+    assert rows["sound"]["status"] == "sscha" and rows["sound"]["rank_quantum"] == "1"
+
+
+CASES: dict[str, tuple[Spoil | None, Any, dict[str, Any], str, bool]] = {
+    "dissociating": (swollen, HARD, {"max_populations": 30}, "dissociated: the volume is 2", True),
+    "melting": (None, SOFT, {"temperature": 1500.0, "cell": "fixed"}, "melted: atom 2 (H) strays by", True),
+    "one NaN": (one_nan, HARD, {}, "1 of 20 configurations have energies, forces or stresses that are not finite", False),
+    "collapse of the sample": (upside_down, HARD, {}, "the effective sample size collapses with every step", True),
+}
+"""Name -> what is done to the evaluations, crystal, settings, reason, whether a population was finished before."""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hard_case_is_named_and_leaves_the_ranking_to_the_others(name: str, tmp_path: Path) -> None:
+    spoil, hard, changes, reason, begun = CASES[name]
+    rows = ranked(tmp_path, [SOUND.atoms, hard.atoms], Spoilt(spoil, hard), **changes)
+    check_that_the_search_goes_on(rows)
+    assert rows["hard"]["status"] == "failed" and reason in rows["hard"]["reason"]
+    assert not rows["hard"]["rank_quantum"] and not rows["hard"]["gibbs_eV_per_atom"] and not rows["hard"]["p_lowest_sampling"]
+    assert reason in read_jsonl(tmp_path / "failures.jsonl")[-1]["reason"]
+    if begun:
+        assert all(rows["hard"][column] for column in ("gibbs_raw_eV_per_atom", "gibbs_error_eV_per_atom", "volume_A3_per_atom"))
+        assert int(rows["hard"]["n_evaluations"]) >= 20
+
+
+def test_a_run_that_does_not_converge_keeps_its_upper_bound_and_says_what_is_open(tmp_path: Path) -> None:
+    rows = ranked(tmp_path, [SOUND.atoms, HARD.atoms], Spoilt(swollen), max_populations=5)
+    check_that_the_search_goes_on(rows)
+    assert rows["hard"]["status"] == "unconverged" and "not converged after 5 populations: stress" in rows["hard"]["reason"]
+    assert float(rows["hard"]["gibbs_eV_per_atom"]) > float(rows["sound"]["gibbs_eV_per_atom"])
+
+
+def test_an_imaginary_start_is_made_positive_and_runs(tmp_path: Path) -> None:
+    double_well = crystal((3.4,) * 3, 1.0, 0.2, -0.3, 1.0, well=6.0, wall=6.0)
+    rows = ranked(tmp_path, [SOUND.atoms, double_well.atoms], Spoilt(None, double_well), n_configs=60)
+    check_that_the_search_goes_on(rows)
+    assert rows["hard"]["status"] == "sscha" and float(rows["hard"]["gibbs_eV_per_atom"]) > 0.0
+
+
+def test_one_atom_in_one_cell_has_no_vibrations(tmp_path: Path) -> None:
+    structures = [bulk("Cu"), bulk("Cu", "fcc", a=3.7, cubic=True)]
+    rattled = structures[1]
+    rattled.positions[0] += [0.05, 0.1, 0.15]
+    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**SETTINGS, "supercell": [1, 1, 1], "max_populations": 1}})
+    from ranking_fakes import Emt
+
+    found = {len(c.atoms): c for c in rank_structures(structures, Emt(), keys, tmp_path, relax=False, workers=1)}
+    assert found[1].status == "failed" and "one atom has no vibrations; take a larger supercell" in found[1].reason
+
+
+def test_a_temperature_below_zero_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="temperature"):
+        parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**SETTINGS, "temperature": -1.0}})
+    with pytest.raises(InputError, match="temperature.*not below 0"):
+        free_energy(SOUND.atoms, Spoilt(None), temperature=-1.0, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_supercell_smaller_than_the_cutoff_is_a_warning_and_no_exclusion(tmp_path: Path) -> None:
+    evaluator = Spoilt(None)
+    evaluator.cutoff = 6.5
+    rows = ranked(tmp_path, [SOUND.atoms, HARD.atoms], evaluator)
+    check_that_the_search_goes_on(rows)
+    assert "too small for the model: atoms feel their own images, 6.0" in rows["sound"]["reason"]
+    assert rows["hard"]["reason"] == "" and rows["hard"]["rank_quantum"] == "2", "6.8 A are enough"
+
+
+def test_the_shortest_vector_of_a_slanted_supercell_counts() -> None:
+    slanted = np.array([[4.0, 0.0, 0.0], [8.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
+    assert "3.00 A away" in image_warning(slanted, 3.5)
+    assert image_warning(slanted, 3.0) == image_warning(slanted, None) == ""
+
+
+# ---------------------------------------------------------------------------------------------- melting
+
+
+def pair(spring: float, temperature: float, mass: float = 1.008) -> SschaState:
+    """Two atoms (of ``mass`` in amu) in one cell with one spring: three equal modes."""
+    block = spring * np.eye(3)
+    compact = np.stack([np.stack([block, -block]), np.stack([-block, block])])[None]
+    atoms = Atoms("H2", positions=[[0, 0, 0], [2.0, 2.0, 2.0]], cell=[4.0] * 3, masses=[mass] * 2, pbc=True)
+    return SschaState(atoms, (1, 1, 1), compact, temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 300.0])
+def test_the_ratio_is_that_of_the_sampled_displacements(temperature: float) -> None:
+    calculator, atoms = LatticeSprings(), Atoms("Ne", cell=[3.0] * 3, pbc=True)
+    result = free_energy(atoms, calculator, 0.0, temperature, supercell=(2, 2, 2), cell="fixed", n_configs=20)
+    ensemble = evaluated(result.state, as_evaluator(calculator), 2000, seed=1)
+    rms = np.sqrt((ensemble.displacements**2).sum(axis=2).mean())
+    assert lindemann_ratios(result.state)[0] == pytest.approx([rms / (CLOSE_PACKING * 3.0)], rel=0.03)
+
+
+def test_the_thermal_part_is_what_is_above_zero_point_motion() -> None:
+    state = pair(0.5, 800.0)
+    mass = state.atoms.get_masses()[0] / 2.0
+    quantum = HBAR * np.sqrt(0.5 / mass)
+    # each of the two atoms has half of the relative displacement
+    warm, cold = (np.sqrt(3.0 * variance(np.array([quantum]), t)[0] / mass) / 2.0 for t in (800.0, 0.0))
+    distance = CLOSE_PACKING * 32.0 ** (1 / 3)
+    total, thermal = lindemann_ratios(state)
+    assert total == pytest.approx([warm / distance] * 2) and thermal == pytest.approx([np.sqrt(warm**2 - cold**2) / distance] * 2)
+    assert lindemann_ratios(replace(state, temperature=0.0))[1] == pytest.approx([0.0, 0.0])
+
+
+def test_a_liquid_is_named_and_a_quantum_crystal_is_not() -> None:
+    """Classical equipartition: <u^2> of a heavy atom is 3 kT / (4 spring); both limits are crossed where that says."""
+    distance = CLOSE_PACKING * 32.0 ** (1 / 3)
+    warmest = {limit: 4.0 * 0.2 * (limit * distance) ** 2 / 3.0 / KELVIN for limit in (THERMAL, MELTED)}
+    assert not melting_warning(pair(0.2, 0.9 * warmest[THERMAL], 100.0))
+    superheated = pair(0.2, 1.1 * warmest[THERMAL], 100.0)
+    assert "H strays by 0.1" in melting_warning(superheated) and not melted(superheated)
+    assert melted(pair(0.2, 1.1 * warmest[MELTED], 100.0)).startswith("melted: atom ")
+    quantum = pair(0.01, 0.0)
+    assert THERMAL < lindemann_ratios(quantum)[0][0] < MELTED and not melted(quantum) and not melting_warning(quantum)
+
+
+def test_a_superheated_crystal_is_ranked_with_the_warning(tmp_path: Path) -> None:
+    hot = replace(SOFT, bonds=6.0 * SOFT.bonds)
+    rows = ranked(tmp_path, [SOUND.atoms, hot.atoms], Spoilt(None, hot), temperature=1500.0, cell="fixed")
+    check_that_the_search_goes_on(rows)
+    assert rows["hard"]["status"] == "sscha" and "may have melted" in rows["hard"]["reason"]

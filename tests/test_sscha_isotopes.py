@@ -1,0 +1,155 @@
+"""Isotopes: other masses on the configurations of the first run where they overlap, else two new populations from its state."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from crystal_models import Crystals, crystal
+from sscha_models import AnharmonicCell, evaluated
+from test_sscha_free_energy import PAIR, exact_pair, quartic
+
+from magus_anharmonic.sscha import SschaResult, free_energy
+from magus_anharmonic.sscha.averages import average
+from magus_anharmonic.sscha.isotopes import overlap
+from magus_anharmonic.sscha.reweight import Pool
+from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.symmetry import Symmetry
+
+DEUTERIUM = {"H": 2.014}
+ONE_PER_CENT = {"H": 1.01 * PAIR.get_masses()[0]}
+CRYSTAL = crystal((3.0,) * 3, 1.0, 0.2, -0.3, 1.0)
+FEW, MANY = (2, 2, 2), (3, 3, 3)
+"""21 and 78 modes of hydrogen: ESS/N of H -> D is 0.39 and 0.03."""
+
+
+def heavier(state: SschaState, factor: float) -> SschaState:
+    atoms = state.atoms.copy()
+    atoms.set_masses(atoms.get_masses() * factor)
+    return replace(state, atoms=atoms)
+
+
+def lattice(directory=None, supercell=FEW, **options) -> SschaResult:
+    given = dict(supercell=supercell, n_configs=100, reference_spacing=0.1, directory=directory)
+    return free_energy(CRYSTAL.atoms, options.pop("evaluator", None) or Crystals([CRYSTAL]), **{**given, **options})
+
+
+class Refused:
+    """Says that it is the model of `Crystals`, and evaluates nothing."""
+
+    model_id = Crystals([CRYSTAL]).model_id
+
+    def evaluate(self, structures):
+        raise AssertionError(f"{len(structures)} structures were to be evaluated")
+
+
+# ---------------------------------------------------------------------------------------------- averages with weights
+
+
+def test_weights_of_one_are_none():
+    cell = AnharmonicCell()
+    state = cell.start(0.0)
+    ensemble, symmetry = evaluated(state, cell, 40), Symmetry(state.atoms, state.repeats)
+    plain, weighted = average(state, ensemble, symmetry), average(state, ensemble, symmetry, np.full(40, 3.0))
+    for name, value in vars(plain).items():
+        assert getattr(weighted, name) == pytest.approx(value, rel=1e-10, abs=1e-14), name
+
+
+@pytest.mark.parametrize("temperature", [0.0, 300.0])
+def test_the_free_energy_of_other_masses_is_the_exact_one_within_its_error_bar(temperature):
+    """Over 60 ensembles of the lighter crystal: no bias, and the scatter is the error bar. F is known in closed form."""
+    cell = AnharmonicCell()
+    light = cell.start(temperature)
+    heavy, symmetry = heavier(light, 1.4), Symmetry(light.atoms, light.repeats)
+    exact, pulls = cell.free_energy(heavy), []
+    for seed in range(60):
+        ensemble = evaluated(light, cell, 200, seed=seed)
+        pool = Pool([(light, ensemble)], target=heavy)
+        found = average(heavy, ensemble, symmetry, pool.weights(pool.own))
+        assert found.helmholtz == pytest.approx(pool.at(pool.own).helmholtz, abs=1e-10)
+        pulls.append((found.helmholtz - exact) / found.helmholtz_error)
+    assert abs(np.mean(pulls)) < 0.4 and 0.75 < np.std(pulls) < 1.3
+
+
+@pytest.mark.parametrize(("factor", "n_modes"), [(2.0, 21), (1.1, 21)])
+def test_the_effective_sample_falls_as_gaussians_say(factor, n_modes):
+    """All masses times a factor: every variance falls by its root at 0 K, and N_eff/N is the closed form to the power of modes."""
+    cell = AnharmonicCell(cubic=True)
+    light = cell.start(0.0)
+    pool = Pool([(light, evaluated(light, cell, 8_000))], target=heavier(light, factor))
+    weights, s = pool.weights(pool.own), factor**-0.5
+    found = weights.sum() ** 2 / np.square(weights).sum() / len(weights)
+    assert overlap(light, heavier(light, factor)) == pytest.approx((s * np.sqrt(2.0 / s - 1.0)) ** n_modes)
+    assert found == pytest.approx(overlap(light, heavier(light, factor)), rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def test_one_per_cent_more_mass_costs_no_evaluation(tmp_path, caplog):
+    hydrogen = lattice(tmp_path / "H")
+    with caplog.at_level(logging.INFO, logger="magus_anharmonic.sscha"):
+        found = lattice(tmp_path / "D", evaluator=Refused(), start=tmp_path / "H", masses=ONE_PER_CENT)
+    assert found.converged and found.n_evaluations == found.n_populations == 0
+    assert "reweighted from the ensemble of H" in found.reason and "no new configurations" in caplog.text
+    assert found.gibbs < hydrogen.gibbs and found.centroids.get_masses()[1] == ONE_PER_CENT["H"]
+    again = lattice(tmp_path / "D", evaluator=Refused(), start=tmp_path / "H", masses=ONE_PER_CENT)
+    assert again.gibbs == found.gibbs, "and is there when it is asked for again"
+
+
+def test_a_shift_by_isotopes_is_far_more_precise_than_either_free_energy(tmp_path):
+    """Both come from the same configurations, so that what chance adds to one it adds to the other."""
+    hydrogen = quartic(tmp_path / "H", n_configs=400)
+    found = quartic(start=tmp_path / "H", masses=ONE_PER_CENT, n_configs=400)
+    exact = exact_pair(ONE_PER_CENT["H"]) - exact_pair(PAIR.get_masses()[0])
+    assert found.n_evaluations == 0
+    assert found.gibbs_raw - hydrogen.gibbs_raw == pytest.approx(exact, abs=0.05 * found.gibbs_error)
+
+
+def test_deuterium_of_few_modes_is_reweighted_to_the_exact_value(tmp_path):
+    """The state moves: one half of the configurations leads there, the other half, which it has not seen, averages."""
+    quartic(tmp_path / "H", n_configs=1000)
+    found = quartic(start=tmp_path / "H", masses=DEUTERIUM, n_configs=1000)
+    assert found.n_evaluations == 0 and found.converged
+    assert found.gibbs_raw == pytest.approx(exact_pair(2.014), abs=4.0 * found.gibbs_error)
+
+
+def test_deuterium_of_many_modes_needs_at_most_two_new_populations(tmp_path, caplog):
+    lattice(tmp_path / "H", supercell=MANY)
+    with caplog.at_level(logging.INFO, logger="magus_anharmonic.sscha"):
+        found = lattice(tmp_path / "D", supercell=MANY, start=tmp_path / "H", masses=DEUTERIUM)
+    assert "reweighting the ensemble" in caplog.text and "ESS/N = 0.0" in caplog.text and "new populations" in caplog.text
+    assert found.converged and 1 <= found.n_populations <= 2
+    response = 12
+    assert found.n_evaluations == 100 * found.n_populations + response, "no harmonic start"
+
+
+def test_what_is_another_besides_the_masses_is_not_reweighted(tmp_path):
+    """Model, temperature, supercell; and a run whose configurations are gone."""
+    lattice(tmp_path / "H")
+    few = {"start": tmp_path / "H", "masses": ONE_PER_CENT, "max_populations": 1}
+    assert lattice(evaluator=Crystals([CRYSTAL], "another"), **few).n_populations == 1
+    assert lattice(temperature=300.0, **few).n_populations == 1
+    assert lattice(supercell=(1, 1, 1), **few).n_populations == 1
+    assert lattice(pressure=20.0, **few).n_populations == 1, "the cell has to change"
+    assert lattice(error_tolerance=1e-6, **few).n_populations == 1, "more precise than the ensemble is"
+    for path in (tmp_path / "H").glob("population_*"):
+        path.unlink()
+    assert lattice(**few).n_populations == 1
+
+
+def test_the_ensemble_that_is_reweighted_is_the_last_one(tmp_path):
+    """The one that no minimisation has seen."""
+    hydrogen = quartic(tmp_path / "H", n_configs=100)
+    ensemble = final_ensemble(tmp_path / "H", hydrogen)
+    state = hydrogen.state
+    heavy = state.atoms.copy()
+    heavy.set_masses([ONE_PER_CENT["H"], heavy.get_masses()[1]])
+    target = replace(state, atoms=heavy)
+    pool = Pool([(state, ensemble)], target=target)
+    expected = average(target, ensemble, Symmetry(heavy, (1, 1, 1)), pool.weights(pool.own)).helmholtz / 2.0
+    found = quartic(start=tmp_path / "H", masses=ONE_PER_CENT, n_configs=100)
+    assert found.gibbs_raw == pytest.approx(expected, abs=1e-12)
