@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
-from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, tables
+from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, style, tables
 from magus_anharmonic.errors import InputError
 
 NAMES = {
@@ -61,6 +61,19 @@ def test_transitions_are_where_the_lower_envelope_changes() -> None:
     found = enthalpies.transitions(relaxed())
     assert [(change.below, change.above) for change in found] == [("C2/c", "R3m"), ("R3m", "Im-3m")]
     assert [change.pressure_GPa for change in found] == pytest.approx([112.0, 177.0])
+
+
+def test_labels_of_close_transitions_do_not_cover_each_other() -> None:
+    changes = [enthalpies.Transition(f"phase {i}", f"phase {i + 1}", 110.0 + 2 * i, 100.0, 150.0) for i in range(6)]
+    with style.figure() as (made, (axes,)):
+        axes.set_xlim(50, 200)
+        enthalpies._mark_transitions(axes, changes)
+        made.canvas.draw()
+        boxes = [label.get_window_extent() for label in axes.texts if label.get_text()]
+        panel, page = axes.get_window_extent(), made.bbox
+    assert len(boxes) == 6
+    assert all(box.y0 >= panel.y1 and box.y1 <= page.y1 and box.x1 <= page.x1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_two_transitions_between_two_pressures_are_both_found() -> None:

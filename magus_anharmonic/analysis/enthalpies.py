@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import Enthalpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SAME_ENTHALPY = 1e-3
 """eV/atom; with equal space group and nearly equal volume, structures this close count as one in a rank."""
@@ -208,24 +212,43 @@ def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
 def draw_relative_enthalpy(
     found: Sequence[RelativeEnthalpy], changes: Sequence[Transition], folder: Path, name: str = "fig_5_relative_enthalpy"
 ) -> list[Path]:
-    """Lines of all phases against pressure, transitions marked."""
+    """Lines of all phases against pressure; a dotted line and a label above the panel at each transition."""
     with style.figure() as (made, (axes,)):
         phases = list(dict.fromkeys(row.phase for row in found))
         for index, phase in enumerate(phases):
             shown = [row for row in found if row.phase == phase]
             style.points(axes, [r.pressure_GPa for r in shown], [r.relative_meV_per_atom for r in shown], index=index, label=phase)
-        for change in changes:
-            axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
-            text = f"{change.below} → {change.above}: {change.pressure_GPa:.0f} GPa"
-            axes.annotate(
-                text, (change.pressure_GPa, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right", va="top"
-            )
         pressures = [row.pressure_GPa for row in found]
         style.room(axes, pressures)
+        _mark_transitions(axes, changes)
         heights = np.array([row.relative_meV_per_atom for row in found])
         if np.ptp(heights) == 0:
             axes.set_ylim(-10.0, 10.0)
         axes.set_xlabel("pressure (GPa)")
         axes.set_ylabel(f"enthalpy relative to {found[0].reference} (meV/atom)")
-        style.legend(axes)
+        style.legend(axes, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(phases) > MOST_INSIDE else {}))
         return style.save(made, folder, name)
+
+
+MOST_INSIDE = 4
+"""Phases; a longer legend stands beside the panel."""
+LABEL_HEIGHT = 11.0
+"""Points, of each label above the panel."""
+
+
+def _mark_transitions(axes: Axes, changes: Sequence[Transition]) -> None:
+    """Each label in a row of its own, inwards from its line; the further out the line, the higher the row, so that few lines cross text."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high)
+    turn = low + 0.65 * (high - low)
+    for row, change in enumerate(sorted(changes, key=lambda c: abs(c.pressure_GPa - turn))):
+        height = LABEL_HEIGHT * (row + 1)
+        axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
+        left = change.pressure_GPa <= turn
+        place = {"xy": (change.pressure_GPa, 1.0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        line = {"arrowstyle": "-", "color": style.GREY, "lw": 1, "ls": ":", "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", xytext=(0, height), **place, arrowprops=line, zorder=2)
+        axes.annotate(
+            f"{change.below} → {change.above}: {change.pressure_GPa:.0f} GPa", xytext=(3 if left else -3, height), **place, fontsize=8,
+            ha="left" if left else "right", va="top", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
