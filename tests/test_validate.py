@@ -141,6 +141,15 @@ def test_every_kind_of_value_is_found_and_judged(campaign, entry, found, verdict
     assert (row.found, row.verdict) == (found, verdict), row.line
 
 
+def test_gradients_by_force_constants_have_their_own_unit(campaign):
+    table = campaign / "campaign" / "tables" / "gradient_errors.csv"
+    table.write_text(table.read_text() + "Im-3m,60,60,gradient_force_constants,eV/A^2,0.8,,,\n")
+    entry = {"name": "gradient_error", "phase": "Im-3m", "pressure_GPa": 60, "quantity": "gradient_force_constants", "value": 800}
+    assert one(campaign, **entry, unit="meV/A^2").verdict == "agrees"
+    with pytest.raises(InputError, match=r"unit of force; allowed: eV/A\^2"):
+        one(campaign, **entry, unit="meV/A")
+
+
 def test_every_name_has_a_finder_and_says_not_in_this_run_without_tables(tmp_path):
     assert set(NAMES) == set(FINDERS)
     (tmp_path / "campaign").mkdir()
@@ -249,9 +258,16 @@ def test_wrong_folders_and_tables_end_with_code_2(campaign, tmp_path):
         code, text = run(str(tmp_path / folder), str(PAPER))
         assert code == 2 and word in text
     table = campaign / "campaign" / "tables" / "enthalpies.csv"
-    table.write_text(table.read_text().replace("enthalpy_eV_per_atom", "enthalpy_meV_per_atom"))
+    good = table.read_text()
+    table.write_text(good.replace("enthalpy_eV_per_atom", "enthalpy_meV_per_atom"))
     code, text = run(str(campaign), str(PAPER))
-    assert code == 2 and "enthalpy_eV_per_atom is missing" in text and "enthalpy_meV_per_atom" in text
+    assert code == 2 and "enthalpies.csv: column enthalpy_meV_per_atom: wrong unit" in text and "column enthalpy_eV_per_atom" in text
+    table.write_text(good.replace("space_group", "symmetry"))
+    code, text = run(str(campaign), str(PAPER))
+    assert code == 2 and "enthalpies.csv: column space_group is missing" in text
+    table.write_text(good.replace("1.503", "1,503"))
+    code, text = run(str(campaign), str(PAPER))
+    assert code == 2 and "enthalpies.csv: line 5" in text
     assert run()[0] == 2
 
 
@@ -263,5 +279,5 @@ def test_names_lists_what_can_be_validated():
 def test_a_table_with_another_unit_is_refused(campaign):
     table = campaign / "campaign" / "tables" / "gradient_errors.csv"
     table.write_text(table.read_text().replace("force,eV/A", "force,meV/A"))
-    with pytest.raises(InputError, match="must be eV/A"):
+    with pytest.raises(InputError, match="line 2.*must be in eV/A"):
         one(campaign, name="gradient_error", phase="Im-3m", pressure_GPa=60, quantity="force", value=128, unit="meV/A")

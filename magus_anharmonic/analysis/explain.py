@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
-from magus_anharmonic.analysis.found_values import Found, Tables
+from magus_anharmonic.analysis.found_values import Found
+from magus_anharmonic.analysis.tables import Cost, ModelError, TableFolder
 from magus_anharmonic.errors import InputError
 
 
@@ -36,12 +37,13 @@ def read_context(tables: Path) -> Context:
     root = tables.parent
     settings = _json(root / "run.json").get("settings", {})
     steps = _json(root / "steps.json")
-    rmse, chosen = _rmse(Tables(tables))
+    known = TableFolder(tables)
+    rmse, chosen = _rmse(known.rows(ModelError))
     return Context(
         labels=tuple(dict.fromkeys(_label_words(block) for block in _find(settings, "labeler") if isinstance(block, dict))),
         supercells=tuple(dict.fromkeys(_supercell_words(value) for value in _find(settings, "supercell") if value)),
         n_configs=tuple(dict.fromkeys(int(value) for value in _find(settings, "n_configs") if isinstance(value, int))),
-        n_labels=_n_labels(Tables(tables)),
+        n_labels=_n_labels(known.rows(Cost)),
         rmse=rmse,
         rmse_set=chosen,
         undone=tuple(name for name, step in steps.items() if isinstance(step, dict) and step.get("status") not in ("done", None)),
@@ -82,24 +84,19 @@ def _supercell_words(value: Any) -> str:
     return "x".join(str(n) for n in value) if isinstance(value, list | tuple) else f"min_length {value.get('min_length')} A"
 
 
-def _rmse(tables: Tables) -> tuple[dict[str, float], str]:
+def _rmse(rows: Sequence[ModelError]) -> tuple[dict[str, float], str]:
     """Errors of the finetuned model (else of the foundation model) on the test set (else on another one)."""
-    name = "model_errors.csv"
-    columns = {"energy": "energy_rmse_eV_per_atom", "force": "force_rmse_eV_per_A", "pressure": "stress_rmse_GPa"}
-    rows = tables.rows(name, ("model", "set", *columns.values()))
     for model in ("finetuned", "foundation"):
         for chosen in ("test", "validation", "training"):
             for row in rows:
-                if (row["model"], row["set"]) == (model, chosen):
-                    values = {key: tables.number(name, row, column) for key, column in columns.items()}
+                if (row.model, row.set) == (model, chosen):
+                    values = {"energy": row.energy_rmse_eV_per_atom, "force": row.force_rmse_eV_per_A, "pressure": row.stress_rmse_GPa}
                     return {key: value for key, value in values.items() if value is not None}, f"{model} model, {chosen} set"
     return {}, ""
 
 
-def _n_labels(tables: Tables) -> int | None:
-    rows = tables.rows("cost.csv", ("step", "n_labels"))
-    counts = [tables.number("cost.csv", row, "n_labels") or 0.0 for row in rows]
-    return int(sum(counts)) if counts else None
+def _n_labels(rows: Sequence[Cost]) -> int | None:
+    return sum(row.n_labels for row in rows) if rows else None
 
 
 def explanations(wanted: ExpectedValue, found: Found, context: Context, difference: float | None) -> tuple[str, ...]:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from magus_anharmonic.analysis.explain import Context, explanations, read_context
-from magus_anharmonic.analysis.found_values import FINDERS, Found, Tables
+from magus_anharmonic.analysis.found_values import FINDERS, Found
+from magus_anharmonic.analysis.tables import TableFolder
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing, write_json
 
@@ -65,10 +66,10 @@ def tables_folder(campaign: str | Path) -> Path:
 def validate(campaign: str | Path, expected: str | Path) -> list[Validated]:
     """Compare every expected value with what the campaign holds; pure. Raises ``InputError``."""
     folder = tables_folder(campaign)
-    return compare_all(load_expected(expected), Tables(folder), read_context(folder))
+    return compare_all(load_expected(expected), TableFolder(folder), read_context(folder))
 
 
-def compare_all(expected: ExpectedValues, tables: Tables, context: Context) -> list[Validated]:
+def compare_all(expected: ExpectedValues, tables: TableFolder, context: Context) -> list[Validated]:
     """All values, in the order of the file."""
     return [compare(wanted, FINDERS[wanted.name](wanted, tables), context) for wanted in expected.values]
 
