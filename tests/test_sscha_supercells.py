@@ -22,6 +22,7 @@ from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.native import minimise
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
+from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, expand, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (
@@ -218,6 +219,15 @@ def test_dynamical_matrices_of_a_slanted_supercell_come_back(tmp_path):
     q = q_points(SLANTED)
     assert sorted(q_index(q, back.repeats).tolist()) == [0, 1, 2], "the same lattice, perhaps by other vectors"
     assert fourier(back.force_constants, back.repeats, q) == pytest.approx(fourier(state.force_constants, SLANTED, q), abs=1e-6)
+
+
+def test_populations_of_a_slanted_supercell_come_back(tmp_path):
+    state = state_of(pair(), SLANTED, 100.0)
+    n = 3 * len(state.atoms)
+    ensemble = Ensemble(np.ones((4, n, 3)), np.arange(4.0), np.zeros((4, n, 3)), np.zeros((4, 3, 3)))
+    RunFolder(tmp_path, {"a": 1}).write_population(1, state, ensemble)
+    back, found = read_population_file(tmp_path / "population_001.npz")
+    assert back.repeats == SLANTED and found.energies.tolist() == [0, 1, 2, 3] and found.displacements.shape == (4, n, 3)
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     try:
         state = _state(stored)
         ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
-        n, atoms = len(ensemble.energies), len(state.atoms) * int(np.prod(state.repeats))
+        n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
         fits = ensemble.displacements.shape == ensemble.forces.shape == (n, atoms, 3) and ensemble.stresses.shape == (n, 3, 3)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
