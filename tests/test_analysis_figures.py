@@ -81,6 +81,22 @@ def test_two_transitions_between_two_pressures_are_both_found() -> None:
     assert [change.pressure_GPa for change in enthalpies.transitions(rows)] == pytest.approx([112.0, 177.0])
 
 
+def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_crossing() -> None:
+    """Im-3m in two cells, and R3m that is Im-3m from 150 GPa on; the enthalpies of the two differ by the noise of relaxations."""
+    rows = []
+    for p, height, noise in ((50.0, -0.05, 0.0), (100.0, -0.006, 0.0), (150.0, 0.0, 3e-6), (200.0, 0.0, -1e-6)):
+        group = "R3m (160)" if height else "Im-3m (229)"
+        rows.append(tables.Enthalpy(f"a{p}", "Im-3m", "H6S2", 8, "Im-3m (229)", p, 4.0, 0.01 * p, "m", "relax"))
+        rows.append(
+            tables.Enthalpy(f"b{p}", "R3m", "H3S", 4, group, p, 4.01 if not height else 4.2, 0.01 * p + height + noise, "m", "relax")
+        )
+    (change,) = enthalpies.transitions(rows)
+    assert (change.below, change.above, change.where, change.how) == ("R3m", "Im-3m", "100 to 150 GPa", "turns into")
+    found = {(row.phase, row.pressure_GPa): row.same_as for row in enthalpies.relative_enthalpies(rows)}
+    assert found["R3m", 100.0] == "" and found["R3m", 150.0] == "Im-3m" == found["R3m", 200.0]
+    assert {row.n_distinct for row in enthalpies.ranks(rows) if row.pressure_GPa == 50.0} == {2}, "cells of one composition are compared"
+
+
 def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase() -> None:
     found = enthalpies.relative_enthalpies(relaxed())
     assert {row.relative_meV_per_atom for row in found if row.phase == "Im-3m"} == {0.0}
