@@ -91,6 +91,7 @@ class ExpectedValue(Section):
     pressure_GPa: float | None = Field(None, ge=0, description="GPa")  # noqa: N815
     out_of: int | None = Field(None, ge=1, description="structures among which the expected number was counted (n_became)")
     labels: str | None = Field(None, description="the DFT behind the expected value, e.g. vasp PBE 500 eV")
+    foundation: str | None = Field(None, description="the foundation checkpoint behind the expected value, e.g. mattersim-v1.0.0-1M")
     supercell: list[int] | None = Field(None, description="of the expected value")
     n_labels: int | None = Field(None, description="labels behind the expected value")
 

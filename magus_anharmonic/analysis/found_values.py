@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder
 
@@ -20,7 +21,7 @@ class Found:
     """value, error : in the unit of the table (error None: not known). bound : "<" or ">" when ``value`` is only a limit.
 
     words : instead of a number. n : how many structures or labels stand behind it. slope : how fast what crosses changes there (eV/atom or
-    cm^-2 per GPa). models : ids of the models behind it.
+    cm^-2 per GPa). models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
     """
 
     value: float = math.nan
@@ -30,6 +31,7 @@ class Found:
     n: int | None = None
     slope: float | None = None
     models: tuple[str, ...] = ()
+    between: tuple[float, float] | None = None
     extra: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,20 +56,14 @@ def _rmse(column: str) -> Callable[[ExpectedValue, TableFolder], Found | None]:
     return find
 
 
+def sources_of(wanted: ExpectedValue) -> tuple[str, ...]:
+    """Of the rows of ``enthalpies.csv`` that count: the one wanted, else relax and produce together."""
+    return (wanted.table_source,) if wanted.table_source else ("relax", "produce")
+
+
 def _enthalpies(wanted: ExpectedValue, tables: TableFolder) -> list[Enthalpy]:
-    """Rows of one source: the one wanted, else relax and produce together."""
-    sources = (wanted.table_source,) if wanted.table_source else ("relax", "produce")
+    sources = sources_of(wanted)
     return [row for row in tables.rows(Enthalpy) if row.source in sources]
-
-
-def _by_phase(wanted: ExpectedValue, tables: TableFolder) -> dict[str, dict[float, float]]:
-    """Phase -> pressure -> lowest enthalpy (eV/atom); a phase without a name is not there."""
-    found: dict[str, dict[float, float]] = {}
-    for row in _enthalpies(wanted, tables):
-        if row.phase:
-            mine = found.setdefault(row.phase, {})
-            mine[row.pressure_GPa] = min(row.enthalpy_eV_per_atom, mine.get(row.pressure_GPa, math.inf))
-    return found
 
 
 def _models(rows: Sequence[Enthalpy] | Sequence[Mode]) -> tuple[str, ...]:
@@ -76,30 +72,35 @@ def _models(rows: Sequence[Enthalpy] | Sequence[Mode]) -> tuple[str, ...]:
 
 def stability_sequence(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Named phases of lowest enthalpy with rising pressure, at pressures where two of them or more have one."""
-    phases = _by_phase(wanted, tables)
-    pressures = sorted({p for row in phases.values() for p in row})
+    every = lowest_of_phases(_enthalpies(wanted, tables))
+    gone = turned_into(every)
+    pressures = sorted({p for row in every.values() for p in row})
     sequence: list[str] = []
     for pressure in pressures:
-        there = {name: row[pressure] for name, row in phases.items() if pressure in row}
+        there = {name: row[pressure].enthalpy_eV_per_atom for name, row in every.items() if pressure in row}
         if len(there) > 1:
-            lowest = min(there, key=lambda name: there[name])
+            lowest = min((name for name in there if (name, pressure) not in gone), key=lambda name: there[name])
             if not sequence or sequence[-1] != lowest:
                 sequence.append(lowest)
     if not sequence:
         return None
-    return Found(words=tuple(sequence), extra={"low": pressures[0], "high": pressures[-1]}, models=_models(_enthalpies(wanted, tables)))
+    return Found(words=tuple(sequence), models=_models(_enthalpies(wanted, tables)))
 
 
 def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
-    """Pressure (GPa) where the enthalpy of the second phase falls below that of the first."""
+    """Pressure (GPa) where the enthalpy of the second phase falls below that of the first, or where the first relaxes into the second."""
     below, above = wanted.phases or ("", "")
-    phases = _by_phase(wanted, tables)
-    common = sorted(set(phases.get(below, {})) & set(phases.get(above, {})))
-    if len(common) < 2:
-        return None
-    difference = np.array([phases[above][p] - phases[below][p] for p in common])
-    found = zero_crossing(np.array(common), -difference, None)
-    return Found(found.value, found.error, found.bound, slope=found.slope, models=_models(_enthalpies(wanted, tables)))
+    every = lowest_of_phases(_enthalpies(wanted, tables))
+    gone, models = turned_into(every), _models(_enthalpies(wanted, tables))
+    common = sorted(set(every.get(below, {})) & set(every.get(above, {})))
+    apart = [p for p in common if gone.get((below, p)) != above and gone.get((above, p)) != below]
+    difference = np.array([every[above][p].enthalpy_eV_per_atom - every[below][p].enthalpy_eV_per_atom for p in apart])
+    found = zero_crossing(np.array(apart), -difference, None) if len(apart) > 1 else None
+    merged = [p for p in common if gone.get((below, p)) == above and apart and p > apart[-1]]
+    if merged and difference[-1] > 0:
+        low, high = apart[-1], merged[0]
+        return Found(0.5 * (low + high), 0.5 * (high - low), models=models, between=(low, high))
+    return None if found is None else replace(found, models=models)
 
 
 def zero_crossing(x: np.ndarray, y: np.ndarray, errors: np.ndarray | None) -> Found:
@@ -126,25 +127,26 @@ def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
     return abs((y[k] - line) * (at - x[i]) * (at - x[i + 1]) / ((x[k] - x[i]) * (x[k] - x[i + 1])))
 
 
-def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[float], float] | None:
-    """All enthalpies at the pressure, and the lowest of the phase (eV/atom)."""
-    here = [row for row in _enthalpies(wanted, tables) if _near(row.pressure_GPa, wanted)]
-    mine = [row.enthalpy_eV_per_atom for row in here if wanted.phase in (row.phase, symbol(row.space_group))]
-    return ([row.enthalpy_eV_per_atom for row in here], min(mine)) if mine else None
+def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Enthalpy], int] | None:
+    """The distinct structures at the pressure by enthalpy, and the place of the phase among them, from 0."""
+    order = distinct([row for row in _enthalpies(wanted, tables) if _near(row.pressure_GPa, wanted)])
+    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol(row.space_group))]
+    return (order, places[0]) if places else None
 
 
 def enthalpy_above_lowest(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """eV/atom."""
     found = _at_pressure(wanted, tables)
-    return None if found is None else Found(found[1] - min(found[0]), n=len(found[0]), models=_models(_enthalpies(wanted, tables)))
+    if found is None:
+        return None
+    order, place = found
+    return Found(order[place].enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom, n=len(order), models=_models(order))
 
 
 def enthalpy_rank(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
-    """1 is lowest."""
+    """1 is lowest; structures found several times count once."""
     found = _at_pressure(wanted, tables)
-    if found is None:
-        return None
-    return Found(1.0 + sum(value < found[1] - 1e-9 for value in found[0]), n=len(found[0]), models=_models(_enthalpies(wanted, tables)))
+    return None if found is None else Found(1.0 + found[1], n=len(found[0]), models=_models(found[0]))
 
 
 def critical_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
