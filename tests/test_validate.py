@@ -70,6 +70,7 @@ Im-3m,60,60,gradient_centroid,eV/A,0.016,0.003,0.0157,0.0168
 """,
 }  # fmt: skip
 
+STEPS = {"relax": {"status": "running"}, "sscha-100GPa": {"status": "done"}, "hessian": {"status": "failed", "reason": "no memory"}}
 RUN = {
     "settings": {
         "learning": {"labeler": {"calculator": "gpaw", "arguments": {"xc": "PBE"}, "k_spacing": 0.05}},
@@ -86,7 +87,7 @@ def campaign(tmp_path: Path) -> Path:
         energies = "enthalpy_eV_per_atom,gibbs_eV_per_atom,gibbs_error_eV_per_atom"
         (folder / name).write_text(text.replace("@", energies))
     (tmp_path / "campaign" / "run.json").write_text(json.dumps(RUN))
-    (tmp_path / "campaign" / "steps.json").write_text(json.dumps({"relax": {"status": "done"}, "hessian": {"status": "running"}}))
+    (tmp_path / "campaign" / "steps.json").write_text(json.dumps(STEPS))
     return tmp_path
 
 
@@ -179,7 +180,11 @@ def test_a_difference_comes_with_what_the_run_itself_says(campaign):
     assert (
         f"by up to {np.sqrt(2) * 0.0121 / slope:.1f} GPa: enough" in words and "12.1 meV/atom (finetuned model, 200 test labels)" in words
     )
-    assert "gpaw xc=PBE k_spacing=0.05" in words and "behind the expected value: vasp PBE" in words and "not finished: hessian" in words
+    assert (
+        "gpaw xc=PBE k_spacing=0.05" in words
+        and "behind the expected value: vasp PBE" in words
+        and "steps are not done: relax (running)" in words
+    )
     row = one(campaign, **BECAME, value=90, out_of=100, error=3, supercell=[3, 3, 3])
     words = "; ".join(row.could_explain)
     assert "only 9 structures" in words and "supercell 2x2x2, 3x3x3 behind" in words and "at most 100 configurations" in words
@@ -189,7 +194,7 @@ def test_reasons_change_with_the_run(campaign):
     (campaign / "campaign" / "run.json").write_text(json.dumps({"settings": {}}))
     (campaign / "campaign" / "tables" / "model_errors.csv").unlink()
     row = one(campaign, name="transition_pressure", phases=["C2/c", "R3m"], value=130, tolerance=1, unit="GPa")
-    assert len(row.could_explain) == 2 and row.could_explain[1] == "the campaign is not finished: hessian"
+    assert len(row.could_explain) == 2 and row.could_explain[1] == "steps are not done: relax (running)"
     assert "own error" in row.could_explain[0]
 
 
@@ -331,7 +336,7 @@ def test_what_is_not_in_a_run_says_why(campaign, entry, reason):
 def test_what_is_missing_altogether_is_named(campaign):
     (campaign / "campaign" / "tables" / "gradient_errors.csv").unlink()
     entry = {"name": "gradient_error", "phase": "Im-3m", "pressure_GPa": 60, "quantity": "force", "value": 128, "unit": "meV/A"}
-    assert "there is no gradient_errors.csv" in one(campaign, **entry).line
+    assert "there is no gradient_errors.csv; not done: hessian (failed: no memory)" in one(campaign, **entry).line
 
 
 def test_numbers_come_with_what_one_must_know_to_read_them(campaign):

@@ -29,7 +29,7 @@ class Context:
     """What the run was: from ``run.json`` and the tables; empty or None where they do not say.
 
     labels : the labelers' settings in words; errors : of the foundation and the finetuned model; foundation : the checkpoint of the
-    former; undone : steps that are not done.
+    former; undone : steps that are not done, each with its state in words.
     """
 
     labels: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Context:
     n_labels: int | None = None
     errors: dict[str, ModelErrors] = field(default_factory=dict)
     foundation: str = ""
-    undone: tuple[str, ...] = ()
+    undone: dict[str, str] = field(default_factory=dict)
 
 
 def read_context(tables: Path) -> Context:
@@ -54,8 +54,31 @@ def read_context(tables: Path) -> Context:
         n_labels=_n_labels(known.rows(Cost)),
         errors=_errors(known.rows(ModelError)),
         foundation=str(settings.get("foundation") or ""),
-        undone=tuple(name for name, step in steps.items() if isinstance(step, dict) and step.get("status") not in ("done", None)),
+        undone={name: _state(step) for name, step in steps.items() if isinstance(step, dict) and step.get("status") not in ("done", None)},
     )
+
+
+def _state(step: dict[str, Any]) -> str:
+    reason = str(step.get("reason") or "")
+    return f"{step['status']}{f': {reason}' if reason else ''}"
+
+
+LEARNING = ("learn", "merge", "final")
+STEPS: dict[str, tuple[str, ...]] = {
+    "model_errors.csv": LEARNING,
+    "enthalpies.csv": (*LEARNING, "produce", "foundation", "relax"),
+    "ranking-<P>GPa.csv": (*LEARNING, "produce", "relax", "sscha"),
+    "space_groups.csv": (*LEARNING, "produce", "relax", "sscha", "dft"),
+    "modes.csv": (*LEARNING, "hessian"),
+    "gradient_errors.csv": (*LEARNING, "hessian", "errors"),
+}
+"""Table -> beginnings of the names of the steps that its numbers rest on."""
+
+
+def undone_steps(wanted: ExpectedValue, context: Context) -> list[str]:
+    """``"hessian (failed: ...)"`` for every step that is not done and on which the value rests."""
+    kinds = STEPS[NAMES[wanted.name].table]
+    return [f"{name} ({state})" for name, state in context.undone.items() if name.startswith(kinds)]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -120,8 +143,9 @@ def explanations(wanted: ExpectedValue, found: Found, context: Context, differen
         *_cell(wanted, context),
         *_labels(wanted, context),
     ]
-    if context.undone:
-        reasons.append(f"the campaign is not finished: {', '.join(context.undone[:6])}")
+    undone = undone_steps(wanted, context)
+    if undone:
+        reasons.append(f"steps are not done: {', '.join(undone[:6])}")
     return tuple(reasons)
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from magus_anharmonic.analysis.absent import why_absent
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
-from magus_anharmonic.analysis.explain import Context, explanations, read_context
+from magus_anharmonic.analysis.explain import Context, explanations, read_context, undone_steps
 from magus_anharmonic.analysis.found_values import FINDERS, Found
 from magus_anharmonic.analysis.tables import TableFolder
 from magus_anharmonic.errors import InputError
@@ -79,12 +79,14 @@ def compare_all(expected: ExpectedValues, tables: TableFolder, context: Context)
     rows = []
     for wanted in expected.values:
         found = FINDERS[wanted.name](wanted, tables)
-        rows.append(compare(wanted, found, context) if found is not None else _absent(wanted, tables))
+        rows.append(compare(wanted, found, context) if found is not None else _absent(wanted, tables, context))
     return rows
 
 
-def _absent(wanted: ExpectedValue, tables: TableFolder) -> Validated:
-    return replace(_row(wanted, None, "not in this run", (), None), remark=why_absent(wanted, tables))
+def _absent(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
+    undone = undone_steps(wanted, context)
+    why = why_absent(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
+    return replace(_row(wanted, None, "not in this run", (), None), remark=why)
 
 
 def compare(wanted: ExpectedValue, found: Found, context: Context) -> Validated:
