@@ -163,6 +163,8 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
     assert (numbers.n_checked_by_dft, numbers.n_kept_by_dft) == (3, 3)
     assert numbers.slope == pytest.approx(1.0, abs=0.01)
     assert numbers.window == pytest.approx(48.0)
+    few = reordering.reordering(ranking()[:7])[0]
+    assert few.window is None and few.slope is not None, "one structure off the line of a few says nothing about a window"
     assert numbers.shift == pytest.approx(np.mean([0.2] * 16 + [0.17 - 0.012 * i for i in range(1, 5)]) * 1e3, abs=0.1)
     assert len(moved) == 20 and min(m.gibbs_meV_per_atom for m in moved) == 0.0
 

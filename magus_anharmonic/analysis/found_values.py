@@ -10,6 +10,7 @@ import numpy as np
 
 from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
+from magus_anharmonic.analysis.reordering import LEAST_FOR_WINDOW
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder
 
 WITH_G = ("sscha", "unconverged", "eliminated", "stable", "saddle")
@@ -227,7 +228,6 @@ def _pairs(wanted: ExpectedValue, tables: TableFolder) -> np.ndarray:
     return np.array([row for row in found if row[0] is not None and row[1] is not None]).reshape(-1, 3)
 
 
-LEAST_FOR_WINDOW = 8
 OFF_THE_LINE = 3.0
 
 
