@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
-from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, tables
+from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, style, tables
 from magus_anharmonic.errors import InputError
 
 NAMES = {
@@ -63,9 +63,38 @@ def test_transitions_are_where_the_lower_envelope_changes() -> None:
     assert [change.pressure_GPa for change in found] == pytest.approx([112.0, 177.0])
 
 
+def test_labels_of_close_transitions_do_not_cover_each_other() -> None:
+    changes = [enthalpies.Transition(f"phase {i}", f"phase {i + 1}", 110.0 + 2 * i, 100.0, 150.0) for i in range(6)]
+    with style.figure() as (made, (axes,)):
+        axes.set_xlim(50, 200)
+        enthalpies._mark_transitions(axes, changes)
+        made.canvas.draw()
+        boxes = [label.get_window_extent() for label in axes.texts if label.get_text()]
+        panel, page = axes.get_window_extent(), made.bbox
+    assert len(boxes) == 6
+    assert all(box.y0 >= panel.y1 and box.y1 <= page.y1 and box.x1 <= page.x1 for box in boxes)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_two_transitions_between_two_pressures_are_both_found() -> None:
     rows = [row for row in relaxed() if row.pressure_GPa in (50.0, 200.0)]
     assert [change.pressure_GPa for change in enthalpies.transitions(rows)] == pytest.approx([112.0, 177.0])
+
+
+def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_crossing() -> None:
+    """Im-3m in two cells, and R3m that is Im-3m from 150 GPa on; the enthalpies of the two differ by the noise of relaxations."""
+    rows = []
+    for p, height, noise in ((50.0, -0.05, 0.0), (100.0, -0.006, 0.0), (150.0, 0.0, 3e-6), (200.0, 0.0, -1e-6)):
+        group = "R3m (160)" if height else "Im-3m (229)"
+        rows.append(tables.Enthalpy(f"a{p}", "Im-3m", "H6S2", 8, "Im-3m (229)", p, 4.0, 0.01 * p, "m", "relax"))
+        rows.append(
+            tables.Enthalpy(f"b{p}", "R3m", "H3S", 4, group, p, 4.01 if not height else 4.2, 0.01 * p + height + noise, "m", "relax")
+        )
+    (change,) = enthalpies.transitions(rows)
+    assert (change.below, change.above, change.where, change.how) == ("R3m", "Im-3m", "100 to 150 GPa", "turns into")
+    found = {(row.phase, row.pressure_GPa): row.same_as for row in enthalpies.relative_enthalpies(rows)}
+    assert found["R3m", 100.0] == "" and found["R3m", 150.0] == "Im-3m" == found["R3m", 200.0]
+    assert {row.n_distinct for row in enthalpies.ranks(rows) if row.pressure_GPa == 50.0} == {2}, "cells of one composition are compared"
 
 
 def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase() -> None:
@@ -134,6 +163,8 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
     assert (numbers.n_checked_by_dft, numbers.n_kept_by_dft) == (3, 3)
     assert numbers.slope == pytest.approx(1.0, abs=0.01)
     assert numbers.window == pytest.approx(48.0)
+    few = reordering.reordering(ranking()[:7])[0]
+    assert few.window is None and few.slope is not None, "one structure off the line of a few says nothing about a window"
     assert numbers.shift == pytest.approx(np.mean([0.2] * 16 + [0.17 - 0.012 * i for i in range(1, 5)]) * 1e3, abs=0.1)
     assert len(moved) == 20 and min(m.gibbs_meV_per_atom for m in moved) == 0.0
 

@@ -425,12 +425,17 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
     assert [row["rmse"] for row in rows] == ["1", "2"]
 
 
-def test_the_last_step_makes_figures_and_then_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_step_writes_the_report_and_draws_every_figure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from magus_anharmonic.analysis import campaign_figures
+
     context = context_of(tmp_path)
-    called: list[tuple[str, Path]] = []
-    monkeypatch.setattr(closing, "hook", lambda name: lambda folder: called.append((name, folder)))
-    closing.report(context, Step("report", "report"))
-    assert called == [(closing.FIGURES_HOOK, context.root), (closing.REPORT_HOOK, context.root)]
+    write_part(context.root, "learning", [("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)])
+    asked: list[Path] = []
+    draw = campaign_figures.make_figures
+    monkeypatch.setattr(campaign_figures, "make_figures", lambda folder: asked.append(Path(folder)) or draw(folder))
+    assert closing.report(context, Step("report", "report")).output == "1 figures"
+    assert asked == [context.root] and (context.root / "figures/learning.png").is_file()
+    assert "Errors of the models while they learn" in (context.root / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_part_of_the_package_that_is_not_there_is_named() -> None:

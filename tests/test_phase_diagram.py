@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from ase import Atoms
+from ase.build import bulk
 from crystal_models import Crystals, crystal
+from ranking_fakes import Emt
 from two_phases import HIGH, LOW, Phase, boundary, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.analysis.gibbs_points import read_points, write_points
+from magus_anharmonic.analysis.hull import hull_entries
 from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
 from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of
@@ -184,9 +188,74 @@ def test_compositions_make_a_hull_at_every_point_of_the_grid(tmp_path):
         exact = float(compound.gibbs(p, t) - 0.75 * hydrogen.gibbs(p, t) - 0.25 * sulphur.gibbs(p, t))
         assert float(row["formation_eV_per_atom"]) == pytest.approx(exact, abs=4 * float(row["formation_error_eV_per_atom"]))
         assert (float(row["distance_eV_per_atom"]) == 0) == (float(row["formation_eV_per_atom"]) < 0)
-    assert any("Hull at 60 GPa" in line for line in sentences(diagram))
+    assert any("Hull against H2 and S at 60 GPa" in line for line in sentences(diagram))
+    assert (tmp_path / "hull.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "hull.svg").stat().st_size > 1000
     with pytest.raises(InputError, match="no phase of S"):
         phase_diagram(points[9:], n_samples=200)
+
+
+@pytest.mark.slow
+def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energies(tmp_path):
+    """Copper and gold by EMT, whose ordered phases form; ASE's phase diagram of the same free energies says who is on the hull."""
+    from ase.phasediagram import PhaseDiagram as AsePhaseDiagram
+
+    corners = [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]
+    structures = {
+        "Cu": bulk("Cu"),
+        "Au": bulk("Au"),
+        "L1_0": Atoms("CuAu", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.82, 2.82, 3.65], pbc=True),
+        "copper-rich": Atoms("AuCu3", scaled_positions=corners, cell=[3.75] * 3, pbc=True),
+        "gold-rich": Atoms("CuAu3", scaled_positions=corners, cell=[4.0] * 3, pbc=True),
+    }
+    for name, atoms in structures.items():
+        atoms.write(tmp_path / f"{name}.vasp", direct=True)
+    sscha = {"supercell": {"min_length": 5.0}, "n_configs": 100, "max_populations": 6}
+    keys = {"phases": {name: f"{name}.vasp" for name in structures}, "pressures": [0], "sscha": sscha}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(keys))
+    points = run_settings(load_phase_diagram(tmp_path / "p.yaml"), tmp_path / "out", Emt())
+    gibbs = {p.phase: p.gibbs_eV_per_atom for p in points}
+
+    write_diagram(phase_diagram(points, n_samples=200), tmp_path / "elements")
+    rows = {row["phase"]: row for row in table(tmp_path / "elements" / "hull.csv")}
+    oracle = AsePhaseDiagram([(str(a.symbols), len(a) * gibbs[name]) for name, a in structures.items()], verbose=False)
+    for name, atoms in structures.items():
+        lowest, *_ = oracle.decompose(str(atoms.symbols))
+        assert float(rows[name]["distance_eV_per_atom"]) == pytest.approx(gibbs[name] - lowest / len(atoms), abs=1e-6)
+        mixed = np.mean([gibbs[symbol] for symbol in atoms.get_chemical_symbols()])
+        assert float(rows[name]["formation_eV_per_atom"]) == pytest.approx(gibbs[name] - mixed, abs=1e-6)
+    assert float(rows["gold-rich"]["distance_eV_per_atom"]) > 0 == float(rows["copper-rich"]["distance_eV_per_atom"])
+    assert float(rows["L1_0"]["formation_eV_per_atom"]) < 0
+
+    pair = [p for p in points if p.phase in ("Cu", "copper-rich", "L1_0")]
+    write_diagram(phase_diagram(pair, end_members=["Cu", "L1_0"], n_samples=200), tmp_path / "pair")
+    row = next(row for row in table(tmp_path / "pair" / "hull.csv") if row["phase"] == "copper-rich")
+    against = 0.5 * gibbs["Cu"] + 0.5 * gibbs["L1_0"]
+    assert float(row["formation_eV_per_atom"]) == pytest.approx(gibbs["copper-rich"] - against, abs=1e-6)
+    assert row["fractions"] == "0.5 0.5" and (tmp_path / "pair" / "hull.png").is_file()
+
+
+def test_a_free_energy_of_a_run_that_went_astray_counts_for_nothing_and_is_named():
+    points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if p.temperature_K == 0]
+    astray = replace(points[0], status="unconverged", decrease_eV_per_atom=15.9, gibbs_eV_per_atom=9.0, reason="stress 11.61 GPa off")
+    with_it, without = (phase_diagram([*points[1:], *more], n_samples=100) for more in ([astray], []))
+    assert with_it.boundaries == without.boundaries
+    assert any("failed at 60 GPa, 0 K: stress 11.61 GPa off" in line for line in sentences(with_it))
+
+
+def test_three_end_members_and_two_isotopes_have_a_picture_too(tmp_path):
+    from magus_anharmonic.analysis.hull_figure import draw_hull
+    from magus_anharmonic.analysis.phase_diagram import HullRow
+
+    formulas = ["H", "S", "Li", "H3S", "LiH", "H6SLi"]
+    energies = np.array([0.0, 0.0, 0.0, -0.1, -0.2, -0.05])
+    for count, corners in ((6, ["H", "Li", "S"]), (3, ["H", "S"])):
+        keep = [i for i, name in enumerate(formulas) if count == 6 or "Li" not in name]
+        names = [formulas[i] for i in keep]
+        noise = 1e-3 * np.random.default_rng(0).standard_normal((50, len(keep)))
+        found = hull_entries(names, names, energies[keep], energies[keep] + noise, corners)
+        rows = [HullRow(isotopes, 100.0, 0.0, one) for isotopes in ("natural", "D") for one in found]
+        svg = draw_hull(rows, corners, tmp_path, f"hull{count}")[0].read_text()
+        assert svg.startswith("<?xml") and len(svg) > 5000
 
 
 def test_the_error_of_the_potential_widens_the_bands_and_is_named():

@@ -509,6 +509,24 @@ def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(tm
     assert structures == before
 
 
+def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from magus_anharmonic.potential import portable as relaxations
+
+    square = Atoms("Cu4", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]], cell=[2.4, 2.4, 4.8], pbc=True)
+    used: list[dict] = []
+    relax = relaxations.relax
+    monkeypatch.setattr(relaxations, "relax", lambda *a, **options: used.append(options) or relax(*a, **options))
+
+    def enthalpy(**keys: object) -> float:
+        block = {"calculator": "mattersim", "max_step": 300, **keys}
+        given = parse_settings({"pressure": 0.0, "MainCalculator": block})
+        return rank_structures([square], fakes.Emt(), given, tmp_path / str(len(used)))[0].enthalpy or 0.0
+
+    saddle = enthalpy()
+    assert enthalpy(kicks=2, optimizer="ase") < saddle - 1e-3
+    assert [(options["kicks"], options["optimizer"]) for options in used] == [(0, "bfgs"), (2, "ase")]
+
+
 def test_a_structure_that_cannot_be_relaxed_is_in_the_table_with_the_reason(tmp_path: Path) -> None:
     coincident = Atoms("Cu2", positions=[[0, 0, 0], [0.02, 0, 0]], cell=[3, 3, 3], pbc=True)
     found = rank_structures([bulk("Cu"), coincident], fakes.Emt(), search_settings(), tmp_path, free_energy=fakes.shifted, workers=1)

@@ -215,7 +215,7 @@ def _relative_enthalpy(folder: Path) -> Iterator[Drawing]:
     if not found:
         raise Missing("enthalpies.csv names no phase that the finetuned model relaxed")
     changes = enthalpies.transitions(rows)
-    alt = "; ".join(f"{c.below} to {c.above} at {c.pressure_GPa:.0f} GPa" for c in changes) or "no transition between the pressures given"
+    alt = "; ".join(f"{c.below} to {c.above} at {c.where}" for c in changes) or "no transition between the pressures given"
     name = "fig_5_relative_enthalpy"
     title = f"Static enthalpy of the phases relative to {found[0].reference} against pressure"
     yield Drawing(name, title, alt, found, _later(enthalpies.draw_relative_enthalpy, found, changes, name=name), changes)

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from magus_anharmonic.analysis import style
+from magus_anharmonic.analysis.hull import reduced_formula
 from magus_anharmonic.analysis.tables import Enthalpy
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SAME_ENTHALPY = 1e-3
 """eV/atom; with equal space group and nearly equal volume, structures this close count as one in a rank."""
@@ -61,7 +66,12 @@ def _close(a: Enthalpy, b: Enthalpy) -> bool:
 
 
 def _same(a: Enthalpy, b: Enthalpy) -> bool:
-    alike = a.space_group == b.space_group and a.formula == b.formula and (a.phase == b.phase or not (a.phase and b.phase))
+    return (a.phase == b.phase or not (a.phase and b.phase)) and _one_structure(a, b)
+
+
+def _one_structure(a: Enthalpy, b: Enthalpy) -> bool:
+    """Whatever their names: equal space group and composition, nearly equal enthalpy and volume."""
+    alike = a.space_group == b.space_group and reduced_formula(a.formula) == reduced_formula(b.formula)
     return _close(a, b) and alike and abs(a.volume_A3_per_atom - b.volume_A3_per_atom) < SAME_VOLUME
 
 
@@ -70,7 +80,7 @@ def ranks(rows: Sequence[Enthalpy], source: str | None = None) -> list[PhaseRank
     groups: dict[tuple[str, float, str], list[Enthalpy]] = {}
     for row in rows:
         if source in (None, row.source):
-            groups.setdefault((row.source, row.pressure_GPa, row.formula), []).append(row)
+            groups.setdefault((row.source, row.pressure_GPa, reduced_formula(row.formula)), []).append(row)
     found = []
     for (name, pressure, formula), members in sorted(groups.items()):
         order = distinct(members)
@@ -117,42 +127,75 @@ def _ordinal(number: int) -> str:
 
 @dataclass(frozen=True)
 class RelativeEnthalpy:
-    """Enthalpy of a phase minus that of the reference phase at one pressure."""
+    """Enthalpy of a phase minus that of the reference phase at one pressure; ``same_as``: the phase that it has turned into there."""
 
     phase: str
     reference: str
     pressure_GPa: float
     relative_meV_per_atom: float
     model_id: str
+    same_as: str = ""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """Where the phase of lowest enthalpy changes with rising pressure, by linear interpolation between two pressures."""
+    """Where the phase of lowest enthalpy changes with rising pressure.
+
+    By linear interpolation between two pressures; ``how`` "turns into": relaxed at the higher one, the first is the second, so that the
+    two pressures are all that is known (``pressure_GPa`` is their middle).
+    """
 
     below: str
     above: str
     pressure_GPa: float
     between_low_GPa: float
     between_high_GPa: float
+    how: Literal["crossing", "turns into"] = "crossing"
+
+    @property
+    def where(self) -> str:
+        """``"112 GPa"`` or ``"100 to 150 GPa"``."""
+        if self.how == "crossing":
+            return f"{self.pressure_GPa:.0f} GPa"
+        return f"{self.between_low_GPa:g} to {self.between_high_GPa:g} GPa"
 
 
-def phase_enthalpies(rows: Sequence[Enthalpy]) -> dict[str, dict[float, Enthalpy]]:
-    """Named phase -> pressure -> its lowest row (``foundation`` rows left out); of the composition that most named rows have."""
+Phases = dict[str, dict[float, Enthalpy]]
+"""Name -> pressure -> the lowest row of the phase."""
+
+
+def phase_enthalpies(rows: Sequence[Enthalpy]) -> Phases:
+    """Named phases (``foundation`` rows left out) of the composition that most named rows have."""
     named = [row for row in rows if row.phase and row.source != "foundation"]
-    formulas = [row.formula for row in named]
+    formulas = [reduced_formula(row.formula) for row in named]
     common = max(sorted(set(formulas)), key=formulas.count, default="")
-    found: dict[str, dict[float, Enthalpy]] = {}
-    for row in named:
-        if row.formula != common:
-            continue
-        known = found.setdefault(row.phase, {}).get(row.pressure_GPa)
-        if known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom:
+    return lowest_of_phases([row for row, formula in zip(named, formulas, strict=True) if formula == common])
+
+
+def lowest_of_phases(rows: Sequence[Enthalpy]) -> Phases:
+    """Every named phase of ``rows``."""
+    found: Phases = {}
+    for row in rows:
+        known = found.setdefault(row.phase, {}).get(row.pressure_GPa) if row.phase else None
+        if row.phase and (known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom):
             found[row.phase][row.pressure_GPa] = row
     return found
 
 
-def choose_reference(phases: dict[str, dict[float, Enthalpy]], wanted: str | None = "Im-3m") -> str:
+def turned_into(phases: Phases) -> dict[tuple[str, float], str]:
+    """(name, pressure) -> another phase, where a structure that was relaxed as one is the other; the one that changes its space group."""
+    found = {}
+    for name, known in phases.items():
+        for pressure, row in known.items():
+            itself = len({other.space_group for other in known.values()}) == 1
+            for other, theirs in phases.items() if not itself else ():
+                constant = len({twin.space_group for twin in theirs.values()}) == 1
+                if other != name and constant and pressure in theirs and _one_structure(row, theirs[pressure]):
+                    found[name, pressure] = other
+    return found
+
+
+def choose_reference(phases: Phases, wanted: str | None = "Im-3m") -> str:
     """``wanted`` if it is there, else the phase known at most pressures."""
     if wanted in phases:
         return str(wanted)
@@ -164,9 +207,11 @@ def relative_enthalpies(rows: Sequence[Enthalpy], reference: str | None = "Im-3m
     phases = phase_enthalpies(rows)
     if not phases:
         return []
-    name = choose_reference(phases, reference)
+    name, gone = choose_reference(phases, reference), turned_into(phases)
     return [
-        RelativeEnthalpy(phase, name, p, 1e3 * (row.enthalpy_eV_per_atom - phases[name][p].enthalpy_eV_per_atom), row.model_id)
+        RelativeEnthalpy(
+            phase, name, p, 1e3 * (row.enthalpy_eV_per_atom - phases[name][p].enthalpy_eV_per_atom), row.model_id, gone.get((phase, p), "")
+        )
         for phase, known in sorted(phases.items())
         for p, row in sorted(known.items())
         if p in phases[name]
@@ -175,10 +220,16 @@ def relative_enthalpies(rows: Sequence[Enthalpy], reference: str | None = "Im-3m
 
 def transitions(rows: Sequence[Enthalpy]) -> list[Transition]:
     """Changes of the lowest named phase with pressure: between neighbouring pressures, all crossings of the lower envelope."""
-    phases = phase_enthalpies(rows)
+    every = phase_enthalpies(rows)
+    gone = turned_into(every)
+    phases = {name: {p: row for p, row in known.items() if (name, p) not in gone} for name, known in every.items()}
     pressures = sorted({p for known in phases.values() for p in known})
     found = []
     for low, high in zip(pressures, pressures[1:], strict=False):
+        first = min((n for n in phases if low in phases[n]), key=lambda name: phases[name][low].enthalpy_eV_per_atom)
+        if (first, high) in gone:
+            found.append(Transition(first, gone[first, high], 0.5 * (low + high), low, high, "turns into"))
+            continue
         lines = {name: _line(known, low, high) for name, known in phases.items() if low in known and high in known}
         if not lines:
             continue
@@ -208,24 +259,43 @@ def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
 def draw_relative_enthalpy(
     found: Sequence[RelativeEnthalpy], changes: Sequence[Transition], folder: Path, name: str = "fig_5_relative_enthalpy"
 ) -> list[Path]:
-    """Lines of all phases against pressure, transitions marked."""
+    """Lines of all phases against pressure; a dotted line and a label above the panel at each transition."""
     with style.figure() as (made, (axes,)):
         phases = list(dict.fromkeys(row.phase for row in found))
         for index, phase in enumerate(phases):
             shown = [row for row in found if row.phase == phase]
             style.points(axes, [r.pressure_GPa for r in shown], [r.relative_meV_per_atom for r in shown], index=index, label=phase)
-        for change in changes:
-            axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
-            text = f"{change.below} → {change.above}: {change.pressure_GPa:.0f} GPa"
-            axes.annotate(
-                text, (change.pressure_GPa, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8, ha="right", va="top"
-            )
         pressures = [row.pressure_GPa for row in found]
         style.room(axes, pressures)
+        _mark_transitions(axes, changes)
         heights = np.array([row.relative_meV_per_atom for row in found])
         if np.ptp(heights) == 0:
             axes.set_ylim(-10.0, 10.0)
         axes.set_xlabel("pressure (GPa)")
         axes.set_ylabel(f"enthalpy relative to {found[0].reference} (meV/atom)")
-        style.legend(axes)
+        style.legend(axes, **({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if len(phases) > MOST_INSIDE else {}))
         return style.save(made, folder, name)
+
+
+MOST_INSIDE = 4
+"""Phases; a longer legend stands beside the panel."""
+LABEL_HEIGHT = 11.0
+"""Points, of each label above the panel."""
+
+
+def _mark_transitions(axes: Axes, changes: Sequence[Transition]) -> None:
+    """Each label in a row of its own, inwards from its line; the further out the line, the higher the row, so that few lines cross text."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high)
+    turn = low + 0.65 * (high - low)
+    for row, change in enumerate(sorted(changes, key=lambda c: abs(c.pressure_GPa - turn))):
+        height = LABEL_HEIGHT * (row + 1)
+        axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
+        left = change.pressure_GPa <= turn
+        place = {"xy": (change.pressure_GPa, 1.0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        line = {"arrowstyle": "-", "color": style.GREY, "lw": 1, "ls": ":", "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", xytext=(0, height), **place, arrowprops=line, zorder=2)
+        axes.annotate(
+            f"{change.below} → {change.above}: {change.where}", xytext=(3 if left else -3, height), **place, fontsize=8,
+            ha="left" if left else "right", va="top", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip

@@ -91,6 +91,7 @@ class ExpectedValue(Section):
     pressure_GPa: float | None = Field(None, ge=0, description="GPa")  # noqa: N815
     out_of: int | None = Field(None, ge=1, description="structures among which the expected number was counted (n_became)")
     labels: str | None = Field(None, description="the DFT behind the expected value, e.g. vasp PBE 500 eV")
+    foundation: str | None = Field(None, description="the foundation checkpoint behind the expected value, e.g. mattersim-v1.0.0-1M")
     supercell: list[int] | None = Field(None, description="of the expected value")
     n_labels: int | None = Field(None, description="labels behind the expected value")
 
@@ -107,7 +108,7 @@ class ExpectedValue(Section):
         missing = [key for key in name.needs if getattr(self, key) is None]
         if missing:
             raise ValueError(f"{self.name}: needs {', '.join(missing)}")
-        allowed = UNITS[name.dimension]
+        allowed = UNITS[self.dimension]
         if self.unit not in allowed:
             known = {unit: dimension for dimension, units in UNITS.items() for unit in units}
             other = f"is a unit of {known[self.unit]}" if self.unit in known else f"is no unit that is known{nearest(self.unit, known)}"
@@ -130,9 +131,14 @@ class ExpectedValue(Section):
             raise ValueError(f"{self.name}: phases: must be two, the one below the transition first")
 
     @property
+    def dimension(self) -> str:
+        """One of the keys of `UNITS`."""
+        return "force constant" if self.quantity == "gradient_force_constants" else NAMES[self.name].dimension
+
+    @property
     def factor(self) -> float:
         """Of the unit, to the first unit of its dimension (that of the tables)."""
-        return UNITS[NAMES[self.name].dimension][self.unit]
+        return UNITS[self.dimension][self.unit]
 
     @property
     def range(self) -> tuple[float, float]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import table_rows
-
-Row = dict[str, str]
+from magus_anharmonic.analysis.reordering import LEAST_FOR_WINDOW
+from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder
 
 WITH_G = ("sscha", "unconverged", "eliminated", "stable", "saddle")
 LOWEST_G = ("sscha", "unconverged", "stable")
@@ -24,7 +22,7 @@ class Found:
     """value, error : in the unit of the table (error None: not known). bound : "<" or ">" when ``value`` is only a limit.
 
     words : instead of a number. n : how many structures or labels stand behind it. slope : how fast what crosses changes there (eV/atom or
-    cm^-2 per GPa). models : ids of the models behind it.
+    cm^-2 per GPa). models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
     """
 
     value: float = math.nan
@@ -34,40 +32,8 @@ class Found:
     n: int | None = None
     slope: float | None = None
     models: tuple[str, ...] = ()
+    between: tuple[float, float] | None = None
     extra: dict[str, float] = field(default_factory=dict)
-
-
-class Tables:
-    """The tables of one campaign, each read once; a missing one has no rows."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._known: dict[str, list[Row]] = {}
-
-    def rows(self, name: str, columns: Sequence[str]) -> list[Row]:
-        """Rows of ``name``; raises ``InputError`` when one of ``columns`` is missing (perhaps there with another unit)."""
-        path = self.folder / name
-        if name not in self._known:
-            if not path.is_file():
-                self._known[name] = []
-            else:
-                with table_rows(path) as reader:
-                    missing = [column for column in columns if column not in (reader.fieldnames or ())]
-                    if missing:
-                        there = ", ".join(reader.fieldnames or ())
-                        raise InputError(f"{path}: column {', '.join(missing)} is missing (units are part of the names); there are {there}")
-                    self._known[name] = list(reader)
-        return self._known[name]
-
-    def number(self, name: str, row: Row, column: str) -> float | None:
-        """A cell as a number, None when it is empty; raises ``InputError``."""
-        text = (row.get(column) or "").strip()
-        if not text or text.lower() == "nan":
-            return None
-        try:
-            return float(text)
-        except ValueError:
-            raise InputError(f"{self.folder / name}: {column}: {text!r}: must be a number") from None
 
 
 def symbol(space_group: str) -> str:
@@ -75,75 +41,67 @@ def symbol(space_group: str) -> str:
     return space_group.split(" ")[0]
 
 
-def _near(tables: Tables, name: str, row: Row, pressure: float) -> bool:
-    value = tables.number(name, row, "pressure_GPa")
-    return value is not None and abs(value - pressure) < PRESSURE_TOLERANCE
+def _near(pressure: float, wanted: ExpectedValue) -> bool:
+    return abs(pressure - (wanted.pressure_GPa or 0.0)) < PRESSURE_TOLERANCE
 
 
-def _rmse(column: str) -> Callable[[ExpectedValue, Tables], Found | None]:
-    def find(wanted: ExpectedValue, tables: Tables) -> Found | None:
-        name = "model_errors.csv"
-        for row in tables.rows(name, ("model", "set", "n", column)):
-            value = tables.number(name, row, column)
-            if (row["model"], row["set"]) == (wanted.model, wanted.set) and value is not None:
-                n = int(tables.number(name, row, "n") or 0)
-                error = value / math.sqrt(2.0 * n) if n > 0 else None
-                return Found(value, error, n=n, models=(row.get("model_id") or "",))
+def _rmse(column: str) -> Callable[[ExpectedValue, TableFolder], Found | None]:
+    def find(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
+        for row in tables.rows(ModelError):
+            value = getattr(row, column)
+            if (row.model, row.set) == (wanted.model, wanted.set) and value is not None:
+                error = value / math.sqrt(2.0 * row.n) if row.n > 0 else None
+                return Found(value, error, n=row.n, models=(row.model_id,))
         return None
 
     return find
 
 
-ENTHALPIES = ("id", "phase", "space_group", "pressure_GPa", "enthalpy_eV_per_atom", "source")
+def sources_of(wanted: ExpectedValue) -> tuple[str, ...]:
+    """Of the rows of ``enthalpies.csv`` that count: the one wanted, else relax and produce together."""
+    return (wanted.table_source,) if wanted.table_source else ("relax", "produce")
 
 
-def _enthalpies(wanted: ExpectedValue, tables: Tables) -> list[Row]:
-    """Rows of one source: the one wanted, else relax and produce together."""
-    sources = (wanted.table_source,) if wanted.table_source else ("relax", "produce")
-    return [row for row in tables.rows("enthalpies.csv", ENTHALPIES) if row["source"] in sources]
+def _enthalpies(wanted: ExpectedValue, tables: TableFolder) -> list[Enthalpy]:
+    sources = sources_of(wanted)
+    return [row for row in tables.rows(Enthalpy) if row.source in sources]
 
 
-def _by_phase(wanted: ExpectedValue, tables: Tables) -> dict[str, dict[float, float]]:
-    """Phase -> pressure -> lowest enthalpy (eV/atom); a phase without a name is not there."""
-    found: dict[str, dict[float, float]] = {}
-    for row in _enthalpies(wanted, tables):
-        pressure, enthalpy = (tables.number("enthalpies.csv", row, column) for column in ("pressure_GPa", "enthalpy_eV_per_atom"))
-        if row["phase"] and pressure is not None and enthalpy is not None:
-            mine = found.setdefault(row["phase"], {})
-            mine[pressure] = min(enthalpy, mine.get(pressure, math.inf))
-    return found
+def _models(rows: Sequence[Enthalpy] | Sequence[Mode]) -> tuple[str, ...]:
+    return tuple(sorted({row.model_id for row in rows} - {""}))
 
 
-def _models(rows: Sequence[Row], column: str = "model_id") -> tuple[str, ...]:
-    return tuple(sorted({row.get(column) or "" for row in rows} - {""}))
-
-
-def stability_sequence(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def stability_sequence(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Named phases of lowest enthalpy with rising pressure, at pressures where two of them or more have one."""
-    phases = _by_phase(wanted, tables)
-    pressures = sorted({p for row in phases.values() for p in row})
+    every = lowest_of_phases(_enthalpies(wanted, tables))
+    gone = turned_into(every)
+    pressures = sorted({p for row in every.values() for p in row})
     sequence: list[str] = []
     for pressure in pressures:
-        there = {name: row[pressure] for name, row in phases.items() if pressure in row}
+        there = {name: row[pressure].enthalpy_eV_per_atom for name, row in every.items() if pressure in row}
         if len(there) > 1:
-            lowest = min(there, key=lambda name: there[name])
+            lowest = min((name for name in there if (name, pressure) not in gone), key=lambda name: there[name])
             if not sequence or sequence[-1] != lowest:
                 sequence.append(lowest)
     if not sequence:
         return None
-    return Found(words=tuple(sequence), extra={"low": pressures[0], "high": pressures[-1]}, models=_models(_enthalpies(wanted, tables)))
+    return Found(words=tuple(sequence), models=_models(_enthalpies(wanted, tables)))
 
 
-def transition_pressure(wanted: ExpectedValue, tables: Tables) -> Found | None:
-    """Pressure (GPa) where the enthalpy of the second phase falls below that of the first."""
+def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
+    """Pressure (GPa) where the enthalpy of the second phase falls below that of the first, or where the first relaxes into the second."""
     below, above = wanted.phases or ("", "")
-    phases = _by_phase(wanted, tables)
-    common = sorted(set(phases.get(below, {})) & set(phases.get(above, {})))
-    if len(common) < 2:
-        return None
-    difference = np.array([phases[above][p] - phases[below][p] for p in common])
-    found = zero_crossing(np.array(common), -difference, None)
-    return Found(found.value, found.error, found.bound, slope=found.slope, models=_models(_enthalpies(wanted, tables)))
+    every = lowest_of_phases(_enthalpies(wanted, tables))
+    gone, models = turned_into(every), _models(_enthalpies(wanted, tables))
+    common = sorted(set(every.get(below, {})) & set(every.get(above, {})))
+    apart = [p for p in common if gone.get((below, p)) != above and gone.get((above, p)) != below]
+    difference = np.array([every[above][p].enthalpy_eV_per_atom - every[below][p].enthalpy_eV_per_atom for p in apart])
+    found = zero_crossing(np.array(apart), -difference, None) if len(apart) > 1 else None
+    merged = [p for p in common if gone.get((below, p)) == above and apart and p > apart[-1]]
+    if merged and difference[-1] > 0:
+        low, high = apart[-1], merged[0]
+        return Found(0.5 * (low + high), 0.5 * (high - low), models=models, between=(low, high))
+    return None if found is None else replace(found, models=models)
 
 
 def zero_crossing(x: np.ndarray, y: np.ndarray, errors: np.ndarray | None) -> Found:
@@ -170,51 +128,41 @@ def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
     return abs((y[k] - line) * (at - x[i]) * (at - x[i + 1]) / ((x[k] - x[i]) * (x[k] - x[i + 1])))
 
 
-def _at_pressure(wanted: ExpectedValue, tables: Tables) -> tuple[list[float], float] | None:
-    """All enthalpies at the pressure, and the lowest of the phase (eV/atom)."""
-    name = "enthalpies.csv"
-    here = [row for row in _enthalpies(wanted, tables) if _near(tables, name, row, wanted.pressure_GPa or 0.0)]
-    values = [(tables.number(name, row, "enthalpy_eV_per_atom"), row) for row in here]
-    mine = [value for value, row in values if value is not None and wanted.phase in (row["phase"], symbol(row["space_group"]))]
-    if not mine:
-        return None
-    return [value for value, _ in values if value is not None], min(mine)
+def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Enthalpy], int] | None:
+    """The distinct structures at the pressure by enthalpy, and the place of the phase among them, from 0."""
+    order = distinct([row for row in _enthalpies(wanted, tables) if _near(row.pressure_GPa, wanted)])
+    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol(row.space_group))]
+    return (order, places[0]) if places else None
 
 
-def enthalpy_above_lowest(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def enthalpy_above_lowest(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """eV/atom."""
-    found = _at_pressure(wanted, tables)
-    return None if found is None else Found(found[1] - min(found[0]), n=len(found[0]), models=_models(_enthalpies(wanted, tables)))
-
-
-def enthalpy_rank(wanted: ExpectedValue, tables: Tables) -> Found | None:
-    """1 is lowest."""
     found = _at_pressure(wanted, tables)
     if found is None:
         return None
-    return Found(1.0 + sum(value < found[1] - 1e-9 for value in found[0]), n=len(found[0]), models=_models(_enthalpies(wanted, tables)))
+    order, place = found
+    return Found(order[place].enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom, n=len(order), models=_models(order))
 
 
-MODES = ("phase", "irrep", "pressure_GPa", "method", "energies_by", "frequency_squared_cm2", "error_cm2")
+def enthalpy_rank(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
+    """1 is lowest; structures found several times count once."""
+    found = _at_pressure(wanted, tables)
+    return None if found is None else Found(1.0 + found[1], n=len(found[0]), models=_models(found[0]))
 
 
-def critical_pressure(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def critical_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Pressure (GPa) where the squared frequency of a mode rises through zero."""
     key = (wanted.phase, wanted.irrep, wanted.method, wanted.energies_by)
-    points = []
-    mine = [row for row in tables.rows("modes.csv", MODES) if (row["phase"], row["irrep"], row["method"], row["energies_by"]) == key]
-    for row in mine:
-        pressure, square, error = (tables.number("modes.csv", row, c) for c in ("pressure_GPa", "frequency_squared_cm2", "error_cm2"))
-        if pressure is not None and square is not None:
-            points.append((pressure, square, error or 0.0))
+    mine = [row for row in tables.rows(Mode) if (row.phase, row.irrep, row.method, row.energies_by) == key]
+    points = sorted((row.pressure_GPa, row.frequency_squared_cm2, row.error_cm2 or 0.0) for row in mine)
     if len(points) < 2:
         return None
-    x, y, errors = (np.array(column) for column in zip(*sorted(points), strict=True))
+    x, y, errors = (np.array(column) for column in zip(*points, strict=True))
     found = zero_crossing(x, y, errors)
     return Found(found.value, found.error, found.bound, slope=found.slope, n=len(points), models=_models(mine))
 
 
-def critical_pressure_difference(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def critical_pressure_difference(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """|model - DFT|, GPa; None unless both cross."""
     both = [critical_pressure(wanted.model_copy(update={"energies_by": by}), tables) for by in ("model", "dft")]
     if any(one is None or one.bound for one in both):
@@ -224,48 +172,47 @@ def critical_pressure_difference(wanted: ExpectedValue, tables: Tables) -> Found
     return Found(abs(model.value - dft.value), math.hypot(model.error or 0.0, dft.error or 0.0), models=model.models)
 
 
-ENERGIES = ("enthalpy_eV_per_atom", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
-RANKING = ("id", "pressure_GPa", "spg_static", "spg_quantum", *ENERGIES, "status")
-
-
-def _ranking(wanted: ExpectedValue, tables: Tables) -> tuple[str, list[Row]]:
-    """Name and rows with a computed G of the ranking at the pressure."""
+def _ranking(wanted: ExpectedValue, tables: TableFolder) -> list[Ranked] | None:
+    """Rows with a computed G of the ranking at the pressure; None without such a ranking."""
     for path in sorted(tables.folder.glob("ranking-*GPa.csv")):
-        rows = tables.rows(path.name, RANKING)
-        if any(_near(tables, path.name, row, wanted.pressure_GPa or 0.0) for row in rows):
-            return path.name, [row for row in rows if row["status"] in WITH_G]
-    return "", []
+        rows = tables.rows(Ranked, path.name)
+        if any(_near(row.pressure_GPa, wanted) for row in rows):
+            return [row for row in rows if row.status in WITH_G]
+    return None
 
 
-def n_with_free_energy(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def _ranked_by(rows: Sequence[Ranked]) -> tuple[str, ...]:
+    return tuple(sorted({row.model for row in rows} - {""}))
+
+
+def n_with_free_energy(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """How many structures SSCHA relaxed."""
-    name, rows = _ranking(wanted, tables)
-    return Found(float(len(rows)), 0.0, n=len(rows), models=_models(rows, "model")) if name else None
+    rows = _ranking(wanted, tables)
+    return None if rows is None else Found(float(len(rows)), 0.0, n=len(rows), models=_ranked_by(rows))
 
 
-def n_became(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def n_became(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Structures of another space group that ended in the wanted one, with the binomial error."""
-    _, rows = _ranking(wanted, tables)
+    rows = _ranking(wanted, tables)
     if not rows:
         return None
-    became = sum(symbol(row["spg_quantum"]) == wanted.space_group != symbol(row["spg_static"]) for row in rows)
+    became = sum(symbol(row.spg_quantum) == wanted.space_group != symbol(row.spg_static) for row in rows)
     n = len(rows)
     error = math.sqrt(max(became, 1) * (1.0 - min(became, n - 1) / n)) if n > 1 else 1.0
-    return Found(float(became), error, n=n, models=_models(rows, "model"))
+    return Found(float(became), error, n=n, models=_ranked_by(rows))
 
 
-def lowest_space_group(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def lowest_space_group(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Of the lowest free energy that is no saddle point."""
-    name, rows = _ranking(wanted, tables)
-    known = [(tables.number(name, row, "gibbs_eV_per_atom"), row) for row in rows if row["status"] in LOWEST_G]
-    known = [(gibbs, row) for gibbs, row in known if gibbs is not None]
+    rows = _ranking(wanted, tables) or []
+    known = [(row.gibbs_eV_per_atom, row) for row in rows if row.status in LOWEST_G and row.gibbs_eV_per_atom is not None]
     if not known:
         return None
-    _, row = min(known, key=lambda pair: pair[0])
-    return Found(words=(symbol(row["spg_quantum"]),), n=len(known), models=_models(rows, "model"))
+    _, lowest = min(known, key=lambda pair: pair[0])
+    return Found(words=(symbol(lowest.spg_quantum),), n=len(known), models=_ranked_by(rows))
 
 
-def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Mean over the structures, eV/atom; error: of the mean, from the scatter."""
     pairs = _pairs(wanted, tables)
     if not len(pairs):
@@ -275,18 +222,16 @@ def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: Tables) -> Found | None:
     return Found(float(shifts.mean()), error, n=len(shifts))
 
 
-def _pairs(wanted: ExpectedValue, tables: Tables) -> np.ndarray:
+def _pairs(wanted: ExpectedValue, tables: TableFolder) -> np.ndarray:
     """(n, 3): H, G, error of G of every structure with both, eV/atom."""
-    name, rows = _ranking(wanted, tables)
-    found = [[tables.number(name, row, column) for column in ENERGIES] for row in rows]
-    return np.array([[h, g, e or 0.0] for h, g, e in found if h is not None and g is not None]).reshape(-1, 3)
+    found = [(r.enthalpy_eV_per_atom, r.gibbs_eV_per_atom, r.gibbs_error_eV_per_atom or 0.0) for r in _ranking(wanted, tables) or []]
+    return np.array([row for row in found if row[0] is not None and row[1] is not None]).reshape(-1, 3)
 
 
-LEAST_FOR_WINDOW = 8
 OFF_THE_LINE = 3.0
 
 
-def reordering_window(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def reordering_window(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """H above the lowest (eV/atom) of the highest structure that leaves the line G(H) of the upper half by three times its scatter.
 
     Scatter: 1.4826 times the median deviation there. Zero when nobody leaves it. Needs 8 structures.
@@ -305,36 +250,29 @@ def reordering_window(wanted: ExpectedValue, tables: Tables) -> Found | None:
     return Found(edge, float(above.min() - edge) if len(above) else None, n=len(pairs), extra={"scatter": scatter})
 
 
-def share_kept_by_dft(wanted: ExpectedValue, tables: Tables) -> Found | None:
+def share_kept_by_dft(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Of the structures that became the space group: the share that DFT leaves as it was found, with the binomial error."""
-    rows = tables.rows("space_groups.csv", ("id", "spg_static", "spg_dft", "spg_quantum"))
-    mine = [row for row in rows if symbol(row["spg_quantum"]) == wanted.space_group != symbol(row["spg_static"]) and row["spg_dft"]]
+    rows = tables.rows(SpaceGroups)
+    mine = [row for row in rows if symbol(row.spg_quantum) == wanted.space_group != symbol(row.spg_static) and row.spg_dft]
     if not mine:
         return None
     n = len(mine)
-    share = sum(symbol(row["spg_dft"]) == symbol(row["spg_static"]) for row in mine) / n
+    share = sum(symbol(row.spg_dft) == symbol(row.spg_static) for row in mine) / n
     inner = min(max(share, 0.5 / n), 1.0 - 0.5 / n)
     return Found(share, math.sqrt(inner * (1.0 - inner) / n), n=n)
 
 
-def gradient_error(wanted: ExpectedValue, tables: Tables) -> Found | None:
-    """RMSE (eV/A) of forces or gradients over one ensemble."""
-    name = "gradient_errors.csv"
-    for row in tables.rows(name, ("phase", "pressure_GPa", "n_configs", "quantity", "unit", "rmse", "floor")):
-        value = tables.number(name, row, "rmse")
-        if (row["phase"], row["quantity"]) != (wanted.phase, wanted.quantity) or not _near(tables, name, row, wanted.pressure_GPa or 0.0):
-            continue
-        if row["unit"] != "eV/A":
-            raise InputError(f"{tables.folder / name}: {row['quantity']}: unit {row['unit']!r}: must be eV/A to compare with {wanted.unit}")
-        n = int(tables.number(name, row, "n_configs") or 0)
-        floor, statistical = (tables.number(name, row, column) for column in ("floor", "statistical"))
-        if value is not None:
-            single = value / math.sqrt(2.0 * n) if n and wanted.quantity == "force" else None
-            return Found(value, single if statistical is None else statistical, n=n, extra={} if floor is None else {"floor": floor})
+def gradient_error(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
+    """RMSE (eV/A; of force constants eV/A^2) of forces or gradients over one ensemble."""
+    for row in tables.rows(GradientError):
+        if (row.phase, row.quantity) == (wanted.phase, wanted.quantity) and _near(row.pressure_GPa, wanted):
+            single = row.rmse / math.sqrt(2.0 * row.n_configs) if row.n_configs and wanted.quantity == "force" else None
+            error = single if row.statistical is None else row.statistical
+            return Found(row.rmse, error, n=row.n_configs, extra={} if row.floor is None else {"floor": row.floor})
     return None
 
 
-FINDERS: dict[str, Callable[[ExpectedValue, Tables], Found | None]] = {
+FINDERS: dict[str, Callable[[ExpectedValue, TableFolder], Found | None]] = {
     "energy_rmse": _rmse("energy_rmse_eV_per_atom"),
     "force_rmse": _rmse("force_rmse_eV_per_A"),
     "stress_rmse": _rmse("stress_rmse_GPa"),

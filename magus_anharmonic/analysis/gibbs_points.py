@@ -17,6 +17,8 @@ NAN = float("nan")
 NATURAL = "natural"
 """Name of the isotopes of the natural elements."""
 USABLE = ("converged", "unconverged")
+LARGEST_ERROR = 0.1
+"""eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are those of a run that went astray."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,13 @@ class GibbsPoint:
 
     @property
     def usable(self) -> bool:
-        """True with a free energy of the phase itself."""
-        return self.status in USABLE and math.isfinite(self.gibbs_eV_per_atom)
+        """True with a free energy of the phase itself that is known at all."""
+        return self.status in USABLE and math.isfinite(self.gibbs_eV_per_atom) and self.error <= LARGEST_ERROR
+
+    @property
+    def useless(self) -> bool:
+        """True where there should be a free energy and is none, or one so uncertain that it says nothing."""
+        return self.status == "failed" or (self.status in USABLE and not self.usable)
 
     @property
     def raw(self) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -48,6 +49,14 @@ def parse_formula(formula: str) -> dict[str, int]:
     for symbol, number in parts:
         counts[symbol] = counts.get(symbol, 0) + int(number or 1)
     return counts
+
+
+@cache
+def reduced_formula(formula: str) -> str:
+    """``"H6S2"`` to ``"H3S"``: one name for all cells of a composition; raises ``InputError``."""
+    counts = parse_formula(formula)
+    divisor = int(np.gcd.reduce(list(counts.values())))
+    return "".join(f"{symbol}{number // divisor if number > divisor else ''}" for symbol, number in counts.items())
 
 
 def atom_fractions(formula: str, elements: Sequence[str]) -> np.ndarray:

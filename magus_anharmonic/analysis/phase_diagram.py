@@ -23,7 +23,7 @@ from magus_anharmonic.analysis.boundaries import (
     slope_check,
 )
 from magus_anharmonic.analysis.gibbs_points import GibbsPoint, write_points
-from magus_anharmonic.analysis.hull import HullEntry, hull_entries
+from magus_anharmonic.analysis.hull import HullEntry, choose_end_members, hull_entries
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing, write_json
 
@@ -87,6 +87,8 @@ class PhaseDiagram:
     shifts: tuple[dict[str, float | str], ...]
     model_error: float
     notes: tuple[str, ...] = ()
+    end_members: tuple[str, ...] = ()
+    """Formulas against which the formation free energies of ``hull`` count."""
 
     @property
     def isotopes(self) -> list[str]:
@@ -113,11 +115,15 @@ def phase_diagram(
     boundaries = [one for phases in sets.values() for one in all_boundaries(phases)]
     checks = [check for line in lines(boundaries) if (check := slope_check(points, line, seed=seed)) is not None]
     formulas = {formula for _, formula in sets}
-    hull, notes = _hull(points, sets, end_members) if len(formulas) > 1 or end_members else ([], [])
+    by_phase = {point.phase: point.formula for point in points}
+    wanted = [by_phase.get(name, name) for name in end_members]
+    with_hull = len(formulas) > 1 or bool(wanted)
+    hull, notes = _hull(points, sets, wanted) if with_hull else ([], [])
+    corners = choose_end_members(sorted(formulas), wanted) if with_hull else []
     reference = points[0].isotopes
     return PhaseDiagram(
         tuple(points), sets, tuple(boundaries), tuple(checks), tuple(_meetings(points)), tuple(_stable(points, sets)), tuple(hull),
-        tuple(isotope_shifts(boundaries, reference)), model_error, tuple(notes),
+        tuple(isotope_shifts(boundaries, reference)), model_error, tuple(notes), tuple(corners),
     )  # fmt: skip
 
 
@@ -172,12 +178,8 @@ def _stable(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet])
     return found
 
 
-def _hull(
-    points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], end_members: Sequence[str]
-) -> tuple[list[HullRow], list[str]]:
+def _hull(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], wanted: Sequence[str]) -> tuple[list[HullRow], list[str]]:
     """Hulls at every point of the grid where the end members have a free energy; where they have none it is said."""
-    by_phase = {point.phase: point.formula for point in points}
-    wanted = [by_phase.get(name, name) for name in end_members]
     rows, notes = [], []
     for isotopes in dict.fromkeys(isotopes for isotopes, _ in sets):
         for pressure, temperature in _grid(points):
@@ -201,7 +203,11 @@ def _hull(
 
 
 def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
-    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``hull.csv``, ``summary.json`` and the picture as SVG and PNG."""
+    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``summary.json`` and the picture as SVG and PNG; with a hull that too.
+
+    Returns the pictures: ``png``, ``svg`` and, with a hull, ``hull`` (PNG; ``hull.svg`` lies beside it).
+    """
+    from magus_anharmonic.analysis.hull_figure import draw_hull
     from magus_anharmonic.analysis.phase_figure import draw
     from magus_anharmonic.analysis.phase_words import sentences
 
@@ -209,10 +215,12 @@ def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
     write_points(target / "gibbs.csv", diagram.points)
     _write_rows(target / "boundaries.csv", BOUNDARY_COLUMNS, [_boundary_row(one) for one in diagram.boundaries])
     _write_rows(target / "stability.csv", STABLE_COLUMNS, [_stable_row(one) for one in diagram.stable])
+    pictures = {"png": draw(diagram, target / "phase-diagram.png"), "svg": draw(diagram, target / "phase-diagram.svg")}
     if diagram.hull:
         _write_rows(target / "hull.csv", HULL_COLUMNS, [_hull_row(row) for row in diagram.hull])
+        pictures["hull"] = next(path for path in draw_hull(diagram.hull, diagram.end_members, target) if path.suffix == ".png")
     write_json(target / "summary.json", summary(diagram, sentences(diagram)))
-    return {"png": draw(diagram, target / "phase-diagram.png"), "svg": draw(diagram, target / "phase-diagram.svg")}
+    return pictures
 
 
 BOUNDARY_COLUMNS = (

@@ -35,7 +35,7 @@ def _points(diagram: PhaseDiagram) -> list[str]:
         f"{len(usable)} of {len(diagram.points)} free energies are used, {min(pressures):g} to {max(pressures):g} GPa and "
         f"{min(temperatures):g} to {max(temperatures):g} K; nothing is said outside of them."
     ]
-    failed = [point for point in diagram.points if point.status == "failed"]
+    failed = [point for point in diagram.points if point.useless]
     for point in failed[:5]:
         where = f"{point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
         text.append(f"{point.phase} ({point.isotopes}) failed at {where}: {point.reason or 'no reason is known'}.")
@@ -207,7 +207,8 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
             here = [row.entry for row in rows if (row.pressure, row.temperature) == (pressure, coldest)]
             on = [f"{one.name} ({one.p_on_hull:.0%})" for one in here if one.distance <= 1e-9]
             above = [f"{one.name} {1000 * one.distance:.1f} +- {1000 * one.error:.1f}" for one in here if one.distance > 1e-9]
-            line = f"Hull at {pressure:g} GPa, {coldest:g} K ({isotopes}): on it (odds) {', '.join(on)}"
+            against = " and ".join(diagram.end_members)
+            line = f"Hull against {against} at {pressure:g} GPa, {coldest:g} K ({isotopes}): on it (odds) {', '.join(on)}"
             text.append(line + (f"; above it (meV/atom) {', '.join(above)}." if above else "."))
     return text
 

@@ -21,6 +21,8 @@ SIGMAS = 3.0
 """A structure whose G is farther from the line than this many times the scatter about it, and than `SMALLEST`, is reordered."""
 SMALLEST = 5.0
 """meV/atom."""
+LEAST_FOR_WINDOW = 8
+"""Structures; with fewer, one that leaves the line says nothing about where the order changes."""
 MOST_IN_LINE = 600
 """Structures, evenly along the enthalpy, whose slopes in pairs make the line."""
 
@@ -45,8 +47,9 @@ class Reordering:
 
     shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the structures above ``linear_above`` (both above
     their lowest) and the spread about it, None with fewer than three structures. window : highest enthalpy of a reordered structure
-    (`SIGMAS`), 0 without one. best : space group of the lowest G; n_became_best : structures that had another space group and ended in
-    that one; n_changed : that changed their space group at all, of n with a G. n_kept_by_dft : of the changed ones relaxed by DFT
+    (`SIGMAS`), 0 without one, None with fewer than `LEAST_FOR_WINDOW` structures. best : space group of the lowest G; n_became_best :
+    structures that had another space group and ended in that one; n_changed : that changed their space group at all, of n with a G.
+    n_kept_by_dft : of the changed ones relaxed by DFT
     (n_checked_by_dft), those that keep the static one there: they are minima, and only moving ions change them.
     """
 
@@ -94,7 +97,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), beca
     dft = {row.id: row for row in checked if row.spg_dft}
     in_dft = [dft[r.id] for r in changed if r.id in dft]
     window = None
-    if scatter is not None:
+    if scatter is not None and len(shown) >= LEAST_FOR_WINDOW:
         outside = above_h[np.abs(deviations) > max(SIGMAS * scatter, SMALLEST)]
         window = float(outside.max()) if len(outside) else 0.0
     moved = [

@@ -1,29 +1,30 @@
-"""The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, read and written with types.
-
-One frozen dataclass per table; its fields are the columns, in order, units in the names. A field that may be ``None`` is an empty cell.
-Reading fails with an ``InputError`` that names file, line and column; columns that are not named here are left alone.
-"""
+"""The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, one frozen dataclass each; see `typed_csv`."""
 
 from __future__ import annotations
 
-import csv
-import math
 import re
-import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+from magus_anharmonic.analysis.typed_csv import TableFolder as TableFolder
+from magus_anharmonic.analysis.typed_csv import cell as cell
+from magus_anharmonic.analysis.typed_csv import columns as columns
+from magus_anharmonic.analysis.typed_csv import read as read
+from magus_anharmonic.analysis.typed_csv import read_if_there as read_if_there
+from magus_anharmonic.analysis.typed_csv import rows_of as rows_of
+from magus_anharmonic.analysis.typed_csv import write as write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, table_rows
 
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
 
 GRADIENT_UNITS = {"force": "eV/A", "gradient_centroid": "eV/A", "gradient_force_constants": "eV/A^2", "bo_force_centroid": "eV/A"}
 """Unit of each quantity of ``gradient_errors.csv``."""
+
+
+def _check_unit(quantity: str, unit: str, allowed: dict[str, str]) -> None:
+    if unit != allowed.get(quantity, unit):
+        raise ValueError(f"unit: {unit!r}: {quantity} must be in {allowed[quantity]}; convert the numbers")
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,6 @@ class FailureRow:
     reason: str
 
 
-Row = TypeVar("Row")
-
 TABLES: tuple[type, ...] = (
     ModelError,
     Parity,
@@ -269,11 +268,6 @@ TABLES: tuple[type, ...] = (
 
 TABLES_FOLDER = "tables"
 """Below ``campaign/``."""
-
-
-def columns(table: type) -> tuple[str, ...]:
-    """Names of the columns of a table, in order."""
-    return tuple(field.name for field in fields(table))
 
 
 def ranking_file(pressure: float) -> str:
@@ -297,130 +291,3 @@ def pressure_of_file(name: str) -> float:
 def phase_of_file(name: str) -> str:
     """The phase in the name of a dispersion."""
     return re.sub(r"-(\d+(?:\.\d+)?)GPa\.csv$", "", name).removeprefix("dispersion-")
-
-
-def read(table: type[Row], path: str | Path) -> list[Row]:
-    """All rows of ``path``, in the order of the file; see `rows_of`."""
-    return list(rows_of(table, path))
-
-
-def read_if_there(table: type[Row], folder: str | Path, name: str | None = None) -> list[Row]:
-    """All rows of ``folder / name`` (None: the table's own file), none when there is no such file."""
-    path = Path(folder) / (name or table.FILE)  # type: ignore[attr-defined]
-    return read(table, path) if path.is_file() else []
-
-
-def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
-    """Rows of the CSV file ``path`` one by one, as instances of ``table``.
-
-    Raises ``InputError`` (on the first row asked for) when the file is missing, a column is missing or has another unit in its name, a
-    cell is no number, a word is not one of those allowed, or a unit is not the one of the quantity.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    readers = _readers(table)
-    with table_rows(file) as lines:
-        _check_columns(table, file, lines.fieldnames or ())
-        for line in lines:
-            values = {}
-            for name, (convert, default) in readers.items():
-                text = line.get(name)
-                try:
-                    values[name] = default if text is None and default is not _REQUIRED else convert((text or "").strip())
-                except ValueError as error:
-                    raise InputError(f"{file}: line {lines.line_num}: {name}: {text!r}: {error}") from None
-            try:
-                yield table(**values)
-            except ValueError as error:
-                raise InputError(f"{file}: line {lines.line_num}: {error}") from None
-
-
-def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
-    """Write ``rows`` to the CSV file ``path`` atomically; numbers with ten digits, ``None`` and NaN as empty cells."""
-    names = columns(table)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([cell(getattr(row, name)) for name in names] for row in rows)
-
-
-_REQUIRED: Any = object()
-
-
-@cache
-def _readers(table: type) -> dict[str, tuple[Callable[[str], Any], Any]]:
-    hints = get_type_hints(table)
-    missing = fields(table)[0].default
-    return {field.name: (_reader(hints[field.name]), _REQUIRED if field.default is missing else field.default) for field in fields(table)}
-
-
-def _reader(hint: Any) -> Callable[[str], Any]:
-    """How a cell becomes a value of the type ``hint``; ValueError says what is allowed."""
-    if get_origin(hint) in (Union, types.UnionType):
-        inner = _reader(next(part for part in get_args(hint) if part is not type(None)))
-        return lambda text: None if text == "" or text.lower() == "nan" else inner(text)
-    if get_origin(hint) is Literal:
-        return lambda text: _word(text, get_args(hint))
-    return {str: str, int: _whole, float: _number}[hint]
-
-
-def _word(text: str, allowed: tuple[str, ...]) -> str:
-    if text not in allowed:
-        raise ValueError(f"must be {' or '.join(allowed)}")
-    return text
-
-
-def _whole(text: str) -> int:
-    value = _number(text)
-    if value != int(value):
-        raise ValueError("must be a whole number")
-    return int(value)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError("must be a number") from None
-    if not math.isfinite(value):
-        raise ValueError("must be a finite number")
-    return value
-
-
-def cell(value: Any) -> str:
-    """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no finite number."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return ""
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
-
-
-def _check_unit(quantity: str, unit: str, allowed: dict[str, str]) -> None:
-    if unit != allowed.get(quantity, unit):
-        raise ValueError(f"unit: {unit!r}: {quantity} must be in {allowed[quantity]}; convert the numbers")
-
-
-_UNIT_WORDS = r"_(?:m?eV|meV|Ry|Ha|kJ|kcal|J|GPa|kbar|Mbar|bar|Pa|A3?|bohr3?|nm3?|cm1|cm2|THz2?|K|s|h|per|atom|mol|cell|fu)(?=_|$)"
-
-
-def _stem(column: str) -> str:
-    """The name of a column without its unit."""
-    previous = None
-    while previous != column:
-        previous, column = column, re.sub(_UNIT_WORDS, "", column)
-    return column
-
-
-def _check_columns(table: type, file: Path, found: Iterable[str]) -> None:
-    there = [name.strip() for name in found if name]
-    problems = []
-    for name, (_, default) in _readers(table).items():
-        if name in there or default is not _REQUIRED:
-            continue
-        other = next((known for known in there if known not in columns(table) and _stem(known) == _stem(name)), None)
-        if other is not None:
-            problems.append(f"{file}: column {other}: wrong unit; convert the numbers and name the column {name}")
-        else:
-            problems.append(f"{file}: column {name} is missing; needed are {', '.join(columns(table))}")
-    if problems:
-        raise InputError(*problems)

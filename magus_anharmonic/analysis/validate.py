@@ -6,13 +6,15 @@ import csv
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from magus_anharmonic.analysis.absent import why_absent
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
-from magus_anharmonic.analysis.explain import Context, explanations, read_context
-from magus_anharmonic.analysis.found_values import FINDERS, Found, Tables
+from magus_anharmonic.analysis.explain import Context, explanations, read_context, undone_steps
+from magus_anharmonic.analysis.found_values import FINDERS, Found
+from magus_anharmonic.analysis.tables import TableFolder
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing, write_json
 
@@ -35,18 +37,22 @@ class Validated:
     verdict: Verdict
     source: str
     could_explain: tuple[str, ...]
+    remark: str = ""
+    """What one must know to read the numbers: how many there are behind it, that less is better, or why it is not in this run."""
 
     @property
     def line(self) -> str:
         """One line for the terminal."""
         unit = "" if self.unit in ("-", "1") else f" {self.unit}"
         mark = "DISAGREES" if self.verdict == "disagrees" else self.verdict
+        remark = f"; {self.remark}" if self.remark else ""
         if self.verdict == "not in this run":
-            return f"{mark:16s} {self.name}: expected {self.expected}{unit}  [{self.source}]"
-        found = self.found + (f" +- {self.error}" if self.error else "")
+            return f"{mark:16s} {self.name}: expected {self.expected}{unit}{remark}  [{self.source}]"
+        bound = {"<": "below ", ">": "above "}.get(self.found[:1], "")
+        found = bound + (self.found[1:] if bound else self.found) + (f" +- {self.error}" if self.error else "")
         expected = self.expected + (f" +- {self.expected_error}" if self.expected_error else "")
-        difference = f" (difference {self.difference})" if self.difference else ""
-        return f"{mark:16s} {self.name}: found {found}, expected {expected}{unit}{difference}  [{self.source}]"
+        difference = f", difference {self.difference}" if self.difference else ""
+        return f"{mark:16s} {self.name}: found {found}, expected {expected}{unit}{difference}{remark}  [{self.source}]"
 
 
 def tables_folder(campaign: str | Path) -> Path:
@@ -65,24 +71,33 @@ def tables_folder(campaign: str | Path) -> Path:
 def validate(campaign: str | Path, expected: str | Path) -> list[Validated]:
     """Compare every expected value with what the campaign holds; pure. Raises ``InputError``."""
     folder = tables_folder(campaign)
-    return compare_all(load_expected(expected), Tables(folder), read_context(folder))
+    return compare_all(load_expected(expected), TableFolder(folder), read_context(folder))
 
 
-def compare_all(expected: ExpectedValues, tables: Tables, context: Context) -> list[Validated]:
+def compare_all(expected: ExpectedValues, tables: TableFolder, context: Context) -> list[Validated]:
     """All values, in the order of the file."""
-    return [compare(wanted, FINDERS[wanted.name](wanted, tables), context) for wanted in expected.values]
+    rows = []
+    for wanted in expected.values:
+        found = FINDERS[wanted.name](wanted, tables)
+        rows.append(compare(wanted, found, context) if found is not None else _absent(wanted, tables, context))
+    return rows
 
 
-def compare(wanted: ExpectedValue, found: Found | None, context: Context) -> Validated:
+def _absent(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
+    undone = undone_steps(wanted, context)
+    why = why_absent(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
+    return replace(_row(wanted, None, "not in this run", (), None), remark=why)
+
+
+def compare(wanted: ExpectedValue, found: Found, context: Context) -> Validated:
     """One value; agreement is a difference of at most two standard errors, or within the tolerance, on the open side of a limit, or,
     for an error, below what is expected."""
-    if found is None:
-        return _row(wanted, None, "not in this run", (), None)
     if found.words:
         agrees = _same_words(wanted, found.words)
         return _row(wanted, found, "agrees" if agrees else "disagrees", () if agrees else explanations(wanted, found, context, None), None)
     low, high, spread = _expected_range(wanted, found)
-    difference = found.value - high if found.value > high else found.value - low if found.value < low else 0.0
+    least, most = found.between or (found.value, found.value)
+    difference = least - high if least > high else most - low if most < low else 0.0
     agrees = _agrees(wanted, found, low, high, spread, difference)
     reasons = () if agrees else explanations(wanted, found, context, difference)
     return _row(wanted, found, "agrees" if agrees else "disagrees", reasons, difference)
@@ -103,7 +118,8 @@ def _agrees(wanted: ExpectedValue, found: Found, low: float, high: float, spread
         return low <= found.value if found.bound == "<" else high >= found.value
     if difference < 0 and NAMES[wanted.name].smaller_is_better:
         return True
-    allowed = max(STANDARD_ERRORS * math.hypot(found.error or 0.0, spread), (wanted.tolerance or 0.0) * wanted.factor)
+    own = 0.0 if found.between else found.error or 0.0
+    allowed = max(STANDARD_ERRORS * math.hypot(own, spread), (wanted.tolerance or 0.0) * wanted.factor)
     return abs(difference) <= allowed + 1e-12
 
 
@@ -125,13 +141,30 @@ def _row(wanted: ExpectedValue, found: Found | None, verdict: Verdict, reasons: 
     value = "" if found is None else " -> ".join(found.words) if found.words else found.bound + _digits(found.value / factor)
     if found is not None and found.n is not None and wanted.out_of is not None:
         value += f" of {found.n}"
+    if found is not None and found.between:
+        value = f"{_digits(found.between[0] / factor)} to {_digits(found.between[1] / factor)}"
+    certain = found is None or found.error is None or bool(found.bound) or found.between is not None
     return Validated(
         wanted.title, wanted.unit, value,
-        "" if found is None or found.error is None or found.bound else _digits(found.error / factor),
-        expected, _digits(spread / factor) if spread > 0 else f"{wanted.tolerance:g} (tolerance)" if wanted.tolerance else "",
+        "" if certain or found is None else _two_digits((found.error or 0.0) / factor),
+        expected, _two_digits(spread / factor) if spread > 0 else f"{wanted.tolerance:g} (tolerance)" if wanted.tolerance else "",
         "" if difference is None or (found is not None and found.bound) else f"{difference / factor:+.3g}",
-        verdict, wanted.source, tuple(reasons),
+        verdict, wanted.source, tuple(reasons), "" if found is None else _remark(wanted, found, verdict, difference),
     )  # fmt: skip
+
+
+def _remark(wanted: ExpectedValue, found: Found, verdict: Verdict, difference: float | None) -> str:
+    name = NAMES[wanted.name]
+    parts = []
+    if verdict == "agrees" and name.smaller_is_better and (difference or 0.0) < 0:
+        parts.append("less than expected counts as agreement")
+    if found.bound:
+        parts.append("it does not change sign between the pressures of the run")
+    if found.between:
+        parts.append("the first relaxes into the second there, which is all that is known")
+    if name.table == "model_errors.csv" and found.n is not None:
+        parts.append(f"{found.n} labels")
+    return "; ".join(parts)
 
 
 def _expected_text(wanted: ExpectedValue) -> str:
@@ -149,7 +182,11 @@ def _digits(value: float) -> str:
     return f"{value:.4g}"
 
 
-COLUMNS = ("name", "unit", "found", "error", "expected", "expected_error", "difference", "verdict", "source", "could_explain")
+def _two_digits(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
+
+
+COLUMNS = ("name", "unit", "found", "error", "expected", "expected_error", "difference", "verdict", "source", "could_explain", "remark")
 
 
 def write_validation(rows: Sequence[Validated], folder: str | Path) -> None:

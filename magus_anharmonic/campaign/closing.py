@@ -18,7 +18,6 @@ log = logging.getLogger(__name__)
 
 ERRORS_HOOK = "magus_anharmonic.analysis.errors_run.measure_errors"
 SOURCE_HOOK = "magus_anharmonic.analysis.errors_run.source_of_result"
-FIGURES_HOOK = "magus_anharmonic.analysis.make_figures"
 REPORT_HOOK = "magus_anharmonic.report.page.write_report"
 """Called by name: the campaign knows these functions, and not what they need."""
 
@@ -69,8 +68,7 @@ def run_of_record(folder: Path) -> Path:
 
 
 def report(context: Context, step: Step) -> Outcome:
-    """Figures of everything that is there, and the page that shows them."""
-    hook(FIGURES_HOOK)(context.root)
+    """The page of everything that is there; whoever writes it has the figures drawn that the page shows."""
     hook(REPORT_HOOK)(context.root)
     figures = sorted((context.root / "figures").glob("*.png"))
     log.info("%d figures in %s; report: %s", len(figures), context.root / "figures", context.root / "report.html")

@@ -86,6 +86,7 @@ class Relaxed:
 
 def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence[Atoms], pressure: float, *, fixed: bool) -> list[Relaxed]:
     """Relaxations in the order of ``structures``; kept on disk per pressure, so that a killed step goes on."""
+    from magus_anharmonic.potential.portable import relax_options
     from magus_anharmonic.potential.relax import relax as relax_all
 
     if not structures:
@@ -95,10 +96,9 @@ def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest}.traj"
     if not stored.is_file():
-        found = relax_all(
-            model, [bare(atoms) for atoms in structures], pressure, force_tolerance=keys.eps, max_steps=keys.max_step,
-            max_move=keys.max_move, optimizer=keys.optimizer, fix_symmetry=fixed,
-        )  # fmt: skip
+        # Kicks break a symmetry that is to be kept.
+        options = relax_options(keys) | {"fix_symmetry": fixed, "relax_cell": True, "kicks": 0 if fixed else keys.kicks}
+        found = relax_all(model, [bare(atoms) for atoms in structures], pressure, **options)
         with replacing(stored) as temporary:
             write(temporary, [_frame(result) for result in found], format="traj")
     frames: Any = read(stored, index=":", format="traj")

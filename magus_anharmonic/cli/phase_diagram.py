@@ -39,7 +39,8 @@ def phase_diagram(
     """P-T phase diagram from SSCHA free energies: boundaries with confidence bands, isotope shifts, hull over composition.
 
     One smooth G(P,T) per phase is fitted to the free energies, volumes and entropies of the same ensembles, so that V = dG/dP and
-    S = -dG/dT hold. Writes gibbs.csv, boundaries.csv, stability.csv, hull.csv, summary.json, phase-diagram.svg and .png.
+    S = -dG/dT hold. Writes gibbs.csv, boundaries.csv, stability.csv, summary.json, phase-diagram.svg and .png;
+    with several compositions hull.csv, hull.svg and hull.png.
     """
     configure_logging(verbose)
     with user_errors():
@@ -49,4 +50,5 @@ def phase_diagram(
         lines, pictures = phase_diagram_command(sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed)
         for line in lines:
             typer.echo(f"* {line}")
-        typer.echo(f"\nPicture: {pictures['png']}\nEverything else: {output.resolve()}")
+        hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
+        typer.echo(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")

@@ -43,7 +43,8 @@ def validate(
             typer.echo(row.line)
             for reason in row.could_explain:
                 typer.echo(f"{'':17s}could explain it: {reason}")
-        counts = [f"{sum(row.verdict == verdict for row in rows)} {verdict}" for verdict in ("agrees", "disagrees", "not in this run")]
-        typer.echo(f"\n{', '.join(counts).replace('agrees', 'agree', 1)}")
+        words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
+        counts = [f"{sum(row.verdict == verdict for row in rows)} {word}" for verdict, word in words.items()]
+        typer.echo(f"\n{', '.join(counts)}")
         if any(row.verdict == "disagrees" for row in rows):
             raise typer.Exit(1)

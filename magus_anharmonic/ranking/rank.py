@@ -16,15 +16,16 @@ from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.common_numbers import CommonNumbers
-from magus_anharmonic.ranking.elimination import Rules, Standing, race, resolution
+from magus_anharmonic.ranking.elimination import resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.odds import ModelTerm, with_odds
-from magus_anharmonic.ranking.outcomes import record_of, set_info, standing_of, stopped_record, with_result
+from magus_anharmonic.ranking.outcomes import record_of, set_info, with_result
 from magus_anharmonic.ranking.phases import label_phases
 from magus_anharmonic.ranking.pooling import common_error, merge_duplicates
+from magus_anharmonic.ranking.racing import run_race
 from magus_anharmonic.ranking.reduction import run_reduced
 from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
 from magus_anharmonic.ranking.stability import check_stability, with_followers
@@ -188,7 +189,7 @@ class Ranking:
             len(self.groups), len(self.population), len(chosen), len(chosen) - len(todo),
         )  # fmt: skip
         if self.sscha.allocation == "elimination":
-            self._race(todo, out, chosen, free_energy, workers)
+            run_race(self, todo, out, chosen, free_energy, workers)
             jobs = self._later_temperatures([*todo, *out])
         else:
             jobs = [(self.job(self.leader(g), self.keys), g) for g in todo]
@@ -210,69 +211,13 @@ class Ranking:
                 jobs.append((self.job(self.leader(group), self.keys[1:], start=self.run_dir / "sscha" / record.folder), group))
         return jobs
 
-    def _race(
-        self, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers
-    ) -> None:
-        """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was eliminated before."""
-        key = self.keys[0]
-        groups = {structure_id(self.leader(g)): g for g in (*todo, *out)}
-        rules = Rules(self.sscha.confidence, self.sscha.keep_best, self.sscha.max_populations, self._error_tolerance(), self.sscha.budget)
-        latest: dict[str, tuple[Job, Outcome, Record]] = {}
-
-        def enthalpy_of(name: str) -> float:
-            return self.enthalpies[self.groups[groups[name]][0]]
-
-        def advance(wanted: dict[str, int]) -> dict[str, Standing]:
-            found: dict[str, Standing] = {}
-
-            def done(job: Job, outcomes: list[Outcome]) -> None:
-                (outcome,) = outcomes
-                record = record_of(job, key, outcome, enthalpy_of(job.structure), self.sscha.symprec)
-                if record is None or record.gibbs is None:
-                    self._keep(groups[job.structure], key, record, outcome)
-                else:
-                    before = latest[job.structure][2] if job.structure in latest else None
-                    found[job.structure] = standing_of(record, before)
-                    latest[job.structure] = job, outcome, record
-
-            jobs = [self.job(self.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
-            run_jobs(jobs, self.evaluator, free_energy, done, workers)
-            return found
-
-        known = {
-            str(g): standing_of(record, None)
-            for g in chosen
-            if g not in (*todo, *out) and (record := self.records[g, key]).gibbs is not None and record.status != "saddle"
-        }
-        dormant = {structure_id(self.leader(g)): standing_of(self.records[g, key], None) for g in out}
-        again = [g for g in todo if (g, key) not in self.records]
-        names = [structure_id(self.leader(g)) for g in again]
-
-        def folder_of(name: str) -> str:
-            if name in latest:
-                return latest[name][2].folder
-            return self.records[groups[name] if name in groups else int(name), key].folder
-
-        def common(one: str, other: str) -> float:
-            return self.common_numbers.covariance(folder_of(one), folder_of(other))
-
-        stops = race(names, advance, rules, known, dormant, common)
-        for name, stop in stops.items():
-            job, outcome, record = latest[name]
-            # Only now: what the model says about an ensemble is asked once, of the last one.
-            final = self.recorded(job, key, outcome, enthalpy_of(name)) or record
-            self._keep(groups[name], key, stopped_record(final, stop))
-        spent = sum(record.n_evaluations for _, _, record in latest.values())
-        early = sum(stop.eliminated for stop in stops.values())
-        if stops:
-            log.info("SSCHA: %d candidates, %d of them stopped early; %d force evaluations", len(stops), early, spent)
-
-    def _error_tolerance(self) -> float:
+    def error_tolerance(self) -> float:
         """Sampling error of G that is small enough for this ranking, eV/atom."""
         wanted = self.sscha.error_tolerance
         return resolution(self.energy_rmse, self.sscha.free_energy_tolerance) if wanted is None else wanted
 
-    def _keep(self, group: int, key: Key, record: Record | None, outcome: Outcome | None = None) -> None:
+    def keep(self, group: int, key: Key, record: Record | None, outcome: Outcome | None = None) -> None:
+        """Store what a group's run came to; a failure goes to ``failures.jsonl``, and None (may not happen again) is not stored."""
         if record is None or record.status == "failed":
             reason = record.reason if record is not None else outcome.reason if outcome is not None else "no result"
             what = {"id": structure_id(self.leader(group)), "temperature_K": key.temperature, "model": self.model}
@@ -303,7 +248,7 @@ class Ranking:
             "min_effective_sample": sscha.min_effective_sample,
             "symprec": sscha.symprec,
             "reference_spacing": sscha.reference_spacing,
-            "error_tolerance": self._error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
+            "error_tolerance": self.error_tolerance() if sscha.allocation == "elimination" else sscha.error_tolerance,
         }
         begin = self.starts.get(name) if start is None else start
         if begin is None:
@@ -325,7 +270,7 @@ class Ranking:
             for outcome in outcomes:
                 key = self.key_at(outcome.temperature)
                 record = self.recorded(job, key, outcome, self.enthalpies[self.groups[group][0]])
-                self._keep(group, key, record, outcome)
+                self.keep(group, key, record, outcome)
 
         run_jobs(jobs, self.evaluator, free_energy, done, workers)
 

@@ -73,26 +73,18 @@ def _one(batch: Evaluation, i: int) -> Evaluation:
 
 
 def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int | None = None) -> list[str]:
-    """Relax cell and positions at the target pressure as the block of the calculator says.
+    """Relax cell and positions at the target pressure as the block of the calculator says, in ``max_steps`` at most (None: the block's).
 
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps or runs away stays
     as it was.
     """
-    from magus_anharmonic.potential.portable import relax_on
+    from magus_anharmonic.potential.portable import relax_on, relax_options
 
-    keys = settings.calculator or parse(CalculatorSettings, {})
+    options = relax_options(settings.calculator or parse(CalculatorSettings, {}))
+    if max_steps is not None:
+        options["max_steps"] = max_steps
     with open_scheduler(settings) as scheduler:
-        relaxed = relax_on(
-            scheduler,
-            evaluator,
-            [bare(atoms) for atoms in structures],
-            settings.pressure,
-            force_tolerance=keys.eps,
-            max_steps=max_steps or keys.max_step,
-            max_move=keys.max_move,
-            relax_cell=keys.relax_lattice,
-            fix_symmetry=keys.fix_symmetry,
-        )
+        relaxed = relax_on(scheduler, evaluator, [bare(atoms) for atoms in structures], settings.pressure, **options)
     for atoms, result in zip(structures, relaxed, strict=True):
         if not result.failed:
             atoms.set_cell(result.atoms.cell.array, scale_atoms=False)

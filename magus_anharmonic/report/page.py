@@ -66,7 +66,9 @@ def render(contents: Contents) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(heading=heading, cell=cell, duration=duration, thousands=thousands, milli=milli, anchor=anchor)
+    environment.filters.update(
+        heading=heading, cell=cell, duration=duration, thousands=thousands, milli=milli, anchor=anchor, moment=moment
+    )
     viewed = chosen(contents.crystals)
     scenes = [scene(crystal.atoms) for crystal in viewed]
     scripts = {"own": _text("templates/report.js")}
@@ -89,6 +91,14 @@ def render(contents: Contents) -> str:
         scripts={name: Markup(text) for name, text in scripts.items()},
         policy=policy(list(scripts.values())),
     )
+
+
+def moment(text: object) -> str:
+    """``"2026-11-25 02:39 UTC"`` of a time in ISO format; anything else as it is."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return str(text)
 
 
 def policy(scripts: list[str]) -> str:
