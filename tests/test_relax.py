@@ -13,6 +13,7 @@ from ase.calculators.emt import EMT
 from ase.filters import FrechetCellFilter
 from ase.optimize import BFGS, FIRE
 from ase.units import GPa
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
@@ -306,6 +307,23 @@ def test_what_goes_wrong_after_a_kick_does_not_spoil_the_minimum_before_it(h3s):
     (result,) = relax(evaluator, [start], relax_cell=False, kicks=3)
     assert evaluator.calls == 4 and result.converged and not result.failed and result.reason == ""
     np.testing.assert_array_equal(result.atoms.positions, start.positions)
+
+
+def test_small_matrices_of_a_relaxation_take_one_thread_and_the_setting_comes_back():
+    """More would wait for each other on the cores that the evaluations need."""
+
+    def blas_threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    class Watching(CalculatorEvaluator):
+        def evaluate(self, structures):
+            seen.update(blas_threads())
+            return super().evaluate(structures)
+
+    seen: set[int] = set()
+    with threadpool_limits(2, user_api="blas"):
+        relax(Watching(EMT()), [bulk("Cu")])
+        assert seen == {1} and blas_threads() == {2}
 
 
 def test_bad_structures_fail_with_their_reason_and_the_others_relax():
