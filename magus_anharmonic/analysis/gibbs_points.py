@@ -161,7 +161,8 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         raise InputError(f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0")
     if point.status not in (*USABLE, "failed", "became"):
         raise InputError(f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became")
-    if point.usable and not point.gibbs_error_eV_per_atom > 0:
+    given = point.status in USABLE and math.isfinite(point.gibbs_eV_per_atom)
+    if given and not point.gibbs_error_eV_per_atom > 0:
         raise InputError(f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)")
     for value, error in WITH_ERRORS:
         at_rest = value.startswith("entropy") and point.temperature_K == 0
