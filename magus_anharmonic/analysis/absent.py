@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from magus_anharmonic.analysis.expected import NAMES, PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.analysis.found_values import sources_of, symbol
-from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, pressure_of_file
+from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
+from magus_anharmonic.analysis.found_values import near, sources_of, symbol
+from magus_anharmonic.analysis.tables import TABLES, Enthalpy, Ranked, TableFolder, pressure_of_file, ranking_files
 
-TABLES: dict[str, type] = {table.FILE: table for table in (ModelError, Enthalpy, Mode, SpaceGroups, GradientError)}  # type: ignore[attr-defined]
 MOST_NAMED = 8
 
 
@@ -18,7 +17,7 @@ def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
     name = NAMES[wanted.name].table
     if name == Ranked.FILE:
         return _ranking(wanted, tables)
-    rows: list[Any] = tables.rows(TABLES[name])
+    rows: list[Any] = tables.rows(next(table for table in TABLES if table.FILE == name))  # type: ignore[attr-defined]
     if not rows:
         return f"{name} is empty" if (tables.folder / name).is_file() else f"there is no {name}"
     if name == Enthalpy.FILE:
@@ -34,7 +33,7 @@ def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
         if not (key == "phase" and wanted.phases):
             rows = [row for row in rows if value in (getattr(row, key), symbol(getattr(row, "space_group", "")))]
     pressures = sorted({row.pressure_GPa for row in rows if hasattr(row, "pressure_GPa")})
-    if wanted.pressure_GPa is not None and not _near(pressures, wanted.pressure_GPa):
+    if wanted.pressure_GPa is not None and not any(near(pressure, wanted) for pressure in pressures):
         return f"{name} has it at {_list(pressures)} GPa"
     if wanted.name == "critical_pressure_difference":
         return "it needs the critical pressure by the model and by DFT, each between the pressures of the run"
@@ -46,17 +45,13 @@ def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
 
 
 def _ranking(wanted: ExpectedValue, tables: TableFolder) -> str:
-    files = sorted(tables.folder.glob("ranking-*GPa.csv"))
+    files = ranking_files(tables.folder)
     pressures = sorted(pressure_of_file(path.name) for path in files)
     if not files:
         return "there is no ranking-<P>GPa.csv"
-    if not _near(pressures, wanted.pressure_GPa or 0.0):
+    if not any(near(pressure, wanted) for pressure in pressures):
         return f"there is no ranking at this pressure ({_list(pressures)} GPa there is)"
     return "the ranking at this pressure has too few free energies for it"
-
-
-def _near(pressures: Iterable[float], wanted: float) -> bool:
-    return any(abs(pressure - wanted) < PRESSURE_TOLERANCE for pressure in pressures)
 
 
 def _list(values: Iterable[Any]) -> str:

@@ -222,7 +222,7 @@ def _relative_enthalpy(folder: Path) -> Iterator[Drawing]:
 
 
 def _reordering(folder: Path) -> Iterator[Drawing]:
-    files = sorted(folder.glob("ranking-*GPa.csv"))
+    files = tables.ranking_files(folder)
     if not files:
         raise Missing("there is no ranking-<P>GPa.csv: the SSCHA step is not done")
     checked = tables.read_if_there(tables.SpaceGroups, folder)

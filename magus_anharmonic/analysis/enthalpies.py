@@ -176,21 +176,22 @@ def lowest_of_phases(rows: Sequence[Enthalpy]) -> Phases:
     """Every named phase of ``rows``."""
     found: Phases = {}
     for row in rows:
-        known = found.setdefault(row.phase, {}).get(row.pressure_GPa) if row.phase else None
-        if row.phase and (known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom):
+        if not row.phase:
+            continue
+        known = found.setdefault(row.phase, {}).get(row.pressure_GPa)
+        if known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom:
             found[row.phase][row.pressure_GPa] = row
     return found
 
 
 def turned_into(phases: Phases) -> dict[tuple[str, float], str]:
     """(name, pressure) -> another phase, where a structure that was relaxed as one is the other; the one that changes its space group."""
+    constant = [name for name, known in phases.items() if len({row.space_group for row in known.values()}) == 1]
     found = {}
     for name, known in phases.items():
-        for pressure, row in known.items():
-            itself = len({other.space_group for other in known.values()}) == 1
-            for other, theirs in phases.items() if not itself else ():
-                constant = len({twin.space_group for twin in theirs.values()}) == 1
-                if other != name and constant and pressure in theirs and _one_structure(row, theirs[pressure]):
+        for pressure, row in known.items() if name not in constant else ():
+            for other in constant:
+                if pressure in phases[other] and _one_structure(row, phases[other][pressure]):
                     found[name, pressure] = other
     return found
 

@@ -11,7 +11,7 @@ import numpy as np
 from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.reordering import LEAST_FOR_WINDOW
-from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder
+from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
 
 WITH_G = ("sscha", "unconverged", "eliminated", "stable", "saddle")
 LOWEST_G = ("sscha", "unconverged", "stable")
@@ -41,7 +41,8 @@ def symbol(space_group: str) -> str:
     return space_group.split(" ")[0]
 
 
-def _near(pressure: float, wanted: ExpectedValue) -> bool:
+def near(pressure: float, wanted: ExpectedValue) -> bool:
+    """Whether a pressure (GPa) is the one that is asked for."""
     return abs(pressure - (wanted.pressure_GPa or 0.0)) < PRESSURE_TOLERANCE
 
 
@@ -130,7 +131,7 @@ def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
 
 def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Enthalpy], int] | None:
     """The distinct structures at the pressure by enthalpy, and the place of the phase among them, from 0."""
-    order = distinct([row for row in _enthalpies(wanted, tables) if _near(row.pressure_GPa, wanted)])
+    order = distinct([row for row in _enthalpies(wanted, tables) if near(row.pressure_GPa, wanted)])
     places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol(row.space_group))]
     return (order, places[0]) if places else None
 
@@ -174,9 +175,9 @@ def critical_pressure_difference(wanted: ExpectedValue, tables: TableFolder) -> 
 
 def _ranking(wanted: ExpectedValue, tables: TableFolder) -> list[Ranked] | None:
     """Rows with a computed G of the ranking at the pressure; None without such a ranking."""
-    for path in sorted(tables.folder.glob("ranking-*GPa.csv")):
+    for path in ranking_files(tables.folder):
         rows = tables.rows(Ranked, path.name)
-        if any(_near(row.pressure_GPa, wanted) for row in rows):
+        if any(near(row.pressure_GPa, wanted) for row in rows):
             return [row for row in rows if row.status in WITH_G]
     return None
 
@@ -265,7 +266,7 @@ def share_kept_by_dft(wanted: ExpectedValue, tables: TableFolder) -> Found | Non
 def gradient_error(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """RMSE (eV/A; of force constants eV/A^2) of forces or gradients over one ensemble."""
     for row in tables.rows(GradientError):
-        if (row.phase, row.quantity) == (wanted.phase, wanted.quantity) and _near(row.pressure_GPa, wanted):
+        if (row.phase, row.quantity) == (wanted.phase, wanted.quantity) and near(row.pressure_GPa, wanted):
             single = row.rmse / math.sqrt(2.0 * row.n_configs) if row.n_configs and wanted.quantity == "force" else None
             error = single if row.statistical is None else row.statistical
             return Found(row.rmse, error, n=row.n_configs, extra={} if row.floor is None else {"floor": row.floor})

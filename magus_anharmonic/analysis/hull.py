@@ -54,9 +54,14 @@ def parse_formula(formula: str) -> dict[str, int]:
 @cache
 def reduced_formula(formula: str) -> str:
     """``"H6S2"`` to ``"H3S"``: one name for all cells of a composition; raises ``InputError``."""
+    return "".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in _reduced(formula).items())
+
+
+def _reduced(formula: str) -> dict[str, int]:
+    """Counts without their common divisor, in the order of the formula."""
     counts = parse_formula(formula)
     divisor = int(np.gcd.reduce(list(counts.values())))
-    return "".join(f"{symbol}{number // divisor if number > divisor else ''}" for symbol, number in counts.items())
+    return {symbol: number // divisor for symbol, number in counts.items()}
 
 
 def atom_fractions(formula: str, elements: Sequence[str]) -> np.ndarray:
@@ -99,9 +104,7 @@ def choose_end_members(formulas: Sequence[str], wanted: Sequence[str]) -> list[s
 
 
 def _ratio(formula: str) -> tuple[tuple[str, int], ...]:
-    counts = parse_formula(formula)
-    divisor = int(np.gcd.reduce(list(counts.values())))
-    return tuple(sorted((symbol, number // divisor) for symbol, number in counts.items()))
+    return tuple(sorted(_reduced(formula).items()))
 
 
 def _extremes(formulas: Sequence[str], elements: Sequence[str]) -> list[str]:

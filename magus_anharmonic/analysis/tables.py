@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from magus_anharmonic.analysis.typed_csv import TableFolder as TableFolder
@@ -268,6 +269,11 @@ TABLES: tuple[type, ...] = (
 
 TABLES_FOLDER = "tables"
 """Below ``campaign/``."""
+
+
+def ranking_files(folder: Path) -> list[Path]:
+    """The rankings in a folder of tables, by name."""
+    return sorted(folder.glob("ranking-*GPa.csv"))
 
 
 def ranking_file(pressure: float) -> str:

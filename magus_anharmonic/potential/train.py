@@ -14,9 +14,9 @@ import torch
 from ase import Atoms
 from pydantic import Field, model_validator
 
+from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
-from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -134,7 +134,7 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
     what is done). Raises InputError (also while another process trains the same checkpoint) and CheckpointError.
     """
     out = Path(out)
-    with locked(out.parent, "magus-anharmonic train", f"{out.stem}.lock.json"):
+    with lock.locked(out.parent, "magus-anharmonic train", f"{out.stem}.{lock.NAME}"):
         return _train(labels, out, recipe, device)
 
 

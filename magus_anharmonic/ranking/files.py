@@ -17,14 +17,12 @@ from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.odds import ModelTerm
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
-from magus_anharmonic.run_record import check_results_version, write_run_record
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.settings import CalculatorSettings, Settings
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import bare
 
 log = logging.getLogger(__name__)
-
-WHAT = "magus-anharmonic rank"
 
 
 def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[Candidate]:
@@ -36,14 +34,33 @@ def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[
     structures = read_structures(path)
     if settings.calculator is None:
         raise InputError("MainCalculator: rank needs calculator: mattersim with a checkpoint")
-    with locked(output, WHAT):
+    return rank_alone(structures, settings, settings.calculator, output, {"structures": str(path)})
+
+
+def rank_alone(
+    structures: Sequence[Atoms],
+    settings: Settings,
+    calculator: CalculatorSettings,
+    output: str | Path,
+    sources: dict[str, Any],
+    **options: Any,
+) -> list[Candidate]:
+    """Rank with the checkpoint of ``calculator`` while no other process works in ``output``; ``sources`` go into its run record.
+
+    ``options`` are those of `rank_structures`. Raises ``InputError`` (also where ``output`` holds a ranking of another ``start`` than
+    that of ``sources``).
+    """
+    with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
+        begun = (Path(output) / "run.json").is_file()
+        if "start" in sources and begun and read_run_record(output).get("start") != sources["start"]:
+            raise InputError(f"{output}: holds a ranking with another start; give another folder")
         from magus_anharmonic.potential import load
 
-        potential = load(settings.calculator.checkpoint, device=settings.calculator.device)
+        potential = load(calculator.checkpoint, device=calculator.device)
         seed = settings.seed or 0
-        write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra={"structures": str(path)})
-        return rank_structures(structures, potential, settings, output, seed=seed)
+        write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra=sources)
+        return rank_structures(structures, potential, settings, output, seed=seed, **options)
 
 
 def rank_structures(

@@ -8,10 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from magus_anharmonic.errors import InputError, SschaError
-from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.files import WHAT, rank_structures
-from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.ranking.files import rank_alone
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.averages import Ensemble, average
 from magus_anharmonic.sscha.begin import state_digest, with_masses
@@ -50,19 +48,9 @@ def rank_start(dyn: str | None, ensemble: Path | None, settings: Settings, outpu
     state = read_start(dyn, ensemble, sscha.temperatures[0], settings.pressure, sscha.min_effective_sample)
     if not isinstance(sscha.supercell, dict):
         settings = settings.model_copy(update={"sscha": sscha.model_copy(update={"supercell": state.repeats})})
-    with locked(output, WHAT):
-        check_results_version(output)
-        digest = state_digest(state)
-        if (Path(output) / "run.json").is_file() and read_run_record(output).get("start") != digest:
-            raise InputError(f"{output}: holds a ranking with another start; give another folder")
-        from magus_anharmonic.potential import load
-
-        potential = load(settings.calculator.checkpoint, device=settings.calculator.device)
-        seed = settings.seed or 0
-        sources = {"start_dyn": dyn and str(dyn), "load_ensemble": ensemble and str(ensemble), "start": digest}
-        write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra=sources)
-        starts = {structure_id(bare(state.atoms)): state}
-        return rank_structures([bare(state.atoms)], potential, settings, output, seed=seed, relax=False, starts=starts)
+    sources = {"start_dyn": dyn and str(dyn), "load_ensemble": ensemble and str(ensemble), "start": state_digest(state)}
+    structure = bare(state.atoms)
+    return rank_alone([structure], settings, settings.calculator, output, sources, relax=False, starts={structure_id(structure): state})
 
 
 def read_start(dyn: str | None, ensemble: Path | None, temperature: float, pressure: float, min_effective_sample: float) -> SschaState:

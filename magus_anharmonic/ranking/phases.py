@@ -17,6 +17,7 @@ from magus_anharmonic.sscha.symmetry import symmetric_primitive
 log = logging.getLogger(__name__)
 
 VOLUME_TOLERANCE = 0.02
+"""Relative."""
 GIBBS_TOLERANCE = 5e-3
 """eV/atom; two runs of one phase may differ by their finite sizes."""
 
@@ -32,18 +33,28 @@ def same_records(a: Atoms, b: Atoms) -> bool:
     return same_phase(Fingerprint(a), Fingerprint(b))
 
 
+def primitive_fingerprint(atoms: Atoms, tolerance: float) -> Fingerprint:
+    """Of the primitive cell that ``atoms`` have at the tolerance (A) of their symmetry."""
+    return Fingerprint(symmetric_primitive(atoms, tolerance), tolerance)
+
+
+def one_phase(a: Fingerprint, b: Fingerprint) -> bool:
+    """True when two results at one pressure are one phase, nearly equal volumes included."""
+    return abs(a.volume - b.volume) <= VOLUME_TOLERANCE * min(a.volume, b.volume) and same_phase(a, b)
+
+
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
 
     That is a converged one if there is any, at the reference supercell (its cell is the phase's primitive one) rather than at
     another, with more rather than fewer atoms in the supercell; among equals the one of lowest G.
     """
-    cells = {c.id: symmetric_primitive(c.centroids, c.symmetry_tolerance) for c in candidates if c.ranked and c.centroids is not None}
-    order = sorted((c for c in candidates if c.id in cells), key=lambda c: _standing(c, len(cells[c.id])))
+    prints = {c.id: primitive_fingerprint(c.centroids, c.symmetry_tolerance) for c in candidates if c.ranked and c.centroids is not None}
+    order = sorted((c for c in candidates if c.id in prints), key=lambda c: _standing(c, len(prints[c.id].atoms)))
     phases: list[tuple[Candidate, Fingerprint]] = []
     twins: dict[str, str] = {}
     for candidate in order:
-        fingerprint = Fingerprint(cells[candidate.id], candidate.symmetry_tolerance)
+        fingerprint = prints[candidate.id]
         twin = next((c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None)
         if twin is None:
             phases.append((candidate, fingerprint))
@@ -65,5 +76,4 @@ def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Finger
     noise = 3.0 * math.hypot(a.gibbs_error or 0.0, b.gibbs_error or 0.0)
     if a.gibbs is None or b.gibbs is None or abs(a.gibbs - b.gibbs) > max(GIBBS_TOLERANCE, noise):
         return False
-    near = abs(print_a.volume - print_b.volume) <= VOLUME_TOLERANCE * min(print_a.volume, print_b.volume)
-    return near and same_phase(print_a, print_b)
+    return one_phase(print_a, print_b)

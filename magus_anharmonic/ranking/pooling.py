@@ -27,12 +27,11 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.ranking.candidate import CONVERGED, RANKED, Candidate
-from magus_anharmonic.ranking.matcher import PHASE_TOLERANCE, Fingerprint, pointwise_distances, same_phase, table_difference
-from magus_anharmonic.ranking.phases import VOLUME_TOLERANCE
+from magus_anharmonic.ranking.matcher import PHASE_TOLERANCE, Fingerprint, pointwise_distances, table_difference
+from magus_anharmonic.ranking.phases import one_phase, primitive_fingerprint
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.symmetry import symmetric_primitive
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[R
         return []
     found = [record for record in store.records(key) if _usable(record) and store.final(record).structure in (first, *others)]
     own = _fingerprint(leader)
-    return [leader, *(record for record in found if record.structure != first and _one_phase(own, _fingerprint(record)))]
+    return [leader, *(record for record in found if record.structure != first and one_phase(own, _fingerprint(record)))]
 
 
 def _usable(record: Record) -> bool:
@@ -140,11 +139,7 @@ def _usable(record: Record) -> bool:
 
 
 def _fingerprint(record: Record) -> Fingerprint:
-    return Fingerprint(symmetric_primitive(record.phase, record.symmetry_tolerance), record.symmetry_tolerance)
-
-
-def _one_phase(one: Fingerprint, other: Fingerprint) -> bool:
-    return abs(one.volume - other.volume) <= VOLUME_TOLERANCE * min(one.volume, other.volume) and same_phase(one, other)
+    return primitive_fingerprint(record.phase, record.symmetry_tolerance)
 
 
 def merge_duplicates(

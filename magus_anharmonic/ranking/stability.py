@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 from magus_anharmonic.errors import MagusAnharmonicError, SschaError
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
-from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+from magus_anharmonic.ranking.matcher import same_phase
 from magus_anharmonic.ranking.outcomes import with_result
+from magus_anharmonic.ranking.phases import primitive_fingerprint
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.sscha.follow import down_the_mode
 from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
-from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
+from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import EV_IN_CM1
 
@@ -195,11 +196,8 @@ def fell_back(saddle: Record, follower: Record) -> bool:
 
 
 def _one_phase(a: Record, b: Record) -> bool:
-    prints = []
-    for record in (a, b):
-        cell = symmetric_primitive(record.phase, record.symmetry_tolerance)
-        prints.append((len(cell), Fingerprint(cell, record.symmetry_tolerance)))
-    return prints[0][0] == prints[1][0] and same_phase(prints[0][1], prints[1][1])
+    one, other = (primitive_fingerprint(record.phase, record.symmetry_tolerance) for record in (a, b))
+    return len(one.atoms) == len(other.atoms) and same_phase(one, other)
 
 
 def _same_saddle(store: FreeEnergyStore, record: Record) -> str | None:

@@ -79,7 +79,7 @@ def render(contents: Contents) -> str:
         record=contents.record,
         settings=yaml.safe_dump(contents.record.get("settings", {}), sort_keys=False, allow_unicode=True),
         packages=contents.record.get("packages") or {},
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        made=moment(datetime.now(UTC)),
         version=magus_anharmonic.__version__,
         viewed=[
             {"label": crystal.label, "still": Markup(still(drawn, crystal.label)), "crystal": crystal, "conventional": drawn.conventional}

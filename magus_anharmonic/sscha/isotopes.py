@@ -22,7 +22,7 @@ from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE, supercell_of, with
 from magus_anharmonic.sscha.criteria import open_issues
 from magus_anharmonic.sscha.native import minimise
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.reweight import Pool
+from magus_anharmonic.sscha.reweight import Pool, effective_number
 from magus_anharmonic.sscha.run_folder import RunFolder, final_ensemble, read_start_file
 from magus_anharmonic.sscha.start import Start, cell_decrease
 from magus_anharmonic.sscha.state import SschaState
@@ -115,7 +115,7 @@ def _averaged(own: SschaState, ensemble: Ensemble, state: SschaState, symmetry: 
     weights = pool.weights(pool.own)
     shift = state.atoms.positions - own.atoms.positions
     about = replace(ensemble, displacements=ensemble.displacements - np.tile(shift, (state.n_cells, 1)))
-    return average(state, about, symmetry, weights), float(weights.sum() ** 2 / np.square(weights).sum() / len(weights))
+    return average(state, about, symmetry, weights), effective_number(weights) / len(weights)
 
 
 def _by_cell(task: Task, begin: Start, state: SschaState, averages: Averages, symmetry: Symmetry) -> float:

@@ -49,6 +49,11 @@ class Reweighted:
     stress: np.ndarray
 
 
+def effective_number(weights: np.ndarray) -> float:
+    """Of how many configurations of equal weight the weighted ones (n,) are worth."""
+    return float(weights.sum() ** 2 / np.square(weights).sum())
+
+
 class Pool:
     """Evaluated populations of one cell and supercell, as one sample.
 
@@ -111,8 +116,7 @@ class Pool:
 
     def effective_sample(self, trial: Trial) -> float:
         """Effective number of configurations for a trial state; much cheaper than everything else about it."""
-        weights = self.weights(trial)
-        return float(weights.sum() ** 2 / np.square(weights).sum())
+        return effective_number(self.weights(trial))
 
     def weights(self, trial: Trial) -> np.ndarray:
         """(n_configs,) density of the trial over that of the sample; up to a factor where their masses differ."""
@@ -145,7 +149,7 @@ class Pool:
             helmholtz=trial.spectrum.free_energy + self.mean_energy / n_cells + mean,
             helmholtz_error=ratio_error(weights, excess, pairs=True),
             weights=weights,
-            effective_sample=float(total**2 / np.square(weights).sum()),
+            effective_sample=effective_number(weights),
             force=force,
             curvature=curvature,
             stress=stress,
