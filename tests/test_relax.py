@@ -20,7 +20,7 @@ from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.potential import optimizers as optimizers_module
 from magus_anharmonic.potential import relax as relax_module
 from magus_anharmonic.potential.calculator import MatterSim
-from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.potential.relax import FREE_STEPS, relax
 from magus_anharmonic.structures import space_group
 
 TIGHT = {"force_tolerance": 5e-3, "stress_tolerance": 0.02}
@@ -290,6 +290,55 @@ def test_a_kick_leaves_the_saddle_on_which_a_symmetric_start_ends(h3s):
     assert left.converged and left.energy == pytest.approx(-12 * 0.0025, abs=1e-6)
     (again,) = relax(DoubleWell(start.positions), [bulk("Cu"), start][1:], kicks=1, **options)
     np.testing.assert_array_equal(left.atoms.positions, again.atoms.positions)
+
+
+class Washboard:
+    """One atom in a fixed cell on a washboard that sinks along x: a minimum in every period, each lower than the one before."""
+
+    model_id = "washboard"
+
+    def __init__(self):
+        self.calls = 0
+
+    def evaluate(self, structures):
+        self.calls += len(structures)
+        x = np.array([atoms.positions for atoms in structures])
+        slope = np.zeros_like(x) + [-0.4, 0.0, 0.0]
+        energies = (0.2 - 0.2 * np.cos(12 * x) + slope * x).sum((1, 2))
+        return Evaluation(energies, list(-(2.4 * np.sin(12 * x) + slope)), np.zeros((len(x), 3, 3)))
+
+
+def test_a_kick_that_leads_back_is_given_up_before_it_has_converged():
+    """It costs a quarter of a relaxation that goes on to the minimum which is known, and no minimum is lost by it."""
+    start = Atoms("H", positions=[[0.3, 0.2, 0.1]], cell=3 * [9.0], pbc=True)
+    options = {"relax_cell": False, "force_tolerance": 1e-7}
+    evaluator = Washboard()
+    (once,) = relax(evaluator, [start], **options)
+    alone = evaluator.calls
+    (result,) = relax(evaluator, [start], kicks=8, **options)
+    per_kick = (evaluator.calls - 2 * alone) / 8
+    assert result.converged and result.energy <= once.energy and per_kick < FREE_STEPS + 3, (alone, per_kick)
+    assert result.energy < once.energy - 0.1, "one of eight kicks finds the next valley"
+
+
+def test_of_several_optimisers_the_lowest_end_is_kept_and_one_that_fails_spoils_nothing():
+    starts = [Atoms("H", positions=[[x, 0.2, 0.1]], cell=3 * [9.0], pbc=True) for x in np.linspace(0.3, 1.1, 9)]
+    options = {"relax_cell": False, "max_move": 1.0, "force_tolerance": 1e-4}
+    each = {name: relax(Washboard(), starts, optimizer=name, **options) for name in ("bfgs", "ase", "fire")}
+    together = relax(Washboard(), starts, optimizer=("bfgs", "ase", "fire"), **options)
+    lowest = np.min([[one.energy for one in found] for found in each.values()], axis=0)
+    assert not all(one.energy == pytest.approx(low, abs=1e-6) for one, low in zip(each["bfgs"], lowest, strict=True)), "nothing to choose"
+    np.testing.assert_allclose([one.energy for one in together], lowest, atol=1e-6)
+    assert [one.n_steps for one in together] == list(np.sum([[one.n_steps for one in found] for found in each.values()], axis=0))
+
+    class SecondFails(Washboard):
+        def evaluate(self, structures):
+            if self.calls >= each["bfgs"][0].n_steps:
+                raise RuntimeError("out of luck")
+            return super().evaluate(structures)
+
+    (result,) = relax(SecondFails(), starts[:1], optimizer=["bfgs", "ase"], **options)
+    assert result.converged and result.reason == "" and result.energy == each["bfgs"][0].energy
 
 
 def test_what_goes_wrong_after_a_kick_does_not_spoil_the_minimum_before_it(h3s):

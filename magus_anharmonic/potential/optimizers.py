@@ -46,6 +46,10 @@ class StepRule(Protocol):
         """Take note that ``step`` (n,) changed the gradient by ``change`` (n,)."""
         ...
 
+    def decrease(self, gradient: np.ndarray) -> float:
+        """How much lower (eV) the minimum is expected to lie than a point with this gradient; infinite when nothing is known."""
+        ...
+
     def shorten(self) -> None:
         """The last step was refused."""
         ...
@@ -78,6 +82,10 @@ class Bfgs:
         if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
             self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
 
+    def decrease(self, gradient: np.ndarray) -> float:
+        """Half of what the Newton step gains at first order."""
+        return -0.5 * float(gradient @ self.step(gradient))
+
     def shorten(self) -> None:
         """Nothing to do: what was learnt stays valid."""
 
@@ -107,6 +115,10 @@ class AseBfgs:
         along = float(step @ predicted)
         if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
             self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+
+    def decrease(self, gradient: np.ndarray) -> float:
+        """Half of what the Newton step gains at first order."""
+        return -0.5 * float(gradient @ self.step(gradient))
 
     def shorten(self) -> None:
         """Nothing to do: what was learnt stays valid."""
@@ -144,6 +156,10 @@ class Fire:
 
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
         """Nothing to do: the velocity is all it knows."""
+
+    def decrease(self, gradient: np.ndarray) -> float:
+        """Not known without curvatures."""
+        return np.inf
 
     def shorten(self) -> None:
         self.velocity = np.zeros_like(self.velocity)

@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 10.0  # s
 BATCHES_IN_FLIGHT = 8  # so that the last batch of a round is seldom a small one
+KICKS = (0.2, 0.35, 0.5)  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
+NEAR_MINIMUM = 1.0  # eV/A
+FREE_STEPS = 12  # after a kick, before its Hessian is believed
+DECREASE_MARGIN = 5.0  # on what a Hessian from few steps expects
+SMALLEST_GAIN = 1e-4  # eV/atom
 EDGES_IN_FLIGHT = 200_000  # for evaluators that do not say how many edges they take at once
 
 
@@ -60,7 +65,7 @@ class _Options:
     relax_cell: bool
     fix_symmetry: bool
     symprec: float
-    optimizer: str
+    optimizers: tuple[str, ...]
     kicks: int
 
 
@@ -76,7 +81,7 @@ def relax(
     relax_cell: bool = True,
     fix_symmetry: bool = False,
     symprec: float = 0.01,
-    optimizer: str = "bfgs",
+    optimizer: str | Sequence[str] = "bfgs",
     kicks: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
@@ -94,11 +99,12 @@ def relax(
         Keep the space group found at ``symprec`` (Angstrom).
     optimizer
         ``bfgs``, quasi-Newton steps; ``ase``, the path of ASE's BFGS with FrechetCellFilter (give its ``max_move`` of 0.2), in about
-        twice as many steps; or ``fire``, damped dynamics: slower, and no harm where forces are rough.
+        twice as many steps; or ``fire``, damped dynamics: slower, and no harm where forces are rough. Several of them: each goes its
+        own way from the start, the lowest end is kept.
     kicks
-        How often a converged structure is displaced at random (0.2 Angstrom, seeded by the structure) and relaxed again; the lowest
-        is kept. Relaxations from symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all
-        together count for ``max_steps``.
+        How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn, seeded by the structure) and relaxed
+        again, for each optimiser; the lowest is kept, and a relaxation ends as soon as it is not expected to get lower. Relaxations from
+        symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all together count for ``max_steps``.
     edges_in_flight
         Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more wait. Default: eight batches
         of the evaluator.
@@ -115,8 +121,9 @@ def relax(
         raise InputError(f"kicks = {kicks}: must be 0 or more, and 0 with fix_symmetry, because they break it")
     if not np.isfinite(pressure):
         raise InputError(f"pressure = {pressure}: must be a number in GPa")
-    if optimizer not in OPTIMIZERS:
-        raise InputError(f"optimizer = {optimizer!r}: only {', '.join(OPTIMIZERS)} are possible")
+    optimizers = (optimizer,) if isinstance(optimizer, str) else tuple(optimizer)
+    if not optimizers or not set(optimizers) <= set(OPTIMIZERS):
+        raise InputError(f"optimizer = {optimizer!r}: only {', '.join(OPTIMIZERS)}, or several of them, are possible")
     options = _Options(
         pressure=gpa_to_ev_per_a3(pressure),
         force_tolerance=force_tolerance,
@@ -126,7 +133,7 @@ def relax(
         relax_cell=relax_cell,
         fix_symmetry=fix_symmetry,
         symprec=symprec,
-        optimizer=optimizer,
+        optimizers=optimizers,
         kicks=kicks,
     )
     results: dict[int, Relaxation] = {}
@@ -201,7 +208,7 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[_Resul
 
 
 class _Way:
-    """A `Trajectory` with its end: converged, failed, or out of steps."""
+    """The way of one structure, a `Trajectory` for each optimiser, with its end: converged, failed, or out of steps."""
 
     def __init__(self, atoms: Atoms, options: _Options) -> None:
         self.options = options
@@ -211,14 +218,25 @@ class _Way:
         self.converged = False
         self.n_steps = 0
         self.trajectory: Trajectory | None = None
-        if not self.failed:
-            projector = SymmetryProjector(self.atoms, options.symprec) if options.fix_symmetry and self.atoms.pbc.all() else None
-            self.trajectory = Trajectory(self.atoms, options.pressure, options.max_move, options.relax_cell, projector, options.optimizer)
-            self.isolated = isolated(self.trajectory.start)
-            self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
         self.kept: tuple[Point, Atoms] | None = None
-        self.kicks_left = options.kicks
-        self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks and not self.failed else None
+        self.waiting = list(options.optimizers)
+        if not self.failed:
+            projected = options.fix_symmetry and self.atoms.pbc.all()
+            self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
+            self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
+            self._next_optimizer()
+
+    def _next_optimizer(self) -> None:
+        """Begin at the start with the next of the optimisers."""
+        options = self.options
+        self.trajectory = Trajectory(
+            self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0)
+        )
+        self.isolated = isolated(self.trajectory.start)
+        self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
+        self.n_kicks = self.free_until = 0
+        self.reason = ""
+        self.lowest: Point | None = None
 
     def n_edges(self) -> float:
         """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
@@ -248,21 +266,28 @@ class _Way:
             self.reason = result
 
     def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
-        """The end, or another kick; a failed search after a kick does not spoil the minimum before it."""
+        """The end, another kick or the next optimiser; a search that fails does not spoil a minimum that was found before it."""
         if converged:
             self._keep_lower()
         if self.kept is not None:
             reason, failed, converged = "", False, True
-            if self.kicks_left and self.n_steps < self.options.max_steps:
+        if self.n_steps < self.options.max_steps:
+            if self.lowest is not None and self.n_kicks < self.options.kicks:
                 assert self.trajectory is not None and self.rng is not None
-                self.kicks_left -= 1
-                self.trajectory.kick(self.kept[0].x, self.rng)
+                self.trajectory.kick(self.lowest.x, KICKS[self.n_kicks % len(KICKS)], self.rng)
+                self.n_kicks += 1
+                self.free_until = self.n_steps + FREE_STEPS
+                return
+            if self.waiting:
+                self._next_optimizer()
                 return
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
 
     def _keep_lower(self) -> None:
         assert self.trajectory is not None and self.trajectory.point is not None
         point = self.trajectory.point
+        if self.lowest is None or point.enthalpy < self.lowest.enthalpy:
+            self.lowest = point
         if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
             self.kept = point, self.trajectory.structure()
 
@@ -272,6 +297,9 @@ class _Way:
         if self.done or way is None or way.point is None or way.best is None:
             return
         last = way.stuck or self.n_steps >= self.options.max_steps
+        if not last and self._hopeless():
+            self._end("ends no lower than before the kick")
+            return
         higher = way.point.enthalpy > way.best.enthalpy + ENTHALPY_NOISE * len(self.atoms)
         if higher and (last or self._converged()):
             way.return_to_best()
@@ -281,6 +309,16 @@ class _Way:
             self._end(astray, failed=True)
         elif last or self._converged():
             self._finish()
+
+    def _hopeless(self) -> bool:
+        """After a kick: near a minimum that is not expected to be lower than the one that it was kicked from."""
+        way = self.trajectory
+        if self.lowest is None or way is None or way.point is None:
+            return False
+        if self.n_steps < self.free_until or way.residual()[0] > NEAR_MINIMUM:
+            return False
+        expected = way.point.enthalpy - DECREASE_MARGIN * way.rule.decrease(way.point.gradient)
+        return expected > self.lowest.enthalpy - SMALLEST_GAIN * len(self.atoms)
 
     def _converged(self) -> bool:
         assert self.trajectory is not None

@@ -14,7 +14,6 @@ from magus_anharmonic.structures import bare
 
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
-KICK = 0.2  # Angstrom, standard deviation of each coordinate (of the cell's rows too); 0.1 often falls back where it came from
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,17 @@ class Trajectory:
             self.downwards = True
             self.return_to_best()
 
-    def kick(self, x: np.ndarray, rng: np.random.Generator) -> None:
-        """Start again at a random place near a point: off a saddle, with what was learnt about the curvature."""
+    def kick(self, x: np.ndarray, size: float, rng: np.random.Generator) -> None:
+        """Start again at a random place near a point: off a saddle, with what was learnt about the curvature.
+
+        size : standard deviation (Angstrom) of each coordinate of the atoms and of each component of the cell's rows.
+        """
         strain = np.zeros((0, 3))
         if self.relax_cell:
-            half = rng.normal(0.0, KICK, (3, 3))
+            half = rng.normal(0.0, size, (3, 3))
             strain = 0.5 * (half + half.T)
         self.x = x
-        self.trial = x + np.concatenate([rng.normal(0.0, KICK, (len(self.start), 3)), strain]).ravel()
+        self.trial = x + np.concatenate([rng.normal(0.0, size, (len(self.start), 3)), strain]).ravel()
         self.point = self.best = None
         self.radius, self.without_progress, self.downwards = self.max_move, 0, False
 

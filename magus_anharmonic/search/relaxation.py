@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
@@ -23,7 +23,7 @@ from magus_anharmonic.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
-from magus_anharmonic.settings import CalculatorSettings, Count, Positive, Section, Settings, parse
+from magus_anharmonic.settings import OPTIMIZER_DESCRIPTION, CalculatorSettings, Count, Optimizers, Positive, Section, Settings, parse
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +39,7 @@ class AseCalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Literal["bfgs", "ase", "fire"] = Field(
-        "bfgs", description="bfgs: quasi-Newton steps; ase: ASE's BFGS, step for step, with twice as many steps; fire: damped dynamics"
-    )
+    optimizer: Optimizers = Field("bfgs", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")

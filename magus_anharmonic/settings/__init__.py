@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from magus_anharmonic.settings.search import (
+    OPTIMIZER_DESCRIPTION,
     QUEUES,
     CalculatorSettings,
     LabelerSettings,
     LearningSettings,
+    Optimizers,
     Settings,
     SschaSettings,
     WorkerSettings,
@@ -28,12 +30,14 @@ from magus_anharmonic.settings.section import (
 )
 
 __all__ = [
+    "OPTIMIZER_DESCRIPTION",
     "QUEUES",
     "CalculatorSettings",
     "Count",
     "LabelerSettings",
     "LearningSettings",
     "NonNegative",
+    "Optimizers",
     "Positive",
     "PressureGPa",
     "Section",

@@ -27,6 +27,12 @@ from magus_anharmonic.settings.section import (
 )
 
 Row = tuple[int, int, int]
+Optimizer = Literal["bfgs", "ase", "fire"]
+Optimizers = Optimizer | Annotated[list[Optimizer], Field(min_length=1)]
+OPTIMIZER_DESCRIPTION = (
+    "bfgs: quasi-Newton steps; ase: ASE's BFGS step for step, twice as many steps; fire: damped dynamics, slower; "
+    "a list of them: each from the start, the lowest end is kept"
+)
 
 
 class CalculatorSettings(Section):
@@ -39,17 +45,14 @@ class CalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Literal["bfgs", "ase", "fire"] = Field(
-        "bfgs",
-        description="bfgs: quasi-Newton steps; ase: ASE's BFGS step for step, twice as many steps; fire: damped dynamics, slower",
-    )
+    optimizer: Optimizers = Field("bfgs", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
     kicks: int = Field(
         0,
         ge=0,
-        description="times that a relaxed structure is displaced at random and relaxed again, the lowest being kept; off saddle points, "
-        "at several times the cost. All steps count for max_step",
+        description="times that a relaxed structure is displaced at random and relaxed again, for each optimizer, the lowest being kept; "
+        "off saddle points, at about a third of the cost of a relaxation each. All steps count for max_step",
     )
 
     @model_validator(mode="after")

@@ -50,7 +50,8 @@ MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
 MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft directions
 MINIMUM_STEPS = 600
-KICKS = 8
+OPTIMIZERS = ("ase", "bfgs")
+KICKS = 6
 COUNT = 64
 
 
@@ -262,13 +263,15 @@ def reference(atoms: Atoms, calculator: MatterSimCalculator, known: Path | None)
     return enthalpy
 
 
-def minima(count: int, seed: int, optimizer: str = "bfgs", kicks: int = KICKS, known: Path | None = None) -> tuple[int, list[str]]:
+def minima(
+    count: int, seed: int, optimizers: Sequence[str] = OPTIMIZERS, kicks: int = KICKS, known: Path | None = None
+) -> tuple[int, list[str]]:
     """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one."""
     structures = starts(count, seed)
     potential = load(CHECKPOINT, device="cpu")
     calculator = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
-    options = _options(MINIMUM, (1 + kicks) * MINIMUM_STEPS) | {"stress_tolerance": 0.2, "kicks": kicks}
-    ours = potential.relax(structures, PRESSURE, optimizer=optimizer, **options)
+    options = _options(MINIMUM, len(optimizers) * (1 + kicks) * MINIMUM_STEPS) | {"stress_tolerance": 0.2, "kicks": kicks}
+    ours = potential.relax(structures, PRESSURE, optimizer=optimizers, **options)
     lines = []
     for index, (atoms, result) in enumerate(zip(structures, ours, strict=True)):
         above = result.enthalpy - reference(atoms, calculator, known)
@@ -283,7 +286,7 @@ def main() -> None:
     parser.add_argument("--stock", type=int, default=COUNT, help="structures of these that are relaxed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--optimizer", default="bfgs", help="ours")
+    parser.add_argument("--optimizer", nargs="+", help="ours; default: bfgs, and of --minima " + " ".join(OPTIMIZERS))
     parser.add_argument("--against", nargs="+", choices=["ase", "torchsim"], default=["ase", "torchsim"])
     parser.add_argument("--minima", type=int, default=0, metavar="COUNT", help="compare the minima of so many starts instead")
     parser.add_argument("--kicks", type=int, default=KICKS, help="of --minima")
@@ -291,12 +294,12 @@ def main() -> None:
     options = parser.parse_args()
     logger.remove()
     if options.minima:
-        same, lines = minima(options.minima, options.seed, options.optimizer, options.kicks, options.references)
+        same, lines = minima(options.minima, options.seed, options.optimizer or OPTIMIZERS, options.kicks, options.references)
         print(*lines, f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS with the stock calculator", sep="\n")
         return
     structures = starts(options.structures, options.seed)[:: max(options.structures // options.stock, 1)][: options.stock]
     for stock in options.against:
-        theirs, ours = against(stock, structures, options.threads, optimizer=options.optimizer)
+        theirs, ours = against(stock, structures, options.threads, optimizer=options.optimizer or "bfgs")
         print(theirs, ours, f"{theirs.spent.over(ours.spent):.1f}x", sep="\n", flush=True)
 
 
