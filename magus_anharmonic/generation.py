@@ -341,6 +341,8 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
         counts[candidate.status] = counts.get(candidate.status, 0) + 1
     words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
+    if counts.get("unconverged") and not any(c.ranked for c in candidates):
+        log.warning("round %d: no free energy has converged, so nothing is ranked by it; the reasons are in ranking.csv", generation)
     for c in candidates[:3]:
         if c.rank_quantum is not None:
             g, error = c.gibbs, c.gibbs_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,6 +132,29 @@ def test_a_budget_ends_the_race() -> None:
     stops = race(["a", "b"], field.advance, Rules(0.95, 1, 30, budget=600), {}, {})
     assert field.calls == {"a": 3, "b": 3}
     assert all("budget of 600" in stop.reason and not stop.eliminated for stop in stops.values())
+
+
+def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
+    """Both leaders are still falling when the budget ends, and are not ranked: what they threw out waits as they do."""
+    field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "hopeless": 3.0})
+    known = {"done": standing(0.7, converged=True)}
+    stops = race(["a", "b", "far", "hopeless"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {})
+    assert field.calls["far"] == 2, "it was thrown out"
+    assert stops["hopeless"].eliminated, "by the one whose relaxation has ended"
+    assert all("budget of 1000" in stops[name].reason and not stops[name].eliminated for name in ("a", "b", "far"))
+
+
+def test_one_that_never_converges_throws_nobody_out() -> None:
+    """The lowest spends its 30 populations without coming to its end: the next one is the winner, and must be relaxed."""
+    field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
+
+    def advance(wanted: dict[str, int]) -> dict[str, Standing]:
+        return {n: replace(found, converged=False) if n == "best" else found for n, found in field.advance(wanted).items()}
+
+    stops = race(list(field.truth), advance, Rules(0.95, 1, 30), {}, {})
+    assert field.calls["best"] == 30 and stops["best"] == Stop()
+    assert stops["second"] == Stop() and field.calls["second"] >= 9
+    assert stops["third"].eliminated and field.calls["third"] == 2
 
 
 def test_one_that_was_eliminated_among_others_is_woken_when_it_could_win() -> None:

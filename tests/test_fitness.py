@@ -92,6 +92,18 @@ def test_estimates_are_not_taken_for_results() -> None:
     assert fitness_values(infos)[1] < 4.8
 
 
+def test_an_upper_bound_is_never_best_helps_where_it_is_low_and_harms_nobody() -> None:
+    done = [computed(-5.0 + 0.01 * k, -4.8 + 0.01 * k) for k in range(3)]
+    for bound, expected in ((-2.0, 4.85), (-4.86, 4.86), (-9.0, 5.0)):
+        values = fitness_values([*done, computed(-5.05, bound, status="unconverged"), plain(-4.9)])
+        assert values[3] < max(values[:3]) and values[3] > values[4]
+        assert values[3] == pytest.approx(min(expected, 4.8), abs=1e-9), "the estimate of its enthalpy, never above the best"
+    high = [*done, computed(-4.5, -4.29, status="unconverged")]
+    assert fitness_values(high)[3] == pytest.approx(4.3), "above the line: the line counts"
+    assert fitness_values([*done, computed(-4.5, -4.33, status="unconverged")])[3] == pytest.approx(4.33), "below it: the bound"
+    assert fitness_values([computed(-5.0, -4.7, status="unconverged"), plain(-5.1)]) == [5.0, 5.1], "without any result the enthalpies"
+
+
 def test_failed_ones_are_below_those_without_enthalpy_and_those_below_all_others() -> None:
     infos = [computed(-9.0, float("nan"), status="failed"), {"model": "m"}, plain(400.0), computed(1.0, 2.0)]
     failed, empty, high, best = fitness_values(infos)

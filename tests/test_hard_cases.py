@@ -19,6 +19,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.report.summary import read_ranking, sentences
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.melting import CLOSE_PACKING, MELTED, THERMAL, lindemann_ratios, melted, melting_warning
@@ -103,11 +104,26 @@ def test_a_hard_case_is_named_and_leaves_the_ranking_to_the_others(name: str, tm
         assert int(rows["hard"]["n_evaluations"]) >= 20
 
 
-def test_a_run_that_does_not_converge_keeps_its_upper_bound_and_says_what_is_open(tmp_path: Path) -> None:
-    rows = ranked(tmp_path, [SOUND.atoms, HARD.atoms], Spoilt(swollen), max_populations=5)
+def check_that_it_did_not_converge(row: dict[str, str]) -> None:
+    assert row["status"] == "unconverged" and "not converged after 5 populations: stress" in row["reason"]
+    assert not row["rank_quantum"] and not row["p_lowest_sampling"] and not row["difference_eV_per_atom"], "it has no place"
+    assert all(row[column] for column in ("gibbs_eV_per_atom", "gibbs_error_eV_per_atom", "volume_A3_per_atom", "spg_quantum"))
+
+
+@pytest.mark.parametrize("allocation", ["fixed", "elimination"])
+def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is_not_ranked(allocation: str, tmp_path: Path) -> None:
+    rows = ranked(tmp_path, [SOUND.atoms, HARD.atoms], Spoilt(swollen), max_populations=5, allocation=allocation)
     check_that_the_search_goes_on(rows)
-    assert rows["hard"]["status"] == "unconverged" and "not converged after 5 populations: stress" in rows["hard"]["reason"]
-    assert float(rows["hard"]["gibbs_eV_per_atom"]) > float(rows["sound"]["gibbs_eV_per_atom"])
+    assert rows["sound"]["p_lowest_sampling"] == "1.000000", "nobody shares the odds with it"
+    check_that_it_did_not_converge(rows["hard"])
+    assert read_jsonl(tmp_path / "failures.jsonl") == []
+
+
+def test_where_nothing_converges_nobody_wins_and_the_words_say_so(tmp_path: Path) -> None:
+    rows = ranked(tmp_path, [HARD.atoms], Spoilt(swollen), max_populations=5)
+    check_that_it_did_not_converge(rows["hard"])
+    said = sentences(read_ranking(tmp_path / "ranking.csv"))
+    assert "Not converged within the budget" in said[0] and "No free energy has converged; the order is that of the static" in said[1]
 
 
 def test_an_imaginary_start_is_made_positive_and_runs(tmp_path: Path) -> None:

@@ -22,11 +22,13 @@ from magus_anharmonic.analysis.gibbs_points import read_points, write_points
 from magus_anharmonic.analysis.hull import hull_entries
 from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
-from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of
+from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of, run_grid
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
+from magus_anharmonic.sscha import free_energy
+from magus_anharmonic.sscha.entropy import entropy
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 SOFT = crystal((3.0, 3.0, 3.0), 1.0, 0.25, -0.2, 1.0)
@@ -80,6 +82,58 @@ def test_the_grid_holds_every_point_and_its_volumes_and_entropies_fit_its_free_e
     heavy, light = (by_place["soft", name, 0.0, 0.0] for name in ("LiD", "LiH"))
     assert heavy.gibbs_eV_per_atom < light.gibbs_eV_per_atom, "heavier nuclei have less zero-point energy"
     assert heavy.volume_A3_per_atom < light.volume_A3_per_atom
+
+
+ISOTOPES = {
+    "phases": {"soft": "soft.vasp"}, "pressures": [0, 4], "temperatures": [300], "isotopes": {"LiH": {}, "LiD": {"H": 2.014}},
+    "sscha": {"supercell": [2, 2, 2], "n_configs": 60, "max_populations": 12, "reference_spacing": 0.1},
+}  # fmt: skip
+
+
+def of_isotopes(folder: Path, supercell: int):
+    SOFT.atoms.write(folder / "soft.vasp", direct=True)
+    keys = {**ISOTOPES, "sscha": {**ISOTOPES["sscha"], "supercell": [supercell] * 3}}
+    (folder / "p.yaml").write_text(yaml.safe_dump(keys, sort_keys=False))
+    return load_phase_diagram(folder / "p.yaml"), {"soft": SOFT.atoms}
+
+
+@pytest.mark.parametrize(("supercell", "fewest", "most"), [(2, 0, 0), (3, 1, 2)])
+def test_heavy_isotopes_cost_two_new_populations_at_most_and_none_where_the_light_ones_can_be_reweighted(supercell, fewest, most, tmp_path):
+    """ESS/N of 24 modes is above 0.2, of 81 below; what comes out is what a run from nothing gives."""
+    settings, structures = of_isotopes(tmp_path, supercell)
+    points = run_grid(settings, structures, Crystals([SOFT]), tmp_path / "sscha")
+    assert [(p.isotopes, p.status) for p in points] == [("LiH", "converged")] * 2 + [("LiD", "converged")] * 2
+    for light, heavy in zip(points[:2], points[2:], strict=True):
+        folder = point_folder(tmp_path / "sscha", "soft", "LiD", heavy.pressure_GPa, 300.0)
+        n_populations = len(list(folder.glob("population_*.npz")))
+        response = 12
+        assert fewest <= n_populations <= most and heavy.n_evaluations == (60 * n_populations + response if most else 0)
+        anew = free_energy(
+            SOFT.atoms, Crystals([SOFT]), heavy.pressure_GPa, 300.0, (supercell,) * 3, n_configs=60, masses={"H": 2.014}, seed=9,
+            reference_spacing=0.1,
+        )  # fmt: skip
+        assert heavy.gibbs_eV_per_atom == pytest.approx(anew.gibbs, abs=4.0 * math.hypot(heavy.error, anew.gibbs_error) + 2e-4)
+        other = point_of("soft", "LiD", anew, None, SOFT.atoms)
+        assert heavy.gibbs_eV_per_atom < light.gibbs_eV_per_atom - 0.01 and other.status == "converged"
+        assert heavy.entropy_eV_per_K_per_atom > light.entropy_eV_per_K_per_atom and heavy.entropy_error_eV_per_K_per_atom > 0
+        assert heavy.entropy_eV_per_K_per_atom == pytest.approx(entropy(anew.state), abs=5.0 * heavy.entropy_error_eV_per_K_per_atom)
+
+
+def test_isotopes_for_which_two_populations_were_not_enough_are_an_upper_bound_and_say_so(tmp_path):
+    settings, structures = of_isotopes(tmp_path, 2)
+    allowed: list[int] = []
+
+    def stubborn(atoms, evaluator, *, max_populations, masses, start, **options):
+        allowed.append(max_populations)
+        small = dict(supercell=(1, 1, 1), n_configs=20, directory=options["directory"], pressure=options["pressure"])
+        found = free_energy(atoms, evaluator, temperature=options["temperature"], masses=masses, **small)
+        open_ = {"status": "unconverged", "converged": False, "reason": "not converged after 2 populations"}
+        return found if masses is None else replace(found, **open_)
+
+    points = run_grid(settings, structures, Crystals([SOFT]), tmp_path / "sscha", free_energy=stubborn)
+    assert allowed == [12, 12, 2, 2]
+    assert [(p.status, p.usable, p.bound) for p in points] == [("converged", True, False)] * 2 + [("unconverged", False, True)] * 2
+    assert any("soft (LiD) did not converge at 4 GPa, 300 K (not converged after 2" in line for line in sentences(phase_diagram(points)))
 
 
 @pytest.mark.slow
@@ -236,10 +290,20 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
 
 def test_a_free_energy_of_a_run_that_went_astray_counts_for_nothing_and_is_named():
     points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if p.temperature_K == 0]
-    astray = replace(points[0], status="unconverged", decrease_eV_per_atom=15.9, gibbs_eV_per_atom=9.0, reason="stress 11.61 GPa off")
+    astray = replace(points[0], decrease_eV_per_atom=15.9, gibbs_eV_per_atom=9.0, reason="stress 11.61 GPa off")
     with_it, without = (phase_diagram([*points[1:], *more], n_samples=100) for more in ([astray], []))
     assert with_it.boundaries == without.boundaries
     assert any("failed at 60 GPa, 0 K: stress 11.61 GPa off" in line for line in sentences(with_it))
+
+
+def test_an_upper_bound_moves_no_boundary_and_is_named_with_its_number(tmp_path):
+    points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if p.temperature_K == 0]
+    high = replace(points[0], status="unconverged", gibbs_eV_per_atom=points[0].gibbs_eV_per_atom + 0.02, reason="stress 1.1 GPa off")
+    write_points(tmp_path / "gibbs.csv", [high, *points[1:]])
+    with_it, without = phase_diagram(read_points(tmp_path / "gibbs.csv"), n_samples=100), phase_diagram(points[1:], n_samples=100)
+    assert [one.pressure for one in with_it.boundaries] == pytest.approx([one.pressure for one in without.boundaries])
+    said = " ".join(sentences(with_it))
+    assert f"did not converge at 60 GPa, 0 K (stress 1.1 GPa off): its {high.gibbs_eV_per_atom:.4f} eV/atom is an upper bound" in said
 
 
 def test_three_end_members_and_two_isotopes_have_a_picture_too(tmp_path):

@@ -391,6 +391,47 @@ def test_an_eliminated_candidate_takes_part_again_when_the_winner_is_gone(tmp_pa
     assert alone.n_evaluations > first[loser].n_evaluations
 
 
+def test_a_run_that_the_budget_cut_short_waits_outside_of_the_ranking_for_a_larger_one(tmp_path: Path) -> None:
+    structures = metals("Cu")
+    (short,) = ranked(structures, tmp_path, search_settings(budget=500), fake=fakes.falling)
+    assert short.status == "unconverged" and short.reason.startswith("the budget of 500 force evaluations is spent")
+    assert short.gibbs is not None and short.rank_quantum is None and short.p_lowest is None and not short.ranked
+    assert structures[0].info["free_energy_status"] == "unconverged" and structures[0].info["free_energy"] == short.gibbs
+    assert not (tmp_path / "quantum.traj").exists(), "its centroids are not where it would have ended"
+    n_calls = len(calls(tmp_path))
+    (again,) = ranked(metals("Cu"), tmp_path, search_settings(budget=500), fake=fakes.falling)
+    assert (again.status, again.gibbs) == (short.status, short.gibbs) and len(calls(tmp_path)) == n_calls
+    (longer,) = ranked(metals("Cu"), tmp_path, search_settings(budget=50_000), fake=fakes.falling)
+    assert longer.status == "sscha" and longer.rank_quantum == 1 and longer.gibbs < short.gibbs
+
+
+def test_a_budget_that_ends_after_the_relaxations_leaves_them_in_the_ranking_with_their_errors(tmp_path: Path) -> None:
+    """Two that are not told apart: their relaxations have ended, more samples would only have made the error bars smaller."""
+
+    def close() -> list[Atoms]:
+        return [metals("Cu", scale=scale)[0] for scale in (0.99, 0.998)]
+
+    whole = sum(c.n_evaluations for c in ranked(close(), tmp_path / "whole", search_settings(n_configs=100), fake=fakes.falling))
+    found = ranked(close(), tmp_path / "budget", search_settings(n_configs=100, budget=whole), fake=fakes.falling)
+    assert [(c.status, c.rank_quantum) for c in found] == [("sscha", 1), ("sscha", 2)]
+    assert all(f"the budget of {whole} force evaluations is spent before its place was known" in c.reason for c in found)
+    assert 0.0 < found[1].p_lowest < found[0].p_lowest < 1.0
+
+
+def test_an_estimate_rests_on_no_upper_bound(tmp_path: Path) -> None:
+    def stuck_on_aluminium(atoms: Atoms, evaluator: object, **options: object) -> object:
+        result = fakes.shifted(atoms, evaluator, **options)
+        if "Al" in atoms.symbols:
+            result.converged, result.status, result.reason, result.gibbs = False, "unconverged", "not converged", result.gibbs + 5.0
+        return result
+
+    keys = search_settings(max_candidates=4, allocation="fixed")
+    found = {c.formula: c for c in ranked(metals("Pt", "Au", "Cu", "Ni", "Al"), tmp_path, keys, fake=stuck_on_aluminium)}
+    assert sorted(c.status for c in found.values()) == ["estimated", "sscha", "sscha", "sscha", "unconverged"]
+    estimated = next(c for c in found.values() if c.status == "estimated")
+    assert "3 SSCHA results" in estimated.reason and estimated.gibbs == pytest.approx(estimated.enthalpy + fakes.ZERO_POINT, abs=1e-6)
+
+
 def test_the_error_of_the_model_ends_the_sampling(tmp_path: Path) -> None:
     """0.3 of 10 meV/atom: a sampling error of 1 meV/atom is small enough, and G stops where the relaxation does."""
     structures = metals("Cu")

@@ -99,6 +99,17 @@ def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
     )
 
 
+def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_path):
+    open_ = {**CCCM, "gibbs_eV_per_atom": "-0.95", "status": "unconverged", "reason": "not converged after 30 populations"}
+    found = rows(R3M, open_)
+    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    said = " ".join(sentences(found))
+    assert "Not converged within the budget: bbbbbbbb." in said and "aaaaaaaa is lowest" in said
+    assert "unconverged" in text_of(found) and "-140.0" in text_of(found), "its upper bound stays in the table"
+    assert sentences(rows(open_))[-1] == "No free energy has converged; the order is that of the static enthalpy."
+    assert picture(rows(open_), tmp_path / "ranking.png").stat().st_size > 5000
+
+
 SADDLE = {**R3M, "id": "eeeeeeeeeeee", "spg_static": "Im-3m (229)", "gibbs_eV_per_atom": "-0.80", "status": "saddle",
           "hessian_lowest_cm1": "-310.2", "hessian_error_cm1": "42.0"}  # fmt: skip
 BELOW = {**R3M, "id": "ffffffffffff", "spg_quantum": "R3m (160)", "enthalpy_eV_per_atom": "", "gibbs_eV_per_atom": "-0.83",

@@ -40,7 +40,7 @@ def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
 def test_free_energy_stress_and_error_equal_python_sscha(hcp, tmp_path):
     state, ensemble, _ = hcp
     nothing = Symmetry(state.atoms, state.repeats)
-    nothing.rotations, nothing.permutations, nothing._targets = np.eye(3)[None], np.arange(2)[None], nothing._targets[:1]
+    nothing.rotations, nothing.permutations, nothing.targets = np.eye(3)[None], np.arange(2)[None], nothing.targets[:1]
     ours = average(state, ensemble, nothing)
     with python_sscha.quiet(tmp_path / "log"):
         loaded = python_sscha.to_ensemble(state, ensemble)

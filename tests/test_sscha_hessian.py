@@ -263,7 +263,7 @@ def test_a_pair_moves_the_frequencies_as_the_error_bars_say(include_v4):
     ensemble = model.ensemble(state, 8000)
     alone = Symmetry(state.atoms, (1, 1, 1))
     identity = np.array([np.array_equal(w, np.eye(3)) for w in alone.fractional])
-    for name in ("rotations", "permutations", "fractional", "shifts", "_targets"):
+    for name in ("rotations", "permutations", "fractional", "shifts", "targets"):
         setattr(alone, name, getattr(alone, name)[identity])
     options = dict(include_v4=include_v4, unbiased=False, errors=False)
     found = free_energy_hessian(state, ensemble, alone, **options)

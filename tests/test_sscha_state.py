@@ -9,12 +9,14 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from harmonic_pair import HarmonicCrystal, springs
 from sscha_models import LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.begin import interpolate
 from magus_anharmonic.sscha.finite_size import finite_size_term, interpolated_squares, nearest_images, reference_mesh
+from magus_anharmonic.sscha.probes import probes_of
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE,
     floor_modes,
@@ -88,6 +90,34 @@ def test_one_displaced_atom_of_each_kind_is_enough_to_know_all():
     identity.permutations, identity.rotations = np.arange(4)[None], np.eye(3)[None]
     one_by_one = harmonic_force_constants(atoms, (2, 2, 2), identity, EV)
     assert by_symmetry == pytest.approx(one_by_one, abs=1e-3 * np.abs(one_by_one).max())
+
+
+IM3M = Atoms(
+    "SH3", positions=1.5 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]), cell=1.5 * (np.ones((3, 3)) - 2.0 * np.eye(3)), pbc=True
+)
+R3M = Atoms("SH3", positions=IM3M.positions + np.array([0.0, 0.1, 0.1, 0.1])[:, None] * (np.eye(4, 3, -1)), cell=IM3M.cell, pbc=True)
+SITES = {
+    "one direction for a cubic site": (IM3M, 2),
+    "two for a polar one, and their opposites": (R3M, 6),
+    "without inversion at the sites": (bulk("ZnO", "wurtzite", a=3.25, c=5.2), 4),
+    "tetrahedral": (bulk("Si"), 1),
+    "turned": (cu3au(turned=True), 2),
+    "no symmetry": (distorted(), 24),
+}
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_what_symmetry_tells_is_not_evaluated_and_nothing_is_lost(name):
+    """Random springs of the crystal's symmetry come back from the forces of few displacements."""
+    atoms, count = SITES[name]
+    repeats = (2, 2, 2)
+    symmetry = Symmetry(atoms, repeats)
+    probes = [probe for atom in symmetry.representatives() for probe in probes_of(symmetry, atom)]
+    assert sum(2 if probe.both else 1 for probe in probes) == count
+    springs_ = springs(atoms, repeats, seed=1)
+    crystal = HarmonicCrystal(SschaState(atoms, repeats, springs_, 0.0), np.zeros((len(atoms), 3)))
+    found = harmonic_force_constants(atoms, repeats, symmetry, crystal)
+    assert found == pytest.approx(springs_, abs=1e-9 * np.abs(springs_).max())
 
 
 def test_fourier_and_folding_are_inverses():
@@ -245,7 +275,7 @@ def test_start_from_a_saddle_is_positive_definite_and_counts_its_evaluations():
     atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     begin = harmonic_start(atoms, as_evaluator(QuarticPair()), temperature=0.0, repeats=(1, 1, 1), variable_cell=False)
     assert np.all(begin.state.modes.quantum > 0)
-    assert begin.n_evaluations == 12
+    assert begin.n_evaluations == 2, "one direction for each of two cubic sites"
     assert begin.stress_response is None
 
 

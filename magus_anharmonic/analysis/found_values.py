@@ -13,8 +13,9 @@ from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.reordering import LEAST_FOR_WINDOW
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
 
-WITH_G = ("sscha", "unconverged", "eliminated", "stable", "saddle")
-LOWEST_G = ("sscha", "unconverged", "stable")
+WITH_G = ("sscha", "eliminated", "stable", "saddle")
+"""States of a ranking that count here; where an unconverged run would have ended is not known."""
+LOWEST_G = ("sscha", "stable")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from magus_anharmonic.settings import check_pressure, nearest
 NAN = float("nan")
 NATURAL = "natural"
 """Name of the isotopes of the natural elements."""
-USABLE = ("converged", "unconverged")
+STATES = ("converged", "unconverged", "failed", "became")
 LARGEST_ERROR = 0.1
 """eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are those of a run that went astray."""
 
@@ -28,8 +28,9 @@ class GibbsPoint:
     gibbs : finite-size term included, gibbs_error : sampling alone; decrease : what the minimisation may still gain; finite_size : part
     of gibbs that the identities below do not hold for (it is not stationary). eV/atom.
     volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per atom; without finite-size term V = dG/dP and S = -dG/dT.
-    status : "converged", "unconverged", "failed", or "became": the structure is another phase now, ``space_group`` says which;
-    ``same_as`` is the phase of the diagram that it is.
+    status : "converged"; "unconverged", with a G that is an upper bound and counts for nothing, because no error bar says how far it is
+    off; "failed"; or "became": the structure is another phase now, ``space_group`` says which, ``same_as`` is the phase of the diagram
+    that it is.
     """
 
     phase: str
@@ -56,12 +57,17 @@ class GibbsPoint:
     @property
     def usable(self) -> bool:
         """True with a free energy of the phase itself that is known at all."""
-        return self.status in USABLE and math.isfinite(self.gibbs_eV_per_atom) and self.error <= LARGEST_ERROR
+        return self.status == "converged" and math.isfinite(self.gibbs_eV_per_atom) and self.error <= LARGEST_ERROR
 
     @property
     def useless(self) -> bool:
         """True where there should be a free energy and is none, or one so uncertain that it says nothing."""
-        return self.status == "failed" or (self.status in USABLE and not self.usable)
+        return self.status == "failed" or (self.status == "converged" and not self.usable)
+
+    @property
+    def bound(self) -> bool:
+        """True where the free energy is an upper bound alone, of a run that did not converge."""
+        return self.status == "unconverged" and math.isfinite(self.gibbs_eV_per_atom)
 
     @property
     def raw(self) -> float:
@@ -159,9 +165,9 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         raise InputError(f"{where}: pressure_GPa: {point.pressure_GPa:g}: {error}") from None
     if not 0 <= point.temperature_K < math.inf:
         raise InputError(f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0")
-    if point.status not in (*USABLE, "failed", "became"):
+    if point.status not in STATES:
         raise InputError(f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became")
-    given = point.status in USABLE and math.isfinite(point.gibbs_eV_per_atom)
+    given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs_eV_per_atom)
     if given and not point.gibbs_error_eV_per_atom > 0:
         raise InputError(f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)")
     for value, error in WITH_ERRORS:

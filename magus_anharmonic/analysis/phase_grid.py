@@ -17,7 +17,8 @@ from magus_anharmonic.analysis.gibbs_points import NATURAL, GibbsPoint, with_twi
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
-from magus_anharmonic.sscha.entropy import entropy, entropy_with_error
+from magus_anharmonic.sscha.entropy import entropy_with_error
+from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.structures import bare, space_group
@@ -29,6 +30,10 @@ OF_A_RUN = (
     "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine", "pressure_tolerance", "free_energy_tolerance",
     "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
 )  # fmt: skip
+MOST_AFTER_ISOTOPE = 2
+"""New populations of a point that starts from the converged result of other isotopes: the first moves its state, the second confirms it."""
+Place = tuple[str, int, int]
+"""Isotopes, number of the pressure, number of the temperature."""
 RESPONSE_ERROR = 0.2
 """Relative error of the bulk modulus at the start of a run, with which volumes are brought to the target pressure."""
 
@@ -66,27 +71,29 @@ def run_grid(
 ) -> list[GibbsPoint]:
     """Every phase, set of isotopes, pressure and temperature; finished runs below ``root`` are taken as they are.
 
-    ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder that holds other runs).
+    The isotopes after the first start from the folder of those before them, which are reweighted where that is enough (`isotopes`), and
+    get at most `MOST_AFTER_ISOTOPE` new populations. ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder
+    that holds other runs).
     """
     if free_energy is None:
         from magus_anharmonic.sscha.gibbs import free_energy
     points: list[GibbsPoint] = []
     total = len(structures) * len(settings.isotopes) * len(settings.pressures) * len(settings.temperatures)
     for name, atoms in structures.items():
-        results: dict[tuple[str, int, int], SschaResult] = {}
+        found: dict[Place, tuple[Path, SschaResult]] = {}
         for isotopes in settings.isotopes:
             for i, pressure in enumerate(settings.pressures):
                 for j, temperature in enumerate(settings.temperatures):
                     folder = point_folder(root, name, isotopes, pressure, temperature)
-                    start = _neighbour(results, list(settings.isotopes), isotopes, i, j)
+                    start, changes = _start(found, list(settings.isotopes), (isotopes, i, j), settings.sscha.max_populations)
                     result = free_energy(
                         atoms, evaluator, pressure=pressure, temperature=temperature, seed=settings.seed, start=start, directory=folder,
-                        masses=_masses(settings.isotopes[isotopes], atoms), **_options(settings),
+                        masses=_masses(settings.isotopes[isotopes], atoms), **(_options(settings) | changes),
                     )  # fmt: skip
-                    point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec)
+                    point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start)
                     points.append(point)
-                    if point.usable:
-                        results[isotopes, i, j] = result
+                    if point.usable or point.bound:
+                        found[isotopes, i, j] = folder, result
                     _log(point, len(points), total)
                     on_point(with_twins(points))
     return with_twins(points)
@@ -101,13 +108,22 @@ def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | Non
     return {symbol: mass for symbol, mass in masses.items() if symbol in atoms.get_chemical_symbols()} or None
 
 
-def _neighbour(results: Mapping[tuple[str, int, int], SschaResult], order: list[str], isotopes: str, i: int, j: int) -> SschaResult | None:
-    """The nearest finished point that is still this phase: other masses, else the temperature before, else the pressure before."""
-    earlier = [(name, i, j) for name in order[: order.index(isotopes)]]
-    for place in [*earlier, (isotopes, i, j - 1), (isotopes, i - 1, j), (isotopes, i - 1, 0)]:
-        if place in results:
-            return results[place]
-    return None
+def _start(
+    found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], place: Place, max_populations: int
+) -> tuple[Path | SschaResult | None, dict[str, Any]]:
+    """Where a run starts, and what is another in its settings.
+
+    The nearest finished point that is still this phase: other masses, else the temperature before, else the pressure before.
+    """
+    isotopes, i, j = place
+    for name in order[: order.index(isotopes)]:
+        if (name, i, j) in found:
+            folder, result = found[name, i, j]
+            return folder, {"max_populations": min(MOST_AFTER_ISOTOPE, max_populations)} if result.converged else {}
+    for other in [(isotopes, i, j - 1), (isotopes, i - 1, j), (isotopes, i - 1, 0)]:
+        if other in found:
+            return found[other][1], {}
+    return None, {}
 
 
 def _log(point: GibbsPoint, number: int, total: int) -> None:
@@ -122,18 +138,25 @@ def _log(point: GibbsPoint, number: int, total: int) -> None:
 
 
 def point_of(
-    phase: str, isotopes: str, result: SschaResult, folder: Path | None, atoms: Atoms | None = None, symprec: float = 0.05
+    phase: str,
+    isotopes: str,
+    result: SschaResult,
+    folder: Path | None,
+    atoms: Atoms | None = None,
+    symprec: float = 0.05,
+    source: Path | SschaResult | None = None,
 ) -> GibbsPoint:
     """G, V and S with their errors from one run; V at the target pressure by the bulk modulus, S as `entropy_with_error`.
 
     ``atoms``: the structure of the phase; its space group tells whether the run still is the phase (None: that of the run's start).
+    ``source``: the run that it started from, whose configurations are its own where it was reweighted.
     """
     own = space_group(atoms, symprec) if atoms is not None else result.space_group_start
     status, reason = result.status, result.reason
     if status != "failed" and result.space_group != own:
         status, reason = "became", f"the structure was {own} and is {result.space_group}" + (f"; {reason}" if reason else "")
     volume, volume_error = _volume(result, folder)
-    s, s_error = _entropy(result, folder)
+    s, s_error = _entropy(result, folder, source if isinstance(source, Path) and result.n_populations == 0 else None)
     return GibbsPoint(
         phase, isotopes, result.centroids.get_chemical_formula(mode="metal", empirical=True), result.target_pressure, result.temperature,
         result.gibbs, result.gibbs_error, volume, volume_error, s, s_error, result.finite_size,
@@ -168,15 +191,18 @@ def _bulk_modulus(folder: Path | None) -> float | None:
     return bulk if bulk > 1.0 else None
 
 
-def _entropy(result: SschaResult, folder: Path | None) -> tuple[float, float]:
-    """Entropy and error, eV/K per atom; NaN without force constants, error NaN without configurations."""
+def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> tuple[float, float]:
+    """Entropy and error, eV/K per atom; NaN without force constants, and without the configurations that give the error."""
     if result.force_constants is None:
         return math.nan, math.nan
     state = result.state
     if state.temperature == 0:
         return 0.0, 0.0
+    if source is not None:
+        found = reweighted_ensemble(source, state)
+        return (math.nan, math.nan) if found is None else entropy_with_error(state, *found)
     ensemble = None if folder is None else final_ensemble(folder, result)
-    return (entropy(state), math.nan) if ensemble is None else entropy_with_error(state, ensemble)
+    return (math.nan, math.nan) if ensemble is None else entropy_with_error(state, ensemble)
 
 
 def collect_runs(root: Path) -> list[GibbsPoint]:

@@ -41,9 +41,13 @@ def _points(diagram: PhaseDiagram) -> list[str]:
         text.append(f"{point.phase} ({point.isotopes}) failed at {where}: {point.reason or 'no reason is known'}.")
     if len(failed) > 5:
         text.append(f"{len(failed) - 5} more points failed: see gibbs.csv.")
-    unfinished = [point for point in usable if point.status == "unconverged"]
-    if unfinished:
-        text.append(f"Not converged, with what they may still fall by as part of their errors: {len(unfinished)} of the points.")
+    unfinished = [point for point in diagram.points if point.status == "unconverged"]
+    for point in unfinished[:5]:
+        where = f"{point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
+        value = f"its {point.gibbs_eV_per_atom:.4f} eV/atom is an upper bound and not used" if point.bound else "not used"
+        text.append(f"{point.phase} ({point.isotopes}) did not converge at {where} ({point.reason or 'no reason is known'}): {value}.")
+    if len(unfinished) > 5:
+        text.append(f"{len(unfinished) - 5} more points did not converge and are not used: see gibbs.csv.")
     return text
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
 
-COMPUTED = ("sscha", "stable", "saddle", "unconverged", "eliminated")
-"""States with a free energy of their own; that of an eliminated run is an upper bound."""
+COMPUTED = ("sscha", "stable", "saddle", "eliminated")
+"""States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
+anywhere below its own."""
 LINEAR_ABOVE = 0.05
 """eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three structures there, else takes all."""
 SIGMAS = 3.0

@@ -44,11 +44,17 @@ def sscha(context: Context, step: Step) -> Outcome:
                 file.add(candidate.centroids, candidate.id, candidate.spg_quantum, pressure, "centroids")
     failures = [(candidate.id, candidate.reason) for candidate in candidates if candidate.status == "failed"]
     best = next((candidate for candidate in candidates if candidate.rank_quantum == 1), None)
-    if best is None:
+    if best is not None:
+        log.info(
+            "%s: lowest free energy %s, %s -> %s, %.4f eV/atom", step.id, best.id, best.spg_static, best.spg_quantum, best.gibbs or 0.0
+        )
+    elif any(candidate.status == "unconverged" for candidate in candidates):
+        log.warning("%s: no free energy has converged, so there is no order; the reasons are in %s", step.id, folder / "ranking.csv")
+    else:
         raise MagusAnharmonicError(f"{step.id}: no structure has a free energy; the reasons are in {folder / 'ranking.csv'}")
-    log.info("%s: lowest free energy %s, %s -> %s, %.4f eV/atom", step.id, best.id, best.spg_static, best.spg_quantum, best.gibbs or 0.0)
     evaluations = sum(candidate.n_evaluations for candidate in candidates)
-    return Outcome(len(candidates), evaluations, output=f"{best.id} {best.gibbs:.6f}", failures=failures)
+    output = "none converged" if best is None else f"{best.id} {best.gibbs:.6f}"
+    return Outcome(len(candidates), evaluations, output=output, failures=failures)
 
 
 def dft(context: Context, step: Step) -> Outcome:
@@ -85,7 +91,7 @@ def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[dic
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
     rows = [row for row in read_rows(folder / "ranking.csv") if row["spg_quantum"] and row["spg_quantum"] != row["spg_static"]]
-    usable = [row for row in rows if row["status"] != "failed" and row["id"] in statics]
+    usable = [row for row in rows if row["status"] not in ("failed", "unconverged") and row["id"] in statics]
     return [(row, bare(statics[row["id"]])) for row in usable[:limit]]
 
 

@@ -89,9 +89,14 @@ class Potential:
         return f"Potential({self.model_id}, {self.path}, {self.device}, {self.dtype})"
 
     def double(self) -> Potential:
-        """The same model in float64, for finite differences; a copy, unless this one is float64 already."""
-        if self.dtype == torch.float64:
-            return self
+        """The same model in float64, for finite differences: itself if it is, else a copy, made once.
+
+        Every SSCHA run begins with it, and to measure its memory takes as long as fifty evaluations of a small cell.
+        """
+        return self if self.dtype == torch.float64 else self._in_double
+
+    @cached_property
+    def _in_double(self) -> Potential:
         species = None if self.species_seen is None else frozenset(self.species_seen)
         return Potential(
             copy.deepcopy(self.module),

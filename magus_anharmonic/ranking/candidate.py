@@ -8,14 +8,19 @@ from typing import Literal
 from ase import Atoms
 
 Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
-"""``eliminated``: stopped early, because it cannot be among the best; its G is an upper bound. ``stable`` and ``saddle``: converged,
-and the Hessian of the free energy has no negative mode, or has one, beyond two standard errors (`stability`)."""
+"""``unconverged``: the populations or the budget ran out before the relaxation came to its end; ``eliminated``: stopped early, because
+it cannot be among the best. The G of both is an upper bound. ``stable`` and ``saddle``: converged, and the Hessian of the free energy has
+no negative mode, or has one, beyond two standard errors (`stability`)."""
 
 CONVERGED: tuple[Status, ...] = ("sscha", "stable", "saddle")
 """States whose relaxation came to its end."""
 
-RANKED: tuple[Status, ...] = ("sscha", "unconverged", "eliminated", "stable")
-"""States whose free energy is a computed one and takes part in the ranking. Below a saddle point there is something lower."""
+RANKED: tuple[Status, ...] = ("sscha", "eliminated", "stable")
+"""States whose free energy takes part in the ranking. Below a saddle point there is something lower, and where an unconverged run would
+have ended nobody knows; an eliminated one is known to end above the best."""
+
+WITH_ERROR: tuple[Status, ...] = (*RANKED, "saddle", "unconverged")
+"""States whose free energy is that of an ensemble of their own and has a standard error."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Candidate:
 
     @property
     def ranked(self) -> bool:
-        """True with a computed free energy, also when another candidate stands for the same phase."""
+        """True with a free energy that counts, also when another candidate stands for the same phase."""
         return self.status in RANKED and self.gibbs is not None
 
     @property
@@ -91,8 +96,8 @@ class Candidate:
 def numbered(candidates: list[Candidate]) -> list[Candidate]:
     """Order for the table, ranks filled in.
 
-    First the phases with a computed G, by G; then those that are the same phase as one of them; then the estimated and
-    static ones by G or enthalpy; the failed ones last. ``rank_static`` counts all candidates by enthalpy,
+    First the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged and
+    estimated ones by G, and static ones by enthalpy; the failed ones last. ``rank_static`` counts all candidates by enthalpy,
     ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
     """
     by_enthalpy = sorted((c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id))

@@ -8,8 +8,8 @@ stops; the rest go on until the order of the best few is known with the wanted c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import norm
@@ -22,6 +22,9 @@ MIN_POPULATIONS = 2
 """Nobody is stopped on one population: how fast G falls shows only with the second."""
 RESOLUTION = 0.3
 """Of the model's error: a smaller sampling error improves no comparison."""
+
+BUDGET_SPENT = "the budget of"
+"""How the reason of a run begins that the budget of a race ended."""
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ def verdicts(
     """Candidates that stop now; whoever is not in it goes on.
 
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given); ``common``
-    knows what the errors of two candidates have in common (default: nothing).
+    knows what the errors of two candidates have in common (default: nothing). One that has had its populations and did not converge
+    will not be ranked, so it throws nobody out and holds nobody up.
     """
     z = rules.z(n_candidates or len(standings))
-    uppers = sorted(standing.upper(z) for standing in standings.values())
-    limit = uppers[rules.keep_best - 1] if len(uppers) > rules.keep_best else math.inf
+    field = {name: standing for name, standing in standings.items() if standing.converged or standing.n_populations < rules.max_populations}
+    uppers = sorted(standing.upper(z) for standing in field.values())
+    limit = uppers[rules.keep_best - 1] if len(uppers) >= rules.keep_best else math.inf
     stopped = {}
     for name, standing in standings.items():
         if standing.n_populations >= MIN_POPULATIONS and standing.lower(z) > limit:
@@ -109,22 +114,22 @@ def verdicts(
             stopped[name] = Stop(f"stopped after {standing.n_populations} populations: not among {best} ({z:.1f} sigma)", eliminated=True)
         elif standing.n_populations >= rules.max_populations:
             stopped[name] = Stop()
-        elif standing.converged and (standing.error <= rules.tolerance or place_is_known(name, standings, rules, z, common)):
+        elif standing.converged and (standing.error <= rules.tolerance or place_is_known(name, field, z, rules.keep_best, common)):
             stopped[name] = Stop()
     return stopped
 
 
-def place_is_known(name: str, standings: Mapping[str, Standing], rules: Rules, z: float, common: Common | None = None) -> bool:
+def place_is_known(name: str, standings: Mapping[str, Standing], z: float, keep_best: int, common: Common | None = None) -> bool:
     """Whether more samples of ``name`` would tell nobody apart: it differs from everybody by more than z errors, where it matters.
 
     Two matter to each other when one of them is among the best ``keep_best``. Somebody who is still relaxing does not: where
     it ends decides, not the error of ``name``; the question comes up again when it is there.
     """
-    best = sorted(standings, key=lambda other: standings[other].gibbs)[: rules.keep_best]
+    best = sorted(standings, key=lambda other: standings[other].gibbs)[:keep_best]
     return not any(
         _undecided((name, standings[name]), (rival, other), z, common)
         for rival, other in standings.items()
-        if rival != name and (name in best or rival in best) and (other.converged or other.n_populations >= rules.max_populations)
+        if rival != name and (name in best or rival in best) and other.converged
     )
 
 
@@ -167,8 +172,7 @@ def race(
         if not running:
             return stops
         if rules.budget is not None and spent >= rules.budget:
-            spent_all = Stop(f"the budget of {rules.budget} force evaluations is spent")
-            return stops | {name: spent_all for name in ran if name in wanted}
+            return _budget_spent(rules, standings, total, common, stops, ran)
         asleep -= set(running)
         asked = {name: standings[name].n_populations + 1 if name in standings else 1 for name in running}
         found = advance(asked)
@@ -181,6 +185,25 @@ def race(
             standings.pop(failed, None)
             field.pop(failed)
             ran.pop(failed, None)
+
+
+def budget_words(budget: int | None) -> str:
+    """Why a race ended whose ``budget`` of force evaluations is spent."""
+    return f"{BUDGET_SPENT} {budget} force evaluations is spent"
+
+
+def _budget_spent(
+    rules: Rules, standings: Mapping[str, Standing], total: int, common: Common | None, stops: Mapping[str, Stop], ran: Iterable[str]
+) -> dict[str, Stop]:
+    """How the race ends without more evaluations: thrown out stays who is so by those that have converged, everybody else waits."""
+    last = {
+        name: standing if standing.converged else replace(standing, n_populations=rules.max_populations)
+        for name, standing in standings.items()
+    }
+    out = {name for name, stop in verdicts(last, rules, total, common).items() if stop.eliminated}
+    spent = Stop(budget_words(rules.budget))
+    known = {name: stop for name, stop in stops.items() if not stop.eliminated or name in out}
+    return {name: known.get(name, spent) for name in ran}
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

@@ -34,7 +34,11 @@ def _text(value: Any) -> str:
 
 def computed_gibbs(info: Mapping[str, Any]) -> float | None:
     """The SSCHA free energy (eV/atom) if there is one of the model that gave the enthalpy, else None."""
-    if _text(info.get("free_energy_status")) not in RANKED:
+    return _gibbs(info, RANKED)
+
+
+def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
+    if _text(info.get("free_energy_status")) not in states:
         return None
     model = _text(info.get("model"))
     if not model or model != _text(info.get("free_energy_model")):
@@ -54,6 +58,7 @@ def fitness_values(infos: Sequence[Mapping[str, Any]]) -> list[float]:
     * a computed G counts when it belongs to the model of the enthalpy (``free_energy_model == model``);
     * a stale or missing one is replaced by the estimate from those present (`fit_estimate`), in the order of the
       enthalpies, and never above the best computed one; without any computed G the enthalpy itself counts;
+    * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it counts, above it speaks against nobody;
     * below those come structures without a usable enthalpy, below everything those whose SSCHA failed.
     """
     enthalpies = [number(info.get("enthalpy")) for info in infos]
@@ -67,6 +72,9 @@ def fitness_values(infos: Sequence[Mapping[str, Any]]) -> list[float]:
     values = {i: g for i, g in enumerate(gibbs) if g is not None}
     others = {i: h for i, h in enumerate(enthalpies) if h is not None and i not in values and not failed[i]}
     values.update(_estimated(others, estimate, best))
+    if best is not None:
+        bounds = {i: bound for i in others if (bound := _gibbs(infos[i], ("unconverged",))) is not None}
+        values.update({i: max(min(values[i], bound), math.nextafter(best, math.inf)) for i, bound in bounds.items()})
     worst = max(values.values(), default=0.0)
     return [-values.get(i, worst + (2.0 if failed[i] else 1.0)) for i in range(len(infos))]
 

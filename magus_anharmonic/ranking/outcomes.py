@@ -78,12 +78,17 @@ def standing_of(record: Record, before: Record | None) -> Standing:
 
 
 def stopped_record(record: Record, stop: Stop) -> Record:
-    """The record with the reason why the race went on without it; a converged result stays one."""
-    if record.status in CONVERGED or not stop.reason:
+    """The record with the reason why the race went on without it.
+
+    A converged one keeps its status: when the budget ended, its place may still be open, but its G is that of the end of a relaxation,
+    and its error bar says how well it is known.
+    """
+    converged = record.status in CONVERGED
+    if not stop.reason or (converged and stop.eliminated):
         return record
-    return replace(
-        record, status="eliminated" if stop.eliminated else "unconverged", reason="; ".join(filter(None, (stop.reason, record.reason)))
-    )
+    status = record.status if converged else "eliminated" if stop.eliminated else "unconverged"
+    reason = f"{stop.reason} before its place was known" if converged else stop.reason
+    return replace(record, status=status, reason="; ".join(filter(None, (reason, record.reason))))
 
 
 def _partial_numbers(result: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from magus_anharmonic.ranking.candidate import RANKED
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.outcomes import record_of, standing_of, stopped_record
@@ -52,7 +53,7 @@ def run_race(
     known = {
         str(g): standing_of(record, None)
         for g in chosen
-        if g not in (*todo, *out) and (record := ranking.records[g, key]).gibbs is not None and record.status != "saddle"
+        if g not in (*todo, *out) and (record := ranking.records[g, key]).gibbs is not None and record.status in RANKED
     }
     dormant = {structure_id(ranking.leader(g)): standing_of(ranking.records[g, key], None) for g in out}
     again = [g for g in todo if (g, key) not in ranking.records]

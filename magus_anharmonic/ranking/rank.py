@@ -16,7 +16,7 @@ from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.common_numbers import CommonNumbers
-from magus_anharmonic.ranking.elimination import resolution
+from magus_anharmonic.ranking.elimination import BUDGET_SPENT, budget_words, resolution
 from magus_anharmonic.ranking.estimate import fit_estimate
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
@@ -176,8 +176,14 @@ class Ranking:
             atoms, enthalpy = self.leader(group), self.enthalpies[self.groups[group][0]]
             for key in self.keys:
                 record = self.store.find(atoms, key, enthalpy, ENERGY_TOLERANCE, self.origin(group))
-                if record is not None:
+                if record is not None and not self._goes_on(record):
                     self.records[group, key] = record
+
+    def _goes_on(self, record: Record) -> bool:
+        """Whether a run that another budget ended is to be taken up again. Those of further temperatures have begun where it ended."""
+        final, budget = self.store.final(record), self.sscha.budget
+        ended = final.status == "unconverged" and final.reason.startswith(BUDGET_SPENT)
+        return ended and len(self.keys) == 1 and not final.reason.startswith(budget_words(budget))
 
     def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers) -> None:
         """Run SSCHA for the chosen groups that lack a final result, then again for results that gained symmetry."""
@@ -344,7 +350,11 @@ class Ranking:
     def _estimated(self, candidates: list[Candidate], key: Key) -> list[Candidate]:
         """Give the structures without a result the estimate from those that have one."""
         pairs = [(record.enthalpy, self.store.final(record)) for record in self.store.records(key)]
-        known = [(h, final.gibbs, final.gibbs_error or 0.0) for h, final in pairs if h is not None and final.gibbs is not None]
+        known = [
+            (h, final.gibbs, final.gibbs_error or 0.0)
+            for h, final in pairs
+            if h is not None and final.gibbs is not None and final.status != "unconverged"
+        ]
         estimate = fit_estimate(*zip(*known, strict=True)) if known else None
         if estimate is None:
             return candidates

@@ -180,6 +180,8 @@ def what_became(saddle: Record, follower: Record) -> str:
         return f"{name}, which failed: {follower.reason}"
     if fell_back(saddle, follower):
         return f"{name}, which came back to the saddle point"
+    if follower.status == "unconverged":
+        return f"{name}, which is {follower.reason}"
     difference = 1000 * (follower.gibbs - saddle.gibbs)
     error = 1000 * _noise(saddle, follower)
     where = "lower" if difference < -SIGMAS * error else "not lower" if difference > SIGMAS * error else "as low within the noise"

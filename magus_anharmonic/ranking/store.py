@@ -218,7 +218,7 @@ class FreeEnergyStore:
             other = record.key
             if other.model == key.model or (other.pressure, other.temperature, other.settings_hash) != where:
                 continue
-            if record.status not in RANKED or record.gibbs is None:
+            if record.status not in (*RANKED, "unconverged") or record.gibbs is None:
                 continue
             if record.structure in (name, seed) or same_phase(fingerprint, self._print(record, "start")):
                 return self.final(record)

@@ -39,9 +39,9 @@ def ranking_sentences(view: RankingView) -> list[str]:
         at_rest = min((row for row in ranked if row.enthalpy is not None), key=lambda row: row.enthalpy or 0.0, default=best)
         tail = "as with ions at rest" if at_rest is best else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with ions at rest"
         lines.append(f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy, {tail}.")
-    unconverged = sum(row.status == "unconverged" for row in done)
+    unconverged = sum(row.status == "unconverged" for row in view.rows)
     if unconverged:
-        lines.append(f"{unconverged} of the free energies are not converged within their budget; their errors are larger than shown.")
+        lines.append(f"{unconverged} more did not converge within the budget and are not ranked: their free energies are upper bounds.")
     return lines
 
 

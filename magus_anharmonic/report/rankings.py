@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.ranking.candidate import WITH_ERROR
 from magus_anharmonic.report.summary import WORDS, Row, quantum_ranks, static_ranks
 
 SHOWN = 200
@@ -80,7 +80,7 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
 
 
 def _line(row: Row, static: dict[str, int], quantum: dict[str, int], reference: float, lowest: float | None) -> Line:
-    computed = row.status in (*RANKED, "saddle")
+    computed = row.status in WITH_ERROR
     status = f"same phase as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status)
     return Line(
         id=row.id,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
 from magus_anharmonic.report.sheets import lines_of, number
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def ranked(self) -> bool:
-        """True for a structure with a free energy of its own (not estimated, failed, or found twice)."""
+        """True for a structure with a free energy of its own that counts (not unconverged, estimated, failed, or found twice)."""
         return self.status in RANKED and self.gibbs is not None and not self.same_as
 
 
@@ -123,7 +123,7 @@ def table(rows: Sequence[Row], limit: int = 10) -> Table:
             " -> ".join(group.split(" ")[0] for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
             _milli(row.gibbs, lowest) if row.status != "failed" else "-",
-            _milli(row.gibbs_error, 0.0) if row.status in (*RANKED, "saddle") else "-",
+            _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",
             str(static.get(row.id, "-")),
             _change(row, rows),
             f"same as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status),
@@ -153,7 +153,9 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     ranked = [row for row in done if row.ranked]
     static = [row for row in ranked if row.enthalpy is not None]
     if not ranked:
-        return [*_saddles(rows), "No structure has a free energy; the order is that of the static enthalpy."]
+        unfinished = _unconverged(rows)
+        nothing = "No free energy has converged" if unfinished else "No structure has a free energy"
+        return [*_saddles(rows), *unfinished, f"{nothing}; the order is that of the static enthalpy."]
     lines = []
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
     moved = [row for row in done if row.spg_quantum and row.spg_quantum != row.spg_static]
@@ -182,9 +184,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             f"({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +- {error:.1f} meV/atom."
         )
     lines.extend(_undecided(ranked))
-    unconverged = [row.id[:8] for row in done if row.status == "unconverged"]
-    if unconverged:
-        lines.append(f"Not converged within the budget, so the errors are larger than shown: {', '.join(unconverged)}.")
+    lines.extend(_unconverged(rows))
     return lines
 
 
@@ -208,8 +208,22 @@ def _saddles(rows: Sequence[Row]) -> list[str]:
         below = next((other for other in rows if other.parent == row.id), None)
         mode = "" if row.hessian is None else f" (a mode at {row.hessian:.0f} +- {row.hessian_error or 0.0:.0f} cm^-1)"
         found = "what lies below it was not found" if below is None else f"below it lies {below.id[:8]} ({below.spg_quantum})"
+        if below is not None and below.status == "unconverged":
+            found = f"{below.id[:8]}, which started below it, is not converged"
         lines.append(f"{row.id[:8]} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not ranked: {found}.")
     return lines
+
+
+def _unconverged(rows: Sequence[Row]) -> list[str]:
+    """Who is missing from the ranking for lack of populations."""
+    names = [row.id[:8] for row in rows if row.status == "unconverged"]
+    if not names:
+        return []
+    them = "it is" if len(names) == 1 else "they are"
+    return [
+        f"Not converged within the budget: {', '.join(names)}. Where {them} in the order is not known (G in the table is an upper bound): "
+        "raise max_populations, n_configs or the budget."
+    ]
 
 
 def _undecided(ranked: Sequence[Row]) -> list[str]:

@@ -38,18 +38,18 @@ def entropy(state: SschaState) -> float:
     return float(oscillator_entropy(state.modes.quantum, state.temperature).sum()) / len(state.supercell)
 
 
-def entropy_with_error(state: SschaState, ensemble: Ensemble) -> tuple[float, float]:
+def entropy_with_error(state: SschaState, ensemble: Ensemble, weights: np.ndarray | None = None) -> tuple[float, float]:
     """Entropy (eV/K per atom) of the self-consistent force constants that an ensemble of ``state`` points to, and its standard error.
 
     The force constants of a state carry the noise of the ensembles it was minimised on. A fresh ensemble estimates what is left to the
     self-consistent ones, K = <d2V> - Phi (Eq. 7 of the paper), without that noise; to first order S changes by sum_m S'(omega_m^2) K_mm
     over the modes. One value per +u/-u pair gives mean and error. Left out: the answer of K to its own step, and the shift of the
-    centroids, which is of second order.
+    centroids, which is of second order. ``weights`` (n,): see `averages.average`.
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
     residual = ensemble.forces.reshape(n_configs, -1) + u @ state.full
     vectors = state.modes.vectors / np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
     curvature = -((u @ state.precision) @ vectors) * (residual @ vectors)
-    changes = pair_means(curvature @ entropy_slope(state.modes.quantum, state.temperature)) / len(state.supercell)
+    changes = pair_means(curvature @ entropy_slope(state.modes.quantum, state.temperature), weights) / len(state.supercell)
     return entropy(state) + float(changes.mean()), float(standard_error(changes))

@@ -111,11 +111,36 @@ def _halves(ensemble: Ensemble) -> tuple[Ensemble, Ensemble]:
 
 def _averaged(own: SschaState, ensemble: Ensemble, state: SschaState, symmetry: Symmetry) -> tuple[Averages, float]:
     """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of the sample."""
+    about, weights = _reweighted(own, ensemble, state)
+    return average(state, about, symmetry, weights), effective_number(weights) / len(weights)
+
+
+def _reweighted(own: SschaState, ensemble: Ensemble, state: SschaState) -> tuple[Ensemble, np.ndarray]:
+    """The ensemble of ``own`` as one about the centroids of ``state`` (the same cell), and the weights it has there."""
     pool = Pool([(own, ensemble)], target=state)
-    weights = pool.weights(pool.own)
     shift = state.atoms.positions - own.atoms.positions
     about = replace(ensemble, displacements=ensemble.displacements - np.tile(shift, (state.n_cells, 1)))
-    return average(state, about, symmetry, weights), effective_number(weights) / len(weights)
+    return about, pool.weights(pool.own)
+
+
+def reweighted_ensemble(source: str | Path, state: SschaState) -> tuple[Ensemble, np.ndarray] | None:
+    """What `reweighted_result` averaged ``state`` over: displacements about its centroids, and weights (n,).
+
+    ``source`` : the run that the ensemble is of. None where it is not there, or of another cell or temperature than ``state``.
+    """
+    path = Path(source)
+    if not (path / "result.json").is_file():
+        return None
+    result = SschaResult.read(path)
+    ensemble = None if result.force_constants is None else final_ensemble(path, result)
+    if ensemble is None:
+        return None
+    own = result.state
+    same = own.repeats == state.repeats and own.temperature == state.temperature and len(own.atoms) == len(state.atoms)
+    if not same or not np.allclose(own.atoms.cell.array, state.atoms.cell.array, rtol=0.0, atol=1e-9):
+        return None
+    unmoved = np.allclose(own.force_constants, state.force_constants, rtol=0.0, atol=1e-9)
+    return _reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
 
 
 def _by_cell(task: Task, begin: Start, state: SschaState, averages: Averages, symmetry: Symmetry) -> float:

@@ -51,7 +51,8 @@ class Reweighted:
 
 def effective_number(weights: np.ndarray) -> float:
     """Of how many configurations of equal weight the weighted ones (n,) are worth."""
-    return float(weights.sum() ** 2 / np.square(weights).sum())
+    squares = float(np.square(weights).sum())
+    return float(weights.sum()) ** 2 / squares if squares > 0.0 else 0.0
 
 
 class Pool:

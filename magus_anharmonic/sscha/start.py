@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.sscha.probes import force_constants_of, image, probes_of
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
 from magus_anharmonic.sscha.supercells import Repeats, n_cells
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
@@ -139,21 +141,25 @@ def relaxed_primitive(atoms: Atoms, evaluator: Evaluator, pressure: float, *, sy
 
 
 def harmonic_force_constants(atoms: Atoms, repeats: Repeats, symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
-    """Compact force constants in eV/A^2 by central differences of the symmetry-inequivalent atoms, symmetrised."""
+    """Compact force constants in eV/A^2 by central differences along the displacements that symmetry does not tell, symmetrised."""
     state = SschaState(atoms, repeats, np.zeros((n_cells(repeats), len(atoms), len(atoms), 3, 3)), 0.0)
-    representatives = symmetry.representatives()
+    probes = {atom: probes_of(symmetry, atom) for atom in symmetry.representatives()}
     displaced = []
-    for atom in representatives:
-        for axis in range(3):
-            for sign in (1.0, -1.0):
-                configuration = state.supercell.copy()
-                configuration.positions[atom, axis] += sign * DISPLACEMENT
-                displaced.append(configuration)
-    forces = np.array(evaluator.evaluate(displaced).forces, dtype=float)
-    slopes = -(forces[0::2] - forces[1::2]) / (2.0 * DISPLACEMENT)
-    blocks = slopes.reshape(len(representatives), 3, state.n_cells, len(atoms), 3).transpose(0, 2, 3, 1, 4)
-    compact = symmetry.spread(dict(zip(representatives, blocks, strict=True)))
-    return symmetry.force_constants(compact)
+    for probe in itertools.chain.from_iterable(probes.values()):
+        for sign in (1.0, -1.0) if probe.both else (1.0,):
+            configuration = state.supercell.copy()
+            configuration.positions[probe.atom] += sign * DISPLACEMENT * probe.direction
+            displaced.append(configuration)
+    forces = iter(np.array(evaluator.evaluate(displaced).forces, dtype=float).reshape(len(displaced), state.n_cells, len(atoms), 3))
+    rows = {}
+    for atom, mine in probes.items():
+        slopes = []
+        for probe in mine:
+            ahead = next(forces)
+            behind = next(forces) if probe.inverse is None else image(symmetry, probe.inverse, atom, ahead)
+            slopes.append(-(ahead - behind) / (2.0 * DISPLACEMENT))
+        rows[atom] = force_constants_of(symmetry, mine, slopes)
+    return symmetry.force_constants(symmetry.spread(rows))
 
 
 def nearest_neighbour(atoms: Atoms) -> np.ndarray:

@@ -32,7 +32,8 @@ class Symmetry:
     """Operations of ``atoms`` (a primitive cell, exactly symmetric) that also leave the supercell lattice invariant.
 
     rotations : (m, 3, 3) Cartesian, fractional : (m, 3, 3) the same in whole numbers; permutations : (m, n), operation g
-    takes atom a to permutations[g, a], in the cell shifts[g, a] (m, n, 3) when a is in the first.
+    takes atom a to permutations[g, a], in the cell shifts[g, a] (m, n, 3) when a is in the first. targets : (m, n_cells, n, n),
+    the cell of the block to which operation g takes block (R, a, b).
     """
 
     def __init__(self, atoms: Atoms, repeats: Repeats, symprec: float = 1e-3) -> None:
@@ -50,14 +51,13 @@ class Symmetry:
         self.permutations = np.array([permutation for permutation, _ in images])
         self.fractional = fractional[keep]
         self.shifts = np.array([shift for _, shift in images])
-        self._targets = self._block_targets(self.fractional, self.shifts)
+        self.targets = self._block_targets(self.fractional, self.shifts)
         self._opposite = cell_index(-cell_offsets(repeats), repeats)
 
     def __len__(self) -> int:
         return len(self.rotations)
 
     def _block_targets(self, fractional: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        """Cell index (m, n_cells, n, n) of the block to which operation g takes block (R, a, b)."""
         offsets = cell_offsets(self.repeats)
         turned = np.einsum("gij,rj->gri", fractional, offsets)
         moved = turned[:, :, None, None] + shifts[:, None, None, :] - shifts[:, None, :, None]
@@ -68,7 +68,7 @@ class Symmetry:
         """(m, n_cells, n, n) block, counted through (cell, a, b), that operation g brings to block (R, a, b)."""
         n = self.permutations.shape[1]
         first, second = self.permutations[:, None, :, None], self.permutations[:, None, None, :]
-        return (self._targets * n + first) * n + second
+        return (self.targets * n + first) * n + second
 
     @cached_property
     def _turn(self) -> np.ndarray:
@@ -118,7 +118,7 @@ class Symmetry:
         compact = np.zeros((n_cells, n, n, 3, 3))
         count = np.zeros(n)
         everything = np.arange(n)
-        for rotation, permutation, target in zip(self.rotations, self.permutations, self._targets, strict=True):
+        for rotation, permutation, target in zip(self.rotations, self.permutations, self.targets, strict=True):
             for atom, blocks in rows.items():
                 image = permutation[atom]
                 turned = np.einsum("ij,rbjk,lk->rbil", rotation, blocks, rotation, optimize=True)
