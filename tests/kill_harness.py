@@ -166,6 +166,7 @@ def is_left_over(path: Path) -> bool:
 # --- the server's side ----------------------------------------------------------------------------------------------------
 
 WRITING = re.compile(r"[wax+]")
+RANDOM = re.compile(r"(/\.making-)[^/]+")
 
 
 class Steps:
@@ -201,7 +202,8 @@ class Steps:
         text = os.path.abspath(path)
         if not text.startswith(self.folder) or text.endswith((".tmp", ".log", ".txt")) or "lock" in os.path.basename(text):
             return None
-        return f"{what} {os.path.relpath(text, self.folder)}"
+        # Steps must have the same names in the next search.
+        return RANDOM.sub(r"\1", f"{what} {os.path.relpath(text, self.folder)}")
 
 
 def serve() -> None:
@@ -224,6 +226,7 @@ def serve() -> None:
         sys.stdin.readline()
         _, status = os.waitpid(child, 0)
         answer([status, time.monotonic() - began])
+    os._exit(0)  # nothing is left to do, and taking torch down costs seconds
 
 
 def load_everything() -> None:
