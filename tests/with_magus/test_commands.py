@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.io import read
-from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
+from magus_run import LEARNING, TIMEOUT, command, magus, needs_magus, ours, write_input
 
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -115,7 +115,7 @@ def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work: Path)
     assert magus(work, "search", "-r").returncode == 0
     assert volume_ratios(work) == [first, first], "the second is what the restart read"
     call, options = command(work, "search", "-r")
-    assert subprocess.run([call[0], "-c", STOCK, *call[-2:]], timeout=300, **options).returncode == 0
+    assert subprocess.run([call[0], "-c", STOCK, *call[-2:]], timeout=TIMEOUT, **options).returncode == 0
     *_, read_again, updated = volume_ratios(work)
     assert read_again == first != updated, "if MAGUS has mended it, hook.py need not leave the update out"
 
@@ -198,7 +198,7 @@ def test_energies_of_several_models_are_compared_there_and_of_the_newest_here(wo
     main = {"calculator": "emt", "jobPrefix": "EMT"}
     static_input(work, MainCalculator=main, MLCalculator=ours("ML"), SelectDFTScf=True, learning=learning)
     call, options = command(work, "search", "-m")
-    assert subprocess.run([call[0], "-c", WITHOUT_HOOK, *call[-2:]], timeout=300, **options).returncode == 0
+    assert subprocess.run([call[0], "-c", WITHOUT_HOOK, *call[-2:]], timeout=TIMEOUT, **options).returncode == 0
     assert newest_model(work) not in models(work)
     assert magus(work, "search", "-m").returncode == 0
     assert models(work) == {newest_model(work)}
