@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -55,10 +56,13 @@ def table_rows(path: str | Path, shown: str | None = None, restkey: str | None =
 
 
 def remove_unfinished(folder: str | Path) -> int:
-    """Remove the temporary files that killed processes left below ``folder``, whose lock must be held; returns how many."""
-    found = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
+    """Remove the temporary files and folders that killed processes left below ``folder``, whose lock must be held; returns how many."""
+    found = list(Path(folder).rglob(".*.tmp"))
     for path in found:
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(found)
 
 

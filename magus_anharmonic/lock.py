@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import remove_unfinished, write_json
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +84,9 @@ def check_free(folder: str | Path, name: str = NAME) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str, name: str = NAME) -> Iterator[Owner]:
-    """Hold the lock of ``folder`` (made if needed, and removed again if nothing was written); that of a dead process is taken over.
+    """Hold the lock of ``folder`` (made if needed, and removed again if nothing was written).
 
+    That of a dead process is taken over, and what it had begun to write in the folder is removed.
     ``what`` names this command for whoever comes second. Raises ``InputError`` (exit code 2) that names the living owner.
     """
     held = Held(folder, what, name)
@@ -113,6 +114,8 @@ class Held:
             write_json(self.folder / name, asdict(self.owner))
         if earlier is not None:
             log.warning("%s: took over the lock of a dead process (%s)", self.folder, earlier.described())
+            if name == NAME:
+                remove_unfinished(self.folder)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
         self._thread.start()

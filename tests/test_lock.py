@@ -63,6 +63,20 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
     assert not (tmp_path / NAME).exists()
 
 
+def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: Path) -> None:
+    for name in (".gen2-x.traj.tmp", "structures/.making-x.tmp/Al.cif", "finished.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("half")
+    first = holder(tmp_path)
+    with locked(tmp_path, "another checkpoint", f"other.{NAME}"):
+        assert (tmp_path / ".gen2-x.traj.tmp").exists(), "its owner lives"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    with locked(tmp_path, "another"):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.csv", NAME, "structures"]
+        assert not list((tmp_path / "structures").iterdir())
+
+
 def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path: Path) -> None:
     with locked(tmp_path, "a search") as owner:
         pass

@@ -115,6 +115,13 @@ class LabelStore:
     def __contains__(self, label_id: str) -> bool:
         return label_id in self._frames
 
+    def without_label(self, planned: Sequence[Atoms]) -> list[Atoms]:
+        """Those of the ``planned`` structures whose ``info['id']`` has no label here, in order."""
+        waiting = [atoms for atoms in planned if atoms.info["id"] not in self]
+        if len(waiting) < len(planned):
+            log.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
+        return waiting
+
     def check(self, settings_hash: str) -> None:
         """Raise ``InputError`` when a label here was made with other DFT settings than ``settings_hash``."""
         for atoms in self._frames.values():

@@ -211,9 +211,7 @@ def plan(
 
 def _label(planned: Sequence[Atoms], generation: int, labeler: Labeler, store: LabelStore, folder: Path) -> int:
     """Label what is not labelled yet; returns the number of failures."""
-    waiting = [atoms for atoms in planned if atoms.info["id"] not in store]
-    if len(waiting) < len(planned):
-        log.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
+    waiting = store.without_label(planned)
     n_failures = sum(atoms.info["id"] in store and "excluded" in store.get(atoms.info["id"]).info for atoms in planned)
 
     def keep(index: int, result: Label | Failure) -> None:

@@ -20,7 +20,7 @@ from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.lock import Held, check_free, read_owner
-from magus_anharmonic.plugins.logs import tame
+from magus_anharmonic.plugins.logs import check_restart, tame
 from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, single_thread
 from magus_anharmonic.plugins.parameters import concerns_us, misspelt_blocks, stop
 from magus_anharmonic.plugins.rounds import Rounds
@@ -63,6 +63,7 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
             single_thread()
         settings = check_installation(settings, run_dir)
         if restart:
+            check_restart(Path("log.txt"))
             check_results_version(run_dir)
         _lock(search, run_dir, only_check=True)
         _seed_generators(settings, 0)

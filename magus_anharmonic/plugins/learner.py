@@ -109,10 +109,7 @@ class MatterSimLearner(MatterSimCalculator):
         if finished(self.run_dir, self.generation, self.potential) is not None:
             return _like(pop, [])
         planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
-        waiting = [atoms for atoms in planned if atoms.info["id"] not in self.store]
-        if len(waiting) < len(planned):
-            logger.info("%d of %d labels are there already", len(planned) - len(waiting), len(planned))
-        return _like(pop, waiting)
+        return _like(pop, self.store.without_label(planned))
 
     def updatedataset(self, frames: Iterable[Atoms]) -> None:
         """Save the labels that ``MainCalculator`` has put into ``info``."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+
+from magus_anharmonic.errors import InputError
 
 # `magus search -r` takes the last line with one of these words, whoever wrote it (a path in a message is enough).
 RESERVED = {"Generation": "generation", "volRatio": "volume ratio"}
@@ -31,3 +34,22 @@ def tame() -> None:
     for handler in logging.getLogger().handlers:
         if not any(isinstance(known, RestartSafe) for known in handler.filters):
             handler.addFilter(RestartSafe())
+
+
+def check_restart(log_file: Path) -> None:
+    """Raise InputError where ``magus search -r`` would end with a traceback: its log names no round after the first.
+
+    Nothing is said about a missing log: MAGUS says that itself.
+    """
+    if not log_file.exists():
+        return
+    with log_file.open(encoding="utf-8", errors="replace") as lines:
+        begun = [line.split() for line in lines if "Generation" in line]
+    last = begun[-1][-2] if begun and len(begun[-1]) > 1 else ""
+    if last == "1":
+        raise InputError(
+            "-r: MAGUS cannot go on within its first round. Start without -r: results/ moves to results1/ (or the next free number), and "
+            "learning.dataset: results1/anharmonic/labels/gen001.xyz takes a finished batch of labels along"
+        )
+    if not last:
+        raise InputError(f"-r: {log_file} names no round to go on with (was the search run with -ll WARNING?); start without -r")

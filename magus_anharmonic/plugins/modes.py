@@ -83,6 +83,11 @@ def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bo
         )
     if _is_ours(settings, learner=False):
         problems.append("MainCalculator.calculator: is mattersim; under `magus search -m` it makes the DFT labels: give a DFT code")
+    if settings.main_calculator.get("calculator") == "espresso":
+        problems.append(
+            "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single point would be lost; "
+            "search without -m, with learning.labeler: {calculator: espresso}"
+        )
     if not loops:
         problems.append("SelectDFTScf: is missing; learning under `magus search -m` needs SelectDFTScf: True")
     return problems

@@ -182,7 +182,7 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     frames = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as making:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-", suffix=".tmp") as making:
         for crystal in crystals:
             write(Path(making) / f"{crystal.stem}.cif", crystal.atoms, format="cif")
             write(Path(making) / f"{crystal.stem}.vasp", crystal.atoms, format="vasp", direct=True, sort=True)

@@ -22,8 +22,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHARED = {"torch", "mattersim", "cellconstructor", "python-sscha", "six"}
-ALONGSIDE = {"pydantic": "pydantic_core==2.18.1", "numpy": "pandas==2.2.2"}
-"""What a lowest version needs beside it: a package that fits no other version (pandas, which pyxtal imports, is built for one NumPy)."""
+WITH_DEPENDENCIES = {"pydantic"}
+"""Each version of it fits one version of pydantic_core alone."""
+ALONGSIDE = {"numpy": "pandas==2.2.2"}
+"""What a lowest version needs beside it: pandas, which pyxtal imports, is built for one NumPy."""
 TESTS = (
     "tests/test_search.py", "tests/test_learning.py", "tests/test_labelers.py", "tests/test_labelers_files.py", "tests/test_cli.py",
     "tests/test_run_record.py", "tests/test_report.py", "tests/test_faults.py", "tests/test_status.py", "tests/test_lock.py",
@@ -55,7 +57,10 @@ def make(which: str, folder: Path) -> Path:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     # Our own dependencies alone: what they need in turn is in the layer below, and no resolver may undo the choice.
-    subprocess.run([str(python), "-m", "pip", "install", "-q", "--no-deps", "--only-binary=:all:", *requirements(which)], check=True)
+    install = [str(python), "-m", "pip", "install", "-q", "--only-binary=:all:"]
+    wanted = requirements(which)
+    subprocess.run([*install, "--no-deps", *wanted], check=True)
+    subprocess.run([*install, *(line for line in wanted if line.split("==")[0] in WITH_DEPENDENCIES)], check=True)
     own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     below = [path for path in (*site.getsitepackages(), sysconfig.get_path("purelib")) if Path(path) != own]
     (own / "layer_below.pth").write_text("\n".join(dict.fromkeys(below)) + "\n")

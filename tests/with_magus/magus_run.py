@@ -21,6 +21,9 @@ needs_magus = [
 ]
 """Marks of every test here."""
 
+TIMEOUT = 900.0
+"""Seconds for one command of MAGUS; on a free core it takes a few."""
+
 RAN: list[str] = []
 """Command lines of this session, with their exit codes."""
 
@@ -75,7 +78,7 @@ def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     """``magus ARGUMENTS`` in ``folder``, with further variables of the environment."""
     call, options = command(folder, *arguments)
     options["env"] = {**options["env"], **environment}
-    result = subprocess.run(call, timeout=300, stdin=subprocess.DEVNULL, **options)
+    result = subprocess.run(call, timeout=TIMEOUT, stdin=subprocess.DEVNULL, **options)
     RAN.append(f"magus {' '.join(arguments)} -> {result.returncode}")
     return result
 

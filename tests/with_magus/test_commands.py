@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.io import read
-from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
+from magus_run import LEARNING, TIMEOUT, command, magus, needs_magus, ours, write_input
 
+from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 pytestmark = needs_magus
@@ -114,7 +115,7 @@ def test_a_restarted_round_keeps_the_volume_ratio_that_it_began_with(work: Path)
     assert magus(work, "search", "-r").returncode == 0
     assert volume_ratios(work) == [first, first], "the second is what the restart read"
     call, options = command(work, "search", "-r")
-    assert subprocess.run([call[0], "-c", STOCK, *call[-2:]], timeout=300, **options).returncode == 0
+    assert subprocess.run([call[0], "-c", STOCK, *call[-2:]], timeout=TIMEOUT, **options).returncode == 0
     *_, read_again, updated = volume_ratios(work)
     assert read_again == first != updated, "if MAGUS has mended it, hook.py need not leave the update out"
 
@@ -163,3 +164,49 @@ def test_a_log_line_with_magus_s_words_breaks_its_restart(work: Path) -> None:
         file.write("a plug-in: volRatio of the sample is fine\n")
     result = magus(work, "search", "-r")
     assert result.returncode != 0 and "could not convert string to float" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [(["-ll", "INFO"], "cannot go on within its first round"), (["-ll", "WARNING"], "names no round to go on with")]
+)
+def test_a_restart_that_magus_cannot_make_is_refused_in_one_line(work: Path, options: list[str], words: str) -> None:
+    """The fault: MAGUS looks for its place in the log, which does not have it before the second round, nor with few messages."""
+    static_input(work, MainCalculator={"calculator": "emt", "jobPrefix": "EMT"})
+    assert magus(work, "search", *options).returncode == 0
+    stock = magus(work, "search", "-r")
+    assert stock.returncode != 0 and "IndexError" in stock.stdout, stock.stdout[-2000:]
+    static_input(work, MainCalculator=ours(max_step=1))
+    result = magus(work, "search", "-r")
+    assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout[-2000:]
+
+
+WITHOUT_HOOK = """
+from magus.entrypoints.main import main
+from magus.search.search import Magus
+from magus_anharmonic import plugins
+plugins.register()
+Magus.set_good_pop = Magus.set_good_pop.__wrapped__
+Magus.set_good_pop.by_magus_anharmonic = True
+main()
+"""
+"""MAGUS with our calculator, and nothing of ours between its rounds."""
+
+
+def test_energies_of_several_models_are_compared_there_and_of_the_newest_here(work: Path) -> None:
+    """The fault: MAGUS relaxes before it trains, and keeps the enthalpies of survivors for ever."""
+    learning = {**LEARNING, "labeler": {"calculator": "main"}}
+    main = {"calculator": "emt", "jobPrefix": "EMT"}
+    static_input(work, MainCalculator=main, MLCalculator=ours("ML"), SelectDFTScf=True, learning=learning)
+    call, options = command(work, "search", "-m")
+    assert subprocess.run([call[0], "-c", WITHOUT_HOOK, *call[-2:]], timeout=TIMEOUT, **options).returncode == 0
+    assert newest_model(work) not in models(work)
+    assert magus(work, "search", "-m").returncode == 0
+    assert models(work) == {newest_model(work)}
+
+
+def models(folder: Path) -> set[str]:
+    return {atoms.info["model"] for atoms in read(folder / "results/good.traj", ":")}
+
+
+def newest_model(folder: Path) -> str:
+    return read_jsonl(folder / "results/anharmonic/metrics.jsonl")[-1]["new_model"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ase.build import bulk
-from magus_run import needs_magus, ours
+from magus_run import needs_magus, ours, write_input
 
 pytestmark = needs_magus
 
@@ -18,6 +19,18 @@ def magus_folder(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """MAGUS's calculators take the working directory as theirs."""
     monkeypatch.chdir(work)
     return work
+
+
+@pytest.fixture
+def population(magus_folder: Path) -> Iterator[Any]:
+    """MAGUS's class of populations, set up for aluminium."""
+    from magus.parameters import magusParameters
+
+    write_input(magus_folder, MainCalculator=ours(), Fitness=["Enthalpy"])
+    made = magusParameters("input.yaml").Population
+    calculators = made.fit_calcs
+    yield made
+    made.fit_calcs = calculators
 
 
 def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_not_here(magus_folder: Path) -> None:
@@ -78,16 +91,16 @@ def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_r
         parse_settings({"MLCalculator": ours(jobPrefix=["A", "B"])})
 
 
-def test_shallow_copies_share_their_arrays_there_so_the_ranking_keeps_structures_of_its_own(tmp_path: Path) -> None:
-    """MAGUS's ``addSym`` standardises members of the keep population in place, and they are shallow copies of good ones."""
-    from magus.populations.individuals import Bulk
-
-    assert "add_symmetry" in dir(Bulk)
-    good = bulk("Al", a=4.0)
-    good.info["free_energy"] = -1.0
-    keep = copy.copy(good)
-    keep.positions += 0.3
-    assert (good.positions == keep.positions).all() and good.info["free_energy"] == -1.0, "moved, and its number stays"
+def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures_of_its_own(population: Any, tmp_path: Path) -> None:
+    """MAGUS's ``addSym`` standardises the parents in place, and those of the keep population share their arrays with the good one."""
+    bent = bulk("Al", a=4.0, cubic=True)
+    bent.positions[0] += [0.02, 0.01, 0.0]
+    good = population([bent], "good")
+    good[0].info["free_energy"] = -1.0
+    before = good[0].copy()
+    population(good.clustering(2)[1], "keep").add_symmetry()
+    assert not np.allclose(good[0].get_all_distances(mic=True), before.get_all_distances(mic=True), atol=1e-3)
+    assert good[0].info["free_energy"] == -1.0, "moved, and its number stays"
 
     from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
     from magus_anharmonic.structures import structure_id
@@ -98,3 +111,71 @@ def test_shallow_copies_share_their_arrays_there_so_the_ranking_keeps_structures
     start.positions += 0.3
     stored = FreeEnergyStore(tmp_path / "x.db").get(structure_id(bulk("Al", a=4.0)), key)
     assert np.allclose(stored.start.positions, 0.0)
+
+
+def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(population: Any) -> None:
+    from magus.fitness import FitnessCalculator
+
+    from magus_anharmonic.plugins.fitness import SschaFitness
+
+    class Given(FitnessCalculator):
+        def calc(self, pop: Any) -> None:
+            for individual in pop:
+                individual.info["fitness"]["given"] = -individual.info.get("free_energy", np.nan)
+
+    individuals = population([bulk("Al", a=a) for a in (4.0, 4.1, 4.2)])
+    for individual, enthalpy, free_energy in zip(individuals, (0.1, 0.0, 0.2), (-1.0, None, -2.0), strict=True):
+        individual.info.update(enthalpy=enthalpy, model="m", fitness={})
+        if free_energy is not None:
+            individual.info.update(free_energy=free_energy, free_energy_status="sscha", free_energy_model="m")
+    population.fit_calcs = [Given({})]
+    individuals.calc_dominators()
+    assert [individual.info["dominators"] for individual in individuals] == [2, 2, 1], "the best one is dominated by what has no number"
+    for individual in individuals:
+        individual.info["fitness"] = {}
+    population.fit_calcs = [SschaFitness({})]
+    individuals.calc_dominators()
+    assert [individual.info["dominators"] for individual in individuals] == [2, 1, 0], (
+        "estimated: as much below its enthalpy as the least lowered"
+    )
+
+
+def test_two_structures_of_one_identity_there_are_two_here(population: Any) -> None:
+    """MAGUS counts offspring anew after a restart; labels and candidates are named by what they are."""
+    from magus_anharmonic.structures import structure_id
+
+    before, after = population([bulk("Al", a=4.0)], "init", 2)[0], population([bulk("Al", a=4.1)], "init", 2)[0]
+    assert before.info["identity"] == after.info["identity"]
+    assert structure_id(before) != structure_id(after)
+
+
+def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_folder: Path) -> None:
+    from magus.calculators.emt import EMTCalculator
+
+    from magus_anharmonic.plugins.calculator import MatterSimCalculator
+
+    where = {"pressure": 0, "workDir": str(magus_folder), "work_dir": str(magus_folder)}
+    (stock,) = EMTCalculator(jobPrefix="EMT", job_prefix="EMT", **where).relax([bulk("Al", a=4.4)])
+    assert len(stock.info["trajs"]) > 3
+    (here,) = MatterSimCalculator(**ours(), MainCalculator=ours(), **where).relax([bulk("Al", a=4.4)])
+    assert len(here.info["trajs"]) == 2
+
+
+def test_a_single_point_of_quantum_espresso_cannot_be_read_there_and_is_refused_here(tmp_path: Path) -> None:
+    from magus.formatting.espresso import load_espresso
+
+    from magus_anharmonic.errors import InputError
+    from magus_anharmonic.plugins.modes import check_input
+
+    (tmp_path / "output").write_text("!    total energy              =     -15.85 Ry\n     JOB DONE.\n")
+    with pytest.raises(UnboundLocalError):
+        load_espresso(tmp_path / "output")
+    data = {
+        "symbols": ["Al"],
+        "MainCalculator": {"calculator": "espresso"},
+        "MLCalculator": ours("ML"),
+        "SelectDFTScf": True,
+        "learning": {"labeler": {"calculator": "main"}},
+    }
+    with pytest.raises(InputError, match="espresso of MAGUS reads relaxations only"):
+        check_input(data, ml=True, parallel=False)
