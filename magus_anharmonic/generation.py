@@ -341,7 +341,7 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
         counts[candidate.status] = counts.get(candidate.status, 0) + 1
     words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
-    for c in candidates[:3]:
-        if c.rank_quantum is not None:
-            g, error = c.gibbs, c.gibbs_error
-            log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error)
+    for c in [c for c in candidates if c.rank_quantum is not None][:3]:
+        g, error = c.gibbs, c.gibbs_error
+        above = "" if c.gibbs_above_hull is None else f", {1000 * c.gibbs_above_hull:.1f} meV/atom above the hull"
+        log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error, above)

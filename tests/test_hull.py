@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial import ConvexHull
 from scipy.stats import norm
 
-from magus_anharmonic.analysis.hull import end_member_fractions, hull_entries, lower_hull, margins, parse_formula
+from magus_anharmonic.hull import end_member_fractions, hull_entries, lower_hull, margins, parse_formula
 from magus_anharmonic.errors import InputError
 
 FORMULAS = ["H", "H3S", "H2S", "S"]

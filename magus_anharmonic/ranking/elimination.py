@@ -91,15 +91,36 @@ Common = Callable[[str, str], float]
 """Covariance of the free energies of two candidates, eV^2/atom^2."""
 
 
+FieldOf = Callable[[str], str]
+"""What a candidate runs against: only those of one field (a composition) are compared."""
+
+
+def one_field(name: str) -> str:
+    """Everybody against everybody."""
+    return ""
+
+
 def verdicts(
-    standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None, common: Common | None = None
+    standings: Mapping[str, Standing],
+    rules: Rules,
+    n_candidates: int | None = None,
+    common: Common | None = None,
+    field_of: FieldOf = one_field,
 ) -> dict[str, Stop]:
     """Candidates that stop now; whoever is not in it goes on.
 
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given); ``common``
-    knows what the errors of two candidates have in common (default: nothing).
+    knows what the errors of two candidates have in common (default: nothing). ``rules.keep_best`` counts in each field.
     """
     z = rules.z(n_candidates or len(standings))
+    stopped: dict[str, Stop] = {}
+    for field in dict.fromkeys(map(field_of, standings)):
+        rivals = {name: standing for name, standing in standings.items() if field_of(name) == field}
+        stopped |= _verdicts_of_field(rivals, rules, z, common)
+    return stopped
+
+
+def _verdicts_of_field(standings: Mapping[str, Standing], rules: Rules, z: float, common: Common | None) -> dict[str, Stop]:
     uppers = sorted(standing.upper(z) for standing in standings.values())
     limit = uppers[rules.keep_best - 1] if len(uppers) > rules.keep_best else math.inf
     stopped = {}
@@ -146,12 +167,13 @@ def race(
     known: Mapping[str, Standing],
     dormant: Mapping[str, Standing],
     common: Common | None = None,
+    field_of: FieldOf = one_field,
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
     ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they, and those that were
     eliminated here, are woken when they could be among the best after all and everybody else has stopped. Returns a `Stop`
-    for everyone that ran and did not fail. ``common``: see `verdicts`.
+    for everyone that ran and did not fail. ``common``, ``field_of``: see `verdicts`.
     """
     total = len(names) + len(known) + len(dormant)
     standings, asleep, spent = {**known, **dormant}, set(dormant), 0
@@ -159,10 +181,10 @@ def race(
     ran: dict[str, None] = {}
     ended: set[str] = set()
     while True:
-        stopped = verdicts(standings, rules, total, common)
+        stopped = verdicts(standings, rules, total, common, field_of)
         asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
         wanted = [name for name in field if name not in stopped and name not in ended]
-        running = [name for name in wanted if name not in asleep] or wanted
+        running = _awake(wanted, asleep, field_of)
         stops = {name: stopped.get(name, Stop()) for name in ran if name in stopped or name in ended}
         if not running:
             return stops
@@ -181,6 +203,12 @@ def race(
             standings.pop(failed, None)
             field.pop(failed)
             ran.pop(failed, None)
+
+
+def _awake(wanted: Sequence[str], asleep: set[str], field_of: FieldOf) -> list[str]:
+    """Those of ``wanted`` that are not asleep; of a field in which nobody else runs, the sleepers too."""
+    busy = {field_of(name) for name in wanted if name not in asleep}
+    return [name for name in wanted if name not in asleep or field_of(name) not in busy]
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

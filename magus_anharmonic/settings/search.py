@@ -305,17 +305,17 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
-        if "SSCHA" in self.fitness and self.formula_type == "var":
-            raise ValueError(
-                "Fitness: [SSCHA] with formulaType: var: free energies of different compositions cannot be compared "
-                "before a hull of G exists; use formulaType: fix, or Fitness: [Ehull] and `magus-anharmonic rank` afterwards"
-            )
         if "SSCHA" in self.fitness and self.sscha is None:
             raise ValueError("Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the paper's values)")
         if len(self.fitness) > 1 and "SSCHA" in self.fitness:
             raise ValueError(f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front); give [SSCHA]")
         if self.learning is not None and self.learning.select == "sscha" and self.sscha is None:
             raise ValueError("learning.select: sscha takes labels from SSCHA ensembles: it needs the block sscha: (when: every_generation)")
+        if self.learning is not None and self.learning.select == "sscha" and self.formula_type == "var":
+            raise ValueError(
+                "learning.select: sscha with formulaType: var: it labels what decides between phases of one composition; "
+                "choose another learning.select, or formulaType: fix"
+            )
         _ = self.calculator
         return self
 
