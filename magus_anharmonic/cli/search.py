@@ -125,7 +125,10 @@ def rank(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Rank structures by their SSCHA free energy at a pressure and temperature."""
+    """Rank structures by their SSCHA free energy at a pressure and temperature.
+
+    Several compositions are ranked each by itself, and placed above the hull that their free energies make.
+    """
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.ranking import rank_file
