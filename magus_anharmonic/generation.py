@@ -343,7 +343,7 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
     log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
     if counts.get("unconverged") and not any(c.ranked for c in candidates):
         log.warning("round %d: no free energy has converged, so nothing is ranked by it; the reasons are in ranking.csv", generation)
-    for c in candidates[:3]:
-        if c.rank_quantum is not None:
-            g, error = c.gibbs, c.gibbs_error
-            log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error)
+    for c in [c for c in candidates if c.rank_quantum is not None][:3]:
+        g, error = c.gibbs, c.gibbs_error
+        above = "" if c.gibbs_above_hull is None else f", {1000 * c.gibbs_above_hull:.1f} meV/atom above the hull"
+        log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error, above)

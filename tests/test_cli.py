@@ -64,7 +64,7 @@ def test_help_explains_every_command(command):
         (("learning", "dataset"), "nowhere.xyz", ["dataset", "nowhere.xyz"]),
         (("learning", "epochs"), "many", ["learning.epochs"]),
         (("sscha", "engine"), "natif", ["sscha.engine", "python-sscha"]),
-        (("formulaType",), "var", ["formulaType", "SSCHA"]),
+        (("formulaType",), "var", ["formulaType: var", "one list per unit"]),
     ],
 )
 def test_a_wrong_key_or_value_stops_the_search_before_any_work(folder, path, value, words):

@@ -7,8 +7,8 @@ import pytest
 from scipy.spatial import ConvexHull
 from scipy.stats import norm
 
-from magus_anharmonic.analysis.hull import end_member_fractions, hull_entries, lower_hull, margins, parse_formula
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.hull import end_member_fractions, hull_entries, lower_hull, margins, parse_formula
 
 FORMULAS = ["H", "H3S", "H2S", "S"]
 ENERGIES = np.array([0.0, -0.10, -0.05, 0.0])

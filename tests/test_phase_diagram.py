@@ -19,13 +19,13 @@ from two_phases import HIGH, LOW, Phase, boundary, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.analysis.gibbs_points import read_points, write_points
-from magus_anharmonic.analysis.hull import hull_entries
 from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
 from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of, run_grid
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.hull import hull_entries
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.entropy import entropy

@@ -178,7 +178,7 @@ def _critical(found: modes.CriticalPressure) -> str:
 
 
 def _bands(folder: Path) -> Iterator[Drawing]:
-    files = sorted(folder.glob("dispersion-*GPa.csv"))
+    files = sorted(folder.glob(tables.DISPERSIONS))
     if not files:
         raise Missing("there is no dispersion-<phase>-<P>GPa.csv: the Hessian step is not done")
     problems = []

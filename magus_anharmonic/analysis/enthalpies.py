@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.hull import reduced_formula
 from magus_anharmonic.analysis.tables import Enthalpy
+from magus_anharmonic.hull import reduced_formula
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

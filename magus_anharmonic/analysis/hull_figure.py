@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.hull import lower_hull
+from magus_anharmonic.hull import lower_hull
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -23,9 +23,9 @@ from magus_anharmonic.analysis.boundaries import (
     slope_check,
 )
 from magus_anharmonic.analysis.gibbs_points import GibbsPoint, write_points
-from magus_anharmonic.analysis.hull import HullEntry, choose_end_members, hull_entries
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing, write_json
+from magus_anharmonic.hull import HullEntry, choose_end_members, hull_entries
 
 log = logging.getLogger(__name__)
 
@@ -114,12 +114,8 @@ def phase_diagram(
         sets[isotopes, formula] = phase_set(mine, isotopes, n_samples=n_samples, seed=seed, offset_error=model_error)
     boundaries = [one for phases in sets.values() for one in all_boundaries(phases)]
     checks = [check for line in lines(boundaries) if (check := slope_check(points, line, seed=seed)) is not None]
-    formulas = {formula for _, formula in sets}
-    by_phase = {point.phase: point.formula for point in points}
-    wanted = [by_phase.get(name, name) for name in end_members]
-    with_hull = len(formulas) > 1 or bool(wanted)
-    hull, notes = _hull(points, sets, wanted) if with_hull else ([], [])
-    corners = choose_end_members(sorted(formulas), wanted) if with_hull else []
+    corners = _corners(points, sets, end_members)
+    hull, notes = _hull(points, sets, corners) if corners else ([], [])
     reference = points[0].isotopes
     return PhaseDiagram(
         tuple(points), sets, tuple(boundaries), tuple(checks), tuple(_meetings(points)), tuple(_stable(points, sets)), tuple(hull),
@@ -178,7 +174,15 @@ def _stable(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet])
     return found
 
 
-def _hull(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], wanted: Sequence[str]) -> tuple[list[HullRow], list[str]]:
+def _corners(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], end_members: Sequence[str]) -> list[str]:
+    """The formulas against which the hull counts, from names of phases or formulas; none where there is nothing to make a hull of."""
+    formulas = sorted({formula for _, formula in sets})
+    by_phase = {point.phase: point.formula for point in points}
+    wanted = [by_phase.get(name, name) for name in end_members]
+    return choose_end_members(formulas, wanted) if len(formulas) > 1 or wanted else []
+
+
+def _hull(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], corners: Sequence[str]) -> tuple[list[HullRow], list[str]]:
     """Hulls at every point of the grid where the end members have a free energy; where they have none it is said."""
     rows, notes = [], []
     for isotopes in dict.fromkeys(isotopes for isotopes, _ in sets):
@@ -192,7 +196,7 @@ def _hull(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet], w
                         energies.append(float(surface.gibbs(pressure, temperature)))
                         draws.append(phases.draws[name].values(pressure, temperature)[:, 0])
             try:
-                entries = hull_entries(names, formulas, np.array(energies), np.array(draws).T, wanted)
+                entries = hull_entries(names, formulas, np.array(energies), np.array(draws).T, corners)
             except InputError as error:
                 notes.append(f"no hull at {pressure:g} GPa, {temperature:g} K ({isotopes}): {error}")
                 continue

@@ -270,10 +270,16 @@ TABLES: tuple[type, ...] = (
 TABLES_FOLDER = "tables"
 """Below ``campaign/``."""
 
+RANKINGS = "ranking-*GPa.csv"
+"""Every `ranking_file` of a folder, as a pattern."""
+
+DISPERSIONS = "dispersion-*GPa.csv"
+"""Every `dispersion_file` of a folder, as a pattern."""
+
 
 def ranking_files(folder: Path) -> list[Path]:
     """The rankings in a folder of tables, by name."""
-    return sorted(folder.glob("ranking-*GPa.csv"))
+    return sorted(folder.glob(RANKINGS))
 
 
 def ranking_file(pressure: float) -> str:

@@ -66,23 +66,32 @@ def _embedded(input_file: Path, restart: bool) -> None:
 
 
 def _show(folder: Path) -> None:
-    """Print what a finished run found: table, plain words, picture and folder."""
+    """Print what a finished run found: a table and plain words for each composition, picture and folder."""
     from rich.console import Console
 
-    from magus_anharmonic.report.summary import picture, read_ranking, sentences, table
+    from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
 
     ranking = folder / "ranking.csv"
     if not ranking.exists():
         return
     rows = read_ranking(ranking)
+    blocks = by_composition(rows)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print()
-    console.print(table(rows))
-    for line in sentences(rows):
-        console.print(f"* {line}", highlight=False)
-    drawn = picture(rows, folder / "ranking.png")
+    pictures = []
+    for block in blocks or [rows]:
+        several = len(blocks) > 1
+        console.print()
+        console.print(table(block, title=f"{block[0].composition}: ranking by free energy") if several else table(block))
+        for line in sentences(block):
+            console.print(f"* {line}", highlight=False)
+        pictures.append(picture(block, folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png")))
+    if hull := hull_sentences(rows):
+        console.print()
+        for line in hull:
+            console.print(f"* {line}", highlight=False)
     page = folder / "report.html"
     report = f"\nReport: {page}" if page.is_file() else ""
+    drawn = ", ".join(map(str, pictures))
     console.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
 
 
@@ -116,7 +125,10 @@ def rank(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Rank structures by their SSCHA free energy at a pressure and temperature."""
+    """Rank structures by their SSCHA free energy at a pressure and temperature.
+
+    Several compositions are ranked each by itself, and placed above the hull that their free energies make.
+    """
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.ranking import rank_file

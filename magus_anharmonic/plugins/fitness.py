@@ -10,6 +10,8 @@ from magus.fitness import FitnessCalculator
 class SschaFitness(FitnessCalculator):
     """``Fitness: [SSCHA]``: minus the free energy in eV/atom, an estimate where SSCHA has not run; always finite.
 
+    With ``formulaType: var`` minus its distance above the hull of the population, as MAGUS's ``Ehull`` for enthalpies.
+
     MAGUS asks 5 to 10 times per search round, on duplicates and in forked workers, so this must stay cheap.
     """
 
@@ -18,8 +20,8 @@ class SschaFitness(FitnessCalculator):
 
     def calc(self, pop: Any) -> None:
         """Set ``info['fitness']['sscha']`` of every individual."""
-        from magus_anharmonic.ranking.fitness import fitness_values
+        from magus_anharmonic.ranking.fitness import population_fitness
 
         individuals = list(pop)
-        for individual, value in zip(individuals, fitness_values([ind.info for ind in individuals]), strict=True):
+        for individual, value in zip(individuals, population_fitness(individuals), strict=True):
             individual.info["fitness"]["sscha"] = value

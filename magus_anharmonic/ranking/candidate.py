@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ase import Atoms
+
+from magus_anharmonic.hull import reduced_formula
 
 Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
 """``unconverged``: the populations or the budget ran out before the relaxation came to its end; ``eliminated``: stopped early, because
@@ -36,7 +40,7 @@ class Candidate:
     final ensemble (eV/A). ``parent`` is the structure whose saddle point was followed to this one, which is no member of the population
     then. ``pooled`` : folders of the runs of which G is the mean, and their weights (`pooling`; empty: of one run);
     ``duplicate_spread`` : largest distance of G of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error``
-    (cm^-1) and ``p_stable``: see `Record`.
+    (cm^-1) and ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions (`compositions`).
     """
 
     id: str
@@ -79,6 +83,11 @@ class Candidate:
     hessian_lowest: float | None = None
     hessian_error: float | None = None
     p_stable: float | None = None
+    enthalpy_above_hull: float | None = None
+    gibbs_above_hull: float | None = None
+    gibbs_above_hull_error: float | None = None
+    p_on_hull: float | None = None
+    p_on_hull_total: float | None = None
     rank_static: int | None = None
     rank_quantum: int | None = None
 
@@ -92,14 +101,37 @@ class Candidate:
         """Chemical formula with the metals first, e.g. ``'H3S'``."""
         return self.atoms.get_chemical_formula(mode="metal")
 
+    @property
+    def composition(self) -> str:
+        """The formula without common divisor: one name for all cells of a composition."""
+        return reduced_formula(self.formula)
 
-def numbered(candidates: list[Candidate]) -> list[Candidate]:
-    """Order for the table, ranks filled in.
 
-    First the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged and
-    estimated ones by G, and static ones by enthalpy; the failed ones last. ``rank_static`` counts all candidates by enthalpy,
-    ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
+def by_composition(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates of each composition: those nearest to the hull first, else by formula."""
+    blocks: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        blocks.setdefault(candidate.composition, []).append(candidate)
+    return [blocks[name] for name in sorted(blocks, key=lambda name: (_lowest(blocks[name]), name))]
+
+
+def _lowest(block: Sequence[Candidate]) -> tuple[float, float]:
+    gibbs = [c.gibbs_above_hull for c in block if c.ranked and c.gibbs_above_hull is not None]
+    static = [c.enthalpy_above_hull for c in block if c.enthalpy_above_hull is not None]
+    return min(gibbs, default=math.inf), min(static, default=math.inf)
+
+
+def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Order for the table, composition by composition, ranks filled in.
+
+    Of a composition first the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged
+    and estimated ones by G, and static ones by enthalpy; the failed ones last. ``rank_static`` counts all candidates of the
+    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
     """
+    return [candidate for block in by_composition(candidates) for candidate in _numbered_block(block)]
+
+
+def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
     by_enthalpy = sorted((c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id))
     static = {c.id: place for place, c in enumerate(by_enthalpy, start=1)}
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))

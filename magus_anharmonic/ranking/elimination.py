@@ -7,6 +7,7 @@ stops; the rest go on until the order of the best few is known with the wanted c
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,16 +95,37 @@ Common = Callable[[str, str], float]
 """Covariance of the free energies of two candidates, eV^2/atom^2."""
 
 
+FieldOf = Callable[[str], str]
+"""What a candidate runs against: only those of one field (a composition) are compared."""
+
+
+def one_field(name: str) -> str:
+    """Everybody against everybody."""
+    return ""
+
+
 def verdicts(
-    standings: Mapping[str, Standing], rules: Rules, n_candidates: int | None = None, common: Common | None = None
+    standings: Mapping[str, Standing],
+    rules: Rules,
+    n_candidates: int | None = None,
+    common: Common | None = None,
+    field_of: FieldOf = one_field,
 ) -> dict[str, Stop]:
     """Candidates that stop now; whoever is not in it goes on.
 
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds (default: those given); ``common``
-    knows what the errors of two candidates have in common (default: nothing). One that has had its populations and did not converge
-    will not be ranked, so it throws nobody out and holds nobody up.
+    knows what the errors of two candidates have in common (default: nothing). ``rules.keep_best`` counts in each field. One that has
+    had its populations and did not converge will not be ranked, so it throws nobody out and holds nobody up.
     """
     z = rules.z(n_candidates or len(standings))
+    stopped: dict[str, Stop] = {}
+    for field in dict.fromkeys(map(field_of, standings)):
+        rivals = {name: standing for name, standing in standings.items() if field_of(name) == field}
+        stopped |= _verdicts_of_field(rivals, rules, z, common)
+    return stopped
+
+
+def _verdicts_of_field(standings: Mapping[str, Standing], rules: Rules, z: float, common: Common | None) -> dict[str, Stop]:
     field = {name: standing for name, standing in standings.items() if standing.converged or standing.n_populations < rules.max_populations}
     uppers = sorted(standing.upper(z) for standing in field.values())
     limit = uppers[rules.keep_best - 1] if len(uppers) >= rules.keep_best else math.inf
@@ -151,28 +173,30 @@ def race(
     known: Mapping[str, Standing],
     dormant: Mapping[str, Standing],
     common: Common | None = None,
+    field_of: FieldOf = one_field,
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
     ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated: they, and those that were
     eliminated here, are woken when they could be among the best after all and everybody else has stopped. Returns a `Stop`
-    for everyone that ran and did not fail. ``common``: see `verdicts`.
+    for everyone that ran and did not fail. ``common``, ``field_of``: see `verdicts`.
     """
     total = len(names) + len(known) + len(dormant)
     standings, asleep, spent = {**known, **dormant}, set(dormant), 0
     field = dict.fromkeys([*names, *dormant])
     ran: dict[str, None] = {}
     ended: set[str] = set()
+    verdicts_of = functools.partial(verdicts, rules=rules, n_candidates=total, common=common, field_of=field_of)
     while True:
-        stopped = verdicts(standings, rules, total, common)
+        stopped = verdicts_of(standings)
         asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
         wanted = [name for name in field if name not in stopped and name not in ended]
-        running = [name for name in wanted if name not in asleep] or wanted
+        running = _awake(wanted, asleep, field_of)
         stops = {name: stopped.get(name, Stop()) for name in ran if name in stopped or name in ended}
         if not running:
             return stops
         if rules.budget is not None and spent >= rules.budget:
-            return _budget_spent(rules, standings, total, common, stops, ran)
+            return _budget_spent(rules, standings, verdicts_of, stops, ran)
         asleep -= set(running)
         asked = {name: standings[name].n_populations + 1 if name in standings else 1 for name in running}
         found = advance(asked)
@@ -193,17 +217,27 @@ def budget_words(budget: int | None) -> str:
 
 
 def _budget_spent(
-    rules: Rules, standings: Mapping[str, Standing], total: int, common: Common | None, stops: Mapping[str, Stop], ran: Iterable[str]
+    rules: Rules,
+    standings: Mapping[str, Standing],
+    verdicts_of: Callable[[Mapping[str, Standing]], dict[str, Stop]],
+    stops: Mapping[str, Stop],
+    ran: Iterable[str],
 ) -> dict[str, Stop]:
     """How the race ends without more evaluations: thrown out stays who is so by those that have converged, everybody else waits."""
     last = {
         name: standing if standing.converged else replace(standing, n_populations=rules.max_populations)
         for name, standing in standings.items()
     }
-    out = {name for name, stop in verdicts(last, rules, total, common).items() if stop.eliminated}
+    out = {name for name, stop in verdicts_of(last).items() if stop.eliminated}
     spent = Stop(budget_words(rules.budget))
     known = {name: stop for name, stop in stops.items() if not stop.eliminated or name in out}
     return {name: known.get(name, spent) for name in ran}
+
+
+def _awake(wanted: Sequence[str], asleep: set[str], field_of: FieldOf) -> list[str]:
+    """Those of ``wanted`` that are not asleep; of a field in which nobody else runs, the sleepers too."""
+    busy = {field_of(name) for name in wanted if name not in asleep}
+    return [name for name in wanted if name not in asleep or field_of(name) not in busy]
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

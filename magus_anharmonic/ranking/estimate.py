@@ -6,7 +6,7 @@ Well above the ground state G is nearly linear in H (Fig. 6c of the paper), so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +49,7 @@ def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Se
     if h.size == 0:
         return None
     if h.size < MIN_POINTS:
-        return GibbsEstimate(float(np.max(g - h)), 1.0, 2.0 * float(np.max(noise)), h.size)
+        return _largest_shift(h, g, noise)
     centred = h - h.mean()
     spread = float(centred @ centred)
     slope = float(centred @ (g - g.mean())) / spread if spread > 0 else 1.0
@@ -59,3 +59,23 @@ def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Se
     intercept = float(g.mean() - slope * h.mean())
     residuals = g - intercept - slope * h
     return GibbsEstimate(intercept, slope, 2.0 * float(np.sqrt(residuals @ residuals / free)), h.size)
+
+
+def _largest_shift(h: np.ndarray, g: np.ndarray, noise: np.ndarray) -> GibbsEstimate:
+    return GibbsEstimate(float(np.max(g - h)), 1.0, 2.0 * float(np.max(noise)), h.size)
+
+
+def fit_estimates(known: Sequence[tuple[str, float, float, float]], compositions: Iterable[str]) -> dict[str, GibbsEstimate]:
+    """An estimate for each of the ``compositions`` from results (composition, H, G, standard error of G), eV/atom.
+
+    A composition with results of its own has their line. Others have ``H + max(G - H)`` of all results plus two errors: energies per
+    atom of several compositions lie on no common line. Empty without results.
+    """
+    if not known:
+        return {}
+    lines = {}
+    for name in dict.fromkeys(compositions):
+        own = [numbers for other, *numbers in known if other == name]
+        fitted = fit_estimate(*zip(*own, strict=True)) if own else None
+        lines[name] = fitted or _largest_shift(*np.array([numbers for _, *numbers in known], dtype=float).T)
+    return lines

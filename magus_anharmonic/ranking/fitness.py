@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
+from magus_anharmonic.hull import above_hull
 from magus_anharmonic.ranking.candidate import RANKED
-from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimate
+from magus_anharmonic.ranking.compositions import composition
+from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
 
 LARGEST = 1e6
 """eV/atom; anything larger is no energy."""
@@ -52,31 +55,48 @@ def has_failed(info: Mapping[str, Any]) -> bool:
     return _text(info.get("free_energy_status")) == "failed" and same_model
 
 
-def fitness_values(infos: Sequence[Mapping[str, Any]]) -> list[float]:
+def population_fitness(structures: Sequence[Atoms]) -> list[float]:
+    """`fitness_values` of structures with ``info`` and their own compositions."""
+    return fitness_values([atoms.info for atoms in structures], [composition(atoms) for atoms in structures])
+
+
+def fitness_values(infos: Sequence[Mapping[str, Any]], compositions: Sequence[str] | None = None) -> list[float]:
     """Minus the free energy per atom of every structure, finite whatever the ``info`` holds.
 
     * a computed G counts when it belongs to the model of the enthalpy (``free_energy_model == model``);
-    * a stale or missing one is replaced by the estimate from those present (`fit_estimate`), in the order of the
-      enthalpies, and never above the best computed one; without any computed G the enthalpy itself counts;
+    * a stale or missing one is replaced by the estimate from those present (`fit_estimates`), in the order of the
+      enthalpies, and never above the best computed one of its composition; without any computed G the enthalpy itself counts;
     * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it counts, above it speaks against nobody;
     * below those come structures without a usable enthalpy, below everything those whose SSCHA failed.
+
+    With several ``compositions`` (reduced formulas; None: all the same) it is minus the distance above the hull of those numbers.
     """
-    enthalpies = [number(info.get("enthalpy")) for info in infos]
+    names = ["" for _ in infos] if compositions is None else list(compositions)
     failed = [has_failed(info) for info in infos]
-    gibbs = [None if bad else computed_gibbs(info) for info, bad in zip(infos, failed, strict=True)]
-    errors = [number(info.get("free_energy_error")) or 0.0 for info in infos]
-    pairs = [(h, g, e) for h, g, e in zip(enthalpies, gibbs, errors, strict=True) if g is not None]
-    known = [pair for pair in pairs if pair[0] is not None]
-    estimate = fit_estimate(*zip(*known, strict=True)) if known else None
-    best = min((pair[1] for pair in pairs), default=None)
-    values = {i: g for i, g in enumerate(gibbs) if g is not None}
-    others = {i: h for i, h in enumerate(enthalpies) if h is not None and i not in values and not failed[i]}
-    values.update(_estimated(others, estimate, best))
-    if best is not None:
-        bounds = {i: bound for i in others if (bound := _gibbs(infos[i], ("unconverged",))) is not None}
-        values.update({i: max(min(values[i], bound), math.nextafter(best, math.inf)) for i, bound in bounds.items()})
+    values = _free_energies(infos, names, failed)
+    if len({names[i] for i in values}) > 1:
+        order = sorted(values)
+        values = dict(zip(order, above_hull([names[i] for i in order], np.array([values[i] for i in order])).tolist(), strict=True))
     worst = max(values.values(), default=0.0)
     return [-values.get(i, worst + (2.0 if failed[i] else 1.0)) for i in range(len(infos))]
+
+
+def _free_energies(infos: Sequence[Mapping[str, Any]], names: Sequence[str], failed: Sequence[bool]) -> dict[int, float]:
+    """G by position, computed or estimated (eV/atom), of those that have a usable enthalpy or G."""
+    enthalpies = [number(info.get("enthalpy")) for info in infos]
+    gibbs = [None if bad else computed_gibbs(info) for info, bad in zip(infos, failed, strict=True)]
+    errors = [number(info.get("free_energy_error")) or 0.0 for info in infos]
+    known = [(n, h, g, e) for n, h, g, e in zip(names, enthalpies, gibbs, errors, strict=True) if g is not None and h is not None]
+    estimates = fit_estimates(known, names)
+    values = {i: g for i, g in enumerate(gibbs) if g is not None}
+    for name in dict.fromkeys(names):
+        best = min((g for i, g in enumerate(gibbs) if g is not None and names[i] == name), default=None)
+        others = {i: h for i, h in enumerate(enthalpies) if names[i] == name and h is not None and gibbs[i] is None and not failed[i]}
+        values.update(_estimated(others, estimates.get(name), best))
+        if best is not None:
+            bounds = {i: bound for i in others if (bound := _gibbs(infos[i], ("unconverged",))) is not None}
+            values.update({i: max(min(values[i], bound), math.nextafter(best, math.inf)) for i, bound in bounds.items()})
+    return values
 
 
 def _estimated(enthalpies: dict[int, float], estimate: GibbsEstimate | None, best: float | None) -> dict[int, float]:

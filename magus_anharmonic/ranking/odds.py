@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import Candidate, by_composition
 from magus_anharmonic.ranking.common_numbers import difference_error
 from magus_anharmonic.ranking.elimination import probability_lowest
 
@@ -30,7 +30,7 @@ def with_odds(
     measured: Mapping[str, ModelTerm] | None = None,
     common: Callable[[Candidate, Candidate], float] = lambda one, other: 0.0,
 ) -> list[Candidate]:
-    """Fill in the difference of G to the lowest phase, its errors, and the odds; energies in eV/atom.
+    """Fill in the difference of G to the lowest phase of the composition, its errors, and the odds; energies in eV/atom.
 
     sampling : both standard errors together, less what ``common`` (the covariance of two free energies, eV^2/atom^2) says they
     share; the odds take them as independent, which for candidates that share errors is on the safe side. finite size : half the
@@ -44,34 +44,44 @@ def with_odds(
     estimate. A phase without a measurement is taken to be shifted as the measured ones are on average.
     """
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
-    if not phases:
-        return list(candidates)
+    terms = dict(zip((c.id for c in phases), model_terms(phases, measured or {}), strict=True))
+    filled: dict[str, Candidate] = {}
+    for block in by_composition(phases):
+        filled |= _with_odds(block, [terms[c.id] for c in block], model_error, common)
+    return [filled.get(c.id, c) for c in candidates]
+
+
+def _with_odds(
+    phases: Sequence[Candidate],
+    terms: Sequence[ModelTerm | None],
+    model_error: float | None,
+    common: Callable[[Candidate, Candidate], float],
+) -> dict[str, Candidate]:
+    """By id the phases of one composition, the lowest first, against the first of them."""
     best = phases[0]
     gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
     finite = [0.0 if c is best else _finite_size_error(c, best) for c in phases]
     odds = probability_lowest(gibbs, sampling)
-    terms = model_terms(phases, measured or {})
     shift = _shifts(terms)
     model = [_of_model(c, term, model_error) for c, term in zip(phases, terms, strict=True)]
     known = [value for value in model if value is not None]
     total = None
     if len(known) == len(phases):
         total = probability_lowest(np.add(gibbs, shift), np.sqrt(np.square(sampling) + np.square(finite) + np.square(known)))
-    filled = {
+    return {
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
             difference_sampling=0.0 if c is best else difference_error(_number(c.gibbs_error), _number(best.gibbs_error), common(c, best)),
             difference_finite_size=finite[place],
             difference_model=_together(model[place], model[0], shift[place] - shift[0], c is best),
-            model_correction=None if terms[place] is None else terms[place].correction,
-            model_correction_error=None if terms[place] is None else terms[place].error,
+            model_correction=None if term is None else term.correction,
+            model_correction_error=None if term is None else term.error,
             p_lowest=float(odds[place]),
             p_lowest_total=None if total is None else float(total[place]),
         )
-        for place, c in enumerate(phases)
+        for place, (c, term) in enumerate(zip(phases, terms, strict=True))
     }
-    return [filled.get(c.id, c) for c in candidates]
 
 
 def model_terms(phases: Sequence[Candidate], measured: Mapping[str, ModelTerm]) -> list[ModelTerm | None]:

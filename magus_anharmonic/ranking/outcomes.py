@@ -154,7 +154,9 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
 
 def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:
     """The flat ``info`` keys that fitness, host and ``magus summary`` read, on every structure of the population."""
+    several = len({candidate.composition for candidate in candidates}) > 1
     for candidate in candidates:
+        above = {"free_energy_above_hull": np.nan if candidate.gibbs_above_hull is None else candidate.gibbs_above_hull} if several else {}
         for index in candidate.members:
             population[index].info.update(
                 candidate_id=candidate.id,
@@ -165,4 +167,5 @@ def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model
                 free_energy_model=model,
                 free_energy_reason=candidate.reason,
                 spg_quantum=candidate.spg_quantum,
+                **above,
             )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.ranking.compositions import composition
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.outcomes import record_of, standing_of, stopped_record
@@ -67,7 +68,10 @@ def run_race(
     def common(one: str, other: str) -> float:
         return ranking.common_numbers.covariance(folder_of(one), folder_of(other))
 
-    stops = race(names, advance, rules, known, dormant, common)
+    def composition_of(name: str) -> str:
+        return composition(ranking.leader(groups[name] if name in groups else int(name)))
+
+    stops = race(names, advance, rules, known, dormant, common, composition_of)
     for name, stop in stops.items():
         job, outcome, record = latest[name]
         # Only now: what the model says about an ensemble is asked once, of the last one.

@@ -16,8 +16,9 @@ from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.common_numbers import CommonNumbers
+from magus_anharmonic.ranking.compositions import comparable, composition, with_heights
 from magus_anharmonic.ranking.elimination import BUDGET_SPENT, budget_words, resolution
-from magus_anharmonic.ranking.estimate import fit_estimate
+from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
@@ -81,12 +82,15 @@ def rank(
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G (`odds.with_odds`).
 
+    Structures of several compositions are ranked in one table, composition by composition (`numbered`): estimates, early stopping, order
+    and odds are those inside of a composition, and beside them stands the distance above the hull (`compositions`).
+
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model.
     """
     ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured)
     if settings.sscha is not None:
-        chosen = chosen_groups(ranking.groups, ranking.enthalpies, settings.sscha, energy_rmse)
+        chosen = chosen_groups(ranking.groups, comparable(population, ranking.enthalpies), settings.sscha, energy_rmse)
         ranking.look_up()
         if sscha_is_due(settings, generation, n_generations, energy_rmse):
             with contextlib.nullcontext(workers) if workers is not None else _scheduler(settings, evaluator) as who:
@@ -315,7 +319,7 @@ class Ranking:
             candidates = with_odds(phases, self.energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance))
         temperature = key.temperature if key else 0.0
         failed = [self._failed(i, temperature) for i in self.unusable]
-        return numbered(candidates + failed)
+        return numbered(with_heights(candidates + failed, self.energy_rmse))
 
     def _failed(self, index: int, temperature: float) -> Candidate:
         atoms = self.population[index]
@@ -349,20 +353,21 @@ class Ranking:
 
     def _estimated(self, candidates: list[Candidate], key: Key) -> list[Candidate]:
         """Give the structures without a result the estimate from those that have one."""
-        pairs = [(record.enthalpy, self.store.final(record)) for record in self.store.records(key)]
+        results = [(record, self.store.final(record)) for record in self.store.records(key)]
         known = [
-            (h, final.gibbs, final.gibbs_error or 0.0)
-            for h, final in pairs
-            if h is not None and final.gibbs is not None and final.status != "unconverged"
-        ]
-        estimate = fit_estimate(*zip(*known, strict=True)) if known else None
-        if estimate is None:
-            return candidates
-        return [
-            replace(c, status="estimated", gibbs=estimate(c.enthalpy), gibbs_error=estimate.margin, reason=estimate.description)
-            if c.status == "static" and c.enthalpy is not None else c
-            for c in candidates
+            (composition(record.start), record.enthalpy, final.gibbs, final.gibbs_error or 0.0)
+            for record, final in results
+            if record.enthalpy is not None and final.gibbs is not None and final.status != "unconverged"
         ]  # fmt: skip
+        estimates = fit_estimates(known, [c.composition for c in candidates])
+        return [_with_estimate(c, estimates.get(c.composition)) for c in candidates]
+
+
+def _with_estimate(candidate: Candidate, estimate: GibbsEstimate | None) -> Candidate:
+    if estimate is None or candidate.status != "static" or candidate.enthalpy is None:
+        return candidate
+    gibbs = estimate(candidate.enthalpy)
+    return replace(candidate, status="estimated", gibbs=gibbs, gibbs_error=estimate.margin, reason=estimate.description)
 
 
 def write_tables(run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore) -> None:

@@ -33,17 +33,19 @@ def why_not(settings: Settings, energy_rmse: float | None) -> str:
 
 
 def chosen_groups(
-    groups: Sequence[Sequence[int]], enthalpies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
+    groups: Sequence[Sequence[int]], energies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
 ) -> list[int]:
     """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
 
-    The window (eV/atom) is widened to three times the model's validation RMSE: closer structures are not told apart by it.
+    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull (`compositions.comparable`). The window is widened to
+    three times the model's validation RMSE: closer structures are not told apart by it.
     """
     if not groups:
         return []
     window = np.inf if settings.window is None else settings.window
     if energy_rmse is not None:
         window = max(window, RMSE_FACTOR * energy_rmse)
-    limit = enthalpies[groups[0][0]] + window
-    inside = [g for g, members in enumerate(groups) if enthalpies[members[0]] <= limit]
-    return inside[: settings.max_candidates]
+    lowest = [energies[members[0]] for members in groups]
+    order = sorted(range(len(groups)), key=lambda g: lowest[g])
+    limit = lowest[order[0]] + window
+    return [g for g in order if lowest[g] <= limit][: settings.max_candidates]

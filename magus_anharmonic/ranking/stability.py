@@ -40,11 +40,11 @@ NO_RUN = "following it failed"
 
 
 def check_stability(ranking: Ranking, key: Key, free_energy: Callable[..., Any], workers: Workers) -> None:
-    """Check the lowest ``sscha.hessian`` distinct phases at ``key``; follow saddle points; again, until no new one is among them."""
+    """Check the lowest ``sscha.hessian`` phases of each composition at ``key``, follow saddle points, until no new one is found."""
     n_phases, seen = ranking.sscha.hessian, set[str]()
     _follow(ranking, unfollowed(ranking.store, ranking.results(key)), free_energy, workers)
     while True:
-        phases = [candidate for candidate in ranking.table(key) if candidate.rank_quantum is not None][:n_phases]
+        phases = [candidate for candidate in ranking.table(key) if 0 < (candidate.rank_quantum or 0) <= n_phases]
         records = [ranking.store.get(candidate.record, key) for candidate in phases]
         new = [record for record in records if record is not None and record.structure not in seen]
         if not new:

@@ -55,6 +55,11 @@ COLUMNS = (
     "model_correction_error_eV_per_atom",
     "n_pooled",
     "duplicate_spread_eV_per_atom",
+    "enthalpy_above_hull_eV_per_atom",
+    "gibbs_above_hull_eV_per_atom",
+    "gibbs_above_hull_error_eV_per_atom",
+    "p_on_hull_sampling",
+    "p_on_hull_total",
 )
 
 
@@ -102,6 +107,11 @@ def row(candidate: Candidate) -> dict[str, Any]:
         _digits(c.model_correction_error),
         max(1, len(c.pooled)) if c.ranked else "",
         _digits(c.duplicate_spread),
+        _digits(c.enthalpy_above_hull),
+        _digits(c.gibbs_above_hull),
+        _digits(c.gibbs_above_hull_error),
+        _digits(c.p_on_hull),
+        _digits(c.p_on_hull_total),
     )
     return dict(zip(COLUMNS, values, strict=True))
 

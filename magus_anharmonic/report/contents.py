@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from magus_anharmonic.analysis.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report import crystals as found_crystals
 from magus_anharmonic.report import figures, findings
@@ -25,10 +26,10 @@ EXPECTED = (
     ("model_errors.csv", "errors of the models (Table I)"),
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
-    ("ranking-*GPa.csv", "rankings by free energy (Fig. 6)"),
+    (RANKINGS, "rankings by free energy (Fig. 6)"),
     ("space_groups.csv", "space groups as found, after DFT, and with moving ions"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
-    ("dispersion-*GPa.csv", "anharmonic dispersions (Fig. 4b)"),
+    (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
     ("gibbs_correction.csv", "corrections of G by DFT labels"),
     ("learning.csv", "learning curves"),
@@ -107,7 +108,7 @@ def campaign_contents(folder: Path) -> Contents:
     steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
     steps = {name: step for name, step in steps.items() if isinstance(step, dict)}
     contents.steps = _steps(steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv")))
-    for path in sorted(tables.glob("ranking-*GPa.csv"), key=lambda path: (len(path.name), path.name)):
+    for path in ranking_files(tables):
         contents.rankings += contents.attempt(lambda path=path: ranking_views(path.name, read_ranking(path)), [])
     contents.rankings.sort(key=lambda view: (view.pressure, view.temperature))
     sheets = {}
@@ -227,7 +228,11 @@ def search_contents(folder: Path) -> Contents:
     contents.crystals = contents.attempt(lambda: found_crystals.search_crystals(folder, contents.rankings), [])
     _failures(contents, folder / "failures.jsonl")
     progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
-    contents.summary = [*_progress(contents, progress), *((view.title, findings.ranking_sentences(view)) for view in contents.rankings)]
+    contents.summary = [
+        *_progress(contents, progress),
+        *((view.title, findings.ranking_sentences(view)) for view in contents.rankings),
+        *findings.hull_parts(contents.rankings),
+    ]
     contents.pictures = _search_pictures(contents, folder)
     contents.models = _models(contents, Sheet(""))
     contents.hashes = _hashes([path for path in (ranking, folder / "metrics.jsonl", folder / "quantum.traj") if path.is_file()])

@@ -9,7 +9,7 @@ from itertools import pairwise
 from magus_anharmonic.ranking.candidate import RANKED
 from magus_anharmonic.report.rankings import RankingView
 from magus_anharmonic.report.sheets import Sheet, number
-from magus_anharmonic.report.summary import sentences
+from magus_anharmonic.report.summary import Row, hull_sentences, sentences
 
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
@@ -55,6 +55,15 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
     if not rest:
         return [f"All {len(steps)} steps of the campaign are done."]
     return [f"{counts['done']} of {len(steps)} steps of the campaign are done ({', '.join(rest)}): what follows is what there is so far."]
+
+
+def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
+    """Titled sentences on the hull of each pressure and temperature at which there are several compositions."""
+    places: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
+    for view in views:
+        places[view.file, view.pressure, view.temperature].extend(view.rows)
+    parts = [(f"Hull at {pressure:g} GPa, {heat:g} K", hull_sentences(rows)) for (_, pressure, heat), rows in places.items()]
+    return [(title, lines) for title, lines in parts if lines]
 
 
 class EnthalpyTally:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from magus_anharmonic.ranking.candidate import WITH_ERROR
-from magus_anharmonic.report.summary import WORDS, Row, quantum_ranks, static_ranks
+from magus_anharmonic.report.summary import WORDS, Row, by_composition, quantum_ranks, static_ranks
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
@@ -45,11 +45,14 @@ class RankingView:
     temperature: float
     rows: Sequence[Row] = field(repr=False)
     lines: Sequence[Line] = field(repr=False)
+    composition: str = ""
+    """Empty where the file holds one alone."""
 
     @property
     def title(self) -> str:
-        """Pressure and temperature in words."""
-        return f"{self.pressure:g} GPa, {self.temperature:g} K"
+        """Pressure and temperature in words, after the composition where there are several."""
+        where = f"{self.pressure:g} GPa, {self.temperature:g} K"
+        return f"{self.composition}, {where}" if self.composition else where
 
     @property
     def total(self) -> int:
@@ -63,11 +66,15 @@ class RankingView:
 
 
 def ranking_views(file: str, rows: Sequence[Row]) -> list[RankingView]:
-    """One view per pressure and temperature of a ranking's file, in rising order."""
-    groups: dict[tuple[float, float], list[Row]] = {}
+    """One view per pressure, temperature and composition of a ranking's file, the first two in rising order."""
+    places: dict[tuple[float, float], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.pressure, row.temperature), []).append(row)
-    return [RankingView(file, *key, group, _lines(group)) for key, group in sorted(groups.items())]
+        places.setdefault((row.pressure, row.temperature), []).append(row)
+    views = []
+    for place, group in sorted(places.items()):
+        blocks = by_composition(group)
+        views += [RankingView(file, *place, block, _lines(block), block[0].composition if len(blocks) > 1 else "") for block in blocks]
+    return views
 
 
 def _lines(rows: Sequence[Row]) -> list[Line]:

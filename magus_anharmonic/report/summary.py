@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
 from magus_anharmonic.report.sheets import lines_of, number
 
@@ -44,6 +45,17 @@ class Row:
     hessian_error: float | None = None
     folder: str = ""
     model: str = ""
+    above_hull: float | None = None
+    above_hull_error: float | None = None
+    p_on_hull: float | None = None
+
+    @property
+    def composition(self) -> str:
+        """One name for all cells of a composition; the formula itself where it is none (a table from elsewhere)."""
+        try:
+            return reduced_formula(self.formula)
+        except InputError:
+            return self.formula
 
     @property
     def ranked(self) -> bool:
@@ -87,9 +99,41 @@ def read_ranking(path: str | Path) -> list[Row]:
                 hessian_error=number(line.get("hessian_error_cm1")),
                 folder=line.get("sscha_folder", ""),
                 model=intern(line.get("model", "")),
+                above_hull=number(line.get("gibbs_above_hull_eV_per_atom")),
+                above_hull_error=number(line.get("gibbs_above_hull_error_eV_per_atom")),
+                p_on_hull=number(line.get("p_on_hull_sampling")),
             )
         )
     return rows
+
+
+def by_composition(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each composition, in the order of the file; nothing else of a ranking compares structures of several."""
+    blocks: dict[str, list[Row]] = {}
+    for row in rows:
+        blocks.setdefault(row.composition, []).append(row)
+    return list(blocks.values())
+
+
+def hull_sentences(rows: Sequence[Row]) -> list[str]:
+    """Who is on the hull of free energies, and how far above it the lowest of the other compositions are; empty for one composition."""
+    blocks = by_composition(rows)
+    lowest = [min((row for row in block if row.ranked), key=lambda row: row.gibbs, default=None) for block in blocks]
+    known = [row for row in lowest if row is not None and row.above_hull is not None]
+    if len(blocks) < 2 or not known:
+        return []
+    on = [f"{row.composition} {row.id[:8]}{_odds_in_words(row)}" for row in known if row.above_hull == 0.0]
+    above = [
+        f"{row.composition} {1000 * row.above_hull:.1f} +- {1000 * (row.above_hull_error or 0.0):.1f}" for row in known if row.above_hull
+    ]
+    lines = [f"On the hull of the free energies of these structures (odds by sampling): {', '.join(on)}."]
+    lines += [f"Above it (meV/atom), the lowest of each composition: {', '.join(above)}."] if above else []
+    without = [block[0].composition for block, row in zip(blocks, lowest, strict=True) if row is None]
+    return [*lines, f"Without a computed free energy, and no part of the hull: {', '.join(without)}."] if without else lines
+
+
+def _odds_in_words(row: Row) -> str:
+    return "" if row.p_on_hull is None else f" ({row.p_on_hull:.0%})"
 
 
 def static_ranks(rows: Sequence[Row]) -> dict[str, int]:
@@ -104,12 +148,12 @@ def quantum_ranks(rows: Sequence[Row]) -> dict[str, int]:
     return {row.id: rank for rank, row in enumerate(order, start=1)}
 
 
-def table(rows: Sequence[Row], limit: int = 10) -> Table:
-    """The ranking as a rich table: ranked structures by G, then the rest by enthalpy."""
+def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free energy") -> Table:
+    """The ranking of one composition as a rich table: ranked structures by G, then the rest by enthalpy."""
     static, quantum = static_ranks(rows), quantum_ranks(rows)
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     lowest = min((row.gibbs for row in rows if row.ranked), default=0.0)
-    result = Table(title="Ranking by free energy (energies in meV/atom above the lowest)")
+    result = Table(title=f"{title} (energies in meV/atom above the lowest)")
     for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "rank by H", "change", "status"):
         result.add_column(name, justify="left" if name in ("id", "space group", "status") else "right", no_wrap=True)
     last = len(rows) + 1
@@ -238,7 +282,7 @@ def _undecided(ranked: Sequence[Row]) -> list[str]:
 
 
 def picture(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw static enthalpy against free energy order as two ladders joined by lines; PNG or SVG by suffix."""
+    """Draw static enthalpy against free energy order of one composition as two ladders joined by lines; PNG or SVG by suffix."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     ladders(rows).savefig(target, dpi=160)

@@ -12,13 +12,12 @@ import numpy as np
 import spglib
 from ase import Atoms
 from ase.build import niggli_reduce
-from ase.data import atomic_numbers
 from ase.neighborlist import neighbor_list
 from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.optimize import linprog
 
 from magus_anharmonic.host_keys import HostKeys
-from magus_anharmonic.ranking.fitness import computed_gibbs, fitness_values
+from magus_anharmonic.hull import above_hull
+from magus_anharmonic.ranking.fitness import computed_gibbs, population_fitness
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.structures import spglib_cell, spglib_or_none
 
@@ -187,18 +186,7 @@ def fingerprint(atoms: Atoms, elements: Sequence[int]) -> np.ndarray:
 
 def hull_distance(population: Sequence[Atoms]) -> np.ndarray:
     """(n,) eV/atom above the lower convex hull of the population's own enthalpies over composition."""
-    elements = sorted({symbol for atoms in population for symbol in atoms.get_chemical_symbols()}, key=lambda s: atomic_numbers[s])
-    fractions = np.array([[atoms.get_chemical_symbols().count(s) / len(atoms) for s in elements] for atoms in population])
-    enthalpies = np.array([atoms.info["enthalpy"] for atoms in population])
-    lowest: dict[bytes, int] = {}
-    for index in np.argsort(enthalpies, kind="stable"):
-        lowest.setdefault(np.round(fractions[index], 9).tobytes(), int(index))
-    corners = list(lowest.values())
-    hull = {}
-    for name, index in lowest.items():
-        mix = linprog(enthalpies[corners], A_eq=fractions[corners].T, b_eq=fractions[index], bounds=(0, None), method="highs")
-        hull[name] = min(float(mix.fun), enthalpies[index]) if mix.success else enthalpies[index]
-    return np.array([h - hull[np.round(x, 9).tobytes()] for h, x in zip(enthalpies, fractions, strict=True)])
+    return above_hull([atoms.get_chemical_formula() for atoms in population], np.array([atoms.info["enthalpy"] for atoms in population]))
 
 
 def _ehull(population: Sequence[Atoms]) -> list[float]:
@@ -211,7 +199,7 @@ def _ehull(population: Sequence[Atoms]) -> list[float]:
 _FITNESS = {
     "Enthalpy": lambda population: [-float(atoms.info["enthalpy"]) for atoms in population],
     "Ehull": _ehull,
-    "SSCHA": lambda population: fitness_values([atoms.info for atoms in population]),
+    "SSCHA": population_fitness,
 }
 
 

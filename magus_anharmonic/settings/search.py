@@ -178,7 +178,9 @@ class SschaSettings(Section):
         "without learning: every generation",
     )
     max_candidates: Count = Field(100, description="the lowest distinct structures, counted per model")
-    window: Positive | None = Field(None, description="only structures this far (eV/atom) above the best enthalpy")
+    window: Positive | None = Field(
+        None, description="only structures this far (eV/atom) above the best enthalpy, or above the hull of several compositions"
+    )
     supercell: tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive] = Field(
         (2, 2, 2),
         description="three repetitions of the primitive cell, three rows of whole numbers (its vectors in those of the primitive cell), "
@@ -204,10 +206,13 @@ class SschaSettings(Section):
         "elimination", description="elimination: who cannot be among the best stops early; fixed: everybody runs to the end"
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="that no stopped candidate belongs to the best")
-    keep_best: Count = Field(3, description="so many of the lowest candidates are run to the end and put in order")
+    keep_best: Count = Field(3, description="so many of the lowest candidates (of each composition) are run to the end and put in order")
     budget: Count | None = Field(None, description="most force evaluations of one ranking; left out: no limit")
     hessian: int = Field(
-        3, ge=0, description="so many of the lowest phases are checked for saddle points (free-energy Hessian), which are followed; 0: none"
+        3,
+        ge=0,
+        description="so many of the lowest phases (of each composition) are checked for saddle points (free-energy Hessian), which are "
+        "followed; 0: none",
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
@@ -275,7 +280,9 @@ class Settings(Section):
     seed: int | None = Field(None, ge=0, description="same input and seed, same result; left out: drawn once and recorded")
     symbols: list[str] = Field(default_factory=list, description="MAGUS's key: the elements")
     formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
-    fitness: list[str] = Field(default_factory=list, description="MAGUS's key; [SSCHA] ranks by free energy")
+    fitness: list[str] = Field(
+        default_factory=list, description="MAGUS's key; [SSCHA] ranks by free energy, above its hull with formulaType: var"
+    )
     num_gen: Count | None = Field(None, description="MAGUS's key: the number of generations")
     main_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block; ours with calculator: mattersim")
     ml_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block under magus search -m")
@@ -308,17 +315,17 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
-        if "SSCHA" in self.fitness and self.formula_type == "var":
-            raise ValueError(
-                "Fitness: [SSCHA] with formulaType: var: free energies of different compositions cannot be compared "
-                "before a hull of G exists; use formulaType: fix, or Fitness: [Ehull] and `magus-anharmonic rank` afterwards"
-            )
         if "SSCHA" in self.fitness and self.sscha is None:
             raise ValueError("Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the paper's values)")
         if len(self.fitness) > 1 and "SSCHA" in self.fitness:
             raise ValueError(f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front); give [SSCHA]")
         if self.learning is not None and self.learning.select == "sscha" and self.sscha is None:
             raise ValueError("learning.select: sscha takes labels from SSCHA ensembles: it needs the block sscha: (when: every_generation)")
+        if self.learning is not None and self.learning.select == "sscha" and self.formula_type == "var":
+            raise ValueError(
+                "learning.select: sscha with formulaType: var: it labels what decides between phases of one composition; "
+                "choose another learning.select, or formulaType: fix"
+            )
         _ = self.calculator
         return self
 

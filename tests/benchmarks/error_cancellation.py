@@ -1,15 +1,20 @@
 """Error cancellation measured (Figs. 7 and 8 of the paper): GPAW labels of an SSCHA ensemble against the model that made it.
 
 Usage: python error_cancellation.py label FOLDER im-3m|r3m|PHASE.cif [options]     (run again, it goes on; can be stopped at any time)
+       python error_cancellation.py grid FOLDER [options]                      (what the k points of the label's cell do to the energy)
        python error_cancellation.py analyse FOLDER [options]                   (whatever labels are there)
 
-The SSCHA run is made first (FOLDER/sscha); GPAW's settings are the defaults of the labeler, those of the shipped label set.
+The SSCHA run is made first (FOLDER/sscha); one that is there is taken as it is, whatever model the package ships by now: labels belong
+to its state. GPAW's settings are the defaults of the labeler, those of the shipped label set. What is kept of earlier measurements:
+inputs/h3s-error-cancellation.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +25,10 @@ from ase.io import read
 from magus_anharmonic.analysis.errors_run import Source, analyse_errors, draw_report, source_of_result
 from magus_anharmonic.analysis.labelled_ensemble import draw, label_ensemble
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json
 from magus_anharmonic.labelers import get_labeler
+from magus_anharmonic.labelers.base import Label, Labeler, k_points
+from magus_anharmonic.labelers.gpaw import K_SPACING
 from magus_anharmonic.potential import load
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.sscha import free_energy
@@ -73,6 +81,8 @@ def state_of(result: SschaResult, options: argparse.Namespace) -> SschaState:
 
 
 def sscha(options: argparse.Namespace) -> SschaResult:
+    if (options.folder / "sscha" / "result.json").is_file():
+        return SschaResult.read(options.folder / "sscha")
     atoms = PHASES[options.phase]() if options.phase in PHASES else read(options.phase)
     return free_energy(
         atoms,
@@ -89,12 +99,33 @@ def sscha(options: argparse.Namespace) -> SschaResult:
 def label(options: argparse.Namespace) -> None:
     result = sscha(options)
     print(f"model {result.model_id}: {result.space_group}, G = {result.gibbs:.5f} +- {result.gibbs_error:.5f} eV/atom, {result.status}")
-    labeler = get_labeler(LabelerSettings(calculator="gpaw", n_workers=1, timeout=36000.0), options.folder / "gpaw")
-    try:
-        state = state_of(result, options)
+    state = state_of(result, options)
+    with closing(gpaw(options, "labels")) as labeler:
         label_ensemble(state, draw(state, options.n, seed=0), labeler, options.folder)
-    finally:
-        labeler.close()
+
+
+def gpaw(options: argparse.Namespace, purpose: str) -> Labeler:
+    return get_labeler(LabelerSettings(calculator="gpaw", n_workers=options.workers, timeout=36000.0), options.folder / "gpaw" / purpose)
+
+
+def grid(options: argparse.Namespace) -> None:
+    """The energy of the centroids in the primitive cell minus that in the cell of the labels, by their own grids of k points.
+
+    One crystal, two grids: the difference belongs to the k points alone. `grid.json` keeps it.
+    """
+    result = SschaResult.read(options.folder / "sscha")
+    state = state_of(result, options)
+    with closing(gpaw(options, "grid")) as labeler:
+        labels = labeler.label([result.centroids, state.supercell])
+    energies, grids = [], []
+    for label in labels:
+        if not isinstance(label, Label):
+            raise SystemExit(f"no label of the centroids: {label.reason}")
+        energies.append(label.energy / len(label.structure))
+        grids.append(list(k_points(label.structure, K_SPACING)))
+    step = energies[0] - energies[1]
+    write_json(options.folder / "grid.json", {"grids": grids, "energies_eV_per_atom": energies, "step_eV_per_atom": step})
+    print(f"k points {grids[0]} in the primitive cell, {grids[1]} in that of the labels: {1e3 * step:.1f} meV/atom between them")
 
 
 def analyse(options: argparse.Namespace) -> None:
@@ -104,10 +135,14 @@ def analyse(options: argparse.Namespace) -> None:
     whole = source_of_result(result)
     source = replace(whole, state=state) if state is result.state else Source(state, whole.phase, whole.pressure, whole.model_id)
     u = draw(state, options.n, seed=0)
-    report = analyse_errors(source, load(options.checkpoint), u, options.folder)
+    model = load(options.checkpoint)
+    report = analyse_errors(source, model, u, options.folder)
     draw_report(report)
     found, correction = report.errors, report.correction
-    print(f"{source.phase}, {source.pressure:g} GPa, {state.temperature:g} K, {len(state.supercell)} atoms, model {source.model_id}")
+    print(
+        f"{source.phase}, {source.pressure:g} GPa, {state.temperature:g} K, {len(state.supercell)} atoms, state of model {source.model_id}"
+    )
+    print(f"errors of model {model.model_id}{'' if model.model_id == source.model_id else ', which is another one'}")
     print(f"{found.n_configs} configurations in pairs; {report.n_failed} of {options.n} not labelled")
     print(f"force RMSE {1e3 * found.force:.1f} meV/A")
     for name, unit, parts in (
@@ -127,22 +162,26 @@ def analyse(options: argparse.Namespace) -> None:
         f"G(DFT) - G(model): {1e3 * correction.first_order:.2f} +- {1e3 * correction.first_order_error:.2f} meV/atom (first order), "
         f"{1e3 * correction.second_order:.2f} meV/atom (second order)"
     )
+    if (options.folder / "grid.json").is_file():
+        step = json.loads((options.folder / "grid.json").read_text())["step_eV_per_atom"]
+        print(f"the same on the grid of the primitive cell ({1e3 * step:+.1f}): {1e3 * (correction.first_order + step):.2f} meV/atom")
     print(f"pressure of DFT minus that of the model: {report.pressure_error[0]:.2f} +- {report.pressure_error[1]:.2f} GPa")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=["label", "analyse"])
+    parser.add_argument("task", choices=["label", "grid", "analyse"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("phase", nargs="?", default="im-3m", help="im-3m, r3m, or a structure file")
     parser.add_argument("--checkpoint", default="h3s-gpaw-small")
     parser.add_argument("--pressure", type=float, default=150.0, help="GPa")
     parser.add_argument("--supercell", type=int, nargs=3, default=[2, 2, 2])
     parser.add_argument("--conventional", action="store_true", help="label in the (pseudo)cubic 8-atom cell instead of the 2x2x2 supercell")
+    parser.add_argument("--workers", type=int, default=1, help="labels side by side")
     parser.add_argument("-n", type=int, default=60, help="configurations, in +u/-u pairs")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    {"label": label, "analyse": analyse}[options.task](options)
+    {"label": label, "grid": grid, "analyse": analyse}[options.task](options)
 
 
 if __name__ == "__main__":

@@ -83,5 +83,14 @@ def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
     return result
 
 
+def campaign(file: Path) -> subprocess.CompletedProcess[str]:
+    """``magus-anharmonic campaign FILE`` in a process that finds MAGUS and the plug-ins as those of `magus` do."""
+    _, options = command(file.parent.parent, "search")
+    call = [sys.executable, "-W", "ignore", "-m", "magus_anharmonic.cli", "campaign", str(file)]
+    result = subprocess.run(call, timeout=900, stdin=subprocess.DEVNULL, **options)
+    RAN.append(f"magus-anharmonic campaign (host: magus) -> {result.returncode}")
+    return result
+
+
 def write_input(folder: Path, **changes: Any) -> None:
     (folder / "input.yaml").write_text(yaml.safe_dump({**SEARCH, **changes}))

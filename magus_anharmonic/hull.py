@@ -1,4 +1,4 @@
-"""Convex hull of free energies over composition: formation energies, distance above the hull, and the odds of being on it.
+"""Compositions, and convex hulls over them: formation energies, distance above the hull, and the odds of being on it.
 
 Errors are sampled: every draw of the free energies has a hull of its own. The margin is the distance to the hull of all *other* entries
 (negative: how far below it); it has no wall at zero, so that its standard error means what it says.
@@ -49,6 +49,16 @@ def parse_formula(formula: str) -> dict[str, int]:
     for symbol, number in parts:
         counts[symbol] = counts.get(symbol, 0) + int(number or 1)
     return counts
+
+
+@dataclass(frozen=True)
+class HullOdds:
+    """What draws say about the places of n entries; see `HullEntry` for the four arrays (n,)."""
+
+    distance: np.ndarray
+    margin: np.ndarray
+    error: np.ndarray
+    p_on_hull: np.ndarray
 
 
 @cache
@@ -171,6 +181,28 @@ def margins(fractions: np.ndarray, energies: np.ndarray) -> tuple[np.ndarray, np
     return distance, margin
 
 
+def above_hull(formulas: Sequence[str], energies: np.ndarray) -> np.ndarray:
+    """(n,) eV/atom above the lower hull that the entries (formulas, energies (n,) per atom) form themselves; their extremes are on it."""
+    fractions = pool_fractions(formulas)
+    return np.maximum(energies - lower_hull(fractions, energies, fractions), 0.0)
+
+
+def pool_fractions(formulas: Sequence[str]) -> np.ndarray:
+    """(n, n_elements) atomic fractions of the elements that the formulas hold."""
+    elements = sorted({symbol for formula in formulas for symbol in parse_formula(formula)})
+    return np.array([atom_fractions(formula, elements) for formula in formulas])
+
+
+def hull_odds(fractions: np.ndarray, energies: np.ndarray, draws: np.ndarray) -> HullOdds:
+    """Places of ``energies`` (n,) at compositions (n, d), with errors from ``draws`` (n_draws, n), eV/atom."""
+    distance, margin = margins(fractions, energies)
+    sampled = [margins(fractions, row) for row in draws]
+    drawn_margin = np.array([one[1] for one in sampled])
+    with np.errstate(invalid="ignore"):
+        error = np.where(np.isfinite(drawn_margin).all(axis=0), drawn_margin.std(axis=0, ddof=1), 0.0)
+    return HullOdds(distance, margin, error, np.array([one[0] <= ON_HULL for one in sampled]).mean(axis=0))
+
+
 def hull_entries(
     names: Sequence[str], formulas: Sequence[str], energies: np.ndarray, draws: np.ndarray, end_members: Sequence[str]
 ) -> list[HullEntry]:
@@ -182,16 +214,11 @@ def hull_entries(
     fractions = end_member_fractions(formulas, corners)
     formation = energies - fractions @ _corner_energies(fractions, energies[None], len(corners))[0]
     drawn_formation = draws - _corner_energies(fractions, draws, len(corners)) @ fractions.T
-    distance, margin = margins(fractions, formation)
-    sampled = [margins(fractions, row) for row in drawn_formation]
-    drawn_margin = np.array([one[1] for one in sampled])
-    on_hull = np.array([one[0] <= ON_HULL for one in sampled]).mean(axis=0)
-    with np.errstate(invalid="ignore"):
-        errors = np.where(np.isfinite(drawn_margin).all(axis=0), drawn_margin.std(axis=0, ddof=1), 0.0)
+    found = hull_odds(fractions, formation, drawn_formation)
     return [
         HullEntry(
             name, formula, tuple(fractions[i].tolist()), float(formation[i]), float(drawn_formation[:, i].std(ddof=1)),
-            float(distance[i]), float(margin[i]), float(errors[i]), float(on_hull[i]),
+            float(found.distance[i]), float(found.margin[i]), float(found.error[i]), float(found.p_on_hull[i]),
         )
         for i, (name, formula) in enumerate(zip(names, formulas, strict=True))
     ]  # fmt: skip
