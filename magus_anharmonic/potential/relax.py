@@ -81,7 +81,7 @@ def relax(
     relax_cell: bool = True,
     fix_symmetry: bool = False,
     symprec: float = 0.01,
-    optimizer: str | Sequence[str] = "bfgs",
+    optimizer: str | Sequence[str] = "ase",
     kicks: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
@@ -98,9 +98,9 @@ def relax(
     fix_symmetry
         Keep the space group found at ``symprec`` (Angstrom).
     optimizer
-        ``bfgs``, quasi-Newton steps; ``ase``, the path of ASE's BFGS with FrechetCellFilter (give its ``max_move`` of 0.2), in about
-        twice as many steps; or ``fire``, damped dynamics: slower, and no harm where forces are rough. Several of them: each goes its
-        own way from the start, the lowest end is kept.
+        ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2); ``bfgs``, quasi-Newton steps, a third
+        fewer but more often to a higher minimum; or ``fire``, damped dynamics: slower, and no harm where forces are rough. Several of
+        them: each goes its own way from the start, the lowest end is kept.
     kicks
         How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn, seeded by the structure) and relaxed
         again, for each optimiser; the lowest is kept, and a relaxation ends as soon as it is not expected to get lower. Relaxations from

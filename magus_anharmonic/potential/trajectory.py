@@ -44,7 +44,7 @@ class Trajectory:
         max_move: float,
         relax_cell: bool,
         projector: SymmetryProjector | None,
-        optimizer: str = "bfgs",
+        optimizer: str = "ase",
     ) -> None:
         start = bare(atoms if projector is None else projector.structure(atoms))
         self.start, self.projector, self.pressure, self.max_move = start, projector, pressure, max_move

@@ -39,7 +39,7 @@ class AseCalculatorSettings(Section):
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Optimizers = Field("bfgs", description=OPTIMIZER_DESCRIPTION)
+    optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
