@@ -16,8 +16,12 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 
 EVENNESS = 0.15
 """Of the three directions of space, the least that one may have of what each has of evenly spread displacements."""
-DIRECTIONS = np.array([d for d in itertools.product((0, 1, -1), repeat=3) if next(filter(None, d), 0) > 0], dtype=float)
-"""(13, 3) edges, face and space diagonals of a cube, each in one sense."""
+DIRECTIONS = np.array(
+    sorted((d for d in itertools.product((0, 1, -1), repeat=3) if next(filter(None, d), 0) > 0), key=np.count_nonzero, reverse=True),
+    dtype=float,
+)
+"""(13, 3) space and face diagonals and edges of a cube, each in one sense. The diagonals first: they ask for all components at once, so that
+an evaluator which does not quite have the symmetry of the crystal is averaged over."""
 
 
 @dataclass(frozen=True)

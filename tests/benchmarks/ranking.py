@@ -5,7 +5,7 @@ Twenty anharmonic crystals with cells that may change (``tests/crystal_models.py
 line says how many bars hold, and the exit code is 0 only if all do. About ten minutes on one core.
 
 ``--h3s FOLDER`` instead: once, the lowest eight of 200 random H3S crystals at 150 GPa with the shipped checkpoint, default settings. All is
-kept in the folder, and started again it goes on. Half an hour on an idle core.
+kept in the folder, and started again it goes on. About a quarter of an hour on an idle core, by the number of evaluations.
 """
 
 from __future__ import annotations
