@@ -112,8 +112,9 @@ class Server:
             os.kill(pid, number)  # not waited for yet, so the id is still this child's
         self._send({})
         status, seconds = self._answer()
-        text = (folder / "output.txt").read_text(encoding="utf-8")
-        return Ended(os.waitstatus_to_exitcode(status), seconds, text, (folder / "steps.txt").read_text(encoding="utf-8").splitlines())
+        # Neither file is there yet when a child is killed at once.
+        text, steps = (path.read_text(encoding="utf-8") if path.exists() else "" for path in (folder / "output.txt", folder / "steps.txt"))
+        return Ended(os.waitstatus_to_exitcode(status), seconds, text, steps.splitlines())
 
 
 def prepare(folder: Path, **changes: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -55,22 +56,41 @@ def kill_again_and_again(server: Server, folder: Path, kills: list[tuple[str | f
     hits = 0
     known: dict[str, tuple[Any, ...]] = {}
     for when, number in kills:
-        named = isinstance(when, str)
         options = {"step": when} if isinstance(when, str) else {"after": when}
         ended = server.search(folder, restart=can_restart(folder), number=number, **options)  # type: ignore[arg-type]
-        hits += ended.code != 0
-        # A step that a restart need not make again (its file is there) is not met, and the search runs to its end.
-        expected = {CODES[number], 0} if named else {CODES[number], 0, -number}
-        assert ended.code in expected, f"{number.name} at {when}: exit code {ended.code}\n{ended.text[-3000:]}"
-        if ended.code > 0:
-            last = ended.text.rstrip().splitlines()[-1]
-            assert last.startswith(f"stopped by {number.name}; finished work is kept"), last
+        hits += was_hit(ended, when, number)
         now = {label[0]: label[2:] for label in labels(folder / "results/anharmonic/labels")}
         assert known.items() <= now.items(), f"{number.name} at {when}: a label was lost or changed"
         known = now
     ended = server.search(folder, restart=can_restart(folder))
     assert ended.code == 0, ended.text[-3000:]
     return hits
+
+
+def was_hit(ended: Ended, when: str | float, number: signal.Signals) -> bool:
+    """Whether the signal met the search; any other end than by it, or after the last step, is an error."""
+    # A step that a restart need not make again (its file is there) is not met, and the search runs to its end.
+    expected = {CODES[number], 0} if isinstance(when, str) else {CODES[number], 0, -number}
+    assert ended.code in expected, f"{number.name} at {when}: exit code {ended.code}\n{ended.text[-3000:]}"
+    if ended.code > 0:
+        last = ended.text.rstrip().splitlines()[-1]
+        assert last.startswith(f"stopped by {number.name}; finished work is kept"), last
+    return ended.code != 0
+
+
+def kill_early(server: Server, folder: Path, after: float, number: signal.Signals, step: str) -> None:
+    """Start a search and kill it ``after`` so many seconds, or sooner: before it has made ``step``.
+
+    Seconds of the reference are fewer steps or more where other programs come and go; a search that is past ``step`` would meet none of
+    the kills that follow.
+    """
+    while True:
+        ended = server.search(prepare(folder), after=after, number=number)
+        if step not in ended.steps:
+            assert was_hit(ended, after, number)
+            return
+        shutil.rmtree(folder)
+        after /= 2
 
 
 def assert_same(found: dict[str, Any], reference: Reference) -> None:
@@ -110,10 +130,10 @@ def test_six_kills(server: Server, reference: Reference, tmp_path: Path) -> None
 @pytest.mark.parametrize("chain", range(10))
 def test_kills_at_every_named_step_and_at_random_instants(server: Server, reference: Reference, tmp_path: Path, chain: int) -> None:
     """Every tenth named step, in order, each with another signal; a random instant goes first."""
-    draw = random.Random(chain)
-    kills: list[tuple[str | float, signal.Signals]] = [(draw.uniform(0.0, 0.9) * reference.ended.seconds / 10, SIGNALS[chain % 3])]
-    kills += [(name, draw.choice(SIGNALS)) for name in reference.steps[chain::10]]
-    folder = prepare(tmp_path / "search")
+    draw, named = random.Random(chain), reference.steps[chain::10]
+    folder = tmp_path / "search"
+    kill_early(server, folder, draw.uniform(0.0, 0.9) * reference.ended.seconds / 10, SIGNALS[chain % 3], named[0])
+    kills: list[tuple[str | float, signal.Signals]] = [(name, draw.choice(SIGNALS)) for name in named]
     hits = kill_again_and_again(server, folder, kills)
     assert hits >= len(kills) - 3, f"{hits} of {len(kills)} kills hit"
     assert_same(outcome(folder), reference)
