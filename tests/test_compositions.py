@@ -13,7 +13,10 @@ import ranking_fakes as fakes
 from ase import Atoms
 from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
+from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.ranking.candidate import Candidate, numbered
@@ -150,6 +153,13 @@ def test_failures_and_structures_without_energy_come_last_among_all_compositions
     del structures[4].info["enthalpy"]
     values = population_fitness(structures)
     assert sorted(range(8), key=lambda i: values[i])[:2] == [3, 4] and np.isfinite(values).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(INFO, st.sampled_from(["H3S", "H2S", "S", "H", "LaH10", "LaS", "La", "LaH2S"])), max_size=8))
+def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(pairs: list[tuple[dict, str]]) -> None:
+    values = fitness_values([info for info, _ in pairs], [name for _, name in pairs])
+    assert len(values) == len(pairs) and all(type(value) is float and math.isfinite(value) for value in values)
 
 
 def test_one_composition_is_ranked_by_g_itself() -> None:
