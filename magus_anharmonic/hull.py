@@ -187,6 +187,16 @@ def above_hull(formulas: Sequence[str], energies: np.ndarray) -> np.ndarray:
     return np.maximum(energies - lower_hull(fractions, energies, fractions), 0.0)
 
 
+def comparable(formulas: Sequence[str], energies: Sequence[float]) -> list[float]:
+    """What structures can be sorted by: their energies (eV/atom, infinite: unknown), or above their hull where compositions differ."""
+    known = [i for i, energy in enumerate(energies) if np.isfinite(energy)]
+    if len({_ratio(formulas[i]) for i in known}) < 2:
+        return list(energies)
+    heights = above_hull([formulas[i] for i in known], np.array([energies[i] for i in known]))
+    by_place = dict(zip(known, heights.tolist(), strict=True))
+    return [by_place.get(i, np.inf) for i in range(len(energies))]
+
+
 def pool_fractions(formulas: Sequence[str]) -> np.ndarray:
     """(n, n_elements) atomic fractions of the elements that the formulas hold."""
     elements = sorted({symbol for formula in formulas for symbol in parse_formula(formula)})

@@ -13,11 +13,16 @@ import ranking_fakes as fakes
 from ase import Atoms
 from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import norm
+from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.hull import comparable
+from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.compositions import comparable, with_heights
+from magus_anharmonic.ranking.compositions import with_heights
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.estimate import fit_estimates
 from magus_anharmonic.ranking.fitness import fitness_values, population_fitness
@@ -79,7 +84,7 @@ def test_estimates_stand_against_the_hull_but_do_not_make_it() -> None:
 def test_one_composition_has_no_hull() -> None:
     same = [candidate("a", "H3S", -1.0), candidate("b", "S2H6", -0.9)]
     assert with_heights(same, 0.01) == same
-    assert comparable([c.atoms for c in same], [-1.2, -1.1]) == [-1.2, -1.1]
+    assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
 def test_ranks_and_odds_are_those_inside_of_a_composition() -> None:
@@ -150,6 +155,13 @@ def test_failures_and_structures_without_energy_come_last_among_all_compositions
     del structures[4].info["enthalpy"]
     values = population_fitness(structures)
     assert sorted(range(8), key=lambda i: values[i])[:2] == [3, 4] and np.isfinite(values).all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(INFO, st.sampled_from(["H3S", "H2S", "S", "H", "LaH10", "LaS", "La", "LaH2S"])), max_size=8))
+def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(pairs: list[tuple[dict, str]]) -> None:
+    values = fitness_values([info for info, _ in pairs], [name for _, name in pairs])
+    assert len(values) == len(pairs) and all(type(value) is float and math.isfinite(value) for value in values)
 
 
 def test_one_composition_is_ranked_by_g_itself() -> None:
@@ -229,6 +241,14 @@ def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(tmp
     assert [atoms.info["free_energy_above_hull"] for atoms in good] == pytest.approx(heights, abs=1e-9)
     rows = read_ranking(tmp_path / "results/anharmonic/ranking.csv")
     assert {atoms.info["candidate_id"] for atoms in good} <= {row.id for row in rows}
+
+
+def test_the_lowest_to_be_labelled_are_those_near_the_hull() -> None:
+    """Copper in the bcc lattice is lower per atom than aluminium, which is on the hull."""
+    structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), bulk("Al", "bcc", a=3.2)]
+    for atoms, enthalpy in zip(structures, [-3.7, -3.6, -1.0, np.inf], strict=True):
+        atoms.info["enthalpy"] = enthalpy
+    assert lowest_distinct(structures, 2) == [0, 2] and lowest_distinct(structures, 4) == [0, 2, 1, 3]
 
 
 def test_labels_between_phases_of_one_composition_are_refused_for_several() -> None:

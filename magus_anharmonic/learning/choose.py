@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.families import Fingerprint, fingerprint
 from magus_anharmonic.structures import bare
 
@@ -66,11 +67,15 @@ def select(
 
 
 def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
-    """Indices of the ``n`` structures of lowest ``info['enthalpy']`` (unknown: last) no two of which are one phase."""
-    enthalpy = np.array([float(atoms.info.get("enthalpy", np.inf)) for atoms in population])
+    """Indices of the ``n`` structures of lowest ``info['enthalpy']`` (unknown: last) no two of which are one phase.
+
+    Of several compositions those nearest to the hull of the enthalpies.
+    """
+    enthalpies = [float(atoms.info.get("enthalpy", np.inf)) for atoms in population]
+    heights = comparable([atoms.get_chemical_formula() for atoms in population], enthalpies)
     chosen: list[int] = []
     prints: list[Fingerprint] = []
-    for index in np.argsort(enthalpy, kind="stable"):
+    for index in np.argsort(heights, kind="stable"):
         mine = fingerprint(bare(population[index]))
         if not any(mine.similar(other) for other in prints):
             chosen.append(int(index))

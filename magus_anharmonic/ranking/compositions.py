@@ -25,16 +25,6 @@ def composition(atoms: Atoms) -> str:
     return reduced_formula(atoms.get_chemical_formula(mode="metal"))
 
 
-def comparable(population: Sequence[Atoms], enthalpies: Sequence[float]) -> list[float]:
-    """What structures are chosen by: the enthalpies (eV/atom, infinite: unusable), or above their hull when compositions differ."""
-    usable = [i for i, enthalpy in enumerate(enthalpies) if np.isfinite(enthalpy)]
-    formulas = [composition(population[i]) for i in usable]
-    if len(set(formulas)) < 2:
-        return list(enthalpies)
-    heights = dict(zip(usable, above_hull(formulas, np.array([enthalpies[i] for i in usable])), strict=True))
-    return [float(heights.get(i, np.inf)) for i in range(len(population))]
-
-
 def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
     """Fill in the distances above the hulls of H and of G, with errors and odds; nothing where all are of one composition.
 

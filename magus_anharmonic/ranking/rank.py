@@ -14,9 +14,10 @@ from ase import Atoms
 
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
+from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.common_numbers import CommonNumbers
-from magus_anharmonic.ranking.compositions import comparable, composition, with_heights
+from magus_anharmonic.ranking.compositions import composition, with_heights
 from magus_anharmonic.ranking.elimination import BUDGET_SPENT, budget_words, resolution
 from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
 from magus_anharmonic.ranking.fitness import number
@@ -90,7 +91,7 @@ def rank(
     """
     ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured)
     if settings.sscha is not None:
-        chosen = chosen_groups(ranking.groups, comparable(population, ranking.enthalpies), settings.sscha, energy_rmse)
+        chosen = chosen_groups(ranking.groups, ranking.comparable(), settings.sscha, energy_rmse)
         ranking.look_up()
         if sscha_is_due(settings, generation, n_generations, energy_rmse):
             with contextlib.nullcontext(workers) if workers is not None else _scheduler(settings, evaluator) as who:
@@ -168,6 +169,10 @@ class Ranking:
     def leader(self, group: int) -> Atoms:
         """The lowest member of the group."""
         return self.population[self.groups[group][0]]
+
+    def comparable(self) -> list[float]:
+        """What the structures are chosen by (eV/atom): their enthalpies, or the distances above the hull of several compositions."""
+        return comparable([composition(atoms) for atoms in self.population], self.enthalpies)
 
     def origin(self, group: int) -> str:
         """The run whose centroid one of the members was seeded from, or an empty string."""

@@ -37,7 +37,7 @@ def chosen_groups(
 ) -> list[int]:
     """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
 
-    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull (`compositions.comparable`). The window is widened to
+    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull (`hull.comparable`). The window is widened to
     three times the model's validation RMSE: closer structures are not told apart by it.
     """
     if not groups:

@@ -25,7 +25,7 @@ def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) ->
     records = read_records(file.parent / "campaign")
     other = {name: record.reason for name, record in records.items() if record.status != "done"}
     assert not other and result.returncode == 0, result.stdout[-3000:]
-    for step in ("learn-75GPa", "learn-125GPa", "produce-150GPa"):
+    for step in ("learn-075GPa", "learn-125GPa", "produce-150GPa"):
         folder = file.parent / "campaign" / step
         assert (folder / "log.txt").is_file(), "MAGUS writes log.txt, the embedded host does not"
         assert read(folder / "results/good.traj", ":")
