@@ -20,8 +20,8 @@ DIRECTIONS = np.array(
     sorted((d for d in itertools.product((0, 1, -1), repeat=3) if next(filter(None, d), 0) > 0), key=np.count_nonzero, reverse=True),
     dtype=float,
 )
-"""(13, 3) space and face diagonals and edges of a cube, each in one sense. The diagonals first: they ask for all components at once, so that
-an evaluator which does not quite have the symmetry of the crystal is averaged over."""
+"""(13, 3) space and face diagonals and edges of a cube, each in one sense. The diagonals first: they ask for all components at once, so
+that an evaluator which does not quite have the symmetry of the crystal is averaged over."""
 
 
 @dataclass(frozen=True)
