@@ -41,7 +41,7 @@ INPUT: dict[str, Any] = {
     "seed": 1,
     "MainCalculator": {"calculator": "mattersim", "jobPrefix": "M", "checkpoint": "h3s-gpaw-small", "eps": 0.2, "maxStep": 6},
     "learning": {
-        "labeler": {"calculator": "toy_labeler.SoftSpheres", "n_workers": 1, "timeout": 60},
+        "labeler": {"calculator": "toy_labeler.SoftSpheres", "n_workers": 1, "timeout": 900},
         "n_sample": 1,
         "n_perturb": 3,
         "n_replay": 2,

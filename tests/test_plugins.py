@@ -142,13 +142,17 @@ def test_wrong_input_ends_with_code_2_before_any_work(
         ({"SelectDFTScf": True, "learning": {"labeler": {"calculator": "gpaw"}}}, "under `magus search -m` MAGUS takes the labels"),
         ({"learning": {"labeler": {"calculator": "main"}}}, "needs SelectDFTScf: True"),
         ({"SelectDFTScf": True}, "SelectDFTScf: needs the block learning:"),
+        (
+            {"MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"}, "learning": {"labeler": {"calculator": "main"}}},
+            "espresso of MAGUS reads relaxations only",
+        ),
     ],
 )
 def test_what_does_not_go_with_the_ml_mode_is_refused(
     magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], complaint: str
 ) -> None:
     ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint)}
-    data = keys(tiny_checkpoint, MainCalculator={"calculator": "emt", "jobPrefix": "EMT"}, MLCalculator=ours, **more)
+    data = keys(tiny_checkpoint, **{"MainCalculator": {"calculator": "emt", "jobPrefix": "EMT"}, "MLCalculator": ours, **more})
     with pytest.raises(SystemExit):
         search_of(magus, data, ml=True)
     assert complaint in caplog.text
@@ -267,6 +271,28 @@ def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCapt
         root.removeHandler(handler)
     assert lines == ["model from /generation 7/volume ratio.pth", " Generation 1 "]
     assert len(handler.filters) == 1
+
+
+@pytest.mark.parametrize(
+    ("log", "complaint"),
+    [
+        ("== Generation 4 ==\nchange volRatio from 2 to 3\n", None),
+        ("== Generation 4 ==\n== Generation 1 ==\n", "cannot go on within its first round"),
+        ("WARNING: applied\n", "names no round to go on with"),
+        (None, None),
+    ],
+)
+def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path: Path, log: str | None, complaint: str | None) -> None:
+    from magus_anharmonic.plugins.logs import check_restart
+
+    file = tmp_path / "log.txt"
+    if log is not None:
+        file.write_text(log)
+    if complaint is None:
+        check_restart(file)
+        return
+    with pytest.raises(InputError, match=complaint):
+        check_restart(file)
 
 
 # Calculator

@@ -50,6 +50,9 @@ def main() -> None:
             if different:
                 counts["searches that differ"] += 1
                 print(f"search {counts['searches']} differs in {different}", flush=True)
+                for failure in found["failures"]:
+                    if failure not in expected["failures"]:
+                        print(f"  a failure of its own: {failure}"[:600], flush=True)
             shutil.rmtree(folder)
     faults = ", ".join(f"{counts[name]} {name}" for name in FAULTS)
     print(f"{given.minutes:g} minutes: {counts['searches']} searches, {sum(counts[name] for name in FAULTS)} faults ({faults})")

@@ -158,7 +158,7 @@ def test_missing_free_energies_are_last_in_the_summary(work: Path) -> None:
 
 def test_a_log_line_with_magus_s_words_breaks_its_restart(work: Path) -> None:
     """The fault: a restart takes the last line of log.txt that holds a word. Ours never do (tests/test_architecture.py)."""
-    static_input(work, MainCalculator=ours(max_step=1))
+    static_input(work, MainCalculator=ours(max_step=1), numGen=2)
     assert magus(work, "search").returncode == 0
     with (work / "log.txt").open("a") as file:
         file.write("a plug-in: volRatio of the sample is fine\n")
