@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from test_fitness import INFO
 
+from magus_anharmonic.cli.search import _show
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
@@ -185,7 +186,7 @@ def intermetallics() -> list[Atoms]:
     return [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), ordered]
 
 
-def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Path) -> None:
+def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0}})
     structures = intermetallics()
     reevaluate(structures, fakes.Emt(), keys)
@@ -205,6 +206,10 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Pat
     contents = gather(tmp_path)
     assert [view.title for view in contents.rankings] == ["Al, 0 GPa, 0 K", "Cu, 0 GPa, 0 K", "AlCu, 0 GPa, 0 K"]
     assert ("Hull at 0 GPa, 0 K", [on, over]) in contents.summary
+    _show(tmp_path)
+    shown = capsys.readouterr().out
+    assert all(f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file() for name in ("Al", "Cu", "AlCu"))
+    assert "On the hull of the free energies" in shown
 
 
 def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> None:
