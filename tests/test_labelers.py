@@ -115,7 +115,7 @@ def after_failures(tmp_path_factory):
         return labeler.label([*(chain(n) for n in range(1, 9)), chain(1)])
 
 
-@pytest.mark.parametrize(("position", "how"), enumerate(WAYS_TO_FAIL, start=1))
+@pytest.mark.parametrize(("position", "how"), list(enumerate(WAYS_TO_FAIL, start=1)))
 def test_a_label_that_fails_has_its_reason(after_failures, position, how):
     failure = after_failures[position]
     assert not failure.ok and WAYS_TO_FAIL[how] in failure.reason
