@@ -59,14 +59,14 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
             errors.append(1e3 * (row.systematic_error or 0.0))
             colors.append(style.color(1))
         if row.floor is not None:
-            axes.axhline(1e3 * row.floor, color=style.GREY, ls="--", lw=1)
-            axes.annotate("floor RMSE/√n", (1.0, 1e3 * row.floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+            axes.axhline(1e3 * row.floor, color=style.GREY, ls="--", lw=1, label="floor RMSE/√n")
+            axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
-    for place, height in enumerate(heights):
+    for place, (height, error) in enumerate(zip(heights, errors, strict=True)):
         text = f"{height:.3g}" if height >= SMALLEST or max(heights) < SMALLEST else f"< {SMALLEST:g}"
         axes.annotate(
             text,
-            (place, max(height, SMALLEST if max(heights) > SMALLEST else 0.0)),
+            (place, max(height + error, SMALLEST if max(heights) > SMALLEST else 0.0)),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
