@@ -165,6 +165,25 @@ def test_a_connection_that_breaks_is_made_again_and_no_task_is_lost(cluster, tmp
 
 
 @pytest.mark.slow
+def test_a_result_that_is_lost_with_the_connection_is_computed_again(cluster, monkeypatch):
+    """The task had ended, and the connection broke before its result was here."""
+    from distributed.client import Future, FutureCancelledError
+
+    lost, fetch = [], Future.result
+
+    def result(future, *arguments, **options):
+        if not lost:
+            lost.append(future.key)
+            raise FutureCancelledError(future.key, "scheduler-connection-lost")
+        return fetch(future, *arguments, **options)
+
+    monkeypatch.setattr(Future, "result", result)
+    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+        found = list(scheduler.map(tasks.who, [0.0] * 4))
+    assert lost and sorted(done.index for done in found) == list(range(4)) and not any(done.reason for done in found)
+
+
+@pytest.mark.slow
 def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
     from distributed import LocalCluster
 

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError
 from typing import Any
 
 import magus_anharmonic
@@ -154,11 +155,16 @@ class _Call:
         from distributed.scheduler import KilledWorker
 
         future, index, item = self.running.pop(key)
+        error = None
         try:
             if future.status == "finished":
                 value, reason = future.result()
                 return Done(index, value, reason)
-            error = future.exception() if future.status == "error" else None
+            if future.status == "error":
+                error = future.exception()
+        except CancelledError:
+            # The connection broke between the task's end and the fetching of its result.
+            log.debug("the result of task %d was lost with the connection", index)
         finally:
             future.release()
         if isinstance(error, NotCarried):
