@@ -40,7 +40,7 @@ def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) ->
 def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work: Path) -> None:
     write_input(
         work, formulaType="var", symbols=["Al", "Cu"], formula=[[1, 0], [0, 1]], full_ele=False, max_n_atoms=3, popSize=6, numGen=1,
-        MainCalculator=ours(), sscha={"supercell": [2, 1, 1], "n_configs": 10, "max_populations": 1, "max_candidates": 6, "hessian": 0},
+        MainCalculator=ours(), sscha={"supercell": [2, 1, 1], "n_configs": 20, "max_populations": 8, "max_candidates": 6, "hessian": 0},
     )  # fmt: skip
     result = magus(work, "search")
     assert result.returncode == 0, result.stdout[-3000:]
