@@ -85,11 +85,10 @@ def end_member_fractions(formulas: Sequence[str], end_members: Sequence[str]) ->
 
     Raises ``InputError`` for end members that depend on one another, and for formulas that they cannot make.
     """
-    elements = sorted({symbol for formula in (*formulas, *end_members) for symbol in parse_formula(formula)})
-    corners = np.array([atom_fractions(formula, elements) for formula in end_members])
+    atoms = pool_fractions([*end_members, *formulas])
+    corners, wanted = atoms[: len(end_members)], atoms[len(end_members) :]
     if np.linalg.matrix_rank(corners, tol=1e-9) < len(end_members):
         raise InputError(f"end_members: {', '.join(end_members)}: one of them is made of the others; leave it out")
-    wanted = np.array([atom_fractions(formula, elements) for formula in formulas])
     found = np.linalg.lstsq(corners.T, wanted.T, rcond=None)[0].T
     missed = (np.abs(found @ corners - wanted).max(axis=1) > 1e-9) | (found.min(axis=1) < -1e-9)
     bad = [formula for formula, out in zip(formulas, missed, strict=True) if out]

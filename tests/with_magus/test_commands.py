@@ -95,15 +95,18 @@ def test_a_restart_of_the_ml_mode_labels_and_trains_nothing_again(work: Path) ->
     assert repeated == found
 
 
-STOCK = """
+UNWRAPPED = """
 from magus.entrypoints.main import main
 from magus.search.search import Magus
 from magus_anharmonic import plugins
 plugins.register()
-Magus.update_volume_ratio = Magus.update_volume_ratio.__wrapped__
-Magus.update_volume_ratio.by_magus_anharmonic = True
+Magus.{method} = Magus.{method}.__wrapped__
+Magus.{method}.by_magus_anharmonic = True
 main()
 """
+"""MAGUS with our calculator, and with one of its own methods back in the place of ours."""
+
+STOCK = UNWRAPPED.format(method="update_volume_ratio")
 """MAGUS with our calculator, and with its own update of the volume ratio."""
 
 
@@ -180,15 +183,7 @@ def test_a_restart_that_magus_cannot_make_is_refused_in_one_line(work: Path, opt
     assert result.returncode == 2 and words in result.stdout and "Traceback" not in result.stdout, result.stdout[-2000:]
 
 
-WITHOUT_HOOK = """
-from magus.entrypoints.main import main
-from magus.search.search import Magus
-from magus_anharmonic import plugins
-plugins.register()
-Magus.set_good_pop = Magus.set_good_pop.__wrapped__
-Magus.set_good_pop.by_magus_anharmonic = True
-main()
-"""
+WITHOUT_HOOK = UNWRAPPED.format(method="set_good_pop")
 """MAGUS with our calculator, and nothing of ours between its rounds."""
 
 
