@@ -26,7 +26,7 @@ from magus_anharmonic.settings import Settings
 
 if TYPE_CHECKING:
     from magus_anharmonic.learning.choose_ensembles import Contender
-    from magus_anharmonic.ranking.odds import ModelTerm
+    from magus_anharmonic.ranking.model_errors import ModelTerm
 
 log = logging.getLogger(__name__)
 
@@ -278,15 +278,17 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
         n_configs = 2 * max(1, learning.n_sample * learning.n_perturb // 2)
         rng = np.random.default_rng([state.seed, generation, zlib.crc32(candidate.id.encode()), _ENSEMBLE])
         configurations = displaced(result.state, sample(result.state, n_configs, rng))
-        found.append(Contender(candidate.id, result.centroids, configurations, odds or 0.0, _spread(state.potential, configurations[::2])))
+        spread = expected_spread(state.potential, configurations)
+        found.append(Contender(candidate.id, result.centroids, configurations, odds or 0.0, spread))
     return found if len(found) > 1 else []
 
 
-def _spread(potential: Any, configurations: Sequence[Atoms], most: int = 16) -> float:
-    """Expected error of the model's energy in an ensemble, eV/atom; 1 (all alike) where the model has no estimate."""
-    estimate = getattr(potential, "uncertainty", None)
-    errors = estimate(list(configurations[:most])) if estimate is not None else None
-    return 1.0 if errors is None else float(np.mean(errors.energy_error))
+def expected_spread(potential: Any, configurations: Sequence[Atoms], most: int = 64) -> float:
+    """Expected standard deviation of the model's energy error among pairs +u/-u of an ensemble, eV/atom; 1 where there is no estimate."""
+    estimate = getattr(potential, "energy_error_spread", None)
+    enough = estimate is not None and len(configurations) >= 4
+    spread = estimate(list(configurations[:most]), together=2) if enough else None
+    return 1.0 if spread is None else spread
 
 
 def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
@@ -295,7 +297,7 @@ def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
     from magus_anharmonic.analysis import tables
-    from magus_anharmonic.ranking.odds import ModelTerm
+    from magus_anharmonic.ranking.model_errors import ModelTerm
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
     return {

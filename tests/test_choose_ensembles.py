@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -97,12 +96,13 @@ def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_p
 
 
 class Lottery:
-    """A model whose expected energy error is that of the composition."""
+    """A model that expects its energy error to vary equally in every ensemble."""
 
     model_id = "lottery"
 
-    def uncertainty(self, structures: list[Atoms]) -> Any:
-        return type("Uncertainty", (), {"energy_error": np.full(len(structures), 0.002)})()
+    def energy_error_spread(self, structures: list[Atoms], together: int = 1) -> float:
+        assert together == 2 and len(structures) % 2 == 0
+        return 0.002
 
 
 def search(tmp_path: Path, candidates: list[Candidate]) -> SearchState:

@@ -27,7 +27,8 @@ from magus_anharmonic.ranking.compositions import with_heights
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.estimate import fit_estimates
 from magus_anharmonic.ranking.fitness import fitness_values, population_fitness
-from magus_anharmonic.ranking.odds import ModelTerm, with_odds
+from magus_anharmonic.ranking.model_errors import ModelTerm
+from magus_anharmonic.ranking.odds import with_odds
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.report.contents import gather

@@ -39,10 +39,16 @@ pytest.importorskip("distributed", reason="skipped: distributed is not installed
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Dask scheduler with two worker processes on this machine."""
+    """A Dask scheduler with two worker processes on this machine.
+
+    Dask's nanny starts a worker that died again once: where that fails, as when a crowded machine does not connect within the usual 30 s,
+    nobody is left to run anything.
+    """
+    import dask
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
+    patient = dask.config.set({"distributed.comm.timeouts.connect": "300s"})
+    with patient, LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
         yield found
         close_clusters()
 

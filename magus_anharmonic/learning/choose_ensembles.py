@@ -31,7 +31,7 @@ class Contender:
 
     centroids : one primitive cell, the parent of its configurations. configurations : of the supercell, +u and -u next to each other, of
     which the first pairs are taken. odds : probability to be the lowest. spread : eV/atom, expected standard deviation of the model's
-    energy error within the ensemble.
+    energy error among the pairs of the ensemble.
     """
 
     id: str

@@ -169,6 +169,13 @@ class Potential:
         energy, force = ([getattr(part, name) for part in found] for name in ("energy_error", "force_error"))
         return Uncertainty(np.concatenate([np.empty(0), *energy]), np.concatenate([np.empty(0), *force]))
 
+    def energy_error_spread(self, structures: Sequence[Atoms], together: int = 1) -> float | None:
+        """How much the energy error is expected to vary among ``structures``, eV/atom (`ErrorModel.spread`); None without an estimate.
+
+        Raises InputError as `evaluate` does, and ValueError for fewer than two structures (groups of ``together``).
+        """
+        return None if self.error_model is None else self.error_model.spread(self.mean_features(structures), together)
+
     def mean_features(self, structures: Sequence[Atoms]) -> np.ndarray:
         """(n, u): features before the readout, means over the atoms of each structure; alike structures have alike ones."""
         found = [uncertainty.mean_features(self.model, graph) for graph in self._graphs(structures)]

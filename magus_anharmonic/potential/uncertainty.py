@@ -71,6 +71,25 @@ class ErrorModel:
         energy, force = _distances(self.whitening.to(features.device), features, graph)
         return Uncertainty(self.energy_scale * energy, self.force_scale * force)
 
+    def vectors(self, features: np.ndarray) -> np.ndarray:
+        """Error vectors (n, u) in eV/atom of structures with mean ``features`` (n, u).
+
+        The covariance of the energy errors of two structures is the product of their vectors, alpha^2 v^T (C + ridge)^-1 v', so that the
+        error of an average is the length of the average vector and that of a difference the length of the difference.
+        """
+        return self.energy_scale * np.asarray(features, dtype=float) @ self.whitening.double().cpu().numpy().T
+
+    def spread(self, features: np.ndarray, together: int = 1) -> float:
+        """Expected standard deviation (eV/atom) of the energy error among structures with mean ``features`` (n, u).
+
+        Means over each ``together`` of them, next to each other, are compared (2: pairs +u/-u). An error that all share does not count, and
+        errors that cancel within a pair do not either. Raises ValueError for fewer than two means.
+        """
+        means = self.vectors(features).reshape(-1, together, features.shape[1]).mean(axis=1)
+        if len(means) < 2:
+            raise ValueError("the spread of the error needs at least two structures, or groups of structures")
+        return float(np.sqrt(np.square(means - means.mean(axis=0)).sum() / (len(means) - 1)))
+
     def as_dict(self) -> dict[str, Any]:
         """For a checkpoint: plain numbers and one float32 tensor on the CPU."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}

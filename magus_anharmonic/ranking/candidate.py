@@ -35,11 +35,12 @@ class Candidate:
     in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
     for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
     the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
-    ``model_correction`` is G by DFT minus G where labels of the ensemble say so (`odds.ModelTerm`).
+    ``model_correction`` is G by DFT minus G where labels of the ensemble say so (`model_errors.ModelTerm`).
     ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
-    final ensemble (eV/A). ``parent`` is the structure whose saddle point was followed to this one, which is no member of the population
-    then. ``pooled`` : folders of the runs of which G is the mean, and their weights (`pooling`; empty: of one run);
-    ``duplicate_spread`` : largest distance of G of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error``
+    final ensemble (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases (`model_errors`). ``parent`` is the
+    structure whose saddle point was followed to this one, which is no member of the population then. ``pooled`` : folders of the runs
+    of which G is the mean, and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G of the
+    phase's runs in other supercells. ``hessian_lowest``, ``hessian_error``
     (cm^-1) and ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions (`compositions`).
     """
 
@@ -64,6 +65,7 @@ class Candidate:
     centroids: Atoms | None = None
     model_error: float | None = None
     ensemble_error: float | None = None
+    error_vector: tuple[float, ...] | None = None
     n_evaluations: int = 0
     n_supercell: int = 0
     same_as: str = ""

@@ -24,16 +24,17 @@ MIN_POPULATIONS = 2
 RESOLUTION = 0.3
 """Of the model's error: a smaller sampling error improves no comparison."""
 
-BUDGET_SPENT = "the budget of"
-"""How the reason of a run begins that the budget of a race ended."""
-
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a candidate gets no more populations; ``eliminated`` when it is out of the race, not at its end."""
+    """Why a candidate gets no more populations; ``eliminated`` when it is out of the race, not at its end.
+
+    budget_spent : the budget of force evaluations that ended the race before its place was known, else None.
+    """
 
     reason: str = ""
     eliminated: bool = False
+    budget_spent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,6 @@ def race(
             ran.pop(failed, None)
 
 
-def budget_words(budget: int | None) -> str:
-    """Why a race ended whose ``budget`` of force evaluations is spent."""
-    return f"{BUDGET_SPENT} {budget} force evaluations is spent"
-
-
 def _budget_spent(
     rules: Rules,
     standings: Mapping[str, Standing],
@@ -229,7 +225,7 @@ def _budget_spent(
         for name, standing in standings.items()
     }
     out = {name for name, stop in verdicts_of(last).items() if stop.eliminated}
-    spent = Stop(budget_words(rules.budget))
+    spent = Stop(f"the budget of {rules.budget} force evaluations is spent", budget_spent=rules.budget)
     known = {name: stop for name, stop in stops.items() if not stop.eliminated or name in out}
     return {name: known.get(name, spent) for name in ran}
 

@@ -14,7 +14,7 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
-from magus_anharmonic.ranking.odds import ModelTerm
+from magus_anharmonic.ranking.model_errors import ModelTerm
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate, relax_in_place
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from magus_anharmonic.ranking.candidate import Candidate, by_composition
 from magus_anharmonic.ranking.common_numbers import difference_error
 from magus_anharmonic.ranking.elimination import probability_lowest
+from magus_anharmonic.ranking.model_errors import ModelErrors, ModelTerm, model_errors
 
 FINITE_SIZE_PART = 0.5
 """Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
 
-
-@dataclass(frozen=True)
-class ModelTerm:
-    """What DFT labels of an SSCHA ensemble say about a model's G: ``correction`` = G_DFT - G_model with standard error, eV/atom."""
-
-    correction: float
-    error: float
+DRAWS = 2**15
+"""Of the model's errors where phases share them: odds to 0.003."""
+_SEED = 109
 
 
 def with_odds(
@@ -39,9 +36,10 @@ def with_odds(
 
     The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it alone has) is measured: the error of
     the difference is that of the two corrections together with their difference, which G itself does not contain, and the total odds
-    are those of the corrected G. Elsewhere it is the expected error of the static energy, or ``model_error``, the validation RMSE of the
-    energy, where a structure has none (None: unknown, and no total); what two structures share cancels in truth, so this is an upper
-    estimate. A phase without a measurement is taken to be shifted as the measured ones are on average.
+    are those of the corrected G. Elsewhere it is what the model expects of itself over the two ensembles, what they share left out
+    (`model_errors`). Where a phase has no such estimate it is the expected error of its static energy, or ``model_error``, the
+    validation RMSE of the energy (None: unknown, and no total), an upper estimate. A phase without a measurement is taken to be shifted
+    as the measured ones are on average.
     """
     phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
     terms = dict(zip((c.id for c in phases), model_terms(phases, measured or {}), strict=True))
@@ -63,18 +61,15 @@ def _with_odds(
     finite = [0.0 if c is best else _finite_size_error(c, best) for c in phases]
     odds = probability_lowest(gibbs, sampling)
     shift = _shifts(terms)
-    model = [_of_model(c, term, model_error) for c, term in zip(phases, terms, strict=True)]
-    known = [value for value in model if value is not None]
-    total = None
-    if len(known) == len(phases):
-        total = probability_lowest(np.add(gibbs, shift), np.sqrt(np.square(sampling) + np.square(finite) + np.square(known)))
+    errors = model_errors(phases, terms, model_error)
+    total = _total_odds(np.add(gibbs, shift), np.hypot(sampling, finite), errors) if errors.known else None
     return {
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
             difference_sampling=0.0 if c is best else difference_error(_number(c.gibbs_error), _number(best.gibbs_error), common(c, best)),
             difference_finite_size=finite[place],
-            difference_model=_together(model[place], model[0], shift[place] - shift[0], c is best),
+            difference_model=_with_shift(errors.of_difference(place, 0), shift[place] - shift[0]),
             model_correction=None if term is None else term.correction,
             model_correction_error=None if term is None else term.error,
             p_lowest=float(odds[place]),
@@ -100,16 +95,18 @@ def _shifts(terms: Sequence[ModelTerm | None]) -> list[float]:
     return [mean if term is None else term.correction for term in terms]
 
 
-def _of_model(candidate: Candidate, term: ModelTerm | None, model_error: float | None) -> float | None:
-    if term is not None:
-        return term.error
-    return model_error if candidate.model_error is None else candidate.model_error
+def _total_odds(gibbs: np.ndarray, others: np.ndarray, errors: ModelErrors) -> np.ndarray:
+    """Odds to be the lowest with the errors by sampling and size (``others``) and those of the model, (n,)."""
+    widths = np.hypot(others, errors.own)
+    if errors.independent:
+        return probability_lowest(gibbs, widths)
+    rng = np.random.default_rng(_SEED)
+    drawn = gibbs + widths * rng.normal(size=(DRAWS, len(gibbs))) + errors.draw(DRAWS, rng)
+    return np.bincount(drawn.argmin(axis=1), minlength=len(gibbs)) / DRAWS
 
 
-def _together(error: float | None, of_best: float | None, shift: float, best: bool) -> float | None:
-    if error is None or of_best is None:
-        return None
-    return 0.0 if best else math.hypot(error, of_best, shift)
+def _with_shift(error: float | None, shift: float) -> float | None:
+    return None if error is None else math.hypot(error, shift)
 
 
 def _finite_size_error(one: Candidate, other: Candidate) -> float:

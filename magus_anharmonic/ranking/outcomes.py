@@ -54,6 +54,7 @@ def record_of(
         finite_size=_float(result.finite_size),
         volume=_float(result.volume),
         ensemble_error=None if trust is None else trust.force_error,
+        error_vector=None if trust is None else trust.error_vector,
         n_evaluations=int(result.n_evaluations),
         n_supercell=int(result.n_atoms_supercell),
         spg_static=result.space_group_start,
@@ -88,7 +89,8 @@ def stopped_record(record: Record, stop: Stop) -> Record:
         return record
     status = record.status if converged else "eliminated" if stop.eliminated else "unconverged"
     reason = f"{stop.reason} before its place was known" if converged else stop.reason
-    return replace(record, status=status, reason="; ".join(filter(None, (reason, record.reason))))
+    reasons = "; ".join(filter(None, (reason, record.reason)))
+    return replace(record, status=status, reason=reasons, budget_spent=stop.budget_spent)
 
 
 def _partial_numbers(result: Any) -> dict[str, Any]:
@@ -139,6 +141,7 @@ def with_result(candidate: Candidate, record: Record, final: Record) -> Candidat
         finite_size=final.finite_size,
         volume=final.volume,
         ensemble_error=final.ensemble_error,
+        error_vector=final.error_vector,
         hessian_lowest=final.hessian_lowest,
         hessian_error=final.hessian_error,
         p_stable=final.p_stable,

@@ -18,12 +18,13 @@ from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.common_numbers import CommonNumbers
 from magus_anharmonic.ranking.compositions import composition, with_heights
-from magus_anharmonic.ranking.elimination import BUDGET_SPENT, budget_words, resolution
+from magus_anharmonic.ranking.elimination import resolution
 from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
 from magus_anharmonic.ranking.fitness import number
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
-from magus_anharmonic.ranking.odds import ModelTerm, with_odds
+from magus_anharmonic.ranking.model_errors import ModelTerm
+from magus_anharmonic.ranking.odds import with_odds
 from magus_anharmonic.ranking.outcomes import record_of, set_info, with_result
 from magus_anharmonic.ranking.phases import label_phases
 from magus_anharmonic.ranking.pooling import common_error, merge_duplicates
@@ -190,9 +191,8 @@ class Ranking:
 
     def _goes_on(self, record: Record) -> bool:
         """Whether a run that another budget ended is to be taken up again. Those of further temperatures have begun where it ended."""
-        final, budget = self.store.final(record), self.sscha.budget
-        ended = final.status == "unconverged" and final.reason.startswith(BUDGET_SPENT)
-        return ended and len(self.keys) == 1 and not final.reason.startswith(budget_words(budget))
+        final = self.store.final(record)
+        return final.status == "unconverged" and len(self.keys) == 1 and final.budget_spent not in (None, self.sscha.budget)
 
     def run(self, chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers) -> None:
         """Run SSCHA for the chosen groups that lack a final result, then again for results that gained symmetry."""

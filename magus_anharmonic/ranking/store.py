@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
@@ -59,13 +60,16 @@ def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] 
 class Record:
     """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom, volume in A^3/atom.
 
-    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A; None where the model has no estimate.
+    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A, and ``error_vector`` : of its mean energy,
+    eV/atom (`ErrorModel.vectors`); None where the model has no estimate.
 
     ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell, or a saddle point that was
     followed), ``reduced`` the run that took over from this one in the first case, ``followed`` the one in the second.
 
     ``hessian_lowest``, ``hessian_error`` (cm^-1, negative: imaginary) : the mode that decides about stability; ``p_stable`` : the
     probability that there is no negative one; all None where the Hessian was not computed.
+
+    ``budget_spent`` : the budget of a race, in force evaluations, that ended the run; None where something else did.
     """
 
     structure: str
@@ -90,10 +94,12 @@ class Record:
     decrease: float | None = None
     n_populations: int = 0
     ensemble_error: float | None = None
+    error_vector: tuple[float, ...] | None = None
     followed: str = ""
     hessian_lowest: float | None = None
     hessian_error: float | None = None
     p_stable: float | None = None
+    budget_spent: int | None = None
 
     @property
     def folder(self) -> str:
@@ -125,6 +131,7 @@ NUMBERS = (
     "hessian_lowest",
     "hessian_error",
     "p_stable",
+    "budget_spent",
 )
 
 
@@ -265,6 +272,7 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     # For `ase db` queries; ase.db has a `volume` of its own, so what is read back is in `data`.
     pairs.update({name: getattr(record, name) for name in ("enthalpy", "gibbs", "gibbs_error") if getattr(record, name) is not None})
     values = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
+    values["error_vector"] = None if record.error_vector is None else np.array(record.error_vector)
     centroids = record.centroids
     data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict()}
     return pairs, data
@@ -281,4 +289,6 @@ def _from_row(row: Any) -> Record:
     stored = data["centroids"]
     known = {field.name for field in fields(Record)}
     values = {name: value for name, value in data["values"].items() if name in known}
+    if values.get("error_vector") is not None:
+        values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
     return Record(key=key, start=bare(row.toatoms()), centroids=None if stored is None else Atoms.fromdict(stored), **values)

@@ -17,12 +17,12 @@ N_CONFIGS = 20
 class EnsembleTrust:
     """Mean expected errors of the final ensemble, and what 95 % of the labelled structures stay below.
 
-    energy_error : eV/atom; force_error, usual : eV/A, root mean square over components.
+    force_error, usual : eV/A, root mean square over components; error_vector : eV/atom, of the mean energy (`ErrorModel.vectors`).
     """
 
-    energy_error: float
     force_error: float
     usual: float
+    error_vector: tuple[float, ...] = ()
 
     @property
     def warning(self) -> str:
@@ -46,5 +46,7 @@ def ensemble_trust(result: Any, evaluator: Evaluator, rng: np.random.Generator) 
     from magus_anharmonic.sscha.state import displaced, sample
 
     state = result.state
-    found = evaluator.uncertainty(displaced(state, sample(state, N_CONFIGS, rng)))  # type: ignore[attr-defined]
-    return EnsembleTrust(float(found.energy_error.mean()), float(found.force_error.mean()), error_model.usual_force_error)
+    configurations = displaced(state, sample(state, N_CONFIGS, rng))
+    force_errors = evaluator.uncertainty(configurations).force_error  # type: ignore[attr-defined]
+    vectors = error_model.vectors(evaluator.mean_features(configurations))  # type: ignore[attr-defined]
+    return EnsembleTrust(float(force_errors.mean()), error_model.usual_force_error, tuple(vectors.mean(axis=0).tolist()))

@@ -11,6 +11,10 @@ Usage: python select_labels.py FOLDER [--pressure 100] [--labeler gpaw] ...     
    estimated, and compared with that of the whole pool.
 
 Printed: error of the difference against the number of labels, and how many labels each way needs for the same error.
+
+       python select_labels.py FOLDER --measured PHASE PHASE
+
+draws instead from the labels that `error_cancellation.py` has made of two phases (`inputs/h3s-error-cancellation`), without any ranking.
 """
 
 from __future__ import annotations
@@ -23,9 +27,10 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.io import read, write
-from error_cancellation import im3m, r3m
+from error_cancellation import im3m, r3m, state_of
 
-from magus_anharmonic.generation import SearchState, undecided
+from magus_anharmonic.analysis.labelled_ensemble import draw, read_labelled
+from magus_anharmonic.generation import SearchState, expected_spread, undecided
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.choose_ensembles import Contender, allocate
@@ -37,10 +42,14 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.files import rank_structures
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 from magus_anharmonic.settings import LabelerSettings, Settings, parse_settings
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import displaced
 from magus_anharmonic.structures import bare
 
 LABELS = Path(__file__).parents[2] / "inputs" / "h3s-checkpoint" / "labels.xyz"
 LABEL_COUNTS = (8, 16, 32, 64)
+N_MEASURED = 60
+"""Configurations of each measured phase that have labels."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,23 @@ def reference_energies(configurations: list[Atoms], options: argparse.Namespace)
     return np.array([label.energy if isinstance(label, Label) else np.nan for label in labels])
 
 
+def measured_pools(folders: list[Path], model: Potential) -> list[Pool]:
+    """Of phases whose SSCHA run and labels are in ``folders``, in the (pseudo)cubic cell; neither of them is sure to be the lowest."""
+    found = []
+    for folder in folders:
+        result = SschaResult.read(folder / "sscha")
+        if result.model_id != model.model_id:
+            print(f"{folder}: the state is one of the model {result.model_id}, the energies are those of {model.model_id}")
+        state = state_of(result, argparse.Namespace(conventional=True))
+        displacements = draw(state, N_MEASURED, seed=0)
+        labels = read_labelled(state, displacements, model, folder)
+        difference = (labels.reference.energies - labels.model.energies) / len(state.supercell)
+        spread = expected_spread(model, displaced(state, displacements))
+        pairs = difference.reshape(-1, 2).mean(axis=1)
+        found.append(Pool(folder.name, result.space_group, 0.5, spread, pairs))
+    return found
+
+
 def shares(way: str, found: list[Pool], n_pairs: int, n_candidates: int, rng: np.random.Generator) -> list[int]:
     """Pairs for each pool."""
     if way == "sscha":
@@ -195,10 +221,15 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=4, help="candidates beside Im-3m and R3m")
     parser.add_argument("--n-configs", type=int, default=200, help="of an SSCHA population")
     parser.add_argument("--pool", type=int, default=400, help="configurations with reference energies for each undecided candidate, even")
+    parser.add_argument("--measured", nargs=2, type=Path, metavar="PHASE", help="folders of error_cancellation.py: its labels are the pool")
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if options.measured:
+        found = measured_pools(options.measured, load(options.checkpoint or "h3s-gpaw-small"))
+        report(found, len(found), options)
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     model, settings = worse_model(options), search_settings(options)
     run_dir = options.folder / f"ranking-{options.pressure:g}GPa-{model.model_id}"

@@ -3,7 +3,8 @@
 ``calibration`` fits the estimate of the checkpoint ``h3s-gpaw-small`` (or, with ``--n-train``, of a small model trained from new
 weights) to training and validation labels of ``inputs/h3s-checkpoint``, and compares expected with true errors on labels that the
 model has not seen: the test side of ``labels.xyz``, cells around Im-3m and R3m apart from random and searched ones.
-Writes ``docs/calibration.svg``.
+Writes ``docs/calibration.svg``. Then the same for differences of energy between structures of like volume: with what the two errors share,
+and as if they were independent.
 
 ``learning`` trains a small model (2 blocks of 32 units) on a few random labels of the training side and adds as many again and again,
 chosen by each rule of ``learning.select``, with finetuning in between; all are scored on the test side. Writes
@@ -114,7 +115,23 @@ def calibration(n_train: int, epochs: int, seed: int) -> None:
     axes[0].legend()
     figure.tight_layout()
     figure.savefig(ROOT / "docs" / "calibration.svg")
+    differences(potential, test)
     cost(potential, test[:8])
+
+
+def differences(potential: Potential, labelled: Sequence[Atoms]) -> None:
+    """Expected and true errors of the differences of energy (eV/atom) between all structures whose volumes are within 5 %."""
+    known = np.array([labels_of(atoms)[0] / len(atoms) for atoms in labelled])
+    signed = known - potential.evaluate(labelled).energy / [len(atoms) for atoms in labelled]
+    vectors = potential.error_model.vectors(potential.mean_features(labelled))
+    volumes = np.array([atoms.get_volume() / len(atoms) for atoms in labelled])
+    one, other = np.triu_indices(len(labelled), 1)
+    alike = np.abs(volumes[one] / volumes[other] - 1) < 0.05
+    one, other = one[alike], other[alike]
+    true, levels = np.abs(signed[one] - signed[other]), np.linalg.norm(vectors, axis=1)
+    print(f"differences between {len(true)} pairs of like volume, {np.sqrt(np.mean(true**2)):.3f} eV/atom (root mean square)")
+    report("   with what errors share", np.linalg.norm(vectors[one] - vectors[other], axis=1), true, "eV/atom")
+    report("   taken as independent", np.hypot(levels[one], levels[other]), true, "eV/atom")
 
 
 def pick(rule: str, potential: Potential, pool: Sequence[Atoms], known: Sequence[Atoms], n: int, rng: np.random.Generator) -> list[int]:
