@@ -57,7 +57,7 @@ def table_rows(path: str | Path, shown: str | None = None, restkey: str | None =
 
 def remove_unfinished(folder: str | Path) -> int:
     """Remove the temporary files and folders that killed processes left below ``folder``, whose lock must be held; returns how many."""
-    found = list(Path(folder).rglob(".*.tmp"))
+    found = [path for pattern in (".*.tmp", ".*.tmp-journal") for path in Path(folder).rglob(pattern)]
     for path in found:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

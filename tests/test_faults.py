@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -25,7 +26,7 @@ from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
@@ -261,6 +262,40 @@ def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: p
         store.put(record)
         assert [item.structure for item in FreeEnergyStore(tmp_path / NAME).records()] == ["abc"]
     assert "is damaged" in caplog.text
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file can be written beyond ``size`` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """At whatever byte the disk is full: while the file is made, while a record is added, and while it is opened."""
+    key, path = Key("model", 10.0, 0.0, "settings"), tmp_path / NAME
+    first, second = (Record(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0) for name in ("abc", "def"))
+    refused = 0
+    for size in (*range(0, 40000, 1500), 60000):
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(MagusAnharmonicError, OSError), largest_file(size):
+            FreeEnergyStore(path).put(first)
+        whole = path.exists()
+        assert len(FreeEnergyStore(path)) == int(whole)
+        FreeEnergyStore(path).put(first)
+        try:
+            with largest_file(size):
+                FreeEnergyStore(path).put(second)
+        except MagusAnharmonicError as error:
+            refused += 1
+            assert NAME in str(error) and "free space" in str(error)
+        assert {record.structure for record in FreeEnergyStore(path).records()} >= {"abc"}
+    assert refused > 3 and "damaged" not in caplog.text
+    assert [item.name for item in tmp_path.iterdir()] == [NAME]
 
 
 # --- people and clocks ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import set_aside
+from magus_anharmonic.files import replacing, set_aside
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
@@ -28,6 +28,9 @@ NOT_PHYSICS = (
     "when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget", "hessian"
 )  # fmt: skip
 """Keys of ``sscha`` that decide who gets a free energy, not which one."""
+
+NO_DAMAGE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_NOMEM")
+"""What SQLite calls troubles of the disk or the machine, not of the file: an unfinished change cannot be taken back on a full disk, say."""
 
 PREFIX = "id-"
 """ase.db refuses strings that read as numbers, and some hashes do (``1234e5678901``)."""
@@ -145,20 +148,16 @@ class FreeEnergyStore:
         self._prints: dict[tuple[str, str], Fingerprint] = {}
         self._by_centroids: dict[tuple[str, Key], str] = {}
         try:
-            rows = list(self._connect().select()) if self.path.exists() else []
+            rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
+            if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorname", "").startswith(NO_DAMAGE):
+                raise MagusAnharmonicError(f"{self.path}: cannot be read ({error}); free space or mend the folder, then go on") from None
             set_aside(self.path, f"{type(error).__name__}: {error}; free energies are taken from the folders of the runs again")
             found = []
         for record, row_id in found:
             self._remember(record)
             self._rows[record.structure, record.key] = row_id
-
-    def _connect(self) -> Any:
-        import ase.db
-
-        # A lock file left by a killed process would block the next start for ever; one process writes.
-        return ase.db.connect(str(self.path), use_lock_file=False)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -172,12 +171,16 @@ class FreeEnergyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
         pairs, data = _to_row(record)
+        atoms = bare(record.start)
         try:
-            database = self._connect()
             if identity in self._rows:
-                database.update(self._rows[identity], atoms=bare(record.start), data=data, **pairs)
+                _connect(self.path).update(self._rows[identity], atoms=atoms, data=data, **pairs)
+            elif self.path.exists():
+                self._rows[identity] = _connect(self.path).write(atoms, key_value_pairs=pairs, data=data)
             else:
-                self._rows[identity] = database.write(bare(record.start), key_value_pairs=pairs, data=data)
+                # ASE makes one table after the other: cut short, as by a full disk, that is a file which nobody can read
+                with replacing(self.path) as temporary:
+                    self._rows[identity] = _connect(temporary).write(atoms, key_value_pairs=pairs, data=data)
         except sqlite3.Error as error:  # a full disk, a folder that became read-only
             raise MagusAnharmonicError(f"{self.path}: cannot be written ({error}); free space or mend the folder, then go on") from None
         self._remember(record)
@@ -258,6 +261,13 @@ class FreeEnergyStore:
             start = which == "start"
             self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.phase, record.symmetry_tolerance)
         return self._prints[name]
+
+
+def _connect(path: Path) -> Any:
+    import ase.db
+
+    # A lock file left by a killed process would block the next start for ever; one process writes.
+    return ase.db.connect(str(path), type="db", use_lock_file=False)
 
 
 def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -40,7 +40,7 @@ def main() -> None:
         end = time.monotonic() + 60 * given.minutes
         while time.monotonic() < end:
             folder = prepare(Path(temporary) / "search")
-            one_search(server, folder, ended.seconds, draw, counts, end)
+            met = one_search(server, folder, ended.seconds, draw, counts, end)
             found = outcome(folder)
             counts["searches"] += 1
             lost = {label[0] for label in expected["labels"]} - {label[0] for label in found["labels"]}
@@ -49,7 +49,10 @@ def main() -> None:
             different = sorted(key for key in {*found, *expected} if found.get(key) != expected.get(key))
             if different:
                 counts["searches that differ"] += 1
-                print(f"search {counts['searches']} differs in {different}", flush=True)
+                kept = Path(tempfile.mkdtemp(prefix="soak-differs-")) / "search"
+                shutil.copytree(folder, kept)
+                print(f"search {counts['searches']} differs in {different}; kept: {kept}", flush=True)
+                print(f"  met {', '.join(met)}; left over: {found['left over']}", flush=True)
                 for failure in found["failures"]:
                     if failure not in expected["failures"]:
                         print(f"  a failure of its own: {failure}"[:600], flush=True)
@@ -61,9 +64,9 @@ def main() -> None:
     sys.exit(bool(counts["labels lost"] + counts["labels doubled"] + counts["searches that differ"] + counts["unexpected"]))
 
 
-def one_search(server: Server, folder: Path, seconds: float, draw: random.Random, counts: Counter[str], end: float) -> None:
-    """Start, disturb and restart one search until it ends."""
-    ours, known = folder / "results" / "anharmonic", set[str]()
+def one_search(server: Server, folder: Path, seconds: float, draw: random.Random, counts: Counter[str], end: float) -> list[str]:
+    """Start, disturb and restart one search until it ends; the faults it met and their exit codes."""
+    ours, known, met = folder / "results" / "anharmonic", set[str](), list[str]()
     for attempt in range(1000):
         restart = (ours / "run.json").exists()
         fault = draw.choice(FAULTS) if attempt < 6 and time.monotonic() < end else "none"
@@ -78,6 +81,7 @@ def one_search(server: Server, folder: Path, seconds: float, draw: random.Random
             ended = server.search(folder, restart=restart)
         expected = {"SIGKILL": {0, -9}, "SIGTERM": {0, 143, -15}, "SIGINT": {0, 130, -2}, "full disk": {0, 1}, "other process": {0, 2}}
         counts[fault] += ended.code != 0
+        met.append(f"{fault} ({ended.code})")
         if ended.code not in expected.get(fault, {0}):
             counts["unexpected"] += 1
             print(f"{fault}: exit code {ended.code}\n{ended.text[-2000:]}", flush=True)
@@ -85,7 +89,7 @@ def one_search(server: Server, folder: Path, seconds: float, draw: random.Random
         counts["labels lost"] += len(known - now)
         known = now
         if ended.code == 0 and (fault != "other process" or not restart):
-            return
+            return met
     raise SystemExit(f"{folder}: did not end in 1000 attempts")
 
 
