@@ -228,6 +228,15 @@ def test_a_campaign_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> 
     assert words.count("Not there yet:") == 12 and "There is no run.json" in words and "No failure is on record" in words
 
 
+def test_the_step_that_writes_the_page_does_not_make_the_campaign_unfinished(tmp_path: Path) -> None:
+    own = tmp_path / "campaign"
+    own.mkdir()
+    steps = {"merge": {"status": "done"}, "final": {"status": "done"}, "report": {"status": "running", "pid": 1}}
+    (own / "steps.json").write_text(json.dumps(steps))
+    words = Page(write_report(tmp_path)).words
+    assert "All 2 steps of the campaign are done." in words and "report is running" not in words
+
+
 def test_a_search_before_its_first_ranking_says_so(tmp_path: Path) -> None:
     own = tmp_path / "results" / "anharmonic"
     own.mkdir(parents=True)

@@ -28,8 +28,8 @@ INPUT_ERROR = 2
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn errors meant for the user into one clear message and an exit code (2 = the input is wrong)."""
+def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
+    """Turn errors meant for the user into one clear message and an exit code (2 = the input is wrong); ``go_on``: how, after a stop."""
     try:
         with _terminating():
             yield
@@ -41,11 +41,11 @@ def user_errors() -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Terminated) as error:
-        typer.echo(f"{reason_of(error)}; finished work is kept, run the same command with -r to go on", err=True)
+        typer.echo(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
         raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
     except (OSError, MemoryError) as error:
         logging.getLogger(__name__).debug("stopped", exc_info=True)
-        typer.echo(f"error: {reason_of(error)}; finished work is kept, mend it and run the same command with -r to go on", err=True)
+        typer.echo(f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on", err=True)
         raise typer.Exit(1) from None
 
 

@@ -36,7 +36,7 @@ def search(
     [bold]results/anharmonic/[/bold]. The same input.yaml works with stock [bold]magus search[/bold].
     """
     configure_logging(verbose)
-    with user_errors():
+    with user_errors("run the same command with -r"):
         if keys:
             from magus_anharmonic.host_keys import keys_table
 

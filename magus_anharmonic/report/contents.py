@@ -106,7 +106,7 @@ def campaign_contents(folder: Path) -> Contents:
     tables = folder / "tables"
     contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
     steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
-    steps = {name: step for name, step in steps.items() if isinstance(step, dict)}
+    steps = {name: step for name, step in steps.items() if isinstance(step, dict) and not _writes_this(name, step)}
     contents.steps = _steps(steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv")))
     for path in ranking_files(tables):
         contents.rankings += contents.attempt(lambda path=path: ranking_views(path.name, read_ranking(path)), [])
@@ -124,6 +124,11 @@ def campaign_contents(folder: Path) -> Contents:
     contents.models = _models(contents, sheets["model_errors.csv"])
     contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
     return contents
+
+
+def _writes_this(name: str, step: dict[str, Any]) -> bool:
+    """The step that writes the page, which cannot be done before the page is: with everything else done nothing is missing."""
+    return name == "report" and step.get("status") == "running"
 
 
 def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]]:
