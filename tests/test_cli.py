@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.io import write
 from typer.testing import CliRunner
 
-from magus_anharmonic.cli import app
+from magus_anharmonic.cli import app, main
 
 QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
 
@@ -205,3 +205,15 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
     (found,) = rank_structures([atoms], Emt(), settings, tmp_path, relax=False, workers=1, starts={structure_id(atoms): state})
     assert found.gibbs is not None and found.n_evaluations % 40 == 0, found.reason
     assert found.enthalpy == pytest.approx(float(Emt().evaluate([atoms]).energy[0]))
+
+
+def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found by the soak: while the options are read nothing of ours runs yet that could say it."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("magus_anharmonic.cli.app", interrupted)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from importlib import import_module
+
+import typer
 
 from magus_anharmonic.cli.common import app
 
@@ -15,4 +19,8 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before a command has begun, while its options are read
+        typer.echo("interrupted", err=True)
+        sys.exit(128 + signal.SIGINT)
