@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from magus_anharmonic.analysis.boundaries import (
     quantile,
     slope_check,
 )
+from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 T = np.array([0.0, 150.0, 300.0, 450.0, 600.0])
 
@@ -157,3 +159,25 @@ def test_without_volumes_or_entropies_the_slope_is_not_checked_and_it_is_said_wh
     line = [one for one in all_boundaries(phase_set(points, "natural", n_samples=200)) if one.below == "low"]
     check = slope_check(points, line)
     assert check is not None and "volume and an entropy" in check.reason
+
+
+def test_two_phases_that_become_one_have_no_boundaries_where_only_noise_tells_them_apart():
+    """As R3m and Im-3m of H3S: 6 meV/atom (20 GPa - P)^2 apart up to 20 GPa above the lowest pressure, and the same from there on."""
+    wanted, further = 0, 0
+    for seed in range(8):
+        low = data({"low": LOW}, seed, pressures=(60.0, 80.0, 100.0, 120.0))
+        twin = data({"high": LOW}, 100 + seed, pressures=(60.0, 80.0, 100.0, 120.0))
+        slope = -2 * 0.006 / 20.0 * EV_PER_A3_IN_GPA
+        high = [
+            replace(p, gibbs_eV_per_atom=p.gibbs_eV_per_atom + 0.006, volume_A3_per_atom=p.volume_A3_per_atom + slope)
+            if p.pressure_GPa == 60.0
+            else p
+            for p in twin
+        ]
+        boundaries = pair_boundary(phase_set([*low, *high], "natural", n_samples=200), "low", "high", T)
+        assert all(one.lower_68 <= one.pressure <= one.upper_68 and one.inside >= 0.5 for one in boundaries)
+        at = Counter(one.temperature for one in boundaries)
+        wanted += len(at)
+        further += sum(count - 1 for count in at.values())
+    assert wanted > 20, "where the first phase becomes the second one"
+    assert further <= 10, "30 before noise was told from crossings; two standard errors are exceeded by chance now and then"

@@ -212,6 +212,19 @@ def test_more_populations_continue_an_unconverged_run(tmp_path):
     assert long.gibbs == pytest.approx(quartic(max_populations=6).gibbs, abs=1e-12)
 
 
+def test_a_run_that_began_elsewhere_goes_on_where_its_start_does_not_matter(tmp_path):
+    """Points of a phase diagram start from neighbours, which more populations change."""
+    short = quartic(tmp_path / "run", max_populations=1)
+    elsewhere = quartic(tmp_path / "other", temperature=50.0)
+    with pytest.raises(InputError, match="different: start"):
+        quartic(tmp_path / "run", start=elsewhere)
+    long = quartic(tmp_path / "run", start=elsewhere, any_start=True, max_populations=6)
+    assert not short.converged and long.converged
+    assert long.gibbs == quartic(tmp_path / "whole", max_populations=6).gibbs
+    with pytest.raises(InputError, match="another SSCHA run"):
+        quartic(tmp_path / "run", start=elsewhere, any_start=True, seed=3)
+
+
 @pytest.mark.parametrize("change", [{"temperature": 50.0}, {"seed": 3}, {"n_configs": 62}, {"masses": {"H": 2.0}}])
 def test_a_folder_of_another_run_is_refused(tmp_path, change):
     quartic(tmp_path / "run", max_populations=1)

@@ -17,14 +17,20 @@ N_PRESSURES = 241
 N_TEMPERATURES = 41
 LEVELS = {"lower_95": 0.025, "lower_68": 0.16, "upper_68": 0.84, "upper_95": 0.975}
 INF = math.inf
+RESOLVED = 0.5
+"""Part of the samples that must cross where the best fit does."""
+SIGNIFICANT = 2.0
+"""Standard errors by which G must differ somewhere between a crossing and the next one, on one side at least: surfaces of two phases that
+have become one cross wherever the noise makes them."""
 
 
 @dataclass(frozen=True)
 class BoundaryPoint:
     """Where ``below`` (stable at lower pressure) and ``above`` have the same G, at one temperature.
 
-    pressure : GPa. The quantiles are those of the sampled fits; a sample in which the phases do not cross inside the points counts as
-    beyond their last pressure, and a quantile that lies there is infinite ("open"). inside : part of the samples that cross.
+    pressure : GPa, the median of the sampled fits (that of the best fit where the median is open). The quantiles are those of the sampled
+    fits; a sample in which the phases do not cross inside the points counts as beyond their last pressure, and a quantile that lies there
+    is infinite ("open"). inside : part of the samples that cross here.
     error : half the 68 % band, infinite when it is open. slope : dP/dT = dS/dV, GPa/K. entropy_change (eV/K per atom) and
     volume_change (A^3/atom) : above minus below. stable : no third phase is lower there.
     """
@@ -117,7 +123,7 @@ def common_pressures(surfaces: Sequence[GibbsSurface], temperature: float, n: in
 
 
 def pair_boundary(phases: PhaseSet, first: str, second: str, temperatures: np.ndarray) -> list[BoundaryPoint]:
-    """All crossings of two phases at the given temperatures (K)."""
+    """The crossings of two phases at the given temperatures (K) that at least half of the samples have too."""
     a, b = phases.surfaces[first], phases.surfaces[second]
     found = []
     for temperature in temperatures:
@@ -129,11 +135,39 @@ def pair_boundary(phases: PhaseSet, first: str, second: str, temperatures: np.nd
         if not crossings:
             continue
         samples = phases.draws[second].values(grid, temperature) - phases.draws[first].values(grid, temperature)
-        for pressure, falling in crossings:
+        crossings = _significant(crossings, grid, difference, samples.std(axis=0))
+        here: list[BoundaryPoint] = []
+        for falling in (True, False):
             below, above = (first, second) if falling else (second, first)
-            drawn = _sampled_crossings(grid, samples if falling else -samples, pressure)
-            found.append(_point(phases, below, above, float(temperature), pressure, drawn))
+            places = np.array([pressure for pressure, falls in crossings if falls == falling])
+            for number, pressure in enumerate(places):
+                drawn = _sampled_crossings(grid, samples if falling else -samples, float(pressure))
+                inside = np.isfinite(drawn) & (np.abs(drawn[:, None] - places).argmin(axis=1) == number)
+                if inside.mean() >= RESOLVED:
+                    here.append(_point(phases, below, above, float(temperature), float(pressure), drawn, float(inside.mean())))
+        found += _alternating(here)
     return found
+
+
+def _significant(
+    crossings: Sequence[tuple[float, bool]], grid: np.ndarray, difference: np.ndarray, errors: np.ndarray
+) -> list[tuple[float, bool]]:
+    """Those beside which the difference is more than noise."""
+    inside = np.searchsorted([pressure for pressure, _ in crossings], grid)
+    apart = np.abs(difference) > SIGNIFICANT * errors
+    known = [bool(apart[inside == number].any()) for number in range(len(crossings) + 1)]
+    return [crossing for number, crossing in enumerate(crossings) if known[number] or known[number + 1]]
+
+
+def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
+    """Of neighbours in the same sense, between which no way back was resolved, the surest; by pressure."""
+    kept: list[BoundaryPoint] = []
+    for one in sorted(crossings, key=lambda crossing: crossing.pressure):
+        if not kept or kept[-1].below != one.below:
+            kept.append(one)
+        elif one.inside > kept[-1].inside:
+            kept[-1] = one
+    return kept
 
 
 def _crossings(grid: np.ndarray, difference: np.ndarray) -> list[tuple[float, bool]]:
@@ -173,7 +207,9 @@ def quantile(values: np.ndarray, level: float) -> float:
     return float(low + (high - low) * (place - np.floor(place)))
 
 
-def _point(phases: PhaseSet, below: str, above: str, temperature: float, pressure: float, drawn: np.ndarray) -> BoundaryPoint:
+def _point(phases: PhaseSet, below: str, above: str, temperature: float, best: float, drawn: np.ndarray, inside: float) -> BoundaryPoint:
+    middle = quantile(drawn, 0.5)
+    pressure = middle if math.isfinite(middle) else best
     bands = {name: quantile(drawn, level) for name, level in LEVELS.items()}
     a, b = phases.surfaces[below], phases.surfaces[above]
     entropy = float(b.entropy(pressure, temperature) - a.entropy(pressure, temperature))
@@ -184,7 +220,7 @@ def _point(phases: PhaseSet, below: str, above: str, temperature: float, pressur
         phases.isotopes, below, above, temperature, pressure,
         error=0.5 * (bands["upper_68"] - bands["lower_68"]) if np.isfinite([bands["upper_68"], bands["lower_68"]]).all() else INF,
         **bands,
-        inside=float(np.isfinite(drawn).mean()),
+        inside=inside,
         slope=entropy / volume * EV_PER_A3_IN_GPA,
         slope_error=_slope_error(phases, below, above, temperature, pressure),
         entropy_change=entropy,

@@ -30,8 +30,6 @@ OF_A_RUN = (
     "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine", "pressure_tolerance", "free_energy_tolerance",
     "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
 )  # fmt: skip
-MOST_AFTER_ISOTOPE = 2
-"""New populations of a point that starts from the converged result of other isotopes: the first moves its state, the second confirms it."""
 Place = tuple[str, int, int]
 """Isotopes, number of the pressure, number of the temperature."""
 RESPONSE_ERROR = 0.2
@@ -71,9 +69,8 @@ def run_grid(
 ) -> list[GibbsPoint]:
     """Every phase, set of isotopes, pressure and temperature; finished runs below ``root`` are taken as they are.
 
-    The isotopes after the first start from the folder of those before them, which are reweighted where that is enough (`isotopes`), and
-    get at most `MOST_AFTER_ISOTOPE` new populations. ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder
-    that holds other runs).
+    The isotopes after the first start from the folder of those before them, which are reweighted where that is enough
+    (`isotopes`). ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder that holds other runs).
     """
     if free_energy is None:
         from magus_anharmonic.sscha.gibbs import free_energy
@@ -85,10 +82,10 @@ def run_grid(
             for i, pressure in enumerate(settings.pressures):
                 for j, temperature in enumerate(settings.temperatures):
                     folder = point_folder(root, name, isotopes, pressure, temperature)
-                    start, changes = _start(found, list(settings.isotopes), (isotopes, i, j), settings.sscha.max_populations)
+                    start = _start(found, list(settings.isotopes), (isotopes, i, j))
                     result = free_energy(
                         atoms, evaluator, pressure=pressure, temperature=temperature, seed=settings.seed, start=start, directory=folder,
-                        masses=_masses(settings.isotopes[isotopes], atoms), **(_options(settings) | changes),
+                        any_start=True, masses=_masses(settings.isotopes[isotopes], atoms), **_options(settings),
                     )  # fmt: skip
                     point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start)
                     points.append(point)
@@ -108,22 +105,19 @@ def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | Non
     return {symbol: mass for symbol, mass in masses.items() if symbol in atoms.get_chemical_symbols()} or None
 
 
-def _start(
-    found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], place: Place, max_populations: int
-) -> tuple[Path | SschaResult | None, dict[str, Any]]:
-    """Where a run starts, and what is another in its settings.
+def _start(found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], place: Place) -> Path | SschaResult | None:
+    """Where a run starts: the nearest finished point that is still this phase.
 
-    The nearest finished point that is still this phase: other masses, else the temperature before, else the pressure before.
+    That of other masses, else of the temperature before, else of the pressure before.
     """
     isotopes, i, j = place
     for name in order[: order.index(isotopes)]:
         if (name, i, j) in found:
-            folder, result = found[name, i, j]
-            return folder, {"max_populations": min(MOST_AFTER_ISOTOPE, max_populations)} if result.converged else {}
+            return found[name, i, j][0]
     for other in [(isotopes, i, j - 1), (isotopes, i - 1, j), (isotopes, i - 1, 0)]:
         if other in found:
-            return found[other][1], {}
-    return None, {}
+            return found[other][1]
+    return None
 
 
 def _log(point: GibbsPoint, number: int, total: int) -> None:

@@ -41,6 +41,7 @@ def free_energy(
     masses: Mapping[str, float] | None = None,
     start: Any = None,
     directory: str | Path | None = None,
+    any_start: bool = False,
     **tolerances: float,
 ) -> SschaResult:
     """SSCHA free energy of ``atoms`` at ``pressure`` (GPa) and ``temperature`` (K).
@@ -66,6 +67,9 @@ def free_energy(
         they are reweighted, without any evaluation, where that is enough (`isotopes`).
     directory
         Where the files of the run go; the same run started again there continues. None: nothing is kept.
+    any_start
+        A run in ``directory`` that differs in its start alone is the same run (its minimum does not depend on where it began): it
+        is taken as it is, or goes on. Else it is refused.
     tolerances
         ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom), ``n_configs_start``,
         ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi / A);
@@ -98,7 +102,7 @@ def free_energy(
         state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
         configurations = configurations_of(start, source.model_id)
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id, configurations)
-        folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity())
+        folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity(), any_start=any_start)
         return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder, start)
 
 

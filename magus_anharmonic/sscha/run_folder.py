@@ -23,11 +23,14 @@ from magus_anharmonic.sscha.supercells import as_repeats
 
 log = logging.getLogger(__name__)
 
+OF_THE_START = {"start", "configurations"}
+"""What of a run's identity says where it began."""
+
 
 class RunFolder:
     """Files of a run in ``directory``; every file is written whole or not at all."""
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any]) -> None:
+    def __init__(self, directory: str | Path, identity: dict[str, Any], *, any_start: bool = False) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
@@ -36,7 +39,9 @@ class RunFolder:
         stored = read_whole(path, read_json)
         if stored is not None:
             different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
-            if different:
+            if any_start and different and set(different) <= OF_THE_START:
+                log.info("%s: goes on from the start that it had", self.directory)
+            elif different:
                 raise InputError(
                     f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
                     "give another folder, or the settings of settings.json"
