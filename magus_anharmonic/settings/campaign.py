@@ -82,6 +82,9 @@ class StageSettings(Section):
     stress_loss_ratio: NonNegative = Field(1.0, description="weight of the stress loss (GPa)")
     batch_size: Count = Field(8, description="structures per step")
     loss: Literal["huber", "mse"] = Field("huber", description="Huber with delta 0.01, or mean square")
+    schedule: Literal["step", "cosine"] = Field(
+        "step", description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"
+    )
     patience: Count | None = Field(None, description="stop after so many epochs without improvement; left out: never")
 
 
