@@ -66,6 +66,14 @@ def remove_unfinished(folder: str | Path) -> int:
     return len(found)
 
 
+def remove_empty(folder: str | Path) -> bool:
+    """Remove ``folder`` if nothing but folders is below it; whether it was."""
+    if any(not path.is_dir() or path.is_symlink() for path in Path(folder).rglob("*")):
+        return False
+    shutil.rmtree(folder)
+    return True
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` to ``path`` atomically."""
     with replacing(path) as temporary:

@@ -82,6 +82,16 @@ def check_free(folder: str | Path, name: str = NAME) -> None:
         raise InputError(_refusal(Path(folder), name, owner))
 
 
+def forget_dead(folder: str | Path) -> bool:
+    """Remove the lock of a dead process of this machine from ``folder``, and what it had begun to write; whether there was one."""
+    owner = read_owner(folder)
+    if owner is None or owner.alive is not False:
+        return False
+    (Path(folder) / NAME).unlink(missing_ok=True)
+    remove_unfinished(folder)
+    return True
+
+
 @contextlib.contextmanager
 def locked(folder: str | Path, what: str, name: str = NAME) -> Iterator[Owner]:
     """Hold the lock of ``folder`` (made if needed, and removed again if nothing was written).

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
+from magus_anharmonic.lock import _born, locked
 from magus_anharmonic.search import SearchOutcome, host, operators, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -180,6 +185,27 @@ def test_an_earlier_results_folder_is_kept_as_magus_does(tmp_path: Path) -> None
         run(settings(numGen=1, initSize=2, popSize=2, saveGood=1), tmp_path)
     assert {path.name for path in tmp_path.glob("results*")} == {"results", "results1", "results2"}
     assert (tmp_path / "results2/anharmonic/run.json").exists()
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(tmp_path: Path, wrote: bool) -> None:
+    """Found by the soak: killed between its lock and its run.json, it is no search to go on with, and is moved away."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ours = tmp_path / "results/anharmonic"
+    ours.mkdir(parents=True)
+    with locked(ours, "magus-anharmonic search") as owner:
+        lock = asdict(owner) | {"pid": process.pid, "born": _born(process.pid)}
+    process.kill()
+    process.wait()
+    ours.mkdir(parents=True, exist_ok=True)
+    (ours / "lock.json").write_text(json.dumps(lock))
+    (ours / ".run-abc.json.tmp").touch()
+    if wrote:
+        (tmp_path / "results/raw1.traj").touch()
+    run(settings(numGen=1, initSize=2, popSize=2, saveGood=1), tmp_path)
+    assert (tmp_path / "results/anharmonic/run.json").exists()
+    assert [path.name for path in tmp_path.rglob("results1/**/*") if path.is_file()] == ["raw1.traj"] * wrote
+    assert (tmp_path / "results1").exists() == wrote and not list(tmp_path.rglob("lock.json"))
 
 
 def test_variable_composition_ranks_by_the_distance_to_the_hull(tmp_path: Path) -> None:

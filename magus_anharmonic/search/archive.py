@@ -14,7 +14,8 @@ from ase import Atoms
 from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, replacing, write_json
+from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
 
@@ -46,8 +47,11 @@ class Archive:
             number = 1
             while (self.directory / f"results{number}").exists():
                 number += 1
-            self.results.rename(self.directory / f"results{number}")
-            log.info("the earlier results are now in results%d", number)
+            earlier = self.results.rename(self.directory / f"results{number}")
+            if forget_dead(earlier / self.anharmonic.name) and remove_empty(earlier):
+                log.info("the earlier search was stopped before it wrote anything")
+            else:
+                log.info("the earlier results are now in results%d", number)
         try:
             self.anharmonic.mkdir(parents=True)
         except FileExistsError:
