@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import dask
 import pytest
 import scheduler_tasks as tasks
 
@@ -121,6 +123,34 @@ def test_tasks_run_in_jobs_that_are_sent_and_ended(name, tools, monkeypatch):
     assert sorted(again) == [4, 9]
     called = [Path(line.split()[0]).name for line in (tools / "commands").read_text().splitlines()]
     assert called[0] == COMMANDS[name][0] and COMMANDS[name][1] in called, "the job is ended when it is not needed any more"
+
+
+@pytest.mark.slow
+def test_a_job_that_ends_is_sent_again(tools):
+    """At its walltime, or with its node: Dask takes it off its list and sends no other one by itself."""
+    workers = {"count": 1, "memory": "1 GB", "scratch": str(tools / "scratch"), "logs": str(tools / "logs"), "interface": "lo"}
+    settings = parse_settings({"scheduler": "slurm", "workers": workers})
+    ended = threading.Event()
+
+    def run() -> None:
+        with open_scheduler(settings) as scheduler:
+            (first,) = [done.value[0] for done in scheduler.map(tasks.who, [0.0])]
+            os.killpg(int((tools / "pids").read_text()), signal.SIGKILL)
+            found = sorted(done.value for done in scheduler.map(tasks.square, [1, 2, 3]))
+            (second,) = [done.value[0] for done in scheduler.map(tasks.who, [0.0])]
+            if found == [1, 4, 9] and first != second:
+                ended.set()
+
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}):
+        try:
+            thread = threading.Thread(target=run, daemon=True)
+            thread.start()
+            thread.join(120)
+        finally:
+            close_clusters()
+    assert ended.is_set(), "nobody was left to work"
+    sent = [line for line in (tools / "commands").read_text().splitlines() if Path(line.split()[0]).name == "sbatch"]
+    assert len(sent) == 2
 
 
 def test_asking_for_a_queue_leaves_ctrl_c_as_it_was():

@@ -41,13 +41,13 @@ pytest.importorskip("distributed", reason="skipped: distributed is not installed
 def cluster():
     """A Dask scheduler with two worker processes on this machine.
 
-    Dask's nanny starts a worker that died again once: where that fails, as when a crowded machine does not connect within the usual 30 s,
-    nobody is left to run anything.
+    A cluster takes a worker for gone for ever that is not there 15 s after a death of it, also while it is being started again after
+    another one; with tasks that kill their workers nobody is left then.
     """
     import dask
     from distributed import LocalCluster
 
-    patient = dask.config.set({"distributed.comm.timeouts.connect": "300s"})
+    patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
     with patient, LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
         yield found
         close_clusters()
@@ -184,6 +184,26 @@ def test_a_result_that_is_lost_with_the_connection_is_computed_again(cluster, mo
         return fetch(future, *arguments, **options)
 
     monkeypatch.setattr(Future, "result", result)
+    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+        found = list(scheduler.map(tasks.who, [0.0] * 4))
+    assert lost and sorted(done.index for done in found) == list(range(4)) and not any(done.reason for done in found)
+
+
+@pytest.mark.slow
+def test_a_result_that_is_lost_with_its_worker_is_computed_again(cluster, monkeypatch):
+    """Dask computes it again by itself, if anybody is left; waiting for that would stop everything else."""
+    from distributed.client import Future
+
+    lost, fetch, status = [], Future.result, Future.status.fget
+
+    def result(future, timeout=None):
+        if not lost:
+            lost.append(future.key)
+            raise TimeoutError
+        return fetch(future, timeout=timeout)
+
+    monkeypatch.setattr(Future, "result", result)
+    monkeypatch.setattr(Future, "status", property(lambda future: "pending" if future.key in lost else status(future)))
     with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
         found = list(scheduler.map(tasks.who, [0.0] * 4))
     assert lost and sorted(done.index for done in found) == list(range(4)) and not any(done.reason for done in found)

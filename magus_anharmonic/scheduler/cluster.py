@@ -158,8 +158,10 @@ class _Call:
         error = None
         try:
             if future.status == "finished":
-                value, reason = future.result()
-                return Done(index, value, reason)
+                fetched = _fetched(future)
+                if fetched is not None:
+                    return Done(index, *fetched)
+                log.debug("the result of task %d was lost with its worker", index)
             if future.status == "error":
                 error = future.exception()
         except CancelledError:
@@ -217,6 +219,18 @@ def run_on_worker(task: Task, item: Any, key: str | None, version: str) -> tuple
         raise NotCarried(key)
     _threads()
     return attempt(task, item, None if key is None else _CARRIED[key])
+
+
+def _fetched(future: Any) -> tuple[Any, str] | None:
+    """Value and reason of a finished future, however long they travel; None when the worker that held them has died since."""
+    while True:
+        try:
+            value, reason = future.result(timeout=REFRESH)
+        except TimeoutError:
+            if future.status != "finished":
+                return None
+        else:
+            return value, reason
 
 
 def _threads() -> None:
