@@ -99,6 +99,14 @@ def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
     )
 
 
+def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
+    """R3m, I4mm and Im-3m of H3S are one phase with moving ions; which of them stands for it says nothing about their enthalpies."""
+    twin = {**CCCM, "enthalpy_eV_per_atom": "-1.02", "spg_quantum": R3M["spg_quantum"], "same_as": R3M["id"]}
+    said = sentences(rows(R3M, twin))
+    assert any("bbbbbbbb" in line and "has the lowest enthalpy, and becomes the phase of the lowest free energy" in line for line in said)
+    assert not any("lowest with and without" in line or "order changed" in line for line in said)
+
+
 def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_path):
     open_ = {**CCCM, "gibbs_eV_per_atom": "-0.95", "status": "unconverged", "reason": "not converged after 30 populations"}
     found = rows(R3M, open_)

@@ -36,8 +36,9 @@ def ranking_sentences(view: RankingView) -> list[str]:
     ranked = sorted((row for row in done if row.ranked), key=lambda row: row.gibbs or 0.0)
     if ranked:
         best = ranked[0]
-        at_rest = min((row for row in ranked if row.enthalpy is not None), key=lambda row: row.enthalpy or 0.0, default=best)
-        tail = "as with ions at rest" if at_rest is best else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with ions at rest"
+        at_rest = min((row for row in done if row.enthalpy is not None), key=lambda row: row.enthalpy or 0.0, default=best)
+        same = ", which becomes the same phase" if at_rest.same_as == best.id else ""
+        tail = "as with ions at rest" if at_rest is best else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with ions at rest{same}"
         lines.append(f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy, {tail}.")
     unconverged = sum(row.status == "unconverged" for row in view.rows)
     if unconverged:

@@ -195,7 +195,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     """What the moving ions changed, in plain words, from the numbers in ``rows`` alone."""
     done = sorted((row for row in rows if row.status in RANKED and row.gibbs is not None), key=lambda row: row.gibbs)
     ranked = [row for row in done if row.ranked]
-    static = [row for row in ranked if row.enthalpy is not None]
+    static = [row for row in done if row.enthalpy is not None]
     if not ranked:
         unfinished = _unconverged(rows)
         nothing = "No free energy has converged" if unfinished else "No structure has a free energy"
@@ -220,6 +220,11 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     elif static_best is best:
         phase = f"as {best.spg_static} without and as {best.spg_quantum} with it" if best in moved else f"{best.spg_static} both times"
         lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
+    elif static_best.same_as == best.id:
+        lines.append(
+            f"{static_best.id[:8]} ({static_best.spg_static}) has the lowest enthalpy, and becomes the phase of the lowest free energy, "
+            f"{best.spg_quantum or best.spg_static}."
+        )
     else:
         gain = 1000 * (static_best.gibbs - best.gibbs)
         error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
