@@ -125,7 +125,8 @@ def relax_in_symmetry(atoms: Atoms, evaluator: Evaluator, pressure: float, *, va
     for _ in optimiser.irun(fmax=tolerance, steps=RELAXATION_STEPS):
         if not 0.4 < relaxed.get_volume() / volume < 2.5:
             raise SschaError(f"relaxation before the start: the volume went from {volume:.1f} to {relaxed.get_volume():.1f} A^3")
-    if not optimiser.converged(target.get_gradient() if hasattr(target, "get_gradient") else -target.get_forces().ravel()):
+    # ASE's own `converged` takes other arguments in every few versions
+    if not np.linalg.norm(target.get_forces(), axis=1).max() < tolerance:
         log.info("relaxation before the start: not converged after %d steps, going on", RELAXATION_STEPS)
     return bare(relaxed)
 
