@@ -166,8 +166,9 @@ class Potential:
             self._say_once_that_there_is_no_estimate()
             return None
         found = [self.error_model.predict(self.model.atom_features(graph), graph) for graph in self._graphs(structures)]
-        energy, force = ([getattr(part, name) for part in found] for name in ("energy_error", "force_error"))
-        return Uncertainty(np.concatenate([np.empty(0), *energy]), np.concatenate([np.empty(0), *force]))
+        nothing = Uncertainty(np.empty((0, len(self.error_model.whitening))), np.empty(0))
+        vectors, force = ([getattr(part, name) for part in (nothing, *found)] for name in ("vectors", "force_error"))
+        return Uncertainty(np.concatenate(vectors), np.concatenate(force))
 
     def energy_error_spread(self, structures: Sequence[Atoms], together: int = 1) -> float | None:
         """How much the energy error is expected to vary among ``structures``, eV/atom (`ErrorModel.spread`); None without an estimate.

@@ -55,7 +55,21 @@ class StepRule(Protocol):
         ...
 
 
-class Bfgs:
+class _Newton:
+    """What rules with a model of the Hessian share."""
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def decrease(self, gradient: np.ndarray) -> float:
+        """Half of what the Newton step gains at first order."""
+        return -0.5 * float(gradient @ self.step(gradient))
+
+    def shorten(self) -> None:
+        """Nothing to do: what was learnt stays valid."""
+
+
+class Bfgs(_Newton):
     """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from saddles too.
 
     The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's
@@ -82,15 +96,8 @@ class Bfgs:
         if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
             self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
 
-    def decrease(self, gradient: np.ndarray) -> float:
-        """Half of what the Newton step gains at first order."""
-        return -0.5 * float(gradient @ self.step(gradient))
 
-    def shorten(self) -> None:
-        """Nothing to do: what was learnt stays valid."""
-
-
-class AseBfgs:
+class AseBfgs(_Newton):
     """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``.
 
     It follows ASE's path to the same minimum until rounding decides: where the curvature along a step vanishes, and at saddle
@@ -115,13 +122,6 @@ class AseBfgs:
         along = float(step @ predicted)
         if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
             self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
-
-    def decrease(self, gradient: np.ndarray) -> float:
-        """Half of what the Newton step gains at first order."""
-        return -0.5 * float(gradient @ self.step(gradient))
-
-    def shorten(self) -> None:
-        """Nothing to do: what was learnt stays valid."""
 
 
 class Fire:

@@ -42,10 +42,15 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Expected errors of n structures: energy_error (n,) eV/atom; force_error (n,) eV/A, root mean square over components."""
+    """Expected errors of n structures: vectors (n, u) eV/atom, see `ErrorModel.vectors`; force_error (n,) eV/A, rms over components."""
 
-    energy_error: np.ndarray
+    vectors: np.ndarray
     force_error: np.ndarray
+
+    @property
+    def energy_error(self) -> np.ndarray:
+        """(n,) eV/atom."""
+        return np.linalg.norm(self.vectors, axis=1)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ class ErrorModel:
 
     def predict(self, features: torch.Tensor, graph: Graph) -> Uncertainty:
         """Errors of the structures of ``graph`` from the features (N, u) of its atoms."""
-        energy, force = _distances(self.whitening.to(features.device), features, graph)
-        return Uncertainty(self.energy_scale * energy, self.force_scale * force)
+        means, force = _whitened(self.whitening.to(features.device), features, graph)
+        return Uncertainty(self.energy_scale * means, self.force_scale * force)
 
     def vectors(self, features: np.ndarray) -> np.ndarray:
         """Error vectors (n, u) in eV/atom of structures with mean ``features`` (n, u).
@@ -169,9 +174,15 @@ def _means(values: torch.Tensor, graph: Graph) -> torch.Tensor:
 
 def _distances(whitening: torch.Tensor, features: torch.Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     """(n,) |A mean(v)| and (n,) root mean square over the atoms of |A v|."""
+    means, local = _whitened(whitening, features, graph)
+    return np.linalg.norm(means, axis=1), local
+
+
+def _whitened(whitening: torch.Tensor, features: torch.Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """(n, u) A mean(v) and (n,) root mean square over the atoms of |A v|."""
     white = features.double() @ whitening.double().T
     local = _means(white.square().sum(dim=1), graph).sqrt()
-    return _means(white, graph).norm(dim=1).cpu().numpy(), local.cpu().numpy()
+    return _means(white, graph).cpu().numpy(), local.cpu().numpy()
 
 
 def _errors_and_distances(model: FactorisedM3GNet, whitening: torch.Tensor, graph: Graph, targets: Any) -> tuple[np.ndarray, ...]:

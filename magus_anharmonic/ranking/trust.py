@@ -46,7 +46,5 @@ def ensemble_trust(result: Any, evaluator: Evaluator, rng: np.random.Generator) 
     from magus_anharmonic.sscha.state import displaced, sample
 
     state = result.state
-    configurations = displaced(state, sample(state, N_CONFIGS, rng))
-    force_errors = evaluator.uncertainty(configurations).force_error  # type: ignore[attr-defined]
-    vectors = error_model.vectors(evaluator.mean_features(configurations))  # type: ignore[attr-defined]
-    return EnsembleTrust(float(force_errors.mean()), error_model.usual_force_error, tuple(vectors.mean(axis=0).tolist()))
+    found = evaluator.uncertainty(displaced(state, sample(state, N_CONFIGS, rng)))  # type: ignore[attr-defined]
+    return EnsembleTrust(float(found.force_error.mean()), error_model.usual_force_error, tuple(found.vectors.mean(axis=0).tolist()))
