@@ -7,13 +7,14 @@ BIN := .venv/bin
 JOBS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2> /dev/null || echo 2); [ $$n -gt 4 ] && echo 4 || echo $$n)
 COVERAGE ?= 85
 PYTEST_ARGS ?=
+SOAK_MINUTES ?= 120
 PYTEST := env -u PYTHONPATH OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider -n $(JOBS) $(PYTEST_ARGS)
 
 help:
 	@echo "make demo       set up .venv and run the H3S quick start in demo/"
 	@echo "make demo-again the quick start anew, the old demo/ removed"
 	@echo "make test       set up .venv and run the tests (coverage at least $(COVERAGE) %)"
-	@echo "make test-full  all tests, with those that take minutes"
+	@echo "make test-full  all tests, lowest and newest versions, $(SOAK_MINUTES) minutes of faults (SOAK_MINUTES=n), known vulnerabilities: hours"
 	@echo "make setup | lint | docs | clean | distclean"
 
 setup:
@@ -30,7 +31,7 @@ test: setup
 	@$(PYTEST) -m "not full" --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE)
 
 test-full: setup
-	@$(PYTEST) --cov --cov-report=term:skip-covered --cov-fail-under=$(COVERAGE)
+	@JOBS=$(JOBS) COVERAGE=$(COVERAGE) SOAK_MINUTES=$(SOAK_MINUTES) PYTEST_ARGS="$(PYTEST_ARGS)" .ci/full
 
 lint: setup
 	@$(BIN)/ruff check magus_anharmonic tests inputs

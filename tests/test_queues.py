@@ -28,7 +28,11 @@ WORKERS = WorkerSettings(
     directives=["--exclusive"], prologue=["source /env/bin/activate"], scratch="/tmp/x",
 )  # fmt: skip
 
-PROLOGUE = ["export OMP_NUM_THREADS=8", "export OPENBLAS_NUM_THREADS=8", "export MKL_NUM_THREADS=8", "source /env/bin/activate"]
+PROLOGUE = [
+    "export OMP_NUM_THREADS=8", "export OPENBLAS_NUM_THREADS=8", "export MKL_NUM_THREADS=8",
+    "export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False", "export DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL=1s",
+    "export DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL=10s", "source /env/bin/activate",
+]  # fmt: skip
 
 HEADERS = {
     "slurm": [
@@ -79,7 +83,7 @@ def test_the_job_script_asks_for_what_the_keys_say(name, tools, monkeypatch):
     head = [line for line in lines if line.startswith(("#SBATCH", "#BSUB", "#PBS"))]
     assert [line for line in head if "worker-logs" not in line and " -M " not in line] == HEADERS[name]
     body = [line for line in lines if not line.startswith("#") and line]
-    assert body[:-1][-4:] == PROLOGUE
+    assert body[:-1][-len(PROLOGUE) :] == PROLOGUE
     assert body[-1].startswith(f"/env/bin/python -m distributed.cli.dask_worker {address} ")
     for part in ("--nthreads 1", "--nanny", "--local-directory /tmp/x", "--lifetime 42900s", "--lifetime-stagger 120s"):
         assert part in body[-1]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import read
+from benchmarks.uncertainty import pairs_of_like_volume, signed_errors
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import expected_spread
@@ -27,12 +28,6 @@ INPUTS = Path(__file__).parents[1] / "inputs"
 def potential() -> Potential:
     """The shipped model, with the error estimate that was fitted when it was trained."""
     return load("h3s-gpaw-small", device="cpu")
-
-
-def errors_per_atom(potential: Potential, labelled: list[Atoms]) -> np.ndarray:
-    """E(DFT) - E(model), eV/atom."""
-    model = potential.evaluate(labelled).energy
-    return np.array([(atoms.get_potential_energy() - e) / len(atoms) for atoms, e in zip(labelled, model, strict=True)])
 
 
 # ------------------------------------------------------------------ the estimate
@@ -79,14 +74,7 @@ def test_without_an_estimate_all_ensembles_are_alike() -> None:
 def test_expected_errors_of_differences_are_those_found_in_labels_that_the_model_has_not_seen(potential: Potential) -> None:
     """The test side of the shipped label set: all pairs of structures of like volume."""
     test = split_by_parent(read(INPUTS / "h3s-checkpoint" / "labels.xyz", ":"))[2]
-    found, vectors = errors_per_atom(potential, test), potential.error_model.vectors(potential.mean_features(test))
-    volumes = np.array([atoms.get_volume() / len(atoms) for atoms in test])
-    one, other = np.triu_indices(len(test), 1)
-    alike = np.abs(volumes[one] / volumes[other] - 1) < 0.05
-    one, other = one[alike], other[alike]
-    true, expected = found[one] - found[other], np.linalg.norm(vectors[one] - vectors[other], axis=1)
-    levels = np.linalg.norm(vectors, axis=1)
-    independent = np.hypot(levels[one], levels[other])
+    true, expected, independent = pairs_of_like_volume(potential, test)
     assert len(true) > 1000
     ratio = np.sqrt(np.mean((true / expected) ** 2))
     assert 0.7 < ratio < 1.3
@@ -105,7 +93,7 @@ def test_the_ensemble_whose_labels_are_worth_more_is_known_before_they_are_made(
         ensemble = [atoms for atoms in labelled if atoms.info["number"] >= 0]
         assert len(ensemble) == 60
         expected[phase] = expected_spread(potential, ensemble)
-        found[phase] = errors_per_atom(potential, ensemble).reshape(-1, 2).mean(axis=1).std(ddof=1)
+        found[phase] = signed_errors(potential, ensemble).reshape(-1, 2).mean(axis=1).std(ddof=1)
     assert found["im-3m"] > 2.0 * found["r3m"]
     assert expected["im-3m"] > 1.3 * expected["r3m"]
     assert expected["im-3m"] == pytest.approx(found["im-3m"], rel=0.3)

@@ -14,7 +14,7 @@ from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.losses import combine, torch_loss
 from magus_anharmonic.potential.model import FactorisedM3GNet
 from magus_anharmonic.potential.score import Scores, scores_from_residuals
-from magus_anharmonic.settings import Count, NonNegative, Positive, Section
+from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 GRADIENT_NORM = 1.0
@@ -27,12 +27,10 @@ class FinetuneSettings(Section):
     epochs: Count = Field(50, description="passes through the training set")
     learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam, at the start")
     batch_size: Count = Field(8, description="structures per step")
-    loss: Literal["huber", "mse"] = Field("huber", description="Huber with delta 0.01, or mean square")
+    loss: Loss = "huber"
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
-    schedule: Literal["step", "cosine"] = Field(
-        "step", description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"
-    )
+    schedule: Schedule = "step"
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are validated and kept")
     keep: Literal["best", "last"] = Field(
         "best", description="best: the lowest validation loss, the start included; last: the averaged weights at the end, whatever they are"

@@ -21,6 +21,13 @@ COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("q
 
 CLASSES = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster"}
 
+QUIET = {
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "10s",
+}
+"""What Dask does beside the tasks, made rarer: its profiler alone takes several per cent of the core that a task runs on."""
+
 
 def missing(name: str, workers: WorkerSettings) -> str:
     """What ``scheduler: name`` lacks on this machine, and what to do; empty when nothing."""
@@ -46,7 +53,7 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
     import dask
 
     # A task that ends its worker comes back to us at once: we count, because we know which tasks were beside it.
-    dask.config.set({"distributed.scheduler.allowed-failures": 0})
+    dask.config.set({**QUIET, "distributed.scheduler.allowed-failures": 0})
     try:
         cluster = getattr(_dask_jobqueue(), CLASSES[name])(**arguments(name, workers))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -69,6 +76,7 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
     """Keyword arguments of dask-jobqueue's cluster class: one worker that runs one task at a time per job (per GPU with several)."""
     cores = workers.cores or 1
     exports = [f"export {variable}={cores}" for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")]
+    exports += [f"export {dask_variable(key)}={value}" for key, value in QUIET.items()]
     common: dict[str, Any] = {
         "queue": workers.queue,
         "cores": 1,
@@ -89,6 +97,11 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
     if workers.gpus > 1:
         common |= {"worker_command": "dask_cuda.cli", "worker_extra_args": []}
     return common | _OWN[name](workers, cores)
+
+
+def dask_variable(key: str) -> str:
+    """The variable from which a process takes this key of Dask's configuration."""
+    return f"DASK_{key.upper().replace('.', '__').replace('-', '_')}"
 
 
 def _walltime(name: str, seconds: int) -> str:

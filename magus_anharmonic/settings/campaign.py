@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.search import CalculatorSettings, LabelerSettings, LearningSettings, Settings, SschaSettings, parse_settings
-from magus_anharmonic.settings.section import Count, NonNegative, Positive, PressureGPa, Section, load_yaml, parse
+from magus_anharmonic.settings.section import Count, Loss, NonNegative, Positive, PressureGPa, Schedule, Section, load_yaml, parse
 
 PressuresGPa = Annotated[list[PressureGPa], Field(min_length=1)]
 Share = Annotated[int, Field(ge=0, strict=True)]
@@ -81,10 +81,8 @@ class StageSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(1.0, description="weight of the stress loss (GPa)")
     batch_size: Count = Field(8, description="structures per step")
-    loss: Literal["huber", "mse"] = Field("huber", description="Huber with delta 0.01, or mean square")
-    schedule: Literal["step", "cosine"] = Field(
-        "step", description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"
-    )
+    loss: Loss = "huber"
+    schedule: Schedule = "step"
     patience: Count | None = Field(None, description="stop after so many epochs without improvement; left out: never")
 
 

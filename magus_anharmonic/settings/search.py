@@ -17,6 +17,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
+    Loss,
     NonNegative,
     Positive,
     PressureGPa,
@@ -153,7 +154,7 @@ class LearningSettings(Section):
     epochs: Count = Field(50, description="finetuning epochs per generation")
     learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
     batch_size: Count = Field(8, description="structures per training step")
-    loss: Literal["huber", "mse"] = Field("huber", description="Huber with delta 0.01, or mean square")
+    loss: Loss = "huber"
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")

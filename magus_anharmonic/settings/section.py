@@ -7,7 +7,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +17,11 @@ from magus_anharmonic.errors import InputError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Loss = Annotated[Literal["huber", "mse"], Field(description="Huber with delta 0.01, or mean square")]
+Schedule = Annotated[
+    Literal["step", "cosine"],
+    Field(description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"),
+]
 
 MAX_PRESSURE_GPA = 2000.0
 

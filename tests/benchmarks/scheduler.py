@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 from ase import Atoms
 from ase.build import bulk
+from dask import config
 from distributed import LocalCluster
 
 from magus_anharmonic.labelers.base import Recipe
@@ -34,6 +35,7 @@ from magus_anharmonic.ranking.jobs import Job, _parcel, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
 from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.scheduler.queues import QUIET
 from magus_anharmonic.settings import WorkerSettings
 
 
@@ -54,9 +56,9 @@ def processor_seconds() -> float:
 
 @contextlib.contextmanager
 def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
-    """``n_workers`` Dask workers on this machine, one thread each."""
+    """``n_workers`` Dask workers on this machine, one thread each, configured as in the jobs of a queue system."""
     options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": ":0", "silence_logs": 50, **options}
-    with LocalCluster(n_workers=n_workers, **options) as cluster:
+    with config.set(QUIET), LocalCluster(n_workers=n_workers, **options) as cluster:
         with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
             yield scheduler
 
@@ -83,6 +85,8 @@ def one_against_two(name: str, task: Callable[..., Any], items: list[Any], share
                 f"processor {2 * used_2 / all_2:.2f} of 2; {load()}",
                 flush=True,
             )
+        middle = np.median([one[0] / two[0] for one, two in found])
+        print(f"{name:7s} {kind:5s} median of {rounds} rounds: speed-up {middle:.2f} of 2 (bar 1.7)", flush=True)
 
 
 def spend(scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shared: Any) -> tuple[float, float, float, float]:

@@ -119,19 +119,33 @@ def calibration(n_train: int, epochs: int, seed: int) -> None:
     cost(potential, test[:8])
 
 
-def differences(potential: Potential, labelled: Sequence[Atoms]) -> None:
-    """Expected and true errors of the differences of energy (eV/atom) between all structures whose volumes are within 5 %."""
+def signed_errors(potential: Potential, labelled: Sequence[Atoms]) -> np.ndarray:
+    """E(DFT) - E(model) of each structure, eV/atom."""
     known = np.array([labels_of(atoms)[0] / len(atoms) for atoms in labelled])
-    signed = known - potential.evaluate(labelled).energy / [len(atoms) for atoms in labelled]
-    vectors = potential.error_model.vectors(potential.mean_features(labelled))
+    return known - potential.evaluate(labelled).energy / [len(atoms) for atoms in labelled]
+
+
+def pairs_of_like_volume(potential: Potential, labelled: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Differences of energy (eV/atom) between all structures whose volumes are within 5 %.
+
+    Their true errors, those expected with what both errors share, and those expected of independent errors.
+    """
+    signed, vectors = signed_errors(potential, labelled), potential.error_model.vectors(potential.mean_features(labelled))
     volumes = np.array([atoms.get_volume() / len(atoms) for atoms in labelled])
     one, other = np.triu_indices(len(labelled), 1)
     alike = np.abs(volumes[one] / volumes[other] - 1) < 0.05
     one, other = one[alike], other[alike]
-    true, levels = np.abs(signed[one] - signed[other]), np.linalg.norm(vectors, axis=1)
+    levels = np.linalg.norm(vectors, axis=1)
+    shared = np.linalg.norm(vectors[one] - vectors[other], axis=1)
+    return np.abs(signed[one] - signed[other]), shared, np.hypot(levels[one], levels[other])
+
+
+def differences(potential: Potential, labelled: Sequence[Atoms]) -> None:
+    """Print expected and true errors of `pairs_of_like_volume`."""
+    true, shared, independent = pairs_of_like_volume(potential, labelled)
     print(f"differences between {len(true)} pairs of like volume, {np.sqrt(np.mean(true**2)):.3f} eV/atom (root mean square)")
-    report("   with what errors share", np.linalg.norm(vectors[one] - vectors[other], axis=1), true, "eV/atom")
-    report("   taken as independent", np.hypot(levels[one], levels[other]), true, "eV/atom")
+    report("   with what errors share", shared, true, "eV/atom")
+    report("   taken as independent", independent, true, "eV/atom")
 
 
 def pick(rule: str, potential: Potential, pool: Sequence[Atoms], known: Sequence[Atoms], n: int, rng: np.random.Generator) -> list[int]:
