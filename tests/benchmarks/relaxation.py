@@ -50,7 +50,6 @@ MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
 MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft directions
 MINIMUM_STEPS = 600
-PIECE = 20  # starts between two lines of progress
 OPTIMIZERS = ("ase", "bfgs")
 KICKS = 6
 COUNT = 64
@@ -272,26 +271,31 @@ def minima(
     known: Path | None = None,
     tolerance: float = MINIMUM,
 ) -> tuple[int, list[str]]:
-    """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one."""
+    """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one.
+
+    Further paths and kicks never end higher: those that are as low after the first path alone are spared them, the others start anew.
+    """
     structures = starts(count, seed)
     potential = load(CHECKPOINT, device="cpu")
     calculator = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
-    options = _options(tolerance, len(optimizers) * (1 + kicks) * MINIMUM_STEPS)
-    options |= {"stress_tolerance": 20.0 * tolerance, "kicks": kicks}
-    lines: list[str] = []
-    steps, begun = 0, time.process_time()
-    for first in range(0, count, PIECE):
-        piece = structures[first : first + PIECE]
-        ours = potential.relax(piece, PRESSURE, optimizer=optimizers, **options)
-        for index, (atoms, result) in enumerate(zip(piece, ours, strict=True), start=first):
-            steps += result.n_steps
-            above = result.enthalpy - reference(atoms, calculator, known)
-            if result.failed or not above < SAME:
-                lines.append(f"start {index} ({len(atoms)} atoms): {1e3 * above:.2f} meV/atom above ASE {result.reason}")
-        done = first + len(piece)
-        spent = time.process_time() - begun
-        print(f"{done - len(lines)} of {done} as low, {steps / done:.0f} evaluations each, {spent:.0f} s of the processor", flush=True)
-    return count - len(lines), lines
+    left = {index: "" for index in range(count)}
+    for paths, n_kicks in ((tuple(optimizers[:1]), 0), (tuple(optimizers), kicks)):
+        indices = list(left)
+        options = _options(tolerance, len(paths) * (1 + n_kicks) * MINIMUM_STEPS) | {"stress_tolerance": 20.0 * tolerance}
+        begun = time.process_time()
+        ours = potential.relax([structures[index] for index in indices], PRESSURE, optimizer=paths, kicks=n_kicks, **options)
+        used, spent = sum(result.n_steps for result in ours), time.process_time() - begun
+        for index, result in zip(indices, ours, strict=True):
+            above = result.enthalpy - reference(structures[index], calculator, known)
+            if not result.failed and above < SAME:
+                del left[index]
+            else:
+                left[index] = f"start {index} ({len(structures[index])} atoms): {1e3 * above:.2f} meV/atom above ASE {result.reason}"
+        each = f"{used / len(indices):.0f} evaluations for each of {len(indices)}, {spent:.0f} s of the processor"
+        print(f"{', '.join(paths)} with {n_kicks} kicks: {count - len(left)} of {count} as low; {each}", flush=True)
+        if not left:
+            break
+    return count - len(left), list(left.values())
 
 
 def main() -> None:
