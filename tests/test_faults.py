@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from ase import Atoms
 from ase.build import bulk
@@ -33,6 +34,7 @@ from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.dataset import LabelStore, labelled
 from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.lock import locked
+from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
 from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import LabelerSettings, parse_settings
@@ -369,6 +371,47 @@ def test_a_model_that_was_replaced_meanwhile_is_refused(copy: Path) -> None:
     file.write_text(json.dumps({**record, "model": "0123456789ab"}))
     with pytest.raises(InputError, match=r"holds the model emt, but the search went on with 0123456789ab: the file was replaced"):
         run(SETTINGS, copy, restart=True)
+
+
+class Replacing(logging.Handler):
+    """Replaces a checkpoint by another model when the first generation is done."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__()
+        self.checkpoint, self.replaced = checkpoint, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("generation 1 of 2 done"):
+            module, _ = checkpoint.read(self.checkpoint)
+            with torch.no_grad():
+                module.normalizer.shift.add_(1.0)
+            checkpoint.save(module, self.checkpoint, species=range(1, 95))
+            self.replaced = True
+
+
+def test_a_checkpoint_replaced_under_a_running_search_changes_nothing_and_a_restart_with_it_is_refused(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    settings = {}
+    for name in ("undisturbed", "replaced"):
+        own = Path(shutil.copy(tiny_checkpoint, tmp_path / f"{name}.pth"))
+        calculator = {"calculator": "mattersim", "checkpoint": str(own), "max_step": 3}
+        settings[name] = parse_settings({**INPUT, "numGen": 2, "MainCalculator": calculator})
+        (tmp_path / name).mkdir()
+    run(settings["undisturbed"], tmp_path / "undisturbed")
+    logger, handler = logging.getLogger("magus_anharmonic"), Replacing(tmp_path / "replaced.pth")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        run(settings["replaced"], tmp_path / "replaced")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    assert handler.replaced
+    assert results(tmp_path / "replaced") == results(tmp_path / "undisturbed")
+    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: the file was replaced"):
+        run(settings["replaced"], tmp_path / "replaced", restart=True)
 
 
 @pytest.mark.parametrize("path", ["../../etc/model.pth", "a/../../b", ".."])

@@ -362,15 +362,19 @@ def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, 
         dataclasses.replace(source, model_id="another").make()
 
 
-def sscha_jobs(folder: Path, workers) -> dict[str, float]:
-    """Free energies of two metals on EMT by the real engine, at two temperatures, as the ranking runs them."""
+METALS = (("Cu", 3.55), ("Al", 3.95))
+
+
+def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
+    """Free energies of metals on EMT by the real engine, at two temperatures, as the ranking runs them."""
     options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
     jobs = []
-    for symbol, a in (("Cu", 3.55), ("Al", 3.95)):
+    for symbol, a in crystals:
         atoms = bulk(symbol, a=a, cubic=True)
         generator = np.random.default_rng([5, int(structure_id(atoms), 16)])
         seeded = {**options, "seed": int(generator.integers(2**31))}
-        jobs.append(Job(symbol, atoms, (0.0, 300.0), (folder / f"{symbol}-0", folder / f"{symbol}-300"), seeded))
+        name = f"{symbol}{a}"
+        jobs.append(Job(name, atoms, (0.0, 300.0), (folder / f"{name}-0", folder / f"{name}-300"), seeded))
     found = {}
 
     def done(job, outcomes):
@@ -380,6 +384,16 @@ def sscha_jobs(folder: Path, workers) -> dict[str, float]:
 
     run_jobs(jobs, fakes.Emt(), free_energy, done, workers)
     return found
+
+
+@pytest.mark.slow
+def test_sscha_gives_the_same_numbers_with_one_worker_and_with_eight(tmp_path):
+    crystals = [(symbol, a + strain) for symbol, a in METALS for strain in (0.0, 0.01, 0.02, 0.03)]
+    with contextlib.closing(LocalScheduler(1, threads=1)) as one, contextlib.closing(LocalScheduler(8, threads=1)) as eight:
+        expected = sscha_jobs(tmp_path / "one", one, crystals)
+        assert len(expected) == 16 and len(set(expected.values())) == 16
+        assert sscha_jobs(tmp_path / "eight", eight, crystals) == expected
+        assert len({done.value[0] for done in eight.map(tasks.who, [0.1] * 16)}) == 8, "all of them work"
 
 
 @pytest.mark.slow
