@@ -134,7 +134,7 @@ def rank(
         from magus_anharmonic.ranking import rank_file
         from magus_anharmonic.ranking.given_start import check_sources, rank_start
         from magus_anharmonic.report import report_at_end
-        from magus_anharmonic.settings import parse_settings
+        from magus_anharmonic.settings import absolute_file, parse_settings
 
         check_sources(structures, start_dyn, load_ensemble)
         settings = parse_settings(
@@ -142,7 +142,7 @@ def rank(
                 "pressure": pressure,
                 "seed": seed,
                 "Fitness": ["SSCHA"],
-                "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint, "device": device},
+                "MainCalculator": {"calculator": "mattersim", "checkpoint": absolute_file(checkpoint), "device": device},
                 "sscha": {
                     "temperature": temperature or [0.0],
                     "supercell": {"min_length": min_length} if min_length is not None else list(supercell),

@@ -57,6 +57,11 @@ def check_path(value: Any) -> Any:
 InsidePath = Annotated[str, BeforeValidator(check_path)]
 
 
+def absolute_file(typed: str) -> str:
+    """What was typed on the command line, which may lie anywhere: an absolute path when it is a file, else the name as it is."""
+    return os.path.abspath(typed) if os.path.isfile(typed) else typed
+
+
 class Section(BaseModel):
     """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case."""
 
