@@ -65,15 +65,17 @@ def vasp(tmp_path, monkeypatch):
         potcar.write_text(f"  PAW_PBE {symbol} 15Jun2001\n   1.0\n parameters from PSCTR are:\n End of Dataset\n")
     monkeypatch.setenv("VASP_PP_PATH", str(tmp_path / "pp"))
 
+    def writes(reason: str = "reached") -> str:
+        ended = "because EDIFF is reached" if reason == "reached" else "EDIFF was not reached (unconverged)"
+        outcar = OUTCAR.replace("EDIFF was LOOPEND", ended)
+        return f"open('vasprun.xml', 'w').write({VASPRUN!r})\nopen('OUTCAR', 'w').write({outcar!r})\n"
+
     def make(reason: str = "reached", body: str = "", **settings):
-        outcar = OUTCAR.replace(
-            "EDIFF was LOOPEND", "because EDIFF is reached" if reason == "reached" else "EDIFF was not reached (unconverged)"
-        )
-        body = body or f"open('vasprun.xml', 'w').write({VASPRUN!r})\nopen('OUTCAR', 'w').write({outcar!r})\nprint('running')\n"
-        command = fake_program(tmp_path / "vasp.py", body)
+        command = fake_program(tmp_path / "vasp.py", body or f"{writes(reason)}print('running')\n")
         arguments = {"command": command, **settings.pop("arguments", {})}
         return get_labeler(LabelerSettings(calculator="vasp", arguments=arguments, **settings), tmp_path / "scratch")
 
+    make.writes = writes
     return make
 
 
@@ -116,11 +118,37 @@ def test_vasp_that_dies_never_returns_the_results_of_the_structure_before(vasp, 
     assert not result.ok and words in result.reason
 
 
-def test_no_shell_reads_the_command(vasp, tmp_path):
+def test_a_command_that_needs_a_shell_is_refused_before_anything_is_started(vasp, tmp_path):
     marker = tmp_path / "marker"
-    with vasp(arguments={"command": f"{sys.executable} -c pass ; touch {marker}"}) as labeler:
-        (result,) = labeler.label([STRUCTURE])
-    assert not result.ok and not marker.exists()
+    with pytest.raises(InputError, match=r"learning\.labeler\.arguments\.command: .*only a shell understands '; touch"):
+        vasp(arguments={"command": f"{sys.executable} -c pass ; touch {marker}"})
+    assert not marker.exists() and not (tmp_path / "scratch").exists()
+
+
+@pytest.mark.parametrize("through_the_environment", [False, True])
+def test_the_usual_redirection_of_vasps_output_is_honoured_and_no_argument_of_vasp(vasp, tmp_path, monkeypatch, through_the_environment):
+    body = f"import sys\nassert sys.argv[1:] == [], sys.argv\n{vasp.writes()}print('to the log', file=sys.stderr)\n"
+    command = f"{fake_program(tmp_path / 'vasp.py', body)} > vasp.log 2>&1"
+    if through_the_environment:
+        monkeypatch.setenv("ASE_VASP_COMMAND", command)
+    with vasp(body=body, arguments={"command": None if through_the_environment else command}) as labeler:
+        (label,) = labeler.label([STRUCTURE])
+    assert label.ok, label.reason
+    assert (tmp_path / "scratch/slot0/vasp.log").read_text() == "to the log\n"
+
+
+def test_an_argument_in_quotes_reaches_vasp_whole(vasp, tmp_path):
+    body = f"import sys\nassert sys.argv[1:] == ['--map-by', 'socket; 2 > 1'], sys.argv\n{vasp.writes()}"
+    with vasp(body=body, arguments={"command": f"{fake_program(tmp_path / 'vasp.py', body)} --map-by 'socket; 2 > 1'"}) as labeler:
+        (label,) = labeler.label([STRUCTURE])
+    assert label.ok, label.reason
+
+
+def test_a_byte_that_is_no_utf8_in_what_vasp_prints_does_not_cost_the_label(vasp):
+    noise = "import sys\nfor out in (sys.stdout.buffer, sys.stderr.buffer, open('OUTCAR', 'ab')):\n    out.write(b'\\xfc\\n')\n"
+    with vasp(body=vasp.writes() + noise) as labeler:
+        (label,) = labeler.label([STRUCTURE])
+    assert label.ok, label.reason
 
 
 def test_vasp_parallelisation_is_not_part_of_the_settings_hash(vasp):
@@ -250,6 +278,20 @@ def test_espresso_that_ends_with_an_error_is_a_failure(espresso):
 def test_espresso_hash_holds_what_pw_gets_by_default(espresso):
     assert espresso().settings_hash == espresso(input_data={"system": {"ecutwfc": 60, "ecutrho": 480}}).settings_hash
     assert espresso().settings_hash != espresso(input_data={"system": {"degauss": 0.02}}).settings_hash
+
+
+def test_espresso_refuses_to_have_its_output_redirected(espresso):
+    with pytest.raises(InputError, match=r"arguments\.command: 'pw\.x > out': redirects .* leave that out"):
+        espresso(command="pw.x > out")
+
+
+def test_a_byte_that_is_no_utf8_in_what_pw_prints_does_not_cost_the_label(espresso, tmp_path):
+    made = espresso()
+    program = tmp_path / "pw.py"
+    program.write_text(f"import sys\nsys.stdout.buffer.write(b'     title \\xfc\\n')\nsys.stdout.flush()\n{program.read_text()}")
+    with made as labeler:
+        (label,) = labeler.label([STRUCTURE])
+    assert label.ok, label.reason
 
 
 def test_espresso_refuses_smearings_whose_extrapolation_is_not_known(espresso):

@@ -13,7 +13,7 @@ from magus_anharmonic.analysis.gibbs_points import GibbsPoint, read_points, writ
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import parse
+from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSet
         "device": grid.device,
     }
     if grid.checkpoint is not None:
-        data["checkpoint"] = grid.checkpoint
+        data["checkpoint"] = absolute_file(grid.checkpoint)
     return parse(PhaseDiagramSettings, data)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, user_errors
 from magus_anharmonic.errors import InputError
 
 
@@ -47,7 +46,6 @@ def campaign(
 
 
 def _show(path: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from magus_anharmonic.campaign.status import status
@@ -58,9 +56,9 @@ def _show(path: Path) -> None:
         table.add_column(name, justify="left" if name in ("step", "status", "remark") else "right", overflow="fold")
     for row in found.rows:
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
+    screen = console(140)
+    screen.print(table)
     for line in found.missing:
-        console.print(f"* {line}", highlight=False, soft_wrap=True)
+        screen.print(f"* {line}", highlight=False, soft_wrap=True)
     if not found.missing:
-        console.print(f"Everything is done: {path.resolve().parent / 'campaign'}", highlight=False, soft_wrap=True)
+        screen.print(f"Everything is done: {path.resolve().parent / 'campaign'}", highlight=False, soft_wrap=True)

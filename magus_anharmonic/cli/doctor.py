@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import app, user_errors
+from magus_anharmonic.cli.common import app, console, user_errors
 
 
 @app.command()
@@ -17,8 +16,8 @@ def doctor(
 ) -> None:
     """Say what is installed, what is registered, and what is missing; exit code 1 when the input needs it."""
     with user_errors():
-        from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         from magus_anharmonic.doctor import collect
         from magus_anharmonic.settings import load_settings
@@ -26,8 +25,9 @@ def doctor(
         checks = collect(load_settings(input_file) if input_file else None)
         shown = Table("", "what", "found", "what to do", box=None, pad_edge=False)
         for check in checks:
-            mark = {True: "[green]ok[/green]", False: "[red]missing[/red]" if check.needed else "absent", None: "-"}[check.ok]
+            missing = Text("missing", "red") if check.needed else "absent"
+            mark = {True: Text("ok", "green"), False: missing, None: "-"}[check.ok]
             shown.add_row(mark, check.name, check.detail, "" if check.ok else check.fix)
-        Console(width=None if sys.stdout.isatty() else 160).print(shown)
+        console(160).print(shown)
         if any(check.needed and check.ok is False for check in checks):
             raise typer.Exit(1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, user_errors
 
 
 @app.command()
@@ -66,7 +65,6 @@ def errors(
 
 def _show(report: Any) -> None:
     """Print what averaging leaves of the errors, and the corrected free energy."""
-    from rich.console import Console
     from rich.table import Table
 
     found = report.errors
@@ -87,16 +85,16 @@ def _show(report: Any) -> None:
         shown.add_row(name, unit, f"{1e3 * parts.single:.1f}", f"{1e3 * parts.mean:.2f}", systematic, *numbers)
     if found.bo_centroid is not None:
         shown.add_row("force at the centroids", "meV/A", f"{1e3 * found.bo_centroid:.2f}", "", "", "", "")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(shown)
+    screen = console()
+    screen.print(shown)
     first, error, second = (
         1e3 * value for value in (report.correction.first_order, report.correction.first_order_error, report.correction.second_order)
     )
-    console.print(f"* G by the reference minus G by the model: {first:.2f} +- {error:.2f} meV/atom (first order, an upper bound),")
-    console.print(f"  {second:.2f} meV/atom more when the state follows (second order).")
+    screen.print(f"* G by the reference minus G by the model: {first:.2f} +- {error:.2f} meV/atom (first order, an upper bound),")
+    screen.print(f"  {second:.2f} meV/atom more when the state follows (second order).")
     if report.corrected_gibbs is not None:
         value, spread = report.corrected_gibbs
-        console.print(f"* G by the reference to first order: {value:.5f} +- {spread:.5f} eV/atom.", highlight=False)
+        screen.print(f"* G by the reference to first order: {value:.5f} +- {spread:.5f} eV/atom.", highlight=False)
     if report.n_failed:
-        console.print(f"* {report.n_failed} configurations have no label (failures.jsonl says why); their pairs are left out.")
-    console.print(f"\nEverything else: {report.folder.resolve()}", highlight=False, soft_wrap=True)
+        screen.print(f"* {report.n_failed} configurations have no label (failures.jsonl says why); their pairs are left out.")
+    screen.print(f"\nEverything else: {report.folder.resolve()}", highlight=False, soft_wrap=True)

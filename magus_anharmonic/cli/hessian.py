@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, user_errors
 
 
 @app.command()
@@ -64,7 +63,6 @@ def hessian(
 
 def _show_hessian(report: Any) -> None:
     """Print the softest modes, the verdict in words, and where everything is."""
-    from rich.console import Console
     from rich.table import Table
 
     from magus_anharmonic.sscha.hessian_command import table_rows
@@ -74,10 +72,10 @@ def _show_hessian(report: Any) -> None:
         shown.add_column(name, justify="right", no_wrap=True)
     for row in table_rows(report.hessian):
         shown.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(shown)
+    screen = console()
+    screen.print(shown)
     for line in report.sentences():
-        console.print(f"* {line}", highlight=False)
-    console.print(
+        screen.print(f"* {line}", highlight=False)
+    screen.print(
         f"\nPicture: {report.folder / 'dispersion.png'}\nEverything else: {report.folder.resolve()}", highlight=False, soft_wrap=True
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, console, user_errors
 from magus_anharmonic.errors import InputError
 
 
@@ -67,7 +66,6 @@ def _embedded(input_file: Path, restart: bool) -> None:
 
 def _show(folder: Path) -> None:
     """Print what a finished run found: a table and plain words for each composition, picture and folder."""
-    from rich.console import Console
 
     from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
 
@@ -76,23 +74,23 @@ def _show(folder: Path) -> None:
         return
     rows = read_ranking(ranking)
     blocks = by_composition(rows)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    screen = console()
     pictures = []
     for block in blocks or [rows]:
         several = len(blocks) > 1
-        console.print()
-        console.print(table(block, title=f"{block[0].composition}: ranking by free energy") if several else table(block))
+        screen.print()
+        screen.print(table(block, title=f"{block[0].composition}: ranking by free energy") if several else table(block))
         for line in sentences(block):
-            console.print(f"* {line}", highlight=False)
+            screen.print(f"* {line}", highlight=False)
         pictures.append(picture(block, folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png")))
     if hull := hull_sentences(rows):
-        console.print()
+        screen.print()
         for line in hull:
-            console.print(f"* {line}", highlight=False)
+            screen.print(f"* {line}", highlight=False)
     page = folder / "report.html"
     report = f"\nReport: {page}" if page.is_file() else ""
     drawn = ", ".join(map(str, pictures))
-    console.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
+    screen.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -134,7 +132,7 @@ def rank(
         from magus_anharmonic.ranking import rank_file
         from magus_anharmonic.ranking.given_start import check_sources, rank_start
         from magus_anharmonic.report import report_at_end
-        from magus_anharmonic.settings import parse_settings
+        from magus_anharmonic.settings import absolute_file, parse_settings
 
         check_sources(structures, start_dyn, load_ensemble)
         settings = parse_settings(
@@ -142,7 +140,7 @@ def rank(
                 "pressure": pressure,
                 "seed": seed,
                 "Fitness": ["SSCHA"],
-                "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint, "device": device},
+                "MainCalculator": {"calculator": "mattersim", "checkpoint": absolute_file(checkpoint), "device": device},
                 "sscha": {
                     "temperature": temperature or [0.0],
                     "supercell": {"min_length": min_length} if min_length is not None else list(supercell),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ from magus_anharmonic.labelers.base import Recipe, make_recipe
 from magus_anharmonic.settings import LabelerSettings
 
 EXECUTION_KEYS = frozenset({"command", "profile"})
+METHODS = ("get_potential_energy", "get_forces", "get_stress")
 
 
 def load_class(path: str) -> type:
-    """The class at an import path; raises ``LabelerError`` that says which part is missing."""
+    """The class at an import path; raises ``LabelerError`` that says which part is missing, or that it is no ASE calculator."""
     module_name, _, name = path.rpartition(".")
-    if not module_name:
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
         raise LabelerError(
             f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, or the import path of an ASE calculator, "
             "e.g. ase.calculators.emt.EMT"
@@ -31,9 +34,13 @@ def load_class(path: str) -> type:
             f"{error}; install the package that brings {module_name}, "
             "or take the open default: calculator: gpaw after pip install 'magus-anharmonic[gpaw]'"
         ) from None
+    except Exception as error:  # a module may raise anything while it is imported
+        raise LabelerError(f"{module_name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}") from None
     found = getattr(module, name, None)
-    if not callable(found):
+    if found is None:
         raise LabelerError(f"{module_name} has no calculator {name!r}")
+    if not isinstance(found, type) or issubclass(found, Atoms) or not all(callable(getattr(found, method, None)) for method in METHODS):
+        raise LabelerError(f"{path} is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g. ase.calculators.emt.EMT")
     return found
 
 
@@ -60,7 +67,8 @@ def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
 
     found = load_class(recipe.code)
     arguments = {**recipe.arguments, **recipe.execution}
-    if isinstance(found, type) and issubclass(found, FileIOCalculator | GenericFileIOCalculator):
+    writes = issubclass(found, FileIOCalculator | GenericFileIOCalculator) or "directory" in inspect.signature(found.__init__).parameters
+    if writes:
         arguments["directory"] = str(directory)
     return found(**arguments)
 

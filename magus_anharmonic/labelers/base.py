@@ -6,15 +6,18 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.labelers.no_shell import read_command
 from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.settings.section import check_path
 
 ENERGY_CONVENTION = "extrapolated to zero smearing"
 
@@ -163,9 +166,14 @@ def make_recipe(
 ) -> Recipe:
     """Merge the user's arguments over the defaults and separate what only says how the code runs.
 
-    Raises ``LabelerError`` when k-points are given in two ways, or an argument belongs to the labeler itself.
+    Raises ``LabelerError`` when k-points are given in two ways, an argument belongs to the labeler itself or leaves the project folder,
+    or the command cannot be started without a shell.
     """
-    given = yaml_numbers(settings.arguments)
+    try:
+        given = yaml_numbers(settings.arguments)
+    except RecursionError:
+        raise LabelerError("learning.labeler.arguments: holds itself, or is too deep") from None
+    _check_texts(given, execution_keys)
     reserved = sorted({"directory", "atoms", "restart", "label", "txt"} & set(given))
     if reserved:
         raise LabelerError(f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it out")
@@ -176,6 +184,41 @@ def make_recipe(
     execution = {key: value for key, value in given.items() if key in execution_keys}
     spacing = None if named else settings.k_spacing if settings.k_spacing is not None else k_spacing
     return Recipe(code, arguments, spacing, execution)
+
+
+def _check_texts(given: Mapping[str, Any], execution_keys: frozenset[str]) -> None:
+    texts = list(_texts(given, "learning.labeler.arguments"))
+    command = given.get("command")
+    if "command" in execution_keys and command is not None:
+        where = "learning.labeler.arguments.command"
+        try:
+            texts += [(where, word) for word in read_command(command).words]
+        except LabelerError as error:
+            raise LabelerError(f"{where}: {error}") from None
+    for where, text in texts:
+        try:
+            check_path(text)
+        except ValueError as error:
+            raise LabelerError(f"{where}: {text!r}: {error}") from None
+
+
+def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    """Every text of an argument, with its key path."""
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, Mapping | list | tuple):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(item, f"{where}.{key}")
+
+
+def make_readable(file: Path) -> None:
+    """Replace bytes that are no UTF-8 in the output of a code, which ASE reads strictly; nothing where the file is not there."""
+    if file.is_file():
+        content = file.read_bytes()
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            file.write_text(content.decode(errors="replace"), encoding="utf-8")
 
 
 def k_points(atoms: Atoms, spacing: float) -> list[int]:

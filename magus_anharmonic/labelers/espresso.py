@@ -16,7 +16,8 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, k_points, make_recipe
+from magus_anharmonic.labelers.base import Recipe, k_points, make_readable, make_recipe
+from magus_anharmonic.labelers.no_shell import read_command
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
 
@@ -41,18 +42,25 @@ def _configured(name: str) -> str | None:
 
 def available(name: str = "espresso", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
     """Whether the command (``execution``, ASE's configuration, or pw.x) is found."""
-    command = _command(execution or {})
+    try:
+        command = _command(execution or {})
+    except LabelerError as error:
+        return False, f"the command {error}"
     if shutil.which(shlex.split(command)[0]) is None:
         return False, f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g. mpirun -n 8 /path/to/pw.x)"
     return True, f"{command} is found"
 
 
 def _command(execution: Mapping[str, Any]) -> str:
-    return execution.get("command") or _configured("command") or "pw.x"
+    text = execution.get("command") or _configured("command") or "pw.x"
+    command = read_command(text)
+    if command.redirected:
+        raise LabelerError(f"{text!r}: redirects what pw.x reads or prints, which goes through espresso.pwi and .pwo; leave that out")
+    return shlex.join(command.words)
 
 
 def recipe(settings: LabelerSettings) -> Recipe:
-    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials."""
+    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials, or for what pw.x does not take."""
     if not isinstance(settings.arguments.get("pseudopotentials"), Mapping):
         raise LabelerError(
             "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per element, e.g. {H: H.upf, S: S.upf}"
@@ -65,13 +73,20 @@ def recipe(settings: LabelerSettings) -> Recipe:
         execution_keys=EXECUTION_KEYS,
         fixes_kpoints=("kpts", "kspacing"),
     )
+    if made.execution.get("command") is not None:
+        try:
+            _command(made.execution)
+        except LabelerError as error:
+            raise LabelerError(f"learning.labeler.arguments.command: {error}") from None
     arguments = {**made.arguments, "input_data": _input_data(made.arguments.get("input_data", {}))}
     return Recipe(made.code, arguments, made.k_spacing, made.execution)
 
 
-def _input_data(given: Mapping[str, Any]) -> dict[str, Any]:
+def _input_data(given: Any) -> dict[str, Any]:
     from ase.io.espresso import Namelist
 
+    if not isinstance(given, Mapping):
+        raise LabelerError(f"learning.labeler.arguments.input_data: {given!r}: must be pw.x's keys, e.g. {{system: {{ecutwfc: 80}}}}")
     nested = Namelist(dict(given))
     nested.to_nested("pw")
     data = {section: dict(keys) for section, keys in nested.items() if keys}
@@ -92,16 +107,27 @@ def _input_data(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     """ASE's Espresso for one single point in ``directory``."""
-    from ase.calculators.espresso import EspressoProfile
-
     arguments = dict(recipe.arguments)
     if recipe.k_spacing is not None:
         arguments["kpts"] = k_points(atoms, recipe.k_spacing)
-    profile = EspressoProfile(
+    profile = _lenient_profile()(
         command=_command(recipe.execution),
         pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
     )
     return _extrapolating()(profile=profile, directory=str(directory), **arguments)
+
+
+def _lenient_profile() -> type:
+    from ase.calculators.espresso import EspressoProfile
+
+    class LenientProfile(EspressoProfile):
+        """ASE's profile, whose output may have bytes that are no UTF-8."""
+
+        def run(self, directory: Path, inputfile: str | None, outputfile: str, *args: Any, **kwargs: Any) -> None:
+            super().run(directory, inputfile, outputfile, *args, **kwargs)
+            make_readable(Path(directory) / outputfile)
+
+    return LenientProfile
 
 
 def _extrapolating() -> type:

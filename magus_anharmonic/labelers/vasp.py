@@ -6,17 +6,16 @@ Cutoff and k-point spacing are the paper's (Sec. IV: 500 eV, 2 pi x 0.03 / A); i
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, k_points, make_recipe
+from magus_anharmonic.labelers.base import Recipe, k_points, make_readable, make_recipe
+from magus_anharmonic.labelers.no_shell import program_of
 from magus_anharmonic.settings import LabelerSettings
 
 DEFAULTS: Mapping[str, Any] = {
@@ -39,10 +38,13 @@ def available(name: str = "vasp", execution: Mapping[str, Any] | None = None) ->
     """Whether the command and the POTCAR folder are known, in ``execution``, the environment or ASE's configuration."""
     command = _command(execution or {})
     missing = []
-    if not command:
-        missing.append("ASE_VASP_COMMAND (how to start VASP, e.g. 'mpirun -n 16 vasp_std')")
-    elif shutil.which(shlex.split(command)[0]) is None:
-        return False, f"the program of the command {command!r} is not found"
+    try:
+        if not command:
+            missing.append("ASE_VASP_COMMAND (how to start VASP, e.g. 'mpirun -n 16 vasp_std')")
+        elif shutil.which(program_of(command)) is None:
+            return False, f"the program of the command {command!r} is not found"
+    except LabelerError as error:
+        return False, f"the command {error}"
     if not _configured("VASP_PP_PATH"):
         missing.append("VASP_PP_PATH (folder of the POTCAR files)")
     if missing:
@@ -81,39 +83,20 @@ def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     if recipe.k_spacing is not None:
         arguments.update(kpts=k_points(atoms, recipe.k_spacing), gamma=True)
     arguments["command"] = _command(recipe.execution)
-    return _without_shell()(directory=str(directory), atoms=None, nsw=0, ibrion=-1, **arguments)
+    return _lenient()(directory=str(directory), atoms=None, nsw=0, ibrion=-1, **arguments)
 
 
-class _Ended(int):
-    """Exit code of VASP: ase 3.23 takes it as a number, later versions unpack it into code and standard error."""
-
-    stderr = ""
-
-    @classmethod
-    def of(cls, code: int, stderr: str) -> _Ended:
-        ended = cls(code)
-        ended.stderr = stderr
-        return ended
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((int(self), self.stderr))
-
-
-def _without_shell() -> type:
+def _lenient() -> type:
     from ase.calculators.vasp import Vasp
 
-    class VaspWithoutShell(Vasp):
-        """ASE's Vasp, except that the command is started directly: no shell reads the user's text."""
+    class LenientVasp(Vasp):
+        """ASE's Vasp, which takes an OUTCAR with bytes that are no UTF-8."""
 
-        def _run(self, command: str | None = None, out: Any = None, directory: str | None = None) -> _Ended:
-            result = subprocess.run(
-                shlex.split(command or self.command), cwd=directory or self.directory, capture_output=True, text=True, check=False
-            )
-            if out is not None:
-                out.write(result.stdout)
-            return _Ended.of(result.returncode, result.stderr)
+        def read_results(self) -> None:
+            make_readable(Path(self.directory) / "OUTCAR")
+            super().read_results()
 
-    return VaspWithoutShell
+    return LenientVasp
 
 
 def check(calculator: Any, directory: Path) -> None:

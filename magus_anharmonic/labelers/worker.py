@@ -22,6 +22,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError, MagusAnharmonicError
 from magus_anharmonic.labelers.base import Recipe
+from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 
@@ -43,7 +44,7 @@ def atoms_from_json(data: dict[str, Any]) -> Atoms:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job (``task``: label or relax) and return its result as plain data.
 
-    Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``.
+    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``.
     """
     started = time.monotonic()
     try:
@@ -52,7 +53,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         directory = Path(job["directory"])
         directory.mkdir(parents=True, exist_ok=True)
         task = {"label": _label, "relax": _relax}[job["task"]]
-        result = {"ok": True, **task(atoms, recipe, directory, job)}
+        with no_shell():
+            result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
         result = {"ok": False, "reason": _reason(error)}

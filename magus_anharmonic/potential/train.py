@@ -27,7 +27,7 @@ from magus_anharmonic.potential.shift import refit_shift
 from magus_anharmonic.potential.split import parent_of, split_by_parent
 from magus_anharmonic.potential.trainer import FinetuneSettings
 from magus_anharmonic.potential.uncertainty import for_checkpoint
-from magus_anharmonic.settings import Section, load_yaml, parse
+from magus_anharmonic.settings import InsidePath, Section, absolute_file, load_yaml, parse
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ class TrainRecipe(Section):
     """How a checkpoint is made; the keys of a recipe file."""
 
     seed: int = Field(0, ge=0, description="of the weights and of the order of the batches; same labels, recipe and seed: same checkpoint")
-    checkpoint: str | None = Field(None, description="what to start from: a name or a path; left out: new weights of `architecture`")
+    checkpoint: InsidePath | None = Field(None, description="what to start from: a name or a path; left out: new weights of `architecture`")
     architecture: Architecture | None = Field(None, description="shape of a new model")
     refit_shift: bool = Field(True, description="fit the energy shift per species to the training labels first (checkpoint only)")
     split: tuple[Share, Share, Share] = Field((8, 1, 1), description="train : validation : test, by a hash of info['parent']")
-    validation: str | None = Field(None, description="extxyz of its own for validation, relative to the recipe; the split's share trains")
-    test: str | None = Field(None, description="extxyz of its own for the test, relative to the recipe; the split's share trains")
+    validation: InsidePath | None = Field(
+        None, description="extxyz of its own for validation, relative to the recipe; the split's share trains"
+    )
+    test: InsidePath | None = Field(None, description="extxyz of its own for the test, relative to the recipe; the split's share trains")
     kind: str = Field("kind", description="info key by which errors are reported, and to which `weights` refers")
     weights: dict[str, Annotated[float, Field(gt=0, le=10)]] = Field(
         default_factory=dict, description="how often a training structure of a kind is seen per epoch, on average; 1 where not named"
@@ -249,7 +251,7 @@ def train_command(
     chosen = load_recipe(recipe) if recipe is not None else TrainRecipe()
     update = chosen.model_dump()
     if checkpoint is not None:
-        update |= {"checkpoint": checkpoint, "architecture": None}
+        update |= {"checkpoint": absolute_file(checkpoint), "architecture": None}
     if seed is not None:
         update["seed"] = seed
     if epochs is not None or learning_rate is not None:

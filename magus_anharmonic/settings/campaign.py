@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings import section
 from magus_anharmonic.settings.search import CalculatorSettings, LabelerSettings, LearningSettings, Settings, SschaSettings, parse_settings
 from magus_anharmonic.settings.section import Count, Loss, NonNegative, Positive, PressureGPa, Schedule, Section, load_yaml, parse
 
@@ -41,7 +42,9 @@ class PhaseSettings(Section):
     """One entry of ``phases``: a name that tables, figures and Hessians use."""
 
     name: str = Field(min_length=1, max_length=40, pattern=r"^[^\s,]+$", description="e.g. Im-3m")
-    structure: str | None = Field(None, description="file of one structure, relative to the campaign file; left out: found by the searches")
+    structure: section.InsidePath | None = Field(
+        None, description="file of one structure, relative to the campaign file; left out: found by the searches"
+    )
     space_group: Annotated[int, Field(ge=1, le=230, strict=True)] | None = Field(
         None, description="number; left out: that of `structure` at 0.05 Angstrom"
     )
@@ -94,7 +97,7 @@ class MergeSettings(Section):
     """``merge``: one data set from all searches; the distortions of one phase stay on one side."""
 
     split: tuple[Count, Share, Share] = Field((8, 1, 1), description="train : validation : test, by families of parents")
-    dataset: str | None = Field(
+    dataset: section.InsidePath | None = Field(
         None, description="earlier labels of the same DFT settings, for training only: extxyz, or a shipped checkpoint's name"
     )
     n_dataset: Count | None = Field(None, description="so many of them, drawn at random; left out: all")
@@ -222,7 +225,7 @@ class CampaignSettings(Section):
     """A whole campaign. Blocks that are left out are steps that are not done; `learning` left out: the foundation is the final model."""
 
     seed: int = Field(0, ge=0, description="same campaign file and seed, same result")
-    foundation: str = Field(
+    foundation: section.InsidePath = Field(
         "mattersim-v1.0.0-1M", description="a name MatterSim knows, a path relative to the campaign file, or a shipped one"
     )
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
@@ -293,8 +296,6 @@ class CampaignSettings(Section):
 
     def _search_problems(self) -> list[str]:
         """Keys inside the free blocks, checked as the searches will check them."""
-        from magus_anharmonic.settings.section import snake_case
-
         problems = []
         blocks = {"search": self.search, "learning.search": self.learning.search if self.learning else {}}
         blocks["produce.search"] = self.produce.search if self.produce else {}
@@ -302,7 +303,9 @@ class CampaignSettings(Section):
             problems += [f"{where}.{key}: is set by the campaign itself; leave it out" for key in block if _owned(str(key))]
         for where, block in (("calculator", self.calculator),):
             problems += [
-                f"{where}.{key}: is set by the campaign itself; leave it out" for key in block if snake_case(str(key)) == "checkpoint"
+                f"{where}.{key}: is set by the campaign itself; leave it out"
+                for key in block
+                if section.snake_case(str(key)) == "checkpoint"
             ]
         if not problems:
             for build in (self._check_searches, self._check_sscha):
@@ -357,9 +360,7 @@ class CampaignSettings(Section):
 
 
 def _owned(key: str) -> bool:
-    from magus_anharmonic.settings.section import snake_case
-
-    return {"MLCalculator": "ml_calculator"}.get(key, snake_case(key)) in OWNED_BY_THE_CAMPAIGN
+    return {"MLCalculator": "ml_calculator"}.get(key, section.snake_case(key)) in OWNED_BY_THE_CAMPAIGN
 
 
 def load_campaign(path: str | Path) -> CampaignSettings:

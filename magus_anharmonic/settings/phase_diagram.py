@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.settings.search import SschaSettings
-from magus_anharmonic.settings.section import Count, NonNegative, Positive, PressureGPa, Section, load_yaml, parse
+from magus_anharmonic.settings.section import Count, InsidePath, NonNegative, Positive, PressureGPa, Section, load_yaml, parse
 
 OTHERS = (
     "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian",
@@ -19,7 +19,7 @@ OTHERS = (
 class PhaseSettings(Section):
     """One phase: a structure file, or a frame of one."""
 
-    structure: str = Field(description="a file that ASE reads; relative to the input file")
+    structure: InsidePath = Field(description="a file that ASE reads; relative to the input file")
     index: int = Field(-1, description="frame of the file, from 0; -1: the last")
 
 
@@ -27,7 +27,7 @@ class PhaseDiagramSettings(Section):
     """``phase-diagram.yaml``: G of the phases on a grid of pressures and temperatures."""
 
     phases: dict[str, PhaseSettings] = Field(description="name: structure file, or {structure, index}")
-    checkpoint: str = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
+    checkpoint: InsidePath = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
     device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
     pressures: list[PressureGPa] = Field(min_length=1, description="GPa, rising; the diagram ends at the first and the last")
     temperatures: list[NonNegative] = Field([0.0], min_length=1, description="K, rising; each point starts from its neighbour")

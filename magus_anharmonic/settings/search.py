@@ -104,10 +104,12 @@ class WorkerSettings(Section):
     prologue: list[str] = Field(
         default_factory=list, description="shell lines before the worker starts, e.g. module load, source .../activate"
     )
-    python: str | None = Field(None, description="Python on the nodes; left out: the one that runs the search")
+    python: InsidePath | None = Field(None, description="Python on the nodes; left out: the one that runs the search")
     interface: str | None = Field(None, description="network interface, e.g. ib0; left out: the default route")
-    scratch: str | None = Field(None, description="folder for temporary files on the nodes; left out: the working directory of the job")
-    logs: str = Field("worker-logs", description="folder for the output of the jobs")
+    scratch: InsidePath | None = Field(
+        None, description="folder for temporary files on the nodes; left out: the working directory of the job"
+    )
+    logs: InsidePath = Field("worker-logs", description="folder for the output of the jobs")
     timeout: Positive = Field(30.0, description="seconds in which a Dask scheduler at an address must answer")
 
     @field_validator("memory")

@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -55,6 +56,11 @@ def check_path(value: Any) -> Any:
 
 
 InsidePath = Annotated[str, BeforeValidator(check_path)]
+
+
+def absolute_file(typed: str) -> str:
+    """What was typed on the command line, which may lie anywhere: an absolute path when it is a file, else the name as it is."""
+    return os.path.abspath(typed) if os.path.isfile(typed) else typed
 
 
 class Section(BaseModel):
@@ -120,13 +126,44 @@ def nearest(key: str, names: Any) -> str:
     return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
 
 
+def _safe_load(file: Path) -> Any:
+    loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if problems := list(_misuses(node, "", set(), frozenset())):
+            raise InputError(*(f"{file}: {problem}" for problem in problems))
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _misuses(node: yaml.Node, path: str, seen: set[yaml.Node], outer: frozenset[yaml.Node]) -> Iterator[str]:
+    """Keys that are given twice in one block, of which YAML would silently take the last, and blocks that hold themselves."""
+    if node in outer:
+        yield f"{path}: holds itself (line {node.start_mark.line + 1}, by an alias *); write out what is meant"
+    if node in seen or not isinstance(node.value, list):
+        return
+    seen.add(node)
+    lines: dict[tuple[str, str], int] = {}
+    for key, item in node.value if isinstance(node, yaml.MappingNode) else enumerate(node.value):
+        where = f"{path}.{getattr(key, 'value', key)}".lstrip(".")
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines and not key.tag.endswith(":merge"):
+                yield f"{where}: is given twice, in lines {lines[key.tag, key.value]} and {line}; keep one"
+            lines[key.tag, key.value] = line
+        yield from _misuses(item, where, seen, outer | {node})
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping safely; raises ``InputError`` that names file and line."""
+    """Read a YAML mapping safely; raises ``InputError`` that names file and line, also for a key given twice and for what holds itself."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file (give the input with -i FILE)")
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = _safe_load(file)
     except (
         yaml.YAMLError,
         ValueError,

@@ -1,0 +1,105 @@
+"""Wrong input ends in one line that names the key, before anything is started; no traceback, and no silent other meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.labelers import available, code_module
+from magus_anharmonic.settings import load_yaml
+
+BASE: dict[str, Any] = {
+    "symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "popSize": 2, "saveGood": 1, "numGen": 1, "seed": 1,
+    "MainCalculator": {"calculator": "mattersim", "checkpoint": "h3s-gpaw-small"},
+}  # fmt: skip
+
+
+def search(folder: Path, labeler: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
+    """Exit code and lines of ``search`` with this YAML as the block ``labeler``."""
+    text = yaml.safe_dump(BASE) + f"learning:\n  labeler: {labeler}\n"
+    (folder / "input.yaml").write_text(text)
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(app, ["search", "--host", "embedded"])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output.strip().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('command: "mpirun \'x"', 'arguments.command: "mpirun \'x": the quote or backslash'),
+        ('command: "  "', "arguments.command: '  ': must name a program"),
+        ('command: ""', "arguments.command: '': must name a program"),
+        ("command: 5", "arguments.command: 5: must be text"),
+        ("command: [mpirun, vasp]", "arguments.command: ['mpirun', 'vasp']: must be text"),
+        ("x: 1, x: 2", "learning.labeler.arguments.x: is given twice, in lines 15 and 15; keep one"),
+        ("x: &a [1, *a]", "learning.labeler.arguments.x.1: holds itself (line 15, by an alias *)"),
+    ],
+)
+@pytest.mark.parametrize("code", ["vasp", "espresso", "ase.calculators.nwchem.NWChem"])
+def test_a_wrong_argument_of_a_labeler_is_one_line(tmp_path: Path, code: str, given: str, words: str, monkeypatch) -> None:
+    needed = "pseudopotentials: {Cu: Cu.upf}, " if code == "espresso" else ""
+    status, lines = search(tmp_path, f"{{calculator: {code}, arguments: {{{needed}{given}}}}}", monkeypatch)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("input error: ") and words in lines[0], lines
+    assert [file.name for file in tmp_path.iterdir()] == ["input.yaml"]
+
+
+@pytest.mark.parametrize("given", ["[1]", "text", "5", "null"])
+def test_input_data_of_espresso_is_a_block(tmp_path: Path, given: str, monkeypatch) -> None:
+    arguments = f"{{pseudopotentials: {{Cu: Cu.upf}}, input_data: {given}}}"
+    status, lines = search(tmp_path, f"{{calculator: espresso, arguments: {arguments}}}", monkeypatch)
+    assert status == 2 and len(lines) == 1 and "learning.labeler.arguments.input_data: " in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    "name", ["..x.Y", ".EMT", "EMT.", "a..b", "", "os.getcwd", "ase.Atoms", "ase.calculators.emt.parameters", "os.path", "this file.X"]
+)
+def test_a_labeler_is_the_class_of_an_ase_calculator(tmp_path: Path, name: str, monkeypatch) -> None:
+    status, lines = search(tmp_path, f"{{calculator: '{name}'}}", monkeypatch)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"input error: learning.labeler.calculator: {name}: "), lines
+    assert "ase.calculators.emt" in lines[0], "an example is given"
+    assert not available(name)[0]
+
+
+def test_a_module_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "broken_calculator.py").write_text("raise RuntimeError('no\\nlicence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert available("broken_calculator.C") == (False, "broken_calculator cannot be imported: RuntimeError: no licence")
+
+
+@pytest.mark.parametrize("code", ["vasp", "espresso"])
+@pytest.mark.parametrize("command", ["vasp 'x", "  ", 5, ["mpirun"]])
+def test_doctor_says_that_a_command_is_wrong(code: str, command: Any) -> None:
+    usable, text = code_module(code).available(code, {"command": command})
+    assert not usable and text.startswith("the command ") and repr(command) in text
+
+
+def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "input.yaml"
+    file.write_text("numGen: 2\nsscha:\n  n_configs: 10\n  n_configs: 20\nnumGen: 1\n")
+    with pytest.raises(InputError) as caught:
+        load_yaml(file)
+    assert [line.removeprefix(f"{file}: ") for line in caught.value.problems] == [
+        "sscha.n_configs: is given twice, in lines 3 and 4; keep one",
+        "numGen: is given twice, in lines 1 and 5; keep one",
+    ]
+
+
+def test_the_same_key_in_two_blocks_and_a_merged_default_are_no_repetition(tmp_path: Path) -> None:
+    file = tmp_path / "input.yaml"
+    file.write_text("a: &shared {x: 1, y: 2}\nb: {x: 3}\nc:\n  <<: *shared\n  x: 4\nd: [*shared, *shared]\n")
+    assert load_yaml(file)["c"] == {"x": 4, "y": 2}
+
+
+SHIPPED = sorted(file for folder in ("inputs", "docs") for file in (Path(__file__).parent.parent / folder).rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_no_shipped_file_gives_a_key_twice(file: Path) -> None:
+    assert load_yaml(file)
