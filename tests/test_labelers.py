@@ -342,3 +342,14 @@ def test_gpaw_that_does_not_converge_is_a_failure_with_that_reason(tmp_path):
         (result,) = labeler.label([atoms])
     assert not result.ok and "SCF did not converge" in result.reason
     assert list((tmp_path / "failed").iterdir()), "the output of a failed label is kept"
+
+
+def test_a_function_that_makes_a_calculator_is_a_labeler_and_what_it_makes_is_looked_at(tmp_path):
+    atoms = bulk("Cu")
+    with get_labeler(LabelerSettings(calculator="misbehaving.made", n_workers=1), tmp_path / "good") as labeler:
+        (label,) = labeler.label([atoms])
+    assert label.energy == len(atoms)
+    settings = LabelerSettings(calculator="misbehaving.made", arguments={"behaviour": 5}, n_workers=1)
+    with get_labeler(settings, tmp_path / "bad") as labeler:
+        (failure,) = labeler.label([atoms])
+    assert "what misbehaving.made makes is no ASE calculator" in failure.reason

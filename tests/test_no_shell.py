@@ -36,12 +36,32 @@ def test_a_command_is_split_as_a_shell_splits_it(text: str, expected: Command) -
 
 
 @pytest.mark.parametrize("text", [
-    "a; b", "a && b", "a || b", "a & ", "a | b", "a `b`", "a $(b)", "a $B", 'a "$B"', 'a "`b`"', "a\nb", "(a)", "a *.x", "a ?", "~/a",
-    "a #b", "a << E", "a <> b", "a &> f", "a >& f", "a >&2", "a >| f", "a 2>&12",
+    "a; b", "a && b", "a || b", "a & ", "a | b", "a `b`", "a $(b)", "a $", "a ${b:-c}", "a $1", 'a "$(b)"', 'a "`b`"', "a\nb", "(a)",
+    "a *.x", "a ?", "~/a", "a #b", "a << E", "a <> b", "a &> f", "a >& f", "a >&2", "a >| f", "a 2>&12",
 ])  # fmt: skip
 def test_what_only_a_shell_understands_is_refused(text: str) -> None:
-    with pytest.raises(LabelerError, match="only a shell understands .*allowed: a program, its arguments, quotes and the redirections"):
+    with pytest.raises(
+        LabelerError, match=r"only a shell understands .*allowed: a program, its arguments, quotes, \$NAME and the redirections"
+    ):
         read_command(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mpirun -np $N vasp", ("mpirun", "-np", "4", "vasp")),
+        ("mpirun -np ${N}0 $CODE", ("mpirun", "-np", "40", "a b; c")),
+        ("""run "$N $CODE" '$N' \\$N""", ("run", "4 a b; c", "$N", "$N")),
+    ],
+)
+def test_a_variable_is_one_word_whatever_it_holds(text: str, expected: tuple[str, ...]) -> None:
+    assert read_command(text, {"N": "4", "CODE": "a b; c"}).words == expected
+    assert read_command("run $N").words == ("run", "$N"), "kept until the command starts, where its value is known"
+
+
+def test_a_variable_that_is_not_set_is_named() -> None:
+    with pytest.raises(LabelerError, match="the variable NTASKS of its command is not set"):
+        read_command("mpirun -np $NTASKS vasp", {})
 
 
 @pytest.mark.parametrize(

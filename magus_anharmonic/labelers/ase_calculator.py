@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,14 @@ from magus_anharmonic.settings import LabelerSettings
 
 EXECUTION_KEYS = frozenset({"command", "profile"})
 METHODS = ("get_potential_energy", "get_forces", "get_stress")
+NO_CALCULATOR = f"is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g. ase.calculators.emt.EMT"
 
 
-def load_class(path: str) -> type:
-    """The class at an import path; raises ``LabelerError`` that says which part is missing, or that it is no ASE calculator."""
+def load_class(path: str) -> Callable[..., Any]:
+    """The class at an import path, or a function that makes a calculator (``mace.calculators.mace_mp``).
+
+    Raises ``LabelerError`` that says which part is missing, or that it is no ASE calculator.
+    """
     module_name, _, name = path.rpartition(".")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
         raise LabelerError(
@@ -39,9 +43,14 @@ def load_class(path: str) -> type:
     found = getattr(module, name, None)
     if found is None:
         raise LabelerError(f"{module_name} has no calculator {name!r}")
-    if not isinstance(found, type) or issubclass(found, Atoms) or not all(callable(getattr(found, method, None)) for method in METHODS):
-        raise LabelerError(f"{path} is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g. ase.calculators.emt.EMT")
+    if not inspect.isfunction(found) and not (isinstance(found, type) and _calculates(found)):
+        raise LabelerError(f"{path} {NO_CALCULATOR}")
     return found
+
+
+def _calculates(found: Any) -> bool:
+    own = found if isinstance(found, type) else type(found)
+    return not issubclass(own, Atoms) and all(callable(getattr(found, method, None)) for method in METHODS)
 
 
 def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
@@ -67,10 +76,13 @@ def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
 
     found = load_class(recipe.code)
     arguments = {**recipe.arguments, **recipe.execution}
-    writes = issubclass(found, FileIOCalculator | GenericFileIOCalculator) or "directory" in inspect.signature(found.__init__).parameters
-    if writes:
+    files = isinstance(found, type) and issubclass(found, FileIOCalculator | GenericFileIOCalculator)
+    if files or "directory" in inspect.signature(found.__init__ if isinstance(found, type) else found).parameters:
         arguments["directory"] = str(directory)
-    return found(**arguments)
+    made = found(**arguments)
+    if not _calculates(made):
+        raise LabelerError(f"what {recipe.code} makes {NO_CALCULATOR}")
+    return made
 
 
 def check(calculator: Any, directory: Path) -> None:

@@ -6,6 +6,7 @@ ASE's configuration; ``input_data`` holds pw.x's own keys.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.labelers.base import Recipe, k_points, make_readable, make_recipe
-from magus_anharmonic.labelers.no_shell import read_command
+from magus_anharmonic.labelers.no_shell import program_of, read_command
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
 
@@ -46,14 +47,14 @@ def available(name: str = "espresso", execution: Mapping[str, Any] | None = None
         command = _command(execution or {})
     except LabelerError as error:
         return False, f"the command {error}"
-    if shutil.which(shlex.split(command)[0]) is None:
+    if shutil.which(program_of(command)) is None:
         return False, f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g. mpirun -n 8 /path/to/pw.x)"
     return True, f"{command} is found"
 
 
-def _command(execution: Mapping[str, Any]) -> str:
+def _command(execution: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
     text = execution.get("command") or _configured("command") or "pw.x"
-    command = read_command(text)
+    command = read_command(text, environment)
     if command.redirected:
         raise LabelerError(f"{text!r}: redirects what pw.x reads or prints, which goes through espresso.pwi and .pwo; leave that out")
     return shlex.join(command.words)
@@ -111,7 +112,7 @@ def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     if recipe.k_spacing is not None:
         arguments["kpts"] = k_points(atoms, recipe.k_spacing)
     profile = _lenient_profile()(
-        command=_command(recipe.execution),
+        command=_command(recipe.execution, os.environ),
         pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
     )
     return _extrapolating()(profile=profile, directory=str(directory), **arguments)

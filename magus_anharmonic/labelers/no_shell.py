@@ -1,7 +1,7 @@
 """Commands of DFT codes without a shell: what is split here, and the calculators' own ``shell=True`` taken away.
 
-A command is a program, its arguments in quotes or not, and plain redirections. Nothing else is understood, and nothing is carried out
-of what only a shell understands.
+A command is a program, its arguments in quotes or not, variables of the environment, and plain redirections. Nothing else is understood,
+and nothing is carried out of what only a shell understands.
 """
 
 from __future__ import annotations
@@ -12,22 +12,27 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import LabelerError
 
-ALLOWED = "a program, its arguments, quotes and the redirections > >> < 2> 2>> 2>&1; what needs a shell goes into a script of your own"
+ALLOWED = (
+    "a program, its arguments, quotes, $NAME and the redirections > >> < 2> 2>> 2>&1; what needs a shell goes into a script of your own"
+)
+
+_VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
 
 _TOKEN = re.compile(
-    r"""[ \t]*(?:
+    rf"""[ \t]*(?:
         (?P<sign> 2>&1(?![^\s]) | [12]?>>(?![>&|]) | [12]?>(?![>&|]) | 0?<(?![<&>]) )
-      | (?P<word> (?![#~]) (?: [^\s'"\\<>;&|`$()*?] | '[^']*' | "(?:[^"\\$`]|\\[^$`])*" | \\. )+ )
+      | (?P<word> (?![#~]) (?: [^\s'"\\<>;&|`$()*?] | '[^']*' | "(?:[^"\\$`]|\\[^$`]|{_VARIABLE})*" | \\. | {_VARIABLE} )+ )
     )""",
     re.VERBOSE,
 )
+_PIECE = re.compile(rf"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|{_VARIABLE}|[^'"\\$]+""")
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,16 @@ class Command:
         return bool(self.stdin or self.stdout or self.stderr or self.joined)
 
 
-def read_command(text: Any) -> Command:
-    """Split a command as a shell would; raises ``LabelerError`` for what is empty, no text, or more than `ALLOWED`."""
+def read_command(text: Any, environment: Mapping[str, str] | None = None) -> Command:
+    """Split a command as a shell would, a variable being one word or a part of one; None leaves ``$NAME`` as it is.
+
+    Raises ``LabelerError`` for what is empty, no text, or more than `ALLOWED`, and for a variable that is not set.
+    """
     if not isinstance(text, str):
         raise LabelerError(f"{text!r}: must be text, e.g. 'mpirun -n 16 vasp_std'")
     words: list[str] = []
     files: dict[str, Any] = {}
-    tokens = list(_tokens(text))
+    tokens = [(sign, _expanded(word, environment)) for sign, word in _tokens(text)]
     while tokens:
         sign, word = tokens.pop(0)
         if not sign:
@@ -75,15 +83,37 @@ def read_command(text: Any) -> Command:
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    """Pairs (sign of a redirection or "", word)."""
+    """Pairs (sign of a redirection or "", word as it is written)."""
     position, end = 0, len(text.rstrip())
     while position < end:
         found = _TOKEN.match(text, position, end)
         if found is None:
             rest = text[position:end].lstrip(" \t")
             raise LabelerError(f"{text!r}: {_why(rest)}; allowed: {ALLOWED}")
-        yield found["sign"] or "", "" if found["word"] is None else "".join(shlex.split(found["word"]))
+        yield found["sign"] or "", found["word"] or ""
         position = found.end()
+
+
+def _expanded(word: str, environment: Mapping[str, str] | None) -> str:
+    """A word without its quotes, its variables replaced."""
+    parts = []
+    for piece in _PIECE.findall(word):
+        inner = re.split(f"({_VARIABLE})", piece[1:-1]) if piece.startswith('"') else [piece]
+        for part in inner:
+            if re.fullmatch(_VARIABLE, part):
+                parts.append(_value(part, environment))
+            else:
+                parts += shlex.split(f'"{part}"' if piece.startswith('"') else part)
+    return "".join(parts)
+
+
+def _value(variable: str, environment: Mapping[str, str] | None) -> str:
+    name = variable.strip("${}")
+    if environment is None:
+        return variable
+    if name not in environment:
+        raise LabelerError(f"the variable {name} of its command is not set where it runs")
+    return environment[name]
 
 
 def _why(rest: str) -> str:
@@ -95,8 +125,8 @@ def _why(rest: str) -> str:
 
 
 def program_of(text: Any) -> str:
-    """The program of a command; raises ``LabelerError`` as `read_command` does."""
-    return read_command(text).words[0]
+    """The program of a command, variables that are set here replaced; raises ``LabelerError`` as `read_command` does."""
+    return os.path.expandvars(read_command(text).words[0])
 
 
 @contextlib.contextmanager
@@ -126,7 +156,7 @@ def no_shell() -> Iterator[None]:
 
 def _start(start: Any, given: dict[str, Any]) -> None:
     process = given["self"]
-    command = read_command(given["args"])
+    command = read_command(given["args"], given.get("env") or os.environ)
     asked = {name: given.get(name) for name in ("stdout", "stderr")}
     given |= {"args": list(command.words), "shell": False, "executable": None}
     if given.get("text") or given.get("universal_newlines"):
