@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import raise_trouble, write_json
 
 NAME = "run.json"
 
@@ -94,6 +94,7 @@ def read_run_record(path: str | Path) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        raise_trouble(error, file)
         raise InputError(f"{file}: not readable as a run record ({error}); move the folder away and start anew") from None
     if not isinstance(record, dict) or not isinstance(record.get("version"), str):
         raise InputError(f"{file}: not a run record of magus-anharmonic; move the folder away and start anew")

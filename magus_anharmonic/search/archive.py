@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
@@ -145,6 +145,7 @@ class Archive:
                 try:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
+                    raise_trouble(error, file)
                     raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
         for frame in frames:
             if frame.cell.rank < 3:
@@ -200,10 +201,14 @@ def append_frames(file: Path, frames: Sequence[Atoms]) -> None:
 
 
 def read_frames(file: Path) -> list[Atoms]:
-    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``."""
+    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``.
+
+    Troubles of the machine or the disk are raised as they are.
+    """
     try:
         frames: list[Atoms] = list(read(file, index=":", format="traj"))
     except Exception as error:  # ASE's reader raises many types for a file that is cut
+        raise_trouble(error, file)
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:
