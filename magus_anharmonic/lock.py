@@ -97,7 +97,7 @@ def remove_unfinished(folder: str | Path, held: str | Path | None = None) -> int
     """Remove the temporary files and folders that killed processes of ours left below ``folder``; returns how many.
 
     ``held`` : the folder whose lock the caller holds, None: ``folder``. What belongs to somebody else who lives is left alone: folders
-    below with a lock of their own, and the files of a folder in which a checkpoint has one.
+    below with a lock of their own, and the files that a search (above ``anharmonic``, where its lock is) or a training has beside its own.
     """
     mine, n_removed = Path(folder if held is None else held).absolute(), 0
     for root, folders, files in os.walk(Path(folder).absolute()):
@@ -106,7 +106,8 @@ def remove_unfinished(folder: str | Path, held: str | Path | None = None) -> int
             folders.clear()
             continue
         names = [name for name in (*folders, *files) if name.startswith(".") and name.removesuffix("-journal").endswith(TEMPORARY)]
-        if any(_somebody(here, name) for name in files if name.endswith(f".{NAME}")):
+        search = here / "anharmonic"
+        if (search != mine and _somebody(search, NAME)) or any(_somebody(here, name) for name in files if name.endswith(f".{NAME}")):
             continue
         for path in (here / name for name in names):
             if path.is_dir() and not path.is_symlink():

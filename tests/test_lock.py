@@ -92,17 +92,19 @@ def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: P
 
 def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lock_of_a_dead_process(tmp_path: Path) -> None:
     foreign = [tmp_path / "mine/.swap.tmp", tmp_path / ".cache.tmp/x"]
-    running, training = tmp_path / f"results/.raw1-x.traj{TEMPORARY}", tmp_path / f"models/.a-x.pth{TEMPORARY}"
+    running = tmp_path / f"results/anharmonic/.run-x.json{TEMPORARY}", tmp_path / f"results/.raw1-x.traj{TEMPORARY}"
+    training = tmp_path / f"models/.a-x.pth{TEMPORARY}"
     other = tmp_path / f"far/.gen1-x.traj{TEMPORARY}"
     left = [tmp_path / f".ranking-x.csv{TEMPORARY}", tmp_path / f"deep/er/.free-x.db{TEMPORARY}-journal", tmp_path / f"old/.a{TEMPORARY}"]
-    for path in (*foreign, running, training, other, *left):
+    for path in (*foreign, *running, training, other, *left):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     dead(tmp_path)
     dead(tmp_path / "old")
     elsewhere(tmp_path / "far")
-    with locked(tmp_path / "results", "a search"), locked(tmp_path / "models", "a training", f"a.{NAME}"), locked(tmp_path, "a ranking"):
-        assert all(path.exists() for path in (*foreign, running, training, other))
+    search, training_lock = locked(tmp_path / "results/anharmonic", "a search"), locked(tmp_path / "models", "a training", f"a.{NAME}")
+    with search, training_lock, locked(tmp_path, "a ranking"):
+        assert all(path.exists() for path in (*foreign, *running, training, other))
         assert not any(path.exists() for path in left)
 
 
