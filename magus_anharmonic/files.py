@@ -7,10 +7,11 @@ import csv
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -120,26 +121,30 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Read all whole records of a JSON-lines file that have the ``required`` keys.
+def read_jsonl(path: str | Path, required: Iterable[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+    """Read all whole records of a JSON-lines file that have the ``required`` keys (a mapping: with values of these types; no inf, nan).
 
     A last line that a kill cut short is left out without a word, any other line that is no such record with a warning.
     """
     target = Path(path)
     if not target.exists():
         return []
-    records, wanted = [], set(required)
+    records, wanted = [], dict(required) if isinstance(required, Mapping) else dict.fromkeys(required, object)
     lines = target.read_bytes().decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and wanted <= set(record):
+        if isinstance(record, dict) and all(key in record and _is(record[key], kind) for key, kind in wanted.items()):
             records.append(record)
         elif line.strip() and number < len(lines):
             log.warning("%s, line %d: damaged, left out", target, number)
     return records
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is object or not isinstance(value, float) or math.isfinite(value))
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

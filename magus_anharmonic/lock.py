@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.files import TEMPORARY, write_json
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Owner:
 
     def described(self) -> str:
         """``magus-anharmonic search, process 4711 on node7, since 2026-11-25T01:02:03+00:00 (3.2 h)``."""
-        return f"{self.what}, process {self.pid} on {self.host}, since {self.since}{_age(self.since)}"
+        what, host, since = (one_line(text, 100) for text in (self.what, self.host, self.since))
+        return f"{what}, process {self.pid} on {host}, since {since}{_age(self.since)}"
 
 
 def read_owner(folder: str | Path, name: str = NAME) -> Owner | None:

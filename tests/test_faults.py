@@ -39,7 +39,7 @@ from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
 from magus_anharmonic.search import host, run
-from magus_anharmonic.search.archive import whole_frames, write_frames
+from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings
 
 INPUT: dict[str, Any] = {
@@ -373,6 +373,40 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp
 
 
 # --- people and clocks ----------------------------------------------------------------------------------------------------
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "no seed": (lambda record: {key: value for key, value in record.items() if key != "seed"}, "no seed"),
+    "no settings": (lambda record: {key: value for key, value in record.items() if key != "settings"}, "no settings"),
+    "a list": (lambda record: {**record, "settings": [1]}, "settings holds [1]"),
+    "no host": (lambda record: {**record, "settings": {**record["settings"], "host": None}}, "settings.host holds null"),
+    "starts": (lambda record: {**record, "earlier_starts": {"a": 1}}, 'earlier_starts holds {"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_a_record_of_the_run_that_lacks_a_field_is_one_line_that_names_it(copy: Path, what: str) -> None:
+    file, (change, complaint) = copy / "results/anharmonic/run.json", RECORDS[what]
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    before = file.read_bytes()
+    code, said = invoke(copy, "-r")
+    assert code == 2 and f"{file}: damaged: {complaint}" in said.splitlines()[-1] and file.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ['"a"', "[1]", "null", "NaN", "1e400"])
+@pytest.mark.parametrize("key", ["generation", "volume_ratio"])
+def test_a_line_of_the_history_with_a_value_that_is_no_number_is_left_out(copy: Path, key: str, value: str) -> None:
+    history = copy / "results/anharmonic/generations.jsonl"
+    other = "volume_ratio" if key == "generation" else "generation"
+    history.write_text(f'{{"{key}": {value}, "{other}": 1, "seconds": null}}\n' + history.read_text())
+    assert Archive(copy).finished()[0] == 3
+
+
+def test_a_link_for_the_results_that_leads_nowhere_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    (tmp_path / "results").symlink_to(tmp_path / "scratch/of/mine")
+    code, said = invoke(tmp_path)
+    assert code == 2 and f"a link to {tmp_path}/scratch/of/mine, which is not there" in said and "same moment" not in said
 
 
 @pytest.mark.parametrize("arguments", [(), ("-r",)])

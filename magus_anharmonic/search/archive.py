@@ -52,6 +52,10 @@ class Archive:
                 log.info("the earlier search was stopped before it wrote anything")
             else:
                 log.info("the earlier results are now in results%d", number)
+        elif self.results.is_symlink():
+            raise InputError(
+                f"{self.results}: a link to {self.results.readlink()}, which is not there; make that folder, or remove the link"
+            )
         try:
             self.anharmonic.mkdir(parents=True)
         except FileExistsError:
@@ -114,8 +118,8 @@ class Archive:
     def _history(self) -> dict[int, float]:
         """Volume ratio after each finished generation."""
         file = self.anharmonic / STATE
-        lines = read_jsonl(self.anharmonic / HISTORY, ("generation", "volume_ratio"))
-        found = {line["generation"]: line["volume_ratio"] for line in lines}
+        lines = read_jsonl(self.anharmonic / HISTORY, {"generation": int, "volume_ratio": float | int})
+        found = {line["generation"]: float(line["volume_ratio"]) for line in lines}
         last = max(found, default=0)
         if file.exists():
             try:
@@ -124,7 +128,7 @@ class Archive:
                 found.setdefault(last, float(state["volume_ratio"]))
             except (DamagedFile, KeyError, TypeError, ValueError) as error:
                 log.warning("%s is damaged (%s); %s says how far the search came", file, error, HISTORY)
-        return {int(generation): float(ratio) for generation, ratio in found.items() if generation <= last}
+        return {generation: ratio for generation, ratio in found.items() if generation <= last}
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
         """Record that every file of ``generation`` is there."""

@@ -121,7 +121,7 @@ def _recording(folder: Path) -> Iterator[None]:
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
     """Check or describe the results folder; returns the settings with the seed."""
     if restart:
-        record = read_run_record(archive.anharmonic)
+        record = read_run_record(archive.anharmonic, ("seed", "settings"))
         _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
