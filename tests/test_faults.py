@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import json
 import logging
 import os
@@ -292,6 +293,7 @@ def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
     """Too many open files, the most common such moment: one line that is not about the input, and the file stays what it is."""
     file, reader = readers(tmp_path)[what]
     before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    gc.collect()  # databases of earlier tests would close their files, and so make room, at any moment
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
