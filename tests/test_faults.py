@@ -348,6 +348,28 @@ def test_a_second_training_of_a_checkpoint_is_refused_and_another_beside_it_is_n
     assert code == 0 and (tmp_path / "a.pth").is_file() and not list(tmp_path.rglob("*lock*")), said
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("errors", "cu.vasp", "-r", "dft.yaml", "--pressure", "0"),
+        ("hessian", "cu.vasp"),
+        ("phase-diagram", "cu.vasp", "--pressure", "0"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_second_errors_hessian_or_phase_diagram_in_the_folder_is_refused_and_touches_nothing(
+    tmp_path: Path, tiny_checkpoint: Path, arguments: tuple[str, ...]
+) -> None:
+    write(tmp_path / "cu.vasp", bulk("Cu"))
+    (tmp_path / "dft.yaml").write_text("calculator: ase.calculators.emt.EMT\n")
+    with locked(tmp_path / "out", f"magus-anharmonic {arguments[0]}"):
+        before = contents(tmp_path)
+        code, said = invoke(tmp_path, *arguments, "--checkpoint", str(tiny_checkpoint), "-o", "out", command=[])
+        assert contents(tmp_path) == before
+    assert code == 2 and f"out: another process works here: magus-anharmonic {arguments[0]}, process {os.getpid()} on" in one_line(said)
+    assert len([line for line in said.splitlines() if "another process" in line]) == 1 and "Traceback" not in said
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
