@@ -24,6 +24,7 @@ from magus_anharmonic.files import load_arrays, read_json, read_jsonl, write_jso
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
+from magus_anharmonic.ranking.common_numbers import draws_of
 from magus_anharmonic.ranking.files import read_structures
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
 from magus_anharmonic.report.summary import read_ranking
@@ -32,7 +33,7 @@ from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings
 from magus_anharmonic.sscha.qe_files import state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file
+from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file, read_progress_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.status import status
 
@@ -92,6 +93,12 @@ def a_result(folder: Path) -> None:
 
 def make_result(file: Path) -> None:
     a_result(file.parent)
+
+
+def make_progress(file: Path) -> None:
+    progress = {"rows": [{"population": 1, "effective_sample": 1.0}], "gibbs": [[-1.0, 0.1]], "n_evaluations": 42, "together": [[1]]}
+    progress |= {"decrease": 0.1, "response": np.eye(6), "predicted": [np.eye(3), np.eye(3)], "promised": 0.0, "far": True, "reason": "x"}
+    write_json(file, progress)
 
 
 def make_dyn(file: Path) -> None:
@@ -162,6 +169,7 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
     "npz": ("population_001.npz", make_population, [read_population_file, load_arrays]),
     "result.json": ("result.json", make_result, [lambda f: SschaResult.read(f.parent)]),
     "result.npz": ("result.npz", make_result, [lambda f: SschaResult.read(f.parent)]),
+    "progress.json": ("progress.json", make_progress, [read_progress_file, lambda f: draws_of(f.parent)]),
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),
     "jsonl": ("lines.jsonl", make_lines, [read_jsonl, families, lambda f: read_failures(f.parent), search_status]),
