@@ -18,9 +18,18 @@ from ase.io import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from magus_anharmonic.analysis.labelled_ensemble import claim
+from magus_anharmonic.analysis.phase_grid import _isotope_name
+from magus_anharmonic.campaign.closing import run_of_record
+from magus_anharmonic.campaign.found import _frames
+from magus_anharmonic.campaign.quantum import read_statics
+from magus_anharmonic.campaign.relaxing import _read_relaxed
+from magus_anharmonic.campaign.run import validation_rmse
+from magus_anharmonic.campaign.searching import read_identity
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_jsonl, write_json
+from magus_anharmonic.learning.choose_ensembles import read_plan
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
@@ -161,6 +170,44 @@ def campaign_status(file: Path) -> None:
     status(file.parent).lines()
 
 
+def make_plan(file: Path) -> None:
+    frames = [copper(), copper()]
+    for atoms in frames:
+        atoms.calc = None
+        atoms.info["n_planned"] = 2
+    write(file, frames, format="extxyz")
+
+
+def make_identity(file: Path) -> None:
+    write_json(file, {"input": {"symbols": ["Cu"], "pressure": 1.5}, "model": "abc", "finished": True, "run": ".", "masses": {"H": 2.0}})
+
+
+def make_scores(file: Path) -> None:
+    write_json(file, {"foundation": {}, "finetuned": {"validation": {"n": 3, "energy_rmse": 0.01}}})
+
+
+def make_source(file: Path) -> None:
+    claim(file.parent, a_state(), "abc", "EMT")
+
+
+def make_relaxed(file: Path) -> None:
+    frames = [copper(), copper()]
+    for atoms in frames:
+        atoms.info = {"enthalpy": 1.0, "n_steps": 3, "failed": False, "reason": "x", "kind": "static", "id": "a"}
+    write(file, frames)
+
+
+def masses_of(file: Path) -> None:
+    (file.parent / "settings.json").write_bytes(file.read_bytes())
+    _isotope_name(file.parent)
+
+
+def statics_of(file: Path) -> None:
+    (file.parent / "tables").mkdir()
+    (file.parent / "tables" / file.name).write_bytes(file.read_bytes())
+    read_statics(file.parent)
+
+
 READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]]]] = {
     "yaml": ("input.yaml", make_yaml, [load_settings]),
     "extxyz": ("gen001.xyz", make_xyz, [read_labels, lambda f: LabelStore(f.parent), lambda f: read_dataset(f, "abc"), read_structures]),
@@ -173,6 +220,13 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),
     "jsonl": ("lines.jsonl", make_lines, [read_jsonl, families, lambda f: read_failures(f.parent), search_status]),
+    "plan": ("gen1.xyz", make_plan, [read_plan]),
+    "identity.json": ("identity.json", make_identity, [read_identity, masses_of]),
+    "run of record": ("run.json", make_identity, [lambda f: run_of_record(f.parent)]),
+    "scores": ("errors-cycle1.json", make_scores, [validation_rmse]),
+    "source.json": ("source.json", make_source, [lambda f: claim(f.parent, a_state(), "abc", "EMT")]),
+    "relaxed": ("found.traj", make_relaxed, [lambda f: _read_relaxed(f, 2), lambda f: list(_frames(f))]),
+    "structures": ("structures.extxyz", make_relaxed, [statics_of]),
     "csv": ("ranking.csv", make_ranking, [read_ranking]),
     "lock": ("lock.json", make_lock, [lambda f: read_owner(f.parent)]),
 }
