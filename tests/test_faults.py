@@ -251,6 +251,33 @@ def test_no_cut_of_a_label_file_loses_or_changes_a_label_unnoticed(tmp_path: Pat
             shutil.rmtree(folder)
 
 
+def test_a_label_whose_line_in_the_index_a_kill_prevented_is_protected_from_the_restart_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("magus_anharmonic.learning.dataset.append_jsonl", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store_with_labels(tmp_path)
+    batch = LabelStore(tmp_path).close_batch(1)
+    assert batch is not None and len((tmp_path / "index.jsonl").read_text().splitlines()) == 1
+    assert len(LabelStore(tmp_path)) == 1 and not caplog.records
+    whole = batch.read_text()
+    batch.write_text(whole.replace("energy=", "energy=1"))
+    with pytest.raises(DamagedFile, match="label g1-0 is not what it was"):
+        LabelStore(tmp_path)
+    batch.unlink()
+    with pytest.raises(DamagedFile, match="1 labels are in index.jsonl but in no file"):
+        LabelStore(tmp_path)
+    batch.write_text(whole)
+    (tmp_path / "index.jsonl").write_text("")
+    assert len(LabelStore(tmp_path)) == 1 and "of finished batches have no line in index.jsonl (g1-0)" in caplog.text
+    caplog.clear()
+    assert len(LabelStore(tmp_path)) == 1 and not caplog.records
+
+
 def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     key = Key("model", 10.0, 0.0, "settings")
     record = Record("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
