@@ -35,7 +35,7 @@ from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
 from magus_anharmonic.ranking.common_numbers import draws_of
 from magus_anharmonic.ranking.files import read_structures
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
@@ -212,7 +212,7 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
     "yaml": ("input.yaml", make_yaml, [load_settings]),
     "extxyz": ("gen001.xyz", make_xyz, [read_labels, lambda f: LabelStore(f.parent), lambda f: read_dataset(f, "abc"), read_structures]),
     "traj": ("good1.traj", make_traj, [read_frames, read_structures]),
-    "db": (NAME, make_database, [FreeEnergyStore]),
+    "db": (NAME, make_database, [FreeEnergyStore, read_records]),
     "npz": ("population_001.npz", make_population, [read_population_file, load_arrays]),
     "result.json": ("result.json", make_result, [lambda f: SschaResult.read(f.parent)]),
     "result.npz": ("result.npz", make_result, [lambda f: SschaResult.read(f.parent)]),
