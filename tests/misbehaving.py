@@ -51,6 +51,8 @@ class Misbehaving(Calculator):
             raise ValueError("the density is negative")
         elif how == "unconverged":
             self.converged = False
+        elif how == "chatty":
+            print("x" * 3_000_000 + "\nthe end of a long output", flush=True)
         elif how == "pid":
             self.results["energy"] = float(os.getpid())
 

@@ -226,6 +226,19 @@ def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(tmp_path
     assert fakes.calls == []
 
 
+def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(tmp_path: Path, fakes: Fakes) -> None:
+    fakes.rmse = [0.05, 0.02, 0.008]
+    file = write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5})
+    before = driver.run_campaign(file)
+    fakes.calls.clear()
+    cut = next((tmp_path / "campaign").rglob("errors-cycle2.json"))
+    cut.write_text('{"finetuned": {"valid')
+    after = driver.run_campaign(file)
+    assert [call for call in fakes.calls if call != "report"] == ["final-cycle2"]
+    assert after.keys() == before.keys() and all(record.status == "done" for record in after.values())
+    assert cut.with_name("errors-cycle2.json.damaged").is_file() and json.loads(cut.read_text())
+
+
 def test_no_more_cycles_than_allowed(tmp_path: Path, fakes: Fakes) -> None:
     fakes.rmse = [0.05]
     records = driver.run_campaign(write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 2}))

@@ -20,8 +20,9 @@ from magus_anharmonic.campaign.context import Context, structure_file
 from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
 from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
 from magus_anharmonic.campaign.plan import Step, at, place, plan
+from magus_anharmonic.campaign.relaxing import _read_relaxed
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.settings.campaign import DftSettings, load_campaign
 from magus_anharmonic.structures import space_group, structure_id
@@ -296,11 +297,38 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     search()
     search()
     assert restarts == [False, True], "it goes on after a kill, and is left alone when finished"
+    (folder / "identity.json").write_text('{"input": {')
+    search()
+    search()
+    assert restarts.pop() and restarts == [False, True], "what it was started with is in its input, and it goes on"
+    assert (folder / "identity.json.damaged").is_file()
     checkpoint.write_text("other weights")
     search()
     search(50)
     assert restarts == [False, True, False, False]
     assert len(list((context.root / "superseded").iterdir())) == 2
+
+
+def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_how_to_make_it_anew(tmp_path: Path) -> None:
+    for content in ('{"run": "a', '{"run": 3}'):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(MagusAnharmonicError, match="--only hessian") as found:
+            closing.run_of_record(tmp_path)
+        assert not isinstance(found.value, InputError), "this would end the campaign"
+
+
+def test_relaxed_structures_that_are_cut_are_relaxed_again(tmp_path: Path) -> None:
+    file = tmp_path / "found.traj"
+    frame = bulk("Cu")
+    frame.info = {"enthalpy": 1.0, "n_steps": 3, "failed": False, "reason": ""}
+    write(file, [frame, frame])
+    assert len(_read_relaxed(file, 2)) == 2
+    write(file, [frame])
+    with pytest.raises(DamagedFile, match="1 of 2"):
+        _read_relaxed(file, 2)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DamagedFile):
+        _read_relaxed(file, 1)
 
 
 # the check by DFT

@@ -95,6 +95,23 @@ def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_p
     assert plan_ensembles([], 4, learning(), store, tmp_path) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.95])
+@pytest.mark.parametrize("between", [False, True], ids=["in a structure", "between structures"])
+def test_a_plan_that_is_cut_is_noticed_and_made_anew(tmp_path: Path, share: float, between: bool) -> None:
+    contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
+    store = LabelStore(tmp_path / "labels")
+    planned = plan_ensembles(contenders, 3, learning(), store, tmp_path)
+    file = tmp_path / "ensembles" / "gen3.xyz"
+    lines = file.read_bytes().splitlines(keepends=True)
+    each = len(planned[0]) + 2
+    keep = int(share * len(planned)) * each + (0 if between else 3)
+    file.write_bytes(b"".join(lines[:keep]))
+    again = plan_ensembles(contenders, 3, learning(), store, tmp_path)
+    assert [atoms.info["id"] for atoms in again] == [atoms.info["id"] for atoms in planned]
+    assert all("n_planned" not in atoms.info for atoms in again)
+    assert (tmp_path / "ensembles" / "gen3.xyz.damaged").is_file()
+
+
 class Lottery:
     """A model that expects its energy error to vary equally in every ensemble."""
 

@@ -49,6 +49,20 @@ def test_the_scatter_of_a_difference_is_what_its_error_bar_says(states):
     assert np.std(common) < 0.4 * np.std(own)
 
 
+def test_a_damaged_file_of_a_finished_run_costs_at_most_what_cancels_and_never_the_ranking(tmp_path: Path, caplog):
+    for name, one in zip("ab", ALIKE, strict=True):
+        free_energy(one.atoms, MODEL, n_configs=60, reference_spacing=0.1, seed=0, directory=tmp_path / name, max_populations=2)
+    shared = CommonNumbers(tmp_path).covariance("a", "b")
+    assert shared > 0
+    file = tmp_path / "a" / "progress.json"
+    file.write_bytes(file.read_bytes()[:50])
+    assert CommonNumbers(tmp_path).covariance("a", "b") == pytest.approx(shared), "the state of the result says which populations"
+    assert (tmp_path / "a" / "progress.json.damaged").is_file()
+    for file in (tmp_path / "b").glob("population_*.npz"):
+        file.write_bytes(file.read_bytes()[:500])
+    assert CommonNumbers(tmp_path).covariance("a", "b") == 0.0 and "taken as independent" in caplog.text
+
+
 def test_runs_without_common_numbers_share_nothing(states):
     _, _, one = helmholtz(states[0], 1)
     _, _, other = helmholtz(states[1], 2)

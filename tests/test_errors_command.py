@@ -13,8 +13,10 @@ from harmonic_pair import HarmonicCrystal, pair
 from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.errors_run import Source, add_to_tables, draw_report, load_labeler_settings, measure_errors
 from magus_anharmonic.analysis.errors_source import find_source, given_displacements
-from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler, draw
+from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler, draw, label_ensemble
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.failures import read_failures
+from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.run_folder import RunFolder
 
@@ -71,6 +73,45 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     resumed, calculator = run(tmp_path / "cut")
     assert calculator.count == 13 - 5
     assert resumed.errors == whole.errors and resumed.correction == whole.correction
+
+
+def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(tmp_path: Path) -> None:
+    model, reference = pair(0.2)
+    displacements = draw(model.state, 8, 0)
+    second = CalculatorLabeler(Reference(reference), "ref")
+
+    class First(CalculatorLabeler):
+        def label(self, structures, on_result=None):
+            def meanwhile(index, result):
+                if index == 3:
+                    with pytest.raises(InputError, match="another process works here: magus-anharmonic errors"):
+                        label_ensemble(model.state, displacements, second, tmp_path)
+                on_result(index, result)
+
+            return super().label(structures, meanwhile)
+
+    label_ensemble(model.state, displacements, First(Reference(reference), "ref"), tmp_path)
+    assert len(read_labels(tmp_path / "labels.xyz")) == 9 and not (tmp_path / "lock.json").exists()
+
+
+def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_of_no_others(tmp_path: Path) -> None:
+    whole, _ = run(tmp_path)
+    source = tmp_path / "source.json"
+    content = source.read_bytes()
+    source.write_bytes(content[:40])
+    again, calculator = run(tmp_path)
+    assert again.errors == whole.errors and calculator.count == 0
+    assert source.read_bytes() == content and (tmp_path / "source.json.damaged").is_file()
+    source.write_bytes(b"")
+    with pytest.raises(InputError, match=r"labels\.xyz: holds labels of other DFT settings \(ref, now other\)"):
+        run(tmp_path, settings="other")
+
+
+def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path: Path) -> None:
+    for _ in range(3):
+        run(tmp_path, fail_at=(0,))
+    (record,) = read_failures(tmp_path)
+    assert record["stage"] == "label" and record["number"] == -1 and "the density did not converge" in record["reason"]
 
 
 def test_more_configurations_keep_the_labels_of_fewer(tmp_path: Path) -> None:

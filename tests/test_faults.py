@@ -259,6 +259,33 @@ def test_no_cut_of_a_label_file_loses_or_changes_a_label_unnoticed(tmp_path: Pat
             shutil.rmtree(folder)
 
 
+def test_a_label_whose_line_in_the_index_a_kill_prevented_is_protected_from_the_restart_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("magus_anharmonic.learning.dataset.append_jsonl", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store_with_labels(tmp_path)
+    batch = LabelStore(tmp_path).close_batch(1)
+    assert batch is not None and len((tmp_path / "index.jsonl").read_text().splitlines()) == 1
+    assert len(LabelStore(tmp_path)) == 1 and not caplog.records
+    whole = batch.read_text()
+    batch.write_text(whole.replace("energy=", "energy=1"))
+    with pytest.raises(DamagedFile, match="label g1-0 is not what it was"):
+        LabelStore(tmp_path)
+    batch.unlink()
+    with pytest.raises(DamagedFile, match="1 labels are in index.jsonl but in no file"):
+        LabelStore(tmp_path)
+    batch.write_text(whole)
+    (tmp_path / "index.jsonl").write_text("")
+    assert len(LabelStore(tmp_path)) == 1 and "of finished batches have no line in index.jsonl (g1-0)" in caplog.text
+    caplog.clear()
+    assert len(LabelStore(tmp_path)) == 1 and not caplog.records
+
+
 def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     key = Key("model", 10.0, 0.0, "settings")
     record = Record("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
@@ -458,6 +485,28 @@ def test_a_second_training_of_a_checkpoint_is_refused_and_another_beside_it_is_n
         assert code == 0 and (tmp_path / "b.pth").is_file(), said
     code, said = invoke(tmp_path, *arguments, "a.pth", command=[])
     assert code == 0 and (tmp_path / "a.pth").is_file() and not list(tmp_path.rglob("*lock*")), said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("errors", "cu.vasp", "-r", "dft.yaml", "--pressure", "0"),
+        ("hessian", "cu.vasp"),
+        ("phase-diagram", "cu.vasp", "--pressure", "0"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_second_errors_hessian_or_phase_diagram_in_the_folder_is_refused_and_touches_nothing(
+    tmp_path: Path, tiny_checkpoint: Path, arguments: tuple[str, ...]
+) -> None:
+    write(tmp_path / "cu.vasp", bulk("Cu"))
+    (tmp_path / "dft.yaml").write_text("calculator: ase.calculators.emt.EMT\n")
+    with locked(tmp_path / "out", f"magus-anharmonic {arguments[0]}"):
+        before = contents(tmp_path)
+        code, said = invoke(tmp_path, *arguments, "--checkpoint", str(tiny_checkpoint), "-o", "out", command=[])
+        assert contents(tmp_path) == before
+    assert code == 2 and f"out: another process works here: magus-anharmonic {arguments[0]}, process {os.getpid()} on" in one_line(said)
+    assert len([line for line in said.splitlines() if "another process" in line]) == 1 and "Traceback" not in said
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -18,21 +18,31 @@ from ase.io import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from magus_anharmonic.analysis.labelled_ensemble import claim
+from magus_anharmonic.analysis.phase_grid import _isotope_name
+from magus_anharmonic.campaign.closing import run_of_record
+from magus_anharmonic.campaign.found import _frames
+from magus_anharmonic.campaign.quantum import read_statics
+from magus_anharmonic.campaign.relaxing import _read_relaxed
+from magus_anharmonic.campaign.run import validation_rmse
+from magus_anharmonic.campaign.searching import read_identity
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_jsonl, write_json
+from magus_anharmonic.learning.choose_ensembles import read_plan
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
+from magus_anharmonic.ranking.common_numbers import draws_of
 from magus_anharmonic.ranking.files import read_structures
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings
 from magus_anharmonic.sscha.qe_files import state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file
+from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file, read_progress_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.status import status
 
@@ -92,6 +102,12 @@ def a_result(folder: Path) -> None:
 
 def make_result(file: Path) -> None:
     a_result(file.parent)
+
+
+def make_progress(file: Path) -> None:
+    progress = {"rows": [{"population": 1, "effective_sample": 1.0}], "gibbs": [[-1.0, 0.1]], "n_evaluations": 42, "together": [[1]]}
+    progress |= {"decrease": 0.1, "response": np.eye(6), "predicted": [np.eye(3), np.eye(3)], "promised": 0.0, "far": True, "reason": "x"}
+    write_json(file, progress)
 
 
 def make_dyn(file: Path) -> None:
@@ -154,17 +170,63 @@ def campaign_status(file: Path) -> None:
     status(file.parent).lines()
 
 
+def make_plan(file: Path) -> None:
+    frames = [copper(), copper()]
+    for atoms in frames:
+        atoms.calc = None
+        atoms.info["n_planned"] = 2
+    write(file, frames, format="extxyz")
+
+
+def make_identity(file: Path) -> None:
+    write_json(file, {"input": {"symbols": ["Cu"], "pressure": 1.5}, "model": "abc", "finished": True, "run": ".", "masses": {"H": 2.0}})
+
+
+def make_scores(file: Path) -> None:
+    write_json(file, {"foundation": {}, "finetuned": {"validation": {"n": 3, "energy_rmse": 0.01}}})
+
+
+def make_source(file: Path) -> None:
+    claim(file.parent, a_state(), "abc", "EMT")
+
+
+def make_relaxed(file: Path) -> None:
+    frames = [copper(), copper()]
+    for atoms in frames:
+        atoms.info = {"enthalpy": 1.0, "n_steps": 3, "failed": False, "reason": "x", "kind": "static", "id": "a"}
+    write(file, frames)
+
+
+def masses_of(file: Path) -> None:
+    (file.parent / "settings.json").write_bytes(file.read_bytes())
+    _isotope_name(file.parent)
+
+
+def statics_of(file: Path) -> None:
+    (file.parent / "tables").mkdir()
+    (file.parent / "tables" / file.name).write_bytes(file.read_bytes())
+    read_statics(file.parent)
+
+
 READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]]]] = {
     "yaml": ("input.yaml", make_yaml, [load_settings]),
     "extxyz": ("gen001.xyz", make_xyz, [read_labels, lambda f: LabelStore(f.parent), lambda f: read_dataset(f, "abc"), read_structures]),
     "traj": ("good1.traj", make_traj, [read_frames, read_structures]),
-    "db": (NAME, make_database, [FreeEnergyStore]),
+    "db": (NAME, make_database, [FreeEnergyStore, read_records]),
     "npz": ("population_001.npz", make_population, [read_population_file, load_arrays]),
     "result.json": ("result.json", make_result, [lambda f: SschaResult.read(f.parent)]),
     "result.npz": ("result.npz", make_result, [lambda f: SschaResult.read(f.parent)]),
+    "progress.json": ("progress.json", make_progress, [read_progress_file, lambda f: draws_of(f.parent)]),
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),
     "jsonl": ("lines.jsonl", make_lines, [read_jsonl, families, lambda f: read_failures(f.parent), search_status]),
+    "plan": ("gen1.xyz", make_plan, [read_plan]),
+    "identity.json": ("identity.json", make_identity, [read_identity, masses_of]),
+    "run of record": ("run.json", make_identity, [lambda f: run_of_record(f.parent)]),
+    "scores": ("errors-cycle1.json", make_scores, [validation_rmse]),
+    "source.json": ("source.json", make_source, [lambda f: claim(f.parent, a_state(), "abc", "EMT")]),
+    "relaxed": ("found.traj", make_relaxed, [lambda f: _read_relaxed(f, 2), lambda f: list(_frames(f))]),
+    "structures": ("structures.extxyz", make_relaxed, [statics_of]),
     "csv": ("ranking.csv", make_ranking, [read_ranking]),
     "lock": ("lock.json", make_lock, [lambda f: read_owner(f.parent)]),
 }

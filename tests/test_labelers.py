@@ -20,7 +20,7 @@ from ase.units import GPa
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, get_labeler
 from magus_anharmonic.labelers.base import k_points, settings_hash
-from magus_anharmonic.labelers.pool import WorkerLabeler
+from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
 from magus_anharmonic.scheduler import available_cores
 from magus_anharmonic.settings import LabelerSettings
 
@@ -160,6 +160,15 @@ def test_what_the_code_prints_goes_to_the_log_of_the_worker(tmp_path):
     with misbehaving(tmp_path, {}) as labeler:
         assert labeler.label([chain(1)])[0].ok
     assert "a line that a DFT code prints" in (tmp_path / "worker0.log").read_text()
+
+
+def test_what_a_code_prints_does_not_grow_without_limit_and_its_end_is_kept(tmp_path):
+    with misbehaving(tmp_path, {2: "chatty"}) as labeler:
+        assert all(result.ok for result in labeler.label([chain(2), chain(2), chain(2), chain(1)]))
+        assert len((tmp_path / "worker0.log").read_text()) < 1000, "of the last label alone"
+        earlier = (tmp_path / "worker0.earlier.log").read_text()
+        assert len(earlier) == LOG_LIMIT and "the end of a long output" in earlier
+    assert {path.name for path in tmp_path.glob("*.log")} == {"worker0.log", "worker0.earlier.log"}
 
 
 def test_the_worker_ends_when_the_search_is_killed(tmp_path):

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
+import sqlite3
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.build import bulk
 from ase.io import read, write
 from synthetic_campaign import synthetic_campaign, table
 from typer.testing import CliRunner
 
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.ranking.table import COLUMNS
 from magus_anharmonic.report import crystals, findings, report_at_end, write_report
 from magus_anharmonic.report.figures import stored_picture
@@ -244,6 +250,29 @@ def test_a_search_before_its_first_ranking_says_so(tmp_path: Path) -> None:
     (own / "search.json").write_text(json.dumps({"finished": 1}))
     words = Page(write_report(tmp_path)).words
     assert "Generations 2 to 3: the search is not finished" in words and "No ranking yet" in words
+
+
+def test_a_database_that_is_locked_or_damaged_costs_its_structures_only_and_is_left_alone(search: Path) -> None:
+    for file in search.rglob("*.traj"):
+        file.unlink()
+    ours = search / "results" / "anharmonic"
+    key = Key("model", 10.0, 0.0, "hash")
+    FreeEnergyStore(ours / NAME).put(Record("abc", key, bulk("Cu"), "sscha", gibbs=1.0, centroids=bulk("Cu")))
+    assert [record.structure for record in read_records(ours / NAME)] == ["abc"]
+    whole = (ours / NAME).read_bytes()
+    with contextlib.closing(sqlite3.connect(ours / NAME)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        began = time.monotonic()
+        with pytest.raises(MagusAnharmonicError, match="database is locked"):
+            read_records(ours / NAME)
+        assert time.monotonic() - began < 10
+        page = write_report(search).read_text()
+        assert "free_energies.db: cannot be read now (OperationalError: database is locked)" in page and "Im-3m" in page
+        writer.rollback()
+    for content in (whole[:5000], b"", b"no database"):
+        (ours / NAME).write_bytes(content)
+        assert "free_energies.db: cannot be read now" in write_report(search).read_text()
+        assert [path.name for path in ours.glob("free*")] == [NAME] and (ours / NAME).read_bytes() == content
 
 
 def test_a_folder_without_a_run_is_refused_with_exit_code_2(tmp_path: Path) -> None:

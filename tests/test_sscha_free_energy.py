@@ -178,7 +178,9 @@ def test_same_seed_same_result_and_another_seed_another():
     assert other.gibbs != first.gibbs
 
 
-def test_a_killed_run_repeats_only_the_population_it_was_in(tmp_path):
+@pytest.mark.parametrize("progress", [None, b"", b'{"rows": [{"popu', b'{"rows": [], "together": [[1]]}'])
+def test_a_killed_run_repeats_only_the_population_it_was_in(tmp_path, progress):
+    """Also where its ``progress.json`` is damaged, which is set aside then."""
     whole = quartic(tmp_path / "whole")
     assert whole.n_populations >= 2
     start = whole.n_evaluations - 60 * whole.n_populations
@@ -186,11 +188,14 @@ def test_a_killed_run_repeats_only_the_population_it_was_in(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         quartic(tmp_path / "killed", evaluator=as_evaluator_named(killed))
     assert not (tmp_path / "killed" / "result.json").exists()
+    if progress is not None:
+        (tmp_path / "killed" / "progress.json").write_bytes(progress)
     rest = CountingCalculator(QuarticPair())
     resumed = quartic(tmp_path / "killed", evaluator=as_evaluator_named(rest))
     assert rest.count == 60 * (whole.n_populations - 1)
     assert resumed.gibbs == pytest.approx(whole.gibbs, abs=1e-12)
     assert resumed.n_evaluations == whole.n_evaluations
+    assert (tmp_path / "killed" / "progress.json.damaged").exists() == (progress is not None)
 
 
 def test_a_finished_run_is_returned_without_work(tmp_path):
@@ -469,5 +474,6 @@ def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_
         run = SschaRun(task, source, RunFolder(tmp_path / "pieces", task.identity()))
         row = run.advance()
     assert len(calls) <= 4, "no minimisation is done twice"
+    assert not list(tmp_path.rglob("*.damaged*"))
     assert row == whole.progress.rows[-1] and run.progress.rows == whole.progress.rows
     assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}

@@ -14,11 +14,12 @@ from ase import Atoms
 from magus_anharmonic.analysis import gibbs_correction as gibbs
 from magus_anharmonic.analysis import gradient_errors as gradients
 from magus_anharmonic.analysis import tables
-from magus_anharmonic.analysis.labelled_ensemble import Labelled, draw, label_ensemble, read_labelled
+from magus_anharmonic.analysis.labelled_ensemble import WHAT, Labelled, draw, label_held, read_labelled
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import write_json
 from magus_anharmonic.labelers.base import Labeler
+from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha.averages import pair_means, standard_error
@@ -124,10 +125,26 @@ def measure_errors(
 ) -> ErrorsReport:
     """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and ``errors.json`` to ``folder``.
 
-    Labels that are there are not made again. Raises ``InputError`` (another state or other DFT settings in the folder, no whole pairs).
+    Labels that are there are not made again. Raises ``InputError`` (another state or other DFT settings in the folder, another process
+    that works there, no whole pairs).
     """
+    with locked(folder, WHAT):
+        return measure_held(source, model, labeler, folder, n_configs=n_configs, seed=seed, displacements=displacements)
+
+
+def measure_held(
+    source: Source,
+    model: Evaluator,
+    labeler: Labeler,
+    folder: str | Path,
+    *,
+    n_configs: int,
+    seed: int,
+    displacements: np.ndarray | None = None,
+) -> ErrorsReport:
+    """`measure_errors` for a caller that holds the lock of ``folder``."""
     u = draw(source.state, n_configs, seed) if displacements is None else displacements
-    label_ensemble(source.state, u, labeler, folder)
+    label_held(source.state, u, labeler, folder)
     return analyse_errors(source, model, u, folder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from ase.io import write
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator
-from magus_anharmonic.files import append_jsonl, replacing, write_json
+from magus_anharmonic.failures import record_failure
+from magus_anharmonic.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import labelled, read_labels
+from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
@@ -29,6 +30,9 @@ SAMPLING_TAG = 5381
 """Separates the random numbers of these ensembles from those of other purposes with the same seed."""
 
 FORMAT = 1
+
+WHAT = "magus-anharmonic errors"
+"""Names this work in the lock of its folder."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,15 @@ def check_number(n_configs: int) -> None:
 def label_ensemble(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
     """Label the centroids and then the ``displacements``, in order, into ``folder/labels.xyz``; what is there is not done again.
 
-    Failures go to ``failures.jsonl``; another call tries them again. ``source.json`` keeps state and DFT settings, and a folder that holds
-    another state or other settings is refused (``InputError``).
+    Failures go to ``failures.jsonl``; another call tries them again. ``source.json`` keeps state and DFT settings. Raises ``InputError``
+    for a folder that holds another state or other settings, and for one in which another process works.
     """
+    with locked(folder, WHAT):
+        label_held(state, displacements, labeler, folder)
+
+
+def label_held(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
+    """`label_ensemble` for a caller that holds the lock of ``folder``."""
     target = Path(folder)
     claim(target, state, labeler.settings_hash, labeler.description)
     file = target / "labels.xyz"
@@ -83,7 +93,7 @@ def label_ensemble(state: SschaState, displacements: np.ndarray, labeler: Labele
         atoms = waiting[index]
         if isinstance(result, Failure):
             log.warning("configuration %s has no label: %s", atoms.info["id"], result.reason)
-            append_jsonl(target / "failures.jsonl", {"id": atoms.info["id"], "number": atoms.info["number"], "reason": result.reason})
+            record_failure(target, "label", result.reason, id=atoms.info["id"], number=atoms.info["number"])
             return
         done.append(labelled(atoms, result, seconds=round(result.seconds, 1)))
         with replacing(file) as temporary:
@@ -102,7 +112,10 @@ def configurations(state: SschaState, displacements: np.ndarray) -> list[Atoms]:
 
 
 def claim(folder: Path, state: SschaState, settings_hash: str, description: str) -> None:
-    """Write ``source.json`` or compare with the one that is there; raises ``InputError`` when they differ."""
+    """Write ``source.json`` or compare with the one that is there; raises ``InputError`` when they differ.
+
+    A damaged one is made anew, where the labels beside it are those of these DFT settings (labels of another state have other ids).
+    """
     identity = {
         "format": FORMAT,
         "state": state_digest(state),
@@ -112,10 +125,11 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
         "settings_hash": settings_hash,
     }
     path = folder / "source.json"
-    if not path.is_file():
+    stored = read_whole(path, read_json)
+    if stored is None:
+        _check_settings(folder / "labels.xyz", settings_hash)
         write_json(path, {**identity, "labeler": description})
         return
-    stored = json.loads(path.read_text(encoding="utf-8"))
     words = {
         "state": "another SSCHA state",
         "supercell": "another SSCHA state: supercell",
@@ -127,6 +141,14 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
             raise InputError(
                 f"{folder}: holds {words.get(key, 'files of another version')} ({stored.get(key)}, now {value}); give another folder"
             )
+
+
+def _check_settings(file: Path, settings_hash: str) -> None:
+    found = {str(atoms.info.get("settings_hash")) for atoms in read_labels(file)} if file.is_file() else set()
+    if found - {settings_hash}:
+        raise InputError(
+            f"{file}: holds labels of other DFT settings ({', '.join(sorted(found))}, now {settings_hash}); give another folder"
+        )
 
 
 def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator, folder: str | Path) -> Labelled:

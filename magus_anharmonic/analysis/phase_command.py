@@ -13,10 +13,15 @@ from magus_anharmonic.analysis.gibbs_points import GibbsPoint, read_points, writ
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
 
 log = logging.getLogger(__name__)
+
+
+WHAT = "magus-anharmonic phase-diagram"
+"""Names this work in the lock of its folder."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,22 @@ def phase_diagram_command(
     model_error: float | None = None,
     seed: int | None = None,
 ) -> tuple[list[str], dict[str, Path]]:
-    """Sentences and pictures of the diagram; see the command's help for ``sources``. Raises ``InputError``."""
-    grid = grid or GridOptions()
+    """Sentences and pictures of the diagram; see the command's help for ``sources``.
+
+    Raises ``InputError``, also where another process works in ``output``.
+    """
+    with locked(output, WHAT):
+        return _held_command(sources, output, grid or GridOptions(), end_members, model_error, seed)
+
+
+def _held_command(
+    sources: Sequence[Path],
+    output: Path,
+    grid: GridOptions,
+    end_members: Sequence[str] | None,
+    model_error: float | None,
+    seed: int | None,
+) -> tuple[list[str], dict[str, Path]]:
     points, settings = read_source(sources, output, grid, seed)
     options: dict[str, Any] = {"end_members": [], "model_error": 0.0, "n_samples": 1000, "seed": 0}
     if settings is not None:
@@ -63,7 +82,7 @@ def phase_diagram_command(
 def read_source(
     sources: Sequence[Path], output: Path, grid: GridOptions, seed: int | None = None
 ) -> tuple[list[GibbsPoint], PhaseDiagramSettings | None]:
-    """The points that the sources hold, or that SSCHA gives; with the settings of a grid."""
+    """The points that the sources hold, or that SSCHA gives in ``output``, whose lock the caller holds; with the settings of a grid."""
     first = Path(sources[0])
     alone = first.is_dir() or first.suffix.lower() in (".yaml", ".yml", ".csv")
     if alone and (len(sources) > 1 or grid.given):
@@ -78,7 +97,7 @@ def read_source(
     settings = load_phase_diagram(first) if alone else _from_options(sources, grid)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
-    return run_settings(settings, output), settings
+    return _run_held(settings, output), settings
 
 
 def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSettings:
@@ -113,7 +132,15 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
 
 
 def run_settings(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
-    """Run or resume the grid in ``output``; ``gibbs.csv`` is up to date after every point. ``evaluator``: instead of the checkpoint."""
+    """Run or resume the grid in ``output``; ``gibbs.csv`` is up to date after every point. ``evaluator``: instead of the checkpoint.
+
+    Raises ``InputError``: another version's or another grid's folder, or one in which another process works.
+    """
+    with locked(output, WHAT):
+        return _run_held(settings, output, evaluator)
+
+
+def _run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
     from magus_anharmonic.analysis.phase_grid import read_phase, run_grid
     from magus_anharmonic.run_record import check_results_version, write_run_record
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -14,13 +13,14 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.analysis.gibbs_points import NATURAL, GibbsPoint, with_twins
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.files import read_json
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.entropy import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.run_folder import final_ensemble, read_start_file
 from magus_anharmonic.structures import bare, space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -177,9 +177,8 @@ def _bulk_modulus(folder: Path | None) -> float | None:
     path = None if folder is None else folder / "start.npz"
     if path is None or not path.is_file():
         return None
-    with np.load(path) as stored:
-        response = stored["stress_response"]
-    if not response.size:
+    response = read_start_file(path).stress_response
+    if response is None:
         return None
     bulk = float(response[:3, :3].mean()) * EV_PER_A3_IN_GPA
     return bulk if bulk > 1.0 else None
@@ -227,7 +226,10 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
 
 
 def _isotope_name(folder: Path) -> str:
-    """``natural``, or the masses of ``settings.json`` in words."""
+    """``natural``, or the masses of ``settings.json`` in words; raises ``DamagedFile``."""
     path = folder / "settings.json"
-    masses = json.loads(path.read_text(encoding="utf-8")).get("masses", {}) if path.is_file() else {}
-    return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted(masses.items())) or NATURAL
+    masses = (read_json(path).get("masses") or {}) if path.is_file() else {}
+    try:
+        return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted(masses.items())) or NATURAL
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{path}: damaged: masses ({error})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step, place
 from magus_anharmonic.campaign.tables import assemble
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
+from magus_anharmonic.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,19 @@ def errors(context: Context, step: Step) -> Outcome:
 
 
 def run_of_record(folder: Path) -> Path:
-    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError`` where there is none."""
+    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError`` where there is none or its name is lost."""
     from magus_anharmonic.campaign.modes import RUN_OF_RECORD
 
     file = folder / RUN_OF_RECORD
     if not file.is_file():
         raise MagusAnharmonicError(f"errors: the step hessian has no SSCHA run of {folder.name} (it failed there: see failures.csv)")
-    return folder / str(json.loads(file.read_text(encoding="utf-8"))["run"])
+    try:
+        name = read_json(file).get("run")
+    except DamagedFile as error:
+        raise MagusAnharmonicError(f"errors: {error}; `--only hessian` makes it anew") from None
+    if not isinstance(name, str) or not name:
+        raise MagusAnharmonicError(f"errors: {file}: names no SSCHA run; `--only hessian` makes it anew")
+    return folder / name
 
 
 def report(context: Context, step: Step) -> Outcome:

@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import iread
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.settings.campaign import PhaseSettings
 from magus_anharmonic.structures import bare, primitive, space_group, structure_id
 
@@ -45,7 +45,7 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
     """Every distinct structure of every generation of a search, each once; one structure in memory at a time."""
     seen: set[int] = set()
     for _, file in populations(folder):
-        for atoms in iread(file, index=":", format="traj"):
+        for atoms in _frames(file):
             enthalpy = atoms.info.get("enthalpy")
             # 64 bits of the identity: 8 bytes for each structure, not the structure
             mark = int(structure_id(atoms), 16)
@@ -55,11 +55,19 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
             yield Found(bare(atoms), float(enthalpy), origin)
 
 
+def _frames(file: Path) -> Iterator[Atoms]:
+    """One structure of a population after the other; raises ``DamagedFile``."""
+    try:
+        yield from iread(file, index=":", format="traj")
+    except Exception as error:  # whatever ASE trips over in a damaged file
+        raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})") from None
+
+
 def n_relaxed(folder: Path) -> tuple[int, int]:
     """Structures that a search relaxed, duplicates included, and evaluations they took where the host wrote them down."""
     structures = evaluations = 0
     for file in folder.glob("results/raw*.traj"):
-        for atoms in iread(file, index=":", format="traj"):
+        for atoms in _frames(file):
             structures += 1
             evaluations += int(atoms.info.get("n_evaluations", 0))
     return structures, evaluations

@@ -15,7 +15,7 @@ from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import lowest_distinct, relaxed_structures
 from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.campaign.tables import read_rows, write_part
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
 from magus_anharmonic.structures import bare, space_group, structure_id
 
@@ -96,12 +96,15 @@ def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[dic
 
 
 def read_statics(folder: Path) -> list[Atoms]:
-    """The static structures of a ranking's table."""
+    """The static structures of a ranking's table; raises ``DamagedFile``."""
     file = folder / "tables" / "structures.extxyz"
     if not file.is_file():
         return []
-    frames: Any = read(file, index=":", format="extxyz")
-    return [atoms for atoms in frames if atoms.info["kind"] == "static"]
+    try:
+        frames: Any = read(file, index=":", format="extxyz")
+        return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
+    except Exception as error:  # whatever ASE trips over in a damaged file
+        raise DamagedFile(f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})") from None
 
 
 def relaxed_by_dft(labeler: Any, structures: Sequence[Atoms], pressure: float, file: Path, settings: Any) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, phase_name, phases_of, relaxed_structures
 from magus_anharmonic.campaign.plan import Step, at, productions
 from magus_anharmonic.campaign.tables import write_part
-from magus_anharmonic.files import replacing
+from magus_anharmonic.errors import DamagedFile
+from magus_anharmonic.files import read_whole, replacing
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, space_group, structure_id
 
@@ -95,14 +96,28 @@ def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence
     identity = [model.model_id, keys.model_dump(mode="json"), fixed, [structure_id(atoms) for atoms in structures]]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest}.traj"
-    if not stored.is_file():
+    kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))
+    if kept is None:
         # Kicks break a symmetry that is to be kept.
         options = relax_options(keys) | {"fix_symmetry": fixed, "relax_cell": True, "kicks": 0 if fixed else keys.kicks}
         found = relax_all(model, [bare(atoms) for atoms in structures], pressure, **options)
         with replacing(stored) as temporary:
             write(temporary, [_frame(result) for result in found], format="traj")
-    frames: Any = read(stored, index=":", format="traj")
-    return [Relaxed(bare(frame), **{name: frame.info[name] for name in ("enthalpy", "n_steps", "failed", "reason")}) for frame in frames]
+        kept = _read_relaxed(stored, len(structures))
+    return kept
+
+
+def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
+    """The ``n`` relaxed structures of a file; raises ``DamagedFile``."""
+    names = ("enthalpy", "n_steps", "failed", "reason")
+    try:
+        frames: Any = read(file, index=":", format="traj")
+        found = [Relaxed(bare(frame), **{name: frame.info[name] for name in names}) for frame in frames]
+    except Exception as error:  # whatever ASE trips over in a damaged file
+        raise DamagedFile(f"{file}: damaged or not readable ({type(error).__name__}: {error})") from None
+    if len(found) != n:
+        raise DamagedFile(f"{file}: holds {len(found)} of {n} structures")
+    return found
 
 
 def _frame(result: Any) -> Atoms:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -14,7 +13,8 @@ from magus_anharmonic.campaign.context import FOLDER, Context, Outcome
 from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
 from magus_anharmonic.campaign.tables import assemble, write_part
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.files import read_json, set_aside
 from magus_anharmonic.lock import locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
 from magus_anharmonic.settings.campaign import load_campaign
@@ -212,7 +212,13 @@ class Campaign:
             step = next(step for step in self.steps if step.id == last)
             if record is None or record.status != "done" or record.key != step_key(step, self.records):
                 break
-            rmse = validation_rmse(self.context.folder(last) / f"errors-cycle{self.cycles}.json")
+            scores = self.context.folder(last) / f"errors-cycle{self.cycles}.json"
+            try:
+                rmse = validation_rmse(scores)
+            except DamagedFile as error:
+                set_aside(scores, str(error))
+                self._put(step, record.changed(status="open"))
+                break
             if rmse is not None and rmse <= learning.target_rmse:
                 log.info("target_rmse reached: %.1f meV/atom on the validation set after cycle %d", 1e3 * rmse, self.cycles)
                 break
@@ -232,11 +238,15 @@ class Campaign:
 
 
 def validation_rmse(file: Path) -> float | None:
-    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none."""
+    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none. Raises ``DamagedFile``."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))["finetuned"].get("validation")
-    return None if not found else float(found["energy_rmse"])
+    scores = read_json(file)
+    try:
+        found = scores["finetuned"].get("validation")
+        return None if not found else float(found["energy_rmse"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{file}: not the errors of a model ({type(error).__name__}: {error})") from None
 
 
 def counts(record: StepRecord) -> str:

@@ -15,9 +15,10 @@ from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import enthalpy_row, n_relaxed, phases_of, populations, relaxed_structures
 from magus_anharmonic.campaign.plan import Step, file_digest, foundation_digest
 from magus_anharmonic.campaign.tables import write_part
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import read_jsonl, write_json, write_text
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.files import read_json, read_jsonl, read_whole, write_json, write_text
 from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.settings.section import load_yaml
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +87,13 @@ def produce(context: Context, step: Step) -> Outcome:
 def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``; nothing when it is finished there.
 
-    A folder of another input or model is moved to ``superseded/``: what was labelled is never deleted.
+    A folder of another input or model is moved to ``superseded/``: what was labelled is never deleted. Raises ``InputError`` where both
+    its ``identity.json`` and its ``input.yaml`` are damaged.
     """
     model = content_digest(data["MainCalculator"]["checkpoint"])
     identity = json.loads(json.dumps({"input": data, "model": model}))
     mark = folder / IDENTITY
-    stored = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {**identity, "finished": False}
+    stored = read_whole(mark, read_identity) or _begun(folder, identity)
     finished = stored.pop("finished")
     if stored == identity and finished:
         log.info("%s: the search is finished", folder.name)
@@ -108,6 +110,21 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
 
         run(parse_settings(data), folder, restart=(folder / "results" / "anharmonic" / "run.json").is_file())
     write_json(mark, {**identity, "finished": True})
+
+
+def read_identity(file: Path) -> dict[str, Any]:
+    """What a search was started with; raises ``DamagedFile``."""
+    stored = read_json(file)
+    if not isinstance(stored.get("input"), dict) or "model" not in stored or not isinstance(stored.get("finished"), bool):
+        raise DamagedFile(f"{file}: does not say what the search was started with")
+    return stored
+
+
+def _begun(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The identity of an unfinished search that has no whole one: its input is in ``input.yaml``, and it knows its model itself."""
+    file = folder / "input.yaml"
+    begun = {"input": json.loads(json.dumps(load_yaml(file), default=str))} if file.is_file() else {}
+    return {**identity, **begun, "finished": False}
 
 
 def content_digest(checkpoint: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,25 +40,23 @@ def errors(
     """Errors of forces and of free-energy gradients against DFT, and the correction of G by first-order perturbation."""
     configure_logging(verbose)
     with user_errors():
-        from magus_anharmonic.analysis.errors_run import add_to_tables, draw_report, load_labeler_settings, measure_errors
+        from magus_anharmonic.analysis.errors_run import add_to_tables, draw_report, load_labeler_settings, measure_held
         from magus_anharmonic.analysis.errors_source import find_source, given_displacements
-        from magus_anharmonic.analysis.labelled_ensemble import check_number
+        from magus_anharmonic.analysis.labelled_ensemble import WHAT, check_number
         from magus_anharmonic.labelers import get_labeler
+        from magus_anharmonic.lock import locked
         from magus_anharmonic.potential import load
 
         check_number(n_configs)
         settings = load_labeler_settings(reference)
-        labeler = get_labeler(settings, output / "labeling")
-        try:
+        with locked(output, WHAT), contextlib.closing(get_labeler(settings, output / "labeling")) as labeler:
             model = load(checkpoint, device=device)
             found = find_source(
                 source, model, output / "sscha", phase=phase, pressure=pressure, temperature=temperature, supercell=supercell, seed=seed
             )
             displacements = None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
-            report = measure_errors(found, model, labeler, output, n_configs=n_configs, seed=seed, displacements=displacements)
-        finally:
-            labeler.close()
-        draw_report(report)
+            report = measure_held(found, model, labeler, output, n_configs=n_configs, seed=seed, displacements=displacements)
+            draw_report(report)
         if tables is not None:
             add_to_tables(report, tables)
         _show(report)

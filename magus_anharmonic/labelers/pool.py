@@ -22,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
 from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json
 from magus_anharmonic.structures import structure_id
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 _BOOTSTRAP = "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from magus_anharmonic.labelers.worker import main; main()"
 START_TIMEOUT = 300.0
 """Seconds for a worker to import what it needs (a busy file system can be slow); not part of a label's own time."""
+LOG_LIMIT = 1 << 20
+"""Bytes of a worker's log above which the next job begins a new one; as much of the end of one earlier log is kept."""
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
 
 
@@ -50,6 +53,7 @@ class Worker:
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after ``timeout`` seconds."""
+        bound_log(self.log_file)
         process = self._start()
         assert process.stdin is not None
         try:
@@ -122,6 +126,17 @@ class Worker:
         """End the process for good."""
         self._closed = True
         self.stop()
+
+
+def bound_log(file: Path, limit: int = LOG_LIMIT) -> None:
+    """Empty a log longer than ``limit`` bytes, its end kept in ``NAME.earlier.log``; whoever appends to it goes on."""
+    if not file.is_file() or file.stat().st_size <= limit:
+        return
+    with file.open("rb+") as log_file, replacing(file.with_suffix(".earlier.log")) as temporary:
+        log_file.seek(-limit, os.SEEK_END)
+        temporary.write_bytes(log_file.read(limit))
+        # not renamed: the worker and the programs that it starts hold this file open
+        log_file.truncate(0)
 
 
 class JobLabeler:
@@ -209,8 +224,8 @@ class JobLabeler:
 class WorkerLabeler(JobLabeler):
     """Labeler that runs one `Recipe` in ``n_workers`` processes.
 
-    Scratch folders ``slot0``, ``slot1``, ... and ``worker0.log``, ... are below ``directory``; the folder of a failed label is kept as
-    ``failed/<structure id>``. Call `close` (or use it in a ``with`` block) to end the processes; they also end with the search.
+    Scratch folders ``slot0``, ... and ``worker0.log``, ... (of bounded length) are below ``directory``; the folder of a failed label is
+    kept as ``failed/<structure id>``. Call `close` (or use it in a ``with`` block) to end the processes; they also end with the search.
     """
 
     def __init__(self, recipe: Recipe, directory: Path, *, n_workers: int, timeout: float = 3600.0) -> None:

@@ -15,14 +15,18 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
-from magus_anharmonic.files import replacing
-from magus_anharmonic.learning.dataset import LabelStore, plan_label
+from magus_anharmonic.errors import DamagedFile
+from magus_anharmonic.files import read_whole, replacing
+from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import bare, structure_id
 
 log = logging.getLogger(__name__)
+
+TOTAL = "n_planned"
+"""In every structure of the file of a plan, how many it holds: a file that is cut between two of them is noticed."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,12 @@ def plan_ensembles(
 ) -> list[Atoms]:
     """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about them in ``info``.
 
-    The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken up again; without contenders and without
-    such a file it is empty.
+    The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken up again (a damaged one is set aside and
+    made anew); without contenders and without such a file it is empty.
     """
     file = plan_file(folder, generation)
-    if file.is_file():
-        return read_plan(file)
+    if (kept := read_whole(file, read_plan)) is not None:
+        return kept
     if not contenders:
         return []
     n_pairs = max(1, settings.n_sample * settings.n_perturb // 2)
@@ -99,6 +103,8 @@ def plan_ensembles(
             )
             planned.append(atoms)
     if planned:
+        for atoms in planned:
+            atoms.info[TOTAL] = len(planned)
         with replacing(file) as temporary:
             write(temporary, planned, format="extxyz")
         # the digits of the file: a plan that is read again must name the same structures
@@ -112,5 +118,9 @@ def plan_file(folder: str | Path, generation: int) -> Path:
 
 
 def read_plan(file: Path) -> list[Atoms]:
-    """The structures of a plan."""
-    return read(file, index=":", format="extxyz")
+    """The structures of a plan; raises ``DamagedFile`` when they are not all there."""
+    frames = read_labels(file)
+    totals = {atoms.info.pop(TOTAL, None) for atoms in frames}
+    if totals != {len(frames)} or any("id" not in atoms.info for atoms in frames):
+        raise DamagedFile(f"{file}: holds {len(frames)} structures of a plan, which are not all")
+    return frames

@@ -73,8 +73,9 @@ class LabelStore:
 
     ``gen003.xyz`` (then ``gen003-2.xyz``, ...) are finished batches and never change; ``pending/gen003/<id>.xyz`` are the labels of a
     batch that is not finished. Reading merges both; a label that is in both after a kill counts once. ``index.jsonl`` has the digest of
-    every label, so that none can be lost or changed unnoticed. ``families.jsonl`` says which chosen structures are one phase. One process
-    writes. Raises ``DamagedFile`` when a label is missing or changed.
+    every label, so that none can be lost or changed unnoticed; what a kill left without one (the last label) gets it here.
+    ``families.jsonl`` says which chosen structures are one phase. One process writes. Raises ``DamagedFile`` when a label is missing or
+    changed.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -85,7 +86,8 @@ class LabelStore:
         known = {str(line["id"]): line["digest"] for line in read_jsonl(self.index, ("id", "digest"))}
         for file in sorted(self.directory.glob("gen*.xyz")):
             self._take(file, known)
-        for file in sorted(self.directory.glob("pending/*/*.xyz")):
+        pending = sorted(self.directory.glob("pending/*/*.xyz"))
+        for file in pending:
             try:
                 self._take(file, known)
             except DamagedFile as error:
@@ -97,6 +99,18 @@ class LabelStore:
                 f"{self.directory}: {len(lost)} labels are in {self.index.name} but in no file ({', '.join(lost[:3])}): a file was cut or "
                 "removed; bring it back, or delete their lines there to go on without them"
             )
+        self._protect([name for name in self._frames if name not in known], {file.stem for file in pending})
+
+    def _protect(self, names: Sequence[str], pending: set[str]) -> None:
+        """Write the digests of labels that have none. In a finished batch no kill leaves such a one: that is said."""
+        strange = [name for name in names if name not in pending]
+        if strange:
+            log.warning(
+                "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; they are taken as they are now",
+                self.directory, len(strange), self.index.name, ", ".join(strange[:3]),
+            )  # fmt: skip
+        for name in names:
+            append_jsonl(self.index, {"id": name, "digest": label_digest(self._frames[name])})
 
     def _take(self, file: Path, known: Mapping[str, str]) -> None:
         """Take over the labels of one file; raises ``DamagedFile`` when one is not what it was when it was written."""

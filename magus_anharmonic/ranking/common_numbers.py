@@ -7,7 +7,7 @@ have in common is measured, not assumed: by the covariance of the pairs of confi
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from magus_anharmonic.sscha.averages import pair_means
-from magus_anharmonic.sscha.run_folder import read_population_file
+from magus_anharmonic.errors import DamagedFile
+from magus_anharmonic.files import read_whole
+from magus_anharmonic.sscha.averages import Ensemble, pair_means
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.run_folder import PROGRESS, final_populations, read_population_file, read_progress_file
+from magus_anharmonic.sscha.state import SschaState
+
+log = logging.getLogger(__name__)
 
 SIGNIFICANT = 2.0
 """Times 1/sqrt(pairs): a smaller correlation counts as none."""
@@ -39,21 +45,31 @@ class Draws:
 
 
 def draws_of(folder: Path) -> Draws | None:
-    """Those of the run in ``folder``; None where it keeps no populations."""
-    path = folder / "progress.json"
-    if not path.is_file():
+    """Those of the run in ``folder``; None where it keeps no whole populations."""
+    try:
+        populations = _last_populations(folder)
+    except DamagedFile as error:
+        log.warning("%s; the errors of this run are taken as independent of all others", error)
         return None
     excess, size = {}, 0
-    for number in json.loads(path.read_text(encoding="utf-8"))["together"][-1]:
-        file = folder / f"population_{number:03d}.npz"
-        if not file.is_file():
-            return None
-        state, ensemble = read_population_file(file)
+    for number, (state, ensemble) in populations.items():
         u = ensemble.displacements.reshape(len(ensemble.energies), -1)
         harmonic = 0.5 * np.einsum("ci,ci->c", u @ state.full, u)
         excess[number] = pair_means(ensemble.energies - harmonic) / len(state.supercell)
         size = u.shape[1]
     return Draws(excess, size) if excess else None
+
+
+def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
+    """By their numbers; none where one is missing. Without a whole ``progress.json``, those of the state of the result."""
+    progress = read_whole(folder / PROGRESS, read_progress_file)
+    if progress is not None:
+        files = {number: folder / f"population_{number:03d}.npz" for number in progress["together"][-1]}
+        there = all(file.is_file() for file in files.values())
+        return {number: read_population_file(file) for number, file in files.items()} if there else {}
+    if not (folder / "result.json").is_file():
+        return {}
+    return final_populations(folder, SschaResult.read(folder))
 
 
 def covariance(one: Draws | None, other: Draws | None) -> float:
@@ -92,7 +108,7 @@ class CommonNumbers:
         return covariance(self._draws(folder), self._draws(other)) if folder and other else 0.0
 
     def _draws(self, folder: str) -> Draws | None:
-        path = self.root / folder / "progress.json"
+        path = self.root / folder / PROGRESS
         stamp = path.stat().st_mtime_ns if path.is_file() else 0
         if self._known.get(folder, (None, None))[0] != stamp:
             self._known[folder] = stamp, draws_of(self.root / folder)

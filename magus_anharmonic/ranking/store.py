@@ -32,6 +32,9 @@ NOT_PHYSICS = (
 NO_DAMAGE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_NOMEM")
 """What SQLite calls troubles of the disk or the machine, not of the file: an unfinished change cannot be taken back on a full disk, say."""
 
+READ_TIMEOUT = 2.0
+"""Seconds that a reader waits for the process that writes: one record takes milliseconds."""
+
 PREFIX = "id-"
 """ase.db refuses strings that read as numbers, and some hashes do (``1234e5678901``)."""
 
@@ -262,6 +265,21 @@ class FreeEnergyStore:
             start = which == "start"
             self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.phase, record.symmetry_tolerance)
         return self._prints[name]
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """All records of a database that another process may be writing: nothing is written, renamed or long waited for.
+
+    Raises ``MagusAnharmonicError`` that says why it cannot be read now.
+    """
+    file = Path(path)
+    database = _connect(file)
+    database._connect = lambda: sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=READ_TIMEOUT)
+    try:
+        with database:
+            return [_from_row(row) for row in database.select()]
+    except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
+        raise MagusAnharmonicError(f"{file.name}: cannot be read now ({type(error).__name__}: {error})") from None
 
 
 def _connect(path: Path) -> Any:

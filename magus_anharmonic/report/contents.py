@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ase import Atoms
+
 from magus_anharmonic.analysis.tables import DISPERSIONS, RANKINGS, ranking_files
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.report import crystals as found_crystals
 from magus_anharmonic.report import figures, findings
 from magus_anharmonic.report.crystals import Crystal
@@ -72,12 +74,14 @@ class Contents:
     hashes: list[tuple[str, str]] = field(default_factory=list)
 
     def attempt(self, work: Callable[[], Result], otherwise: Result) -> Result:
-        """``work()``, or ``otherwise`` and a line in ``problems`` when a file is not what it should be."""
+        """``work()``, or ``otherwise`` and a line in ``problems`` when a file is not what it should be or cannot be read now."""
         try:
             return work()
         except InputError as error:
             self.problems.extend(error.problems)
-            return otherwise
+        except (MagusAnharmonicError, OSError) as error:
+            self.problems.append(reason_of(error))
+        return otherwise
 
 
 def gather(folder: str | Path) -> Contents:
@@ -230,7 +234,11 @@ def search_contents(folder: Path) -> Contents:
         contents.rankings = contents.attempt(lambda: ranking_views(ranking.name, read_ranking(ranking)), [])
     else:
         contents.missing.append("No ranking yet: ranking.csv is written at the end of the first generation.")
-    contents.crystals = contents.attempt(lambda: found_crystals.search_crystals(folder, contents.rankings), [])
+
+    def starts() -> dict[str, Atoms]:
+        return contents.attempt(lambda: found_crystals.stored_starts(folder), {})
+
+    contents.crystals = contents.attempt(lambda: found_crystals.search_crystals(folder, contents.rankings, starts), [])
     _failures(contents, folder / "failures.jsonl")
     progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
     contents.summary = [

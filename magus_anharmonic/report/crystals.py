@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -129,8 +129,11 @@ def _parsed(path: Path, text: str) -> Atoms:
         raise InputError(f"{path.name}: a frame is not readable as extxyz ({type(error).__name__}: {error})") from None
 
 
-def search_crystals(anharmonic: Path, rankings: Iterable[RankingView]) -> list[Crystal]:
-    """Structures of the rankings' first lines from what a search or ``rank`` leaves: the populations and ``quantum.traj``."""
+def search_crystals(anharmonic: Path, rankings: Iterable[RankingView], starts: Callable[[], Mapping[str, Atoms]]) -> list[Crystal]:
+    """Structures of the rankings' first lines from what a search or ``rank`` leaves: the populations and ``quantum.traj``.
+
+    ``starts`` : asked (see `stored_starts`) when these hold not all.
+    """
     statics: dict[str, Atoms] = {}
     results = anharmonic.parent
     for path in [results / "good.traj", *sorted(results.glob("gen*.traj"), key=_generation, reverse=True)[:1]]:
@@ -138,7 +141,7 @@ def search_crystals(anharmonic: Path, rankings: Iterable[RankingView]) -> list[C
             statics.setdefault(str(atoms.info.get("candidate_id", "")), atoms)
     centroids = {str(atoms.info.get("sscha_folder", "")): atoms for atoms in _traj(anharmonic / "quantum.traj")}
     if any(line.id not in statics for ranking in rankings for line in ranking.lines[:FILES]):
-        for name, atoms in _starts(anharmonic).items():
+        for name, atoms in starts().items():
             statics.setdefault(name, atoms)
     crystals = []
     for ranking in rankings:
@@ -167,11 +170,12 @@ def _traj(path: Path) -> list[Atoms]:
         raise InputError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
 
-def _starts(anharmonic: Path) -> dict[str, Atoms]:
-    from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+def stored_starts(anharmonic: Path) -> dict[str, Atoms]:
+    """Structures of the database by their ids; raises ``MagusAnharmonicError`` when it cannot be read now."""
+    from magus_anharmonic.ranking.store import NAME, read_records
 
     path = anharmonic / NAME
-    return {record.structure: record.start for record in FreeEnergyStore(path).records()} if path.is_file() else {}
+    return {record.structure: record.start for record in read_records(path)} if path.is_file() else {}
 
 
 def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:

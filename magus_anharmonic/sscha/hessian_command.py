@@ -14,6 +14,7 @@ import numpy as np
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import write_json, write_text
+from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.drawing import draw
@@ -31,6 +32,10 @@ log = logging.getLogger(__name__)
 
 SAMPLING_TAG = 4177
 """Separates the random numbers of these ensembles from those of other purposes with the same seed."""
+
+
+WHAT = "magus-anharmonic hessian"
+"""Names this work in the lock of its folder."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,17 @@ def hessian_of_run(
     """Hessian of the state in which a run ended, with all files in ``output``.
 
     ``n_configs`` above what the populations of the last state hold draws the rest with ``evaluator``, which also gives the harmonic
-    bands. Raises ``InputError`` for a folder without a finished run, for a run without a state, and where an evaluator
-    is needed and missing or another model's than the run's; ``SschaError`` where the equation of ``include_v4`` has no solution.
+    bands. Raises ``InputError`` for a folder without a finished run, for a run without a state, where an evaluator
+    is needed and missing or another model's than the run's, and where another process works in ``output``; ``SschaError`` where the
+    equation of ``include_v4`` has no solution.
     """
-    run, output = Path(run), Path(output)
+    with locked(output, WHAT):
+        return _hessian_of_run(Path(run), Path(output), evaluator, n_configs, include_v4, seed)
+
+
+def _hessian_of_run(
+    run: Path, output: Path, evaluator: Evaluator | None, n_configs: int | None, include_v4: bool, seed: int
+) -> HessianReport:
     result = SschaResult.read(run)
     state = result.state
     if evaluator is not None and evaluator.model_id != result.model_id:
@@ -125,27 +137,31 @@ def hessian_of_structure(
     include_v4: bool = False,
     seed: int = 0,
 ) -> HessianReport:
-    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian. Raises ``SschaError`` when the relaxation fails."""
+    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian.
+
+    Raises ``SschaError`` when the relaxation fails, ``InputError`` where another process works in ``output``.
+    """
     from magus_anharmonic.sscha.gibbs import free_energy
 
     output = Path(output)
-    result = free_energy(
-        read_structure(structure),
-        evaluator,
-        pressure,
-        temperature,
-        supercell=supercell,
-        cell="fixed" if fixed_cell else "variable",
-        n_configs=n_configs,
-        max_populations=max_populations,
-        seed=seed,
-        directory=output / "sscha",
-    )
-    if result.force_constants is None:
-        raise SschaError(f"{structure}: SSCHA failed: {result.reason}")
-    if not result.converged:
-        log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
-    return hessian_of_run(output / "sscha", output, evaluator=evaluator, n_configs=n_configs, include_v4=include_v4, seed=seed)
+    with locked(output, WHAT):
+        result = free_energy(
+            read_structure(structure),
+            evaluator,
+            pressure,
+            temperature,
+            supercell=supercell,
+            cell="fixed" if fixed_cell else "variable",
+            n_configs=n_configs,
+            max_populations=max_populations,
+            seed=seed,
+            directory=output / "sscha",
+        )
+        if result.force_constants is None:
+            raise SschaError(f"{structure}: SSCHA failed: {result.reason}")
+        if not result.converged:
+            log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
+        return _hessian_of_run(output / "sscha", output, evaluator, n_configs, include_v4, seed)
 
 
 def read_structure(path: str | Path) -> Any:

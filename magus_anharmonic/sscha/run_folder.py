@@ -27,6 +27,10 @@ OF_THE_START = {"start", "configurations"}
 """What of a run's identity says where it began."""
 
 
+PROGRESS = "progress.json"
+"""Where a run stands after its last population, see `RunFolder.write_progress`."""
+
+
 class RunFolder:
     """Files of a run in ``directory``; every file is written whole or not at all."""
 
@@ -103,13 +107,12 @@ class RunFolder:
         return parts[-1][0], joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
 
     def read_progress(self) -> dict[str, Any] | None:
-        """What `write_progress` left."""
-        path = self.directory / "progress.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What `write_progress` left; None without it, and when it is damaged: the run then goes over its populations again."""
+        return read_whole(self.directory / PROGRESS, read_progress_file)
 
     def write_progress(self, progress: dict[str, Any]) -> None:
         """Where the run stands after its last population, beside the populations themselves."""
-        write_json(self.directory / "progress.json", progress)
+        write_json(self.directory / PROGRESS, progress)
 
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
@@ -154,6 +157,37 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     return state, ensemble
 
 
+def read_progress_file(path: Path) -> dict[str, Any]:
+    """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
+    found = read_json(path)
+    try:
+        fits = _is_progress(found)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedFile(f"{path}: not the progress of an SSCHA run ({type(error).__name__}: {error})") from None
+    if not fits:
+        raise DamagedFile(f"{path}: not the progress of an SSCHA run")
+    return found
+
+
+def _is_progress(found: dict[str, Any]) -> bool:
+    """Whether everything is there that a run goes on from; raises what the conversions raise."""
+    rows, together, predicted = found["rows"], found["together"], found["predicted"]
+    numbers = [number for numbers in together for number in numbers]
+    arrays = [] if found["response"] is None else [(found["response"], (6, 6))]
+    arrays += [] if predicted is None else [(array, (3, 3)) for array in predicted]
+    return (
+        bool(rows and together and all(together))
+        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+        and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
+        and all(type(number) is int for number in [*numbers, found["n_evaluations"]])
+        and all(type(found[name]) in (int, float) for name in ("decrease", "promised"))
+        and isinstance(found["far"], bool)
+        and isinstance(found["reason"], str)
+        and (predicted is None or len(predicted) == 2)
+        and all(np.asarray(array, dtype=float).shape == shape for array, shape in arrays)
+    )
+
+
 def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
@@ -166,12 +200,14 @@ def read_start_file(path: Path) -> Start:
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
     """All populations that were drawn from the state in which a run ended, as one ensemble; None when the folder keeps none."""
-    found: list[Ensemble] = []
-    for path in sorted(run.glob("population_*.npz")):
-        state, ensemble = read_population_file(path)
-        if _is_state_of(result, state):
-            found.append(ensemble)
+    found = [ensemble for _, ensemble in final_populations(run, result).values()]
     return joined(found) if found else None
+
+
+def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
+    """The populations that were drawn from the state in which a run ended, by their numbers; raises ``DamagedFile``."""
+    found = {path: read_population_file(path) for path in sorted(run.glob("population_*.npz"))}
+    return {int(path.stem.removeprefix("population_")): one for path, one in found.items() if _is_state_of(result, one[0])}
 
 
 def _is_state_of(result: SschaResult, state: SschaState) -> bool:
