@@ -110,7 +110,9 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
             raise InputError(f"{file}: damaged: no {field}; {_MEND}")
     settings = record.get("settings")
     host = settings.get("host", {}) if isinstance(settings, dict) else {}
-    for field, value, kind in (*((name, record.get(name), kind) for name, kind in _KINDS.items()), ("settings.host", host, dict)):
+    # a search keeps the keys of its host there, a campaign the name of it
+    kind_of_host = dict if "host" in record else dict | str
+    for field, value, kind in (*((name, record.get(name), kind) for name, kind in _KINDS.items()), ("settings.host", host, kind_of_host)):
         if not isinstance(value, kind) and (field in record or field == "settings.host"):
             raise InputError(f"{file}: damaged: {field} holds {one_line(json.dumps(value), 60)}; {_MEND}")
     return record
