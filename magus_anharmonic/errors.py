@@ -45,6 +45,12 @@ class Terminated(BaseException):
     """SIGTERM arrived: the batch system, or a person, wants the process to end now."""
 
 
+def one_line(text: str, limit: int = 300) -> str:
+    """``text``, of whatever origin, as it can be shown: on one line, without control characters, not longer than ``limit``."""
+    shown = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
+    return shown if len(shown) <= limit and len(text) <= 4 * limit else f"{shown[: limit - 3]}..."
+
+
 def reason_of(error: BaseException) -> str:
     """One line that says what stopped a run, for the user and for ``failures.jsonl``."""
     if isinstance(error, KeyboardInterrupt):

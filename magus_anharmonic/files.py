@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,34 @@ from magus_anharmonic.errors import DamagedFile, InputError
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+TEMPORARY = ".magus-anharmonic.tmp"
+"""How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
+
+
+OF_THE_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG}
+"""What the system says about a file that is not there or sends a reader to a place that it does not have."""
+
+
+def raise_trouble(error: BaseException, path: str | Path) -> None:
+    """Raise ``error``, met while ``path`` was read, again when it speaks of the machine or the disk and not of what the file holds.
+
+    Memory exhausted, too many open files, no right to read, an input/output error: the file may be whole, and none is called damaged.
+    """
+    if isinstance(error, MemoryError) and not _has_room_for(path):
+        raise error
+    # ASE, NumPy and zipfile raise OSErrors of their own for what a file holds; those of the system have a number.
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
+        raise error
+
+
+def _has_room_for(path: str | Path) -> bool:
+    # A damaged file may ask for any number of bytes, a whole one for little more than its size, unpacked.
+    try:
+        bytearray(16 * Path(path).stat().st_size + (1 << 24))
+    except (MemoryError, OSError):
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -28,7 +58,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=f"{target.suffix}.tmp")
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=f"{target.suffix}{TEMPORARY}")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -53,17 +83,6 @@ def table_rows(path: str | Path, shown: str | None = None, restkey: str | None =
             yield csv.DictReader(handle, restkey=restkey)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{shown or file}: not readable as a table ({error}); the step that writes it has to run again") from None
-
-
-def remove_unfinished(folder: str | Path) -> int:
-    """Remove the temporary files and folders that killed processes left below ``folder``, whose lock must be held; returns how many."""
-    found = [path for pattern in (".*.tmp", ".*.tmp-journal") for path in Path(folder).rglob(pattern)]
-    for path in found:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    return len(found)
 
 
 def remove_empty(folder: str | Path) -> bool:
@@ -102,33 +121,38 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def read_jsonl(path: str | Path, required: Iterable[str] = ()) -> list[dict[str, Any]]:
-    """Read all whole records of a JSON-lines file that have the ``required`` keys.
+def read_jsonl(path: str | Path, required: Iterable[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
+    """Read all whole records of a JSON-lines file that have the ``required`` keys (a mapping: with values of these types; no inf, nan).
 
     A last line that a kill cut short is left out without a word, any other line that is no such record with a warning.
     """
     target = Path(path)
     if not target.exists():
         return []
-    records, wanted = [], set(required)
+    records, wanted = [], dict(required) if isinstance(required, Mapping) else dict.fromkeys(required, object)
     lines = target.read_bytes().decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and wanted <= set(record):
+        if isinstance(record, dict) and all(key in record and _is(record[key], kind) for key, kind in wanted.items()):
             records.append(record)
         elif line.strip() and number < len(lines):
             log.warning("%s, line %d: damaged, left out", target, number)
     return records
 
 
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and (kind is object or not isinstance(value, float) or math.isfinite(value))
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none."""
+    """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none, and troubles of the disk as they are."""
     try:
         data = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        raise_trouble(error, path)
         raise DamagedFile(f"{path}: damaged or not readable ({error})") from None
     if not isinstance(data, dict):
         raise DamagedFile(f"{path}: damaged: holds {type(data).__name__} instead of keys and values")
@@ -136,13 +160,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def load_arrays(path: str | Path) -> dict[str, Any]:
-    """All arrays of an .npz file of ours; raises ``DamagedFile``. Pickled objects are never loaded."""
+    """All arrays of an .npz file of ours; raises ``DamagedFile``, and troubles of the disk as they are. Pickles are never loaded."""
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
+        raise_trouble(error, path)
         raise DamagedFile(f"{path}: damaged or not readable ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
 
 

@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ def start(
     potential: Evaluator | None = None,
     seed: int | None = None,
     record: bool = True,
+    described: Mapping[str, Any] | None = None,
 ) -> SearchState:
     """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its ``run.json``.
 
@@ -79,6 +80,8 @@ def start(
         Instead of those that the settings and the record name.
     record
         False where the host has written ``run.json`` already.
+    described
+        Further fields of ``run.json``: who runs the search, and by which command.
 
     Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint not loadable).
     """
@@ -99,7 +102,7 @@ def start(
         energy_rmse=_recorded_rmse(folder) if restart else None,
     )  # fmt: skip
     if record:
-        extra = {"restart": restart, "learning": state.learn}
+        extra = {"restart": restart, "learning": state.learn, **(described or {})}
         write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra=extra)
     return state
 

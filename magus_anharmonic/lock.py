@@ -12,18 +12,19 @@ import fcntl
 import json
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import remove_unfinished, write_json
+from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.files import TEMPORARY, write_json
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ HEARTBEAT = 10.0
 """Seconds between two signs of life of an owner."""
 PATIENCE = 45.0
 """Seconds without a sign of life after which an owner on another machine is dead."""
+ATTEMPTS, PAUSE = 4, 0.2
+"""How often, and seconds apart, a lock that is there and cannot be read is read before it counts as damaged: network file systems
+have moments in which a file that is being replaced cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,59 @@ class Owner:
 
     def described(self) -> str:
         """``magus-anharmonic search, process 4711 on node7, since 2026-11-25T01:02:03+00:00 (3.2 h)``."""
-        return f"{self.what}, process {self.pid} on {self.host}, since {self.since}{_age(self.since)}"
+        what, host, since = (one_line(text, 100) for text in (self.what, self.host, self.since))
+        return f"{what}, process {self.pid} on {host}, since {since}{_age(self.since)}"
 
 
 def read_owner(folder: str | Path, name: str = NAME) -> Owner | None:
-    """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it is not readable."""
+    """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it holds no owner.
+
+    Fields of a later version are left out. Raises ``OSError`` when a lock that is there cannot be read.
+    """
     try:
-        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-        owner = Owner(**found)
-    except (OSError, ValueError, TypeError):
+        found = json.loads((Path(folder) / name).read_bytes())
+        owner = Owner(**{field.name: found[field.name] for field in fields(Owner) if field.name in found})
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
         return None
     whole = all(isinstance(value, int) for value in (owner.pid, owner.born, owner.beat))
     return owner if whole and all(isinstance(v, str) for v in (owner.host, owner.machine, owner.what, owner.since, owner.token)) else None
 
 
-def check_free(folder: str | Path, name: str = NAME) -> None:
-    """Raise ``InputError`` when a living process works in ``folder``; waits up to `PATIENCE` for one on another machine."""
-    owner = read_owner(folder, name)
+def check_free(folder: str | Path, name: str = NAME) -> Owner | None:
+    """Raise ``InputError`` when a living process works in ``folder``; waits up to `PATIENCE` for one on another machine.
+
+    Returns the dead owner of the lock, as it was seen; None without one. Raises ``OSError`` when the lock cannot be read.
+    """
+    owner = _found(Path(folder), name)
     if owner is not None and _lives(Path(folder), name, owner):
         raise InputError(_refusal(Path(folder), name, owner))
+    return owner
+
+
+def remove_unfinished(folder: str | Path, held: str | Path | None = None) -> int:
+    """Remove the temporary files and folders that killed processes of ours left below ``folder``; returns how many.
+
+    ``held`` : the folder whose lock the caller holds, None: ``folder``. What belongs to somebody else who lives is left alone: folders
+    below with a lock of their own, and the files that a search (above ``anharmonic``, where its lock is) or a training has beside its own.
+    """
+    mine, n_removed = Path(folder if held is None else held).absolute(), 0
+    for root, folders, files in os.walk(Path(folder).absolute()):
+        here = Path(root)
+        if here != mine and _somebody(here, NAME):
+            folders.clear()
+            continue
+        names = [name for name in (*folders, *files) if name.startswith(".") and name.removesuffix("-journal").endswith(TEMPORARY)]
+        search = here / "anharmonic"
+        if (search != mine and _somebody(search, NAME)) or any(_somebody(here, name) for name in files if name.endswith(f".{NAME}")):
+            continue
+        for path in (here / name for name in names):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        folders[:] = [name for name in folders if name not in names]
+        n_removed += len(names)
+    return n_removed
 
 
 def forget_dead(folder: str | Path) -> bool:
@@ -116,10 +154,10 @@ class Held:
         pid = os.getpid()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.owner = Owner(socket.gethostname(), pid, _machine(), _born(pid) or 0, what, since, uuid.uuid4().hex[:12])
-        check_free(self.folder, name)
+        seen = check_free(self.folder, name)
         with _guarded(self.folder):
-            earlier = read_owner(self.folder, name)
-            if earlier is not None and earlier.alive:  # somebody came between the check and the guard
+            earlier = _found(self.folder, name)
+            if earlier is not None and (earlier.alive or (earlier.alive is None and earlier != seen)):  # came after the check
                 raise InputError(_refusal(self.folder, name, earlier))
             write_json(self.folder / name, asdict(self.owner))
         if earlier is not None:
@@ -136,9 +174,9 @@ class Held:
         if os.getpid() != self.owner.pid:
             return
         self._thread.join()
-        found = read_owner(self.folder, self.name)
-        if found is not None and found.token == self.owner.token:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            found = read_owner(self.folder, self.name)
+            if found is not None and found.token == self.owner.token:
                 (self.folder / self.name).unlink()
                 for path in self._made:
                     path.rmdir()
@@ -146,7 +184,9 @@ class Held:
     def _beat(self) -> None:
         beat = 1
         while not self._ended.wait(HEARTBEAT):
-            found = read_owner(self.folder, self.name)
+            found = None
+            with contextlib.suppress(OSError):  # an unreadable moment; the next beat tells
+                found = read_owner(self.folder, self.name)
             if found is not None and found.token != self.owner.token:
                 log.error("%s: this process was taken for dead (was it stopped?) and lost its lock to %s", self.folder, found.described())
                 _thread.interrupt_main()
@@ -157,6 +197,30 @@ class Held:
                 write_json(self.folder / self.name, asdict(self.owner) | {"beat": beat})
 
 
+def _found(folder: Path, name: str) -> Owner | None:
+    """As `read_owner`, but a lock that is there is given up as damaged, or its error raised, after several attempts only."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE)
+        try:
+            owner = read_owner(folder, name)
+            if owner is not None or not (folder / name).exists():
+                return owner
+        except OSError:
+            if attempt == ATTEMPTS - 1:
+                raise
+    return None
+
+
+def _somebody(folder: Path, name: str) -> bool:
+    """Whether a lock is held by somebody who lives, or may live."""
+    try:
+        owner = read_owner(folder, name)
+    except OSError:
+        return True
+    return owner is not None and owner.alive is not False
+
+
 def _lives(folder: Path, name: str, owner: Owner) -> bool:
     if owner.alive is not None:
         return owner.alive
@@ -164,7 +228,7 @@ def _lives(folder: Path, name: str, owner: Owner) -> bool:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         time.sleep(min(1.0, PATIENCE / 5))
-        found = read_owner(folder, name)
+        found = _found(folder, name)
         if found is None:
             return False
         if (found.token, found.beat) != (owner.token, owner.beat):
@@ -219,7 +283,7 @@ def _born(pid: int) -> int | None:
 
 
 def _age(since: str) -> str:
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):  # TypeError: without a time zone
         seconds = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
         if seconds >= 0:
             return f" ({seconds / 3600:.1f} h)" if seconds > 5400 else f" ({seconds / 60:.0f} min)"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 import magus_anharmonic
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.files import raise_trouble, write_json
 
 NAME = "run.json"
 
@@ -38,6 +39,9 @@ PACKAGES = (
     "magus-kit",
     "magus",
 )
+
+_KINDS = {"seed": int, "settings": dict, "earlier_starts": list}
+_MEND = "bring an undamaged copy back, or move the folder away and start anew"
 
 
 def package_versions() -> dict[str, str | None]:
@@ -88,15 +92,27 @@ def write_run_record(
     return record
 
 
-def read_run_record(path: str | Path) -> dict[str, Any]:
-    """The record in ``path`` (folder or file); raises ``InputError`` when it is not one."""
+def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str, Any]:
+    """The record in ``path`` (folder or file).
+
+    Raises ``InputError`` that names file and field: not a record, a ``required`` field is missing, or a field is not what it should be.
+    """
     file = record_file(path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        raise_trouble(error, file)
         raise InputError(f"{file}: not readable as a run record ({error}); move the folder away and start anew") from None
     if not isinstance(record, dict) or not isinstance(record.get("version"), str):
         raise InputError(f"{file}: not a run record of magus-anharmonic; move the folder away and start anew")
+    for field in required:
+        if field not in record:
+            raise InputError(f"{file}: damaged: no {field}; {_MEND}")
+    settings = record.get("settings")
+    host = settings.get("host", {}) if isinstance(settings, dict) else {}
+    for field, value, kind in (*((name, record.get(name), kind) for name, kind in _KINDS.items()), ("settings.host", host, dict)):
+        if not isinstance(value, kind) and (field in record or field == "settings.host"):
+            raise InputError(f"{file}: damaged: {field} holds {one_line(json.dumps(value), 60)}; {_MEND}")
     return record
 
 

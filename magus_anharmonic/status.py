@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -10,23 +11,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import read_json, read_jsonl
-from magus_anharmonic.lock import Owner, read_owner
+from magus_anharmonic.lock import HEARTBEAT, Owner, read_owner
+
+log = logging.getLogger(__name__)
 
 LAST_ERRORS = 5
 RECENT = 3600.0
 """Seconds over which a rate is measured."""
+WATCH = HEARTBEAT + 5
+"""Seconds for which a process on another machine is watched for a sign of life."""
 
 
 @dataclass(frozen=True)
 class Status:
     """What `status` found in a folder.
 
-    kind : search or campaign; state : running, dead (its process is gone), finished, stopped (nobody holds the lock, not finished), or
-    unknown (its process is on another machine); where : the step in words; waits_for : what has to come next; rates : lines with
-    numbers per hour; seconds_left : estimate, None where there is nothing to base it on; errors : the last ones, newest last.
+    kind : search or campaign; state : running, dead (its process is gone, or shows no sign of life), finished, stopped (nobody holds the
+    lock, not finished), or unknown (the lock cannot be read), some with the reason in brackets; where : the step in words; waits_for :
+    what has to come next; rates : lines with numbers per hour; seconds_left : estimate, None where there is nothing to base it on;
+    errors : the last ones, newest last; go_on : the command that goes on.
     """
 
     folder: Path
@@ -40,13 +46,14 @@ class Status:
     errors: tuple[str, ...] = ()
     counts: dict[str, int] = field(default_factory=dict)
     last_change: float | None = None
+    go_on: str = ""
 
     def lines(self) -> list[str]:
         """The report, one fact a line."""
         found = [f"{self.kind} in {self.folder}: {self.state}", f"where: {self.where}", f"waits for: {self.waits_for}"]
         if self.owner is not None:
             found.append(f"held by: {self.owner.described()}")
-        elif self.state not in ("finished",):
+        elif self.state == "stopped":
             found.append("held by: nobody")
         if self.last_change is not None:
             found.append(f"last file written: {_duration(max(0.0, self.last_change))} ago")
@@ -56,9 +63,8 @@ class Status:
         if self.counts:
             found.append("failures: " + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items())))
         found += [f"  {error}" for error in self.errors]
-        if self.state in ("dead", "stopped"):
-            command = "magus-anharmonic search -r" if self.kind == "search" else "magus-anharmonic campaign campaign.yaml"
-            found.append(f"to go on: {command}")
+        if self.go_on and self.state.startswith(("dead", "stopped")):
+            found.append(f"to go on: {self.go_on}")
         return found
 
 
@@ -83,14 +89,15 @@ def status(folder: str | Path) -> Status:
 
 
 def _search(ours: Path) -> Status:
-    results, settings = ours.parent, _json(ours / "run.json").get("settings")
+    results, record = ours.parent, _json(ours / "run.json")
+    settings = record.get("settings")
     settings = settings if isinstance(settings, dict) else {}
-    history = read_jsonl(ours / "generations.jsonl", ("generation",))
+    history = read_jsonl(ours / "generations.jsonl", ("generation",)) or _rounds(results)
     last = max((_number(line["generation"]) or 0 for line in history), default=0)
     finished = _number(_json(ours / "search.json").get("finished")) or last
     total = _number(settings.get("num_gen")) or 0
-    owner = read_owner(ours)
     done = total > 0 and finished >= total
+    owner, state = _state(ours, done)
     generation = finished + 1
     if done:
         where, waits = f"all {total} generations are done", "nothing"
@@ -99,16 +106,39 @@ def _search(ours: Path) -> Status:
         where = f"generation {generation} of {total or '?'}: {step}"
     errors, counts = _errors(ours)
     return Status(
-        results.parent if results.name == "results" else ours, "search", _state(owner, done), where, waits, owner,
-        _rates(ours), _left(history, total - finished), errors, counts, _since_change(ours, results),
+        results.parent if results.name == "results" else ours, "search", state, where, waits, owner,
+        _rates(ours, history), _left(history, total - finished), errors, counts, _since_change(ours, results), _command(record),
     )  # fmt: skip
+
+
+def _command(record: dict[str, Any]) -> str:
+    """What goes on with a search; the embedded one has always said that it is the host."""
+    if record.get("host", "magus") == "embedded" or not record:
+        return "magus-anharmonic search -r"
+    return f"{one_line(str(record.get('command', 'magus search')), 80)} -r"
+
+
+def _rounds(results: Path) -> list[dict[str, Any]]:
+    """A line for each generation that MAGUS has finished, from its files and their times.
+
+    ``keep{g}.traj`` comes last but one; a restart repeats the last generation, and then ``init{g}.traj`` is the newer one.
+    """
+    found = []
+    for file in results.glob("keep*.traj"):
+        number = file.stem.removeprefix("keep")
+        begun, ended = _changed(results / f"init{number}.traj"), _changed(file)
+        if number.isdecimal() and ended >= begun:
+            found.append({"generation": int(number), "seconds": ended - begun if begun else None})
+    return sorted(found, key=lambda line: line["generation"])
 
 
 def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) -> tuple[str, str]:
     """What a generation is at, and what it needs to go on, by the files that it has."""
     if not (results / f"init{generation}.traj").exists():
         return "making structures", "random structures and offspring"
-    if not (results / f"raw{generation}.traj").exists():
+    if not any((results / f"{name}{generation}.traj").exists() for name in ("raw", "mlraw")):
+        if not (ours / "relax").exists():
+            return "relaxing", "the relaxations of this generation"
         chunks = len(list((ours / "relax" / str(generation)).glob("chunk-*.traj")))
         return f"relaxing, {chunks} chunks done", "the next chunk of relaxations"
     learning = settings.get("learning")
@@ -134,7 +164,7 @@ def _learning_step(ours: Path, generation: int, learning: dict[str, Any]) -> tup
     return f"training, {epoch}", "the next epoch of finetuning"
 
 
-def _rates(ours: Path) -> tuple[str, ...]:
+def _rates(ours: Path, history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     """Labels and SSCHA populations of the last hour, from the times of their files."""
     now = time.time()
     found = []
@@ -146,8 +176,7 @@ def _rates(ours: Path) -> tuple[str, ...]:
         span = now - min(recent, default=now)
         if len(recent) > 1 and span > 1:
             found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
-    history = read_jsonl(ours / "generations.jsonl", ("seconds",))
-    seconds = [value for line in history[-5:] if isinstance(value := line["seconds"], int | float)]
+    seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)]
     if seconds:
         found.append(f"{_duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
     return tuple(found)
@@ -168,9 +197,11 @@ def _campaign(file: Path) -> Status:
     states = Counter(str(step.get("status")) for step in steps.values())
     running = [name for name, step in steps.items() if step.get("status") == "running"]
     waiting = [name for name, step in steps.items() if step.get("status") == "open"]
-    failed = {name: str(step.get("reason") or "no reason given") for name, step in steps.items() if step.get("status") == "failed"}
+    failed = {
+        name: one_line(str(step.get("reason") or "no reason given")) for name, step in steps.items() if step.get("status") == "failed"
+    }
     done = states["done"] == len(steps)
-    owner = read_owner(file.parent)
+    owner, state = _state(file.parent, done)
     where = f"{states['done']} of {len(steps)} steps done, {states['failed']} failed"
     if running:
         where += f"; in {', '.join(running)}"
@@ -188,24 +219,48 @@ def _campaign(file: Path) -> Status:
         errors, counts = (*errors, *inner.errors)[-LAST_ERRORS:], {**inner.counts, **counts}
     rates = inner.rates if inner is not None else ()
     age = time.time() - _changed(file)
-    return Status(file.parent, "campaign", _state(owner, done), where, waits, owner, rates, left, errors, counts, age)
+    return Status(
+        file.parent, "campaign", state, where, waits, owner, rates, left, errors, counts, age, "magus-anharmonic campaign campaign.yaml"
+    )  # fmt: skip
 
 
 # --- both -----------------------------------------------------------------------------------------------------------------
 
 
-def _state(owner: Owner | None, done: bool) -> str:
+def _state(folder: Path, done: bool) -> tuple[Owner | None, str]:
+    """Who holds the lock of ``folder``, and what that means."""
+    try:
+        owner = read_owner(folder)
+    except OSError as error:
+        return None, f"unknown ({reason_of(error)})"
     if owner is None:
-        return "finished" if done else "stopped"
-    return {True: "running", False: "finished" if done else "dead", None: "unknown (its process is on another machine)"}[owner.alive]
+        return None, "finished" if done else "stopped"
+    if owner.alive or (owner.alive is None and _shows_life(folder, owner)):
+        return owner, "running"
+    if done:
+        return owner, "finished"
+    return owner, "dead" if owner.here else f"dead (no sign of life for {WATCH:g} s)"
+
+
+def _shows_life(folder: Path, owner: Owner) -> bool:
+    """Watch the heartbeat of a process on another machine for a little longer than one beat; no clock is compared with another."""
+    log.info("watching up to %g s for a sign of life of %s", WATCH, owner.described())
+    deadline = time.monotonic() + WATCH
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, WATCH / 5))
+        with contextlib.suppress(OSError):
+            found = read_owner(folder)
+            if found is not None and (found.token, found.beat) != (owner.token, owner.beat):
+                return True
+    return False
 
 
 def _errors(ours: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     records = read_failures(ours)
-    counts = Counter(str(record.get("stage", "?")) for record in records)
+    counts = Counter(one_line(str(record.get("stage", "?")), 40) for record in records)
     last = [
-        " ".join(str(part) for part in (record.get("time", ""), record.get("stage", "?"), record.get("id", "")) if part)
-        + f": {record.get('reason', 'no reason given')}"
+        one_line(" ".join(str(part) for part in (record.get("time", ""), record.get("stage", "?"), record.get("id", "")) if part), 120)
+        + f": {one_line(str(record.get('reason', 'no reason given')))}"
         for record in records[-LAST_ERRORS:]
     ]
     return tuple(last), dict(counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import logging
 import os
@@ -26,17 +27,21 @@ from ase.io import write
 from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
+from magus_anharmonic import files
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
+from magus_anharmonic.files import load_arrays, read_json, read_whole, write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
+from magus_anharmonic.learning import dataset
 from magus_anharmonic.learning.dataset import LabelStore, labelled
 from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
 from magus_anharmonic.search import host, run
+from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings
 
 INPUT: dict[str, Any] = {
@@ -266,6 +271,75 @@ def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: p
     assert "is damaged" in caplog.text
 
 
+def readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
+    """Every kind of file that is set aside when it is damaged, whole, with what reads it."""
+    store = store_with_labels(folder / "labels")
+    FreeEnergyStore(folder / NAME).put(Record("abc", Key("model", 10.0, 0.0, "settings"), bulk("Cu"), "failed", reason="x", enthalpy=1.0))
+    np.savez(folder / "population_001.npz", a=np.zeros(3))
+    write_json(folder / "settings.json", {"a": 1})
+    write_frames(folder / "raw1.traj", [bulk("Cu")])
+    return {
+        "label": (sorted(store.directory.glob("pending/*/*.xyz"))[0], lambda file: len(LabelStore(file.parents[2]))),
+        "database": (folder / NAME, lambda file: len(FreeEnergyStore(file))),
+        "population": (folder / "population_001.npz", lambda file: read_whole(file, load_arrays)),
+        "settings": (folder / "settings.json", lambda file: read_whole(file, read_json)),
+        "structures": (folder / "raw1.traj", whole_frames),
+    }
+
+
+@pytest.mark.parametrize("what", ["label", "database", "population", "settings", "structures"])
+def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too many open files, the most common such moment: one line that is not about the input, and the file stays what it is."""
+    file, reader = readers(tmp_path)[what]
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        held = stack.enter_context(open(os.devnull))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (held.fileno() + 1, hard))
+        with pytest.raises((OSError, MagusAnharmonicError)) as caught:
+            reader(file)
+    assert not isinstance(caught.value, InputError)
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before and "damaged" not in caplog.text
+    assert reader(file)
+
+
+@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "denied"), MemoryError()])
+def test_a_label_behind_a_trouble_of_disk_or_memory_is_kept(trouble: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: Any, **__: Any) -> None:
+        raise trouble
+
+    n_labels = len(store_with_labels(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(dataset, "read", read)
+    if isinstance(trouble, MemoryError):
+        monkeypatch.setattr(files, "_has_room_for", lambda path: False)
+    with pytest.raises(type(trouble)):
+        LabelStore(tmp_path)
+    monkeypatch.undo()
+    assert sorted(tmp_path.rglob("*")) == before and len(LabelStore(tmp_path)) == n_labels
+
+
+def test_memory_that_is_exhausted_is_no_damage_but_a_file_that_asks_for_any_amount_is(tmp_path: Path) -> None:
+    whole, nonsense = tmp_path / "whole.npz", tmp_path / "nonsense.npz"
+    np.savez(whole, a=np.zeros(40_000_000))
+    np.savez(nonsense, a=np.zeros(10))
+    nonsense.write_bytes(nonsense.read_bytes().replace(b"(10,), }" + 14 * b" ", b"(1000000000000000,), }"))
+
+    def read_both() -> int:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, resource.RLIM_INFINITY))
+        with contextlib.suppress(MemoryError):
+            read_whole(whole, load_arrays)
+            return 1
+        return 0
+
+    assert in_a_child(read_both, tmp_path) == 0 and whole.exists()
+    assert read_whole(nonsense, load_arrays) is None and not nonsense.exists()
+
+
 @contextlib.contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """No file can be written beyond ``size`` bytes, as on a full disk."""
@@ -301,6 +375,40 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp
 
 
 # --- people and clocks ----------------------------------------------------------------------------------------------------
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "no seed": (lambda record: {key: value for key, value in record.items() if key != "seed"}, "no seed"),
+    "no settings": (lambda record: {key: value for key, value in record.items() if key != "settings"}, "no settings"),
+    "a list": (lambda record: {**record, "settings": [1]}, "settings holds [1]"),
+    "no host": (lambda record: {**record, "settings": {**record["settings"], "host": None}}, "settings.host holds null"),
+    "starts": (lambda record: {**record, "earlier_starts": {"a": 1}}, 'earlier_starts holds {"a": 1}'),
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_a_record_of_the_run_that_lacks_a_field_is_one_line_that_names_it(copy: Path, what: str) -> None:
+    file, (change, complaint) = copy / "results/anharmonic/run.json", RECORDS[what]
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    before = file.read_bytes()
+    code, said = invoke(copy, "-r")
+    assert code == 2 and f"{file}: damaged: {complaint}" in said.splitlines()[-1] and file.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", ['"a"', "[1]", "null", "NaN", "1e400"])
+@pytest.mark.parametrize("key", ["generation", "volume_ratio"])
+def test_a_line_of_the_history_with_a_value_that_is_no_number_is_left_out(copy: Path, key: str, value: str) -> None:
+    history = copy / "results/anharmonic/generations.jsonl"
+    other = "volume_ratio" if key == "generation" else "generation"
+    history.write_text(f'{{"{key}": {value}, "{other}": 1, "seconds": null}}\n' + history.read_text())
+    assert Archive(copy).finished()[0] == 3
+
+
+def test_a_link_for_the_results_that_leads_nowhere_is_called_that(tmp_path: Path) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    (tmp_path / "results").symlink_to(tmp_path / "scratch/of/mine")
+    code, said = invoke(tmp_path)
+    assert code == 2 and f"a link to {tmp_path}/scratch/of/mine, which is not there" in said and "same moment" not in said
 
 
 @pytest.mark.parametrize("arguments", [(), ("-r",)])

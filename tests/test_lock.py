@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ import pytest
 
 from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import TEMPORARY
 from magus_anharmonic.lock import NAME, Owner, check_free, locked, read_owner
 
 HOLD = """
 import sys, time
+from magus_anharmonic.files import TEMPORARY
 from magus_anharmonic.lock import locked
 with locked(sys.argv[1], "a search"):
     print("held", flush=True)
@@ -38,6 +41,16 @@ def elsewhere(folder: Path, **changes: object) -> Owner:
     """A lock of a process on another machine."""
     with locked(folder, "a search") as mine:
         owner = replace(mine, **{"host": "node7", "machine": "another boot", "token": "f" * 12, **changes})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / NAME).write_text(json.dumps(asdict(owner)))
+    return owner
+
+
+def dead(folder: Path) -> Owner:
+    """A lock that a process of this machine has left."""
+    with locked(folder, "a search") as mine:
+        owner = replace(mine, born=mine.born - 1, token="0" * 12)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).write_text(json.dumps(asdict(owner)))
     return owner
 
@@ -64,17 +77,35 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
 
 
 def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: Path) -> None:
-    for name in (".gen2-x.traj.tmp", "structures/.making-x.tmp/Al.cif", "finished.csv"):
+    for name in (f".gen2-x.traj{TEMPORARY}", f"structures/.making-x{TEMPORARY}/Al.cif", "finished.csv"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
     first = holder(tmp_path)
     with locked(tmp_path, "another checkpoint", f"other.{NAME}"):
-        assert (tmp_path / ".gen2-x.traj.tmp").exists(), "its owner lives"
+        assert (tmp_path / f".gen2-x.traj{TEMPORARY}").exists(), "its owner lives"
     first.send_signal(signal.SIGKILL)
     first.wait()
     with locked(tmp_path, "another"):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.csv", NAME, "structures"]
         assert not list((tmp_path / "structures").iterdir())
+
+
+def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lock_of_a_dead_process(tmp_path: Path) -> None:
+    foreign = [tmp_path / "mine/.swap.tmp", tmp_path / ".cache.tmp/x"]
+    running = tmp_path / f"results/anharmonic/.run-x.json{TEMPORARY}", tmp_path / f"results/.raw1-x.traj{TEMPORARY}"
+    training = tmp_path / f"models/.a-x.pth{TEMPORARY}"
+    other = tmp_path / f"far/.gen1-x.traj{TEMPORARY}"
+    left = [tmp_path / f".ranking-x.csv{TEMPORARY}", tmp_path / f"deep/er/.free-x.db{TEMPORARY}-journal", tmp_path / f"old/.a{TEMPORARY}"]
+    for path in (*foreign, *running, training, other, *left):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    dead(tmp_path)
+    dead(tmp_path / "old")
+    elsewhere(tmp_path / "far")
+    search, training_lock = locked(tmp_path / "results/anharmonic", "a search"), locked(tmp_path / "models", "a training", f"a.{NAME}")
+    with search, training_lock, locked(tmp_path, "a ranking"):
+        assert all(path.exists() for path in (*foreign, *running, training, other))
+        assert not any(path.exists() for path in left)
 
 
 def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path: Path) -> None:
@@ -118,6 +149,68 @@ def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(tmp_pa
     elsewhere(tmp_path, since="2999-01-01T00:00:00+00:00")  # a clock that is wrong, or was set back since
     with locked(tmp_path, "another"):
         pass
+
+
+def test_who_took_the_lock_after_it_was_looked_at_keeps_it_from_another_machine_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    check = lock.check_free
+    owners = [elsewhere(tmp_path), elsewhere(tmp_path, token="e" * 12), elsewhere(tmp_path, beat=7)]
+    for seen, now in zip([None, *owners[:2]], owners, strict=True):
+        (tmp_path / NAME).unlink(missing_ok=True)
+        if seen is not None:
+            (tmp_path / NAME).write_text(json.dumps(asdict(seen)))
+
+        def then_somebody_comes(folder: Path, name: str, now: Owner = now) -> Owner | None:
+            found = check(folder, name)
+            (tmp_path / NAME).write_text(json.dumps(asdict(now)))
+            return found
+
+        monkeypatch.setattr(lock, "check_free", then_somebody_comes)
+        with pytest.raises(InputError, match="on node7"):
+            locked(tmp_path, "another").__enter__()
+        assert read_owner(tmp_path) == now
+
+
+def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 3.0)
+    owner = elsewhere(tmp_path)
+    answers = [owner, None, OSError(errno.ESTALE, "Stale file handle"), replace(owner, beat=2)]
+
+    def flaky(*_: object) -> Owner | None:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(lock, "read_owner", flaky)
+    with pytest.raises(InputError, match="on node7"):
+        check_free(tmp_path)
+    assert not answers
+
+
+def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / NAME))
+
+    elsewhere(tmp_path)
+    monkeypatch.setattr(lock, "read_owner", denied)
+    with pytest.raises(PermissionError):
+        locked(tmp_path, "another").__enter__()
+
+
+def test_a_lock_of_a_later_version_with_more_fields_is_a_lock(tmp_path: Path) -> None:
+    with locked(tmp_path, "a search of a later version") as owner:
+        (tmp_path / NAME).write_text(json.dumps(asdict(owner) | {"command": "x"}))
+        with pytest.raises(InputError, match="a search of a later version"):
+            locked(tmp_path, "another").__enter__()
+
+
+def test_a_time_without_a_zone_is_shown_as_it_is(tmp_path: Path) -> None:
+    owner = elsewhere(tmp_path)
+    for since in ("2026-01-01T00:00:00", "yesterday"):
+        assert replace(owner, since=since).described().endswith(f"since {since}")
 
 
 def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

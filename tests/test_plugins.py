@@ -561,6 +561,7 @@ def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_resta
     _, rounds = rounds_of(sscha={})
     record = json.loads(Path("results/anharmonic/run.json").read_text())
     assert record["seed"] == rounds.state.seed
+    assert (record["host"], record["command"]) == ("magus", "magus search"), "by which `status` says how to go on"
     _, again = rounds_of(sscha={}, restart=True)
     assert again.state.seed == rounds.state.seed
 

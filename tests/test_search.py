@@ -24,6 +24,7 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
+from magus_anharmonic.files import TEMPORARY
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.lock import _born, locked
@@ -199,7 +200,7 @@ def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(tmp_
     process.wait()
     ours.mkdir(parents=True, exist_ok=True)
     (ours / "lock.json").write_text(json.dumps(lock))
-    (ours / ".run-abc.json.tmp").touch()
+    (ours / f".run-abc.json{TEMPORARY}").touch()
     if wrote:
         (tmp_path / "results/raw1.traj").touch()
     run(settings(numGen=1, initSize=2, popSize=2, saveGood=1), tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from magus_anharmonic import status as status_module
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.failures import record_failure
+from magus_anharmonic.files import write_json
 from magus_anharmonic.lock import NAME, locked
 from magus_anharmonic.search import run
 from magus_anharmonic.settings import parse_settings
@@ -40,10 +43,31 @@ def search(tmp_path: Path) -> Path:
     ours = tmp_path / "results" / "anharmonic"
     ours.mkdir(parents=True)
     settings = {"num_gen": 4, "learning": {"n_sample": 2, "n_perturb": 5}, "sscha": {"n_configs": 10}}
-    (ours / "run.json").write_text(json.dumps({"version": "0", "settings": settings}))
+    (ours / "run.json").write_text(json.dumps({"version": "0", "host": "embedded", "settings": settings}))
     (ours / "search.json").write_text('{"finished": 2, "volume_ratio": 1.0}')
     (ours / "generations.jsonl").write_text('{"generation": 1, "seconds": 100}\n{"generation": 2, "seconds": 300}\n')
     return tmp_path
+
+
+@pytest.fixture
+def search_by_magus(tmp_path: Path) -> Path:
+    """As MAGUS leaves it: 3 generations of 4, an hour apart, each 1000 s long; no search.json, no generations.jsonl."""
+    ours = tmp_path / "results" / "anharmonic"
+    ours.mkdir(parents=True)
+    record = {"version": "0", "settings": {"num_gen": 4}, "host": "magus", "command": "magus search -m", "restart": False}
+    (ours / "run.json").write_text(json.dumps(record))
+    names = ("init", "mlraw", "mlgen", "gen", "good", "keep")
+    for generation in (1, 2, 3):
+        for place, name in enumerate(names):
+            written(tmp_path / f"results/{name}{generation}.traj", 3600 * generation + 200 * place)
+    for name in ("good", "best"):
+        written(tmp_path / f"results/{name}.traj", 3600 * 3 + 1000)
+    return tmp_path
+
+
+def written(file: Path, when: float) -> None:
+    file.write_text("")
+    os.utime(file, (1.7e9 + when,) * 2)
 
 
 def dead_lock(ours: Path) -> None:
@@ -103,6 +127,63 @@ def test_a_running_search_names_its_process_and_its_rate(search: Path) -> None:
         found = status(search)
     assert found.state == "running" and found.owner is not None and found.owner.pid == os.getpid()
     assert any(rate.startswith("13 labels per hour") for rate in found.rates) and any("200 s" in r or "3 min" in r for r in found.rates)
+
+
+def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_magus: Path) -> None:
+    found = status(search_by_magus)
+    assert found.where == "generation 4 of 4: making structures" and found.state == "stopped"
+    assert found.seconds_left == pytest.approx(1000) and "rate: 17 min per generation (last 3)" in found.lines()
+    assert "to go on: magus search -m -r" in found.lines()
+    written(search_by_magus / "results/init4.traj", 20000)
+    assert status(search_by_magus).where == "generation 4 of 4: relaxing"
+    written(search_by_magus / "results/mlraw4.traj", 20100)
+    assert status(search_by_magus).where == "generation 4 of 4: ranking"
+    for name in ("gen", "good", "keep"):
+        written(search_by_magus / f"results/{name}4.traj", 21000)
+    found = status(search_by_magus)
+    assert (found.state, found.where, found.waits_for) == ("finished", "all 4 generations are done", "nothing")
+    assert not any("left" in line or "to go on" in line for line in found.lines())
+
+
+def test_the_generation_that_a_restart_of_magus_repeats_is_not_finished(search_by_magus: Path) -> None:
+    written(search_by_magus / "results/init3.traj", 50000)
+    assert status(search_by_magus).where.startswith("generation 3 of 4")
+
+
+def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = search / "results/anharmonic"
+    with locked(ours, "magus-anharmonic search") as mine:
+        pass
+    owner = replace(mine, host="node7", machine="another boot")
+    (ours / NAME).write_text(json.dumps(asdict(owner)))
+    monkeypatch.setattr(status_module, "WATCH", 3.0)
+    beat = threading.Timer(0.3, lambda: write_json(ours / NAME, asdict(owner) | {"beat": 2}))
+    beat.start()
+    assert status(search).state == "running"
+    beat.join()
+    monkeypatch.setattr(status_module, "WATCH", 0.3)
+    found = status(search)
+    assert found.state == "dead (no sign of life for 0.3 s)" and "to go on: magus-anharmonic search -r" in found.lines()
+    (ours / "search.json").write_text('{"finished": 4, "volume_ratio": 1.0}')
+    assert status(search).state == "finished"
+
+
+def test_a_lock_that_cannot_be_read_hides_nothing_else(search: Path) -> None:
+    (search / "results/anharmonic" / NAME).mkdir()
+    found = status(search)
+    assert found.state.startswith("unknown (") and found.state.endswith("Is a directory)") and found.where.startswith("generation 3 of 4")
+    assert not any("held by" in line for line in found.lines())
+
+
+def test_texts_of_any_length_and_kind_take_one_short_line_each(search: Path) -> None:
+    ours = search / "results/anharmonic"
+    record_failure(ours, "ru\nn", "\x1b[31m" + "x" * 3_000_000 + "\nred", id="a\nb")
+    dead_lock(ours)
+    owner = json.loads((ours / NAME).read_text())
+    (ours / NAME).write_text(json.dumps({**owner, "what": "\x1b[31mhi\nSECOND LINE", "since": "2026-01-01T00:00:00"}))
+    lines = status(search).lines()
+    assert max(map(len, lines)) < 500 and all(line.isprintable() for line in lines)
+    assert any(line.startswith("held by: [31mhi SECOND LINE, process") for line in lines) and any(line.endswith("xxx...") for line in lines)
 
 
 def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import app, user_errors
+from magus_anharmonic.cli.common import app, configure_logging, user_errors
 
 
 @app.command()
@@ -15,6 +15,7 @@ def status(
     folder: Annotated[Path, typer.Argument(help="Folder of a search (with results/) or of a campaign (with campaign/).")] = Path("."),
 ) -> None:
     """Say where a search or campaign is, what it waits for, how fast it goes, and what failed last. Only reads."""
+    configure_logging(False)
     with user_errors():
         from magus_anharmonic.status import status as status_of
 

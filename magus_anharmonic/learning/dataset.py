@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.potential.split import side_of_name
@@ -207,6 +207,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
     try:
         frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
+        raise_trouble(error, path)
         raise DamagedFile(f"{path}: not readable as extended XYZ: {' '.join(str(error).split())[:200]}") from None
     if not frames:
         raise DamagedFile(f"{path}: holds no structure")

@@ -52,7 +52,8 @@ class Rounds:
         if not restart:
             clear_seeds(search.seed_dir)
         calculator.begin_round(search.curgen)
-        state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential)
+        described = {"host": "magus", "command": "magus search" + (" -m" if ml else " -p" if is_mode(search, "PaMagus") else "")}
+        state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential, described=described)
         calculator.use(state.potential)
         calculator.seed = state.seed
         if ml:

@@ -120,10 +120,13 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
             raise CheckpointError(f"checkpoint {path}: {key} = {value} is not supported, only above 0 and up to {largest} Angstrom")
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
+    from magus_anharmonic.potential.memory import raise_trouble_of_torch
+
     try:
         module = M3Gnet(device=device, **arguments).to(device)
         module.load_state_dict(content["model"], strict=True)
     except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise_trouble_of_torch(error, path)
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}") from error
     broken = [name for name, value in module.state_dict().items() if not bool(value.isfinite().all())]
@@ -135,11 +138,14 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
 def _load(path: Path, device: str) -> dict[str, Any]:
     import torch
 
+    from magus_anharmonic.potential.memory import raise_trouble_of_torch
+
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
+        raise_trouble_of_torch(error, path)
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}") from error
     missing = _REQUIRED_KEYS if not isinstance(content, dict) else [key for key in _REQUIRED_KEYS if key not in content]

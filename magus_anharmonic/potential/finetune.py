@@ -23,6 +23,7 @@ from ase import Atoms
 from magus_anharmonic.errors import CheckpointError, InputError
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
+from magus_anharmonic.potential.memory import raise_trouble_of_torch
 from magus_anharmonic.potential.score import Scores, labels_of
 from magus_anharmonic.potential.threads import threads_for_training
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
@@ -314,6 +315,7 @@ class _Run:
         try:
             state = torch.load(self.state_file, map_location=_device(self.module), weights_only=True)
         except Exception as error:  # torch.load raises many types for a damaged file
+            raise_trouble_of_torch(error, self.state_file)
             logger.warning("%s is not readable; training starts anew: %s", self.state_file, error)
             return False
         if state.get("key") != self.key:

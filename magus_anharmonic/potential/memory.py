@@ -14,6 +14,7 @@ from ase import Atoms
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:
@@ -125,6 +126,14 @@ def _control_group_rest() -> float:
         except (OSError, ValueError):
             continue  # another version of control groups, or "max"
     return float("inf")
+
+
+def raise_trouble_of_torch(error: BaseException, path: str | Path) -> None:
+    """As `raise_trouble`, for ``error`` met while a file of torch was read, whose own errors of memory become ``MemoryError``."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        raise MemoryError(text) from None
+    raise_trouble(MemoryError(text) if is_out_of_memory(error) else error, path)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

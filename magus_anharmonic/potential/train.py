@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import raise_trouble, write_json
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -117,6 +117,7 @@ def read_labels(*paths: str | Path) -> list[Atoms]:
         try:
             found = read(path, ":")
         except Exception as error:  # every ASE reader raises its own types
+            raise_trouble(error, path)
             raise InputError(f"{path}: not readable as structures: {type(error).__name__}: {error}") from None
         for index, atoms in enumerate(found):
             try:

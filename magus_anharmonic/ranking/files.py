@@ -11,6 +11,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
@@ -116,6 +117,7 @@ def read_structures(path: str | Path) -> list[Atoms]:
     try:
         structures = read(file, index=":")
     except Exception as error:
+        raise_trouble(error, file)
         raise InputError(f"{file}: ASE cannot read it: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if not structures:
         raise InputError(f"{file}: holds no structure")

@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import replacing, set_aside
+from magus_anharmonic.files import raise_trouble, replacing, set_aside
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
@@ -151,6 +151,7 @@ class FreeEnergyStore:
             rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
+            raise_trouble(error, self.path)
             if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorname", "").startswith(NO_DAMAGE):
                 raise MagusAnharmonicError(f"{self.path}: cannot be read ({error}); free space or mend the folder, then go on") from None
             set_aside(self.path, f"{type(error).__name__}: {error}; free energies are taken from the folders of the runs again")

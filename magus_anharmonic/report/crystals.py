@@ -14,6 +14,7 @@ from typing import Literal
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import TEMPORARY, raise_trouble
 from magus_anharmonic.report.rankings import Line, RankingView
 from magus_anharmonic.structures import bare, space_group
 
@@ -162,6 +163,7 @@ def _traj(path: Path) -> list[Atoms]:
     try:
         return list(iread(path, index=":", format="traj"))
     except Exception as error:  # whatever ASE trips over in a damaged file
+        raise_trouble(error, path)
         raise InputError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
 
@@ -182,7 +184,7 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
 
     folder.mkdir(parents=True, exist_ok=True)
     frames = []
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-", suffix=".tmp") as making:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".making-", suffix=TEMPORARY) as making:
         for crystal in crystals:
             write(Path(making) / f"{crystal.stem}.cif", crystal.atoms, format="cif")
             write(Path(making) / f"{crystal.stem}.vasp", crystal.atoms, format="vasp", direct=True, sort=True)

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import append_jsonl, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
@@ -52,6 +52,10 @@ class Archive:
                 log.info("the earlier search was stopped before it wrote anything")
             else:
                 log.info("the earlier results are now in results%d", number)
+        elif self.results.is_symlink():
+            raise InputError(
+                f"{self.results}: a link to {self.results.readlink()}, which is not there; make that folder, or remove the link"
+            )
         try:
             self.anharmonic.mkdir(parents=True)
         except FileExistsError:
@@ -114,8 +118,8 @@ class Archive:
     def _history(self) -> dict[int, float]:
         """Volume ratio after each finished generation."""
         file = self.anharmonic / STATE
-        lines = read_jsonl(self.anharmonic / HISTORY, ("generation", "volume_ratio"))
-        found = {line["generation"]: line["volume_ratio"] for line in lines}
+        lines = read_jsonl(self.anharmonic / HISTORY, {"generation": int, "volume_ratio": float | int})
+        found = {line["generation"]: float(line["volume_ratio"]) for line in lines}
         last = max(found, default=0)
         if file.exists():
             try:
@@ -124,7 +128,7 @@ class Archive:
                 found.setdefault(last, float(state["volume_ratio"]))
             except (DamagedFile, KeyError, TypeError, ValueError) as error:
                 log.warning("%s is damaged (%s); %s says how far the search came", file, error, HISTORY)
-        return {int(generation): float(ratio) for generation, ratio in found.items() if generation <= last}
+        return {generation: ratio for generation, ratio in found.items() if generation <= last}
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
         """Record that every file of ``generation`` is there."""
@@ -145,6 +149,7 @@ class Archive:
                 try:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
+                    raise_trouble(error, file)
                     raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
         for frame in frames:
             if frame.cell.rank < 3:
@@ -200,10 +205,14 @@ def append_frames(file: Path, frames: Sequence[Atoms]) -> None:
 
 
 def read_frames(file: Path) -> list[Atoms]:
-    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``."""
+    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``.
+
+    Troubles of the machine or the disk are raised as they are.
+    """
     try:
         frames: list[Atoms] = list(read(file, index=":", format="traj"))
     except Exception as error:  # ASE's reader raises many types for a file that is cut
+        raise_trouble(error, file)
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:

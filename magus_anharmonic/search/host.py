@@ -23,10 +23,10 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, reason_of
 from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import read_jsonl, remove_unfinished
+from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
-from magus_anharmonic.lock import check_free, locked
+from magus_anharmonic.lock import check_free, locked, remove_unfinished
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
@@ -86,7 +86,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
-            remove_unfinished(archive.results)
+            remove_unfinished(archive.results, held=archive.anharmonic)
             check_results_version(archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
         relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
@@ -121,7 +121,7 @@ def _recording(folder: Path) -> Iterator[None]:
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
     """Check or describe the results folder; returns the settings with the seed."""
     if restart:
-        record = read_run_record(archive.anharmonic)
+        record = read_run_record(archive.anharmonic, ("seed", "settings"))
         _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.start import nearest_neighbour
 from magus_anharmonic.sscha.state import SschaState
@@ -99,6 +100,7 @@ def read_ensemble(
     try:
         u, energies, forces, stresses = read(folder, number, state)
     except Exception as error:  # NumPy's readers raise many types for a damaged file
+        raise_trouble(error, folder)
         raise InputError(f"ensemble: {folder}: population {number}: {' '.join(str(error).split())}") from None
     expected = (len(energies), len(state.supercell), 3)
     for name, values in (("displacements", u), ("forces", forces)):

@@ -14,6 +14,7 @@ from ase.io import read
 from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
 
 from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.status import status
 
 pytestmark = needs_magus
 
@@ -49,6 +50,9 @@ def test_a_plain_search_learns_ranks_and_can_be_summarised(work: Path) -> None:
     result = magus(work, "search")
     assert result.returncode == 0, result.stdout[-3000:]
     check_results(work)
+    found = status(work)
+    assert (found.state, found.where) == ("finished", "all 2 generations are done"), found.lines()
+    assert any("per generation (last 2)" in rate for rate in found.rates)
     summary = magus(work, "summary", "results/good.traj", "-a", "free_energy", "free_energy_status", "-sb", "free_energy")
     assert "free_energy_status" in summary.stdout
     relaxed = magus(work, "calculate", "results/good.traj", "-m", "scf", "-o", "scf.traj")
@@ -88,6 +92,8 @@ def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work: Path) -> Non
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     before = (work / "results/anharmonic/labels/gen001.xyz").read_bytes()
+    found = status(work)
+    assert found.state == "dead" and found.where.startswith("generation 2 of 2: ") and found.lines()[-1] == "to go on: magus search -r"
     result = magus(work, "search", "-r")
     assert result.returncode == 0, result.stdout[-3000:]
     check_results(work)
