@@ -29,6 +29,10 @@ class DamagedFile(InputError):
     """A file of a results folder is cut, changed or not what its name says; nothing of it is used."""
 
 
+class NotFinite(MagusAnharmonicError):
+    """A potential gives an energy, force or stress that is not finite."""
+
+
 class LabelerError(MagusAnharmonicError):
     """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
 

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+from ase.optimize import BFGS
 from mattersim.forcefield import MatterSimCalculator
 from mattersim.forcefield import Potential as StockPotential
 
@@ -63,6 +66,45 @@ def test_the_calculator_notices_changes_and_offers_no_stress_without_a_cell(tiny
     atoms.positions[1, 2] = 0.9
     assert atoms.get_potential_energy() != before
     assert "stress" not in atoms.calc.results
+
+
+def test_a_molecule_whose_cell_is_flat_has_energy_and_forces_and_no_stress(tiny_checkpoint):
+    flat = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]], cell=[[1, 0, 0], [2, 0, 0], [0, 0, 1]], pbc=False)
+    free = Atoms("H2", positions=flat.positions)
+    for atoms in (flat, free):
+        atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
+    assert flat.get_potential_energy() == free.get_potential_energy()
+    np.testing.assert_array_equal(flat.get_forces(), free.get_forces())
+    assert "stress" not in flat.calc.results
+
+
+def test_the_calculator_tells_the_expected_error_and_all_of_ase_still_takes_its_results(tmp_path, h3s):
+    atoms = h3s(3.0, 0.05)
+    atoms.calc = MatterSim("h3s-gpaw-small", device="cpu")
+    assert atoms.calc.energy_error is None
+    energy = atoms.get_potential_energy()
+    assert atoms.calc.energy_error == atoms.calc.potential.evaluate([atoms]).energy_error[0] > 0
+    assert atoms.calc.export_properties()["energy"] == energy
+    assert SinglePointCalculator(atoms, **atoms.calc.results).get_potential_energy() == energy
+    for name in ("a.extxyz", "a.traj", "a.db", "a.json"):
+        write(tmp_path / name, atoms)
+        assert read(tmp_path / name).get_potential_energy() == pytest.approx(energy, abs=1e-6)
+    error = atoms.calc.energy_error
+    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+        assert twin.energy_error == error
+    atoms.positions[1] += 0.05
+    BFGS(atoms, trajectory=str(tmp_path / "relax.traj"), logfile=None).run(fmax=1e-3, steps=2)
+    assert len(read(tmp_path / "relax.traj", ":")) == 3
+    assert atoms.calc.energy_error != error
+    atoms.calc.reset()
+    assert atoms.calc.energy_error is None
+
+
+def test_a_checkpoint_without_an_estimate_gives_a_calculator_without_one(tiny_checkpoint, h3s):
+    atoms = h3s(3.0)
+    atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
+    atoms.get_potential_energy()
+    assert atoms.calc.energy_error is None
 
 
 def test_the_calculator_module_imports_no_torch():

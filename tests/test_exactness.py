@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ase import Atoms
 from ase.build import bcc110, bulk, fcc100, fcc111, hcp0001, molecule
+from ase.io import read
+from ase.stress import voigt_6_to_full_3x3_stress
 from mattersim.datasets.utils.build import build_dataloader
+from mattersim.forcefield import MatterSimCalculator
 from mattersim.forcefield.potential import Potential as StockPotential
 from mattersim.forcefield.potential import batch_to_dict
 
 from magus_anharmonic.potential import load
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+LABELS = Path(__file__).parents[1] / "inputs" / "h3s-checkpoint" / "labels.xyz"
 
 
 def crystals() -> list[Atoms]:
@@ -117,6 +123,36 @@ def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_matter
         assert abs(found.energy[index] - energy) < 1e-5 * len(structures[index]), name
         assert np.abs(found.forces[index] - forces).max() < 1e-4, name
         assert np.abs(found.stress[index] * EV_PER_A3_IN_GPA - stress).max() < 1e-3, name
+
+
+def cells_of_the_shipped_checkpoint(h3s: Callable[..., Atoms]) -> list[Atoms]:
+    """Of its labels some of every kind, Im-3m, where H-S-H is on a line, and cells with fewer atoms than neighbours."""
+    labelled = read(LABELS, ":")
+    kinds: dict[str, list[Atoms]] = {}
+    for atoms in labelled:
+        kinds.setdefault(atoms.info["kind"], []).append(atoms)
+    chosen = [members[index] for members in kinds.values() for index in (0, len(members) // 2, -1)]
+    small = [
+        bulk("H", "fcc", a=2.2),
+        bulk("S", "sc", a=2.5),
+        bulk("S", "bcc", a=2.8),
+        Atoms("SH", [[0] * 3, [1.3] * 3], cell=[2.6] * 3, pbc=True),
+    ]
+    return [*chosen, *(h3s(a) for a in (2.8, 3.0, 3.2)), *small]
+
+
+def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_every_kind(h3s) -> None:
+    ours = load("h3s-gpaw-small", device="cpu")
+    structures = cells_of_the_shipped_checkpoint(h3s)
+    assert len(structures) >= 28 and sum(atoms.cell.lengths().min() < ours.cutoff for atoms in structures) >= 20
+    stock = MatterSimCalculator(load_path=str(ours.path), device="cpu")  # stress in eV/A^3, as its default stress_weight makes it
+    found = ours.evaluate(structures)
+    for index, atoms in enumerate(structures):
+        name = f"{index}: {atoms}"
+        assert abs(found.energy[index] - stock.get_potential_energy(atoms)) < 1e-5 * len(atoms), name
+        assert np.abs(found.forces[index] - stock.get_forces(atoms)).max() < 1e-4, name
+        difference = found.stress[index] - voigt_6_to_full_3x3_stress(stock.get_stress(atoms))
+        assert np.abs(difference * EV_PER_A3_IN_GPA).max() < 1e-3, name
 
 
 @pytest.mark.slow

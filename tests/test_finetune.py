@@ -14,11 +14,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from ase.units import GPa
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.potential import checkpoint, self_check
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential, load
-from magus_anharmonic.potential.finetune import FinetuneSettings, _Run, finetune
+from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.losses import mean_loss, torch_loss
 from magus_anharmonic.potential.score import score, scores_by
@@ -286,6 +286,125 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path, student, train_set, val
         state.write_bytes(state.read_bytes()[:200])
     assert [epoch.epoch for epoch in finetune(student, train_set, validation_set, FAST, out=out, seed=0).history] == [0, 1, 2, 3]
     assert not state.exists()
+
+
+def _without_a_moment(state: dict) -> dict:
+    state["trainer"]["optimizer"]["state"].popitem()
+    return state
+
+
+def _with_a_changed_weight(state: dict) -> dict:
+    next(iter(state["best_state"].values())).mul_(1.01)
+    return state
+
+
+DAMAGES = {
+    "a list": lambda state: [1],
+    "no key": lambda state: {"trainer": state["trainer"]},
+    "no trainer": lambda state: {"key": state["key"]},
+    "empty trainer": lambda state: {**state, "trainer": {}},
+    "half a trainer": _without_a_moment,
+    "damaged history": lambda state: {**state, "history": [{"epoch": 0}]},
+    "an epoch that was not": lambda state: {**state, "best_epoch": 9},
+    "no best weights": lambda state: {**state, "best_state": {}},
+    "a changed weight": _with_a_changed_weight,
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(labelled: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
+    """The state file of a training of `random_model(3)` after its first epoch, and the id of what an undisturbed one gives."""
+    out = tmp_path_factory.mktemp("interrupted") / "new.pth"
+    with pytest.raises(Stop):
+        finetune(random_model(3), labelled[:8], labelled[8:], FAST, out=out, seed=0, progress=interrupt_after(1))
+    stored = out.with_name("new.pth.state").read_bytes()
+    return stored, finetune(random_model(3), labelled[:8], labelled[8:], FAST, out=out, seed=0).model_id
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_state_is_set_aside_whole_and_training_starts_anew(
+    tmp_path, student, train_set, validation_set, interrupted, damage: str, caplog
+) -> None:
+    stored, undisturbed = interrupted
+    state = tmp_path / "new.pth.state"
+    state.write_bytes(stored)
+    torch.save(DAMAGES[damage](torch.load(state, weights_only=True)), state)
+    result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
+    assert result.model_id == undisturbed and len(result.history) == 4
+    assert "training starts anew" in caplog.text and (tmp_path / "new.pth.state.damaged").exists() and not state.exists()
+
+
+def test_a_state_of_another_version_that_restores_in_part_leaves_the_trainer_as_it_was(
+    tmp_path, student, train_set, validation_set, interrupted, monkeypatch
+) -> None:
+    stored, undisturbed = interrupted
+    (tmp_path / "new.pth.state").write_bytes(stored)
+    restore = Trainer.restore
+
+    def half(self, state) -> None:
+        restore(self, state)
+        raise KeyError("a part that the other version does not have")
+
+    monkeypatch.setattr(Trainer, "restore", half)
+    assert finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0).model_id == undisturbed
+
+
+def test_a_finished_checkpoint_that_lacks_its_record_is_trained_anew(tmp_path, student, train_set, validation_set) -> None:
+    out = tmp_path / "new.pth"
+    first = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
+    content = torch.load(out, weights_only=True)
+    del content["metrics"]["before"]
+    torch.save(content, out)
+    assert finetune(student, train_set, validation_set, FAST, out=out, seed=0).model_id == first.model_id
+
+
+def test_settings_may_be_a_mapping_and_wrong_ones_are_refused_before_training(tmp_path, student, train_set, validation_set) -> None:
+    def run(settings: object) -> FinetuneResult:
+        return finetune(student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0)
+
+    assert [epoch.learning_rate for epoch in run({"epochs": 1, "learning_rate": 1e-3}).history] == [1e-3, 1e-3]
+    for settings, message in (
+        ({"epoch": 1}, "settings.epoch: unknown key; did you mean epochs"),
+        ({"epochs": "many"}, "settings.epochs: 'many'"),
+        (None, "settings: None has none of epochs, learning_rate"),
+        (7, "settings: 7 has none of"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": [-1.0, *[1.0] * 7]}, r"weights: -1\.0 is not allowed"),
+        ({"weights": [math.nan, *[1.0] * 7]}, "weights: nan is not allowed"),
+        ({"weights": ["a", *[1.0] * 7]}, "weights: 'a' is not allowed"),
+        ({"out": "."}, "is a folder"),
+        ({"train": 0}, r"\[atoms\] instead of atoms"),
+        ({"validation": 0}, r"\[atoms\] instead of atoms"),
+    ],
+)
+def test_wrong_arguments_are_one_line_before_the_first_epoch(
+    tmp_path, student, train_set, validation_set, monkeypatch, changes: dict, message: str
+) -> None:
+    monkeypatch.setattr(Trainer, "step", lambda *arguments: pytest.fail("an epoch began"))
+    sets = {"train": train_set, "validation": validation_set}
+    given = [sets[name][0] if name in changes else sets[name] for name in sets]
+    rest = {name: value for name, value in changes.items() if name not in sets}
+    with pytest.raises(InputError, match=message) as error:
+        finetune(student, *given, FAST, **{"out": tmp_path / "new.pth", "seed": 0, **rest, **({"out": tmp_path} if "out" in rest else {})})
+    assert "\n" not in str(error.value)
+
+
+def test_what_finetune_returns_has_been_compared_with_stock_mattersim(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+    def differs(potential: Potential) -> None:
+        raise MagusAnharmonicError(f"{potential.model_id} differs")
+
+    monkeypatch.setattr(self_check, "check_against_stock", differs)
+    settings = FAST.model_copy(update={"epochs": 1, "learning_rate": 3e-3})
+    for _ in ("trained", "found finished"):
+        with pytest.raises(MagusAnharmonicError, match="differs"):
+            finetune(student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0)
 
 
 def test_a_finished_training_is_not_repeated(tmp_path, student, train_set, validation_set) -> None:

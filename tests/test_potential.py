@@ -216,6 +216,34 @@ def _change(**changes):
     return lambda content, path: torch.save({**content, **changes}, path)
 
 
+def _arguments(**changes):
+    return lambda content, path: torch.save({**content, "model_args": {**content["model_args"], **changes}}, path)
+
+
+def _flipped_bit(content, path):
+    """In the file itself, which torch reads without a look at its checksums."""
+    torch.save(content, path)
+    stored, weights = bytearray(path.read_bytes()), content["model"]["graph_conv.0.gated_mlp_edge.g.0.linear.weight"]
+    stored[stored.find(weights.numpy().tobytes()[:64]) + 3] ^= 1
+    path.write_bytes(stored)
+
+
+def _scaled_layer(content, path):
+    content["model"]["final.g.0.linear.weight"] *= 1.1
+    torch.save(content, path)
+
+
+def _huge_weights(factor):
+    """As somebody saves them on purpose, without an id."""
+
+    def write(content, path):
+        del content["model_id"]
+        content["model"] = {name: value * factor if "graph" in name else value for name, value in content["model"].items()}
+        torch.save(content, path)
+
+    return write
+
+
 def _nan_weight(content, path):
     content["model"]["final.g.0.linear.bias"][0] = float("nan")
     torch.save(content, path)
@@ -235,6 +263,25 @@ def _nan_weight(content, path):
         (_change(model_args={"num_blocks": 2, "units": 16, "cutoff": float("nan")}), "cutoff = nan"),
         (_change(model_args={"num_blocks": 2, "units": 16, "threebody_cutoff": 6.0}), "threebody_cutoff = 6.0 .* up to 5.0"),
         (_nan_weight, "not finite"),
+        (_flipped_bit, "those of model .*, not of model .* as it says itself"),
+        (_scaled_layer, "not of model"),
+        (_arguments(cutoff=5.5), "not of model"),
+        (_change(model_args=None), "model_args = None is not a table"),
+        (_change(model_args="abc"), "model_args = 'abc' is not a table"),
+        (_change(model=None), "model = None is not a table"),
+        (_change(metrics="x"), "metrics = 'x' is not a table"),
+        (_change(model_id=7), "model_id = 7 is not a text"),
+        (_arguments(units=0), "units = 0 "),
+        (_arguments(units="16"), "units = 16 "),
+        (_arguments(num_blocks=2.0), r"num_blocks = 2\.0 "),
+        (_arguments(cutoff=True), "cutoff = True "),
+        (_arguments(cutoff="5"), "cutoff = 5 "),
+        (_arguments(threebody_cutoff=1e-6), r"threebody_cutoff = 1e-06 .* 1\.2 up to 5\.0"),
+        (_change(species="HS"), "species = 'HS' are not atomic numbers"),
+        (_change(species=[200]), r"species = \[200\] are not"),
+        (_change(species=[-1, 0]), r"species = \[-1, 0\] are not"),
+        (_change(species=[1.5]), r"species = \[1\.5\] are not"),
+        (_huge_weights(1e20), "give no numbers for ordinary structures"),
         (lambda content, path: torch.save([1, 2], path), "MatterSim's format"),
     ],
 )
@@ -245,6 +292,37 @@ def test_a_bad_checkpoint_is_refused_with_file_and_reason(tmp_path, tiny_checkpo
         load(path, device="cpu")
     text = str(error.value)
     assert "checkpoint" in text and "bad.pth" in text and "\n" not in text
+
+
+def test_weights_that_were_changed_on_purpose_load_once_the_id_is_gone(tmp_path, tiny_checkpoint, potential):
+    content = torch.load(tiny_checkpoint)
+    content["model"]["final.g.0.linear.weight"] *= 1.1
+    del content["model_id"]
+    torch.save(content, tmp_path / "mine.pth")
+    assert load(tmp_path / "mine.pth", device="cpu").model_id != potential.model_id
+
+
+def test_another_version_of_mattersim_with_one_more_argument_calls_no_checkpoint_damaged(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(M3Gnet, "get_model_args", lambda self: {**self.model_args, "new": 1})
+    assert checkpoint.read(tiny_checkpoint)[1]["model_id"]
+
+
+def test_a_checkpoint_of_ours_that_stock_mattersim_finetuned_loads_here(tmp_path, tiny_checkpoint, potential):
+    stock = StockPotential.from_checkpoint(str(tiny_checkpoint), device="cpu")
+    with torch.no_grad():
+        next(stock.model.parameters()).mul_(1.01)
+    stock.save(str(tmp_path / "stock.pth"))
+    assert load(tmp_path / "stock.pth", device="cpu").model_id != potential.model_id
+
+
+@pytest.mark.parametrize(
+    ("structures", "message"),
+    [(bulk("Cu"), r"\[atoms\] instead of atoms"), (["Cu"], "structure 0 is of the type str, not ASE's Atoms")],
+)
+def test_what_is_no_list_of_structures_is_told_so(potential, structures, message):
+    for action in (potential.evaluate, potential.uncertainty if potential.error_model else potential.mean_features):
+        with pytest.raises(InputError, match=message):
+            action(structures)
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -193,6 +193,18 @@ def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(stored: object
     assert "not readable" in caplog.text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "x", None, True])
+@pytest.mark.parametrize("key", ["energy_scale", "force_scale", "usual_energy_error", "usual_force_error", "n_training"])
+def test_an_estimate_with_a_wrong_number_is_left_out_with_a_warning(
+    key: str, value: object, potential: Potential, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = potential.error_model.as_dict()
+    units = len(stored["whitening"])
+    assert uncertainty.error_model_of({"error_model": stored}, units) is not None
+    assert uncertainty.error_model_of({"error_model": {**stored, key: value}}, units) is None
+    assert "holds wrong numbers" in caplog.text
+
+
 def test_without_validation_labels_the_training_set_calibrates_and_a_warning_says_so(
     potential: Potential, labels: dict[str, list[Atoms]], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,9 +13,13 @@ if TYPE_CHECKING:
     from magus_anharmonic.potential.evaluate import Potential
 
 
+LEAST_VOLUME = 1e-3  # A^3; below, the vectors of a cell lie in a plane or on a line
+
+
 class MatterSim(Calculator):
     """Energy (eV), free energy (the same), forces (eV/A) and stress (Voigt, eV/A^3) of a MatterSim checkpoint.
 
+    `energy_error` is the expected error of that energy. There is no stress without a cell that has a volume.
     The checkpoint is loaded at the first calculation. Pickles and copies hold its name and settings, not the weights.
 
     checkpoint
@@ -26,6 +30,8 @@ class MatterSim(Calculator):
         ``float32`` or ``float64``.
     """
 
+    # Not one of ``results``: ASE's Properties and SinglePointCalculator refuse names that they do not know.
+    _energy_error: float | None = None
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(
@@ -49,14 +55,30 @@ class MatterSim(Calculator):
         """Id of the weights; loads the checkpoint."""
         return self.potential.model_id
 
+    @property
+    def energy_error(self) -> float | None:
+        """Expected error of the last energy against the DFT that the model learned, in eV per ATOM; None before, and without an estimate.
+
+        See `magus_anharmonic.potential.uncertainty`.
+        """
+        return self._energy_error
+
+    def reset(self) -> None:
+        """ASE calls this when the structure has changed."""
+        super().reset()
+        self._energy_error = None
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_potential": None}
 
     def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
         """ASE's entry point; all properties come from one evaluation."""
         super().calculate(atoms, properties or ["energy"], system_changes)
-        found = self.potential.evaluate([self.atoms])
+        solid = self.atoms.cell.rank == 3 and abs(self.atoms.cell.volume) >= LEAST_VOLUME
+        molecule = self.atoms if solid or self.atoms.pbc.any() else Atoms(self.atoms.numbers, self.atoms.positions)
+        found = self.potential.evaluate([molecule])
         energy = float(found.energy[0])
         self.results = {"energy": energy, "free_energy": energy, "forces": found.forces[0]}
-        if self.atoms.cell.rank == 3:
+        if solid:
             self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0])
+        self._energy_error = found.error_of(0)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.errors import CheckpointError
+from magus_anharmonic.errors import CheckpointError, one_line
 from magus_anharmonic.files import replacing
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ FALLBACK = "h3s-gpaw-small"
 _REQUIRED_KEYS = ("model_name", "model", "model_args")
 _SUPPORTED_BASIS = {"max_l": 4, "max_n": 4, "max_z": 94}
 _DEFAULT_CUTOFFS = {"cutoff": 5.0, "threebody_cutoff": 4.0}
-_LONGEST_CUTOFF = 20.0  # Angstrom
+_SHORTEST_CUTOFF, _LONGEST_CUTOFF = 1.2, 20.0  # Angstrom; below, no atom of any matter has two neighbours
 
 
 @dataclass(frozen=True)
@@ -107,32 +107,73 @@ def _download(file_name: str, target: Path) -> Path:
 def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[str, Any]]:
     """Read a checkpoint: MatterSim's ``M3Gnet`` module with its weights, in evaluation mode, and the whole dictionary.
 
-    Raises CheckpointError with the file and the reason when it is missing, truncated, of another architecture or not finite.
+    Raises CheckpointError with the file and the reason when it is missing, truncated, of another architecture, not finite, or
+    when its weights are not those that its own ``model_id`` was made of.
     """
     content = _load(Path(path), device)
-    arguments = dict(content["model_args"])
-    for key, value in _SUPPORTED_BASIS.items():
-        if arguments.get(key, value) != value:
-            raise CheckpointError(f"checkpoint {path}: {key} = {arguments[key]} is not supported, only {value}")
-    cutoff, threebody_cutoff = (arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items())
-    for key, value, largest in (("cutoff", cutoff, _LONGEST_CUTOFF), ("threebody_cutoff", threebody_cutoff, cutoff)):
-        if not (isinstance(value, int | float) and 0 < value <= largest):
-            raise CheckpointError(f"checkpoint {path}: {key} = {value} is not supported, only above 0 and up to {largest} Angstrom")
+    try:
+        _check_entries(content)
+        _check_arguments(content["model_args"])
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from None
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
     from magus_anharmonic.potential.memory import raise_trouble_of_torch
 
     try:
-        module = M3Gnet(device=device, **arguments).to(device)
+        module = M3Gnet(device=device, **content["model_args"]).to(device)
         module.load_state_dict(content["model"], strict=True)
-    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise_trouble_of_torch(error, path)
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}") from error
     broken = [name for name, value in module.state_dict().items() if not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(f"checkpoint {path} holds weights that are not finite ({broken[0]} and {len(broken) - 1} more)")
+    _check_identity(path, module, content)
     return module.eval(), content
+
+
+def _check_entries(content: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the entry which is not what MatterSim or `save` writes there."""
+    kinds = {"model": Mapping, "model_args": Mapping, "metrics": Mapping, "provenance": Mapping, "model_id": str, "parent_id": str}
+    for key, kind in kinds.items():
+        value = content.get(key)
+        if not (isinstance(value, kind) or (value is None and key not in _REQUIRED_KEYS)):
+            wanted = "a text" if kind is str else "a table of names and values"
+            raise ValueError(f"{key} = {one_line(repr(value), 40)} is not {wanted}")
+    species = content.get("species")
+    if not (species is None or (isinstance(species, list | tuple | set | frozenset) and all(map(_is_atomic_number, species)))):
+        raise ValueError(f"species = {one_line(repr(species), 60)} are not atomic numbers from 1 to {_SUPPORTED_BASIS['max_z']}")
+
+
+def _is_atomic_number(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _SUPPORTED_BASIS["max_z"]
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ValueError that names the argument of the architecture with which nothing can be evaluated here."""
+    for key, supported in _SUPPORTED_BASIS.items():
+        if arguments.get(key, supported) != supported:
+            raise ValueError(f"{key} = {arguments[key]} is not supported, only {supported}")
+    for key in ("units", "num_blocks"):
+        if key in arguments and not (type(arguments[key]) is int and arguments[key] > 0):
+            raise ValueError(f"{key} = {arguments[key]} is not supported, only whole numbers above 0")
+    cutoff, threebody_cutoff = (arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items())
+    for key, value, largest in (("cutoff", cutoff, _LONGEST_CUTOFF), ("threebody_cutoff", threebody_cutoff, cutoff)):
+        if not (type(value) in (int, float) and _SHORTEST_CUTOFF <= value <= largest):
+            raise ValueError(f"{key} = {value} is not supported, only {_SHORTEST_CUTOFF} up to {largest} Angstrom")
+
+
+def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[str, Any]) -> None:
+    """Weights that changed after they were saved still load, and give other numbers: only the stored id tells."""
+    stored, found = content.get("model_id"), model_id(module)
+    # Another version of MatterSim may tell more arguments than the one that saved the file.
+    if stored is not None and stored not in (found, model_id(module, content["model_args"])):
+        raise CheckpointError(
+            f"checkpoint {path}: its weights or cutoffs are those of model {found}, not of model {stored} as it says itself: damaged or "
+            f"changed since it was saved; take another copy. If they were changed on purpose, delete its keys model_id and error_model"
+        )
 
 
 def _load(path: Path, device: str) -> dict[str, Any]:
@@ -170,14 +211,17 @@ def describe(path: str | Path) -> Model:
 
 
 def species_of(content: Mapping[str, Any]) -> frozenset[int] | None:
-    """Atomic numbers of the data behind a checkpoint, or None when it does not say."""
+    """Atomic numbers of the data behind a checkpoint that `read` returned, or None when it does not say."""
     species = content.get("species")
-    return None if not species else frozenset(int(number) for number in species)
+    return None if not species else frozenset(species)
 
 
-def model_id(module: torch.nn.Module) -> str:
-    """Twelve hex digits of the weights and the architecture; the same on every device and in float64."""
-    digest = hashlib.sha256(json.dumps(_arguments(module), sort_keys=True).encode())
+def model_id(module: torch.nn.Module, arguments: Mapping[str, Any] | None = None) -> str:
+    """Twelve hex digits of the weights and the architecture; the same on every device and in float64.
+
+    arguments : of the architecture, instead of those that the installed MatterSim tells.
+    """
+    digest = hashlib.sha256(json.dumps(dict(arguments or _arguments(module)), sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().to("cpu").float().numpy().tobytes())

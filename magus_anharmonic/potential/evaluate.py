@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, NotFinite
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, expected_pairs, find_neighbours
@@ -151,8 +151,12 @@ class Potential:
         return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
+        if isinstance(structures, Atoms):
+            raise InputError("a list of structures is evaluated, and this is one structure: [atoms] instead of atoms")
         structures = list(structures)
         for index, atoms in enumerate(structures):
+            if not isinstance(atoms, Atoms):
+                raise InputError(f"structure {index} is of the type {type(atoms).__name__}, not ASE's Atoms")
             check(atoms, f"structure {index}")
             self._warn_unseen(atoms)
         return structures
@@ -339,11 +343,11 @@ class _Results:
     def store(
         self, indices: Sequence[int], graph: Graph, energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, features: torch.Tensor
     ) -> None:
-        """Raises MagusAnharmonicError, with the index, for a result that is not finite."""
+        """Raises NotFinite, with the index, for a result that is not finite."""
         by_structure = np.split(forces, np.cumsum(graph.n_atoms)[:-1])
         for position, index in enumerate(indices):
             if not (np.isfinite(energy[position]) and np.isfinite(by_structure[position]).all() and np.isfinite(stress[position]).all()):
-                raise MagusAnharmonicError(f"structure {index}: the potential gives an energy, force or stress that is not finite")
+                raise NotFinite(f"structure {index}: the potential gives an energy, force or stress that is not finite")
             self.energy[index], self.stress[index], self.forces[index] = energy[position], stress[position], by_structure[position]
         if self.error_model is not None and self.energy_error is not None:
             self.energy_error[indices] = self.error_model.predict(features, graph).energy_error
@@ -366,7 +370,7 @@ def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "f
     path = checkpoint.resolve(name_or_path)
     module, content = checkpoint.read(path, chosen)
     species = checkpoint.species_of(content)
-    errors = uncertainty.error_model_of(content, int(content["model_args"]["units"]))
+    errors = uncertainty.error_model_of(content, module.model_args["units"])
     potential = Potential(
         module, path=path, species=species, device=chosen, dtype=dtype, edges_per_batch=edges_per_batch, error_model=errors
     )

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +20,22 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from magus_anharmonic.errors import CheckpointError, InputError
+from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
+from magus_anharmonic.files import set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
-from magus_anharmonic.potential.memory import raise_trouble_of_torch
+from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.score import Scores, labels_of
+from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.threads import threads_for_training
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
+from magus_anharmonic.potential.training_state import Epoch, TrainingState, read_state, write_state
 from magus_anharmonic.structures import structure_id
 
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL = 10.0
 """Seconds between two lines of progress."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of the history; ``epoch`` 0 is the model before training, and has no ``train_loss``."""
-
-    epoch: int
-    learning_rate: float
-    train_loss: float | None
-    validation: Scores
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Epoch:
-        """Inverse of `as_dict`."""
-        return cls(**{**data, "validation": Scores(**data["validation"])})
 
 
 @dataclass
@@ -103,32 +86,57 @@ def finetune(
     """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better of old and new to ``out``.
 
     Labels are Atoms that carry energy (eV), forces (eV/A) and stress (eV/A^3, ASE's sign). ``settings`` is a
-    `FinetuneSettings` or has its attributes (``LearningSettings``). Better means the lower validation loss; without
-    validation structures the training set decides. After every epoch the whole state goes to ``<out>.state``; a run with
-    the same start, labels, settings and seed resumes from it, and one that had finished returns what is in ``out``.
+    `FinetuneSettings`, a mapping of its keys, or has some of its attributes (``LearningSettings``). Better means the lower
+    validation loss; without validation structures the training set decides. After every epoch the whole state goes to
+    ``<out>.state``; a run with the same start, labels, settings and seed resumes from it (a damaged one is set aside), and one that
+    had finished returns what is in ``out``.
     For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None: unknown, as for MatterSim's own)
     may be given; a checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on average
     (default: once). ``progress`` is called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
     one follows does not need it).
 
-    Raises InputError (no training structure, a label missing or not finite) and CheckpointError.
+    What comes out is compared with stock MatterSim, alone and in a batch, as by `load` (`magus_anharmonic.potential.self_check`).
+
+    Raises InputError (no training structure, a label missing or not finite, wrong settings or weights, ``out`` is a folder),
+    CheckpointError, and MagusAnharmonicError when that comparison fails.
     """
     settings = FinetuneSettings.of(settings)
-    if not train:
-        raise InputError("no training structures: at least one label is needed")
+    _check_arguments(train, validation, weights, Path(out))
     module, known = _start(start, device)
     species = known if species is None else species
     if species is not None:
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
-    if weights is not None and len(weights) != len(train):
-        raise InputError(f"{len(weights)} weights for {len(train)} training structures")
     labels = list(train)
     run = _Run(module, labels, list(validation) or labels, settings, Path(out), seed, weights)
     run.parent_id, run.species, run.error_estimate = parent_id or checkpoint.model_id(module), species, error_estimate
     if not validation:
         logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
-    finished = run.finished()
-    return finished if finished is not None else run.train(progress)
+    result = run.finished() or run.train(progress)
+    _check_result(result, species)
+    return result
+
+
+def _check_arguments(train: Sequence[Atoms], validation: Sequence[Atoms], weights: Sequence[float] | None, out: Path) -> None:
+    """Raise InputError for what would otherwise show only after epochs of training, or not at all."""
+    if isinstance(train, Atoms) or isinstance(validation, Atoms):
+        raise InputError("training and validation structures are lists, and this is one structure: [atoms] instead of atoms")
+    if not train:
+        raise InputError("no training structures: at least one label is needed")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; the trained model needs the name of a file")
+    if weights is None:
+        return
+    if len(weights) != len(train):
+        raise InputError(f"{len(weights)} weights for {len(train)} training structures")
+    wrong = [weight for weight in weights if not (isinstance(weight, int | float | np.number) and 0 <= weight < np.inf)]
+    if wrong:
+        raise InputError(f"weights: {wrong[0]!r} is not allowed, only finite numbers that are not negative")
+
+
+def _check_result(result: FinetuneResult, species: Iterable[int] | None) -> None:
+    seen = None if species is None else frozenset(species)
+    # A copy, because in other precision a Potential changes its module.
+    check_once(Potential(copy.deepcopy(result.module), path=result.path, species=seen, device=str(_device(result.module))))
 
 
 def _start(start: torch.nn.Module | str | Path, device: str | None) -> tuple[torch.nn.Module, Iterable[int] | None]:
@@ -188,8 +196,17 @@ class _Run:
         metrics = record.get("metrics") or {}
         if metrics.get("training_key") != self.key:
             return None
+        try:
+            found = self._recorded(metrics, module)
+        except (KeyError, TypeError) as error:
+            logger.warning("%s lacks a part of its record (%s): training starts anew", self.out, error)
+            return None
         logger.info("%s was trained from the same inputs: nothing to do", self.out)
         self.state_file.unlink(missing_ok=True)  # of a run that was killed just before it did this
+        found.error_model = uncertainty.error_model_of(record, module.model_args["units"]) or self._error_model(module)
+        return found
+
+    def _recorded(self, metrics: dict[str, Any], module: Any) -> FinetuneResult:
         known = {name: metrics[name] for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")}
         return FinetuneResult(
             path=self.out,
@@ -199,7 +216,6 @@ class _Run:
             after=Scores(**metrics["after"]),
             module=module,
             history=[Epoch.from_dict(epoch) for epoch in metrics["history"]],
-            error_model=uncertainty.error_model_of(record, int(record["model_args"]["units"])) or self._error_model(module),
             **known,
         )
 
@@ -300,30 +316,21 @@ class _Run:
         return uncertainty.fit(module, self.train_set, held_out) if self.error_estimate else None
 
     def _save(self, trainer: Trainer) -> None:
-        state = {
-            "key": self.key,
-            "trainer": trainer.state(),
-            "best_epoch": self.best_epoch,
-            "best_state": self.best_state,
-            "history": [epoch.as_dict() for epoch in self.history],
-        }
-        checkpoint.write_torch(self.state_file, state)
+        write_state(self.state_file, TrainingState(self.key, trainer.state(), self.best_epoch, self.best_state, self.history))
 
     def _restore(self, trainer: Trainer) -> bool:
         if not self.state_file.is_file():
             return False
         try:
-            state = torch.load(self.state_file, map_location=_device(self.module), weights_only=True)
-        except Exception as error:  # torch.load raises many types for a damaged file
-            raise_trouble_of_torch(error, self.state_file)
-            logger.warning("%s is not readable; training starts anew: %s", self.state_file, error)
+            state = read_state(self.state_file, trainer, self.key)
+        except DamagedFile as error:
+            set_aside(self.state_file, f"{error}; training starts anew")
             return False
-        if state.get("key") != self.key:
+        if state is None:
             logger.info("%s belongs to other inputs; training starts anew", self.state_file)
             return False
-        trainer.restore(state["trainer"])
-        self.best_epoch, self.best_state = state["best_epoch"], state["best_state"]
-        self.history = [Epoch.from_dict(epoch) for epoch in state["history"]]
+        trainer.restore(state.trainer)
+        self.best_epoch, self.best_state, self.history = state.best_epoch, state.best_state, state.history
         logger.info("training resumes after epoch %d from %s", len(self.history) - 1, self.state_file)
         return True
 

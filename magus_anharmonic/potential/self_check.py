@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError, NotFinite
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
@@ -37,9 +37,18 @@ def check_once(potential: Potential) -> None:
 
 
 def check_against_stock(potential: Potential) -> None:
-    """Raise MagusAnharmonicError when a handful of tiny structures differ alone, in a batch, and with stock MatterSim."""
+    """Raise MagusAnharmonicError when a handful of tiny structures differ alone, in a batch, and with stock MatterSim.
+
+    CheckpointError when their energies, forces or stresses are not even finite.
+    """
     structures = probes(sorted(potential.species_seen or {1, 8, 14, 16}))
-    together = potential.evaluate(structures)
+    try:
+        together = potential.evaluate(structures)
+    except NotFinite as error:
+        where = potential.path or f"model {potential.model_id}"
+        raise CheckpointError(
+            f"checkpoint {where}: its weights give no numbers for ordinary structures ({error}); take another copy"
+        ) from None
     for index, atoms in enumerate(structures):
         _compare(potential, "alone", "in a batch", potential.evaluate([atoms]), together, index, atoms)
     for index, (atoms, stock) in enumerate(zip(structures, _stock(potential, structures), strict=True)):

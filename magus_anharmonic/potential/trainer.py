@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.potential.batches import LabelledGraphs, Targets
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.losses import combine, torch_loss
 from magus_anharmonic.potential.model import FactorisedM3GNet
 from magus_anharmonic.potential.score import Scores, scores_from_residuals
-from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section
+from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section, parse
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 GRADIENT_NORM = 1.0
@@ -39,10 +41,18 @@ class FinetuneSettings(Section):
 
     @classmethod
     def of(cls, settings: Any) -> FinetuneSettings:
-        """From any object with some of the attributes, such as ``LearningSettings``; the rest are defaults."""
+        """From a mapping, or any object with some of the attributes, such as ``LearningSettings``; the rest are defaults.
+
+        Raises InputError for an unknown key, a wrong value, and an object that has none of the attributes.
+        """
         if isinstance(settings, cls):
             return settings
-        return cls(**{name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)})
+        if isinstance(settings, Mapping):
+            return parse(cls, dict(settings), "settings")
+        found = {name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)}
+        if not found:
+            raise InputError(f"settings: {settings!r} has none of {', '.join(cls.model_fields)}; FinetuneSettings() are the defaults")
+        return parse(cls, found, "settings")
 
 
 class Trainer:

@@ -111,19 +111,30 @@ def for_checkpoint(errors: ErrorModel | None) -> dict[str, Any]:
 
 
 def error_model_of(content: Mapping[str, Any], units: int) -> ErrorModel | None:
-    """The estimate stored in a checkpoint's dictionary; None when it has none (MatterSim's own), or one that does not fit."""
+    """The estimate stored in a checkpoint's dictionary; None when it has none (MatterSim's own).
+
+    One that does not fit or holds wrong numbers is left out with a warning and does not stop anything: energies and forces do not
+    depend on it, and whatever uses it can do without.
+    """
     stored = content.get(CHECKPOINT_KEY)
     if stored is None:
         return None
     try:
         found = ErrorModel(**stored)
-        usable = found.whitening.shape == (units, units) and bool(found.whitening.isfinite().all())
+        usable = found.whitening.shape == (units, units) and bool(found.whitening.isfinite().all()) and _sensible(found)
     except (TypeError, AttributeError):
         usable = False
     if not usable:
-        logger.warning("the error estimate in the checkpoint is not readable: the model is used without one")
+        logger.warning("the error estimate in the checkpoint is not readable or holds wrong numbers: the model is used without one")
         return None
     return found
+
+
+def _sensible(model: ErrorModel) -> bool:
+    """Whether all numbers are such, finite and not negative."""
+    numbers = (getattr(model, item.name) for item in fields(model) if item.name not in ("whitening", "calibrated_on"))
+    real = all(type(value) in (int, float) and 0 <= value < float("inf") for value in numbers)
+    return real and isinstance(model.calibrated_on, str)
 
 
 def fit(module: torch.nn.Module, train: Sequence[Atoms], validation: Sequence[Atoms] = ()) -> ErrorModel | None:
