@@ -14,6 +14,7 @@ from ase.constraints import FixAtoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.potential import optimizers
+from magus_anharmonic.potential.guards import n_pieces
 from magus_anharmonic.potential.relax import relax
 
 BOTH = pytest.mark.parametrize("optimizer", ["bfgs", "ase", "fire"])
@@ -138,3 +139,44 @@ def test_a_relaxation_with_species_the_model_never_saw_says_so_even_where_it_con
     assert seen.reason == ""
     assert unseen.converged and unseen.reason == "the model was never trained on Au: its numbers mean nothing there"
     assert not open_end.converged and "not converged after 3 steps" in open_end.reason and "never trained on Au" in open_end.reason
+
+
+class Stretch:
+    """Pushes the upper half of the atoms up along z (Angstrom) as far as ``end``, every atom with its neighbours in its half."""
+
+    model_id = "stretch"
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def evaluate(self, structures: list[Atoms]) -> Evaluation:
+        gap = [self.end - (a.positions[len(a) // 2, 2] - a.positions[0, 2]) for a in structures]
+        forces = [np.outer(np.repeat([-1, 1], len(a) // 2), [0, 0, g]) for a, g in zip(structures, gap, strict=True)]
+        return Evaluation(np.array(gap) ** 2, forces, np.zeros((len(gap), 3, 3)))
+
+
+def pairs_of_molecules(distance: float) -> Atoms:
+    positions = [[0, 0, 0], [0.8, 0, 0], [0, 0, distance], [0.8, 0, distance]]
+    return Atoms("H4", positions=positions, cell=[3.0, 3.0, 16.0], pbc=True)
+
+
+@BOTH
+@pytest.mark.parametrize(("begin", "end", "dissolved"), [(2.5, 7.5, True), (2.5, 4.5, False), (4.5, 7.5, False), (7.5, 7.0, False)])
+def test_pieces_that_drift_apart_are_called_dissolved_unless_they_began_so(
+    begin: float, end: float, dissolved: bool, optimizer: str
+) -> None:
+    (result,) = relax(Stretch(end), [pairs_of_molecules(begin)], optimizer=optimizer, relax_cell=False, max_steps=400)
+    assert result.failed == dissolved, result.reason
+    assert ("falls into pieces that are more than 5 A" in result.reason) == dissolved
+
+
+@pytest.mark.parametrize(
+    ("cell", "pbc", "count"),
+    [
+        ([3, 3, 3], True, 1), ([3, 3, 6], True, 2), ([3, 6, 6], True, 4), ([6, 6, 6], True, 8),
+        ([[3, 0, 0], [0, 3, 0], [300, 600, 3]], True, 1), ([3, 3, 6], [True, True, False], 1), ([6, 6, 6], [True, True, False], 4),
+        (None, False, 1),
+    ],
+)  # fmt: skip
+def test_layers_chains_and_molecules_of_one_per_cell_are_pieces_of_the_crystal(cell: list, pbc: object, count: int) -> None:
+    assert n_pieces(Atoms("H2", positions=[[0, 0, 0], [0.5, 0.5, 0]], cell=cell, pbc=pbc), 5.0) == count

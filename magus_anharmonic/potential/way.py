@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.potential.graph import expected_pairs
-from magus_anharmonic.potential.guards import BOND_RANGE, CellGuard, isolated, overlap, senseless
+from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
 from magus_anharmonic.potential.relax_arguments import Options
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
@@ -96,6 +96,7 @@ class Way:
             self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0)
         )
         self.isolated = isolated(self.trajectory.start)
+        self.n_pieces = n_pieces(self.trajectory.start, APART_AT_START)
         self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
         self.n_kicks = self.free_until = 0
         self.reason = ""
@@ -205,8 +206,11 @@ class Way:
             self._end(f"{cause} (largest force {force:.3g} eV/A, stress off by {ev_per_a3_to_gpa(stress):.3g} GPa)")
 
     def _dissolved(self, atoms: Atoms) -> str:
-        lost = sorted(isolated(atoms) - self.isolated)
-        return f"dissolved: atom {lost[0]} has no neighbour within {BOND_RANGE:g} A any more" if lost else ""
+        if lost := sorted(isolated(atoms) - self.isolated):
+            return f"dissolved: atom {lost[0]} has no neighbour within {BOND_RANGE:g} A any more"
+        if n_pieces(atoms, BOND_RANGE) > self.n_pieces:
+            return f"dissolved: falls into pieces that are more than {BOND_RANGE:g} A from each other"
+        return ""
 
     def result(self) -> Relaxation:
         way = self.trajectory
