@@ -20,7 +20,8 @@ from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.potential import optimizers as optimizers_module
 from magus_anharmonic.potential import relax as relax_module
 from magus_anharmonic.potential.calculator import MatterSim
-from magus_anharmonic.potential.relax import FREE_STEPS, relax
+from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.potential.way import FREE_STEPS
 from magus_anharmonic.structures import space_group
 
 TIGHT = {"force_tolerance": 5e-3, "stress_tolerance": 0.02}

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ase import Atoms
-from ase.cell import Cell
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.potential.cells import cell_volume, complete_cell, search_cell
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
@@ -63,12 +63,6 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
         raise InputError(f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no matter is like that")
 
 
-def complete_cell(atoms: Atoms) -> Cell:
-    """The cell with unit vectors along missing *non-periodic* directions; missing periodic ones leave it flat."""
-    missing = ~atoms.cell.any(axis=1)
-    return atoms.cell if (missing & atoms.pbc).any() else atoms.cell.complete()
-
-
 def expected_pairs(atoms: Atoms, cutoff: float) -> float:
     """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them without periodicity."""
     n_atoms = len(atoms)
@@ -80,10 +74,11 @@ def expected_pairs(atoms: Atoms, cutoff: float) -> float:
 def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT) -> Neighbours:
     """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both directions, sorted by centre.
 
-    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer than ``coincident``.
+    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer than ``coincident``, or the cell is
+    too skewed to be searched.
     """
     finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
-    centre, neighbour, vector, length = finder.compute(atoms.positions, complete_cell(atoms).array, atoms.pbc, "ijDd")
+    centre, neighbour, vector, length = finder.compute(atoms.positions, search_cell(atoms, where), atoms.pbc, "ijDd")
     if len(length) and length.min() < coincident:
         pair = int(length.argmin())
         raise InputError(f"{where}: atoms {centre[pair]} and {neighbour[pair]} coincide (distance {length[pair]:.1e} A)")
@@ -113,7 +108,7 @@ def build_graph(
     def edge_tensor(values: np.ndarray, kind: torch.dtype) -> torch.Tensor:
         return torch.as_tensor(values[order], dtype=kind, device=device)
 
-    volume = [atoms.cell.volume if atoms.cell.rank == 3 else np.inf for atoms in structures]
+    volume = [cell_volume(atoms) for atoms in structures]
     return Graph(
         centre=edge_tensor(_concatenate([edges.centre for edges in neighbours], (0,)) + first, torch.long),
         neighbour=edge_tensor(_concatenate([edges.neighbour for edges in neighbours], (0,)) + first, torch.long),

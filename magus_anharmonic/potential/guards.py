@@ -5,26 +5,32 @@ from __future__ import annotations
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from vesin import NeighborList
 
-from magus_anharmonic.potential.graph import complete_cell
+from magus_anharmonic.potential.cells import complete_cell, search_cell
 
 OVERLAP = 0.4  # of the sum of covalent radii
 COINCIDENT = 0.1  # Angstrom
 BOND_RANGE = 5.0  # Angstrom; an atom without a neighbour in this range is on its own
+APART_AT_START = 4.0  # Angstrom; what is farther from each other at the start may go farther still
 MAX_EXPANSION = 4.0  # of the volume at the start
 MIN_VOLUME = 0.3  # A^3/atom
 MAX_ASPECT = 30.0  # longest by shortest cell vector
 MIN_SHAPE = 0.02  # volume by product of the vectors' lengths
 
 
-def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs closer than ``cutoff``; vesin searches a little farther, because it divides the cell into boxes of that size."""
-    cell = complete_cell(atoms)
-    finder = NeighborList(cutoff=max(cutoff, 0.2 * abs(cell.volume) ** (1 / 3)), full_list=True, n_threads=1)
-    first, second, distance = finder.compute(atoms.positions, cell.array, atoms.pbc, "ijd")
+def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Atoms, distance and cell shift of pairs closer than ``cutoff``.
+
+    vesin searches a little farther, because it divides the cell into boxes of that size.
+    """
+    cell = search_cell(atoms)
+    finder = NeighborList(cutoff=max(cutoff, 0.2 * abs(np.linalg.det(cell)) ** (1 / 3)), full_list=True, n_threads=1)
+    first, second, distance, shift = finder.compute(atoms.positions, cell, atoms.pbc, "ijdS")
     close = distance < cutoff
-    return first[close], second[close], distance[close]
+    return first[close], second[close], distance[close], shift[close]
 
 
 def senseless(atoms: Atoms) -> str:
@@ -38,14 +44,14 @@ def senseless(atoms: Atoms) -> str:
         return "the cell is flat"
     if atoms.pbc.all() and volume < MIN_VOLUME * len(atoms):
         return f"the cell is too small: {volume / len(atoms):.2g} A^3/atom, at least {MIN_VOLUME:g} are needed"
-    first, second, distance = _pairs(atoms, COINCIDENT)
+    first, second, distance, _ = _pairs(atoms, COINCIDENT)
     return f"atoms {first[0]} and {second[0]} coincide ({distance[0]:.3f} A)" if len(distance) else ""
 
 
 def overlap(atoms: Atoms) -> str:
     """Which two atoms are closer than `OVERLAP` of their radii, or an empty string."""
     radii = covalent_radii[atoms.numbers]
-    first, second, distance = _pairs(atoms, max(2.0 * OVERLAP * float(radii.max()), COINCIDENT))
+    first, second, distance, _ = _pairs(atoms, max(2.0 * OVERLAP * float(radii.max()), COINCIDENT))
     close = np.flatnonzero(distance < OVERLAP * (radii[first] + radii[second]))
     return f"atoms {first[close[0]]} and {second[close[0]]} overlap ({distance[close[0]]:.2f} A)" if len(close) else ""
 
@@ -53,6 +59,22 @@ def overlap(atoms: Atoms) -> str:
 def isolated(atoms: Atoms) -> set[int]:
     """Atoms without a neighbour within `BOND_RANGE`."""
     return set(range(len(atoms))) - set(_pairs(atoms, BOND_RANGE)[0].tolist())
+
+
+def n_pieces(atoms: Atoms, distance: float) -> int:
+    """Pieces that are farther from each other than ``distance`` (Angstrom), in the structure repeated twice along its periods.
+
+    So layers, chains and molecules of which a cell holds one count as two, four and eight.
+    """
+    first, second, _, shift = _pairs(atoms, distance)
+    corners = np.array(list(np.ndindex(*np.where(atoms.pbc, 2, 1))))
+    weights = np.array([4, 2, 1])
+    origin = first + len(atoms) * (corners @ weights)[:, None]
+    image = second + len(atoms) * ((corners[:, None] + shift) % 2 @ weights)
+    size = 8 * len(atoms)
+    nodes = (len(atoms) * (corners @ weights)[:, None] + np.arange(len(atoms))).ravel()
+    bonds = coo_array((np.ones(origin.size, dtype=np.int8), (origin.ravel(), image.ravel())), shape=(size, size))
+    return len(np.unique(connected_components(bonds, directed=False)[1][nodes]))
 
 
 class CellGuard:

@@ -19,7 +19,8 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.graph import COINCIDENT, Graph, complete_cell, find_neighbours
+from magus_anharmonic.potential.cells import cell_volume, complete_cell, is_skewed
+from magus_anharmonic.potential.graph import COINCIDENT, Graph, find_neighbours
 
 SKIN = 0.5
 """Angstrom; every atom may move at least half of this."""
@@ -66,7 +67,6 @@ class Topology:
     ) -> Graph:
         """The graph of configurations that the list covers; InputError, with the name, when two atoms coincide."""
         names = names or [f"structure {index}" for index in range(len(structures))]
-        cells = np.array([atoms.cell.array for atoms in structures])
         strain, displacement = displacements(self, structures)
         n, n_atoms = len(structures), len(self.numbers)
         centre, neighbour = self.centre.to(device), self.neighbour.to(device)
@@ -84,7 +84,7 @@ class Topology:
         chosen = torch.cat([first, second])
         which = torch.div(chosen, len(centre), rounding_mode="floor") if len(centre) else chosen
         pair = chosen - which * len(centre)
-        volume = np.abs(np.linalg.det(cells))
+        volume = [cell_volume(atoms) for atoms in structures]
         return Graph(
             centre=centre.index_select(0, pair) + which * n_atoms,
             neighbour=neighbour.index_select(0, pair) + which * n_atoms,
@@ -93,7 +93,7 @@ class Topology:
             edge_structure=which,
             numbers=torch.as_tensor(np.tile(self.numbers, n), dtype=torch.long, device=device),
             structure=torch.arange(n, device=device).repeat_interleave(n_atoms),
-            volume=torch.as_tensor(np.where(volume > 0, volume, np.inf), dtype=dtype, device=device),
+            volume=torch.as_tensor(volume, dtype=dtype, device=device),
             n_atoms=(n_atoms,) * n,
         )
 
@@ -116,11 +116,14 @@ def displacements(reference: Topology | Atoms, structures: Sequence[Atoms]) -> t
 
 
 def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None:
-    """A list that covers all ``structures`` (same species and pbc); None where it would be longer than it is worth.
+    """A list that covers all ``structures`` (same species and pbc); None where it would be longer than it is worth, or
+    where rounding in a very skewed cell would count.
 
     The first structure is the reference, moved to the average of all.
     """
     first = structures[0]
+    if is_skewed(complete_cell(first).array):
+        return None
     strain, rest = displacements(first, structures)
     average = rest.mean(axis=0)
     reference = Atoms(first.numbers, positions=first.positions + average, cell=complete_cell(first), pbc=first.pbc)

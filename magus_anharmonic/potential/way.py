@@ -1,0 +1,235 @@
+"""The way of one structure through a relaxation: optimisers, kicks, and how it ends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.potential.graph import expected_pairs
+from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
+from magus_anharmonic.potential.relax_arguments import Options
+from magus_anharmonic.potential.symmetrise import SymmetryProjector
+from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
+from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.units import ev_per_a3_to_gpa
+
+logger = logging.getLogger(__name__)
+
+KICKS = (0.2, 0.35, 0.5)  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
+NEAR_MINIMUM = 1.0  # eV/A
+FREE_STEPS = 12  # after a kick, before its Hessian is believed
+DECREASE_MARGIN = 5.0  # on what a Hessian from few steps expects
+SMALLEST_GAIN = 1e-4  # eV/atom
+
+Result = tuple[float, np.ndarray, np.ndarray]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """The end of one relaxation.
+
+    atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3) eV/A; stress (3, 3) eV/A^3 in
+    ASE's sign. ``failed`` structures must not be used, ``reason`` says why (or why one has not converged); n_steps counts
+    evaluations.
+    """
+
+    atoms: Atoms
+    energy: float
+    enthalpy: float
+    forces: np.ndarray
+    stress: np.ndarray
+    converged: bool
+    failed: bool
+    n_steps: int
+    reason: str = ""
+
+
+class Way:
+    """The way of one structure, a `Trajectory` for each optimiser, with its end: converged, failed, or out of steps."""
+
+    def __init__(self, atoms: Atoms, options: Options) -> None:
+        self.options = options
+        self.atoms = bare(atoms)
+        self.reason = ""
+        self.failed = self.done = self.converged = False
+        self.n_steps = 0
+        self.trajectory: Trajectory | None = None
+        self.kept: tuple[Point, Atoms] | None = None
+        self.waiting = list(options.optimizers)
+        self.lowest: Point | None = None
+        self.attempt(self._begin)
+
+    def _begin(self) -> None:
+        """Look at the structure and stand at its start."""
+        options = self.options
+        if reason := senseless(self.atoms):
+            self.done, self.reason, self.failed = True, reason, True
+            return
+        projected = options.fix_symmetry and self.atoms.pbc.all()
+        self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
+        self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
+        self._next_optimizer()
+
+    def attempt(self, action: Callable[..., T], *arguments: object) -> T | None:
+        """Call a method of this way; whatever it raises ends this relaxation, and no other."""
+        try:
+            return action(*arguments)
+        except Exception as error:
+            logger.debug("%s of %s failed", action.__name__, self.atoms, exc_info=True)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if self.trajectory is None:
+                self.done, self.reason, self.failed = True, reason, True
+            else:
+                self._end(f"the next step fails: {reason}", failed=True)
+            return None
+
+    def _next_optimizer(self) -> None:
+        """Begin at the start with the next of the optimisers."""
+        options = self.options
+        self.trajectory = Trajectory(
+            self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0)
+        )
+        self.isolated = isolated(self.trajectory.start)
+        self.n_pieces = n_pieces(self.trajectory.start, APART_AT_START)
+        self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
+        self.n_kicks = self.free_until = 0
+        self.reason = ""
+        self.lowest: Point | None = None
+
+    def n_edges(self) -> float:
+        """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
+        assert self.trajectory is not None
+        return expected_pairs(self.trajectory.structure(), BOND_RANGE)
+
+    def propose(self) -> Atoms | None:
+        """The next structure to evaluate; None when the step led to overlapping atoms (the next step is shorter)."""
+        assert self.trajectory is not None
+        self.n_steps += 1
+        atoms = self.trajectory.propose()
+        if self.trajectory.point is not None and (reason := overlap(atoms)):
+            self.trajectory.shrink()
+            self.reason = reason
+            return None
+        return atoms
+
+    def receive(self, result: Result | str) -> None:
+        assert self.trajectory is not None
+        if not isinstance(result, str):
+            if self.trajectory.receive(*result):
+                self.reason = ""
+        elif self.trajectory.point is None:
+            self._end(result, failed=True)
+        else:
+            self.trajectory.shrink()
+            self.reason = result
+
+    def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
+        """The end, another kick or the next optimiser; a search that fails does not spoil a minimum that was found before it."""
+        if converged:
+            self._keep_lower()
+        if self.kept is not None:
+            reason, failed, converged = "", False, True
+        if self.n_steps < self.options.max_steps:
+            if self.lowest is not None and self.n_kicks < self.options.kicks:
+                assert self.trajectory is not None and self.rng is not None
+                self.trajectory.kick(self.lowest.x, KICKS[self.n_kicks % len(KICKS)], self.rng)
+                self.n_kicks += 1
+                self.free_until = self.n_steps + FREE_STEPS
+                return
+            if self.waiting:
+                self._next_optimizer()
+                return
+        self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
+
+    def _keep_lower(self) -> None:
+        assert self.trajectory is not None and self.trajectory.point is not None
+        point = self.trajectory.point
+        if self.lowest is None or point.enthalpy < self.lowest.enthalpy:
+            self.lowest = point
+        if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
+            self.kept = point, self.trajectory.structure()
+
+    def judge(self) -> None:
+        """End the relaxation where it has converged, gone astray, stuck or run out of steps."""
+        way = self.trajectory
+        if self.done or way is None or way.point is None or way.best is None:
+            return
+        last = way.stuck or self.n_steps >= self.options.max_steps
+        if not last and self._hopeless():
+            self._end("ends no lower than before the kick")
+            return
+        higher = way.point.enthalpy > way.best.enthalpy + ENTHALPY_NOISE * len(self.atoms)
+        if higher and (last or self._converged()):
+            way.return_to_best()
+            way.downwards = True
+        astray = self.guard.astray(way.lattice(way.x)) if way.relax_cell else ""
+        if astray:
+            self._end(astray, failed=True)
+        elif last or self._converged():
+            self._finish()
+
+    def _hopeless(self) -> bool:
+        """After a kick: near a minimum that is not expected to be lower than the one that it was kicked from."""
+        way = self.trajectory
+        if self.lowest is None or way is None or way.point is None:
+            return False
+        if self.n_steps < self.free_until or way.residual()[0] > NEAR_MINIMUM:
+            return False
+        expected = way.point.enthalpy - DECREASE_MARGIN * way.rule.decrease(way.point.gradient)
+        return expected > self.lowest.enthalpy - SMALLEST_GAIN * len(self.atoms)
+
+    def _converged(self) -> bool:
+        assert self.trajectory is not None
+        force, stress = self.trajectory.residual()
+        return force < self.options.force_tolerance and stress < self.options.stress_tolerance
+
+    def _finish(self) -> None:
+        """Say how it ended at the point where the search stands."""
+        assert self.trajectory is not None
+        atoms = self.trajectory.structure()
+        wrong = overlap(atoms) or self._dissolved(atoms)
+        if wrong:
+            self._end(wrong, failed=True)
+        elif self._converged():
+            self._end("", converged=True)
+        elif self.trajectory.stuck and self.reason:
+            self._end(f"every step fails: {self.reason}", failed=True)
+        else:
+            force, stress = self.trajectory.residual()
+            cause = "no step lowers the enthalpy" if self.trajectory.stuck else f"not converged after {self.n_steps} steps"
+            self._end(f"{cause} (largest force {force:.3g} eV/A, stress off by {ev_per_a3_to_gpa(stress):.3g} GPa)")
+
+    def _dissolved(self, atoms: Atoms) -> str:
+        if lost := sorted(isolated(atoms) - self.isolated):
+            return f"dissolved: atom {lost[0]} has no neighbour within {BOND_RANGE:g} A any more"
+        if n_pieces(atoms, BOND_RANGE) > self.n_pieces:
+            return f"dissolved: falls into pieces that are more than {BOND_RANGE:g} A from each other"
+        return ""
+
+    def result(self) -> Relaxation:
+        way = self.trajectory
+        if self.kept is None and way is not None and way.point is not None:
+            self.kept = way.point, way.structure()
+        if self.kept is None:
+            nothing = np.full((len(self.atoms), 3), np.nan)
+            return Relaxation(
+                self.atoms, np.nan, np.nan, nothing, np.full((3, 3), np.nan), False, True, self.n_steps, self.reason or "never evaluated"
+            )
+        point, atoms = self.kept
+        return Relaxation(
+            atoms=atoms,
+            energy=point.energy,
+            enthalpy=point.enthalpy / len(atoms),
+            forces=point.forces,
+            stress=point.stress,
+            converged=self.converged,
+            failed=self.failed,
+            n_steps=self.n_steps,
+            reason=self.reason,
+        )
