@@ -50,8 +50,9 @@ MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
 MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft directions
 MINIMUM_STEPS = 600
-OPTIMIZERS = ("ase", "bfgs")
-KICKS = 6
+OURS = 0.005  # eV/A; the last tenths of a meV/atom in soft directions
+OPTIMIZERS = ("ase", "bfgs", "fire")
+KICKS = 12
 COUNT = 64
 
 
@@ -269,7 +270,7 @@ def minima(
     optimizers: Sequence[str] = OPTIMIZERS,
     kicks: int = KICKS,
     known: Path | None = None,
-    tolerance: float = MINIMUM,
+    tolerance: float = OURS,
 ) -> tuple[int, list[str]]:
     """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one.
 
@@ -308,7 +309,7 @@ def main() -> None:
     parser.add_argument("--against", nargs="+", choices=["ase", "torchsim"], default=["ase", "torchsim"])
     parser.add_argument("--minima", type=int, default=0, metavar="COUNT", help="compare the minima of so many starts instead")
     parser.add_argument("--kicks", type=int, default=KICKS, help="of --minima")
-    parser.add_argument("--tolerance", type=float, default=MINIMUM, help="of ours in --minima, eV/A")
+    parser.add_argument("--tolerance", type=float, default=OURS, help="of ours in --minima, eV/A")
     parser.add_argument("--references", type=Path, metavar="FILE", help="of --minima: stock's enthalpies, read and added to")
     options = parser.parse_args()
     logger.remove()
