@@ -209,6 +209,8 @@ class Steps:
 
 def serve() -> None:
     """Fork a search for each order on standard input; answer with its process id, and with its status once it has ended."""
+    # A shell starts what runs in its background with Ctrl-C ignored, and so would every search be.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     load_everything()

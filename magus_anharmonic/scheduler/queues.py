@@ -89,7 +89,7 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
         "log_directory": os.path.abspath(workers.logs),
         "death_timeout": 600,
         "job_name": "magus-anharmonic",
-        "scheduler_options": {"dashboard_address": ":0"},
+        "scheduler_options": {"dashboard_address": ":0", "extensions": extensions()},
         "job_script_prologue": [*exports, *workers.prologue],
         # Before the queue system ends the job the worker hands its task back and goes: no death is counted.
         "worker_extra_args": ["--lifetime", f"{max(60, workers.walltime - 300)}s", "--lifetime-stagger", "120s"],
@@ -97,6 +97,22 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
     if workers.gpus > 1:
         common |= {"worker_command": "dask_cuda.cli", "worker_extra_args": []}
     return common | _OWN[name](workers, cores)
+
+
+def extensions() -> dict[str, Any]:
+    """Dask's own extensions of its scheduler, without the note of every task that one of them keeps for ever (half a kB each)."""
+    from distributed.scheduler import DEFAULT_EXTENSIONS
+    from distributed.spans import SpansSchedulerExtension
+
+    class Spans(SpansSchedulerExtension):
+        """Says what tasks belong together, and does not write down how each was sent."""
+
+        def observe_tasks(self, *args: Any, **kwargs: Any) -> Any:
+            if "span_metadata" in kwargs:
+                kwargs["span_metadata"] = {"collections": []}
+            return super().observe_tasks(*args, **kwargs)
+
+    return {**DEFAULT_EXTENSIONS, "spans": Spans}
 
 
 def dask_variable(key: str) -> str:

@@ -35,7 +35,7 @@ from magus_anharmonic.ranking.jobs import Job, _parcel, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
 from magus_anharmonic.scheduler.local import LocalScheduler
-from magus_anharmonic.scheduler.queues import QUIET
+from magus_anharmonic.scheduler.queues import QUIET, extensions
 from magus_anharmonic.settings import WorkerSettings
 
 
@@ -58,7 +58,7 @@ def processor_seconds() -> float:
 def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
     """``n_workers`` Dask workers on this machine, one thread each, configured as in the jobs of a queue system."""
     options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": ":0", "silence_logs": 50, **options}
-    with config.set(QUIET), LocalCluster(n_workers=n_workers, **options) as cluster:
+    with config.set(QUIET), LocalCluster(n_workers=n_workers, scheduler_kwargs={"extensions": extensions()}, **options) as cluster:
         with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
             yield scheduler
 

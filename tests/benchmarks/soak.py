@@ -61,7 +61,10 @@ def main() -> None:
     print(f"{given.minutes:g} minutes: {counts['searches']} searches, {sum(counts[name] for name in FAULTS)} faults ({faults})")
     print(f"labels lost: {counts['labels lost']}, labels doubled: {counts['labels doubled']}, ", end="")
     print(f"searches that differ: {counts['searches that differ']}, unexpected exit codes: {counts['unexpected']}")
-    sys.exit(bool(counts["labels lost"] + counts["labels doubled"] + counts["searches that differ"] + counts["unexpected"]))
+    missed = [name for name in FAULTS if not counts[name]]
+    if missed:
+        print(f"no search met {', '.join(missed)}: {given.minutes:g} minutes are too few, or these faults have no effect here")
+    sys.exit(bool(missed or counts["labels lost"] + counts["labels doubled"] + counts["searches that differ"] + counts["unexpected"]))
 
 
 def one_search(server: Server, folder: Path, seconds: float, draw: random.Random, counts: Counter[str], end: float) -> list[str]:
