@@ -55,6 +55,7 @@ def tools(tmp_path, monkeypatch):
     """Programs that play the queue systems: a job starts at once on this machine, and cancelling kills it."""
     folder = tmp_path / "bin"
     folder.mkdir()
+    monkeypatch.chdir(tmp_path)  # dask-jobqueue makes the folder of its logs when it is asked for a script
     start = f'setsid bash "$script" > {tmp_path}/job-$$.out 2>&1 < /dev/null & echo $! >> {tmp_path}/pids\n'
     sent = f"{tmp_path}/sent.sh"
     log = f'echo "$0 $*" >> {tmp_path}/commands\n'
