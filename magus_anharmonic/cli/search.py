@@ -66,7 +66,6 @@ def _embedded(input_file: Path, restart: bool) -> None:
 
 def _show(folder: Path) -> None:
     """Print what a finished run found: a table and plain words for each composition, picture and folder."""
-
     from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
 
     ranking = folder / "ranking.csv"

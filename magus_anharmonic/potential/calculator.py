@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from magus_anharmonic.potential.cells import cell_volume
+
 if TYPE_CHECKING:
     from magus_anharmonic.potential.evaluate import Potential
-
-
-LEAST_VOLUME = 1e-3  # A^3; below, the vectors of a cell lie in a plane or on a line
 
 
 class MatterSim(Calculator):
@@ -74,11 +74,9 @@ class MatterSim(Calculator):
     def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
         """ASE's entry point; all properties come from one evaluation."""
         super().calculate(atoms, properties or ["energy"], system_changes)
-        solid = self.atoms.cell.rank == 3 and abs(self.atoms.cell.volume) >= LEAST_VOLUME
-        molecule = self.atoms if solid or self.atoms.pbc.any() else Atoms(self.atoms.numbers, self.atoms.positions)
-        found = self.potential.evaluate([molecule])
+        found = self.potential.evaluate([self.atoms])
         energy = float(found.energy[0])
         self.results = {"energy": energy, "free_energy": energy, "forces": found.forces[0]}
-        if solid:
+        if np.isfinite(cell_volume(self.atoms)):
             self.results["stress"] = full_3x3_to_voigt_6_stress(found.stress[0])
         self._energy_error = found.error_of(0)
