@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.io import iread
 
 from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.settings.campaign import PhaseSettings
 from magus_anharmonic.structures import bare, primitive, space_group, structure_id
 
@@ -60,6 +61,7 @@ def _frames(file: Path) -> Iterator[Atoms]:
     try:
         yield from iread(file, index=":", format="traj")
     except Exception as error:  # whatever ASE trips over in a damaged file
+        raise_trouble(error, file)
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})") from None
 
 

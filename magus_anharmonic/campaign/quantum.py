@@ -16,7 +16,7 @@ from magus_anharmonic.campaign.found import lowest_distinct, relaxed_structures
 from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing
 from magus_anharmonic.structures import bare, space_group, structure_id
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def read_statics(folder: Path) -> list[Atoms]:
         frames: Any = read(file, index=":", format="extxyz")
         return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
     except Exception as error:  # whatever ASE trips over in a damaged file
+        raise_trouble(error, file)
         raise DamagedFile(f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})") from None
 
 

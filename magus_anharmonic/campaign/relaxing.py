@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
 from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, phase_name, phases_of, relaxed_structures
@@ -19,6 +19,7 @@ from magus_anharmonic.campaign.plan import Step, at, productions
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.files import read_whole, replacing
+from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, space_group, structure_id
 
@@ -110,11 +111,11 @@ def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence
 def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
     """The ``n`` relaxed structures of a file; raises ``DamagedFile``."""
     names = ("enthalpy", "n_steps", "failed", "reason")
+    frames = read_frames(file)
     try:
-        frames: Any = read(file, index=":", format="traj")
         found = [Relaxed(bare(frame), **{name: frame.info[name] for name in names}) for frame in frames]
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise DamagedFile(f"{file}: damaged or not readable ({type(error).__name__}: {error})") from None
+    except (KeyError, TypeError) as error:
+        raise DamagedFile(f"{file}: damaged: holds no relaxed structures ({type(error).__name__}: {error})") from None
     if len(found) != n:
         raise DamagedFile(f"{file}: holds {len(found)} of {n} structures")
     return found
