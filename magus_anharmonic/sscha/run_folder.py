@@ -206,8 +206,8 @@ def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
 
 def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
     """The populations that were drawn from the state in which a run ended, by their numbers; raises ``DamagedFile``."""
-    found = {path: read_population_file(path) for path in sorted(run.glob("population_*.npz"))}
-    return {int(path.stem.removeprefix("population_")): one for path, one in found.items() if _is_state_of(result, one[0])}
+    read = ((path, read_population_file(path)) for path in sorted(run.glob("population_*.npz")))
+    return {int(path.stem.removeprefix("population_")): one for path, one in read if _is_state_of(result, one[0])}
 
 
 def _is_state_of(result: SschaResult, state: SschaState) -> bool:
