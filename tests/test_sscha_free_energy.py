@@ -120,7 +120,8 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
     again = evaluated(state, as_evaluator(EMT()), 100, seed=[0, number, SAMPLING_TAG])
     assert energies == pytest.approx(again.energies, abs=1e-8)
     averages = average(state, again, Symmetry(state.atoms, state.repeats))
-    assert averages.helmholtz + work == pytest.approx(result.gibbs_raw, abs=1e-8)
+    assert 0.0 <= result.decrease < 2e-4, "what the state still lies above the minimum is small, and taken off"
+    assert averages.helmholtz + work == pytest.approx(result.gibbs_raw + result.decrease, abs=1e-6)
     assert averages.stress == pytest.approx(result.stress, abs=1e-8)
 
 

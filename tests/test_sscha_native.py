@@ -298,5 +298,5 @@ def test_both_engines_relax_h3s_to_the_same_free_energy_and_space_group(h3s, gro
         free_energy(atoms, potential, 150.0, engine=engine, seed=seed, **options) for seed, engine in enumerate(("native", "python-sscha"))
     )
     assert ours.space_group_start == theirs.space_group_start and ours.space_group == theirs.space_group
-    assert strain is None or ours.space_group == group, "of the structure that was asked for"
+    assert strain is None or ours.space_group_start == group, "of the structure that was asked for"
     assert ours.gibbs_raw == pytest.approx(theirs.gibbs_raw, abs=3.0 * np.hypot(ours.gibbs_error, theirs.gibbs_error) + 2e-4)

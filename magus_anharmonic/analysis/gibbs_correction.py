@@ -15,7 +15,7 @@ import numpy as np
 from magus_anharmonic.analysis.gradient_errors import force_differences
 from magus_anharmonic.analysis.labelled_ensemble import Labelled
 from magus_anharmonic.analysis.tables import GibbsCorrection
-from magus_anharmonic.sscha.averages import centroid_decrease, gamma_matrix, matrix_decrease, pair_means, standard_error
+from magus_anharmonic.sscha.averages import gamma_matrix, matrix_decrease, pair_means, quadratic_decrease, standard_error
 from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -33,7 +33,7 @@ class Correction:
 def gibbs_correction(labelled: Labelled) -> Correction:
     """<E_ref - E_model>_rho / N with the standard error of pair means, and the second-order remainder, eV/atom.
 
-    The remainder takes its two factors from the two halves of the ensemble, so that noise does not add up to a decrease.
+    The remainder is a mean over products of different pairs, so that noise does not add up to a decrease.
     """
     state = labelled.state
     n_supercell = len(state.supercell)
@@ -43,9 +43,9 @@ def gibbs_correction(labelled: Labelled) -> Correction:
     n_configs = len(difference)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
-    decrease = centroid_decrease(symmetry.vectors(pair_means(cells)), compliance)
+    decrease, _ = quadratic_decrease(symmetry.vectors(pair_means(cells)).reshape(n_configs // 2, -1), compliance)
     displacements = labelled.reference.displacements.reshape(n_configs, -1)
-    decrease += matrix_decrease(state, displacements, difference.reshape(n_configs, -1), symmetry)
+    decrease += matrix_decrease(state, displacements, difference.reshape(n_configs, -1), symmetry)[0]
     return Correction(n_configs, float(pairs.mean()), float(standard_error(pairs)), -decrease / len(state.atoms))
 
 

@@ -27,7 +27,8 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 log = logging.getLogger(__name__)
 
 OF_A_RUN = (
-    "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine", "pressure_tolerance", "free_energy_tolerance",
+    "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine",
+    "pressure_tolerance", "strain_tolerance", "centroid_tolerance", "free_energy_tolerance",
     "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
 )  # fmt: skip
 Place = tuple[str, int, int]
@@ -177,10 +178,10 @@ def _bulk_modulus(folder: Path | None) -> float | None:
     path = None if folder is None else folder / "start.npz"
     if path is None or not path.is_file():
         return None
-    response = read_start_file(path).stress_response
+    response = read_start_file(path).response
     if response is None:
         return None
-    bulk = float(response[:3, :3].mean()) * EV_PER_A3_IN_GPA
+    bulk = float(response.stress[:3, :3].mean()) * EV_PER_A3_IN_GPA
     return bulk if bulk > 1.0 else None
 
 

@@ -259,6 +259,8 @@ class Ranking:
             "engine": sscha.engine,
             "seed": int(generator.integers(2**31)),
             "pressure_tolerance": sscha.pressure_tolerance,
+            "strain_tolerance": sscha.strain_tolerance,
+            "centroid_tolerance": sscha.centroid_tolerance,
             "free_energy_tolerance": sscha.free_energy_tolerance,
             "min_effective_sample": sscha.min_effective_sample,
             "symprec": sscha.symprec,

@@ -194,7 +194,11 @@ class SschaSettings(Section):
     n_configs: Count = Field(1000, description="most configurations of a population, even (+u/-u pairs); fewer far from the minimum")
     max_populations: Count = Field(30, description="most populations of one relaxation")
     engine: Literal["native", "python-sscha"] = Field("native", description="who minimises on an ensemble")
-    pressure_tolerance: Positive = Field(0.5, description="GPa, largest component of stress minus target")
+    strain_tolerance: Positive = Field(0.005, description="what the cell may still be strained by, or twice its error")
+    centroid_tolerance: Positive = Field(0.005, description="Angstrom, what centroids may still have to move, or twice their error")
+    pressure_tolerance: Positive | None = Field(
+        None, description="GPa, largest component of stress minus target; left out: energy and strain decide alone"
+    )
     free_energy_tolerance: Positive = Field(0.2e-3, description="eV/atom, predicted remaining decrease of G")
     min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation")
     symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")

@@ -17,9 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.state import SschaState, expand, fold, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.units import HBAR
+from magus_anharmonic.units import HBAR, KELVIN
+
+BLOCKS = 10
+"""Parts of an ensemble between which the square of a noisy matrix is taken."""
+MISFIT = 0.2
+"""Standard error of the predicted decrease by centroids and force constants, in parts of it: it leaves out <d4V>."""
+STIFFEST_REDUCTION = 0.9
+"""Most of the auxiliary stiffness of a centroid that the third order takes away."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,30 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class Averages:
-    """What one fresh ensemble says about its state.
+    """What one fresh ensemble says about its state, and about the minimum that the state is near.
 
-    helmholtz, helmholtz_error : eV per primitive cell.
+    helmholtz, helmholtz_error : eV per primitive cell, of the state.
+    decrease : eV per primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an unbiased estimate, below
+    zero by noise alone. minimum_error : standard error of helmholtz - decrease, what is not known of the stiffness included.
     stress, stress_error : (3, 3), eV/A^3, ASE's sign, symmetrised.
-    force, position_error : (n, 3), force on the centroids in eV/A, and its standard error times the inverse of the
-    force constants, in A.
-    decrease : eV per primitive cell, predicted remaining decrease of the free energy by centroids and force constants; a run adds the
-    cell's.
+    force : (n, 3), on the centroids, eV/A. shift, position_error : (n, 3) A, from the centroids to the minimum, and its standard error.
+    excess, noise : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids relaxed, and its covariance
+    (k, k); strain, strain_error : (k,) the strain that removes it; empty without one.
     """
 
     helmholtz: float
     helmholtz_error: float
+    decrease: float
+    minimum_error: float
     stress: np.ndarray
     stress_error: np.ndarray
     force: np.ndarray
+    shift: np.ndarray
     position_error: np.ndarray
-    decrease: float
+    excess: np.ndarray
+    noise: np.ndarray
+    strain: np.ndarray
+    strain_error: np.ndarray
 
 
 def joined(ensembles: Sequence[Ensemble]) -> Ensemble:
@@ -82,10 +97,13 @@ def standard_error(pairs: np.ndarray) -> np.ndarray:
     return pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs))
 
 
-def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, weights: np.ndarray | None = None) -> Averages:
-    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper) and their errors.
+def average(
+    state: SschaState, ensemble: Ensemble, symmetry: Symmetry, weights: np.ndarray | None = None, cell: CellStiffness | None = None
+) -> Averages:
+    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper), what they leave to fall, and the errors.
 
     ``weights`` (n,): density of the state over that from which the configurations were drawn; None: they were drawn from the state.
+    ``cell``: how stiff the cell is, where it may change.
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
@@ -94,20 +112,39 @@ def average(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, weights: 
     excess = pair_means(ensemble.energies - harmonic_energies, weights) / state.n_cells
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
-    stresses = pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights)
+    stresses = symmetry.tensor(pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights))
     residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
-    forces = symmetry.vectors(pair_means(centroid, weights))
-    compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
-    force_error = standard_error(forces)
+    forces = symmetry.vectors(pair_means(centroid, weights)).reshape(len(excess), -1)
+    compliance = centroid_compliance(state, u, residual, symmetry, weights)
+    by_matrix, matrix_influence = matrix_decrease(state, u, residual, symmetry, weights)
+    by_centroids, centroid_influence = quadratic_decrease(forces, compliance)
+    inner, influence = by_matrix + by_centroids, matrix_influence + centroid_influence
+    by_cell, misfit, parts, noise, strain, strain_error = 0.0, 0.0, np.zeros((1, 0)), np.zeros((0, 0)), np.zeros(0), np.zeros(0)
+    if cell is not None:
+        size = state.atoms.get_volume()
+        parts = cell.relaxed_excess(stresses, forces @ compliance, size)
+        by_cell, cell_influence = quadratic_decrease(parts, size * cell.compliance)
+        influence = influence + cell_influence
+        strain = -cell.compliance @ parts.mean(axis=0)
+        strain_error = standard_error(parts @ cell.compliance)
+        noise = np.atleast_2d(np.cov(parts.T)) / len(parts) if len(parts) > 1 else np.full((len(strain), len(strain)), np.inf)
+        misfit = size * cell.misfit(strain)
+    error = np.linalg.norm([float(standard_error(excess - influence)), MISFIT * inner, misfit])
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
         helmholtz_error=float(standard_error(excess)),
-        stress=symmetry.tensor(stresses.mean(axis=0)),
-        stress_error=standard_error(symmetry.tensor(stresses)),
-        force=forces.mean(axis=0),
-        position_error=np.sqrt((compliance**2) @ (force_error.ravel() ** 2)).reshape(-1, 3),
-        decrease=centroid_decrease(forces, compliance) + matrix_decrease(state, u, residual, symmetry, weights),
+        decrease=inner + by_cell,
+        minimum_error=float(error),
+        stress=stresses.mean(axis=0),
+        stress_error=standard_error(stresses),
+        force=forces.mean(axis=0).reshape(-1, 3),
+        shift=(compliance @ forces.mean(axis=0)).reshape(-1, 3),
+        position_error=standard_error(forces @ compliance).reshape(-1, 3),
+        excess=parts.mean(axis=0),
+        noise=noise,
+        strain=strain,
+        strain_error=strain_error,
     )
 
 
@@ -117,38 +154,102 @@ def gamma_matrix(state: SschaState) -> np.ndarray:
     return state.force_constants.sum(axis=0).transpose(0, 2, 1, 3).reshape(3 * n, 3 * n)
 
 
-def centroid_decrease(forces: np.ndarray, compliance: np.ndarray) -> float:
-    """1/2 f Phi^-1 f in eV per primitive cell from the pairs' forces (n_pairs, n, 3).
+def quadratic_decrease(gradients: np.ndarray, compliance: np.ndarray) -> tuple[float, np.ndarray]:
+    """1/2 g C g of the true gradient g from the pairs' (n_pairs, k), and how each pair moves it, (n_pairs,).
 
-    The two factors come from the two halves of the ensemble, so that noise does not add up to a decrease.
+    The mean over all products of two different pairs, so that noise does not add up to a decrease.
     """
-    if len(forces) < 2:
-        return np.inf
-    first, second = (forces[half::2].mean(axis=0).ravel() for half in (0, 1))
-    return float(abs(0.5 * first @ compliance @ second))
+    n_pairs = len(gradients)
+    if n_pairs < 2:
+        return np.inf, np.zeros(n_pairs)
+    total = gradients.sum(axis=0)
+    own = np.einsum("pi,ij,pj->", gradients, compliance, gradients, optimize=True)
+    decrease = 0.5 * float(total @ compliance @ total - own) / (n_pairs * (n_pairs - 1))
+    return decrease, (gradients - total / n_pairs) @ (compliance @ total) / n_pairs
 
 
-def matrix_decrease(state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None) -> float:
-    """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants.
+def centroid_compliance(
+    state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Inverse curvature of F along the centroid displacements that keep the symmetry, force constants relaxed, (3n, 3n) A^2/eV.
 
-    With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the divided difference of
-    the variance with respect to omega^2; K^2 is the product of the two halves of the ensemble (`centroid_decrease`).
+    The curvature is Phi + D L D (Bianco et al., PRB 96, 014111 (2017), Eq. 20, doi:10.1103/PhysRevB.96.014111): along a soft mode
+    much less than Phi. D comes from the two halves of the ensemble, so that noise does not soften; no direction is taken for softer than
+    `STIFFEST_REDUCTION` of its Phi leaves.
     """
-    pairs = np.arange(len(u)) // 2
-    if pairs[-1] < 1:
-        return np.inf
-    share = np.ones(len(u)) if weights is None else weights
+    basis = symmetry.centroids()
+    size = 3 * len(state.atoms)
+    if basis.shape[1] == 0:
+        return np.zeros((size, size))
+    stiffness = basis.T @ gamma_matrix(state) @ basis
+    values, vectors = np.linalg.eigh(stiffness)
+    scaled = basis @ vectors / np.sqrt(values)
+    reduction = _bubble(state, u, residual, np.tile(scaled, (state.n_cells, 1)), weights)
+    softer, turn = np.linalg.eigh(reduction)
+    directions = scaled @ turn
+    return (directions / (1.0 - np.clip(softer, 0.0, STIFFEST_REDUCTION))) @ directions.T
+
+
+def _bubble(state: SschaState, u: np.ndarray, residual: np.ndarray, directions: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """-x (D L D) y for the columns of ``directions`` (3 n_supercell, k), eV per primitive cell, from the two halves of the ensemble."""
+    if len(u) < 4:
+        return np.zeros((directions.shape[1],) * 2)
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
-    quantum = state.modes.quantum
+    inside = u @ (state.precision @ vectors)
+    forces = residual @ vectors
+    along, along_u = residual @ directions, u @ (state.precision @ directions)
+    share = np.ones(len(u)) if weights is None else weights
+    stiffness = 1.0 / variance(state.modes.quantum, state.temperature)
+    metric = vectors.T @ state.precision @ directions
     halves = []
-    for half in (0, 1):
-        chosen = pairs % 2 == half
+    for chosen in (np.arange(len(u)) // 2 % 2 == half for half in (0, 1)):
         part = share[chosen, None] / share[chosen].sum()
-        curvature = -(part * (u[chosen] @ state.precision)).T @ residual[chosen]
+        v, f, n = inside[chosen], forces[chosen], directions.shape[1]
+        third = np.empty((n, v.shape[1], v.shape[1]))
+        for k in range(n):
+            own = -(part * along[chosen, k, None] * v).T @ v
+            crossed = -(part * along_u[chosen, k, None] * f).T @ v
+            third[k] = (own + crossed + crossed.T) / 3.0
+            mean = np.outer(metric[:, k], part[:, 0] @ f)
+            third[k] += (np.diag(stiffness) * float(part[:, 0] @ along[chosen, k]) + mean + mean.T) / 3.0
+        halves.append(third)
+    response = static_response(state.modes.quantum, state.temperature)
+    product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
+    return -0.5 * (product + product.T) / state.n_cells
+
+
+def matrix_decrease(
+    state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None
+) -> tuple[float, np.ndarray]:
+    """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants, and how each pair moves it.
+
+    With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the divided difference of
+    the variance with respect to omega^2; K^2 is the mean over the products of different blocks of the ensemble (`quadratic_decrease`).
+    """
+    n_pairs = len(u) // 2
+    if n_pairs < 2:
+        return np.inf, np.zeros(n_pairs)
+    n_blocks = min(BLOCKS, n_pairs)
+    share = (np.ones(len(u)) if weights is None else weights / weights.mean()) / len(u)
+    root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
+    vectors = state.modes.vectors / root[:, None]
+    response = variance_response(state.modes.quantum, state.temperature)
+    scaled = u @ state.precision
+    total, own, shares = np.zeros((vectors.shape[1],) * 2), 0.0, 0.0
+    for block in range(n_blocks):
+        chosen = np.arange(len(u)) // 2 % n_blocks == block
+        curvature = -(share[chosen, None] * scaled[chosen]).T @ residual[chosen]
         compact = symmetry.force_constants(fold(0.5 * (curvature + curvature.T), state.repeats))
-        halves.append(vectors.T @ expand(compact, state.repeats) @ vectors)
-    return float(abs(0.25 * np.sum(halves[0] * halves[1] * variance_response(quantum, state.temperature))) / state.n_cells)
+        inside = vectors.T @ expand(compact, state.repeats) @ vectors
+        total += inside
+        own += float(np.sum(inside**2 * response))
+        shares += float(share[chosen].sum()) ** 2
+    weighted = total * response
+    decrease = 0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
+    slope = vectors @ weighted @ vectors.T
+    influence = -0.5 * pair_means(np.einsum("ci,ci->c", scaled @ slope, residual), weights) / state.n_cells
+    return decrease, influence - influence.mean()
 
 
 def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
@@ -158,3 +259,20 @@ def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
     first = np.where(close, second * (1.0 + 1e-4), first)
     difference = variance(first, temperature) - variance(second, temperature)
     return -difference / ((first**2 - second**2) / HBAR**2)
+
+
+def static_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
+    """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in eV, Bose numbers n.
+
+    Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b = w/2kT, x = a - b.
+    """
+    w1, w2 = quantum[:, None], quantum[None, :]
+    if temperature == 0:
+        return -(HBAR**4) / (4.0 * w1 * w2 * (w1 + w2))
+    thermal = 2.0 * KELVIN * temperature
+    a, b = np.maximum(w1, w2) / thermal, np.minimum(w1, w2) / thermal
+    x = np.maximum(a - b, 1e-12)
+    decay = -np.expm1(-2.0 * x) / x
+    slope = decay * np.exp(-2.0 * b) / (np.expm1(-2.0 * a) * np.expm1(-2.0 * b)) / thermal
+    occupied = 1.0 / np.expm1(2.0 * a) + 1.0 / np.expm1(2.0 * b) + 1.0
+    return -(HBAR**4) / (4.0 * w1 * w2) * (occupied / (w1 + w2) + slope)

@@ -14,17 +14,18 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.sscha.cell import static_response_to_strain
 from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import (
+    LARGEST_AMPLITUDE_LATER,
     CountingEvaluator,
     Start,
     floor_modes,
     harmonic_start,
     in_double_precision,
     relaxed_primitive,
-    stress_response,
 )
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.supercells import Repeats, is_diagonal, n_cells, q_points
@@ -147,10 +148,9 @@ def continue_from(
     symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
     compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
     state = SschaState(structure, repeats, symmetry.force_constants(compact), temperature)
-    if np.any(state.modes.quantum <= 0):
-        state = floor_modes(state, symmetry)
+    state = floor_modes(state, symmetry, LARGEST_AMPLITUDE_LATER)
     counting = CountingEvaluator(evaluator)
-    response = stress_response(structure, symmetry, counting) if settings.cell == "variable" else None
+    response = static_response_to_strain(structure, counting) if settings.cell == "variable" else None
     return Start(state, response, counting.count)
 
 

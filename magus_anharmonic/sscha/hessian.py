@@ -13,14 +13,14 @@ from functools import cached_property
 import numpy as np
 from scipy.special import ndtr
 
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.averages import Ensemble, static_response
 from magus_anharmonic.sscha.fourth_order import FourthOrder, dressed_rows
 from magus_anharmonic.sscha.hessian_error import levels, square_errors
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.third_order import ThirdOrder, third_order, transformed
 from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors, samples, wavevectors
-from magus_anharmonic.units import HBAR, KELVIN
+from magus_anharmonic.units import HBAR
 
 SIGMAS = 2.0
 """Standard errors that a squared frequency must lie below or above zero to count."""
@@ -146,23 +146,6 @@ def bubble_response(modes: Wavevectors, temperature: float) -> np.ndarray:
     response = np.where(np.outer(modes.moving, modes.moving), static_response(quantum, temperature), 0.0)
     n_q, size = modes.quantum.shape
     return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
-
-
-def static_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in eV, Bose numbers n.
-
-    Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b = w/2kT, x = a - b.
-    """
-    w1, w2 = quantum[:, None], quantum[None, :]
-    if temperature == 0:
-        return -(HBAR**4) / (4.0 * w1 * w2 * (w1 + w2))
-    thermal = 2.0 * KELVIN * temperature
-    a, b = np.maximum(w1, w2) / thermal, np.minimum(w1, w2) / thermal
-    x = np.maximum(a - b, 1e-12)
-    decay = -np.expm1(-2.0 * x) / x
-    slope = decay * np.exp(-2.0 * b) / (np.expm1(-2.0 * a) * np.expm1(-2.0 * b)) / thermal
-    occupied = 1.0 / np.expm1(2.0 * a) + 1.0 / np.expm1(2.0 * b) + 1.0
-    return -(HBAR**4) / (4.0 * w1 * w2) * (occupied / (w1 + w2) + slope)
 
 
 class Rows:

@@ -19,12 +19,13 @@ from scipy.linalg import eigh
 
 from magus_anharmonic.sscha.averages import Averages, Ensemble, average
 from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE, supercell_of, with_masses
+from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.criteria import open_issues
 from magus_anharmonic.sscha.native import minimise
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.reweight import Pool, effective_number
 from magus_anharmonic.sscha.run_folder import RunFolder, final_ensemble, read_start_file
-from magus_anharmonic.sscha.start import Start, cell_decrease
+from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -50,19 +51,19 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
         return None
     begin, ensemble, own = found
     symmetry = Symmetry(begin.state.atoms, begin.state.repeats, SYMMETRY_OF_A_STATE)
-    state, averages, sample = begin.state, *_averaged(own, ensemble, begin.state, symmetry)
+    cell = begin.stiffness(symmetry, task.pressure)
+    state, averages, sample = begin.state, *_averaged(own, ensemble, begin.state, symmetry, cell)
     sample = min(sample, overlap(own, state))
     problem = "" if sample > EFFECTIVE_SAMPLE else f"ESS/N = {sample:.2f}, not above {EFFECTIVE_SAMPLE:g}"
-    if not problem and (problem := _problem(task, begin, state, averages, symmetry)):
+    if not problem and (problem := _problem(task, state, averages)):
         first, second = _halves(ensemble)
         state = minimise([(own, first)], symmetry, min_effective_sample=EFFECTIVE_SAMPLE, target=begin.state).state
-        averages, sample = _averaged(own, second, state, symmetry)
-        problem = f"ESS/N = {sample:.2f}" if sample <= EFFECTIVE_SAMPLE else _problem(task, begin, state, averages, symmetry)
+        averages, sample = _averaged(own, second, state, symmetry, cell)
+        problem = f"ESS/N = {sample:.2f}" if sample <= EFFECTIVE_SAMPLE else _problem(task, state, averages)
     if problem:
         log.info("other masses: reweighting the ensemble of %s does not do (%s); new populations", source, problem)
         return None
     log.info("other masses: reweighted from the ensemble of %s (ESS/N = %.2f), no new configurations", source, sample)
-    averages = replace(averages, decrease=averages.decrease + _by_cell(task, begin, state, averages, symmetry))
     result = finished_result(task, state, averages, Progress(), begin, "", began)
     result = replace(result, reason=f"reweighted from the ensemble of {Path(source).name} (ESS/N = {sample:.2f}): no new configurations")
     folder.write_start(begin)
@@ -83,7 +84,7 @@ def _source(task: Task, source: Any) -> tuple[Start, Ensemble, SschaState] | Non
     ensemble, begun = final_ensemble(path, result), path / "start.npz"
     if supercell_of(structure, task.settings) != state.repeats or ensemble is None or not begun.is_file():
         return None
-    response = read_start_file(begun).stress_response
+    response = read_start_file(begun).response
     if task.settings.cell == "variable" and response is None:
         return None
     response = response if task.settings.cell == "variable" else None
@@ -109,10 +110,12 @@ def _halves(ensemble: Ensemble) -> tuple[Ensemble, Ensemble]:
     return first, second
 
 
-def _averaged(own: SschaState, ensemble: Ensemble, state: SschaState, symmetry: Symmetry) -> tuple[Averages, float]:
+def _averaged(
+    own: SschaState, ensemble: Ensemble, state: SschaState, symmetry: Symmetry, cell: CellStiffness | None
+) -> tuple[Averages, float]:
     """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of the sample."""
     about, weights = _reweighted(own, ensemble, state)
-    return average(state, about, symmetry, weights), effective_number(weights) / len(weights)
+    return average(state, about, symmetry, weights, cell), effective_number(weights) / len(weights)
 
 
 def _reweighted(own: SschaState, ensemble: Ensemble, state: SschaState) -> tuple[Ensemble, np.ndarray]:
@@ -143,17 +146,10 @@ def reweighted_ensemble(source: str | Path, state: SschaState) -> tuple[Ensemble
     return _reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
 
 
-def _by_cell(task: Task, begin: Start, state: SschaState, averages: Averages, symmetry: Symmetry) -> float:
-    if begin.stress_response is None:
-        return 0.0
-    return cell_decrease(state, averages.stress, averages.stress_error, task.pressure, begin.stress_response, symmetry)
-
-
-def _problem(task: Task, begin: Start, state: SschaState, averages: Averages, symmetry: Symmetry) -> str:
+def _problem(task: Task, state: SschaState, averages: Averages) -> str:
     """Why these averages are not the end of a run; empty where they are."""
-    decrease = averages.decrease + _by_cell(task, begin, state, averages, symmetry)
     _, error = gibbs_energy(state, averages, task.pressure)
-    issues = open_issues(replace(averages, decrease=decrease), error, len(state.atoms), task)
+    issues = open_issues(averages, error, len(state.atoms), task)
     tolerance = task.settings.error_tolerance
     if tolerance is not None and error > tolerance:
         issues.append(f"error of G {1e3 * error:.2f} meV/atom, wanted {1e3 * tolerance:.2f}")

@@ -101,7 +101,7 @@ def _minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, min_eff
         minimizer.min_step_dyn = minimizer.min_step_struc = step
         minimizer.max_ka = STEPS
         minimizer.neglect_symmetries = True
-        minimizer.minim_struct = symmetry.free_centroids() > 0
+        minimizer.minim_struct = symmetry.centroids().shape[1] > 0
         # python-sscha would write error_dyn* into the working directory; with more retries the step goes to zero instead
         minimizer.max_imag_freq_counter = minimizer.max_diag_error_counter = 1000
         minimizer.init(init_timer=False)

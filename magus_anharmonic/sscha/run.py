@@ -15,23 +15,16 @@ import numpy as np
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.averages import Averages, Ensemble, average, joined
+from magus_anharmonic.sscha.averages import Averages, Ensemble, average, gamma_matrix, joined
 from magus_anharmonic.sscha.begin import begin_run, same_gaussian
-from magus_anharmonic.sscha.criteria import unconverged
+from magus_anharmonic.sscha.cell import CellStiffness
+from magus_anharmonic.sscha.criteria import SIGNIFICANT, unconverged
 from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.melting import MELTED, lindemann_ratios, melted
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import RunFolder
-from magus_anharmonic.sscha.start import (
-    LARGEST_AMPLITUDE_LATER,
-    VOIGT,
-    Start,
-    cell_decrease,
-    floor_modes,
-    nearest_neighbour,
-    strain_towards,
-)
+from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, Start, floor_modes, nearest_neighbour
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -48,9 +41,9 @@ NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
 TOGETHER = 8
 """Most populations of one cell that a minimisation uses."""
-KEEP_CELL = 0.3
-"""Part of ``pressure_tolerance``: with less excess stress than that, or less than its error, the cell stays (a step would
-follow noise), and the populations can be used together."""
+KEEP_CELL = 0.5
+"""Part of the tolerances of energy and strain: with less than that left, or less than noise, the cell stays, so that the populations
+can be used together."""
 APPROACH = 0.25
 """Part of ``n_configs`` of a population that only shows the way: the first, and those after a minimisation that used its
 sample up before it got to the minimum."""
@@ -82,11 +75,11 @@ class SschaRun:
         self.symmetry = Symmetry(self.state.atoms, self.state.repeats)
         self.averages: Averages | None = None
         self.reason = "no population yet"
-        self._response = self.start.stress_response
+        self._cell = self.start.stiffness(self.symmetry, task.pressure)
         self._populations: list[Population] = []
         self._numbers: list[list[int]] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
-        self._promised = 0.0
+        self._limited = False
         # another model's minimum is near, but not this one's: its first population only shows the way too
         self._far = task.start is None or task.configurations is not None
         self._approach = False
@@ -162,7 +155,7 @@ class SschaRun:
         together = joined([last, more])
         self._populations[-1] = (state, together)
         self._numbers[-1] = [*self._numbers[-1], self.n_populations + 1]
-        self._promised, self._predicted = 0.0, None
+        self._predicted = None
         return self._average(together)
 
     def _begin(self) -> Start:
@@ -191,22 +184,26 @@ class SschaRun:
         self.folder.write_convergence(self.progress.rows)
         log.debug("%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample)
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
+        self._limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
         self._far = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
-        self._promised = minimised.decrease / len(self.state.atoms)
-        if self._response is None:
-            return
+        if self._cell is not None:
+            self._strain(self._cell, minimised.stress)
+
+    def _strain(self, cell: CellStiffness, stress: np.ndarray) -> None:
+        """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is noise or not worth a new sample."""
         assert self.averages is not None
-        deviation = np.abs(minimised.stress * EV_PER_A3_IN_GPA + np.eye(3) * self.task.pressure)
-        error = np.where(np.isfinite(self.averages.stress_error), self.averages.stress_error * EV_PER_A3_IN_GPA, 0.0)
-        gain = cell_decrease(self.state, minimised.stress, self.averages.stress_error, self.task.pressure, self._response, self.symmetry)
-        gain /= len(self.state.atoms)
-        if gain > settings.free_energy_tolerance or np.any(deviation > np.maximum(KEEP_CELL * settings.pressure_tolerance, error)):
-            self._promised += gain
-            strain = strain_towards(minimised.stress, self.task.pressure, self._response, self.symmetry)
-            self._predicted = (minimised.stress, strain)
-            self.state = self.state.strained(strain)
+        settings, n = self.task.settings, len(self.state.atoms)
+        excess = cell.excess(stress)
+        step = cell.step(excess)
+        gain = 0.5 * self.state.atoms.get_volume() * (step @ cell.matrix @ step - np.sum(cell.compliance * self.averages.noise)) / n
+        worth = gain > KEEP_CELL * max(settings.free_energy_tolerance, self.progress.gibbs[-1][1])
+        far = np.abs(step) > np.maximum(KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error)
+        if worth or np.any(far):
+            self._predicted = (excess, step)
+            compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
+            self.state = self.state.strained(cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3))
             self._populations, self._numbers = [], []
 
     def _draw(self, n_configs: int) -> Ensemble:
@@ -235,17 +232,15 @@ class SschaRun:
     def _remember(self) -> None:
         """What `_restore` needs besides the populations; the run goes on from here without going over them again."""
         assert self.averages is not None
-        response, predicted = self._response, self._predicted
+        cell = self._cell
         self.folder.write_progress(
             {
                 "rows": self.progress.rows,
                 "gibbs": self.progress.gibbs,
                 "n_evaluations": self.progress.n_evaluations,
                 "together": self._numbers,
-                "decrease": self.averages.decrease,
-                "response": None if response is None else response.tolist(),
-                "predicted": None if predicted is None else [array.tolist() for array in predicted],
-                "promised": self._promised,
+                "cell": None if cell is None else [cell.matrix.tolist(), cell.covariance.tolist()],
+                "limited": self._limited,
                 "far": self._far,
                 "reason": self.reason,
             }
@@ -263,19 +258,16 @@ class SschaRun:
         self.progress.rows, self.progress.gibbs = stored["rows"], [(gibbs, error) for gibbs, error in stored["gibbs"]]
         self.progress.n_evaluations = stored["n_evaluations"]
         self.state, ensemble = self._populations[-1]
-        self.averages = replace(average(self.state, ensemble, self.symmetry), decrease=stored["decrease"])
-        self._response = None if stored["response"] is None else np.array(stored["response"])
-        if stored["predicted"] is not None:
-            stress, strain = (np.array(array) for array in stored["predicted"])
-            self._predicted = stress, strain
-        self._promised, self._far, self.reason = stored["promised"], stored["far"], stored["reason"]
+        if stored["cell"] is not None and self._cell is not None:
+            matrix, covariance = (np.array(array) for array in stored["cell"])
+            self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
+        self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
+        self._limited, self._far, self.reason = stored["limited"], stored["far"], stored["reason"]
 
     def _average(self, ensemble: Ensemble) -> dict[str, Any]:
-        self.averages = average(self.state, ensemble, self.symmetry)
-        if self._response is not None:
-            found = self.averages
-            by_cell = cell_decrease(self.state, found.stress, found.stress_error, self.task.pressure, self._response, self.symmetry)
-            self.averages = replace(found, decrease=found.decrease + by_cell)
+        if self._cell is not None and self._predicted is not None:
+            self._learn(self._cell, ensemble, *self._predicted)
+        self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
         self.progress.gibbs.append(gibbs_energy(self.state, self.averages, self.task.pressure))
         number = self.n_populations + 1
         row = _row(number, self.state, self.averages, self.progress)
@@ -291,13 +283,21 @@ class SschaRun:
         # a state on the way may be too wide; two in a row are where the run goes
         if number > 1 and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
             raise SschaError(reason)
-        self.reason = unconverged(self.state, self.averages, self.progress, self.task, self._promised)
+        self.reason = unconverged(self.averages, self.progress, len(self.state.atoms), self.task)
+        if self._limited:
+            limit = f"soft modes were kept from moving neighbours by more than {LARGEST_AMPLITUDE_LATER:g} of their distance"
+            self.reason = "; ".join(filter(None, (self.reason, limit)))
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
-        if self._response is not None and self._predicted is not None:
-            self._response = _learn_response(self._response, self.averages, *self._predicted)
         self._remember()
         return row
+
+    def _learn(self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray) -> None:
+        """What the last step of the cell did to the stress, into the stiffness; once for a step."""
+        found = average(self.state, ensemble, self.symmetry, cell=cell)
+        # the stress before the step was an average over a population of about this size too
+        self._cell = cell.learned(step, found.excess - excess, 2.0 * found.noise)
+        self._predicted = None
 
 
 def _require_crystal(state: SschaState, begin: SschaState) -> None:
@@ -312,17 +312,6 @@ def _require_crystal(state: SschaState, begin: SschaState) -> None:
             f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]}) "
             f"is at {neighbours[worst]:.2f} times its distance at the start"
         )
-
-
-def _learn_response(response: np.ndarray, averages: Averages, stress: np.ndarray, strain: np.ndarray) -> np.ndarray:
-    """Broyden's rank-one update of d(stress)/d(strain), where the change of stress stands clear of its noise."""
-    step = np.array([strain[row, column] * (1.0 if row == column else 2.0) for row, column in VOIGT])
-    change = np.array([(averages.stress - stress)[row, column] for row, column in VOIGT])
-    expected = response @ step
-    noise = np.linalg.norm([averages.stress_error[row, column] for row, column in VOIGT])
-    if np.linalg.norm(expected) < 10.0 * noise or not step @ step > 0:
-        return response
-    return response + np.outer(change - expected, step) / (step @ step)
 
 
 def _row(number: int, state: SschaState, averages: Averages, progress: Progress) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ase import Atoms
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
+from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.result import FORMAT, SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
@@ -68,8 +69,8 @@ class RunFolder:
         return read_whole(self.directory / "start.npz", read_start_file)
 
     def write_start(self, start: Start) -> None:
-        response = np.zeros(0) if start.stress_response is None else start.stress_response
-        self._write("start.npz", start.state, stress_response=response, n_evaluations=start.n_evaluations)
+        response = {} if start.response is None else {"response_stress": start.response.stress, "response_forces": start.response.forces}
+        self._write("start.npz", start.state, n_evaluations=start.n_evaluations, **response)
 
     def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
         """State and ensemble of a finished population, None when it has to be evaluated."""
@@ -171,20 +172,18 @@ def read_progress_file(path: Path) -> dict[str, Any]:
 
 def _is_progress(found: dict[str, Any]) -> bool:
     """Whether everything is there that a run goes on from; raises what the conversions raise."""
-    rows, together, predicted = found["rows"], found["together"], found["predicted"]
+    rows, together, cell = found["rows"], found["together"], found["cell"]
     numbers = [number for numbers in together for number in numbers]
-    arrays = [] if found["response"] is None else [(found["response"], (6, 6))]
-    arrays += [] if predicted is None else [(array, (3, 3)) for array in predicted]
+    matrix = np.asarray(cell[0], dtype=float) if cell is not None else np.zeros((0, 0))
     return (
         bool(rows and together and all(together))
         and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
         and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
         and all(type(number) is int for number in [*numbers, found["n_evaluations"]])
-        and all(type(found[name]) in (int, float) for name in ("decrease", "promised"))
         and isinstance(found["far"], bool)
+        and isinstance(found["limited"], bool)
         and isinstance(found["reason"], str)
-        and (predicted is None or len(predicted) == 2)
-        and all(np.asarray(array, dtype=float).shape == shape for array, shape in arrays)
+        and (cell is None or np.asarray(cell[1], dtype=float).shape == matrix.shape * 2)
     )
 
 
@@ -192,8 +191,8 @@ def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
     try:
-        response = stored["stress_response"]
-        return Start(_state(stored), response if response.size else None, int(stored["n_evaluations"]))
+        response = StaticResponse(stored["response_stress"], stored["response_forces"]) if "response_stress" in stored else None
+        return Start(_state(stored), response, int(stored["n_evaluations"]))
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
 

@@ -14,12 +14,15 @@ from ase.calculators.calculator import Calculator, all_changes
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.sscha.averages import gamma_matrix
+from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
+from magus_anharmonic.sscha.melting import CLOSE_PACKING
 from magus_anharmonic.sscha.probes import force_constants_of, image, probes_of
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
-from magus_anharmonic.sscha.supercells import Repeats, n_cells
+from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, n_cells
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import bare, space_group
-from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
+from magus_anharmonic.units import HBAR, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +33,12 @@ STRESS_TOLERANCE = gpa_to_ev_per_a3(0.05)
 RELAXATION_STEPS = 200
 DISPLACEMENT = 0.015
 """A, of the central differences."""
-STRAIN = 0.005
-"""Of the central differences of the stress."""
-LARGEST_AMPLITUDE = 0.15
-"""Largest rms displacement of one mode at the start, in nearest-neighbour distances."""
-
-LARGEST_AMPLITUDE_LATER = 0.3
+LARGEST_AMPLITUDE = 0.2
+"""Most by which one mode moves neighbours against each other at the start, in their distances (rms)."""
+LARGEST_AMPLITUDE_LATER = 0.45
 """The same between two populations: a noisy minimisation can drive a mode to zero, and the next ensemble would be lost."""
-
-VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
+NEIGHBOURS = 1.15
+"""Neighbours are this much further apart than in a close packing, at most."""
 
 
 class CountingEvaluator:
@@ -96,11 +96,17 @@ class EvaluatorCalculator(Calculator):
 
 @dataclass(frozen=True)
 class Start:
-    """First state, d(stress)/d(strain) as a 6x6 matrix in eV/A^3 (Voigt, None with a fixed cell), evaluations spent."""
+    """First state, the static answer to strains (None with a fixed cell), evaluations spent."""
 
     state: SschaState
-    stress_response: np.ndarray | None
+    response: StaticResponse | None
     n_evaluations: int
+
+    def stiffness(self, symmetry: Symmetry, pressure: float) -> CellStiffness | None:
+        """Of the cell, for a target ``pressure`` in GPa; None with a fixed cell."""
+        if self.response is None:
+            return None
+        return CellStiffness.of(self.response, gamma_matrix(self.state), self.state.atoms.get_volume(), symmetry, pressure)
 
 
 def relax_in_symmetry(atoms: Atoms, evaluator: Evaluator, pressure: float, *, variable_cell: bool) -> Atoms:
@@ -178,27 +184,47 @@ def nearest_neighbour(atoms: Atoms) -> np.ndarray:
 
 
 def floor_modes(state: SschaState, symmetry: Symmetry, largest: float = LARGEST_AMPLITUDE) -> SschaState:
-    """Make the force constants positive definite.
+    """Make the force constants positive definite; the state itself where nothing has to change.
 
-    Imaginary modes keep the size of their frequency. Then every quantum is raised until the rms displacement of the
-    mode, taken as if all q points had its frequency (so that it does not depend on the supercell), is at most
-    ``largest`` times the nearest-neighbour distance.
+    Imaginary modes keep the size of their frequency. Then every quantum is raised until no two neighbours move against each other, in
+    this mode and as if all q points had its frequency (so that it does not depend on the supercell), by more than ``largest`` times their
+    distance (rms). The atoms of a rigid unit that moves as a whole do not count: its neighbours do.
     """
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    limit = (largest * nearest_neighbour(state.atoms).min()) ** 2
     full = state.full
-    for _ in range(10):
+    for attempt in range(10):
         modes = normal_modes(full, state.supercell.get_masses())
-        inverse_mass = np.sum((modes.vectors / root[:, None]) ** 2, axis=0)
-        smallest = _smallest_quantum(limit / inverse_mass, state.temperature)
+        limit = largest**2 / relative_motion(state, modes.vectors / root[:, None])
+        smallest = _smallest_quantum(limit, state.temperature)
         if np.all(modes.quantum >= smallest * (1 - 1e-6)):
-            break
+            return replace(state, force_constants=fold(full, state.repeats)) if attempt else state
         raised = np.maximum(np.abs(modes.quantum), smallest)
         change = (np.sign(raised) * raised**2 - np.sign(modes.quantum) * modes.quantum**2) / HBAR**2
         vectors = modes.vectors * root[:, None]
         full = full + (vectors * change) @ vectors.T
         full = expand(symmetry.force_constants(fold(sum_rule(full), state.repeats)), state.repeats)
     return replace(state, force_constants=fold(full, state.repeats))
+
+
+def relative_motion(state: SschaState, patterns: np.ndarray) -> np.ndarray:
+    """(m,) of the ``patterns`` (3 n_supercell, m): the largest n_cells |x_i - x_j|^2 / d_ij^2 of all neighbours, averaged over cells.
+
+    Neighbours are the pairs closer than about those in a close packing of this density, and every atom's nearest ones.
+    """
+    from ase.neighborlist import neighbor_list
+
+    atoms, n_cells = state.atoms, state.n_cells
+    packing = NEIGHBOURS * CLOSE_PACKING * (atoms.get_volume() / len(atoms)) ** (1 / 3)
+    cutoff = max(packing, 1.05 * float(nearest_neighbour(atoms).max()))
+    first, second, shifts, distances = neighbor_list("ijSd", atoms, cutoff)
+    offsets = cell_offsets(state.repeats)
+    cells = patterns.reshape(n_cells, len(atoms), 3, -1)
+    largest = np.full(patterns.shape[1], 1e-12)
+    for i, j, shift, distance in zip(first, second, shifts, distances, strict=True):
+        if i <= j:
+            apart = cells[:, i] - cells[cell_index(offsets + shift, state.repeats), j]
+            np.maximum(largest, (apart**2).sum(axis=(0, 1)) / distance**2, out=largest)
+    return largest
 
 
 def _smallest_quantum(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
@@ -211,63 +237,16 @@ def _smallest_quantum(largest_variance: np.ndarray, temperature: float) -> np.nd
     return high
 
 
-def stress_response(atoms: Atoms, symmetry: Symmetry, evaluator: Evaluator) -> np.ndarray:
-    """d(stress)/d(strain) at fixed fractional positions, (6, 6) in eV/A^3, Voigt strains with engineering shear."""
-    strained = []
-    for row, column in VOIGT:
-        for sign in (1.0, -1.0):
-            strain = np.zeros((3, 3))
-            strain[row, column] = strain[column, row] = sign * (STRAIN if row == column else STRAIN / 2.0)
-            copy = bare(atoms)
-            copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
-            strained.append(copy)
-    stresses = np.asarray(evaluator.evaluate(strained).stress, dtype=float)
-    slopes = (stresses[0::2] - stresses[1::2]) / (2.0 * STRAIN)
-    return np.array([[slope[row, column] for slope in slopes] for row, column in VOIGT])
-
-
 def harmonic_start(atoms: Atoms, evaluator: Evaluator, *, temperature: float, repeats: Repeats, variable_cell: bool) -> Start:
     """Floored harmonic force constants, and the stress response, of a relaxed symmetric primitive cell."""
     counting = CountingEvaluator(evaluator)
     symmetry = Symmetry(atoms, repeats)
     compact = harmonic_force_constants(atoms, repeats, symmetry, counting)
     state = SschaState(atoms, repeats, compact, temperature)
-    response = stress_response(atoms, symmetry, counting) if variable_cell else None
     soft = int((state.modes.quantum <= 0).sum())
     log.info(
         "start: %s, %.3f A^3/atom, %d operations, %d of %d harmonic modes imaginary",
         atoms.get_chemical_formula(), atoms.get_volume() / len(atoms), len(symmetry), soft, len(state.modes.quantum),
     )  # fmt: skip
+    response = static_response_to_strain(atoms, counting) if variable_cell else None
     return Start(floor_modes(state, symmetry), response, counting.count)
-
-
-def strain_towards(stress: np.ndarray, pressure: float, response: np.ndarray, symmetry: Symmetry, largest: float = 0.02) -> np.ndarray:
-    """Symmetric strain (3, 3) that brings ``stress`` (eV/A^3, ASE's sign) to ``-pressure`` (GPa); no component above ``largest``.
-
-    Directions in which the response is softer than a tenth of its stiffest are treated as if they were that stiff.
-    """
-    deviation = stress + np.eye(3) * pressure / EV_PER_A3_IN_GPA
-    vector = np.array([deviation[row, column] for row, column in VOIGT])
-    values, axes = np.linalg.eigh(0.5 * (response + response.T))
-    stiff = np.maximum(values, 0.1 * values.max())
-    solution = -axes @ ((axes.T @ vector) / stiff)
-    strain = np.zeros((3, 3))
-    for value, (row, column) in zip(solution, VOIGT, strict=True):
-        strain[row, column] = strain[column, row] = value if row == column else value / 2.0
-    strain = symmetry.tensor(strain)
-    return strain * min(1.0, largest / max(np.abs(strain).max(), 1e-12))
-
-
-def cell_decrease(
-    state: SschaState, stress: np.ndarray, error: np.ndarray, pressure: float, response: np.ndarray, symmetry: Symmetry
-) -> float:
-    """Predicted decrease of F + P V by the cell, eV per primitive cell: half of excess stress times the strain that removes it.
-
-    ``stress``, ``error`` (3, 3) in eV/A^3: the error (where it is known) is taken off first, so that noise promises nothing.
-    """
-    target = -np.eye(3) * pressure / EV_PER_A3_IN_GPA
-    noise = np.where(np.isfinite(error), error, 0.0)
-    excess = stress - target
-    clear = np.sign(excess) * np.sqrt(np.maximum(excess**2 - noise**2, 0.0))
-    strain = strain_towards(target + clear, pressure, response, symmetry, largest=np.inf)
-    return float(max(0.0, -0.5 * state.atoms.get_volume() * np.sum(clear * strain)))

@@ -140,10 +140,11 @@ class SschaState:
         """Free energy of the auxiliary oscillators, eV per primitive cell."""
         return float(oscillator_free_energy(self.modes.quantum, self.temperature).sum() / self.n_cells)
 
-    def strained(self, strain: np.ndarray) -> SschaState:
-        """The state with cell and centroids deformed by the symmetric ``strain`` (3, 3), force constants kept."""
+    def strained(self, strain: np.ndarray, shift: np.ndarray | float = 0.0) -> SschaState:
+        """The state with cell and centroids deformed by the symmetric ``strain`` (3, 3), then moved by ``shift`` (n, 3) A."""
         atoms = self.atoms.copy()
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+        atoms.positions += shift
         return replace(self, atoms=atoms)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.sscha.averages import Averages, gamma_matrix
+from magus_anharmonic.sscha.averages import Averages
 from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import Start
@@ -24,20 +24,19 @@ NAN = float("nan")
 
 
 def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
-    """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa."""
+    """(F + P V)/N at the minimum that the state is near, without finite-size term, and its standard error, eV/atom.
+
+    ``pressure`` in GPa. What the state lies above the minimum is known from the gradients (`Averages.decrease`) and taken off.
+    """
     n = len(state.atoms)
     work = pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()
-    return float((averages.helmholtz + work) / n), averages.helmholtz_error / n
+    return float((averages.helmholtz - averages.decrease + work) / n), averages.minimum_error / n
 
 
-def centroid_tolerance(state: SschaState, averages: Averages, begin: Start, pressure_tolerance: float) -> float:
+def centroid_tolerance(state: SschaState, averages: Averages) -> float:
     """Tolerance in A for the space group of the centroids, from their error and what is left of the relaxation."""
-    shift = np.linalg.pinv(gamma_matrix(state), rcond=1e-9) @ averages.force.ravel()
-    strain = 0.0
-    if begin.stress_response is not None:
-        bulk_modulus = max(begin.stress_response[:3, :3].mean(), 1e-2)
-        strain = pressure_tolerance / EV_PER_A3_IN_GPA / (3.0 * bulk_modulus)
-    error = averages.position_error + np.abs(shift.reshape(-1, 3)) / 3.0
+    strain = float(np.max(np.abs(averages.strain) + 2.0 * averages.strain_error, initial=0.0))
+    error = averages.position_error + np.abs(averages.shift) / 3.0
     return statistical_tolerance(error, strain, float(state.atoms.cell.lengths().max()))
 
 
@@ -48,7 +47,7 @@ def finished_result(
     n = len(state.atoms)
     finite = finite_size_term(state, task.settings.reference_spacing)
     raw, error = gibbs_energy(state, averages, task.pressure)
-    tolerance = centroid_tolerance(state, averages, begin, task.settings.pressure_tolerance)
+    tolerance = centroid_tolerance(state, averages)
     return SschaResult(
         status="unconverged" if reason else "converged",
         reason=f"not converged after {len(progress.gibbs)} populations: {reason}" if reason else "",
@@ -57,14 +56,14 @@ def finished_result(
         gibbs_error=error,
         gibbs_raw=raw,
         finite_size=finite.term / n,
-        helmholtz=(averages.helmholtz + finite.term) / n,
+        helmholtz=(averages.helmholtz - averages.decrease + finite.term) / n,
         volume=float(state.atoms.get_volume() / n),
         stress=averages.stress,
         stress_error=averages.stress_error,
         pressure=float(-np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        decrease=averages.decrease / n,
+        decrease=max(0.0, averages.decrease) / n,
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
         space_group_start=space_group(begin.state.atoms, 0.01),

@@ -90,9 +90,10 @@ class Symmetry:
         flat = vectors.reshape(*vectors.shape[:-2], -1)
         return (flat @ self._vector_average.T).reshape(vectors.shape)
 
-    def free_centroids(self) -> int:
-        """Number of independent displacements of the centroids that keep the symmetry, translations left out."""
-        return round(float(np.trace(self._vector_average)))
+    def centroids(self) -> np.ndarray:
+        """(3n, k) orthonormal displacements of the centroids that keep the symmetry, translations left out."""
+        values, vectors = np.linalg.eigh(0.5 * (self._vector_average + self._vector_average.T))
+        return vectors[:, values > 0.5]
 
     def tensor(self, tensor: np.ndarray) -> np.ndarray:
         """Symmetric part of Cartesian tensors (..., 3, 3), averaged over the operations."""
