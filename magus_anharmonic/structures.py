@@ -10,6 +10,9 @@ import numpy as np
 import spglib
 from ase import Atoms
 
+UNDECIDED = "not decided"
+"""In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4 sigma'``. No finding."""
+
 
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species, cell and positions (rounded to 1e-6 Angstrom)."""

@@ -51,7 +51,8 @@ class Averages:
     decrease : eV per primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an unbiased estimate, below
     zero by noise alone. minimum_error : standard error of helmholtz - decrease, what is not known of the stiffness included.
     stress, stress_error : (3, 3), eV/A^3, ASE's sign, symmetrised.
-    force : (n, 3), on the centroids, eV/A. shift, position_error : (n, 3) A, from the centroids to the minimum, and its standard error.
+    force : (n, 3), on the centroids, eV/A. shift, position_error : (n, 3) A, from the centroids to the minimum, and its standard error;
+    shift_covariance : (3n, 3n) A^2.
     excess, noise : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids relaxed, and its covariance
     (k, k); strain, strain_error : (k,) the strain that removes it; empty without one.
     """
@@ -65,6 +66,7 @@ class Averages:
     force: np.ndarray
     shift: np.ndarray
     position_error: np.ndarray
+    shift_covariance: np.ndarray
     excess: np.ndarray
     noise: np.ndarray
     strain: np.ndarray
@@ -95,6 +97,14 @@ def standard_error(pairs: np.ndarray) -> np.ndarray:
     if len(pairs) < 2:
         return np.full(pairs.shape[1:], np.inf)
     return pairs.std(axis=0, ddof=1) / np.sqrt(len(pairs))
+
+
+def covariance_of_mean(pairs: np.ndarray) -> np.ndarray:
+    """(k, k) covariance of the mean of (n_pairs, k); infinite for a single pair."""
+    if len(pairs) < 2:
+        return np.full((pairs.shape[1],) * 2, np.inf)
+    deviations = pairs - pairs.mean(axis=0)
+    return deviations.T @ deviations / (len(pairs) * (len(pairs) - 1))
 
 
 def average(
@@ -128,7 +138,7 @@ def average(
         influence = influence + cell_influence
         strain = -cell.compliance @ parts.mean(axis=0)
         strain_error = standard_error(parts @ cell.compliance)
-        noise = np.atleast_2d(np.cov(parts.T)) / len(parts) if len(parts) > 1 else np.full((len(strain), len(strain)), np.inf)
+        noise = covariance_of_mean(parts)
         misfit = size * cell.misfit(strain)
     error = np.linalg.norm([float(standard_error(excess - influence)), MISFIT * inner, misfit])
     return Averages(
@@ -141,6 +151,7 @@ def average(
         force=forces.mean(axis=0).reshape(-1, 3),
         shift=(compliance @ forces.mean(axis=0)).reshape(-1, 3),
         position_error=standard_error(forces @ compliance).reshape(-1, 3),
+        shift_covariance=covariance_of_mean(forces @ compliance),
         excess=parts.mean(axis=0),
         noise=noise,
         strain=strain,
@@ -190,10 +201,41 @@ def centroid_compliance(
     return (directions / (1.0 - np.clip(softer, 0.0, STIFFEST_REDUCTION))) @ directions.T
 
 
+def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> tuple[float, float]:
+    """Curvature of F, force constants relaxed, along a displacement ``unit`` (n, 3) of norm 1 of all cells; and its standard error.
+
+    eV/A^2 per primitive cell. The error is that of the mean over `BLOCKS` parts of the ensemble, each against the others.
+    """
+    n_configs = len(ensemble.energies)
+    u = ensemble.displacements.reshape(n_configs, -1)
+    residual = ensemble.forces.reshape(n_configs, -1) + u @ state.full
+    stiffness = float(unit.ravel() @ gamma_matrix(state) @ unit.ravel())
+    direction = np.tile(unit.reshape(-1, 1) / np.sqrt(stiffness), (state.n_cells, 1))
+    parts = _third_orders(state, u, residual, direction, None, BLOCKS)[:, 0]
+    response = static_response(state.modes.quantum, state.temperature)
+    # <d2V> of this very ensemble instead of the force constants, which come from another one
+    own = -(u @ (state.precision @ direction))[:, 0] * (residual @ direction)[:, 0] / state.n_cells
+    total = parts.sum(axis=0)
+    against = np.array([np.sum(part * (total - part) * response) for part in parts]) / (len(parts) - 1) / state.n_cells
+    chosen = np.arange(n_configs) // 2 % len(parts)
+    linear = np.array([own[chosen == part].mean() for part in range(len(parts))])
+    return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(standard_error(linear + 2.0 * against))
+
+
 def _bubble(state: SschaState, u: np.ndarray, residual: np.ndarray, directions: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     """-x (D L D) y for the columns of ``directions`` (3 n_supercell, k), eV per primitive cell, from the two halves of the ensemble."""
     if len(u) < 4:
         return np.zeros((directions.shape[1],) * 2)
+    halves = _third_orders(state, u, residual, directions, weights, 2)
+    response = static_response(state.modes.quantum, state.temperature)
+    product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
+    return -0.5 * (product + product.T) / state.n_cells
+
+
+def _third_orders(
+    state: SschaState, u: np.ndarray, residual: np.ndarray, directions: np.ndarray, weights: np.ndarray | None, n_parts: int
+) -> np.ndarray:
+    """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by parts of the ensemble."""
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
     inside = u @ (state.precision @ vectors)
@@ -202,8 +244,8 @@ def _bubble(state: SschaState, u: np.ndarray, residual: np.ndarray, directions: 
     share = np.ones(len(u)) if weights is None else weights
     stiffness = 1.0 / variance(state.modes.quantum, state.temperature)
     metric = vectors.T @ state.precision @ directions
-    halves = []
-    for chosen in (np.arange(len(u)) // 2 % 2 == half for half in (0, 1)):
+    parts = []
+    for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
         part = share[chosen, None] / share[chosen].sum()
         v, f, n = inside[chosen], forces[chosen], directions.shape[1]
         third = np.empty((n, v.shape[1], v.shape[1]))
@@ -213,10 +255,8 @@ def _bubble(state: SschaState, u: np.ndarray, residual: np.ndarray, directions: 
             third[k] = (own + crossed + crossed.T) / 3.0
             mean = np.outer(metric[:, k], part[:, 0] @ f)
             third[k] += (np.diag(stiffness) * float(part[:, 0] @ along[chosen, k]) + mean + mean.T) / 3.0
-        halves.append(third)
-    response = static_response(state.modes.quantum, state.temperature)
-    product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
-    return -0.5 * (product + product.T) / state.n_cells
+        parts.append(third)
+    return np.array(parts)
 
 
 def matrix_decrease(

@@ -26,7 +26,7 @@ CURVED = 0.15
 SOFTEST = 0.5 / EV_PER_A3_IN_GPA
 """eV/A^3, least stiffness: what is softer, or unstable in the static crystal, is taken as that until a step has told more."""
 LARGEST_STRAIN = 0.02
-"""Most that one step changes along one of the principal strains."""
+"""Largest component of the strain that one step makes along one axis of the stiffness."""
 
 
 def symmetric_strains(symmetry: Symmetry) -> np.ndarray:
@@ -115,9 +115,10 @@ class CellStiffness:
         return np.tensordot(parts, self.strains, axes=1)
 
     def step(self, excess: np.ndarray) -> np.ndarray:
-        """(k,) strain that removes ``excess`` (k,), no principal one above `LARGEST_STRAIN`."""
+        """(k,) strain that removes ``excess`` (k,), no component of it along an axis of the stiffness above `LARGEST_STRAIN`."""
         values, vectors = np.linalg.eigh(self.matrix)
-        return vectors @ np.clip(-(vectors.T @ excess) / values, -LARGEST_STRAIN, LARGEST_STRAIN)
+        most = LARGEST_STRAIN / np.abs(np.einsum("km,kij->mij", vectors, self.strains)).max(axis=(1, 2))
+        return vectors @ np.clip(-(vectors.T @ excess) / values, -most, most)
 
     def misfit(self, strain: np.ndarray) -> float:
         """Standard error of 1/2 strain.matrix.strain (eV/A^3) from the covariance of the matrix."""

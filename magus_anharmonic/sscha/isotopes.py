@@ -64,7 +64,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
         log.info("other masses: reweighting the ensemble of %s does not do (%s); new populations", source, problem)
         return None
     log.info("other masses: reweighted from the ensemble of %s (ESS/N = %.2f), no new configurations", source, sample)
-    result = finished_result(task, state, averages, Progress(), begin, "", began)
+    result = finished_result(task, state, averages, Progress(), begin, "", "", began)
     result = replace(result, reason=f"reweighted from the ensemble of {Path(source).name} (ESS/N = {sample:.2f}): no new configurations")
     folder.write_start(begin)
     folder.write_result(result)

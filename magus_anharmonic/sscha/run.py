@@ -21,6 +21,7 @@ from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.criteria import SIGNIFICANT, unconverged
 from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
+from magus_anharmonic.sscha.identity import EXACT, SIGMAS, SURE, Higher, Question, higher_symmetries, symmetrised, undecided
 from magus_anharmonic.sscha.melting import MELTED, lindemann_ratios, melted
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import RunFolder
@@ -29,6 +30,7 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Progress, Task
+from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ sample up before it got to the minimum."""
 SMALLEST_APPROACH = (20, 100)
 """Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the cell without symmetry (a
 force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
+QUESTIONS = 4
+"""Most populations that decide between two phases."""
 RATIO = "lindemann_ratio"
 """Column of ``convergence.csv``: the largest of the state's."""
 USED_UP = 1.2
@@ -84,6 +88,12 @@ class SschaRun:
         self._far = task.start is None or task.configurations is not None
         self._approach = False
         self._size = 0
+        self._group = ""
+        self._nearest: Higher | None = None
+        self._question: Question | None = None
+        self._asked = 0
+        self._moved = False
+        self._requests: list[int | None] = []
         self._restore()
 
     def _usual_size(self) -> int:
@@ -116,9 +126,12 @@ class SschaRun:
         falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
         ``progress``.
         """
+        self._requests.append(n_configs)
         if self.averages is not None and self.converged:
             return self._more(n_configs or self._missing())
-        if self.averages is not None:
+        if self._nearest is not None:
+            self._symmetrise(self._nearest)
+        elif self._populations:
             self._minimise()
         self._approach = n_configs is None and self._far
         self._size = n_configs or self._usual_size()
@@ -136,7 +149,7 @@ class SschaRun:
         if loose and self.converged:
             raise SschaError(loose)
         reason = "; ".join(filter(None, (self.reason, loose)))
-        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, self._began)
+        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, self._group, self._began)
         self.folder.write_result(result)
         return result
 
@@ -241,6 +254,10 @@ class SschaRun:
                 "together": self._numbers,
                 "cell": None if cell is None else [cell.matrix.tolist(), cell.covariance.tolist()],
                 "limited": self._limited,
+                "asked": self._asked,
+                "group": self._group,
+                "moved": self._moved,
+                "requests": self._requests,
                 "far": self._far,
                 "reason": self.reason,
             }
@@ -250,6 +267,11 @@ class SschaRun:
         """Take up a run after its last population; one that was kept in another way begins anew, on the populations it left."""
         stored = self.folder.read_progress()
         if stored is None or len(stored["rows"]) > self.task.settings.max_populations:
+            return
+        if stored["moved"]:
+            # the few runs that were moved onto another symmetry go over their populations again: there are two states to keep
+            for request in stored["requests"]:
+                self.advance(request)
             return
         populations = [self.folder.read_together(numbers, self.state) for numbers in stored["together"]]
         if not populations or None in populations:
@@ -263,6 +285,7 @@ class SschaRun:
             self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
         self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
         self._limited, self._far, self.reason = stored["limited"], stored["far"], stored["reason"]
+        self._asked, self._group, self._requests = stored["asked"], stored["group"], stored["requests"]
 
     def _average(self, ensemble: Ensemble) -> dict[str, Any]:
         if self._cell is not None and self._predicted is not None:
@@ -289,8 +312,54 @@ class SschaRun:
             self.reason = "; ".join(filter(None, (self.reason, limit)))
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
+        self.reason = self.reason or self._identity(ensemble)
         self._remember()
         return row
+
+    def _identity(self, ensemble: Ensemble) -> str:
+        """What is open about the phase that a relaxed run is in; empty once ``self._group`` is known."""
+        assert self.averages is not None
+        if self._group:
+            return ""
+        self._asked += 1
+        last = self.n_populations >= self.task.settings.max_populations
+        mine = space_group(self.state.atoms, EXACT)
+        if self._question is not None:
+            return self._answer(self._question, ensemble, mine, last=last)
+        higher = higher_symmetries(self.state, self.averages, self._cell)
+        near = [one for one in higher if one.sigmas < SIGMAS]
+        if near and not last:
+            self._nearest, self._moved = near[-1], True
+            return f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be looked at"
+        unsure = [one for one in higher if SIGMAS <= one.sigmas < SURE]
+        if unsure and self._asked == 1 and not last:
+            return f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is to be seen again"
+        self._group = undecided(mine, near[-1].group, near[-1].sigmas) if near else mine
+        return ""
+
+    def _answer(self, question: Question, ensemble: Ensemble, mine: str, *, last: bool) -> str:
+        """Whether the higher symmetry that the run was moved onto is a minimum of the free energy."""
+        sigmas = question.sigmas(self.state, ensemble)
+        log.info("%s: curvature towards %s is %.1f standard errors above zero", mine, question.group, sigmas)
+        if sigmas < -SIGMAS and not last:
+            self.state, self.symmetry, self._group = question.lower, question.symmetry, question.group
+            self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
+            self._populations, self._numbers, self._question = [], [], None
+            return f"{mine} is a saddle point, back to {question.group}"
+        if abs(sigmas) <= SIGMAS and self._asked < QUESTIONS and not last:
+            return f"{question.group} or {mine}: {sigmas:.1f} standard errors"
+        self._group = mine if sigmas > SIGMAS else undecided(question.group, mine, sigmas)
+        return ""
+
+    def _symmetrise(self, higher: Higher) -> None:
+        """Go on from the higher symmetry, with the way back kept."""
+        lower, symmetry = self.state, self.symmetry
+        state, self.symmetry = symmetrised(lower, higher)
+        self._question = Question(lower, symmetry, space_group(lower.atoms, EXACT), higher.toward)
+        self.state = floor_modes(state, self.symmetry, LARGEST_AMPLITUDE_LATER)
+        self._limited, self._nearest, self._far = False, None, False
+        self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
+        self._populations, self._numbers = [], []
 
     def _learn(self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray) -> None:
         """What the last step of the cell did to the stress, into the stiffness; once for a step."""

@@ -21,16 +21,21 @@ if TYPE_CHECKING:
     from magus_anharmonic.sscha.task import Progress, Task
 
 NAN = float("nan")
+LARGEST_CORRECTION = 5e-3
+"""eV/atom: further from the minimum, its height cannot be told by the gradients."""
 
 
 def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
-    """(F + P V)/N at the minimum that the state is near, without finite-size term, and its standard error, eV/atom.
+    """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
-    ``pressure`` in GPa. What the state lies above the minimum is known from the gradients (`Averages.decrease`) and taken off.
+    Of the minimum that the state is near: what it lies above that is known from the gradients (`Averages.decrease`) and taken off. Of the
+    state itself, an upper bound, where that is more than `LARGEST_CORRECTION`.
     """
     n = len(state.atoms)
-    work = pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()
-    return float((averages.helmholtz - averages.decrease + work) / n), averages.minimum_error / n
+    plain = (averages.helmholtz + pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()) / n
+    if not averages.decrease / n < LARGEST_CORRECTION:
+        return float(plain), averages.helmholtz_error / n
+    return float(plain - averages.decrease / n), averages.minimum_error / n
 
 
 def centroid_tolerance(state: SschaState, averages: Averages) -> float:
@@ -41,12 +46,16 @@ def centroid_tolerance(state: SschaState, averages: Averages) -> float:
 
 
 def finished_result(
-    task: Task, state: SschaState, averages: Averages, progress: Progress, begin: Start, reason: str, began: float
+    task: Task, state: SschaState, averages: Averages, progress: Progress, begin: Start, reason: str, group: str, began: float
 ) -> SschaResult:
-    """The result of a run with a usable last state; ``reason`` is empty when it has converged."""
+    """The result of a run with a usable last state; ``reason`` is empty when it has converged.
+
+    ``group`` : its space group, where that was decided (`identity`); else that of the centroids within their error.
+    """
     n = len(state.atoms)
     finite = finite_size_term(state, task.settings.reference_spacing)
     raw, error = gibbs_energy(state, averages, task.pressure)
+    work = task.pressure / EV_PER_A3_IN_GPA * float(state.atoms.get_volume()) / n
     tolerance = centroid_tolerance(state, averages)
     return SschaResult(
         status="unconverged" if reason else "converged",
@@ -56,7 +65,7 @@ def finished_result(
         gibbs_error=error,
         gibbs_raw=raw,
         finite_size=finite.term / n,
-        helmholtz=(averages.helmholtz - averages.decrease + finite.term) / n,
+        helmholtz=raw - work + finite.term / n,
         volume=float(state.atoms.get_volume() / n),
         stress=averages.stress,
         stress_error=averages.stress_error,
@@ -67,7 +76,7 @@ def finished_result(
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
         space_group_start=space_group(begin.state.atoms, 0.01),
-        space_group=space_group(state.atoms, tolerance),
+        space_group=group or space_group(state.atoms, tolerance),
         symmetry_tolerance=tolerance,
         n_evaluations=progress.n_evaluations,
         n_populations=len(progress.gibbs),

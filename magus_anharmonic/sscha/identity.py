@@ -1,0 +1,129 @@
+"""Which phase a run has come to: is the distance of its centroids from a higher symmetry real, or noise?
+
+A tolerance decides nothing: at 0.1 A everything is cubic. A higher symmetry, found at any tolerance up to `LOOSEST`, is left alone where
+the centroids (or the cell) lie beyond `SIGMAS` of their standard errors from it, the step that they still have to make counted.
+Else the structure is moved onto it, and one more population there tells from the curvature of the free energy along the way back
+whether it is a minimum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.sscha.averages import Averages, Ensemble, curvature_along
+from magus_anharmonic.sscha.cell import CellStiffness
+from magus_anharmonic.sscha.group import TOLERANCES, move_onto
+from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.structures import UNDECIDED, bare, space_group
+
+SIGMAS = 2.5
+"""Standard errors beyond which a distance from a higher symmetry is real, and a curvature has a sign."""
+SURE = 2.0 * SIGMAS
+"""A distance this many standard errors long needs no second population to be believed."""
+LOOSEST = 0.3
+"""Angstrom: symmetries that would move an atom by more are other structures."""
+EXACT = 1e-3
+"""Angstrom: tolerance for a state that is kept exactly symmetric."""
+SAME_CELL = 1e-5
+"""Strain that rounding leaves."""
+
+
+@dataclass(frozen=True)
+class Higher:
+    """A symmetry above that of a state. atoms : moved onto it; toward : (n, 3) A, the way there; sigmas : its length in standard errors."""
+
+    group: str
+    atoms: Atoms
+    toward: np.ndarray
+    sigmas: float
+    n_operations: int
+
+
+def higher_symmetries(state: SschaState, averages: Averages, cell: CellStiffness | None) -> list[Higher]:
+    """From the nearest to the furthest; those that a fixed cell, or atoms of the same kind in one place, rule out are left out."""
+    own = move_onto(state.atoms, EXACT)[0]
+    found: list[Higher] = []
+    for tolerance in TOLERANCES[TOLERANCES <= LOOSEST]:
+        count, toward, strain = move_onto(state.atoms, float(tolerance))
+        if count <= max(own, found[-1].n_operations if found else 0):
+            continue
+        if np.linalg.norm(toward, axis=1).max() > LOOSEST or (cell is None and strain > SAME_CELL):
+            continue
+        atoms = moved_onto(state.atoms, float(tolerance))
+        if atoms is None:
+            continue
+        deformation = np.linalg.solve(state.atoms.cell.array, atoms.cell.array) - np.eye(3)
+        sigmas = max(_by_centroids(averages, toward), _by_cell(averages, cell, 0.5 * (deformation + deformation.T)))
+        found.append(Higher(space_group(atoms, EXACT), atoms, toward, sigmas, count))
+    return found
+
+
+def moved_onto(atoms: Atoms, tolerance: float) -> Atoms | None:
+    """The cell with the symmetry that it has within ``tolerance`` A made exact; None where that puts atoms on each other."""
+    from ase.spacegroup.symmetrize import refine_symmetry
+
+    copy = bare(atoms)
+    refine_symmetry(copy, symprec=tolerance)
+    apart = copy.get_all_distances(mic=True)[np.triu_indices(len(copy), 1)]
+    return copy if np.min(apart, initial=np.inf) > LOOSEST else None
+
+
+def _by_centroids(averages: Averages, toward: np.ndarray) -> float:
+    """Distance along ``toward`` in standard errors, after the step that is left."""
+    length = float(np.linalg.norm(toward))
+    if length < EXACT:
+        return 0.0
+    unit = toward.ravel() / length
+    error = float(np.sqrt(unit @ averages.shift_covariance @ unit))
+    return max(0.0, length - float(unit @ averages.shift.ravel())) / max(error, 1e-6)
+
+
+def _by_cell(averages: Averages, cell: CellStiffness | None, strain: np.ndarray) -> float:
+    """The same of the cell."""
+    if cell is None:
+        return 0.0
+    parts = np.einsum("ij,kij->k", strain, cell.strains)
+    length = float(np.linalg.norm(parts))
+    if length < EXACT:
+        return 0.0
+    unit = parts / length
+    error = float(np.sqrt(unit @ cell.compliance @ averages.noise @ cell.compliance @ unit))
+    return max(0.0, length - float(unit @ averages.strain)) / max(error, 1e-6)
+
+
+def symmetrised(state: SschaState, higher: Higher) -> tuple[SschaState, Symmetry]:
+    """The state on the higher symmetry, its force constants averaged over the new operations."""
+    atoms = higher.atoms.copy()
+    atoms.set_masses(state.atoms.get_masses())
+    symmetry = Symmetry(atoms, state.repeats, EXACT)
+    return replace(state, atoms=atoms, force_constants=symmetry.force_constants(state.force_constants)), symmetry
+
+
+@dataclass(frozen=True)
+class Question:
+    """A run that was moved from ``lower``, of the group ``group``, against ``toward`` (n, 3) A onto a higher symmetry."""
+
+    lower: SschaState
+    symmetry: Symmetry
+    group: str
+    toward: np.ndarray
+
+    def sigmas(self, state: SschaState, ensemble: Ensemble) -> float:
+        """Curvature of the free energy of the symmetric ``state`` along the way back, in standard errors; above zero: a minimum.
+
+        Infinite where the way is one of the cell alone, whose stiffness is positive.
+        """
+        length = float(np.linalg.norm(self.toward))
+        if length < EXACT:
+            return np.inf
+        curvature, error = curvature_along(state, ensemble, self.toward / length)
+        return curvature / max(error, 1e-12)
+
+
+def undecided(lower: str, higher: str, sigmas: float) -> str:
+    """The space group of a run whose noise leaves two."""
+    return f"{lower} or {higher}: {UNDECIDED}, {abs(sigmas):.1f} sigma"
