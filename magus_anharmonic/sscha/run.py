@@ -209,10 +209,11 @@ class SschaRun:
         assert self.averages is not None
         settings, n = self.task.settings, len(self.state.atoms)
         excess = cell.excess(stress)
-        step = cell.step(excess)
-        gain = 0.5 * self.state.atoms.get_volume() * (step @ cell.matrix @ step - np.sum(cell.compliance * self.averages.noise)) / n
+        left = cell.compliance @ excess
+        gain = 0.5 * self.state.atoms.get_volume() * (excess @ left - np.sum(cell.compliance * self.averages.noise)) / n
         worth = gain > KEEP_CELL * max(settings.free_energy_tolerance, self.progress.gibbs[-1][1])
-        far = np.abs(step) > np.maximum(KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error)
+        far = np.abs(left) > np.maximum(KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error)
+        step = cell.step(excess)
         if worth or np.any(far):
             self._predicted = (excess, step)
             compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
