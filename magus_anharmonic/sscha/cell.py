@@ -23,7 +23,9 @@ UNKNOWN = 0.3
 """Standard deviation of a stiffness before any step of the cell was seen, in parts of the static one."""
 CURVED = 0.15
 """Part of the change of stress that a step of the cell leaves to the change of stiffness along it."""
-SOFTEST = 0.5 / EV_PER_A3_IN_GPA
+FOLLOWED = 0.05
+"""The same of what the ions take away by following: a stiff bond that follows by a little too much hides the stiffness of the lattice."""
+SOFTEST = 0.1 / EV_PER_A3_IN_GPA
 """eV/A^3, least stiffness: what is softer, or unstable in the static crystal, is taken as that until a step has told more."""
 LARGEST_STRAIN = 0.02
 """Largest component of the strain that one step makes along one axis of the stiffness."""
@@ -50,10 +52,6 @@ class StaticResponse:
     stress: np.ndarray
     forces: np.ndarray
 
-    def relaxed(self, compliance: np.ndarray, volume: float) -> np.ndarray:
-        """(6, 6) eV/A^3, the ions following by ``compliance`` (3n, 3n) A^2/eV; ``volume`` of the cell in A^3."""
-        return self.stress - self.forces @ compliance @ self.forces.T / volume
-
 
 def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticResponse:
     """By central differences of stress and forces: twelve evaluations of the cell."""
@@ -76,12 +74,14 @@ def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticRespo
 class CellStiffness:
     """d(stress)/d(strain) along the strains that keep the symmetry, with its uncertainty.
 
-    strains : (k, 3, 3), see `symmetric_strains`; forces : (k, 3n), eV/A, d(forces)/d(strain); matrix : (k, k), eV/A^3, ions relaxed,
-    symmetric and positive definite; covariance : (k, k, k, k) of its elements; pressure : the target, eV/A^3.
+    strains : (k, 3, 3), see `symmetric_strains`; forces : (k, 3n), eV/A, d(forces)/d(strain); internal : (k, k) eV/A^3, what the ions take
+    away by following; matrix : (k, k), eV/A^3, ions relaxed, symmetric and positive definite; covariance : (k, k, k, k) of its elements;
+    pressure : the target, eV/A^3.
     """
 
     strains: np.ndarray
     forces: np.ndarray
+    internal: np.ndarray
     matrix: np.ndarray
     covariance: np.ndarray
     pressure: float
@@ -92,10 +92,12 @@ class CellStiffness:
         strains = symmetric_strains(symmetry)
         engineering = np.array([[s[i, j] * (1.0 if i == j else 2.0) for i, j in VOIGT] for s in strains])
         # the work of a stress on an engineering strain is that of its Voigt components
-        matrix = engineering @ response.relaxed(np.linalg.pinv(gamma, rcond=1e-9), volume) @ engineering.T
+        forces = engineering @ response.forces
+        internal = forces @ np.linalg.pinv(gamma, rcond=1e-9) @ forces.T / volume
+        matrix = engineering @ response.stress @ engineering.T - internal
         values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
         found = (vectors * np.maximum(np.abs(values), SOFTEST)) @ vectors.T
-        return cls(strains, engineering @ response.forces, found, _wishart(UNKNOWN * found), pressure / EV_PER_A3_IN_GPA)
+        return cls(strains, forces, internal, found, _wishart(UNKNOWN * found), pressure / EV_PER_A3_IN_GPA)
 
     def excess(self, stress: np.ndarray) -> np.ndarray:
         """(..., k) stress (..., 3, 3) in eV/A^3 beyond that of the target pressure, along the strains."""
@@ -131,7 +133,8 @@ class CellStiffness:
         prior = self.covariance.reshape(size, size)
         design = np.kron(np.eye(k), step[None, :])
         expected = self.matrix @ step
-        error = noise + np.eye(k) * (CURVED * np.linalg.norm(expected)) ** 2
+        curved = (CURVED * np.linalg.norm(expected)) ** 2 + (FOLLOWED * np.linalg.norm(self.internal @ step)) ** 2
+        error = noise + np.eye(k) * curved
         gain = prior @ design.T @ np.linalg.inv(design @ prior @ design.T + error)
         matrix = (self.matrix.ravel() + gain @ (change - expected)).reshape(k, k)
         values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
