@@ -92,7 +92,7 @@ class SschaRun:
         self._nearest: Higher | None = None
         self._question: Question | None = None
         self._asked = 0
-        self._moved = False
+        self._moved = self._once_more = False
         self._requests: list[int | None] = []
         self._restore()
 
@@ -121,13 +121,13 @@ class SschaRun:
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
         """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
 
-        A run that has converged stays where it is: the next population is one more of the same state, and is averaged with
-        the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the crystal
-        falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite; what was done before stays in
-        ``progress``.
+        A run that has converged, but for the question which phase it is, stays where it is: the next population is one more of the same
+        state, and is averaged with the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when
+        the crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite; what was done before
+        stays in ``progress``.
         """
         self._requests.append(n_configs)
-        if self.averages is not None and self.converged:
+        if self.averages is not None and (self.converged or self._once_more):
             return self._more(n_configs or self._missing())
         if self._nearest is not None:
             self._symmetrise(self._nearest)
@@ -313,6 +313,7 @@ class SschaRun:
             self.reason = "; ".join(filter(None, (self.reason, limit)))
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
+        self._once_more = False
         self.reason = self.reason or self._identity(ensemble)
         self._remember()
         return row
@@ -348,6 +349,7 @@ class SschaRun:
             self._populations, self._numbers, self._question = [], [], None
             return f"{mine} is a saddle point, back to {question.group}"
         if abs(sigmas) <= SIGMAS and self._asked < QUESTIONS and not last:
+            self._once_more = True
             return f"{question.group} or {mine}: {sigmas:.1f} standard errors"
         self._group = mine if sigmas > SIGMAS else undecided(question.group, mine, sigmas)
         return ""
