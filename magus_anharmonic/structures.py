@@ -14,6 +14,11 @@ UNDECIDED = "not decided"
 """In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4 sigma'``. No finding."""
 
 
+def decided_group(group: str) -> str:
+    """The space group of a run, empty where noise leaves two."""
+    return "" if UNDECIDED in group else group
+
+
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species, cell and positions (rounded to 1e-6 Angstrom)."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing
-from magus_anharmonic.structures import bare, space_group, structure_id
+from magus_anharmonic.structures import bare, decided_group, space_group, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def dft(context: Context, step: Step) -> Outcome:
 def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[dict[str, str], Atoms]]:
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
-    rows = [row for row in read_rows(folder / "ranking.csv") if row["spg_quantum"] and row["spg_quantum"] != row["spg_static"]]
+    rows = [row for row in read_rows(folder / "ranking.csv") if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])]
     usable = [row for row in rows if row["status"] not in ("failed", "unconverged") and row["id"] in statics]
     return [(row, bare(statics[row["id"]])) for row in usable[:limit]]
 

@@ -10,6 +10,7 @@ from magus_anharmonic.ranking.candidate import RANKED
 from magus_anharmonic.report.rankings import RankingView
 from magus_anharmonic.report.sheets import Sheet, number
 from magus_anharmonic.report.summary import Row, hull_sentences, sentences
+from magus_anharmonic.structures import decided_group
 
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
@@ -22,7 +23,7 @@ def ranking_sentences(view: RankingView) -> list[str]:
     done = [row for row in view.rows if row.status in RANKED and row.gibbs is not None]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
-    changed = [row for row in done if row.spg_quantum and row.spg_quantum != row.spg_static]
+    changed = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
     lines = [f"{len(changed)} of {len(done)} structures changed their space group when the ions moved."]
     if changed:
         group, count = Counter(row.spg_quantum for row in changed).most_common(1)[0]

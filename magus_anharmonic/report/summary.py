@@ -15,6 +15,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
 from magus_anharmonic.report.sheets import lines_of, number
+from magus_anharmonic.structures import decided_group
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +203,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         return [*_saddles(rows), *unfinished, f"{nothing}; the order is that of the static enthalpy."]
     lines = []
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
-    moved = [row for row in done if row.spg_quantum and row.spg_quantum != row.spg_static]
+    moved = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
     for row in moved:
         lines.append(f"{row.id[:8]}: {row.spg_static} while the ions stand still, {row.spg_quantum} once they move.")
     if not moved:

@@ -121,10 +121,10 @@ class SschaRun:
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
         """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
 
-        A run that has converged, but for the question which phase it is, stays where it is: the next population is one more of the same
-        state, and is averaged with the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when
-        the crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite; what was done before
-        stays in ``progress``.
+        A run that has converged, but for the question which phase it is, stays where it is: the next population is one more of the
+        same state, and is averaged with the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises
+        ``SschaError`` when the crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite;
+        what was done before stays in ``progress``.
         """
         self._requests.append(n_configs)
         if self.averages is not None and (self.converged or self._once_more):

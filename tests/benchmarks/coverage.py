@@ -71,10 +71,11 @@ def main() -> int:
         fine = inside and abs(z.mean()) < 0.7 and len(z) == len(found)
         sound &= fine
         pooled.append(z)
+        error, populations = 1e3 * np.mean([r.gibbs_error for r in found]), np.mean([r.n_populations for r in found])
         print(
-            f"{case[0]:16s} {case[1]:4.0f} K {case[2]:8s} {case[3]:5d} {case[4]:12s} within 1: {one:4.0%}, 2: {two:4.0%}, mean z {z.mean():+.2f}, "
-            f"error {1e3 * np.mean([r.gibbs_error for r in found]):.3f} meV/atom, {np.mean([r.n_populations for r in found]):4.1f} populations, "
-            f"converged {len(z)} of {len(found)}{'' if fine else '  <- outside'}",
+            f"{case[0]:16s} {case[1]:4.0f} K {case[2]:8s} {case[3]:5d} {case[4]:12s} within 1: {one:4.0%}, 2: {two:4.0%}, mean z "
+            f"{z.mean():+.2f}, error {error:.3f} meV/atom, {populations:4.1f} populations, converged {len(z)} of {len(found)}"
+            + ("" if fine else "  <- outside"),
             flush=True,
         )
     z = np.concatenate(pooled)
