@@ -85,7 +85,8 @@ def check_structure(atoms: Atoms, where: str = "structure", *, crystal: bool = T
 def _called(atoms: Atoms) -> str:
     if len(atoms) == 0:
         return ""
-    formula = atoms.get_chemical_formula()
+    known = ((atoms.numbers >= 0) & (atoms.numbers < len(chemical_symbols))).all()
+    formula = atoms.get_chemical_formula() if known else f"{len(atoms)} atoms"
     name = next((one_line(str(atoms.info[key]), 80) for key in NAMES if atoms.info.get(key) not in (None, "")), "")
     return f" ({name}, {formula})" if name and name != formula else f" ({formula})"
 
@@ -165,7 +166,9 @@ def _crystal_problems(atoms: Atoms) -> Iterator[str]:
         yield "has a cell so skewed that its volume is lost in rounding; give a reduced one"
         return
     radii = covalent_radii[atoms.numbers]
-    finder = vesin.NeighborList(cutoff=max(2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3)), full_list=True, n_threads=1)
+    # vesin divides the cell into boxes of that size
+    reach = max(2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3))
+    finder = vesin.NeighborList(cutoff=reach, full_list=True, n_threads=1)
     first, second, distance = finder.compute(points=atoms.positions, box=reduced, periodic=True, quantities="ijd")
     near = np.flatnonzero(distance < np.maximum(OVERLAP * (radii[first] + radii[second]), COINCIDENT))
     if len(near):

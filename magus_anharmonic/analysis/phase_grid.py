@@ -22,7 +22,8 @@ from magus_anharmonic.sscha.entropy import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble, read_start_file
-from magus_anharmonic.structures import bare, isotopes, space_group
+from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -204,7 +205,7 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
         result = SschaResult.read(folder)
         group = result.space_group_start.split(" ")[0].replace("/", "_")
         formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
-        point = point_of(f"{formula} {group}", _isotope_name(folder, result), result, folder)
+        point = point_of(f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder)
         key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
         if key in found:
             raise InputError(
@@ -218,12 +219,12 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
     return with_twins([point for _, point in found.values()])
 
 
-def _isotope_name(folder: Path, result: SschaResult) -> str:
+def _isotope_name(folder: Path, centroids: Atoms) -> str:
     """``natural``, or the isotopes of the centroids and the masses of ``settings.json`` in words; raises ``DamagedFile``."""
     path = folder / "settings.json"
     masses = (read_json(path).get("masses") or {}) if path.is_file() else {}
     try:
-        carried = isotopes(result.centroids)
+        carried = isotopes_of(centroids)
         return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted({**carried, **masses}.items())) or NATURAL
     except (AttributeError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path}: damaged: masses ({error})") from None

@@ -15,9 +15,9 @@ from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing
-from magus_anharmonic.structures import bare
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
+from magus_anharmonic.structures import bare
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator

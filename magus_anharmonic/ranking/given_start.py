@@ -99,7 +99,9 @@ def _require_reweightable(own: SschaState, other: SschaState, where: str) -> Non
     }
     for name, (one, two) in pairs.items():
         if one.shape != two.shape or not np.allclose(one, two, rtol=0.0, atol=1e-4):
-            raise InputError(f"{where}: the {name} of the matrices is another one than that of the ensemble's own; give one of the two alone")
+            raise InputError(
+                f"{where}: the {name} of the matrices is another one than that of the ensemble's own; give one of the two alone"
+            )
 
 
 def what_it_says(state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: float) -> str:
@@ -108,7 +110,7 @@ def what_it_says(state: SschaState, ensemble: Ensemble, weights: np.ndarray, sym
     found = -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA
     stress = f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
     return (
-        f"{len(weights)} configurations (ESS/N = {effective_number(weights) / len(weights):.2f}), F = {averages.helmholtz / n:.5f} +- "
-        f"{averages.helmholtz_error / n:.5f} eV/atom (energy surface and zero of that ensemble), {stress}; it improves the start, "
-        "G comes from fresh ensembles of the model"
+        f"{len(weights)} configurations, F = {averages.helmholtz / n:.5f} +- {averages.helmholtz_error / n:.5f} eV/atom (energy surface "
+        f"and zero of that ensemble, ESS/N = {effective_number(weights) / len(weights):.2f}), {stress}; it improves the start, G comes "
+        "from fresh ensembles of the model"
     )

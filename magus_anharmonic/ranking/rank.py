@@ -224,8 +224,11 @@ class Ranking:
         groups = {job.structure: g for job, g in jobs}
         self._run([job for job, _ in jobs], free_energy, lambda job: groups[job.structure], workers)
         run_reduced(self, list(self.records.values()), free_energy, workers)
-        for key in self.keys if self.sscha.hessian else ():
-            check_stability(self, key, free_energy, workers)
+        if self.sscha.hessian:
+            # before anything that is not needed for them: a library that ends the process takes no finished result along
+            write_tables(self.run_dir, self.tables(), self.store)
+            for key in self.keys:
+                check_stability(self, key, free_energy, workers)
 
     def _later_temperatures(self, groups: Sequence[int]) -> list[tuple[Job, int]]:
         """Jobs of those that were not eliminated at the first temperature, from where they ended there."""

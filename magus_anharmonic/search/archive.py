@@ -15,9 +15,9 @@ from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.gate import check_structures
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
-from magus_anharmonic.gate import check_structures
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)

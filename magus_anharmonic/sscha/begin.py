@@ -13,6 +13,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.gate import check_structure
@@ -119,6 +120,7 @@ def begin_run(
     start: SschaState | None,
 ) -> Start:
     """First state of a run; evaluates forces (and stresses, if the cell may change)."""
+    check_calculator(evaluator, atoms, stress=settings.cell == "variable")
     if start is not None:
         return continue_from(start, atoms, evaluator, settings, temperature=temperature, masses=masses)
     variable_cell = settings.cell == "variable"

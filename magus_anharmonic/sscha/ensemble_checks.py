@@ -53,7 +53,7 @@ def _require_finite(ensemble: Ensemble, where: str) -> None:
         if name == "stresses" and not np.isfinite(values).any():
             continue  # there are none
         if not finite.all():
-            raise InputError(f"{where}: {name} of {_listed(np.flatnonzero(~finite))} are not finite")
+            raise InputError(f"{where}: {name} of {_listed(np.flatnonzero(~finite))}: not finite")
 
 
 def _at_home(state: SschaState, displacements: np.ndarray, where: str) -> np.ndarray:
@@ -81,7 +81,7 @@ def _pairs(displacements: np.ndarray, where: str) -> np.ndarray:
     alone = np.flatnonzero(np.abs(flat[partner] + flat).max(axis=1) > SAME_POSITION)
     if len(alone):
         raise InputError(
-            f"{where}: {_listed(alone)} have no mirror image -u about the centroids of these dynamical matrices; averages are over pairs "
+            f"{where}: no mirror image -u (about the centroids of these dynamical matrices) of {_listed(alone)}; averages are over pairs "
             "(python-sscha: generate(evenodd=True)), and a missing partner or another centroid spoils them"
         )
     first = np.flatnonzero(np.arange(len(partner)) < partner)
@@ -166,7 +166,9 @@ def _require_one_surface(state: SschaState, ensemble: Ensemble, order: np.ndarra
             "order, another unit (Ry per supercell, Ry/A), or per cell instead of per supercell"
         )
     if len(order) >= 20 and not 1 / STRANGE < slope < STRANGE:
-        log.warning("%s: the energies change by %.2f of -f u/2 (1 if harmonic): strongly anharmonic, or forces in another unit", where, slope)
+        log.warning(
+            "%s: the energies change by %.2f of -f u/2 (1 if harmonic): strongly anharmonic, or forces in another unit", where, slope
+        )
 
 
 def _robust(values: np.ndarray) -> float:

@@ -45,7 +45,7 @@ def state_from_dyn(prefix: str | Path, temperature: float = 0.0) -> SschaState:
     symmetric = Symmetry(state.atoms, state.repeats).force_constants(state.force_constants)
     change = np.abs(symmetric - state.force_constants).max() / max(np.abs(symmetric).max(), 1e-12)
     if change > NOISE_OF_MATRICES:
-        log.warning("%s: the matrices break the symmetry of their crystal by %.1f per cent of the largest; symmetrised", prefix, 100 * change)
+        log.warning("%s: they break the symmetry of their crystal by %.1f per cent of the largest; symmetrised", prefix, 100 * change)
     return replace(state, force_constants=symmetric)
 
 

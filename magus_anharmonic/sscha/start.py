@@ -12,8 +12,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from magus_anharmonic.errors import SschaError
-from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
 from magus_anharmonic.sscha.probes import force_constants_of, image, probes_of
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
 from magus_anharmonic.sscha.supercells import Repeats, n_cells
@@ -55,7 +55,8 @@ class CountingEvaluator:
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         found = self.evaluator.evaluate(structures)
         self.count += len(structures)
-        finite = [np.isfinite(e) and np.isfinite(f).all() and np.isfinite(s).all() for e, f, s in _rows(found)]
+        stress = has_stress(found)
+        finite = [np.isfinite(e) and np.isfinite(f).all() and (not stress or np.isfinite(s).all()) for e, f, s in _rows(found)]
         if not all(finite):
             raise SschaError(f"{finite.count(False)} of {len(finite)} configurations have energies, forces or stresses that are not finite")
         return found
@@ -221,7 +222,10 @@ def stress_response(atoms: Atoms, symmetry: Symmetry, evaluator: Evaluator) -> n
             copy = bare(atoms)
             copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
             strained.append(copy)
-    stresses = np.asarray(evaluator.evaluate(strained).stress, dtype=float)
+    found = evaluator.evaluate(strained)
+    if not has_stress(found):
+        raise InputError(f"evaluator {evaluator.model_id}: gives no stress, which cell: variable needs; take cell: fixed")
+    stresses = np.asarray(found.stress, dtype=float)
     slopes = (stresses[0::2] - stresses[1::2]) / (2.0 * STRAIN)
     return np.array([[slope[row, column] for slope in slopes] for row, column in VOIGT])
 
