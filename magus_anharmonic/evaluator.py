@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator
+from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 
 from magus_anharmonic.errors import MagusAnharmonicError
 
@@ -17,7 +17,7 @@ from magus_anharmonic.errors import MagusAnharmonicError
 class Evaluation:
     """Results for n structures, in the order of the input.
 
-    energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign.
+    energy : (n,) eV; forces : n arrays (N_i, 3) eV/A; stress : (n, 3, 3) eV/A^3, ASE's sign, all NaN where the source has none.
     energy_error : (n,) eV/atom, expected error of the energies against the DFT that the model learned; None where the source
     has no estimate (see `magus_anharmonic.potential.uncertainty`).
     """
@@ -30,6 +30,11 @@ class Evaluation:
     def error_of(self, index: int) -> float | None:
         """``energy_error`` of one structure (eV/atom), or None."""
         return None if self.energy_error is None else float(self.energy_error[index])
+
+
+def has_stress(found: Evaluation) -> bool:
+    """Whether the source gives stresses at all."""
+    return not np.isnan(found.stress).all()
 
 
 ENERGY_ERROR = "energy_error"
@@ -66,6 +71,8 @@ class CalculatorEvaluator:
 
     def __init__(self, calculator: BaseCalculator, model_id: str | None = None) -> None:
         self.calculator = calculator
+        self.checked: set[str] = set()
+        """What of its results `calculator_check` has found to belong to its energies."""
         self._model_id = model_id or type(calculator).__name__.lower()
 
     @property
@@ -80,7 +87,10 @@ class CalculatorEvaluator:
             copy.calc = self.calculator
             energy.append(copy.get_potential_energy())
             forces.append(copy.get_forces(apply_constraint=False))
-            stress.append(copy.get_stress(voigt=False, apply_constraint=False))
+            try:
+                stress.append(copy.get_stress(voigt=False, apply_constraint=False))
+            except PropertyNotImplementedError:  # a fixed cell needs none
+                stress.append(np.full((3, 3), np.nan))
         return Evaluation(np.array(energy), forces, np.array(stress).reshape(-1, 3, 3))
 
 

@@ -14,6 +14,7 @@ from functools import cache
 import numpy as np
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.structures import HYDROGEN
 
 ON_HULL = 1e-9
 """eV/atom."""
@@ -43,7 +44,8 @@ def parse_formula(formula: str) -> dict[str, int]:
     from ase.data import atomic_numbers
 
     parts = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
-    if not parts or "".join(symbol + number for symbol, number in parts) != formula or any(s not in atomic_numbers for s, _ in parts):
+    known = {*atomic_numbers, *HYDROGEN}
+    if not parts or "".join(symbol + number for symbol, number in parts) != formula or any(s not in known for s, _ in parts):
         raise InputError(f"{formula!r}: is no chemical formula")
     counts: dict[str, int] = {}
     for symbol, number in parts:

@@ -1,14 +1,65 @@
-"""Identity and symmetry of structures."""
+"""Identity, isotopes and symmetry of structures."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.data import atomic_masses, chemical_symbols
+
+HYDROGEN = {"D": 2.014, "T": 3.016}
+"""Isotopes with symbols of their own, and their masses in amu."""
+SAME_MASS = 1e-3
+"""Relative difference of two masses that are one: tables of atomic masses differ by less, isotopes of one element by more."""
+
+
+def kinds(atoms: Atoms) -> np.ndarray:
+    """(n,) whole numbers, the same for atoms of one element and one mass: the atomic number where the mass is the natural one.
+
+    Everything that asks which atoms are alike (identity, symmetry, composition) asks this, so that D3S is not H3S.
+    """
+    numbers = np.asarray(atoms.numbers, dtype=np.int64)
+    if not atoms.has("masses"):
+        return numbers
+    masses = atoms.get_masses()
+    natural = np.isclose(masses, atomic_masses[numbers], rtol=SAME_MASS, atol=0.0)
+    return np.where(natural, numbers, numbers + 1000 * np.round(1000 * np.nan_to_num(masses)).astype(np.int64))
+
+
+def isotopes(atoms: Atoms) -> dict[str, float]:
+    """The masses that are not those of the natural elements, amu by symbol; ``H+2.014`` where an element has several."""
+    present, first = np.unique(kinds(atoms), return_index=True)
+    elements = (present % 1000).tolist()
+    found = {}
+    for kind, number, index in zip(present, elements, first, strict=True):
+        if kind > 999:
+            symbol, mass = chemical_symbols[number], float(atoms.get_masses()[index])
+            found[f"{symbol}+{mass:g}" if elements.count(number) > 1 else symbol] = mass
+    return found
+
+
+def formula(atoms: Atoms) -> str:
+    """Chemical formula, the metals first, with the hydrogen isotopes as D and T: ``'D3S'``."""
+    text = atoms.get_chemical_formula(mode="metal")
+    masses = atoms.get_masses()[(atoms.numbers == 1) & (kinds(atoms) > 999)]
+    heavy = {symbol: int(np.isclose(masses, mass, atol=0.02).sum()) for symbol, mass in HYDROGEN.items()}
+    counts = {"H": int((atoms.numbers == 1).sum()) - sum(heavy.values()), **heavy}
+    split = "".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in counts.items() if number)
+    return re.sub(r"H\d*(?![a-z0-9])", split, text)
+
+
+def with_isotopes(atoms: Atoms, masses: Mapping[str, float]) -> Atoms:
+    """A copy (`bare`) with ``masses`` (amu by symbol) for those of its atoms, in place of what they have."""
+    copy = bare(atoms)
+    if any(symbol in masses for symbol in atoms.get_chemical_symbols()):
+        own = zip(atoms.get_chemical_symbols(), atoms.get_masses(), strict=True)
+        copy.set_masses([float(masses.get(symbol, mass)) for symbol, mass in own])
+    return copy
 
 UNDECIDED = "not decided"
 """In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4 sigma'``. No finding."""
@@ -20,9 +71,9 @@ def decided_group(group: str) -> str:
 
 
 def structure_id(atoms: Atoms) -> str:
-    """Twelve hex digits that identify species, cell and positions (rounded to 1e-6 Angstrom)."""
+    """Twelve hex digits that identify species with their masses, cell and positions (rounded to 1e-6 Angstrom)."""
     digest = hashlib.sha256()
-    digest.update(np.asarray(atoms.numbers, dtype=np.int64).tobytes())
+    digest.update(kinds(atoms).tobytes())
     for array in (atoms.cell.array, atoms.positions):
         digest.update((np.round(np.asarray(array, dtype=float), 6) + 0.0).tobytes())
     return digest.hexdigest()[:12]
@@ -37,15 +88,18 @@ def bare(atoms: Atoms) -> Atoms:
 
 
 def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The (lattice, scaled positions, numbers) triple that spglib takes."""
-    return atoms.cell.array, atoms.get_scaled_positions(), atoms.numbers
+    """The (lattice, scaled positions, `kinds`) triple that spglib takes: isotopes are no images of each other."""
+    return atoms.cell.array, atoms.get_scaled_positions(), kinds(atoms)
 
 
 def spglib_or_none(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call spglib; None where it fails (overlapping atoms, flat cells).
+    """Call spglib; None where it fails (overlapping atoms, flat cells), and for numbers that are not finite, which end the process.
 
     spglib returns None then, but raises once any package (phonopy, symfc, ASE) has set its ``OLD_ERROR_HANDLING`` to False.
     """
+    lattice, positions, _ = arguments[0]
+    if not (np.isfinite(lattice).all() and np.isfinite(positions).all()):
+        return None
     try:
         return function(*arguments, **options)
     except getattr(spglib, "SpglibError", ()):
@@ -58,10 +112,20 @@ def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
     return found or "P1 (1)"
 
 
+def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:
+    """spglib's ``standardize_cell`` with the masses kept; None where spglib finds none."""
+    found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), symprec=symprec, **options)
+    if found is None:
+        return None
+    lattice, positions, found_kinds = found
+    standard = Atoms(numbers=np.asarray(found_kinds) % 1000, scaled_positions=positions, cell=lattice, pbc=True)
+    if atoms.has("masses"):
+        masses = dict(zip(kinds(atoms).tolist(), atoms.get_masses().tolist(), strict=True))
+        standard.set_masses([masses[int(kind)] for kind in found_kinds])
+    return standard
+
+
 def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
     """Symmetrised primitive cell in the orientation of the input; the input itself when spglib finds none."""
-    found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, no_idealize=True, symprec=symprec)
-    if found is None:
-        return bare(atoms)
-    lattice, positions, numbers = found
-    return Atoms(numbers=numbers, scaled_positions=positions, cell=lattice, pbc=True)
+    found = standardized(atoms, symprec, to_primitive=True, no_idealize=True)
+    return bare(atoms) if found is None else found

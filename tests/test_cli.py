@@ -162,8 +162,8 @@ def brought(tmp_path_factory) -> Path:
         (("--start-dyn", "nowhere/dyn"), ["nowhere/dyn1", "no such file"]),
         (("--load-ensemble", "nowhere"), ["nowhere", "no such folder"]),
         (("--load-ensemble", "."), ["energies_popN.npy"]),
-        (("--load-ensemble", "odd"), ["odd", "5 configurations", "even"]),
-        (("--start-dyn", "isotope"), ["Cu", "70.000", "masses="]),
+        (("--load-ensemble", "odd"), ["odd", "mirror image", "configuration 5"]),
+        (("--start-dyn", "isotope", "--load-ensemble", "data"), ["isotope", "data", "masses"]),
     ],
 )
 def test_a_start_that_cannot_be_used_is_one_clear_line(brought, tmp_path, monkeypatch, arguments, words):
@@ -186,6 +186,8 @@ def test_minimising_on_the_ensemble_that_was_brought_mends_the_force_constants(b
     ratio = np.median(after.modes.quantum / before.modes.quantum)
     assert ratio == pytest.approx(1.3**-0.5, abs=0.04)
     assert "200 configurations, F = " in caplog.text and "GPa" in caplog.text
+    heavy = read_start(str(brought / "isotope"), None, 300.0, 0.0, 0.5)
+    assert heavy.modes.quantum == pytest.approx(before.modes.quantum * (63.546 / 70.0) ** 0.5, rel=1e-4), "masses are those of the files"
 
 
 def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
@@ -217,3 +219,24 @@ def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch: pytest
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("n_populations", [0, 1], ids=["all fail", "not converged"])
+def test_a_ranking_without_any_free_energy_ends_with_another_code(folder, monkeypatch, n_populations, tiny_checkpoint):
+    """A job script sees it; where there is one, converged or not, the code is 0."""
+    from magus_anharmonic.errors import SschaError
+    from magus_anharmonic.sscha import run as sscha_run
+
+    def fail(self: Any) -> None:
+        raise SschaError("the sample collapses")
+
+    if not n_populations:
+        monkeypatch.setattr(sscha_run.SschaRun, "advance", fail)
+    write("a.xyz", Atoms("SiC", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True))
+    options = ("--supercell", "1", "1", "1", "--n-configs", "20", "--max-populations", "1", "--fixed-cell", "--hessian", "0", "-o", "out")
+    code, text = run("rank", "a.xyz", "--checkpoint", str(tiny_checkpoint), *options)
+    assert "ranking.csv" in {path.name for path in (folder / "out").iterdir()}
+    if n_populations:
+        assert code == 0, text
+    else:
+        assert code == 1 and "no structure has a free energy" in text and "the sample collapses" in text, text

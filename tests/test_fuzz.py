@@ -199,7 +199,7 @@ def make_relaxed(file: Path) -> None:
 
 def masses_of(file: Path) -> None:
     (file.parent / "settings.json").write_bytes(file.read_bytes())
-    _isotope_name(file.parent)
+    _isotope_name(file.parent, Atoms("H"))
 
 
 def statics_of(file: Path) -> None:

@@ -87,6 +87,19 @@ def test_the_table_shows_failures_and_how_many_places_were_gained(rows):
     assert "failed" in shown and "+1" in shown and "-1" in shown
 
 
+def test_without_a_ranked_row_heights_are_above_the_lowest_that_is_shown(rows):
+    """Absolute energies of a real potential would be some -700,000 meV."""
+    one, other = (
+        {**line, "status": "unconverged", "gibbs_eV_per_atom": gibbs} for line, gibbs in ((R3M, "-722.2826"), (CCCM, "-722.2816"))
+    )
+    shown = text_of(rows(one, other, {**FAILED, "gibbs_eV_per_atom": "-999"}))
+    cells = {
+        line.split()[3]: [word for word in line.split() if word.count(".") == 1] for line in shown.splitlines() if "unconverged" in line
+    }
+    assert [values[1] for values in cells.values()] == ["1.0", "0.0"] or [values[1] for values in cells.values()] == ["0.0", "1.0"]
+    assert "722" not in shown and "999" not in shown
+
+
 @pytest.mark.parametrize("lines", [(), (R3M,), (R3M, CCCM, FAILED, ESTIMATED)])
 def test_the_picture_is_drawn_for_any_number_of_points(rows, tmp_path, lines):
     assert picture(rows(*lines), tmp_path / "out" / "ranking.png").stat().st_size > 5000

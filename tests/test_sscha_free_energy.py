@@ -26,6 +26,10 @@ PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 ALUMINIUM = bulk("Al", "fcc", a=4.0)
 
 
+ASKED = 2
+"""Evaluations of `calculator_check`, once per ASE calculator; they are none of the run."""
+
+
 def quartic(directory=None, **changes) -> SschaResult:
     """The cheapest run with something to relax."""
     options = dict(cell="fixed", supercell=(1, 1, 1), n_configs=60, max_populations=6, directory=directory)
@@ -162,14 +166,14 @@ def test_a_converged_run_draws_what_is_missing_for_the_wanted_error():
     calculator = CountingCalculator(QuarticPair())
     fine = quartic(evaluator=calculator, n_configs=200, max_populations=40, error_tolerance=0.5 * rough.gibbs_error)
     assert fine.converged and fine.gibbs_error <= 0.5 * rough.gibbs_error
-    assert fine.n_evaluations == calculator.count < 8 * rough.n_evaluations, "four times the samples, not many times"
+    assert fine.n_evaluations + ASKED == calculator.count < 8 * rough.n_evaluations, "four times the samples, not many times"
     assert fine.gibbs_raw == pytest.approx(rough.gibbs_raw, abs=4.0 * rough.gibbs_error), "of the same state"
 
 
 def test_counts_are_those_of_the_calculator():
     calculator = CountingCalculator(QuarticPair())
     result = quartic(evaluator=calculator)
-    assert result.n_evaluations == calculator.count
+    assert result.n_evaluations + ASKED == calculator.count
 
 
 def test_same_seed_same_result_and_another_seed_another():
@@ -343,6 +347,7 @@ def test_a_crystal_that_falls_apart_is_a_failed_result_with_a_reason(tmp_path):
 
         def calculate(self, atoms=None, properties=("energy",), system_changes=()):
             super().calculate(atoms, properties, system_changes)
+            self.results["energy"] -= self.atoms.get_volume()
             self.results["stress"] = np.array([-1.0, -1.0, -1.0, 0, 0, 0])
 
     result = quartic(tmp_path / "run", evaluator=Repulsion(), cell="variable", max_populations=3)

@@ -7,17 +7,28 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ase import Atoms
+from ase.io import read, write
 from crystal_models import Crystals, crystal
-from sscha_models import AnharmonicCell, evaluated
+from sscha_models import AnharmonicCell, QuarticPair, evaluated
 from test_sscha_free_energy import PAIR, exact_pair, quartic
 
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.ranking.matcher import Fingerprint, same
+from magus_anharmonic.search.operators import symmetrised
+from magus_anharmonic.search.relaxation import AseCalculatorSettings, Relaxer
+from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.isotopes import overlap
+from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
 from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.structures import formula, isotopes, primitive, space_group, structure_id, with_isotopes
 
 DEUTERIUM = {"H": 2.014}
 ONE_PER_CENT = {"H": 1.01 * PAIR.get_masses()[0]}
@@ -154,3 +165,87 @@ def test_the_ensemble_that_is_reweighted_is_the_last_one(tmp_path):
     expected = (averages.helmholtz - averages.decrease) / 2.0
     found = quartic(start=tmp_path / "H", masses=ONE_PER_CENT, n_configs=100)
     assert found.gibbs_raw == pytest.approx(expected, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------- masses that the Atoms carry
+
+
+def with_hydrogen(mass: float, atoms: Atoms = PAIR) -> Atoms:
+    return with_isotopes(atoms, {"H": mass})
+
+
+def test_masses_of_the_atoms_hold_and_settings_go_before_them(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="magus_anharmonic"):
+        carried = quartic(atoms=with_hydrogen(2.014), n_configs=400)
+    assert "2.014" in caplog.text, "it is said"
+    assert carried.gibbs_raw == pytest.approx(exact_pair(2.014), abs=4.0 * carried.gibbs_error)
+    assert carried.gibbs == quartic(masses=DEUTERIUM, n_configs=400).gibbs
+    natural = {"H": float(PAIR.get_masses()[0])}
+    assert quartic(atoms=with_hydrogen(2.014), masses=natural).gibbs == quartic().gibbs
+    assert carried.centroids.get_masses()[0] == 2.014
+    write(tmp_path / "d.xyz", with_hydrogen(2.014), format="extxyz")
+    assert quartic(atoms=read(tmp_path / "d.xyz"), n_configs=400).gibbs == carried.gibbs
+
+
+def test_a_start_of_other_masses_takes_those_of_the_structure(tmp_path):
+    heavy = quartic(tmp_path / "D", masses=DEUTERIUM)
+    assert quartic(start=heavy).centroids.get_masses()[0] == pytest.approx(1.008)
+    assert quartic(start=heavy, atoms=with_hydrogen(2.014)).centroids.get_masses()[0] == 2.014
+    with pytest.raises(InputError, match="another SSCHA run"):
+        quartic(tmp_path / "D", atoms=with_hydrogen(3.016))
+
+
+def mixed_hydride() -> Atoms:
+    """Four hydrogen sites that are one by symmetry, one of them deuterium."""
+    atoms = Atoms("PdH", positions=[[0, 0, 0], [2.0, 2.0, 2.0]], cell=2.0 * (1 - np.eye(3)), pbc=True).repeat((2, 1, 1))
+    atoms.set_masses([*atoms.get_masses()[:3], 2.014])
+    return atoms
+
+
+def test_isotopes_are_kinds_of_their_own():
+    mixed, plain = mixed_hydride(), with_isotopes(mixed_hydride(), {"H": 1.008})
+    assert structure_id(plain) == structure_id(Atoms(plain.numbers, positions=plain.positions, cell=plain.cell, pbc=True))
+    assert structure_id(mixed) != structure_id(plain)
+    assert (len(primitive(plain)), len(primitive(mixed))) == (2, 4), "a translation does not take H to D"
+    assert sorted(primitive(mixed).get_masses()) == pytest.approx(sorted(mixed.get_masses()))
+    assert space_group(plain) == "Fm-3m (225)" and space_group(mixed) != "Fm-3m (225)"
+    assert (formula(plain), formula(mixed), formula(with_isotopes(plain, {"H": 3.016}))) == ("Pd2H2", "Pd2HD", "Pd2T2")
+    assert not same(Fingerprint(mixed), Fingerprint(plain)) and same(Fingerprint(mixed), Fingerprint(mixed.repeat((1, 2, 1))))
+    assert isotopes(mixed) == {"H+2.014": 2.014} and isotopes(plain) == {}
+
+
+def test_dynamical_matrices_keep_two_isotopes_of_one_element(tmp_path):
+    mixed = mixed_hydride()
+    rng = np.random.default_rng(0)
+    compact = Symmetry(mixed, (1, 1, 1)).force_constants(
+        rng.normal(size=(1, 4, 4, 3, 3)) + 9.0 * np.eye(12).reshape(4, 3, 4, 3).swapaxes(1, 2)
+    )
+    state = SschaState(mixed, (1, 1, 1), compact, 0.0)
+    write_dyn(state, tmp_path / "dyn")
+    back = state_from_dyn(tmp_path / "dyn")
+    assert back.atoms.get_chemical_symbols() == mixed.get_chemical_symbols()
+    assert back.atoms.get_masses() == pytest.approx(mixed.get_masses(), rel=1e-6)
+    assert back.modes.quantum == pytest.approx(state.modes.quantum, rel=1e-5)
+
+
+def test_a_ranking_has_deuterides_as_a_composition_of_their_own_and_mixes_no_other_isotopes(tmp_path):
+    structures = [PAIR, with_hydrogen(2.014)]
+    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"supercell": [1, 1, 1], "cell": "fixed", "n_configs": 100}})
+    found = rank_structures(structures, QuarticPair(), keys, tmp_path / "a", relax=False, workers=1)
+    gibbs = {candidate.formula: candidate.gibbs for candidate in found}
+    assert set(gibbs) == {"FH", "FD"}
+    difference = exact_pair(2.014) - exact_pair(PAIR.get_masses()[0])
+    assert gibbs["FD"] - gibbs["FH"] == pytest.approx(difference, rel=0.3) and difference < -0.001
+    assert {candidate.rank_quantum for candidate in found} == {1}
+    again = rank_structures(structures, QuarticPair(), keys, tmp_path / "a", relax=False, workers=1)
+    assert {candidate.formula: candidate.gibbs for candidate in again} == gibbs, "each has its own stored free energy"
+    with pytest.raises(InputError, match="isotopes"):
+        rank_structures([PAIR, with_isotopes(PAIR, {"F": 20.0})], QuarticPair(), keys, tmp_path / "b", relax=False, workers=1)
+
+
+def test_children_and_relaxed_structures_of_a_search_keep_the_isotopes():
+    relaxer = Relaxer(as_evaluator(QuarticPair()), AseCalculatorSettings(calculator="emt", max_step=1, relax_lattice=False), 0.0)
+    (relaxed,) = relaxer._relax_chunk([with_hydrogen(2.014)])
+    assert relaxed.get_masses()[0] == 2.014
+    assert symmetrised(with_hydrogen(2.014), 0.1).get_masses().max() == pytest.approx(18.998, abs=1e-3)
+    assert isotopes(symmetrised(with_hydrogen(2.014), 0.1)) == {"H": 2.014}

@@ -23,6 +23,7 @@ from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha.averages import pair_means, standard_error
+from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group
@@ -83,7 +84,7 @@ def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Sour
 def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str) -> np.ndarray:
     """Displacements (n, n_supercell, 3) A of given configurations of ``state``, +u/-u next to each other.
 
-    Raises ``InputError`` when cell, species or pairs are not those of the state.
+    Raises ``InputError`` when cell, species, pairs or amplitudes are not those of the state.
     """
     supercell = state.supercell
     found = []
@@ -96,6 +97,7 @@ def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str)
     u = np.array(found)
     if len(u) < 4 or len(u) % 2 or not np.allclose(u[0::2], -u[1::2], atol=1e-4):
         raise InputError(f"{where}: {len(u)} configurations that are not pairs +u, -u next to each other; pairs are needed, at least two")
+    require_drawn_from(state, u, where)
     return u
 
 

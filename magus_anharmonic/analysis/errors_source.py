@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from ase.io import read
 
 from magus_anharmonic.analysis.errors_run import Source, displacements_of, source_of_result, source_of_state
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.begin import read_state
 from magus_anharmonic.sscha.result import SschaResult
@@ -40,12 +39,8 @@ def find_source(
     if pressure is None:
         raise InputError(f"--pressure: is needed for {path}: only the folder of a run says it")
     if Path(f"{path}1").is_file():
-        with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
-            return source_of_state(read_state(path, temperature, Path(scratch) / "sscha.log"), pressure, phase)
-    try:
-        atoms = read(path)
-    except Exception as error:  # ASE's readers raise many types for malformed text
-        raise InputError(f"{path}: not a structure that ASE reads: {error}") from None
+        return source_of_state(read_state(path, temperature), pressure, phase)
+    atoms = read_structures(path, index=-1)[0]
     result = free_energy(
         atoms, model, pressure=pressure, temperature=temperature, supercell=supercell, n_configs=500, seed=seed, directory=run_folder
     )
@@ -62,5 +57,5 @@ def given_displacements(state: SschaState, path: Path) -> np.ndarray:
         for atoms, displacement in zip(structures, ensemble.displacements, strict=True):
             atoms.positions += displacement
     else:
-        structures = read(path, index=":")
+        structures = read_structures(path)
     return displacements_of(state, structures, str(path))

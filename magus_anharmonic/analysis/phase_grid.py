@@ -16,12 +16,14 @@ from magus_anharmonic.analysis.gibbs_points import NATURAL, GibbsPoint, with_twi
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import read_json
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.entropy import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble, read_start_file
 from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -39,18 +41,10 @@ RESPONSE_ERROR = 0.2
 
 def read_phase(name: str, phase: PhaseSettings) -> Atoms:
     """The structure of one phase; raises ``InputError`` that names phase and file."""
-    from ase.io import read
-
-    path = Path(phase.structure)
-    if not path.is_file():
-        raise InputError(f"phases.{name}: {path}: no such file")
     try:
-        found = read(path, index=phase.index)
-    except Exception as error:  # ASE raises whatever its parsers raise
-        raise InputError(f"phases.{name}: {path}: not readable as a structure ({' '.join(str(error).split())[:200]})") from None
-    if found.cell.rank < 3:
-        raise InputError(f"phases.{name}: {path}: has no three-dimensional periodic cell; SSCHA needs a crystal")
-    return bare(found)
+        return bare(read_structures(phase.structure, index=phase.index)[0])
+    except InputError as error:
+        raise InputError(*(f"phases.{name}: {problem}" for problem in error.problems)) from None
 
 
 def point_folder(root: Path, phase: str, isotopes: str, pressure: float, temperature: float) -> Path:
@@ -212,7 +206,7 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
         result = SschaResult.read(folder)
         group = result.space_group_start.split(" ")[0].replace("/", "_")
         formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
-        point = point_of(f"{formula} {group}", _isotope_name(folder), result, folder)
+        point = point_of(f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder)
         key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
         if key in found:
             raise InputError(
@@ -226,11 +220,12 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
     return with_twins([point for _, point in found.values()])
 
 
-def _isotope_name(folder: Path) -> str:
-    """``natural``, or the masses of ``settings.json`` in words; raises ``DamagedFile``."""
+def _isotope_name(folder: Path, centroids: Atoms) -> str:
+    """``natural``, or the isotopes of the centroids and the masses of ``settings.json`` in words; raises ``DamagedFile``."""
     path = folder / "settings.json"
     masses = (read_json(path).get("masses") or {}) if path.is_file() else {}
     try:
-        return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted(masses.items())) or NATURAL
+        carried = isotopes_of(centroids)
+        return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted({**carried, **masses}.items())) or NATURAL
     except (AttributeError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path}: damaged: masses ({error})") from None

@@ -17,6 +17,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
+from magus_anharmonic.structures import bare
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator
@@ -111,7 +112,7 @@ class StructureFile:
         """One structure (``kind``: static or centroids)."""
         from ase.io import write
 
-        frame = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+        frame = bare(atoms)
         frame.info = {"id": name, "space_group": space_group, "pressure_GPa": float(pressure), "kind": kind}
         write(self.path, frame, format="extxyz", append=True)
         self.n += 1

@@ -14,8 +14,9 @@ from ase.io import iread
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.settings.campaign import PhaseSettings
-from magus_anharmonic.structures import bare, primitive, space_group, structure_id
+from magus_anharmonic.structures import bare, formula, primitive, space_group, structure_id
 
 SYMPREC = 0.05
 POOL = 10
@@ -111,8 +112,6 @@ def phases_of(given: Sequence[PhaseSettings]) -> list[Phase]:
 def _phase(settings: PhaseSettings) -> Phase:
     if settings.structure is None:
         return Phase(settings.name, int(settings.space_group or 1), settings.natoms, None)
-    from magus_anharmonic.ranking.files import read_structures
-
     structures = read_structures(settings.structure)
     where = f"phases.{settings.name}.structure: {settings.structure}"
     if len(structures) != 1:
@@ -142,7 +141,7 @@ def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:
 def enthalpy_row(found: Found, phases: Sequence[Phase], pressure: float, model_id: str, source: str) -> tuple[object, ...]:
     """A row of ``enthalpies.csv``."""
     atoms, group = found.atoms, space_group(found.atoms, SYMPREC)
-    formula = atoms.get_chemical_formula(mode="metal")
+    name_of_compound = formula(atoms)
     volume = atoms.get_volume() / len(atoms)
     name = phase_name(phases, atoms, group)
-    return (found.id, name, formula, len(atoms), group, float(pressure), float(volume), found.enthalpy, model_id, source)
+    return (found.id, name, name_of_compound, len(atoms), group, float(pressure), float(volume), found.enthalpy, model_id, source)

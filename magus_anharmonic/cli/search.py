@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, console, user_errors
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 
 
 class Host(StrEnum):
@@ -65,7 +65,11 @@ def _embedded(input_file: Path, restart: bool) -> None:
 
 
 def _show(folder: Path) -> None:
-    """Print what a finished run found: a table and plain words for each composition, picture and folder."""
+    """Print what a finished run found: a table and plain words for each composition, picture and folder.
+
+    Raises ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a job script sees it.
+    """
+    from magus_anharmonic.ranking.candidate import WITH_ERROR
     from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
 
     ranking = folder / "ranking.csv"
@@ -90,6 +94,9 @@ def _show(folder: Path) -> None:
     report = f"\nReport: {page}" if page.is_file() else ""
     drawn = ", ".join(map(str, pictures))
     screen.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
+    failed = [row for row in rows if row.status == "failed"]
+    if failed and not any(row.status in WITH_ERROR and row.gibbs is not None for row in rows):
+        raise MagusAnharmonicError(f"no structure has a free energy; the first of {len(failed)} reasons in {ranking}: {failed[0].reason}")
 
 
 @app.command()

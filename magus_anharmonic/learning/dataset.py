@@ -16,6 +16,7 @@ from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
+from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.potential.split import side_of_name
@@ -225,6 +226,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
         raise DamagedFile(f"{path}: not readable as extended XYZ: {' '.join(str(error).split())[:200]}") from None
     if not frames:
         raise DamagedFile(f"{path}: holds no structure")
+    check_structures(frames, f"{path}: ", crystal=False)
     for atoms in frames:
         # ASE reads this key as a result of the calculator, and then refuses to write it from both places.
         if atoms.calc is not None and "free_energy" in atoms.calc.results:

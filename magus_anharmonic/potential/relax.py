@@ -12,7 +12,9 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.potential.guards import senseless
 from magus_anharmonic.potential.relax_arguments import Options, checked
 from magus_anharmonic.potential.threads import one_thread_for_small_matrices
 from magus_anharmonic.potential.way import Relaxation as Relaxation
@@ -68,7 +70,8 @@ def relax(
         of the evaluator.
 
     One bad structure stops no other: it comes back with ``failed`` and a reason. A result with species that the model was never
-    trained on says so in its reason, even where it has converged. Raises InputError for senseless arguments.
+    trained on says so in its reason, even where it has converged. Raises InputError for senseless arguments, and for an ASE calculator
+    whose forces or stress do not belong to its energies (`calculator_check`).
     """
     options = checked(
         pressure=pressure,
@@ -87,6 +90,9 @@ def relax(
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
     with one_thread_for_small_matrices():
+        first = next((atoms for atoms in structures if not senseless(atoms)), None)
+        if first is not None:
+            check_calculator(evaluator, first, stress=relax_cell)
         for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
             results[index] = _with_note(way.result(), evaluator)
     return [results[index] for index in range(len(structures))]
@@ -175,8 +181,9 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result
 
 
 def _senseless_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
-    """What is wrong with a result, or an empty string."""
-    largest = {"energy": abs(energy), "forces": np.abs(forces).max(initial=0.0), "stress": np.abs(stress).max()}
+    """What is wrong with a result, or an empty string; one without any stress will do while the cell is fixed (`Way.receive`)."""
+    largest = {"energy": abs(energy), "forces": np.abs(forces).max(initial=0.0)}
+    largest |= {} if np.isnan(stress).all() else {"stress": np.abs(stress).max()}
     if not np.isfinite(list(largest.values())).all():
         return "energy, forces or stress are not finite"
     absurd = [f"{name} of {value:.1e}" for name, value in largest.items() if value > ABSURD]

@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import raise_trouble, write_json
+from magus_anharmonic.files import write_json
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -110,17 +111,11 @@ def load_recipe(path: str | Path) -> TrainRecipe:
 
 def read_labels(*paths: str | Path) -> list[Atoms]:
     """All labelled structures of extended-XYZ (or other ASE) files; raises InputError naming the file and structure."""
-    from ase.io import read
-
     structures: list[Atoms] = []
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file (labels are extended XYZ with energy, forces and stress)")
-        try:
-            found = read(path, ":")
-        except Exception as error:  # every ASE reader raises its own types
-            raise_trouble(error, path)
-            raise InputError(f"{path}: not readable as structures: {type(error).__name__}: {error}") from None
+        found = read_structures(path, crystal=False)
         for index, atoms in enumerate(found):
             try:
                 labels_of(atoms)

@@ -120,6 +120,8 @@ class Way:
 
     def receive(self, result: Result | str) -> None:
         assert self.trajectory is not None
+        if not isinstance(result, str) and self.trajectory.relax_cell and not np.isfinite(result[2]).all():
+            result = "there is no stress, which a variable cell needs"
         if not isinstance(result, str):
             if self.trajectory.receive(*result):
                 self.reason = ""

@@ -10,6 +10,7 @@ from typing import Literal
 from ase import Atoms
 
 from magus_anharmonic.hull import reduced_formula
+from magus_anharmonic.structures import formula
 
 Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
 """``unconverged``: the populations or the budget ran out before the relaxation came to its end; ``eliminated``: stopped early, because
@@ -100,8 +101,8 @@ class Candidate:
 
     @property
     def formula(self) -> str:
-        """Chemical formula with the metals first, e.g. ``'H3S'``."""
-        return self.atoms.get_chemical_formula(mode="metal")
+        """Chemical formula with the metals first, e.g. ``'H3S'``; deuterium is D."""
+        return formula(self.atoms)
 
     @property
     def composition(self) -> str:

@@ -14,6 +14,7 @@ from ase import Atoms
 
 from magus_anharmonic.hull import above_hull, hull_odds, lower_hull, pool_fractions, reduced_formula
 from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.structures import formula
 
 DRAWS = 400
 """Hulls drawn for the error bars: odds to about 0.02."""
@@ -21,8 +22,8 @@ _SEED = 108
 
 
 def composition(atoms: Atoms) -> str:
-    """Reduced formula with the metals first, e.g. ``'H3S'``: one name for all cells of a composition."""
-    return reduced_formula(atoms.get_chemical_formula(mode="metal"))
+    """Reduced formula with the metals first, e.g. ``'H3S'`` (``'D3S'`` with deuterium): one name for all cells of a composition."""
+    return reduced_formula(formula(atoms))
 
 
 def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:

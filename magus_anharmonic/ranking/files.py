@@ -11,7 +11,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.gate import check_structures, read_structures
 from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
@@ -84,8 +84,7 @@ def rank_structures(
     the reason.
     """
     source = as_evaluator(evaluator)
-    for index, atoms in enumerate(structures):
-        check_structure(atoms, f"structure {index}")
+    check_structures(structures)
     copies = [bare(atoms) for atoms in structures]
     reasons = relax_in_place(copies, source, settings) if relax else [""] * len(copies)
     good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]
@@ -105,36 +104,3 @@ def rank_structures(
         starts=starts,
         measured=measured,
     )
-
-
-def read_structures(path: str | Path) -> list[Atoms]:
-    """All structures of a file; raises ``InputError`` that names the file and the index of a structure that will not do."""
-    from ase.io import read
-
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"{file}: no such file")
-    try:
-        structures = read(file, index=":")
-    except Exception as error:
-        raise_trouble(error, file)
-        raise InputError(f"{file}: ASE cannot read it: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    if not structures:
-        raise InputError(f"{file}: holds no structure")
-    for index, atoms in enumerate(structures):
-        check_structure(atoms, f"{file}: structure {index}")
-    return structures
-
-
-def check_structure(atoms: Atoms, where: str) -> None:
-    """Raise ``InputError`` that starts with ``where`` unless ``atoms`` is a crystal: atoms, known species, a cell."""
-    if len(atoms) == 0:
-        raise InputError(f"{where} has no atoms")
-    if (atoms.numbers < 1).any():
-        raise InputError(f"{where} has an atom of no known element")
-    if not atoms.cell.rank == 3 or atoms.get_volume() < 1e-6:
-        raise InputError(
-            f"{where} ({atoms.get_chemical_formula()}) has no cell; give a periodic structure (POSCAR, CIF, extxyz with Lattice=)"
-        )
-    if not atoms.pbc.all():
-        raise InputError(f"{where} ({atoms.get_chemical_formula()}) is not periodic in three directions")

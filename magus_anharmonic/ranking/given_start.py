@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.files import rank_alone
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.averages import Ensemble, average
-from magus_anharmonic.sscha.begin import state_digest, with_masses
+from magus_anharmonic.sscha.begin import state_digest
+from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.native import minimise
-from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn
+from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
+from magus_anharmonic.sscha.reweight import effective_number
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -24,7 +27,7 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 log = logging.getLogger(__name__)
 
 SMALLEST = 4
-"""Configurations of an ensemble, even: they are averaged in pairs."""
+"""Configurations of an ensemble."""
 
 
 def check_sources(structures: Path | None, dyn: str | None, ensemble: Path | None) -> None:
@@ -40,7 +43,7 @@ def rank_start(dyn: str | None, ensemble: Path | None, settings: Settings, outpu
     """SSCHA of one candidate from the state of ``dyn`` (prefix of dynamical matrices), or of ``ensemble`` after minimising on it.
 
     The structure is not relaxed statically before, and the supercell is that of the files unless ``sscha.supercell`` is a length.
-    Raises ``InputError`` (files that are missing or do not fit, isotopes, a folder of another start or process) before any work.
+    Raises ``InputError`` (files that are missing, damaged or do not fit, a folder of another start or process) before any work.
     """
     if settings.sscha is None or settings.calculator is None:
         raise InputError("MainCalculator, sscha: --start-dyn and --load-ensemble need both blocks")
@@ -56,44 +59,58 @@ def rank_start(dyn: str | None, ensemble: Path | None, settings: Settings, outpu
 def read_start(dyn: str | None, ensemble: Path | None, temperature: float, pressure: float, min_effective_sample: float) -> SschaState:
     """The state to start from at ``temperature`` (K); with an ensemble the one that minimising on it leads to (cell fixed).
 
-    What the ensemble says about its own state, at ``pressure`` (GPa), is logged. Raises ``InputError``.
+    With both the ensemble is reweighted from the matrices that drew it, which its folder holds, to ``dyn``, and minimised from there. What
+    it says about that state, at ``pressure`` (GPa), is logged. Raises ``InputError``.
     """
     if ensemble is None:
         if dyn is None:
             raise InputError("start: neither dynamical matrices nor an ensemble")
-        state = state_from_dyn(dyn, temperature)
-        require_natural_masses(state)
-        return state
-    state, drawn = read_ensemble(ensemble, temperature, dyn=dyn)
-    require_natural_masses(state)
+        return state_from_dyn(dyn, temperature)
+    own, drawn = read_ensemble(ensemble, temperature, dyn=None if generating_matrices(ensemble) else dyn)
     count = len(drawn.energies)
-    if count < SMALLEST or count % 2:
-        raise InputError(f"--load-ensemble: {ensemble}: {count} configurations; must be even and at least {SMALLEST}")
-    symmetry = Symmetry(state.atoms, state.repeats)
+    if count < SMALLEST:
+        raise InputError(f"--load-ensemble: {ensemble}: {count} configurations; must be at least {SMALLEST}")
+    begin = own if dyn is None else state_from_dyn(dyn, temperature)
+    _require_reweightable(own, begin, f"--start-dyn {dyn}, --load-ensemble {ensemble}")
+    symmetry = Symmetry(begin.atoms, begin.repeats)
+    begin = replace(begin, force_constants=symmetry.force_constants(begin.force_constants))
     try:
-        log.info("%s: %s", ensemble, what_it_says(state, drawn, symmetry, pressure))
-        better = minimise([(state, drawn)], symmetry, min_effective_sample=min_effective_sample).state
+        about, weights = reweighted(own, drawn, begin)
+        sample = effective_number(weights) / count
+        if sample < min_effective_sample:
+            raise InputError(
+                f"--load-ensemble: {ensemble}: of its configurations {100 * sample:.0f} per cent count for {dyn} (at least "
+                f"{100 * min_effective_sample:.0f} are needed): give one of the two alone"
+            )
+        log.info("%s: %s", ensemble, what_it_says(begin, about, weights, symmetry, pressure))
+        better = minimise([(own, drawn)], symmetry, min_effective_sample=min_effective_sample, target=begin).state
     except (SschaError, np.linalg.LinAlgError) as error:
         raise InputError(f"--load-ensemble: {ensemble}: {' '.join(str(error).split())}") from None
     return floor_modes(better, symmetry, LARGEST_AMPLITUDE_LATER)
 
 
-def require_natural_masses(state: SschaState) -> None:
-    """A ranking is of natural elements: refuse the dynamical matrices of isotopes instead of changing their masses unseen."""
-    natural = with_masses(state.atoms, None).get_masses()
-    for symbol, mass, usual in zip(state.atoms.get_chemical_symbols(), state.atoms.get_masses(), natural, strict=True):
-        if abs(mass - usual) > 0.01 * usual:
+def _require_reweightable(own: SschaState, other: SschaState, where: str) -> None:
+    """Raise ``InputError`` unless an ensemble of ``own`` can be averaged for ``other``: one crystal, cell, supercell and set of masses."""
+    pairs = {
+        "supercell": (np.array(own.repeats), np.array(other.repeats)),
+        "species or their order": (own.atoms.numbers, other.atoms.numbers),
+        "masses": (own.atoms.get_masses(), other.atoms.get_masses()),
+        "cell": (own.atoms.cell.array, other.atoms.cell.array),
+    }
+    for name, (one, two) in pairs.items():
+        if one.shape != two.shape or not np.allclose(one, two, rtol=0.0, atol=1e-4):
             raise InputError(
-                f"start: {symbol} has the mass {mass:.3f} amu, rank takes {usual:.3f}; isotopes: free_energy(..., masses=) in Python"
+                f"{where}: the {name} of the matrices is another one than that of the ensemble's own; give one of the two alone"
             )
 
 
-def what_it_says(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, pressure: float) -> str:
-    """F, error and pressure of the state by its own ensemble; energies are those of whatever surface made it."""
-    averages, n = average(state, ensemble, symmetry), len(state.atoms)
+def what_it_says(state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: float) -> str:
+    """F, error and pressure of the state by an ensemble about its centroids; energies are those of whatever surface made it."""
+    averages, n = average(state, ensemble, symmetry, weights), len(state.atoms)
     found = -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA
     stress = f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
     return (
-        f"{len(ensemble.energies)} configurations, F = {averages.helmholtz / n:.5f} +- {averages.helmholtz_error / n:.5f} eV/atom "
-        f"(energy surface and zero of that ensemble), {stress}; it improves the start, G comes from fresh ensembles of the model"
+        f"{len(weights)} configurations, F = {averages.helmholtz / n:.5f} +- {averages.helmholtz_error / n:.5f} eV/atom (energy surface "
+        f"and zero of that ensemble, ESS/N = {effective_number(weights) / len(weights):.2f}), {stress}; it improves the start, G comes "
+        "from fresh ensembles of the model"
     )

@@ -20,7 +20,7 @@ import vesin
 from ase import Atoms
 from scipy.optimize import linear_sum_assignment
 
-from magus_anharmonic.structures import bare, primitive, space_group, structure_id
+from magus_anharmonic.structures import bare, kinds, primitive, space_group, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Fingerprint:
         self.atoms = bare(atoms)
         self.symprec = symprec
         self.volume = atoms.get_volume() / len(atoms)
-        counts = Counter(int(z) for z in atoms.numbers)
+        counts = Counter(kinds(atoms).tolist())
         units = math.gcd(*counts.values())
         self.composition = tuple(sorted((z, n // units) for z, n in counts.items()))
 
@@ -52,12 +52,12 @@ class Fingerprint:
 
     @cached_property
     def distances(self) -> list[tuple[int, np.ndarray]]:
-        """Per atom of the primitive cell its atomic number and the sorted distances (Angstrom), species by species."""
+        """Per atom of the primitive cell its kind (`kinds`) and the sorted distances (Angstrom), species by species."""
         return pointwise_distances(primitive(self.atoms, self.symprec), self.composition)
 
 
 def pointwise_distances(atoms: Atoms, composition: Sequence[tuple[int, int]]) -> list[tuple[int, np.ndarray]]:
-    """Per atom: atomic number and its nearest-neighbour distances (Angstrom), about `N_NEIGHBOURS` in all."""
+    """Per atom: its kind and its nearest-neighbour distances (Angstrom), about `N_NEIGHBOURS` in all."""
     total = sum(n for _, n in composition)
     wanted = {z: max(6, round(N_NEIGHBOURS * n / total)) for z, n in composition}
     density = len(atoms) / atoms.get_volume()
@@ -73,9 +73,10 @@ def _neighbour_rows(atoms: Atoms, cutoff: float, wanted: dict[int, int]) -> list
     """None when the cutoff (Angstrom) is too small for some atom."""
     neighbours = vesin.NeighborList(cutoff=cutoff, full_list=True)
     first, second, distance = neighbours.compute(points=atoms.positions, box=atoms.cell.array, periodic=True, quantities="ijd")
-    species = atoms.numbers[second]
+    own_kinds = kinds(atoms)
+    species = own_kinds[second]
     rows = []
-    for index, own in enumerate(atoms.numbers):
+    for index, own in enumerate(own_kinds):
         mine = first == index
         parts = []
         for z, count in wanted.items():

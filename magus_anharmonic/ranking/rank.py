@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.hull import comparable
@@ -38,7 +39,7 @@ from magus_anharmonic.ranking.trust import ensemble_trust
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare, space_group, structure_id
+from magus_anharmonic.structures import bare, isotopes, space_group, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def rank(
     and odds are those inside of a composition, and beside them stands the distance above the hull (`compositions`).
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
-    Raises ValueError when a structure's energy belongs to another model.
+    Raises ValueError when a structure's energy belongs to another model, ``InputError`` for other isotopes in one composition.
     """
     ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured)
     if settings.sscha is not None:
@@ -141,6 +142,7 @@ class Ranking:
         self.unusable = [i for i, enthalpy in enumerate(found) if enthalpy is None]
         self.enthalpies = [np.inf if enthalpy is None else enthalpy for enthalpy in found]
         self._check_models()
+        self._check_isotopes()
         inside = distinct([population[i] for i in self.usable], [self.enthalpies[i] for i in self.usable])
         self.groups = [[self.usable[k] for k in group] for group in inside]
         sscha = settings.sscha
@@ -166,6 +168,17 @@ class Ranking:
             model = self.population[i].info.get("model") or self.model
             if model != self.model:
                 raise ValueError(f"structure {i}: its enthalpy is of model {model}, the ranking of {self.model}; evaluate it first")
+
+    def _check_isotopes(self) -> None:
+        """Free energies of one compound with other masses cannot be compared (D and T make compositions of their own)."""
+        found: dict[str, dict[str, float]] = {}
+        for i in self.usable:
+            atoms = self.population[i]
+            if (known := found.setdefault(composition(atoms), isotopes(atoms))) != isotopes(atoms):
+                raise InputError(
+                    f"structure {i} ({composition(atoms)}): has the isotopes {isotopes(atoms) or 'of nature'}, others of this composition "
+                    f"{known or 'those of nature'}; rank them one after the other"
+                )
 
     def leader(self, group: int) -> Atoms:
         """The lowest member of the group."""
@@ -211,8 +224,11 @@ class Ranking:
         groups = {job.structure: g for job, g in jobs}
         self._run([job for job, _ in jobs], free_energy, lambda job: groups[job.structure], workers)
         run_reduced(self, list(self.records.values()), free_energy, workers)
-        for key in self.keys if self.sscha.hessian else ():
-            check_stability(self, key, free_energy, workers)
+        if self.sscha.hessian:
+            # before anything that is not needed for them: a library that ends the process takes no finished result along
+            write_tables(self.run_dir, self.tables(), self.store)
+            for key in self.keys:
+                check_stability(self, key, free_energy, workers)
 
     def _later_temperatures(self, groups: Sequence[int]) -> list[tuple[Job, int]]:
         """Jobs of those that were not eliminated at the first temperature, from where they ended there."""

@@ -9,7 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluation, Evaluator, set_energy_error
+from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress, set_energy_error
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
 from magus_anharmonic.structures import bare
@@ -59,9 +59,10 @@ def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Eva
         if len(inputs) == 1:
             return [str(error)]
         return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
+    stress = has_stress(batch)
     return [
         _one(batch, i)
-        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and np.isfinite(batch.stress[i]).all()
+        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and (not stress or np.isfinite(batch.stress[i]).all())
         else "energy, forces or stress are not finite"
         for i in range(len(inputs))
     ]

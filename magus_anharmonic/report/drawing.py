@@ -7,12 +7,11 @@ from html import escape
 from itertools import product
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
-from magus_anharmonic.structures import spglib_cell, spglib_or_none
+from magus_anharmonic.structures import standardized
 
 MAX_ATOMS = 64
 """Cells above this size are drawn as they are given, not as conventional cells."""
@@ -61,11 +60,8 @@ def scene(atoms: Atoms, symprec: float = 0.05) -> Scene:
 
 
 def _conventional(atoms: Atoms, symprec: float) -> Atoms | None:
-    found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), symprec=symprec)
-    if found is None or len(found[2]) > MAX_ATOMS:
-        return None
-    lattice, positions, numbers = found
-    return Atoms(numbers=numbers, scaled_positions=positions, cell=lattice, pbc=True)
+    found = standardized(atoms, symprec)
+    return None if found is None or len(found) > MAX_ATOMS else found
 
 
 def _bonds(numbers: np.ndarray, positions: np.ndarray) -> list[tuple[int, int]]:

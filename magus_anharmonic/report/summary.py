@@ -153,7 +153,9 @@ def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free en
     """The ranking of one composition as a rich table: ranked structures by G, then the rest by enthalpy."""
     static, quantum = static_ranks(rows), quantum_ranks(rows)
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
-    lowest = min((row.gibbs for row in rows if row.ranked), default=0.0)
+    shown = {row.id: row.gibbs for row in rows if row.gibbs is not None and row.status != "failed"}
+    # where nothing is ranked, the lowest of what is shown: absolute energies are no heights
+    lowest = min((row.gibbs for row in rows if row.ranked), default=min(shown.values(), default=0.0))
     result = Table(title=f"{title} (energies in meV/atom above the lowest)")
     for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "rank by H", "change", "status"):
         result.add_column(name, justify="left" if name in ("id", "space group", "status") else "right", no_wrap=True)
@@ -167,7 +169,7 @@ def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free en
             str(row.natoms),
             " -> ".join(group.split(" ")[0] for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
-            _milli(row.gibbs, lowest) if row.status != "failed" else "-",
+            _milli(shown.get(row.id), lowest),
             _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",
             str(static.get(row.id, "-")),
             _change(row, rows),

@@ -15,6 +15,7 @@ from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.gate import check_structures
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
@@ -151,9 +152,7 @@ class Archive:
                 except Exception as error:  # ASE's readers raise many types
                     raise_trouble(error, file)
                     raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
-        for frame in frames:
-            if frame.cell.rank < 3:
-                raise InputError(f"{self.seeds}: a seed of generation {generation} ({frame.get_chemical_formula()}) has no cell")
+        check_structures(frames, f"{self.seeds}: seeds of generation {generation}: ")
         return frames
 
     def write_seeds(self, generation: int, structures: Sequence[Atoms]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import spglib
 from ase import Atoms
 from ase.build import make_supercell
 from ase.data import atomic_numbers
@@ -19,7 +18,8 @@ from ase.data import atomic_numbers
 from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.search.population import Checker, cluster
-from magus_anharmonic.structures import spglib_cell, spglib_or_none
+from magus_anharmonic.structures import bare as without_results
+from magus_anharmonic.structures import isotopes, standardized, with_isotopes
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class OffspringGenerator:
 
     def _prepared(self, atoms: Atoms) -> Atoms:
         """A symmetrised copy: the archive must keep the structure that its energy belongs to."""
-        parent = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+        parent = without_results(atoms)
         if self.keys.add_sym:
             parent = symmetrised(parent, self.keys.symprec)
         parent = parent[np.argsort(parent.numbers, kind="stable")]
@@ -91,6 +91,7 @@ class OffspringGenerator:
         if bare is None:
             return None
         child = Atoms(numbers=bare.numbers, positions=bare.positions, cell=bare.cell, pbc=True)
+        child = with_isotopes(child, isotopes(first))
         child.wrap()
         child.info = {
             "symbols": list(self.geometry.symbols),
@@ -165,10 +166,8 @@ class _Pool:
 def symmetrised(atoms: Atoms, symprec: float) -> Atoms:
     """The standardised cell with as many atoms as before; the structure itself when spglib finds none of that size."""
     for primitive in (False, True):
-        found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=primitive, symprec=symprec)
-        if found is not None and len(atoms) % len(found[2]) == 0:
-            lattice, positions, numbers = found
-            standard = Atoms(numbers=numbers, scaled_positions=positions, cell=lattice, pbc=True)
+        standard = standardized(atoms, symprec, to_primitive=primitive)
+        if standard is not None and len(atoms) % len(standard) == 0:
             return repeated(standard, len(atoms) // len(standard))
     return atoms
 

@@ -19,7 +19,7 @@ from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.hull import above_hull
 from magus_anharmonic.ranking.fitness import computed_gibbs, population_fitness
 from magus_anharmonic.search.generate import Geometry
-from magus_anharmonic.structures import spglib_cell, spglib_or_none
+from magus_anharmonic.structures import kinds, spglib_cell, spglib_or_none
 
 FINGERPRINT_CUTOFF = 6.0
 """Angstrom, range of the radial fingerprint that keep structures are clustered by."""
@@ -82,7 +82,7 @@ def find_space_group(atoms: Atoms, symprec: float) -> None:
     atoms.info["spg"] = int(data.number) if data is not None else 1
     primitive = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, symprec=symprec)
     lattice, _, numbers = primitive if primitive is not None else spglib_cell(atoms)
-    atoms.info["priNum"] = np.array(numbers)
+    atoms.info["priNum"] = np.array(numbers) % 1000
     atoms.info["priVol"] = float(abs(np.linalg.det(lattice)))
 
 
@@ -204,5 +204,5 @@ _FITNESS = {
 
 
 def _composition(atoms: Atoms) -> tuple[tuple[int, int], ...]:
-    numbers, counts = np.unique(atoms.numbers, return_counts=True)
+    numbers, counts = np.unique(kinds(atoms), return_counts=True)
     return tuple(zip(numbers.tolist(), (counts // np.gcd.reduce(counts)).tolist(), strict=True))

@@ -24,6 +24,7 @@ from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import OPTIMIZER_DESCRIPTION, CalculatorSettings, Count, Optimizers, Positive, Section, Settings, parse
+from magus_anharmonic.structures import bare
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Relaxer:
         return described
 
     def _described(self, before: Atoms, result: Any) -> Atoms:
-        atoms = Atoms(numbers=result.atoms.numbers, positions=result.atoms.positions, cell=result.atoms.cell, pbc=True)
+        atoms = bare(result.atoms)
         atoms.info = dict(before.info)
         if result.failed:
             atoms.info["failure"] = result.reason
@@ -145,7 +146,7 @@ class Relaxer:
 
 
 def _start(atoms: Atoms) -> Atoms:
-    start = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True)
+    start = bare(atoms)
     reduce_cell(start)
     return start
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_masses, atomic_numbers
 
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.gate import check_structure
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
 from magus_anharmonic.sscha.finite_size import nearest_images
+from magus_anharmonic.sscha.qe_files import state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import (
@@ -28,20 +33,20 @@ from magus_anharmonic.sscha.start import (
     relaxed_primitive,
 )
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
+from magus_anharmonic.sscha.state import same_gaussian as same_gaussian
 from magus_anharmonic.sscha.supercells import Repeats, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats, symmetric_primitive
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import bare, isotopes, kinds, with_isotopes
+
+log = logging.getLogger(__name__)
 
 SYMMETRY_OF_A_STATE = 1e-3
 """A, tolerance for the symmetry of a structure that is already symmetric."""
 
 
-def check_structure(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
-    """Raise ``InputError`` for a structure without a cell, without atoms, or with masses that cannot be meant."""
-    if len(atoms) == 0:
-        raise InputError("structure: has no atoms")
-    if atoms.cell.rank < 3 or not np.all(atoms.pbc):
-        raise InputError(f"structure {atoms.get_chemical_formula()}: has no three-dimensional periodic cell; SSCHA needs a crystal")
+def check_crystal(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
+    """Raise ``InputError`` for what does not pass the `gate`, and for masses that cannot be meant."""
+    check_structure(atoms)
     for symbol, mass in (masses or {}).items():
         if symbol not in atoms.get_chemical_symbols():
             raise InputError(f"masses.{symbol}: not in {atoms.get_chemical_formula()}")
@@ -49,16 +54,28 @@ def check_structure(atoms: Atoms, masses: Mapping[str, float] | None) -> None:
             raise InputError(f"masses.{symbol}: {mass!r}: must be a mass in amu")
 
 
-def with_masses(atoms: Atoms, masses: Mapping[str, float] | None) -> Atoms:
-    """A copy with one mass per species in amu: ``masses``, else those of the natural element."""
-    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=True)
-    natural = copy.get_masses()
-    chosen = [float((masses or {}).get(symbol, mass)) for symbol, mass in zip(copy.get_chemical_symbols(), natural, strict=True)]
-    copy.set_masses(chosen)
-    return copy
+def with_masses(structure: Atoms, atoms: Atoms, masses: Mapping[str, float] | None) -> Atoms:
+    """A copy of ``structure`` with the masses (amu) that ``masses`` gives by symbol, else with those of ``atoms``, of the same composition.
+
+    Where ``atoms`` has several isotopes of one element, ``structure`` must have as many of each: nothing else says which is where.
+    Raises ``InputError`` where it has not.
+    """
+    chosen: dict[str, float] = dict(masses or {})
+    symbols = np.array(atoms.get_chemical_symbols())
+    for symbol in sorted(set(symbols) - set(chosen)):
+        found = np.unique(kinds(atoms)[symbols == symbol])
+        if len(found) == 1:
+            natural = found[0] == atomic_numbers[symbol]
+            chosen[symbol] = float(atomic_masses[found[0]] if natural else atoms.get_masses()[symbols == symbol][0])
+        elif composition(structure, kinds) != composition(atoms, kinds):
+            raise InputError(
+                f"start: has other isotopes of {symbol} than {atoms.get_chemical_formula()}, which has several ({isotopes(atoms)}): "
+                "nothing says which atom is which; start without it"
+            )
+    return with_isotopes(structure, chosen)
 
 
-def read_state(start: Any, temperature: float, log: Path) -> SschaState:
+def read_state(start: Any, temperature: float) -> SschaState:
     """The state behind ``start``: a `SschaResult`, an `SschaState`, the folder of a run, or a prefix of dynamical matrices."""
     if isinstance(start, SschaState):
         return start
@@ -68,9 +85,7 @@ def read_state(start: Any, temperature: float, log: Path) -> SschaState:
         raise InputError(f"start: {type(start).__name__}: must be an SschaResult, the folder of a run, or the prefix of dynamical matrices")
     if Path(start).is_dir():
         return SschaResult.read(start).state
-    from magus_anharmonic.sscha.python_sscha import read_dynamical_matrices
-
-    return read_dynamical_matrices(start, temperature, log)
+    return state_from_dyn(start, temperature)
 
 
 def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
@@ -85,18 +100,6 @@ def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
         return None
     ensemble = final_ensemble(Path(start), result)
     return None if ensemble is None else ensemble.displacements
-
-
-def same_gaussian(one: SschaState, other: SschaState) -> bool:
-    """Whether configurations drawn from one state are as good as from the other: all that the density depends on agrees."""
-    if one.repeats != other.repeats or one.temperature != other.temperature or len(one.atoms) != len(other.atoms):
-        return False
-    pairs = (
-        (one.force_constants, other.force_constants),
-        (one.atoms.get_masses(), other.atoms.get_masses()),
-        (one.atoms.cell.array, other.atoms.cell.array),
-    )
-    return all(np.allclose(a, b, rtol=0.0, atol=1e-7) for a, b in pairs)
 
 
 def state_digest(state: SschaState) -> str:
@@ -118,6 +121,7 @@ def begin_run(
     start: SschaState | None,
 ) -> Start:
     """First state of a run; evaluates forces (and stresses, if the cell may change)."""
+    check_calculator(evaluator, atoms, stress=settings.cell == "variable")
     if start is not None:
         return continue_from(start, atoms, evaluator, settings, temperature=temperature, masses=masses)
     variable_cell = settings.cell == "variable"
@@ -125,7 +129,9 @@ def begin_run(
     supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
     relaxed = relaxed_primitive(reduced, counting, pressure, symprec=settings.symprec, variable_cell=variable_cell)
-    structure = with_masses(relaxed, masses)
+    structure = with_masses(relaxed, relaxed, masses)
+    if heavy := isotopes(structure):
+        log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
     repeats = supercell_of(structure, settings)
     begin = harmonic_start(structure, counting, temperature=temperature, repeats=repeats, variable_cell=variable_cell)
     return replace(begin, n_evaluations=counting.count)
@@ -141,9 +147,9 @@ def continue_from(
     masses: Mapping[str, float] | None,
 ) -> Start:
     """Take cell, centroids and force constants of another run; supercell, masses and temperature may change."""
-    if composition(start.atoms) != composition(atoms):
+    if composition(start.atoms, numbers_of) != composition(atoms, numbers_of):
         raise InputError(f"start: is {start.atoms.get_chemical_formula()}, the structure is {atoms.get_chemical_formula()}")
-    structure = with_masses(start.atoms, masses)
+    structure = with_masses(start.atoms, atoms, masses)
     repeats = supercell_of(structure, settings)
     symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
     compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
@@ -168,10 +174,15 @@ def supercell_of(atoms: Atoms, settings: SschaSettings) -> Repeats:
     return repeats
 
 
-def composition(atoms: Atoms) -> dict[str, float]:
-    """Fraction of every element."""
-    symbols = atoms.get_chemical_symbols()
-    return {symbol: round(symbols.count(symbol) / len(symbols), 6) for symbol in sorted(set(symbols))}
+def numbers_of(atoms: Atoms) -> np.ndarray:
+    """(n,) atomic numbers, as `kinds` without the isotopes."""
+    return atoms.numbers
+
+
+def composition(atoms: Atoms, of: Callable[[Atoms], np.ndarray]) -> dict[int, float]:
+    """Fraction of every kind of atom."""
+    found, counts = np.unique(of(atoms), return_counts=True)
+    return {int(kind): round(count / len(atoms), 6) for kind, count in zip(found, counts, strict=True)}
 
 
 def interpolate(state: SschaState, repeats: Repeats) -> np.ndarray:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import Evaluator, has_stress
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
@@ -54,7 +55,7 @@ class StaticResponse:
 
 
 def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticResponse:
-    """By central differences of stress and forces: twelve evaluations of the cell."""
+    """By central differences of stress and forces: twelve evaluations of the cell. Raises ``InputError`` where there is no stress."""
     strained = []
     for row, column in VOIGT:
         for sign in (1.0, -1.0):
@@ -64,6 +65,8 @@ def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticRespo
             copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
             strained.append(copy)
     found = evaluator.evaluate(strained)
+    if not has_stress(found):
+        raise InputError(f"evaluator {evaluator.model_id}: gives no stress, which cell: variable needs; take cell: fixed")
     stresses, forces = np.asarray(found.stress, dtype=float), np.array(found.forces, dtype=float)
     slopes = (stresses[0::2] - stresses[1::2]) / (2.0 * STRAIN)
     internal = (forces[0::2] - forces[1::2]).reshape(6, -1) / (2.0 * STRAIN)

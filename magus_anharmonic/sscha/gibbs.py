@@ -15,7 +15,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.begin import check_structure, configurations_of, read_state
+from magus_anharmonic.sscha.begin import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.isotopes import reweighted_result
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run import SschaRun
@@ -59,7 +59,7 @@ def free_energy(
     engine
         ``"native"``, or ``"python-sscha"``: who minimises on an ensemble. Ensembles and results are ours either way.
     masses
-        Isotopes, amu by symbol, e.g. ``{"H": 2.014}``.
+        Isotopes, amu by symbol, e.g. ``{"H": 2.014}``; in place of those that ``atoms`` carries (natural elements where it has none).
     start
         Cell, centroids and force constants to start from instead of harmonic ones: an `SschaResult`, the folder of a
         finished run, or the prefix of Quantum ESPRESSO dynamical matrices (``.../dyn_pop5_``). Of the folder of another model's run
@@ -90,7 +90,7 @@ def free_energy(
         dict(supercell=supercell, cell=cell, n_configs=n_configs, max_populations=max_populations, engine=engine, **tolerances),
         "sscha",
     )
-    check_structure(atoms, masses)
+    check_crystal(atoms, masses)
     try:
         pressure = check_pressure(pressure)
         source = as_evaluator(evaluator)
@@ -99,7 +99,7 @@ def free_energy(
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < np.inf:
         raise InputError(f"sscha.temperature: {temperature!r}: must be one number in K, not below 0")
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
-        state = None if start is None else read_state(start, float(temperature), Path(scratch) / "sscha.log")
+        state = None if start is None else read_state(start, float(temperature))
         configurations = configurations_of(start, source.model_id)
         task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id, configurations)
         folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity(), any_start=any_start)

@@ -14,6 +14,7 @@ import numpy as np
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import write_json, write_text
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
@@ -166,14 +167,9 @@ def hessian_of_structure(
 
 def read_structure(path: str | Path) -> Any:
     """The one structure of a file; raises ``InputError``."""
-    from ase.io import read
-
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file, and no folder of a finished SSCHA run")
-    try:
-        found = read(path, index=":")
-    except Exception as error:  # ASE's readers raise whatever they meet
-        raise InputError(f"{path}: ASE cannot read it ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    found = read_structures(path)
     if len(found) != 1:
         raise InputError(f"{path}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes many)")
     return found[0]

@@ -76,7 +76,7 @@ def _source(task: Task, source: Any) -> tuple[Start, Ensemble, SschaState] | Non
     if task.start is None or not isinstance(source, str | Path) or not Path(source).is_dir():
         return None
     path, result, state = Path(source), SschaResult.read(source), task.start
-    structure = with_masses(state.atoms, task.masses)
+    structure = with_masses(state.atoms, task.atoms, task.masses)
     if np.allclose(structure.get_masses(), state.atoms.get_masses(), atol=1e-6, rtol=0.0):
         return None
     if not result.converged or result.model_id != task.model_id or state.temperature != task.temperature:
@@ -114,11 +114,11 @@ def _averaged(
     own: SschaState, ensemble: Ensemble, state: SschaState, symmetry: Symmetry, cell: CellStiffness | None
 ) -> tuple[Averages, float]:
     """Averages of ``state`` over an ensemble of ``own`` (the same cell), and the effective part of the sample."""
-    about, weights = _reweighted(own, ensemble, state)
+    about, weights = reweighted(own, ensemble, state)
     return average(state, about, symmetry, weights, cell), effective_number(weights) / len(weights)
 
 
-def _reweighted(own: SschaState, ensemble: Ensemble, state: SschaState) -> tuple[Ensemble, np.ndarray]:
+def reweighted(own: SschaState, ensemble: Ensemble, state: SschaState) -> tuple[Ensemble, np.ndarray]:
     """The ensemble of ``own`` as one about the centroids of ``state`` (the same cell), and the weights it has there."""
     pool = Pool([(own, ensemble)], target=state)
     shift = state.atoms.positions - own.atoms.positions
@@ -143,7 +143,7 @@ def reweighted_ensemble(source: str | Path, state: SschaState) -> tuple[Ensemble
     if not same or not np.allclose(own.atoms.cell.array, state.atoms.cell.array, rtol=0.0, atol=1e-9):
         return None
     unmoved = np.allclose(own.force_constants, state.force_constants, rtol=0.0, atol=1e-9)
-    return _reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
+    return reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
 
 
 def _problem(task: Task, state: SschaState, averages: Averages) -> str:

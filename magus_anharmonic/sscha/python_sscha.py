@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import threading
 import warnings
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.data import atomic_masses, atomic_numbers
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.sscha.averages import Ensemble
@@ -26,6 +28,7 @@ from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import Repeats, commensurate, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.structures import HYDROGEN, kinds
 from magus_anharmonic.units import AMU_IN_RYDBERG_MASS, BOHR, RYDBERG
 
 os.environ.setdefault("SSCHA_JULIA_BACKEND", "none")
@@ -38,6 +41,11 @@ STEPS = 60
 
 STEP_SIZES = (0.5, 0.1, 0.02)
 """First steps of the minimisation, tried one after the other (1 would be the self-consistent solution)."""
+
+NO_NUMBER = re.compile(r"(?i)(?<![\w.])[-+]?(nan|inf(inity)?)(?![a-z])|\*{3,}(?=[ \t]+[-.\d])|(?<=\d)[ \t]+\*{3,}")
+"""What Fortran and C write for numbers that are none, or that do not fit."""
+NOT_HERMITIAN = 1e-3
+"""Of the largest element; files carry eight digits."""
 
 _redirect = threading.RLock()
 
@@ -176,7 +184,8 @@ def to_phonons(state: SschaState) -> Any:
     # an ase Cell instead of an array makes python-sscha's inner loops twice as slow
     structure.unit_cell = np.array(state.atoms.cell.array)
     masses = state.atoms.get_masses() * AMU_IN_RYDBERG_MASS
-    structure.masses = dict(zip(state.atoms.get_chemical_symbols(), masses.tolist(), strict=True))
+    structure.atoms = labels_of(state.atoms)
+    structure.masses = dict(zip(structure.atoms, masses.tolist(), strict=True))
     dyn = CC.Phonons.Phonons(structure, nqirr=state.n_cells)
     dyn.q_tot = list(_q_grid(state.repeats) @ np.linalg.inv(state.atoms.cell.array).T)
     dyn.q_stars = [[q.copy()] for q in dyn.q_tot]
@@ -184,6 +193,31 @@ def to_phonons(state: SschaState) -> Any:
     dyn.dynmats = [np.array(matrix, dtype=np.complex128) for matrix in _exact_sum_rule(matrices)]
     dyn.initialized = True
     return dyn
+
+
+def labels_of(atoms: Atoms) -> list[str]:
+    """Type labels as pw.x takes them: the symbols, with a number where an element has several masses (``H1``, ``H2``)."""
+    masses: dict[str, list[int]] = {}
+    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
+        masses.setdefault(symbol, []).append(kind)
+    labels = []
+    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
+        several = sorted(set(masses[symbol]))
+        labels.append(f"{symbol}{several.index(kind) + 1}" if len(several) > 1 else symbol)
+    return labels
+
+
+def element_of(label: str, mass: float) -> str:
+    """The element of a type label of pw.x: a symbol in any case, perhaps followed by a number, a letter or ``_...``; D and T are H.
+
+    ``mass`` (amu) decides where the letters allow two (``Hs`` of 1 amu is H). Raises ``InputError`` where they are no element.
+    """
+    letters = re.match(r"[A-Za-z]*", label.strip())[0]
+    words = {letters[:2].capitalize(), letters[:1].upper()} - {""}
+    found = {"H" if word in HYDROGEN else word for word in words if word in HYDROGEN or atomic_numbers.get(word, 0) > 0}
+    if not found:
+        raise InputError(f"the type label {label!r} names no element (labels of pw.x: H, H1, H_pbe, h, D)")
+    return min(sorted(found), key=lambda symbol: (abs(np.log(mass / atomic_masses[atomic_numbers[symbol]])), -len(symbol)))
 
 
 def from_phonons(dyn: Any, template: SschaState, symmetry: Symmetry) -> SschaState:
@@ -267,15 +301,27 @@ def read_dynamical_matrices(prefix: str | Path, temperature: float, log: Path) -
         count += 1
     if count == 0:
         raise InputError(f"start: {prefix}1: no such file (give an SSCHA folder, or the prefix of dynamical matrices)")
+    for number in range(1, count + 1):
+        text = Path(f"{prefix}{number}").read_text(encoding="utf-8", errors="replace").split("\n", 2)[-1]
+        if damage := NO_NUMBER.search(text):
+            raise InputError(f"start: {prefix}{number}: holds {damage[0].strip()!r} where a number should be; work it out again")
     with quiet(log):
         import cellconstructor as CC
         import cellconstructor.Phonons
 
         dyn = CC.Phonons.Phonons(str(prefix), count)
     structure = dyn.structure
-    atoms = Atoms(structure.atoms, positions=structure.coords, cell=structure.unit_cell, pbc=True)
-    atoms.set_masses(structure.get_masses_array() / AMU_IN_RYDBERG_MASS)
+    masses = structure.get_masses_array() / AMU_IN_RYDBERG_MASS
+    if not (masses > 0).all():
+        raise InputError(f"start: {prefix}1: has masses that are not positive")
+    try:
+        symbols = [element_of(label, mass) for label, mass in zip(structure.atoms, masses, strict=True)]
+    except InputError as error:
+        raise InputError(f"start: {prefix}1: {error}") from None
+    atoms = Atoms(symbols, positions=structure.coords, cell=structure.unit_cell, masses=masses, pbc=True)
     matrices = np.array(dyn.dynmats) * RYDBERG / BOHR**2
+    if np.abs(matrices - matrices.conj().swapaxes(-1, -2)).max() > NOT_HERMITIAN * np.abs(matrices).max():
+        raise InputError(f"start: {prefix}1, ...: the matrices are not Hermitian; a file is damaged")
     repeats = commensurate(fractional_q(dyn), atoms.cell.array)
     if n_cells(repeats) != len(matrices):
         raise InputError(f"start: {prefix}: {len(matrices)} q points do not make a supercell {repeats}")

@@ -8,6 +8,7 @@ with the opposite sign of the stress.
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from dataclasses import replace
@@ -17,28 +18,51 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.gate import check_structure
 from magus_anharmonic.sscha.averages import Ensemble
-from magus_anharmonic.sscha.start import nearest_neighbour
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.ensemble_checks import checked_ensemble
+from magus_anharmonic.sscha.state import SschaState, fold, same_gaussian, sum_rule
+from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, RYDBERG
 
+log = logging.getLogger(__name__)
+
+NOISE_OF_MATRICES = 0.02
+"""Of the largest force constant: what symmetrising may change without a word."""
 THEIR_BOHR = 1.0 / 1.889725989
 """Angstrom; python-sscha's own constant, in which it writes and reads its text files."""
 STRESS = -RYDBERG / BOHR**3
 
 
 def state_from_dyn(prefix: str | Path, temperature: float = 0.0) -> SschaState:
-    """The state of the dynamical matrices ``prefix1`` ... ``prefixN``; raises ``InputError`` when they are not there."""
+    """The state of the dynamical matrices ``prefix1`` ... ``prefixN``, with the symmetry of their crystal.
+
+    Species may be labelled as pw.x allows it (``H1``, ``H_pbe``, ``h``, ``D``); masses are those of the files. Raises ``InputError`` when
+    files are not there or damaged, by their name.
+    """
+    state = _as_written(prefix, temperature)
+    check_structure(state.atoms, f"start: {prefix}1")
+    symmetric = Symmetry(state.atoms, state.repeats).force_constants(state.force_constants)
+    change = np.abs(symmetric - state.force_constants).max() / max(np.abs(symmetric).max(), 1e-12)
+    if change > NOISE_OF_MATRICES:
+        log.warning("%s: they break the symmetry of their crystal by %.1f per cent of the largest; symmetrised", prefix, 100 * change)
+    return replace(state, force_constants=symmetric)
+
+
+def _as_written(prefix: str | Path, temperature: float) -> SschaState:
+    """As `state_from_dyn`, without the symmetry: what an ensemble was drawn from."""
     from magus_anharmonic.sscha.python_sscha import read_dynamical_matrices
 
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
         try:
-            return read_dynamical_matrices(prefix, temperature, Path(scratch) / "log")
+            state = read_dynamical_matrices(prefix, temperature, Path(scratch) / "log")
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # cellconstructor raises whatever it stumbles over
+            raise_trouble(error, f"{prefix}1")
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise InputError(f"start: {prefix}1, ...: not readable as dynamical matrices of Quantum ESPRESSO ({why})") from None
+    return replace(state, force_constants=fold(sum_rule(state.full), state.repeats))
 
 
 def write_dyn(state: SschaState, prefix: Path, force_constants: np.ndarray | None = None) -> None:
@@ -81,48 +105,58 @@ def read_ensemble(
 ) -> tuple[SschaState, Ensemble]:
     """State and ensemble from a folder of python-sscha, binary or text; the last population unless one is named.
 
-    ``dyn`` : prefix of the dynamical matrices that made the ensemble, where they are not in the folder as
-    ``dyn_gen_popN_`` or ``dyn_start_populationN_`` (there or in the working folder of python-sscha, its parent).
-    Raises ``InputError`` naming the file that is missing or does not fit.
+    The state is the one that drew the ensemble: ``dyn_gen_popN_`` or ``dyn_start_populationN_`` in the folder (or in the working folder of
+    python-sscha, its parent), where there is none the prefix ``dyn``. Raises ``InputError`` naming what is missing, does not fit, or is
+    not what it claims to be (`ensemble_checks`), and for a ``dyn`` that is another one than the folder's.
     """
     folder = Path(folder)
+    number, binary = _population(folder, population)
+    where = f"ensemble: {folder}: population {number}"
+    own = generating_matrices(folder, number)
+    if own is None and dyn is None:
+        raise InputError(f"{where}: no dynamical matrices of it (dyn_gen_pop{number}_1); give the prefix of those that drew it")
+    state = _as_written(own or str(dyn), temperature)
+    if own is not None and dyn is not None:
+        other = _as_written(dyn, temperature)
+        if not same_gaussian(state, other) or not np.allclose(state.atoms.positions, other.atoms.positions, rtol=0.0, atol=1e-6):
+            raise InputError(f"{where}: was drawn from {own}, and {dyn} is another state; leave it out")
+    try:
+        u, energies, forces, stresses = (_binary if binary else _text)(folder, number, state)
+    except Exception as error:  # NumPy's readers raise many types for a damaged file
+        raise_trouble(error, folder)
+        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+    count, atoms = energies.size, len(state.supercell)
+    shapes = {"energies": (energies, (count,)), "displacements": (u, (count, atoms, 3)), "forces": (forces, (count, atoms, 3))}
+    for name, (values, expected) in {**shapes, "stresses": (stresses, (count, 3, 3))}.items():
+        if values.shape != expected or not np.issubdtype(values.dtype, np.floating):
+            raise InputError(f"{where}: {name} are {values.dtype} of the shape {values.shape}, not numbers of {expected}")
+    return state, checked_ensemble(state, Ensemble(u, energies, forces, stresses), where)
+
+
+def generating_matrices(folder: str | Path, population: int | None = None) -> Path | None:
+    """Prefix of the dynamical matrices from which an ensemble of python-sscha was drawn; None where neither folder nor parent has them."""
+    number, _ = _population(Path(folder), population)
+    inside, start = Path(folder) / f"dyn_gen_pop{number}_", f"dyn_start_population{number}_"
+    places = [inside, Path(folder) / start, Path(folder).resolve().parent / start]
+    return next((prefix for prefix in places if Path(f"{prefix}1").is_file()), None)
+
+
+def _population(folder: Path, wanted: int | None) -> tuple[int, bool]:
+    """Number of a population, the last unless one is wanted, and whether it is in the binary format."""
     if not folder.is_dir():
         raise InputError(f"ensemble: {folder}: no such folder")
     binary = _numbers(folder, r"energies_pop(\d+)\.npy")
     text = _numbers(folder, r"energies_supercell_population(\d+)\.dat")
     if not binary | text:
         raise InputError(f"ensemble: {folder}: holds neither energies_popN.npy nor energies_supercell_populationN.dat")
-    number = max(binary | text) if population is None else population
+    number = max(binary | text) if wanted is None else wanted
     if number not in binary | text:
         raise InputError(f"ensemble: {folder}: has no population {number} (there are {sorted(binary | text)})")
-    state = state_from_dyn(dyn if dyn is not None else _prefix(folder, number), temperature)
-    read = _binary if number in binary else _text
-    try:
-        u, energies, forces, stresses = read(folder, number, state)
-    except Exception as error:  # NumPy's readers raise many types for a damaged file
-        raise_trouble(error, folder)
-        raise InputError(f"ensemble: {folder}: population {number}: {' '.join(str(error).split())}") from None
-    expected = (len(energies), len(state.supercell), 3)
-    for name, values in (("displacements", u), ("forces", forces)):
-        if values.shape != expected or not np.isfinite(values).all():
-            raise InputError(f"ensemble: {folder}: {name} have the shape {values.shape}, the dynamical matrices ask for {expected}")
-    if np.sqrt((u**2).sum(axis=-1)).mean() > 0.5 * nearest_neighbour(state.atoms).min():
-        raise InputError(
-            f"ensemble: {folder}: the displacements are as large as the crystal; the dynamical matrices are of another structure"
-        )
-    return state, _paired(Ensemble(u, energies, forces, stresses))
+    return number, number in binary
 
 
 def _numbers(folder: Path, pattern: str) -> set[int]:
     return {int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))}
-
-
-def _prefix(folder: Path, number: int) -> Path:
-    places = [folder / f"dyn_gen_pop{number}_", folder / f"dyn_start_population{number}_", folder.parent / f"dyn_start_population{number}_"]
-    for place in places:
-        if Path(f"{place}1").is_file():
-            return place
-    raise InputError(f"ensemble: {folder}: no dynamical matrices of population {number} ({places[0].name}1); give their prefix")
 
 
 def _binary(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -130,8 +164,8 @@ def _binary(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, n
         np.load(folder / f"{name}_pop{number}.npy", allow_pickle=False) for name in ("energies", "forces", "xats")
     )
     stress = folder / f"stresses_pop{number}.npy"
-    stresses = np.load(stress, allow_pickle=False) * STRESS if stress.is_file() else np.full((len(energies), 3, 3), np.nan)
-    return positions - state.supercell.positions, energies * RYDBERG, np.ascontiguousarray(forces) * RYDBERG, stresses
+    stresses = np.load(stress, allow_pickle=False) * STRESS if stress.is_file() else np.zeros(0)
+    return positions - state.supercell.positions, energies * RYDBERG, np.ascontiguousarray(forces) * RYDBERG, _or_none(stresses, energies)
 
 
 def _text(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -139,17 +173,13 @@ def _text(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, np.
     names = [f"population{number}_{index}.dat" for index in range(1, len(energies) + 1)]
     u = np.array([np.loadtxt(folder / f"u_{name}", ndmin=2) for name in names]) * THEIR_BOHR
     forces = np.array([np.loadtxt(folder / f"forces_{name}", ndmin=2) for name in names]) * RYDBERG / THEIR_BOHR
-    stresses = np.full((len(energies), 3, 3), np.nan)
-    if (folder / f"pressures_{names[0]}").is_file():
-        stresses = np.array([np.loadtxt(folder / f"pressures_{name}") for name in names]) * STRESS
-    return u, energies * RYDBERG, forces, stresses
+    there = any((folder / f"pressures_{name}").is_file() for name in names)
+    stresses = np.array([np.loadtxt(folder / f"pressures_{name}") for name in names]) * STRESS if there else np.zeros(0)
+    return u, energies * RYDBERG, forces, _or_none(stresses, energies)
 
 
-def _paired(ensemble: Ensemble) -> Ensemble:
-    """+u and -u next to each other, where the first half of the ensemble is +u and the second -u."""
-    u = ensemble.displacements
-    half = len(u) // 2
-    if len(u) % 2 or half == 0 or not np.allclose(u[:half], -u[half:], rtol=0.0, atol=1e-6):
-        return ensemble
-    order = np.arange(len(u)).reshape(2, half).T.ravel()
-    return Ensemble(u[order], ensemble.energies[order], ensemble.forces[order], ensemble.stresses[order])
+def _or_none(stresses: np.ndarray, energies: np.ndarray) -> np.ndarray:
+    """NaN where an ensemble has no stresses: no file, or the zeros that python-sscha writes; what is damaged is left to the checks."""
+    if not stresses.any():
+        return np.full((energies.size, 3, 3), np.nan)
+    return np.where(np.isfinite(stresses), stresses, np.inf)

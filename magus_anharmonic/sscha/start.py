@@ -13,7 +13,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
 from magus_anharmonic.errors import SschaError
-from magus_anharmonic.evaluator import Evaluation, Evaluator
+from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
 from magus_anharmonic.sscha.averages import gamma_matrix
 from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
 from magus_anharmonic.sscha.melting import CLOSE_PACKING
@@ -55,7 +55,8 @@ class CountingEvaluator:
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         found = self.evaluator.evaluate(structures)
         self.count += len(structures)
-        finite = [np.isfinite(e) and np.isfinite(f).all() and np.isfinite(s).all() for e, f, s in _rows(found)]
+        stress = has_stress(found)
+        finite = [np.isfinite(e) and np.isfinite(f).all() and (not stress or np.isfinite(s).all()) for e, f, s in _rows(found)]
         if not all(finite):
             raise SschaError(f"{finite.count(False)} of {len(finite)} configurations have energies, forces or stresses that are not finite")
         return found

@@ -148,6 +148,18 @@ class SschaState:
         return replace(self, atoms=atoms)
 
 
+def same_gaussian(one: SschaState, other: SschaState) -> bool:
+    """Whether configurations drawn from one state are as good as from the other: all that the density depends on agrees."""
+    if one.repeats != other.repeats or one.temperature != other.temperature or len(one.atoms) != len(other.atoms):
+        return False
+    pairs = (
+        (one.force_constants, other.force_constants),
+        (one.atoms.get_masses(), other.atoms.get_masses()),
+        (one.atoms.cell.array, other.atoms.cell.array),
+    )
+    return all(np.allclose(a, b, rtol=0.0, atol=1e-7) for a, b in pairs)
+
+
 def normal_modes(full: np.ndarray, masses: np.ndarray) -> Modes:
     """Modes of a force-constant matrix (eV/A^2) that obeys the acoustic sum rule; ``masses`` (n,) in amu."""
     root = np.sqrt(np.repeat(masses, 3))

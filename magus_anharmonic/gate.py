@@ -1,0 +1,194 @@
+"""The gate for every structure that comes in: a file of a user, or ``Atoms`` handed over in Python, in every command.
+
+What passes is what it seems: finite, of known elements with whole occupancies and masses that these elements can have, and, where a
+crystal is asked for, periodic in three directions without atoms on top of one another. What does not is refused before any work, by
+the name it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import vesin
+from ase import Atoms
+from ase.data import atomic_masses, chemical_symbols, covalent_radii
+from ase.geometry import minkowski_reduce
+
+from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.files import raise_trouble
+
+NAMES = ("name", "id", "identity", "label", "key", "title")
+"""``info`` keys by which structures are called."""
+OCCUPANCIES = ("occupancy", "occupancies")
+"""Where ASE's readers keep them: in ``info`` (CIF), or as an array (PDB, TEM formats, extended XYZ)."""
+MASS_RANGE = (0.1, 4.0)
+"""Of the natural mass: muonium is 0.11 of hydrogen, tritium 3.0; beyond, the mass is that of another element, or none."""
+MIN_VOLUME = 0.3
+"""A^3/atom; hydrogen at 5 TPa has more."""
+OVERLAP, COINCIDENT = 0.35, 0.4
+"""Atoms nearer than this part of their covalent radii, or than so many A, are one atom twice (split sites, an image written out)."""
+WITHOUT_ELEMENTS = {"lammps-dump-binary": "it holds numbers of types, no elements"}
+"""Formats of which ASE takes the number of a type for the atomic number."""
+
+
+def read_structures(path: str | Path, *, index: int | str = ":", format: str | None = None, crystal: bool = True) -> list[Atoms]:
+    """The structures of any file that ASE reads, checked; raises ``InputError`` that names the file and every structure that will not do.
+
+    ``index``: as in ASE. ``crystal``: see `check_structure`.
+    """
+    from ase.io import read
+    from ase.io.formats import filetype
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    try:
+        _require_elements(file, format or filetype(str(file)))
+        found: Any = read(file, index=index, format=format)
+    except InputError:
+        raise
+    except Exception as error:  # ASE raises whatever its parsers stumble over
+        raise_trouble(error, file)
+        raise InputError(f"{file}: ASE cannot read it: {type(error).__name__}: {one_line(str(error))}") from None
+    structures = [found] if isinstance(found, Atoms) else list(found)
+    if not structures:
+        raise InputError(f"{file}: holds no structure")
+    check_structures(structures, f"{file}: ", crystal=crystal)
+    return structures
+
+
+def check_structures(structures: Sequence[Atoms], where: str = "", *, crystal: bool = True) -> None:
+    """Raise one ``InputError`` with a line for each structure that `check_structure` refuses; ``where`` is put before its number."""
+    problems = []
+    for number, atoms in enumerate(structures):
+        try:
+            check_structure(atoms, f"{where}structure {number}", crystal=crystal)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+
+
+def check_structure(atoms: Atoms, where: str = "structure", *, crystal: bool = True) -> None:
+    """Raise ``InputError`` that begins with ``where`` and the name of the structure, unless it can be worked with.
+
+    ``crystal=False`` (labels to learn from): molecules and atoms very near each other pass.
+    """
+    problem = next(_problems(atoms, crystal), None)
+    if problem is not None:
+        raise InputError(f"{where}{_called(atoms)} {problem}")
+
+
+def _called(atoms: Atoms) -> str:
+    if len(atoms) == 0:
+        return ""
+    known = ((atoms.numbers >= 0) & (atoms.numbers < len(chemical_symbols))).all()
+    formula = atoms.get_chemical_formula() if known else f"{len(atoms)} atoms"
+    name = next((one_line(str(atoms.info[key]), 80) for key in NAMES if atoms.info.get(key) not in (None, "")), "")
+    return f" ({name}, {formula})" if name and name != formula else f" ({formula})"
+
+
+def _problems(atoms: Atoms, crystal: bool) -> Iterator[str]:
+    if len(atoms) == 0:
+        yield "has no atoms"
+        return
+    bad = np.flatnonzero(~np.isfinite(atoms.positions).all(axis=1))
+    if len(bad):
+        yield f"has coordinates that are not finite (atom {bad[0]}, {len(bad)} in all)"
+    if not np.isfinite(atoms.cell.array).all():
+        yield "has a cell that is not finite"
+    unknown = np.flatnonzero((atoms.numbers < 1) | (atoms.numbers >= len(chemical_symbols)))
+    if len(unknown):
+        yield f"has an atom of no known element (atom {unknown[0]})"
+    yield from _occupancy_problems(atoms)
+    yield from _mass_problems(atoms)
+    if crystal:
+        yield from _crystal_problems(atoms)
+
+
+def _occupancy_problems(atoms: Atoms) -> Iterator[str]:
+    for name in OCCUPANCIES:
+        sites = atoms.info.get(name)
+        sites = list(sites.values()) if isinstance(sites, dict) else [] if sites is None else np.ravel(sites).tolist()
+        for site in sites:
+            shares = site if isinstance(site, dict) else {"": site}
+            if len(shares) > 1 or any(not _is_one(share) for share in shares.values()):
+                shown = ", ".join(f"{symbol} {share}".strip() for symbol, share in shares.items())
+                yield f"has partial occupancies ({shown}): write out one ordered structure"
+        column = atoms.arrays.get(name, np.ones(len(atoms)))
+        partial = next((index for index, share in enumerate(column) if not np.all([_is_one(x) for x in np.ravel(share)])), None)
+        if partial is not None:
+            yield f"has partial occupancies (atom {partial}: {column[partial]}): write out one ordered structure"
+
+
+def _is_one(share: Any) -> bool:
+    """Whether an occupancy is whole; one that is not given is."""
+    if share is None:
+        return True
+    try:
+        return bool(abs(float(share) - 1.0) < 1e-3)
+    except (TypeError, ValueError):
+        return False
+
+
+def _mass_problems(atoms: Atoms) -> Iterator[str]:
+    if not atoms.has("masses"):
+        return
+    masses = np.asarray(atoms.get_masses(), dtype=float)
+    ratio = masses / atomic_masses[atoms.numbers]
+    wrong = np.flatnonzero(~((ratio > MASS_RANGE[0]) & (ratio < MASS_RANGE[1]) & np.isfinite(ratio)))
+    if len(wrong):
+        index = int(wrong[0])
+        natural = atomic_masses[atoms.numbers[index]]
+        yield f"has masses that cannot be (atom {index}, {atoms.symbols[index]}: {masses[index]:g} amu, natural {natural:.4g})"
+
+
+def _crystal_problems(atoms: Atoms) -> Iterator[str]:
+    cell = atoms.cell.array
+    if atoms.cell.rank < 3 or abs(np.linalg.det(cell)) < 1e-6:
+        yield "has no cell; give a structure with a three-dimensional periodic cell (POSCAR, CIF, extxyz with Lattice=)"
+        return
+    if not atoms.pbc.all():
+        yield "is not periodic in three directions: it has no three-dimensional periodic cell"
+    volume = abs(np.linalg.det(cell)) / len(atoms)
+    if volume < MIN_VOLUME:
+        yield f"has {volume:.2g} A^3/atom, which cannot be (units of the cell?)"
+        return
+    try:
+        reduced = minkowski_reduce(cell)[0]
+    except (RuntimeError, ValueError, OverflowError):
+        yield "has a cell so skewed that it cannot be reduced; give a reduced one"
+        return
+    if not np.isclose(abs(np.linalg.det(reduced)), abs(np.linalg.det(cell)), rtol=1e-6):
+        yield "has a cell so skewed that its volume is lost in rounding; give a reduced one"
+        return
+    radii = covalent_radii[atoms.numbers]
+    # vesin divides the cell into boxes of that size
+    reach = max(2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3))
+    finder = vesin.NeighborList(cutoff=reach, full_list=True, n_threads=1)
+    first, second, distance = finder.compute(points=atoms.positions, box=reduced, periodic=True, quantities="ijd")
+    near = np.flatnonzero(distance < np.maximum(OVERLAP * (radii[first] + radii[second]), COINCIDENT))
+    if len(near):
+        one, other, apart = int(first[near[0]]), int(second[near[0]]), float(distance[near[0]])
+        pair = f"{atoms.symbols[one]} {one} and {atoms.symbols[other]} {other}"
+        yield f"has atoms on top of one another: {pair}, {apart:.3f} A (a disordered site, or an atom written twice?)"
+
+
+def _require_elements(file: Path, kind: str) -> None:
+    """Raise ``InputError`` for a file that numbers its types and does not say which elements they are."""
+    from ase.io.formats import open_with_compression
+
+    reason = WITHOUT_ELEMENTS.get(kind, "")
+    if kind in ("lammps-dump-text", "lammps-data"):
+        with open_with_compression(str(file)) as stream:
+            lines = [line.split() for line in stream]
+        headers = [words for words in lines if words[:2] == ["ITEM:", "ATOMS"]]
+        if kind == "lammps-data" and ["Masses"] not in [words[:1] for words in lines]:
+            reason = "its section Masses, which tells the elements, is missing"
+        if kind == "lammps-dump-text" and not (headers and all("element" in words for words in headers)):
+            reason = "its types are no elements; add the column element (LAMMPS: dump_modify ... element S H)"
+    if reason:
+        raise InputError(f"{file} ({kind}): does not say which elements its atoms are: {reason}")

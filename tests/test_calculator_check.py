@@ -1,0 +1,128 @@
+"""ASE calculators whose numbers do not belong together are named at the start, and a fixed cell asks for no stress."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.calculator import PropertyNotImplementedError
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.calculators.morse import MorsePotential
+
+from magus_anharmonic import free_energy
+from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import CalculatorEvaluator
+from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.settings import parse_settings
+
+GPA = 160.21766208
+HCP = bulk("Cu", "hcp", a=2.5, c=4.1)
+CRYSTALS = {"fcc, without force or stress": bulk("Cu", a=3.59), "hcp": HCP, "compressed": bulk("Al", a=3.7), "stretched": bulk("Cu", a=3.9)}
+
+
+class Twisted(EMT):
+    """EMT with its forces and stress times a factor, its stress perhaps times the volume, or without a stress."""
+
+    def __init__(self, forces: float = 1.0, stress: float | None = 1.0, per_cell: bool = False) -> None:
+        super().__init__()
+        self.by_forces, self.by_stress, self.per_cell = forces, stress, per_cell
+
+    def calculate(self, *arguments, **options) -> None:
+        super().calculate(*arguments, **options)
+        self.results["forces"] = self.by_forces * self.results["forces"]
+        if "stress" in self.results and self.by_stress is not None:
+            self.results["stress"] = self.by_stress * self.results["stress"] * (self.atoms.get_volume() if self.per_cell else 1.0)
+
+    def get_property(self, name, *arguments, **options):
+        if name == "stress" and self.by_stress is None:
+            raise PropertyNotImplementedError("no stress")
+        return super().get_property(name, *arguments, **options)
+
+
+@pytest.mark.parametrize("crystal", CRYSTALS)
+@pytest.mark.parametrize(
+    ("twist", "words"),
+    [
+        ({"stress": -1.0}, ["stress", "other sign"]),
+        ({"stress": GPA}, ["stress", "in GPa"]),
+        ({"stress": -GPA}, ["stress", "in GPa", "other sign"]),
+        ({"stress": 10 * GPA}, ["stress", "in kbar"]),
+        ({"per_cell": True}, ["stress", "of the cell, not divided by its volume"]),
+        ({"stress": 0.0}, ["stress", "wrong"]),
+        ({"forces": -1.0}, ["forces", "other sign"]),
+        ({"forces": 0.529177}, ["forces", "bohr"]),
+        ({"forces": 1 / 13.6057}, ["forces", "Ry"]),
+        ({"forces": 0.0}, ["forces", "wrong"]),
+        ({"stress": None}, ["no stress"]),
+        ({}, []),
+    ],
+)
+def test_what_is_wrong_is_named(crystal, twist, words):
+    def check() -> None:
+        check_calculator(CalculatorEvaluator(Twisted(**twist)), CRYSTALS[crystal], stress=True)
+
+    if not words:
+        check()
+        return
+    with pytest.raises(InputError) as error:
+        check()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "calculator", [EMT(), LennardJones(sigma=2.3, epsilon=0.3), MorsePotential(r0=2.6)], ids=lambda c: type(c).__name__
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_sound_calculators_pass_in_and_out_of_equilibrium(calculator, seed):
+    rng = np.random.default_rng(seed)
+    atoms = bulk("Cu", cubic=True)
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
+    atoms.rattle(0.1, rng=rng)
+    check_calculator(CalculatorEvaluator(calculator), atoms, stress=True)
+
+
+def test_every_way_to_a_calculator_asks(tmp_path):
+    keys = parse_settings({"pressure": 0.0, "sscha": {"n_configs": 20}})
+    for call in (
+        lambda: free_energy(HCP, Twisted(stress=GPA), n_configs=20),
+        lambda: relax(CalculatorEvaluator(Twisted(stress=GPA)), [HCP]),
+        lambda: rank_structures([HCP], Twisted(stress=GPA), keys, tmp_path),
+    ):
+        with pytest.raises(InputError, match="stress is in GPa"):
+            call()
+
+
+def test_it_is_asked_once_and_a_calculator_that_fails_is_left_to_who_uses_it():
+    evaluator = CalculatorEvaluator(EMT())
+    assert [check_calculator(evaluator, HCP, stress=False) for _ in range(2)] == [2, 0]
+    assert [check_calculator(evaluator, HCP, stress=True) for _ in range(2)] == [4, 0]
+    assert check_calculator(CalculatorEvaluator(EMT()), bulk("Fe"), stress=True) == 0
+    molecule = Atoms("Cu2", positions=[[0, 0, 0], [2.3, 0, 0]])
+    assert check_calculator(CalculatorEvaluator(EMT()), molecule, stress=True) == 2
+
+
+def test_a_fixed_cell_needs_no_stress(tmp_path):
+    options = {"temperature": 300.0, "cell": "fixed", "supercell": (2, 2, 1), "n_configs": 40, "max_populations": 6}
+    found = free_energy(HCP, Twisted(stress=None), directory=tmp_path / "a", **options)
+    usual = free_energy(HCP, EMT(), **options)
+    assert found.status == usual.status and found.gibbs == pytest.approx(usual.gibbs, abs=1e-10)
+    assert np.isnan(found.stress).all() and np.isnan(found.pressure)
+    assert free_energy(HCP, Twisted(stress=None), directory=tmp_path / "a", **options).gibbs == found.gibbs, "from the folder"
+    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**options, "supercell": [2, 2, 1]}})
+    (candidate,) = rank_structures([HCP], Twisted(stress=None), keys, tmp_path / "b", relax=False, workers=1)
+    assert candidate.gibbs is not None and candidate.status != "failed", candidate.reason
+    with pytest.raises(InputError, match="no stress"):
+        free_energy(HCP, Twisted(stress=None), **{**options, "cell": "variable"})
+
+
+def test_a_relaxation_at_fixed_cell_needs_no_stress_and_one_of_the_cell_says_so():
+    moved = HCP.copy()
+    moved.positions[1] += 0.1
+    (found,) = relax(CalculatorEvaluator(Twisted(stress=None)), [moved], relax_cell=False)
+    assert found.converged and not found.failed and np.isnan(found.stress).all()
+    with pytest.raises(InputError, match="no stress"):
+        relax(CalculatorEvaluator(Twisted(stress=None)), [moved])

@@ -1,0 +1,205 @@
+"""The gate: structures that are not what they seem are refused by name, in every command, before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import write
+from typer.testing import CliRunner
+
+from magus_anharmonic import free_energy
+from magus_anharmonic.cli import app
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.gate import check_structure, check_structures, read_structures
+from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.structures import primitive, space_group
+
+CELL = """data_a
+_cell_length_a 3.0
+_cell_length_b 3.0
+_cell_length_c 3.0
+_cell_angle_alpha 90
+_cell_angle_beta 90
+_cell_angle_gamma 90
+_symmetry_space_group_name_H-M 'P 1'
+loop_
+_symmetry_equiv_pos_as_xyz
+'x,y,z'
+loop_
+_atom_site_label
+_atom_site_type_symbol
+_atom_site_fract_x
+_atom_site_fract_y
+_atom_site_fract_z
+_atom_site_occupancy
+"""
+DUMP = """ITEM: TIMESTEP
+0
+ITEM: NUMBER OF ATOMS
+2
+ITEM: BOX BOUNDS pp pp pp
+0.0 3.0
+0.0 3.0
+0.0 3.0
+ITEM: ATOMS id type {column}x y z
+1 1 {first}0.0 0.0 0.0
+2 2 {second}1.5 1.5 1.5
+"""
+
+
+def copper(**changes) -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.info["name"] = "run007"
+    for name, value in changes.items():
+        getattr(atoms, f"set_{name}")(value)
+    return atoms
+
+
+def broken(how: str) -> Atoms:
+    atoms = copper()
+    if how == "position":
+        atoms.positions[2, 1] = np.nan
+    elif how == "cell":
+        atoms.cell[1, 1] = np.inf
+    elif how == "ghost":
+        atoms.numbers[1] = 0
+    elif how == "beyond":
+        atoms.numbers[1] = 200
+    elif how == "column":
+        atoms.set_array("occupancy", np.array([1.0, 1.0, 0.5, 1.0]))
+    elif how == "mixed":
+        atoms.info["occupancy"] = {"0": {"Cu": 0.6, "Au": 0.4}}
+    elif how == "mass 0":
+        atoms.set_masses([0.0, 63.5, 63.5, 63.5])
+    elif how == "mass":
+        atoms.set_masses([1.0, 63.5, 63.5, 63.5])
+    elif how == "slab":
+        atoms.pbc = (True, True, False)
+    elif how == "flat":
+        atoms.cell[2] = 0.0
+    elif how == "twice":
+        atoms += Atoms("Cu", positions=[[0.0, 0.0, 0.3]])
+    elif how == "image":
+        atoms.positions[1] = atoms.positions[0] + atoms.cell[2] + [0.1, 0.0, 0.0]
+    elif how == "nm":
+        atoms.set_cell(atoms.cell.array / 10.0, scale_atoms=True)
+    return atoms
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("position", ["not finite", "atom 2"]),
+        ("cell", ["cell", "not finite"]),
+        ("ghost", ["no known element", "atom 1"]),
+        ("beyond", ["no known element", "atom 1"]),
+        ("column", ["occupanc", "atom 2"]),
+        ("mixed", ["occupanc", "Au 0.4"]),
+        ("mass 0", ["mass", "atom 0", "63.5"]),
+        ("mass", ["mass", "1 amu"]),
+        ("slab", ["periodic"]),
+        ("flat", ["no cell"]),
+        ("twice", ["on top of one another", "Cu 0", "Cu 4"]),
+        ("image", ["on top of one another"]),
+        ("nm", ["A^3/atom"]),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name_in_files_and_in_python(how, words, tmp_path):
+    for call in (check_structure, lambda atoms: free_energy(atoms, EMT()), lambda atoms: rank(atoms, tmp_path)):
+        with pytest.raises(InputError) as error:
+            call(broken(how))
+        assert all(word in str(error.value) for word in ["run007", *words]), str(error.value)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def rank(atoms: Atoms, folder: Path) -> None:
+    rank_structures([bulk("Cu"), atoms], EMT(), parse_settings({"pressure": 0.0}), folder / "out")
+
+
+def test_every_structure_of_a_file_that_will_not_do_is_named_at_once():
+    with pytest.raises(InputError) as error:
+        check_structures([copper(), broken("position"), copper(), broken("ghost")], "file: ")
+    assert [problem.split(" ")[2] for problem in error.value.problems] == ["1", "3"]
+
+
+def test_crystals_of_all_densities_pass():
+    hydrogen = Atoms("H2", positions=[[0, 0, 0], [0.74, 0, 0]], cell=[1.6, 1.2, 1.2], pbc=True)
+    deuterium = bulk("H", "bcc", a=1.5)
+    deuterium.set_masses([2.014])
+    skewed = bulk("Cu").copy()
+    skewed.set_cell([skewed.cell[0], skewed.cell[1] + 9 * skewed.cell[0], skewed.cell[2]])
+    for atoms in (hydrogen, deuterium, skewed, bulk("Cs", "bcc", a=6.1), bulk("Cu", a=2.5)):
+        check_structure(atoms)
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ("S1 S 0 0 0 0.6\nSe1 Se 0 0 0 0.4\nH1 H 0.5 0 0 1", ["S 0.6", "Se 0.4"]),
+        ("S1 S 0 0 0 1\nH1 H 0.45 0.5 0 0.5\nH2 H 0.55 0.5 0 0.5", ["H 0.5"]),
+        ("S1 S 0 0 0 1\nH1 H 0.5 0.5 0 1", []),
+    ],
+)
+def test_partial_occupancies_are_not_taken_as_full(sites, words, tmp_path):
+    (tmp_path / "a.cif").write_text(CELL + sites + "\n")
+    if not words:
+        assert len(read_structures(tmp_path / "a.cif")[0]) == 2
+        return
+    with pytest.raises(InputError) as error:
+        read_structures(tmp_path / "a.cif")
+    assert all(word in str(error.value) for word in ["a.cif", "occupanc", *words]), str(error.value)
+
+
+def test_types_are_no_elements(tmp_path):
+    (tmp_path / "types.dump").write_text(DUMP.format(column="", first="", second=""))
+    with pytest.raises(InputError, match=r"types\.dump .*which elements"):
+        read_structures(tmp_path / "types.dump")
+    (tmp_path / "elements.dump").write_text(DUMP.format(column="element ", first="S ", second="H "))
+    assert read_structures(tmp_path / "elements.dump")[0].get_chemical_formula() == "HS"
+    data = "LAMMPS data\n\n2 atoms\n2 atom types\n0 3 xlo xhi\n0 3 ylo yhi\n0 3 zlo zhi\n{}\nAtoms # atomic\n\n1 1 0 0 0\n2 2 1.5 1.5 1.5\n"
+    (tmp_path / "types.data").write_text(data.format(""))
+    with pytest.raises(InputError, match="Masses"):
+        read_structures(tmp_path / "types.data", format="lammps-data")
+    (tmp_path / "masses.data").write_text(data.format("\nMasses\n\n1 32.06\n2 1.008\n"))
+    assert read_structures(tmp_path / "masses.data", format="lammps-data")[0].get_chemical_formula() == "HS"
+
+
+def labelled(atoms: Atoms) -> Atoms:
+    atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)), stress=np.zeros(6))
+    return atoms
+
+
+@pytest.mark.parametrize("how", ["position", "column"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("rank", "FILE", "--pressure", "1", "-o", "out"),
+        ("hessian", "FILE", "--checkpoint", "CHECKPOINT", "-o", "out"),
+        ("phase-diagram", "FILE", "--pressure", "1", "--checkpoint", "CHECKPOINT", "-o", "out"),
+        ("errors", "FILE", "--pressure", "1", "--checkpoint", "CHECKPOINT", "--reference", "labeler.yaml", "-o", "out"),
+        ("train", "FILE", "--checkpoint", "CHECKPOINT", "-o", "out/new.pth"),
+    ],
+    ids=lambda command: command[0] if isinstance(command, tuple) else command,
+)
+def test_every_command_refuses_them(command, how, tmp_path, monkeypatch, tiny_checkpoint):
+    monkeypatch.chdir(tmp_path)
+    write("bad.xyz", labelled(broken(how)), format="extxyz")
+    Path("labeler.yaml").write_text("labeler: {calculator: ase.calculators.emt.EMT}\n")
+    arguments = [{"FILE": "bad.xyz", "CHECKPOINT": str(tiny_checkpoint)}.get(word, word) for word in command]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    assert "bad.xyz" in result.output and "run007" in result.output and "Traceback" not in result.output
+    assert "not finite" in result.output or "occupanc" in result.output
+
+
+def test_a_coordinate_that_is_not_finite_does_not_reach_spglib():
+    atoms = broken("position")
+    assert space_group(atoms) == "P1 (1)", "spglib would end the process"
+    assert len(primitive(atoms)) == len(atoms)
