@@ -19,8 +19,8 @@ from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, Mode
 class Found:
     """value, error : in the unit of the table (error None: not known). bound : "<" or ">" when ``value`` is only a limit.
 
-    words : instead of a number. n : how many structures or labels stand behind it. slope : how fast an enthalpy difference changes there (eV/atom per
-    GPa). models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
+    words : instead of a number. n : how many structures or labels stand behind it. slope : of a difference of enthalpies, eV/atom
+    per GPa. models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
     """
 
     value: float = math.nan

@@ -127,8 +127,9 @@ def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Order for the table, composition by composition, ranks filled in.
 
     Of a composition first the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged,
-    estimated and failed ones by G or its estimate, and those without one by enthalpy; last what has none. ``rank_static`` counts all candidates of the
-    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
+    estimated and failed ones by G or its estimate, and those without one by enthalpy; last what has none.
+    ``rank_static`` counts all candidates of the composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an
+    estimate is never the best.
     """
     return [candidate for block in by_composition(candidates) for candidate in _numbered_block(block)]
 
