@@ -97,7 +97,7 @@ def _search(ours: Path) -> Status:
     finished = _number(_json(ours / "search.json").get("finished")) or last
     total = _number(settings.get("num_gen")) or 0
     done = total > 0 and finished >= total
-    owner, state = _state(ours, done)
+    owner, state = holder(ours, done)
     generation = finished + 1
     if done:
         where, waits = f"all {total} generations are done", "nothing"
@@ -201,7 +201,7 @@ def _campaign(file: Path) -> Status:
         name: one_line(str(step.get("reason") or "no reason given")) for name, step in steps.items() if step.get("status") == "failed"
     }
     done = states["done"] == len(steps)
-    owner, state = _state(file.parent, done)
+    owner, state = holder(file.parent, done)
     where = f"{states['done']} of {len(steps)} steps done, {states['failed']} failed"
     if running:
         where += f"; in {', '.join(running)}"
@@ -227,8 +227,8 @@ def _campaign(file: Path) -> Status:
 # --- both -----------------------------------------------------------------------------------------------------------------
 
 
-def _state(folder: Path, done: bool) -> tuple[Owner | None, str]:
-    """Who holds the lock of ``folder``, and what that means."""
+def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
+    """Who holds the lock of ``folder``, and what that means (`Status.state`); ``done``: whether nothing is left to be done there."""
     try:
         owner = read_owner(folder)
     except OSError as error:

@@ -43,7 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
     "search": BASE
     | {"potential", "learning", "labelers", "ranking", "sscha", "generation", "host_keys", "run_record", "report", "scheduler"},
-    "campaign": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "search", "doctor", "run_record", "analysis", "report"},
+    "campaign": BASE
+    | {"potential", "learning", "labelers", "ranking", "sscha", "search", "doctor", "run_record", "analysis", "report", "status"},
     "status": BASE,
     "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},
     "plugins": BASE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 from campaign_inputs import changed, write_campaign
 from typer.testing import CliRunner
 
+from magus_anharmonic import status as folder_status
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step, plan, step_key
@@ -21,6 +25,8 @@ from magus_anharmonic.campaign.status import status
 from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.files import write_json
+from magus_anharmonic.lock import locked
 from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
 
@@ -201,7 +207,7 @@ def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(tmp_path: Pa
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     record = read_records(tmp_path / "campaign")[victim]
-    assert record.interrupted
+    assert record.status == "running"
     assert f"{victim} is interrupted" in "\n".join(status(file).missing)
     fakes.acts.clear()
     records = driver.run_campaign(file)
@@ -282,12 +288,41 @@ def test_status_of_a_half_finished_campaign_says_what_is_missing(tmp_path: Path,
 def test_status_while_another_process_runs_shows_its_progress(tmp_path: Path, fakes: Fakes) -> None:
     file = write_campaign(tmp_path)
     root = tmp_path / "campaign"
-    running = StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00", pid=os.getpid())
+    running = StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00")
     write_records(root, {"learn-075GPa": running})
     (root / "learn-075GPa/results").mkdir(parents=True)
     (root / "learn-075GPa/results/gen1.traj").touch()
-    row = status(file).rows[0]
-    assert row[1] == "running" and "generation 1 of 2 reached" in row[-1] and row[2]
+    with locked(root, "campaign"):
+        row = status(file).rows[0]
+        assert row[1] == "running" and "generation 1 of 2 reached" in row[-1] and row[2]
+    assert status(file).rows[0][1] == "interrupted", "nobody holds the lock"
+
+
+def test_both_commands_say_the_same_of_a_campaign_on_another_node(tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, root = write_campaign(tmp_path), tmp_path / "campaign"
+    write_records(root, {"learn-075GPa": StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00")})
+    owner = {"host": "node17", "pid": 3999999, "machine": "another boot", "born": 1, "what": "campaign", "since": "", "token": "abc"}
+    monkeypatch.setattr(folder_status, "WATCH", 3.0)
+    stop = threading.Event()
+
+    def beat() -> None:
+        for count in itertools.count(1):
+            write_json(root / "lock.json", owner | {"beat": count})
+            if stop.wait(0.1):
+                return
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    try:
+        while not (root / "lock.json").is_file():
+            time.sleep(0.01)
+        assert folder_status.status(tmp_path).state == "running" == status(file).rows[0][1]
+        assert "learn-075GPa is running" in status(file).missing[0]
+    finally:
+        stop.set()
+        heart.join()
+    monkeypatch.setattr(folder_status, "WATCH", 0.3)
+    assert folder_status.status(tmp_path).state.startswith("dead") and status(file).rows[0][1] == "interrupted"
 
 
 def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes: Fakes) -> None:

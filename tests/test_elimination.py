@@ -134,6 +134,30 @@ def test_a_budget_ends_the_race() -> None:
     assert all("budget of 600" in stop.reason and not stop.eliminated for stop in stops.values())
 
 
+def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
+    """Populations of 100, 200, 400, ... configurations and a start of 10: what is used stays within what was asked, for any budget."""
+
+    def cost(known: Standing | None) -> int:
+        return 110 if known is None else 100 * 2**known.n_populations
+
+    for budget in range(50, 9000, 370):
+        field, used = Relaxations({f"c{i}": 1e-5 * i for i in range(8)}), [0]
+
+        def advance(wanted: dict[str, int], field: Relaxations = field, used: list[int] = used) -> dict[str, Standing]:
+            found = {}
+            for name, standing in field.advance(wanted).items():
+                n_new = 110 if wanted[name] == 1 else 100 * 2 ** (wanted[name] - 1)
+                found[name] = replace(standing, n_new=n_new)
+                used[0] += n_new
+            return found
+
+        stops = race(list(field.truth), advance, Rules(0.95, 3, 30, budget=budget, cost=cost), {}, {})
+        assert used[0] <= budget
+        assert all(str(budget) in stops[name].reason or stops[name].eliminated for name in stops)
+        if budget > 8 * 110:
+            assert len(stops) == 8, "everybody begins before somebody goes on"
+
+
 def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
     """Both leaders are still falling when the budget ends, and are not ranked: what they threw out waits as they do."""
     field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "hopeless": 3.0})

@@ -104,10 +104,18 @@ def test_an_upper_bound_is_never_best_helps_where_it_is_low_and_harms_nobody() -
     assert fitness_values([computed(-5.0, -4.7, status="unconverged"), plain(-5.1)]) == [5.0, 5.1], "without any result the enthalpies"
 
 
-def test_failed_ones_are_below_those_without_enthalpy_and_those_below_all_others() -> None:
-    infos = [computed(-9.0, float("nan"), status="failed"), {"model": "m"}, plain(400.0), computed(1.0, 2.0)]
+def test_a_run_that_failed_counts_as_one_that_was_not_made() -> None:
+    done = [computed(-5.0, -4.8), computed(-4.9, -4.7), computed(-4.8, -4.6)]
+    for enthalpy in (-5.1, -4.95, -4.0):
+        failed = fitness_values([*done, computed(enthalpy, float("nan"), status="failed")])
+        assert failed == fitness_values([*done, plain(enthalpy)])
+    assert fitness_values([computed(-5.1, float("nan"), status="failed"), plain(-5.0)]) == [5.1, 5.0], "without any result the enthalpies"
+
+
+def test_without_an_enthalpy_it_is_below_all_others() -> None:
+    infos = [{**computed(-9.0, float("nan"), status="failed"), "enthalpy": float("nan")}, {"model": "m"}, plain(400.0), computed(1.0, 2.0)]
     failed, empty, high, best = fitness_values(infos)
-    assert failed < empty < high < best
+    assert failed == empty < high < best
 
 
 def test_a_failure_with_an_older_model_is_forgotten() -> None:

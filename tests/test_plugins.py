@@ -828,8 +828,8 @@ def test_the_learner_is_pickled_without_model_and_labels(magus: SimpleNamespace,
     assert ml.potential is not None and state["_potential"] is None and state["_labels"] is None
 
 
-def test_a_computed_free_energy_takes_the_place_of_an_equal_structure_without_one(magus: SimpleNamespace) -> None:
-    from magus_anharmonic.plugins.rounds import keep_computed
+def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: SimpleNamespace) -> None:
+    from magus_anharmonic.plugins.rounds import keep_better
 
     class Individual(Atoms):
         def __eq__(self, other: object) -> bool:
@@ -843,9 +843,13 @@ def test_a_computed_free_energy_takes_the_place_of_an_equal_structure_without_on
     ranked = {"free_energy": -1.0, "free_energy_status": "sscha", "free_energy_model": "m"}
     old, own, new = individual("A"), individual("B", **ranked), individual("A", **ranked)
     known = [old, own]
-    keep_computed(known, [new, individual("B", **{**ranked, "free_energy": -2.0})])
+    keep_better(known, [new, individual("B", **{**ranked, "free_energy": -0.5})])
     assert known[0] is new, "MAGUS would have thrown the free energy away"
-    assert known[1] is own, "a structure that has one keeps its own"
+    assert known[1] is own, "a structure that has a lower one keeps its own"
+    older, lower, equal = individual("C", enthalpy=-0.0081), individual("C", enthalpy=-0.0088), individual("C", enthalpy=-0.0088)
+    known = [older, lower]
+    keep_better(known, [lower, equal])
+    assert known[0] is lower and known[1] is lower, "MAGUS would have kept the worse one of two equals"
     stale = [individual("A")]
-    keep_computed(stale, [individual("A", **{**ranked, "free_energy_model": "older"})])
+    keep_better(stale, [individual("A", **{**ranked, "free_energy_model": "older"})])
     assert "free_energy" not in stale[0].info, "a free energy of another model is none"

@@ -215,12 +215,13 @@ def test_those_outside_the_selection_get_the_estimate_and_are_never_best(tmp_pat
 def test_an_estimate_below_every_result_is_not_first() -> None:
     common = dict(atoms=bulk("Cu"), pressure=0.0, temperature=0.0, model="m")
     low = Candidate(id="a", enthalpy=-2.0, status="estimated", gibbs=-1.8, **common)
+    dead = Candidate(id="d", enthalpy=-2.5, status="failed", gibbs=-2.3, **common)
     done = Candidate(id="b", enthalpy=-1.0, status="sscha", gibbs=-0.8, **common)
-    broken = Candidate(id="c", enthalpy=-3.0, status="failed", **common)
-    order = numbered([low, broken, done])
-    assert [c.id for c in order] == ["b", "a", "c"]
-    assert [c.rank_quantum for c in order] == [1, None, None]
-    assert [c.rank_static for c in order] == [3, 2, 1]
+    broken = Candidate(id="c", enthalpy=None, status="failed", **common)
+    order = numbered([low, broken, done, dead])
+    assert [c.id for c in order] == ["b", "d", "a", "c"], "a failed one in the place of its estimate"
+    assert [c.rank_quantum for c in order] == [1, None, None, None]
+    assert [c.rank_static for c in order] == [3, 1, 2, None]
 
 
 def test_a_stored_free_energy_is_not_computed_again(tmp_path: Path) -> None:
@@ -363,7 +364,9 @@ def test_a_candidate_that_fails_is_flagged_and_the_others_are_ranked(tmp_path: P
     assert found["Au"].status == found["Ag"].status == "failed"
     assert "dissociated" in found["Au"].reason
     assert "no space left" in found["Ag"].reason
-    assert np.isnan(structures[1].info["free_energy"])
+    for name in ("Au", "Ag"):
+        assert found[name].gibbs is not None and "in the place of its estimate" in found[name].reason
+    assert structures[1].info["free_energy"] == found["Au"].gibbs
     assert "dissociated" in structures[1].info["free_energy_reason"]
 
 

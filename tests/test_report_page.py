@@ -129,7 +129,7 @@ def test_the_page_of_a_campaign_tells_every_table_in_sentences(campaign: Path) -
         "Finetuning changed the root-mean-square errors on the 400 test labels: energy 41 to 8.4 meV/atom, forces 350 to 128 meV/Å",
         "12 of 91 structures changed their space group", "9 more did not converge within the budget and are not ranked",
         "12 of 13 candidates keep their static space group when DFT relaxes them",
-        "The T1u mode of Im-3m (harmonic, by the potential) is imaginary at 150 GPa and real at 175 GPa",
+        "The T1u mode of Im-3m (harmonic, by the potential) turns from imaginary to real at",
         "averaging over 500 configurations leaves 4.5 of 128 meV/Å", "30 DFT labels of its ensemble change G by 12.3 +- 0.4 meV/atom",
         "23,400 force evaluations, 400 DFT labels", "From ranking-50GPa.csv",
     ):  # fmt: skip
@@ -350,8 +350,8 @@ def test_of_many_structures_only_those_shown_are_parsed(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([(50, -4), (100, 9)], "is imaginary at 50 GPa and real at 100 GPa"),
-        ([(100, 9), (50, -4)], "is imaginary at 50 GPa and real at 100 GPa"),
+        ([(50, -4), (100, 9)], "turns from imaginary to real at 65.4 GPa"),
+        ([(100, 9), (50, -4)], "turns from imaginary to real at 65.4 GPa"),
         ([(50, -4)], "is imaginary at 50 GPa"),
         ([(50, -4), (100, -3)], "is imaginary at 50 to 100 GPa"),
         ([(50, 4), (100, 5)], "is real at 50 to 100 GPa"),

@@ -500,6 +500,22 @@ def test_a_child_that_relaxed_back_is_its_parent() -> None:
     assert population.replace_known([child], [parent], parts()[0].keys)[0] is child, "a computed free energy is not thrown away"
 
 
+@pytest.mark.parametrize("fitness", ["Enthalpy", "SSCHA"])
+def test_the_better_of_two_equal_structures_is_kept(fitness: str) -> None:
+    keys = parts()[0].keys
+    parent, child = described(bulk("Al", a=4.0), -0.0081), described(bulk("Al", a=4.001), -0.0088, gen=2)
+    assert population.replace_known([child], [parent], keys)[0] is child
+    assert population.replace_known([parent], [child], keys)[0] is child
+    for pair in ([parent, child], [child, parent]):
+        assert population.remove_duplicates(pair, [fitness], keys) == [child]
+        assert [atoms.info["enthalpy"] for atoms in population.select_good(pair, [fitness], keys)] == [-0.0088]
+    for atoms in (parent, child):
+        atoms.info.update(free_energy=0.05, free_energy_status="sscha", free_energy_model="m", model="m")
+    assert population.remove_duplicates([parent, child], [fitness], keys) == [child], "one free energy for both: the lower enthalpy"
+    del child.info["free_energy"]
+    assert population.remove_duplicates([parent, child], [fitness], keys) == [parent], "the free energy was paid for"
+
+
 def test_keep_takes_the_best_of_each_kind() -> None:
     kinds = [("fcc", 4.0), ("fcc", 4.02), ("bcc", 3.2), ("bcc", 3.21)]
     structures = [described(bulk("Al", kind, a=a), 0.1 * index) for index, (kind, a) in enumerate(kinds)]

@@ -10,20 +10,17 @@ import numpy as np
 
 from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.analysis.reordering import LEAST_FOR_WINDOW
+from magus_anharmonic.analysis.modes import critical_pressures, series
+from magus_anharmonic.analysis.reordering import COMPUTED, computed, lowest, reordering, symbol_of
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
-
-WITH_G = ("sscha", "eliminated", "stable", "saddle")
-"""States of a ranking that count here; where an unconverged run would have ended is not known."""
-LOWEST_G = ("sscha", "stable")
 
 
 @dataclass(frozen=True)
 class Found:
     """value, error : in the unit of the table (error None: not known). bound : "<" or ">" when ``value`` is only a limit.
 
-    words : instead of a number. n : how many structures or labels stand behind it. slope : how fast what crosses changes there (eV/atom or
-    cm^-2 per GPa). models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
+    words : instead of a number. n : how many structures or labels stand behind it. slope : of a difference of enthalpies, eV/atom
+    per GPa. models : ids of the models behind it. between : where all that is known are two numbers that it lies between.
     """
 
     value: float = math.nan
@@ -35,11 +32,6 @@ class Found:
     models: tuple[str, ...] = ()
     between: tuple[float, float] | None = None
     extra: dict[str, float] = field(default_factory=dict)
-
-
-def symbol(space_group: str) -> str:
-    """``"Im-3m (229)"`` to ``"Im-3m"``."""
-    return space_group.split(" ")[0]
 
 
 def near(pressure: float, wanted: ExpectedValue) -> bool:
@@ -98,7 +90,7 @@ def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | N
     common = sorted(set(every.get(below, {})) & set(every.get(above, {})))
     apart = [p for p in common if gone.get((below, p)) != above and gone.get((above, p)) != below]
     difference = np.array([every[above][p].enthalpy_eV_per_atom - every[below][p].enthalpy_eV_per_atom for p in apart])
-    found = zero_crossing(np.array(apart), -difference, None) if len(apart) > 1 else None
+    found = zero_crossing(np.array(apart), -difference) if len(apart) > 1 else None
     merged = [p for p in common if gone.get((below, p)) == above and apart and p > apart[-1]]
     if merged and difference[-1] > 0:
         low, high = apart[-1], merged[0]
@@ -106,10 +98,10 @@ def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | N
     return None if found is None else replace(found, models=models)
 
 
-def zero_crossing(x: np.ndarray, y: np.ndarray, errors: np.ndarray | None) -> Found:
+def zero_crossing(x: np.ndarray, y: np.ndarray) -> Found:
     """Where ``y`` rises through zero, linearly between its neighbours; a bound when it has one sign.
 
-    Error: that of y over the slope, and what a parabola through a third point would change (a tenth of the spacing without one).
+    Error: what a parabola through a third point would change (a tenth of the spacing without one).
     """
     places = np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0))
     if not len(places):
@@ -117,11 +109,9 @@ def zero_crossing(x: np.ndarray, y: np.ndarray, errors: np.ndarray | None) -> Fo
     i = int(places[0])
     slope = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
     crossing = float(x[i] - y[i] / slope)
-    t = (crossing - x[i]) / (x[i + 1] - x[i])
-    noise = 0.0 if errors is None else math.hypot((1 - t) * errors[i], t * errors[i + 1]) / abs(slope)
     others = [k for k in (i - 1, i + 2) if 0 <= k < len(x)]
     curved = [_bend(x, y, i, k, crossing) / abs(slope) for k in others] or [0.1 * (x[i + 1] - x[i])]
-    return Found(crossing, math.hypot(noise, max(curved)), slope=float(abs(slope)))
+    return Found(crossing, float(max(curved)), slope=float(abs(slope)))
 
 
 def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
@@ -133,7 +123,7 @@ def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
 def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Enthalpy], int] | None:
     """The distinct structures at the pressure by enthalpy, and the place of the phase among them, from 0."""
     order = distinct([row for row in _enthalpies(wanted, tables) if near(row.pressure_GPa, wanted)])
-    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol(row.space_group))]
+    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol_of(row.space_group))]
     return (order, places[0]) if places else None
 
 
@@ -153,15 +143,16 @@ def enthalpy_rank(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
 
 
 def critical_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
-    """Pressure (GPa) where the squared frequency of a mode rises through zero."""
-    key = (wanted.phase, wanted.irrep, wanted.method, wanted.energies_by)
-    mine = [row for row in tables.rows(Mode) if (row.phase, row.irrep, row.method, row.energies_by) == key]
-    points = sorted((row.pressure_GPa, row.frequency_squared_cm2, row.error_cm2 or 0.0) for row in mine)
-    if len(points) < 2:
+    """Pressure (GPa) where the squared frequency of a mode rises through zero: that of figure 4a; a bound where it does not."""
+    mine = series(tables.rows(Mode)).get((wanted.phase or "", wanted.irrep or "", wanted.method or "", wanted.energies_by or ""), [])
+    if len(mine) < 2:
         return None
-    x, y, errors = (np.array(column) for column in zip(*points, strict=True))
-    found = zero_crossing(x, y, errors)
-    return Found(found.value, found.error, found.bound, slope=found.slope, n=len(points), models=_models(mine))
+    (found,) = critical_pressures(mine)
+    known = {"n": len(mine), "models": _models(mine)}
+    if found.critical_pressure_GPa is not None:
+        return Found(found.critical_pressure_GPa, found.error_GPa, **known)
+    below = mine[-1].frequency_squared_cm2 >= 0
+    return Found(mine[0 if below else -1].pressure_GPa, None, "<" if below else ">", **known)
 
 
 def critical_pressure_difference(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
@@ -179,7 +170,7 @@ def _ranking(wanted: ExpectedValue, tables: TableFolder) -> list[Ranked] | None:
     for path in ranking_files(tables.folder):
         rows = tables.rows(Ranked, path.name)
         if any(near(row.pressure_GPa, wanted) for row in rows):
-            return [row for row in rows if row.status in WITH_G]
+            return [row for row in rows if row.status in COMPUTED]
     return None
 
 
@@ -198,7 +189,7 @@ def n_became(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     rows = _ranking(wanted, tables)
     if not rows:
         return None
-    became = sum(symbol(row.spg_quantum) == wanted.space_group != symbol(row.spg_static) for row in rows)
+    became = sum(symbol_of(row.spg_quantum) == wanted.space_group != symbol_of(row.spg_static) for row in rows)
     n = len(rows)
     error = math.sqrt(max(became, 1) * (1.0 - min(became, n - 1) / n)) if n > 1 else 1.0
     return Found(float(became), error, n=n, models=_ranked_by(rows))
@@ -206,12 +197,9 @@ def n_became(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
 
 def lowest_space_group(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Of the lowest free energy that is no saddle point."""
-    rows = _ranking(wanted, tables) or []
-    known = [(row.gibbs_eV_per_atom, row) for row in rows if row.status in LOWEST_G and row.gibbs_eV_per_atom is not None]
-    if not known:
-        return None
-    _, lowest = min(known, key=lambda pair: pair[0])
-    return Found(words=(symbol(lowest.spg_quantum),), n=len(known), models=_ranked_by(rows))
+    rows = computed(_ranking(wanted, tables) or [])
+    best = lowest(rows)
+    return None if best is None else Found(words=(symbol_of(best.spg_quantum),), n=len(rows), models=_ranked_by(rows))
 
 
 def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
@@ -230,36 +218,30 @@ def _pairs(wanted: ExpectedValue, tables: TableFolder) -> np.ndarray:
     return np.array([row for row in found if row[0] is not None and row[1] is not None]).reshape(-1, 3)
 
 
-OFF_THE_LINE = 3.0
-
-
 def reordering_window(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
-    """H above the lowest (eV/atom) of the highest structure that leaves the line G(H) of the upper half by three times its scatter.
+    """H above the lowest (eV/atom) of the highest structure that leaves the line G(H): that of figure 6 (`reordering`).
 
-    Scatter: 1.4826 times the median deviation there. Zero when nobody leaves it. Needs 8 structures.
+    Error: the distance to the next structure above. Zero when nobody leaves the line.
     """
-    pairs = _pairs(wanted, tables)
-    if len(pairs) < LEAST_FOR_WINDOW:
+    rows = computed(_ranking(wanted, tables) or [])
+    if not rows:
         return None
-    h = pairs[:, 0] - pairs[:, 0].min()
-    upper = h >= np.median(h)
-    slope, intercept = np.polyfit(h[upper], pairs[upper, 1], 1)
-    off = np.abs(pairs[:, 1] - intercept - slope * h)
-    scatter = max(1.4826 * float(np.median(off[upper])), float(np.median(pairs[:, 2])), 1e-6)
-    outside = ~upper & (off > OFF_THE_LINE * scatter)
-    edge = float(h[outside].max()) if outside.any() else 0.0
-    above = h[h > edge + 1e-9]
-    return Found(edge, float(above.min() - edge) if len(above) else None, n=len(pairs), extra={"scatter": scatter})
+    numbers, moved = reordering(rows)
+    if numbers.window is None or numbers.scatter is None:
+        return None
+    above = [m.enthalpy_meV_per_atom for m in moved if m.enthalpy_meV_per_atom > numbers.window + 1e-6]
+    error = 1e-3 * (min(above) - numbers.window) if above else None
+    return Found(1e-3 * numbers.window, error, n=len(rows), extra={"scatter": 1e-3 * numbers.scatter})
 
 
 def share_kept_by_dft(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Of the structures that became the space group: the share that DFT leaves as it was found, with the binomial error."""
     rows = tables.rows(SpaceGroups)
-    mine = [row for row in rows if symbol(row.spg_quantum) == wanted.space_group != symbol(row.spg_static) and row.spg_dft]
+    mine = [row for row in rows if symbol_of(row.spg_quantum) == wanted.space_group != symbol_of(row.spg_static) and row.spg_dft]
     if not mine:
         return None
     n = len(mine)
-    share = sum(symbol(row.spg_dft) == symbol(row.spg_static) for row in mine) / n
+    share = sum(symbol_of(row.spg_dft) == symbol_of(row.spg_static) for row in mine) / n
     inner = min(max(share, 0.5 / n), 1.0 - 0.5 / n)
     return Found(share, math.sqrt(inner * (1.0 - inner) / n), n=n)
 

@@ -16,11 +16,13 @@ from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
 COMPUTED = ("sscha", "stable", "saddle", "eliminated")
 """States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
 anywhere below its own."""
+LOWEST = ("sscha", "stable")
+"""States of which the lowest free energy is one: below a saddle point lies something else, and an eliminated run ends above the best."""
 LINEAR_ABOVE = 0.05
 """eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three structures there, else takes all."""
 SIGMAS = 3.0
 """A structure whose G is farther from the line than this many times the scatter about it, and than `SMALLEST`, is reordered."""
-SMALLEST = 5.0
+SMALLEST = 2.0
 """meV/atom."""
 LEAST_FOR_WINDOW = 8
 """Structures; with fewer, one that leaves the line says nothing about where the order changes."""
@@ -74,6 +76,12 @@ def computed(rows: Sequence[Ranked]) -> list[Ranked]:
     return [r for r in rows if r.status in COMPUTED and r.gibbs_eV_per_atom is not None and r.enthalpy_eV_per_atom is not None]
 
 
+def lowest(rows: Sequence[Ranked]) -> Ranked | None:
+    """The row of lowest free energy that is a minimum as far as is known; None without one. ``rows``: `computed` ones."""
+    minima = [r for r in rows if r.status in LOWEST]
+    return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
+
+
 def number_of(space_group: str) -> int:
     """229 of ``'Im-3m (229)'``; 0 where there is none."""
     found = re.search(r"\((\d+)\)", space_group)
@@ -90,8 +98,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), beca
     shown = computed(rows)
     h = np.array([r.enthalpy_eV_per_atom for r in shown])
     g = np.array([r.gibbs_eV_per_atom for r in shown])
-    saddle = np.array([r.status == "saddle" for r in shown])
-    best = became or symbol_of(shown[int(np.argmin(np.where(saddle & ~saddle.all(), np.inf, g)))].spg_quantum)
+    best = became or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line(above_h, above_g)
     changed = [r for r in shown if r.spg_quantum and symbol_of(r.spg_quantum) != symbol_of(r.spg_static)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,28 +31,10 @@ class StepRecord:
     reason: str = ""
     key: str = ""
     output: str = ""
-    pid: int | None = None
-
-    @property
-    def interrupted(self) -> bool:
-        """Said to be running by a process that is gone."""
-        return self.status == "running" and not _alive(self.pid)
 
     def changed(self, **values: Any) -> StepRecord:
         """A copy with other values."""
         return replace(self, **values)
-
-
-def _alive(pid: int | None) -> bool:
-    if pid is None:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def read_records(folder: Path) -> dict[str, StepRecord]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -146,7 +145,7 @@ class Campaign:
                 return
         if key is None:
             waiting = [need for need in step.needs if self.records[need].status != "done"]
-            self._put(step, record.changed(status="open", pid=None, reason=f"waits for {', '.join(waiting)}"))
+            self._put(step, record.changed(status="open", reason=f"waits for {', '.join(waiting)}"))
             return
         if record.status == "done" and record.key == key and key != "incomplete":
             log.info("%s: done before", step.id)
@@ -158,9 +157,7 @@ class Campaign:
         if before.status == "done":
             before = before.changed(wall_s=0.0, started="")
         began = time.perf_counter()
-        self._put(
-            step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key, pid=os.getpid())
-        )
+        self._put(step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key))
         log.info("%s begins (%d of %d)", step.id, self.steps.index(step) + 1, len(self.steps))
         try:
             outcome = self.runners[step.kind](self.context, step)
@@ -180,7 +177,7 @@ class Campaign:
         wall = before.wall_s + time.perf_counter() - began
         record = self.records[step.id].changed(
             status="done", finished=_now(), wall_s=round(wall, 2), n_structures=outcome.n_structures, n_evaluations=outcome.n_evaluations,
-            n_labels=outcome.n_labels, output=outcome.output, reason=outcome.reason, pid=None,
+            n_labels=outcome.n_labels, output=outcome.output, reason=outcome.reason,
         )  # fmt: skip
         self._put(step, record)
         self._assemble(step)
@@ -189,7 +186,7 @@ class Campaign:
     def _failed(self, step: Step, reason: str, began: float) -> None:
         record = self.records[step.id]
         wall = round(record.wall_s + time.perf_counter() - began, 2)
-        self._put(step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason, pid=None))
+        self._put(step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason))
         if step.kind != "report":
             self._assemble(step)
 

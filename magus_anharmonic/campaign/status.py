@@ -15,6 +15,7 @@ from magus_anharmonic.campaign.record import StepRecord, read_records
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers.pool import duration
 from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
+from magus_anharmonic.status import holder
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,10 @@ def status(path: str | Path) -> CampaignStatus:
     records = read_records(root)
     steps = plan(settings, known_cycles(records))
     known = {step.id: records.get(step.id, StepRecord("open", step.kind, step.pressure)) for step in steps}
-    rows = [_row(step, known, root, settings) for step in steps]
-    return CampaignStatus(COLUMNS, [*rows, _total(known)], missing(steps, known))
+    # a step that says it is running does so as long as its campaign is at work: `magus-anharmonic status` asks the same
+    gone = any(record.status == "running" for record in known.values()) and holder(root, False)[1].startswith(("dead", "stopped"))
+    rows = [_row(step, known, root, settings, gone) for step in steps]
+    return CampaignStatus(COLUMNS, [*rows, _total(known)], missing(steps, known, gone))
 
 
 def campaign_file(path: str | Path) -> Path:
@@ -55,10 +58,10 @@ def known_cycles(records: Mapping[str, StepRecord]) -> int:
     return max([1, *(int(match[1]) for name in records if (match := re.search(r"-cycle(\d+)$", name)))])
 
 
-def _row(step: Step, records: Mapping[str, StepRecord], root: Path, settings: CampaignSettings) -> tuple[str, ...]:
+def _row(step: Step, records: Mapping[str, StepRecord], root: Path, settings: CampaignSettings, gone: bool) -> tuple[str, ...]:
     record = records[step.id]
     word, remark, wall = record.status, record.reason, record.wall_s
-    if record.interrupted:
+    if record.status == "running" and gone:
         word, remark = "interrupted", "goes on when the campaign is started again"
     elif record.status == "running":
         wall += _since(record)
@@ -96,8 +99,8 @@ def _total(records: Mapping[str, StepRecord]) -> tuple[str, ...]:
     return "all", f"{done} of {len(values)} done", duration(sum(record.wall_s for record in values)), *sums, ""
 
 
-def missing(steps: list[Step], records: Mapping[str, StepRecord]) -> list[str]:
-    """What a half-finished campaign lacks, step by step; empty when everything is done."""
+def missing(steps: list[Step], records: Mapping[str, StepRecord], gone: bool = False) -> list[str]:
+    """What a half-finished campaign lacks, step by step; empty when everything is done. ``gone``: nobody works on it."""
     what = {
         "learn": "labels and a model that learned", "merge": "the data set of the final model", "final": "the final model and Table I",
         "produce": "structures of the final model", "foundation": "the enthalpy-volume figure", "relax": "enthalpies over pressure",
@@ -105,8 +108,8 @@ def missing(steps: list[Step], records: Mapping[str, StepRecord]) -> list[str]:
         "errors": "gradient errors and the correction of G", "report": "figures and report",
     }  # fmt: skip
     return [
-        f"{step.id} is {'interrupted' if records[step.id].interrupted else records[step.id].status}: {what[step.kind]} missing"
-        + (f" ({records[step.id].reason})" if records[step.id].reason else "")
+        f"{step.id} is {'interrupted' if gone and records[step.id].status == 'running' else records[step.id].status}: "
+        f"{what[step.kind]} missing" + (f" ({records[step.id].reason})" if records[step.id].reason else "")
         for step in steps
         if records[step.id].status != "done"
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import is_mode
 from magus_anharmonic.plugins.seeds import clear_seeds, write_seeds
-from magus_anharmonic.ranking.fitness import computed_gibbs
+from magus_anharmonic.ranking.fitness import copy_order
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.settings import Settings
 
@@ -78,7 +78,7 @@ class Rounds:
         calculator.use(state.potential)
         _renew_derived(survivors)
         for population in (search.good_pop, search.keep_pop):
-            keep_computed(population, search.cur_pop)
+            keep_better(population, search.cur_pop)
         # MAGUS saved it before; now energies are of the new model and free energies are there.
         search.cur_pop.save("gen", search.curgen)
         write_seeds(search.seed_dir, search.curgen + 1, seeds)
@@ -97,15 +97,14 @@ class Rounds:
         return list(population)
 
 
-def keep_computed(known: Any, current: Iterable[Any]) -> None:
-    """Put structures of ``current`` with a computed free energy in the place of equal ``known`` ones without.
+def keep_better(known: Any, current: Sequence[Any]) -> None:
+    """Put a better copy in ``current`` in the place of every ``known`` structure that it equals.
 
-    MAGUS replaces every current structure that equals a known one by the known one, and would lose that free energy.
+    MAGUS replaces every current structure that equals a known one by the known one, and would lose the better copy.
     """
-    computed = [individual for individual in current if computed_gibbs(individual.info) is not None]
     for place, individual in enumerate(known):
-        if computed_gibbs(individual.info) is None:
-            known[place] = next((other for other in computed if other == individual), individual)
+        copies = [other for other in current if other == individual]
+        known[place] = min([individual, *copies], key=lambda item: copy_order(item.info))
 
 
 def _renew_derived(individuals: Iterable[Any]) -> None:

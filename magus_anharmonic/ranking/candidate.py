@@ -127,9 +127,10 @@ def _lowest(block: Sequence[Candidate]) -> tuple[float, float]:
 def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Order for the table, composition by composition, ranks filled in.
 
-    Of a composition first the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged
-    and estimated ones by G, and static ones by enthalpy; the failed ones last. ``rank_static`` counts all candidates of the
-    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is never the best.
+    Of a composition first the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged,
+    estimated and failed ones by G or its estimate, and those without one by enthalpy; last what has none.
+    ``rank_static`` counts all candidates of the composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an
+    estimate is never the best.
     """
     return [candidate for block in by_composition(candidates) for candidate in _numbered_block(block)]
 
@@ -146,8 +147,8 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _table_order(candidate: Candidate) -> tuple[int, float, str]:
     if candidate.ranked:
         return (1 if candidate.same_as else 0, candidate.gibbs or 0.0, candidate.id)
-    if candidate.status == "failed":
-        return (4, candidate.enthalpy or 0.0, candidate.id)
     if candidate.gibbs is not None:
         return (2, candidate.gibbs, candidate.id)
-    return (3, candidate.enthalpy or 0.0, candidate.id)
+    if candidate.enthalpy is not None:
+        return (3, candidate.enthalpy, candidate.id)
+    return (4, 0.0, candidate.id)

@@ -67,12 +67,18 @@ class Standing:
         return self.gibbs - max(DECREASE_FACTOR * self.decrease, self.fallen) - z * self.error
 
 
+def last_cost(standing: Standing | None) -> int:
+    """As much as the last one."""
+    return 0 if standing is None else standing.n_new
+
+
 @dataclass(frozen=True)
 class Rules:
     """confidence : that no stopped candidate belongs to the best ``keep_best`` and that their order is right.
 
     tolerance : eV/atom, sampling error below which more samples are of no use; max_populations : of one candidate; budget : force
-    evaluations of the whole ranking, None: no limit.
+    evaluations of the race, None: no limit; cost : of the next population of a candidate, at most, from what is known of it (None: it
+    has not begun). No population is begun that the budget may not cover.
     """
 
     confidence: float
@@ -80,6 +86,7 @@ class Rules:
     max_populations: int
     tolerance: float = 0.0
     budget: int | None = None
+    cost: Callable[[Standing | None], int] = last_cost
 
     def z(self, n_candidates: int) -> float:
         """Half width of the bounds in standard errors: one side, corrected for candidates times rounds (Bonferroni)."""
@@ -196,7 +203,8 @@ def race(
         stops = {name: stopped.get(name, Stop()) for name in ran if name in stopped or name in ended}
         if not running:
             return stops
-        if rules.budget is not None and spent >= rules.budget:
+        running = _affordable(running, standings, rules, spent)
+        if not running:
             return _budget_spent(rules, standings, verdicts_of, stops, ran)
         asleep -= set(running)
         asked = {name: standings[name].n_populations + 1 if name in standings else 1 for name in running}
@@ -228,6 +236,25 @@ def _budget_spent(
     spent = Stop(f"the budget of {rules.budget} force evaluations is spent", budget_spent=rules.budget)
     known = {name: stop for name, stop in stops.items() if not stop.eliminated or name in out}
     return {name: known.get(name, spent) for name in ran}
+
+
+def _affordable(running: Sequence[str], standings: Mapping[str, Standing], rules: Rules, spent: int) -> list[str]:
+    """Those of ``running`` whose next population the budget covers whatever it costs: who has had the fewest first, then the lowest."""
+    if rules.budget is None:
+        return list(running)
+    left, found = rules.budget - spent, set[str]()
+
+    def place(name: str) -> tuple[int, float]:
+        known = standings.get(name)
+        return (0, 0.0) if known is None else (known.n_populations, known.gibbs)
+
+    for name in sorted(running, key=place):
+        cost = rules.cost(standings.get(name))
+        if left <= 0 or cost > left:
+            break
+        left -= cost
+        found.add(name)
+    return [name for name in running if name in found]
 
 
 def _awake(wanted: Sequence[str], asleep: set[str], field_of: FieldOf) -> list[str]:

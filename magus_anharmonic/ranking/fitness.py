@@ -49,10 +49,10 @@ def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
     return number(info.get("free_energy"))
 
 
-def has_failed(info: Mapping[str, Any]) -> bool:
-    """True when SSCHA failed with the model that gave the enthalpy."""
-    same_model = _text(info.get("model")) == _text(info.get("free_energy_model"))
-    return _text(info.get("free_energy_status")) == "failed" and same_model
+def copy_order(info: Mapping[str, Any]) -> tuple[bool, float, float]:
+    """Sorts copies of one structure, the best first: a computed free energy before none, then the lower G, then the lower enthalpy."""
+    gibbs, enthalpy = computed_gibbs(info), number(info.get("enthalpy"))
+    return gibbs is None, gibbs or 0.0, math.inf if enthalpy is None else enthalpy
 
 
 def population_fitness(structures: Sequence[Atoms]) -> list[float]:
@@ -67,31 +67,31 @@ def fitness_values(infos: Sequence[Mapping[str, Any]], compositions: Sequence[st
     * a stale or missing one is replaced by the estimate from those present (`fit_estimates`), in the order of the
       enthalpies, and never above the best computed one of its composition; without any computed G the enthalpy itself counts;
     * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it counts, above it speaks against nobody;
-    * below those come structures without a usable enthalpy, below everything those whose SSCHA failed.
+    * so is that of a run that failed, or whose worker died: a result that is not there speaks against nobody;
+    * below all others come structures without a usable enthalpy.
 
     With several ``compositions`` (reduced formulas; None: all the same) it is minus the distance above the hull of those numbers.
     """
     names = ["" for _ in infos] if compositions is None else list(compositions)
-    failed = [has_failed(info) for info in infos]
-    values = _free_energies(infos, names, failed)
+    values = _free_energies(infos, names)
     if len({names[i] for i in values}) > 1:
         order = sorted(values)
         values = dict(zip(order, above_hull([names[i] for i in order], np.array([values[i] for i in order])).tolist(), strict=True))
     worst = max(values.values(), default=0.0)
-    return [-values.get(i, worst + (2.0 if failed[i] else 1.0)) for i in range(len(infos))]
+    return [-values.get(i, worst + 1.0) for i in range(len(infos))]
 
 
-def _free_energies(infos: Sequence[Mapping[str, Any]], names: Sequence[str], failed: Sequence[bool]) -> dict[int, float]:
+def _free_energies(infos: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[int, float]:
     """G by position, computed or estimated (eV/atom), of those that have a usable enthalpy or G."""
     enthalpies = [number(info.get("enthalpy")) for info in infos]
-    gibbs = [None if bad else computed_gibbs(info) for info, bad in zip(infos, failed, strict=True)]
+    gibbs = [computed_gibbs(info) for info in infos]
     errors = [number(info.get("free_energy_error")) or 0.0 for info in infos]
     known = [(n, h, g, e) for n, h, g, e in zip(names, enthalpies, gibbs, errors, strict=True) if g is not None and h is not None]
     estimates = fit_estimates(known, names)
     values = {i: g for i, g in enumerate(gibbs) if g is not None}
     for name in dict.fromkeys(names):
         best = min((g for i, g in enumerate(gibbs) if g is not None and names[i] == name), default=None)
-        others = {i: h for i, h in enumerate(enthalpies) if names[i] == name and h is not None and gibbs[i] is None and not failed[i]}
+        others = {i: h for i, h in enumerate(enthalpies) if names[i] == name and h is not None and gibbs[i] is None}
         values.update(_estimated(others, estimates.get(name), best))
         if best is not None:
             bounds = {i: bound for i in others if (bound := _gibbs(infos[i], ("unconverged",))) is not None}

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+START = 100
+"""Force evaluations that the harmonic start of a run is taken to need at most, when the budget is dealt out."""
+
 
 def run_race(
     ranking: Ranking, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers
@@ -26,9 +29,14 @@ def run_race(
     """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was eliminated before."""
     key = ranking.keys[0]
     groups = {structure_id(ranking.leader(g)): g for g in (*todo, *out)}
-    rules = Rules(
-        ranking.sscha.confidence, ranking.sscha.keep_best, ranking.sscha.max_populations, ranking.error_tolerance(), ranking.sscha.budget
-    )
+    sscha = ranking.sscha
+
+    def cost(standing: Standing | None) -> int:
+        if standing is None:
+            return sscha.ranking_start + START
+        return sscha.n_configs if standing.converged else sscha.configurations(standing.n_populations + 1, sscha.ranking_start)
+
+    rules = Rules(sscha.confidence, sscha.keep_best, sscha.max_populations, ranking.error_tolerance(), sscha.budget, cost)
     latest: dict[str, tuple[Job, Outcome, Record]] = {}
 
     def enthalpy_of(name: str) -> float:

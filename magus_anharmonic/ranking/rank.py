@@ -375,7 +375,7 @@ class Ranking:
         return candidate if record is None else with_result(candidate, record, self.store.final(record))
 
     def _estimated(self, candidates: list[Candidate], key: Key) -> list[Candidate]:
-        """Give the structures without a result the estimate from those that have one."""
+        """Give the structures without a result, failed ones too, the estimate from those that have one."""
         results = [(record, self.store.final(record)) for record in self.store.records(key)]
         known = [
             (composition(record.start), record.enthalpy, final.gibbs, final.gibbs_error or 0.0)
@@ -387,10 +387,13 @@ class Ranking:
 
 
 def _with_estimate(candidate: Candidate, estimate: GibbsEstimate | None) -> Candidate:
-    if estimate is None or candidate.status != "static" or candidate.enthalpy is None:
+    """A failed one stays failed, in the place of its estimate: it ranks no lower than if its run had not been made."""
+    if estimate is None or candidate.status not in ("static", "failed") or candidate.enthalpy is None:
         return candidate
-    gibbs = estimate(candidate.enthalpy)
-    return replace(candidate, status="estimated", gibbs=gibbs, gibbs_error=estimate.margin, reason=estimate.description)
+    status, reason = "estimated", estimate.description
+    if candidate.status == "failed":
+        status, reason = "failed", f"{candidate.reason}; in the place of its estimate: {reason}"
+    return replace(candidate, status=status, gibbs=estimate(candidate.enthalpy), gibbs_error=estimate.margin, reason=reason)
 
 
 def write_tables(run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore) -> None:

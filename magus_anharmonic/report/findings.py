@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
+from magus_anharmonic.analysis.modes import critical_pressure
 from magus_anharmonic.ranking.candidate import RANKED
 from magus_anharmonic.report.rankings import RankingView
 from magus_anharmonic.report.sheets import Sheet, number
@@ -135,24 +135,26 @@ def space_group_sentence(sheet: Sheet) -> list[str]:
 
 
 def mode_sentences(sheet: Sheet) -> list[str]:
-    """Between which pressures each mode turns stable."""
-    curves: dict[tuple[str, str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    """Where each mode turns stable: the critical pressures of figure 4a."""
+    curves: dict[tuple[str, str, str, str], dict[float, tuple[float, float | None]]] = defaultdict(dict)
     for row in sheet.rows:
         pressure, squared = number(row.get("pressure_GPa")), number(row.get("frequency_squared_cm2"))
         if pressure is not None and squared is not None:
             key = (row.get("phase", ""), row.get("irrep", ""), row.get("method", ""), row.get("energies_by", ""))
-            curves[key].append((pressure, squared))
+            curves[key][pressure] = squared, number(row.get("error_cm2"))
     lines = []
-    for (phase, irrep, method, by), points in sorted(curves.items()):
-        points.sort()
+    for (phase, irrep, method, by), found in sorted(curves.items()):
+        pressures = sorted(found)
+        squares, errors = zip(*(found[p] for p in pressures), strict=True)
         head = f"The {irrep} mode of {phase} ({method}, {BY.get(by, by)})"
-        crossing = next(((p, q) for (p, a), (q, b) in pairwise(points) if a < 0 <= b), None)
-        if crossing:
-            lines.append(f"{head} is imaginary at {crossing[0]:g} GPa and real at {crossing[1]:g} GPa.")
+        critical, error, _, _ = critical_pressure(pressures, squares, errors)
+        if critical is not None:
+            spread = "" if error is None else f" ± {error:.1f}"
+            lines.append(f"{head} turns from imaginary to real at {critical:.1f}{spread} GPa.")
         else:
-            state = "imaginary" if all(value < 0 for _, value in points) else "real" if all(value >= 0 for _, value in points) else None
-            span = f"{points[0][0]:g}" if len(points) == 1 else f"{points[0][0]:g} to {points[-1][0]:g}"
-            lines.append(f"{head} is {state} at {span} GPa." if state else f"{head} changes its sign more than once: look at the figure.")
+            state = "imaginary" if all(value < 0 for value in squares) else "real" if all(value >= 0 for value in squares) else None
+            span = f"{pressures[0]:g}" if len(pressures) == 1 else f"{pressures[0]:g} to {pressures[-1]:g}"
+            lines.append(f"{head} is {state} at {span} GPa." if state else f"{head} changes its sign, never from imaginary to real.")
     return lines
 
 

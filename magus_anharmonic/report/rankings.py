@@ -82,7 +82,7 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     lowest = min((row.gibbs for row in rows if row.ranked), default=None)
     last = len(rows) + 1
-    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), row.status == "failed", not row.same_as, static.get(row.id, last)))
+    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), row.enthalpy is None, not row.same_as, static.get(row.id, last)))
     return [_line(row, static, quantum, reference, lowest) for row in order[:SHOWN]]
 
 

@@ -17,7 +17,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.hull import above_hull
-from magus_anharmonic.ranking.fitness import computed_gibbs, population_fitness
+from magus_anharmonic.ranking.fitness import copy_order, population_fitness
 from magus_anharmonic.search.generate import Geometry
 from magus_anharmonic.structures import kinds, spglib_cell, spglib_or_none
 
@@ -110,26 +110,27 @@ def set_dominators(population: Sequence[Atoms], fitness: Sequence[str]) -> None:
 
 
 def remove_duplicates(population: Sequence[Atoms], fitness: Sequence[str], keys: HostKeys) -> list[Atoms]:
-    """The better of each pair of duplicates, sorted by dominators and age."""
+    """The best copy of each structure (`copy_order`, of equals the oldest), sorted by dominators and age."""
     set_dominators(population, fitness)
     kept: list[Atoms] = []
-    for atoms in sorted(population, key=lambda item: (item.info["dominators"], item.info["gen"])):
+    for atoms in sorted(population, key=lambda item: (copy_order(item.info), item.info["gen"])):
         if not any(same(atoms, other, keys) for other in kept):
             kept.append(atoms)
-    return kept
+    return sorted(kept, key=lambda item: (item.info["dominators"], item.info["gen"]))
 
 
 def replace_known(current: list[Atoms], known: Sequence[Atoms], keys: HostKeys) -> list[Atoms]:
-    """``current`` with every structure that equals a known one replaced by that one: a child that relaxed back is its parent.
+    """``current`` with every structure that equals a known one, and is no better copy of it, replaced by that one.
 
-    A structure whose free energy was computed stays when the known one has none: MAGUS would throw that result away.
+    A child that relaxed back is its parent. One that got lower, or has a free energy where the known one has none, stays: MAGUS would
+    throw it away.
     """
 
-    def equal(atoms: Atoms, other: Atoms) -> bool:
-        loses = computed_gibbs(atoms.info) is not None and computed_gibbs(other.info) is None
-        return not loses and same(atoms, other, keys)
+    def kept(atoms: Atoms) -> Atoms:
+        copies = [other for other in known if same(atoms, other, keys)]
+        return min([*copies, atoms], key=lambda item: copy_order(item.info))
 
-    return [next((other for other in known if equal(atoms, other)), atoms) for atoms in current]
+    return [kept(atoms) for atoms in current]
 
 
 def select_good(candidates: Sequence[Atoms], fitness: Sequence[str], keys: HostKeys) -> list[Atoms]:

@@ -215,7 +215,7 @@ class SschaSettings(Section):
     )
     confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="that no stopped candidate belongs to the best")
     keep_best: Count = Field(3, description="so many of the lowest candidates (of each composition) are run to the end and put in order")
-    budget: Count | None = Field(None, description="most force evaluations of one ranking; left out: no limit")
+    budget: Count | None = Field(None, description="most force evaluations of the race of one ranking; left out: no limit")
     hessian: int = Field(
         3,
         ge=0,
@@ -270,10 +270,10 @@ class SschaSettings(Section):
             return self.n_configs_start
         return self.n_configs if self.allocation == "fixed" else min(self.n_configs, max(100, self.n_configs // 16 * 2))
 
-    def configurations(self, population: int) -> int:
-        """How many configurations the population with this number (from 1) has."""
-        start = self.n_configs if self.n_configs_start is None else self.n_configs_start
-        return min(self.n_configs, start * 2 ** min(population - 1, 20))
+    def configurations(self, population: int, start: int | None = None) -> int:
+        """How many configurations the population with this number (from 1) has; ``start``: the first, where the settings do not say."""
+        first = self.n_configs_start or start or self.n_configs
+        return min(self.n_configs, first * 2 ** min(population - 1, 20))
 
     @property
     def temperatures(self) -> tuple[float, ...]:
