@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copies
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.constraints import FixAtoms
+
+from magus_anharmonic.errors import MagusAnharmonicError
 
 
 def structure_id(atoms: Atoms) -> str:
@@ -20,12 +24,24 @@ def structure_id(atoms: Atoms) -> str:
     return digest.hexdigest()[:12]
 
 
-def bare(atoms: Atoms) -> Atoms:
-    """Species, cell, positions and masses alone: no calculator, constraints, info or other arrays."""
+def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
+    """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other arrays."""
     copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
     if atoms.has("masses"):
         copy.set_masses(atoms.get_masses())
+    if constraints:
+        copy.constraints = copies.deepcopy(atoms.constraints)
     return copy
+
+
+def held_atoms(atoms: Atoms) -> np.ndarray:
+    """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other constraint."""
+    held = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if type(constraint) is not FixAtoms:
+            raise MagusAnharmonicError(f"the constraint {type(constraint).__name__} cannot be kept, only FixAtoms can; take it out")
+        held[constraint.index] = True
+    return held
 
 
 def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
