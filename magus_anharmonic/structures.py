@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy as copies
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +11,10 @@ from typing import Any
 import numpy as np
 import spglib
 from ase import Atoms
+from ase.constraints import FixAtoms
 from ase.data import atomic_masses, chemical_symbols
+
+from magus_anharmonic.errors import MagusAnharmonicError
 
 HYDROGEN = {"D": 2.014, "T": 3.016}
 """Isotopes with symbols of their own, and their masses in amu."""
@@ -61,6 +65,7 @@ def with_isotopes(atoms: Atoms, masses: Mapping[str, float]) -> Atoms:
         copy.set_masses([float(masses.get(symbol, mass)) for symbol, mass in own])
     return copy
 
+
 UNDECIDED = "not decided"
 """In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4 sigma'``. No finding."""
 
@@ -79,12 +84,24 @@ def structure_id(atoms: Atoms) -> str:
     return digest.hexdigest()[:12]
 
 
-def bare(atoms: Atoms) -> Atoms:
-    """Species, cell, positions and masses alone: no calculator, constraints, info or other arrays."""
+def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
+    """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other arrays."""
     copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
     if atoms.has("masses"):
         copy.set_masses(atoms.get_masses())
+    if constraints:
+        copy.constraints = copies.deepcopy(atoms.constraints)
     return copy
+
+
+def held_atoms(atoms: Atoms) -> np.ndarray:
+    """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other constraint."""
+    held = np.zeros(len(atoms), dtype=bool)
+    for constraint in atoms.constraints:
+        if type(constraint) is not FixAtoms:
+            raise MagusAnharmonicError(f"the constraint {type(constraint).__name__} cannot be kept, only FixAtoms can; take it out")
+        held[constraint.index] = True
+    return held
 
 
 def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixedPlane
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
@@ -118,16 +118,31 @@ def test_an_evaluator_that_names_structure_0_elsewhere_in_its_words_means_the_st
     assert result.reason == "the structure (1 atoms) does not fit; structure 01 neither"
 
 
-def test_constraints_that_are_not_kept_are_counted_in_one_warning(caplog: pytest.LogCaptureFixture) -> None:
-    held = bulk("Cu")
-    held.set_constraint(FixAtoms([0]))
-    relax(CalculatorEvaluator(EMT()), [held, bulk("Cu"), held], max_steps=1)
-    assert [line for line in caplog.messages if "constraint" in line] == [
-        "ASE constraints of 2 of 3 structures are not kept: all their atoms relax"
-    ]
-    caplog.clear()
-    relax(CalculatorEvaluator(EMT()), [bulk("Cu")], max_steps=1)
-    assert not caplog.messages
+def test_a_constraint_that_cannot_be_kept_fails_its_structure_alone() -> None:
+    planar, free = bulk("Cu"), bulk("Cu")
+    planar.set_constraint(FixedPlane([0], (0, 0, 1)))
+    failed, fine = relax(CalculatorEvaluator(EMT()), [planar, free], max_steps=30)
+    assert failed.failed and failed.reason == "the constraint FixedPlane cannot be kept, only FixAtoms can; take it out"
+    assert fine.converged
+
+
+@BOTH
+@pytest.mark.parametrize("periodic", [True, False], ids=["bulk", "slab"])
+def test_held_atoms_stay_and_the_energy_is_that_of_the_structure_that_comes_back(optimizer: str, periodic: bool) -> None:
+    """The fault: a slab relaxed whole, and was handed back with its lower half where it had been, under the energy of the other one."""
+    start = bulk("Cu", cubic=True).repeat((1, 1, 2))
+    if not periodic:
+        start.center(vacuum=6.0, axis=2)
+        start.pbc = (True, True, False)
+    start.rattle(0.15, seed=3)
+    start.set_constraint(FixAtoms([0, 1, 2]))
+    evaluator = CalculatorEvaluator(EMT())
+    end = relax(evaluator, [start], 2.0 if periodic else 0.0, optimizer=optimizer, max_steps=300)[0]
+    assert end.converged and np.linalg.norm(end.forces[:3], axis=1).max() > 0.1, "only the free atoms relax"
+    where = start.get_scaled_positions(wrap=False) @ end.atoms.cell.array
+    moved = np.linalg.norm(end.atoms.positions - where, axis=1)
+    assert moved[:3].max() < 1e-9 < 0.05 < moved[3:].max()
+    assert end.energy == pytest.approx(evaluator.evaluate([end.atoms]).energy[0], abs=1e-9)
 
 
 def test_a_relaxation_with_species_the_model_never_saw_says_so_even_where_it_converged() -> None:

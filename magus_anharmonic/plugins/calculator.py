@@ -119,7 +119,7 @@ class MatterSimCalculator(Calculator):
         individuals = list(calcPop)
         if not individuals:
             return []
-        starts = [bare(atoms) for atoms in individuals]
+        starts = [bare(atoms, constraints=True) for atoms in individuals]
         self._clear(individuals)
         results = self._relaxed(starts)
         relaxed, failed = [], []
@@ -160,10 +160,11 @@ class MatterSimCalculator(Calculator):
 
     def _take(self, atoms: Atoms, start: Atoms, result: Relaxation) -> None:
         atoms.set_cell(result.atoms.cell.array)
-        atoms.set_positions(result.atoms.positions)
+        # not set_positions, which leaves an atom behind that the relaxation moved with its cell
+        atoms.positions = result.atoms.positions
         self._store_result(atoms, result.energy, result.forces, result.stress)
         atoms.wrap()
-        atoms.info["trajs"] = [start, bare(atoms)]
+        atoms.info["trajs"] = [bare(start), bare(atoms)]
         atoms.info["n_evaluations"] = int(result.n_steps)
 
     def _store_result(self, atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:

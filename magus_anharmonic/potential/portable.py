@@ -116,7 +116,7 @@ def relax_on(
             on_relaxed(index, result)  # type: ignore[misc]
         return results
     size = CHUNK[scheduler.device]
-    copies = [bare(atoms) for atoms in structures]
+    copies = [bare(atoms, constraints=True) for atoms in structures]
     places = [list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)]
     found: dict[int, Relaxation] = {}
     lost: list[list[int]] = []

@@ -47,8 +47,8 @@ def relax(
     """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the order of the input.
 
     Every round evaluates all structures in flight in one call; those that have finished leave, and waiting ones enter.
-    Constraints of the given Atoms are ignored (with a warning), the Atoms are not changed, and a structure that is not periodic in three
-    directions keeps its cell. A structure's path does not depend on the others, except for the rounding of their common batches.
+    Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in it) and do not count for convergence; a structure with
+    another constraint fails. The given Atoms are not changed, and one that is not periodic in three directions keeps its cell. A structure's path does not depend on the others, except for the rounding of their common batches.
 
     pressure, stress_tolerance
         GPa, the pressure from -2000 to 2000; converged when the largest force is below ``force_tolerance`` (eV/A) and each component
@@ -86,7 +86,7 @@ def relax(
         kicks=kicks,
         edges_in_flight=edges_in_flight,
     )
-    _warn_of_what_is_not_kept(structures, fix_symmetry)
+    _warn_of_open_ones(structures, fix_symmetry)
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
     with one_thread_for_small_matrices():
@@ -98,10 +98,7 @@ def relax(
     return [results[index] for index in range(len(structures))]
 
 
-def _warn_of_what_is_not_kept(structures: Sequence[Atoms], fix_symmetry: bool) -> None:
-    constrained = sum(bool(atoms.constraints) for atoms in structures)
-    if constrained:
-        logger.warning("ASE constraints of %d of %d structures are not kept: all their atoms relax", constrained, len(structures))
+def _warn_of_open_ones(structures: Sequence[Atoms], fix_symmetry: bool) -> None:
     open_ones = sum(not atoms.pbc.all() for atoms in structures) if fix_symmetry else 0
     if open_ones:
         logger.warning(

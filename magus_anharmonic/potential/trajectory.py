@@ -31,6 +31,8 @@ class Point:
 class Trajectory:
     """Positions and cell of one structure as one vector, and a step rule that goes down in the enthalpy H = E + P V.
 
+    ``held`` (N,) marks atoms whose q stays.
+
     The cell is h0 D and the positions are q D with D^T = expm(U), U the logarithm of the deformation, as in ASE's FrechetCellFilter;
     the vector holds q and U times a power of the number of atoms, see `Coordinates`.
     As with ASE's optimisers a step may rise, but not by more than ``largest_rise``, and no longer once ``patience`` steps brought no
@@ -45,6 +47,7 @@ class Trajectory:
         relax_cell: bool,
         projector: SymmetryProjector | None,
         optimizer: str = "ase",
+        held: np.ndarray | None = None,
     ) -> None:
         start = bare(atoms if projector is None else projector.structure(atoms))
         self.start, self.projector, self.pressure, self.max_move = start, projector, pressure, max_move
@@ -55,6 +58,9 @@ class Trajectory:
         self.coordinates = rule.coordinates
         self.length = len(start) ** rule.coordinates.cell_power
         self.x = np.concatenate([start.positions.ravel(), np.zeros(9 if self.relax_cell else 0)])
+        self.free = np.ones((len(start), 1)) if held is None else 1.0 - held[:, None]
+        self.mobile = np.ones_like(self.x)
+        self.mobile[: 3 * len(start)] = np.repeat(self.free, 3)
         self.trial = self.x
         self.rule = rule(len(self.x))
         self.radius = max_move
@@ -93,7 +99,7 @@ class Trajectory:
     def _gradient(self, x: np.ndarray, lattice: np.ndarray, forces: np.ndarray, stress: np.ndarray) -> np.ndarray:
         """dH/dx; the derivative of the exponential is exact."""
         if not self.relax_cell:
-            return -forces.ravel()
+            return -(self.free * forces).ravel()
         deformation = self._deformation(x)
         virial = abs(np.linalg.det(lattice)) * (stress + self.pressure * np.eye(3))
         by_deformation = virial @ np.linalg.inv(deformation)
@@ -101,7 +107,7 @@ class Trajectory:
             by_deformation = 0.5 * (by_deformation + by_deformation.T)
         # the derivative of expm at U is adjoint to that at U^T
         cell = expm_frechet(self._logarithm(x).T, by_deformation, compute_expm=False) / self.length
-        return np.concatenate([-(forces @ deformation.T).ravel(), cell.ravel()])
+        return np.concatenate([-(self.free * forces @ deformation.T).ravel(), cell.ravel()])
 
     def receive(self, energy: float, forces: np.ndarray, stress: np.ndarray) -> bool:
         """Take the result at ``trial``: move there, or only learn from it when it lies too high. True when moved."""
@@ -145,7 +151,7 @@ class Trajectory:
             half = rng.normal(0.0, size, (3, 3))
             strain = 0.5 * (half + half.T)
         self.x = x
-        self.trial = x + np.concatenate([rng.normal(0.0, size, (len(self.start), 3)), strain]).ravel()
+        self.trial = x + self.mobile * np.concatenate([rng.normal(0.0, size, (len(self.start), 3)), strain]).ravel()
         self.point = self.best = None
         self.radius, self.without_progress, self.downwards = self.max_move, 0, False
 
@@ -167,7 +173,7 @@ class Trajectory:
     def propose(self) -> Atoms:
         """The next trial structure."""
         if self.point is not None:
-            step = self.rule.step(self.point.gradient)
+            step = self.mobile * self.rule.step(self.point.gradient)
             self.trial = self.x + step * min(1.0, self.radius / max(self._size(step), 1e-300))
         return self.structure(self.trial)
 
@@ -176,7 +182,7 @@ class Trajectory:
         return float(np.sqrt((step.reshape(-1, 3) ** 2).sum(axis=1).max()))
 
     def residual(self) -> tuple[float, float]:
-        """Largest force (eV/A), and largest component of stress + P (eV/A^3; zero when the cell is fixed)."""
+        """Largest force (eV/A) on an atom that is not held, and largest component of stress + P (eV/A^3; zero when the cell is fixed)."""
         assert self.point is not None
-        force = float(np.sqrt((self.point.forces**2).sum(axis=1).max()))
+        force = float(np.sqrt(((self.free * self.point.forces) ** 2).sum(axis=1).max()))
         return force, float(np.abs(self.point.stress + self.pressure * np.eye(3)).max()) if self.relax_cell else 0.0

@@ -15,7 +15,7 @@ from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGu
 from magus_anharmonic.potential.relax_arguments import Options
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import bare, held_atoms, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,15 @@ class Way:
         self.kept: tuple[Point, Atoms] | None = None
         self.waiting = list(options.optimizers)
         self.lowest: Point | None = None
-        self.attempt(self._begin)
+        self.attempt(self._begin, atoms)
 
-    def _begin(self) -> None:
+    def _begin(self, given: Atoms) -> None:
         """Look at the structure and stand at its start."""
         options = self.options
         if reason := senseless(self.atoms):
             self.done, self.reason, self.failed = True, reason, True
             return
+        self.held = held_atoms(given)
         projected = options.fix_symmetry and self.atoms.pbc.all()
         self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
         self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
@@ -93,7 +94,7 @@ class Way:
         """Begin at the start with the next of the optimisers."""
         options = self.options
         self.trajectory = Trajectory(
-            self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0)
+            self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0), self.held
         )
         self.isolated = isolated(self.trajectory.start)
         self.n_pieces = n_pieces(self.trajectory.start, APART_AT_START)

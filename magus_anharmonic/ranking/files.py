@@ -85,6 +85,8 @@ def rank_structures(
     """
     source = as_evaluator(evaluator)
     check_structures(structures)
+    if constrained := sum(bool(atoms.constraints) for atoms in structures):
+        log.warning("constraints of %d of %d structures do not hold here: SSCHA moves every atom", constrained, len(structures))
     copies = [bare(atoms) for atoms in structures]
     reasons = relax_in_place(copies, source, settings) if relax else [""] * len(copies)
     good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]

@@ -85,9 +85,9 @@ def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: 
     if max_steps is not None:
         options["max_steps"] = max_steps
     with open_scheduler(settings) as scheduler:
-        relaxed = relax_on(scheduler, evaluator, [bare(atoms) for atoms in structures], settings.pressure, **options)
+        relaxed = relax_on(scheduler, evaluator, [bare(atoms, constraints=True) for atoms in structures], settings.pressure, **options)
     for atoms, result in zip(structures, relaxed, strict=True):
         if not result.failed:
             atoms.set_cell(result.atoms.cell.array, scale_atoms=False)
-            atoms.set_positions(result.atoms.positions)
+            atoms.positions = result.atoms.positions
     return [(result.reason or "the relaxation failed") if result.failed else "" for result in relaxed]
