@@ -15,7 +15,7 @@ from magus_anharmonic.files import load_arrays, read_json, replacing, write_json
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import Repeats, as_repeats
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files of a run; a folder of another version is refused."""
 
 
