@@ -74,6 +74,28 @@ def test_a_minimum_is_called_stable_and_is_checked_once(tmp_path: Path, monkeypa
     assert (again.status, again.p_stable, again.gibbs) == (candidate.status, candidate.p_stable, candidate.gibbs)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [-14.0, -12.0])
+def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(tmp_path: Path, k: float) -> None:
+    """The middle is a minimum of the free energy by the motion of the proton alone; the exact well lies below it, or above, or is none."""
+    model = HydrogenBond(k, 60.0, 2.0)
+    gain = (model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]) / 3
+    found = ranked(model, tmp_path, keys(n_configs=2000))
+    middle = next(c for c in found if c.id == structure_id(model.crystal()))
+    assert middle.status == "stable" and middle.spg_quantum == "P4/mmm (123)"
+    assert "harmonic modes are imaginary; down the deepest, followed to" in middle.reason
+    if k == -14.0:
+        assert gain == pytest.approx(2e-3, abs=5e-4)
+        assert found[0].parent == middle.id and found[0].spg_quantum == "P4mm (99)" and middle.rank_quantum == 2
+        error = np.hypot(found[0].gibbs_error, middle.gibbs_error)
+        assert middle.gibbs_raw - found[0].gibbs_raw == pytest.approx(gain, abs=4 * error)
+    else:
+        assert gain < 1e-5 and middle.rank_quantum == 1
+        own = middle.n_evaluations
+        rest = [r for r in FreeEnergyStore(tmp_path / "free_energies.db").records() if r.parent == middle.id]
+        assert len(rest) == 1 and rest[0].n_evaluations < 2 * own
+
+
 @pytest.mark.full
 def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path) -> None:
     """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a minimum (200 configurations are enough)."""
