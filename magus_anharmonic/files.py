@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import hashlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,35 @@ T = TypeVar("T")
 
 TEMPORARY = ".magus-anharmonic.tmp"
 """How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.+-]{0,58}[A-Za-z0-9_+])?")
+_DIGEST = re.compile(r"(^|.*-)[0-9a-f]{12}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
+"""What Windows takes for a device."""
+
+
+def safe_name(*texts: str) -> str:
+    """The part of a file's name that stands for any texts: no others have it, also where a file system folds case or Unicode.
+
+    At most 64 characters of ``[A-Za-z0-9_.+-]``, never ``..`` or hidden. Plain texts stay as they are (``Im-3m``, ``natural``;
+    ``Im-3m-T1u`` for two), others become what is readable of them and a digest: ``C2/c`` is ``C2_c-`` and twelve hexadecimal digits.
+    """
+    joined = "-".join(texts)
+    one_way = not any("-" in text for text in texts[1:]) and (len(texts) == 1 or not _DIGEST.fullmatch(joined))
+    if one_way and _PLAIN.fullmatch(joined) and all(_is_itself(text) for text in texts):
+        return joined
+    readable = re.sub(r"[^A-Za-z0-9_.+-]+", "_", joined)[:50].strip("._-") or "_"
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+    return f"{readable}-{digest}"
+
+
+def _is_itself(text: str) -> bool:
+    """Of all texts that differ in case alone one is: with a capital first (short ones, as of space groups), or without any (words, ids)."""
+    if not text or ("-" in text and _DIGEST.fullmatch(text)) or _RESERVED.fullmatch(text.lower()):
+        return False
+    capital = len(text) <= 10 and (len(text) <= 4 or not text.isalpha())
+    return text == (text[0].upper() + text[1:].lower() if capital else text.lower())
 
 
 OF_THE_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EOVERFLOW, errno.ENAMETOOLONG}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from ase import Atoms
+from ase.build import bulk
+from ase.data import atomic_masses
 from scipy.optimize import minimize
 
 from magus_anharmonic.evaluator import Evaluation
@@ -56,8 +58,6 @@ class HydrogenBond:
 
         By closed Gaussian averages; d and s are normal coordinates of kinetic energy 1/2 m d'^2 + 1/2 M s'^2.
         """
-        from ase.data import atomic_masses
-
         proton, fluorine = atomic_masses[1], atomic_masses[9]
         masses = np.array([proton * 2 * fluorine / (proton + 2 * fluorine), fluorine / 2.0])
         root = np.sqrt(masses)
@@ -77,3 +77,51 @@ class HydrogenBond:
         begin = [0.3, 0.0, 2.0, 0.0, 5.0]
         found = minimize(value, begin, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 20000, "maxfev": 20000})
         return float(found.fun), float(found.x[0])
+
+
+class RockSaltWells:
+    """Evaluator: SnTe in the primitive cell of rock salt, V = sum over the cubic axes of 1/2 k u^2 + c u^4, u between the two sublattices.
+
+    The eight wells along [111] are 8 meV/atom deep. Between k and c the motion of the ions makes the middle a minimum of the free energy,
+    and the wells, beyond a barrier, are lower: a transition of first order.
+    """
+
+    def __init__(self, c: float = 0.9, depth: float = 0.016 / 3.0) -> None:
+        """``c`` in eV/A^4, ``depth`` of a well along one axis in eV per cell."""
+        self.k, self.c = -float(np.sqrt(16.0 * c * depth)), c
+        self.model_id = f"rock salt {c:g} {depth:g}"
+
+    @staticmethod
+    def crystal() -> Atoms:
+        """Fm-3m, two atoms."""
+        return bulk("SnTe", "rocksalt", a=6.3)
+
+    def evaluate(self, structures):
+        """Energies, forces and (zero) stresses of primitive cells."""
+        energies, forces = [], []
+        for atoms in structures:
+            tin, tellurium = (int(np.flatnonzero(atoms.numbers == number)[0]) for number in (50, 52))
+            apart = (atoms.positions[tellurium] - atoms.positions[tin]) @ np.linalg.inv(atoms.cell.array) - 0.5
+            u = (apart - np.round(apart)) @ atoms.cell.array
+            slope = self.k * u + 4.0 * self.c * u**3
+            force = np.zeros((2, 3))
+            force[tellurium], force[tin] = -slope, slope
+            energies.append(float(np.sum(0.5 * self.k * u**2 + self.c * u**4)))
+            forces.append(force)
+        return Evaluation(np.array(energies), forces, np.zeros((len(structures), 3, 3)))
+
+    def free_energy(self, symmetric: bool) -> tuple[float, float]:
+        """SCHA free energy at 0 K in eV/atom by closed Gaussian averages, and the centroid along one axis (A); the three axes alike."""
+        tin, tellurium = atomic_masses[50], atomic_masses[52]
+        mass = tin * tellurium / (tin + tellurium)
+
+        def value(x: np.ndarray) -> float:
+            d, spring = (0.0 if symmetric else x[0]), np.exp(x[1])
+            quantum = HBAR * np.sqrt(spring / mass)
+            a = HBAR**2 / (2.0 * quantum * mass)
+            mean = 0.5 * self.k * (d**2 + a) + self.c * (d**4 + 6.0 * d**2 * a + 3.0 * a**2)
+            return float(quantum / 2.0 + mean - 0.5 * spring * a)
+
+        begin = [np.sqrt(-self.k / (4.0 * self.c)), np.log(-2.0 * self.k)]
+        found = minimize(value, begin, method="Nelder-Mead", options={"xatol": 1e-10, "fatol": 1e-14, "maxiter": 20000, "maxfev": 20000})
+        return 1.5 * float(found.fun), float(found.x[0])

@@ -95,8 +95,8 @@ def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path: Path) -
 
 def test_names_of_files_carry_pressure_and_phase() -> None:
     assert tables.ranking_file(100.0) == "ranking-100GPa.csv"
-    assert tables.dispersion_file("C2/c", 62.5) == "dispersion-C2_c-62.5GPa.csv"
-    assert tables.pressure_of_file("dispersion-C2_c-62.5GPa.csv") == 62.5
+    assert tables.dispersion_file("Im-3m", 62.5) == "dispersion-Im-3m-62.5GPa.csv"
+    assert tables.pressure_of_file(tables.dispersion_file("C2/c", 62.5)) == 62.5
     assert tables.phase_of_file("dispersion-Im-3m-60GPa.csv") == "Im-3m"
     with pytest.raises(InputError, match="ranking-high.csv"):
         tables.pressure_of_file("ranking-high.csv")

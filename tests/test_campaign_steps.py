@@ -420,7 +420,7 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path: Pa
 
 
 def test_names_of_phases_make_folders_that_exist_everywhere() -> None:
-    assert place("C2/c", 60) == "C2_c-060GPa" and at("learn", 112.5) == "learn-112.5GPa"
+    assert place("Im-3m", 60) == "Im-3m-060GPa" and place("C2/c", 60) != place("C2_c", 60) and at("learn", 112.5) == "learn-112.5GPa"
 
 
 def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_analysis(

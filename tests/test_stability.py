@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from saddle_model import HydrogenBond
+from saddle_model import HydrogenBond, RockSaltWells
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.files import read_jsonl
@@ -37,7 +37,7 @@ def keys(**sscha: object) -> Settings:
     return parse_settings({"Fitness": ["SSCHA"], "sscha": {**common, **sscha}})
 
 
-def ranked(model: HydrogenBond, folder: Path, settings: Settings, structures: list[Atoms] | None = None) -> list[Candidate]:
+def ranked(model: HydrogenBond | RockSaltWells, folder: Path, settings: Settings, structures: list[Atoms] | None = None) -> list[Candidate]:
     population = structures or [model.crystal()]
     reevaluate(population, model, settings)
     return rank(population, evaluator=model, settings=settings, run_dir=folder, free_energy=free_energy, workers=1)
@@ -72,6 +72,41 @@ def test_a_minimum_is_called_stable_and_is_checked_once(tmp_path: Path, monkeypa
     monkeypatch.setattr(stability, "hessian_of_folder", lambda folder: pytest.fail("computed twice"))
     (again,) = ranked(MINIMUM, tmp_path, keys(n_configs=1000))
     assert (again.status, again.p_stable, again.gibbs) == (candidate.status, candidate.p_stable, candidate.gibbs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [-14.0, -12.0])
+def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(tmp_path: Path, k: float) -> None:
+    """The middle is a minimum of the free energy by the motion of the proton alone; the exact well lies below it, or above, or is none."""
+    model = HydrogenBond(k, 60.0, 2.0)
+    gain = (model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]) / 3
+    found = ranked(model, tmp_path, keys(n_configs=2000))
+    middle = next(c for c in found if c.id == structure_id(model.crystal()))
+    assert middle.status == "stable" and middle.spg_quantum == "P4/mmm (123)"
+    assert "harmonic modes are imaginary; down the deepest, followed to" in middle.reason
+    if k == -14.0:
+        assert gain == pytest.approx(2e-3, abs=5e-4)
+        assert found[0].parent == middle.id and found[0].spg_quantum == "P4mm (99)" and middle.rank_quantum == 2
+        error = np.hypot(found[0].gibbs_error, middle.gibbs_error)
+        assert middle.gibbs_raw - found[0].gibbs_raw == pytest.approx(gain, abs=4 * error)
+    else:
+        assert gain < 1e-5 and middle.rank_quantum == 1
+        own = middle.n_evaluations
+        rest = [r for r in FreeEnergyStore(tmp_path / "free_energies.db").records() if r.parent == middle.id]
+        assert len(rest) == 1 and rest[0].n_evaluations < 2 * own
+
+
+@pytest.mark.slow
+def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path: Path) -> None:
+    """Given the cubic crystal alone, with wells of 8 meV/atom in the static energy and a phase 1.5 meV/atom below in free energy."""
+    model = RockSaltWells()
+    gain = model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]
+    assert gain == pytest.approx(1.5e-3, abs=2e-4)
+    lower, cubic = ranked(model, tmp_path, keys(n_configs=2000), [model.crystal()])
+    assert cubic.status == "stable" and (cubic.spg_quantum, cubic.rank_quantum) == ("Fm-3m (225)", 2)
+    assert (lower.rank_quantum, lower.parent, lower.spg_quantum) == (1, cubic.id, "R3m (160)")
+    error = np.hypot(lower.gibbs_error, cubic.gibbs_error)
+    assert cubic.gibbs_raw - lower.gibbs_raw == pytest.approx(gain, abs=4 * error + 1e-5) and gain > 4 * error
 
 
 @pytest.mark.full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from magus_anharmonic.analysis import bands, enthalpies, gradient_figure, learning_figure, model_table, modes, parity, reordering, tables
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import safe_name
 
 log = logging.getLogger(__name__)
 
@@ -124,10 +126,6 @@ def _rows(table: type, folder: Path, step: str) -> list[Any]:
     return rows
 
 
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.+-]", "_", text)
-
-
 def _table_one(folder: Path) -> Iterator[Drawing]:
     lines = model_table.table_one(_rows(tables.ModelError, folder, "training the final model"))
     parts = [f"{r.model} on {r.set}: {r.energy_meV_per_atom:.1f} meV/atom, {r.force_meV_per_A:.0f} meV/Å" for r in lines]
@@ -155,7 +153,7 @@ def _parity(folder: Path) -> Iterator[Drawing]:
     for model in dict.fromkeys(row.model for row in rows):
         numbers = parity.parity_statistics([row for row in rows if row.model == model])
         alt = "; ".join(f"{n.quantity}, {n.set}: RMSE {n.rmse:.3g} {n.unit} over {n.n} values" for n in numbers)
-        name = f"fig_3_parity-{_safe(model)}"
+        name = f"fig_3_parity-{safe_name(model)}"
         yield Drawing(name, f"The {model} model against the labels", alt, numbers, _later(parity.draw_parity, rows, model=model, name=name))
 
 
@@ -165,7 +163,7 @@ def _modes(folder: Path) -> Iterator[Drawing]:
         shown = [row for row in rows if (row.phase, row.irrep) == (phase, irrep)]
         found = modes.critical_pressures(shown)
         alt = "; ".join(f"{modes.WORDS[c.method, c.energies_by]}: {_critical(c)}" for c in found)
-        name = f"fig_4a_modes-{_safe(phase)}-{_safe(irrep)}"
+        name = f"fig_4a_modes-{safe_name(phase, irrep)}"
         title = f"Squared frequency of {irrep} at Γ in {phase} against pressure"
         yield Drawing(name, title, alt, shown, _later(modes.draw_modes, shown, name=name), found)
 
@@ -181,6 +179,9 @@ def _bands(folder: Path) -> Iterator[Drawing]:
     files = sorted(folder.glob(tables.DISPERSIONS))
     if not files:
         raise Missing("there is no dispersion-<phase>-<P>GPa.csv: the Hessian step is not done")
+    phases: dict[str, str] = {}
+    with contextlib.suppress(InputError, Missing):  # the table of modes says so in its own figure
+        phases = {safe_name(row.phase): row.phase for row in _rows(tables.Mode, folder, "the Hessian step")}
     problems = []
     for path in files:
         try:
@@ -191,7 +192,8 @@ def _bands(folder: Path) -> Iterator[Drawing]:
         if not rows:
             problems.append(f"{path.name} is empty")
             continue
-        phase = tables.phase_of_file(path.name)
+        name_of_phase = tables.phase_of_file(path.name)
+        phase = phases.get(name_of_phase, name_of_phase)
         name, title = f"fig_4b_{path.stem}", f"Phonon dispersion of {phase} at {pressure:g} GPa"
         alt = "; ".join(f"{method}: lowest {value:.0f} cm⁻¹" for method, value in bands.lowest(rows).items())
         yield Drawing(name, title, alt, rows, _later(bands.draw_bands, rows, title=title, name=name))
@@ -260,7 +262,7 @@ def _gradients(folder: Path) -> Iterator[Drawing]:
     bins, points = tables.read_if_there(tables.GradientBin, folder), tables.read_if_there(tables.GradientParity, folder)
     for phase, pressure in dict.fromkeys((row.phase, row.pressure_GPa) for row in rows):
         mine = [[row for row in part if (row.phase, row.pressure_GPa) == (phase, pressure)] for part in (rows, bins, points)]
-        name = f"fig_7_gradient_errors-{_safe(phase)}-{pressure:g}GPa"
+        name = f"fig_7_gradient_errors-{safe_name(phase)}-{pressure:g}GPa"
         title = f"Errors of forces and of free-energy gradients in {phase} at {pressure:g} GPa"
         alt = "; ".join(f"{gradient_figure.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}" for row in mine[0])
         yield Drawing(name, title, alt, mine[0], _later(gradient_figure.draw_gradient_errors, *mine, name=name))

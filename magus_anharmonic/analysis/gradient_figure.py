@@ -74,7 +74,7 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
         )
     axes.set_xticks(range(len(shown)), labels, fontsize=7)
     if any(height > 0 for height in heights):
-        axes.set_yscale("log")
+        style.log_scale(axes)
         positive = min(height for height in heights if height > 0)
         axes.set_ylim(max(SMALLEST, positive / 5) if max(heights) > SMALLEST else positive / 5, 3 * max(heights))
     axes.set_ylabel("RMSE (meV/Å)")
@@ -99,7 +99,7 @@ def _distribution(axes, bins: Sequence[GradientBin], wanted: Sequence[tuple[str,
     if not axes.get_legend_handles_labels()[0]:
         style.say(axes, "no distribution was kept")
         return
-    axes.set_yscale("log")
+    style.log_scale(axes)
     axes.set_ylabel("probability density")
     style.legend(axes, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.22))
 

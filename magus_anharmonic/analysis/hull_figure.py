@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,4 +107,4 @@ def _bars(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None:
 
 
 def _subscripts(formula: str) -> str:
-    return re.sub(r"(\d+)", r"$_{\1}$", formula)
+    return formula.translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))

@@ -24,7 +24,7 @@ def draw(diagram: PhaseDiagram, path: str | Path) -> Path:
     """Draw to SVG or PNG by the suffix of ``path``, atomically."""
     import matplotlib
 
-    with matplotlib.rc_context({"svg.hashsalt": "magus-anharmonic", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "magus-anharmonic", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False}):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(10.0, 4.6), layout="constrained")

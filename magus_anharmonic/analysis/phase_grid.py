@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ase import Atoms
 from magus_anharmonic.analysis.gibbs_points import NATURAL, GibbsPoint, with_twins
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import read_json
+from magus_anharmonic.files import read_json, safe_name
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.entropy import entropy_with_error
@@ -49,8 +48,7 @@ def read_phase(name: str, phase: PhaseSettings) -> Atoms:
 
 def point_folder(root: Path, phase: str, isotopes: str, pressure: float, temperature: float) -> Path:
     """Where one run is stored."""
-    safe = [re.sub(r"[^A-Za-z0-9_.+-]", "_", text) for text in (phase, isotopes)]
-    return root / safe[0] / safe[1] / f"{pressure:g}GPa-{temperature:g}K"
+    return root / safe_name(phase) / safe_name(isotopes) / f"{pressure:g}GPa-{temperature:g}K"
 
 
 def run_grid(

@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "lines.markersize": 5,
     "svg.hashsalt": "magus-anharmonic",
     "svg.fonttype": "path",
+    "text.parse_math": False,  # names of phases hold whatever their authors like, dollars too
 }
 SINGLE = (5.2, 3.9)
 """Inches, one panel."""
@@ -105,6 +106,15 @@ def room(axes: Axes, x: Sequence[float]) -> None:
     if len(distinct) == 1:
         width = 0.1 * abs(distinct[0]) or 1.0
         axes.set_xlim(distinct[0] - width, distinct[0] + width)
+
+
+def log_scale(axes: Axes) -> None:
+    """A logarithmic ordinate with numbers as plain text: matplotlib's own are mathematics, which these figures do not read."""
+    from matplotlib.ticker import LogFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
 
 
 def legend(axes: Axes, **options: Any) -> None:

@@ -15,6 +15,7 @@ from magus_anharmonic.analysis.typed_csv import read_if_there as read_if_there
 from magus_anharmonic.analysis.typed_csv import rows_of as rows_of
 from magus_anharmonic.analysis.typed_csv import write as write
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import safe_name
 
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
@@ -288,8 +289,8 @@ def ranking_file(pressure: float) -> str:
 
 
 def dispersion_file(phase: str, pressure: float) -> str:
-    """``dispersion-Im-3m-60GPa.csv``; characters that file names should not hold become underscores."""
-    return f"dispersion-{re.sub(r'[^A-Za-z0-9_.+-]', '_', phase)}-{pressure:g}GPa.csv"
+    """``dispersion-Im-3m-60GPa.csv``; for other names see `safe_name`."""
+    return f"dispersion-{safe_name(phase)}-{pressure:g}GPa.csv"
 
 
 def pressure_of_file(name: str) -> float:
@@ -301,5 +302,5 @@ def pressure_of_file(name: str) -> float:
 
 
 def phase_of_file(name: str) -> str:
-    """The phase in the name of a dispersion."""
+    """The `safe_name` of the phase in the name of a dispersion."""
     return re.sub(r"-(\d+(?:\.\d+)?)GPa\.csv$", "", name).removeprefix("dispersion-")

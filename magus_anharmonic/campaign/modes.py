@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.analysis.tables import dispersion_file
 from magus_anharmonic.campaign.context import Context, Outcome, structure_file
 from magus_anharmonic.campaign.found import SYMPREC, Phase, phases_of
 from magus_anharmonic.campaign.irreps import Level, levels_by_displacing, levels_by_irrep, lowest_levels
-from magus_anharmonic.campaign.plan import Step, place, safe
+from magus_anharmonic.campaign.plan import Step, place
 from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
@@ -99,7 +100,7 @@ def _one(
         _add(tally, wanted, phase, pressure, "sscha-hessian", "model", levels, centroids, report.result.model_id, report.hessian)
         file.add(centroids, structure_id(centroids), report.result.space_group, pressure, "centroids")
         if pressure in settings.dispersions:
-            name = f"dispersion-{safe(wanted.name)}-{pressure:g}GPa"
+            name = dispersion_file(wanted.name, pressure).removesuffix(".csv")
             write_part(folder, name, dispersion_rows(dispersion(report.hessian, harmonic)), "dispersion")
     if pressure in settings.dft_harmonic:
         _harmonic_by_dft(context, wanted, phase, cell, pressure, own, tally)

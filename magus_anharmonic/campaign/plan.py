@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.campaign.record import StepRecord
+from magus_anharmonic.files import safe_name
 from magus_anharmonic.settings.campaign import CampaignSettings
 
 FORMAT = 1
@@ -39,14 +39,9 @@ def at(name: str, pressure: float) -> str:
     return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
 
 
-def safe(name: str) -> str:
-    """The name of a phase in file names: ``C2/c`` -> ``C2_c``."""
-    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name)
-
-
 def place(phase: str, pressure: float) -> str:
     """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
-    return at(safe(phase), pressure)
+    return at(safe_name(phase), pressure)
 
 
 def _cycled(name: str, cycle: int) -> str:

@@ -85,6 +85,15 @@ def run_race(
         # Only now: what the model says about an ensemble is asked once, of the last one.
         final = ranking.recorded(job, key, outcome, enthalpy_of(name)) or record
         ranking.keep(groups[name], key, stopped_record(final, stop))
+    waiting = sum(
+        name not in stops and (groups[name], key) not in ranking.records and (groups[name], key) not in ranking.failures for name in names
+    )
+    if waiting:
+        log.warning(
+            "SSCHA: the budget of %s force evaluations was spent before %d candidates began: they keep their estimate",
+            rules.budget,
+            waiting,
+        )
     spent = sum(record.n_evaluations for _, _, record in latest.values())
     early = sum(stop.eliminated for stop in stops.values())
     if stops:

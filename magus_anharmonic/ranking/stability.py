@@ -2,6 +2,9 @@
 
 A converged result whose Hessian has a mode negative beyond two standard errors is a saddle point. It leaves the ranking, and a run
 in the subgroup that the mode leads to takes its place (its `Record.followed`). Only the ensembles that a run left are used.
+
+A Hessian sees no well beyond a barrier. Where the static energy falls along a mode and the motion of the ions alone holds the symmetry,
+one run from down the deepest such mode is made before the phase is called stable, until it is seen to end above.
 """
 
 from __future__ import annotations
@@ -14,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import MagusAnharmonicError, SschaError
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
+from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
 from magus_anharmonic.ranking.matcher import same_phase
-from magus_anharmonic.ranking.outcomes import with_result
+from magus_anharmonic.ranking.outcomes import record_of, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import primitive_fingerprint
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.sscha.follow import down_the_mode
-from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian
+from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian, harmonic_hessian
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.start import in_double_precision
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import EV_IN_CM1
@@ -37,6 +42,7 @@ DEPTH = 2
 """Saddle points one below the other that are followed from one candidate."""
 SMALLEST_ENSEMBLE = 4
 NO_RUN = "following it failed"
+NOT_LOOKED = "not looked for a well down its deepest harmonic mode"
 
 
 def check_stability(ranking: Ranking, key: Key, free_energy: Callable[..., Any], workers: Workers) -> None:
@@ -53,7 +59,7 @@ def check_stability(ranking: Ranking, key: Key, free_energy: Callable[..., Any],
         checked = [checked_record(record, ranking.run_dir / "sscha" / record.folder) for record in new]
         for record, before in zip(checked, new, strict=True):
             if record is not before:
-                ranking.put(record)
+                ranking.put(looked_down(ranking, record, free_energy, workers) if record.status == "stable" else record)
         _follow(ranking, [record for record in checked if record.status == "saddle" and not record.followed], free_energy, workers)
 
 
@@ -109,6 +115,56 @@ def with_verdict(record: Record, hessian: Hessian) -> Record:
         hessian_error=error,
         p_stable=float(hessian.probability_stable),
     )
+
+
+def looked_down(ranking: Ranking, record: Record, free_energy: Callable[..., Any], workers: Workers) -> Record:
+    """A stable record with what the run from down its deepest imaginary harmonic mode came to (`Record.followed`).
+
+    Itself where no harmonic mode is imaginary, or where the relaxation changed the space group. The run is made population by population
+    and stopped when it can no longer end below.
+    """
+    if record.spg_quantum != record.spg_static:
+        return record
+    try:
+        state = SschaResult.read(ranking.run_dir / "sscha" / record.folder).state
+        harmonic = harmonic_hessian(state, in_double_precision(ranking.evaluator))
+        if harmonic.status != "saddle":
+            return record
+        job = ranking.job(bare(down_the_mode(harmonic, ranking.evaluator, ranking.sscha.symprec)), [record.key])
+    except MagusAnharmonicError as error:
+        return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {' '.join(str(error).split())}"))
+    log.info("%s: stable by the motion of the ions alone; looking down its deepest harmonic mode", record.structure)
+    follower = ranking.store.get(job.structure, record.key)
+    if follower is None:
+        follower, why = _raced(ranking, job, record, free_energy, workers)
+        if follower is None:
+            return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {why}"))
+        ranking.put(follower)
+    words = f"harmonic modes are imaginary; down the deepest, {what_became(record, follower)}"
+    return replace(record, followed=job.structure, reason=_joined(record.reason, words))
+
+
+def _raced(ranking: Ranking, job: Job, above: Record, free_energy: Callable[..., Any], workers: Workers) -> tuple[Record | None, str]:
+    """The run of ``job`` until it has converged or is seen to end above ``above``; None and the reason when it may work another time."""
+    sscha = ranking.sscha
+    z = Rules(sscha.confidence, 1, sscha.max_populations).z(2)
+    limit = (above.gibbs or 0.0) + z * (above.gibbs_error or 0.0)
+    few = sscha.model_copy(update={"allocation": "elimination"}).ranking_start
+    record, stop = None, Stop()
+    for count in range(1, sscha.max_populations + 1):
+        outcomes: list[Outcome] = []
+        options = {**job.options, "n_configs_start": few, "max_populations": count}
+        run_jobs([replace(job, options=options)], ranking.evaluator, free_energy, lambda _, found, own=outcomes: own.extend(found), workers)
+        before, record = record, record_of(job, above.key, outcomes[0], None, sscha.symprec, parent=above.structure)
+        if record is None or record.gibbs is None:
+            break
+        if count >= MIN_POPULATIONS and standing_of(record, before).lower(z) > limit:
+            stop = Stop(f"stopped after {count} populations: above {above.structure} ({z:.1f} sigma)", eliminated=True)
+            break
+        if record.status in CONVERGED or record.n_populations < count:
+            break
+    final = ranking.recorded(job, above.key, outcomes[0], None, parent=above.structure)
+    return (None, outcomes[0].reason) if final is None else (stopped_record(final, stop), "")
 
 
 def _joined(*reasons: str) -> str:
@@ -179,7 +235,7 @@ def what_became(saddle: Record, follower: Record) -> str:
     if follower.gibbs is None or saddle.gibbs is None:
         return f"{name}, which failed: {follower.reason}"
     if fell_back(saddle, follower):
-        return f"{name}, which came back to the saddle point"
+        return f"{name}, which came back"
     if follower.status == "unconverged":
         return f"{name}, which is {follower.reason}"
     difference = 1000 * (follower.gibbs - saddle.gibbs)
@@ -225,12 +281,15 @@ def _ordinal(number: int) -> str:
 
 
 def followers(store: FreeEnergyStore, records: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """(saddle, follower) for every saddle among ``records`` and below, as far as a phase of its own was found, each follower once."""
+    """(saddle, follower) for every saddle, and every minimum that was left down a mode, among ``records`` and below; each follower once.
+
+    As far as a phase of its own was found.
+    """
     found: dict[str, tuple[Record, Record]] = {}
     queue = list(records)
     while queue:
         saddle = queue.pop(0)
-        follower = store.get(saddle.followed, saddle.key) if saddle.followed and saddle.status == "saddle" else None
+        follower = store.get(saddle.followed, saddle.key) if saddle.followed and saddle.status in ("saddle", "stable") else None
         if follower is None or follower.gibbs is None or follower.structure in found or fell_back(saddle, follower):
             continue
         found[follower.structure] = (saddle, follower)
@@ -259,7 +318,8 @@ def with_followers(candidates: Sequence[Candidate], store: FreeEnergyStore, reco
 
 def _row_of(saddle: Record, follower: Record) -> Candidate:
     """No member of the population, and without static enthalpy."""
-    reason = _joined(f"below the saddle point {saddle.structure}", follower.reason)
+    where = "below the saddle point" if saddle.status == "saddle" else "down a harmonic mode of"
+    reason = _joined(f"{where} {saddle.structure}", follower.reason)
     symmetry = {"spg_static": follower.spg_static, "parent": saddle.structure}
     row = Candidate(
         follower.structure, bare(follower.start), follower.key.pressure, follower.key.temperature, None, follower.key.model, **symmetry

@@ -14,7 +14,7 @@ from typing import Literal
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY, raise_trouble
+from magus_anharmonic.files import TEMPORARY, raise_trouble, safe_name
 from magus_anharmonic.report.rankings import Line, RankingView
 from magus_anharmonic.structures import bare, space_group
 
@@ -49,10 +49,10 @@ class Crystal:
 
     @property
     def stem(self) -> str:
-        """File name without suffix; only letters, digits, ``.``, ``_`` and ``-``, whatever the id holds."""
+        """File name without suffix, whatever the id holds."""
         rank = "" if self.line.rank is None else f"{self.line.rank:03d}-"
         heat = f"-{self.temperature:g}K" if self.kind == "centroids" else ""
-        return re.sub(r"[^A-Za-z0-9_.-]", "_", f"{self.pressure:g}GPa{heat}-{rank}{self.line.id[:40]}-{self.kind}").lstrip(".")
+        return f"{self.pressure:g}GPa{heat}-{rank}{safe_name(self.line.id)}-{self.kind}"
 
 
 def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Crystal]:

@@ -73,5 +73,5 @@ def _figure(columns: dict[str, list[float]], title: str) -> Figure:
         axes.set_xlabel("population")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
-        figure.suptitle(title, fontsize=10)
+        figure.suptitle(title, fontsize=10, parse_math=False)
     return figure

@@ -183,7 +183,7 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
     axes.set_ylabel("ħω (meV; imaginary shown as negative)")
     right = axes.secondary_yaxis("right", functions=(lambda mev: mev * 1e-3 * EV_IN_CM1, lambda cm1: cm1 / EV_IN_CM1 * 1e3))
     right.set_ylabel("wave number (cm$^{-1}$)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=10, parse_math=False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=160, format=path.suffix.removeprefix("."))

@@ -13,9 +13,11 @@ from functools import cached_property
 import numpy as np
 from scipy.special import ndtr
 
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.averages import Ensemble, static_response
 from magus_anharmonic.sscha.fourth_order import FourthOrder, dressed_rows
 from magus_anharmonic.sscha.hessian_error import levels, square_errors
+from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.third_order import ThirdOrder, third_order, transformed
@@ -127,6 +129,13 @@ def free_energy_hessian(
     if not errors or len(data) < 2:
         return found
     return replace(found, errors=square_errors(found, modes, data, lambda q: rows.everywhere(tensor, q)))
+
+
+def harmonic_hessian(state: SschaState, evaluator: Evaluator) -> Hessian:
+    """Of the static energy at the centroids of ``state``, as if nothing moved; evaluates the displacements that symmetry does not tell."""
+    symmetry, modes = Symmetry(state.atoms, state.repeats), wavevectors(state)
+    compact = harmonic_force_constants(state.atoms, state.repeats, symmetry, evaluator)
+    return _diagonalised(state, modes, compact, Representation(modes, symmetry).stars(), 0, False, False)
 
 
 def tensors(modes: Wavevectors, data: Samples, representation: Representation, halves: bool) -> tuple[ThirdOrder, ThirdOrder | None]:

@@ -23,7 +23,7 @@ from magus_anharmonic import free_energy
 
 def cases(quick: bool) -> Iterator[tuple[str, float, str, int, str, int]]:
     """Name, K, cell, configurations, engine, seeds."""
-    sizes, seeds = ((200,), 16) if quick else ((200, 400, 1000), 16)
+    sizes, seeds = ((200,), 32) if quick else ((200, 400, 1000), 32)
     for name, temperature, cell, n_configs in product(CASES, (0.0, 300.0), ("variable", "fixed"), sizes):
         yield name, temperature, cell, n_configs, "native", seeds
     for name in ("hcp", "rock salt"):

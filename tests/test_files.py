@@ -1,0 +1,73 @@
+"""Names of files that stand for any text."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magus_anharmonic.analysis import style, tables
+from magus_anharmonic.analysis.phase_grid import point_folder
+from magus_anharmonic.campaign.plan import place
+from magus_anharmonic.files import safe_name
+
+NASTY = [
+    "α", "β", "C2/c", "C2_c", "..", ".", "", " ", "$\\frac$", "a" * 300, "a" * 301, "alpha", "Alpha", "ALPHA", "im-3m", "Im-3m", "IM-3M",
+    "é", "e\u0301", "ı", "i", "I", "con", "CON", "nul.csv", "/etc/passwd", "..\\x", "a\nb", "a\x00b", "-rf", "~", "natural", "H=2.014",
+    "C2_c-" + "0" * 12, "name.", "name", "K", "K", "ß", "ss", "P2_1/c", "P2_1_c",
+]  # fmt: skip
+
+
+def folded(name: str) -> str:
+    """What a file system that folds case and Unicode makes of a name."""
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def test_names_of_nasty_texts_are_safe_and_differ_on_every_file_system() -> None:
+    texts = [*NASTY, *(safe_name(text) for text in NASTY if safe_name(text) != text)]
+    names = [safe_name(text) for text in texts]
+    for name in names:
+        assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name) and name[0] not in ".-" and name[-1] != "."
+    assert len({folded(name) for name in names}) == len(set(texts))
+    assert [safe_name(text) for text in ("Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f")] == [
+        "Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f",
+    ]  # fmt: skip
+
+
+def test_several_texts_have_one_name_for_each_way_to_share_out_the_dashes() -> None:
+    parts = ["A", "B", "A-B", "B-A", "C2/c", "", "A-" + "0" * 12, "0" * 12]
+    pairs = list(itertools.product(parts, repeat=2))
+    assert len({folded(safe_name(*pair)) for pair in pairs}) == len(pairs)
+    assert safe_name("Im-3m", "T1u") == "Im-3m-T1u"
+
+
+@given(st.text(max_size=80), st.text(max_size=80))
+def test_two_texts_have_two_names(one: str, other: str) -> None:
+    assert (folded(safe_name(one)) == folded(safe_name(other))) == (one == other)
+
+
+def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path: Path) -> None:
+    for make in (
+        lambda name: tmp_path / place(name, 100.0),
+        lambda name: tmp_path / tables.dispersion_file(name, 100.0),
+        lambda name: point_folder(tmp_path, name, "natural", 100.0, 0.0),
+        lambda name: point_folder(tmp_path, "Im-3m", name, 100.0, 0.0),
+    ):
+        paths = [make(name) for name in NASTY]
+        assert len({folded(str(path)) for path in paths}) == len(set(NASTY))
+        assert all(path.resolve().is_relative_to(tmp_path.resolve()) and path.resolve() != tmp_path for path in paths)
+
+
+@pytest.mark.parametrize("name", ["$\\frac$", "$x", "a$b$c", "100 % {x}", "\\"])
+def test_a_figure_shows_any_name_as_it_is(tmp_path: Path, name: str) -> None:
+    with style.figure(title=name) as (made, (axes,)):
+        style.points(axes, [0.0, 1.0], [0.0, 1.0], label=name)
+        axes.set_xlabel(name)
+        style.legend(axes)
+        for path in style.save(made, tmp_path, safe_name(name)):
+            assert path.stat().st_size > 0
