@@ -80,7 +80,7 @@ def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(t
     """The middle is a minimum of the free energy by the motion of the proton alone; the exact well lies below it, or above, or is none."""
     model = HydrogenBond(k, 60.0, 2.0)
     gain = (model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]) / 3
-    found = ranked(model, tmp_path, keys(n_configs=2000))
+    found = ranked(model, tmp_path, keys(n_configs=2000 if k == -14.0 else 6000))  # the middle is nearly flat at -12
     middle = next(c for c in found if c.id == structure_id(model.crystal()))
     assert middle.status == "stable" and middle.spg_quantum == "P4/mmm (123)"
     assert "harmonic modes are imaginary; down the deepest, followed to" in middle.reason

@@ -141,7 +141,7 @@ def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> li
 
 
 def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
-    """Write the centroids of all records that have a G, lowest first, with what is known in ``info``; returns how many.
+    """Write the centroids of all records that have a G, lowest first, with what is known in ``info``; no file without any; returns how many.
 
     ``parent_id`` is the structure whose run led here, ``candidate_id`` the one this run started from.
     """
@@ -151,9 +151,11 @@ def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
         (r for r in records if r.status in RANKED and r.centroids is not None and r.gibbs is not None),
         key=lambda r: (r.key.model, r.key.temperature, r.gibbs),
     )
-    if found:
-        with replacing(path) as temporary:
-            write(temporary, [_frame(record) for record in found], format="traj")
+    if not found:
+        Path(path).unlink(missing_ok=True)  # of an earlier stage of the same ranking
+        return 0
+    with replacing(path) as temporary:
+        write(temporary, [_frame(record) for record in found], format="traj")
     return len(found)
 
 
