@@ -1,13 +1,13 @@
 """Whether the numbers of an ASE calculator belong together: the work of its forces and stress is the change of its energy.
 
-A displaced and two strained structures tell a wrong sign, another unit, or a stress per cell, which else end as a cell that runs away or
+Two displaced and two strained structures tell a wrong sign, another unit, or a stress per cell, which else end as a cell that runs away or
 a sample that collapses. Asked once per calculator; our own potentials differentiate their energy and are not asked.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
 log = logging.getLogger(__name__)
 
 DISPLACEMENT, STRAIN = 0.05, 0.02
-"""A (rms of a coordinate) and strain: large enough for DFT's noise, small enough for the trapezoidal rule."""
+"""A (rms of a coordinate) and strain: large enough for DFT's noise, small enough for Simpson's rule."""
 TOLERANCE = 0.35
 """Relative difference of work and energy that is none: cutoffs, Pulay stress, rounding."""
 NOISE = 2e-4
@@ -56,33 +56,50 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     moves -= moves.mean(axis=0)
     tensor = rng.uniform(-0.3, 0.3, (3, 3))
     strain = STRAIN * (np.eye(3) + 0.5 * (tensor + tensor.T))
-    displaced, wide, narrow = probe.copy(), probe.copy(), probe.copy()
-    displaced.positions += moves
-    for strained, sign in ((wide, 1.0), (narrow, -1.0)):
-        strained.set_cell(probe.cell.array @ (np.eye(3) + sign * strain), scale_atoms=True)
     try:
-        found = evaluator.evaluate([probe, displaced, *([wide, narrow] if stress else [])])
+        middle = evaluator.evaluate([probe])
+        steps = [moves * (1.0 if -np.sum(middle.forces[0] * moves) > 0.0 else -1.0), strain]
+        if stress and not has_stress(middle):
+            raise InputError(f"calculator {evaluator.model_id}: gives no stress, which a variable cell needs; keep the cell fixed")
+        if stress and np.sum(middle.stress[0] * strain) < 0.0:
+            steps[1] = -strain  # uphill, where tension and stiffness do not cancel
+        structures = [_stepped(probe, 0.5 * steps[0], None), _stepped(probe, steps[0], None)]
+        structures += [_stepped(probe, None, 0.5 * steps[1]), _stepped(probe, None, steps[1])] if stress else []
+        found = evaluator.evaluate(structures)
+    except InputError:
+        raise
     except Exception:
         log.debug("the calculator was not checked: it fails for %s", atoms.get_chemical_formula(), exc_info=True)
         return 0
-    gain = found.energy - found.energy[0]
-    work = -0.5 * float(np.sum((found.forces[0] + found.forces[1]) * moves))
-    _compare(f"calculator {evaluator.model_id}: its forces", "eV/A", work, float(gain[1]), len(probe), FORCE_FACTORS)
+    slopes = [-float(np.sum(forces * steps[0])) for forces in (middle.forces[0], *found.forces[:2])]
+    gain = float(found.energy[1] - middle.energy[0])
+    _compare(f"calculator {evaluator.model_id}: its forces are", "eV/A", gain, slopes, len(probe), FORCE_FACTORS)
     if stress:
-        if not has_stress(found):
-            raise InputError(f"calculator {evaluator.model_id}: gives no stress, which a variable cell needs; keep the cell fixed")
-        # of the two strains the one where the energy changes more: in the other, tension and stiffness may cancel
-        other, sign, after = (2, 1.0, wide) if abs(gain[2]) > abs(gain[3]) else (3, -1.0, narrow)
-        virials = probe.get_volume() * found.stress[0] + after.get_volume() * found.stress[other]
+        stresses = zip((probe, *structures[2:]), (middle.stress[0], *found.stress[2:]), strict=True)
+        slopes = [structure.get_volume() * float(np.sum(tensor * steps[1])) for structure, tensor in stresses]
         factors = {**STRESS_FACTORS, "eV (of the cell, not divided by its volume)": probe.get_volume()}
-        work = 0.5 * sign * float(np.sum(virials * strain))
-        _compare(f"calculator {evaluator.model_id}: its stress", "eV/A^3", work, float(gain[other]), len(probe), factors)
+        gain = float(found.energy[3] - middle.energy[0])
+        _compare(f"calculator {evaluator.model_id}: its stress is", "eV/A^3", gain, slopes, len(probe), factors)
     evaluator.checked |= {"forces", *(["stress"] if stress else [])}
-    return len(gain)
+    return 1 + len(structures)
 
 
-def _compare(what: str, unit: str, work: float, gain: float, n: int, factors: Mapping[str, float]) -> None:
-    """``work`` and ``gain`` in eV; ``factors``: how many times too large the work is in which other unit."""
+def _stepped(atoms: Atoms, moves: np.ndarray | None, strain: np.ndarray | None) -> Atoms:
+    """A copy with its atoms moved (n, 3) A, or its cell strained (3, 3)."""
+    copy = atoms.copy()
+    if moves is not None:
+        copy.positions += moves
+    if strain is not None:
+        copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+    return copy
+
+
+def _compare(what: str, unit: str, gain: float, slopes: Sequence[float], n: int, factors: Mapping[str, float]) -> None:
+    """``gain`` of energy (eV) over a step, and its ``slopes`` (eV per step) at the beginning, half way and at the end.
+
+    Their integral is exact for quartic wells (Simpson). ``factors``: how many times too large a slope is in which other unit.
+    """
+    work = (slopes[0] + 4.0 * slopes[1] + slopes[2]) / 6.0
     if not (np.isfinite(work) and np.isfinite(gain)):
         return  # who works with the calculator says where its numbers are not finite
     if abs(work - gain) <= TOLERANCE * max(abs(work), abs(gain)) + NOISE * n:
@@ -92,8 +109,4 @@ def _compare(what: str, unit: str, work: float, gain: float, n: int, factors: Ma
     guess = f"in {' or '.join(known)} instead of {unit}" if known else "" if abs(abs(ratio) - 1.0) < NEAR else f"not in {unit}, or wrong"
     sign = "of the other sign than ASE's" if ratio < 0 and (known or not guess) else ""
     said = " and ".join(filter(None, (sign, guess)))
-    raise InputError(
-        f"{what} are {said}: a small step changes the energy by {gain:.4g} eV, and by {work:.4g} eV according to them"
-        if "forces" in what
-        else f"{what} is {said}: a small strain changes the energy by {gain:.4g} eV, and by {work:.4g} eV according to it"
-    )
+    raise InputError(f"{what} {said}: a small step changes the energy by {gain:.4g} eV, and by {work:.4g} eV according to them")

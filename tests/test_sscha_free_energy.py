@@ -26,7 +26,7 @@ PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 ALUMINIUM = bulk("Al", "fcc", a=4.0)
 
 
-ASKED = 2
+ASKED = 3
 """Evaluations of `calculator_check`, once per ASE calculator; they are none of the run."""
 
 
