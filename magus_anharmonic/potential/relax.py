@@ -46,7 +46,8 @@ def relax(
 
     Every round evaluates all structures in flight in one call; those that have finished leave, and waiting ones enter.
     Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in it) and do not count for convergence; a structure with
-    another constraint fails. The given Atoms are not changed, and one that is not periodic in three directions keeps its cell. A structure's path does not depend on the others, except for the rounding of their common batches.
+    another constraint fails. The given Atoms are not changed, and one that is not periodic in three directions keeps its cell. A
+    structure's path does not depend on the others, except for the rounding of their common batches.
 
     pressure, stress_tolerance
         GPa, the pressure from -2000 to 2000; converged when the largest force is below ``force_tolerance`` (eV/A) and each component
