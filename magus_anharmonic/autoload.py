@@ -2,8 +2,9 @@
 
 ASE imports every entry point of its group ``ase.ioformats`` during ``import ase.io``, and MAGUS imports ``ase.io`` first of all.
 Ours is `ase_format`; asking for it installs the hook. When ``magus.calculators`` has been imported, and the package really is
-MAGUS, the entry points of the group ``magus.plugins`` are called. Nothing heavier than the standard library is imported here:
-every process that uses ASE runs this module.
+MAGUS, the entry points of the group ``magus.plugins`` are called. Where ``magus.calculators`` itself is what imports ASE, it is too late
+to be around it, and the next module that every use of it imports takes its place. Nothing heavier than the standard library is imported
+here: every process that uses ASE runs this module.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 GROUP = "magus.plugins"
 TRIGGER = "magus.calculators"
+_CALLED = "plugins_called_by_magus_anharmonic"
+TRIGGERS = (TRIGGER, "magus.calculators.base", "magus.search.search")
 OWN_PLUGIN = ("magus-anharmonic", "magus_anharmonic.plugins:register")
 
 
@@ -29,14 +32,14 @@ def __getattr__(name: str) -> Any:
 
 
 class MagusFinder:
-    """Meta path finder that finds nothing itself: it lets the others find ``magus.calculators`` and extends the loading."""
+    """Meta path finder that finds nothing itself: it lets the others find the modules of `TRIGGERS` and extends their loading."""
 
     def __init__(self) -> None:
         self._busy = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The usual spec of ``magus.calculators`` with our call after it; None for every other module."""
-        if name != TRIGGER or self._busy:
+        """The usual spec of a module of `TRIGGERS` with our call after it; None for every other module."""
+        if name not in TRIGGERS or self._busy:
             return None
         # The other finders may ask sys.meta_path again; without this flag two such hooks would call each other for ever.
         self._busy = True
@@ -45,7 +48,7 @@ class MagusFinder:
         finally:
             self._busy = False
         if spec is not None and spec.loader is not None:
-            _call_after(spec.loader)
+            _call_after(spec.loader, name)
         return spec
 
 
@@ -54,27 +57,48 @@ def _ask(finder: Any, name: str, path: Any, target: ModuleType | None) -> Module
     return find(name, path, target) if find is not None else None
 
 
-def _call_after(loader: Any) -> None:
+def _call_after(loader: Any, name: str) -> None:
     # Wrapped on the instance, so that the module's __loader__ stays what it is without us (pickling, inspect, reload).
     original = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         original(module)
         # Python binds the submodule to its parent only after this returns; plug-ins may say `magus.calculators` before.
-        parent, _, child = TRIGGER.rpartition(".")
+        parent, _, child = name.rpartition(".")
         setattr(sys.modules[parent], child, module)
-        load_plugins()
+        if name == TRIGGER or _is_complete(TRIGGER):
+            _load_once()
 
     try:
         loader.exec_module = exec_module
     except AttributeError as error:
-        _log().warning("magus-anharmonic cannot attach to %s (%s); use `magus-anharmonic search`", TRIGGER, error)
+        _log().warning("magus-anharmonic cannot attach to %s (%s); use `magus-anharmonic search`", name, error)
+
+
+def _is_complete(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
+
+
+def _load_once() -> None:
+    """Call the plug-ins, unless they have been called, or this process is one calculation of a cluster job.
+
+    Such a job is ``python -m magus.calculators.vasp``: it needs nobody's plug-ins, and each would load MAGUS's whole search.
+    While the package of a module of ``python -m`` is imported, its name is not known yet: a later trigger looks again.
+    """
+    main = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if sys.argv[:1] == ["-m"] or (main is not None and main.name.startswith(f"{TRIGGER}.")):
+        return
+    calculators = sys.modules[TRIGGER]
+    if not getattr(calculators, _CALLED, False):
+        setattr(calculators, _CALLED, True)
+        load_plugins()
 
 
 def install() -> None:
     """Put the hook in place, once; when ``magus.calculators`` is there already, load the plug-ins at once."""
-    if TRIGGER in sys.modules:
-        load_plugins()
+    if _is_complete(TRIGGER):
+        _load_once()
     elif not any(isinstance(finder, MagusFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, MagusFinder())
 

@@ -29,10 +29,10 @@ MAGUS_ONLY: frozenset[str] = frozenset(
     modification molDetector molMode mol_detector n_repair_try n_split num_para_calc num_para_generator poolSize presetLattice
     preset_spg_prob random_swap_axis randwalk_range randwalk_ratio rcs_formula rcs_x rcs_y refE set_lattice slabinfo
     slices_file spg_miner spg_type substrate symprec_in_generator targetGap targetXrd thickness_tolerance threshold_mol
-    vacuum_thickness waveLength weighten wyckoff
+    vacuum_thickness waveLength weighten wyckoff ANTISEED cutoff frag_gen frag_ratio mine_probabilities mol_formula remove_p1 size
     eps exe_cmd fix_symmetry fix_volume init_times job_prefix kpts mace_runner max_force max_move max_relax_epoch max_step mem_per_cpu
     memory min_dist mode mtp_runner num_core num_parallel optimizer pp_label pre_processing queue_name relax_lattice verbose
-    wait_params wait_time xc
+    wait_params wait_time xc LJ_A LJ_D LJ_W force_tolerance kmesh pot_file pp_dir ppDir scaled_by_force stress_tolerance xc_functional
     """.split()
 )
 """Keys of MAGUS 2.0.1 (names as in its source) that the embedded host does not act on at the top level of ``input.yaml``."""
@@ -51,6 +51,7 @@ ACCEPTED_VALUES: dict[str, tuple[Any, ...]] = {
     "dimension": (3,),
     "auto_op_ratio": (False,),
     "auto_random_ratio": (False,),
+    "comparator": ({"comparator_list": ["naive"]},),
 }
 """MAGUS-only keys (folded) whose given value asks for what the embedded host does anyway."""
 
@@ -60,6 +61,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     "diff_v": "MAGUS reads dV",
     "chk_seed": "MAGUS reads check_seed",
     "good_size": "the good population always holds popSize structures",
+    "mol_type": "inputMols and molMode say it",
+    "full_eles": "MAGUS reads full_ele",
+    "calc_type": "MainCalculator says it",
 }
 """Keys (folded) that MAGUS 2.0.1 accepts and never reads; the host does the same and says so."""
 
@@ -279,6 +283,19 @@ def unknown_to_magus(settings: Settings) -> list[str]:
         for key in settings.host
         if fold(key) not in HostKeys.model_fields and fold(key) not in WITHOUT_EFFECT and fold(key) not in _ONLY_FOLDED
     ]
+
+
+def merges_near_phases(parameters: Mapping[str, Any]) -> str:
+    """Why MAGUS takes phases of different space groups, or within 10 meV/atom of each other, for one; empty where it does not.
+
+    Its default is naive OR zurek: naive compares space group, volume and energy (``dE``), zurek shapes alone, within 5 %.
+    """
+    block = parameters.get("Comparator") or {}
+    names = block.get("comparator_list", ["naive", "zurek"])
+    if "naive" not in names or (len(names) > 1 and block.get("connect", "or") == "or"):
+        return f"Comparator: {' or '.join(names)} takes structures of nearly one shape for one, whatever their space groups and energies"
+    tolerance = (block.get("naive") or {}).get("dE", parameters.get("dE", 0.01))
+    return "" if tolerance < 0.01 else f"dE: {tolerance:g} takes structures of one space group within that (eV/atom) for the same"
 
 
 def keys_table() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Iterable
@@ -17,6 +18,9 @@ from pydantic import BaseModel
 import magus_anharmonic
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.files import raise_trouble, write_json
+from magus_anharmonic.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 NAME = "run.json"
 
@@ -133,6 +137,59 @@ def check_results_version(directory: str | Path) -> None:
             f"{file.parent}: written by magus-anharmonic {version}, this is {magus_anharmonic.__version__}; "
             f"continue with pip install 'magus-anharmonic=={version}', or move the folder away and start anew"
         )
+
+
+FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")
+FIXED_HOST_KEYS = ("formula",)
+
+
+def check_continues(directory: str | Path, settings: Settings, host: str) -> None:
+    """Look whether ``settings`` can go on with the search in ``directory``; keys that changed are named in a warning.
+
+    Raises ``InputError``: there is no search of ours, another ``host`` (magus, embedded) made it, or a key changed on which the
+    structures found so far depend.
+    """
+    file = record_file(directory)
+    if not file.exists():
+        raise InputError(
+            f"-r: the search in {file.parent.parent} was started without this package: its enthalpies are not MatterSim's, and would be "
+            "replaced. Start without -r; its structures, copied to Seeds/seeds_1.traj, are relaxed again as seeds"
+        )
+    record = read_run_record(file, ("seed", "settings"))
+    made_by = record.get("host")
+    if made_by != host:
+        raise InputError(
+            f"-r: the search in {file.parent.parent} was made by host {made_by!r}, this is host {host!r}: their generations differ; "
+            f"go on with {_COMMANDS.get(str(made_by), 'the command that made it')}, or start without -r"
+        )
+    before, now = {**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")
+    if now["seed"] is None:
+        now["seed"] = before["seed"]
+    for key in _changed(before, now):
+        logger.warning("%s is not what the search was started with", key)
+
+
+_COMMANDS = {
+    "magus": "magus search -r (or magus-anharmonic search -r --host magus)",
+    "embedded": "magus-anharmonic search -r --host embedded",
+}
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Names of settings that changed; raises ``InputError`` when one did that may not."""
+    changed = [key for key in now if key != "host" and before.get(key) != now[key]]
+    old, new = before.get("host", {}), now.get("host", {})
+    changed_host = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    fixed = [key for key in changed if key in FIXED_KEYS] + [key for key in changed_host if key in FIXED_HOST_KEYS]
+    values = {**before, **old}, {**now, **new}
+    if fixed:
+        raise InputError(
+            *(
+                f"{key}: {values[1].get(key)!r} but the search was started with {values[0].get(key)!r}; start anew without -r"
+                for key in fixed
+            )
+        )
+    return changed + changed_host
 
 
 def record_file(path: str | Path) -> Path:

@@ -55,7 +55,7 @@ FILES = {
                 for ind in pop:
                     ind.info["fitness"]["enthalpy"] = -ind.info["enthalpy"]
 
-        fit_dict = {"Enthalpy": EnthalpyFitness}
+        fit_dict = {"Enthalpy": EnthalpyFitness, "Gap": FitnessCalculator, "XRD": FitnessCalculator}
     """,
     "populations/populations.py": """
         import os
@@ -192,9 +192,13 @@ FILES = {
                 self.seed_dir = self.parameters["workDir"] + "/Seeds"
                 self.curgen = 1
                 if not restart and os.path.exists("results"):
-                    shutil.move("results", "results1")
+                    number = 1
+                    while os.path.exists(f"results{number}"):
+                        number += 1
+                    shutil.move("results", f"results{number}")
                 os.makedirs("results", exist_ok=True)
                 self.good_pop, self.keep_pop = self.Population([], "good"), self.Population([], "keep")
+                self.best_pop = self.Population([], "best")
 
             def init_parms(self, parameters):
                 self.parameters = parameters.p_dict
@@ -213,8 +217,18 @@ FILES = {
                 self.cur_pop = self.Population(relaxed.pop[: self.parameters.get("distinct")], "cur", self.curgen)
                 self.cur_pop.calc_fitness()
                 self.cur_pop.save("gen", self.curgen)
-                self.set_good_pop()
+                self.analysis()
                 self.curgen += 1
+
+            def run(self, population):
+                while self.curgen <= self.parameters["numGen"]:
+                    self.one_step(population)
+                    if self.curgen > self.parameters.get("converged_in", 1000):
+                        break
+
+            def analysis(self):
+                self.set_good_pop()
+                self.best_pop.pop.append(self.good_pop[0].copy())
 
             def set_good_pop(self):
                 self.good_pop = self.good_pop + self.cur_pop

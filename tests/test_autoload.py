@@ -121,6 +121,33 @@ def test_calculators_imported_before_ase_are_served_at_once(tmp_path: Path) -> N
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
+def magus_as_it_is(folder: Path) -> Path:
+    """``magus.calculators`` imports ASE itself, its calculators import ``base``, and each is the program of a cluster job."""
+    (folder / "magus/calculators/__init__.py").write_text("import ase.io\nREADY = True\n")
+    (folder / "magus/calculators/base.py").write_text("")
+    job = "import sys, magus.calculators.base\nprint('magus_anharmonic.autoload' in sys.modules)\n"
+    (folder / "magus/calculators/vasp.py").write_text(job)
+    return folder
+
+
+def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_them_is_loaded(tmp_path: Path) -> None:
+    """The fault: the plug-ins were called while the package was half loaded, failed in a traceback, and were never called again."""
+    result = python("import magus.calculators; import magus.calculators.vasp", magus_as_it_is(site(tmp_path / "site")), tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert registered(tmp_path) == ["calculators are complete: True"]
+
+
+@pytest.mark.parametrize("before", ["", "import ase.io"])
+def test_a_cluster_job_calls_no_plugin(tmp_path: Path, before: str) -> None:
+    folder = magus_as_it_is(site(tmp_path / "site"))
+    (folder / "sitecustomize.py").write_text(before)
+    plain = [sys.executable, "-m", "magus.calculators.vasp"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
+    result = subprocess.run(plain, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "True", "")
+    assert registered(tmp_path) == []
+
+
 def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path: Path) -> None:
     plugins = "bad = recorder:broken\ngood = recorder:register"
     code = "import logging; logging.basicConfig(); import ase.io, magus.calculators; print(magus.calculators.READY)"

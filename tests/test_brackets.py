@@ -14,7 +14,7 @@ import magus_anharmonic.cli
 from magus_anharmonic.cli import app
 from magus_anharmonic.cli.errors import _show as show_errors
 from magus_anharmonic.cli.hessian import _show_hessian
-from magus_anharmonic.cli.search import _show as show_ranking
+from magus_anharmonic.report.screen import show_ranking
 
 NAME = "out[bold]x[ok][/bold] :smile:"
 COLUMNS = "id,formula,natoms,pressure_GPa,temperature_K,spg_static,spg_quantum"
@@ -82,10 +82,10 @@ def test_a_message_about_a_name_with_brackets_is_no_traceback(arguments: list[st
 
 def test_every_command_prints_through_the_console_without_markup() -> None:
     makers = []
-    for file in sorted(Path(magus_anharmonic.cli.__file__).parent.glob("*.py")):
+    for file in sorted(Path(magus_anharmonic.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console":
                 makers.append((file.name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}))
     screens = [(name, keywords) for name, keywords in makers if "stderr" not in keywords]
-    assert [name for name, _ in screens] == ["common.py"]
+    assert [name for name, _ in screens] == ["screen.py"]
     assert screens[0][1]["markup"] == screens[0][1]["emoji"] == "False"

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import magus_stand_in  # noqa: E402
 
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
+from magus_anharmonic.files import write_json  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
 OURS = ("magus", "magus_anharmonic.plugins")
@@ -113,6 +114,8 @@ def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
 
 # Input
 
+NO_CRYSTALS = ("layer", "cluster", "adclus", "surface", "interface", "confined_1d", "confined_2d", "something new")
+
 
 @pytest.mark.parametrize(
     ("more", "complaint"),
@@ -124,6 +127,24 @@ def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
         ({"MainCalculator": {"calculator": "mattersim", "checkpoint": "nowhere.pth"}}, "checkpoint nowhere.pth does not exist"),
         ({"learning": {"labeler": {"calculator": "main"}}}, "main is for `magus search -m`"),
         ({"MainCalculator": {"calculator": "emt"}, "sscha": {}}, "MainCalculator.calculator: is emt"),
+        *(({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals") for kind in NO_CRYSTALS),
+        *(({"structureType": kind, "sscha": {}, "Fitness": ["SSCHA"]}, f"structureType: {kind}: SSCHA needs") for kind in NO_CRYSTALS),
+        ({"dimension": 2, "sscha": {}}, "dimension: 2: SSCHA needs crystals"),
+        ({"structureType": "layer", "learning": {"labeler": {"calculator": "gpaw"}}}, "structureType: layer: learning needs"),
+        ({"Fitness": ["sscha"], "sscha": {}}, "Fitness: sscha: unknown fitness; did you mean SSCHA?"),
+        ({"Fitness": ["sscha"]}, "Fitness: sscha: unknown fitness; did you mean SSCHA?"),
+        ({"Fitness": ["Entalpy"]}, "Fitness: Entalpy: unknown fitness; MAGUS has Enthalpy, "),
+        ({"Fitness": ["Gap"], "targetGap": 1.0}, "Fitness: Gap: MatterSim gives no band gap"),
+        ({"Fitness": ["XRD"], "waveLength": 1.5}, "Fitness: XRD: needs targetXrd"),
+        ({"fix_volume": True}, "MainCalculator: fix_volume: True: calculator: mattersim does not know this key"),
+        ({"maxForce": 20.0}, "MainCalculator: maxForce: 20.0: calculator: mattersim does not know this key"),
+        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer"),
+        ({"pop_size": 4}, "pop_size: MAGUS reads popSize only"),
+        (
+            {"MainCalculator": {"calculator": ["emt", "mattersim"], "jobPrefix": ["EMT", "M"]}},
+            "mattersim cannot be a stage of a chain (emt, mattersim)",
+        ),
+        ({"MainCalculator": {"jobPrefix": ["EMT", "MatterSim2"]}}, "mattersim cannot be a stage of a chain (emt, mattersim)"),
     ],
 )
 def test_wrong_input_ends_with_code_2_before_any_work(
@@ -182,11 +203,18 @@ def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
     from magus_anharmonic.plugins.modes import check_input
 
     data = keys(tiny_checkpoint, Fitness=["SSCHA"], sscha={})
-    check_input(data, ml=False, parallel=False)
-    assert "dE: 0.001" in caplog.text
-    caplog.clear()
-    check_input({**data, "dE": 0.001}, ml=False, parallel=False)
-    assert not caplog.text
+    for more, merges in [
+        ({}, "Comparator: naive or zurek"),
+        ({"dE": 0.001}, "Comparator: naive or zurek"),
+        ({"Comparator": {"comparator_list": ["zurek"]}, "dE": 0.001}, "Comparator: zurek"),
+        ({"Comparator": {"comparator_list": ["naive"]}}, "dE: 0.01 takes"),
+        ({"Comparator": {"comparator_list": ["naive"], "naive": {"dE": 0.02}}, "dE": 0.001}, "dE: 0.02 takes"),
+        ({"Comparator": {"comparator_list": ["naive"]}, "dE": 0.001}, ""),
+        ({"Comparator": {"comparator_list": ["naive", "zurek"], "connect": "and"}, "dE": 0.001}, ""),
+    ]:
+        caplog.clear()
+        check_input({**data, **more}, ml=False, parallel=False)
+        assert (merges in caplog.text and "comparator_list: [naive]} and dE: 0.001 keep them" in caplog.text) if merges else not caplog.text
 
 
 def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint: Path) -> None:
@@ -201,6 +229,73 @@ def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_check
     settings = settings_of(keys(tiny_checkpoint, eps=0.2, maxStep=7))
     options = calculator_settings(settings, learner=False)
     assert (options.eps, options.max_step) == (0.2, 7)
+
+
+def test_what_magus_would_ignore_is_said(magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from magus_anharmonic.plugins.modes import check_input
+
+    given = {"presure": 3, "diffE": 0.001, "goodSize": 4, "volRatio": 2, "molType": "fix", "cutoff": 3, "frag_gen": {}, "remove_p1": 0.5}
+    check_input(keys(tiny_checkpoint, sscha={}, workDir="/w", **given), ml=False, parallel=False)
+    assert [line.split(":")[0] for line in caplog.messages] == ["presure", "diffE", "molType", "sscha"]
+    assert "sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search does not go by them" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"jobPrefix": "MatterSim"},
+        {"jobPrefix": ["MatterSim"]},
+        {"calculator": "mattersim", "jobPrefix": ["A"]},
+        {"jobPrefix": "mattersim1"},
+    ],
+)
+def test_the_calculator_is_ours_however_its_name_is_written(magus: SimpleNamespace, tiny_checkpoint: Path, block: dict[str, Any]) -> None:
+    """The fault: without ``calculator`` MAGUS takes the name from ``jobPrefix`` and our hook was off; a list of one made a chain of one."""
+    search = search_of(magus, keys(tiny_checkpoint, MainCalculator={"checkpoint": str(tiny_checkpoint), **block}, sscha={}))
+    assert search.main_calculator.options.job_prefix == str(np.ravel(block["jobPrefix"])[0])
+    assert json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["main_calculator"]["calculator"] == "mattersim"
+
+
+def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
+    data = keys(tiny_checkpoint, molMode=True, inputMols=[Atoms("H2", [[0, 0, 0], [0, 0, 0.74]])], sscha={}, refE={"of": np.float64(1.5)})
+    search_of(magus, data)
+    host = json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["host"]
+    assert host["inputMols"] == ["H2"] and host["refE"] == {"of": 1.5} and host["molMode"] is True
+
+
+@pytest.mark.parametrize(
+    ("record", "complaint"),
+    [
+        (None, "was started without this package: its enthalpies are not MatterSim's"),
+        ({"host": "embedded"}, "was made by host 'embedded', this is host 'magus'"),
+        ({"host": "magus", "settings": {"pressure": 100.0}}, "pressure: 150.0 but the search was started with 100.0"),
+    ],
+)
+def test_only_the_search_that_began_in_a_folder_goes_on_there(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, record: dict[str, Any] | None, complaint: str
+) -> None:
+    Path("results/anharmonic").mkdir(parents=True)
+    Path("results/good.traj").write_text("of somebody else")
+    if record is not None:
+        write_json("results/anharmonic/run.json", {"version": "0.1.0", "seed": 1, "settings": {}, **record})
+    with pytest.raises(SystemExit) as stopped:
+        search_of(magus, keys(tiny_checkpoint), restart=True)
+    assert stopped.value.code == 2 and complaint in caplog.text
+    assert Path("results/good.traj").read_text() == "of somebody else"
+
+
+def test_keys_that_changed_between_a_search_and_its_restart_are_named(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = keys(tiny_checkpoint, sscha={"n_configs": 20}, Fitness=["SSCHA"], preset_spg_prob={230: 0.2})
+    search_of(magus, data)
+    search_of(magus, data, restart=True)
+    assert "is not what the search was started with" not in caplog.text
+    search_of(magus, {**data, "sscha": {"n_configs": 40}, "popSize": 7}, restart=True)
+    assert [line for line in caplog.messages if "is not what" in line] == [
+        "sscha is not what the search was started with",
+        "popSize is not what the search was started with",
+    ]
 
 
 def test_a_calculator_built_alone_ends_with_code_2_too(
@@ -476,6 +571,7 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
 def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
     from magus_anharmonic.plugins.seeds import write_seeds
 
+    search_of(magus, keys(tiny_checkpoint, sscha={}))
     Path("Seeds").mkdir()
     write("Seeds/seeds_2.traj", [h3s(bond_shift=0.3)])
     write_seeds("Seeds", 2, [h3s()])
@@ -573,7 +669,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
 
     seen: list[tuple[int, int, int]] = []
 
-    def after_generation(state: Any, population: list[Atoms], survivors: Any, generation: int) -> list[Atoms]:
+    def after_generation(state: Any, population: list[Atoms], survivors: Any, generation: int, *, last: bool) -> list[Atoms]:
         survivors = list(survivors)
         seen.append((generation, len(population), len(survivors)))
         assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
@@ -611,6 +707,28 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
     search.curgen = 1
     search.one_step(population(magus, h3s).pop)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("more", [{"numGen": 5, "converged_in": 2}, {"numGen": 2}], ids=["MAGUS ended it", "numGen"])
+def test_the_last_round_is_ranked_whatever_ended_the_search(
+    rounds_of: Any, magus: SimpleNamespace, h3s: Any, monkeypatch: pytest.MonkeyPatch, more: dict[str, int], capsys: Any
+) -> None:
+    """The fault: with learning SSCHA waits for round ``numGen``, and MAGUS's ``convergence_condition`` ended the search before it."""
+    monkeypatch.setattr(
+        "magus_anharmonic.learning.learn.learn", lambda *_, potential, **__: SimpleNamespace(potential=potential, metrics={})
+    )
+    learning = {"labeler": {"calculator": "ase.calculators.emt.EMT"}}
+    search, rounds = rounds_of(Fitness=["SSCHA"], sscha={"max_candidates": 2}, learning=learning, **more)
+    calls: list[Atoms] = []
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in(calls), 1, 0
+    search.run(population(magus, h3s).pop)
+    assert search.curgen == 3 and len(calls) == 2
+    assert sum("free_energy" in ind.info for ind in search.good_pop) > 0
+    assert len(search.best_pop) == 2, "one for each round"
+    assert [info for ind in read("results/gen2.traj", ":") if (info := ind.info.get("free_energy_status")) == "sscha"]
+    shown = capsys.readouterr().out
+    assert "Ranking by free energy" in shown and "ranking.png" in shown
+    assert Path("results/anharmonic/ranking.png").exists() and Path("results/anharmonic/report.html").exists()
 
 
 def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(rounds_of: Any, magus: SimpleNamespace, h3s: Any) -> None:
@@ -809,7 +927,7 @@ def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
 ) -> None:
     def hash_with(**changes: Any) -> str:
         main = {**ml_keys["MainCalculator"], **changes}
-        return search_of(magus, {**ml_keys, "MainCalculator": main}, ml=True, restart=True).ml_calculator.labeler.settings_hash
+        return search_of(magus, {**ml_keys, "MainCalculator": main}, ml=True).ml_calculator.labeler.settings_hash
 
     first = hash_with()
     assert hash_with(numCore=16, queueName="long", preProcessing="module load vasp") == first

@@ -22,6 +22,7 @@ from ase.calculators.emt import EMT
 from ase.io import read, write
 from ase.units import GPa
 
+from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.files import TEMPORARY
@@ -331,6 +332,19 @@ def test_wrong_input_stops_before_any_file_is_touched(tmp_path: Path, changes: d
     with pytest.raises(InputError, match=message):
         run(settings(**changes), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["results"] and not list((tmp_path / "results").iterdir())
+
+
+@pytest.mark.parametrize("record", [{"host": "magus"}, {}])
+def test_a_search_of_another_host_is_refused_and_left_as_it_is(tmp_path: Path, record: dict[str, str]) -> None:
+    """The fault: a search of MAGUS was begun anew in its own files, from the first generation on."""
+    folder = tmp_path / "results/anharmonic"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"version": __version__, "seed": 1, "settings": {}, **record}))
+    write(tmp_path / "results/good.traj", bulk("Cu"))
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=r"was made by host .*, this is host 'embedded'"):
+        run(settings(), tmp_path, restart=True)
+    assert files(tmp_path) == before
 
 
 def test_a_restart_without_a_search_or_of_another_version_is_refused(tmp_path: Path) -> None:

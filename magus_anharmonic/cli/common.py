@@ -9,14 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, reason_of
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from magus_anharmonic.report.screen import console as console
 
 app = typer.Typer(
     name="magus-anharmonic",
@@ -87,13 +85,6 @@ def configure_logging(verbose: bool) -> None:
         root.removeHandler(earlier)
     root.addHandler(handler)
     logging.getLogger("magus_anharmonic").setLevel(logging.DEBUG if verbose else logging.INFO)
-
-
-def console(width_in_files: int = 120) -> Console:
-    """Where tables and sentences go; brackets and colons in names of files and phases are text there, not markup or emoji."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else width_in_files, markup=False, emoji=False)
 
 
 InputFile = Annotated[Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")]

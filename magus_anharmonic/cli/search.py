@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, console, user_errors
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, user_errors
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.report.screen import require_free_energy, show_ranking
 
 
 class Host(StrEnum):
@@ -54,7 +55,8 @@ def search(
             if use_ml:
                 raise InputError("-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the block learning:")
             _embedded(input_file, restart)
-        _show(Path("results/anharmonic"))
+            show_ranking(Path("results/anharmonic"))
+            require_free_energy(Path("results/anharmonic"))
 
 
 def _embedded(input_file: Path, restart: bool) -> None:
@@ -62,41 +64,6 @@ def _embedded(input_file: Path, restart: bool) -> None:
     from magus_anharmonic.settings import load_settings
 
     run(load_settings(input_file), Path.cwd(), restart=restart)
-
-
-def _show(folder: Path) -> None:
-    """Print what a finished run found: a table and plain words for each composition, picture and folder.
-
-    Raises ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a job script sees it.
-    """
-    from magus_anharmonic.ranking.candidate import WITH_ERROR
-    from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
-
-    ranking = folder / "ranking.csv"
-    if not ranking.exists():
-        return
-    rows = read_ranking(ranking)
-    blocks = by_composition(rows)
-    screen = console()
-    pictures = []
-    for block in blocks or [rows]:
-        several = len(blocks) > 1
-        screen.print()
-        screen.print(table(block, title=f"{block[0].composition}: ranking by free energy") if several else table(block))
-        for line in sentences(block):
-            screen.print(f"* {line}", highlight=False)
-        pictures.append(picture(block, folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png")))
-    if hull := hull_sentences(rows):
-        screen.print()
-        for line in hull:
-            screen.print(f"* {line}", highlight=False)
-    page = folder / "report.html"
-    report = f"\nReport: {page}" if page.is_file() else ""
-    drawn = ", ".join(map(str, pictures))
-    screen.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
-    failed = [row for row in rows if row.status == "failed"]
-    if failed and not any(row.status in WITH_ERROR and row.gibbs is not None for row in rows):
-        raise MagusAnharmonicError(f"no structure has a free energy; the first of {len(failed)} reasons in {ranking}: {failed[0].reason}")
 
 
 @app.command()
@@ -168,4 +135,5 @@ def rank(
         else:
             rank_file(structures, settings, output)
         report_at_end(output)
-        _show(output)
+        show_ranking(output)
+        require_free_energy(output)

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from magus.search.search import Magus
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.lock import Held, check_free, read_owner
 from magus_anharmonic.plugins.logs import check_restart, tame
-from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, single_thread
-from magus_anharmonic.plugins.parameters import concerns_us, misspelt_blocks, stop
+from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, is_ours, single_thread
+from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concerns_us, misspelt_blocks, stop
 from magus_anharmonic.plugins.rounds import Rounds
-from magus_anharmonic.run_record import check_results_version
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.run_record import check_continues, check_results_version
+from magus_anharmonic.settings import Settings, as_magus_reads, stages
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,19 @@ _ROUNDS: WeakKeyDictionary[Magus, Rounds] = WeakKeyDictionary()
 
 def attach() -> None:
     """Wrap the methods of ``Magus``; once, however often it is called."""
-    for name, around in (("__init__", _start), ("update_volume_ratio", _before_round), ("set_good_pop", _after_round)):
+    methods = (("__init__", _start), ("run", _to_the_end), ("update_volume_ratio", _before_round), ("set_good_pop", _after_round))
+    for name, around in methods:
         original = Magus.__dict__[name]
         if not hasattr(original, "by_magus_anharmonic"):
             setattr(Magus, name, _wrapped(original, around))
+
+
+def _attach_to_miner() -> None:
+    """``-smfr`` gives a search a step of its own, which begins with another function than ours is around."""
+    fly = sys.modules.get("magus.reconstruct.fly_interface")
+    if fly is not None and not hasattr(fly.smfr_patch_to_Magus.update_volume_ratio, "by_magus_anharmonic"):
+        step = _wrapped(fly.smfr_patch_to_Magus.update_volume_ratio, _before_round)
+        fly.smfr_patch_to_Magus.update_volume_ratio = staticmethod(step)
 
 
 def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,15 +66,25 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
         original(parameters, restart=restart)
         return
     tame()
+    ml = is_mode(search, "MLMagus")
     try:
-        settings = check_input(keys, ml=is_mode(search, "MLMagus"), parallel=is_mode(search, "PaMagus"))
+        settings = check_input(keys, ml=ml, parallel=is_mode(search, "PaMagus"))
+        for name in CALCULATOR_BLOCKS:
+            # of a list of one stage MAGUS would make a chain, which has no model and cannot learn
+            if name in keys and stages(block := as_magus_reads(keys[name])) == OURS:
+                keys[name] = block
         run_dir = _run_dir(keys)
         if is_mode(search, "PaMagus"):
             single_thread()
         settings = check_installation(settings, run_dir)
+        if not ml:
+            # A block for `-m` may stand in the same input; here it plays no part.
+            settings = settings.model_copy(update={"ml_calculator": {}})
         if restart:
             check_restart(Path("log.txt"))
             check_results_version(run_dir)
+            if is_ours(settings, learner=ml):
+                check_continues(run_dir, settings, "magus")
         _lock(search, run_dir, only_check=True)
         _seed_generators(settings, 0)
         original(parameters, restart=restart)
@@ -91,6 +111,17 @@ def _lock(search: Magus, run_dir: Path, *, only_check: bool = False) -> None:
 
 def _run_dir(keys: Mapping[str, Any]) -> Path:
     return Path(keys["resultsDir"]) / "anharmonic"
+
+
+def _to_the_end(original: Callable[..., None], search: Magus, *args: Any) -> None:
+    _attach_to_miner()
+    original(*args)
+    rounds = _ROUNDS.get(search)
+    if rounds is not None:
+        try:
+            rounds.conclude(search)
+        except InputError as error:
+            stop(error)
 
 
 def _before_round(original: Callable[..., None], search: Magus) -> None:

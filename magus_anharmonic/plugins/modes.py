@@ -7,15 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from magus.fitness import fit_dict
+
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.host_keys import WITHOUT_EFFECT, fold, merges_near_phases, unknown_to_magus
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
 from magus_anharmonic.scheduler import is_remote
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.settings import Settings, snake_case, stages
 
 logger = logging.getLogger(__name__)
 
 # The loops of `magus search -m` in which MAGUS trains.
 ML_LOOPS = ("SelectDFTScf", "DFTScf", "DFTRelax")
+
+# Read by MAGUS in this spelling alone; in snake_case they would be zero, or the default, without a word.
+_CAMEL_ONLY = "numGen popSize saveGood initSize structureType formulaType molMode initNum minNum poolSize".split()
+
+_OF_OTHER_FILES = ("Ercs", "Age")
+"""Fitnesses that MAGUS registers for surfaces and for ``-smfr``."""
+
+_NEEDED_BY = {"XRD": ("waveLength", "targetXrd")}
 
 
 def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> Settings:
@@ -23,13 +34,14 @@ def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> S
 
     ml : the search is ``magus search -m``; parallel : ``magus search -p``.
     """
-    problems = misspelt_blocks(parameters)
+    problems = [*misspelt_blocks(parameters), *_spelling_problems(parameters)]
     try:
         settings = settings_of(parameters)
-        options = [calculator_settings(settings, learner=learner) for learner in (False, True) if _is_ours(settings, learner)]
+        options = [calculator_settings(settings, learner=learner) for learner in (False, True) if is_ours(settings, learner=learner)]
     except InputError as error:
         raise InputError(*problems, *error.problems) from None
     problems += _calculator_problems(settings, ml) + _learning_problems(settings, parameters, ml)
+    problems += _structure_problems(settings, parameters) + _fitness_problems(settings, parameters, ours=bool(options))
     if parallel and any(_uses_cuda(option.device) for option in options):
         problems.append(
             "MainCalculator.device: cuda cannot be used by the forked workers of `magus search -p`; run without -p "
@@ -42,21 +54,58 @@ def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> S
         )
     if problems:
         raise InputError(*problems)
-    _warn_merging(settings, parameters)
+    _warn(settings, parameters)
     return settings
 
 
-def _is_ours(settings: Settings, learner: bool) -> bool:
+def _spelling_problems(parameters: Mapping[str, Any]) -> list[str]:
+    wanted = {snake_case(name): name for name in _CAMEL_ONLY}
+    return [f"{key}: MAGUS reads {wanted[key]} only" for key in map(str, parameters) if key in wanted and key != wanted[key]]
+
+
+def _structure_problems(settings: Settings, parameters: Mapping[str, Any]) -> list[str]:
+    """Only a crystal has a free energy here; SSCHA would fail, or take the vacuum for a crystal."""
+    kind = parameters["structureType"] if "structureType" in parameters else "bulk"
+    dimension = parameters["dimension"] if "dimension" in parameters else 3
+    if kind == "bulk" and dimension == 3:
+        return []
+    named = f"structureType: {kind}" if kind != "bulk" else f"dimension: {dimension}"
+    problems = []
+    if settings.sscha is not None or "SSCHA" in settings.fitness:
+        problems.append(
+            f"{named}: SSCHA needs crystals, periodic in three directions (structureType: bulk, dimension: 3); "
+            "take out sscha: and Fitness: [SSCHA]"
+        )
+    if settings.learning is not None:
+        problems.append(f"{named}: learning needs structureType: bulk and dimension: 3; take out learning:")
+    return problems
+
+
+def _fitness_problems(settings: Settings, parameters: Mapping[str, Any], *, ours: bool) -> list[str]:
+    problems = []
+    for name in settings.fitness:
+        missing = [key for key in _NEEDED_BY.get(name, ()) if key not in parameters]
+        if name not in fit_dict and name not in _OF_OTHER_FILES:
+            problems.append(f"Fitness: {name}: unknown fitness; MAGUS has {', '.join(fit_dict)}")
+        elif name == "Gap" and ours:
+            problems.append("Fitness: Gap: MatterSim gives no band gap, and MAGUS keeps what it relaxed; take Gap out")
+        elif missing:
+            problems.append(f"Fitness: {name}: needs {' and '.join(missing)}")
+    return problems
+
+
+def is_ours(settings: Settings, *, learner: bool) -> bool:
+    """Whether ``MLCalculator`` (learner) or ``MainCalculator`` is ours."""
     block = settings.ml_calculator if learner else settings.main_calculator
-    return block.get("calculator") == "mattersim"
+    return stages(block) == ["mattersim"]
 
 
 def _calculator_problems(settings: Settings, ml: bool) -> list[str]:
     if settings.learning is None and settings.sscha is None:
         return []
-    if ml and not _is_ours(settings, learner=True):
+    if ml and not is_ours(settings, learner=True):
         return ["MLCalculator.calculator: learning and sscha under `magus search -m` need calculator: mattersim here"]
-    if not ml and not _is_ours(settings, learner=False):
+    if not ml and not is_ours(settings, learner=False):
         named = settings.main_calculator.get("calculator", "nothing")
         return [
             f"MainCalculator.calculator: is {named}; learning and sscha need calculator: mattersim here, "
@@ -68,7 +117,7 @@ def _calculator_problems(settings: Settings, ml: bool) -> list[str]:
 def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bool) -> list[str]:
     loops = [key for key in ML_LOOPS if parameters.get(key)]
     if settings.learning is None:
-        if ml and loops and _is_ours(settings, learner=True):
+        if ml and loops and is_ours(settings, learner=True):
             return [f"{loops[0]}: needs the block learning: (labeler: {{calculator: main}} and the paper's values)"]
         return []
     labeler = settings.learning.labeler.calculator
@@ -81,9 +130,9 @@ def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bo
             f"learning.labeler.calculator: is {labeler}; under `magus search -m` MAGUS takes the labels from MainCalculator: "
             "give main, or search without -m"
         )
-    if _is_ours(settings, learner=False):
+    if is_ours(settings, learner=False):
         problems.append("MainCalculator.calculator: is mattersim; under `magus search -m` it makes the DFT labels: give a DFT code")
-    if settings.main_calculator.get("calculator") == "espresso":
+    if stages(settings.main_calculator)[-1:] == ["espresso"]:
         problems.append(
             "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single point would be lost; "
             "search without -m, with learning.labeler: {calculator: espresso}"
@@ -113,13 +162,22 @@ def is_mode(search: Any, name: str) -> bool:
     return any(base.__name__ == name for base in type(search).__mro__)
 
 
-def _warn_merging(settings: Settings, parameters: Mapping[str, Any]) -> None:
-    if "SSCHA" not in settings.fitness or "dE" in parameters or "Comparator" in parameters:
-        return
-    logger.warning(
-        "dE is not given: MAGUS takes structures of one space group within 10 meV/atom for the same, "
-        "which merges near-degenerate phases before SSCHA can tell them apart; dE: 0.001 keeps them"
-    )
+def _warn(settings: Settings, parameters: Mapping[str, Any]) -> None:
+    """What would be ignored without a word, or merge what SSCHA is to tell apart."""
+    for line in unknown_to_magus(settings):
+        logger.warning("%s (MAGUS ignores it)", line)
+    added = {"goodSize": parameters.get("popSize"), "volRatio": 2, "diffE": 0.01, "diffV": 0.05, "chkSeed": True}  # by magusParameters
+    for key, value in settings.host.items():
+        if fold(key) in WITHOUT_EFFECT and (key not in added or value != added[key]):
+            logger.warning("%s: has no effect: MAGUS never reads it; %s", key, WITHOUT_EFFECT[fold(key)])
+    if settings.sscha is not None and "SSCHA" not in settings.fitness:
+        logger.warning("sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search does not go by them")
+    if "SSCHA" in settings.fitness and (why := merges_near_phases(parameters)):
+        logger.warning(
+            "%s, which merges near-degenerate phases before SSCHA can tell them apart; "
+            "Comparator: {comparator_list: [naive]} and dE: 0.001 keep them",
+            why,
+        )
 
 
 def check_installation(settings: Settings, run_dir: Path) -> Settings:
@@ -131,7 +189,7 @@ def check_installation(settings: Settings, run_dir: Path) -> Settings:
     from magus_anharmonic.potential import checkpoint
 
     for learner in (False, True):
-        if _is_ours(settings, learner):
+        if is_ours(settings, learner=learner):
             checkpoint.describe(checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint))
     if settings.learning is None or settings.learning.labeler.calculator == "main":
         return settings

@@ -17,6 +17,7 @@ from magus_anharmonic.plugins.modes import is_mode
 from magus_anharmonic.plugins.seeds import clear_seeds, write_seeds
 from magus_anharmonic.ranking.fitness import copy_order
 from magus_anharmonic.report import report_at_end
+from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,12 @@ class Rounds:
     state: SearchState | None = None
     repeats: bool = False
     """Whether the next round is one that an earlier process began."""
+    ending: bool = False
+    """Whether the round under way is the last one; before that it is told by ``numGen``."""
+    finished: int = 0
+    """The last round that this process went through."""
+    n_best: int = 0
+    """Members of ``best_pop`` before that round."""
 
     @classmethod
     def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
@@ -46,9 +53,6 @@ class Rounds:
         calculator = search.ml_calculator if ml else search.main_calculator
         if not isinstance(calculator, MatterSimCalculator):
             return cls(settings, ml)
-        if not ml:
-            # A block for `-m` may stand in the same input; here it plays no part.
-            settings = settings.model_copy(update={"ml_calculator": {}})
         if not restart:
             clear_seeds(search.seed_dir)
         calculator.begin_round(search.curgen)
@@ -74,7 +78,8 @@ class Rounds:
             state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
         survivors = [*search.good_pop, *search.keep_pop, *search.cur_pop]
         sample = self._relaxed(search) if state.learn else []
-        seeds = after_generation(state, sample, survivors, search.curgen)
+        self.ending = self.ending or search.curgen >= (state.n_generations or float("inf"))
+        seeds = after_generation(state, sample, survivors, search.curgen, last=self.ending)
         calculator.use(state.potential)
         _renew_derived(survivors)
         for population in (search.good_pop, search.keep_pop):
@@ -82,8 +87,21 @@ class Rounds:
         # MAGUS saved it before; now energies are of the new model and free energies are there.
         search.cur_pop.save("gen", search.curgen)
         write_seeds(search.seed_dir, search.curgen + 1, seeds)
-        if search.curgen >= (state.n_generations or float("inf")):
-            report_at_end(state.run_dir)
+        self.finished, self.n_best = search.curgen, len(search.best_pop)
+
+    def conclude(self, search: Any) -> None:
+        """After MAGUS has left its loop: rank the last round as the last one, whatever ended it, and show what was found."""
+        state = self.state
+        if state is None or (self.settings.learning is None and self.settings.sscha is None):
+            return
+        if self.finished and not self.ending:
+            logger.warning("the search ended in round %d of %s: its structures are ranked now", self.finished, state.n_generations)
+            after_last, search.curgen, self.ending = search.curgen, self.finished, True
+            del search.best_pop.pop[self.n_best :]
+            search.analysis()
+            search.curgen = after_last
+        report_at_end(state.run_dir)
+        show_ranking(state.run_dir)
 
     @staticmethod
     def _relaxed(search: Any) -> list[Atoms]:

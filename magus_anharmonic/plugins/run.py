@@ -22,7 +22,9 @@ def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bo
     if not autoload.is_magus():
         raise InputError("MAGUS is not installed; use --host embedded, or pip install git+https://gitlab.com/bigd4/magus.git")
     if restart and not (Path("results").is_dir() and Path("log.txt").is_file()):
-        raise InputError("-r: no results/ and log.txt in this folder to go on with; start without -r")
+        raise InputError(
+            "-r: no results/ and log.txt in this folder to go on with; start without -r (a search of the embedded host: --host embedded)"
+        )
     _log_as_magus_does()
     autoload.install()
     from magus.entrypoints.search import search

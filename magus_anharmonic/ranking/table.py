@@ -141,7 +141,7 @@ def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> li
 
 
 def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
-    """Write the centroids of all records that have a G, lowest first, with what is known in ``info``; no file without any; returns how many.
+    """Write the centroids of all records that have a G, lowest first, ``info`` as known; no file without any; returns how many.
 
     ``parent_id`` is the structure whose run led here, ``candidate_id`` the one this run started from.
     """

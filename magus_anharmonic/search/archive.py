@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -25,8 +24,6 @@ log = logging.getLogger(__name__)
 STATE = "search.json"
 HISTORY = "generations.jsonl"
 BEST = "best.traj"
-FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")
-FIXED_HOST_KEYS = ("formula",)
 
 
 class Archive:
@@ -225,23 +222,3 @@ def read_frames(file: Path) -> list[Atoms]:
 def whole_frames(file: Path) -> list[Atoms] | None:
     """Structures of a .traj file; None when it is not there, or is damaged and now set aside to be made anew."""
     return read_whole(file, read_frames)
-
-
-def compare_settings(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of settings that changed between a search and its restart.
-
-    Raises ``InputError`` when one changed that the structures found so far depend on.
-    """
-    changed = [key for key in now if key != "host" and before.get(key) != now[key]]
-    old, new = before.get("host", {}), now.get("host", {})
-    changed_host = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    fixed = [key for key in changed if key in FIXED_KEYS] + [key for key in changed_host if key in FIXED_HOST_KEYS]
-    values = {**before, **old}, {**now, **new}
-    if fixed:
-        raise InputError(
-            *(
-                f"{key}: {values[1].get(key)!r} but the search was started with {values[0].get(key)!r}; start anew without -r"
-                for key in fixed
-            )
-        )
-    return changed + changed_host

@@ -28,9 +28,9 @@ from magus_anharmonic.generation import SearchState, after_generation, checked_l
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.lock import check_free, locked, remove_unfinished
 from magus_anharmonic.report import report_at_end
-from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.run_record import check_continues, check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
-from magus_anharmonic.search.archive import Archive, best_of, compare_settings
+from magus_anharmonic.search.archive import Archive, best_of
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.operators import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
@@ -84,10 +84,11 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         if restart:
             if not (archive.anharmonic / "run.json").exists():
                 raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
+            check_results_version(archive.anharmonic)
+            check_continues(archive.anharmonic, settings, "embedded")
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
             remove_unfinished(archive.results, held=archive.anharmonic)
-            check_results_version(archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
         relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
         if not restart:
@@ -121,12 +122,10 @@ def _recording(folder: Path) -> Iterator[None]:
 def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
     """Check or describe the results folder; returns the settings with the seed."""
     if restart:
-        record = read_run_record(archive.anharmonic, ("seed", "settings"))
+        record = read_run_record(archive.anharmonic)
         _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
-        for key in compare_settings({**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")):
-            log.warning("%s is not what the search was started with", key)
     else:
         seed = secrets.randbits(31) if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})

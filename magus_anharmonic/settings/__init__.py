@@ -12,8 +12,10 @@ from magus_anharmonic.settings.search import (
     Settings,
     SschaSettings,
     WorkerSettings,
+    as_magus_reads,
     load_settings,
     parse_settings,
+    stages,
 )
 from magus_anharmonic.settings.section import (
     Count,
@@ -52,6 +54,7 @@ __all__ = [
     "SschaSettings",
     "WorkerSettings",
     "absolute_file",
+    "as_magus_reads",
     "check_pressure",
     "fields_at",
     "load_settings",
@@ -60,4 +63,5 @@ __all__ = [
     "parse",
     "parse_settings",
     "snake_case",
+    "stages",
 ]

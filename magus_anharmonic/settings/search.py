@@ -63,12 +63,31 @@ class CalculatorSettings(Section):
             raise ValueError("kicks must be 0 with fix_symmetry, because they break it")
         return self
 
-    @field_validator("job_prefix", mode="before")
-    @classmethod
-    def _one_prefix(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            raise ValueError("must be one name, not a list: MAGUS would build an adjoint calculator without select/train")
-        return value
+
+_PER_STAGE = frozenset(("calculator", "job_prefix", "eps", "max_step", "max_move", "optimizer", "relax_lattice"))
+
+
+def as_magus_reads(block: Any) -> Any:
+    """A calculator's block as MAGUS takes it: lists of one stage are that stage, and without ``calculator`` the ``jobPrefix`` names it."""
+    if not isinstance(block, dict):
+        return block
+    by_name = {snake_case(str(key)): value for key, value in block.items()}
+    prefix = by_name.get("job_prefix")
+    if isinstance(prefix, list) and len(prefix) == 1:
+        single = {
+            key: value[0] for key, value in block.items() if isinstance(value, list) and len(value) == 1 and snake_case(key) in _PER_STAGE
+        }
+        return as_magus_reads({**block, **single})
+    if by_name.get("calculator") is not None or not prefix:
+        return block
+    guess = [re.sub(r"\d", "", str(name)).lower() for name in (prefix if isinstance(prefix, list) else [prefix])]
+    return {**block, "calculator": guess if isinstance(prefix, list) else guess[0]}
+
+
+def stages(block: Any) -> list[str]:
+    """Names of the calculators of a block of `as_magus_reads`: one, or one for each stage of a chain."""
+    named = block.get("calculator") if isinstance(block, dict) else None
+    return [str(name) for name in named] if isinstance(named, list) else [] if named is None else [str(named)]
 
 
 class LabelerSettings(Section):
@@ -310,6 +329,15 @@ class Settings(Section):
         if value in ("local", "serial", *QUEUES) or re.fullmatch(r"(tcp|tls)://(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", value):
             return value
         raise ValueError(f"must be local, serial, {', '.join(QUEUES)}, or the address of a Dask scheduler, e.g. tcp://10.0.0.1:8786")
+
+    @field_validator("main_calculator", "ml_calculator", mode="before")
+    @classmethod
+    def _one_stage(cls, value: Any) -> Any:
+        block = as_magus_reads(value)
+        chain = stages(block)
+        if "mattersim" in chain[1:] or (len(chain) > 1 and chain[0] == "mattersim"):
+            raise ValueError(f"jobPrefix: mattersim cannot be a stage of a chain ({', '.join(chain)}); give one name")
+        return block
 
     @field_validator("symbols")
     @classmethod
