@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from test_fitness import INFO
 
-from magus_anharmonic.cli.search import _show
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
@@ -32,6 +31,7 @@ from magus_anharmonic.ranking.odds import with_odds
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.report.contents import gather
+from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.summary import by_composition, hull_sentences, read_ranking
 from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
@@ -209,7 +209,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Pat
     contents = gather(tmp_path)
     assert [view.title for view in contents.rankings] == ["Al, 0 GPa, 0 K", "Cu, 0 GPa, 0 K", "AlCu, 0 GPa, 0 K"]
     assert ("Hull at 0 GPa, 0 K", [on, over]) in contents.summary
-    _show(tmp_path)
+    show_ranking(tmp_path)
     shown = capsys.readouterr().out
     assert all(f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file() for name in ("Al", "Cu", "AlCu"))
     assert "On the hull of the free energies" in shown
