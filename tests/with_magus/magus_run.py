@@ -58,7 +58,7 @@ SEARCH: dict[str, Any] = {
 LEARNING = {"n_sample": 2, "n_perturb": 2, "epochs": 1}
 
 
-def ours(prefix: str = "MatterSim", **more: Any) -> dict[str, Any]:
+def ours(prefix: str | list[str] = "MatterSim", **more: Any) -> dict[str, Any]:
     return {"calculator": "mattersim", "jobPrefix": prefix, "checkpoint": "model.pth", "max_step": 5, **more}
 
 

@@ -80,15 +80,16 @@ def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(magus
         parse_settings({"MainCalculator": ours(optimizer=name)})
 
 
-def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_refused_here() -> None:
+def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_taken_apart_or_refused_here() -> None:
     from magus.calculators.base import AdjointCalculator
 
     from magus_anharmonic.errors import InputError
     from magus_anharmonic.settings import parse_settings
 
     assert not hasattr(AdjointCalculator, "select") and not hasattr(AdjointCalculator, "train")
-    with pytest.raises(InputError, match="must be one name, not a list"):
-        parse_settings({"MLCalculator": ours(jobPrefix=["A", "B"])})
+    assert parse_settings({"MLCalculator": ours(["A"])}).ml_calculator["jobPrefix"] == "A"
+    with pytest.raises(InputError, match="mattersim cannot be a stage of a chain"):
+        parse_settings({"MLCalculator": {"jobPrefix": ["EMT", "MatterSim"]}})
 
 
 def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures_of_its_own(population: Any, tmp_path: Path) -> None:
