@@ -167,7 +167,7 @@ def test_a_run_that_ends_in_another_symmetry_is_said_to_have_become_it(grid):
     folder, _, _, _ = grid
     from magus_anharmonic.sscha.result import SschaResult
 
-    (run,) = (folder / "out" / "sscha" / "hard").glob("LiH*/0GPa-0K")
+    run = point_folder(folder / "out" / "sscha", "hard", "LiH", 0.0, 0.0)
     result = SschaResult.read(run)
     point = point_of("hard", "LiH", replace(result, space_group="Pm-3m (221)"), run, HARD.atoms)
     assert point.status == "became" and "Pm-3m" in point.reason and not point.usable
