@@ -21,7 +21,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError, MagusAnharmonicError
-from magus_anharmonic.labelers.base import Recipe
+from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -91,8 +91,6 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
 
 
 def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
-    from magus_anharmonic.labelers import code_module
-
     module = code_module(recipe.code)
     atoms.calc = module.calculator(recipe, atoms, directory)
     return _results(atoms, module, directory)
@@ -101,8 +99,6 @@ def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
 def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
     from ase.filters import FrechetCellFilter
     from ase.optimize import BFGS
-
-    from magus_anharmonic.labelers import code_module
 
     module = code_module(recipe.code)
     atoms.calc = module.calculator(recipe, atoms, directory)
