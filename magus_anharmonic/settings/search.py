@@ -174,7 +174,7 @@ class LearningSettings(Section):
     n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(100, description="structures drawn from the previous training set")
     split: tuple[Count, Count, Count] = Field(
         (8, 1, 1),
-        description="train : validation : test in every generation, by whole phases; the last two get at least one structure each",
+        description="train : validation : test in every generation, by whole phases, at least one structure each",
     )
     epochs: Count = Field(50, description="finetuning epochs per generation")
     learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
