@@ -7,6 +7,7 @@ relaxed and deduplicated population. Class attributes are wrapped, because the c
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import random
 import sys
@@ -26,6 +27,8 @@ from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concern
 from magus_anharmonic.plugins.rounds import Rounds
 from magus_anharmonic.run_record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
+
+logger = logging.getLogger(__name__)
 
 # Beside the search objects, not on them: `magus search -p` pickles the whole object for its workers.
 _ROUNDS: WeakKeyDictionary[Magus, Rounds] = WeakKeyDictionary()
