@@ -128,3 +128,25 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
     np.testing.assert_allclose(results[2][[0, 1, 2]], np.diag(found.stress[0]), atol=1e-9)
     results[1][:] = 0.0
     assert np.abs(atoms.get_forces()).max() > 0
+
+
+@pytest.mark.parametrize("keyword", ["load_path", "checkpont", "potential", "Device"])
+def test_a_keyword_that_means_nothing_is_refused(tiny_checkpoint, keyword):
+    """MatterSim's own calculator takes load_path; ignoring it would compute with the foundation model."""
+    with pytest.raises(TypeError, match=f"unknown keyword {keyword}"):
+        MatterSim(**{keyword: str(tiny_checkpoint)})
+    with pytest.raises(TypeError, match=f"unknown keyword {keyword}"):
+        MatterSim(tiny_checkpoint).set(**{keyword: str(tiny_checkpoint)})
+
+
+def test_another_checkpoint_that_is_set_is_used(tiny_checkpoint, h3s):
+    atoms = h3s()
+    calculator = MatterSim(tiny_checkpoint, device="cpu", label="x", directory="somewhere")
+    atoms.calc = calculator
+    first = atoms.get_potential_energy()
+    assert calculator.set(checkpoint="h3s-gpaw-small") == {"checkpoint": "h3s-gpaw-small"}
+    second = atoms.get_potential_energy()
+    atoms.calc = MatterSim("h3s-gpaw-small", device="cpu")
+    assert second == atoms.get_potential_energy() != first
+    assert calculator.todict() == {"checkpoint": "h3s-gpaw-small", "device": "cpu"}, "what is not the default"
+    assert calculator.set(checkpoint="h3s-gpaw-small") == {}, "nothing is loaded again"

@@ -34,12 +34,43 @@ class MatterSim(Calculator):
     _energy_error: float | None = None
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
 
-    def __init__(
-        self, checkpoint: str | Path = "mattersim-v1.0.0-1M", device: str | None = None, *, dtype: str = "float32", **kwargs: Any
-    ) -> None:
-        super().__init__(**kwargs)
-        self.checkpoint, self.device, self.dtype = str(checkpoint), device, dtype
-        self._potential: Potential | None = None
+    default_parameters: ClassVar[dict[str, Any]] = {"checkpoint": "mattersim-v1.0.0-1M", "device": None, "dtype": "float32"}
+    _potential: Potential | None = None
+
+    def __init__(self, checkpoint: str | Path = default_parameters["checkpoint"], device: str | None = None, **kwargs: Any) -> None:
+        own = {key: kwargs.pop(key) for key in ("label", "atoms", "directory") if key in kwargs}
+        super().__init__(**own)
+        self.set(checkpoint=checkpoint, device=device, **kwargs)
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Change ``checkpoint``, ``device`` or ``dtype``, and return what changed; raises ``TypeError`` for any other keyword."""
+        if unknown := sorted(set(kwargs) - set(self.default_parameters)):
+            from magus_anharmonic.settings import nearest
+
+            hint = "; did you mean checkpoint?" if unknown[0] == "load_path" else nearest(unknown[0], self.default_parameters)
+            raise TypeError(f"MatterSim: unknown keyword {unknown[0]}{hint}")
+        if "checkpoint" in kwargs:
+            kwargs["checkpoint"] = str(kwargs["checkpoint"])
+        changed = super().set(**kwargs)
+        if changed:
+            self.reset()
+            self._potential = None
+        return changed
+
+    @property
+    def checkpoint(self) -> str:
+        """Name or path of the weights."""
+        return self.parameters["checkpoint"]
+
+    @property
+    def device(self) -> str | None:
+        """Where the model computes; None: CUDA where there is a GPU."""
+        return self.parameters["device"]
+
+    @property
+    def dtype(self) -> str:
+        """``float32`` or ``float64``."""
+        return self.parameters["dtype"]
 
     @property
     def potential(self) -> Potential:
