@@ -33,6 +33,7 @@ from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
+from magus_anharmonic.search.relaxation import build_relaxer
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
@@ -485,6 +486,23 @@ def emt_energy(atoms: Atoms) -> float:
     copy = atoms.copy()
     copy.calc = EMT()
     return copy.get_potential_energy()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["dask", "local"])
+def test_a_search_relaxes_where_its_input_says(cluster, tmp_path, where):
+    """On a login node nothing may be computed."""
+    block = {"calculator": "misbehaving.Recording", "arguments": {"folder": str(tmp_path)}, "maxStep": 2}
+    address = cluster.scheduler_address if where == "dask" else "local"
+    settings = parse_settings({"scheduler": address, "pressure": 1.0, "MainCalculator": block})
+    relaxer = build_relaxer(settings)
+    assert relaxer.scheduling is settings and relaxer.run_dir is None
+    found = relaxer.relax([copper(scale) for scale in (1.0, 1.02, 0.97)], tmp_path / "chunks")
+    assert len(found) == 3
+    pids = {int(path.name) for path in tmp_path.glob("[0-9]*")}
+    assert pids and (os.getpid() in pids) == (where == "local"), "relaxations of one machine stay in the search's process"
+    if where == "dask":
+        assert len(pids) <= 2 and all(psutil.Process(pid).cmdline() for pid in pids)
 
 
 @pytest.mark.slow

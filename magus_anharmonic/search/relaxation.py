@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,13 @@ class AseCalculatorSettings(Section):
 class Relaxer:
     """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
 
-    Failures are recorded in ``run_dir``.
+    Failures are recorded in ``run_dir``; ``scheduling`` says who relaxes where that is not this process.
     """
 
     evaluator: Evaluator
     settings: CalculatorSettings | AseCalculatorSettings
     pressure: float
+    _: KW_ONLY
     run_dir: Path | None = None
     scheduling: Scheduling | None = None
 
@@ -167,11 +168,11 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, settings)
+        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, scheduling=settings)
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure, settings)
+    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure, scheduling=settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
