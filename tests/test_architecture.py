@@ -23,6 +23,7 @@ BASE = {
     "gate",
     "evaluator",
     "calculator_check",
+    "calculator_id",
     "hull",
     "__init__",
 }

@@ -13,6 +13,7 @@ from magus_anharmonic.analysis.gibbs_points import GibbsPoint, read_points, writ
 from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
@@ -150,6 +151,7 @@ def _run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = Non
         from magus_anharmonic.potential import load
 
         evaluator = load(settings.checkpoint, device=settings.device)
+    evaluator = as_evaluator(evaluator, structures.values())
     write_run_record(output, settings, seed=settings.seed, model_id=evaluator.model_id)
 
     def keep(points: list[GibbsPoint]) -> None:
