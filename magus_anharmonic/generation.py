@@ -330,10 +330,10 @@ def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
         atoms.info.update(
             candidate_id=candidate.id,
             sscha_centroid=candidate.record,
-            free_energy=candidate.gibbs,
-            free_energy_error=candidate.gibbs_error,
-            free_energy_status=candidate.status,
-            free_energy_model=candidate.model,
+            gibbs=candidate.gibbs,
+            gibbs_error=candidate.gibbs_error,
+            status=candidate.status,
+            gibbs_model=candidate.model,
             spg_quantum=candidate.spg_quantum,
         )
         seeds.append(atoms)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ranking_fakes as fakes
 import scheduler_tasks as tasks
@@ -26,7 +29,7 @@ from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS
-from magus_anharmonic.scheduler.cluster import DaskScheduler
+from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
@@ -149,6 +152,45 @@ def test_a_local_task_is_tried_three_times(local, caplog):
     assert sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages) == MAX_DEATHS
 
 
+def gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["die", "return"])
+def test_a_local_worker_that_ends_takes_the_programs_of_its_tasks_along(tmp_path, how):
+    file = tmp_path / "program"
+    with contextlib.closing(LocalScheduler(1)) as scheduler:
+        (done,) = scheduler.map(tasks.leaves_a_program, [(str(file), how)])
+        assert done.died == (how == "die")
+        (alive,) = scheduler.map(tasks.square, [2])
+        assert alive.value == 4
+    assert gone(int(file.read_text()))
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_takes_the_programs_of_its_tasks_along(tmp_path):
+    file = tmp_path / "program"
+    code = (
+        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import LocalScheduler\n"
+        f"if __name__ == '__main__': list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
+    )
+    paths = os.pathsep.join([str(Path(tasks.__file__).parent), *filter(None, sys.path)])
+    search = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    end = time.monotonic() + 60
+    while not (file.is_file() and file.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    search.kill()
+    search.wait()
+    assert gone(int(file.read_text()))
+
+
 @pytest.mark.slow
 def test_leaving_in_the_middle_ends_what_runs(tmp_path):
     with contextlib.closing(LocalScheduler(2)) as scheduler:
@@ -234,6 +276,23 @@ def test_an_address_where_nobody_answers_is_refused():
         open_scheduler(settings),
     ):
         pass
+
+
+def test_an_address_with_tls_and_no_certificates_is_refused():
+    with (
+        pytest.raises(InputError, match=r"tls://127.0.0.1:9: Dask's configuration names no certificates"),
+        open_scheduler(parse_settings({"scheduler": "tls://127.0.0.1:9", "workers": {"timeout": 2.0}})),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_who_works_without_tls_on_another_machine_is_told(cluster, monkeypatch, caplog):
+    for here in (True, False):
+        monkeypatch.setattr("magus_anharmonic.scheduler.cluster._is_here", lambda address, here=here: here)
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings()).close()
+        assert any("can run programs as you" in line for line in caplog.messages) is not here
+    assert _is_here("tcp://127.0.0.1:1") and _is_here("tls://[::1]:1") and not _is_here("tcp://10.0.0.1:8786")
 
 
 @pytest.mark.parametrize("address", ["tcp:/127.0.0.1:8786", "http://a:1", "tcp://host", "lokal", "SLURM", "tcp://a b:1"])

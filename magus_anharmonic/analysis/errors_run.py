@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import ev_per_a3_to_gpa
-
-log = logging.getLogger(__name__)
 
 BINS = 61
 SINGLES = 20
@@ -151,7 +148,10 @@ def measure_held(
 
 
 def analyse_errors(source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path) -> ErrorsReport:
-    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there."""
+    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there.
+
+    Raises what `read_labelled` raises.
+    """
     target = Path(folder)
     labelled = read_labelled(source.state, displacements, model, target)
     report = ErrorsReport(
