@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import write
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import read_json, read_whole, replacing, write_json
@@ -198,13 +198,15 @@ class CalculatorLabeler:
         self.description = type(calculator).__name__
 
     def label(self, structures: Sequence[Atoms], on_result: Any = None) -> list[Label | Failure]:
-        """See `Labeler`; whatever the calculator raises becomes the reason of a ``Failure``."""
+        """See `Labeler`; whatever the calculator raises becomes the reason of a ``Failure``, except trouble of the machine."""
         results: list[Label | Failure] = []
         for index, atoms in enumerate(structures):
             try:
                 one = self._evaluator.evaluate([atoms])
                 result: Label | Failure = Label(atoms, float(one.energy[0]), None, one.forces[0], one.stress[0], self.settings_hash, 0.0)
             except Exception as error:  # any calculator may raise anything; the reason is recorded
+                if is_trouble(error):
+                    raise
                 result = Failure(atoms, f"{type(error).__name__}: {error}", self.settings_hash)
             results.append(result)
             if on_result is not None:

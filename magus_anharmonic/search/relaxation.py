@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
@@ -188,6 +188,8 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if is_trouble(error):
+            raise
         raise InputError(f"{where}: cannot be made with arguments {block.arguments}: {error}") from None
 
 
