@@ -7,15 +7,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import dask
+import psutil
 import pytest
 import scheduler_tasks as tasks
+from distributed import Client
+from distributed.utils import get_ip
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
-from magus_anharmonic.scheduler.queues import CLASSES, COMMANDS, arguments, missing
+from magus_anharmonic.scheduler.cluster import DaskScheduler
+from magus_anharmonic.scheduler.queues import CLASSES, COMMANDS, arguments, missing, start_cluster
+from magus_anharmonic.scheduler.submission import Submissions
 from magus_anharmonic.settings import WorkerSettings, parse_settings
 
 _ctrl_c, _end = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -31,7 +37,8 @@ WORKERS = WorkerSettings(
 PROLOGUE = [
     "export OMP_NUM_THREADS=8", "export OPENBLAS_NUM_THREADS=8", "export MKL_NUM_THREADS=8",
     "export DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED=False", "export DASK_DISTRIBUTED__ADMIN__TICK__INTERVAL=1s",
-    "export DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL=10s", "source /env/bin/activate",
+    "export DASK_DISTRIBUTED__ADMIN__SYSTEM_MONITOR__INTERVAL=10s", "export DASK_DISTRIBUTED__WORKER__HTTP__ROUTES=[]",
+    "source /env/bin/activate",
 ]  # fmt: skip
 
 HEADERS = {
@@ -78,21 +85,167 @@ def tools(tmp_path, monkeypatch):
 def test_the_job_script_asks_for_what_the_keys_say(name, tools, monkeypatch):
     if name == "lsf":
         monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
-    with getattr(dask_jobqueue, CLASSES[name])(**arguments(name, WORKERS)) as cluster:
+    cluster = start_cluster(name, WORKERS)
+    try:
         lines = cluster.job_script().strip().splitlines()
         address = cluster.scheduler_address
+        words = lines[-1].split()
+        secrets = [Path(words[words.index(flag) + 1]) for flag in ("--tls-ca-file", "--tls-cert", "--tls-key")]
+        assert all(file.is_relative_to(tools / "worker-logs") and file.stat().st_mode & 0o777 == 0o600 for file in secrets)
+        assert secrets[0].parent.stat().st_mode & 0o777 == 0o700
+        assert "PRIVATE KEY" in secrets[2].read_text() and "PRIVATE KEY" not in "".join(lines)
+    finally:
+        DaskScheduler(Client(cluster, set_as_default=False), description="", cluster=cluster).close()
+    assert address.startswith("tls://") and not any(file.exists() for file in secrets), "they go with the cluster"
     head = [line for line in lines if line.startswith(("#SBATCH", "#BSUB", "#PBS"))]
     assert [line for line in head if "worker-logs" not in line and " -M " not in line] == HEADERS[name]
     body = [line for line in lines if not line.startswith("#") and line]
     assert body[:-1][-len(PROLOGUE) :] == PROLOGUE
     assert body[-1].startswith(f"/env/bin/python -m distributed.cli.dask_worker {address} ")
-    for part in ("--nthreads 1", "--nanny", "--local-directory /tmp/x", "--lifetime 42900s", "--lifetime-stagger 120s"):
+    for part in (
+        "--nthreads 1",
+        "--nanny",
+        "--local-directory /tmp/x",
+        "--lifetime 42900s",
+        "--lifetime-stagger 120s",
+        "--protocol tls://",
+        "--no-dashboard",
+    ):
         assert part in body[-1]
 
 
 def test_several_gpus_per_job_are_workers_of_dask_cuda():
     given = arguments("slurm", WorkerSettings(gpus=4))
     assert given["worker_command"] == "dask_cuda.cli" and "--gres=gpu:4" in given["job_extra_directives"]
+
+
+def connects(address: str, **security: str) -> bool:
+    """Whether a client in an environment of its own can have its code run at ``address``."""
+    code = (
+        "import sys; from distributed import Client; from distributed.security import Security\n"
+        f"with Client({address!r}, timeout=4, security={security.get('made', 'None')}) as client:\n"
+        "    print('ran', client.run_on_scheduler(lambda: 6 * 7))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], env={"PATH": os.defpath}, capture_output=True, text=True, timeout=120)
+    return "ran 42" in found.stdout
+
+
+def listening() -> list[str]:
+    """Addresses at which this process listens."""
+    return [entry.laddr.ip for entry in psutil.Process().net_connections() if entry.status == psutil.CONN_LISTEN]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_stranger_is_refused_and_nothing_listens_where_it_was_not_asked(name, tools, monkeypatch):
+    if name == "lsf":
+        monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
+    before = listening()
+    workers = WorkerSettings(memory="1 GB", interface="lo", scratch=str(tools / "scratch"))
+    cluster = start_cluster(name, workers)
+    try:
+        opened = listening()
+        for address in before:
+            opened.remove(address)
+        assert opened and set(opened) == {"127.0.0.1"}
+        address = cluster.scheduler_address
+        assert not connects(address.replace("tls", "tcp")), "without certificates"
+        assert not connects(address, made="Security.temporary()"), "with certificates of its own"
+        with Client(cluster, set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=100)
+            assert client.run_on_scheduler(lambda: 6 * 7) == 42
+            (worker,) = client.nthreads()
+            assert worker.startswith("tls://")
+    finally:
+        cluster.close(timeout=20)
+
+
+def test_without_an_interface_the_scheduler_listens_at_one_address(tools):
+    (host,) = (arguments("slurm", WorkerSettings())["scheduler_options"].get(key) for key in ("host",))
+    assert host == get_ip() and host != "0.0.0.0"
+    assert "host" not in arguments("slurm", WorkerSettings(interface="lo"))["scheduler_options"]
+    with dask.config.set({"jobqueue.slurm.interface": "ib0"}):
+        assert "host" not in arguments("slurm", WorkerSettings())["scheduler_options"]
+
+
+def refusing(tools: Path, name: str, times: str) -> None:
+    """Let the queue system say no ``times`` times."""
+    program = tools / "bin" / COMMANDS[name][0]
+    program.rename(program.with_suffix(".real"))
+    program.write_text(
+        f'#!/bin/bash\necho . >> {tools}/calls\n[ "$(wc -l < {tools}/calls)" -gt {times} ] && exec {program}.real "$@"\n'
+        f'echo "{name}: controller away for a moment" >&2; exit 1\n'
+    )
+    program.chmod(0o755)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No long pauses."""
+    monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
+    for key, value in {"FIRST_PAUSE": 0.05, "LONGEST_PAUSE": 0.2, "GIVE_UP": 3.0}.items():
+        monkeypatch.setattr(f"magus_anharmonic.scheduler.submission.{key}", value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_queue_that_refuses_for_a_moment_is_asked_again(name, tools, hurried, caplog):
+    refusing(tools, name, "4")
+    workers = {"count": 2, "memory": "1 GB", "scratch": str(tools / "scratch"), "logs": str(tools / "logs"), "interface": "lo"}
+    try:
+        with open_scheduler(parse_settings({"scheduler": name, "workers": workers})) as scheduler:
+            assert sorted(done.value for done in scheduler.map(tasks.square, [2, 3])) == [4, 9]
+    finally:
+        close_clusters()
+    refusals = [line for line in caplog.messages if "refuses a job" in line]
+    assert len(refusals) == 1 and f"{name}: controller away for a moment" in refusals[0], "its own words, once"
+    assert len((tools / "calls").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_queue_that_refuses_for_good_ends_the_call_with_its_own_words(name, tools, hurried):
+    refusing(tools, name, "1000")
+    workers = {"count": 2, "memory": "1 GB", "scratch": str(tools / "scratch"), "logs": str(tools / "logs"), "interface": "lo"}
+    try:
+        with open_scheduler(parse_settings({"scheduler": name, "workers": workers})) as scheduler:
+            with pytest.raises(MagusAnharmonicError, match=f"{COMMANDS[name][0]} has refused every job.*{name}: controller away"):
+                list(scheduler.map(tasks.square, [2, 3]))
+    finally:
+        begun = time.monotonic()
+        close_clusters()
+    assert time.monotonic() - begun < 8, "nobody waits for the next attempt"
+
+
+def test_one_job_in_the_queue_is_hope_and_an_answer_without_a_number_is_none(monkeypatch):
+    monkeypatch.setattr("magus_anharmonic.scheduler.submission.GIVE_UP", 0.0)
+    queue = Submissions("sbatch")
+    assert not queue.refusal()
+    queue.refuse("a", "QOSMaxSubmitJobPerUserLimit", 2.0)
+    assert "QOSMaxSubmitJobPerUserLimit" in queue.refusal()
+    queue.accept("b")
+    assert not queue.refusal()
+    queue.forget("b")
+    assert queue.refusal()
+    queue.accept("a")
+    assert not queue.refusal()
+    queue.misread("Welcome to the cluster")
+    assert "Welcome to the cluster" in queue.refusal()
+
+
+@pytest.mark.slow
+def test_what_dask_says_goes_into_a_file(tools):
+    workers = {"count": 1, "memory": "1 GB", "scratch": str(tools / "scratch"), "logs": str(tools / "logs"), "interface": "lo"}
+    code = (
+        "import scheduler_tasks as tasks; from magus_anharmonic.cli.common import configure_logging\n"
+        "from magus_anharmonic.scheduler import open_scheduler; from magus_anharmonic.settings import parse_settings\n"
+        f"configure_logging(False)\nwith open_scheduler(parse_settings({{'scheduler': 'slurm', 'workers': {workers}}})) as scheduler:\n"
+        "    print([done.value for done in scheduler.map(tasks.square, [3])])"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("DASK_LOGGING")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0 and found.stdout.strip() == "[9]" and found.stderr == ""
+    assert "Adaptive scaling stopped" in (tools / "logs" / "dask.log").read_text()
 
 
 @pytest.mark.parametrize("name", CLASSES)

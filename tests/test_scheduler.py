@@ -26,7 +26,7 @@ from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS
-from magus_anharmonic.scheduler.cluster import DaskScheduler
+from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
@@ -234,6 +234,23 @@ def test_an_address_where_nobody_answers_is_refused():
         open_scheduler(settings),
     ):
         pass
+
+
+def test_an_address_with_tls_and_no_certificates_is_refused():
+    with (
+        pytest.raises(InputError, match=r"tls://127.0.0.1:9: Dask's configuration names no certificates"),
+        open_scheduler(parse_settings({"scheduler": "tls://127.0.0.1:9", "workers": {"timeout": 2.0}})),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_who_works_without_tls_on_another_machine_is_told(cluster, monkeypatch, caplog):
+    for here in (True, False):
+        monkeypatch.setattr("magus_anharmonic.scheduler.cluster._is_here", lambda address, here=here: here)
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings()).close()
+        assert any("can run programs as you" in line for line in caplog.messages) is not here
+    assert _is_here("tcp://127.0.0.1:1") and _is_here("tls://[::1]:1") and not _is_here("tcp://10.0.0.1:8786")
 
 
 @pytest.mark.parametrize("address", ["tcp:/127.0.0.1:8786", "http://a:1", "tcp://host", "lokal", "SLURM", "tcp://a b:1"])

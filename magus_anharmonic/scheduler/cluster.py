@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import queue
+import shutil
 import time
 import uuid
 from collections import deque
@@ -54,6 +55,8 @@ class DaskScheduler:
             cluster = start_cluster(name, workers)
             client = Client(cluster, set_as_default=False)
             return cls(client, description=f"{workers.count or 1} {name} jobs", device="cuda" if workers.gpus else "cpu", cluster=cluster)
+        if name.startswith("tls://") and not _has_certificates():
+            raise InputError(f"scheduler: {name}: Dask's configuration names no certificates for TLS; docs/clusters.md says how")
         try:
             with _silent("distributed"):
                 client = Client(name, timeout=workers.timeout, set_as_default=False)
@@ -62,6 +65,8 @@ class DaskScheduler:
                 f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s ({_one_line(error)}); "
                 "start one with `dask scheduler` and workers with `dask worker ADDRESS --nthreads 1`"
             ) from None
+        if name.startswith("tcp://") and not _is_here(name):
+            log.warning("%s: without TLS everybody who reaches it can run programs as you; docs/clusters.md says how to use tls://", name)
         return cls(client, description=f"the Dask workers at {name}")
 
     @property
@@ -85,12 +90,17 @@ class DaskScheduler:
         """See `Scheduler`; raises ``MagusAnharmonicError`` when the scheduler is lost or its workers lack this package."""
         yield from _Call(self, self._client, task, items, shared).results()
 
+    def refusal(self) -> str:
+        """Why no job will come, in the queue system's own words; empty while one may."""
+        return "" if self._cluster is None else self._cluster.submissions.refusal()
+
     def close(self) -> None:
         """Disconnect, and end the jobs that were started for this."""
         with contextlib.suppress(Exception), _silent("distributed"):
             self._client.close()
             if self._cluster is not None:
                 self._cluster.close(timeout=10)
+                shutil.rmtree(self._cluster.certificates)
 
 
 class _Call:
@@ -199,7 +209,13 @@ class _Call:
 
     def _complain(self) -> None:
         self._connected()
-        if time.monotonic() - self.quiet_since > PATIENCE and self.scheduler.n_workers == 0:
+        if self.scheduler.n_workers:
+            return
+        if reason := self.scheduler.refusal():
+            raise MagusAnharmonicError(
+                f"{self.scheduler.description}: {reason}; finished work is kept, run the same command again to go on"
+            )
+        if time.monotonic() - self.quiet_since > PATIENCE:
             self.quiet_since = time.monotonic()
             log.warning("%s: no worker is there; waiting", self.scheduler.description)
 
@@ -276,6 +292,19 @@ def _carried(client: Any, shared: Shared | None) -> Iterator[None]:
     finally:
         with contextlib.suppress(Exception):
             client.unregister_worker_plugin(plugin.name)
+
+
+def _has_certificates() -> bool:
+    import dask
+    from distributed.security import Security
+
+    made_elsewhere = dask.config.get("distributed.client.security-loader", None)
+    return bool(made_elsewhere) or Security().get_connection_args("client")["ssl_context"] is not None
+
+
+def _is_here(address: str) -> bool:
+    host = address.partition("://")[2].rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 @contextlib.contextmanager

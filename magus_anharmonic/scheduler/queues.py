@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.scheduler.submission import Submissions, patient
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
 COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}
@@ -25,13 +29,19 @@ QUIET = {
     "distributed.worker.profile.enabled": False,
     "distributed.admin.tick.interval": "1s",
     "distributed.admin.system-monitor.interval": "10s",
+    "distributed.worker.http.routes": [],
 }
-"""What Dask does beside the tasks, made rarer: its profiler alone takes several per cent of the core that a task runs on."""
+"""What Dask does beside the tasks, made rarer: its profiler alone takes several per cent of the core that a task runs on. No web pages."""
 
 
 def missing(name: str, workers: WorkerSettings) -> str:
     """What ``scheduler: name`` lacks on this machine, and what to do; empty when nothing."""
-    wanted = [("distributed", "dask"), ("dask_jobqueue", "cluster"), *([("dask_cuda", "")] if workers.gpus > 1 else [])]
+    wanted = [
+        ("distributed", "dask"),
+        ("dask_jobqueue", "cluster"),
+        ("cryptography", "cluster"),
+        *([("dask_cuda", "")] if workers.gpus > 1 else []),
+    ]
     for module, extra in wanted:
         if importlib.util.find_spec(module) is None:
             how = f"pip install 'magus-anharmonic[{extra}]'" if extra else "pip install dask-cuda (several GPUs per job need it)"
@@ -45,7 +55,9 @@ def missing(name: str, workers: WorkerSettings) -> str:
 def start_cluster(name: str, workers: WorkerSettings) -> Any:
     """A Dask scheduler in this process, and ``workers.count`` jobs that are sent again when they end.
 
-    Raises ``InputError`` when a package or a command is missing, or dask-jobqueue refuses the keys.
+    Only who holds the certificates made here can connect to scheduler and workers; they lie in the folder ``certificates`` of the
+    result, whose ``submissions`` say what the queue system answers. Raises ``InputError`` when a package or a command is missing, or
+    dask-jobqueue refuses the keys.
     """
     problem = missing(name, workers)
     if problem:
@@ -53,11 +65,18 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
     import dask
 
     # A task that ends its worker comes back to us at once: we count, because we know which tasks were beside it.
-    dask.config.set({**QUIET, "distributed.scheduler.allowed-failures": 0})
+    dask.config.set({**QUIET, "distributed.scheduler.http.routes": [], "distributed.scheduler.allowed-failures": 0})
+    submissions, logs = Submissions(COMMANDS[name][0]), Path(workers.logs).absolute()
     try:
-        cluster = getattr(_dask_jobqueue(), CLASSES[name])(**arguments(name, workers))
+        logs.mkdir(parents=True, exist_ok=True)
+        # The nodes find the certificates beside the output of the jobs, where nobody else may read.
+        certificates = Path(tempfile.mkdtemp(prefix=".certificates-", dir=logs))
+        kind = getattr(_dask_jobqueue(), CLASSES[name])
+        _write_words_to(logs / "dask.log")
+        cluster = kind(job_cls=patient(kind.job_cls, submissions), security=_security(certificates), **arguments(name, workers))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise InputError(f"scheduler: {name}: {' '.join(str(error).split())}") from None
+    cluster.submissions, cluster.certificates = submissions, certificates
     cluster.adapt(minimum_jobs=workers.count or 1, maximum_jobs=workers.count or 1)
     return cluster
 
@@ -70,6 +89,30 @@ def _dask_jobqueue() -> ModuleType:
     for number, handler in before.items():
         signal.signal(number, handler)
     return module
+
+
+def _security(folder: Path) -> Any:
+    """Certificates for this run alone; those of the workers in files of ``folder``, which only their owner can read."""
+    from distributed.security import Security
+
+    security = Security.temporary()
+    for part in ("tls_ca_file", "tls_worker_cert", "tls_worker_key"):
+        file = folder / f"{part}.pem"
+        with open(file, "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+            out.write(getattr(security, part))
+        setattr(security, part, str(file))
+    return security
+
+
+def _write_words_to(file: Path) -> None:
+    """Into a file with what Dask writes to the screen, unless its own configuration has another place for it."""
+    handler = logging.FileHandler(file, delay=True, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.set_name("magus-anharmonic-dask")
+    for logger in (logging.getLogger(name) for name in ("distributed", "distributed.client", "distributed.gc", "tornado", "bokeh")):
+        if all(type(known) is logging.StreamHandler or known.get_name() == handler.get_name() for known in logger.handlers):
+            logger.handlers[:] = [handler]
+            logger.propagate = False
 
 
 def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
@@ -87,16 +130,26 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
         "interface": workers.interface,
         "local_directory": workers.scratch,
         "log_directory": os.path.abspath(workers.logs),
+        "silence_logs": False,
         "death_timeout": 600,
         "job_name": "magus-anharmonic",
-        "scheduler_options": {"dashboard_address": ":0", "extensions": extensions()},
+        "scheduler_options": {"dashboard": False, "dashboard_address": "127.0.0.1:0", "extensions": extensions(), **_host(name, workers)},
         "job_script_prologue": [*exports, *workers.prologue],
         # Before the queue system ends the job the worker hands its task back and goes: no death is counted.
-        "worker_extra_args": ["--lifetime", f"{max(60, workers.walltime - 300)}s", "--lifetime-stagger", "120s"],
+        "worker_extra_args": ["--lifetime", f"{max(60, workers.walltime - 300)}s", "--lifetime-stagger", "120s"]
+        + ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"],
     }
     if workers.gpus > 1:
         common |= {"worker_command": "dask_cuda.cli", "worker_extra_args": []}
     return common | _OWN[name](workers, cores)
+
+
+def _host(name: str, workers: WorkerSettings) -> dict[str, str]:
+    """Where the scheduler listens: at the interface asked for, else at the one address that it tells its workers, never at all of them."""
+    import dask
+    from distributed.utils import get_ip
+
+    return {} if workers.interface or dask.config.get(f"jobqueue.{name}.interface", None) else {"host": get_ip()}
 
 
 def extensions() -> dict[str, Any]:
