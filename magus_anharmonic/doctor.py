@@ -21,6 +21,7 @@ from pathlib import Path
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.processes import run_bounded
 from magus_anharmonic.settings import Settings
 
 MAGUS_INSTALL = "pip install git+https://gitlab.com/bigd4/magus.git"
@@ -104,7 +105,7 @@ def _magus() -> list[Check]:
         return [Check("MAGUS", None, text, f"optional: {MAGUS_INSTALL}")]
     checks = [Check("MAGUS", True, text)]
     try:
-        run = subprocess.run([sys.executable, "-c", _ASK_MAGUS], capture_output=True, text=True, timeout=120)
+        run = run_bounded([sys.executable, "-c", _ASK_MAGUS], timeout=120)
         problem = f"MAGUS does not import: {(run.stderr.strip().splitlines() or ['no message'])[-1]}" if run.returncode else ""
     except subprocess.TimeoutExpired:
         problem = "importing MAGUS took more than 120 s"

@@ -19,8 +19,9 @@ class Misbehaving(Calculator):
 
     implemented_properties = ["energy", "forces", "stress"]
 
-    def __init__(self, behaviour=None, child_file=None, nap=0.0):
+    def __init__(self, behaviour=None, child_file=None, nap=0.0, launcher="child"):
         super().__init__()
+        self.launcher = launcher
         self.behaviour = {int(key): value for key, value in (behaviour or {}).items()}
         self.child_file, self.nap = child_file, nap
         self.converged = True
@@ -38,10 +39,14 @@ class Misbehaving(Calculator):
         elif how == "exit":
             os._exit(7)
         elif how == "hang":
-            if self.child_file:
-                child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-                Path(self.child_file).write_text(str(child.pid))
+            self._leave_a_program()
             time.sleep(600)
+        elif how == "leave":
+            self._leave_a_program()
+            raise ValueError("mpirun noticed that rank 3 exited")
+        elif how == "crash":
+            self._leave_a_program()
+            os.kill(os.getpid(), signal.SIGKILL)
         elif how == "nan":
             self.results["forces"] = np.full((n, 3), np.nan)
         elif how == "infinite":
@@ -60,6 +65,20 @@ class Misbehaving(Calculator):
             print("x" * 3_000_000 + "\nthe end of a long output", flush=True)
         elif how == "pid":
             self.results["energy"] = float(os.getpid())
+
+    def _leave_a_program(self):
+        """One that runs on: a child; in a session of its own; below one that has ended; deaf to SIGTERM; without the environment."""
+        if not self.child_file:
+            return
+        own = f"import os, signal, time; open({self.child_file!r}, 'w').write(str(os.getpid())); "
+        if self.launcher == "deaf":
+            own = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + own
+        command = [sys.executable, "-c", own + "time.sleep(600)"]
+        if "orphan" in self.launcher:
+            command = [sys.executable, "-c", f"import subprocess; subprocess.Popen({command!r}, start_new_session=True)"]
+        subprocess.Popen(command, start_new_session=self.launcher != "child", env={} if "bare" in self.launcher else None)
+        while not (Path(self.child_file).is_file() and Path(self.child_file).read_text()):
+            time.sleep(0.02)
 
 
 class WithoutStress(Misbehaving):

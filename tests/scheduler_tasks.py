@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,20 @@ def troubled(item: str, shared: Any = None) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3)
     return item
+
+
+def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
+    """Starts a program in a session of its own, whose number is in a file then, and ``die``s or goes on."""
+    file, how = item
+    code = f"import os, time; open({file!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (Path(file).is_file() and Path(file).read_text()):
+        time.sleep(0.02)
+    if how == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(600)
+    return how
 
 
 def dies_once(item: tuple[str, str], shared: Any = None) -> str:

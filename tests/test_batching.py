@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MachineTrouble, MagusAnharmonicError, is_out_of_memory
-from magus_anharmonic.potential import checkpoint, evaluate, load, native, self_check
+from magus_anharmonic.potential import checkpoint, evaluate, load, loading, native
 from magus_anharmonic.potential.edge_kernels import Kernels
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
@@ -213,13 +213,13 @@ def test_the_measured_memory_follows_the_size_of_the_model(potential) -> None:
 
 def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkeypatch) -> None:
     potential = Potential(checkpoint.read(tiny_checkpoint)[0])
-    self_check.check_against_stock(potential)
+    loading.check_against_stock(potential)
     with torch.no_grad():
         other = copy.deepcopy(potential.module)
         other.graph_conv[0].gated_mlp_atom.g[1].linear.weight += 0.05
     with monkeypatch.context() as patch, pytest.raises(MagusAnharmonicError, match="with stock MatterSim and here"):
         patch.setattr(potential, "module", other)
-        self_check.check_against_stock(potential)
+        loading.check_against_stock(potential)
     rightly = potential._join
 
     def mixed(structures, indices, neighbours):
@@ -228,13 +228,13 @@ def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkey
 
     monkeypatch.setattr(potential, "_join", mixed)
     with pytest.raises(MagusAnharmonicError, match="alone and in a batch"):
-        self_check.check_against_stock(potential)
+        loading.check_against_stock(potential)
 
 
 def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(self_check, "_checked", set())
-    monkeypatch.setattr(self_check, "check_against_stock", calls.append)
+    monkeypatch.setattr(loading, "_checked", set())
+    monkeypatch.setattr(loading, "check_against_stock", calls.append)
     first = load(tiny_checkpoint, device="cpu")
     load(tiny_checkpoint, device="cpu")
     assert calls == [first]

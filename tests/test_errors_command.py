@@ -14,7 +14,7 @@ from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.errors_run import Source, add_to_tables, draw_report, load_labeler_settings, measure_errors
 from magus_anharmonic.analysis.errors_source import find_source, given_displacements
 from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler, draw, label_ensemble
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.sscha.averages import Ensemble
@@ -138,8 +138,16 @@ def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(tmp
 
 
 def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="1 whole pairs"):
+    with pytest.raises(MagusAnharmonicError, match="1 whole pairs.*1 of 4 labels failed.*the density did not converge"):
         run(tmp_path, n=4, fail_at=(2,))
+
+
+def test_when_every_label_fails_the_reason_is_theirs(tmp_path: Path) -> None:
+    with pytest.raises(
+        MagusAnharmonicError, match="0 whole pairs.*4 of 4 labels failed, 4 of them so: .*the density did not converge"
+    ) as caught:
+        run(tmp_path, n=4, fail_at=(0, 1, 2, 3, 4))
+    assert not isinstance(caught.value, InputError), "nothing is wrong with the input"
 
 
 def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path) -> None:

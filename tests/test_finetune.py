@@ -15,9 +15,9 @@ from ase.io import write
 from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.potential import checkpoint, self_check
+from magus_anharmonic.potential import checkpoint, load, loading
 from magus_anharmonic.potential.batches import LabelledGraphs
-from magus_anharmonic.potential.evaluate import Potential, load
+from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.losses import mean_loss, torch_loss
@@ -400,7 +400,7 @@ def test_what_finetune_returns_has_been_compared_with_stock_mattersim(tmp_path, 
     def differs(potential: Potential) -> None:
         raise MagusAnharmonicError(f"{potential.model_id} differs")
 
-    monkeypatch.setattr(self_check, "check_against_stock", differs)
+    monkeypatch.setattr(loading, "check_against_stock", differs)
     settings = FAST.model_copy(update={"epochs": 1, "learning_rate": 3e-3})
     for _ in ("trained", "found finished"):
         with pytest.raises(MagusAnharmonicError, match="differs"):

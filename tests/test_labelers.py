@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -127,26 +128,35 @@ def test_labels_before_and_after_failures_are_made(after_failures):
     assert after_failures[0].energy == after_failures[-1].energy == 1.0
 
 
-def test_a_hanging_label_is_given_up_together_with_its_child_processes(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "launcher"),
+    [
+        *product(["hang", "leave"], ["child", "session", "orphan", "deaf", "bare", "bare orphan"]),
+        *product(["crash"], ["child", "session", "orphan", "deaf"]),  # what has lost both its parent and its environment is nobody's
+    ],
+)
+def test_a_label_that_fails_leaves_no_program_running(tmp_path, how, launcher):
+    """MPI's launchers put ranks into sessions of their own, and ranks outlive them."""
     child_file = tmp_path / "child"
-    with misbehaving(tmp_path / "scratch", {2: "hang"}, timeout=4.0, child_file=str(child_file)) as labeler:
+    with misbehaving(tmp_path / "scratch", {2: how}, timeout=6.0, child_file=str(child_file), launcher=launcher) as labeler:
         results = labeler.label([chain(2), chain(1)])
+        assert not _alive(int(child_file.read_text()), patience=0.0), "before the next label begins"
     assert [result.ok for result in results] == [False, True]
-    assert "within 4 s" in results[0].reason
-    assert not _alive(int(child_file.read_text()))
+    assert {"hang": "within 6 s", "leave": "rank 3 exited", "crash": "SIGKILL"}[how] in results[0].reason
 
 
-def _alive(pid: int) -> bool:
-    deadline = time.monotonic() + 60.0
-    while time.monotonic() < deadline:
+def _alive(pid: int, patience: float = 60.0) -> bool:
+    deadline = time.monotonic() + patience
+    while True:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except FileNotFoundError:
             return False
         if state == "Z":
             return False
+        if time.monotonic() >= deadline:
+            return True
         time.sleep(0.05)
-    return True
 
 
 def test_a_relaxation_that_fails_returns_the_start_and_the_reason(tmp_path):
@@ -171,13 +181,15 @@ def test_what_a_code_prints_does_not_grow_without_limit_and_its_end_is_kept(tmp_
     assert {path.name for path in tmp_path.glob("*.log")} == {"worker0.log", "worker0.earlier.log"}
 
 
-def test_the_worker_ends_when_the_search_is_killed(tmp_path):
+@pytest.mark.parametrize("launcher", ["child", "orphan"])
+def test_the_worker_ends_when_the_search_is_killed(tmp_path, launcher):
     code = f"""
     import sys
     sys.path.insert(0, {str(Path(__file__).parent)!r})
     from pathlib import Path
     from test_labelers import misbehaving, chain
-    with misbehaving(Path({str(tmp_path)!r}), {{2: "pid", 3: "hang"}}, child_file={str(tmp_path / "child")!r}) as labeler:
+    arguments = {{"child_file": {str(tmp_path / "child")!r}, "launcher": {launcher!r}}}
+    with misbehaving(Path({str(tmp_path)!r}), {{2: "pid", 3: "hang"}}, **arguments) as labeler:
         print(int(labeler.label([chain(2)])[0].energy), flush=True)
         labeler.label([chain(3)])
     """

@@ -19,8 +19,8 @@ from two_phases import HIGH, LOW, Phase, boundary, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.analysis.gibbs_points import read_points, write_points
-from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings
-from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
+from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings, write_diagram
+from magus_anharmonic.analysis.phase_diagram import phase_diagram
 from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of, run_grid
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.cli import app

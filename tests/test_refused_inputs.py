@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from magus_anharmonic.analysis.errors_run import load_labeler_settings
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, code_module
-from magus_anharmonic.settings import load_yaml
+from magus_anharmonic.potential.train import load_recipe
+from magus_anharmonic.settings import load_settings, load_yaml
+from magus_anharmonic.settings.campaign import load_campaign
+from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
 BASE: dict[str, Any] = {
     "symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "popSize": 2, "saveGood": 1, "numGen": 1, "seed": 1,
@@ -103,3 +108,34 @@ SHIPPED = sorted(file for folder in ("inputs", "docs") for file in (Path(__file_
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_no_shipped_file_gives_a_key_twice(file: Path) -> None:
     assert load_yaml(file)
+
+
+BOMBS = {
+    "lists": ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))],
+    "mappings": ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{{', '.join(f'k{m}: *a{n - 1}' for m in range(9))}}}" for n in range(1, 12))],
+    "merges": ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))],
+    "long texts": [f"a0: &a0 {'x' * 100_000}", f"a1: [{', '.join(['*a0'] * 1000)}]"],
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("reader", [load_settings, load_campaign, load_phase_diagram, load_recipe, load_yaml, load_labeler_settings])
+def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, kind, reader):
+    file = tmp_path / "input.yaml"
+    file.write_text("\n".join(BOMBS[kind]) + "\n")
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"input.yaml: its aliases \(\*\) stand for more than"):
+        reader(file)
+    assert time.monotonic() - begun < 5.0
+
+
+def test_aliases_as_people_use_them_are_read(tmp_path):
+    file = tmp_path / "input.yaml"
+    lines = [
+        "base: &base {" + ", ".join(f"key{n}: {n}" for n in range(50)) + "}",
+        *(f"search{n}: {{<<: *base, seed: {n}}}" for n in range(60)),
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    assert load_yaml(file)["search59"] == {**{f"key{n}": n for n in range(50)}, "seed": 59}
+    file.write_text("long: [" + ", ".join(map(str, range(100_000))) + "]\n")
+    assert len(load_yaml(file)["long"]) == 100_000

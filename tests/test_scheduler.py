@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ranking_fakes as fakes
 import scheduler_tasks as tasks
@@ -147,6 +150,45 @@ def test_a_local_task_is_tried_three_times(local, caplog):
     (done,) = local.map(tasks.troubled, ["die"])
     assert done.died and f"died {MAX_DEATHS} times" in done.reason
     assert sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages) == MAX_DEATHS
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within some seconds."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["die", "return"])
+def test_a_local_worker_that_ends_takes_the_programs_of_its_tasks_along(tmp_path, how):
+    file = tmp_path / "program"
+    with contextlib.closing(LocalScheduler(1)) as scheduler:
+        (done,) = scheduler.map(tasks.leaves_a_program, [(str(file), how)])
+        assert done.died == (how == "die")
+        (alive,) = scheduler.map(tasks.square, [2])
+        assert alive.value == 4
+    assert gone(int(file.read_text()))
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_takes_the_programs_of_its_tasks_along(tmp_path):
+    file = tmp_path / "program"
+    code = (
+        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import LocalScheduler\n"
+        f"if __name__ == '__main__': list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
+    )
+    paths = os.pathsep.join([str(Path(tasks.__file__).parent), *filter(None, sys.path)])
+    search = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
+    end = time.monotonic() + 60
+    while not (file.is_file() and file.read_text()) and time.monotonic() < end:
+        time.sleep(0.05)
+    search.kill()
+    search.wait()
+    assert gone(int(file.read_text()))
 
 
 @pytest.mark.slow

@@ -151,7 +151,10 @@ def measure_held(
 
 
 def analyse_errors(source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path) -> ErrorsReport:
-    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there."""
+    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there.
+
+    Raises what `read_labelled` raises.
+    """
     target = Path(folder)
     labelled = read_labelled(source.state, displacements, model, target)
     report = ErrorsReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 from ase import Atoms
 from ase.io import write
 
-from magus_anharmonic.errors import InputError, is_trouble
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator
-from magus_anharmonic.failures import record_failure
+from magus_anharmonic.failures import read_failures, record_failure
 from magus_anharmonic.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import labelled, read_labels
@@ -154,16 +155,23 @@ def _check_settings(file: Path, settings_hash: str) -> None:
 def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator, folder: str | Path) -> Labelled:
     """The labels of ``folder/labels.xyz`` that belong to ``displacements``, and the model's numbers at the same configurations.
 
-    Pairs of which a member has no label are left out. Raises ``InputError`` when there is no file or fewer than two whole pairs.
+    Pairs of which a member has no label are left out. Raises ``InputError`` when fewer than two whole pairs were labelled, and
+    ``MagusAnharmonicError`` with the reasons when that is because labels failed.
     """
     file = Path(folder) / "labels.xyz"
-    found = {str(atoms.info["id"]): atoms for atoms in read_labels(file)}
+    found = {str(atoms.info["id"]): atoms for atoms in (read_labels(file) if file.is_file() else [])}
     structures = configurations(state, displacements)
     centroids, ensemble = structures[0], structures[1:]
     there = np.array([atoms.info["id"] in found for atoms in ensemble])
     whole = np.flatnonzero(np.repeat(there.reshape(-1, 2).all(axis=1), 2))
     if len(whole) < 4:
-        raise InputError(f"{file}: {len(whole) // 2} whole pairs +u, -u are labelled; at least two are needed for an error bar")
+        missing = {atoms.info["id"] for atoms, labelled in zip(ensemble, there, strict=True) if not labelled}
+        failed = {record["id"]: str(record.get("reason")) for record in read_failures(folder) if record.get("id") in missing}
+        text = f"{file}: {len(whole) // 2} whole pairs +u, -u are labelled; at least two are needed for an error bar"
+        if failed:
+            reason, count = Counter(failed.values()).most_common(1)[0]
+            raise MagusAnharmonicError(f"{text}. {len(failed)} of {len(ensemble)} labels failed, {count} of them so: {reason}")
+        raise InputError(text)
     chosen = [ensemble[index] for index in whole]
     reference = evaluated_by_labels([found[atoms.info["id"]] for atoms in chosen], displacements[whole])
     centroid = None

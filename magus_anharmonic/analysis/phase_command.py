@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import logging
+import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from magus_anharmonic.analysis.boundaries import BoundaryPoint
 from magus_anharmonic.analysis.gibbs_points import GibbsPoint, read_points, write_points
-from magus_anharmonic.analysis.phase_diagram import phase_diagram, write_diagram
+from magus_anharmonic.analysis.hull_figure import draw_hull
+from magus_anharmonic.analysis.phase_diagram import HullRow, PhaseDiagram, Stable, phase_diagram
+from magus_anharmonic.analysis.phase_figure import draw
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing, write_json
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
@@ -156,3 +162,96 @@ def _run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = Non
         write_points(output / "gibbs.csv", points)
 
     return run_grid(settings, structures, evaluator, output / "sscha", on_point=keep)
+
+
+def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
+    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``summary.json`` and the picture as SVG and PNG; with a hull that too.
+
+    Returns the pictures: ``png``, ``svg`` and, with a hull, ``hull`` (PNG; ``hull.svg`` lies beside it).
+    """
+    target = Path(folder)
+    write_points(target / "gibbs.csv", diagram.points)
+    _write_rows(target / "boundaries.csv", BOUNDARY_COLUMNS, [_boundary_row(one) for one in diagram.boundaries])
+    _write_rows(target / "stability.csv", STABLE_COLUMNS, [_stable_row(one) for one in diagram.stable])
+    pictures = {"png": draw(diagram, target / "phase-diagram.png"), "svg": draw(diagram, target / "phase-diagram.svg")}
+    if diagram.hull:
+        _write_rows(target / "hull.csv", HULL_COLUMNS, [_hull_row(row) for row in diagram.hull])
+        pictures["hull"] = next(path for path in draw_hull(diagram.hull, diagram.end_members, target) if path.suffix == ".png")
+    write_json(target / "summary.json", summary(diagram, sentences(diagram)))
+    return pictures
+
+
+BOUNDARY_COLUMNS = (
+    "isotopes", "below", "above", "temperature_K", "pressure_GPa", "error_GPa", "lower_95_GPa", "lower_68_GPa", "upper_68_GPa",
+    "upper_95_GPa", "odds_inside", "slope_GPa_per_K", "slope_error_GPa_per_K", "entropy_change_eV_per_K_per_atom",
+    "volume_change_A3_per_atom", "stable",
+)  # fmt: skip
+STABLE_COLUMNS = ("isotopes", "formula", "pressure_GPa", "temperature_K", "phase", "odds", "gap_eV_per_atom", "gap_error_eV_per_atom")
+HULL_COLUMNS = (
+    "isotopes", "pressure_GPa", "temperature_K", "phase", "formula", "fractions", "formation_eV_per_atom", "formation_error_eV_per_atom",
+    "distance_eV_per_atom", "margin_eV_per_atom", "error_eV_per_atom", "p_on_hull",
+)  # fmt: skip
+
+
+def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.8g}" if math.isfinite(value) else ""
+    return str(value)
+
+
+def _boundary_row(one: BoundaryPoint) -> list[Any]:
+    return [getattr(one, field.name) for field in fields(BoundaryPoint)]
+
+
+def _stable_row(one: Stable) -> list[Any]:
+    return [getattr(one, field.name) for field in fields(Stable)]
+
+
+def _hull_row(row: HullRow) -> list[Any]:
+    one = row.entry
+    shares = " ".join(f"{x:.6g}" for x in one.fractions)
+    numbers = [one.formation, one.formation_error, one.distance, one.margin, one.error, one.p_on_hull]
+    return [row.isotopes, row.pressure, row.temperature, one.name, one.formula, shares, *numbers]
+
+
+def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
+    """Everything in one dictionary ready for JSON: words, boundaries, quality of the fits, checks; infinite numbers as null."""
+    fits = [
+        {"isotopes": isotopes, "formula": formula, "phase": name, "chi2": surface.quality.chi2, "degrees_of_freedom": surface.quality.dof,
+         "covariance_inflation": surface.quality.inflation, "n": surface.quality.n, "rms_of_residuals_over_errors": surface.quality.rms,
+         "terms": [{"weight": m.weight, "powers_of_P": m.basis.cold, "powers_of_P_thermal": m.basis.thermal,
+                    "einstein_K": list(m.basis.thetas)} for m in surface.models]}
+        for (isotopes, formula), phases in diagram.sets.items() for name, surface in phases.surfaces.items()
+    ]  # fmt: skip
+    return _finite(
+        {
+            "sentences": list(sentences),
+            "n_points": len(diagram.points),
+            "n_usable": sum(point.usable for point in diagram.points),
+            "models": sorted({point.model for point in diagram.points if point.model}),
+            "model_error_eV_per_atom": diagram.model_error,
+            "boundaries": [dict(zip(BOUNDARY_COLUMNS, _boundary_row(one), strict=True)) for one in diagram.boundaries],
+            "continuous_transitions": [asdict(one) for one in diagram.meetings],
+            "clausius_clapeyron": [{**asdict(one), "deviation": None if one.reason else one.deviation} for one in diagram.checks],
+            "isotope_shifts": list(diagram.shifts),
+            "fits": fits,
+            "notes": list(diagram.notes),
+        }
+    )
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,32 +5,16 @@ A code is one module with ``available``, ``recipe``, ``calculator``, ``check`` a
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from types import ModuleType
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import Failure, Label, Labeler, Relaxed, settings_hash
+from magus_anharmonic.labelers.base import REGISTRY, Failure, Label, Labeler, Relaxed, code_module, settings_hash
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 
 __all__ = [
     "REGISTRY", "CallableLabeler", "Failure", "Label", "Labeler", "Relaxed", "available", "code_module", "get_labeler", "settings_hash",
 ]  # fmt: skip
-
-REGISTRY: dict[str, str] = {
-    "gpaw": "magus_anharmonic.labelers.gpaw",
-    "vasp": "magus_anharmonic.labelers.vasp",
-    "espresso": "magus_anharmonic.labelers.espresso",
-}
-"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE calculator."""
-
-OTHERS = "magus_anharmonic.labelers.ase_calculator"
-
-
-def code_module(name: str) -> ModuleType:
-    """The module that knows the code ``name``."""
-    return importlib.import_module(REGISTRY.get(name, OTHERS))
 
 
 def available(name: str) -> tuple[bool, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +22,20 @@ from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 
 ENERGY_CONVENTION = "extrapolated to zero smearing"
+
+REGISTRY: dict[str, str] = {
+    "gpaw": "magus_anharmonic.labelers.gpaw",
+    "vasp": "magus_anharmonic.labelers.vasp",
+    "espresso": "magus_anharmonic.labelers.espresso",
+}
+"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE calculator."""
+
+OTHERS = "magus_anharmonic.labelers.ase_calculator"
+
+
+def code_module(name: str) -> ModuleType:
+    """The module that knows the code ``name``."""
+    return importlib.import_module(REGISTRY.get(name, OTHERS))
 
 
 @dataclass(frozen=True)

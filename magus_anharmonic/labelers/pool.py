@@ -26,6 +26,7 @@ from magus_anharmonic.errors import MachineTrouble
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
 from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json
+from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Worker:
     def __init__(self, log_file: Path) -> None:
         self.log_file = log_file
         self._process: subprocess.Popen[bytes] | None = None
+        self._mark = new_mark()
         self._buffer = b""
         self._closed = False
 
@@ -67,8 +69,11 @@ class Worker:
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise self._end_of(process) from None
-        line = self._read_line(process, timeout, "no answer (learning.labeler.timeout)")
-        return json.loads(line)
+        answer = json.loads(self._read_line(process, timeout, "no answer (learning.labeler.timeout)"))
+        if not answer["ok"]:
+            # A launcher that failed may have left its ranks behind.
+            end_processes(descendants(process.pid), self._mark, spare=[process.pid])
+        return answer
 
     def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
@@ -85,7 +90,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, **_ONE_THREAD},
+                env={**os.environ, **_ONE_THREAD, MARK: self._mark},
             )
         self._read_line(self._process, START_TIMEOUT, "the labeler's process did not start")
         return self._process
@@ -121,10 +126,10 @@ class Worker:
         process, self._process, self._buffer = self._process, None, b""
         if process is None:
             return
-        # Children of a worker that is already dead still carry its process group.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
+        known = descendants(process.pid)
+        process.kill()
         process.wait()
+        end_processes(known, self._mark)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -5,11 +5,9 @@ It is a process of its own so that a crash, a hang or the code's printing cannot
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -21,8 +19,9 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, is_trouble
-from magus_anharmonic.labelers.base import Recipe
+from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
+from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 
@@ -92,8 +91,6 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
 
 
 def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
-    from magus_anharmonic.labelers import code_module
-
     module = code_module(recipe.code)
     atoms.calc = module.calculator(recipe, atoms, directory)
     return _results(atoms, module, directory)
@@ -102,8 +99,6 @@ def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
 def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
     from ase.filters import FrechetCellFilter
     from ase.optimize import BFGS
-
-    from magus_anharmonic.labelers import code_module
 
     module = code_module(recipe.code)
     atoms.calc = module.calculator(recipe, atoms, directory)
@@ -128,6 +123,7 @@ def main() -> None:
     The first line of the answer says that the process is ready. Standard output is taken away from the DFT code (its prints
     go to standard error, a log file), so that only results travel on the pipe.
     """
+    adopt_orphans()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[str] = queue.Queue()
@@ -143,9 +139,8 @@ def _read_jobs(jobs: queue.Queue[str]) -> None:
     for line in sys.stdin:
         jobs.put(line)
     # The search is gone: end at once, together with any program that this process started.
-    if os.getpgid(0) == os.getpid():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(0, signal.SIGKILL)
+    if mark := os.environ.get(MARK):
+        end_processes(descendants(os.getpid()), mark)
     os._exit(0)
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from magus_anharmonic.potential.checkpoint import Model as Model
     from magus_anharmonic.potential.evaluate import Potential as Potential
-    from magus_anharmonic.potential.evaluate import load as load
+    from magus_anharmonic.potential.loading import load as load
     from magus_anharmonic.potential.relax import Relaxation as Relaxation
 
-_HOMES = {"load": "evaluate", "Potential": "evaluate", "Relaxation": "relax", "Model": "checkpoint"}
+_HOMES = {"load": "loading", "Potential": "evaluate", "Relaxation": "relax", "Model": "checkpoint"}
 
 __all__ = ["Model", "Potential", "Relaxation", "load"]
 

@@ -45,7 +45,7 @@ class MatterSim(Calculator):
     def potential(self) -> Potential:
         """The loaded model; raises CheckpointError."""
         if self._potential is None:
-            from magus_anharmonic.potential.evaluate import load
+            from magus_anharmonic.potential import load
 
             self._potential = load(self.checkpoint, self.device, dtype=self.dtype)
         return self._potential

@@ -22,7 +22,6 @@ from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, expected_pairs, find_neighbours
 from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, measure
 from magus_anharmonic.potential.model import FactorisedM3GNet
-from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.threads import run_side_by_side
 from magus_anharmonic.potential.topology import Topology, find_topology
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
@@ -351,28 +350,3 @@ class _Results:
             self.energy[index], self.stress[index], self.forces[index] = energy[position], stress[position], by_structure[position]
         if self.error_model is not None and self.energy_error is not None:
             self.energy_error[indices] = self.error_model.predict(features, graph).energy_error
-
-
-def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "float32", edges_per_batch: int | None = None) -> Potential:
-    """Load a checkpoint: a name MatterSim knows, one that this package ships, or a path.
-
-    device
-        ``cpu``, ``cuda``, ...; None takes cuda where there is one.
-    dtype
-        ``float32`` as MatterSim, or ``float64`` for finite differences.
-
-    The first time that a process loads a model, it is compared with stock MatterSim (`magus_anharmonic.potential.self_check`).
-    Raises CheckpointError, InputError for a device that is not there, and MagusAnharmonicError when that comparison fails.
-    """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA")
-    path = checkpoint.resolve(name_or_path)
-    module, content = checkpoint.read(path, chosen)
-    species = checkpoint.species_of(content)
-    errors = uncertainty.error_model_of(content, module.model_args["units"])
-    potential = Potential(
-        module, path=path, species=species, device=chosen, dtype=dtype, edges_per_batch=edges_per_batch, error_model=errors
-    )
-    check_once(potential)
-    return potential

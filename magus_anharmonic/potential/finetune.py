@@ -25,8 +25,8 @@ from magus_anharmonic.files import set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential
+from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.score import Scores, labels_of
-from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.threads import threads_for_training
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
 from magus_anharmonic.potential.training_state import Epoch, TrainingState, read_state, write_state
@@ -95,7 +95,7 @@ def finetune(
     (default: once). ``progress`` is called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
     one follows does not need it).
 
-    What comes out is compared with stock MatterSim, alone and in a batch, as by `load` (`magus_anharmonic.potential.self_check`).
+    What comes out is compared with stock MatterSim, alone and in a batch, as by `load` (`magus_anharmonic.potential.loading`).
 
     Raises InputError (no training structure, a label missing or not finite, wrong settings or weights, ``out`` is a folder),
     CheckpointError, and MagusAnharmonicError when that comparison fails.

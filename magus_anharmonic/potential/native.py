@@ -23,6 +23,7 @@ import torch
 
 from magus_anharmonic.files import replacing
 from magus_anharmonic.potential.edge_kernels import Kernels
+from magus_anharmonic.processes import run_bounded
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _compile(compiler: str, library: Path) -> None:
         built = Path(scratch) / "edge_kernels.so"
         for optional in _OPTIONAL:
             command = [compiler, *_FLAGS, *optional, str(SOURCE), "-o", str(built), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+            done = run_bounded(command, _TIMEOUT)
             if done.returncode == 0:
                 break
         else:

@@ -50,7 +50,7 @@ class Source:
         """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same model."""
         if self.evaluator is not None:
             return self.evaluator
-        from magus_anharmonic.potential.evaluate import load
+        from magus_anharmonic.potential import load
 
         if self.content is None:
             potential = load(self.checkpoint, self.device, dtype=self.dtype)

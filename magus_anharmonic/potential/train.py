@@ -22,8 +22,8 @@ from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
+from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.score import Scores, labels_of, score, scores_by
-from magus_anharmonic.potential.self_check import check_once
 from magus_anharmonic.potential.shift import refit_shift
 from magus_anharmonic.potential.split import parent_of, split_by_parent
 from magus_anharmonic.potential.trainer import FinetuneSettings

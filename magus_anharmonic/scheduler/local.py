@@ -11,9 +11,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
 
 log = logging.getLogger(__name__)
@@ -106,8 +108,10 @@ class _Process:
         self.connection, other = context.Pipe()
         self._known: set[str] = set()
         self.job: tuple[int, Any] = (-1, None)
+        self._mark = new_mark()
         self._process = context.Process(target=_serve, args=(other, threads), daemon=True)
-        with _thread_variables(threads):
+        resource_tracker.ensure_running()  # which would take the mark of the first process that is started, and its end
+        with _variables({**dict.fromkeys(THREAD_VARIABLES, str(threads)), MARK: self._mark}):
             self._process.start()
         other.close()
 
@@ -136,8 +140,10 @@ class _Process:
         """End the process, if it has not ended within ``patience`` seconds; how it ended."""
         if self._process.exitcode is None:
             self._process.join(patience)
+        known = descendants(self._process.pid) if self._process.pid and self._process.exitcode is None else []
         self._process.kill()
         self._process.join()
+        end_processes(known, self._mark)
         self.connection.close()
         code = self._process.exitcode
         return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
@@ -171,14 +177,15 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        end_processes(descendants(os.getpid()), os.environ.get(MARK, ""))
         os._exit(1)
 
 
 @contextlib.contextmanager
-def _thread_variables(threads: int) -> Iterator[None]:
+def _variables(wanted: dict[str, str]) -> Iterator[None]:
     """The environment in which workers start: BLAS and torch read their number of threads when they are loaded."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update({name: str(threads) for name in THREAD_VARIABLES})
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

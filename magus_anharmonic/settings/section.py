@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -126,6 +127,10 @@ def nearest(key: str, names: Any) -> str:
     return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
 
 
+LARGEST_BY_ALIASES = 1e5
+"""Characters to which a short file may grow by its aliases: a kilobyte of them can stand for more than any memory holds."""
+
+
 def _safe_load(file: Path) -> Any:
     loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
     try:
@@ -134,9 +139,20 @@ def _safe_load(file: Path) -> Any:
             return None
         if problems := list(_misuses(node, "", set(), frozenset())):
             raise InputError(*(f"{file}: {problem}" for problem in problems))
+        size = _written_out(node, {})
+        if size > LARGEST_BY_ALIASES + 10 * loader.index:
+            raise InputError(f"{file}: its aliases (*) stand for more than {size:.1e} characters; write out what is meant")
         return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _written_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Characters of a block in which every alias is replaced by what it stands for."""
+    if node not in known:
+        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1.0 + (len(node.value) if isinstance(node, yaml.ScalarNode) else sum(_written_out(part, known) for part in parts))
+    return known[node]
 
 
 def _misuses(node: yaml.Node, path: str, seen: set[yaml.Node], outer: frozenset[yaml.Node]) -> Iterator[str]:

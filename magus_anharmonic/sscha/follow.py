@@ -18,8 +18,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.hessian import Hessian
-from magus_anharmonic.sscha.hessian_error import levels
+from magus_anharmonic.sscha.hessian import Hessian, levels
 from magus_anharmonic.sscha.start import nearest_neighbour
 from magus_anharmonic.sscha.state import fourier, variance
 from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, supercell_matrix

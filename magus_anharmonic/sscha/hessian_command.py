@@ -20,7 +20,7 @@ from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.drawing import draw
 from magus_anharmonic.sscha.group import group_of_result
-from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian
+from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
@@ -258,7 +258,6 @@ def frequency_table(hessian: Hessian) -> str:
 def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
     """The softest levels for the screen: q, degeneracy, auxiliary and Hessian wave number with error, cm^-1."""
     from magus_anharmonic.sscha.dispersion import bands
-    from magus_anharmonic.sscha.hessian_error import levels
 
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points) * EV_IN_CM1
     rows = []

@@ -1,4 +1,4 @@
-"""Does this installation evaluate this model as stock MatterSim does, alone and in a batch? Asked once per model and process.
+"""Load a checkpoint, and ask once per model and process: is it evaluated here as by stock MatterSim, alone and in a batch?
 
 What could go wrong: another version of MatterSim with another architecture, a compiler or a BLAS that computes wrong numbers,
 indices of a batch that are mixed up. None of these raises an error by itself.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import numpy as np
+import torch
 from ase import Atoms
 
-from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError, NotFinite
+from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonicError, NotFinite
+from magus_anharmonic.evaluator import Evaluation
+from magus_anharmonic.potential import checkpoint, uncertainty
+from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.units import gpa_to_ev_per_a3
-
-if TYPE_CHECKING:
-    from magus_anharmonic.evaluator import Evaluation
-    from magus_anharmonic.potential.evaluate import Potential
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +26,31 @@ ENERGY, FORCES, STRESS = 1e-4, 1e-3, 1e-3
 """Tolerated: eV/atom, eV/A, eV/A^3; of the scale of the numbers where they are larger than 1. Ten times what is usual."""
 
 _checked: set[tuple[str, str, str]] = set()
+
+
+def load(name_or_path: str | Path, device: str | None = None, *, dtype: str = "float32", edges_per_batch: int | None = None) -> Potential:
+    """Load a checkpoint: a name MatterSim knows, one that this package ships, or a path.
+
+    device
+        ``cpu``, ``cuda``, ...; None takes cuda where there is one.
+    dtype
+        ``float32`` as MatterSim, or ``float64`` for finite differences.
+
+    The first time that a process loads a model, it is compared with stock MatterSim (`check_against_stock`).
+    Raises CheckpointError, InputError for a device that is not there, and MagusAnharmonicError when that comparison fails.
+    """
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA")
+    path = checkpoint.resolve(name_or_path)
+    module, content = checkpoint.read(path, chosen)
+    species = checkpoint.species_of(content)
+    errors = uncertainty.error_model_of(content, module.model_args["units"])
+    potential = Potential(
+        module, path=path, species=species, device=chosen, dtype=dtype, edges_per_batch=edges_per_batch, error_model=errors
+    )
+    check_once(potential)
+    return potential
 
 
 def check_once(potential: Potential) -> None:
@@ -75,8 +100,6 @@ def _stock(potential: Potential, structures: list[Atoms]) -> list[Evaluation]:
     """Stock MatterSim's results, one structure at a time: its batches have had wrong three-body indices."""
     from mattersim.datasets.utils.build import build_dataloader
     from mattersim.forcefield.potential import Potential as StockPotential
-
-    from magus_anharmonic.evaluator import Evaluation
 
     stock = StockPotential(copy.deepcopy(potential.module).float(), device=potential.device)
     cutoffs = {"cutoff": potential.model.cutoff, "threebody_cutoff": potential.model.threebody_cutoff}

@@ -1,0 +1,106 @@
+"""Programs that this package starts end with everything that they have started, also in sessions or groups of their own.
+
+MPI's launchers put their ranks into groups of their own, and what outlives its parent is given to init: neither a process group nor
+descent alone finds all of them, so each program also carries a mark in its environment that its children inherit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+MARK = "MAGUS_ANHARMONIC_PROCESS"
+PATIENCE = 2.0
+"""Seconds between SIGTERM, with which launchers end what they started on other machines, and SIGKILL."""
+_PR_SET_CHILD_SUBREAPER = 36
+GIVE_UP = 20.0
+"""Seconds after which a process that even SIGKILL does not end (it waits for a disk) is left alone, with a warning."""
+
+
+def adopt_orphans() -> None:
+    """Linux: what loses its parent below this process becomes its child instead of init's, and `descendants` finds it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def new_mark() -> str:
+    """A value of the variable `MARK` that no other process has."""
+    return uuid.uuid4().hex
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """All living processes below ``pid``; none where it is gone. Ask before it is ended: its children lose their parent then."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def end_processes(known: Iterable[psutil.Process], mark: str, spare: Iterable[int] = ()) -> None:
+    """End the ``known`` processes, everything below them and whatever carries ``mark``; neither this process nor those of ``spare``."""
+    spared = {os.getpid(), *spare}
+    found = {process for process in known if process.pid not in spared}
+    begun, number = time.monotonic(), signal.SIGTERM
+    while True:
+        found |= {below for process in found for below in descendants(process.pid)} | _marked(mark, spared)
+        living = [process for process in found if process.pid not in spared and _lives(process)]
+        if not living:
+            return
+        if time.monotonic() - begun > GIVE_UP:
+            log.warning("processes that cannot be ended: %s", ", ".join(str(process.pid) for process in living))
+            return
+        for process in living:
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(number)
+        end = time.monotonic() + PATIENCE
+        while time.monotonic() < end and any(map(_lives, living)):
+            time.sleep(0.02)
+        number = signal.SIGKILL
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _marked(mark: str, spared: set[int]) -> set[psutil.Process]:
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in spared and process.environ().get(MARK) == mark:
+                found.add(process)
+    return found
+
+
+def run_bounded(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run`` with text captured; after ``timeout`` seconds the program and all that it started are ended.
+
+    Raises ``subprocess.TimeoutExpired`` then, without waiting for who still holds its pipes.
+    """
+    mark = new_mark()
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: mark}
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            known = descendants(process.pid)
+            process.kill()
+            process.wait()
+            end_processes(known, mark)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
