@@ -178,7 +178,11 @@ def _recorded_rmse(folder: Path) -> float | None:
 
 
 def validation_rmse(metrics: dict[str, Any]) -> float | None:
-    """Energy RMSE (eV/atom) of the model in use on the validation labels, from a record of ``metrics.jsonl``; None if unknown."""
+    """Energy RMSE (eV/atom) of the model in use on validation labels of the search, from a record of ``metrics.jsonl``; None if unknown."""
+    from magus_anharmonic.learning.learn import DATASET
+
+    if metrics.get("validation_from") == DATASET:
+        return None
     new = metrics.get("new")
     scores = new.get("validation") if isinstance(new, dict) else None
     value = scores.get("energy_rmse") if isinstance(scores, dict) else None
@@ -330,10 +334,10 @@ def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
         atoms.info.update(
             candidate_id=candidate.id,
             sscha_centroid=candidate.record,
-            free_energy=candidate.gibbs,
-            free_energy_error=candidate.gibbs_error,
-            free_energy_status=candidate.status,
-            free_energy_model=candidate.model,
+            gibbs=candidate.gibbs,
+            gibbs_error=candidate.gibbs_error,
+            status=candidate.status,
+            gibbs_model=candidate.model,
             spg_quantum=candidate.spg_quantum,
         )
         seeds.append(atoms)

@@ -21,6 +21,7 @@ BASE = {
     "failures",
     "lock",
     "structures",
+    "processes",
     "gate",
     "evaluator",
     "calculator_check",

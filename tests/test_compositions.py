@@ -147,14 +147,14 @@ def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed: int) -> Non
     assert population_fitness(structures) == pytest.approx([-h for h in above(structures, static)], abs=1e-9)
     gibbs = [h + 0.1 + 0.3 * np.sin(7 * k) for k, h in enumerate(static)]
     for atoms, g in zip(structures, gibbs, strict=True):
-        atoms.info.update(free_energy=g, free_energy_error=1e-3, free_energy_status="sscha", free_energy_model="m")
+        atoms.info.update(gibbs=g, gibbs_error=1e-3, status="sscha", gibbs_model="m")
     assert population_fitness(structures) == pytest.approx([-h for h in above(structures, gibbs)], abs=1e-9)
 
 
 def test_structures_without_energy_come_last_and_failures_at_their_estimate_among_all_compositions() -> None:
     structures = population(0)
     before = population_fitness(structures)
-    structures[3].info.update(free_energy_status="failed", free_energy_model="m")
+    structures[3].info.update(status="failed", gibbs_model="m")
     assert population_fitness(structures) == pytest.approx(before), "nothing was computed, so the enthalpy is the estimate"
     del structures[4].info["enthalpy"]
     values = population_fitness(structures)
@@ -197,7 +197,7 @@ def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Pat
     heights = above(structures, [h + 0.2 + 0.125 * (len(set(a.symbols)) > 1) for h, a in zip(enthalpies, structures, strict=True)])
     found = rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir=tmp_path, free_energy=mixing, workers=1)
     assert {c.members[0]: c.gibbs_above_hull for c in found} == pytest.approx(dict(enumerate(heights)), abs=1e-9)
-    assert [atoms.info["free_energy_above_hull"] for atoms in structures] == pytest.approx(heights, abs=1e-9)
+    assert [atoms.info["gibbs_above_hull"] for atoms in structures] == pytest.approx(heights, abs=1e-9)
     with (tmp_path / "ranking.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["formula"], row["rank_quantum"]) for row in rows[:3]] == [("Al", "1"), ("Cu", "1"), ("Cu", "2")]
@@ -221,7 +221,7 @@ def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> No
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al")]
     reevaluate(structures, fakes.Emt(), keys)
     rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir=tmp_path, free_energy=mixing, workers=1)
-    assert [atoms.info["free_energy_status"] for atoms in structures] == ["sscha", "estimated", "sscha"]
+    assert [atoms.info["status"] for atoms in structures] == ["sscha", "estimated", "sscha"]
 
 
 SEARCH: dict[str, Any] = {
@@ -243,10 +243,10 @@ def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(tmp
     monkeypatch.setattr(host, "start", start)
     good = run(parse_settings(SEARCH), tmp_path).good
     assert len({atoms.get_chemical_formula(empirical=True) for atoms in good}) > 2
-    assert {atoms.info["free_energy_status"] for atoms in good} == {"sscha"}
-    heights = above(good, [atoms.info["free_energy"] for atoms in good])
+    assert {atoms.info["status"] for atoms in good} == {"sscha"}
+    heights = above(good, [atoms.info["gibbs"] for atoms in good])
     assert heights == pytest.approx(sorted(heights), abs=1e-9) and heights[0] == pytest.approx(0.0, abs=1e-9)
-    assert [atoms.info["free_energy_above_hull"] for atoms in good] == pytest.approx(heights, abs=1e-9)
+    assert [atoms.info["gibbs_above_hull"] for atoms in good] == pytest.approx(heights, abs=1e-9)
     rows = read_ranking(tmp_path / "results/anharmonic/ranking.csv")
     assert {atoms.info["candidate_id"] for atoms in good} <= {row.id for row in rows}
 

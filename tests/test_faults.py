@@ -33,7 +33,6 @@ from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
 from magus_anharmonic import files
-from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler
 from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError, MachineTrouble, MagusAnharmonicError, is_trouble
@@ -244,7 +243,6 @@ def test_trouble_of_the_machine_ends_whatever_asks_for_numbers(error: Exception,
         lambda: free_energy(bulk("Cu"), source, directory=tmp_path / "run", supercell=(2, 2, 2), n_configs=60),
         lambda: run_job(job, source, free_energy),
         lambda: reevaluate([bulk("Cu")], source, settings),
-        lambda: CalculatorLabeler(Raising(error)).label([bulk("Cu")]),
         lambda: list(SerialScheduler().map(raises, [error])),
     ):
         with pytest.raises((type(error), MachineTrouble)):

@@ -30,10 +30,10 @@ INFO = st.fixed_dictionaries(
     {},
     optional={
         "enthalpy": ENERGY | ANYTHING,
-        "free_energy": ENERGY | ANYTHING,
-        "free_energy_error": st.floats(0, 1) | ANYTHING,
-        "free_energy_status": st.sampled_from(["sscha", "unconverged", "estimated", "static", "failed", "saddle"]) | ANYTHING,
-        "free_energy_model": MODELS,
+        "gibbs": ENERGY | ANYTHING,
+        "gibbs_error": st.floats(0, 1) | ANYTHING,
+        "status": st.sampled_from(["sscha", "unconverged", "estimated", "static", "failed", "saddle"]) | ANYTHING,
+        "gibbs_model": MODELS,
         "model": MODELS,
     },
 )
@@ -43,10 +43,10 @@ def computed(enthalpy: float, gibbs: float, model: str = "m", of: str = "m", sta
     return {
         "enthalpy": enthalpy,
         "model": model,
-        "free_energy": gibbs,
-        "free_energy_error": 1e-3,
-        "free_energy_status": status,
-        "free_energy_model": of,
+        "gibbs": gibbs,
+        "gibbs_error": 1e-3,
+        "status": status,
+        "gibbs_model": of,
     }
 
 

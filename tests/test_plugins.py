@@ -217,6 +217,33 @@ def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
         assert (merges in caplog.text and "comparator_list: [naive]} and dE: 0.001 keep them" in caplog.text) if merges else not caplog.text
 
 
+def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
+    """The fault: its default, naive or zurek, took R3m and Im-3m for one whatever ``dE``, and every input had to know."""
+    theirs = {"comparator_list": ["naive", "zurek"]}
+    for more, used in [
+        ({"Fitness": ["SSCHA"], "sscha": {}, "dE": 0.001}, {"comparator_list": ["naive"]}),
+        ({"Fitness": ["SSCHA"], "sscha": {}, "Comparator": theirs}, theirs),
+        ({"Fitness": ["Enthalpy"]}, None),
+    ]:
+        assert search_of(magus, keys(tiny_checkpoint, **more)).parameters.get("Comparator") == used
+
+
+def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(magus: SimpleNamespace, h3s: Any) -> None:
+    """The fault: the distance above the hull stayed with a structure that was relaxed anew."""
+    from magus_anharmonic.plugins.calculator import FREE_ENERGY_KEYS, RESULT_KEYS
+    from magus_anharmonic.ranking.candidate import Candidate
+    from magus_anharmonic.ranking.outcomes import set_info
+
+    atoms = h3s()
+    parts = [Candidate(f"{n}", other, 100.0, 0.0, -1.0, "m", members=(0,)) for n, other in enumerate((atoms, Atoms("Al", cell=[3, 3, 3])))]
+    set_info([atoms], parts, "m")
+    assert (
+        {"gibbs", "gibbs_error", "gibbs_above_hull", "status", "reason", "spg_quantum"}
+        <= {*atoms.info}
+        <= {*RESULT_KEYS, *FREE_ENERGY_KEYS}
+    )
+
+
 def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint: Path) -> None:
     from magus_anharmonic.plugins.parameters import settings_of
 
@@ -419,11 +446,11 @@ def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
     pop = population(magus, h3s)
     before = [ind.info["enthalpy"] for ind in calculator.scf(pop.copy())]
-    pop[0].info.update(free_energy=-1.0, free_energy_model="old", origin="seed")
+    pop[0].info.update(gibbs=-1.0, gibbs_model="old", origin="seed")
     relaxed = calculator.relax(pop, logfile="aserelax0.log", trajname="calc0.traj")
     assert type(relaxed) is type(pop) and [ind.info["identity"] for ind in relaxed] == ["init1-0", "init1-1", "init1-2"]
     assert all(ind.info["enthalpy"] < start for ind, start in zip(relaxed, before, strict=True))
-    assert "free_energy" not in relaxed[0].info and relaxed[0].info["origin"] == "seed"
+    assert "gibbs" not in relaxed[0].info and relaxed[0].info["origin"] == "seed"
     assert len(relaxed[0].info["trajs"]) == 2
     assert Path.cwd() == magus.work
 
@@ -590,8 +617,8 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus: SimpleNa
     from magus.populations.populations import Population
 
     infos = [
-        {"enthalpy": -1.0, "model": "m", "free_energy": -0.8, "free_energy_model": "m", "free_energy_status": "sscha"},
-        {"enthalpy": -1.1, "model": "m", "free_energy": -0.9, "free_energy_model": "m", "free_energy_status": "sscha"},
+        {"enthalpy": -1.0, "model": "m", "gibbs": -0.8, "gibbs_model": "m", "status": "sscha"},
+        {"enthalpy": -1.1, "model": "m", "gibbs": -0.9, "gibbs_model": "m", "status": "sscha"},
         {"enthalpy": -0.5, "model": "m"},
         {"enthalpy": float("nan"), "model": "m"},
         {},
@@ -674,7 +701,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
         seen.append((generation, len(population), len(survivors)))
         assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
         for ind in survivors:
-            ind.info.update(free_energy=-1.0, compare_info={"old": 1})
+            ind.info.update(gibbs=-1.0, compare_info={"old": 1})
         state.potential = Relaxing(f"after round {generation}")
         return [h3s(bond_shift=0.0)]
 
@@ -687,7 +714,7 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
     assert {frame.info["model"] for frame in read("results/raw2.traj", ":")} == {"after round 1"}, (
         "the next round relaxes with what was learned"
     )
-    assert [frame.info["free_energy"] for frame in read("results/gen1.traj", ":")] == [-1.0, -1.0]
+    assert [frame.info["gibbs"] for frame in read("results/gen1.traj", ":")] == [-1.0, -1.0]
     assert all("compare_info" not in ind.info and ind.info["spg"] == 1 for ind in search.cur_pop)
 
 
@@ -700,7 +727,7 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
     search.one_step(population(magus, h3s).pop)
     assert len(calls) == 2
     saved = read("results/gen1.traj", ":")
-    assert sorted(frame.info["free_energy_status"] for frame in saved) == ["estimated", "sscha", "sscha"]
+    assert sorted(frame.info["status"] for frame in saved) == ["estimated", "sscha", "sscha"]
     assert {frame.info["model"] for frame in saved} == {"first"}
     assert np.isfinite([ind.info["fitness"]["sscha"] for ind in search.good_pop]).all()
     # The same round again, as after a kill: nothing is calculated twice.
@@ -723,9 +750,9 @@ def test_the_last_round_is_ranked_whatever_ended_the_search(
     rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in(calls), 1, 0
     search.run(population(magus, h3s).pop)
     assert search.curgen == 3 and len(calls) == 2
-    assert sum("free_energy" in ind.info for ind in search.good_pop) > 0
+    assert sum("gibbs" in ind.info for ind in search.good_pop) > 0
     assert len(search.best_pop) == 2, "one for each round"
-    assert [info for ind in read("results/gen2.traj", ":") if (info := ind.info.get("free_energy_status")) == "sscha"]
+    assert [info for ind in read("results/gen2.traj", ":") if (info := ind.info.get("status")) == "sscha"]
     shown = capsys.readouterr().out
     assert "Ranking by free energy" in shown and "ranking.png" in shown
     assert Path("results/anharmonic/ranking.png").exists() and Path("results/anharmonic/report.html").exists()
@@ -958,10 +985,10 @@ def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: Simp
     def individual(phase: str, **info: Any) -> Individual:
         return Individual("H", info={"phase": phase, "model": "m", **info})
 
-    ranked = {"free_energy": -1.0, "free_energy_status": "sscha", "free_energy_model": "m"}
+    ranked = {"gibbs": -1.0, "status": "sscha", "gibbs_model": "m"}
     old, own, new = individual("A"), individual("B", **ranked), individual("A", **ranked)
     known = [old, own]
-    keep_better(known, [new, individual("B", **{**ranked, "free_energy": -0.5})])
+    keep_better(known, [new, individual("B", **{**ranked, "gibbs": -0.5})])
     assert known[0] is new, "MAGUS would have thrown the free energy away"
     assert known[1] is own, "a structure that has a lower one keeps its own"
     older, lower, equal = individual("C", enthalpy=-0.0081), individual("C", enthalpy=-0.0088), individual("C", enthalpy=-0.0088)
@@ -969,5 +996,5 @@ def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: Simp
     keep_better(known, [lower, equal])
     assert known[0] is lower and known[1] is lower, "MAGUS would have kept the worse one of two equals"
     stale = [individual("A")]
-    keep_better(stale, [individual("A", **{**ranked, "free_energy_model": "older"})])
-    assert "free_energy" not in stale[0].info, "a free energy of another model is none"
+    keep_better(stale, [individual("A", **{**ranked, "gibbs_model": "older"})])
+    assert "gibbs" not in stale[0].info, "a free energy of another model is none"

@@ -510,7 +510,7 @@ def test_a_child_that_relaxed_back_is_its_parent() -> None:
     other = described(bulk("Al", "bcc", a=3.2), 0.0, gen=2)
     replaced = population.replace_known([child, other], [parent], parts()[0].keys)
     assert replaced[0] is parent and replaced[1] is other
-    child.info.update(free_energy=0.05, free_energy_status="sscha", free_energy_model="m", model="m")
+    child.info.update(gibbs=0.05, status="sscha", gibbs_model="m", model="m")
     assert population.replace_known([child], [parent], parts()[0].keys)[0] is child, "a computed free energy is not thrown away"
 
 
@@ -524,9 +524,9 @@ def test_the_better_of_two_equal_structures_is_kept(fitness: str) -> None:
         assert population.remove_duplicates(pair, [fitness], keys) == [child]
         assert [atoms.info["enthalpy"] for atoms in population.select_good(pair, [fitness], keys)] == [-0.0088]
     for atoms in (parent, child):
-        atoms.info.update(free_energy=0.05, free_energy_status="sscha", free_energy_model="m", model="m")
+        atoms.info.update(gibbs=0.05, status="sscha", gibbs_model="m", model="m")
     assert population.remove_duplicates([parent, child], [fitness], keys) == [child], "one free energy for both: the lower enthalpy"
-    del child.info["free_energy"]
+    del child.info["gibbs"]
     assert population.remove_duplicates([parent, child], [fitness], keys) == [parent], "the free energy was paid for"
 
 
@@ -607,8 +607,8 @@ def test_free_energies_rank_and_centroids_become_seeds_of_the_next_generation(tm
     def after_generation(state: Any, relaxed: list[Atoms], survivors: list[Atoms], generation: int, *, last: bool) -> list[Atoms]:
         calls.append((generation, len(relaxed), last))
         for atoms in survivors:
-            free = {"free_energy": -atoms.info["enthalpy"], "free_energy_error": 0.0, "free_energy_status": "sscha"}
-            atoms.info |= {**free, "free_energy_model": atoms.info["model"]}
+            free = {"gibbs": -atoms.info["enthalpy"], "gibbs_error": 0.0, "status": "sscha"}
+            atoms.info |= {**free, "gibbs_model": atoms.info["model"]}
         return [centroid.copy()]
 
     monkeypatch.setattr(host, "after_generation", after_generation)

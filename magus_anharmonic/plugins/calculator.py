@@ -30,11 +30,12 @@ logger = logging.getLogger(__name__)
 # What an earlier calculation left in ``info``: it belongs to another structure or another model once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
 FREE_ENERGY_KEYS = (
-    "free_energy",
-    "free_energy_error",
-    "free_energy_status",
-    "free_energy_model",
-    "free_energy_reason",
+    "gibbs",
+    "gibbs_error",
+    "gibbs_above_hull",
+    "status",
+    "gibbs_model",
+    "reason",
     "spg_quantum",
     "candidate_id",
 )

@@ -23,7 +23,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.lock import Held, check_free, read_owner
 from magus_anharmonic.plugins.logs import check_restart, tame
 from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, is_ours, single_thread
-from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concerns_us, misspelt_blocks, stop
+from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concerns_us, fitness_names, misspelt_blocks, stop
 from magus_anharmonic.plugins.rounds import Rounds
 from magus_anharmonic.run_record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
@@ -67,6 +67,10 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
         return
     tame()
     ml = is_mode(search, "MLMagus")
+    if "SSCHA" in fitness_names(keys) and "Comparator" not in keys:
+        # MAGUS's own default looks at shapes alone, and would throw away what SSCHA is to tell apart.
+        keys["Comparator"] = {"comparator_list": ["naive"]}
+        logger.info("Comparator: naive (of equal structures: space group, volume within dV, energy within dE), because of Fitness: [SSCHA]")
     try:
         settings = check_input(keys, ml=ml, parallel=is_mode(search, "PaMagus"))
         for name in CALCULATOR_BLOCKS:

@@ -34,10 +34,11 @@ def concerns_us(parameters: Mapping[str, Any]) -> bool:
     if any(snake_case(str(key)) in BLOCKS for key in parameters):
         return True
     blocks = [parameters[name] for name in CALCULATOR_BLOCKS if name in parameters]
-    return any("mattersim" in stages(as_magus_reads(block)) for block in blocks) or "SSCHA" in _fitness(parameters)
+    return any("mattersim" in stages(as_magus_reads(block)) for block in blocks) or "SSCHA" in fitness_names(parameters)
 
 
-def _fitness(parameters: Mapping[str, Any]) -> list[str]:
+def fitness_names(parameters: Mapping[str, Any]) -> list[str]:
+    """The names of ``Fitness:``, a list or one."""
     named = parameters["Fitness"] if "Fitness" in parameters else []
     return [str(name) for name in (named if isinstance(named, list | tuple) else [named])]
 
@@ -50,7 +51,7 @@ def misspelt_blocks(parameters: Mapping[str, Any]) -> list[str]:
         close = difflib.get_close_matches(name, BLOCKS, n=1, cutoff=0.75)
         if isinstance(value, Mapping) and close and name not in BLOCKS:
             lines.append(f"{key}: unknown block of keys; did you mean {close[0]}?")
-    for name in _fitness(parameters):
+    for name in fitness_names(parameters):
         if name != "SSCHA" and difflib.get_close_matches(name.upper(), ["SSCHA"], cutoff=0.75):
             lines.append(f"Fitness: {name}: unknown fitness; did you mean SSCHA?")
     return lines

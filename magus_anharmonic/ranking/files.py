@@ -93,8 +93,8 @@ def rank_structures(
     reevaluate(good, source, settings)
     for index, (atoms, reason) in enumerate(zip(copies, reasons, strict=True)):
         if reason:
-            atoms.info["free_energy_reason"] = f"relaxation: {reason}"
-            log.warning("structure %d is out of the ranking: %s", index, atoms.info["free_energy_reason"])
+            atoms.info["reason"] = f"relaxation: {reason}"
+            log.warning("structure %d is out of the ranking: %s", index, atoms.info["reason"])
     return rank(
         copies,
         evaluator=source,

@@ -41,12 +41,12 @@ def computed_gibbs(info: Mapping[str, Any]) -> float | None:
 
 
 def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
-    if _text(info.get("free_energy_status")) not in states:
+    if _text(info.get("status")) not in states:
         return None
     model = _text(info.get("model"))
-    if not model or model != _text(info.get("free_energy_model")):
+    if not model or model != _text(info.get("gibbs_model")):
         return None
-    return number(info.get("free_energy"))
+    return number(info.get("gibbs"))
 
 
 def copy_order(info: Mapping[str, Any]) -> tuple[bool, float, float]:
@@ -63,7 +63,7 @@ def population_fitness(structures: Sequence[Atoms]) -> list[float]:
 def fitness_values(infos: Sequence[Mapping[str, Any]], compositions: Sequence[str] | None = None) -> list[float]:
     """Minus the free energy per atom of every structure, finite whatever the ``info`` holds.
 
-    * a computed G counts when it belongs to the model of the enthalpy (``free_energy_model == model``);
+    * a computed G counts when it belongs to the model of the enthalpy (``gibbs_model == model``);
     * a stale or missing one is replaced by the estimate from those present (`fit_estimates`), in the order of the
       enthalpies, and never above the best computed one of its composition; without any computed G the enthalpy itself counts;
     * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it counts, above it speaks against nobody;
@@ -85,7 +85,7 @@ def _free_energies(infos: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     """G by position, computed or estimated (eV/atom), of those that have a usable enthalpy or G."""
     enthalpies = [number(info.get("enthalpy")) for info in infos]
     gibbs = [computed_gibbs(info) for info in infos]
-    errors = [number(info.get("free_energy_error")) or 0.0 for info in infos]
+    errors = [number(info.get("gibbs_error")) or 0.0 for info in infos]
     known = [(n, h, g, e) for n, h, g, e in zip(names, enthalpies, gibbs, errors, strict=True) if g is not None and h is not None]
     estimates = fit_estimates(known, names)
     values = {i: g for i, g in enumerate(gibbs) if g is not None}

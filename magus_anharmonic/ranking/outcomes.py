@@ -159,16 +159,16 @@ def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model
     """The flat ``info`` keys that fitness, host and ``magus summary`` read, on every structure of the population."""
     several = len({candidate.composition for candidate in candidates}) > 1
     for candidate in candidates:
-        above = {"free_energy_above_hull": np.nan if candidate.gibbs_above_hull is None else candidate.gibbs_above_hull} if several else {}
+        above = {"gibbs_above_hull": np.nan if candidate.gibbs_above_hull is None else candidate.gibbs_above_hull} if several else {}
         for index in candidate.members:
             population[index].info.update(
                 candidate_id=candidate.id,
                 model=model,
-                free_energy=np.nan if candidate.gibbs is None else candidate.gibbs,
-                free_energy_error=np.nan if candidate.gibbs is None or candidate.gibbs_error is None else candidate.gibbs_error,
-                free_energy_status=candidate.status,
-                free_energy_model=model,
-                free_energy_reason=candidate.reason,
+                gibbs=np.nan if candidate.gibbs is None else candidate.gibbs,
+                gibbs_error=np.nan if candidate.gibbs is None or candidate.gibbs_error is None else candidate.gibbs_error,
+                status=candidate.status,
+                gibbs_model=model,
+                reason=candidate.reason,
                 spg_quantum=candidate.spg_quantum,
                 **above,
             )

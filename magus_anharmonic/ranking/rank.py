@@ -346,7 +346,7 @@ class Ranking:
 
     def _failed(self, index: int, temperature: float) -> Candidate:
         atoms = self.population[index]
-        reason = str(atoms.info.get("free_energy_reason") or "it has no enthalpy")
+        reason = str(atoms.info.get("reason") or "it has no enthalpy")
         return Candidate(
             structure_id(atoms), bare(atoms), self.settings.pressure, temperature, None, self.model,
             spg_static=space_group(atoms), members=(index,), status="failed", reason=reason,

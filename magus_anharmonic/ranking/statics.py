@@ -34,7 +34,7 @@ def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Sett
         set_energy_error(atoms, None if isinstance(found, str) else found.error_of(0))
         if isinstance(found, str):
             log.warning("a survivor cannot be evaluated and is out of the ranking: %s", found)
-            atoms.info.update(enthalpy=np.inf, free_energy_reason=found)
+            atoms.info.update(enthalpy=np.inf, reason=found)
             continue
         energy, forces, stress = float(found.energy[0]), found.forces[0], found.stress[0]
         work = gpa_to_ev_per_a3(settings.pressure) * atoms.get_volume()

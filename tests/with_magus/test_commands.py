@@ -150,11 +150,11 @@ def test_missing_free_energies_are_last_in_the_summary(work: Path) -> None:
 
     frames = [bulk("Al", a=a) for a in (4.0, 4.1, 4.2)]
     for atoms, value in zip(frames, (-1.0, None, -2.0), strict=True):
-        atoms.info.update(enthalpy=0.0, free_energy_status="sscha" if value else "static")
+        atoms.info.update(enthalpy=0.0, status="sscha" if value else "static")
         if value is not None:
-            atoms.info["free_energy"] = value
+            atoms.info["gibbs"] = value
     write(work / "some.traj", frames)
-    result = magus(work, "summary", "some.traj", "-a", "free_energy", "-sb", "free_energy")
+    result = magus(work, "summary", "some.traj", "-a", "gibbs", "-sb", "gibbs")
     shown = [float(line.split()[-1]) for line in result.stdout.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])]
     assert shown[:2] == [-2.0, -1.0] and np.isnan(shown[2]), result.stdout
 

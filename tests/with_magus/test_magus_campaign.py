@@ -45,10 +45,10 @@ def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work: Path)
     result = magus(work, "search")
     assert result.returncode == 0, result.stdout[-3000:]
     good = read(work / "results/good.traj", ":")
-    known = [atoms for atoms in good if atoms.info["free_energy_status"] in RANKED]
+    known = [atoms for atoms in good if atoms.info["status"] in RANKED]
     formulas = [atoms.get_chemical_formula() for atoms in known]
     assert len({reduced_formula(formula) for formula in formulas}) > 1
-    heights = above_hull(formulas, np.array([atoms.info["free_energy"] for atoms in known]))
-    assert [atoms.info["free_energy_above_hull"] for atoms in known] == pytest.approx(heights, abs=1e-6)
-    order = [height for height, atoms in zip(heights, known, strict=True) if atoms.info["free_energy_model"] == atoms.info["model"]]
+    heights = above_hull(formulas, np.array([atoms.info["gibbs"] for atoms in known]))
+    assert [atoms.info["gibbs_above_hull"] for atoms in known] == pytest.approx(heights, abs=1e-6)
+    order = [height for height, atoms in zip(heights, known, strict=True) if atoms.info["gibbs_model"] == atoms.info["model"]]
     assert order == pytest.approx(sorted(order), abs=1e-9), "MAGUS sorts its good population by the fitness"

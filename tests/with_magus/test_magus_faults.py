@@ -97,11 +97,11 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
     bent = bulk("Al", a=4.0, cubic=True)
     bent.positions[0] += [0.02, 0.01, 0.0]
     good = population([bent], "good")
-    good[0].info["free_energy"] = -1.0
+    good[0].info["gibbs"] = -1.0
     before = good[0].copy()
     population(good.clustering(2)[1], "keep").add_symmetry()
     assert not np.allclose(good[0].get_all_distances(mic=True), before.get_all_distances(mic=True), atol=1e-3)
-    assert good[0].info["free_energy"] == -1.0, "moved, and its number stays"
+    assert good[0].info["gibbs"] == -1.0, "moved, and its number stays"
 
     from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
     from magus_anharmonic.structures import structure_id
@@ -122,13 +122,13 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
     class Given(FitnessCalculator):
         def calc(self, pop: Any) -> None:
             for individual in pop:
-                individual.info["fitness"]["given"] = -individual.info.get("free_energy", np.nan)
+                individual.info["fitness"]["given"] = -individual.info.get("gibbs", np.nan)
 
     individuals = population([bulk("Al", a=a) for a in (4.0, 4.1, 4.2)])
     for individual, enthalpy, free_energy in zip(individuals, (0.1, 0.0, 0.2), (-1.0, None, -2.0), strict=True):
         individual.info.update(enthalpy=enthalpy, model="m", fitness={})
         if free_energy is not None:
-            individual.info.update(free_energy=free_energy, free_energy_status="sscha", free_energy_model="m")
+            individual.info.update(gibbs=free_energy, status="sscha", gibbs_model="m")
     population.fit_calcs = [Given({})]
     individuals.calc_dominators()
     assert [individual.info["dominators"] for individual in individuals] == [2, 2, 1], "the best one is dominated by what has no number"
