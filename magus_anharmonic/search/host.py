@@ -26,7 +26,7 @@ from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
-from magus_anharmonic.lock import check_free, locked, remove_unfinished
+from magus_anharmonic.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_continues, check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
@@ -92,9 +92,11 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         settings = checked_learning(settings, archive.anharmonic)
         relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
         if not restart:
-            check_free(archive.anharmonic)
-            archive.start()
-            stack.enter_context(locked(archive.anharmonic, WHAT))
+            archive.directory.mkdir(parents=True, exist_ok=True)
+            with guarded(archive.directory):  # of two starts at once the second finds the first at work and moves nothing
+                check_free(archive.anharmonic)
+                archive.start()
+                stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
         settings = _open(archive, settings, relaxer, restart)
         state = None
