@@ -21,9 +21,11 @@ BASE = {
     "failures",
     "lock",
     "structures",
+    "processes",
     "gate",
     "evaluator",
     "calculator_check",
+    "calculator_id",
     "hull",
     "__init__",
 }

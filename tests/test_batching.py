@@ -22,7 +22,7 @@ from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
 from magus_anharmonic.potential.memory import MemoryModel, available_bytes, is_out_of_memory, measure
 from magus_anharmonic.potential.threads import run_side_by_side
-from magus_anharmonic.potential.topology import displacements, find_topology
+from magus_anharmonic.potential.topology import find_topology
 
 
 @pytest.fixture
@@ -91,7 +91,6 @@ def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, str
     topology = find_topology(structures, 5.0)
     if topology is None:
         return
-    assert topology.covers(*displacements(topology, structures)).all()
     try:
         plain = build_graph(structures, 5.0, torch.float64)
     except InputError:

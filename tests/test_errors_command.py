@@ -7,51 +7,51 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase.calculators.calculator import Calculator, all_changes
 from harmonic_pair import HarmonicCrystal, pair
 
 from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.errors_run import Source, add_to_tables, draw_report, load_labeler_settings, measure_errors
 from magus_anharmonic.analysis.errors_source import find_source, given_displacements
-from magus_anharmonic.analysis.labelled_ensemble import CalculatorLabeler, draw, label_ensemble
+from magus_anharmonic.analysis.labelled_ensemble import draw
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
+from magus_anharmonic.labelers import Failure, Label
 from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.run_folder import RunFolder
 
 
-class Reference(Calculator):
-    """A `HarmonicCrystal` as DFT code; counts, and fails or stops where it is told to."""
+class Reference:
+    """A labeler with a `HarmonicCrystal` as DFT code, whose labels are told one by one; counts, and fails or stops where it is told to."""
 
-    implemented_properties = ("energy", "forces", "stress")
+    description = "harmonic crystal"
 
-    def __init__(self, crystal: HarmonicCrystal, fail_at: tuple[int, ...] = (), stop_at: int | None = None) -> None:
-        super().__init__()
-        self.crystal, self.fail_at, self.stop_at, self.count = crystal, fail_at, stop_at, 0
+    def __init__(self, crystal: HarmonicCrystal, settings: str = "ref", fail_at: tuple[int, ...] = (), stop_at: int | None = None) -> None:
+        self.crystal, self.settings_hash, self.fail_at, self.stop_at, self.count = crystal, settings, fail_at, stop_at, 0
 
-    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes) -> None:
-        super().calculate(atoms, properties, system_changes)
-        number, self.count = self.count, self.count + 1
-        if number == self.stop_at:
-            raise KeyboardInterrupt
-        if number in self.fail_at:
-            raise RuntimeError("the density did not converge")
-        found = self.crystal.evaluate([self.atoms])
-        self.results = {"energy": float(found.energy[0]), "forces": found.forces[0], "stress": np.zeros(6)}
+    def label(self, structures, on_result):
+        for index, atoms in enumerate(structures):
+            number, self.count = self.count, self.count + 1
+            if number == self.stop_at:
+                raise KeyboardInterrupt
+            if number in self.fail_at:
+                on_result(index, Failure(atoms, "the density did not converge", self.settings_hash))
+                continue
+            found = self.crystal.evaluate([atoms])
+            on_result(index, Label(atoms, float(found.energy[0]), None, found.forces[0], np.zeros((3, 3)), self.settings_hash, 0.0))
 
 
 def run(folder: Path, *, fail_at: tuple[int, ...] = (), stop_at: int | None = None, n: int = 12, settings: str = "ref"):
     model, reference = pair(0.2)
-    calculator = Reference(reference, fail_at, stop_at)
+    labeler = Reference(reference, settings, fail_at, stop_at)
     source = Source(model.state, "P1", 50.0, "harmonic-crystal", model.free_energy / 3, 0.001)
-    report = measure_errors(source, model, CalculatorLabeler(calculator, settings), folder, n_configs=n)
-    return report, calculator
+    report = measure_errors(source, model, labeler, folder, n_configs=n)
+    return report, labeler
 
 
 def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
-    report, calculator = run(tmp_path)
-    assert calculator.count == 13
+    report, labeler = run(tmp_path)
+    assert labeler.count == 13
     rows = {row.quantity: row for row in tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")}
     assert set(rows) == set(tables.GRADIENT_UNITS)
     assert rows["gradient_centroid"].rmse == pytest.approx(report.errors.centroid.mean, rel=1e-8)
@@ -70,27 +70,27 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     whole, _ = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop_at=5)
-    resumed, calculator = run(tmp_path / "cut")
-    assert calculator.count == 13 - 5
+    resumed, labeler = run(tmp_path / "cut")
+    assert labeler.count == 13 - 5
     assert resumed.errors == whole.errors and resumed.correction == whole.correction
 
 
 def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(tmp_path: Path) -> None:
     model, reference = pair(0.2)
-    displacements = draw(model.state, 8, 0)
-    second = CalculatorLabeler(Reference(reference), "ref")
+    source = Source(model.state, "P1", 50.0)
+    second = Reference(reference)
 
-    class First(CalculatorLabeler):
-        def label(self, structures, on_result=None):
+    class First(Reference):
+        def label(self, structures, on_result):
             def meanwhile(index, result):
                 if index == 3:
                     with pytest.raises(InputError, match="another process works here: magus-anharmonic errors"):
-                        label_ensemble(model.state, displacements, second, tmp_path)
+                        measure_errors(source, model, second, tmp_path, n_configs=8)
                 on_result(index, result)
 
             return super().label(structures, meanwhile)
 
-    label_ensemble(model.state, displacements, First(Reference(reference), "ref"), tmp_path)
+    measure_errors(source, model, First(reference), tmp_path, n_configs=8)
     assert len(read_labels(tmp_path / "labels.xyz")) == 9 and not (tmp_path / "lock.json").exists()
 
 
@@ -99,8 +99,8 @@ def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_o
     source = tmp_path / "source.json"
     content = source.read_bytes()
     source.write_bytes(content[:40])
-    again, calculator = run(tmp_path)
-    assert again.errors == whole.errors and calculator.count == 0
+    again, labeler = run(tmp_path)
+    assert again.errors == whole.errors and labeler.count == 0
     assert source.read_bytes() == content and (tmp_path / "source.json.damaged").is_file()
     source.write_bytes(b"")
     with pytest.raises(InputError, match=r"labels\.xyz: holds labels of other DFT settings \(ref, now other\)"):
@@ -116,8 +116,8 @@ def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path: Path
 
 def test_more_configurations_keep_the_labels_of_fewer(tmp_path: Path) -> None:
     run(tmp_path, n=8)
-    report, calculator = run(tmp_path, n=12)
-    assert calculator.count == 4 and report.errors.n_configs == 12
+    report, labeler = run(tmp_path, n=12)
+    assert labeler.count == 4 and report.errors.n_configs == 12
 
 
 def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> Non
     assert report.n_failed == 1 and report.errors.n_configs == 10
     (failure,) = (tmp_path / "failures.jsonl").read_text().splitlines()
     assert "density did not converge" in failure and '"number": 3' in failure
-    again, calculator = run(tmp_path)
-    assert calculator.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
+    again, labeler = run(tmp_path)
+    assert labeler.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
 
 
 def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path
         run(tmp_path, settings="finer")
     model, reference = pair(0.2, repeats=(1, 1, 2))
     with pytest.raises(InputError, match="another SSCHA state"):
-        measure_errors(Source(model.state, "P1", 50.0), model, CalculatorLabeler(Reference(reference), "ref"), tmp_path, n_configs=8)
+        measure_errors(Source(model.state, "P1", 50.0), model, Reference(reference), tmp_path, n_configs=8)
 
 
 def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from two_phases import HIGH, LOW, Phase, boundary, data
 from typer.testing import CliRunner
 
 from magus_anharmonic.analysis.gibbs_points import read_points, write_points
-from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_settings, write_diagram
+from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_held, write_diagram
 from magus_anharmonic.analysis.phase_diagram import phase_diagram
 from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of, run_grid
 from magus_anharmonic.analysis.phase_words import sentences
@@ -60,7 +60,7 @@ def grid(tmp_path_factory):
     )
     settings = load_phase_diagram(folder / "phase-diagram.yaml")
     evaluator = Crystals([SOFT, HARD])
-    points = run_settings(settings, folder / "out", evaluator)
+    points = run_held(settings, folder / "out", evaluator)
     return folder, settings, evaluator, points
 
 
@@ -147,7 +147,7 @@ def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(gr
         stored = json.loads((run / "settings.json").read_text())
         assert (stored["start"] is None) == (p in firsts)
     before = evaluator.n_structures
-    assert run_settings(settings, folder / "out", evaluator) == points
+    assert run_held(settings, folder / "out", evaluator) == points
     assert evaluator.n_structures == before
     assert read_points(folder / "out" / "gibbs.csv") == read_source([folder / "out"], folder / "x", GridOptions())[0]
 
@@ -156,7 +156,7 @@ def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(gr
 def test_a_folder_of_other_runs_is_refused_and_finished_runs_are_collected(grid):
     folder, settings, evaluator, points = grid
     with pytest.raises(InputError, match="another SSCHA run"):
-        run_settings(settings.model_copy(update={"seed": 5}), folder / "out", evaluator)
+        run_held(settings.model_copy(update={"seed": 5}), folder / "out", evaluator)
     collected = collect_runs(folder / "out" / "sscha")
     assert {p.isotopes for p in collected} == {"natural", "H=2.014"} and len(collected) == len(points)
     assert sorted(p.gibbs_eV_per_atom for p in collected) == pytest.approx(sorted(p.gibbs_eV_per_atom for p in points))
@@ -267,7 +267,7 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
     sscha = {"supercell": {"min_length": 5.0}, "n_configs": 100, "max_populations": 6}
     keys = {"phases": {name: f"{name}.vasp" for name in structures}, "pressures": [0], "sscha": sscha}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(keys))
-    points = run_settings(load_phase_diagram(tmp_path / "p.yaml"), tmp_path / "out", Emt())
+    points = run_held(load_phase_diagram(tmp_path / "p.yaml"), tmp_path / "out", Emt())
     gibbs = {p.phase: p.gibbs_eV_per_atom for p in points}
 
     write_diagram(phase_diagram(points, n_samples=200), tmp_path / "elements")

@@ -19,7 +19,7 @@ from magus_anharmonic.analysis.enthalpies import transitions
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, load_expected
 from magus_anharmonic.analysis.found_values import FINDERS, zero_crossing
 from magus_anharmonic.analysis.typed_csv import TableFolder
-from magus_anharmonic.analysis.validate import read_validation, validate
+from magus_anharmonic.analysis.validate import validate
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.findings import mode_sentences, ranking_sentences
@@ -320,8 +320,8 @@ def test_exit_codes_and_files(campaign):
     path.write_text(yaml.safe_dump({"values": [good, {**good, "value": "R3m"}]}))
     code, text = run(str(campaign), str(path))
     assert code == 1 and re.search(r"DISAGREES +lowest_space_group", text) and "could explain it" in text
-    rows = read_validation(campaign / "campaign" / "validation.json")
-    assert [row.verdict for row in rows] == ["agrees", "disagrees"]
+    stored = json.loads((campaign / "campaign" / "validation.json").read_text())
+    assert [row["verdict"] for row in stored["values"]] == ["agrees", "disagrees"] and stored["counts"]["disagrees"] == 1
     with (campaign / "campaign" / "validation.csv").open(newline="") as file:
         assert [line["verdict"] for line in csv.DictReader(file)] == ["agrees", "disagrees"]
 

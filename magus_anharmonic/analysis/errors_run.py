@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +27,6 @@ from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import ev_per_a3_to_gpa
-
-log = logging.getLogger(__name__)
 
 BINS = 61
 SINGLES = 20

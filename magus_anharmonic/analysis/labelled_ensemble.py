@@ -7,19 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.io import write
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.failures import read_failures, record_failure
 from magus_anharmonic.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import labelled, read_labels
-from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
@@ -70,18 +68,12 @@ def check_number(n_configs: int) -> None:
         raise InputError(f"--n-configs: {n_configs}: must be even (pairs +u, -u) and at least 4")
 
 
-def label_ensemble(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
+def label_held(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
     """Label the centroids and then the ``displacements``, in order, into ``folder/labels.xyz``; what is there is not done again.
 
-    Failures go to ``failures.jsonl``; another call tries them again. ``source.json`` keeps state and DFT settings. Raises ``InputError``
-    for a folder that holds another state or other settings, and for one in which another process works.
+    The caller holds the lock of ``folder``. Failures go to ``failures.jsonl``; another call tries them again. ``source.json`` keeps state
+    and DFT settings. Raises ``InputError`` for a folder that holds another state or other settings.
     """
-    with locked(folder, WHAT):
-        label_held(state, displacements, labeler, folder)
-
-
-def label_held(state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path) -> None:
-    """`label_ensemble` for a caller that holds the lock of ``folder``."""
     target = Path(folder)
     claim(target, state, labeler.settings_hash, labeler.description)
     file = target / "labels.xyz"
@@ -195,29 +187,3 @@ def evaluated_by(model: Evaluator, structures: Sequence[Atoms], displacements: n
     """The numbers of ``model`` as an ensemble."""
     found = model.evaluate(structures)
     return Ensemble(displacements, np.asarray(found.energy, dtype=float), np.array(found.forces, dtype=float), np.asarray(found.stress))
-
-
-class CalculatorLabeler:
-    """Labeler that calls an ASE calculator of this process: for tests and for reference surfaces that cost nothing."""
-
-    def __init__(self, calculator: Any, settings_hash: str | None = None) -> None:
-        self._evaluator = CalculatorEvaluator(calculator)
-        self.settings_hash = settings_hash or self._evaluator.model_id
-        self.description = type(calculator).__name__
-
-    def label(self, structures: Sequence[Atoms], on_result: Any = None) -> list[Label | Failure]:
-        """See `Labeler`; whatever the calculator raises becomes the reason of a ``Failure``."""
-        results: list[Label | Failure] = []
-        for index, atoms in enumerate(structures):
-            try:
-                one = self._evaluator.evaluate([atoms])
-                result: Label | Failure = Label(atoms, float(one.energy[0]), None, one.forces[0], one.stress[0], self.settings_hash, 0.0)
-            except Exception as error:  # any calculator may raise anything; the reason is recorded
-                result = Failure(atoms, f"{type(error).__name__}: {error}", self.settings_hash)
-            results.append(result)
-            if on_result is not None:
-                on_result(index, result)
-        return results
-
-    def close(self) -> None:
-        """Nothing to end."""

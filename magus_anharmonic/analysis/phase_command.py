@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import math
 import re
 from collections.abc import Sequence
@@ -18,13 +17,11 @@ from magus_anharmonic.analysis.phase_diagram import HullRow, PhaseDiagram, Stabl
 from magus_anharmonic.analysis.phase_figure import draw
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.files import replacing, write_json
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
-
-log = logging.getLogger(__name__)
-
 
 WHAT = "magus-anharmonic phase-diagram"
 """Names this work in the lock of its folder."""
@@ -103,7 +100,7 @@ def read_source(
     settings = load_phase_diagram(first) if alone else _from_options(sources, grid)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
-    return _run_held(settings, output), settings
+    return run_held(settings, output), settings
 
 
 def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSettings:
@@ -137,16 +134,11 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
     return name, {symbol: float(mass) for symbol, mass in pairs}
 
 
-def run_settings(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
-    """Run or resume the grid in ``output``; ``gibbs.csv`` is up to date after every point. ``evaluator``: instead of the checkpoint.
+def run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
+    """Run or resume the grid in ``output``, whose lock the caller holds; ``gibbs.csv`` is up to date after every point.
 
-    Raises ``InputError``: another version's or another grid's folder, or one in which another process works.
+    ``evaluator``: instead of the checkpoint. Raises ``InputError`` for another version's or another grid's folder.
     """
-    with locked(output, WHAT):
-        return _run_held(settings, output, evaluator)
-
-
-def _run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
     from magus_anharmonic.analysis.phase_grid import read_phase, run_grid
     from magus_anharmonic.run_record import check_results_version, write_run_record
 
@@ -156,6 +148,7 @@ def _run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = Non
         from magus_anharmonic.potential import load
 
         evaluator = load(settings.checkpoint, device=settings.device)
+    evaluator = as_evaluator(evaluator, structures.values())
     write_run_record(output, settings, seed=settings.seed, model_id=evaluator.model_id)
 
     def keep(points: list[GibbsPoint]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from magus_anharmonic.analysis.boundaries import (
 from magus_anharmonic.analysis.gibbs_points import GibbsPoint
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import HullEntry, choose_end_members, hull_entries
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

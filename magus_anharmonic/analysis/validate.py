@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -200,12 +199,3 @@ def write_validation(rows: Sequence[Validated], folder: str | Path) -> None:
             writer.writerow(["; ".join(data[name]) if name == "could_explain" else data[name] for name in COLUMNS])
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("agrees", "disagrees", "not in this run")}
     write_json(target / "validation.json", {"counts": counts, "values": [asdict(row) for row in rows]})
-
-
-def read_validation(path: str | Path) -> list[Validated]:
-    """Read ``validation.json`` back; raises ``InputError``."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [Validated(**{**row, "could_explain": tuple(row["could_explain"])}) for row in data["values"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not readable as a validation ({error})") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from magus_anharmonic.structures import bare
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator
-
-log = logging.getLogger(__name__)
 
 FOLDER = "campaign"
 FINAL = Path("final") / "final.pth"

@@ -19,7 +19,7 @@ def doctor(
         from rich.table import Table
         from rich.text import Text
 
-        from magus_anharmonic.doctor import collect
+        from magus_anharmonic.doctor import collect, exit_code
         from magus_anharmonic.settings import load_settings
 
         checks = collect(load_settings(input_file) if input_file else None)
@@ -29,5 +29,5 @@ def doctor(
             mark = {True: Text("ok", "green"), False: missing, None: "-"}[check.ok]
             shown.add_row(mark, check.name, check.detail, "" if check.ok else check.fix)
         console(160).print(shown)
-        if any(check.needed and check.ok is False for check in checks):
+        if exit_code(checks):
             raise typer.Exit(1)

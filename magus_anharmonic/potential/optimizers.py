@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
@@ -31,28 +31,6 @@ class Coordinates:
     turns: bool = False
     largest_rise: float = 1.0
     patience: float = 40
-
-
-class StepRule(Protocol):
-    """What a relaxation needs to know to choose its steps; the caller limits their length."""
-
-    coordinates: ClassVar[Coordinates]
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        """The next step (n,) at a point with this gradient (n,)."""
-        ...
-
-    def learn(self, step: np.ndarray, change: np.ndarray) -> None:
-        """Take note that ``step`` (n,) changed the gradient by ``change`` (n,)."""
-        ...
-
-    def decrease(self, gradient: np.ndarray) -> float:
-        """How much lower (eV) the minimum is expected to lie than a point with this gradient; infinite when nothing is known."""
-        ...
-
-    def shorten(self) -> None:
-        """The last step was refused."""
-        ...
 
 
 class _Newton:

@@ -51,12 +51,6 @@ class Topology:
     vector: torch.Tensor
     n_inside: int
 
-    def covers(self, strain: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-        """(n,) whether the pairs of each configuration are all in the list; arguments as `displacements` returns them."""
-        stretch = np.linalg.svd(strain, compute_uv=False).min(axis=1)
-        inside = np.linalg.norm(displacement, axis=2) <= self.radius
-        return (stretch >= self.stretch) & inside.all(axis=1)
-
     def graph(
         self,
         structures: Sequence[Atoms],

@@ -6,7 +6,6 @@ matrix as an average over the ensemble, which costs N n^2 instead of the n^4 num
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,6 @@ from scipy.sparse.linalg import LinearOperator, gmres
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.sscha.third_order import ThirdOrder
 from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors
-
-log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-12
 """Relative residual at which an equation is solved."""

@@ -23,7 +23,7 @@ from ase import Atoms
 from ase.io import read
 
 from magus_anharmonic.analysis.errors_run import Source, analyse_errors, draw_report, source_of_result
-from magus_anharmonic.analysis.labelled_ensemble import draw, label_ensemble
+from magus_anharmonic.analysis.labelled_ensemble import draw, label_held
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.labelers import get_labeler
@@ -101,7 +101,7 @@ def label(options: argparse.Namespace) -> None:
     print(f"model {result.model_id}: {result.space_group}, G = {result.gibbs:.5f} +- {result.gibbs_error:.5f} eV/atom, {result.status}")
     state = state_of(result, options)
     with closing(gpaw(options, "labels")) as labeler:
-        label_ensemble(state, draw(state, options.n, seed=0), labeler, options.folder)
+        label_held(state, draw(state, options.n, seed=0), labeler, options.folder)
 
 
 def gpaw(options: argparse.Namespace, purpose: str) -> Labeler:
