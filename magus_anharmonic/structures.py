@@ -75,6 +75,11 @@ def decided_group(group: str) -> str:
     return "" if UNDECIDED in group else group
 
 
+def group_symbol(group: str) -> str:
+    """``Im-3m`` of ``'Im-3m (229)'``; where noise leaves two, both: ``R3m or Im-3m``."""
+    return " or ".join(one.split(" ")[0] for one in group.split(": ")[0].split(" or "))
+
+
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species with their masses, cell and positions (rounded to 1e-6 Angstrom)."""
     digest = hashlib.sha256()
