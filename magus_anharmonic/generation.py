@@ -178,7 +178,11 @@ def _recorded_rmse(folder: Path) -> float | None:
 
 
 def validation_rmse(metrics: dict[str, Any]) -> float | None:
-    """Energy RMSE (eV/atom) of the model in use on the validation labels, from a record of ``metrics.jsonl``; None if unknown."""
+    """Energy RMSE (eV/atom) of the model in use on validation labels of the search, from a record of ``metrics.jsonl``; None if unknown."""
+    from magus_anharmonic.learning.learn import DATASET
+
+    if metrics.get("validation_from") == DATASET:
+        return None
     new = metrics.get("new")
     scores = new.get("validation") if isinstance(new, dict) else None
     value = scores.get("energy_rmse") if isinstance(scores, dict) else None

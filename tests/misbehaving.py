@@ -58,6 +58,11 @@ class Misbehaving(Calculator):
             self.converged = False
         elif how == "chatty":
             print("x" * 3_000_000 + "\nthe end of a long output", flush=True)
+        elif how == "here":
+            Path("restart.dat").write_text(str(n))
+            self.results["energy"] = float(Path(self.child_file).read_text())
+        elif how == "escape":
+            raise ValueError("\x1b[31mred\x1b]0;title\x07\x1b[2J")
         elif how == "pid":
             self.results["energy"] = float(os.getpid())
 

@@ -25,6 +25,7 @@ BASE = {
     "gate",
     "evaluator",
     "calculator_check",
+    "calculator_id",
     "hull",
     "__init__",
 }

@@ -223,13 +223,13 @@ def test_searches_without_labels_are_a_clear_failure(tmp_path: Path) -> None:
 
 def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> None:
     labels = [f"family-{i}" for i in range(40) for _ in range(10)]
-    sides = merging.sides_of_families(labels, (8, 1, 1), set())
+    sides = merging.sides_of_families(labels, (8, 1, 1))
     shares = {side: sum(10 for found in sides.values() if found == side) for side in ("train", "validation", "test")}
     assert shares == {"train": 320, "validation": 40, "test": 40}
-    few = merging.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1), set())
+    few = merging.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1))
     assert few["a"] == "train" and sorted(few.values()) == ["test", "train", "validation"]
-    assert set(merging.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), {"a", "b", "c", "d"}).values()) == {"train"}
-    assert "test" not in merging.sides_of_families(labels, (9, 1, 0), set()).values()
+    assert set(merging.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), dict.fromkeys("abcd", "train")).values()) == {"train"}
+    assert "test" not in merging.sides_of_families(labels, (9, 1, 0)).values()
 
 
 # structures that searches left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,8 +14,11 @@ from scipy.stats import binom
 from magus_anharmonic import free_energy
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import run as sscha_run
+from magus_anharmonic.sscha.criteria import open_issues
 from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.run_folder import RunFolder
+from magus_anharmonic.sscha.summary import gibbs_energy
 from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.structures import UNDECIDED
 
@@ -168,3 +172,30 @@ def test_a_run_that_was_moved_onto_another_symmetry_is_taken_up_where_it_was(tmp
         run.advance()
     assert run.progress.rows == whole.progress.rows
     assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        ({"decrease": -1.7}, "the height above the minimum is known to"),
+        ({"minimum_error": 2.0}, "the height above the minimum is known to"),
+        ({"position_error": np.full((2, 3), 1.5)}, "centroids are known to 1.50 A only"),
+        ({"strain": np.zeros(1), "strain_error": np.array([0.4])}, "the cell is known to 40 % only"),
+    ],
+)
+def test_noise_that_hides_everything_is_no_convergence_and_no_correction(tmp_path, noise, said):
+    """Seen in C2/m H3S: 64 atoms, 100 configurations, "converged" with G = 2.49 +- 1.01 eV/atom and centroids known to 1.5 A."""
+    case = CASES["hcp"]
+    crystal = case.make()
+    task = Task(
+        crystal.atoms, case.pressure, 300.0, SschaSettings(cell="fixed", supercell=case.repeats, n_configs=400), 5, None, None, "hcp"
+    )
+    run = SschaRun(task, crystal, RunFolder(tmp_path, task.identity()))
+    while run.reason:
+        run.advance()
+    averages = run.averages
+    assert open_issues(averages, averages.minimum_error / 2, 2, task) == []
+    noisy = replace(averages, **noise)
+    assert said in "; ".join(open_issues(noisy, noisy.minimum_error / 2, 2, task))
+    if "height" in said:
+        assert gibbs_energy(run.state, noisy, case.pressure)[1] == noisy.helmholtz_error / 2

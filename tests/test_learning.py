@@ -19,8 +19,8 @@ from magus_anharmonic.labelers import CallableLabeler
 from magus_anharmonic.learning.choose import choose
 from magus_anharmonic.learning.dataset import LabelStore, labelled, read_dataset, side, side_of
 from magus_anharmonic.learning.distort import distort, random_directions, random_strain, shortest_distance
-from magus_anharmonic.learning.families import Families, fingerprint
-from magus_anharmonic.learning.learn import learn, plan, training_sets
+from magus_anharmonic.learning.families import SIDES, Families, fingerprint
+from magus_anharmonic.learning.learn import DATASET, learn, plan, training_sets
 from magus_anharmonic.settings import LearningSettings, parse
 from magus_anharmonic.structures import structure_id
 
@@ -291,16 +291,30 @@ def test_replay_is_from_the_training_side_only_and_validation_is_never_trained_o
     assert sets.n_new == 6 and sets.n_replay == 15 and len(sets.train) == 21
     assert {side_of(atoms) for atoms in sets.train} == {"train"}
     assert len({atoms.info["id"] for atoms in sets.train}) == 21, "drawn without replacement"
-    assert [atoms.info["generation"] for atoms in sets.validation] == [3, 3] and sets.validation_from == "this round"
-    assert len(sets.test) == 1
+    # two of this round are too few: those of the newest rounds before it are added
+    generations = [atoms.info["generation"] for atoms in sets.validation]
+    assert generations[:2] == [3, 3] and set(generations[2:]) == {1, 2} and sets.validation_from == "this round and rounds 1 to 2"
+    assert {side_of(atoms) for atoms in sets.test} == {"test"} and sets.test[0].info["generation"] == 3
 
 
-def test_without_validation_labels_of_the_round_all_rounds_decide():
+def test_a_model_is_judged_by_the_newest_rounds_alone_where_they_are_enough():
+    new = [frame(n, generation=3, side="validation") for n in range(15)]
+    old = [frame(n, generation=1 + n // 20, side="validation") for n in range(40)]
+    sets = training_sets(new, old, [frame(0, side="validation")], learning(), np.random.default_rng(0))
+    assert [atoms.info["generation"] for atoms in sets.validation] == 15 * [3] + 20 * [2]
+    assert sets.validation_from == "this round and round 2"
+    alone = training_sets([*new, *new], old, [], learning(), np.random.default_rng(0))
+    assert alone.validation_from == "this round" and len(alone.validation) == 30
+
+
+def test_labels_of_the_search_judge_before_those_of_a_dataset():
     new = [frame(n, generation=3, side="train") for n in range(4)]
     old = [frame(n, generation=1, side=["train", "validation", "test"][n % 3]) for n in range(100, 109)]
     dataset = [frame(n, generation=0, side="validation") for n in range(200, 202)]
     sets = training_sets(new, old, dataset, learning(n_replay=0), np.random.default_rng(0))
-    assert len(sets.validation) == 5 and sets.validation_from == "all rounds" and sets.n_replay == 0
+    assert len(sets.validation) == 3 and sets.validation_from == "round 1" and sets.n_replay == 0
+    borrowed = training_sets(new, [], dataset, learning(), np.random.default_rng(0))
+    assert len(borrowed.validation) == 2 and borrowed.validation_from == DATASET
     alone = training_sets(new, [], [], learning(), np.random.default_rng(0))
     assert alone.validation == [] and alone.validation_from == "training" and alone.test_from == "none"
 
@@ -354,7 +368,9 @@ def test_a_round_labels_finetunes_and_reports(tmp_path, potential, settings):
     decider = "validation" if metrics["n_validation"] else "train"
     assert metrics["new"][decider]["loss"] < metrics["old"][decider]["loss"]
     for scores in (metrics["old"], metrics["new"]):
-        assert set(scores["train"]) == {"loss", "energy_rmse", "force_rmse", "stress_rmse", "n"}
+        assert {"loss", "energy_rmse", "force_rmse", "stress_rmse", "n"} <= set(scores["train"])
+        few = scores["validation"]
+        assert few["n"] < 20 and 0.0 < few["energy_rmse_error"] and few["energy_rmse"] / np.sqrt(2) <= few["energy_rmse_error"]
     from magus_anharmonic.potential import load
 
     assert load(tmp_path / "checkpoints" / "gen1.pth", device="cpu").model_id == found.model_id
@@ -379,8 +395,11 @@ def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_r
     labeler = labeler_of(Counting())
     learn(POPULATION, generation=1, labeler=labeler, contenders=[contender("aa", 0.6, 1), contender("bb", 0.4, 2)], **options)
     first = store.labels(generation=1)
-    assert len(first) == 8 and {atoms.info["kind"] for atoms in first} == {"sscha"}
-    assert sorted(atoms.info["candidate"] for atoms in first) == 4 * ["c-aa"] + 4 * ["c-bb"]
+    assert len(first) == 12 and [atoms.info["kind"] for atoms in first].count("sscha") == 8
+    assert sorted(atoms.info["candidate"] for atoms in first if "candidate" in atoms.info) == 4 * ["c-aa"] + 4 * ["c-bb"]
+    # the phases that are undecided train; others of the population judge
+    assert {atoms.info["side"] for atoms in first if "candidate" in atoms.info} == {"train"}
+    assert sorted(atoms.info["side"] for atoms in first if "candidate" not in atoms.info) == ["test"] * 2 + ["validation"] * 2
     with caplog.at_level("INFO"):
         learn(POPULATION, generation=2, labeler=labeler, **options)
     assert {atoms.info["kind"] for atoms in store.labels(generation=2)} == {"distorted"}
@@ -394,7 +413,8 @@ def test_labels_know_where_they_come_from(tmp_path, potential, settings):
     for atoms in frames:
         known = {"id", "generation", "parent", "family", "side", "kind", "distortion_seed", "settings_hash"}
         assert known <= set(atoms.info)
-        assert atoms.info["side"] == side(atoms.info["family"])
+        assert atoms.info["side"] in ("train", "validation", "test")
+    assert len({(atoms.info["family"], atoms.info["side"]) for atoms in frames}) == len({atoms.info["family"] for atoms in frames})
     assert len({atoms.info["id"] for atoms in frames}) == 8 and len({atoms.info["distortion_seed"] for atoms in frames}) == 8
 
 
@@ -403,6 +423,69 @@ def test_two_finds_of_one_phase_share_a_side(tmp_path, settings):
     planned = plan(population, 1, learning(n_sample=2, n_perturb=1), LabelStore(tmp_path), seed=4)
     assert len({atoms.info["parent"] for atoms in planned}) == 2
     assert len({atoms.info["family"] for atoms in planned}) == len({atoms.info["side"] for atoms in planned}) == 1
+
+
+def rounds_of_labels(tmp_path, populations, settings, dataset=()):
+    """What a search plans and labels in each generation, without training."""
+    from magus_anharmonic.learning.learn import _choose
+
+    store, labels = LabelStore(tmp_path / "labels"), labeler_of(Counting())
+    store.adopt(dataset, settings.split)
+    for generation, population in enumerate(populations, start=1):
+        chosen = _choose(population, generation, settings, store, 7, None, [])
+        planned = plan(population, generation, settings, store, 7, chosen)
+        for atoms, label in zip(planned, labels.label(planned), strict=True):
+            store.add(labelled(atoms, label))
+    return store
+
+
+def sides_by_generation(store, n):
+    return [{side: sum(a.info["side"] == side for a in store.labels(generation=g)) for side in SIDES} for g in range(1, n + 1)]
+
+
+def test_every_generation_of_a_search_has_labels_that_judge_it(tmp_path):
+    """Hashing by family left validation without any label of four generations, by chance of the names."""
+    settings = learning(n_sample=6, n_perturb=2)
+    populations = [[random_structure(100 * g + n) for n in range(12)] + 6 * [h3s(3.1)] for g in range(1, 5)]
+    store = rounds_of_labels(tmp_path, populations, settings)
+    found = sides_by_generation(store, 4)
+    assert all(counts["validation"] >= 2 and counts["test"] >= 2 and counts["train"] >= 6 for counts in found), found
+    sides = {}
+    for atoms in store.labels():
+        sides.setdefault(atoms.info["family"], set()).add(atoms.info["side"])
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_a_generation_whose_choice_trained_before_labels_others_of_its_population_to_judge(tmp_path):
+    """Nearly all of the population is one phase, so that the draw is of families that train."""
+    settings = learning(n_sample=4, n_perturb=2)
+    first = [random_structure(n) for n in range(6)]
+    later = 30 * [h3s(3.1)] + [random_structure(50), random_structure(51)]
+    store = rounds_of_labels(tmp_path, [first, later, later], settings)
+    found = sides_by_generation(store, 3)
+    assert all(counts["validation"] == counts["test"] == 2 and counts["train"] == 4 for counts in found), found
+    names = [{a.info["family"] for a in store.labels(generation=g) if a.info["side"] != "train"} for g in (2, 3)]
+    assert names[0] == names[1], "a phase that was held back stays there, and is found again"
+
+
+def test_a_phase_that_trained_never_judges_and_one_alone_trains(tmp_path):
+    settings = learning(n_sample=4, n_perturb=1)
+    store = rounds_of_labels(tmp_path / "one", [8 * [h3s(3.1)]] * 2, settings)
+    assert {atoms.info["side"] for atoms in store.labels()} == {"train"}
+    earlier = h3s(3.1)
+    earlier.info.update(parent="old", id="old", side="train")
+    store = rounds_of_labels(tmp_path / "two", [4 * [h3s(3.11)] + [random_structure(1), random_structure(2)]], settings, [earlier])
+    judged = {atoms.info["family"] for atoms in store.labels() if atoms.info["side"] != "train"}
+    assert len(judged) == 2 and "old" not in judged
+    assert {atoms.info["side"] for atoms in store.labels() if atoms.info["family"] == "old"} == {"train"}
+
+
+def test_what_decides_when_to_stop_is_measured_on_the_search_itself():
+    from magus_anharmonic.generation import validation_rmse
+
+    new = {"validation": {"energy_rmse": 0.03, "n": 8}}
+    assert validation_rmse({"new": new, "validation_from": "this round"}) == 0.03
+    assert validation_rmse({"new": new, "validation_from": DATASET}) is None
 
 
 def test_same_seed_same_model_and_another_seed_another(tmp_path, checkpoint, settings):

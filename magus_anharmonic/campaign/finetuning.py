@@ -28,6 +28,7 @@ PARITY_ROWS = 20_000
 def final(context: Context, step: Step) -> Outcome:
     """Finetune from the foundation; leaves ``final/cycle<N>.pth``, ``final/final.pth`` and ``final/errors.json``."""
     from magus_anharmonic.potential import load
+    from magus_anharmonic.potential.score import Scores
 
     folder, merged = context.folder(step), context.folder(step.needs[0]) / LABELS
     sets = {public: labels_on_side(merged, side) for public, side in SETS.items()}
@@ -42,14 +43,14 @@ def final(context: Context, step: Step) -> Outcome:
     write_json(folder / f"errors-cycle{step.cycle}.json", scores)
     with replacing(context.root / FINAL) as temporary:
         shutil.copyfile(out, temporary)
-    rmse = scores["finetuned"].get("validation", {}).get("energy_rmse")
+    found = scores["finetuned"].get("validation")
     kept = (
         ""
         if any(stage.improved for stage in stages)
         else "no stage lowered the validation loss: the model is the foundation with new shifts"
     )
-    if rmse is not None:
-        log.info("final model %s: validation RMSE %.1f meV/atom", finetuned.model_id, 1e3 * rmse)
+    if found is not None:
+        log.info("final model %s: validation RMSE %s on %d labels", finetuned.model_id, Scores(**found), found["n"])
     return Outcome(n_structures=sum(map(len, sets.values())), output=finetuned.model_id, reason=kept)
 
 

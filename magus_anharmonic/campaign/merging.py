@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import replacing
-from magus_anharmonic.learning.dataset import SIDES, LabelStore, read_dataset
-from magus_anharmonic.learning.families import Families, Fingerprint, fingerprint
+from magus_anharmonic.learning.dataset import LabelStore, read_dataset
+from magus_anharmonic.learning.families import SIDES, Families, Fingerprint, fingerprint, sides_of_families
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +38,7 @@ def merge(context: Context, step: Step) -> Outcome:
         earlier = [earlier[i] for i in sorted(rng.permutation(len(earlier))[: settings.n_dataset])]
     families = common_families({name: store.families for name, store in stores.items()}, earlier)
     merged = list(_tagged(labels, earlier, families))
-    trained = {str(atoms.info["family"]) for atoms in merged if atoms.info["step"] == "dataset"}
-    sides = sides_of_families([str(atoms.info["family"]) for atoms in merged], settings.split, trained)
+    sides = merged_sides(merged, settings.split)
     for atoms in merged:
         atoms.info["side"] = sides[str(atoms.info["family"])]
     with replacing(folder / LABELS) as temporary:
@@ -105,30 +103,13 @@ def _tagged(labels: Mapping[str, Sequence[Atoms]], earlier: Sequence[Atoms], fam
             yield atoms
 
 
-def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], training: set[str]) -> dict[str, str]:
-    """Side of every family: as near to the ratio ``split`` of labels as whole families allow; those in ``training`` train.
-
-    With at least three free families none of the sides that ``split`` asks for stays empty. The order is by a hash of the name, so that
-    the same families give the same sides.
-    """
-    sizes: dict[str, int] = defaultdict(int)
-    for family in family_of_label:
-        sizes[family] += 1
-    free = sorted((f for f in sizes if f not in training), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    largest = max(free, key=lambda name: sizes[name], default="")
-    # it comes last, where it trains
-    free.sort(key=largest.__eq__)
-    total = sum(sizes[family] for family in free)
-    sides = dict.fromkeys(sizes, "train")
-    for side, share in zip(SIDES[1:], split[1:], strict=True):
-        wanted, got = total * share / sum(split), 0
-        waiting = [family for family in free[:-1] if sides[family] == "train"]
-        small = [family for family in waiting if sizes[family] <= 1.5 * wanted]
-        for family in small or sorted(waiting, key=lambda name: sizes[name])[:1]:
-            left_for_the_test = side == "test" or any(sides[f] == "train" for f in waiting if f != family)
-            if share and (got == 0 or (left_for_the_test and got + sizes[family] / 2 <= wanted)):
-                sides[family] = side
-                got += sizes[family]
+def merged_sides(merged: Sequence[Atoms], split: Sequence[int]) -> dict[str, str]:
+    """Side of every family: those of earlier labels train, then the newest generation of the searches is shared out, then the others."""
+    sides = {str(atoms.info["family"]): "train" for atoms in merged if atoms.info["step"] == "dataset"}
+    found = [(int(atoms.info.get("generation", 0)), str(atoms.info["family"])) for atoms in merged if atoms.info["step"] != "dataset"]
+    newest = max((generation for generation, _ in found), default=0)
+    for batch in ([family for generation, family in found if generation == newest], [family for _, family in found]):
+        sides |= sides_of_families(batch, split, sides)
     return sides
 
 

@@ -5,6 +5,7 @@ It is a process of its own so that a crash, a hang or the code's printing cannot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -48,17 +49,41 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     try:
         atoms = atoms_from_json(job["atoms"])
-        recipe = Recipe(**job["recipe"])
-        directory = Path(job["directory"])
+        recipe = Recipe(**_absolute(job["recipe"]))
+        directory = Path(job["directory"]).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         task = {"label": _label, "relax": _relax}[job["task"]]
-        with no_shell():
+        # What a code writes beside its own files (restart files, cores) belongs to the label, not to the user's folder.
+        with no_shell(), contextlib.chdir(directory):
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
         result = {"ok": False, "reason": _reason(error)}
     result["seconds"] = time.monotonic() - started
     return result
+
+
+OUTPUTS = ("txt", "log", "out")
+"""How the names of arguments begin that are files which a code writes."""
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of the folder of pseudopotentials hold anywhere."""
+    if isinstance(value, dict):
+        return {name: _absolute(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute(item, key) for item in value]
+    if not isinstance(value, str) or "\0" in value or key.startswith(OUTPUTS):
+        return value
+    named = os.path.isfile(value) if "." in value or "/" in value else False
+    return os.path.abspath(value) if named or (key == "pseudo_dir" and os.path.isdir(value)) else value
+
+
+def _absolute_variables() -> None:
+    """The same for the places that variables name (``VASP_PP_PATH``, ``ESPRESSO_PSEUDO``)."""
+    for name, value in os.environ.items():
+        if name.endswith(("_PATH", "_DIR", "_PSEUDO")) and os.path.exists(value):
+            os.environ[name] = os.path.abspath(value)
 
 
 def _reason(error: Exception) -> str:
@@ -122,6 +147,7 @@ def main() -> None:
     go to standard error, a log file), so that only results travel on the pipe.
     """
     adopt_orphans()
+    _absolute_variables()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     jobs: queue.Queue[str] = queue.Queue()

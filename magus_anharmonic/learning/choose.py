@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.hull import comparable
-from magus_anharmonic.learning.families import Fingerprint, fingerprint
+from magus_anharmonic.learning.families import SIDES, Families, Fingerprint, fingerprint, sides_of_families
 from magus_anharmonic.structures import bare
 
 if TYPE_CHECKING:
@@ -64,6 +65,51 @@ def select(
         picked = [int(place) for place in np.argsort(-errors, kind="stable")[:n]]
         log.info("the %d most uncertain of %d structures: %.3f to %.3f eV/A", len(picked), len(pool), *errors[picked][[-1, 0]])
     return [pool[place] for place in picked]
+
+
+def quotas(n: int, split: Sequence[int]) -> dict[str, int]:
+    """How many of ``n`` chosen structures the validation and the test side get at least: their share, one if there are so many.
+
+    At least half of the structures trains; validation goes before test.
+    """
+    left, found = n // 2, {}
+    for side, share in zip(SIDES[1:], split[1:], strict=True):
+        found[side] = min(left, max(1, n * share // sum(split))) if share else 0
+        left -= found[side]
+    return found
+
+
+def hold_back(
+    population: Sequence[Atoms],
+    chosen: Sequence[int],
+    families: Families,
+    known: Mapping[str, str],
+    split: Sequence[int],
+    rng: np.random.Generator,
+) -> list[int]:
+    """``chosen``, in which others of the ``population`` take the place of the last ones of a side that has more than enough, where
+    validation or test would have less than their quota or training less than half.
+
+    A structure can be held back when its family never trained (``known``: side of every family that has labels), so that no phase is on
+    two sides. Where there are too few such structures, the sides stay short.
+    """
+    wanted = {**quotas(len(chosen), split), "train": len(chosen) - len(chosen) // 2}
+    names = families.would_be([bare(atoms) for atoms in population])
+    picked, waiting = list(chosen), list(wanted)
+    for _ in range(2 * len(chosen)):
+        sides = sides_of_families([names[index] for index in picked], split, known)
+        counts = Counter(sides[names[index]] for index in picked)
+        short = next((side for side in waiting if counts[side] < wanted[side]), None)
+        spare = max(wanted, key=lambda side: counts[side] - wanted[side])
+        if short is None or counts[spare] <= wanted[spare]:
+            break
+        others = [i for i, name in enumerate(names) if i not in picked and known.get(name, sides.get(name, short)) == short]
+        if not others:
+            waiting.remove(short)
+            continue
+        last = max(place for place, index in enumerate(picked) if sides[names[index]] == spare)
+        picked[last] = others[int(rng.integers(len(others)))]
+    return picked
 
 
 def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:

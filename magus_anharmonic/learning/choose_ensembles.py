@@ -20,8 +20,9 @@ from ase.io import write
 from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.files import read_whole, replacing
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
+from magus_anharmonic.learning.families import parent_name
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import bare
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ def allocate(spreads: Sequence[float], odds: Sequence[float], n_pairs: int, most
 def plan_ensembles(
     contenders: Sequence[Contender], generation: int, settings: LearningSettings, store: LabelStore, folder: str | Path
 ) -> list[Atoms]:
-    """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about them in ``info``.
+    """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about them in ``info``. A phase that has no
+    labels yet trains.
 
     The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken up again (a damaged one is set aside and
     made anew); without contenders and without such a file it is empty.
@@ -77,6 +79,7 @@ def plan_ensembles(
     if not contenders:
         return []
     n_pairs = max(1, settings.n_sample * settings.n_perturb // 2)
+    known = store.sides(settings.split, before=generation)
     shares = allocate(
         [c.spread for c in contenders], [c.odds for c in contenders], n_pairs, [len(c.configurations) // 2 for c in contenders]
     )
@@ -87,7 +90,7 @@ def plan_ensembles(
             contender.id, contender.odds, contender.spread, share,
         )  # fmt: skip
         parent = bare(contender.centroids)
-        name = f"p-{structure_id(parent)}"
+        name = parent_name(parent)
         family = store.families.family(name, parent)
         for number, configuration in enumerate(contender.configurations[: 2 * share]):
             atoms = bare(configuration)
@@ -96,7 +99,7 @@ def plan_ensembles(
                 generation=generation,
                 parent=name,
                 family=family,
-                split=settings.split,
+                side=known.get(family, "train"),
                 kind="sscha",
                 candidate=f"c-{contender.id}",
                 distortion_seed=f"ensemble-{number}",

@@ -18,15 +18,13 @@ from magus_anharmonic.errors import DamagedFile, InputError, one_line
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
-from magus_anharmonic.learning.families import Families
+from magus_anharmonic.learning.families import SIDES, Families
 from magus_anharmonic.potential.split import side_of_name
 from magus_anharmonic.structures import bare, structure_id
 
 log = logging.getLogger(__name__)
 
 SHIPPED_FOLDER = Path(__file__).resolve().parents[1] / "data"
-
-SIDES = ("train", "validation", "test")
 
 
 def side(name: str, split: Sequence[int] = (8, 1, 1)) -> str:
@@ -42,16 +40,14 @@ def side_of(atoms: Atoms, split: Sequence[int] = (8, 1, 1)) -> str:
     return side(str(atoms.info.get("family") or atoms.info.get("parent") or structure_id(atoms)), split)
 
 
-def plan_label(
-    atoms: Atoms, *, generation: int, parent: str, family: str, split: Sequence[int], kind: str, distortion_seed: str, **more: str
-) -> None:
+def plan_label(atoms: Atoms, *, generation: int, parent: str, family: str, side: str, kind: str, distortion_seed: str, **more: str) -> None:
     """Write into ``info`` what identifies a label of a round and fixes its side for life."""
     atoms.info.update(
         id=f"g{generation}-{structure_id(atoms)}",
         generation=generation,
         parent=parent,
         family=family,
-        side=side(family, split),
+        side=side,
         kind=kind,
         **more,
         distortion_seed=distortion_seed,
@@ -84,6 +80,7 @@ class LabelStore:
         self.families = Families(self.directory / "families.jsonl")
         self.index = self.directory / "index.jsonl"
         self._frames: dict[str, Atoms] = {}
+        self._sides_of_dataset: dict[str, str] = {}
         known = {str(line["id"]): line["digest"] for line in read_jsonl(self.index, ("id", "digest"))}
         for file in sorted(self.directory.glob("gen*.xyz")):
             self._take(file, known)
@@ -190,6 +187,30 @@ class LabelStore:
             and (before is None or atoms.info["generation"] < before)
         ]
         return chosen
+
+    def adopt(self, dataset: Sequence[Atoms], split: Sequence[int]) -> None:
+        """Give labels of earlier work (``learning.dataset``) their families among those of this search, and one side to each family.
+
+        Earlier labels know their parents by name alone: the first label of each stands for it.
+        """
+        self._sides_of_dataset = {}
+        known = self.sides(split)
+        parents = [str(atoms.info.get("parent") or atoms.info.get("id") or structure_id(atoms)) for atoms in dataset]
+        for parent, atoms in zip(parents, dataset, strict=True):
+            family = self.families.family(parent, bare(atoms))
+            known.setdefault(family, side_of(atoms, split))
+            atoms.info.update(family=family, side=known[family])
+            self._sides_of_dataset[family] = known[family]
+
+    def sides(self, split: Sequence[int], before: int | None = None) -> dict[str, str]:
+        """Side of every family that has labels here (of all generations, or of those ``before`` one) or in the adopted dataset."""
+        found = dict(self._sides_of_dataset)
+        for _, atoms in sorted(self._frames.items()):
+            if before is None or atoms.info["generation"] < before:
+                family, mine = str(atoms.info.get("family")), side_of(atoms, split)
+                # of a folder in which a family was on two sides: what was trained on cannot validate
+                found[family] = "train" if "train" in (mine, found.get(family)) else mine
+        return found
 
     def get(self, label_id: str) -> Atoms:
         """The label with this id; KeyError when there is none."""

@@ -6,6 +6,9 @@ itself, distortions of one phase would be both in training and in validation.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from ase import Atoms
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.files import append_jsonl, read_jsonl
+from magus_anharmonic.structures import structure_id
 
+SIDES = ("train", "validation", "test")
 SIMILARITY = 0.985
 VOLUME_TOLERANCE = 0.05
 _REACH, _WIDTH = 2.4, 0.06
@@ -85,9 +90,51 @@ class Families:
         self._members.append(_from_record(record))
         return found
 
+    def would_be(self, structures: Sequence[Atoms]) -> list[str]:
+        """Families that ``structures`` would get were they chosen in this order; none is."""
+        known = [(family, other) for _, family, other in self._members]
+        found = []
+        for atoms in structures:
+            mine = fingerprint(atoms)
+            family = next((family for family, other in known if mine.similar(other)), parent_name(atoms))
+            known.append((family, mine))
+            found.append(family)
+        return found
+
     def members(self) -> list[tuple[str, Fingerprint]]:
         """(parent, fingerprint) of every structure ever chosen, in the order of choice."""
         return [(parent, found) for parent, _, found in self._members]
+
+
+def parent_name(atoms: Atoms) -> str:
+    """Name of a chosen structure as the parent of its labels."""
+    return f"p-{structure_id(atoms)}"
+
+
+def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Side of every family of a batch: as near to the ratio ``split`` of its labels as whole families allow.
+
+    Families in ``known`` keep their side, and count for it. While families are left, no side that ``split`` asks for stays empty; the
+    largest one trains when none else does, or when it is more than half of the batch. The order is by a hash of the name, so that the
+    same families give the same sides.
+    """
+    sizes, before = Counter(family_of_label), known or {}
+    sides = {family: before.get(family, "") for family in sizes}
+    free = sorted((f for f in sizes if not sides[f]), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    largest = max(free, key=lambda name: sizes[name], default="")
+    if free and ("train" not in sides.values() or 2 * sizes[largest] > sizes.total()):
+        free.remove(largest)
+    for side, share in zip(SIDES[1:], split[1:], strict=True):
+        wanted = sizes.total() * share / sum(split)
+        got = sum(size for family, size in sizes.items() if sides[family] == side)
+        waiting = [family for family in free if not sides[family]]
+        small = [family for family in waiting if sizes[family] <= 1.5 * wanted]
+        for family in small or sorted(waiting, key=lambda name: sizes[name])[:1]:
+            left_for_the_test = side == "test" or any(not sides[f] for f in waiting if f != family)
+            if share and (got == 0 or (left_for_the_test and got + sizes[family] / 2 <= wanted)):
+                sides[family] = side
+                got += sizes[family]
+    return {family: side or "train" for family, side in sides.items()}
 
 
 def _to_record(parent: str, family: str, found: Fingerprint) -> dict[str, Any]:

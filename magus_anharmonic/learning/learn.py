@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,14 @@ from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import choose, select
+from magus_anharmonic.learning.choose import choose, hold_back, quotas, select
 from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, plan_label, read_dataset
 from magus_anharmonic.learning.distort import distort
+from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
+from magus_anharmonic.potential.score import FEW, Scores
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import bare
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -36,7 +38,10 @@ MAX_FORCE = 50.0
 METRICS = ("generation", "new_model", "n_labels", "n_failures", "changed")
 """What every line of ``metrics.jsonl`` has."""
 
-_CHOOSE, _DISTORT, _REPLAY, _TRAIN = 101, 102, 103, 104
+_CHOOSE, _DISTORT, _REPLAY, _TRAIN, _HOLD_BACK = 101, 102, 103, 104, 110
+
+DATASET = "the dataset"
+"""``validation_from`` where only ``learning.dataset`` has labels on that side: its errors say nothing about this search."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Learned:
 
 @dataclass(frozen=True)
 class Sets:
-    """What a round trains on and is judged by. ``validation_from`` and ``test_from``: this round, all rounds, training, or none."""
+    """What a round trains on and is judged by. ``validation_from`` and ``test_from``: rounds, `DATASET`, training, or none."""
 
     train: list[Atoms] = field(default_factory=list)
     validation: list[Atoms] = field(default_factory=list)
@@ -98,9 +103,12 @@ def learn(
         return earlier
     store.check(labeler.settings_hash)
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
+    store.adopt(dataset, settings.split)
     began = time.monotonic()
     planned = plan_ensembles(contenders, generation, settings, store, folder) if settings.select == "sscha" else []
-    if not planned:
+    if planned:
+        planned = [*planned, *_plan_beside(planned, population, generation, settings, store, seed)]
+    else:
         if settings.select == "sscha":
             log.info("learning.select: sscha: no two candidates with SSCHA ensembles are undecided; this choice is random")
         chosen = _choose(population, generation, settings, store, seed, potential, dataset)
@@ -172,7 +180,32 @@ def _choose(
     """Indices of the structures to label by ``learning.select``."""
     rng = np.random.default_rng([seed, generation, _CHOOSE])
     known = [*dataset, *store.labels(before=generation)] if settings.select == "diverse" else []
-    return select(population, settings.n_sample, rng, settings.select, potential, known)
+    chosen = select(population, settings.n_sample, rng, settings.select, potential, known)
+    return held_back(population, chosen, generation, settings, store, seed)
+
+
+def held_back(
+    population: Sequence[Atoms], chosen: Sequence[int], generation: int, settings: LearningSettings, store: LabelStore, seed: int
+) -> list[int]:
+    """`hold_back` for the round ``generation``."""
+    rng = np.random.default_rng([seed, generation, _HOLD_BACK])
+    return hold_back(population, chosen, store.families, store.sides(settings.split, before=generation), settings.split, rng)
+
+
+def _plan_beside(
+    planned: Sequence[Atoms], population: Sequence[Atoms], generation: int, settings: LearningSettings, store: LabelStore, seed: int
+) -> list[Atoms]:
+    """Distorted structures for validation and test, by their quotas, beside ensembles that train."""
+    known = store.sides(settings.split, before=generation) | {str(atoms.info["family"]): str(atoms.info["side"]) for atoms in planned}
+    names = store.families.would_be([bare(atoms) for atoms in population])
+    order = np.random.default_rng([seed, generation, _HOLD_BACK]).permutation(len(population)).tolist()
+    chosen: list[int] = []
+    for side, n in quotas(settings.n_sample, settings.split).items():
+        for index in [index for index in order if known.get(names[index], side) == side and index not in chosen][:n]:
+            parent = bare(population[index])
+            known[names[index]] = known[store.families.family(parent_name(parent), parent)] = side
+            chosen.append(index)
+    return plan(population, generation, settings, store, seed, chosen, known)
 
 
 def plan(
@@ -182,18 +215,21 @@ def plan(
     store: LabelStore,
     seed: int,
     chosen: Sequence[int] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> list[Atoms]:
     """The distorted structures to label, with everything about them in ``info``; the same for the same seed and population.
 
-    ``chosen``: indices into the population; None draws them at random.
+    ``chosen``: indices into the population; None draws them at random. Every family is on one side for life (``known``; None: that of
+    its labels); those that are new are shared out so that validation and test get some of this round.
     """
     distorted = []
     if chosen is None:
         chosen = choose(population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE]))
-    for draw, index in enumerate(chosen):
-        parent = bare(population[index])
-        name = f"p-{structure_id(parent)}"
-        family = store.families.family(name, parent)
+    parents = [bare(population[index]) for index in chosen]
+    families = [store.families.family(parent_name(parent), parent) for parent in parents]
+    sides = sides_of_families(families, settings.split, store.sides(settings.split, before=generation) if known is None else known)
+    for draw, (parent, family) in enumerate(zip(parents, families, strict=True)):
+        name = parent_name(parent)
         for number in range(settings.n_perturb):
             key = [seed, generation, _DISTORT, draw, number]
             try:
@@ -203,7 +239,7 @@ def plan(
                 break
             seed_text = "-".join(map(str, key))
             plan_label(
-                atoms, generation=generation, parent=name, family=family, split=settings.split, kind="distorted", distortion_seed=seed_text
+                atoms, generation=generation, parent=name, family=family, side=sides[family], kind="distorted", distortion_seed=seed_text
             )
             distorted.append(atoms)
     return distorted
@@ -258,23 +294,35 @@ def training_sets(
     """Training, validation and test set of a round.
 
     Training: the training side of this round's ``labels`` and ``n_replay`` drawn from the training side of ``earlier`` rounds and of
-    ``dataset``. Validation and test: this round's; when it has none there, those of all rounds and of ``dataset``.
+    ``dataset``. Validation and test: those of this round, and of rounds before it until they are `FEW` or more; those of ``dataset``
+    only where no round has any.
     """
     split = settings.split
     new = on_side(labels, "train", split)
     previous = on_side([*dataset, *earlier], "train", split)
     drawn = sorted(rng.permutation(len(previous))[: settings.n_replay])
     replay = [previous[index] for index in drawn]
-    everything = [*dataset, *earlier, *labels]
     sides: dict[str, list[Atoms]] = {}
     origin: dict[str, str] = {}
-    for name in ("validation", "test"):
-        own = on_side(labels, name, split)
-        sides[name] = own or on_side(everything, name, split)
-        origin[name] = "this round" if own else "all rounds" if sides[name] else "none"
+    for name in SIDES[1:]:
+        own, rounds = _newest(on_side(labels, name, split), on_side(earlier, name, split))
+        sides[name] = own or on_side(dataset, name, split)
+        origin[name] = rounds or (DATASET if sides[name] else "none")
     if not sides["validation"]:
         origin["validation"] = "training"
     return Sets([*new, *replay], sides["validation"], sides["test"], len(new), len(replay), origin["validation"], origin["test"])
+
+
+def _newest(labels: Sequence[Atoms], earlier: Sequence[Atoms]) -> tuple[list[Atoms], str]:
+    """``labels``, and those of whole ``earlier`` rounds, the newest first, until there are enough; and from which rounds they are."""
+    found, rounds = list(labels), []
+    for generation in sorted({int(atoms.info["generation"]) for atoms in earlier}, reverse=True):
+        if len(found) >= FEW:
+            break
+        found += [atoms for atoms in earlier if atoms.info["generation"] == generation]
+        rounds.append(generation)
+    before = f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[-1]} to {rounds[0]}" if rounds else ""
+    return found, " and ".join(filter(None, ("this round" if labels else "", before)))
 
 
 def _train(
@@ -322,7 +370,7 @@ def _conclude(
         changed = bool(np.isfinite(after)) and not after >= before
         verdict = "the new model is kept" if changed else "the old model is kept: the new one is not better"
         metrics["reason"] = f"{verdict} (loss {before:.4g} -> {after:.4g} on {old[judge]['n']} labels of {sets.validation_from})"
-        log.info("%s", metrics["reason"])
+        log.info("%s; %s there", metrics["reason"], Scores(**(trained if changed else old)[judge]))
     current = candidate if changed and candidate is not None else potential
     if current.error_model is None and sets.train:
         current.error_model = uncertainty.fit(current.module, sets.train, sets.validation)
@@ -359,7 +407,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
 
 
 def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
-    """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not empty."""
+    """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not empty; errors of few labels."""
     from magus_anharmonic.potential.score import score
 
     parts = {"train": sets.train, "validation": sets.validation, "test": sets.test}

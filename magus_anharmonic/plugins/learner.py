@@ -15,8 +15,9 @@ from magus.populations.populations import Population
 from magus_anharmonic.generation import validation_rmse
 from magus_anharmonic.labelers.adapter import CallableLabeler
 from magus_anharmonic.learning.choose import select
-from magus_anharmonic.learning.dataset import LabelStore, on_side, side
-from magus_anharmonic.learning.learn import finished, keep_label, learn, plan
+from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
+from magus_anharmonic.learning.families import parent_name, sides_of_families
+from magus_anharmonic.learning.learn import finished, held_back, keep_label, learn, plan
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
 from magus_anharmonic.settings import LearningSettings, snake_case
 from magus_anharmonic.structures import bare, structure_id
@@ -69,6 +70,8 @@ class MatterSimLearner(MatterSimCalculator):
         """All labels of this search."""
         if self._labels is None:
             self._labels = LabelStore(self.run_dir / "labels")
+            if self.learning.dataset:
+                self._labels.adopt(read_dataset(self.learning.dataset, self.labeler.settings_hash), self.learning.split)
         return self._labels
 
     @property
@@ -96,6 +99,7 @@ class MatterSimLearner(MatterSimCalculator):
         rule = self.learning.select
         known = self.store.labels(before=self.generation) if rule == "diverse" else []
         picked = select(individuals, self.learning.n_sample, rng, rule, self.potential, known)
+        picked = held_back(individuals, picked, self.generation, self.learning, self.store, self.seed)
         chosen = [individuals[index].copy() for index in picked]
         logger.info("%d of %d structures are chosen for labels", len(chosen), len(individuals))
         return _like(pop, chosen)
@@ -116,12 +120,16 @@ class MatterSimLearner(MatterSimCalculator):
         asked = {atoms.info["id"] for atoms in plan(self._selected, self.generation, self.learning, self.store, self.seed)}
         self._reasons = {}
         labelled = []
-        for atoms in frames:
+        given = list(frames)
+        relaxed = [bare(atoms) for atoms in given if "id" not in atoms.info]
+        families = [self.store.families.family(parent_name(atoms), atoms) for atoms in relaxed]
+        sides = sides_of_families(families, self.learning.split, self.store.sides(self.learning.split))
+        for atoms in given:
             if "id" in atoms.info and atoms.info["id"] not in asked:
                 # MAGUS's cluster calculators hand the previous file back when a job fails.
                 logger.warning("a label of an earlier batch (%s) came back and is not taken", atoms.info["id"])
             else:
-                labelled.append(self._with_history(atoms))
+                labelled.append(self._with_history(atoms, sides))
         clean = [_only(atoms, _HISTORY) for atoms in labelled]
         for atoms, result in zip(clean, self.labeler.label(labelled), strict=True):
             reason = keep_label(atoms, result, self.store)
@@ -129,17 +137,17 @@ class MatterSimLearner(MatterSimCalculator):
                 self._reasons[str(atoms.info["id"])] = reason
         logger.info("%d labels from MainCalculator, %d of them unusable", len(clean), len(self._reasons))
 
-    def _with_history(self, atoms: Atoms) -> Atoms:
+    def _with_history(self, atoms: Atoms, sides: Mapping[str, str]) -> Atoms:
         if "id" in atoms.info:
             return atoms
-        copy, name = atoms.copy(), f"p-{structure_id(atoms)}"
+        copy, name = atoms.copy(), parent_name(atoms)
         family = self.store.families.family(name, bare(atoms))
         copy.info.update(
             id=f"g{self.generation}-{structure_id(atoms)}",
             generation=self.generation,
             parent=name,
             family=family,
-            side=side(family, self.learning.split),
+            side=sides[family],
             kind="relaxed",
             distortion_seed="",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,12 @@ from ase.calculators.calculator import PropertyNotImplementedError
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.potential.losses import LossSettings, combine, mean_loss
+from magus_anharmonic.potential.split import parent_of
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+FEW = 20
+"""Labels below which an RMSE is given with its error."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Scores:
     """Errors over ``n`` structures.
 
     energy_rmse : eV/atom; force_rmse : eV/A per component; stress_rmse : GPa per component of the 3x3 tensor;
-    loss : training loss over the whole set (independent of batches).
+    loss : training loss over the whole set (independent of batches). The standard errors of the three RMSE are given for fewer than `FEW`
+    structures; labels of one parent count as one there.
     """
 
     energy_rmse: float
@@ -30,13 +35,23 @@ class Scores:
     stress_rmse: float
     loss: float
     n: int
+    energy_rmse_error: float | None = None
+    force_rmse_error: float | None = None
+    stress_rmse_error: float | None = None
 
     def as_dict(self) -> dict[str, float | int]:
-        """The five numbers by name, for JSON."""
-        return asdict(self)
+        """The numbers by name, for JSON; errors where they are given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
-        return f"{1e3 * self.energy_rmse:.1f} meV/atom, {self.force_rmse:.3f} eV/A, {self.stress_rmse:.2f} GPa"
+        energy = with_error(1e3 * self.energy_rmse, None if self.energy_rmse_error is None else 1e3 * self.energy_rmse_error, 1)
+        force, stress = with_error(self.force_rmse, self.force_rmse_error, 3), with_error(self.stress_rmse, self.stress_rmse_error, 2)
+        return f"{energy} meV/atom, {force} eV/A, {stress} GPa"
+
+
+def with_error(value: float, error: float | None, decimals: int) -> str:
+    """``'12.1 +- 3.0'``, or the value alone."""
+    return f"{value:.{decimals}f}" + ("" if error is None else f" +- {error:.{decimals}f}")
 
 
 @dataclass(frozen=True)
@@ -88,8 +103,7 @@ def score(potential: Any, labelled: Sequence[Atoms], settings: LossSettings | No
     ``settings`` gives ``loss``, ``force_loss_ratio``, ``stress_loss_ratio`` (default: Huber, 1, 0.1).
     Raises InputError when a label is missing.
     """
-    energy, forces, stress = _concatenate(_residuals(potential, labelled))
-    return scores_from_residuals(energy, forces, stress, settings)
+    return _scores_of(_residuals(potential, labelled), labelled, settings)
 
 
 def scores_by(potential: Any, labelled: Sequence[Atoms], key: str = "kind", settings: LossSettings | None = None) -> dict[str, Scores]:
@@ -98,12 +112,35 @@ def scores_by(potential: Any, labelled: Sequence[Atoms], key: str = "kind", sett
     kinds = [str(atoms.info.get(key, "other")) for atoms in labelled]
     found: dict[str, Scores] = {}
     for kind in sorted(set(kinds)):
-        energy, forces, stress = _concatenate([residual for residual, other in zip(residuals, kinds, strict=True) if other == kind])
-        found[kind] = scores_from_residuals(energy, forces, stress, settings)
+        chosen = [index for index, other in enumerate(kinds) if other == kind]
+        found[kind] = _scores_of([residuals[index] for index in chosen], [labelled[index] for index in chosen], settings)
     return found
 
 
 Residual = tuple[float, np.ndarray, np.ndarray]
+
+
+def _scores_of(residuals: Sequence[Residual], labelled: Sequence[Atoms], settings: LossSettings | None) -> Scores:
+    found = scores_from_residuals(*_concatenate(residuals), settings)
+    if not 0 < found.n < FEW:
+        return found
+    groups = np.unique([str(atoms.info.get("family") or parent_of(atoms)) for atoms in labelled], return_inverse=True)[1]
+    errors = [rmse_error([np.ravel(residual[place]) for residual in residuals], groups) for place in range(3)]
+    return replace(found, energy_rmse_error=errors[0], force_rmse_error=errors[1], stress_rmse_error=errors[2])
+
+
+def rmse_error(residuals: Sequence[np.ndarray], groups: np.ndarray) -> float:
+    """Standard error of the RMSE of ``residuals`` (one array per structure), of which those of one group share what is wrong with them.
+
+    By the spread of the mean squares of the groups, and not below that of as many Gaussian numbers.
+    """
+    squares = np.array([np.sum(np.square(values)) for values in residuals])
+    counts = np.array([len(values) for values in residuals], dtype=float)
+    mean, n = squares.sum() / counts.sum(), int(groups.max()) + 1
+    apart = np.bincount(groups, squares - mean * counts)
+    error = np.sqrt(n / max(n - 1, 1) * np.sum(apart**2)) / counts.sum()
+    rmse = float(np.sqrt(mean))
+    return max(float(error / (2.0 * rmse)), rmse / np.sqrt(2.0 * n)) if rmse > 0.0 else 0.0
 
 
 def _residuals(potential: Any, labelled: Sequence[Atoms]) -> list[Residual]:

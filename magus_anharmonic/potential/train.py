@@ -94,7 +94,8 @@ class TrainReport:
         for part, kinds in self.scores.items():
             for kind, found in kinds.items():
                 numbers = f"{found.n:>5}{1e3 * found.energy_rmse:>12.2f}{found.force_rmse:>9.4f}{found.stress_rmse:>8.3f}"
-                lines.append(f"{part:<12}{kind:<12}{numbers}")
+                few = "" if found.energy_rmse_error is None else f"   few: {found}"
+                lines.append(f"{part:<12}{kind:<12}{numbers}{few}")
         return "\n".join(lines)
 
 

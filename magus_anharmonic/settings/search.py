@@ -164,21 +164,27 @@ class LearningSettings(Section):
         "(10 n_sample) those with the largest expected error, at random while the model has no error estimate; "
         "diverse: those farthest from one another and from the labels in the model's features; "
         "sscha: configurations (n_sample x n_perturb) of the SSCHA ensembles of the candidates whose order is undecided, where they narrow "
-        "the differences of G most; at random while there are none (needs sscha.when: every_generation)",
+        "the differences of G most, and distorted structures for validation and test; at random while there are none "
+        "(needs sscha.when: every_generation)",
     )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
     atom_displacement: NonNegative = Field(0.05, le=1.0, description="Angstrom, random direction, fixed length")
     strain: NonNegative = Field(0.05, le=0.3, description="six components uniform in [-strain, +strain]")
     n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(100, description="structures drawn from the previous training set")
-    split: tuple[Count, Count, Count] = Field((8, 1, 1), description="train : validation : test, by a hash of the parent")
+    split: tuple[Count, Count, Count] = Field(
+        (8, 1, 1),
+        description="train : validation : test in every generation, by whole phases, at least one structure each",
+    )
     epochs: Count = Field(50, description="finetuning epochs per generation")
     learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
     batch_size: Count = Field(8, description="structures per training step")
     loss: Loss = "huber"
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
-    target_rmse: Positive | None = Field(None, description="eV/atom on the validation set: the model counts as converged below it")
+    target_rmse: Positive | None = Field(
+        None, description="eV/atom on the search's own validation labels: the model counts as converged below it"
+    )
     dataset: InsidePath | None = Field(
         None, description="earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's name"
     )

@@ -10,6 +10,17 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 SIGNIFICANT = 2.0
 """Standard errors beyond which something left of the relaxation counts."""
+LARGEST_CORRECTION = 5e-3
+"""eV/atom: further from the minimum, or less well known, its height cannot be told by the gradients."""
+LARGEST_POSITION_ERROR = 0.1
+"""Angstrom: centroids that are known less well are not known at all."""
+LARGEST_STRAIN_ERROR = 0.1
+
+
+def correctable(averages: Averages, n: int) -> bool:
+    """Whether what a state of ``n`` atoms lies above the minimum is small enough, and known well enough, to be taken off."""
+    height, error = averages.decrease / n, (averages.minimum_error - averages.helmholtz_error) / n
+    return bool(abs(height) < LARGEST_CORRECTION and error < LARGEST_CORRECTION)
 
 
 def unconverged(averages: Averages, progress: Progress, n: int, task: Task) -> str:
@@ -31,7 +42,8 @@ def unconverged(averages: Averages, progress: Progress, n: int, task: Task) -> s
 def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[str]:
     """What one ensemble of a cell of ``n`` atoms says against the end of the run; ``error`` : of G, eV/atom.
 
-    What is left is measured in energy and in the parameter itself, each by its own stiffness; noise is not left to relax.
+    What is left is measured in energy and in the parameter itself, each by its own stiffness; noise is not left to relax, but so
+    much of it that nothing is known is no end either.
     """
     settings, issues = task.settings, []
     strain = np.abs(averages.strain)
@@ -43,6 +55,12 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
     shift = np.abs(averages.shift)
     if np.any(shift > np.maximum(settings.centroid_tolerance, SIGNIFICANT * averages.position_error)):
         issues.append(f"centroids are still to move by {shift.max():.3f} A")
+    if not np.all(averages.position_error < LARGEST_POSITION_ERROR):
+        issues.append(f"centroids are known to {averages.position_error.max():.2f} A only")
+    if not np.all(averages.strain_error < LARGEST_STRAIN_ERROR):
+        issues.append(f"the cell is known to {100 * averages.strain_error.max():.0f} % only")
     if averages.decrease / n >= max(settings.free_energy_tolerance, error):
         issues.append(f"G may still fall by {averages.decrease / n * 1e3:.2f} meV/atom")
+    elif not correctable(averages, n):
+        issues.append(f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f} meV/atom only")
     return issues

@@ -9,6 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.sscha.averages import Averages
+from magus_anharmonic.sscha.criteria import correctable
 from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import Start
@@ -21,19 +22,17 @@ if TYPE_CHECKING:
     from magus_anharmonic.sscha.task import Progress, Task
 
 NAN = float("nan")
-LARGEST_CORRECTION = 5e-3
-"""eV/atom: further from the minimum, its height cannot be told by the gradients."""
 
 
 def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
     Of the minimum that the state is near: what it lies above that is known from the gradients (`Averages.decrease`) and taken off. Of the
-    state itself, an upper bound, where that is more than `LARGEST_CORRECTION`.
+    state itself, an upper bound, where that is not `correctable`.
     """
     n = len(state.atoms)
     plain = (averages.helmholtz + pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()) / n
-    if not averages.decrease / n < LARGEST_CORRECTION:
+    if not correctable(averages, n):
         return float(plain), averages.helmholtz_error / n
     return float(plain - averages.decrease / n), averages.minimum_error / n
 

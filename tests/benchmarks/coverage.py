@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binom, norm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parent
+# a script of this folder has the name of python-sscha's package
+sys.path = [str(HERE.parent), *(path for path in sys.path if Path(path).resolve() != HERE)]
 
-from exact_crystals import CASES, Scha
+from exact_crystals import CASES, Scha  # noqa: E402
 
-from magus_anharmonic import free_energy
+from magus_anharmonic import free_energy  # noqa: E402
 
 
 def cases(quick: bool) -> Iterator[tuple[str, float, str, int, str, int]]:
@@ -26,8 +28,8 @@ def cases(quick: bool) -> Iterator[tuple[str, float, str, int, str, int]]:
     sizes, seeds = ((200,), 32) if quick else ((200, 400, 1000), 32)
     for name, temperature, cell, n_configs in product(CASES, (0.0, 300.0), ("variable", "fixed"), sizes):
         yield name, temperature, cell, n_configs, "native", seeds
-    for name in ("hcp", "rock salt"):
-        yield name, 300.0, "variable", 200, "python-sscha", seeds
+    for name, (temperature, cell) in product(CASES, ((0.0, "fixed"), (300.0, "variable"))):
+        yield name, temperature, cell, 200, "python-sscha", seeds
 
 
 def deviations(name: str, temperature: float, cell: str, n_configs: int, engine: str, seeds: int) -> tuple[np.ndarray, list]:
