@@ -75,7 +75,7 @@ def decided_group(group: str) -> str:
     return "" if UNDECIDED in group else group
 
 
-def group_symbol(group: str) -> str:
+def symbol_of(group: str) -> str:
     """``Im-3m`` of ``'Im-3m (229)'``; where noise leaves two, both: ``R3m or Im-3m``."""
     return " or ".join(one.split(" ")[0] for one in group.split(": ")[0].split(" or "))
 
@@ -132,6 +132,12 @@ def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
     """International symbol and number, e.g. ``'R3m (160)'``; ``'P1 (1)'`` when spglib finds none."""
     found = spglib_or_none(spglib.get_spacegroup, spglib_cell(atoms), symprec=symprec)
     return found or "P1 (1)"
+
+
+def number_of(group: str) -> int:
+    """229 of ``'Im-3m (229)'``; 0 where there is none."""
+    found = re.search(r"\((\d+)\)", group)
+    return int(found[1]) if found else 0
 
 
 def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:

@@ -8,7 +8,7 @@ from typing import Any
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
 from magus_anharmonic.analysis.found_values import near, sources_of
 from magus_anharmonic.analysis.tables import TABLES, Enthalpy, Ranked, TableFolder, pressure_of_file, ranking_files
-from magus_anharmonic.structures import group_symbol
+from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8
 
@@ -28,11 +28,11 @@ def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
     keys += [(key, getattr(wanted, key)) for key in ("irrep", "method", "energies_by", "model", "set", "quantity")]
     for key, value in ((key, value) for key, value in keys if value is not None):
         by_symbol = name == Enthalpy.FILE and not wanted.phases
-        there = {getattr(row, key) for row in rows} | ({group_symbol(row.space_group) for row in rows} if by_symbol else set())
+        there = {getattr(row, key) for row in rows} | ({symbol_of(row.space_group) for row in rows} if by_symbol else set())
         if value not in there:
             return f"{name} has no {key} {value} (it has {_list(there - {''})})"
         if not (key == "phase" and wanted.phases):
-            rows = [row for row in rows if value in (getattr(row, key), group_symbol(getattr(row, "space_group", "")))]
+            rows = [row for row in rows if value in (getattr(row, key), symbol_of(getattr(row, "space_group", "")))]
     pressures = sorted({row.pressure_GPa for row in rows if hasattr(row, "pressure_GPa")})
     if wanted.pressure_GPa is not None and not any(near(pressure, wanted) for pressure in pressures):
         return f"{name} has it at {_list(pressures)} GPa"

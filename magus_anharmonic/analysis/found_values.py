@@ -13,7 +13,7 @@ from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.modes import critical_pressures, series
 from magus_anharmonic.analysis.reordering import COMPUTED, became, computed, lowest, reordering
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
-from magus_anharmonic.structures import group_symbol
+from magus_anharmonic.structures import symbol_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
 def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Enthalpy], int] | None:
     """The distinct structures at the pressure by enthalpy, and the place of the phase among them, from 0."""
     order = distinct([row for row in _enthalpies(wanted, tables) if near(row.pressure_GPa, wanted)])
-    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, group_symbol(row.space_group))]
+    places = [place for place, row in enumerate(order) if wanted.phase in (row.phase, symbol_of(row.space_group))]
     return (order, places[0]) if places else None
 
 
@@ -200,7 +200,7 @@ def lowest_space_group(wanted: ExpectedValue, tables: TableFolder) -> Found | No
     """Of the lowest free energy that is no saddle point."""
     rows = computed(_ranking(wanted, tables) or [])
     best = lowest(rows)
-    return None if best is None else Found(words=(group_symbol(best.spg_quantum),), n=len(rows), models=_ranked_by(rows))
+    return None if best is None else Found(words=(symbol_of(best.spg_quantum),), n=len(rows), models=_ranked_by(rows))
 
 
 def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
@@ -238,11 +238,11 @@ def reordering_window(wanted: ExpectedValue, tables: TableFolder) -> Found | Non
 def share_kept_by_dft(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Of the structures that became the space group: the share that DFT leaves as it was found, with the binomial error."""
     rows = tables.rows(SpaceGroups)
-    mine = [row for row in rows if group_symbol(row.spg_quantum) == wanted.space_group != group_symbol(row.spg_static) and row.spg_dft]
+    mine = [row for row in rows if symbol_of(row.spg_quantum) == wanted.space_group != symbol_of(row.spg_static) and row.spg_dft]
     if not mine:
         return None
     n = len(mine)
-    share = sum(group_symbol(row.spg_dft) == group_symbol(row.spg_static) for row in mine) / n
+    share = sum(symbol_of(row.spg_dft) == symbol_of(row.spg_static) for row in mine) / n
     inner = min(max(share, 0.5 / n), 1.0 - 0.5 / n)
     return Found(share, math.sqrt(inner * (1.0 - inner) / n), n=n)
 

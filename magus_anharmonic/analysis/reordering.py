@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
-from magus_anharmonic.structures import decided_group, group_symbol
+from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 COMPUTED = ("sscha", "stable", "saddle", "eliminated")
 """States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
@@ -84,12 +83,6 @@ def lowest(rows: Sequence[Ranked]) -> Ranked | None:
     return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
 
 
-def number_of(space_group: str) -> int:
-    """229 of ``'Im-3m (229)'``; 0 where there is none."""
-    found = re.search(r"\((\d+)\)", space_group)
-    return int(found[1]) if found else 0
-
-
 class _Moving(Protocol):
     """A row of a ranking: space groups while the ions rest and once they move."""
 
@@ -102,8 +95,8 @@ class _Moving(Protocol):
 
 def became(row: _Moving) -> str:
     """Symbol of the space group that a structure took when its ions moved; empty where it kept its own, or noise leaves two."""
-    symbol = group_symbol(decided_group(row.spg_quantum))
-    return "" if symbol == group_symbol(row.spg_static) else symbol
+    symbol = symbol_of(decided_group(row.spg_quantum))
+    return "" if symbol == symbol_of(row.spg_static) else symbol
 
 
 def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None) -> tuple[Reordering, list[Moved]]:
@@ -111,7 +104,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phas
     shown = computed(rows)
     h = np.array([r.enthalpy_eV_per_atom for r in shown])
     g = np.array([r.gibbs_eV_per_atom for r in shown])
-    best = phase or group_symbol((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
+    best = phase or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line(above_h, above_g)
     changed = [r for r in shown if became(r)]
@@ -147,7 +140,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phas
         linear_above=threshold,
         window=window,
         n_checked_by_dft=len(in_dft),
-        n_kept_by_dft=sum(group_symbol(row.spg_dft) == group_symbol(row.spg_static) for row in in_dft),
+        n_kept_by_dft=sum(symbol_of(row.spg_dft) == symbol_of(row.spg_static) for row in in_dft),
     )
     return numbers, moved
 
@@ -199,8 +192,8 @@ def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-de
 def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
     for index, (label, chosen) in enumerate(
         (
-            (f"ended in {numbers.best}", lambda m: group_symbol(decided_group(m.spg_quantum)) == numbers.best),
-            ("other", lambda m: group_symbol(decided_group(m.spg_quantum)) != numbers.best),
+            (f"ended in {numbers.best}", lambda m: symbol_of(decided_group(m.spg_quantum)) == numbers.best),
+            ("other", lambda m: symbol_of(decided_group(m.spg_quantum)) != numbers.best),
         )
     ):
         shown = [m for m in moved if chosen(m)]
