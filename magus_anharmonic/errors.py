@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 
 class MagusAnharmonicError(Exception):
     """Base of every error this package raises on purpose."""
@@ -49,6 +53,14 @@ class Terminated(BaseException):
     """SIGTERM arrived: the batch system, or a person, wants the process to end now."""
 
 
+_CONTROL = {code: "?" for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+def printable(text: str) -> str:
+    """``text``, of whatever origin, as a terminal may get it: no escape sequence, nothing that moves the cursor or turns the line round."""
+    return text.translate(_CONTROL)
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """``text``, of whatever origin, as it can be shown: on one line, without control characters, not longer than ``limit``."""
     shown = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
@@ -65,5 +77,11 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"memory exhausted{': ' if text else ''}{text}"
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or text or type(error).__name__}"
+        return f"{error.filename or _full_disk() or 'a file'}: {error.strerror or text or type(error).__name__}"
     return text if isinstance(error, MagusAnharmonicError) else f"{type(error).__name__}{': ' if text else ''}{text}"
+
+
+def _full_disk() -> str:
+    """Which disk has no room: what is written through a library or to a terminal may fail without a name."""
+    full = [place for place in (os.getcwd(), tempfile.gettempdir()) if shutil.disk_usage(place).free == 0]
+    return f"the disk of {full[0]}" if full else ""

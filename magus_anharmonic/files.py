@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,6 +60,10 @@ OF_THE_FILE = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EINVAL, errno.EO
 """What the system says about a file that is not there or sends a reader to a place that it does not have."""
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+"""What the system says to who writes."""
+
+
 def raise_trouble(error: BaseException, path: str | Path) -> None:
     """Raise ``error``, met while ``path`` was read, again when it speaks of the machine or the disk and not of what the file holds.
 
@@ -69,6 +73,7 @@ def raise_trouble(error: BaseException, path: str | Path) -> None:
         raise error
     # ASE, NumPy and zipfile raise OSErrors of their own for what a file holds; those of the system have a number.
     if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
+        error.filename = error.filename or str(path)
         raise error
 
 
@@ -82,6 +87,18 @@ def _has_room_for(path: str | Path) -> bool:
 
 
 @contextlib.contextmanager
+def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
+    """Give the troubles of the system that are met within the name of the file that is written: a full disk is told without one."""
+    try:
+        yield
+    except OSError as error:
+        nameless = error.filename is None or error.errno in NO_ROOM or str(error.filename) == str(temporary)
+        if error.errno is not None and nameless:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it onto ``path``.
 
@@ -89,17 +106,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}-", suffix=f"{target.suffix}{TEMPORARY}")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = target.with_name(f".{target.stem}-{uuid.uuid4().hex[:8]}{target.suffix}{TEMPORARY}")
+    with writing(target, temporary):
+        # Whoever may read it is for the umask to say.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -142,7 +159,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("ab+") as file:
+    with writing(target), target.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

@@ -155,7 +155,7 @@ class Held:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.owner = Owner(socket.gethostname(), pid, _machine(), _born(pid) or 0, what, since, uuid.uuid4().hex[:12])
         seen = check_free(self.folder, name)
-        with _guarded(self.folder):
+        with guarded(self.folder):
             earlier = _found(self.folder, name)
             if earlier is not None and (earlier.alive or (earlier.alive is None and earlier != seen)):  # came after the check
                 raise InputError(_refusal(self.folder, name, earlier))
@@ -247,8 +247,8 @@ def _refusal(folder: Path, name: str, owner: Owner) -> str:
 
 
 @contextlib.contextmanager
-def _guarded(folder: Path) -> Iterator[None]:
-    """Only one process at a time decides about a lock; where the file system knows no such guard, none."""
+def guarded(folder: Path) -> Iterator[None]:
+    """Only one process at a time decides about a lock in ``folder`` or below; where the file system knows no such guard, none."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

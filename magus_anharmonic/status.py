@@ -242,6 +242,19 @@ def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
     return owner, "dead" if owner.here else f"dead (no sign of life for {WATCH:g} s)"
 
 
+def present_steps(folder: Path, steps: dict[str, Any]) -> dict[str, Any]:
+    """``steps`` of the ``steps.json`` in ``folder``, "interrupted" where one is said to be running and nobody works on the campaign."""
+    running = [name for name, step in steps.items() if isinstance(step, dict) and step.get("status") == "running"]
+    if not running or not deserted(folder):
+        return steps
+    return {name: {**step, "status": "interrupted"} if name in running else step for name, step in steps.items()}
+
+
+def deserted(folder: Path) -> bool:
+    """Whether nobody holds the lock of ``folder`` any more."""
+    return holder(folder, False)[1].startswith(("dead", "stopped"))
+
+
 def _shows_life(folder: Path, owner: Owner) -> bool:
     """Watch the heartbeat of a process on another machine for a little longer than one beat; no clock is compared with another."""
     log.info("watching up to %g s for a sign of life of %s", WATCH, owner.described())

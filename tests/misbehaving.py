@@ -80,6 +80,11 @@ class Misbehaving(Calculator):
             atoms.set_cell(1.01 * atoms.cell, scale_atoms=True)
         elif how == "own copy":
             self.atoms = self.atoms[list(range(n))[::-1]]
+        elif how == "here":
+            Path("restart.dat").write_text(str(n))
+            self.results["energy"] = float(Path(self.child_file).read_text())
+        elif how == "escape":
+            raise ValueError("\x1b[31mred\x1b]0;title\x07\x1b[2J")
         elif how == "pid":
             self.results["energy"] = float(os.getpid())
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from ase import Atoms
 from ase.io import write
+from rich.table import Table
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app, main
+from magus_anharmonic.cli.common import configure_logging, console, say, user_errors
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.plugins.logs import RestartSafe
 
 QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
 
@@ -240,3 +247,52 @@ def test_a_ranking_without_any_free_energy_ends_with_another_code(folder, monkey
         assert code == 0, text
     else:
         assert code == 1 and "no structure has a free energy" in text and "the sample collapses" in text, text
+
+
+EVIL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \r over \u202e txt\x08\x7f"
+"""Title of the window, an empty screen, colour, a line written over, letters turned round, steps back."""
+
+
+def _harmless(text: str) -> bool:
+    return not set(text) & set("\x1b\x07\x9b\r\u202e\x08\x7f")
+
+
+def test_nothing_that_comes_from_a_file_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by tables and sentences, by errors."""
+    configure_logging(True)
+    try:
+        log = logging.getLogger("magus_anharmonic.test")
+        log.warning("the label failed: %s", EVIL)
+        try:
+            raise ValueError(EVIL)
+        except ValueError:
+            log.debug("why", exc_info=True)
+        table = Table(title=EVIL)
+        table.add_column(EVIL)
+        table.add_row(EVIL)
+        console().print(table)
+        console().print(EVIL)
+        for error in (InputError(EVIL), MagusAnharmonicError(EVIL), OSError(28, "No space left", EVIL)):
+            with pytest.raises(typer.Exit), user_errors():
+                raise error
+        say(EVIL)
+    finally:
+        logging.getLogger().handlers[:] = [h for h in logging.getLogger().handlers if h.get_name() != "magus-anharmonic"]
+        logging.getLogger("magus_anharmonic").setLevel(logging.NOTSET)
+    shown = capsys.readouterr()
+    assert shown.out.count("owned") >= 4 and shown.err.count("owned") >= 5 and _harmless(shown.out + shown.err)
+
+
+def test_colours_of_our_own_still_reach_a_terminal() -> None:
+    screen = type(console())(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
+    screen.print("ranked", style="bold red")
+    screen.print(EVIL, highlight=False)
+    written = screen.file.getvalue()
+    own = "\x1b[1;31mranked\x1b[0m"
+    assert own in written and "owned" in written and _harmless(written.replace(own, ""))
+
+
+def test_under_magus_too(caplog: pytest.LogCaptureFixture) -> None:
+    record = logging.LogRecord("magus_anharmonic.x", logging.WARNING, "", 0, "reason: %s", (EVIL,), None)
+    RestartSafe().filter(record)
+    assert "owned" in record.getMessage() and _harmless(record.getMessage())

@@ -1,10 +1,14 @@
-"""Names of files that stand for any text."""
+"""Names of files that stand for any text; what a full disk, and the rights of a new file, are told and given as."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import resource
+import shutil
 import unicodedata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,8 @@ from hypothesis import strategies as st
 from magus_anharmonic.analysis import style, tables
 from magus_anharmonic.analysis.phase_grid import point_folder
 from magus_anharmonic.campaign.plan import place
-from magus_anharmonic.files import safe_name
+from magus_anharmonic.errors import reason_of
+from magus_anharmonic.files import append_jsonl, replacing, safe_name, write_json, write_text
 
 NASTY = [
     "α", "β", "C2/c", "C2_c", "..", ".", "", " ", "$\\frac$", "a" * 300, "a" * 301, "alpha", "Alpha", "ALPHA", "im-3m", "Im-3m", "IM-3M",
@@ -71,3 +76,55 @@ def test_a_figure_shows_any_name_as_it_is(tmp_path: Path, name: str) -> None:
         style.legend(axes)
         for path in style.save(made, tmp_path, safe_name(name)):
             assert path.stat().st_size > 0
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow above a kilobyte: the system says so when bytes are written, without a name, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _copied(file: Path) -> None:
+    source = file.with_name("source")
+    with replacing(file) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: write_text(file, "x" * 5000),
+        lambda file: write_json(file, {"x": "x" * 5000}),
+        lambda file: append_jsonl(file, {"x": "x" * 5000}),
+        _copied,
+    ],
+)
+def test_a_disk_without_room_is_told_with_the_file_that_was_written(tmp_path: Path, write: Callable[[Path], None], request) -> None:
+    (tmp_path / "source").write_text("x" * 5000)
+    request.getfixturevalue("small_files")
+    with pytest.raises(OSError) as caught:
+        write(tmp_path / "file.json")
+    assert reason_of(caught.value).startswith(f"{tmp_path / 'file.json'}: File too large")
+    assert not list(tmp_path.glob(".*")), "nothing half-written is left"
+
+
+def test_what_fails_for_another_reason_keeps_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, replacing(tmp_path / "file"):
+        (tmp_path / "input").read_text()
+    assert caught.value.filename == str(tmp_path / "input")
+    with pytest.raises(OSError, match="not a checkpoint"), replacing(tmp_path / "file"):
+        raise OSError("not a checkpoint")  # as libraries do, without a number
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o027])
+def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "ours", "x")
+        (tmp_path / "any").write_text("x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode

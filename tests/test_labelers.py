@@ -22,6 +22,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
+from magus_anharmonic.labelers.worker import _absolute
 from magus_anharmonic.learning.dataset import dataset_file, read_labels
 from magus_anharmonic.scheduler import available_cores
 from magus_anharmonic.settings import LabelerSettings
@@ -222,6 +223,40 @@ def test_a_relaxation_that_fails_returns_the_start_and_the_reason(tmp_path):
         bad, worse = labeler.relax([chain(2), chain(3)], pressure=10.0)
     assert bad.failed and not bad.converged and worse.failed and "SIGSEGV" in worse.reason
     assert bad.atoms.positions == pytest.approx(chain(2).positions)
+
+
+def test_a_code_works_in_its_slot_and_finds_the_files_of_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.txt").write_text("7.5")
+    with misbehaving(tmp_path / "scratch", {2: "here", 1: "here"}, child_file="model.txt") as labeler:
+        assert [label.energy for label in labeler.label([chain(2), chain(1)])] == [7.5, 7.5]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.txt", "scratch"}
+    assert (tmp_path / "scratch" / "slot0" / "restart.dat").read_text() == "1"
+
+
+def test_what_an_argument_names_is_meant_from_the_users_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my.model", "pbe", "log.txt", "Si.upf"):
+        (tmp_path / name).touch()
+    (tmp_path / "pseudo").mkdir()
+    given = {
+        "model": "my.model",
+        "xc": "pbe",
+        "txt": "log.txt",
+        "pseudopotentials": {"Si": "./Si.upf"},
+        "pseudo_dir": "pseudo",
+        "a": [1.5, "b.c"],
+    }
+    here = str(tmp_path)
+    assert _absolute(given) == given | {
+        "model": f"{here}/my.model", "pseudopotentials": {"Si": f"{here}/Si.upf"}, "pseudo_dir": f"{here}/pseudo",
+    }  # fmt: skip
+
+
+def test_a_reason_cannot_control_the_terminal(tmp_path):
+    with misbehaving(tmp_path, {2: "escape"}) as labeler:
+        (failure,) = labeler.label([chain(2)])
+    assert failure.reason == "ValueError: [31mred ]0;title [2J"
 
 
 def test_what_the_code_prints_goes_to_the_log_of_the_worker(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +30,7 @@ from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.files import TEMPORARY
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
-from magus_anharmonic.lock import _born, locked
+from magus_anharmonic.lock import _born, check_free, locked
 from magus_anharmonic.search import SearchOutcome, host, operators, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -187,6 +189,34 @@ def test_an_earlier_results_folder_is_kept_as_magus_does(tmp_path: Path) -> None
         run(settings(numGen=1, initSize=2, popSize=2, saveGood=1), tmp_path)
     assert {path.name for path in tmp_path.glob("results*")} == {"results", "results1", "results2"}
     assert (tmp_path / "results2/anharmonic/run.json").exists()
+
+
+def test_of_two_starts_at_once_the_second_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find the folder free, and only one of them may be the first."""
+    both = threading.Barrier(2)
+
+    def slowly(folder: Path) -> None:
+        check_free(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(2.0)
+
+    def search() -> None:
+        try:
+            run(settings(), tmp_path)
+            ended.append("")
+        except InputError as error:
+            ended.append(str(error))
+
+    monkeypatch.setattr("magus_anharmonic.search.host.check_free", slowly)
+    ended: list[str] = []
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert "another process works here" in ended[0] and ended[1] == ""
+    assert [path.name for path in tmp_path.glob("results*")] == ["results"]
+    assert (tmp_path / "results/anharmonic/run.json").is_file()
 
 
 @pytest.mark.parametrize("wrote", [False, True])
@@ -641,3 +671,35 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
     assert not list(tmp_path.iterdir())
     allowed = checked_learning(given.model_copy(update={"learning": given.learning.model_copy(update={"required": False})}), tmp_path)
     assert allowed.learning is None and "running without learning" in caplog.text
+
+
+def test_a_search_goes_on_with_its_own_calculator_only(tmp_path: Path) -> None:
+    morse = {"calculator": "ase.calculators.morse.MorsePotential", "jobPrefix": "M", "maxStep": 2}
+    run(settings(numGen=1, MainCalculator={**morse, "arguments": {"r0": 2.6, "rho0": 4.0}}), tmp_path)
+    with pytest.raises(InputError, match="MainCalculator: holds the model morsepotential-.*changed"):
+        run(settings(numGen=2, MainCalculator={**morse, "arguments": {"r0": 2.5, "rho0": 4.0}}), tmp_path, restart=True)
+
+
+@pytest.mark.parametrize("which", ["before", "now"])
+def test_energies_of_a_calculator_without_an_id_are_worked_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str
+) -> None:
+    from magus_anharmonic import evaluator
+
+    def without(calculator: Any, elements: Any) -> str:
+        raise evaluator.NoIdError("the probe fails")
+
+    with monkeypatch.context() as patch:
+        if which == "before":
+            patch.setattr(evaluator, "calculator_id", without)
+        run(settings(numGen=1), tmp_path)
+    good = tmp_path / "results" / "good1.traj"
+    frames = read(good, index=":")
+    for frame in frames:
+        frame.info["enthalpy"] = frame.info["energy"] = -99.0
+    write(good, frames)
+    if which == "now":
+        monkeypatch.setattr(evaluator, "calculator_id", without)
+    found = run(settings(numGen=2), tmp_path, restart=True)
+    assert "worked out again" in caplog.text
+    assert min(atoms.info["enthalpy"] for atoms in found.good) > -50.0

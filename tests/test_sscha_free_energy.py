@@ -400,7 +400,7 @@ def as_evaluator_named(calculator: CountingCalculator):
     """The counting calculator under the model id of what it counts."""
     from magus_anharmonic.evaluator import CalculatorEvaluator
 
-    return CalculatorEvaluator(calculator, model_id="quarticpair")
+    return CalculatorEvaluator(calculator, model_id=calculator.inner.model_id)
 
 
 class LabelerOfEmt:

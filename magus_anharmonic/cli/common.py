@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, reason_of
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, printable, reason_of
 from magus_anharmonic.report.screen import console as console
 
 app = typer.Typer(
@@ -28,6 +28,16 @@ app = typer.Typer(
 INPUT_ERROR = 2
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """One line on the terminal (``err``: on standard error), whatever it quotes."""
+    typer.echo(printable(text), err=err)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 @contextlib.contextmanager
 def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
     """Turn errors meant for the user into one clear message and an exit code (2 = the input is wrong); ``go_on``: how, after a stop."""
@@ -36,17 +46,17 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
             yield
     except InputError as error:
         for problem in error.problems:
-            typer.echo(f"input error: {problem}", err=True)
+            say(f"input error: {problem}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
     except MagusAnharmonicError as error:
-        typer.echo(f"error: {error}", err=True)
+        say(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Terminated) as error:
-        typer.echo(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
+        say(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
         raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
     except (OSError, MemoryError) as error:
         logging.getLogger(__name__).debug("stopped", exc_info=True)
-        typer.echo(f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on", err=True)
+        say(f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on", err=True)
         raise typer.Exit(1) from None
 
 
@@ -72,13 +82,12 @@ def configure_logging(verbose: bool) -> None:
     """Log lines to standard error: coloured on a terminal, plain with a time stamp when redirected."""
     handler: logging.Handler
     if sys.stderr.isatty():
-        from rich.console import Console
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+        handler = RichHandler(console=console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
     handler.set_name("magus-anharmonic")
     root = logging.getLogger()
     for earlier in [known for known in root.handlers if known.get_name() == handler.get_name()]:

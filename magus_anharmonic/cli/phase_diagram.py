@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, say, user_errors
 
 
 @app.command("phase-diagram")
@@ -49,6 +49,6 @@ def phase_diagram(
         grid = GridOptions(tuple(pressure or ()), tuple(temperature or ()), checkpoint, tuple(isotope or ()), supercell, n_configs, device)
         lines, pictures = phase_diagram_command(sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed)
         for line in lines:
-            typer.echo(f"* {line}")
+            say(f"* {line}")
         hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
-        typer.echo(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")
+        say(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")

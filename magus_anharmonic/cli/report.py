@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, say, user_errors
 
 
 @app.command()
@@ -24,4 +24,4 @@ def report(
         from magus_anharmonic.report import write_report
 
         page = write_report(folder)
-        typer.echo(f"Report: {page.resolve()}\nStructures: {page.parent.resolve() / 'structures'}")
+        say(f"Report: {page.resolve()}\nStructures: {page.parent.resolve() / 'structures'}")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, say, user_errors
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.screen import require_free_energy, show_ranking
 
@@ -40,7 +40,7 @@ def search(
         if keys:
             from magus_anharmonic.host_keys import keys_table
 
-            typer.echo(keys_table())
+            say(keys_table())
             return
         from magus_anharmonic.doctor import magus_version
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import app, configure_logging, user_errors
+from magus_anharmonic.cli.common import app, configure_logging, say, user_errors
 
 
 @app.command()
@@ -20,4 +20,4 @@ def status(
         from magus_anharmonic.status import status as status_of
 
         for line in status_of(folder).lines():
-            typer.echo(line)
+            say(line)

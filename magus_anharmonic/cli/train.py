@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, user_errors
+from magus_anharmonic.cli.common import Verbose, app, configure_logging, say, user_errors
 
 
 @app.command()
@@ -27,7 +27,7 @@ def train(
     with user_errors():
         from magus_anharmonic.potential.train import train_command
 
-        typer.echo(
+        say(
             train_command(
                 labels,
                 output,

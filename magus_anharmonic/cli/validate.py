@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import app, user_errors
+from magus_anharmonic.cli.common import app, say, user_errors
 from magus_anharmonic.errors import InputError
 
 
@@ -30,7 +30,7 @@ def validate(
 
             for name, one in NAMES.items():
                 needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
-                typer.echo(f"{name}: {one.meaning}; in {' or '.join(UNITS[one.dimension])}.{needs}")
+                say(f"{name}: {one.meaning}; in {' or '.join(UNITS[one.dimension])}.{needs}")
             return
         if campaign is None or expected is None:
             raise InputError("give the folder of a campaign and a YAML of expected values")
@@ -40,11 +40,11 @@ def validate(
         rows = compare(campaign, expected)
         write_validation(rows, output or tables_folder(campaign).parent)
         for row in rows:
-            typer.echo(row.line)
+            say(row.line)
             for reason in row.could_explain:
-                typer.echo(f"{'':17s}could explain it: {reason}")
+                say(f"{'':17s}could explain it: {reason}")
         words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
         counts = [f"{sum(row.verdict == verdict for row in rows)} {word}" for verdict, word in words.items()]
-        typer.echo(f"\n{', '.join(counts)}")
+        say(f"\n{', '.join(counts)}")
         if any(row.verdict == "disagrees" for row in rows):
             raise typer.Exit(1)

@@ -5,6 +5,7 @@ It is a process of its own so that a crash, a hang or the code's printing cannot
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError, MagusAnharmonicError
+from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, one_line
 from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
@@ -51,11 +52,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     try:
         atoms = atoms_from_json(job["atoms"])
-        recipe = Recipe(**job["recipe"])
-        directory = Path(job["directory"])
+        recipe = Recipe(**_absolute(job["recipe"]))
+        directory = Path(job["directory"]).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         task = {"label": _label, "relax": _relax}[job["task"]]
-        with no_shell():
+        # What a code writes beside its own files (restart files, cores) belongs to the label, not to the user's folder.
+        with no_shell(), contextlib.chdir(directory):
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
@@ -64,8 +66,31 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+OUTPUTS = ("txt", "log", "out")
+"""How the names of arguments begin that are files which a code writes."""
+
+
+def _absolute(value: Any, key: str = "") -> Any:
+    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of the folder of pseudopotentials hold anywhere."""
+    if isinstance(value, dict):
+        return {name: _absolute(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_absolute(item, key) for item in value]
+    if not isinstance(value, str) or "\0" in value or key.startswith(OUTPUTS):
+        return value
+    named = os.path.isfile(value) if "." in value or "/" in value else False
+    return os.path.abspath(value) if named or (key == "pseudo_dir" and os.path.isdir(value)) else value
+
+
+def _absolute_variables() -> None:
+    """The same for the places that variables name (``VASP_PP_PATH``, ``ESPRESSO_PSEUDO``)."""
+    for name, value in os.environ.items():
+        if name.endswith(("_PATH", "_DIR", "_PSEUDO")) and os.path.exists(value):
+            os.environ[name] = os.path.abspath(value)
+
+
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())[:300]
+    text = one_line(str(error))
     if isinstance(error, MagusAnharmonicError):
         return text
     if type(error).__name__ == "KohnShamConvergenceError":
@@ -131,6 +156,7 @@ def main() -> None:
     """
     adopt_orphans()
     myself = os.getpid()
+    _absolute_variables()
     replies, given = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
     with open(os.devnull, "rb") as nothing:

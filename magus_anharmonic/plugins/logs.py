@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, printable
 
 # `magus search -r` takes the last line with one of these words, whoever wrote it (a path in a message is enough).
 RESERVED = {"Generation": "generation", "volRatio": "volume ratio"}
@@ -14,15 +14,15 @@ _NOISY = ("matplotlib", "asyncio", "h5py", "numba", "PIL", "urllib3", "filelock"
 
 
 class RestartSafe(logging.Filter):
-    """Rewrites the reserved words in every record that MAGUS itself has not written."""
+    """Rewrites the reserved words, and what would control a terminal, in every record that MAGUS itself has not written."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.partition(".")[0] in ("magus", "root", "__main__"):
             return True
-        message = record.getMessage()
-        if any(word in message for word in RESERVED):
-            for word, replacement in RESERVED.items():
-                message = message.replace(word, replacement)
+        message = printable(record.getMessage())
+        for word, replacement in RESERVED.items():
+            message = message.replace(word, replacement)
+        if message != record.getMessage():
             record.msg, record.args = message, ()
         return True
 

@@ -50,7 +50,7 @@ class Source:
     def make(self) -> Evaluator:
         """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same model."""
         if self.evaluator is not None:
-            return self.evaluator
+            return self._checked(self.evaluator)
         from magus_anharmonic.potential import load
 
         if self.content is None:
@@ -60,9 +60,13 @@ class Source:
                 path = Path(folder) / Path(self.checkpoint).name
                 path.write_bytes(self.content)
                 potential = load(path, self.device, dtype=self.dtype)
-        if potential.model_id != self.model_id:
-            raise MagusAnharmonicError(f"{self.checkpoint}: holds model {potential.model_id}, not {self.model_id}: it was replaced")
-        return potential
+        return self._checked(potential)
+
+    def _checked(self, evaluator: Evaluator) -> Evaluator:
+        if evaluator.model_id != self.model_id:
+            what = self.checkpoint or "the evaluator"
+            raise MagusAnharmonicError(f"{what}: holds model {evaluator.model_id}, not {self.model_id}: it was replaced")
+        return evaluator
 
 
 def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import MagusAnharmonicError, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console(width_in_files: int = 120) -> Console:
-    """Where tables and sentences go; brackets and colons in names of files and phases are text there, not markup or emoji."""
-    from rich.console import Console
+def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
+    """Where tables and sentences go; brackets and colons in names of files and phases are text there, not markup or emoji.
 
-    return Console(width=None if sys.stdout.isatty() else width_in_files, markup=False, emoji=False)
+    What comes from files of others (labels, names of isotopes) cannot control the terminal.
+    """
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Screen(Console):
+        """Shows control characters instead of sending them; rich's own are marked as such."""
+
+        def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+            for segment in super().render(*args, **kwargs):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    if stderr:
+        return Screen(stderr=True, markup=False, emoji=False)
+    return Screen(width=None if sys.stdout.isatty() else width_in_files, markup=False, emoji=False)
 
 
 def show_ranking(folder: Path) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from magus_anharmonic.errors import one_line
+
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 3
@@ -95,4 +97,4 @@ def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
         return task(item, made(shared)), ""
     except Exception as error:
         log.warning("a task failed", exc_info=True)
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None, f"{type(error).__name__}: {one_line(str(error))}"

@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import magus_anharmonic
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, one_line
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt
 from magus_anharmonic.scheduler.local import limit_torch
 from magus_anharmonic.settings import WorkerSettings
@@ -320,4 +320,4 @@ def _silent(name: str) -> Iterator[None]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(str(error)) or type(error).__name__

@@ -18,7 +18,7 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.evaluator import Evaluator, as_evaluator, set_energy_errors
+from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
@@ -171,7 +171,8 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure, settings)
+    made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
+    return Relaxer(made, block, settings.pressure, settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:

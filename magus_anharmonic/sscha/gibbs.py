@@ -93,7 +93,7 @@ def free_energy(
     check_crystal(atoms, masses)
     try:
         pressure = check_pressure(pressure)
-        source = as_evaluator(evaluator)
+        source = as_evaluator(evaluator, [atoms])
     except (ValueError, TypeError) as error:
         raise InputError(f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}") from None
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < np.inf:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from magus_anharmonic.errors import InputError, SschaError
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.files import write_json, write_text
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.lock import locked
@@ -94,6 +94,7 @@ def _hessian_of_run(
 ) -> HessianReport:
     result = SschaResult.read(run)
     state = result.state
+    evaluator = None if evaluator is None else as_evaluator(evaluator, [state.atoms])
     if evaluator is not None and evaluator.model_id != result.model_id:
         raise InputError(f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with {result.model_id}")
     ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
