@@ -129,6 +129,17 @@ def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
     return found or "P1 (1)"
 
 
+def number_of(group: str) -> int:
+    """229 of ``'Im-3m (229)'``; 0 where there is none."""
+    found = re.search(r"\((\d+)\)", group)
+    return int(found[1]) if found else 0
+
+
+def symbol_of(group: str) -> str:
+    """``Im-3m`` of ``'Im-3m (229)'``."""
+    return group.split(" ")[0]
+
+
 def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:
     """spglib's ``standardize_cell`` with the masses kept; None where spglib finds none."""
     found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), symprec=symprec, **options)

@@ -28,6 +28,7 @@ from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Rel
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
@@ -355,13 +356,5 @@ class _Progress:
     def finished(self, ok: bool) -> None:
         self.done += 1
         self.failed += not ok
-        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-        text = f"{self.what} {self.done} of {self.total}, {self.failed} failed"
-        log.info("%s%s", text, f", about {duration(left)} left" if self.done < self.total else "")
-
-
-def duration(seconds: float) -> str:
-    """``'40 s'``, ``'12 min'``, ``'3.5 h'``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        left = time_left(time.monotonic() - self.started, self.done, self.total - self.done)
+        log.info("%s %d of %d, %d failed%s", self.what, self.done, self.total, self.failed, f", {left}" if left else "")

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, one_line
+from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, one_line, typed_line
 from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
@@ -90,12 +90,11 @@ def _absolute_variables() -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = one_line(str(error))
     if isinstance(error, MagusAnharmonicError):
-        return text
+        return one_line(error)
     if type(error).__name__ == "KohnShamConvergenceError":
-        return f"SCF did not converge: {text}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return f"SCF did not converge: {one_line(error)}"
+    return typed_line(error)
 
 
 def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
 from magus_anharmonic.report.sheets import lines_of, number
-from magus_anharmonic.structures import decided_group
+from magus_anharmonic.structures import decided_group, symbol_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,7 +167,7 @@ def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free en
             str(rank) if rank else "-",
             row.id[:8],
             str(row.natoms),
-            " -> ".join(group.split(" ")[0] for group in (row.spg_static, row.spg_quantum) if group),
+            " -> ".join(symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
             _milli(shown.get(row.id), lowest),
             _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",

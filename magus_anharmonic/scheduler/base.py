@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import one_line
+from magus_anharmonic.errors import typed_line
 
 log = logging.getLogger(__name__)
 
@@ -97,4 +97,4 @@ def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
         return task(item, made(shared)), ""
     except Exception as error:
         log.warning("a task failed", exc_info=True)
-        return None, f"{type(error).__name__}: {one_line(str(error))}"
+        return None, typed_line(error)
