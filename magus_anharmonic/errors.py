@@ -106,10 +106,22 @@ def printable(text: str) -> str:
     return text.translate(_CONTROL)
 
 
-def one_line(text: str, limit: int = 300) -> str:
-    """``text``, of whatever origin, as it can be shown: on one line, without control characters, not longer than ``limit``."""
+def one_line(said: str | BaseException, limit: int = 300) -> str:
+    """A text of whatever origin as it can be shown: on one line, without control characters, not longer than ``limit``.
+
+    Of an error what it says, or its type where it says nothing.
+    """
+    text = said if isinstance(said, str) else str(said)
     shown = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
+    if not shown and isinstance(said, BaseException):
+        return type(said).__name__
     return shown if len(shown) <= limit and len(text) <= 4 * limit else f"{shown[: limit - 3]}..."
+
+
+def typed_line(error: BaseException, limit: int = 300) -> str:
+    """Type of an error of other software and what it says, on one line: ``KeyError: 'energy'``."""
+    name = type(error).__name__
+    return name if not str(error).strip() else f"{name}: {one_line(error, limit)}"
 
 
 def reason_of(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from magus_anharmonic.campaign.context import FOLDER, Context, Outcome
 from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
 from magus_anharmonic.campaign.tables import assemble, write_part
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError, is_trouble, typed_line
 from magus_anharmonic.files import read_json, set_aside
 from magus_anharmonic.lock import locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
@@ -168,7 +168,7 @@ class Campaign:
             if is_trouble(error):
                 self._stopped(step, before, began)
                 raise
-            reason = str(error) if isinstance(error, MagusAnharmonicError) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = str(error) if isinstance(error, MagusAnharmonicError) else typed_line(error)
             log.error("%s failed: %s", step.id, reason)
             log.debug("traceback", exc_info=True)
             self._failed(step, reason, began)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError
+from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.scheduler import Done, Scheduler
@@ -79,7 +79,7 @@ def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
     try:
         digest = hashlib.sha256(pickle.dumps(evaluator)).hexdigest()[:12]
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        log.info("the evaluator cannot be sent to another process: %s", " ".join(str(error).split()))
+        log.info("the evaluator cannot be sent to another process: %s", one_line(error))
         return None
     return Source(evaluator.model_id, evaluator=evaluator, digest=digest)
 

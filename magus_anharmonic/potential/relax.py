@@ -20,6 +20,7 @@ from magus_anharmonic.potential.relax_arguments import Options, checked
 from magus_anharmonic.potential.threads import one_thread_for_small_matrices
 from magus_anharmonic.potential.way import Relaxation as Relaxation
 from magus_anharmonic.potential.way import Result, Way
+from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,6 @@ class _Progress:
             return
         self.last = now
         spent = now - self.begun
-        guess = spent * remaining / self.finished if self.finished else spent * max(self.max_steps - self.rounds, 1) / self.rounds
-        logger.info(
-            "relaxed %d of %d structures, %d rounds, %.0f s, about %.0f s left", self.finished, self.total, self.rounds, spent, guess
-        )
+        done, rest = (self.finished, remaining) if self.finished else (self.rounds, max(self.max_steps - self.rounds, 1))
+        left = time_left(spent, done, rest)
+        logger.info("relaxed %d of %d structures, %d rounds, %.0f s, %s", self.finished, self.total, self.rounds, spent, left)

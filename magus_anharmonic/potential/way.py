@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import is_trouble
+from magus_anharmonic.errors import is_trouble, one_line
 from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
 from magus_anharmonic.potential.relax_arguments import Options
@@ -86,7 +86,7 @@ class Way:
             if is_trouble(error):
                 raise
             logger.debug("%s of %s failed", action.__name__, self.atoms, exc_info=True)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
             if self.trajectory is None:
                 self.done, self.reason, self.failed = True, reason, True
             else:

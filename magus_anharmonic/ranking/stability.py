@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_trouble
+from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_trouble, one_line
 from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
@@ -136,7 +136,7 @@ def looked_down(ranking: Ranking, record: Record, free_energy: Callable[..., Any
     except MagusAnharmonicError as error:
         if is_trouble(error):
             raise
-        return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {' '.join(str(error).split())}"))
+        return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {one_line(error)}"))
     log.info("%s: stable by the motion of the ions alone; looking down its deepest harmonic mode", record.structure)
     follower = ranking.store.get(job.structure, record.key)
     if follower is None:
@@ -190,7 +190,7 @@ def _follow(ranking: Ranking, saddles: Sequence[Record], free_energy: Callable[.
             except MagusAnharmonicError as error:
                 if is_trouble(error):
                     raise
-                ranking.put(replace(record, reason=_joined(_own_reason(record), f"{NO_RUN}: {' '.join(str(error).split())}")))
+                ranking.put(replace(record, reason=_joined(_own_reason(record), f"{NO_RUN}: {one_line(error)}")))
                 continue
             twin = job.structure
             jobs[twin] = job

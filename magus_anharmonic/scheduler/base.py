@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import MachineTrouble, is_trouble, one_line, reason_of
+from magus_anharmonic.errors import MachineTrouble, is_trouble, reason_of, typed_line
 
 log = logging.getLogger(__name__)
 
@@ -110,4 +110,4 @@ def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
         if is_trouble(error):
             return MachineTrouble(f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"), ""
         log.warning("a task failed", exc_info=True)
-        return None, f"{type(error).__name__}: {one_line(str(error))}"
+        return None, typed_line(error)
