@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import selectors
 import shutil
 import signal
@@ -24,7 +25,7 @@ from ase import Atoms
 
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
-from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json
+from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import time_left
@@ -59,12 +60,13 @@ class Worker:
         bound_log(self.log_file)
         process = self._start()
         assert process.stdin is not None
+        number = secrets.token_hex(8)
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.write(json.dumps({**job, "job": number}).encode() + b"\n")
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise WorkerDied(self._end_of(process)) from None
-        answer = json.loads(self._read_line(process, timeout, "no answer (learning.labeler.timeout)"))
+        answer = self._read_reply(process, number, timeout, "no answer (learning.labeler.timeout)")
         if not answer["ok"]:
             # A launcher that failed may have left its ranks behind.
             end_processes(descendants(process.pid), self._mark, spare=[process.pid])
@@ -87,18 +89,31 @@ class Worker:
                 start_new_session=True,
                 env={**os.environ, **_ONE_THREAD, MARK: self._mark},
             )
-        self._read_line(self._process, START_TIMEOUT, "the labeler's process did not start")
+        self._read_reply(self._process, READY, START_TIMEOUT, "the labeler's process did not start")
         return self._process
 
-    def _read_line(self, process: subprocess.Popen[bytes], timeout: float, what: str = "no answer") -> bytes:
-        assert process.stdout is not None
+    def _read_reply(self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str) -> dict[str, Any]:
+        """The answer to the job ``number``; whatever else comes through the pipe (from the code, from a copy of the process) is dropped."""
         deadline = time.monotonic() + timeout
+        while True:
+            line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
+            try:
+                answer = json.loads(line) if line else None
+            except ValueError:
+                answer = None
+            if isinstance(answer, dict) and answer.get("job") == number and isinstance(answer.get("ok"), bool):
+                return answer
+            if line:
+                log.warning("a line that answers no job came from the labeler's process and is dropped: %s", ascii(line[:60])[2:-1])
+
+    def _read_line(self, process: subprocess.Popen[bytes], deadline: float, what: str) -> bytes:
+        assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.stop()
-                    raise WorkerDied(f"{what} within {timeout:g} s; the process was ended")
+                    raise WorkerDied(f"{what}; the process was ended")
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
                     raise WorkerDied(self._end_of(process))
