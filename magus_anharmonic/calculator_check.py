@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, has_stress
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
@@ -69,7 +69,9 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
         found = evaluator.evaluate(structures)
     except InputError:
         raise
-    except Exception:
+    except Exception as error:
+        if is_trouble(error):
+            raise
         log.debug("the calculator was not checked: it fails for %s", atoms.get_chemical_formula(), exc_info=True)
         return 0
     slopes = [-float(np.sum(forces * steps[0])) for forces in (middle.forces[0], *found.forces[:2])]

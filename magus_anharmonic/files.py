@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
         raise_trouble(error, path)
-        raise DamagedFile(f"{path}: damaged or not readable ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+        raise DamagedFile(f"{path}: damaged or not readable ({typed_line(error, 120)})") from None
 
 
 def set_aside(path: str | Path, why: str) -> Path:

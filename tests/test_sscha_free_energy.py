@@ -374,11 +374,11 @@ def test_an_evaluator_that_dies_is_reported_and_may_be_tried_again(tmp_path):
     class Dying(RecordingEvaluator):
         def evaluate(self, structures):
             if len(structures) == 60:
-                raise RuntimeError("CUDA out of memory")
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
             return super().evaluate(structures)
 
     result = quartic(tmp_path / "run", evaluator=Dying())
-    assert result.status == "failed" and "out of memory" in result.reason
+    assert result.status == "failed" and "cannot be multiplied" in result.reason
     assert quartic(tmp_path / "run", evaluator=RecordingEvaluator()).converged
 
 
