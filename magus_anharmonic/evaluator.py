@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +11,11 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.calculator_id import NoIdError, calculator_id, parameters_digest, unnamed
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.structures import change_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,53 @@ def set_energy_error(atoms: Atoms, error: float | None) -> None:
 
 
 class CalculatorEvaluator:
-    """Evaluator that calls an ASE calculator, one structure after the other."""
+    """Evaluator that calls an ASE calculator, one structure after the other.
 
-    def __init__(self, calculator: BaseCalculator, model_id: str | None = None) -> None:
+    model_id : instead of the calculator's own, or of one that `calculator_id` makes. elements : symbols for which it is made.
+    """
+
+    def __init__(self, calculator: BaseCalculator, model_id: str | None = None, elements: Iterable[str] = ()) -> None:
         self.calculator = calculator
         self.checked: set[str] = set()
         """What of its results `calculator_check` has found to belong to its energies."""
-        self._model_id = model_id or type(calculator).__name__.lower()
+        self.elements = tuple(sorted(set(elements)))
+        self._model_id = model_id
+        self._found = ("", "")
 
     @property
     def model_id(self) -> str:
-        return self._model_id
+        """Of the energy surface; one that nothing else has, with a warning, where none can be made."""
+        own = self._model_id or getattr(self.calculator, "model_id", None)
+        if own:
+            return str(own)
+        now = parameters_digest(self.calculator)
+        if self._found[0] != now:
+            self._found = now, self._made_id()
+        return self._found[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # another process may not see the files that the calculator was made of
+        named = self._model_id is None and getattr(self.calculator, "model_id", None) is None
+        return {**self.__dict__, "_model_id": self.model_id if named else self._model_id}
+
+    def _made_id(self) -> str:
+        try:
+            return calculator_id(self.calculator, self.elements)
+        except NoIdError as error:
+            log.warning(
+                "calculator %s: no id can be made of it (%s): no number of another start is reused. An attribute model_id, "
+                "another for every set of parameters, gives it one",
+                type(self.calculator).__name__, error,
+            )  # fmt: skip
+            return unnamed(self.calculator)
+
+    def for_structures(self, structures: Iterable[Atoms]) -> CalculatorEvaluator:
+        """Itself, or where it knows no elements one that knows those of ``structures``."""
+        if self.elements:
+            return self
+        twin = CalculatorEvaluator(self.calculator, self._model_id, {symbol for atoms in structures for symbol in atoms.symbols})
+        twin.checked = self.checked
+        return twin
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         """See `Evaluator`; the given structures are not changed."""
@@ -87,6 +128,9 @@ class CalculatorEvaluator:
             copy.calc = self.calculator
             energy.append(copy.get_potential_energy())
             forces.append(copy.get_forces(apply_constraint=False))
+            changed = change_of(atoms, copy)
+            if changed:
+                raise InputError(f"calculator {self.model_id}: it {changed}: its results are those of another structure")
             try:
                 stress.append(copy.get_stress(voigt=False, apply_constraint=False))
             except PropertyNotImplementedError:  # a fixed cell needs none
@@ -117,12 +161,17 @@ class LabelerEvaluator:
         )
 
 
-def as_evaluator(source: Any) -> Evaluator:
-    """Make an evaluator of a Potential, an ASE calculator or a labeler; TypeError for anything else."""
+def as_evaluator(source: Any, structures: Iterable[Atoms] = ()) -> Evaluator:
+    """Make an evaluator of a Potential, an ASE calculator or a labeler; TypeError for anything else.
+
+    ``structures`` hold the elements for which a calculator's id is made.
+    """
+    if isinstance(source, CalculatorEvaluator):
+        return source.for_structures(structures)
     if hasattr(source, "evaluate") and hasattr(source, "model_id"):
         return source
     if hasattr(source, "label") and hasattr(source, "settings_hash"):
         return LabelerEvaluator(source)
     if isinstance(source, BaseCalculator) or hasattr(source, "get_potential_energy"):
-        return CalculatorEvaluator(source)
+        return CalculatorEvaluator(source).for_structures(structures)
     raise TypeError(f"{type(source).__name__} is no evaluator, ASE calculator or labeler")

@@ -15,6 +15,7 @@ from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import read_json, read_jsonl
 from magus_anharmonic.lock import HEARTBEAT, Owner, read_owner
+from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class Status:
         elif self.state == "stopped":
             found.append("held by: nobody")
         if self.last_change is not None:
-            found.append(f"last file written: {_duration(max(0.0, self.last_change))} ago")
+            found.append(f"last file written: {duration(max(0.0, self.last_change))} ago")
         found += [f"rate: {rate}" for rate in self.rates]
         if self.seconds_left is not None and self.state != "finished":
-            found.append(f"about {_duration(self.seconds_left)} left at this rate")
+            found.append(f"about {duration(self.seconds_left)} left at this rate")
         if self.counts:
             found.append("failures: " + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items())))
         found += [f"  {error}" for error in self.errors]
@@ -178,7 +179,7 @@ def _rates(ours: Path, history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
             found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
     seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)]
     if seconds:
-        found.append(f"{_duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
+        found.append(f"{duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
     return tuple(found)
 
 
@@ -242,6 +243,19 @@ def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
     return owner, "dead" if owner.here else f"dead (no sign of life for {WATCH:g} s)"
 
 
+def present_steps(folder: Path, steps: dict[str, Any]) -> dict[str, Any]:
+    """``steps`` of the ``steps.json`` in ``folder``, "interrupted" where one is said to be running and nobody works on the campaign."""
+    running = [name for name, step in steps.items() if isinstance(step, dict) and step.get("status") == "running"]
+    if not running or not deserted(folder):
+        return steps
+    return {name: {**step, "status": "interrupted"} if name in running else step for name, step in steps.items()}
+
+
+def deserted(folder: Path) -> bool:
+    """Whether nobody holds the lock of ``folder`` any more."""
+    return holder(folder, False)[1].startswith(("dead", "stopped"))
+
+
 def _shows_life(folder: Path, owner: Owner) -> bool:
     """Watch the heartbeat of a process on another machine for a little longer than one beat; no clock is compared with another."""
     log.info("watching up to %g s for a sign of life of %s", WATCH, owner.described())
@@ -290,9 +304,3 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _number(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and abs(value) < 1e9 else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -25,6 +25,7 @@ class LatticeSprings(Calculator):
         self.a = a
         self.springs = np.full((3, 3), transverse) + np.eye(3) * (longitudinal - transverse)
         self.n_structures = 0
+        self.model_id = f"lattice-springs-{a:g}-{longitudinal:g}-{transverse:g}"
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
         super().calculate(atoms, properties, system_changes)
@@ -62,6 +63,7 @@ class QuarticPair(Calculator):
     def __init__(self, a: float = 3.0, k: float = -1.0, c: float = 8.0) -> None:
         super().__init__()
         self.a, self.k, self.c = a, k, c
+        self.model_id = f"quartic-pair-{a:g}-{k:g}-{c:g}"
 
     def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
         super().calculate(atoms, properties, system_changes)

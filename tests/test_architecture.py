@@ -25,6 +25,7 @@ BASE = {
     "gate",
     "evaluator",
     "calculator_check",
+    "calculator_id",
     "hull",
     "__init__",
 }
@@ -38,8 +39,8 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
-    "report": BASE | {"ranking", "analysis"},
-    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record"},
+    "report": BASE | {"ranking", "analysis", "status"},
+    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},

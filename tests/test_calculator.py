@@ -130,23 +130,25 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
     assert np.abs(atoms.get_forces()).max() > 0
 
 
-@pytest.mark.parametrize("keyword", ["load_path", "checkpont", "potential", "Device"])
-def test_a_keyword_that_means_nothing_is_refused(tiny_checkpoint, keyword):
-    """MatterSim's own calculator takes load_path; ignoring it would compute with the foundation model."""
-    with pytest.raises(TypeError, match=f"unknown keyword {keyword}"):
-        MatterSim(**{keyword: str(tiny_checkpoint)})
-    with pytest.raises(TypeError, match=f"unknown keyword {keyword}"):
-        MatterSim(tiny_checkpoint).set(**{keyword: str(tiny_checkpoint)})
+@pytest.mark.parametrize("name", ["load_path", "checkpont", "potential", "Device"])
+def test_an_unknown_keyword_is_refused_instead_of_standing_for_the_foundation_model(name, tiny_checkpoint):
+    with pytest.raises(TypeError, match=f"unknown keyword {name}; did you mean"):
+        MatterSim(**{name: str(tiny_checkpoint)})
+    with pytest.raises(TypeError, match=name):
+        MatterSim(str(tiny_checkpoint), "cpu").set(**{name: str(tiny_checkpoint)})
 
 
-def test_another_checkpoint_that_is_set_is_used(tiny_checkpoint, h3s):
-    atoms = h3s()
-    calculator = MatterSim(tiny_checkpoint, device="cpu", label="x", directory="somewhere")
-    atoms.calc = calculator
-    first = atoms.get_potential_energy()
-    assert calculator.set(checkpoint="h3s-gpaw-small") == {"checkpoint": "h3s-gpaw-small"}
-    second = atoms.get_potential_energy()
-    atoms.calc = MatterSim("h3s-gpaw-small", device="cpu")
-    assert second == atoms.get_potential_energy() != first
-    assert calculator.todict() == {"checkpoint": "h3s-gpaw-small", "device": "cpu"}, "what is not the default"
-    assert calculator.set(checkpoint="h3s-gpaw-small") == {}, "nothing is loaded again"
+@pytest.mark.parametrize("how", ["set", "attribute"])
+def test_another_checkpoint_gives_other_numbers_at_once(tiny_checkpoint, how):
+    atoms = bulk("Cu")
+    atoms.calc = MatterSim(str(tiny_checkpoint), "cpu", dtype="float64")
+    before = atoms.get_potential_energy(), atoms.calc.model_id
+    if how == "set":
+        assert atoms.calc.set(checkpoint="h3s-gpaw-small", device="cpu") == {"checkpoint": "h3s-gpaw-small"}
+    else:
+        atoms.calc.checkpoint = "h3s-gpaw-small"
+    fresh = bulk("Cu")
+    fresh.calc = MatterSim("h3s-gpaw-small", "cpu", dtype="float64")
+    assert atoms.get_potential_energy() == fresh.get_potential_energy() != before[0]
+    assert atoms.calc.model_id == fresh.calc.model_id != before[1]
+    assert atoms.calc.todict() == {"checkpoint": "h3s-gpaw-small", "device": "cpu", "dtype": "float64"}

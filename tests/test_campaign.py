@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from campaign_inputs import changed, write_campaign
 from typer.testing import CliRunner
 
 from magus_anharmonic import status as folder_status
+from magus_anharmonic.analysis.explain import read_context
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step, plan, step_key
@@ -27,6 +29,7 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.lock import locked
+from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
 
@@ -169,6 +172,20 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     driver.run_campaign(file, only="learn-125GPa")
     assert fakes.calls == ["learn-125GPa"] * 2
     assert (tmp_path / "campaign" / "superseded" / "learn-125GPa-1").is_dir(), "earlier labels are moved away, never deleted"
+
+
+def test_trouble_of_the_machine_stops_the_campaign_at_its_step_which_is_not_failed(tmp_path: Path, fakes: Fakes) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "hessian")
+
+    fakes.acts["sscha-100GPa"] = full
+    file = write_campaign(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        driver.run_campaign(file)
+    assert dict(row[:2] for row in status(file).rows)["sscha-100GPa"] == "interrupted"
+    before, fakes.acts = list(fakes.calls), {}
+    assert all(record.status == "done" for record in driver.run_campaign(file).values())
+    assert fakes.calls == [*before, *IDS[IDS.index("sscha-100GPa") :]]
 
 
 def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:
@@ -323,6 +340,10 @@ def test_both_commands_say_the_same_of_a_campaign_on_another_node(tmp_path: Path
         heart.join()
     monkeypatch.setattr(folder_status, "WATCH", 0.3)
     assert folder_status.status(tmp_path).state.startswith("dead") and status(file).rows[0][1] == "interrupted"
+    (root / "tables").mkdir()
+    page = campaign_contents(root)
+    assert page.steps[0]["status"] == "interrupted" and "1 interrupted" in page.summary[0][1][0], "the report says so too"
+    assert read_context(root / "tables").undone["learn-075GPa"] == "interrupted", "and so does validate"
 
 
 def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes: Fakes) -> None:

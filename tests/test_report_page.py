@@ -229,7 +229,7 @@ def test_a_campaign_that_has_just_begun_says_what_is_missing(tmp_path: Path) -> 
     steps = {"learn-075GPa": {"status": "failed", "reason": "no GPU"}, "merge": {"status": "running"}, "final": {"status": "open"}}
     (own / "steps.json").write_text(json.dumps(steps))
     words = Page(write_report(tmp_path)).words
-    assert "0 of 3 steps of the campaign are done (1 failed, 1 running, 1 not begun)" in words
+    assert "0 of 3 steps of the campaign are done (1 failed, 1 interrupted, 1 not begun)" in words
     assert "Step learn-075GPa is failed: no GPU." in words and "Step final is not begun." in words
     assert words.count("Not there yet:") == 12 and "There is no run.json" in words and "No failure is on record" in words
 

@@ -27,7 +27,7 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.files import TEMPORARY
+from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.lock import _born, check_free, locked
@@ -369,7 +369,7 @@ def test_a_search_of_another_host_is_refused_and_left_as_it_is(tmp_path: Path, r
     """The fault: a search of MAGUS was begun anew in its own files, from the first generation on."""
     folder = tmp_path / "results/anharmonic"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"version": __version__, "seed": 1, "settings": {}, **record}))
+    (folder / "run.json").write_text(json.dumps({"version": __version__, **versions(), "seed": 1, "settings": {}, **record}))
     write(tmp_path / "results/good.traj", bulk("Cu"))
     before = files(tmp_path)
     with pytest.raises(InputError, match=r"was made by host .*, this is host 'embedded'"):
@@ -671,3 +671,35 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
     assert not list(tmp_path.iterdir())
     allowed = checked_learning(given.model_copy(update={"learning": given.learning.model_copy(update={"required": False})}), tmp_path)
     assert allowed.learning is None and "running without learning" in caplog.text
+
+
+def test_a_search_goes_on_with_its_own_calculator_only(tmp_path: Path) -> None:
+    morse = {"calculator": "ase.calculators.morse.MorsePotential", "jobPrefix": "M", "maxStep": 2}
+    run(settings(numGen=1, MainCalculator={**morse, "arguments": {"r0": 2.6, "rho0": 4.0}}), tmp_path)
+    with pytest.raises(InputError, match="MainCalculator: holds the model morsepotential-.*changed"):
+        run(settings(numGen=2, MainCalculator={**morse, "arguments": {"r0": 2.5, "rho0": 4.0}}), tmp_path, restart=True)
+
+
+@pytest.mark.parametrize("which", ["before", "now"])
+def test_energies_of_a_calculator_without_an_id_are_worked_out_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, which: str
+) -> None:
+    from magus_anharmonic import evaluator
+
+    def without(calculator: Any, elements: Any) -> str:
+        raise evaluator.NoIdError("the probe fails")
+
+    with monkeypatch.context() as patch:
+        if which == "before":
+            patch.setattr(evaluator, "calculator_id", without)
+        run(settings(numGen=1), tmp_path)
+    good = tmp_path / "results" / "good1.traj"
+    frames = read(good, index=":")
+    for frame in frames:
+        frame.info["enthalpy"] = frame.info["energy"] = -99.0
+    write(good, frames)
+    if which == "now":
+        monkeypatch.setattr(evaluator, "calculator_id", without)
+    found = run(settings(numGen=2), tmp_path, restart=True)
+    assert "worked out again" in caplog.text
+    assert min(atoms.info["enthalpy"] for atoms in found.good) > -50.0

@@ -15,14 +15,17 @@ import yaml
 from typer.testing import CliRunner
 
 from magus_anharmonic.analysis import modes, reordering, tables
+from magus_anharmonic.analysis.enthalpies import transitions
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, load_expected
 from magus_anharmonic.analysis.found_values import FINDERS, zero_crossing
 from magus_anharmonic.analysis.typed_csv import TableFolder
 from magus_anharmonic.analysis.validate import validate
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.findings import mode_sentences
+from magus_anharmonic.report.findings import mode_sentences, ranking_sentences
+from magus_anharmonic.report.rankings import ranking_views
 from magus_anharmonic.report.sheets import read_sheet
+from magus_anharmonic.report.summary import read_ranking
 
 PAPER = Path(__file__).parents[1] / "inputs" / "h3s-paper" / "expected.yaml"
 
@@ -189,7 +192,7 @@ def test_a_difference_comes_with_what_the_run_itself_says(campaign):
     assert (
         "gpaw xc=PBE k_spacing=0.05" in words
         and "behind the expected value: vasp PBE" in words
-        and "steps are not done: relax (running)" in words
+        and "steps are not done: relax (interrupted)" in words
     )
     row = one(campaign, **BECAME, value=90, out_of=100, error=3, supercell=[3, 3, 3])
     words = "; ".join(row.could_explain)
@@ -200,7 +203,7 @@ def test_reasons_change_with_the_run(campaign):
     (campaign / "campaign" / "run.json").write_text(json.dumps({"settings": {}}))
     (campaign / "campaign" / "tables" / "model_errors.csv").unlink()
     row = one(campaign, name="transition_pressure", phases=["C2/c", "R3m"], value=130, tolerance=1, unit="GPa")
-    assert len(row.could_explain) == 2 and row.could_explain[1] == "steps are not done: relax (running)"
+    assert len(row.could_explain) == 2 and row.could_explain[1] == "steps are not done: relax (interrupted)"
     assert "own error" in row.could_explain[0]
 
 
@@ -269,6 +272,36 @@ def test_figure_and_validation_give_one_reordering_window(tmp_path: Path, n_insi
     found = FINDERS["reordering_window"](wanted, tables_of(tmp_path, rows, tables.ranking_file(100.0)))
     assert found is not None and 1e3 * found.value == pytest.approx(window)
     assert window == pytest.approx(h[n_inside - 1] if n_inside else 0.0), "4 meV off a line with a scatter of 0.4 is off the line"
+
+
+def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_path: Path) -> None:
+    """The fault: an undecided group counted as the lower of the two in figure 6 and `validate`, and as no change in the report."""
+    groups = ["Im-3m (229)"] * 5 + ["R3m (160)"] * 3 + ["Im-3m (229) or Pm-3m (221): not decided, 1.2 sigma"] * 4 + ["P1 (1)"] * 6
+    states = ["sscha", "saddle", "stable", "eliminated"]
+    rows = [
+        tables.Ranked(f"{i:012x}", "H3S", 4, 100.0, 0.0, "P1 (1)", group, i / 1e3, 0.2 + i / 1e3, 2e-4, 10, "0" * 12, states[i % 4], "")
+        for i, group in enumerate(groups)
+    ]
+    figure = reordering.reordering(rows)[0]
+    wanted = ExpectedValue(name="n_became", unit="1", value=5, source="x", space_group="Im-3m", pressure_GPa=100.0)
+    found = FINDERS["n_became"](wanted, tables_of(tmp_path, rows, tables.ranking_file(100.0)))
+    (view,) = ranking_views("ranking.csv", read_ranking(tmp_path / tables.ranking_file(100.0)))
+    words = ranking_sentences(view)
+    assert (figure.n, figure.n_changed, figure.best, figure.n_became_best) == (18, 8, "Im-3m", 5) and found is not None and found.value == 5
+    assert words[0] == "8 of 18 structures changed their space group when the ions moved." and words[1].startswith("5 of them became Im-3m")
+
+
+def test_figure_and_validation_give_one_transition_pressure_where_the_lines_cross_three_times(tmp_path: Path) -> None:
+    """The fault: `validate` took the first of several crossings; above the last one the second phase is the lower one."""
+    rows = [
+        tables.Enthalpy(f"{name}{p:g}", name, "H3S", 4, group, p, 5.0, value, "0" * 12, "relax")
+        for name, group, values in (("A", "P1 (1)", [0.0] * 4), ("B", "R3m (160)", [0.01, -0.02, 0.03, -0.04]))
+        for p, value in zip([60.0, 100.0, 140.0, 180.0], values, strict=True)
+    ]
+    figure = [change.pressure_GPa for change in transitions(rows) if (change.below, change.above) == ("A", "B")]
+    wanted = ExpectedValue(name="transition_pressure", unit="GPa", value=1.0, source="x", phases=["A", "B"])
+    found = FINDERS["transition_pressure"](wanted, tables_of(tmp_path, rows, "enthalpies.csv"))
+    assert len(figure) == 2 and found is not None and found.value == pytest.approx(figure[-1])
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
 from magus_anharmonic.analysis.found_values import Found
 from magus_anharmonic.analysis.tables import Cost, ModelError, TableFolder
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.status import present_steps
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def read_context(tables: Path) -> Context:
     """Of the campaign whose tables are in ``tables``; raises ``InputError`` for files that are there and not readable."""
     root = tables.parent
     settings = _json(root / "run.json").get("settings", {})
-    steps = _json(root / "steps.json")
+    steps = present_steps(root, _json(root / "steps.json"))
     known = TableFolder(tables)
     return Context(
         labels=tuple(dict.fromkeys(_label_words(block) for block in _find(settings, "labeler") if isinstance(block, dict))),

@@ -11,8 +11,9 @@ import numpy as np
 from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.modes import critical_pressures, series
-from magus_anharmonic.analysis.reordering import COMPUTED, computed, lowest, reordering, symbol_of
+from magus_anharmonic.analysis.reordering import COMPUTED, became, computed, lowest, reordering
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
+from magus_anharmonic.structures import symbol_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def stability_sequence(wanted: ExpectedValue, tables: TableFolder) -> Found | No
 
 
 def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
-    """Pressure (GPa) where the enthalpy of the second phase falls below that of the first, or where the first relaxes into the second."""
+    """Highest pressure (GPa) where the second phase falls below the first in enthalpy, or where the first relaxes into it."""
     below, above = wanted.phases or ("", "")
     every = lowest_of_phases(_enthalpies(wanted, tables))
     gone, models = turned_into(every), _models(_enthalpies(wanted, tables))
@@ -99,14 +100,14 @@ def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | N
 
 
 def zero_crossing(x: np.ndarray, y: np.ndarray) -> Found:
-    """Where ``y`` rises through zero, linearly between its neighbours; a bound when it has one sign.
+    """Where ``y`` rises through zero for the last time, linearly between its neighbours; a bound when it never does.
 
     Error: what a parabola through a third point would change (a tenth of the spacing without one).
     """
     places = np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0))
     if not len(places):
         return Found(float(x[0]), None, "<") if y[-1] >= 0 else Found(float(x[-1]), None, ">")
-    i = int(places[0])
+    i = int(places[-1])
     slope = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
     crossing = float(x[i] - y[i] / slope)
     others = [k for k in (i - 1, i + 2) if 0 <= k < len(x)]
@@ -189,10 +190,10 @@ def n_became(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     rows = _ranking(wanted, tables)
     if not rows:
         return None
-    became = sum(symbol_of(row.spg_quantum) == wanted.space_group != symbol_of(row.spg_static) for row in rows)
+    n_there = sum(became(row) == wanted.space_group for row in rows)
     n = len(rows)
-    error = math.sqrt(max(became, 1) * (1.0 - min(became, n - 1) / n)) if n > 1 else 1.0
-    return Found(float(became), error, n=n, models=_ranked_by(rows))
+    error = math.sqrt(max(n_there, 1) * (1.0 - min(n_there, n - 1) / n)) if n > 1 else 1.0
+    return Found(float(n_there), error, n=n, models=_ranked_by(rows))
 
 
 def lowest_space_group(wanted: ExpectedValue, tables: TableFolder) -> Found | None:

@@ -17,6 +17,7 @@ from magus_anharmonic.analysis.phase_diagram import HullRow, PhaseDiagram, Stabl
 from magus_anharmonic.analysis.phase_figure import draw
 from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.files import replacing, write_json
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
@@ -147,6 +148,7 @@ def run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None
         from magus_anharmonic.potential import load
 
         evaluator = load(settings.checkpoint, device=settings.device)
+    evaluator = as_evaluator(evaluator, structures.values())
     write_run_record(output, settings, seed=settings.seed, model_id=evaluator.model_id)
 
     def keep(points: list[GibbsPoint]) -> None:

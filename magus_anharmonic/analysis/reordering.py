@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
+from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 COMPUTED = ("sscha", "stable", "saddle", "eliminated")
 """States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
@@ -82,26 +83,31 @@ def lowest(rows: Sequence[Ranked]) -> Ranked | None:
     return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
 
 
-def number_of(space_group: str) -> int:
-    """229 of ``'Im-3m (229)'``; 0 where there is none."""
-    found = re.search(r"\((\d+)\)", space_group)
-    return int(found[1]) if found else 0
+class _Moving(Protocol):
+    """A row of a ranking: space groups while the ions rest and once they move."""
+
+    @property
+    def spg_static(self) -> str: ...
+
+    @property
+    def spg_quantum(self) -> str: ...
 
 
-def symbol_of(space_group: str) -> str:
-    """``Im-3m`` of ``'Im-3m (229)'``."""
-    return space_group.split(" ")[0]
+def became(row: _Moving) -> str:
+    """Symbol of the space group that a structure took when its ions moved; empty where it kept its own, or noise leaves two."""
+    symbol = symbol_of(decided_group(row.spg_quantum))
+    return "" if symbol == symbol_of(row.spg_static) else symbol
 
 
-def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), became: str | None = None) -> tuple[Reordering, list[Moved]]:
-    """Numbers of Fig. 6 and its points; ``became``: the space group to count (None: that of the lowest G). Needs one computed row."""
+def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None) -> tuple[Reordering, list[Moved]]:
+    """Numbers of Fig. 6 and its points; ``phase``: the space group to count (None: that of the lowest G). Needs one computed row."""
     shown = computed(rows)
     h = np.array([r.enthalpy_eV_per_atom for r in shown])
     g = np.array([r.gibbs_eV_per_atom for r in shown])
-    best = became or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
+    best = phase or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line(above_h, above_g)
-    changed = [r for r in shown if r.spg_quantum and symbol_of(r.spg_quantum) != symbol_of(r.spg_static)]
+    changed = [r for r in shown if became(r)]
     dft = {row.id: row for row in checked if row.spg_dft}
     in_dft = [dft[r.id] for r in changed if r.id in dft]
     window = None
@@ -126,7 +132,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), beca
         n=len(shown),
         n_changed=len(changed),
         best=best,
-        n_became_best=sum(symbol_of(r.spg_quantum) == best for r in changed),
+        n_became_best=sum(became(r) == best for r in changed),
         shift=float(1e3 * np.mean(g - h)),
         slope=slope,
         offset=offset,
@@ -186,8 +192,8 @@ def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-de
 def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
     for index, (label, chosen) in enumerate(
         (
-            (f"ended in {numbers.best}", lambda m: symbol_of(m.spg_quantum) == numbers.best),
-            ("other", lambda m: symbol_of(m.spg_quantum) != numbers.best),
+            (f"ended in {numbers.best}", lambda m: symbol_of(decided_group(m.spg_quantum)) == numbers.best),
+            ("other", lambda m: symbol_of(decided_group(m.spg_quantum)) != numbers.best),
         )
     ):
         shown = [m for m in moved if chosen(m)]

@@ -13,9 +13,9 @@ from magus_anharmonic.campaign.found import populations
 from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.labelers.pool import duration
 from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
-from magus_anharmonic.status import holder
+from magus_anharmonic.status import deserted
+from magus_anharmonic.units import duration
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def status(path: str | Path) -> CampaignStatus:
     steps = plan(settings, known_cycles(records))
     known = {step.id: records.get(step.id, StepRecord("open", step.kind, step.pressure)) for step in steps}
     # a step that says it is running does so as long as its campaign is at work: `magus-anharmonic status` asks the same
-    gone = any(record.status == "running" for record in known.values()) and holder(root, False)[1].startswith(("dead", "stopped"))
+    gone = any(record.status == "running" for record in known.values()) and deserted(root)
     rows = [_row(step, known, root, settings, gone) for step in steps]
     return CampaignStatus(COLUMNS, [*rows, _total(known)], missing(steps, known, gone))
 

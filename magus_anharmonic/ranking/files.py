@@ -83,8 +83,8 @@ def rank_structures(
     ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed is in the table as failed, with
     the reason.
     """
-    source = as_evaluator(evaluator)
     check_structures(structures)
+    source = as_evaluator(evaluator, structures)
     if constrained := sum(bool(atoms.constraints) for atoms in structures):
         log.warning("constraints of %d of %d structures do not hold here: SSCHA moves every atom", constrained, len(structures))
     copies = [bare(atoms) for atoms in structures]

@@ -20,6 +20,7 @@ from magus_anharmonic.report.figures import Picture
 from magus_anharmonic.report.rankings import RankingView, ranking_views
 from magus_anharmonic.report.sheets import Sheet, lines_of, number, read_json, read_records, read_sheet
 from magus_anharmonic.report.summary import read_ranking
+from magus_anharmonic.status import present_steps
 
 ROWS = 200
 """Most rows of a table on the page; the file holds all."""
@@ -110,7 +111,7 @@ def campaign_contents(folder: Path) -> Contents:
     tables = folder / "tables"
     contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
     steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
-    steps = {name: step for name, step in steps.items() if isinstance(step, dict) and not _writes_this(name, step)}
+    steps = present_steps(folder, {name: step for name, step in steps.items() if isinstance(step, dict) and not _writes_this(name, step)})
     contents.steps = _steps(steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv")))
     for path in ranking_files(tables):
         contents.rankings += contents.attempt(lambda path=path: ranking_views(path.name, read_ranking(path)), [])

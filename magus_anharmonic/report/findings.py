@@ -6,11 +6,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from magus_anharmonic.analysis.modes import critical_pressure
-from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.analysis.reordering import COMPUTED, became
 from magus_anharmonic.report.rankings import RankingView
 from magus_anharmonic.report.sheets import Sheet, number
 from magus_anharmonic.report.summary import Row, hull_sentences, sentences
-from magus_anharmonic.structures import decided_group
+from magus_anharmonic.units import duration
 
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
@@ -20,13 +20,13 @@ BY = {"model": "by the potential", "dft": "by DFT"}
 
 def ranking_sentences(view: RankingView) -> list[str]:
     """One ranking in words: every structure where they are few, numbers where they are many."""
-    done = [row for row in view.rows if row.status in RANKED and row.gibbs is not None]
+    done = [row for row in view.rows if row.status in COMPUTED and row.gibbs is not None]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
-    changed = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
+    changed = [row for row in done if became(row)]
     lines = [f"{len(changed)} of {len(done)} structures changed their space group when the ions moved."]
     if changed:
-        group, count = Counter(row.spg_quantum for row in changed).most_common(1)[0]
+        group, count = Counter(became(row) for row in changed).most_common(1)[0]
         lines.append(f"{count} of them became {group}, the most frequent.")
     shifts = sorted(1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None and row.gibbs is not None)
     if shifts:
@@ -52,7 +52,7 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
     if not steps:
         return []
     counts = Counter(str(step.get("status", "open")) for step in steps.values())
-    words = {"failed": "failed", "running": "running", "open": "not begun"}
+    words = {"failed": "failed", "running": "running", "interrupted": "interrupted", "open": "not begun"}
     rest = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
     if not rest:
         return [f"All {len(steps)} steps of the campaign are done."]
@@ -205,12 +205,3 @@ def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:
 
 def _total(rows: Iterable[dict[str, str]], column: str) -> float:
     return sum(number(row.get(column)) or 0.0 for row in rows)
-
-
-def duration(seconds: float) -> str:
-    """``'3 h 20 min'``, ``'4 min 5 s'`` or ``'12 s'``."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import InputError, reason_of
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.lock import check_free, guarded, locked, remove_unfinished
+from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.run_record import check_continues, check_results_version, read_run_record, write_run_record
 from magus_anharmonic.search import population as pops
@@ -98,13 +100,13 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 archive.start()
                 stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
-        settings = _open(archive, settings, relaxer, restart)
+        settings, known = _open(archive, settings, relaxer, restart)
         state = None
         if settings.learning is not None or settings.sscha is not None:
             state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
         relaxer.run_dir = archive.anharmonic
         search = Search(settings, keys, relaxer, archive, state)
-        search.run()
+        search.run(known)
         if state is not None:
             report_at_end(archive.anharmonic)
     return SearchOutcome(archive.results, search.num_gen, search.good, archive.load("best", ""), search.seed, time.perf_counter() - began)
@@ -121,11 +123,12 @@ def _recording(folder: Path) -> Iterator[None]:
         raise
 
 
-def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> Settings:
-    """Check or describe the results folder; returns the settings with the seed."""
+def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> tuple[Settings, bool]:
+    """Check or describe the results folder; returns the settings with the seed, and whether the energies in it are this model's."""
+    known = True
     if restart:
         record = read_run_record(archive.anharmonic)
-        _check_model(archive, relaxer, record)
+        known = _check_model(archive, relaxer, record)
         seed = record["seed"] if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
     else:
@@ -133,11 +136,14 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
         settings = settings.model_copy(update={"seed": seed})
     write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
     log.info("seed %d", seed)
-    return settings
+    return settings, known
 
 
-def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> None:
-    """Refuse to go on with another model than the one that the search had: a checkpoint was replaced meanwhile."""
+def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> bool:
+    """Refuse to go on with another model than the one that the search had: a checkpoint or a parameter was replaced meanwhile.
+
+    False where one of the two has no id: its energies are worked out again.
+    """
     found = relaxer.evaluator.model_id
     generation = archive.finished()[0]
     own = newest_checkpoint(archive.anharmonic, generation)
@@ -146,13 +152,19 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         models = {f"gen{line['generation']}": line["new_model"] for line in lines}
         file, known = str(own), models.get(own.stem)
     else:
-        first = (record.get("earlier_starts") or [record])[0]
-        file, known = "MainCalculator.checkpoint", first.get("model") if isinstance(first, dict) else None
-    if known is not None and known != found:
-        raise InputError(
-            f"{file}: holds the model {found}, but the search went on with {known}: the file was replaced; "
-            "put the earlier one back, or start anew without -r"
-        )
+        starts = [start.get("model") for start in [*(record.get("earlier_starts") or ()), record] if isinstance(start, dict)]
+        # a search that learns records later starts with the models that it made; one with another calculator has one model
+        known = next((starts[place] for place in (0, -1) if starts and starts[place] and not is_unnamed(starts[place])), starts[0])
+        file = "MainCalculator.checkpoint" if relaxer.settings.calculator == "mattersim" else "MainCalculator"
+    if known is None or known == found:
+        return True
+    if is_unnamed(known) or is_unnamed(found):
+        log.warning("-r: whether the stored energies are those of %s cannot be told: they are worked out again", file)
+        return False
+    raise InputError(
+        f"{file}: holds the model {found}, but the search went on with {known}: it was replaced or changed; "
+        "put the earlier one back, or start anew without -r"
+    )
 
 
 class Search:
@@ -173,18 +185,20 @@ class Search:
         self.current: list[Atoms] = []
         self.volume_ratio = keys.volume_ratio
 
-    def run(self) -> None:
-        """All generations that are not finished yet."""
+    def run(self, known: bool = True) -> None:
+        """All generations that are not finished yet; not ``known``: energies that are there are of another model."""
         done, ratio = self.archive.finished()
         self.archive.restore_best(done)
         if done:
             self.volume_ratio = ratio
             self._load(done)
+            if not known:
+                self._evaluate_again()
             log.info("going on after generation %d of %d", done, self.num_gen)
         times: list[float] = []
         for generation in range(done + 1, self.num_gen + 1):
             self.begun = time.perf_counter()
-            self._step(generation)
+            self._step(generation, known or generation > done + 1)
             times.append(time.perf_counter() - self.begun)
             left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
@@ -200,19 +214,28 @@ class Search:
             loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
             setattr(self, "current" if name == "gen" else name, loaded)
 
-    def _step(self, generation: int) -> None:
+    def _evaluate_again(self) -> None:
+        survivors = list({id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}.values())
+        reevaluate(survivors, self.relaxer.evaluator, self.settings)
+        self.good, self.keep, self.current = (self._usable(part) for part in (self.good, self.keep, self.current))
+        require(self.current, "re-evaluation", "the calculator evaluates none of the structures")
+
+    def _step(self, generation: int, known: bool = True) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
-        raw = self.archive.known("raw", generation)
+        raw = self.archive.known("raw", generation) if known else None
         if raw is None:
             initial = self.archive.known("init", generation)
             if initial is None:
                 self._save("init", generation, self._initial(generation))
                 initial = self.archive.load("init", generation)
             chunks = self.archive.anharmonic / "relax" / str(generation)
+            if not known:
+                forget(chunks)
             relaxed = self.relaxer.relax(initial, chunks)
+            if relaxed:
+                self._save("raw", generation, relaxed)
+            forget(chunks)  # when nothing succeeded, a restart tries again
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
-            self._save("raw", generation, relaxed)
-            forget(chunks)
             raw = self.archive.load("raw", generation)
         relaxed = self._checked(raw, "after relaxation")
         require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from magus_anharmonic.errors import InputError, SschaError
-from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import write_json, write_text
+from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.files import versions, write_json, write_text
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble, joined
@@ -94,6 +94,7 @@ def _hessian_of_run(
 ) -> HessianReport:
     result = SschaResult.read(run)
     state = result.state
+    evaluator = None if evaluator is None else as_evaluator(evaluator, [state.atoms])
     if evaluator is not None and evaluator.model_id != result.model_id:
         raise InputError(f"--checkpoint: is the model {evaluator.model_id}, the run in {run} was made with {result.model_id}")
     ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
@@ -200,6 +201,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
     q, mode = hessian.lowest
     errors = hessian.quantum_error
     return {
+        **versions(),
         "status": hessian.status,
         "probability_stable": hessian.probability_stable,
         "verdict": report.sentences(),
