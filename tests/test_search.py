@@ -27,7 +27,7 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.files import TEMPORARY
+from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.lock import _born, check_free, locked
@@ -373,7 +373,7 @@ def test_a_search_of_another_host_is_refused_and_left_as_it_is(tmp_path: Path, r
     """The fault: a search of MAGUS was begun anew in its own files, from the first generation on."""
     folder = tmp_path / "results/anharmonic"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"version": __version__, "seed": 1, "settings": {}, **record}))
+    (folder / "run.json").write_text(json.dumps({"version": __version__, **versions(), "seed": 1, "settings": {}, **record}))
     write(tmp_path / "results/good.traj", bulk("Cu"))
     before = files(tmp_path)
     with pytest.raises(InputError, match=r"was made by host .*, this is host 'embedded'"):

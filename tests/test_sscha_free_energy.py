@@ -245,7 +245,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change):
 def test_a_result_of_another_version_is_refused(tmp_path):
     quartic(tmp_path / "run", max_populations=1)
     path = tmp_path / "run" / "result.json"
-    path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
+    path.write_text(path.read_text().replace('"schema": 3', '"schema": 99'))
     with pytest.raises(InputError, match="another version"):
         quartic(tmp_path / "run", max_populations=1)
 
