@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from ase.calculators.calculator import Calculator, all_changes
-from ase.calculators.emt import EMT
 
 
 class Misbehaving(Calculator):
@@ -113,18 +112,6 @@ class WithoutStress(Misbehaving):
     """Energy and forces only."""
 
     implemented_properties = ["energy", "forces"]
-
-
-class Recording(EMT):
-    """EMT that leaves a file, named by its process, in ``folder`` whenever it computes."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def calculate(self, *arguments, **options):
-        (Path(self.folder) / str(os.getpid())).touch()
-        super().calculate(*arguments, **options)
 
 
 def made(behaviour=None):

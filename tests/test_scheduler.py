@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,7 +34,7 @@ from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
-from magus_anharmonic.search.relaxation import build_relaxer
+from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
@@ -389,6 +390,24 @@ def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_wor
 
 
 @pytest.mark.slow
+def test_relaxations_of_a_search_are_done_by_the_workers_and_none_by_its_own_process(cluster, tmp_path):
+    from distributed import Client
+
+    block = {"calculator": "scheduler_tasks.Witness", "arguments": {"folder": str(tmp_path)}, "maxStep": 3}
+    settings = parse_settings({"scheduler": cluster.scheduler_address, "symbols": ["Cu"], "MainCalculator": block})
+    relaxer = build_relaxer(settings)
+    assert relaxer.scheduling is settings and relaxer.run_dir is None and relaxer.evaluator.model_id
+    for asked in tmp_path.iterdir():  # for its id, here
+        asked.unlink()
+    assert len(relaxer.relax([bulk("Cu", a=3.5 + 0.01 * i) for i in range(60)], tmp_path / "chunks")) == 60
+    with Client(cluster) as client:
+        workers = {f"{socket.gethostname()} {pid}" for pid in client.run(os.getpid).values()}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == workers and len(workers) == 2
+    with pytest.raises(TypeError):
+        Relaxer(relaxer.evaluator, relaxer.settings, 0.0, settings)
+
+
+@pytest.mark.slow
 def test_relaxations_on_dask_workers_are_those_made_here_in_the_same_chunks(dask, monkeypatch):
     relax_in_both_places(dask, fakes.Emt(), [bulk("Cu", a=3.5 + 0.05 * i) for i in range(5)], monkeypatch)
 
@@ -486,23 +505,6 @@ def emt_energy(atoms: Atoms) -> float:
     copy = atoms.copy()
     copy.calc = EMT()
     return copy.get_potential_energy()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["dask", "local"])
-def test_a_search_relaxes_where_its_input_says(cluster, tmp_path, where):
-    """On a login node nothing may be computed."""
-    block = {"calculator": "misbehaving.Recording", "arguments": {"folder": str(tmp_path)}, "maxStep": 2}
-    address = cluster.scheduler_address if where == "dask" else "local"
-    settings = parse_settings({"scheduler": address, "pressure": 1.0, "MainCalculator": block})
-    relaxer = build_relaxer(settings)
-    assert relaxer.scheduling is settings and relaxer.run_dir is None
-    found = relaxer.relax([copper(scale) for scale in (1.0, 1.02, 0.97)], tmp_path / "chunks")
-    assert len(found) == 3
-    pids = {int(path.name) for path in tmp_path.glob("[0-9]*")}
-    assert pids and (os.getpid() in pids) == (where == "local"), "relaxations of one machine stay in the search's process"
-    if where == "dask":
-        assert len(pids) <= 2 and all(psutil.Process(pid).cmdline() for pid in pids)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,16 @@ class AseCalculatorSettings(Section):
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Relaxer:
     """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
 
-    Failures are recorded in ``run_dir``; ``scheduling`` says who relaxes where that is not this process.
+    Failures are recorded in ``run_dir``.
     """
 
     evaluator: Evaluator
     settings: CalculatorSettings | AseCalculatorSettings
     pressure: float
-    _: KW_ONLY
     run_dir: Path | None = None
     scheduling: Scheduling | None = None
 
@@ -169,16 +168,14 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, scheduling=settings)
+        return Relaxer(
+            evaluator=load(checkpoint or own.checkpoint, device=own.device), settings=own, pressure=settings.pressure, scheduling=settings
+        )
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-<<<<<<< HEAD
-    return Relaxer(as_evaluator(_import_calculator(block)), block, settings.pressure, scheduling=settings)
-=======
     made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
-    return Relaxer(made, block, settings.pressure, settings)
->>>>>>> main
+    return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
