@@ -12,7 +12,8 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 
 from magus_anharmonic.calculator_id import NoIdError, calculator_id, parameters_digest, unnamed
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.structures import change_of
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,9 @@ class CalculatorEvaluator:
             copy.calc = self.calculator
             energy.append(copy.get_potential_energy())
             forces.append(copy.get_forces(apply_constraint=False))
+            changed = change_of(atoms, copy)
+            if changed:
+                raise InputError(f"calculator {self.model_id}: it {changed}: its results are those of another structure")
             try:
                 stress.append(copy.get_stress(voigt=False, apply_constraint=False))
             except PropertyNotImplementedError:  # a fixed cell needs none

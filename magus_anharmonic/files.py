@@ -17,11 +17,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+SCHEMA = 3
+"""Version of the files; raised when files of before cannot be gone on with."""
+PHYSICS = 1
+"""Version of the numbers: raised when the same input gives another answer (`tests/test_golden.py` notices); old ones are not reused."""
+
+
+def versions() -> dict[str, int]:
+    """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
+    return {"schema": SCHEMA, "physics": PHYSICS}
+
 
 TEMPORARY = ".magus-anharmonic.tmp"
 """How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
@@ -216,7 +227,7 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
         raise_trouble(error, path)
-        raise DamagedFile(f"{path}: damaged or not readable ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+        raise DamagedFile(f"{path}: damaged or not readable ({typed_line(error, 120)})") from None
 
 
 def set_aside(path: str | Path, why: str) -> Path:

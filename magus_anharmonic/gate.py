@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
-from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.files import raise_trouble
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
@@ -52,7 +52,7 @@ def read_structures(path: str | Path, *, index: int | str = ":", format: str | N
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
         raise_trouble(error, file)
-        raise InputError(f"{file}: ASE cannot read it: {type(error).__name__}: {one_line(str(error))}") from None
+        raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}") from None
     structures = [found] if isinstance(found, Atoms) else list(found)
     if not structures:
         raise InputError(f"{file}: holds no structure")

@@ -15,6 +15,7 @@ from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import read_json, read_jsonl
 from magus_anharmonic.lock import HEARTBEAT, Owner, read_owner
+from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ class Status:
         elif self.state == "stopped":
             found.append("held by: nobody")
         if self.last_change is not None:
-            found.append(f"last file written: {_duration(max(0.0, self.last_change))} ago")
+            found.append(f"last file written: {duration(max(0.0, self.last_change))} ago")
         found += [f"rate: {rate}" for rate in self.rates]
         if self.seconds_left is not None and self.state != "finished":
-            found.append(f"about {_duration(self.seconds_left)} left at this rate")
+            found.append(f"about {duration(self.seconds_left)} left at this rate")
         if self.counts:
             found.append("failures: " + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items())))
         found += [f"  {error}" for error in self.errors]
@@ -178,7 +179,7 @@ def _rates(ours: Path, history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
             found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
     seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)]
     if seconds:
-        found.append(f"{_duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
+        found.append(f"{duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
     return tuple(found)
 
 
@@ -303,9 +304,3 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _number(value: Any) -> int | None:
     return int(value) if isinstance(value, int | float) and abs(value) < 1e9 else None
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

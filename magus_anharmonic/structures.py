@@ -75,6 +75,11 @@ def decided_group(group: str) -> str:
     return "" if UNDECIDED in group else group
 
 
+def symbol_of(group: str) -> str:
+    """``Im-3m`` of ``'Im-3m (229)'``; where noise leaves two, both: ``R3m or Im-3m``."""
+    return " or ".join(one.split(" ")[0] for one in group.split(": ")[0].split(" or "))
+
+
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species with their masses, cell and positions (rounded to 1e-6 Angstrom)."""
     digest = hashlib.sha256()
@@ -129,6 +134,12 @@ def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
     return found or "P1 (1)"
 
 
+def number_of(group: str) -> int:
+    """229 of ``'Im-3m (229)'``; 0 where there is none."""
+    found = re.search(r"\((\d+)\)", group)
+    return int(found[1]) if found else 0
+
+
 def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:
     """spglib's ``standardize_cell`` with the masses kept; None where spglib finds none."""
     found = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), symprec=symprec, **options)
@@ -146,3 +157,42 @@ def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
     """Symmetrised primitive cell in the orientation of the input; the input itself when spglib finds none."""
     found = standardized(atoms, symprec, to_primitive=True, no_idealize=True)
     return bare(atoms) if found is None else found
+
+
+SAME_PLACE = 1e-4
+"""Angstrom, and relative change of a cell, below which a structure is what it was."""
+
+
+def change_of(given: Atoms, after: Atoms, own: Atoms | None = None) -> str:
+    """What a calculator did to the structure that it was given, as a predicate; empty where it is what it was.
+
+    ``own`` is the calculator's own copy, whose order and cell its results have: it may be wrapped, shifted and rotated, but not sorted,
+    moved or strained.
+    """
+    if len(after) != len(given):
+        return f"changed the number of atoms from {len(given)} to {len(after)}"
+    if not np.array_equal(after.numbers, given.numbers):
+        return "sorted the atoms"
+    size = max(1.0, float(np.abs(given.cell.array).max()))
+    if np.abs(after.cell.array - given.cell.array).max() > SAME_PLACE * size:
+        return "strained the cell"
+    if _apart(given, after).max(initial=0.0) > SAME_PLACE:
+        return "moved or reordered the atoms"
+    if not isinstance(own, Atoms) or own is after or len(own) != len(given):
+        return ""
+    if not np.array_equal(own.numbers, given.numbers):
+        return "sorted the atoms"
+    metric = given.cell.array @ given.cell.array.T
+    if given.pbc.all() and np.abs(own.cell.array @ own.cell.array.T - metric).max() > 2 * SAME_PLACE * np.abs(metric).max():
+        return "strained the cell"
+    apart = _apart(given, own) if given.pbc.all() else np.zeros(1)
+    return "moved or reordered the atoms" if apart.max(initial=0.0) > SAME_PLACE else ""
+
+
+def _apart(given: Atoms, other: Atoms) -> np.ndarray:
+    """Distance of each atom from where it was, A: whole lattice vectors and a shift of all left out."""
+    if not given.pbc.all() or abs(given.cell.volume) < 1e-8:
+        return np.linalg.norm(other.positions - given.positions, axis=1)
+    moved = other.cell.scaled_positions(other.positions) - given.cell.scaled_positions(given.positions)
+    moved -= moved[:1]
+    return np.linalg.norm((moved - np.round(moved)) @ given.cell.array, axis=1)

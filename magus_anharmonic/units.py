@@ -37,3 +37,15 @@ def gpa_to_ev_per_a3(pressure: float) -> float:
 def ev_per_a3_to_gpa(stress: float) -> float:
     """Stress or pressure in eV/A^3 to GPa."""
     return stress * EV_PER_A3_IN_GPA
+
+
+def duration(seconds: float) -> str:
+    """``'40 s'``, ``'12 min'``, ``'3.5 h'``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def time_left(seconds: float, done: float, rest: float) -> str:
+    """``'about 12 min left'`` for the ``rest`` of a work of which ``done`` took ``seconds``; empty where that cannot be told."""
+    return f"about {duration(seconds / done * rest)} left" if done > 0 and rest > 0 else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -52,12 +53,38 @@ class Misbehaving(Calculator):
             self.results["energy"] = np.inf
         elif how == "atoms":
             self.results["forces"] = np.zeros((n + 1, 3))
+        elif how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "disk full":
+            raise OSError(errno.ENOSPC, "No space left on device", "pw.in")
         elif how == "raise":
             raise ValueError("the density is negative")
         elif how == "unconverged":
             self.converged = False
         elif how == "chatty":
             print("x" * 3_000_000 + "\nthe end of a long output", flush=True)
+        elif how == "garbage":
+            # as a library that writes to every file that it finds open
+            for descriptor in range(3, 32):
+                try:
+                    if os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:"):
+                        os.write(descriptor, b"\xff\x00 stray bytes")
+                except OSError:
+                    continue
+        elif how == "fork":
+            os.fork()
+        elif how == "stdin":
+            self.results["energy"] = float(len(sys.stdin.readline()))
+        elif how == "sort":
+            atoms.set_positions(atoms.positions[::-1])
+        elif how == "species":
+            atoms.set_atomic_numbers(atoms.numbers[::-1])
+        elif how == "move":
+            atoms.positions[0] += 0.1
+        elif how == "strain":
+            atoms.set_cell(1.01 * atoms.cell, scale_atoms=True)
+        elif how == "own copy":
+            self.atoms = self.atoms[list(range(n))[::-1]]
         elif how == "here":
             Path("restart.dat").write_text(str(n))
             self.results["energy"] = float(Path(self.child_file).read_text())

@@ -1,4 +1,4 @@
-"""Names of files that stand for any text; what a full disk, and the rights of a new file, are told and given as."""
+"""Names of files that stand for any text; texts of any origin as one line; full disks, and the rights of a new file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from magus_anharmonic.analysis import style, tables
 from magus_anharmonic.analysis.phase_grid import point_folder
 from magus_anharmonic.campaign.plan import place
-from magus_anharmonic.errors import reason_of
+from magus_anharmonic.errors import one_line, reason_of, typed_line
 from magus_anharmonic.files import append_jsonl, replacing, safe_name, write_json, write_text
+from magus_anharmonic.units import time_left
 
 NASTY = [
     "α", "β", "C2/c", "C2_c", "..", ".", "", " ", "$\\frac$", "a" * 300, "a" * 301, "alpha", "Alpha", "ALPHA", "im-3m", "Im-3m", "IM-3M",
@@ -76,6 +77,34 @@ def test_a_figure_shows_any_name_as_it_is(tmp_path: Path, name: str) -> None:
         style.legend(axes)
         for path in style.save(made, tmp_path, safe_name(name)):
             assert path.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "with_type"),
+    [
+        (ValueError("a\n  b\x1b[31m"), "a b [31m", "ValueError: a b [31m"),
+        (KeyError("energy"), "'energy'", "KeyError: 'energy'"),
+        (AssertionError(), "AssertionError", "AssertionError"),
+        (RuntimeError(" \n"), "RuntimeError", "RuntimeError"),
+        (RuntimeError("x" * 500), "x" * 297 + "...", "RuntimeError: " + "x" * 297 + "..."),
+    ],
+)
+def test_what_an_error_says_is_one_line_and_never_empty(error, said, with_type) -> None:
+    assert (one_line(error), typed_line(error)) == (said, with_type)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((60, 2, 3), "about 2 min left"),
+        ((30, 3, 1), "about 10 s left"),
+        ((3600, 1, 2), "about 2.0 h left"),
+        ((60, 0, 5), ""),
+        ((60, 5, 0), ""),
+    ],
+)
+def test_the_time_left_is_that_of_the_pace_so_far(arguments, text) -> None:
+    assert time_left(*arguments) == text
 
 
 @pytest.fixture

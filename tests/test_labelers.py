@@ -18,13 +18,15 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.labelers import available, get_labeler
-from magus_anharmonic.labelers.base import k_points, settings_hash
+from magus_anharmonic.errors import InputError, MachineTrouble
+from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
+from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
 from magus_anharmonic.labelers.worker import _absolute
+from magus_anharmonic.learning.dataset import dataset_file, read_labels
 from magus_anharmonic.scheduler import available_cores
 from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.structures import change_of
 
 EMT_PATH = "ase.calculators.emt.EMT"
 H3S_CELL = [[-1.5, 1.5, 1.5], [1.5, -1.5, 1.5], [1.5, 1.5, -1.5]]
@@ -129,6 +131,62 @@ def test_labels_before_and_after_failures_are_made(after_failures):
     assert after_failures[0].energy == after_failures[-1].energy == 1.0
 
 
+CHANGES = {
+    "species": "sorted the atoms",
+    "sort": "moved or reordered the atoms",
+    "move": "moved or reordered the atoms",
+    "strain": "strained the cell",
+    "own copy": "sorted the atoms",
+}
+
+
+def uneven(n: int) -> Atoms:
+    atoms = Atoms("S" + f"H{n - 1}", positions=[[0, 0, 1.0 * i + 0.1 * i**2] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+    return atoms
+
+
+def test_results_of_another_structure_than_the_one_given_are_refused(tmp_path):
+    """A calculator that sorts, moves or strains what it is given has the forces of something else."""
+    behaviour = {str(number): how for number, how in enumerate(CHANGES, start=3)}
+    with misbehaving(tmp_path, behaviour) as labeler:
+        results = labeler.label([uneven(n) for n in range(2, 3 + len(CHANGES))])
+    assert results[0].ok
+    for result, words in zip(results[1:], CHANGES.values(), strict=True):
+        assert not result.ok and words in result.reason and "of another structure" in result.reason
+
+    def sorts(structures):
+        for atoms in structures:
+            atoms.set_atomic_numbers(atoms.numbers[::-1])
+        return [{"energy": 1.0, "forces": np.zeros((3, 3)), "stress": np.zeros(6)}]
+
+    (refused,) = CallableLabeler(sorts, description="MainCalculator", settings={}).label([uneven(3)])
+    assert not refused.ok and "MainCalculator sorted the atoms" in refused.reason
+
+
+def test_a_calculator_may_wrap_and_rotate_its_own_copy():
+    given = copper()
+    own = given.copy()
+    own.positions += [0.3, 0.1, -2.0]
+    own.wrap()
+    own.rotate(40, (1, 2, 3), rotate_cell=True)
+    assert change_of(given, given.copy(), own) == ""
+    assert "reordered" in change_of(given, given.copy(), own[[1, 0, 2, 3]])
+
+
+@pytest.mark.parametrize("how", ["garbage", "fork"])
+def test_every_answer_is_that_of_its_job_whatever_else_comes_through_the_pipe(tmp_path, how):
+    """Stray bytes, and a copy of the process that answers too: each label got the answer before it."""
+    with misbehaving(tmp_path, {"2": how, "4": how}) as labeler:
+        results = labeler.label([chain(n) for n in (1, 2, 3, 4, 5)] + [chain(2), chain(6)])
+    assert [result.ok and result.energy for result in results] == [1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 6.0]
+
+
+def test_a_code_that_reads_its_standard_input_takes_no_job(tmp_path):
+    with misbehaving(tmp_path, {"2": "stdin"}) as labeler:
+        results = labeler.label([chain(2), chain(3)])
+    assert [result.energy for result in results] == [0.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("how", "launcher"),
     [
@@ -140,10 +198,15 @@ def test_a_label_that_fails_leaves_no_program_running(tmp_path, how, launcher):
     """MPI's launchers put ranks into sessions of their own, and ranks outlive them."""
     child_file = tmp_path / "child"
     with misbehaving(tmp_path / "scratch", {2: how}, timeout=6.0, child_file=str(child_file), launcher=launcher) as labeler:
+        if how == "crash":
+            with pytest.raises(MachineTrouble, match="SIGKILL"):  # as the kernel does where memory runs out
+                labeler.label([chain(2), chain(1)])
+            assert not _alive(int(child_file.read_text()), patience=0.0)
+            return
         results = labeler.label([chain(2), chain(1)])
         assert not _alive(int(child_file.read_text()), patience=0.0), "before the next label begins"
     assert [result.ok for result in results] == [False, True]
-    assert {"hang": "within 6 s", "leave": "rank 3 exited", "crash": "SIGKILL"}[how] in results[0].reason
+    assert {"hang": "within 6 s", "leave": "rank 3 exited"}[how] in results[0].reason
 
 
 def _alive(pid: int, patience: float = 60.0) -> bool:
@@ -297,6 +360,36 @@ def test_hash_names_the_energy_surface_and_nothing_else(tmp_path):
     others = [of(k_spacing=0.05), of(arguments={"xc": "LDA"}), of(arguments={"mode": {"name": "pw", "ecut": 600}})]
     others.append(of(arguments={"occupations": {"name": "fermi-dirac", "width": 0.1}}))
     assert len({default, *others}) == 5
+
+
+def hash_of(**settings):
+    return code_module(settings["calculator"]).recipe(LabelerSettings(**settings)).settings_hash
+
+
+def test_hash_holds_pseudopotentials_by_their_content_and_not_by_their_folder(tmp_path, monkeypatch):
+    for name, text in (("one", "PBE of 2015"), ("two", "PBE of 2024"), ("copy", "PBE of 2015")):
+        for file in ("H.upf", "potpaw_PBE/H/POTCAR", "H.PBE", "lj.table"):
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for name in ("one", "two", "copy"):
+        monkeypatch.setenv("VASP_PP_PATH", str(tmp_path / name))
+        monkeypatch.setenv("GPAW_SETUP_PATH", str(tmp_path / name))
+        upf = {"pseudopotentials": {"H": "H.upf"}, "pseudo_dir": name}
+        found[name] = [hash_of(calculator="espresso", arguments=upf), hash_of(calculator="vasp"), hash_of(calculator="gpaw")]
+    assert found["one"] == found["copy"]
+    assert all(one != two for one, two in zip(found["one"], found["two"], strict=True))
+    before = hash_of(calculator="misbehaving.Misbehaving", arguments={"child_file": "one/lj.table"})
+    (tmp_path / "one" / "lj.table").write_text("another potential")
+    assert hash_of(calculator="misbehaving.Misbehaving", arguments={"child_file": "one/lj.table"}) != before
+
+
+def test_the_set_ups_that_gpaw_brings_are_those_of_the_shipped_labels(monkeypatch):
+    pytest.importorskip("gpaw")
+    monkeypatch.delenv("GPAW_SETUP_PATH", raising=False)
+    shipped = {atoms.info["settings_hash"] for atoms in read_labels(dataset_file("h3s-gpaw-small"))}
+    assert shipped == {hash_of(calculator="gpaw")}
 
 
 def test_hash_is_never_a_number_in_extended_xyz():

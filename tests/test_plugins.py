@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import magus_stand_in  # noqa: E402
 
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
-from magus_anharmonic.files import write_json  # noqa: E402
+from magus_anharmonic.files import versions, write_json  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
 OURS = ("magus", "magus_anharmonic.plugins")
@@ -304,7 +304,7 @@ def test_only_the_search_that_began_in_a_folder_goes_on_there(
     Path("results/anharmonic").mkdir(parents=True)
     Path("results/good.traj").write_text("of somebody else")
     if record is not None:
-        write_json("results/anharmonic/run.json", {"version": "0.1.0", "seed": 1, "settings": {}, **record})
+        write_json("results/anharmonic/run.json", {"version": "0.1.0", **versions(), "seed": 1, "settings": {}, **record})
     with pytest.raises(SystemExit) as stopped:
         search_of(magus, keys(tiny_checkpoint), restart=True)
     assert stopped.value.code == 2 and complaint in caplog.text

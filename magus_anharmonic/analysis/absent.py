@@ -7,8 +7,8 @@ from typing import Any
 
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
 from magus_anharmonic.analysis.found_values import near, sources_of
-from magus_anharmonic.analysis.reordering import symbol_of
 from magus_anharmonic.analysis.tables import TABLES, Enthalpy, Ranked, TableFolder, pressure_of_file, ranking_files
+from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8
 

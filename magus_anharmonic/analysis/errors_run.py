@@ -16,7 +16,7 @@ from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.labelled_ensemble import WHAT, Labelled, draw, label_held, read_labelled
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import versions, write_json
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
@@ -25,7 +25,7 @@ from magus_anharmonic.sscha.averages import pair_means, standard_error
 from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import space_group
+from magus_anharmonic.structures import space_group, symbol_of
 from magus_anharmonic.units import ev_per_a3_to_gpa
 
 BINS = 61
@@ -69,13 +69,13 @@ class ErrorsReport:
 
 def source_of_result(result: SschaResult, phase: str = "") -> Source:
     """The state in which an SSCHA run ended; ``phase``: its name, by default its space group. Raises ``InputError`` without a state."""
-    name = phase or result.space_group.split(" ")[0]
+    name = phase or symbol_of(result.space_group)
     return Source(result.state, name, result.target_pressure, result.model_id, result.gibbs, result.gibbs_error)
 
 
 def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Source:
     """A state without a run, e.g. dynamical matrices of another code."""
-    return Source(state, phase or space_group(state.atoms).split(" ")[0], pressure)
+    return Source(state, phase or symbol_of(space_group(state.atoms)), pressure)
 
 
 def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str) -> np.ndarray:
@@ -257,6 +257,7 @@ def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
     source = report.source
     corrected = report.corrected_gibbs
     return {
+        **versions(),
         "phase": source.phase,
         "pressure_GPa": source.pressure,
         "temperature_K": source.state.temperature,

@@ -21,7 +21,7 @@ from magus_anharmonic.sscha.entropy import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble, read_start_file
-from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.structures import bare, space_group, symbol_of
 from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -202,7 +202,7 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
     found: dict[tuple[str, str, float, float], tuple[Path, GibbsPoint]] = {}
     for folder in folders:
         result = SschaResult.read(folder)
-        group = result.space_group_start.split(" ")[0].replace("/", "_")
+        group = symbol_of(result.space_group_start).replace("/", "_")
         formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
         point = point_of(f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder)
         key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)

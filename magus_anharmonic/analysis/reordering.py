@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import Ranked, SpaceGroups
-from magus_anharmonic.structures import decided_group
+from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 COMPUTED = ("sscha", "stable", "saddle", "eliminated")
 """States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
@@ -82,17 +81,6 @@ def lowest(rows: Sequence[Ranked]) -> Ranked | None:
     """The row of lowest free energy that is a minimum as far as is known; None without one. ``rows``: `computed` ones."""
     minima = [r for r in rows if r.status in LOWEST]
     return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
-
-
-def number_of(space_group: str) -> int:
-    """229 of ``'Im-3m (229)'``; 0 where there is none."""
-    found = re.search(r"\((\d+)\)", space_group)
-    return int(found[1]) if found else 0
-
-
-def symbol_of(space_group: str) -> str:
-    """``Im-3m`` of ``'Im-3m (229)'``."""
-    return space_group.split(" ")[0]
 
 
 class _Moving(Protocol):

@@ -16,7 +16,7 @@ from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.settings.campaign import PhaseSettings
-from magus_anharmonic.structures import bare, formula, primitive, space_group, structure_id
+from magus_anharmonic.structures import bare, formula, number_of, primitive, space_group, structure_id
 
 SYMPREC = 0.05
 POOL = 10
@@ -121,12 +121,6 @@ def _phase(settings: PhaseSettings) -> Phase:
     if settings.space_group is not None and settings.space_group != number:
         raise InputError(f"{where}: has the space group {space_group(atoms, SYMPREC)}, not {settings.space_group}")
     return Phase(settings.name, number, settings.natoms or len(atoms), atoms)
-
-
-def number_of(group: str) -> int:
-    """``'Im-3m (229)'`` -> 229."""
-    found = re.search(r"\((\d+)\)", group)
-    return int(found[1]) if found else 1
 
 
 def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:

@@ -13,9 +13,9 @@ from magus_anharmonic.campaign.found import populations
 from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.labelers.pool import duration
 from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
 from magus_anharmonic.status import deserted
+from magus_anharmonic.units import duration
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ase import Atoms
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Relaxed, settings_hash
 from magus_anharmonic.labelers.pool import problem
+from magus_anharmonic.structures import change_of
 
 
 class CallableLabeler:
@@ -31,11 +32,18 @@ class CallableLabeler:
     def label(self, structures: Sequence[Atoms], on_result: OnResult | None = None) -> list[Label | Failure]:
         """See `Labeler`; raises ``LabelerError`` when the function returns another number of results."""
         started = time.monotonic()
-        found = list(self._function([atoms.copy() for atoms in structures]))
+        given = [atoms.copy() for atoms in structures]
+        found = list(self._function(given))
         if len(found) != len(structures):
             raise LabelerError(f"{self.description}: {len(structures)} structures given, {len(found)} results came back")
         seconds = (time.monotonic() - started) / max(1, len(structures))
-        results = [self._result(atoms, item, seconds) for atoms, item in zip(structures, found, strict=True)]
+        changes = [change_of(*pair) for pair in zip(structures, given, strict=True)]
+        results: list[Label | Failure] = [
+            Failure(atoms, f"{self.description} {changed}: its results are those of another structure", self.settings_hash)
+            if changed and not isinstance(item, str)
+            else self._result(atoms, item, seconds)
+            for atoms, item, changed in zip(structures, found, changes, strict=True)
+        ]
         if on_result is not None:
             for index, result in enumerate(results):
                 on_result(index, result)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.errors import LabelerError, typed_line
 from magus_anharmonic.labelers.base import Recipe, make_recipe
 from magus_anharmonic.settings import LabelerSettings
 
@@ -39,7 +39,7 @@ def load_class(path: str) -> Callable[..., Any]:
             "or take the open default: calculator: gpaw after pip install 'magus-anharmonic[gpaw]'"
         ) from None
     except Exception as error:  # a module may raise anything while it is imported
-        raise LabelerError(f"{module_name} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise LabelerError(f"{module_name} cannot be imported: {typed_line(error)}") from None
     found = getattr(module, name, None)
     if found is None:
         raise LabelerError(f"{module_name} has no calculator {name!r}")

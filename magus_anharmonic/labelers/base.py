@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -108,18 +109,20 @@ class Recipe:
 
     code : name in the registry; arguments : keyword arguments that define the energy surface;
     k_spacing : Gamma-centred k-point spacing in 2 pi / A, None when ``arguments`` say it;
-    execution : arguments that only say how the code is run (command, parallelisation); not hashed.
+    execution : arguments that only say how the code is run (command, parallelisation); not hashed;
+    files : digest of every file that defines the energy surface (pseudopotentials, ...), as far as they lie on this machine.
     """
 
     code: str
     arguments: Mapping[str, Any]
     k_spacing: float | None
     execution: Mapping[str, Any]
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def settings_hash(self) -> str:
-        """Twelve hex digits of code, arguments, k-point rule and energy convention."""
-        return settings_hash(self.code, self.arguments, self.k_spacing)
+        """Twelve hex digits of code, arguments, k-point rule, energy convention, and the content of files."""
+        return settings_hash(self.code, self.arguments, self.k_spacing, self.files)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -127,16 +130,18 @@ class Recipe:
             "arguments": dict(self.arguments),
             "k_spacing": self.k_spacing,
             "execution": dict(self.execution),
+            "files": dict(self.files),
         }
 
 
-def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | None) -> str:
+def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | None, files: Mapping[str, str] | None = None) -> str:
     """Hash of what defines the energy surface; independent of the order of keys and of 500 or 500.0."""
     content = {
         "code": code,
         "arguments": canonical(arguments),
         "k_spacing": canonical(k_spacing),
         "energy": ENERGY_CONVENTION,
+        **({"files": dict(files)} if files else {}),
     }
     text = json.dumps(content, sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()[:12]
@@ -199,7 +204,30 @@ def make_recipe(
     arguments = {**defaults, **{key: value for key, value in given.items() if key not in execution_keys}}
     execution = {key: value for key, value in given.items() if key in execution_keys}
     spacing = None if named else settings.k_spacing if settings.k_spacing is not None else k_spacing
-    return Recipe(code, arguments, spacing, execution)
+    named_files = [(where, Path(text)) for where, text in _texts(arguments, "arguments") if re.search(r"[./]", text)]
+    files = {where: file_digest(path) for where, path in named_files if path.is_file()}
+    return Recipe(code, arguments, spacing, execution, files)
+
+
+def file_digest(*paths: Path) -> str:
+    """Twelve hex digits of the content of files, in this order; the same wherever they lie."""
+    digest = hashlib.sha256()
+    for path in paths:
+        state = path.stat()
+        digest.update(_file_digest(str(path), state.st_size, state.st_mtime_ns))
+    return digest.hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, changed: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def folder_digest(files: Mapping[str, Path]) -> str:
+    """Twelve hex digits of names and contents of ``files`` (name -> path)."""
+    text = json.dumps({name: file_digest(path) for name, path in sorted(files.items())})
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _check_texts(given: Mapping[str, Any], execution_keys: frozenset[str]) -> None:

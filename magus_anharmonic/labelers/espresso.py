@@ -17,7 +17,7 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, k_points, make_readable, make_recipe
+from magus_anharmonic.labelers.base import Recipe, file_digest, k_points, make_readable, make_recipe
 from magus_anharmonic.labelers.no_shell import program_of, read_command
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
@@ -80,7 +80,10 @@ def recipe(settings: LabelerSettings) -> Recipe:
         except LabelerError as error:
             raise LabelerError(f"learning.labeler.arguments.command: {error}") from None
     arguments = {**made.arguments, "input_data": _input_data(made.arguments.get("input_data", {}))}
-    return Recipe(made.code, arguments, made.k_spacing, made.execution)
+    folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
+    names = sorted({str(name) for name in made.arguments["pseudopotentials"].values()})
+    pseudopotentials = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+    return Recipe(made.code, arguments, made.k_spacing, made.execution, {**made.files, **pseudopotentials})
 
 
 def _input_data(given: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import queue
+import secrets
 import selectors
 import shutil
 import signal
@@ -22,11 +23,13 @@ from typing import Any, Self
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.errors import MachineTrouble
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
-from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json
+from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,12 @@ _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
 
 
 class WorkerDied(Exception):
-    """The worker process ended or was ended before it answered; the message is the reason."""
+    """The worker process ended or was ended before it answered; the message is the reason.
+
+    ``trouble`` : it was killed, as the kernel does where memory runs out, and not by its own fault or a time limit of ours.
+    """
+
+    trouble = False
 
 
 class Worker:
@@ -58,12 +66,13 @@ class Worker:
         bound_log(self.log_file)
         process = self._start()
         assert process.stdin is not None
+        number = secrets.token_hex(8)
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.write(json.dumps({**job, "job": number}).encode() + b"\n")
             process.stdin.flush()
         except (BrokenPipeError, OSError):
-            raise WorkerDied(self._end_of(process)) from None
-        answer = json.loads(self._read_line(process, timeout, "no answer (learning.labeler.timeout)"))
+            raise self._end_of(process) from None
+        answer = self._read_reply(process, number, timeout, "no answer (learning.labeler.timeout)")
         if not answer["ok"]:
             # A launcher that failed may have left its ranks behind.
             end_processes(descendants(process.pid), self._mark, spare=[process.pid])
@@ -86,32 +95,47 @@ class Worker:
                 start_new_session=True,
                 env={**os.environ, **_ONE_THREAD, MARK: self._mark},
             )
-        self._read_line(self._process, START_TIMEOUT, "the labeler's process did not start")
+        self._read_reply(self._process, READY, START_TIMEOUT, "the labeler's process did not start")
         return self._process
 
-    def _read_line(self, process: subprocess.Popen[bytes], timeout: float, what: str = "no answer") -> bytes:
-        assert process.stdout is not None
+    def _read_reply(self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str) -> dict[str, Any]:
+        """The answer to the job ``number``; whatever else comes through the pipe (from the code, from a copy of the process) is dropped."""
         deadline = time.monotonic() + timeout
+        while True:
+            line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
+            try:
+                answer = json.loads(line) if line else None
+            except ValueError:
+                answer = None
+            if isinstance(answer, dict) and answer.get("job") == number and isinstance(answer.get("ok"), bool):
+                return answer
+            if line:
+                log.warning("a line that answers no job came from the labeler's process and is dropped: %s", ascii(line[:60])[2:-1])
+
+    def _read_line(self, process: subprocess.Popen[bytes], deadline: float, what: str) -> bytes:
+        assert process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\n" not in self._buffer:
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     self.stop()
-                    raise WorkerDied(f"{what} within {timeout:g} s; the process was ended")
+                    raise WorkerDied(f"{what}; the process was ended")
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
-                    raise WorkerDied(self._end_of(process))
+                    raise self._end_of(process)
                 self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _end_of(self, process: subprocess.Popen[bytes]) -> str:
+    def _end_of(self, process: subprocess.Popen[bytes]) -> WorkerDied:
         code = process.wait()
         self.stop()
         if self._closed:
-            return "the labeler was closed"
+            return WorkerDied("the labeler was closed")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the labeler's process ended: {how} (see {self.log_file})"
+        died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
+        died.trouble = code == -signal.SIGKILL
+        return died
 
     def stop(self) -> None:
         """End the process and everything that it started."""
@@ -285,7 +309,7 @@ class WorkerLabeler(JobLabeler):
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error)}
+            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -300,7 +324,9 @@ def _close_all(workers: list[Worker]) -> None:
 
 
 def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
-    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one."""
+    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one. Raises ``MachineTrouble`` where that was the reason."""
+    if answer.get("trouble"):
+        raise MachineTrouble(f"a labeler's process: {answer['reason']}")
     if not answer["ok"]:
         return answer["reason"]
     forces, stress = np.asarray(answer["forces"], dtype=float), np.asarray(answer["stress"], dtype=float)
@@ -340,13 +366,5 @@ class _Progress:
     def finished(self, ok: bool) -> None:
         self.done += 1
         self.failed += not ok
-        left = (time.monotonic() - self.started) / self.done * (self.total - self.done)
-        text = f"{self.what} {self.done} of {self.total}, {self.failed} failed"
-        log.info("%s%s", text, f", about {duration(left)} left" if self.done < self.total else "")
-
-
-def duration(seconds: float) -> str:
-    """``'40 s'``, ``'12 min'``, ``'3.5 h'``."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        left = time_left(time.monotonic() - self.started, self.done, self.total - self.done)
+        log.info("%s %d of %d, %d failed%s", self.what, self.done, self.total, self.failed, f", {left}" if left else "")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, k_points, make_readable, make_recipe
+from magus_anharmonic.labelers.base import Recipe, folder_digest, k_points, make_readable, make_recipe
 from magus_anharmonic.labelers.no_shell import program_of
 from magus_anharmonic.settings import LabelerSettings
 
@@ -67,7 +68,7 @@ def recipe(settings: LabelerSettings) -> Recipe:
     wrong = sorted(_OURS & {str(key).lower() for key in settings.arguments})
     if wrong:
         raise LabelerError(f"learning.labeler.arguments.{wrong[0]}: labels are single points; leave it out")
-    return make_recipe(
+    made = make_recipe(
         "vasp",
         settings,
         defaults=DEFAULTS,
@@ -75,6 +76,21 @@ def recipe(settings: LabelerSettings) -> Recipe:
         execution_keys=EXECUTION_KEYS,
         fixes_kpoints=("kpts", "kspacing", "reciprocal"),
     )
+    potcars = _potcars(str(made.arguments.get("pp") or made.arguments.get("xc") or "PBE"))
+    return replace(made, files={**made.files, "POTCAR": folder_digest(potcars)}) if potcars else made
+
+
+def _potcars(functional: str) -> dict[str, Path]:
+    """The POTCAR files of a functional's folders below VASP_PP_PATH, by their path there; none where it is not set."""
+    folders = {"lda": "potpaw", "pw91": "potpaw_GGA"}
+    wanted = folders.get(functional.lower(), "potpaw_PBE")
+    found: dict[str, Path] = {}
+    for root in filter(None, (_configured("VASP_PP_PATH") or "").split(os.pathsep)):
+        for folder in sorted(path for path in Path(root).glob("potpaw*") if path.name.split(".")[0] == wanted):
+            for file in sorted(folder.rglob("POTCAR*")):
+                if file.is_file():
+                    found.setdefault(str(file.relative_to(root)), file)
+    return found
 
 
 def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:

@@ -9,21 +9,24 @@ import contextlib
 import json
 import os
 import queue
-import sys
 import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, one_line
+from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, is_trouble, one_line, typed_line
 from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
+from magus_anharmonic.structures import change_of
 from magus_anharmonic.units import gpa_to_ev_per_a3
+
+READY = "ready"
+"""Number of the answer that comes before any job."""
 
 
 def atoms_to_json(atoms: Atoms) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def atoms_from_json(data: dict[str, Any]) -> Atoms:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job (``task``: label or relax) and return its result as plain data.
 
-    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``.
+    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``,
+    with ``trouble`` where it speaks of the machine and not of the structure.
     """
     started = time.monotonic()
     try:
@@ -58,7 +62,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error)}
+        result = {"ok": False, "reason": _reason(error), "trouble": is_trouble(error)}
     result["seconds"] = time.monotonic() - started
     return result
 
@@ -87,17 +91,17 @@ def _absolute_variables() -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = one_line(str(error))
     if isinstance(error, MagusAnharmonicError):
-        return text
+        return one_line(error)
     if type(error).__name__ == "KohnShamConvergenceError":
-        return f"SCF did not converge: {text}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return f"SCF did not converge: {one_line(error)}"
+    return typed_line(error)
 
 
 def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
     from ase.calculators.calculator import PropertyNotImplementedError
 
+    given = atoms.copy()
     energy = float(atoms.get_potential_energy())
     forces = np.asarray(atoms.get_forces(apply_constraint=False))
     try:
@@ -106,6 +110,9 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
         raise LabelerError("the calculator gives no stress; choose one that does (for GPAW: a plane-wave mode)") from None
     free_energy = getattr(atoms.calc, "results", {}).get("free_energy")
     module.check(atoms.calc, directory)
+    changed = change_of(given, atoms, getattr(atoms.calc, "atoms", None))
+    if changed:
+        raise LabelerError(f"the calculator {changed}: its forces and stress are those of another structure")
     return {
         "energy": energy,
         "free_energy": None if free_energy is None else float(free_energy),
@@ -144,24 +151,31 @@ def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
 def main() -> None:
     """Serve jobs from standard input until it is closed.
 
-    The first line of the answer says that the process is ready. Standard output is taken away from the DFT code (its prints
-    go to standard error, a log file), so that only results travel on the pipe.
+    The first answer says that the process is ready; every other one carries the number of its job. Standard input and output are taken
+    away from the DFT code (its prints go to standard error, a log file), so that only jobs and results travel on the pipes.
     """
     adopt_orphans()
+    myself = os.getpid()
     _absolute_variables()
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    replies, given = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
     os.dup2(2, 1)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
     jobs: queue.Queue[str] = queue.Queue()
-    threading.Thread(target=_read_jobs, args=(jobs,), daemon=True).start()
-    reply: dict[str, Any] = {"ready": True}
+    threading.Thread(target=_read_jobs, args=(given, jobs), daemon=True).start()
+    reply: dict[str, Any] = {"ok": True, "job": READY}
     while True:
-        replies.write(json.dumps(reply) + "\n")
+        if os.getpid() != myself:
+            os._exit(0)  # a copy that the code made of this process and let go on
+        # the first line break ends what the code may have written to this pipe
+        replies.write("\n" + json.dumps(reply) + "\n")
         replies.flush()
-        reply = run_job(json.loads(jobs.get()))
+        job = json.loads(jobs.get())
+        reply = {**run_job(job), "job": job["job"]}
 
 
-def _read_jobs(jobs: queue.Queue[str]) -> None:
-    for line in sys.stdin:
+def _read_jobs(given: TextIO, jobs: queue.Queue[str]) -> None:
+    for line in given:
         jobs.put(line)
     # The search is gone: end at once, together with any program that this process started.
     if mark := os.environ.get(MARK):

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, one_line
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
@@ -244,7 +244,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
         frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
         raise_trouble(error, path)
-        raise DamagedFile(f"{path}: not readable as extended XYZ: {' '.join(str(error).split())[:200]}") from None
+        raise DamagedFile(f"{path}: not readable as extended XYZ: {one_line(error, 200)}") from None
     if not frames:
         raise DamagedFile(f"{path}: holds no structure")
     check_structures(frames, f"{path}: ", crystal=False)

@@ -125,7 +125,7 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         module.load_state_dict(content["model"], strict=True)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
         raise_trouble_of_torch(error, path)
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise CheckpointError(f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}") from error
     broken = [name for name, value in module.state_dict().items() if not bool(value.isfinite().all())]
     if broken:
@@ -187,7 +187,7 @@ def _load(path: Path, device: str) -> dict[str, Any]:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         raise_trouble_of_torch(error, path)
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = one_line(error, 160)
         raise CheckpointError(f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}") from error
     missing = _REQUIRED_KEYS if not isinstance(content, dict) else [key for key in _REQUIRED_KEYS if key not in content]
     if missing:

@@ -21,7 +21,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.files import set_aside
+from magus_anharmonic.files import set_aside, versions
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential
@@ -31,6 +31,7 @@ from magus_anharmonic.potential.threads import threads_for_training
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
 from magus_anharmonic.potential.training_state import Epoch, TrainingState, read_state, write_state
 from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class _Run:
         self.best_state = copy_state(module)
 
     def _key(self) -> str:
-        digest = hashlib.sha256(f"{checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
+        digest = hashlib.sha256(f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
         for part in (self.train_set, self.validation_set):
             digest.update(f"{len(part)} structures".encode())
             for atoms in part:
@@ -350,21 +351,20 @@ class _Ticker:
         return True
 
     def _left(self, done: float) -> str:
-        elapsed = time.perf_counter() - self.began
-        seconds = elapsed / max(done - self.done, 1e-9) * (self.epochs - done)
-        return f"{seconds / 60:.0f} min left" if seconds > 120 else f"{seconds:.0f} s left"
+        left = time_left(time.perf_counter() - self.began, done - self.done, self.epochs - done)
+        return f"; {left}" if left else ""
 
     def batch(self, number: int, fraction: float, loss: float) -> None:
         """Within epoch ``number``, of which ``fraction`` is done."""
         if self._due():
-            logger.info("epoch %d/%d, %.0f %%: loss %.4g; %s", number, self.epochs, 100 * fraction, loss, self._left(number - 1 + fraction))
+            logger.info("epoch %d/%d, %.0f %%: loss %.4g%s", number, self.epochs, 100 * fraction, loss, self._left(number - 1 + fraction))
 
     def epoch(self, epoch: Epoch) -> None:
         """At the end of an epoch; the last one is always shown."""
         if self._due() or epoch.epoch == self.epochs:
             found, left = epoch.validation, self._left(epoch.epoch)
             progress = f"epoch {epoch.epoch}/{self.epochs}"
-            logger.info("%s: loss %.4g, validation %.4g (%s); %s", progress, epoch.train_loss, found.loss, found, left)
+            logger.info("%s: loss %.4g, validation %.4g (%s)%s", progress, epoch.train_loss, found.loss, found, left)
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -14,6 +14,7 @@ from ase import Atoms
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from magus_anharmonic.errors import is_out_of_memory, one_line
 from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.potential.graph import build_graph
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 SHARE = 0.7
 """Of the free memory that one batch may take."""
-
-_WORDINGS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,7 @@ def _control_group_rest() -> float:
 
 def raise_trouble_of_torch(error: BaseException, path: str | Path) -> None:
     """As `raise_trouble`, for ``error`` met while a file of torch was read, whose own errors of memory become ``MemoryError``."""
-    text = " ".join(str(error).split())[:200]
+    text = one_line(str(error), 200)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         raise MemoryError(text) from None
     raise_trouble(MemoryError(text) if is_out_of_memory(error) else error, path)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was the reason: torch and its allocators have several types and wordings for it."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _WORDINGS)

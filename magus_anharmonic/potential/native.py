@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from magus_anharmonic.errors import one_line
 from magus_anharmonic.files import replacing
 from magus_anharmonic.potential.edge_kernels import Kernels
 from magus_anharmonic.processes import run_bounded
@@ -85,7 +86,7 @@ def _native() -> NativeKernels | None:
     try:
         kernels = NativeKernels(ctypes.CDLL(str(compiled(cache_folder()))))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("the evaluation works with torch alone, at half the speed or less: %s", " ".join(str(error).split())[:200])
+        logger.info("the evaluation works with torch alone, at half the speed or less: %s", one_line(error, 200))
         return None
     difference = disagreement(kernels)
     if not difference < _AGREEMENT:

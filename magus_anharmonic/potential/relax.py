@@ -13,12 +13,14 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.errors import is_out_of_memory, is_trouble
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.guards import senseless
 from magus_anharmonic.potential.relax_arguments import Options, checked
 from magus_anharmonic.potential.threads import one_thread_for_small_matrices
 from magus_anharmonic.potential.way import Relaxation as Relaxation
 from magus_anharmonic.potential.way import Result, Way
+from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -159,19 +161,24 @@ def _round(evaluator: Evaluator, ways: list[Way]) -> None:
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
     """Energy, forces and stress of each structure, or the reason why there is none.
 
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
+    When a batch fails, its structures are evaluated one by one, so that the others do not suffer. Trouble of the machine is raised.
     """
     if not structures:
         return []
     try:
         found = evaluator.evaluate(structures)
     except Exception as error:
-        if len(structures) > 1:
-            return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
-        logger.debug("evaluation of %s failed", structures[0], exc_info=True)
-        # alone it is number 0, which is not its number among the structures of `relax`
-        text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
-        return [" ".join(text.split()) or type(error).__name__]
+        if is_trouble(error) and not (len(structures) > 1 and is_out_of_memory(error)):
+            raise
+        if len(structures) == 1:
+            logger.debug("evaluation of %s failed", structures[0], exc_info=True)
+            # alone it is number 0, which is not its number among the structures of `relax`
+            text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
+            return [" ".join(text.split()) or type(error).__name__]
+        found = None
+    if found is None:
+        # not in the handler: what fails alone has not failed because of the batch
+        return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
     results: list[Result | str] = []
     for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
         results.append(_senseless_numbers(energy, forces, stress) or (float(energy), forces, stress))
@@ -204,7 +211,6 @@ class _Progress:
             return
         self.last = now
         spent = now - self.begun
-        guess = spent * remaining / self.finished if self.finished else spent * max(self.max_steps - self.rounds, 1) / self.rounds
-        logger.info(
-            "relaxed %d of %d structures, %d rounds, %.0f s, about %.0f s left", self.finished, self.total, self.rounds, spent, guess
-        )
+        done, rest = (self.finished, remaining) if self.finished else (self.rounds, max(self.max_steps - self.rounds, 1))
+        left = time_left(spent, done, rest)
+        logger.info("relaxed %d of %d structures, %d rounds, %.0f s, %s", self.finished, self.total, self.rounds, spent, left)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.files import rank_alone
 from magus_anharmonic.settings import Settings
@@ -85,7 +85,7 @@ def read_start(dyn: str | None, ensemble: Path | None, temperature: float, press
         log.info("%s: %s", ensemble, what_it_says(begin, about, weights, symmetry, pressure))
         better = minimise([(own, drawn)], symmetry, min_effective_sample=min_effective_sample, target=begin).state
     except (SschaError, np.linalg.LinAlgError) as error:
-        raise InputError(f"--load-ensemble: {ensemble}: {' '.join(str(error).split())}") from None
+        raise InputError(f"--load-ensemble: {ensemble}: {one_line(error)}") from None
     return floor_modes(better, symmetry, LARGEST_AMPLITUDE_LATER)
 
 

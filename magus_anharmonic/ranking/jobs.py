@@ -18,13 +18,13 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, is_trouble, one_line, typed_line
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.labelers.pool import duration
 from magus_anharmonic.potential.portable import portable
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> list[Outcome]:
-    """One outcome per temperature; raises nothing but what ends the whole program."""
+    """One outcome per temperature; raises nothing but what ends the whole program, trouble of the machine for one."""
     outcomes: list[Outcome] = []
     previous: Any = job.start
     for temperature, folder in zip(job.temperatures, job.folders, strict=True):
@@ -68,22 +68,22 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
         try:
             result = free_energy(job.atoms, evaluator, temperature=temperature, start=previous, directory=folder, **job.options)
         except (SschaError, InputError) as error:
-            outcomes.append(Outcome(temperature, None, _one_line(error)))
+            outcomes.append(Outcome(temperature, None, one_line(error)))
         except MagusAnharmonicError as error:
-            outcomes.append(Outcome(temperature, None, _one_line(error), lasting=False))
+            if is_trouble(error):
+                raise
+            outcomes.append(Outcome(temperature, None, one_line(error), lasting=False))
         except Exception as error:
+            if is_trouble(error):
+                raise
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
-            outcomes.append(Outcome(temperature, None, f"{type(error).__name__}: {_one_line(error)}", lasting=False))
+            outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
         else:
             failed = result.status == "failed" or not math.isfinite(result.gibbs)
             reason = (result.reason or "it has no free energy") if failed else ""
             outcomes.append(Outcome(temperature, None if failed else result, reason, partial=result if failed else None))
             previous = None if failed else result
     return outcomes
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 Workers = Scheduler | int | None
@@ -136,7 +136,7 @@ def _travels(free_energy: Callable[..., Any]) -> bool:
     try:
         pickle.dumps(free_energy)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
-        log.info("SSCHA runs in this process, one structure after the other: %s", _one_line(error))
+        log.info("SSCHA runs in this process, one structure after the other: %s", one_line(error))
         return False
     return True
 
@@ -188,10 +188,9 @@ class Progress:
         elapsed = time.monotonic() - self.began
         waiting = self.total - self.finished
         # The other processes are in the middle of theirs, on average.
-        left = elapsed / self.finished * (waiting - 0.5 * min(self.workers - 1, waiting))
-        note = "" if self.finished == self.total else f"; about {duration(left)} left"
+        left = time_left(elapsed, self.finished, waiting - 0.5 * min(self.workers - 1, waiting))
         for outcome in outcomes:
-            log.info("SSCHA %d of %d: %s %s%s", self.finished, self.total, job.structure, _words(outcome), note)
+            log.info("SSCHA %d of %d: %s %s%s", self.finished, self.total, job.structure, _words(outcome), f"; {left}" if left else "")
 
 
 def _words(outcome: Outcome) -> str:

@@ -12,6 +12,7 @@ from magus_anharmonic.ranking.candidate import Candidate, by_composition
 from magus_anharmonic.ranking.common_numbers import difference_error
 from magus_anharmonic.ranking.elimination import probability_lowest
 from magus_anharmonic.ranking.model_errors import ModelErrors, ModelTerm, model_errors
+from magus_anharmonic.structures import symbol_of
 
 FINITE_SIZE_PART = 0.5
 """Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
@@ -81,7 +82,7 @@ def _with_odds(
 
 def model_terms(phases: Sequence[Candidate], measured: Mapping[str, ModelTerm]) -> list[ModelTerm | None]:
     """The measured term of each phase: by its id, by that of its run, or by a space-group symbol that no other phase has."""
-    symbols = [c.spg_quantum.split(" ")[0] for c in phases]
+    symbols = [symbol_of(c.spg_quantum) for c in phases]
     found: list[ModelTerm | None] = []
     for c, symbol in zip(phases, symbols, strict=True):
         alone = symbol if symbols.count(symbol) == 1 else ""

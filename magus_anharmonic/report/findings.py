@@ -10,6 +10,7 @@ from magus_anharmonic.analysis.reordering import COMPUTED, became
 from magus_anharmonic.report.rankings import RankingView
 from magus_anharmonic.report.sheets import Sheet, number
 from magus_anharmonic.report.summary import Row, hull_sentences, sentences
+from magus_anharmonic.units import duration
 
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
@@ -204,12 +205,3 @@ def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:
 
 def _total(rows: Iterable[dict[str, str]], column: str) -> float:
     return sum(number(row.get(column)) or 0.0 for row in rows)
-
-
-def duration(seconds: float) -> str:
-    """``'3 h 20 min'``, ``'4 min 5 s'`` or ``'12 s'``."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -22,8 +22,8 @@ from magus_anharmonic.files import write_text
 from magus_anharmonic.report.contents import Contents, gather
 from magus_anharmonic.report.crystals import Crystal, write_structures
 from magus_anharmonic.report.drawing import as_json, scene, still
-from magus_anharmonic.report.findings import duration
 from magus_anharmonic.report.sheets import number
+from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
 

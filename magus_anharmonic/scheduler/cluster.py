@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import magus_anharmonic
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, one_line
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, one_line, typed_line
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt
 from magus_anharmonic.scheduler.local import limit_torch
 from magus_anharmonic.settings import WorkerSettings
@@ -62,7 +62,7 @@ class DaskScheduler:
                 client = Client(name, timeout=workers.timeout, set_as_default=False)
         except (OSError, TimeoutError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s ({_one_line(error)}); "
+                f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s ({one_line(error)}); "
                 "start one with `dask scheduler` and workers with `dask worker ADDRESS --nthreads 1`"
             ) from None
         if name.startswith("tcp://") and not _is_here(name):
@@ -195,7 +195,7 @@ class _Call:
             self.again.append((index, item))
             return None
         raise MagusAnharmonicError(
-            f"{self.scheduler.description}: a worker cannot run this package's tasks: {type(error).__name__}: {_one_line(error)}; "
+            f"{self.scheduler.description}: a worker cannot run this package's tasks: {typed_line(error)}; "
             "install the same version of magus-anharmonic and Dask there"
         )
 
@@ -317,7 +317,3 @@ def _silent(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _one_line(error: BaseException) -> str:
-    return one_line(str(error)) or type(error).__name__

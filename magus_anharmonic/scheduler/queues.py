@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.scheduler.submission import Submissions, patient
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
@@ -75,7 +75,7 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
         _write_words_to(logs / "dask.log")
         cluster = kind(job_cls=patient(kind.job_cls, submissions), security=_security(certificates), **arguments(name, workers))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise InputError(f"scheduler: {name}: {' '.join(str(error).split())}") from None
+        raise InputError(f"scheduler: {name}: {one_line(error)}") from None
     cluster.submissions, cluster.certificates = submissions, certificates
     cluster.adapt(minimum_jobs=workers.count or 1, maximum_jobs=workers.count or 1)
     return cluster

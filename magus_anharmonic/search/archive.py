@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.io import Trajectory, read, write
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.lock import forget_dead
@@ -209,7 +209,7 @@ def read_frames(file: Path) -> list[Atoms]:
         frames: list[Atoms] = list(read(file, index=":", format="traj"))
     except Exception as error:  # ASE's reader raises many types for a file that is cut
         raise_trouble(error, file)
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        why = typed_line(error, 120)
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:
         frame.calc = None

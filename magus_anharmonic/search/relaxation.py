@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
@@ -25,6 +25,7 @@ from magus_anharmonic.search.archive import read_frames, whole_frames, write_fra
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import OPTIMIZER_DESCRIPTION, CalculatorSettings, Count, Optimizers, Positive, Section, Settings, parse
 from magus_anharmonic.structures import bare
+from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class AseCalculatorSettings(Section):
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Relaxer:
     """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
 
@@ -167,12 +168,14 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, settings)
+        return Relaxer(
+            evaluator=load(checkpoint or own.checkpoint, device=own.device), settings=own, pressure=settings.pressure, scheduling=settings
+        )
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
     made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
-    return Relaxer(made, block, settings.pressure, settings)
+    return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
@@ -189,14 +192,16 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if is_trouble(error):
+            raise
         raise InputError(f"{where}: cannot be made with arguments {block.arguments}: {error}") from None
 
 
 def _report(relaxed: Sequence[Atoms], total: int, computed: int, seconds: float) -> None:
     enthalpies = [atoms.info["enthalpy"] for atoms in relaxed if "enthalpy" in atoms.info]
     best = f"best enthalpy {min(enthalpies):.4f} eV/atom" if enthalpies else "none succeeded yet"
-    left = f", about {seconds / computed * (total - len(relaxed)):.0f} s left" if computed and len(relaxed) < total else ""
-    log.info("relaxed %d of %d structures, %s, %.0f s%s", len(relaxed), total, best, seconds, left)
+    left = time_left(seconds, computed, total - len(relaxed))
+    log.info("relaxed %d of %d structures, %s, %.0f s%s", len(relaxed), total, best, seconds, f", {left}" if left else "")
 
 
 def require(population: Sequence[Atoms], what: str, hint: str) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, one_line
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -188,7 +188,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         RecursionError,
         OSError,
     ) as error:  # a date 2026-99-99 is a ValueError, a deep list a RecursionError
-        raise InputError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file}: not readable as YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise InputError(f"{file}: must hold keys and values, found {type(data).__name__}")
     return data

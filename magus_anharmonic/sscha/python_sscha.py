@@ -22,7 +22,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
-from magus_anharmonic.errors import InputError, SschaError
+from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
@@ -90,7 +90,7 @@ def minimise(state: SschaState, ensemble: Ensemble, symmetry: Symmetry, *, min_e
             minimised = _minimise(state, ensemble, symmetry, min_effective_sample, step, log)
         except (ValueError, AssertionError, ArithmeticError, np.linalg.LinAlgError) as error:
             empty = isinstance(error, ArithmeticError)
-            reason = "the effective sample size fell to zero" if empty else " ".join(str(error).split())[:300] or type(error).__name__
+            reason = "the effective sample size fell to zero" if empty else one_line(error)
             continue
         if np.all(minimised.state.modes.quantum > 0):
             return minimised

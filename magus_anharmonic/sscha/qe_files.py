@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.gate import check_structure
 from magus_anharmonic.sscha.averages import Ensemble
@@ -60,7 +60,7 @@ def _as_written(prefix: str | Path, temperature: float) -> SschaState:
             raise
         except (Exception, SystemExit) as error:  # cellconstructor raises whatever it stumbles over
             raise_trouble(error, f"{prefix}1")
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            why = typed_line(error, 200)
             raise InputError(f"start: {prefix}1, ...: not readable as dynamical matrices of Quantum ESPRESSO ({why})") from None
     return replace(state, force_constants=fold(sum_rule(state.full), state.repeats))
 
@@ -124,7 +124,7 @@ def read_ensemble(
         u, energies, forces, stresses = (_binary if binary else _text)(folder, number, state)
     except Exception as error:  # NumPy's readers raise many types for a damaged file
         raise_trouble(error, folder)
-        raise InputError(f"{where}: {' '.join(str(error).split())}") from None
+        raise InputError(f"{where}: {one_line(error)}") from None
     count, atoms = energies.size, len(state.supercell)
     shapes = {"energies": (energies, (count,)), "displacements": (u, (count, atoms, 3)), "forces": (forces, (count, atoms, 3))}
     for name, (values, expected) in {**shapes, "stresses": (stresses, (count, 3, 3))}.items():
