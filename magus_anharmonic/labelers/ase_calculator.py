@@ -74,8 +74,8 @@ def load_class(path: str) -> Callable[..., Any]:
         raise LabelerError(f"{module_name} has no calculator {name!r}")
     if not may_call(found, module_name):
         raise LabelerError(
-            f"{path} is no ASE calculator (a subclass of ASE's Calculator, e.g. ase.calculators.emt.EMT), and an input cannot call anything "
-            f"else; if you trust it and what it does, allow its module outside of the input: export {ALLOW}={module_name}"
+            f"{path} is no ASE calculator (a subclass of ASE's Calculator, e.g. ase.calculators.emt.EMT), and an input cannot call "
+            f"anything else; if you trust it and what it does, allow its module outside of the input: export {ALLOW}={module_name}"
         )
     if not inspect.isfunction(found) and not (isinstance(found, type) and _calculates(found)):
         raise LabelerError(f"{path} {NO_CALCULATOR}")
