@@ -6,12 +6,13 @@ Errors are sampled: every draw of the free energies has a hull of its own. The m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+from ase.data import atomic_numbers
+from ase.formula import Formula
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.structures import HYDROGEN
@@ -39,18 +40,21 @@ class HullEntry:
     p_on_hull: float
 
 
+@cache
+def _formula(text: str) -> Formula:
+    try:
+        counts = Formula(text).count()
+    except ValueError:
+        counts = {}
+    plain = text.isalnum() and not text[0].isdigit()
+    if not plain or not counts or min(counts.values()) < 1 or not counts.keys() <= {*atomic_numbers, *HYDROGEN}:
+        raise InputError(f"{text!r}: is no chemical formula")
+    return Formula(text)
+
+
 def parse_formula(formula: str) -> dict[str, int]:
     """``"H2S"`` to ``{"H": 2, "S": 1}``; raises ``InputError``."""
-    from ase.data import atomic_numbers
-
-    parts = re.findall(r"([A-Z][a-z]?)(\d*)", formula)
-    known = {*atomic_numbers, *HYDROGEN}
-    if not parts or "".join(symbol + number for symbol, number in parts) != formula or any(s not in known for s, _ in parts):
-        raise InputError(f"{formula!r}: is no chemical formula")
-    counts: dict[str, int] = {}
-    for symbol, number in parts:
-        counts[symbol] = counts.get(symbol, 0) + int(number or 1)
-    return counts
+    return _formula(formula).count()
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,9 @@ class HullOdds:
     p_on_hull: np.ndarray
 
 
-@cache
 def reduced_formula(formula: str) -> str:
     """``"H6S2"`` to ``"H3S"``: one name for all cells of a composition; raises ``InputError``."""
-    return "".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in _reduced(formula).items())
-
-
-def _reduced(formula: str) -> dict[str, int]:
-    """Counts without their common divisor, in the order of the formula."""
-    counts = parse_formula(formula)
-    divisor = int(np.gcd.reduce(list(counts.values())))
-    return {symbol: number // divisor for symbol, number in counts.items()}
+    return str(_formula(formula).reduce()[0])
 
 
 def atom_fractions(formula: str, elements: Sequence[str]) -> np.ndarray:
@@ -115,7 +111,7 @@ def choose_end_members(formulas: Sequence[str], wanted: Sequence[str]) -> list[s
 
 
 def _ratio(formula: str) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted(_reduced(formula).items()))
+    return tuple(sorted(_formula(formula).reduce()[0].count().items()))
 
 
 def _extremes(formulas: Sequence[str], elements: Sequence[str]) -> list[str]:
@@ -162,7 +158,8 @@ def _lower_facets(fractions: np.ndarray, energy: np.ndarray, at: np.ndarray) -> 
     from scipy.spatial import ConvexHull
 
     d = fractions.shape[1]
-    lid = energy.max() + 10.0 * (np.ptp(energy) + 1.0)
+    # so high that no mixture with the smallest part of the lid lies below one without it
+    lid = energy.max() + 1000.0 * (np.ptp(energy) + 1.0)
     points = np.vstack([np.column_stack([fractions[:, 1:], energy]), np.column_stack([np.eye(d)[:, 1:], np.full(d, lid)])])
     planes = ConvexHull(points).equations
     planes = planes[planes[:, d - 1] < -1e-12]

@@ -75,6 +75,11 @@ def decided_group(group: str) -> str:
     return "" if UNDECIDED in group else group
 
 
+def symbol_of(group: str) -> str:
+    """``Im-3m`` of ``'Im-3m (229)'``; where noise leaves two, both: ``R3m or Im-3m``."""
+    return " or ".join(one.split(" ")[0] for one in group.split(": ")[0].split(" or "))
+
+
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species with their masses, cell and positions (rounded to 1e-6 Angstrom)."""
     digest = hashlib.sha256()
@@ -133,11 +138,6 @@ def number_of(group: str) -> int:
     """229 of ``'Im-3m (229)'``; 0 where there is none."""
     found = re.search(r"\((\d+)\)", group)
     return int(found[1]) if found else 0
-
-
-def symbol_of(group: str) -> str:
-    """``Im-3m`` of ``'Im-3m (229)'``."""
-    return group.split(" ")[0]
 
 
 def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:

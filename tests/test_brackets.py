@@ -84,7 +84,7 @@ def test_every_command_prints_through_the_console_without_markup() -> None:
     makers = []
     for file in sorted(Path(magus_anharmonic.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Console":
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Console", "Screen"):
                 makers.append((file.name, {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}))
     screens = [(name, keywords) for name, keywords in makers if "stderr" not in keywords]
     assert [name for name, _ in screens] == ["screen.py"]

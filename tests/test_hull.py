@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 from scipy.spatial import ConvexHull
 from scipy.stats import norm
 
@@ -70,15 +71,18 @@ def test_a_ternary_system_and_a_single_composition():
     assert [one.distance for one in alone] == [0.0, 0.01]
 
 
-def test_many_ternary_phases_agree_with_a_linear_programme():
-    from scipy.optimize import linprog
-
-    rng = np.random.default_rng(2)
-    fractions = np.vstack([np.eye(3), rng.dirichlet([1.0, 1.0, 1.0], size=25)])
-    energy = np.concatenate([np.zeros(3), -rng.uniform(size=25)])
-    exact = [linprog(energy, A_eq=fractions.T, b_eq=x, bounds=(0, None), method="highs").fun for x in fractions]
-    np.testing.assert_allclose(lower_hull(fractions, energy, fractions), exact, atol=1e-9)
-    assert lower_hull(fractions[1:], energy[1:], fractions[:1])[0] == np.inf
+@pytest.mark.parametrize("seed", range(20))
+def test_hulls_agree_with_a_linear_programme(seed: int) -> None:
+    """Few or many phases of cells of up to 24 atoms, not all compositions within reach, energies over up to 10 eV."""
+    rng = np.random.default_rng(seed)
+    d = int(rng.integers(2, 5))
+    counts, wanted = (rng.integers(0, 9, (n, d)) for n in (int(rng.integers(1, 12)), 6))
+    fractions, at = (some[some.sum(axis=1) > 0] / some.sum(axis=1)[some.sum(axis=1) > 0, None] for some in (counts, wanted))
+    energy = rng.normal(size=len(fractions)) * 10 ** rng.uniform(-3, 1)
+    at = np.vstack([fractions, at])
+    found = [linprog(energy, A_eq=fractions.T, b_eq=x, bounds=(0, None)) for x in at]
+    exact = [one.fun if one.status == 0 else np.inf for one in found]
+    np.testing.assert_allclose(lower_hull(fractions, energy, at), exact, atol=1e-9)
 
 
 def test_the_lower_of_two_phases_of_one_composition_is_on_the_hull():
@@ -103,7 +107,7 @@ def test_end_members_that_do_not_fit_are_explained(formulas, end_members, words)
 
 def test_formulas():
     assert parse_formula("H3S") == {"H": 3, "S": 1} and parse_formula("LiH2Li") == {"Li": 2, "H": 2}
-    for bad in ("H3s", "", "3H", "Xx", "H-S"):
+    for bad in ("H3s", "", "3H", "Xx", "H-S", "H0", "H2 S", "TiO2+"):
         with pytest.raises(InputError, match="formula"):
             parse_formula(bad)
     np.testing.assert_allclose(end_member_fractions(["H6S2"], ["H", "S"]), [[0.75, 0.25]])

@@ -18,7 +18,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, MachineTrouble
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
@@ -198,10 +198,15 @@ def test_a_label_that_fails_leaves_no_program_running(tmp_path, how, launcher):
     """MPI's launchers put ranks into sessions of their own, and ranks outlive them."""
     child_file = tmp_path / "child"
     with misbehaving(tmp_path / "scratch", {2: how}, timeout=6.0, child_file=str(child_file), launcher=launcher) as labeler:
+        if how == "crash":
+            with pytest.raises(MachineTrouble, match="SIGKILL"):  # as the kernel does where memory runs out
+                labeler.label([chain(2), chain(1)])
+            assert not _alive(int(child_file.read_text()), patience=0.0)
+            return
         results = labeler.label([chain(2), chain(1)])
         assert not _alive(int(child_file.read_text()), patience=0.0), "before the next label begins"
     assert [result.ok for result in results] == [False, True]
-    assert {"hang": "within 6 s", "leave": "rank 3 exited", "crash": "SIGKILL"}[how] in results[0].reason
+    assert {"hang": "within 6 s", "leave": "rank 3 exited"}[how] in results[0].reason
 
 
 def _alive(pid: int, patience: float = 60.0) -> bool:

@@ -169,6 +169,14 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
     assert twin.gibbs == high and not twin.pooled, "the row of the other one keeps its own number"
 
 
+def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) -> None:
+    open_ = "P4mm (99) or P4/mmm (123): not decided, 2.3 sigma"
+    runs.add("aaaa", seed=1, gibbs=-1.0, spg_quantum=open_)
+    runs.add("bbbb", seed=2, gibbs=-0.9999, spg_quantum="P4/mmm (123)")
+    table = runs.table()
+    assert table["aaaa"].same_as == "bbbb" and table["bbbb"].spg_quantum == "P4/mmm (123)"
+
+
 def test_the_same_random_numbers_twice_are_no_second_sample(runs: Runs) -> None:
     one, _ = runs.add("aaaa", seed=1), runs.add("bbbb", seed=1)
     leader = runs.table()["aaaa"]

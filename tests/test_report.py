@@ -151,3 +151,12 @@ def test_a_saddle_point_below_which_nothing_was_found_is_said_to_be_missing_from
     alone = rows(SADDLE)
     assert quantum_ranks(alone) == {}
     assert "what lies below it was not found" in sentences(alone)[0] and "No structure has a free energy" in sentences(alone)[1]
+
+
+def test_a_phase_that_noise_leaves_open_is_no_finding(rows):
+    open_ = {**R3M, "spg_quantum": "R3m (160) or Im-3m (229): not decided, 2.3 sigma", "enthalpy_eV_per_atom": "-1.02"}
+    found = rows(open_)
+    said = " ".join(sentences(found))
+    assert "both times" not in said and "once they move" not in said and "for certain" in said
+    assert "as R3m (160) without and as R3m (160) or Im-3m (229): not decided, 2.3 sigma with it" in said
+    assert "R3m -> R3m or Im-3m " in text_of(found)

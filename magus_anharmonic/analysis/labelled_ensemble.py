@@ -15,7 +15,7 @@ from ase.io import write
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.failures import read_failures, record_failure
-from magus_anharmonic.files import read_json, read_whole, replacing, write_json
+from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import labelled, read_labels
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 SAMPLING_TAG = 5381
 """Separates the random numbers of these ensembles from those of other purposes with the same seed."""
 
-FORMAT = 1
 
 WHAT = "magus-anharmonic errors"
 """Names this work in the lock of its folder."""
@@ -111,7 +110,7 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
     A damaged one is made anew, where the labels beside it are those of these DFT settings (labels of another state have other ids).
     """
     identity = {
-        "format": FORMAT,
+        "schema": SCHEMA,
         "state": state_digest(state),
         "supercell": list(state.repeats),
         "masses_amu": state.atoms.get_masses().tolist(),

@@ -13,6 +13,7 @@ from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.sscha.symmetry import symmetric_primitive
+from magus_anharmonic.structures import UNDECIDED
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,9 @@ def one_phase(a: Fingerprint, b: Fingerprint) -> bool:
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
 
-    That is a converged one if there is any, at the reference supercell (its cell is the phase's primitive one) rather than at
-    another, with more rather than fewer atoms in the supercell; among equals the one of lowest G.
+    That is a converged one if there is any, whose space group is decided (what another of its phase could not decide, it did), at
+    the reference supercell (its cell is the phase's primitive one) rather than at another, with more rather than fewer atoms in
+    the supercell; among equals the one of lowest G.
     """
     prints = {c.id: primitive_fingerprint(c.centroids, c.symmetry_tolerance) for c in candidates if c.ranked and c.centroids is not None}
     order = sorted((c for c in candidates if c.id in prints), key=lambda c: _standing(c, len(prints[c.id].atoms)))
@@ -65,9 +67,10 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [replace(c, same_as=twins.get(c.id, "")) for c in candidates]
 
 
-def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, int, float, str]:
+def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool, int, float, str]:
+    undecided = UNDECIDED in candidate.spg_quantum
     larger = len(candidate.centroids or ()) > n_primitive
-    return candidate.status not in CONVERGED, larger, -candidate.n_supercell, candidate.gibbs or 0.0, candidate.id
+    return candidate.status not in CONVERGED, undecided, larger, -candidate.n_supercell, candidate.gibbs or 0.0, candidate.id
 
 
 def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Fingerprint) -> bool:

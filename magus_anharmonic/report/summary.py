@@ -15,7 +15,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
 from magus_anharmonic.report.sheets import lines_of, number
-from magus_anharmonic.structures import decided_group, symbol_of
+from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -209,7 +209,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     for row in moved:
         lines.append(f"{row.id[:8]}: {row.spg_static} while the ions stand still, {row.spg_quantum} once they move.")
     if not moved:
-        lines.append(f"None of the {len(done)} structures changed its space group when the ions moved.")
+        surely = " for certain" if any(UNDECIDED in row.spg_quantum for row in done) else ""
+        lines.append(f"None of the {len(done)} structures changed its space group{surely} when the ions moved.")
     shifts = [1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
     if shifts:
         span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
@@ -221,7 +222,8 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     if best.parent:
         lines.append(f"{best.id[:8]} ({best.spg_quantum}) is lowest; it was found below the saddle point {best.parent[:8]}.")
     elif static_best is best:
-        phase = f"as {best.spg_static} without and as {best.spg_quantum} with it" if best in moved else f"{best.spg_static} both times"
+        same = best.spg_quantum in ("", best.spg_static)
+        phase = f"{best.spg_static} both times" if same else f"as {best.spg_static} without and as {best.spg_quantum} with it"
         lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
     elif static_best.same_as == best.id:
         lines.append(

@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class
@@ -47,7 +47,7 @@ class AseCalculatorSettings(Section):
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Relaxer:
     """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
 
@@ -168,12 +168,14 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, settings)
+        return Relaxer(
+            evaluator=load(checkpoint or own.checkpoint, device=own.device), settings=own, pressure=settings.pressure, scheduling=settings
+        )
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
     made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
-    return Relaxer(made, block, settings.pressure, settings)
+    return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
@@ -196,6 +198,8 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if is_trouble(error):
+            raise
         raise InputError(f"{where}: cannot be made with arguments {block.arguments}: {error}") from None
 
 
