@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, has_stress
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
@@ -50,6 +50,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     stress = stress and bool(atoms.pbc.all())
     if not isinstance(evaluator, CalculatorEvaluator) or evaluator.checked >= {"forces", *(["stress"] if stress else [])}:
         return 0
+    name = type(evaluator.calculator).__name__
     probe = bare(atoms).repeat((2, 1, 1)) if len(atoms) == 1 and atoms.pbc.all() else bare(atoms)
     rng = np.random.default_rng(20240)
     moves = rng.normal(0.0, DISPLACEMENT, (len(probe), 3))
@@ -60,7 +61,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
         middle = evaluator.evaluate([probe])
         steps = [moves * (1.0 if -np.sum(middle.forces[0] * moves) > 0.0 else -1.0), strain]
         if stress and not has_stress(middle):
-            raise InputError(f"calculator {evaluator.model_id}: gives no stress, which a variable cell needs; keep the cell fixed")
+            raise InputError(f"calculator {name}: gives no stress, which a variable cell needs; keep the cell fixed")
         if stress and np.sum(middle.stress[0] * strain) < 0.0:
             steps[1] = -strain  # uphill, where tension and stiffness do not cancel
         structures = [_stepped(probe, 0.5 * steps[0], None), _stepped(probe, steps[0], None)]
@@ -68,18 +69,20 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
         found = evaluator.evaluate(structures)
     except InputError:
         raise
-    except Exception:
+    except Exception as error:
+        if is_trouble(error):
+            raise
         log.debug("the calculator was not checked: it fails for %s", atoms.get_chemical_formula(), exc_info=True)
         return 0
     slopes = [-float(np.sum(forces * steps[0])) for forces in (middle.forces[0], *found.forces[:2])]
     gain = float(found.energy[1] - middle.energy[0])
-    _compare(f"calculator {evaluator.model_id}: its forces are", "eV/A", gain, slopes, len(probe), FORCE_FACTORS)
+    _compare(f"calculator {name}: its forces are", "eV/A", gain, slopes, len(probe), FORCE_FACTORS)
     if stress:
         stresses = zip((probe, *structures[2:]), (middle.stress[0], *found.stress[2:]), strict=True)
         slopes = [structure.get_volume() * float(np.sum(tensor * steps[1])) for structure, tensor in stresses]
         factors = {**STRESS_FACTORS, "eV (of the cell, not divided by its volume)": probe.get_volume()}
         gain = float(found.energy[3] - middle.energy[0])
-        _compare(f"calculator {evaluator.model_id}: its stress is", "eV/A^3", gain, slopes, len(probe), factors)
+        _compare(f"calculator {name}: its stress is", "eV/A^3", gain, slopes, len(probe), factors)
     evaluator.checked |= {"forces", *(["stress"] if stress else [])}
     return 1 + len(structures)
 
@@ -104,9 +107,16 @@ def _compare(what: str, unit: str, gain: float, slopes: Sequence[float], n: int,
         return  # who works with the calculator says where its numbers are not finite
     if abs(work - gain) <= TOLERANCE * max(abs(work), abs(gain)) + NOISE * n:
         return
-    ratio = work / gain if gain else np.inf
-    known = [name for name, factor in factors.items() if abs(abs(ratio) / factor - 1.0) < NEAR]
-    guess = f"in {' or '.join(known)} instead of {unit}" if known else "" if abs(abs(ratio) - 1.0) < NEAR else f"not in {unit}, or wrong"
-    sign = "of the other sign than ASE's" if ratio < 0 and (known or not guess) else ""
-    said = " and ".join(filter(None, (sign, guess)))
+    said = likely_cause(work / gain if gain else np.inf, unit, factors)
     raise InputError(f"{what} {said}: a small step changes the energy by {gain:.4g} eV, and by {work:.4g} eV according to them")
+
+
+def likely_cause(ratio: float, unit: str, factors: Mapping[str, float], *, recognised: bool = False) -> str:
+    """What makes numbers ``ratio`` times what they should be in ``unit``; with ``recognised`` empty unless a sign or a unit explains it."""
+    known = [name for name, factor in factors.items() if abs(abs(ratio) / factor - 1.0) < NEAR]
+    right = abs(abs(ratio) - 1.0) < NEAR
+    if recognised and not known and not (ratio < 0 and 0.5 < -ratio < 1.5):
+        return ""
+    guess = f"in {' or '.join(known)} instead of {unit}" if known else "" if right or recognised else f"not in {unit}, or wrong"
+    sign = "of the other sign than ASE's" if ratio < 0 and (known or not guess) else ""
+    return " and ".join(filter(None, (sign, guess)))

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
+from concurrent.futures import BrokenExecutor
+
+OF_THE_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES,
+    errno.EPERM, errno.ESTALE, errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT,
+}  # fmt: skip
+"""Disk full, read-only, broken or away, too many files, no memory, no process, no right: what the system says about itself.
+
+Not a file that is missing: a calculator's own input, or its program, may well be."""
+_OF_SQLITE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_READONLY", "SQLITE_CANTOPEN")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
+_OF_A_GPU = ("cuda error", "cublas_status", "no cuda gpus", "cuda driver", "hip error")
+"""After one of these a process gets nothing more out of its GPU."""
 
 
 class MagusAnharmonicError(Exception):
@@ -49,8 +63,39 @@ class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""
 
 
+class MachineTrouble(MagusAnharmonicError):
+    """Memory, disk or a process gave out: says nothing about the structure at work, and the run stops where it can go on."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: the batch system, or a person, wants the process to end now."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was the reason: torch and its allocators have several types and wordings for it."""
+    # torch's own type is a RuntimeError; by name, so that torch is not imported for this
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _OUT_OF_MEMORY)
+
+
+def is_trouble(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that led to it, speaks of the machine: never a property of a structure, a label or a setting.
+
+    Whoever catches what an evaluator, a calculator or a library raised for a structure raises it again when this is true, so that the
+    run stops, with exit code 1, where it can be resumed.
+    """
+    if error is None:
+        return False
+    if isinstance(error, MachineTrouble | KeyboardInterrupt | Terminated | BrokenExecutor) or is_out_of_memory(error):
+        return True
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return True
+    if getattr(error, "sqlite_errorname", "").startswith(_OF_SQLITE):
+        return True
+    if isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _OF_A_GPU):
+        return True
+    return is_trouble(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
 
 
 _CONTROL = {code: "?" for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}

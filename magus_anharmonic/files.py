@@ -23,6 +23,17 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SCHEMA = 3
+"""Version of the files; raised when files of before cannot be gone on with."""
+PHYSICS = 1
+"""Version of the numbers: raised when the same input gives another answer (`tests/test_golden.py` notices); old ones are not reused."""
+
+
+def versions() -> dict[str, int]:
+    """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
+    return {"schema": SCHEMA, "physics": PHYSICS}
+
+
 TEMPORARY = ".magus-anharmonic.tmp"
 """How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
 

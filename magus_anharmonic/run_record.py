@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.files import raise_trouble, write_json
+from magus_anharmonic.files import raise_trouble, versions, write_json
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def write_run_record(
         earlier = [*previous.pop("earlier_starts", []), previous]
     record = {
         "version": magus_anharmonic.__version__,
+        **versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "model": model_id,
@@ -123,20 +124,25 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
 
 
 def check_results_version(directory: str | Path) -> None:
-    """Refuse to continue in a results folder that another version wrote.
+    """Refuse to continue in a results folder whose files or numbers are those of another version (`files.SCHEMA`, `files.PHYSICS`).
 
-    Versions that differ in the last number only (0.1.0, 0.1.3) share their files. A folder without a record is new: fine.
-    Raises ``InputError`` that names folder and both versions.
+    A folder without a record is new: fine. Raises ``InputError`` that names folder and both versions.
     """
     file = record_file(directory)
     if not file.exists():
         return
-    version = read_run_record(file)["version"]
-    if version.split(".")[:2] != magus_anharmonic.__version__.split(".")[:2]:
+    record = read_run_record(file)
+    version, now = record["version"], magus_anharmonic.__version__
+    before = {name: record.get(name, 0) for name in versions()}
+    if before != versions() or version.split(".")[:2] != now.split(".")[:2]:
         raise InputError(
-            f"{file.parent}: written by magus-anharmonic {version}, this is {magus_anharmonic.__version__}; "
-            f"continue with pip install 'magus-anharmonic=={version}', or move the folder away and start anew"
+            f"{file.parent}: written by magus-anharmonic {version}, this is {now} ({_said(before)}; now {_said(versions())}): its numbers "
+            "are not those of now. report and status read it; to go on take the version that wrote it, or move it away and start anew"
         )
+
+
+def _said(numbers: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -52,6 +53,10 @@ class Misbehaving(Calculator):
             self.results["energy"] = np.inf
         elif how == "atoms":
             self.results["forces"] = np.zeros((n + 1, 3))
+        elif how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how == "disk full":
+            raise OSError(errno.ENOSPC, "No space left on device", "pw.in")
         elif how == "raise":
             raise ValueError("the density is negative")
         elif how == "unconverged":

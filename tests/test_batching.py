@@ -15,12 +15,12 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MachineTrouble, MagusAnharmonicError, is_out_of_memory
 from magus_anharmonic.potential import checkpoint, evaluate, load, loading, native
 from magus_anharmonic.potential.edge_kernels import Kernels
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
-from magus_anharmonic.potential.memory import MemoryModel, available_bytes, is_out_of_memory, measure
+from magus_anharmonic.potential.memory import MemoryModel, available_bytes, measure
 from magus_anharmonic.potential.threads import run_side_by_side
 from magus_anharmonic.potential.topology import find_topology
 
@@ -183,7 +183,7 @@ def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s) -> None:
 def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s) -> None:
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
-    with pytest.raises(MagusAnharmonicError, match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu"):
+    with pytest.raises(MachineTrouble, match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu"):
         narrow.evaluate([h3s(3.0), h3s(3.1)])
     small = Potential(checkpoint.read(tiny_checkpoint)[0], memory_probe=lambda graph: 1e9 * len(graph.centre), available=lambda device: 1e9)
     with pytest.raises(MagusAnharmonicError, match=r"structure 1 .*needs \d+\.\d GB"):

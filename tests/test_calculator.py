@@ -128,3 +128,27 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
     np.testing.assert_allclose(results[2][[0, 1, 2]], np.diag(found.stress[0]), atol=1e-9)
     results[1][:] = 0.0
     assert np.abs(atoms.get_forces()).max() > 0
+
+
+@pytest.mark.parametrize("name", ["load_path", "checkpont", "potential", "Device"])
+def test_an_unknown_keyword_is_refused_instead_of_standing_for_the_foundation_model(name, tiny_checkpoint):
+    with pytest.raises(TypeError, match=f"unknown keyword {name}; did you mean"):
+        MatterSim(**{name: str(tiny_checkpoint)})
+    with pytest.raises(TypeError, match=name):
+        MatterSim(str(tiny_checkpoint), "cpu").set(**{name: str(tiny_checkpoint)})
+
+
+@pytest.mark.parametrize("how", ["set", "attribute"])
+def test_another_checkpoint_gives_other_numbers_at_once(tiny_checkpoint, how):
+    atoms = bulk("Cu")
+    atoms.calc = MatterSim(str(tiny_checkpoint), "cpu", dtype="float64")
+    before = atoms.get_potential_energy(), atoms.calc.model_id
+    if how == "set":
+        assert atoms.calc.set(checkpoint="h3s-gpaw-small", device="cpu") == {"checkpoint": "h3s-gpaw-small"}
+    else:
+        atoms.calc.checkpoint = "h3s-gpaw-small"
+    fresh = bulk("Cu")
+    fresh.calc = MatterSim("h3s-gpaw-small", "cpu", dtype="float64")
+    assert atoms.get_potential_energy() == fresh.get_potential_energy() != before[0]
+    assert atoms.calc.model_id == fresh.calc.model_id != before[1]
+    assert atoms.calc.todict() == {"checkpoint": "h3s-gpaw-small", "device": "cpu", "dtype": "float64"}

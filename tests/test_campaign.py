@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -171,6 +172,20 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     driver.run_campaign(file, only="learn-125GPa")
     assert fakes.calls == ["learn-125GPa"] * 2
     assert (tmp_path / "campaign" / "superseded" / "learn-125GPa-1").is_dir(), "earlier labels are moved away, never deleted"
+
+
+def test_trouble_of_the_machine_stops_the_campaign_at_its_step_which_is_not_failed(tmp_path: Path, fakes: Fakes) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "hessian")
+
+    fakes.acts["sscha-100GPa"] = full
+    file = write_campaign(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        driver.run_campaign(file)
+    assert dict(row[:2] for row in status(file).rows)["sscha-100GPa"] == "interrupted"
+    before, fakes.acts = list(fakes.calls), {}
+    assert all(record.status == "done" for record in driver.run_campaign(file).values())
+    assert fakes.calls == [*before, *IDS[IDS.index("sscha-100GPa") :]]
 
 
 def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:

@@ -12,10 +12,13 @@ import os
 import random
 import resource
 import shutil
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,13 +27,16 @@ import torch
 import yaml
 from ase import Atoms
 from ase.build import bulk
+from ase.calculators.emt import EMT
 from ase.io import write
 from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
 from magus_anharmonic import files
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.cli import app
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, InputError, MachineTrouble, MagusAnharmonicError, is_trouble
+from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_whole, write_json
 from magus_anharmonic.labelers import get_labeler
@@ -40,10 +46,15 @@ from magus_anharmonic.learning.dataset import LabelStore, labelled
 from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
+from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.ranking.jobs import Job, run_job
+from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.scheduler.serial import SerialScheduler
 from magus_anharmonic.search import host, run
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings
+from magus_anharmonic.sscha import free_energy
 
 INPUT: dict[str, Any] = {
     "symbols": ["Cu", "Al"],
@@ -138,6 +149,140 @@ def without_privileges() -> None:
     """Give up root's right to write everywhere; nothing for anybody else (Linux)."""
     header, rights = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None).capset(header, rights) == 0
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def full_database() -> sqlite3.Error:
+    """What SQLite raises when there is no room for a row."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.execute("create table numbers (value)")
+        database.execute("pragma max_page_count = 2")
+        try:
+            database.execute("insert into numbers values (zeroblob(1000000))")
+        except sqlite3.Error as error:
+            return error
+    raise AssertionError("it had room")
+
+
+class Raising(EMT):
+    """An ASE calculator that raises what it is given."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def calculate(self, *arguments: Any) -> None:
+        raise self.error
+
+
+def evaluator_raising(error: Exception) -> CalculatorEvaluator:
+    return CalculatorEvaluator(Raising(error))
+
+
+TROUBLES = [
+    OSError(errno.ENOSPC, "No space left on device", "scratch/pw.in"),
+    OSError(errno.EMFILE, "Too many open files"),
+    MemoryError("Unable to allocate 2.10 GiB"),
+    RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    BrokenProcessPool("A process in the process pool was terminated abruptly"),
+    caused(RuntimeError("the calculator failed"), OSError(errno.EIO, "Input/output error")),
+    full_database(),
+]
+NO_TROUBLES = [
+    OSError('Failed to execute "no-such-code > log"'),
+    caused(OSError('Failed to execute "no-such-code"'), FileNotFoundError(errno.ENOENT, "No such file or directory", "no-such-code")),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "Cu.pot"),
+    BrokenPipeError(errno.EPIPE, "Broken pipe"),
+    RuntimeError("SCF did not converge"),
+    ZeroDivisionError(),
+]
+
+
+@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
+def test_trouble_of_the_machine_stops_a_search_and_is_no_property_of_a_structure(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    assert is_trouble(error)
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    calculate, calls = EMT.calculate, iter(range(1_000_000))
+
+    def failing(self: EMT, *arguments: Any) -> None:
+        if next(calls) > 20:
+            raise error
+        calculate(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EMT, "calculate", failing)
+        code, said = invoke(tmp_path)
+    last = said.rstrip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: ") and last.endswith("with -r to go on") and "Traceback" not in said
+    assert [record["stage"] for record in read_failures(tmp_path / "results/anharmonic")] == ["run"]
+    code, said = invoke(tmp_path, "-r")
+    assert code == 0 and results(tmp_path) == results(finished)
+
+
+@pytest.mark.parametrize("error", NO_TROUBLES, ids=lambda error: type(error).__name__)
+def test_what_a_calculator_says_of_a_structure_or_of_its_own_files_is_no_trouble_of_the_machine(error: Exception) -> None:
+    assert not is_trouble(error)
+    (result,) = relax(evaluator_raising(error), [bulk("Cu")])
+    assert result.failed and (str(error) or type(error).__name__) in result.reason
+
+
+@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
+def test_trouble_of_the_machine_ends_whatever_asks_for_numbers(error: Exception, tmp_path: Path) -> None:
+    source, settings = evaluator_raising(error), parse_settings(INPUT)
+    job = Job("Cu", bulk("Cu"), (0.0,), (tmp_path / "job",))
+    for action in (
+        lambda: relax(source, [bulk("Cu")]),
+        lambda: check_calculator(source, bulk("Cu"), stress=True),
+        lambda: free_energy(bulk("Cu"), source, directory=tmp_path / "run", supercell=(2, 2, 2), n_configs=60),
+        lambda: run_job(job, source, free_energy),
+        lambda: reevaluate([bulk("Cu")], source, settings),
+        lambda: list(SerialScheduler().map(raises, [error])),
+    ):
+        with pytest.raises((type(error), MachineTrouble)):
+            action()
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def raises(error: Exception, shared: object = None) -> None:
+    raise error
+
+
+def test_a_batch_too_large_for_the_memory_is_no_trouble_while_its_structures_fit_alone() -> None:
+    def evaluate(structures: list[Atoms]) -> Any:
+        if len(structures) > 1:
+            raise MemoryError("too many")
+        if structures[0].get_chemical_symbols() == ["Al"]:
+            raise ValueError("no aluminium here")
+        return CalculatorEvaluator(EMT()).evaluate(structures)
+
+    fine, failed = relax(SimpleNamespace(model_id="small", evaluate=evaluate), [bulk("Cu"), bulk("Al")])
+    assert fine.converged and failed.failed and failed.reason == "no aluminium here"
+
+
+def test_trouble_of_the_machine_in_the_process_of_a_labeler_stops_the_labels(tmp_path: Path) -> None:
+    for behaviour in ("disk full", "killed"):
+        settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": {1: behaviour}}, n_workers=1)
+        with get_labeler(settings, tmp_path / behaviour) as labeler:
+            for action in (labeler.label, labeler.relax):
+                with pytest.raises(MachineTrouble, match="No space left|SIGKILL"):
+                    action([bulk("Cu")])
+
+
+def test_when_every_relaxation_fails_a_restart_tries_them_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
+    with monkeypatch.context() as patch:
+        patch.setattr(EMT, "calculate", lambda *arguments: raises(RuntimeError("the licence has expired")))
+        code, said = invoke(tmp_path)
+    assert code == 1 and "every relaxation failed" in said and "licence" in said
+    code, said = invoke(tmp_path, "-r")
+    assert code == 0 and results(tmp_path) == results(finished)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are Linux's")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import magus_stand_in  # noqa: E402
 
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
-from magus_anharmonic.files import write_json  # noqa: E402
+from magus_anharmonic.files import versions, write_json  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
 OURS = ("magus", "magus_anharmonic.plugins")
@@ -138,7 +138,7 @@ NO_CRYSTALS = ("layer", "cluster", "adclus", "surface", "interface", "confined_1
         ({"Fitness": ["XRD"], "waveLength": 1.5}, "Fitness: XRD: needs targetXrd"),
         ({"fix_volume": True}, "MainCalculator: fix_volume: True: calculator: mattersim does not know this key"),
         ({"maxForce": 20.0}, "MainCalculator: maxForce: 20.0: calculator: mattersim does not know this key"),
-        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer"),
+        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer: 'lbfgs': should be 'bfgs', 'ase' or 'fire'"),
         ({"pop_size": 4}, "pop_size: MAGUS reads popSize only"),
         (
             {"MainCalculator": {"calculator": ["emt", "mattersim"], "jobPrefix": ["EMT", "M"]}},
@@ -304,7 +304,7 @@ def test_only_the_search_that_began_in_a_folder_goes_on_there(
     Path("results/anharmonic").mkdir(parents=True)
     Path("results/good.traj").write_text("of somebody else")
     if record is not None:
-        write_json("results/anharmonic/run.json", {"version": "0.1.0", "seed": 1, "settings": {}, **record})
+        write_json("results/anharmonic/run.json", {"version": "0.1.0", **versions(), "seed": 1, "settings": {}, **record})
     with pytest.raises(SystemExit) as stopped:
         search_of(magus, keys(tiny_checkpoint), restart=True)
     assert stopped.value.code == 2 and complaint in caplog.text
@@ -886,6 +886,17 @@ class Asked:
     def __call__(self, pop: list[Atoms]) -> list[Atoms]:
         self.numbers.append(len(pop))
         return pop
+
+
+def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and never trained, without a word."""
+    search = search_of(magus, ml_keys, ml=True)
+    search.one_step = pytest.fail
+    with pytest.raises(SystemExit) as stopped:
+        search.run()
+    assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
 def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:

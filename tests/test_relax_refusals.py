@@ -112,7 +112,7 @@ def test_the_reason_of_a_structure_does_not_name_another_number(potential) -> No
 
 def test_an_evaluator_that_names_structure_0_elsewhere_in_its_words_means_the_structure() -> None:
     def evaluate(structures: list[Atoms]) -> Evaluation:
-        raise MemoryError("structure 0 (1 atoms) does not fit; structure 01 neither")
+        raise ValueError("structure 0 (1 atoms) does not fit; structure 01 neither")
 
     (result,) = relax(SimpleNamespace(model_id="full", evaluate=evaluate), [bulk("Cu")])
     assert result.reason == "the structure (1 atoms) does not fit; structure 01 neither"

@@ -82,13 +82,13 @@ def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(monkeypatch: py
     class Costly(SymmetryProjector):
         def __init__(self, atoms: Atoms, symprec: float) -> None:
             if len(atoms) > 1:
-                raise MemoryError("Unable to allocate 2.10 GiB")
+                raise ValueError("no operation closes the group")
             super().__init__(atoms, symprec)
 
     monkeypatch.setattr("magus_anharmonic.potential.way.SymmetryProjector", Costly)
     results = relax(CalculatorEvaluator(EMT()), [bulk("Cu"), bulk("Cu").repeat(2), bulk("Al")], fix_symmetry=True)
     assert [result.failed for result in results] == [False, True, False] and results[0].converged and results[2].converged
-    assert results[1].reason == "Unable to allocate 2.10 GiB" and np.isnan(results[1].enthalpy)
+    assert results[1].reason == "no operation closes the group" and np.isnan(results[1].enthalpy)
 
 
 @pytest.mark.parametrize("symprec", [0, -1, np.nan, np.inf, None])

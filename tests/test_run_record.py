@@ -50,6 +50,16 @@ def test_results_of_another_version_are_refused_with_both_versions_named(tmp_pat
         check_results_version(tmp_path)
 
 
+@pytest.mark.parametrize("changed", [{"physics": 0}, {"schema": 2}, {"physics": None}])
+def test_a_folder_of_other_numbers_or_files_is_not_gone_on_with(tmp_path: Path, changed: dict[str, int | None]) -> None:
+    """Every commit called itself 0.1.0, and a free energy of a hundred commits before was taken as one of now."""
+    record = write_run_record(tmp_path, parse_settings({}), seed=0, model_id=None) | changed
+    (tmp_path / "run.json").write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    assert read_run_record(tmp_path)["seed"] == 0
+    with pytest.raises(InputError, match="report and status read it"):
+        check_results_version(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"seed": 1}'])
 def test_a_broken_record_is_an_input_error_not_a_traceback(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(text)

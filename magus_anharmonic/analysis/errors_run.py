@@ -16,7 +16,7 @@ from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.labelled_ensemble import WHAT, Labelled, draw, label_held, read_labelled
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import versions, write_json
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
@@ -257,6 +257,7 @@ def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
     source = report.source
     corrected = report.corrected_gibbs
     return {
+        **versions(),
         "phase": source.phase,
         "pressure_GPa": source.pressure,
         "temperature_K": source.state.temperature,

@@ -15,9 +15,10 @@ from ase.io import write
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.failures import read_failures, record_failure
-from magus_anharmonic.files import read_json, read_whole, replacing, write_json
+from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import labelled, read_labels
+from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 SAMPLING_TAG = 5381
 """Separates the random numbers of these ensembles from those of other purposes with the same seed."""
 
-FORMAT = 1
 
 WHAT = "magus-anharmonic errors"
 """Names this work in the lock of its folder."""
@@ -110,7 +110,7 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
     A damaged one is made anew, where the labels beside it are those of these DFT settings (labels of another state have other ids).
     """
     identity = {
-        "format": FORMAT,
+        "schema": SCHEMA,
         "state": state_digest(state),
         "supercell": list(state.repeats),
         "masses_amu": state.atoms.get_masses().tolist(),
@@ -151,8 +151,14 @@ def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator
     ``MagusAnharmonicError`` with the reasons when that is because labels failed.
     """
     file = Path(folder) / "labels.xyz"
-    found = {str(atoms.info["id"]): atoms for atoms in (read_labels(file) if file.is_file() else [])}
     structures = configurations(state, displacements)
+    mine = {str(atoms.info["id"]) for atoms in structures}
+    frames = [atoms for atoms in (read_labels(file) if file.is_file() else []) if str(atoms.info["id"]) in mine]
+    wrong = outliers(frames, model)
+    for i, reason in wrong.items():
+        log.warning("%s: %s; it is left out", file, in_words(frames[i], i + 1, reason))
+        record_failure(folder, "label", reason, id=frames[i].info["id"], number=frames[i].info["number"])
+    found = {str(atoms.info["id"]): atoms for atoms in without_outliers(frames, wrong)}
     centroids, ensemble = structures[0], structures[1:]
     there = np.array([atoms.info["id"] in found for atoms in ensemble])
     whole = np.flatnonzero(np.repeat(there.reshape(-1, 2).all(axis=1), 2))

@@ -19,7 +19,7 @@ from magus_anharmonic.campaign.irreps import Level, levels_by_displacing, levels
 from magus_anharmonic.campaign.plan import Step, place
 from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.files import append_jsonl, read_jsonl, write_json
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
@@ -68,6 +68,8 @@ def hessian(context: Context, step: Step) -> Outcome:
                 except InputError:
                     raise
                 except MagusAnharmonicError as error:
+                    if is_trouble(error):
+                        raise
                     log.warning("hessian: %s at %g GPa: %s", wanted.name, pressure, error)
                     tally.failures.append((wanted.name, f"{pressure:g} GPa: {error}"))
     if not tally.rows:

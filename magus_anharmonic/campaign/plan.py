@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.campaign.record import StepRecord
-from magus_anharmonic.files import safe_name
+from magus_anharmonic.files import safe_name, versions
 from magus_anharmonic.settings.campaign import CampaignSettings
-
-FORMAT = 1
-"""Changes when the files of the steps do: finished steps of another format run again."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def step_key(step: Step, records: Mapping[str, StepRecord]) -> str | None:
         if record is None or record.status != "done":
             return None
         needed.append([name, record.key, record.output])
-    text = json.dumps([FORMAT, step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str)
+    text = json.dumps([versions(), step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

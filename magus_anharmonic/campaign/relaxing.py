@@ -18,7 +18,7 @@ from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_d
 from magus_anharmonic.campaign.plan import Step, at, productions
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile
-from magus_anharmonic.files import read_whole, replacing
+from magus_anharmonic.files import read_whole, replacing, versions
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, space_group, structure_id
@@ -94,7 +94,7 @@ def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence
     if not structures:
         return []
     keys = parse(CalculatorSettings, {"calculator": "mattersim", **context.settings.calculator}, "calculator")
-    identity = [model.model_id, keys.model_dump(mode="json"), fixed, [structure_id(atoms) for atoms in structures]]
+    identity = [versions(), model.model_id, keys.model_dump(mode="json"), fixed, [structure_id(atoms) for atoms in structures]]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest}.traj"
     kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))

@@ -12,7 +12,7 @@ from magus_anharmonic.campaign.context import FOLDER, Context, Outcome
 from magus_anharmonic.campaign.plan import Step, plan, step_key
 from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
 from magus_anharmonic.campaign.tables import assemble, write_part
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError, typed_line
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError, is_trouble, typed_line
 from magus_anharmonic.files import read_json, set_aside
 from magus_anharmonic.lock import locked
 from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
@@ -164,14 +164,17 @@ class Campaign:
         except InputError as error:
             self._failed(step, str(error), began)
             raise
-        except Exception as error:  # one step must not take the others with it
+        except Exception as error:  # one step must not take the others with it, but all need the machine
+            if is_trouble(error):
+                self._stopped(step, before, began)
+                raise
             reason = str(error) if isinstance(error, MagusAnharmonicError) else typed_line(error)
             log.error("%s failed: %s", step.id, reason)
             log.debug("traceback", exc_info=True)
             self._failed(step, reason, began)
             return
         except BaseException:
-            self._put(step, self.records[step.id].changed(wall_s=before.wall_s + time.perf_counter() - began))
+            self._stopped(step, before, began)
             raise
         write_part(self.context.folder(step), "failures", [(step.id, *failure) for failure in outcome.failures])
         wall = before.wall_s + time.perf_counter() - began
@@ -182,6 +185,9 @@ class Campaign:
         self._put(step, record)
         self._assemble(step)
         log.info("%s done in %.0f s: %s", step.id, time.perf_counter() - began, counts(record))
+
+    def _stopped(self, step: Step, before: StepRecord, began: float) -> None:
+        self._put(step, self.records[step.id].changed(wall_s=before.wall_s + time.perf_counter() - began))
 
     def _failed(self, step: Step, reason: str, began: float) -> None:
         record = self.records[step.id]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, printable, reason_of
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, is_trouble, printable, reason_of
 from magus_anharmonic.report.screen import console as console
 
 app = typer.Typer(
@@ -49,12 +49,14 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
             say(f"input error: {problem}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
     except MagusAnharmonicError as error:
-        say(f"error: {error}", err=True)
+        say(f"error: {error}{f'; finished work is kept, mend it and {go_on} to go on' if is_trouble(error) else ''}", err=True)
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Terminated) as error:
         say(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
         raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
-    except (OSError, MemoryError) as error:
+    except Exception as error:
+        if not (isinstance(error, OSError) or is_trouble(error)):
+            raise
         logging.getLogger(__name__).debug("stopped", exc_info=True)
         say(f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on", err=True)
         raise typer.Exit(1) from None

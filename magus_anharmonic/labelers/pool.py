@@ -23,6 +23,7 @@ from typing import Any, Self
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.errors import MachineTrouble
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
@@ -42,7 +43,12 @@ _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS",
 
 
 class WorkerDied(Exception):
-    """The worker process ended or was ended before it answered; the message is the reason."""
+    """The worker process ended or was ended before it answered; the message is the reason.
+
+    ``trouble`` : it was killed, as the kernel does where memory runs out, and not by its own fault or a time limit of ours.
+    """
+
+    trouble = False
 
 
 class Worker:
@@ -65,7 +71,7 @@ class Worker:
             process.stdin.write(json.dumps({**job, "job": number}).encode() + b"\n")
             process.stdin.flush()
         except (BrokenPipeError, OSError):
-            raise WorkerDied(self._end_of(process)) from None
+            raise self._end_of(process) from None
         answer = self._read_reply(process, number, timeout, "no answer (learning.labeler.timeout)")
         if not answer["ok"]:
             # A launcher that failed may have left its ranks behind.
@@ -116,18 +122,20 @@ class Worker:
                     raise WorkerDied(f"{what}; the process was ended")
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
-                    raise WorkerDied(self._end_of(process))
+                    raise self._end_of(process)
                 self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
 
-    def _end_of(self, process: subprocess.Popen[bytes]) -> str:
+    def _end_of(self, process: subprocess.Popen[bytes]) -> WorkerDied:
         code = process.wait()
         self.stop()
         if self._closed:
-            return "the labeler was closed"
+            return WorkerDied("the labeler was closed")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"the labeler's process ended: {how} (see {self.log_file})"
+        died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
+        died.trouble = code == -signal.SIGKILL
+        return died
 
     def stop(self) -> None:
         """End the process and everything that it started."""
@@ -301,7 +309,7 @@ class WorkerLabeler(JobLabeler):
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error)}
+            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -316,7 +324,9 @@ def _close_all(workers: list[Worker]) -> None:
 
 
 def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
-    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one."""
+    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one. Raises ``MachineTrouble`` where that was the reason."""
+    if answer.get("trouble"):
+        raise MachineTrouble(f"a labeler's process: {answer['reason']}")
     if not answer["ok"]:
         return answer["reason"]
     forces, stress = np.asarray(answer["forces"], dtype=float), np.asarray(answer["stress"], dtype=float)

@@ -39,7 +39,7 @@ class ScheduledLabeler(JobLabeler):
         items = (({**job, "recipe": self.recipe.as_json()}, self.timeout) for job in jobs)
         with open_scheduler(self.scheduling) as scheduler, closing(scheduler.map(label_on_worker, items)) as ends:
             for end in ends:
-                answer, files = ({"ok": False, "reason": end.reason}, {}) if end.reason else end.value
+                answer, files = ({"ok": False, "reason": end.reason, "trouble": end.died}, {}) if end.reason else end.value
                 if files:
                     kept = self.directory / "failed" / structure_id(structures[end.index])
                     shutil.rmtree(kept, ignore_errors=True)
@@ -62,7 +62,7 @@ def label_on_worker(item: tuple[dict[str, Any], float], shared: None = None) -> 
         try:
             answer = worker.run({**job, "directory": str(folder)}, timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error)}
+            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
         files = {} if answer["ok"] else packed(folder, largest=LARGEST)
         if not answer["ok"] and worker.log_file.is_file():
             files["worker.log"] = worker.log_file.read_bytes()[-LARGEST:]

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, one_line, typed_line
+from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, is_trouble, one_line, typed_line
 from magus_anharmonic.labelers.base import Recipe, code_module
 from magus_anharmonic.labelers.no_shell import no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
@@ -47,7 +47,8 @@ def atoms_from_json(data: dict[str, Any]) -> Atoms:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job (``task``: label or relax) and return its result as plain data.
 
-    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``.
+    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``,
+    with ``trouble`` where it speaks of the machine and not of the structure.
     """
     started = time.monotonic()
     try:
@@ -61,7 +62,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error)}
+        result = {"ok": False, "reason": _reason(error), "trouble": is_trouble(error)}
     result["seconds"] = time.monotonic() - started
     return result
 

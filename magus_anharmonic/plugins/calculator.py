@@ -15,7 +15,7 @@ from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
@@ -199,6 +199,8 @@ def evaluate_each(potential: Any, structures: Sequence[Atoms]) -> list[tuple[flo
     try:
         found = potential.evaluate([bare(atoms) for atoms in structures])
     except MagusAnharmonicError as error:
+        if is_trouble(error):
+            raise
         if len(structures) == 1:
             return [str(error)]
         return [outcome for atoms in structures for outcome in evaluate_each(potential, [atoms])]

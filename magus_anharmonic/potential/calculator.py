@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +16,17 @@ from magus_anharmonic.potential.cells import cell_volume
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential.evaluate import Potential
+
+
+SETTINGS = ("checkpoint", "device", "dtype")
+
+
+def check_names(given: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError that names a keyword which ``MatterSim`` does not have: ignored, it would stand for the foundation model."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, SETTINGS, n=1) or ["checkpoint"]
+            raise TypeError(f"MatterSim: unknown keyword {name}; did you mean {near[0]}? It takes {', '.join(SETTINGS)}")
 
 
 class MatterSim(Calculator):
@@ -37,9 +50,29 @@ class MatterSim(Calculator):
     def __init__(
         self, checkpoint: str | Path = "mattersim-v1.0.0-1M", device: str | None = None, *, dtype: str = "float32", **kwargs: Any
     ) -> None:
+        check_names(kwargs, {"atoms", "directory", "label", "restart"})
         super().__init__(**kwargs)
         self.checkpoint, self.device, self.dtype = str(checkpoint), device, dtype
         self._potential: Potential | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in SETTINGS and self.__dict__.get("_potential") is not None:
+            self._potential = None
+            self.reset()
+
+    def set(self, **kwargs: Any) -> dict[str, Any]:
+        """Change checkpoint, device or dtype, and forget what was computed; returns what changed. Raises TypeError for other names."""
+        check_names(kwargs, SETTINGS)
+        given = {name: str(value) if name == "checkpoint" else value for name, value in kwargs.items()}
+        changed = {name: value for name, value in given.items() if value != getattr(self, name)}
+        for name, value in changed.items():
+            setattr(self, name, value)
+        return changed
+
+    def todict(self, skip_default: bool = True) -> dict[str, Any]:
+        """Checkpoint, device and dtype."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def potential(self) -> Potential:

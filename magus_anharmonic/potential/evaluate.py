@@ -16,11 +16,11 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, NotFinite
+from magus_anharmonic.errors import InputError, MachineTrouble, NotFinite, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, expected_pairs, find_neighbours
-from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, is_out_of_memory, measure
+from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, measure
 from magus_anharmonic.potential.model import FactorisedM3GNet
 from magus_anharmonic.potential.threads import run_side_by_side
 from magus_anharmonic.potential.topology import Topology, find_topology
@@ -267,7 +267,7 @@ class Potential:
                 raise
             if len(indices) == 1:
                 size = self.memory.bytes(n_edges, len(structures[indices[0]])) / 1e9
-                raise MagusAnharmonicError(
+                raise MachineTrouble(
                     f"structure {indices[0]} ({len(structures[indices[0]])} atoms, {n_edges} neighbour pairs) does not fit the memory of "
                     f"{self.device}: it needs {size:.1f} GB; take a smaller cell or "
                     f"supercell, or a machine with more memory"

@@ -21,7 +21,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.files import set_aside
+from magus_anharmonic.files import set_aside, versions
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential
@@ -174,7 +174,7 @@ class _Run:
         self.best_state = copy_state(module)
 
     def _key(self) -> str:
-        digest = hashlib.sha256(f"{checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
+        digest = hashlib.sha256(f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
         for part in (self.train_set, self.validation_set):
             digest.update(f"{len(part)} structures".encode())
             for atoms in part:

@@ -14,7 +14,7 @@ from ase import Atoms
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from magus_anharmonic.errors import one_line
+from magus_anharmonic.errors import is_out_of_memory, one_line
 from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.potential.graph import build_graph
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SHARE = 0.7
 """Of the free memory that one batch may take."""
-
-_WORDINGS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
 
 
 @dataclass(frozen=True)
@@ -135,10 +133,3 @@ def raise_trouble_of_torch(error: BaseException, path: str | Path) -> None:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         raise MemoryError(text) from None
     raise_trouble(MemoryError(text) if is_out_of_memory(error) else error, path)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was the reason: torch and its allocators have several types and wordings for it."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _WORDINGS)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError, one_line
+from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.scheduler import Done, Scheduler
@@ -111,7 +110,8 @@ def relax_on(
 ) -> list[Relaxation]:
     """As `relax`, on the workers of a remote scheduler; here, with all threads, when it is none or the evaluator cannot travel.
 
-    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order.
+    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order. Raises ``MagusAnharmonicError`` for what is no
+    property of a structure: the workers cannot make the evaluator, or one structure alone has ended several of them.
     """
     source = portable(evaluator, remote=True) if scheduler.remote and structures else None
     if source is None:
@@ -126,7 +126,8 @@ def relax_on(
     lost: list[list[int]] = []
 
     def take(chunk: list[int], done: Done) -> None:
-        for index, result in zip(chunk, _results(done, [copies[i] for i in chunk]), strict=True):
+        names = ", ".join(copies[index].get_chemical_formula() for index in chunk[:3])
+        for index, result in zip(chunk, _results(done, names), strict=True):
             found[index] = result
             if on_relaxed is not None:
                 on_relaxed(index, result)
@@ -150,12 +151,9 @@ def _relax_chunk(item: tuple[list[Atoms], float, dict[str, Any]], evaluator: Eva
     return relax(evaluator, structures, pressure, **options)
 
 
-def _results(done: Done, chunk: list[Atoms]) -> list[Relaxation]:
-    if not done.reason:
-        return done.value
-    log.warning("%d relaxations failed: %s", len(chunk), done.reason)
-    nothing = [(np.full((len(atoms), 3), np.nan), np.full((3, 3), np.nan)) for atoms in chunk]
-    return [
-        Relaxation(atoms, np.nan, np.nan, forces, stress, converged=False, failed=True, n_steps=0, reason=done.reason)
-        for atoms, (forces, stress) in zip(chunk, nothing, strict=True)
-    ]
+def _results(done: Done, names: str) -> list[Relaxation]:
+    if done.died:
+        raise MachineTrouble(f"the workers that relax {names} die: {done.reason}")
+    if done.reason:
+        raise MagusAnharmonicError(f"no relaxation on the workers: {done.reason}")
+    return done.value

@@ -13,6 +13,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.errors import is_out_of_memory, is_trouble
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.guards import senseless
 from magus_anharmonic.potential.relax_arguments import Options, checked
@@ -160,19 +161,24 @@ def _round(evaluator: Evaluator, ways: list[Way]) -> None:
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
     """Energy, forces and stress of each structure, or the reason why there is none.
 
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
+    When a batch fails, its structures are evaluated one by one, so that the others do not suffer. Trouble of the machine is raised.
     """
     if not structures:
         return []
     try:
         found = evaluator.evaluate(structures)
     except Exception as error:
-        if len(structures) > 1:
-            return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
-        logger.debug("evaluation of %s failed", structures[0], exc_info=True)
-        # alone it is number 0, which is not its number among the structures of `relax`
-        text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
-        return [" ".join(text.split()) or type(error).__name__]
+        if is_trouble(error) and not (len(structures) > 1 and is_out_of_memory(error)):
+            raise
+        if len(structures) == 1:
+            logger.debug("evaluation of %s failed", structures[0], exc_info=True)
+            # alone it is number 0, which is not its number among the structures of `relax`
+            text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
+            return [" ".join(text.split()) or type(error).__name__]
+        found = None
+    if found is None:
+        # not in the handler: what fails alone has not failed because of the batch
+        return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
     results: list[Result | str] = []
     for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
         results.append(_senseless_numbers(energy, forces, stress) or (float(energy), forces, stress))

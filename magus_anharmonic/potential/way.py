@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import one_line
+from magus_anharmonic.errors import is_trouble, one_line
 from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
 from magus_anharmonic.potential.relax_arguments import Options
@@ -79,10 +79,12 @@ class Way:
         self._next_optimizer()
 
     def attempt(self, action: Callable[..., T], *arguments: object) -> T | None:
-        """Call a method of this way; whatever it raises ends this relaxation, and no other."""
+        """Call a method of this way; what it raises ends this relaxation and no other, unless it is trouble of the machine."""
         try:
             return action(*arguments)
         except Exception as error:
+            if is_trouble(error):
+                raise
             logger.debug("%s of %s failed", action.__name__, self.atoms, exc_info=True)
             reason = one_line(error)
             if self.trajectory is None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, one_line, typed_line
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, is_trouble, one_line, typed_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.portable import portable
 from magus_anharmonic.scheduler import Scheduler
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> list[Outcome]:
-    """One outcome per temperature; raises nothing but what ends the whole program."""
+    """One outcome per temperature; raises nothing but what ends the whole program, trouble of the machine for one."""
     outcomes: list[Outcome] = []
     previous: Any = job.start
     for temperature, folder in zip(job.temperatures, job.folders, strict=True):
@@ -70,8 +70,12 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
         except (SschaError, InputError) as error:
             outcomes.append(Outcome(temperature, None, one_line(error)))
         except MagusAnharmonicError as error:
+            if is_trouble(error):
+                raise
             outcomes.append(Outcome(temperature, None, one_line(error), lasting=False))
         except Exception as error:
+            if is_trouble(error):
+                raise
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
             outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
         else:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.errors import MagusAnharmonicError, SschaError, one_line
+from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_trouble, one_line
 from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
 from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
@@ -70,6 +70,8 @@ def checked_record(record: Record, folder: Path) -> Record:
     try:
         hessian = hessian_of_folder(folder)
     except MagusAnharmonicError as error:
+        if is_trouble(error):
+            raise
         log.warning("%s: no Hessian: %s", record.structure, error)
         return record
     if hessian is None:
@@ -132,6 +134,8 @@ def looked_down(ranking: Ranking, record: Record, free_energy: Callable[..., Any
             return record
         job = ranking.job(bare(down_the_mode(harmonic, ranking.evaluator, ranking.sscha.symprec)), [record.key])
     except MagusAnharmonicError as error:
+        if is_trouble(error):
+            raise
         return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {one_line(error)}"))
     log.info("%s: stable by the motion of the ions alone; looking down its deepest harmonic mode", record.structure)
     follower = ranking.store.get(job.structure, record.key)
@@ -184,6 +188,8 @@ def _follow(ranking: Ranking, saddles: Sequence[Record], free_energy: Callable[.
             try:
                 job = follow_job(ranking, record)
             except MagusAnharmonicError as error:
+                if is_trouble(error):
+                    raise
                 ranking.put(replace(record, reason=_joined(_own_reason(record), f"{NO_RUN}: {one_line(error)}")))
                 continue
             twin = job.structure

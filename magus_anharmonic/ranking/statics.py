@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.errors import MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress, set_energy_error
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
@@ -56,6 +56,8 @@ def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Eva
     try:
         batch = evaluator.evaluate(inputs)
     except MagusAnharmonicError as error:
+        if is_trouble(error):
+            raise
         if len(inputs) == 1:
             return [str(error)]
         return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]

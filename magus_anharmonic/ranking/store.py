@@ -15,7 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import raise_trouble, replacing, set_aside
+from magus_anharmonic.files import raise_trouble, replacing, set_aside, versions
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
@@ -57,7 +57,7 @@ class Key:
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
     physics = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "n_configs_start": settings.ranking_start}
-    data = {**physics, "seed": seed, "earlier": list(earlier)}
+    data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
     text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

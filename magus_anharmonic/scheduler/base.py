@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import typed_line
+from magus_anharmonic.errors import MachineTrouble, is_trouble, reason_of, typed_line
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +30,19 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of one task: what it returned, or why it returned nothing; ``died``: because its worker did."""
+    """The end of one task: what it returned, or why it returned nothing; ``died``: because its worker did.
+
+    Raises ``MachineTrouble`` where that is what the worker met (see `attempt`).
+    """
 
     index: int
     value: Any = None
     reason: str = ""
     died: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, MachineTrouble):
+            raise self.value
 
 
 class Shared(Protocol):
@@ -69,7 +77,10 @@ class Scheduler(Protocol):
     def device(self) -> str: ...
 
     def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
-        """One `Done` per item, in the order in which they end; items are taken as workers become free."""
+        """One `Done` per item, in the order in which they end; items are taken as workers become free.
+
+        Raises ``MachineTrouble`` when the memory, the disk or the GPU of a worker gave out.
+        """
         ...
 
     def close(self) -> None: ...
@@ -92,9 +103,11 @@ def made(shared: Shared | None) -> Any:
 
 
 def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
-    """Value and empty reason, or None and why: an error of one task stops no other."""
+    """Value and empty reason, or None and why: an error of one task stops no other. Trouble of the machine comes back as the value."""
     try:
         return task(item, made(shared)), ""
     except Exception as error:
+        if is_trouble(error):
+            return MachineTrouble(f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"), ""
         log.warning("a task failed", exc_info=True)
         return None, typed_line(error)

@@ -232,9 +232,10 @@ class Search:
             if not known:
                 forget(chunks)
             relaxed = self.relaxer.relax(initial, chunks)
+            if relaxed:
+                self._save("raw", generation, relaxed)
+            forget(chunks)  # when nothing succeeded, a restart tries again
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
-            self._save("raw", generation, relaxed)
-            forget(chunks)
             raw = self.archive.load("raw", generation)
         relaxed = self._checked(raw, "after relaxation")
         require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, typed_line
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, is_trouble, typed_line
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.begin import check_crystal, configurations_of, read_state
@@ -107,7 +107,10 @@ def free_energy(
 
 
 def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) -> SschaResult:
-    """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator may be repaired."""
+    """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator may be repaired.
+
+    Trouble of the machine is raised, and the run goes on from its last population when it is called again.
+    """
     began = time.perf_counter()
     progress = Progress()
     try:
@@ -125,6 +128,8 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
         result = failed_result(task, str(error), progress, began)
         folder.write_result(result)
     except (MagusAnharmonicError, RuntimeError, ArithmeticError, np.linalg.LinAlgError) as error:
+        if is_trouble(error):
+            raise
         result = failed_result(task, typed_line(error), progress, began)
     if result.status == "failed":
         log.warning("%s at %g GPa: SSCHA failed: %s", task.atoms.get_chemical_formula(), task.pressure, result.reason)

@@ -13,7 +13,7 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
-from magus_anharmonic.files import write_json, write_text
+from magus_anharmonic.files import versions, write_json, write_text
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.lock import locked
 from magus_anharmonic.sscha.averages import Ensemble, joined
@@ -201,6 +201,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
     q, mode = hessian.lowest
     errors = hessian.quantum_error
     return {
+        **versions(),
         "status": hessian.status,
         "probability_stable": hessian.probability_stable,
         "verdict": report.sentences(),

@@ -11,12 +11,9 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, replacing, write_json
+from magus_anharmonic.files import load_arrays, read_json, replacing, versions, write_json
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import Repeats, as_repeats
-
-FORMAT = 2
-"""Version of the files of a run; a folder of another version is refused."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class SschaResult:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the force constants, ready for JSON."""
-        data: dict[str, Any] = {"format": FORMAT}
+        data: dict[str, Any] = {**versions()}
         for field in fields(self):
             if field.name not in ("centroids", "force_constants"):
                 value = getattr(self, field.name)
@@ -107,8 +104,10 @@ class SschaResult:
         if not path.is_file():
             raise InputError(f"{path}: no such file (not the folder of a finished SSCHA run)")
         data = read_json(path)
-        if data.pop("format", None) != FORMAT:
-            raise InputError(f"{path}: written by another version of this package; use an empty folder")
+        if {name: data.pop(name, None) for name in versions()} != versions():
+            raise InputError(
+                f"{path}: a result of another version of this package, whose numbers are not those of now; use an empty folder"
+            )
         arrays = path.with_name("result.npz")
         try:
             result = cls._from_json(data)

@@ -14,10 +14,10 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, write_json, write_text
+from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, versions, write_json, write_text
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.cell import StaticResponse
-from magus_anharmonic.sscha.result import FORMAT, SschaResult
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import as_repeats
@@ -39,13 +39,15 @@ class RunFolder:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
-        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        identity = json.loads(json.dumps({**versions(), **identity}))
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
         if stored is not None:
             different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
             if any_start and different and set(different) <= OF_THE_START:
                 log.info("%s: goes on from the start that it had", self.directory)
+            elif set(different) & versions().keys():
+                raise InputError(f"{self.directory}: holds an SSCHA run of another version of this package; give another folder")
             elif different:
                 raise InputError(
                     f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
