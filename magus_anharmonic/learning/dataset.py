@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
@@ -169,7 +169,7 @@ class LabelStore:
             with replacing(batch) as temporary:
                 write(temporary, fresh, format="extxyz")
         for file in files:
-            file.unlink()
+            remove(file)
         with contextlib.suppress(OSError):  # a damaged file that was set aside stays
             folder.rmdir()
         return batch
