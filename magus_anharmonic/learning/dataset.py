@@ -79,6 +79,8 @@ class LabelStore:
         self.directory = Path(directory)
         self.families = Families(self.directory / "families.jsonl")
         self.index = self.directory / "index.jsonl"
+        self.outliers = self.directory / "quarantine.jsonl"
+        self._quarantined = {str(line["id"]): str(line["reason"]) for line in read_jsonl(self.outliers, ("id", "reason"))}
         self._frames: dict[str, Atoms] = {}
         self._sides_of_dataset: dict[str, str] = {}
         known = {str(line["id"]): line["digest"] for line in read_jsonl(self.index, ("id", "digest"))}
@@ -177,16 +179,26 @@ class LabelStore:
     def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
         """Usable labels of one generation, of all ``before`` one, or all, in the order of their id.
 
-        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) are left out.
+        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine are left out.
         """
         chosen = [
             atoms
             for _, atoms in sorted(self._frames.items())
             if "excluded" not in atoms.info
+            and atoms.info["id"] not in self._quarantined
             and (generation is None or atoms.info["generation"] == generation)
             and (before is None or atoms.info["generation"] < before)
         ]
         return chosen
+
+    def quarantine(self, label_id: str, reason: str) -> None:
+        """Never use a label, which stays where it is; ``quarantine.jsonl`` says why."""
+        append_jsonl(self.outliers, {"id": label_id, "reason": reason})
+        self._quarantined[label_id] = reason
+
+    def n_quarantined(self, generation: int) -> int:
+        """How many labels of a generation are in quarantine."""
+        return sum(self._frames[name].info["generation"] == generation for name in self._quarantined if name in self._frames)
 
     def adopt(self, dataset: Sequence[Atoms], split: Sequence[int]) -> None:
         """Give labels of earlier work (``learning.dataset``) their families among those of this search, and one side to each family.

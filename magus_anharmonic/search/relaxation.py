@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import time
 from collections import Counter
@@ -16,10 +15,11 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.files import remove
+from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
@@ -180,15 +180,21 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
     where = f"MainCalculator.calculator: {block.calculator!r}"
-    module, _, name = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
+    module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
     if not module:
         raise InputError(
             f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE calculators; vasp and others need MAGUS"
         )
     try:
-        calculator = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{where}: cannot be imported: {error}") from None
+        calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
+    except LabelerError as error:
+        raise InputError(f"{where}: {error}") from None
+    commands = sorted(str(key) for key in block.arguments if "command" in str(key).lower() or str(key) == "profile")
+    if commands and module not in allowed_modules():
+        raise InputError(
+            f"MainCalculator.arguments.{commands[0]}: an input cannot start programs here; if you trust it, allow the calculator's module "
+            f"outside of the input: export {ALLOW}={module}"
+        )
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
