@@ -299,6 +299,7 @@ with lock.locked(sys.argv[1], "a search"):
     for number in range(100000):
         if sys.argv[2] == "writes":
             append_jsonl(sys.argv[1] + "/generations.jsonl", {"by": "old", "number": number})
+            time.sleep(0.02)
         sum(range(10000))
         if number == 3:
             print("held", flush=True)
@@ -312,13 +313,19 @@ def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str, new: str
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(lock, "GUARD", 0.2)
     monkeypatch.setattr(Owner, "here", property(lambda self: self.pid == os.getpid()))  # another host, or another container
     process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), busy], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
-        process.send_signal(signal.SIGSTOP)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(locked(tmp_path, "another"))
+            for _ in range(50):  # one that was stopped in the middle of a write is not taken over
+                process.send_signal(signal.SIGSTOP)
+                with contextlib.suppress(InputError):
+                    stack.enter_context(locked(tmp_path, "another"))
+                    break
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.05)
             append_jsonl(tmp_path / "generations.jsonl", {"by": "new"})
             if new == "has finished":
                 stack.close()
