@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
@@ -37,17 +38,20 @@ class StepRecord:
         return replace(self, **values)
 
 
+_RECORDS = TypeAdapter(dict[str, StepRecord])
+
+
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun. Raises ``InputError``."""
     file = folder / FILE
     if not file.is_file():
         return {}
-    names = {field.name for field in fields(StepRecord)}
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        return {step: StepRecord(**{name: value for name, value in found.items() if name in names}) for step, found in data.items()}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not readable as the steps of a campaign ({error}); move it away and run the campaign again") from None
+        return _RECORDS.validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise InputError(f"{file}: not readable as the steps of a campaign ({why}); move it away and run the campaign again") from None
 
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:

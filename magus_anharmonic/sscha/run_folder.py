@@ -57,12 +57,16 @@ class RunFolder:
             write_json(path, identity)
 
     def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
-        """The stored result, unless it is unconverged or less precise than wanted, and more populations are allowed now."""
+        """The stored result, unless it is unconverged, its phase open or less precise than wanted, and more populations are allowed now."""
         result = read_whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
         if result is None:
             return None
         precise = error_tolerance is None or result.gibbs_error <= error_tolerance
-        if result.status != "failed" and not (result.converged and precise) and result.n_populations < max_populations:
+        if (
+            result.status != "failed"
+            and not (result.converged and precise and not result.reason)
+            and result.n_populations < max_populations
+        ):
             return None
         return result
 
@@ -187,6 +191,7 @@ def _is_progress(found: dict[str, Any]) -> bool:
         and isinstance(found["moved"], bool)
         and all(request is None or type(request) is int for request in found["requests"])
         and isinstance(found["group"], str)
+        and isinstance(found["open"], str)
         and isinstance(found["reason"], str)
         and (cell is None or np.asarray(cell[1], dtype=float).shape == matrix.shape * 2)
     )
