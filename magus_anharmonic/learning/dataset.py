@@ -176,16 +176,17 @@ class LabelStore:
             folder.rmdir()
         return batch
 
-    def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
+    def labels(self, *, generation: int | None = None, before: int | None = None, quarantined: bool = False) -> list[Atoms]:
         """Usable labels of one generation, of all ``before`` one, or all, in the order of their id.
 
-        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine are left out.
+        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine (unless ``quarantined``)
+        are left out.
         """
         chosen = [
             atoms
             for _, atoms in sorted(self._frames.items())
             if "excluded" not in atoms.info
-            and atoms.info["id"] not in self._quarantined
+            and (quarantined or atoms.info["id"] not in self._quarantined)
             and (generation is None or atoms.info["generation"] == generation)
             and (before is None or atoms.info["generation"] < before)
         ]
@@ -193,8 +194,9 @@ class LabelStore:
 
     def quarantine(self, label_id: str, reason: str) -> None:
         """Never use a label, which stays where it is; ``quarantine.jsonl`` says why."""
-        append_jsonl(self.outliers, {"id": label_id, "reason": reason})
-        self._quarantined[label_id] = reason
+        if label_id not in self._quarantined:
+            append_jsonl(self.outliers, {"id": label_id, "reason": reason})
+            self._quarantined[label_id] = reason
 
     def n_quarantined(self, generation: int) -> int:
         """How many labels of a generation are in quarantine."""

@@ -272,7 +272,7 @@ def _label(planned: Sequence[Atoms], generation: int, labeler: Labeler, store: L
 
 def _quarantine(generation: int, potential: Potential, store: LabelStore, folder: Path) -> int:
     """Set aside the labels of this round that cannot be right, judged beside the newest earlier ones; returns how many are new there."""
-    new = store.labels(generation=generation)
+    new = store.labels(generation=generation, quarantined=True)  # a round that is taken up again must judge as it did before
     frames = [*new, *store.labels(before=generation)[-CONTEXT:]]
     reasons = {i: reason for i, reason in outliers(frames, potential).items() if i < len(new)} if new else {}
     for i, reason in reasons.items():
