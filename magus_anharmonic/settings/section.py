@@ -96,8 +96,10 @@ def parse(model: type[T], data: Any, path: str = "") -> T:
 
 
 def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
-    # of a union pydantic names the member that was tried: literal['a','b'], list[int]
-    location = [str(part) for part in item["loc"] if "[" not in str(part)]
+    # of a union pydantic names the member that was tried: literal['a','b'], list[int]; a key may hold a bracket too
+    about_a_key = item["type"] in ("extra_forbidden", "missing")
+    last = len(item["loc"]) - 1
+    location = [str(part) for place, part in enumerate(item["loc"]) if "[" not in str(part) or (about_a_key and place == last)]
     where = ".".join([path, *location] if path else location) or "input"
     value = item.get("input")
     if item["type"] == "extra_forbidden":
