@@ -138,5 +138,9 @@ def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_
     reasons = [record["reason"] for record in read_jsonl(tmp_path / "failures.jsonl")]
     assert len(reasons) == 3 and all("eV/atom away" in reason for reason in reasons)
     assert max(found.metrics["old"][side]["energy_rmse"] for side in found.metrics["old"]) < 0.01
+    (tmp_path / "metrics.jsonl").unlink()  # as a kill before the end of the round leaves it
+    (tmp_path / "checkpoints" / "gen1.pth").unlink()
+    resumed = learn(population, store=LabelStore(tmp_path / "labels"), **options)
+    assert resumed.model_id == found.model_id and resumed.n_failures == 3
     again = LabelStore(tmp_path / "labels")
     assert len(again) == 12 and len(again.labels()) == 9, "kept, and never used"

@@ -12,6 +12,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
 from ase.units import invcm
 from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
@@ -243,6 +244,19 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change):
     quartic(tmp_path / "run", max_populations=1)
     with pytest.raises(InputError, match="another SSCHA run"):
         quartic(tmp_path / "run", **change)
+
+
+def test_a_folder_that_holds_the_run_of_another_potential_is_computed_anew_and_that_run_kept(tmp_path, caplog):
+    argon = bulk("Ar", "fcc", a=5.2)
+    found = {}
+    for directory in (tmp_path / "run", None):
+        for epsilon in (0.0104, 0.0208, 0.0104):
+            model = LennardJones(sigma=3.4, epsilon=epsilon, rc=9.0, smooth=True)
+            options = dict(supercell=(2, 2, 2), n_configs=20, max_populations=2, cell="fixed", directory=directory)
+            found.setdefault(epsilon, set()).add(free_energy(argon, model, 0.0, **options).gibbs)
+    assert [len(gibbs) for gibbs in found.values()] == [1, 1] and found[0.0104] != found[0.0208]
+    assert "held the run of another model, lennardjones-" in caplog.text
+    assert [path.name[:16] for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["of-lennardjones-"] * 2
 
 
 def test_a_result_of_another_version_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
@@ -171,21 +171,22 @@ class LabelStore:
             with replacing(batch) as temporary:
                 write(temporary, fresh, format="extxyz")
         for file in files:
-            file.unlink()
+            remove(file)
         with contextlib.suppress(OSError):  # a damaged file that was set aside stays
             folder.rmdir()
         return batch
 
-    def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
+    def labels(self, *, generation: int | None = None, before: int | None = None, quarantined: bool = False) -> list[Atoms]:
         """Usable labels of one generation, of all ``before`` one, or all, in the order of their id.
 
-        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine are left out.
+        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine (unless ``quarantined``)
+        are left out.
         """
         chosen = [
             atoms
             for _, atoms in sorted(self._frames.items())
             if "excluded" not in atoms.info
-            and atoms.info["id"] not in self._quarantined
+            and (quarantined or atoms.info["id"] not in self._quarantined)
             and (generation is None or atoms.info["generation"] == generation)
             and (before is None or atoms.info["generation"] < before)
         ]
@@ -193,8 +194,9 @@ class LabelStore:
 
     def quarantine(self, label_id: str, reason: str) -> None:
         """Never use a label, which stays where it is; ``quarantine.jsonl`` says why."""
-        append_jsonl(self.outliers, {"id": label_id, "reason": reason})
-        self._quarantined[label_id] = reason
+        if label_id not in self._quarantined:
+            append_jsonl(self.outliers, {"id": label_id, "reason": reason})
+            self._quarantined[label_id] = reason
 
     def n_quarantined(self, generation: int) -> int:
         """How many labels of a generation are in quarantine."""

@@ -16,7 +16,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, hold_back, quotas, select
 from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
@@ -164,7 +164,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
             log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
             return None
     for left in (folder / "training").glob(f"gen{generation}.pth*"):  # killed between the checkpoint and its tidying up
-        left.unlink()
+        remove(left)
     log.info("round %d has learned already: model %s", generation, current.model_id)
     return Learned(current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], metrics["changed"])
 
@@ -272,7 +272,7 @@ def _label(planned: Sequence[Atoms], generation: int, labeler: Labeler, store: L
 
 def _quarantine(generation: int, potential: Potential, store: LabelStore, folder: Path) -> int:
     """Set aside the labels of this round that cannot be right, judged beside the newest earlier ones; returns how many are new there."""
-    new = store.labels(generation=generation)
+    new = store.labels(generation=generation, quarantined=True)  # a round that is taken up again must judge as it did before
     frames = [*new, *store.labels(before=generation)[-CONTEXT:]]
     reasons = {i: reason for i, reason in outliers(frames, potential).items() if i < len(new)} if new else {}
     for i, reason in reasons.items():
@@ -428,7 +428,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
     else:
         extra = uncertainty.for_checkpoint(model.error_model)
         checkpoint.save(model.module, file, parent_id=model.model_id, species=model.species_seen, **extra)
-    trained.unlink(missing_ok=True)
+    remove(trained)
 
 
 def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:

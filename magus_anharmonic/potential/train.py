@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import remove, write_json
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
@@ -166,7 +166,7 @@ def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device:
     report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began, excluded)
     write_json(out.with_suffix(".json"), {**report.as_dict(), "provenance": provenance})
     for stage in stages:
-        stage.path.unlink(missing_ok=True)
+        remove(stage.path)
     return report
 
 

@@ -13,7 +13,17 @@ from ase import Atoms
 from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
-from magus_anharmonic.files import append_jsonl, raise_trouble, read_json, read_jsonl, read_whole, remove_empty, replacing, write_json
+from magus_anharmonic.files import (
+    append_jsonl,
+    raise_trouble,
+    read_json,
+    read_jsonl,
+    read_whole,
+    remove,
+    remove_empty,
+    replacing,
+    write_json,
+)
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
@@ -81,7 +91,7 @@ class Archive:
         best = whole_frames(file)
         if best and best[-1].info.get("best_of") == generation:
             return
-        file.unlink(missing_ok=True)
+        remove(file)
         if generation == 0:
             return
         with replacing(file) as temporary:
@@ -162,7 +172,7 @@ class Archive:
             write_frames(self._own_seeds(generation), new)
             log.info("%d SSCHA centroids are seeds of generation %d", len(new), generation)
         else:
-            self._own_seeds(generation).unlink(missing_ok=True)
+            remove(self._own_seeds(generation))
 
     def _own_seeds(self, generation: int) -> Path:
         return self.anharmonic / "seeds" / f"seeds_{generation}.traj"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from pydantic import Field
 from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
+from magus_anharmonic.files import remove
 from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
@@ -154,7 +154,7 @@ def _start(atoms: Atoms) -> Atoms:
 
 def forget(folder: Path) -> None:
     """Remove the chunks once the whole population is saved."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
 
