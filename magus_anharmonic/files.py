@@ -53,8 +53,15 @@ def safe_name(*texts: str) -> str:
     if one_way and _PLAIN.fullmatch(joined) and all(_is_itself(text) for text in texts):
         return joined
     readable = re.sub(r"[^A-Za-z0-9_.+-]+", "_", joined)[:50].strip("._-") or "_"
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
-    return f"{readable}-{digest}"
+    return f"{readable}-{digest(json.dumps(texts))}"
+
+
+def digest(content: str | bytes | Path) -> str:
+    """Twelve hexadecimal digits (of SHA-256) that identify a text, bytes, or the content of a file."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
 
 
 def _is_itself(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.files import raise_trouble, versions, write_json
+from magus_anharmonic.files import digest, raise_trouble, versions, write_json
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -62,8 +61,7 @@ def package_versions() -> dict[str, str | None]:
 
 def settings_hash(settings: BaseModel) -> str:
     """12 hexadecimal digits over the resolved settings; the order of keys does not matter."""
-    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps(settings.model_dump(mode="json"), sort_keys=True))
 
 
 def write_run_record(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import sqlite3
@@ -15,7 +14,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import raise_trouble, replacing, set_aside, versions
+from magus_anharmonic.files import digest, raise_trouble, replacing, set_aside, versions
 from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
@@ -52,15 +51,14 @@ class Key:
     def folder(self, structure: str) -> str:
         """Name of the run's folder below ``sscha/``: structure id and eight digits of this key."""
         text = f"{self.model} {self.pressure:.6f} {self.temperature:.6f} {self.settings_hash}"
-        return f"{structure}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{structure}-{digest(text)[:8]}"
 
 
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
     physics = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "n_configs_start": settings.ranking_start}
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
-    text = json.dumps(data, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps(data, sort_keys=True))
 
 
 @dataclass(frozen=True)
