@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.files import read_json, write_json
 
 FILE = "steps.json"
 
@@ -44,9 +43,9 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
         return {}
     names = {field.name for field in fields(StepRecord)}
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
         return {step: StepRecord(**{name: value for name, value in found.items() if name in names}) for step, found in data.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (DamagedFile, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: not readable as the steps of a campaign ({error}); move it away and run the campaign again") from None
 
 
