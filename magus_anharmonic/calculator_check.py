@@ -107,9 +107,16 @@ def _compare(what: str, unit: str, gain: float, slopes: Sequence[float], n: int,
         return  # who works with the calculator says where its numbers are not finite
     if abs(work - gain) <= TOLERANCE * max(abs(work), abs(gain)) + NOISE * n:
         return
-    ratio = work / gain if gain else np.inf
-    known = [name for name, factor in factors.items() if abs(abs(ratio) / factor - 1.0) < NEAR]
-    guess = f"in {' or '.join(known)} instead of {unit}" if known else "" if abs(abs(ratio) - 1.0) < NEAR else f"not in {unit}, or wrong"
-    sign = "of the other sign than ASE's" if ratio < 0 and (known or not guess) else ""
-    said = " and ".join(filter(None, (sign, guess)))
+    said = likely_cause(work / gain if gain else np.inf, unit, factors)
     raise InputError(f"{what} {said}: a small step changes the energy by {gain:.4g} eV, and by {work:.4g} eV according to them")
+
+
+def likely_cause(ratio: float, unit: str, factors: Mapping[str, float], *, recognised: bool = False) -> str:
+    """What makes numbers ``ratio`` times what they should be in ``unit``; with ``recognised`` empty unless a sign or a unit explains it."""
+    known = [name for name, factor in factors.items() if abs(abs(ratio) / factor - 1.0) < NEAR]
+    right = abs(abs(ratio) - 1.0) < NEAR
+    if recognised and not known and not (ratio < 0 and 0.5 < -ratio < 1.5):
+        return ""
+    guess = f"in {' or '.join(known)} instead of {unit}" if known else "" if right or recognised else f"not in {unit}, or wrong"
+    sign = "of the other sign than ASE's" if ratio < 0 and (known or not guess) else ""
+    return " and ".join(filter(None, (sign, guess)))

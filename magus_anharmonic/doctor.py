@@ -201,10 +201,13 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 def _labelers(settings: Settings | None) -> list[Check]:
     from magus_anharmonic.labelers import available, code_module
+    from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules
     from magus_anharmonic.scheduler import is_remote
 
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
     checks = []
+    if allowed := allowed_modules():
+        checks.append(Check("modules that an input may call", None, f"{', '.join(allowed)} ({ALLOW}, or installed packages)"))
     for name in dict.fromkeys([*([asked] if asked else []), *LABELERS]):
         # Workers elsewhere have an environment of their own, which cannot be looked at from here.
         needed = name == asked and not (settings and is_remote(settings.scheduler))

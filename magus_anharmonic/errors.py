@@ -67,6 +67,13 @@ class MachineTrouble(MagusAnharmonicError):
     """Memory, disk or a process gave out: says nothing about the structure at work, and the run stops where it can go on."""
 
 
+class LostLock(BaseException):
+    """Another process works in the folder of this one, which was taken for dead: it ends and writes nothing more."""
+
+    def __str__(self) -> str:
+        return super().__str__() or "the lock of this run belongs to another process now; this one ends and writes nothing more"
+
+
 class Terminated(BaseException):
     """SIGTERM arrived: the batch system, or a person, wants the process to end now."""
 
@@ -131,6 +138,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, Terminated):
         return "stopped by SIGTERM"
     text = " ".join(str(error).split())
+    if isinstance(error, LostLock):
+        return text
     if isinstance(error, MemoryError):
         return f"memory exhausted{': ' if text else ''}{text}"
     if isinstance(error, OSError):

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
+from magus_anharmonic.lock import TEMPORARY as TEMPORARY
+from magus_anharmonic.lock import still_ours
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,6 @@ PHYSICS = 1
 def versions() -> dict[str, int]:
     """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
     return {"schema": SCHEMA, "physics": PHYSICS}
-
-
-TEMPORARY = ".magus-anharmonic.tmp"
-"""How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.+-]{0,58}[A-Za-z0-9_+])?")
@@ -113,7 +111,7 @@ def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success flush it to disk and rename it onto ``path``.
 
-    Raises whatever the body raises, and then leaves ``path`` as it was.
+    Raises whatever the body raises, and then leaves ``path`` as it was; so does ``LostLock`` of this process's folder.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +123,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary.replace(target)
+            with still_ours(target):
+                temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -142,6 +141,16 @@ def table_rows(path: str | Path, shown: str | None = None, restkey: str | None =
             yield csv.DictReader(handle, restkey=restkey)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{shown or file}: not readable as a table ({error}); the step that writes it has to run again") from None
+
+
+def remove(path: str | Path) -> None:
+    """Remove a file or a folder of a run, if it is there; raises ``LostLock`` when the run is another process's."""
+    target = Path(path)
+    with still_ours(target):
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            target.unlink(missing_ok=True)
 
 
 def remove_empty(folder: str | Path) -> bool:
@@ -192,7 +201,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with writing(target), target.open("ab+") as file:
+    with still_ours(target), writing(target), target.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -284,7 +293,8 @@ def set_aside(path: str | Path, why: str) -> Path:
     while kept.exists():
         number += 1
         kept = target.with_name(f"{target.name}.damaged{number}")
-    target.replace(kept)
+    with still_ours(target):
+        target.replace(kept)
     log.warning("%s is damaged (%s); it is kept as %s and made anew", target, " ".join(why.split())[:200], kept.name)
     return kept
 

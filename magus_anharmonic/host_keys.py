@@ -273,7 +273,10 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
 def unknown_key(key: str) -> str:
     """The message for a top-level key that neither we nor MAGUS know."""
     names = [*(n for n in Settings.model_fields if n != "host"), *HostKeys.model_fields, *(_camel(n) for n in HostKeys.model_fields)]
-    return f"{key}: unknown key{nearest(key, names)}"
+    hint = nearest(key, names)
+    for name, public in _PUBLIC.items():
+        hint = hint.replace(f"mean {name}?", f"mean {public}?")
+    return f"{key}: unknown key{hint}"
 
 
 def unknown_to_magus(settings: Settings) -> list[str]:
@@ -323,6 +326,9 @@ def known_keys() -> list[tuple[str, str, str]]:
 _PUBLIC = {
     "fitness": "Fitness",
     "main_calculator": "MainCalculator",
+    "ml_calculator": "MLCalculator",
+    "num_gen": "numGen",
+    "formula_type": "formulaType",
     "offspring_creator": "OffspringCreator",
     "pop_size": "popSize",
     "save_good": "saveGood",

@@ -2,12 +2,16 @@
 
 No clock is compared with another: an owner on this machine is looked up by its process id and start, one elsewhere is watched for
 its heartbeat, so neither a wrong clock nor a clock that is set back matters.
+
+A process that was stopped, taken for dead and woken again finds another token in the lock: every write of a run asks for it (`still_ours`),
+and the heartbeat ends the process whatever signals it ignores.
 """
 
 from __future__ import annotations
 
 import _thread
 import contextlib
+import ctypes
 import fcntl
 import json
 import logging
@@ -17,17 +21,18 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.files import TEMPORARY, write_json
+from magus_anharmonic.errors import InputError, LostLock, MachineTrouble, one_line
 
 log = logging.getLogger(__name__)
 
+TEMPORARY = ".magus-anharmonic.tmp"
+"""How the names of our temporary files and folders end, which begin with a dot; nobody else's do."""
 NAME = "lock.json"
 """The lock of a whole folder. One of many things in a folder, a checkpoint, has its own: ``<stem>.lock.json``."""
 HEARTBEAT = 10.0
@@ -37,6 +42,12 @@ PATIENCE = 45.0
 ATTEMPTS, PAUSE = 4, 0.2
 """How often, and seconds apart, a lock that is there and cannot be read is read before it counts as damaged: network file systems
 have moments in which a file that is being replaced cannot be read."""
+BEGIN, GRACE, GUARD = 20.0, 5.0, 5.0
+"""Seconds that the heartbeat may take to begin, that a process which lost its lock has to end by itself, and that a start waits for a
+process which is writing."""
+
+_CLAIMS: dict[tuple[Path, str], str] = {}
+"""Folder and name of the locks that this process holds, or works for -> token."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,7 @@ class Held:
     """A lock that this process holds until `release`; prefer `locked` where there is a block to hold it for."""
 
     def __init__(self, folder: str | Path, what: str, name: str = NAME) -> None:
-        self.folder, self.name = Path(folder).absolute(), name
+        self.folder, self.name = Path(folder).resolve(), name
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         pid = os.getpid()
@@ -159,42 +170,145 @@ class Held:
             earlier = _found(self.folder, name)
             if earlier is not None and (earlier.alive or (earlier.alive is None and earlier != seen)):  # came after the check
                 raise InputError(_refusal(self.folder, name, earlier))
-            write_json(self.folder / name, asdict(self.owner))
+            _write(self.folder, name, self.owner)
+            _CLAIMS[self.folder, name] = self.owner.token
         if earlier is not None:
             log.warning("%s: took over the lock of a dead process (%s)", self.folder, earlier.described())
             if name == NAME:
                 remove_unfinished(self.folder)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
-        self._thread.start()
+        self._of, self._place = threading.get_ident(), self.folder.stat().st_ino
+        self._begun, self._ended, self._finished = threading.Event(), threading.Event(), threading.Event()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start the heartbeat. Not as a ``Thread``, whose start waits for ever where its first lines find no memory."""
+        why = "it did not begin"
+        try:
+            _thread.start_new_thread(self._beat, ())
+            if self._begun.wait(BEGIN):
+                return
+        except (RuntimeError, MemoryError) as error:
+            why = str(error) or "memory exhausted"
+        self._finished.set()
+        self.release()
+        raise MachineTrouble(
+            f"{self.folder}: no thread for the heartbeat of its lock ({why}); allow more memory or processes (ulimit -v, -u)"
+        )
 
     def release(self) -> None:
         """Give the lock back; a lock that somebody else took over, or that a forked child inherited, is left alone."""
         self._ended.set()
         if os.getpid() != self.owner.pid:
             return
-        self._thread.join()
+        self._finished.wait(PATIENCE)
+        if _CLAIMS.get((self.folder, self.name)) != self.owner.token:
+            return
+        del _CLAIMS[self.folder, self.name]
         with contextlib.suppress(OSError):
-            found = read_owner(self.folder, self.name)
-            if found is not None and found.token == self.owner.token:
+            with guarded(self.folder, shared=True):
+                if not _is_held(self.folder, self.name, self.owner.token):
+                    return
                 (self.folder / self.name).unlink()
-                for path in self._made:
-                    path.rmdir()
+            for path in self._made:
+                path.rmdir()
 
     def _beat(self) -> None:
-        beat = 1
-        while not self._ended.wait(HEARTBEAT):
-            found = None
-            with contextlib.suppress(OSError):  # an unreadable moment; the next beat tells
-                found = read_owner(self.folder, self.name)
-            if found is not None and found.token != self.owner.token:
-                log.error("%s: this process was taken for dead (was it stopped?) and lost its lock to %s", self.folder, found.described())
-                _thread.interrupt_main()
-                return
-            beat += 1
-            # A full disk is reported by whatever the process writes itself.
-            with contextlib.suppress(OSError):
-                write_json(self.folder / self.name, asdict(self.owner) | {"beat": beat})
+        self._begun.set()
+        beat, lost = 1, False
+        try:
+            while not lost and not self._ended.wait(HEARTBEAT) and _CLAIMS.get((self.folder, self.name)) == self.owner.token:
+                # An unreadable moment, which the next beat tells; a full disk, which whatever the process writes reports; a folder that was
+                # moved away or removed, which is no reason to end who works elsewhere.
+                with contextlib.suppress(OSError), guarded(self.folder, shared=True):
+                    beat += 1
+                    if _is_held(self.folder, self.name, self.owner.token):
+                        _write(self.folder, self.name, self.owner, beat)
+                    else:
+                        lost = read_owner(self.folder, self.name) is not None or self.folder.stat().st_ino == self._place
+            if lost:
+                self._end_process()
+        finally:
+            self._finished.set()
+
+    def _end_process(self) -> None:
+        log.error("%s", _lost(self.folder, self.name))
+        # Not a signal: a process that was started in the background of a script ignores SIGINT.
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._of), ctypes.py_object(LostLock))
+        if not self._ended.wait(GRACE):
+            os._exit(1)
+
+
+def claims() -> Mapping[tuple[Path, str], str]:
+    """The locks under which this process writes, for a process that works for it: see `adopt`."""
+    return dict(_CLAIMS)
+
+
+def adopt(given: Mapping[tuple[Path, str], str]) -> None:
+    """Write under the locks of the process that this one works for, and as long as that one holds them."""
+    _CLAIMS.clear()
+    _CLAIMS.update(given)
+
+
+@contextlib.contextmanager
+def still_ours(path: str | Path) -> Iterator[None]:
+    """The moment in which a file of a run is renamed, appended to or removed.
+
+    Raises ``LostLock`` where a lock of this process over ``path`` is gone or another's. Nobody takes over a lock in that moment, where the
+    file system knows `flock`.
+    """
+    target = Path(path).resolve()
+    with contextlib.ExitStack() as stack:
+        for (folder, name), token in _CLAIMS.copy().items():
+            if _covers(folder, name, target):
+                with contextlib.suppress(FileNotFoundError):
+                    stack.enter_context(guarded(folder, shared=True))
+                if not _is_held(folder, name, token):
+                    raise LostLock(_lost(folder, name))
+        yield
+
+
+def _covers(folder: Path, name: str, target: Path) -> bool:
+    """Whether a file is one of those for which a lock stands: of a search, all results; of a checkpoint, those that have its name."""
+    if name != NAME:
+        return folder in target.parents and target.relative_to(folder).parts[0].startswith(name.removesuffix(f".{NAME}"))
+    return (folder.parent if folder.name == "anharmonic" else folder) in target.parents
+
+
+def _is_held(folder: Path, name: str, token: str) -> bool:
+    """Whether the lock has this token; given up as gone or damaged, or its error raised, after several attempts only."""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(PAUSE)
+        try:
+            owner = read_owner(folder, name)
+        except OSError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        if owner is not None:
+            return owner.token == token
+    return False
+
+
+def _lost(folder: Path, name: str) -> str:
+    owner = None
+    with contextlib.suppress(OSError):
+        owner = read_owner(folder, name)
+    now = "is gone" if owner is None else f"belongs to {owner.described()}"
+    return f"{folder}: this process was taken for dead (was it stopped?) and lost its lock, which {now}; it ends and writes nothing more"
+
+
+def _write(folder: Path, name: str, owner: Owner, beat: int = 1) -> None:
+    """Write a lock whole or not at all."""
+    temporary = folder / f".{name}-{owner.token}{TEMPORARY}"
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(owner) | {"beat": beat}, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / name)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _found(folder: Path, name: str) -> Owner | None:
@@ -247,20 +361,44 @@ def _refusal(folder: Path, name: str, owner: Owner) -> str:
 
 
 @contextlib.contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """Only one process at a time decides about a lock in ``folder`` or below; where the file system knows no such guard, none."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def guarded(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Many write, or one decides about a lock in ``folder`` or below, at a time; where the file system knows no such guard, none.
+
+    Raises ``InputError`` where somebody has been writing for `GUARD` seconds: a process that was stopped then would go on with it.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + GUARD
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{folder}: another process is in the middle of a write here (was it stopped?); wait for it or end it"
+                    ) from None
+                time.sleep(0.02)
+                continue
+            except OSError:
+                log.debug("%s: its file system knows no flock", folder)
+            break
         yield
     finally:
+        # closing alone would leave it to a child that was forked meanwhile
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+_HERE = uuid.uuid4().hex
+"""Where this process is, as far as others can know."""
 
 
 def _machine() -> str:
     """Names boot and process namespace: host names are not unique, and process ids mean nothing in another container."""
     parts = []
+    with contextlib.suppress(OSError):
+        if int(os.readlink("/proc/self")) != os.getpid():  # /proc of another namespace: no process can be looked up
+            return f"{socket.gethostname()} {_HERE} {os.getpid()}"
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     with contextlib.suppress(OSError):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ase.calculators.emt import EMT
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,16 @@ class Counted:
         with open(self.file, "a") as out:
             out.write(f"{os.getpid()}\n")
         return "made"
+
+
+class Witness(EMT):
+    """EMT that leaves in ``folder`` the host and process in which it works."""
+
+    default_parameters = {**EMT.default_parameters, "folder": "."}
+
+    def calculate(self, *arguments: Any) -> None:
+        (Path(self.parameters.folder) / f"{socket.gethostname()} {os.getpid()}").touch()
+        super().calculate(*arguments)
 
 
 def square(item: int, shared: Any = None) -> int:

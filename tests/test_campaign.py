@@ -353,11 +353,20 @@ def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes
     assert words["relax"] == "outdated" and words["hessian"] == "done"
 
 
-def test_steps_that_cannot_be_read_are_a_clear_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("{", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ('{"relax": {"kind": "relax", "status": "odd"}}', "relax: status: "),
+        ('{"relax": {"kind": "relax", "status": "done", "wall_s": "much"}}', "relax: wall_s: "),
+    ],
+)
+def test_steps_that_cannot_be_read_are_a_clear_message(tmp_path: Path, content: str, why: str) -> None:
     file = write_campaign(tmp_path)
     (tmp_path / "campaign").mkdir()
-    (tmp_path / "campaign" / "steps.json").write_text("{")
-    with pytest.raises(InputError, match="not readable as the steps of a campaign"):
+    (tmp_path / "campaign" / "steps.json").write_text(content)
+    with pytest.raises(InputError, match=f"steps.json: not readable as the steps of a campaign .{why}"):
         status(file)
 
 

@@ -174,6 +174,17 @@ def test_a_run_that_was_moved_onto_another_symmetry_is_taken_up_where_it_was(tmp
     assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}
 
 
+def test_a_budget_given_out_population_by_population_decides_the_phase_too(tmp_path):
+    """A race asks for one more population at a time: the end of each part is not the end of the question."""
+    whole = hydrogen_bond(-1.0, 0.2)
+    parts = []
+    while len(parts) < 10 and (not parts or not parts[-1].converged or parts[-1].reason):
+        parts.append(hydrogen_bond(-1.0, 0.2, max_populations=len(parts) + 1, directory=tmp_path))
+    assert parts[-1].space_group == whole.space_group == "P4/mmm (123)"
+    waiting = [part for part in parts if part.converged and part.reason]
+    assert waiting and all(UNDECIDED in part.space_group for part in waiting)
+
+
 @pytest.mark.parametrize(
     ("noise", "said"),
     [

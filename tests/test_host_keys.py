@@ -67,6 +67,8 @@ def test_a_key_in_both_spellings_is_refused() -> None:
 def test_an_unknown_key_is_refused_with_the_nearest_valid_one() -> None:
     assert problems(presure=150) == ("presure: unknown key; did you mean pressure?",)
     assert "did you mean d_ratio?" in problems(d_ratioo=1)[0]
+    wrong = {"MainCalculater": "MainCalculator", "numgen": "numGen", "saveGod": "saveGood", "OfspringCreator": "OffspringCreator"}
+    assert [line for key, right in wrong.items() if f"did you mean {right}?" not in (line := problems(**{key: 1})[0])] == []
 
 
 @pytest.mark.parametrize("name", sorted(MAGUS_ONLY - {"MLCalculator"}))

@@ -493,7 +493,30 @@ def test_gpaw_that_does_not_converge_is_a_failure_with_that_reason(tmp_path):
     assert list((tmp_path / "failed").iterdir()), "the output of a failed label is kept"
 
 
-def test_a_function_that_makes_a_calculator_is_a_labeler_and_what_it_makes_is_looked_at(tmp_path):
+@pytest.mark.parametrize(
+    "path", ["os.system", "shutil.rmtree", "subprocess.Popen", "subprocess.run", "builtins.exec", "os.remove", "ase.io.write", "ase.Atoms"]
+)
+def test_an_input_calls_nothing_but_calculators(tmp_path, path):
+    with pytest.raises(InputError, match="is no ASE calculator .* an input cannot call anything else"):
+        get_labeler(LabelerSettings(calculator=path, arguments={"path": str(tmp_path)}), tmp_path / "work")
+    assert tmp_path.is_dir() and not (tmp_path / "work").exists()
+
+
+def test_a_module_is_allowed_outside_of_the_input_alone_and_the_log_names_it(tmp_path, monkeypatch, caplog):
+    settings = LabelerSettings(calculator="misbehaving.made")
+    with pytest.raises(InputError, match="export MAGUS_ANHARMONIC_ALLOW=misbehaving"):
+        get_labeler(settings, tmp_path)
+    monkeypatch.setenv("MAGUS_ANHARMONIC_ALLOW", "mace.calculators, misbehaving")
+    with caplog.at_level("INFO"):
+        get_labeler(settings, tmp_path).close()
+    assert "its module is allowed" in caplog.text
+    from magus_anharmonic.doctor import _labelers
+
+    assert any("mace.calculators, misbehaving" in check.detail for check in _labelers(None))
+
+
+def test_a_function_that_makes_a_calculator_is_a_labeler_and_what_it_makes_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAGUS_ANHARMONIC_ALLOW", "misbehaving")
     atoms = bulk("Cu")
     with get_labeler(LabelerSettings(calculator="misbehaving.made", n_workers=1), tmp_path / "good") as labeler:
         (label,) = labeler.label([atoms])

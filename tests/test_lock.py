@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -17,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from magus_anharmonic import lock
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY
+from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError
+from magus_anharmonic.files import TEMPORARY, append_jsonl, remove, set_aside, write_text
 from magus_anharmonic.lock import NAME, Owner, check_free, locked, read_owner
+from magus_anharmonic.scheduler.local import LocalScheduler
 
 HOLD = """
 import sys, time
@@ -226,7 +230,7 @@ def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_
 
 def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
-    with pytest.raises(KeyboardInterrupt), locked(tmp_path, "a search") as owner:
+    with pytest.raises(LostLock), locked(tmp_path, "a search") as owner:
         wait_for(lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2)
         thief = replace(owner, token="f" * 12)
         for _ in range(200):
@@ -234,6 +238,191 @@ def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path: Path, monkeyp
             time.sleep(0.05)
     left = read_owner(tmp_path)
     assert left is not None and left.token == thief.token, "the loser must not remove the lock of its successor"
+
+
+WRITERS = {
+    "write": lambda file: write_text(file, "old owner"),
+    "append": lambda file: append_jsonl(file, {"by": "old owner"}),
+    "remove": remove,
+    "set aside": lambda file: set_aside(file, "damaged"),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize("now", ["another's", "released", "damaged", "moved away"])
+def test_an_owner_whose_token_is_gone_changes_no_file_any_more(tmp_path: Path, now: str, write: Callable[[Path], object]) -> None:
+    folder, results = tmp_path / "results/anharmonic", tmp_path / "results"
+    folder.mkdir(parents=True)
+    (results / "best.traj").write_text("new owner")
+    outside = tmp_path / "other/best.traj"
+    with locked(folder, "a search") as mine:
+        write_text(results / "gen1.traj", "mine")
+        if now == "another's":
+            (folder / NAME).write_text(json.dumps(asdict(replace(mine, token="f" * 12))))
+        elif now == "moved away":  # as a new search does with the results of an earlier one
+            results.rename(tmp_path / "results1")
+            folder.mkdir(parents=True)
+            (results / "best.traj").write_text("new owner")
+        else:
+            (folder / NAME).unlink() if now == "released" else (folder / NAME).write_text("{")
+        with pytest.raises(LostLock, match=r"lost its lock, which (is gone|belongs to a search)"):
+            write(results / "best.traj")
+        write_text(outside, "is no file of that search")
+    assert (results / "best.traj").read_text() == "new owner" and outside.exists()
+    assert sorted(path.name for path in results.iterdir()) in (["anharmonic", "best.traj"], ["anharmonic", "best.traj", "gen1.traj"])
+    write(results / "best.traj")
+
+
+def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(lock, "GRACE", 60.0)
+    first = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    (tmp_path / "results").rename(tmp_path / "results1")
+    second = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    time.sleep(0.3)
+    write_text(tmp_path / "results/gen1.traj", "second")
+    first.release()
+    write_text(tmp_path / "results/gen2.traj", "second")
+    second.release()
+    write_text(tmp_path / "results/gen3.traj", "nobody's")
+    assert not list(tmp_path.glob("results/*/*.json"))
+
+
+OWNER = """
+import signal, sys, threading, time
+from pathlib import Path
+from magus_anharmonic import lock
+from magus_anharmonic.files import append_jsonl
+lock.HEARTBEAT, lock.GRACE = 0.2, 1.0
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of `cmd &` in a batch script
+with lock.locked(sys.argv[1], "a search"):
+    for number in range(100000):
+        if sys.argv[2] == "writes":
+            append_jsonl(sys.argv[1] + "/generations.jsonl", {"by": "old", "number": number})
+            time.sleep(0.02)
+        sum(range(10000))
+        if number == 3:
+            print("held", flush=True)
+            time.sleep(600 if sys.argv[2] == "sleeps" else 0)
+"""
+
+
+@pytest.mark.parametrize("busy", ["writes", "computes", "sleeps"])
+@pytest.mark.parametrize("new", ["works", "has finished"])
+def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_and_ends_though_it_ignores_sigint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str, new: str
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 1.0)
+    monkeypatch.setattr(lock, "GUARD", 0.2)
+    monkeypatch.setattr(Owner, "here", property(lambda self: self.pid == os.getpid()))  # another host, or another container
+    process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), busy], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with contextlib.ExitStack() as stack:
+            for _ in range(50):  # one that was stopped in the middle of a write is not taken over
+                process.send_signal(signal.SIGSTOP)
+                with contextlib.suppress(InputError):
+                    stack.enter_context(locked(tmp_path, "another"))
+                    break
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.05)
+            append_jsonl(tmp_path / "generations.jsonl", {"by": "new"})
+            if new == "has finished":
+                stack.close()
+            after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME}
+            process.send_signal(signal.SIGCONT)
+            assert process.wait(timeout=20) == 1
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME} == after
+            found = read_owner(tmp_path)
+            assert (found is None) == (new == "has finished") and (found is None or found.pid == os.getpid())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 0.3)
+    monkeypatch.setattr(lock, "GUARD", 0.3)
+    elsewhere(tmp_path)
+    with lock.guarded(tmp_path, shared=True), pytest.raises(InputError, match="in the middle of a write here"):
+        locked(tmp_path, "another").__enter__()
+
+
+TIGHT = """
+import resource, sys
+from magus_anharmonic import lock
+from magus_anharmonic.errors import MachineTrouble
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
+try:
+    with lock.locked(sys.argv[1], "a search"):
+        print("held")
+except (MachineTrouble, MemoryError) as error:
+    print("refused", error)
+"""
+
+
+@pytest.mark.parametrize("left", [0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24])
+def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_not_a_wait_for_ever(tmp_path: Path, left: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TIGHT, str(tmp_path / "run"), str(left)], capture_output=True, text=True, timeout=60, env={**os.environ}
+    )
+    assert done.stdout.startswith(("held", "refused")) or "MemoryError" in done.stderr, done.stderr
+    assert not (tmp_path / "run" / NAME).exists()
+
+
+def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", none_left)
+    with pytest.raises(MagusAnharmonicError, match=r"no thread for the heartbeat of its lock \(can't start new thread\); allow"):
+        locked(tmp_path / "run", "a search").__enter__()
+    monkeypatch.setattr("_thread.start_new_thread", lambda *arguments: 0)
+    monkeypatch.setattr(lock, "BEGIN", 0.1)
+    with pytest.raises(MagusAnharmonicError, match="it did not begin"):
+        locked(tmp_path / "run", "a search").__enter__()
+    assert not (tmp_path / "run").exists() and not lock.claims()
+
+
+def steps_of(item: str, shared: object = None) -> int:
+    """A task that writes in a folder until it may not."""
+    for number in range(1000):
+        append_jsonl(Path(item) / "steps.jsonl", {"number": number})
+        if number == 3:
+            owner = read_owner(item)
+            assert owner is not None and owner.pid != os.getpid()
+            (Path(item) / NAME).write_text(json.dumps(asdict(replace(owner, token="f" * 12))))
+    return number
+
+
+def test_workers_of_an_owner_write_under_its_lock_and_no_longer(tmp_path: Path) -> None:
+    with contextlib.closing(LocalScheduler(1)) as scheduler, locked(tmp_path, "a search"):
+        with pytest.raises(MagusAnharmonicError, match="lost its lock"):
+            list(scheduler.map(steps_of, [str(tmp_path)]))
+    assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="skipped: needs root and unshare")
+@pytest.mark.parametrize("options", [["--mount-proc"], []])
+def test_an_owner_in_another_process_namespace_is_told_by_its_heart_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(lock, "PATIENCE", 3.0)
+    program = OWNER.replace("if number == 3", "if number == 0")
+    command = ["unshare", "--pid", "--fork", "--kill-child", *options, sys.executable, "-c", program, str(tmp_path), "computes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        owner = read_owner(tmp_path)
+        assert owner is not None and owner.pid == 1 and owner.alive is None
+        with pytest.raises(InputError, match="another process works here"):
+            locked(tmp_path, "another").__enter__()
+    finally:
+        process.kill()
+        process.wait()
+    with locked(tmp_path, "another"):
+        pass
 
 
 def wait_for(condition) -> None:  # type: ignore[no-untyped-def]

@@ -138,7 +138,7 @@ NO_CRYSTALS = ("layer", "cluster", "adclus", "surface", "interface", "confined_1
         ({"Fitness": ["XRD"], "waveLength": 1.5}, "Fitness: XRD: needs targetXrd"),
         ({"fix_volume": True}, "MainCalculator: fix_volume: True: calculator: mattersim does not know this key"),
         ({"maxForce": 20.0}, "MainCalculator: maxForce: 20.0: calculator: mattersim does not know this key"),
-        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer"),
+        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer: 'lbfgs': should be 'bfgs', 'ase' or 'fire'"),
         ({"pop_size": 4}, "pop_size: MAGUS reads popSize only"),
         (
             {"MainCalculator": {"calculator": ["emt", "mattersim"], "jobPrefix": ["EMT", "M"]}},
@@ -886,6 +886,17 @@ class Asked:
     def __call__(self, pop: list[Atoms]) -> list[Atoms]:
         self.numbers.append(len(pop))
         return pop
+
+
+def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and never trained, without a word."""
+    search = search_of(magus, ml_keys, ml=True)
+    search.one_step = pytest.fail
+    with pytest.raises(SystemExit) as stopped:
+        search.run()
+    assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
 def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:

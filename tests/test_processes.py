@@ -24,7 +24,7 @@ def test_who_holds_the_pipes_of_an_ended_program_is_neither_waited_for_nor_left(
     outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], start_new_session=True)"
     begun = time.monotonic()
     with pytest.raises(subprocess.TimeoutExpired):
-        run_bounded([sys.executable, "-c", outer], 3.0)
-    assert time.monotonic() - begun < 15.0
+        run_bounded([sys.executable, "-c", outer], 10.0)
+    assert time.monotonic() - begun < 60.0, "the inner one sleeps for ten minutes"
     pid = int(file.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

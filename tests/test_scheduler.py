@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.serial import SerialScheduler
+from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
@@ -385,6 +387,24 @@ def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_wor
     assert "SIGSEGV" in found[1].reason and "the density is negative" in found[2].reason
     assert len(list((tmp_path / "failed").glob("*/worker.log"))) == 2
     assert set(dask._client.nthreads()) == before
+
+
+@pytest.mark.slow
+def test_relaxations_of_a_search_are_done_by_the_workers_and_none_by_its_own_process(cluster, tmp_path):
+    from distributed import Client
+
+    block = {"calculator": "scheduler_tasks.Witness", "arguments": {"folder": str(tmp_path)}, "maxStep": 3}
+    settings = parse_settings({"scheduler": cluster.scheduler_address, "symbols": ["Cu"], "MainCalculator": block})
+    relaxer = build_relaxer(settings)
+    assert relaxer.scheduling is settings and relaxer.run_dir is None and relaxer.evaluator.model_id
+    for asked in tmp_path.iterdir():  # for its id, here
+        asked.unlink()
+    assert len(relaxer.relax([bulk("Cu", a=3.5 + 0.01 * i) for i in range(60)], tmp_path / "chunks")) == 60
+    with Client(cluster) as client:
+        workers = {f"{socket.gethostname()} {pid}" for pid in client.run(os.getpid).values()}
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == workers and len(workers) == 2
+    with pytest.raises(TypeError):
+        Relaxer(relaxer.evaluator, relaxer.settings, 0.0, settings)
 
 
 @pytest.mark.slow

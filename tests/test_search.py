@@ -155,10 +155,14 @@ def test_numbers_in_the_results_are_those_of_the_calculator(finished: tuple[Path
         assert atoms.info["spg"] == dataset(again, 0.1).number
 
 
+def relaxer(keys: relaxation.AseCalculatorSettings, pressure: float) -> relaxation.Relaxer:
+    return relaxation.Relaxer(evaluator=CalculatorEvaluator(EMT()), settings=keys, pressure=pressure)
+
+
 def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> None:
     copper = {"symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "initSize": 8, "pressure": 50}
     outcome = run(settings(**copper, MainCalculator={"calculator": "ase.calculators.emt.EMT", "eps": 0.01, "maxStep": 80}), tmp_path)
-    fcc = relaxation.Relaxer(CalculatorEvaluator(EMT()), relaxation.AseCalculatorSettings(calculator="emt", eps=0.01), 50.0)
+    fcc = relaxer(relaxation.AseCalculatorSettings(calculator="emt", eps=0.01), 50.0)
     reference = bulk("Cu", a=3.4)
     known = fcc.relax([reference], tmp_path / "reference")[0]
     assert outcome.good[0].info["enthalpy"] <= known.info["enthalpy"] + 2e-3
@@ -170,7 +174,7 @@ def test_kicks_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
 
     def enthalpy(kicks: int) -> float:
         keys = relaxation.AseCalculatorSettings(calculator="emt", max_step=300, kicks=kicks)
-        return float(relaxation.Relaxer(CalculatorEvaluator(EMT()), keys, 0.0).relax([square], tmp_path / str(kicks))[0].info["enthalpy"])
+        return float(relaxer(keys, 0.0).relax([square], tmp_path / str(kicks))[0].info["enthalpy"])
 
     assert enthalpy(2) < enthalpy(0) - 1e-3
 
@@ -351,7 +355,13 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
         ({"presure": 3}, "presure: unknown key; did you mean pressure"),
         ({"molMode": True}, "molMode: only MAGUS knows"),
         ({"MainCalculator": {"calculator": "vasp"}}, "'vasp': the embedded host knows mattersim, emt"),
-        ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "cannot be imported"),
+        ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "has no calculator 'Emt'"),
+        ({"MainCalculator": {"calculator": "os.system", "arguments": {"command": "touch ran"}}}, "no ASE calculator"),
+        ({"MainCalculator": {"calculator": "subprocess.Popen", "arguments": {"args": "touch ran"}}}, "no ASE calculator"),
+        (
+            {"MainCalculator": {"calculator": "ase.calculators.lammpsrun.LAMMPS", "arguments": {"command": "touch ran;"}}},
+            "an input cannot start programs here",
+        ),
         ({"MainCalculator": {"calculator": "emt", "step_size": 0.1}}, "MainCalculator.step_size: unknown key"),
         ({"MainCalculator": {"calculator": "ase.calculators.singlepoint.SinglePointCalculator"}}, "cannot be made with arguments"),
         ({"learning": {"labeler": {"calculator": "gpaw"}}}, "learning: needs a model that can learn"),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.units import invcm
 from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.errors import InputError
@@ -19,6 +22,7 @@ from magus_anharmonic.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.run import SAMPLING_TAG
+from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, KELVIN, gpa_to_ev_per_a3
 
@@ -241,6 +245,19 @@ def test_a_folder_of_another_run_is_refused(tmp_path, change):
     quartic(tmp_path / "run", max_populations=1)
     with pytest.raises(InputError, match="another SSCHA run"):
         quartic(tmp_path / "run", **change)
+
+
+def test_a_folder_that_holds_the_run_of_another_potential_is_computed_anew_and_that_run_kept(tmp_path, caplog):
+    argon = bulk("Ar", "fcc", a=5.2)
+    found = {}
+    for directory in (tmp_path / "run", None):
+        for epsilon in (0.0104, 0.0208, 0.0104):
+            model = LennardJones(sigma=3.4, epsilon=epsilon, rc=9.0, smooth=True)
+            options = dict(supercell=(2, 2, 2), n_configs=20, max_populations=2, cell="fixed", directory=directory)
+            found.setdefault(epsilon, set()).add(free_energy(argon, model, 0.0, **options).gibbs)
+    assert [len(gibbs) for gibbs in found.values()] == [1, 1] and found[0.0104] != found[0.0208]
+    assert "held the run of another model, lennardjones-" in caplog.text
+    assert [path.name[:16] for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["of-lennardjones-"] * 2
 
 
 def test_a_result_of_another_version_is_refused(tmp_path):
@@ -484,3 +501,21 @@ def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_
     assert not list(tmp_path.rglob("*.damaged*"))
     assert row == whole.progress.rows[-1] and run.progress.rows == whole.progress.rows
     assert run.finish().as_dict() | {"seconds": 0} == whole.finish().as_dict() | {"seconds": 0}
+
+
+@pytest.mark.slow
+def test_a_start_with_modes_near_zero_does_as_well_on_either_side_of_it():
+    """Dynamical matrices of others have modes at +0.5 and -0.5 cm-1 alike; a sample of such amplitudes would be lost."""
+    options = {"n_configs": 20, "max_populations": 2, "supercell": (2, 2, 2), "cell": "fixed", "seed": 3}
+    state = free_energy(ALUMINIUM, EMT(), 20.0, 0.0, **options).state
+    symmetry, modes = Symmetry(state.atoms, state.repeats), state.modes
+    vectors = modes.vectors * np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
+    lowest, found = np.isclose(modes.quantum, modes.quantum[0], rtol=1e-3), []
+    for wavenumber in (0.5, -0.5, 1e-3, -1e-3, 3.0, -3.0):
+        quantum = np.where(lowest, wavenumber * invcm, modes.quantum)
+        change = (np.sign(quantum) * quantum**2 - modes.quantum**2) / HBAR**2
+        softened = symmetry.force_constants(fold(state.full + (vectors * change) @ vectors.T, state.repeats))
+        start = replace(state, force_constants=softened)
+        assert start.modes.quantum[0] == pytest.approx(wavenumber * invcm, rel=1e-3, abs=1e-7)
+        found.append(free_energy(state.atoms, EMT(), 20.0, 0.0, start=start, **options).gibbs)
+    assert np.isfinite(found).all() and np.ptp(found) < 0.01

@@ -246,7 +246,11 @@ def test_a_ranking_has_deuterides_as_a_composition_of_their_own_and_mixes_no_oth
 
 
 def test_children_and_relaxed_structures_of_a_search_keep_the_isotopes():
-    relaxer = Relaxer(as_evaluator(QuarticPair()), AseCalculatorSettings(calculator="emt", max_step=1, relax_lattice=False), 0.0)
+    relaxer = Relaxer(
+        evaluator=as_evaluator(QuarticPair()),
+        settings=AseCalculatorSettings(calculator="emt", max_step=1, relax_lattice=False),
+        pressure=0.0,
+    )
     (relaxed,) = relaxer._relax_chunk([with_hydrogen(2.014)])
     assert relaxed.get_masses()[0] == 2.014
     assert symmetrised(with_hydrogen(2.014), 0.1).get_masses().max() == pytest.approx(18.998, abs=1e-3)

@@ -19,6 +19,7 @@ from magus_anharmonic.failures import read_failures, record_failure
 from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
+from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
@@ -170,8 +171,14 @@ def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator
     ``MagusAnharmonicError`` with the reasons when that is because labels failed.
     """
     file = Path(folder) / "labels.xyz"
-    found = {str(atoms.info["id"]): atoms for atoms in (_read_checked(file) if file.is_file() else [])}
     structures = configurations(state, displacements)
+    mine = {str(atoms.info["id"]) for atoms in structures}
+    frames = [atoms for atoms in (_read_checked(file) if file.is_file() else []) if str(atoms.info["id"]) in mine]
+    wrong = outliers(frames, model)
+    for i, reason in wrong.items():
+        log.warning("%s: %s; it is left out", file, in_words(frames[i], i + 1, reason))
+        record_failure(folder, "label", reason, id=frames[i].info["id"], number=frames[i].info["number"])
+    found = {str(atoms.info["id"]): atoms for atoms in without_outliers(frames, wrong)}
     centroids, ensemble = structures[0], structures[1:]
     there = np.array([atoms.info["id"] in found for atoms in ensemble])
     whole = np.flatnonzero(np.repeat(there.reshape(-1, 2).all(axis=1), 2))

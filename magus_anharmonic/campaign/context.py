@@ -13,7 +13,7 @@ from ase import Atoms
 from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import bare
@@ -102,7 +102,7 @@ class StructureFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.path.unlink(missing_ok=True)
+        remove(self.path)
         self.n = 0
 
     def add(self, atoms: Atoms, name: str, space_group: str, pressure: float, kind: str) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import read_json, write_json
@@ -36,17 +38,20 @@ class StepRecord:
         return replace(self, **values)
 
 
+_RECORDS = TypeAdapter(dict[str, StepRecord])
+
+
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun. Raises ``InputError``."""
     file = folder / FILE
     if not file.is_file():
         return {}
-    names = {field.name for field in fields(StepRecord)}
     try:
-        data = read_json(file)
-        return {step: StepRecord(**{name: value for name, value in found.items() if name in names}) for step, found in data.items()}
-    except (DamagedFile, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not readable as the steps of a campaign ({error}); move it away and run the campaign again") from None
+        return _RECORDS.validate_python(read_json(file))
+    except (ValidationError, DamagedFile) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        why = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise InputError(f"{file}: not readable as the steps of a campaign ({why}); move it away and run the campaign again") from None
 
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:

@@ -21,7 +21,7 @@ from magus_anharmonic.analysis.tables import (
     cell,
     columns,
 )
-from magus_anharmonic.files import replacing, table_rows
+from magus_anharmonic.files import remove, replacing, table_rows
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
@@ -61,7 +61,7 @@ def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> N
     target.mkdir(parents=True, exist_ok=True)
     for stale in target.iterdir():
         if stale.name not in parts and stale.suffix in (".csv", ".extxyz"):
-            stale.unlink()
+            remove(stale)
     for name, files in parts.items():
         _concatenate(target / name, files, header=name.endswith(".csv"))
 

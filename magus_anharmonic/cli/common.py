@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, Terminated, is_trouble, printable, reason_of
+from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError, Terminated, is_trouble, printable, reason_of
 from magus_anharmonic.report.screen import console as console
 
 app = typer.Typer(
@@ -54,6 +54,9 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as error:
         say(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
         raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
+    except LostLock as error:
+        say(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
     except Exception as error:
         if not (isinstance(error, OSError) or is_trouble(error)):
             raise

@@ -4,24 +4,53 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import os
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 
 from magus_anharmonic.errors import LabelerError, typed_line
 from magus_anharmonic.labelers.base import Recipe, make_recipe
 from magus_anharmonic.settings import LabelerSettings
 
+log = logging.getLogger(__name__)
+
+ALLOW = "MAGUS_ANHARMONIC_ALLOW"
+"""Environment variable: modules, separated by commas, of which an input may call functions that make calculators."""
+ENTRY_POINTS = "magus_anharmonic.calculators"
+"""Group in which an installed package names such functions (module:function)."""
 EXECUTION_KEYS = frozenset({"command", "profile"})
 METHODS = ("get_potential_energy", "get_forces", "get_stress")
 NO_CALCULATOR = f"is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g. ase.calculators.emt.EMT"
 
 
+def allowed_modules() -> list[str]:
+    """Modules of which an input may call what is no subclass of ASE's Calculator: of the user's environment, and of installed packages.
+
+    An input file comes from anywhere, and must not name them itself.
+    """
+    installed = [point.value.partition(":")[0] for point in entry_points(group=ENTRY_POINTS)]
+    return [*(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip()), *installed]
+
+
+def may_call(found: Any, module_name: str) -> bool:
+    """Whether an input may call ``found`` of a module: a subclass of ASE's calculators, or anything of an allowed module."""
+    if isinstance(found, type) and issubclass(found, BaseCalculator):
+        return True
+    if any(module_name == name or module_name.startswith(f"{name}.") for name in allowed_modules()):
+        log.info("%s is called although it is no subclass of ASE's Calculator: its module is allowed", found)
+        return True
+    return False
+
+
 def load_class(path: str) -> Callable[..., Any]:
-    """The class at an import path, or a function that makes a calculator (``mace.calculators.mace_mp``).
+    """The subclass of ASE's Calculator at an import path, or what makes a calculator in a module that the user has allowed.
 
     Raises ``LabelerError`` that says which part is missing, or that it is no ASE calculator.
     """
@@ -43,6 +72,11 @@ def load_class(path: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if found is None:
         raise LabelerError(f"{module_name} has no calculator {name!r}")
+    if not may_call(found, module_name):
+        raise LabelerError(
+            f"{path} is no ASE calculator (a subclass of ASE's Calculator, e.g. ase.calculators.emt.EMT), and an input cannot call "
+            f"anything else; if you trust it and what it does, allow its module outside of the input: export {ALLOW}={module_name}"
+        )
     if not inspect.isfunction(found) and not (isinstance(found, type) and _calculates(found)):
         raise LabelerError(f"{path} {NO_CALCULATOR}")
     return found

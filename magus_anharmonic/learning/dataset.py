@@ -15,7 +15,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
@@ -79,6 +79,8 @@ class LabelStore:
         self.directory = Path(directory)
         self.families = Families(self.directory / "families.jsonl")
         self.index = self.directory / "index.jsonl"
+        self.outliers = self.directory / "quarantine.jsonl"
+        self._quarantined = {str(line["id"]): str(line["reason"]) for line in read_jsonl(self.outliers, ("id", "reason"))}
         self._frames: dict[str, Atoms] = {}
         self._sides_of_dataset: dict[str, str] = {}
         known = {str(line["id"]): line["digest"] for line in read_jsonl(self.index, ("id", "digest"))}
@@ -169,24 +171,36 @@ class LabelStore:
             with replacing(batch) as temporary:
                 write(temporary, fresh, format="extxyz")
         for file in files:
-            file.unlink()
+            remove(file)
         with contextlib.suppress(OSError):  # a damaged file that was set aside stays
             folder.rmdir()
         return batch
 
-    def labels(self, *, generation: int | None = None, before: int | None = None) -> list[Atoms]:
+    def labels(self, *, generation: int | None = None, before: int | None = None, quarantined: bool = False) -> list[Atoms]:
         """Usable labels of one generation, of all ``before`` one, or all, in the order of their id.
 
-        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) are left out.
+        Labels kept with ``info['excluded']`` (a reason, e.g. unphysical forces) and those in quarantine (unless ``quarantined``)
+        are left out.
         """
         chosen = [
             atoms
             for _, atoms in sorted(self._frames.items())
             if "excluded" not in atoms.info
+            and (quarantined or atoms.info["id"] not in self._quarantined)
             and (generation is None or atoms.info["generation"] == generation)
             and (before is None or atoms.info["generation"] < before)
         ]
         return chosen
+
+    def quarantine(self, label_id: str, reason: str) -> None:
+        """Never use a label, which stays where it is; ``quarantine.jsonl`` says why."""
+        if label_id not in self._quarantined:
+            append_jsonl(self.outliers, {"id": label_id, "reason": reason})
+            self._quarantined[label_id] = reason
+
+    def n_quarantined(self, generation: int) -> int:
+        """How many labels of a generation are in quarantine."""
+        return sum(self._frames[name].info["generation"] == generation for name in self._quarantined if name in self._frames)
 
     def adopt(self, dataset: Sequence[Atoms], split: Sequence[int]) -> None:
         """Give labels of earlier work (``learning.dataset``) their families among those of this search, and one side to each family.

@@ -16,13 +16,14 @@ from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import append_jsonl, read_jsonl, replacing, set_aside
+from magus_anharmonic.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import choose, hold_back, quotas, select
 from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, plan_label, read_dataset
 from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
+from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.score import FEW, Scores
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import bare
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 MAX_FORCE = 50.0
 """eV/A; a label with a larger force is kept but not learned from (MAGUS drops such structures too)."""
+
+CONTEXT = 200
+"""Earlier labels beside which those of a round are judged, at most."""
 
 METRICS = ("generation", "new_model", "n_labels", "n_failures", "changed")
 """What every line of ``metrics.jsonl`` has."""
@@ -114,6 +118,8 @@ def learn(
         chosen = _choose(population, generation, settings, store, seed, potential, dataset)
         planned = plan(population, generation, settings, store, seed, chosen)
     n_failures = _label(planned, generation, labeler, store, folder)
+    n_failures += _quarantine(generation, potential, store, folder)
+    dataset = _sound(dataset, potential)
     labels = store.labels(generation=generation)
     sets = training_sets(labels, store.labels(before=generation), dataset, settings, np.random.default_rng([seed, generation, _REPLAY]))
     metrics: dict[str, Any] = {
@@ -158,7 +164,7 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
             log.warning("%s is not the model that metrics.jsonl names; the round is done again", file)
             return None
     for left in (folder / "training").glob(f"gen{generation}.pth*"):  # killed between the checkpoint and its tidying up
-        left.unlink()
+        remove(left)
     log.info("round %d has learned already: model %s", generation, current.model_id)
     return Learned(current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], metrics["changed"])
 
@@ -264,6 +270,25 @@ def _label(planned: Sequence[Atoms], generation: int, labeler: Labeler, store: L
     return n_failures
 
 
+def _quarantine(generation: int, potential: Potential, store: LabelStore, folder: Path) -> int:
+    """Set aside the labels of this round that cannot be right, judged beside the newest earlier ones; returns how many are new there."""
+    new = store.labels(generation=generation, quarantined=True)  # a round that is taken up again must judge as it did before
+    frames = [*new, *store.labels(before=generation)[-CONTEXT:]]
+    reasons = {i: reason for i, reason in outliers(frames, potential).items() if i < len(new)} if new else {}
+    for i, reason in reasons.items():
+        store.quarantine(str(new[i].info["id"]), reason)
+        _record_failure(folder, new[i], str(new[i].info["settings_hash"]), reason)
+    return store.n_quarantined(generation)
+
+
+def _sound(dataset: list[Atoms], potential: Potential) -> list[Atoms]:
+    """Labels of earlier work without those that cannot be right."""
+    reasons = outliers(dataset, potential)
+    for i, reason in reasons.items():
+        log.warning("learning.dataset: %s; it is left out", in_words(dataset[i], i + 1, reason))
+    return without_outliers(dataset, reasons)
+
+
 def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str | None:
     """Save one result; returns the reason when it cannot be learned from."""
     if isinstance(result, Failure):
@@ -283,7 +308,7 @@ def keep_label(atoms: Atoms, result: Label | Failure, store: LabelStore) -> str 
 
 def _record_failure(folder: Path, atoms: Atoms, settings_hash: str, reason: str) -> None:
     log.warning("label %s (%s) failed: %s", atoms.info["id"], atoms.get_chemical_formula(), reason)
-    record = {key: atoms.info[key] for key in ("generation", "id", "parent", "distortion_seed")}
+    record = {key: atoms.info.get(key, "") for key in ("generation", "id", "parent", "distortion_seed")}
     what = {**record, "formula": atoms.get_chemical_formula(), "settings_hash": settings_hash}
     record_failure(folder, "label", reason, **what, cell=atoms.cell.array, positions=atoms.positions)
 
@@ -403,7 +428,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
     else:
         extra = uncertainty.for_checkpoint(model.error_model)
         checkpoint.save(model.module, file, parent_id=model.model_id, species=model.species_seen, **extra)
-    trained.unlink(missing_ok=True)
+    remove(trained)
 
 
 def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:

@@ -119,6 +119,8 @@ def _run_dir(keys: Mapping[str, Any]) -> Path:
 
 def _to_the_end(original: Callable[..., None], search: Magus, *args: Any) -> None:
     _attach_to_miner()
+    if search in _ROUNDS and is_mode(search, "MLMagus") and "one_step" in vars(search):
+        stop(InputError("-m -smfr: the miner's step relaxes with MainCalculator and never trains; search with -m or with -smfr"))
     original(*args)
     rounds = _ROUNDS.get(search)
     if rounds is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from ase import Atoms
 from ase.io import read, write
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.structures import bare, structure_id
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def clear_seeds(folder: str | Path) -> None:
 
 def _replace(file: Path, frames: list[Atoms]) -> None:
     if not frames:
-        file.unlink()
+        remove(file)
         return
     with replacing(file) as temporary:
         write(temporary, frames, format="traj")

@@ -21,7 +21,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.files import set_aside, versions
+from magus_anharmonic.files import remove, set_aside, versions
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential
@@ -203,7 +203,7 @@ class _Run:
             logger.warning("%s lacks a part of its record (%s): training starts anew", self.out, error)
             return None
         logger.info("%s was trained from the same inputs: nothing to do", self.out)
-        self.state_file.unlink(missing_ok=True)  # of a run that was killed just before it did this
+        remove(self.state_file)  # of a run that was killed just before it did this
         found.error_model = uncertainty.error_model_of(record, module.model_args["units"]) or self._error_model(module)
         return found
 
@@ -304,7 +304,7 @@ class _Run:
         result.error_model = self._error_model(self.module)
         extra = uncertainty.for_checkpoint(result.error_model)
         checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species, **extra)
-        self.state_file.unlink(missing_ok=True)
+        remove(self.state_file)
         kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the weights from before are kept"
         logger.info(
             "%s; validation loss %.4g before, %.4g after (%s); %s; model %s in %s",

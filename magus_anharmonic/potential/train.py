@@ -16,12 +16,13 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import remove, write_json
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
+from magus_anharmonic.potential.label_check import in_words, outliers
 from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.score import Scores, labels_of, score, scores_by
 from magus_anharmonic.potential.shift import refit_shift
@@ -73,16 +74,19 @@ class TrainReport:
     scores: dict[str, dict[str, Scores]]
     stages: list[FinetuneResult] = field(repr=False)
     seconds: float = 0.0
+    excluded: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the history of every stage."""
         stages = [{**stage.as_dict(), "history": [epoch.as_dict() for epoch in stage.history]} for stage in self.stages]
         scores = {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in self.scores.items()}
         plain = {"path": str(self.path), "model_id": self.model_id, "start": self.start, "seconds": self.seconds}
+        plain["excluded"] = self.excluded
         return {**plain, "shift_change": self.shift_change, "scores": scores, "stages": stages}
 
     def __str__(self) -> str:
         lines = [f"model {self.model_id} in {self.path} (from {self.start})"]
+        lines += [f"left out: {reason}" for reason in self.excluded]
         if self.shift_change:
             lines.append("energy shift: " + ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in self.shift_change.items()))
         for number, stage in enumerate(self.stages, 1):
@@ -118,6 +122,7 @@ def read_labels(*paths: str | Path) -> list[Atoms]:
             raise InputError(f"{path}: no such file (labels are extended XYZ with energy, forces and stress)")
         found = read_structures(path, crystal=False)
         for index, atoms in enumerate(found):
+            atoms.info["_frame"] = f"{index} of {path}"
             try:
                 labels_of(atoms)
             except InputError as error:
@@ -139,7 +144,7 @@ def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecip
 
 def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None) -> TrainReport:
     began = time.perf_counter()
-    train, validation, test = _sets(labels, recipe)
+    train, validation, test, excluded = _sound(labels, recipe, device)
     module, start, change, species = _starting_model(train, recipe, device)
     parent_id = checkpoint.model_id(module)
     provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
@@ -158,10 +163,10 @@ def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device:
     model = checkpoint.save(
         module, out, parent_id=parent_id, metrics=metrics, species=species, provenance=provenance, **for_checkpoint(errors)
     )
-    report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began)
+    report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began, excluded)
     write_json(out.with_suffix(".json"), {**report.as_dict(), "provenance": provenance})
     for stage in stages:
-        stage.path.unlink(missing_ok=True)
+        remove(stage.path)
     return report
 
 
@@ -193,6 +198,29 @@ def _sets(labels: Sequence[str | Path], recipe: TrainRecipe) -> tuple[list[Atoms
             logger.warning("%d parents are in both the training and the %s set: its errors are too low", len(shared), part)
     logger.info("%d structures for training, %d for validation, %d for the test", len(train), len(validation), len(test))
     return train, validation, test
+
+
+def _sound(
+    labels: Sequence[str | Path], recipe: TrainRecipe, device: str | None
+) -> tuple[list[Atoms], list[Atoms], list[Atoms], list[str]]:
+    """The three sets without labels that cannot be right, and what was left out and why."""
+    sets = _sets(labels, recipe)
+    model = None
+    if recipe.checkpoint is not None:
+        module, _ = checkpoint.read(checkpoint.resolve(recipe.checkpoint), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = Potential(module, device=str(next(module.parameters()).device))
+    everything = [atoms for part in sets for atoms in part]
+    reasons = outliers(everything, model)
+    wrong = {id(everything[i]) for i in reasons}
+    excluded = [in_words(everything[i], everything[i].info.get("_frame", i + 1), reason) for i, reason in reasons.items()]
+    for atoms in everything:
+        atoms.info.pop("_frame", None)
+    for line in excluded:
+        logger.warning("a label that cannot be right is left out: %s", line)
+    train, validation, test = ([atoms for atoms in part if id(atoms) not in wrong] for part in sets)
+    if not train:
+        raise InputError(f"{', '.join(map(str, labels))}: no label for training is left: {excluded[0]}")
+    return train, validation, test, excluded
 
 
 def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:

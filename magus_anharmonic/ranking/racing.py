@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.ranking.candidate import RANKED
@@ -52,7 +53,10 @@ def run_race(
                 ranking.keep(groups[job.structure], key, record, outcome)
             else:
                 before = latest[job.structure][2] if job.structure in latest else None
-                found[job.structure] = standing_of(record, before)
+                assert outcome.result is not None
+                standing = standing_of(record, before)
+                # a run whose phase is open has not come to its end, though its G has
+                found[job.structure] = replace(standing, converged=standing.converged and not outcome.result.reason)
                 latest[job.structure] = job, outcome, record
 
         jobs = [ranking.job(ranking.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]

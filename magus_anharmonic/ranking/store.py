@@ -16,6 +16,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import raise_trouble, read_json, read_whole, replacing, set_aside, versions, write_json
+from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
@@ -195,9 +196,11 @@ class FreeEnergyStore:
         atoms = bare(record.start)
         try:
             if identity in self._rows:
-                _connect(self.path).update(self._rows[identity], atoms=atoms, data=data, **pairs)
+                with still_ours(self.path):
+                    _connect(self.path).update(self._rows[identity], atoms=atoms, data=data, **pairs)
             elif self.path.exists():
-                self._rows[identity] = _connect(self.path).write(atoms, key_value_pairs=pairs, data=data)
+                with still_ours(self.path):
+                    self._rows[identity] = _connect(self.path).write(atoms, key_value_pairs=pairs, data=data)
             else:
                 # ASE makes one table after the other: cut short, as by a full disk, that is a file which nobody can read
                 with replacing(self.path) as temporary:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.structures import bare
@@ -152,7 +152,7 @@ def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
         key=lambda r: (r.key.model, r.key.temperature, r.gibbs),
     )
     if not found:
-        Path(path).unlink(missing_ok=True)  # of an earlier stage of the same ranking
+        remove(path)  # of an earlier stage of the same ranking
         return 0
     with replacing(path) as temporary:
         write(temporary, [_frame(record) for record in found], format="traj")

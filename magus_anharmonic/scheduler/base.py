@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import MachineTrouble, is_trouble, reason_of, typed_line
+from magus_anharmonic.errors import LostLock, MachineTrouble, is_trouble, reason_of, typed_line
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
     """Value and empty reason, or None and why: an error of one task stops no other. Trouble of the machine comes back as the value."""
     try:
         return task(item, made(shared)), ""
+    except LostLock as error:
+        return MachineTrouble(str(error)), ""
     except Exception as error:
         if is_trouble(error):
             return MachineTrouble(f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"), ""

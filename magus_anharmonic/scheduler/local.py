@@ -15,6 +15,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from magus_anharmonic.lock import adopt, claims
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
 
@@ -125,7 +126,7 @@ class _Process:
         key = None if shared is None else shared.key
         new = shared if key not in self._known else None
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send((task, job[1], key, new))
+            self.connection.send((task, job[1], key, new, claims()))
             if key is not None:
                 self._known.add(key)
 
@@ -156,11 +157,12 @@ def _serve(connection: Connection, threads: int) -> None:
     known: dict[str, Shared] = {}
     while True:
         try:
-            task, item, key, new = connection.recv()
+            task, item, key, new, held = connection.recv()
         except EOFError:
             return
         if new is not None:
             known[key] = new
+        adopt(held)
         limit_torch(threads)
         connection.send(attempt(task, item, known.get(key)))
 

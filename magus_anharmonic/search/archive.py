@@ -18,6 +18,7 @@ from magus_anharmonic.files import (
     read_json,
     read_jsonl,
     read_whole,
+    remove,
     remove_empty,
     replacing,
     seal,
@@ -92,7 +93,7 @@ class Archive:
         best = whole_frames(file)
         if best and best[-1].info.get("best_of") == generation:
             return
-        file.unlink(missing_ok=True)
+        remove(file)
         if generation == 0:
             return
         with replacing(file) as temporary:
@@ -174,7 +175,7 @@ class Archive:
             write_frames(self._own_seeds(generation), new)
             log.info("%d SSCHA centroids are seeds of generation %d", len(new), generation)
         else:
-            self._own_seeds(generation).unlink(missing_ok=True)
+            remove(self._own_seeds(generation))
 
     def _own_seeds(self, generation: int) -> Path:
         return self.anharmonic / "seeds" / f"seeds_{generation}.traj"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,9 +15,11 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
+from magus_anharmonic.files import remove
+from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
@@ -47,7 +47,7 @@ class AseCalculatorSettings(Section):
     kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Relaxer:
     """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
 
@@ -154,7 +154,7 @@ def _start(atoms: Atoms) -> Atoms:
 
 def forget(folder: Path) -> None:
     """Remove the chunks once the whole population is saved."""
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
 
@@ -168,25 +168,33 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
     if own is not None:
         from magus_anharmonic.potential import load
 
-        return Relaxer(load(checkpoint or own.checkpoint, device=own.device), own, settings.pressure, settings)
+        return Relaxer(
+            evaluator=load(checkpoint or own.checkpoint, device=own.device), settings=own, pressure=settings.pressure, scheduling=settings
+        )
     if settings.ml_calculator:
         raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
     made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
-    return Relaxer(made, block, settings.pressure, settings)
+    return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
 
 
 def _import_calculator(block: AseCalculatorSettings) -> Any:
     where = f"MainCalculator.calculator: {block.calculator!r}"
-    module, _, name = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
+    module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
     if not module:
         raise InputError(
             f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE calculators; vasp and others need MAGUS"
         )
     try:
-        calculator = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{where}: cannot be imported: {error}") from None
+        calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
+    except LabelerError as error:
+        raise InputError(f"{where}: {error}") from None
+    commands = sorted(str(key) for key in block.arguments if "command" in str(key).lower() or str(key) == "profile")
+    if commands and module not in allowed_modules():
+        raise InputError(
+            f"MainCalculator.arguments.{commands[0]}: an input cannot start programs here; if you trust it, allow the calculator's module "
+            f"outside of the input: export {ALLOW}={module}"
+        )
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:

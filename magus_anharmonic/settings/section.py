@@ -96,7 +96,8 @@ def parse(model: type[T], data: Any, path: str = "") -> T:
 
 
 def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
-    location = [str(part) for part in item["loc"]]
+    # of a union pydantic names the member that was tried: literal['a','b'], list[int]
+    location = [str(part) for part in item["loc"] if "[" not in str(part)]
     where = ".".join([path, *location] if path else location) or "input"
     value = item.get("input")
     if item["type"] == "extra_forbidden":

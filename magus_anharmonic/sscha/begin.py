@@ -24,7 +24,6 @@ from magus_anharmonic.sscha.qe_files import state_from_dyn
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.start import (
-    LARGEST_AMPLITUDE_LATER,
     CountingEvaluator,
     Start,
     floor_modes,
@@ -154,7 +153,8 @@ def continue_from(
     symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
     compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
     state = SschaState(structure, repeats, symmetry.force_constants(compact), temperature)
-    state = floor_modes(state, symmetry, LARGEST_AMPLITUDE_LATER)
+    # As a harmonic start: it may be one, with modes near zero on either side of it, and its sample would be lost.
+    state = floor_modes(state, symmetry)
     counting = CountingEvaluator(evaluator)
     response = static_response_to_strain(structure, counting) if settings.cell == "variable" else None
     return Start(state, response, counting.count)

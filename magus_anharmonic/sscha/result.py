@@ -24,6 +24,7 @@ class SschaResult:
     exist (a run that failed early) are NaN.
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound), or "failed".
+    reason : why not converged; of a converged run what its populations did not suffice to say about its phase, else empty.
     gibbs, gibbs_raw : (F + P V) / N with and without the finite-size term, eV/atom; gibbs_error : standard error of
     the sampling alone; finite_size, helmholtz (with the finite-size term), decrease (predicted remaining decrease of
     G) : eV/atom; volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =

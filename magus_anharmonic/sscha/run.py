@@ -91,6 +91,8 @@ class SschaRun:
         self._group = ""
         self._nearest: Higher | None = None
         self._question: Question | None = None
+        self._back: Question | None = None
+        self._open = ""
         self._asked = 0
         self._moved = self._once_more = False
         self._requests: list[int | None] = []
@@ -131,6 +133,8 @@ class SschaRun:
             return self._more(n_configs or self._missing())
         if self._nearest is not None:
             self._symmetrise(self._nearest)
+        elif self._back is not None:
+            self._return(self._back)
         elif self._populations:
             self._minimise()
         self._approach = n_configs is None and self._far
@@ -148,8 +152,11 @@ class SschaRun:
         loose = melted(self.state)
         if loose and self.converged:
             raise SschaError(loose)
-        reason = "; ".join(filter(None, (self.reason, loose)))
-        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, self._group, self._began)
+        reason = "; ".join(filter(None, ("" if self._open else self.reason, loose)))
+        group = self._open or self._group
+        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, group, self._began)
+        if self._open and result.converged:
+            result = replace(result, reason=self.reason)
         self.folder.write_result(result)
         return result
 
@@ -257,6 +264,7 @@ class SschaRun:
                 "limited": self._limited,
                 "asked": self._asked,
                 "group": self._group,
+                "open": self._open,
                 "moved": self._moved,
                 "requests": self._requests,
                 "far": self._far,
@@ -286,7 +294,8 @@ class SschaRun:
             self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
         self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
         self._limited, self._far, self.reason = stored["limited"], stored["far"], stored["reason"]
-        self._asked, self._group, self._requests = stored["asked"], stored["group"], stored["requests"]
+        self._asked, self._group, self._open = stored["asked"], stored["group"], stored["open"]
+        self._requests = stored["requests"]
 
     def _average(self, ensemble: Ensemble) -> dict[str, Any]:
         if self._cell is not None and self._predicted is not None:
@@ -313,44 +322,45 @@ class SschaRun:
             self.reason = "; ".join(filter(None, (self.reason, limit)))
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
-        self._once_more = False
+        self._once_more, self._open = False, ""
         self.reason = self.reason or self._identity(ensemble)
         self._remember()
         return row
 
     def _identity(self, ensemble: Ensemble) -> str:
-        """What is open about the phase that a relaxed run is in; empty once ``self._group`` is known."""
+        """What is open about the phase that a relaxed run is in, both answers in ``self._open``; empty once ``self._group`` is known."""
         assert self.averages is not None
         if self._group:
             return ""
         self._asked += 1
-        last = self.n_populations >= self.task.settings.max_populations
         mine = space_group(self.state.atoms, EXACT)
         if self._question is not None:
-            return self._answer(self._question, ensemble, mine, last=last)
+            return self._answer(self._question, ensemble, mine)
         higher = higher_symmetries(self.state, self.averages, self._cell)
         near = [one for one in higher if one.sigmas < SIGMAS]
-        if near and not last:
+        if near:
             self._nearest, self._moved = near[-1], True
+            self._open = undecided(mine, near[-1].group, near[-1].sigmas)
             return f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be looked at"
         unsure = [one for one in higher if SIGMAS <= one.sigmas < SURE]
-        if unsure and self._asked == 1 and not last:
+        if unsure and self._asked == 1:
+            self._open = undecided(mine, unsure[0].group, unsure[0].sigmas)
             return f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is to be seen again"
-        self._group = undecided(mine, near[-1].group, near[-1].sigmas) if near else mine
+        self._group = mine
         return ""
 
-    def _answer(self, question: Question, ensemble: Ensemble, mine: str, *, last: bool) -> str:
+    def _answer(self, question: Question, ensemble: Ensemble, mine: str) -> str:
         """Whether the higher symmetry that the run was moved onto is a minimum of the free energy."""
         sigmas = question.sigmas(self.state, ensemble)
         log.info("%s: curvature towards %s is %.1f standard errors above zero", mine, question.group, sigmas)
-        if sigmas < -SIGMAS and not last:
-            self.state, self.symmetry, self._group = question.lower, question.symmetry, question.group
-            self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
-            self._populations, self._numbers, self._question = [], [], None
+        self._open = undecided(question.group, mine, sigmas)
+        if sigmas < -SIGMAS:
+            self._back = question
             return f"{mine} is a saddle point, back to {question.group}"
-        if abs(sigmas) <= SIGMAS and self._asked < QUESTIONS and not last:
+        if abs(sigmas) <= SIGMAS and self._asked < QUESTIONS:
             self._once_more = True
             return f"{question.group} or {mine}: {sigmas:.1f} standard errors"
+        self._open = ""
         self._group = mine if sigmas > SIGMAS else undecided(question.group, mine, sigmas)
         return ""
 
@@ -363,6 +373,12 @@ class SschaRun:
         self._limited, self._nearest, self._far = False, None, False
         self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
         self._populations, self._numbers = [], []
+
+    def _return(self, question: Question) -> None:
+        """Go on from the lower symmetry: the higher one was a saddle point."""
+        self.state, self.symmetry, self._group = question.lower, question.symmetry, question.group
+        self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
+        self._populations, self._numbers, self._question, self._back = [], [], None, None
 
     def _learn(self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray) -> None:
         """What the last step of the cell did to the stress, into the stiffness; once for a step."""

@@ -14,7 +14,8 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, versions, write_json, write_text
+from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, safe_name, versions, write_json, write_text
+from magus_anharmonic.lock import NAME as LOCK
 from magus_anharmonic.sscha.averages import Ensemble, joined
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.result import SschaResult
@@ -48,6 +49,9 @@ class RunFolder:
                 log.info("%s: goes on from the start that it had", self.directory)
             elif set(different) & versions().keys():
                 raise InputError(f"{self.directory}: holds an SSCHA run of another version of this package; give another folder")
+            elif different == ["model"]:
+                self._give_way(str(stored["model"]))
+                write_json(path, identity)
             elif different:
                 raise InputError(
                     f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
@@ -56,13 +60,27 @@ class RunFolder:
         else:
             write_json(path, identity)
 
+    def _give_way(self, model: str) -> None:
+        """The files of another model's run move to a folder in this one: its numbers are no numbers of this model."""
+        place = self.directory / safe_name("of", model)
+        place.mkdir(exist_ok=True)
+        files = [path for path in self.directory.iterdir() if path.is_file() and not path.name.endswith(LOCK)]
+        # what makes the folder a run goes last: a move that was interrupted is done again
+        for path in sorted(files, key=lambda path: path.name == "settings.json"):
+            path.replace(place / path.name)
+        log.warning("%s: held the run of another model, %s, which is now in %s; computed anew", self.directory, model, place.name)
+
     def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
-        """The stored result, unless it is unconverged or less precise than wanted, and more populations are allowed now."""
+        """The stored result, unless it is unconverged, its phase open or less precise than wanted, and more populations are allowed now."""
         result = read_whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
         if result is None:
             return None
         precise = error_tolerance is None or result.gibbs_error <= error_tolerance
-        if result.status != "failed" and not (result.converged and precise) and result.n_populations < max_populations:
+        if (
+            result.status != "failed"
+            and not (result.converged and precise and not result.reason)
+            and result.n_populations < max_populations
+        ):
             return None
         return result
 
@@ -187,6 +205,7 @@ def _is_progress(found: dict[str, Any]) -> bool:
         and isinstance(found["moved"], bool)
         and all(request is None or type(request) is int for request in found["requests"])
         and isinstance(found["group"], str)
+        and isinstance(found["open"], str)
         and isinstance(found["reason"], str)
         and (cell is None or np.asarray(cell[1], dtype=float).shape == matrix.shape * 2)
     )

@@ -142,7 +142,7 @@ def test_the_miner_s_own_step_draws_the_same_numbers_again(work: Path) -> None:
     """The fault: ``-smfr`` gives the search another step, around which ``seed`` did not reach."""
     found = []
     for _ in range(2):
-        prepare(work, "bulk", frag_gen={}, spg_miner={})
+        prepare(work, "bulk", frag_gen={}, spg_miner={}, formula=[4], min_n_atoms=4)
         result = magus(work, "search", "-smfr")
         assert result.returncode == 0, result.stdout[-3000:]
         found.append([np.round(atoms.positions, 8).tolist() for atoms in read(work / "results/init2.traj", ":")])
@@ -172,7 +172,7 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(work: 
     monkeypatch.setattr(Individual, "symprec", 0.01, raising=False)
     monkeypatch.setattr(Individual, "check_seed", True, raising=False)
     monkeypatch.setattr(Individual, "full_ele", False, raising=False)
-    phases = [Individual(h3s(bond_shift=shift)) for shift in (0.0, 0.1)]
+    phases = [Individual(h3s(bond_shift=shift)) for shift in (0.0, 0.05)]
     for phase, energy in zip(phases, (-12.0, -11.9), strict=True):
         phase.find_spg()
         phase.info["energy"] = energy
@@ -182,3 +182,25 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(work: 
             phase.info.pop("compare_info", None)
         assert get_comparator({"symprec": 0.01, **keys}).looks_like(*phases) is same
         assert bool(merges_near_phases(keys)) is same
+
+
+@pytest.mark.parametrize(("more", "kept"), [({}, {160, 229}), ({"Comparator": {"comparator_list": ["naive", "zurek"]}}, {229})])
+def test_a_search_by_free_energy_keeps_r3m_beside_im3m(work: Path, h3s: Any, more: dict[str, Any], kept: set[int]) -> None:
+    """The fault: with ``dE: 0.001`` alone MAGUS threw one of them away before SSCHA could tell them apart."""
+    keys = {
+        "symbols": ["H", "S"],
+        "formula": [3, 1],
+        "min_n_atoms": 4,
+        "max_n_atoms": 4,
+        "popSize": 1,
+        "numGen": 1,
+        "saveGood": 1,
+        "symprec": 0.01,
+    }
+    prepare(work, "bulk", Fitness=["SSCHA"], sscha=QUICK, dE=0.001, MainCalculator=ours(max_step=1), **keys, **more)
+    (work / "Seeds").mkdir()
+    write(work / "Seeds/seeds_1.traj", [h3s(), h3s(bond_shift=0.05)])
+    result = magus(work, "search")
+    assert result.returncode == 0, result.stdout[-3000:]
+    found = [atoms.info["spg"] for atoms in read(work / "results/gen1.traj", ":") if atoms.info.get("origin") == "seed"]
+    assert {*found} == kept

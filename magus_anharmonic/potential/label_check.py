@@ -1,0 +1,142 @@
+"""Labels that cannot be right: compared with a model and with each other before anything is learned from them.
+
+Robust throughout, so that a third of the labels may be wrong: medians, and a fit of the energies per species by absolute deviations (two
+codes count energies from different atoms). What all labels share (a sign, a unit) is an error of who made them; what one has alone sets it
+aside.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+
+from magus_anharmonic.calculator_check import FORCE_FACTORS, STRESS_FACTORS, likely_cause
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.potential.score import labels_of, name_of
+
+Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
+"""Label and model, one of each per structure."""
+
+FAR = 8.0
+"""Robust standard deviations beyond which a label is an outlier."""
+LEAST_ENERGY, LEAST_FORCE, LEAST_STRESS = 0.3, 1.0, 0.1
+"""eV/atom, eV/A (rms of a component) and eV/A^3: nearer than this to the others a label is never one."""
+LENGTH = 1.0
+"""A: a model whose forces are wrong by f may be wrong by f times this in the energy per atom; labels where it fails are what it needs."""
+WILD = 20.0
+"""Times the least: forces or a stress that no known factor explains."""
+ALONE, ALONE_ENERGY = 300.0, 50.0
+"""Without a model: how many times the usual size, and eV/atom."""
+FEWEST = 3
+"""Labels that can be compared with each other."""
+ALIKE = 0.8
+"""Correlation of labels and model above which a factor between them means something."""
+
+
+def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, str]:
+    """Place -> reason of the labels that cannot be right; ``model`` (an evaluator) is what they are compared with, None: each other alone.
+
+    Raises ``InputError`` when forces or stresses of all of them differ from the model by a sign or a unit, or a label is missing.
+    """
+    if not labelled:
+        return {}
+    found = {i: "its own flag says that the calculation did not converge" for i, atoms in enumerate(labelled) if not says_converged(atoms)}
+    labels = [labels_of(atoms) for atoms in labelled]
+    n_atoms = np.array([len(atoms) for atoms in labelled])
+    numbers = None if model is None else model.evaluate(list(labelled))
+    energy, zero = np.array([label[0] for label in labels]), np.zeros((3, 3))
+    forces = [(label[1], np.zeros_like(label[1]) if numbers is None else np.asarray(numbers.forces[i])) for i, label in enumerate(labels)]
+    stress = [(label[2], zero if numbers is None else np.asarray(numbers.stress[i])) for i, label in enumerate(labels)]
+    _refuse_common(forces, "forces", "eV/A", FORCE_FACTORS)
+    if np.isfinite(_ratio(forces)):  # a model that knows nothing of the forces says nothing about a pressure either
+        _refuse_common(stress, "stress", "eV/A^3", STRESS_FACTORS)
+    apart = energy_residuals(labelled, (energy - (0.0 if numbers is None else np.asarray(numbers.energy))) / n_atoms)
+    misfit = {"forces": _misfits(forces), "stress": _misfits(stress)}
+    for i in far(apart, LEAST_ENERGY if model is not None else ALONE_ENERGY):
+        if model is None or abs(apart[i]) > LENGTH * misfit["forces"][i]:
+            zeroed = "; the energy is 0, as where it was left out" if energy[i] == 0.0 else ""
+            found.setdefault(i, f"its energy is {apart[i]:+.4g} eV/atom away from what model and other labels say{zeroed}")
+    for what, unit, pairs, least, factors in (
+        ("forces", "eV/A", forces, LEAST_FORCE, FORCE_FACTORS),
+        ("stress", "eV/A^3", stress, LEAST_STRESS, STRESS_FACTORS),
+    ):
+        sizes = misfit[what]
+        usual = float(np.median(sizes))
+        for i in far(sizes, least):
+            cause = _cause([pairs[i]], unit, factors)
+            wild = sizes[i] > (WILD * least if model is not None else max(WILD * least, ALONE * usual))
+            if sizes[i] > usual and (cause or (wild and 2.0 * sizes[i] > np.sqrt(np.mean(pairs[i][0] ** 2)))):
+                said = f" ({cause}?)" if cause else ""
+                found.setdefault(i, f"its {what} differ by {sizes[i]:.3g} {unit} from what is expected, others by {usual:.2g}{said}")
+    return found
+
+
+def says_converged(atoms: Atoms) -> bool:
+    """Whether no flag in ``info`` (converged, scf_converged, ...) says that the calculation did not converge."""
+    flags = [value for key, value in atoms.info.items() if re.search(r"(^|_)converged$", str(key).lower())]
+    return not any(str(value).lower() in ("false", "f", "0", "no") for value in flags)
+
+
+def energy_residuals(structures: Sequence[Atoms], energies: np.ndarray) -> np.ndarray:
+    """``energies`` (n,) eV/atom less the constants per species that leave the smallest sum of absolute values."""
+    species = sorted({int(number) for atoms in structures for number in atoms.numbers})
+    fractions = np.array([[np.mean(atoms.numbers == number) for number in species] for atoms in structures])
+    left = energies - np.median(energies)
+    for _ in range(50):  # reweighted least squares
+        weights = 1.0 / np.sqrt(np.maximum(np.abs(left), 1e-6))
+        constants = np.linalg.lstsq(weights[:, None] * fractions, weights * energies, rcond=1e-6)[0]
+        left = energies - fractions @ constants
+    return left - np.median(left)
+
+
+def _misfits(pairs: Pairs) -> np.ndarray:
+    """Root mean square of label minus model for every label."""
+    return np.array([np.sqrt(np.mean((label - other) ** 2)) for label, other in pairs])
+
+
+def far(values: np.ndarray, least: float) -> list[int]:
+    """Places of ``values`` farther from their median than `FAR` robust standard deviations and than ``least``."""
+    if len(values) < FEWEST:
+        return []
+    away = values - np.median(values)
+    scale = 1.4826 * np.median(np.abs(away))
+    return [int(i) for i in np.flatnonzero(np.abs(away) > max(FAR * scale, least))]
+
+
+def _ratio(pairs: Pairs) -> float:
+    """Median over labels of their factor against the model, of those that correlate with it; NaN for too few."""
+    ratios, n = [], 0
+    for label, model in pairs:
+        norms = float(np.linalg.norm(label) * np.linalg.norm(model))
+        n += norms > 0.0
+        if norms > 0.0 and abs(float(np.sum(label * model))) > ALIKE * norms:
+            ratios.append(float(np.sum(label * model) / np.sum(model**2)))
+    return float(np.median(ratios)) if ratios and 2 * len(ratios) > n else float("nan")
+
+
+def _cause(pairs: Pairs, unit: str, factors: dict[str, float]) -> str:
+    ratio = _ratio(pairs)
+    return likely_cause(ratio, unit, factors, recognised=True) if np.isfinite(ratio) else ""
+
+
+def _refuse_common(pairs: Pairs, what: str, unit: str, factors: dict[str, float]) -> None:
+    cause = _cause(pairs, unit, factors) if len(pairs) >= FEWEST else ""
+    if cause:
+        raise InputError(
+            f"labels: the {what} of most of the {len(pairs)} labels are {_ratio(pairs):.3g} times those of the model that training starts "
+            f"from: {cause}; give them in {unit} with ASE's sign (a stress is positive where the cell is pulled)"
+        )
+
+
+def without_outliers(labelled: Sequence[Atoms], reasons: dict[int, str]) -> list[Atoms]:
+    """The labels that are none of the outliers."""
+    return [atoms for i, atoms in enumerate(labelled) if i not in reasons]
+
+
+def in_words(atoms: Atoms, number: int | str, reason: str) -> str:
+    """``frame 3, structure g1-... (H3S): reason``."""
+    return f"frame {number}, {name_of(atoms)}: {reason}"

@@ -1,0 +1,146 @@
+"""Labels that cannot be right: found, named, and never learned from."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.calculators.lj import LennardJones
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.potential.label_check import outliers
+from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+MODEL = {"sigma": 1.0, "epsilon": 0.30, "rc": 3.0}
+TRUTH = {"sigma": 1.0, "epsilon": 0.33, "rc": 3.0}
+
+
+def label(atoms: Atoms, *, energy: float = 1.0, forces: float = 1.0, stress: float = 1.0, add: float = 0.0) -> Atoms:
+    """A label by the truth, counted from other atoms than the model's energies are; factors and ``add`` (eV) make it wrong."""
+    atoms = atoms.copy()
+    atoms.calc = LennardJones(**TRUTH)
+    zeros = float(np.sum(np.where(atoms.numbers == 1, 3.0, -7.0)))
+    results = {
+        "energy": energy * (atoms.get_potential_energy() + zeros) + add,
+        "forces": forces * atoms.get_forces(),
+        "stress": stress * atoms.get_stress(),
+    }
+    atoms.calc = SinglePointCalculator(atoms, **results)
+    return atoms
+
+
+def structure(seed: int) -> Atoms:
+    rng = np.random.default_rng(seed)
+    atoms = Atoms(
+        ["S4", "S2H2", "SH3"][seed % 3], scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]], cell=1.7 * np.eye(3)
+    )
+    atoms.pbc = True
+    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3))), scale_atoms=True)
+    atoms.positions += rng.normal(0, 0.04, (4, 3))
+    return atoms
+
+
+@pytest.fixture(scope="module")
+def model():
+    return as_evaluator(LennardJones(**MODEL))
+
+
+def labels(wrong: dict[int, dict], n: int = 30) -> list[Atoms]:
+    return [label(structure(i), **wrong.get(i, {})) for i in range(n)]
+
+
+def test_sound_labels_of_another_code_with_other_zeros_of_energy_are_all_kept(model):
+    assert outliers(labels({}), model) == {} == outliers(labels({}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"add": 30.0}, r"energy is \+7\.\d* eV/atom"),
+        ({"add": -1e6}, "energy is -2.5e"),
+        ({"energy": 0.0}, "the energy is 0"),
+        ({"forces": 1000.0}, "its forces differ .* meV/A instead of eV/A"),
+        ({"forces": -1000.0}, "its forces differ .* other sign"),
+        ({"stress": EV_PER_A3_IN_GPA}, "its stress differ .*in GPa instead"),
+    ],
+)
+def test_a_few_wrong_labels_are_found_and_no_other(model, fault, words):
+    places = {3, 11, 22} if "energy" not in fault else {4}
+    found = outliers(labels(dict.fromkeys(places, fault)), model)
+    assert set(found) == places
+    assert all(re.search(words, reason) for reason in found.values()), found
+
+
+def test_a_third_of_the_energies_may_be_absurd(model):
+    places = {i for i in range(30) if i % 4 == 1} | {2, 12}
+    assert set(outliers(labels({i: {"add": 30.0 * (1 + i % 2)} for i in places}), model)) == places
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({"stress": -1.0}, "the stress of most of the 30 labels .*: of the other sign"),
+        ({"stress": EV_PER_A3_IN_GPA}, "the stress .*: in GPa instead of eV/A"),
+        ({"stress": -EV_PER_A3_IN_GPA}, "the stress .*: of the other sign than ASE's and in GPa"),
+        ({"forces": -1.0}, "the forces .*: of the other sign"),
+        ({"forces": 0.5291772}, "the forces .*: in eV/bohr"),
+    ],
+)
+def test_what_all_labels_share_is_refused_with_its_likely_cause(model, fault, words):
+    with pytest.raises(InputError, match=words):
+        outliers(labels(dict.fromkeys(range(30), fault)), model)
+
+
+def test_a_calculation_that_says_it_did_not_converge_is_left_out(model):
+    frames = labels({})
+    frames[5].info["scf_converged"] = False
+    frames[6].info["converged"] = True
+    assert set(outliers(frames, model)) == {5}
+
+
+def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_path):
+    """+1e6 eV on some labels: no model was ever kept again; +30 eV: it was learned."""
+    pytest.importorskip("mattersim")
+    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.labelers import CallableLabeler
+    from magus_anharmonic.learning.dataset import LabelStore
+    from magus_anharmonic.learning.learn import learn
+    from magus_anharmonic.potential import load
+    from magus_anharmonic.settings import LearningSettings, parse
+
+    potential = load("h3s-gpaw-small", device="cpu")
+
+    def faulty(structures):
+        found = potential.evaluate(structures)
+        numbers = zip(found.energy, found.forces, found.stress, strict=True)
+        results = [{"energy": float(e) + 0.002 * len(f), "forces": f, "stress": s} for e, f, s in numbers]
+        for place, fault in ((1, 30.0), (4, 1e6), (7, -1e6)):
+            results[place]["energy"] += fault
+        return results
+
+    cell = 1.5 * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
+    h3s = Atoms("SH3", positions=np.vstack([np.zeros(3), 1.5 * np.eye(3)]), cell=cell, pbc=True)
+    population = []
+    for n in range(8):
+        atoms = h3s.copy()
+        atoms.set_cell(cell * (1 + 0.025 * n), scale_atoms=True)
+        population.append(atoms)
+    settings = parse(LearningSettings, {"labeler": {"calculator": "gpaw"}, "n_sample": 6, "n_perturb": 2, "epochs": 1})
+    store = LabelStore(tmp_path / "labels")
+    labeler = CallableLabeler(faulty, description="faulty", settings={})
+    options = {"generation": 1, "potential": potential, "settings": settings, "labeler": labeler, "run_dir": tmp_path, "seed": 3}
+    found = learn(population, store=store, **options)
+    assert found.n_labels == 9 and found.n_failures == 3
+    reasons = [record["reason"] for record in read_jsonl(tmp_path / "failures.jsonl")]
+    assert len(reasons) == 3 and all("eV/atom away" in reason for reason in reasons)
+    assert max(found.metrics["old"][side]["energy_rmse"] for side in found.metrics["old"]) < 0.01
+    (tmp_path / "metrics.jsonl").unlink()  # as a kill before the end of the round leaves it
+    (tmp_path / "checkpoints" / "gen1.pth").unlink()
+    resumed = learn(population, store=LabelStore(tmp_path / "labels"), **options)
+    assert resumed.model_id == found.model_id and resumed.n_failures == 3
+    again = LabelStore(tmp_path / "labels")
+    assert len(again) == 12 and len(again.labels()) == 9, "kept, and never used"
