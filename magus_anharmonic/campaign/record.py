@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import read_json, write_json
 
 FILE = "steps.json"
@@ -38,7 +38,7 @@ class StepRecord:
         return replace(self, **values)
 
 
-_RECORDS = TypeAdapter(dict[str, StepRecord])
+_OBJECT, _RECORDS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, StepRecord])
 
 
 def read_records(folder: Path) -> dict[str, StepRecord]:
@@ -47,9 +47,10 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
     if not file.is_file():
         return {}
     try:
+        _OBJECT.validate_json(file.read_bytes())
         return _RECORDS.validate_python(read_json(file))
-    except (ValidationError, DamagedFile) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+    except ValidationError as error:
+        first = error.errors()[0]
         why = ": ".join([*map(str, first["loc"]), first["msg"]])
         raise InputError(f"{file}: not readable as the steps of a campaign ({why}); move it away and run the campaign again") from None
 
