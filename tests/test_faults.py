@@ -316,7 +316,7 @@ def test_what_stops_a_search_is_said_and_recorded(
 ) -> None:
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
 
-    def stop(self: host.Search, generation: int) -> None:
+    def stop(self: host.Search, *_: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
@@ -674,7 +674,7 @@ def test_a_model_that_was_replaced_meanwhile_is_refused(copy: Path) -> None:
     file = copy / "results/anharmonic/run.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps({**record, "model": "0123456789ab"}))
-    with pytest.raises(InputError, match=r"holds the model emt, but the search went on with 0123456789ab: the file was replaced"):
+    with pytest.raises(InputError, match=r"holds the model emt-[0-9a-f]{12}, but the search went on with 0123456789ab: it was replaced"):
         run(SETTINGS, copy, restart=True)
 
 
@@ -715,7 +715,7 @@ def test_a_checkpoint_replaced_under_a_running_search_changes_nothing_and_a_rest
         logger.setLevel(level)
     assert handler.replaced
     assert results(tmp_path / "replaced") == results(tmp_path / "undisturbed")
-    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: the file was replaced"):
+    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: it was replaced"):
         run(settings["replaced"], tmp_path / "replaced", restart=True)
 
 
