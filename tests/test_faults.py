@@ -675,7 +675,9 @@ def test_a_model_that_was_replaced_meanwhile_is_refused(copy: Path) -> None:
     file = copy / "results/anharmonic/run.json"
     record = json.loads(file.read_text())
     write_json(file, {**record, "model": "0123456789ab"})
-    with pytest.raises(InputError, match=r"holds the model emt-[0-9a-f]{12}, but the search went on with 0123456789ab: it was replaced"):
+    with pytest.raises(
+        InputError, match=r"holds the model emt-[0-9a-f]{12}, but the search went on with 0123456789ab: the file was replaced"
+    ):
         run(SETTINGS, copy, restart=True)
 
 
@@ -716,7 +718,7 @@ def test_a_checkpoint_replaced_under_a_running_search_changes_nothing_and_a_rest
         logger.setLevel(level)
     assert handler.replaced
     assert results(tmp_path / "replaced") == results(tmp_path / "undisturbed")
-    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: it was replaced"):
+    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: the file was replaced"):
         run(settings["replaced"], tmp_path / "replaced", restart=True)
 
 
