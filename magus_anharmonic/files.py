@@ -201,8 +201,8 @@ def _is_as_written(data: dict[str, Any]) -> bool:
     return stored is None or stored == _digest_of(data)
 
 
-def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Append one record as one line and flush it to disk.
+def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
+    """Append records, each as one line, and flush them to disk.
 
     A line that a killed process cut short is closed first, so that it spoils no later record.
     """
@@ -213,7 +213,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(_with_digest(record)).encode() + b"\n")
+        file.write(b"".join(json.dumps(_with_digest(record)).encode() + b"\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 

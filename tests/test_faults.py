@@ -316,7 +316,7 @@ def test_what_stops_a_search_is_said_and_recorded(
 ) -> None:
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
 
-    def stop(self: host.Search, generation: int) -> None:
+    def stop(self: host.Search, *_: object) -> None:
         raise error
 
     with monkeypatch.context() as patch:
