@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,11 +25,15 @@ def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str,
     stage : label, relaxation, sscha, run; each failure has a ``reason`` and what names the piece of work (generation, id, ...). One
     that a restarted run meets again, with the same reason, is not recorded twice; one of the stage run is, with its time.
     """
-    known = [] if stage == "run" or not failures else [identity(record) for record in read_failures(folder)]
-    for failure in failures:
-        record = {"stage": stage, **failure, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        if identity(record) not in known:
-            append_jsonl(Path(folder) / NAME, record)
+    known = set() if stage == "run" or not failures else {_as_text(record) for record in read_failures(folder)}
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    new = [record for failure in failures if _as_text(record := {"stage": stage, **failure, "time": now}) not in known]
+    if new:
+        append_jsonl(Path(folder) / NAME, *new)
+
+
+def _as_text(record: dict[str, Any]) -> str:
+    return json.dumps(identity(record), sort_keys=True, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
 
 
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:

@@ -53,8 +53,15 @@ def safe_name(*texts: str) -> str:
     if one_way and _PLAIN.fullmatch(joined) and all(_is_itself(text) for text in texts):
         return joined
     readable = re.sub(r"[^A-Za-z0-9_.+-]+", "_", joined)[:50].strip("._-") or "_"
-    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
-    return f"{readable}-{digest}"
+    return f"{readable}-{digest(json.dumps(texts))}"
+
+
+def digest(content: str | bytes | Path) -> str:
+    """Twelve hexadecimal digits (of SHA-256) that identify a text, bytes, or the content of a file."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:12]
 
 
 def _is_itself(text: str) -> bool:
@@ -167,13 +174,35 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+DIGEST = "sha256"
+"""Key of a JSON object of ours that tells whether its other values are those that were written; one without it is taken as it is."""
+
+
 def write_json(path: str | Path, data: Any) -> None:
-    """Write ``data`` as indented JSON atomically (NumPy scalars and arrays allowed)."""
-    write_text(path, json.dumps(data, indent=2, default=_plain) + "\n")
+    """Write ``data`` as indented JSON atomically (NumPy scalars and arrays allowed), an object with its `DIGEST`."""
+    write_text(path, json.dumps(_with_digest(data), indent=2) + "\n")
 
 
-def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
-    """Append one record as one line and flush it to disk.
+def _with_digest(data: Any) -> Any:
+    plain = json.loads(json.dumps(data, default=_plain))
+    if isinstance(plain, dict):
+        plain.pop(DIGEST, None)
+        plain[DIGEST] = _digest_of(plain)
+    return plain
+
+
+def _digest_of(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _is_as_written(data: dict[str, Any]) -> bool:
+    """Whether the digest, which is taken out, is that of the rest, or none is there."""
+    stored = data.pop(DIGEST, None)
+    return stored is None or stored == _digest_of(data)
+
+
+def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
+    """Append records, each as one line, and flush them to disk.
 
     A line that a killed process cut short is closed first, so that it spoils no later record.
     """
@@ -184,7 +213,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(record, default=_plain).encode() + b"\n")
+        file.write(b"".join(json.dumps(_with_digest(record)).encode() + b"\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 
@@ -192,7 +221,7 @@ def append_jsonl(path: str | Path, record: dict[str, Any]) -> None:
 def read_jsonl(path: str | Path, required: Iterable[str] | Mapping[str, Any] = ()) -> list[dict[str, Any]]:
     """Read all whole records of a JSON-lines file that have the ``required`` keys (a mapping: with values of these types; no inf, nan).
 
-    A last line that a kill cut short is left out without a word, any other line that is no such record with a warning.
+    A last line that a kill cut short is left out without a word, any other line that is no such record, or changed, with a warning.
     """
     target = Path(path)
     if not target.exists():
@@ -204,7 +233,11 @@ def read_jsonl(path: str | Path, required: Iterable[str] | Mapping[str, Any] = (
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if isinstance(record, dict) and all(key in record and _is(record[key], kind) for key, kind in wanted.items()):
+        if (
+            isinstance(record, dict)
+            and _is_as_written(record)
+            and all(key in record and _is(record[key], kind) for key, kind in wanted.items())
+        ):
             records.append(record)
         elif line.strip() and number < len(lines):
             log.warning("%s, line %d: damaged, left out", target, number)
@@ -224,6 +257,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise DamagedFile(f"{path}: damaged or not readable ({error})") from None
     if not isinstance(data, dict):
         raise DamagedFile(f"{path}: damaged: holds {type(data).__name__} instead of keys and values")
+    if not _is_as_written(data):
+        raise DamagedFile(f"{path}: damaged: a value was changed since it was written")
     return data
 
 
@@ -237,6 +272,25 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
         raise_trouble(error, path)
         raise DamagedFile(f"{path}: damaged or not readable ({typed_line(error, 120)})") from None
+
+
+_SEAL = b"\nsha256 of the bytes before: "
+
+
+def seal(path: str | Path) -> None:
+    """Append a digest to a file whose readers take no notice of what follows its content (ASE's .traj)."""
+    content = Path(path).read_bytes()
+    with Path(path).open("ab") as file:
+        file.write(_SEAL + hashlib.sha256(content).hexdigest().encode())
+
+
+def unsealed(path: str | Path) -> bytes:
+    """What was sealed; raises ``DamagedFile`` where it is no longer that. A file without a digest is taken as it is."""
+    content = Path(path).read_bytes()
+    before, found, digest = content.rpartition(_SEAL)
+    if found and hashlib.sha256(before).hexdigest().encode() != digest:
+        raise DamagedFile(f"{path}: damaged: it was changed since it was written")
+    return before if found else content
 
 
 def set_aside(path: str | Path, why: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -16,8 +15,8 @@ from typing import Any
 from pydantic import BaseModel
 
 import magus_anharmonic
-from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.files import raise_trouble, versions, write_json
+from magus_anharmonic.errors import DamagedFile, InputError, one_line
+from magus_anharmonic.files import digest, read_json, versions, write_json
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -62,8 +61,7 @@ def package_versions() -> dict[str, str | None]:
 
 def settings_hash(settings: BaseModel) -> str:
     """12 hexadecimal digits over the resolved settings; the order of keys does not matter."""
-    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps(settings.model_dump(mode="json"), sort_keys=True))
 
 
 def write_run_record(
@@ -104,10 +102,9 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
     """
     file = record_file(path)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise_trouble(error, file)
-        raise InputError(f"{file}: not readable as a run record ({error}); move the folder away and start anew") from None
+        record: Any = read_json(file)
+    except DamagedFile as error:
+        raise InputError(f"{error}; {_MEND}") from None
     if not isinstance(record, dict) or not isinstance(record.get("version"), str):
         raise InputError(f"{file}: not a run record of magus-anharmonic; move the folder away and start anew")
     for field in required:

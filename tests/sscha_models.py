@@ -202,3 +202,11 @@ class AnharmonicCell:
             atoms.positions += 0.5 * step.reshape(8, 3)
             state = replace(state, atoms=atoms, force_constants=0.5 * (state.force_constants + self._compact(curvature)))
         return self.free_energy(state), state
+
+
+def cu3au(turned: bool = False) -> Atoms:
+    """L1_2 crystal of four atoms, if wanted in an orientation in which no axis is an axis of the crystal."""
+    atoms = Atoms("AuCu3", scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]], cell=[3.75] * 3, pbc=True)
+    if turned:
+        atoms.rotate(37, (1, 2, 3), rotate_cell=True)
+    return atoms

@@ -33,17 +33,18 @@ def exact(name: str, temperature: float, cell: str) -> Scha:
 
 
 @cache
-def runs(name: str, temperature: float, cell: str, n_configs: int, engine: str = "native") -> tuple[SschaResult, ...]:
+def run_of(seed: int, name: str, temperature: float, cell: str, n_configs: int, engine: str = "native") -> SschaResult:
     case = CASES[name]
     crystal = case.make()
     options = dict(pressure=case.pressure, temperature=temperature, supercell=case.repeats, cell=cell, n_configs=n_configs, engine=engine)
-    return tuple(
-        free_energy(crystal.atoms.copy(), crystal, seed=seed, reference_spacing=0.5, **options)
-        for seed in range(SEEDS.get((name, cell), 16))
-    )
+    return free_energy(crystal.atoms.copy(), crystal, seed=seed, reference_spacing=0.5, **options)
 
 
-def deviations(found: tuple[SschaResult, ...], gibbs: float) -> np.ndarray:
+def runs(n: int, *case) -> list[SschaResult]:
+    return [run_of(seed, *case) for seed in range(n)]
+
+
+def deviations(found: list[SschaResult], gibbs: float) -> np.ndarray:
     """In standard errors."""
     assert all(result.converged for result in found)
     return np.array([(result.gibbs_raw - gibbs) / result.gibbs_error for result in found])
@@ -92,14 +93,30 @@ COVERAGE = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", COVERAGE, ids=lambda case: "-".join(map(str, case)))
-def test_the_error_bar_covers_the_minimum(case):
-    """Sixteen seeds: inside the 99 % bounds of a Gaussian's 68 and 95 %."""
-    z = deviations(runs(*case), exact(*case[:3]).gibbs)
+def covered(z: np.ndarray) -> None:
+    """Inside the 99 % bounds of a Gaussian's 68 and 95 %."""
     for sigmas, share in ((1.0, 0.683), (2.0, 0.954)):
         low, high = binom.interval(0.99, len(z), share)
         assert low <= np.sum(np.abs(z) < sigmas) <= high
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", ["fixed", "variable"])
+def test_the_error_bars_of_all_crystals_cover_their_minima(cell):
+    """Four seeds a case, together: sharper bounds than a case alone can have; no case is off by itself.
+
+    The largest mean of four of all 19 cases is below 1.75 in 99 of a hundred. `test_the_error_bar_covers_the_minimum` has more of each.
+    """
+    z = [deviations(runs(4, *case), exact(*case[:3]).gibbs) for case in COVERAGE if case[2] == cell]
+    covered(np.concatenate(z))
+    assert np.abs(np.mean(z, axis=1)).max() < 1.75
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", COVERAGE, ids=lambda case: "-".join(map(str, case)))
+def test_the_error_bar_covers_the_minimum(case):
+    z = deviations(runs(SEEDS.get((case[0], case[2]), 16), *case), exact(*case[:3]).gibbs)
+    covered(z)
     assert abs(z.mean()) < 0.7
 
 
@@ -109,7 +126,7 @@ def test_the_soft_axis_of_a_layered_crystal_relaxes_as_far_as_the_stiff_ones(tem
     truth = exact("layered", temperature, "variable").minimum
     static = CASES["layered"].make().atoms
     assert abs(truth.cell.array[2, 2] / static.cell.array[2, 2] - 1.0) > 0.005, "there is something to relax"
-    for result in runs("layered", temperature, "variable", 200):
+    for result in runs(4, "layered", temperature, "variable", 200):
         assert result.centroids.cell.array[2, 2] == pytest.approx(truth.cell.array[2, 2], rel=5e-3)
         assert result.centroids.cell.lengths()[0] == pytest.approx(truth.cell.lengths()[0], rel=5e-3)
 
@@ -117,7 +134,7 @@ def test_the_soft_axis_of_a_layered_crystal_relaxes_as_far_as_the_stiff_ones(tem
 @pytest.mark.slow
 def test_lattice_modes_of_a_molecular_crystal_are_not_stiffened_by_its_short_bonds():
     truth = np.sort(Scha(CASES["molecular"].make(), (1, 1, 1)).solve().modes(exact("molecular", 0.0, "fixed").matrix)[0])[:3]
-    found = np.mean([np.sort(result.state.modes.quantum)[:3] for result in runs("molecular", 0.0, "fixed", 200)], axis=0)
+    found = np.mean([np.sort(result.state.modes.quantum)[:3] for result in runs(4, "molecular", 0.0, "fixed", 200)], axis=0)
     assert found == pytest.approx(truth, rel=0.1)
 
 

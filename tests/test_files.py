@@ -19,7 +19,7 @@ from magus_anharmonic.analysis import style, tables
 from magus_anharmonic.analysis.phase_grid import point_folder
 from magus_anharmonic.campaign.plan import place
 from magus_anharmonic.errors import one_line, reason_of, typed_line
-from magus_anharmonic.files import append_jsonl, replacing, safe_name, write_json, write_text
+from magus_anharmonic.files import append_jsonl, digest, replacing, safe_name, write_json, write_text
 from magus_anharmonic.units import time_left
 
 NASTY = [
@@ -157,3 +157,8 @@ def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, umask: int) -> N
     finally:
         os.umask(before)
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_twelve_digits_of_a_text_its_bytes_and_a_file_that_holds_them_are_those_of_sha_256(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("abc")
+    assert digest("abc") == digest(b"abc") == digest(tmp_path / "file") == "ba7816bf8f01"  # FIPS 180-2, appendix B.1

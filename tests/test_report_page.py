@@ -27,7 +27,6 @@ from magus_anharmonic.report.figures import stored_picture
 from magus_anharmonic.report.sheets import Sheet
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
-SHAPES = {"circle", "line"}
 
 
 class Page(HTMLParser):

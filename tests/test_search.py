@@ -694,7 +694,7 @@ def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
 def test_a_search_goes_on_with_its_own_calculator_only(tmp_path: Path) -> None:
     morse = {"calculator": "ase.calculators.morse.MorsePotential", "jobPrefix": "M", "maxStep": 2}
     run(settings(numGen=1, MainCalculator={**morse, "arguments": {"r0": 2.6, "rho0": 4.0}}), tmp_path)
-    with pytest.raises(InputError, match="MainCalculator: holds the model morsepotential-.*changed"):
+    with pytest.raises(InputError, match="MainCalculator: holds the model morsepotential-.*parameter changed"):
         run(settings(numGen=2, MainCalculator={**morse, "arguments": {"r0": 2.5, "rho0": 4.0}}), tmp_path, restart=True)
 
 

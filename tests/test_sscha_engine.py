@@ -19,6 +19,7 @@ from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.averages import Ensemble, average
+from magus_anharmonic.sscha.engines import ENGINES, engine
 from magus_anharmonic.sscha.finite_size import finite_size_term
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, harmonic_force_constants, relative_motion
 from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
@@ -93,14 +94,15 @@ def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_pat
     assert found.stress == pytest.approx(fresh.stress, abs=5 * fresh.stress_error.max() + 5e-4)
 
 
-def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(tmp_path):
+@pytest.mark.parametrize("name", ENGINES)
+def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_path):
     calculator = as_evaluator(LatticeSprings())
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     symmetry = Symmetry(atoms, (3, 3, 3))
     exact = SschaState(atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0)
     state = replace(exact, force_constants=0.97 * exact.force_constants)
-    found = python_sscha.minimise(state, evaluated(state, calculator, 200), symmetry, min_effective_sample=0.1, log=tmp_path / "log")
-    assert found.state.modes.quantum == pytest.approx(exact.modes.quantum, rel=1e-3)
+    found = engine(name)([(state, evaluated(state, calculator, 200))], symmetry, min_effective_sample=0.1, log=tmp_path / "log")
+    assert found.converged and found.state.modes.quantum == pytest.approx(exact.modes.quantum, rel=1e-3)
 
 
 def test_an_effective_sample_below_its_minimum_ends_the_minimisation(hcp, tmp_path):

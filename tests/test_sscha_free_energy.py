@@ -18,6 +18,7 @@ from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evalua
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.averages import average
 from magus_anharmonic.sscha.run import SAMPLING_TAG
@@ -262,7 +263,7 @@ def test_a_folder_that_holds_the_run_of_another_potential_is_computed_anew_and_t
 def test_a_result_of_another_version_is_refused(tmp_path):
     quartic(tmp_path / "run", max_populations=1)
     path = tmp_path / "run" / "result.json"
-    path.write_text(path.read_text().replace('"schema": 3', '"schema": 99'))
+    write_json(path, read_json(path) | {"schema": 99})
     with pytest.raises(InputError, match="another version"):
         quartic(tmp_path / "run", max_populations=1)
 

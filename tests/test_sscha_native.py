@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.calculators.emt import EMT
-from sscha_models import AnharmonicCell, LatticeSprings, QuarticPair, evaluated
+from sscha_models import AnharmonicCell, QuarticPair, evaluated
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
@@ -166,17 +166,6 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
     assert 0.0 <= excess + 1e-12 < 2e-3 < 0.02 < model.free_energy(model.start(temperature)) - exact + 0.015
     assert state.modes.quantum == pytest.approx(best.modes.quantum, rel=0.1)
     assert symmetry.force_constants(state.force_constants) == pytest.approx(state.force_constants, abs=1e-10)
-
-
-def test_minimisation_of_a_harmonic_crystal_is_one_step():
-    calculator = as_evaluator(LatticeSprings())
-    atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
-    symmetry = Symmetry(atoms, (3, 3, 3))
-    exact = SschaState(atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0)
-    state = replace(exact, force_constants=0.97 * exact.force_constants)
-    found = native.minimise([(state, evaluated(state, calculator, 400))], symmetry, min_effective_sample=0.1)
-    assert found.converged
-    assert found.state.modes.quantum == pytest.approx(exact.modes.quantum, rel=2e-3)
 
 
 def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):

@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 from harmonic_pair import HarmonicCrystal, springs
-from sscha_models import LatticeSprings, QuarticPair, evaluated
+from sscha_models import LatticeSprings, QuarticPair, cu3au, evaluated
 
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.averages import average, gamma_matrix
@@ -35,14 +35,6 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
 EV = as_evaluator(EMT())
 
 
-def cu3au(turned: bool = False) -> Atoms:
-    """L1_2 crystal of four atoms, if wanted in an orientation in which no axis is an axis of the crystal."""
-    atoms = Atoms("AuCu3", scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]], cell=[3.75] * 3, pbc=True)
-    if turned:
-        atoms.rotate(37, (1, 2, 3), rotate_cell=True)
-    return atoms
-
-
 def harmonic_state(atoms: Atoms, repeats: tuple[int, int, int], evaluator=EV, temperature: float = 0.0) -> SschaState:
     symmetry = Symmetry(atoms, repeats)
     return SschaState(atoms, repeats, harmonic_force_constants(atoms, repeats, symmetry, evaluator), temperature)
@@ -54,28 +46,6 @@ def distorted(seed: int = 3) -> Atoms:
     atoms.set_cell(atoms.cell.array * [[1.0], [1.03], [0.98]] + [[0, 0.1, 0], [0, 0, 0.15], [0, 0, 0]], scale_atoms=True)
     atoms.rattle(0.1, seed=seed)
     return atoms
-
-
-@pytest.mark.parametrize("atoms", [cu3au(), cu3au(turned=True)], ids=["along the axes", "turned"])
-def test_harmonic_frequencies_equal_phonopy(atoms):
-    from phonopy import Phonopy
-    from phonopy.structure.atoms import PhonopyAtoms
-
-    state = harmonic_state(atoms, (2, 2, 2))
-    cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions, masses=atoms.get_masses())
-    phonopy = Phonopy(cell, supercell_matrix=np.diag([2, 2, 2]), primitive_matrix=np.eye(3))
-    phonopy.generate_displacements(distance=0.015, is_plusminus=True)
-    displaced = [
-        Atoms(c.symbols, positions=c.positions, cell=c.cell, pbc=True) for c in phonopy.supercells_with_displacements if c is not None
-    ]
-    phonopy.forces = np.array(EV.evaluate(displaced).forces)
-    phonopy.produce_force_constants()
-    phonopy.symmetrize_force_constants()
-    root = np.sqrt(np.repeat(atoms.get_masses(), 3))
-    for q in ([0, 0, 0], [0.5, 0, 0], [0.5, 0.5, 0], [0.5, 0.5, 0.5]):
-        squares = np.linalg.eigvalsh(fourier(state.force_constants, state.repeats, np.array([q]))[0] / np.outer(root, root))
-        theirs = np.linalg.eigvalsh(phonopy.get_dynamical_matrix_at_q(q))
-        assert squares == pytest.approx(theirs, abs=1e-3 * theirs.max())
 
 
 def test_one_displaced_atom_of_each_kind_is_enough_to_know_all():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
 from magus_anharmonic.analysis.found_values import Found
 from magus_anharmonic.analysis.tables import Cost, ModelError, TableFolder
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import read_json
 from magus_anharmonic.status import present_steps
 
 
@@ -83,13 +82,7 @@ def undone_steps(wanted: ExpectedValue, context: Context) -> list[str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    return data if isinstance(data, dict) else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _find(data: Any, key: str) -> Iterator[Any]:

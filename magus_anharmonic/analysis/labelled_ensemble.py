@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.io import write
+from ase.io import read, write
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.failures import read_failures, record_failure
 from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.dataset import labelled, read_labels
+from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.begin import state_digest
@@ -77,7 +78,7 @@ def label_held(state: SschaState, displacements: np.ndarray, labeler: Labeler, f
     target = Path(folder)
     claim(target, state, labeler.settings_hash, labeler.description)
     file = target / "labels.xyz"
-    done = read_labels(file) if file.is_file() else []
+    done = _read_checked(file) if file.is_file() else []
     known = {str(atoms.info["id"]) for atoms in done}
     waiting = [atoms for atoms in configurations(state, displacements) if atoms.info["id"] not in known]
     log.info("%d of %d labels are there; labelling with %s", len(known), len(displacements) + 1, labeler.description)
@@ -88,7 +89,7 @@ def label_held(state: SschaState, displacements: np.ndarray, labeler: Labeler, f
             log.warning("configuration %s has no label: %s", atoms.info["id"], result.reason)
             record_failure(target, "label", result.reason, id=atoms.info["id"], number=atoms.info["number"])
             return
-        done.append(labelled(atoms, result, seconds=round(result.seconds, 1)))
+        done.append(_with_digest(labelled(atoms, result, seconds=round(result.seconds, 1))))
         with replacing(file) as temporary:
             write(temporary, done, format="extxyz")
 
@@ -136,6 +137,25 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
             )
 
 
+def _with_digest(label: Atoms) -> Atoms:
+    """The label with the digest of what its file will hold."""
+    text = io.StringIO()
+    write(text, label, format="extxyz")
+    text.seek(0)
+    label.info["digest"] = f"d-{label_digest(read(text, format='extxyz'))}"
+    return label
+
+
+def _read_checked(file: Path) -> list[Atoms]:
+    """Labels that are what they were when they were made; raises ``DamagedFile`` that names the first that is not."""
+    frames = read_labels(file)
+    for atoms in frames:
+        whole = atoms.calc is not None and {"energy", "forces", "stress"} <= set(atoms.calc.results)
+        if "digest" in atoms.info and not (whole and atoms.info["digest"] == f"d-{label_digest(atoms)}"):
+            raise DamagedFile(f"{file}: label {atoms.info.get('id')} was changed since it was made; bring back an undamaged copy")
+    return frames
+
+
 def _check_settings(file: Path, settings_hash: str) -> None:
     found = {str(atoms.info.get("settings_hash")) for atoms in read_labels(file)} if file.is_file() else set()
     if found - {settings_hash}:
@@ -153,7 +173,7 @@ def read_labelled(state: SschaState, displacements: np.ndarray, model: Evaluator
     file = Path(folder) / "labels.xyz"
     structures = configurations(state, displacements)
     mine = {str(atoms.info["id"]) for atoms in structures}
-    frames = [atoms for atoms in (read_labels(file) if file.is_file() else []) if str(atoms.info["id"]) in mine]
+    frames = [atoms for atoms in (_read_checked(file) if file.is_file() else []) if str(atoms.info["id"]) in mine]
     wrong = outliers(frames, model)
     for i, reason in wrong.items():
         log.warning("%s: %s; it is left out", file, in_words(frames[i], i + 1, reason))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from ase.io import write
 from magus_anharmonic.campaign.context import Context, Outcome
 from magus_anharmonic.campaign.plan import Step
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import replacing
+from magus_anharmonic.files import digest, replacing
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.learning.families import SIDES, Families, Fingerprint, fingerprint, sides_of_families
 
@@ -45,8 +44,7 @@ def merge(context: Context, step: Step) -> Outcome:
         write(temporary, merged, format="extxyz")
     counts = {side: sum(atoms.info["side"] == side for atoms in merged) for side in SIDES}
     log.info("merged %d labels of %d phases: %s", len(merged), len(sides), ", ".join(f"{n} {side}" for side, n in counts.items()))
-    digest = hashlib.sha256((folder / LABELS).read_bytes()).hexdigest()[:12]
-    return Outcome(n_structures=len(merged), output=digest)
+    return Outcome(n_structures=len(merged), output=digest(folder / LABELS))
 
 
 def one_settings_hash(labels: Mapping[str, Sequence[Atoms]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from magus_anharmonic.campaign.relaxing import phase_structure
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import LabelerEvaluator
-from magus_anharmonic.files import append_jsonl, read_jsonl, write_json
+from magus_anharmonic.files import append_jsonl, digest, read_jsonl, write_json
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.dispersion import Dispersion, dispersion
 from magus_anharmonic.sscha.gibbs import free_energy
@@ -81,7 +80,7 @@ def hessian(context: Context, step: Step) -> Outcome:
 
 def run_name(cell: Atoms, model_id: str, *settings: Any) -> str:
     """Folder of an SSCHA run: another cell, model or setting is another run, and finds no folder that is taken."""
-    return f"sscha-{model_id}-{hashlib.sha256(f'{structure_id(cell)} {settings}'.encode()).hexdigest()[:8]}"
+    return f"sscha-{model_id}-{digest(f'{structure_id(cell)} {settings}')[:8]}"
 
 
 def _one(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.campaign.record import StepRecord
-from magus_anharmonic.files import safe_name, versions
+from magus_anharmonic.files import digest, safe_name, versions
 from magus_anharmonic.settings.campaign import CampaignSettings
 
 
@@ -157,16 +156,13 @@ def step_key(step: Step, records: Mapping[str, StepRecord]) -> str | None:
             return None
         needed.append([name, record.key, record.output])
     text = json.dumps([versions(), step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(text)
 
 
 @cache
 def file_digest(path: str | None) -> str | None:
     """12 hex digits over the content of a file; the name itself when it is no file."""
-    if path is None or not Path(path).is_file():
-        return path
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return path if path is None or not Path(path).is_file() else digest(Path(path))
 
 
 def foundation_digest(name: str) -> str | None:

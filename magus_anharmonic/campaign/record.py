@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.files import read_json, write_json
 
 FILE = "steps.json"
 
@@ -38,7 +38,7 @@ class StepRecord:
         return replace(self, **values)
 
 
-_RECORDS = TypeAdapter(dict[str, StepRecord])
+_OBJECT, _RECORDS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, StepRecord])
 
 
 def read_records(folder: Path) -> dict[str, StepRecord]:
@@ -47,7 +47,8 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
     if not file.is_file():
         return {}
     try:
-        return _RECORDS.validate_json(file.read_bytes())
+        _OBJECT.validate_json(file.read_bytes())
+        return _RECORDS.validate_python(read_json(file))
     except ValidationError as error:
         first = error.errors()[0]
         why = ": ".join([*map(str, first["loc"]), first["msg"]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_d
 from magus_anharmonic.campaign.plan import Step, at, productions
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile
-from magus_anharmonic.files import read_whole, replacing, versions
+from magus_anharmonic.files import digest, read_whole, replacing, versions
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, space_group, structure_id
@@ -95,8 +94,7 @@ def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence
         return []
     keys = parse(CalculatorSettings, {"calculator": "mattersim", **context.settings.calculator}, "calculator")
     identity = [versions(), model.model_id, keys.model_dump(mode="json"), fixed, [structure_id(atoms) for atoms in structures]]
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
-    stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest}.traj"
+    stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest(json.dumps(identity))}.traj"
     kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))
     if kept is None:
         # Kicks break a symmetry that is to be kept.

@@ -18,6 +18,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
+from magus_anharmonic.files import digest
 from magus_anharmonic.labelers.no_shell import read_command
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
@@ -143,13 +144,13 @@ def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | No
         "energy": ENERGY_CONVENTION,
         **({"files": dict(files)} if files else {}),
     }
-    text = json.dumps(content, sort_keys=True).encode()
-    digest = hashlib.sha256(text).hexdigest()[:12]
+    text = json.dumps(content, sort_keys=True)
+    found = digest(text)
     # Extended XYZ would read 123456789012 or 12e456789012 back as a number.
-    while re.fullmatch(r"\d+(e\d+)?", digest):
-        text += b" "
-        digest = hashlib.sha256(text).hexdigest()[:12]
-    return digest
+    while re.fullmatch(r"\d+(e\d+)?", found):
+        text += " "
+        found = digest(text)
+    return found
 
 
 def canonical(value: Any) -> Any:
@@ -226,8 +227,7 @@ def _file_digest(path: str, size: int, changed: int) -> bytes:
 
 def folder_digest(files: Mapping[str, Path]) -> str:
     """Twelve hex digits of names and contents of ``files`` (name -> path)."""
-    text = json.dumps({name: file_digest(path) for name, path in sorted(files.items())})
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps({name: file_digest(path) for name, path in sorted(files.items())}))
 
 
 def _check_texts(given: Mapping[str, Any], execution_keys: frozenset[str]) -> None:

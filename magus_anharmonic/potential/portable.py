@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
@@ -16,6 +15,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.files import digest
 from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.scheduler import Done, Scheduler
 from magus_anharmonic.structures import bare
@@ -77,11 +77,11 @@ def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
         device = None if remote else getattr(evaluator, "device", None)
         return Source(evaluator.model_id, checkpoint=os.path.abspath(path), content=content, device=device, dtype=dtype)
     try:
-        digest = hashlib.sha256(pickle.dumps(evaluator)).hexdigest()[:12]
+        identity = digest(pickle.dumps(evaluator))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         log.info("the evaluator cannot be sent to another process: %s", one_line(error))
         return None
-    return Source(evaluator.model_id, evaluator=evaluator, digest=digest)
+    return Source(evaluator.model_id, evaluator=evaluator, digest=identity)
 
 
 OnRelaxed = Callable[[int, Relaxation], None]

@@ -6,11 +6,11 @@ side when the set grows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 from ase import Atoms
 
+from magus_anharmonic.files import digest
 from magus_anharmonic.structures import structure_id
 
 
@@ -21,7 +21,7 @@ def parent_of(atoms: Atoms) -> str:
 
 def side_of_name(name: str, split: Sequence[int] = (8, 1, 1)) -> int:
     """0, 1 or 2 (training, validation, test): by the hash of a parent's name, so that it is the same for ever."""
-    position = int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) / 16**12 * sum(split)
+    position = int(digest(name), 16) / 16**12 * sum(split)
     return 0 if position < split[0] else 1 if position < split[0] + split[1] else 2
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.files import raise_trouble, replacing, set_aside, versions
+from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
+from magus_anharmonic.files import digest, raise_trouble, read_json, read_whole, replacing, set_aside, versions, write_json
 from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
@@ -25,6 +25,8 @@ from magus_anharmonic.structures import bare, structure_id
 log = logging.getLogger(__name__)
 
 NAME = "free_energies.db"
+RECORD = "record.json"
+"""In the folder of a run: what the database holds of it."""
 NOT_PHYSICS = (
     "when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget", "hessian"
 )  # fmt: skip
@@ -52,15 +54,14 @@ class Key:
     def folder(self, structure: str) -> str:
         """Name of the run's folder below ``sscha/``: structure id and eight digits of this key."""
         text = f"{self.model} {self.pressure:.6f} {self.temperature:.6f} {self.settings_hash}"
-        return f"{structure}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return f"{structure}-{digest(text)[:8]}"
 
 
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
     physics = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "n_configs_start": settings.ranking_start}
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
-    text = json.dumps(data, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return digest(json.dumps(data, sort_keys=True))
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class FreeEnergyStore:
         self._prints: dict[tuple[str, str], Fingerprint] = {}
         self._by_centroids: dict[tuple[str, Key], str] = {}
         try:
+            if self.path.exists() and not self.path.stat().st_size:
+                raise DamagedFile("it is empty")
             rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
@@ -163,6 +166,19 @@ class FreeEnergyStore:
         for record, row_id in found:
             self._remember(record)
             self._rows[record.structure, record.key] = row_id
+        self._take_back()
+
+    def _take_back(self) -> None:
+        """Put what the folders of the runs hold and the database does not (lost, cut, changed) into it again."""
+        lost = []
+        for file in sorted(self.path.parent.glob(f"sscha/*/{RECORD}")):
+            record = read_whole(file, _read_record)
+            if record is not None and (record.structure, record.key) not in self._records:
+                lost.append(record)
+        for record in lost:
+            self.put(record)
+        if lost:
+            log.warning("%s: %d free energies were missing; they are taken from the folders of their runs", self.path, len(lost))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -188,7 +204,8 @@ class FreeEnergyStore:
                 # ASE makes one table after the other: cut short, as by a full disk, that is a file which nobody can read
                 with replacing(self.path) as temporary:
                     self._rows[identity] = _connect(temporary).write(atoms, key_value_pairs=pairs, data=data)
-        except sqlite3.Error as error:  # a full disk, a folder that became read-only
+            write_json(self.path.parent / "sscha" / record.folder / RECORD, {"pairs": pairs, "data": data, "start": atoms.todict()})
+        except (sqlite3.Error, OSError) as error:  # a full disk, a folder that became read-only
             raise MagusAnharmonicError(f"{self.path}: cannot be written ({error}); free space or mend the folder, then go on") from None
         self._remember(record)
 
@@ -307,11 +324,33 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     values["error_vector"] = None if record.error_vector is None else np.array(record.error_vector)
     centroids = record.centroids
     data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict()}
+    data["digest"] = _digest(pairs, data, bare(record.start))
     return pairs, data
 
 
+def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> str:
+    shown = [dict(sorted(pairs.items())), data["values"], data["centroids"], start.todict()]
+    text = json.dumps(shown, sort_keys=True, default=lambda value: value.tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_record(path: Path) -> Record:
+    """What `FreeEnergyStore.put` left in the folder of a run; raises ``DamagedFile``."""
+    content = read_json(path)
+    try:
+        return _record(content["pairs"], content["data"], Atoms.fromdict(content["start"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{path}: not the record of a free energy ({error})") from None
+
+
 def _from_row(row: Any) -> Record:
-    pairs, data = row.key_value_pairs, row.data
+    pairs, data, start = row.key_value_pairs, row.data, bare(row.toatoms())
+    if data.get("digest", "") != _digest(pairs, data, start):
+        raise DamagedFile(f"the record of {pairs.get('structure')} was changed")
+    return _record(pairs, data, start)
+
+
+def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> Record:
     key = Key(
         pairs["model"].removeprefix(PREFIX),
         float(pairs["pressure_GPa"]),
@@ -323,4 +362,4 @@ def _from_row(row: Any) -> Record:
     values = {name: value for name, value in data["values"].items() if name in known}
     if values.get("error_vector") is not None:
         values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-    return Record(key=key, start=bare(row.toatoms()), centroids=None if stored is None else Atoms.fromdict(stored), **values)
+    return Record(key=key, start=bare(start), centroids=None if stored is None else Atoms.fromdict(stored), **values)

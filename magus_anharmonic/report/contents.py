@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from ase import Atoms
 
 from magus_anharmonic.analysis.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
+from magus_anharmonic.files import digest
 from magus_anharmonic.report import crystals as found_crystals
 from magus_anharmonic.report import figures, findings
 from magus_anharmonic.report.crystals import Crystal
@@ -327,9 +327,4 @@ def _models(contents: Contents, errors: Sheet) -> list[str]:
 
 
 def _hashes(paths: Sequence[Path]) -> list[tuple[str, str]]:
-    found = []
-    for path in paths:
-        if path.is_file():
-            with path.open("rb") as file:
-                found.append((path.name, hashlib.file_digest(file, "sha256").hexdigest()[:12]))
-    return found
+    return [(path.name, digest(path)) for path in paths if path.is_file()]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic import files
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.files import table_rows
 
 
@@ -80,12 +81,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name}: not readable as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path.name}: holds a {type(data).__name__}, not an object")
-    return data
+        return files.read_json(path)
+    except (OSError, DamagedFile) as error:
+        raise InputError(str(error)) from None
 
 
 def read_records(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:

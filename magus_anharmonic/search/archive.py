@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,8 @@ from magus_anharmonic.files import (
     remove,
     remove_empty,
     replacing,
+    seal,
+    unsealed,
     write_json,
 )
 from magus_anharmonic.gate import check_structures
@@ -78,8 +79,9 @@ class Archive:
         file = self.results / BEST
         with replacing(file) as temporary:
             if file.exists():
-                shutil.copyfile(file, temporary)
+                temporary.write_bytes(unsealed(file))
             append_frames(temporary, _as_saved(best, units))
+            seal(temporary)
 
     def restore_best(self, generation: int) -> None:
         """Make ``best.traj`` end with ``generation``, the last finished one, as it did then.
@@ -98,6 +100,7 @@ class Archive:
             for g in range(1, generation + 1):
                 known = [atoms for atoms in best or () if atoms.info.get("best_of") == g]
                 append_frames(temporary, known or best_of(self.load("good", g), g))
+            seal(temporary)
 
     def has(self, name: str, generation: int | str) -> bool:
         """Whether a file of this search was written already."""
@@ -201,6 +204,7 @@ def write_frames(file: Path, frames: Sequence[Atoms]) -> None:
     """Write structures to a .traj file atomically."""
     with replacing(file) as temporary:
         write(temporary, list(frames), format="traj")
+        seal(temporary)
 
 
 def append_frames(file: Path, frames: Sequence[Atoms]) -> None:
@@ -216,7 +220,10 @@ def read_frames(file: Path) -> list[Atoms]:
     Troubles of the machine or the disk are raised as they are.
     """
     try:
+        unsealed(file)
         frames: list[Atoms] = list(read(file, index=":", format="traj"))
+    except DamagedFile:
+        raise
     except Exception as error:  # ASE's reader raises many types for a file that is cut
         raise_trouble(error, file)
         why = typed_line(error, 120)

@@ -36,7 +36,7 @@ from magus_anharmonic.search.archive import Archive, best_of
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
 from magus_anharmonic.search.operators import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
-from magus_anharmonic.settings import Settings
+from magus_anharmonic.settings import CalculatorSettings, Settings
 
 log = logging.getLogger(__name__)
 
@@ -155,14 +155,14 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         starts = [start.get("model") for start in [*(record.get("earlier_starts") or ()), record] if isinstance(start, dict)]
         # a search that learns records later starts with the models that it made; one with another calculator has one model
         known = next((starts[place] for place in (0, -1) if starts and starts[place] and not is_unnamed(starts[place])), starts[0])
-        file = "MainCalculator.checkpoint" if relaxer.settings.calculator == "mattersim" else "MainCalculator"
+        file = "MainCalculator.checkpoint" if isinstance(relaxer.settings, CalculatorSettings) else "MainCalculator"
     if known is None or known == found:
         return True
     if is_unnamed(known) or is_unnamed(found):
         log.warning("-r: whether the stored energies are those of %s cannot be told: they are worked out again", file)
         return False
     raise InputError(
-        f"{file}: holds the model {found}, but the search went on with {known}: it was replaced or changed; "
+        f"{file}: holds the model {found}, but the search went on with {known}: the file was replaced, or a parameter changed; "
         "put the earlier one back, or start anew without -r"
     )
 
@@ -184,6 +184,8 @@ class Search:
         self.keep: list[Atoms] = []
         self.current: list[Atoms] = []
         self.volume_ratio = keys.volume_ratio
+        self._known = True
+        """Whether what is there of the generation was made with this model."""
 
     def run(self, known: bool = True) -> None:
         """All generations that are not finished yet; not ``known``: energies that are there are of another model."""
@@ -198,7 +200,8 @@ class Search:
         times: list[float] = []
         for generation in range(done + 1, self.num_gen + 1):
             self.begun = time.perf_counter()
-            self._step(generation, known or generation > done + 1)
+            self._known = known or generation > done + 1
+            self._step(generation)
             times.append(time.perf_counter() - self.begun)
             left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
@@ -220,16 +223,16 @@ class Search:
         self.good, self.keep, self.current = (self._usable(part) for part in (self.good, self.keep, self.current))
         require(self.current, "re-evaluation", "the calculator evaluates none of the structures")
 
-    def _step(self, generation: int, known: bool = True) -> None:
+    def _step(self, generation: int) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
-        raw = self.archive.known("raw", generation) if known else None
+        raw = self.archive.known("raw", generation) if self._known else None
         if raw is None:
             initial = self.archive.known("init", generation)
             if initial is None:
                 self._save("init", generation, self._initial(generation))
                 initial = self.archive.load("init", generation)
             chunks = self.archive.anharmonic / "relax" / str(generation)
-            if not known:
+            if not self._known:
                 forget(chunks)
             relaxed = self.relaxer.relax(initial, chunks)
             if relaxed:
