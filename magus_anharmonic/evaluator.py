@@ -127,7 +127,9 @@ class CalculatorEvaluator:
             copy = atoms.copy()
             copy.calc = self.calculator
             energy.append(copy.get_potential_energy())
-            forces.append(copy.get_forces(apply_constraint=False))
+            forces.append(np.asarray(copy.get_forces(apply_constraint=False), dtype=float))
+            if forces[-1].shape != (len(atoms), 3):
+                raise InputError(f"calculator {self.model_id}: gives forces of shape {forces[-1].shape} for {len(atoms)} atoms")
             changed = change_of(atoms, copy)
             if changed:
                 raise InputError(f"calculator {self.model_id}: it {changed}: its results are those of another structure")

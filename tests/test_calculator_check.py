@@ -106,6 +106,19 @@ def test_every_way_to_a_calculator_asks(tmp_path):
             call()
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_forces_of_another_number_of_atoms_are_refused(n):
+    """One row was taken for every atom."""
+
+    class Fewer(EMT):
+        def calculate(self, *arguments, **options) -> None:
+            super().calculate(*arguments, **options)
+            self.results["forces"] = self.results["forces"][:-1]
+
+    with pytest.raises(InputError, match=rf"forces of shape \({2 * n - 1}, 3\) for {2 * n} atoms"):
+        check_calculator(CalculatorEvaluator(Fewer()), HCP.repeat((n, 1, 1)), stress=True)
+
+
 def test_it_is_asked_once_and_a_calculator_that_fails_is_left_to_who_uses_it():
     evaluator = CalculatorEvaluator(EMT())
     assert [check_calculator(evaluator, HCP, stress=False) for _ in range(2)] == [3, 0]
