@@ -104,7 +104,15 @@ def make_result(file: Path) -> None:
 
 def make_progress(file: Path) -> None:
     progress = {"rows": [{"population": 1, "effective_sample": 1.0}], "gibbs": [[-1.0, 0.1]], "n_evaluations": 42, "together": [[1]]}
-    progress |= {"cell": [np.eye(2), np.zeros((2, 2, 2, 2))], "limited": False, "asked": 0, "group": "", "open": "", "moved": False, "requests": [None]}
+    progress |= {
+        "cell": [np.eye(2), np.zeros((2, 2, 2, 2))],
+        "limited": False,
+        "asked": 0,
+        "group": "",
+        "open": "",
+        "moved": False,
+        "requests": [None],
+    }
     progress |= {"far": True, "reason": "x"}
     write_json(file, progress)
 
