@@ -11,8 +11,8 @@ from ase import Atoms
 from ase.build import bulk, fcc111
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential import calculator
-from magus_anharmonic.potential.calculator import torchsim_model
+from magus_anharmonic.potential import torchsim
+from magus_anharmonic.potential.torchsim import torchsim_model
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def ts():
 
 def test_without_torchsim_the_error_says_how_to_install_it(potential, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_sim", None)
-    calculator._model_class.cache_clear()
+    torchsim._model_class.cache_clear()
     with pytest.raises(InputError, match=r"pip install 'magus-anharmonic\[torchsim\]'"):
         torchsim_model(potential)
 
@@ -41,12 +41,12 @@ def state_of(atoms: list[Atoms], pbc: object = True) -> dict[str, object]:
 def test_states_of_both_generations_of_torchsim_become_the_same_structures():
     slab = fcc111("Al", (1, 1, 3), vacuum=5.0)
     for pbc in (torch.tensor([True, True, False]), [True, True, False]):
-        (found,) = calculator.structures(state_of([slab], pbc))
+        (found,) = torchsim.structures(state_of([slab], pbc))
         assert found.pbc.tolist() == [True, True, False]
         np.testing.assert_array_equal(found.cell.array, slab.cell.array)
     sheared = bulk("Fe", a=2.8)
     sheared.set_cell([[2.0, 0.3, 0.0], [0.0, 2.1, 0.4], [0.1, 0.0, 2.2]])
-    found = calculator.structures(state_of([bulk("Si"), sheared]))
+    found = torchsim.structures(state_of([bulk("Si"), sheared]))
     assert [len(a) for a in found] == [2, 1] and all(a.pbc.all() for a in found)
     np.testing.assert_array_equal(found[1].cell.array, sheared.cell.array)
 
