@@ -7,6 +7,8 @@ the name it has.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,22 @@ from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.structures import SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
 """``info`` keys by which structures are called."""
-OCCUPANCIES = ("occupancy", "occupancies")
-"""Where ASE's readers keep them: in ``info`` (CIF), or as an array (PDB, TEM formats, extended XYZ)."""
+OCCUPANCIES = re.compile(r"(.*_)?occ(upanc(y|ies))?", re.IGNORECASE)
+"""Keys under which ASE's readers keep them: in ``info`` (CIF), or as an array (PDB, TEM formats, extended XYZ)."""
+MASSES = re.compile(r"(atomic_?|isotope_?)?mass(es)?", re.IGNORECASE)
+"""Columns of extended XYZ that are meant as masses; ASE takes ``masses`` alone for them."""
 MASS_RANGE = (0.1, 4.0)
 """Of the natural mass: muonium is 0.11 of hydrogen, tritium 3.0; beyond, the mass is that of another element, or none."""
 MIN_VOLUME = 0.3
 """A^3/atom; hydrogen at 5 TPa has more."""
 OVERLAP, COINCIDENT = 0.35, 0.4
 """Atoms nearer than this part of their covalent radii, or than so many A, are one atom twice (split sites, an image written out)."""
+FARTHEST = 1e5
+"""A: coordinates and cells beyond it lose the digits by which neighbours are told, or are in another unit."""
 WITHOUT_ELEMENTS = {"lammps-dump-binary": "it holds numbers of types, no elements"}
 """Formats of which ASE takes the number of a type for the atomic number."""
 
@@ -47,12 +54,17 @@ def read_structures(path: str | Path, *, index: int | str = ":", format: str | N
         raise InputError(f"{file}: no such file")
     try:
         _require_elements(file, format or filetype(str(file)))
-        found: Any = read(file, index=index, format=format)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            found: Any = read(file, index=index, format=format)
     except InputError:
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
         raise_trouble(error, file)
         raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}") from None
+    for warning in said:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    _require_sites_of_one_element(file, [str(warning.message) for warning in said])
     structures = [found] if isinstance(found, Atoms) else list(found)
     if not structures:
         raise InputError(f"{file}: holds no structure")
@@ -87,7 +99,8 @@ def _called(atoms: Atoms) -> str:
         return ""
     known = ((atoms.numbers >= 0) & (atoms.numbers < len(chemical_symbols))).all()
     formula = atoms.get_chemical_formula() if known else f"{len(atoms)} atoms"
-    name = next((one_line(str(atoms.info[key]), 80) for key in NAMES if atoms.info.get(key) not in (None, "")), "")
+    names = (one_line(str(atoms.info[key]), 80) for key in NAMES if atoms.info.get(key) is not None)
+    name = next(filter(None, names), "")
     return f" ({name}, {formula})" if name and name != formula else f" ({formula})"
 
 
@@ -100,6 +113,8 @@ def _problems(atoms: Atoms, crystal: bool) -> Iterator[str]:
         yield f"has coordinates that are not finite (atom {bad[0]}, {len(bad)} in all)"
     if not np.isfinite(atoms.cell.array).all():
         yield "has a cell that is not finite"
+    if max(np.abs(atoms.positions).max(), np.abs(atoms.cell.array).max()) > FARTHEST:
+        yield f"has coordinates or a cell beyond {FARTHEST:g} A; give it wrapped, in a reduced cell, in A"
     unknown = np.flatnonzero((atoms.numbers < 1) | (atoms.numbers >= len(chemical_symbols)))
     if len(unknown):
         yield f"has an atom of no known element (atom {unknown[0]})"
@@ -110,15 +125,15 @@ def _problems(atoms: Atoms, crystal: bool) -> Iterator[str]:
 
 
 def _occupancy_problems(atoms: Atoms) -> Iterator[str]:
-    for name in OCCUPANCIES:
-        sites = atoms.info.get(name)
-        sites = list(sites.values()) if isinstance(sites, dict) else [] if sites is None else np.ravel(sites).tolist()
-        for site in sites:
+    for name in filter(OCCUPANCIES.fullmatch, map(str, atoms.info)):
+        sites = atoms.info[name]
+        for site in list(sites.values()) if isinstance(sites, dict) else [] if sites is None else np.ravel(sites).tolist():
             shares = site if isinstance(site, dict) else {"": site}
             if len(shares) > 1 or any(not _is_one(share) for share in shares.values()):
                 shown = ", ".join(f"{symbol} {share}".strip() for symbol, share in shares.items())
                 yield f"has partial occupancies ({shown}): write out one ordered structure"
-        column = atoms.arrays.get(name, np.ones(len(atoms)))
+    for name in filter(OCCUPANCIES.fullmatch, atoms.arrays):
+        column = atoms.arrays[name]
         partial = next((index for index, share in enumerate(column) if not np.all([_is_one(x) for x in np.ravel(share)])), None)
         if partial is not None:
             yield f"has partial occupancies (atom {partial}: {column[partial]}): write out one ordered structure"
@@ -135,6 +150,11 @@ def _is_one(share: Any) -> bool:
 
 
 def _mass_problems(atoms: Atoms) -> Iterator[str]:
+    for name in set(filter(MASSES.fullmatch, atoms.arrays)) - {"masses"}:
+        column = atoms.arrays[name]
+        if column.shape == (len(atoms),) and column.dtype.kind in "fiu" and np.allclose(column, atoms.get_masses(), rtol=SAME_MASS):
+            continue
+        yield f"has a column {name!r}, which is not read: call it masses (amu), or leave it out"
     if not atoms.has("masses"):
         return
     masses = np.asarray(atoms.get_masses(), dtype=float)
@@ -192,3 +212,19 @@ def _require_elements(file: Path, kind: str) -> None:
             reason = "its types are no elements; add the column element (LAMMPS: dump_modify ... element S H)"
     if reason:
         raise InputError(f"{file} ({kind}): does not say which elements its atoms are: {reason}")
+
+
+def _require_sites_of_one_element(file: Path, warned: Sequence[str]) -> None:
+    """Raise ``InputError`` where ASE left out an atom of a CIF file because one of another element is in its place."""
+    pairs = [re.search(r"scaled_positions (\d+) and (\d+) are equivalent", text) for text in warned]
+    if not any(pairs):
+        return
+    from ase.io.cif import parse_cif
+    from ase.io.formats import open_with_compression
+
+    with open_with_compression(str(file), "rb") as stream:
+        contents = [block.get_symbols() for block in parse_cif(stream) if block.has_structure()]
+    for symbols in contents:
+        for one, other in (tuple(map(int, pair.groups())) for pair in pairs if pair):
+            if max(one, other) < len(symbols) and symbols[one] != symbols[other]:
+                raise InputError(f"{file}: {symbols[one]} and {symbols[other]} are in one place: write out one ordered structure")

@@ -157,6 +157,47 @@ def test_partial_occupancies_are_not_taken_as_full(sites, words, tmp_path):
     assert all(word in str(error.value) for word in ["a.cif", "occupanc", *words]), str(error.value)
 
 
+def test_atoms_of_two_elements_in_one_place_are_not_one_of_them(tmp_path):
+    """ASE leaves out the second with a warning; one that the symmetry makes anyway is left out rightly."""
+    columns = CELL.replace("_atom_site_occupancy\n", "")
+    (tmp_path / "a.cif").write_text(columns + "S1 S 0 0 0\nSe1 Se 0 0 0\nH1 H 0.5 0 0\n")
+    with pytest.raises(InputError, match=r"a\.cif: S and Se are in one place"):
+        read_structures(tmp_path / "a.cif")
+    (tmp_path / "b.cif").write_text(columns + "S1 S 0 0 0\nS2 S 1 0 0\nH1 H 0.5 0 0\n")
+    with pytest.warns(UserWarning, match="are equivalent"):
+        assert len(read_structures(tmp_path / "b.cif")[0]) == 2
+
+
+@pytest.mark.parametrize("column", ["occ", "Occupancy", "site_occupancy", "mass", "isotope_masses"])
+def test_columns_that_ase_does_not_read_are_not_passed_over(column, tmp_path):
+    atoms = bulk("NaCl", "rocksalt", a=5.6)
+    atoms.set_array(column, np.array([1.0, 0.5]))
+    write(tmp_path / "a.xyz", atoms, format="extxyz")
+    with pytest.raises(InputError, match="occupanc" if "occ" in column.lower() else "not read: call it masses"):
+        read_structures(tmp_path / "a.xyz", format="extxyz")
+    atoms.set_array(column, atoms.get_masses() if "mass" in column else np.ones(2))
+    check_structure(atoms)
+
+
+@pytest.mark.parametrize("length", [1e9, 1e160, 1e200])
+def test_a_cell_or_a_coordinate_of_another_world_is_refused_at_once(length):
+    """The fault: the search for neighbours never came back, or raised an error of its own."""
+    atoms = bulk("NaCl", "rocksalt", a=5.6, cubic=True)
+    atoms.positions[3, 0] = length
+    cell = np.diag([length, 5.6, 5.6])
+    for wrong in (atoms, Atoms("Na", cell=cell, pbc=True), Atoms("Na", cell=cell @ [[1, 0, 0], [0, 1, 0], [1, 0, 1]], pbc=True)):
+        with pytest.raises(InputError, match="beyond 100000 A"):
+            check_structure(wrong)
+
+
+def test_a_name_may_be_anything():
+    atoms = bulk("Cu")
+    atoms.positions[0] = np.nan
+    atoms.info["name"] = np.array([1, 2])
+    with pytest.raises(InputError, match=r"\[1 2\], Cu\) has coordinates"):
+        check_structure(atoms)
+
+
 def test_types_are_no_elements(tmp_path):
     (tmp_path / "types.dump").write_text(DUMP.format(column="", first="", second=""))
     with pytest.raises(InputError, match=r"types\.dump .*which elements"):

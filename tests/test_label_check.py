@@ -13,7 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.potential.label_check import outliers
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
 
 MODEL = {"sigma": 1.0, "epsilon": 0.30, "rc": 3.0}
 TRUTH = {"sigma": 1.0, "epsilon": 0.33, "rc": 3.0}
@@ -66,6 +66,10 @@ def test_sound_labels_of_another_code_with_other_zeros_of_energy_are_all_kept(mo
         ({"forces": 1000.0}, "its forces differ .* meV/A instead of eV/A"),
         ({"forces": -1000.0}, "its forces differ .* other sign"),
         ({"stress": EV_PER_A3_IN_GPA}, "its stress differ .*in GPa instead"),
+        ({"forces": BOHR / RYDBERG}, "its forces differ .*in Ry/bohr instead"),
+        ({"forces": 0.0}, "its forces differ .*0, as where they were left out"),
+        ({"stress": 0.0}, "its stress differ .*0, as where they were left out"),
+        ({"energy": 0.25}, "its energy is"),
     ],
 )
 def test_a_few_wrong_labels_are_found_and_no_other(model, fault, words):
@@ -88,6 +92,11 @@ def test_a_third_of_the_energies_may_be_absurd(model):
         ({"stress": -EV_PER_A3_IN_GPA}, "the stress .*: of the other sign than ASE's and in GPa"),
         ({"forces": -1.0}, "the forces .*: of the other sign"),
         ({"forces": 0.5291772}, "the forces .*: in eV/bohr"),
+        ({"forces": 0.0}, "the forces of 30 of the 30 labels are 0"),
+        ({"stress": 0.0}, "the stress of 30 of the 30 labels are 0"),
+        ({"energy": 1 / RYDBERG}, "the energies .*: in Ry"),
+        ({"energy": 0.5 / RYDBERG}, "the energies .*: in Ha"),
+        ({"energy": 0.25}, "the energies .*: per atom instead of per structure"),
     ],
 )
 def test_what_all_labels_share_is_refused_with_its_likely_cause(model, fault, words):
@@ -95,11 +104,22 @@ def test_what_all_labels_share_is_refused_with_its_likely_cause(model, fault, wo
         outliers(labels(dict.fromkeys(range(30), fault)), model)
 
 
+def test_a_stress_per_cell_is_refused(model):
+    frames = labels({})
+    for atoms in frames:
+        atoms.calc.results["stress"] = atoms.calc.results["stress"] * atoms.get_volume()
+    with pytest.raises(InputError, match="that of the cell, in eV"):
+        outliers(frames, model)
+
+
 def test_a_calculation_that_says_it_did_not_converge_is_left_out(model):
     frames = labels({})
-    frames[5].info["scf_converged"] = False
-    frames[6].info["converged"] = True
-    assert set(outliers(frames, model)) == {5}
+    wrong = {"scf_converged": False, "not_converged": True, "unconverged": "T", "electronic_convergence": "no", "converged_ionic": 0}
+    right = {"converged": True, "unconverged": False, "convergence": 1e-6, "converge": "no"}
+    for number, (key, value) in enumerate([*wrong.items(), *right.items()]):
+        frames[number].info[key] = value
+    frames[20].info["converged"] = np.array([True, False])
+    assert set(outliers(frames, model)) == {*range(len(wrong)), 20}
 
 
 def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_path):

@@ -129,6 +129,31 @@ def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, ki
     assert time.monotonic() - begun < 5.0
 
 
+@pytest.mark.parametrize(
+    "number", ["9" * 30, "9" * 5000, "0x" + "f" * 10**5, "0b" + "1" * 10**5, "1" + ":59" * 10**5, "1" + ":59" * 300 + ".5", "-" + "9" * 400]
+)
+@pytest.mark.parametrize("reader", [load_settings, load_campaign, load_yaml])
+def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, reader):
+    (tmp_path / "input.yaml").write_text(f"pressure: {number}\nsymbols: [H]\n")
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"number too large or too long.*line 1"):
+        reader(tmp_path / "input.yaml")
+    assert time.monotonic() - begun < 5.0
+
+
+@pytest.mark.parametrize("reader", [load_campaign, load_phase_diagram, load_recipe, load_labeler_settings])
+@pytest.mark.parametrize("key", ["a[0]", "\\e[31mkey", "[", "", "."])
+def test_a_key_may_be_any_text(tmp_path, reader, key):
+    (tmp_path / "input.yaml").write_text(f'"{key}": 1\n')
+    with pytest.raises(InputError, match="unknown key|is missing|calculator"):
+        reader(tmp_path / "input.yaml")
+
+
+def test_numbers_as_people_write_them_are_read(tmp_path):
+    (tmp_path / "input.yaml").write_text("a: [1_000, 0x1f, -3, 1.5e-3, .inf, 1:30, 9223372036854775807]\n")
+    assert load_yaml(tmp_path / "input.yaml") == {"a": [1000, 31, -3, 0.0015, float("inf"), 90, 2**63 - 1]}
+
+
 def test_aliases_as_people_use_them_are_read(tmp_path):
     file = tmp_path / "input.yaml"
     lines = [

@@ -362,6 +362,14 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
             {"MainCalculator": {"calculator": "ase.calculators.lammpsrun.LAMMPS", "arguments": {"command": "touch ran;"}}},
             "an input cannot start programs here",
         ),
+        (
+            {"MainCalculator": {"calculator": "ase.calculators.amber.Amber", "arguments": {"amber_exe": "touch ran;"}}},
+            "amber_exe: an input cannot start programs here",
+        ),
+        (
+            {"MainCalculator": {"calculator": "ase.calculators.amber.Amber", "arguments": {"infile": "x; touch ran;"}}},
+            "calculator: an input cannot start programs here",
+        ),
         ({"MainCalculator": {"calculator": "emt", "step_size": 0.1}}, "MainCalculator.step_size: unknown key"),
         ({"MainCalculator": {"calculator": "ase.calculators.singlepoint.SinglePointCalculator"}}, "cannot be made with arguments"),
         ({"learning": {"labeler": {"calculator": "gpaw"}}}, "learning: needs a model that can learn"),

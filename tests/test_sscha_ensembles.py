@@ -184,6 +184,24 @@ def test_wrapped_atoms_are_taken_back_and_the_order_of_configurations_is_free(fo
     assert average(state, again, symmetry).helmholtz == pytest.approx(average(state, ensemble, symmetry).helmholtz, abs=1e-7)
 
 
+def test_a_cut_list_of_energies_loses_no_configurations_unsaid(aluminium, tmp_path):
+    state, ensemble = aluminium
+    write_ensemble(state, ensemble, tmp_path, text=True)
+    energies = tmp_path / "energies_supercell_population1.dat"
+    energies.write_text("".join(energies.read_text().splitlines(keepends=True)[:120]))
+    with pytest.raises(InputError, match=r"120 energies, and 200 files"):
+        read_ensemble(tmp_path, 300.0)
+
+
+def test_the_crystal_of_an_ensemble_is_checked_as_every_other(aluminium, tmp_path):
+    state, ensemble = aluminium
+    heavy = state.atoms.copy()
+    heavy.set_masses([200.0])
+    write_ensemble(replace(state, atoms=heavy), ensemble, tmp_path)
+    with pytest.raises(InputError, match="masses that cannot be"):
+        read_ensemble(tmp_path, 300.0)
+
+
 def test_an_ensemble_without_stresses_is_one_without_pressure(folder):
     np.save(folder / "data_dir" / "stresses_pop1.npy", np.zeros((200, 3, 3)))
     _, zeros = read_ensemble(folder / "data_dir", 300.0)

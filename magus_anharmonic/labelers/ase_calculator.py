@@ -49,6 +49,14 @@ def may_call(found: Any, module_name: str) -> bool:
     return False
 
 
+def starts_programs(found: Any) -> bool:
+    """Whether it is one of ASE's calculators that write files for a program and start it."""
+    from ase.calculators.calculator import FileIOCalculator
+    from ase.calculators.genericfileio import GenericFileIOCalculator
+
+    return isinstance(found, type) and issubclass(found, FileIOCalculator | GenericFileIOCalculator)
+
+
 def load_class(path: str) -> Callable[..., Any]:
     """The subclass of ASE's Calculator at an import path, or what makes a calculator in a module that the user has allowed.
 
@@ -105,13 +113,9 @@ def recipe(settings: LabelerSettings) -> Recipe:
 
 def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     """An instance with the user's arguments; calculators that write files get ``directory``."""
-    from ase.calculators.calculator import FileIOCalculator
-    from ase.calculators.genericfileio import GenericFileIOCalculator
-
     found = load_class(recipe.code)
     arguments = {**recipe.arguments, **recipe.execution}
-    files = isinstance(found, type) and issubclass(found, FileIOCalculator | GenericFileIOCalculator)
-    if files or "directory" in inspect.signature(found.__init__ if isinstance(found, type) else found).parameters:
+    if starts_programs(found) or "directory" in inspect.signature(found.__init__ if isinstance(found, type) else found).parameters:
         arguments["directory"] = str(directory)
     made = found(**arguments)
     if not _calculates(made):

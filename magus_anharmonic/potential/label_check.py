@@ -15,8 +15,9 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import FORCE_FACTORS, STRESS_FACTORS, likely_cause
+from magus_anharmonic.evaluator import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
 from magus_anharmonic.potential.labelled import labels_of, name_of
+from magus_anharmonic.units import RYDBERG
 
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 """Label and model, one of each per structure."""
@@ -31,6 +32,13 @@ WILD = 20.0
 """Times the least: forces or a stress that no known factor explains."""
 ALONE, ALONE_ENERGY = 300.0, 50.0
 """Without a model: how many times the usual size, and eV/atom."""
+FACTOR_OF_ITS_OWN = 3.0
+"""Times the usual misfit: a known factor, or zeros, tell a label that is no outlier by its size alone."""
+MEASURABLE = 1 / 20
+"""Of the least: forces or a stress of the model that are none by symmetry or by rounding."""
+ENERGY_FACTORS = {"Ry": 1 / RYDBERG, "Ha": 0.5 / RYDBERG, "meV": 1e3, "kJ/mol": 96.485, "kcal/mol": 23.061}
+ALIKE_ENERGIES = 0.95
+"""As `ALIKE`, of energies, whose scale is compared with that of the forces."""
 FEWEST = 3
 """Labels that can be compared with each other."""
 ALIKE = 0.8
@@ -51,9 +59,11 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
     energy, zero = np.array([label[0] for label in labels]), np.zeros((3, 3))
     forces = [(label[1], np.zeros_like(label[1]) if numbers is None else np.asarray(numbers.forces[i])) for i, label in enumerate(labels)]
     stress = [(label[2], zero if numbers is None else np.asarray(numbers.stress[i])) for i, label in enumerate(labels)]
-    _refuse_common(forces, "forces", "eV/A", FORCE_FACTORS)
-    if np.isfinite(_ratio(forces)):  # a model that knows nothing of the forces says nothing about a pressure either
-        _refuse_common(stress, "stress", "eV/A^3", STRESS_FACTORS)
+    _refuse_common(forces, "forces", "eV/A", FORCE_FACTORS, LEAST_FORCE)
+    if numbers is not None and np.isfinite(_ratio(forces)):  # a model that knows nothing of the forces says nothing of the rest either
+        _refuse_common(stress, "stress", "eV/A^3", STRESS_FACTORS, LEAST_STRESS)
+        _refuse_stress_per_cell(labelled, stress)
+        _refuse_energies(labelled, energy, np.asarray(numbers.energy), _ratio(forces))
     apart = energy_residuals(labelled, (energy - (0.0 if numbers is None else np.asarray(numbers.energy))) / n_atoms)
     misfit = {"forces": _misfits(forces), "stress": _misfits(stress)}
     for i in far(apart, LEAST_ENERGY if model is not None else ALONE_ENERGY):
@@ -72,13 +82,22 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
             if sizes[i] > usual and (cause or (wild and 2.0 * sizes[i] > np.sqrt(np.mean(pairs[i][0] ** 2)))):
                 said = f" ({cause}?)" if cause else ""
                 found.setdefault(i, f"its {what} differ by {sizes[i]:.3g} {unit} from what is expected, others by {usual:.2g}{said}")
+        for i in np.flatnonzero(sizes > FACTOR_OF_ITS_OWN * usual) if model is not None and len(sizes) >= FEWEST else ():
+            if cause := _cause_of_one(pairs[i], unit, factors, least):
+                found.setdefault(int(i), f"its {what} differ by {sizes[i]:.3g} {unit} from what is expected ({cause}?)")
     return found
 
 
 def says_converged(atoms: Atoms) -> bool:
     """Whether no flag in ``info`` (converged, scf_converged, ...) says that the calculation did not converge."""
-    flags = [value for key, value in atoms.info.items() if re.search(r"(^|_)converged$", str(key).lower())]
-    return not any(str(value).lower() in ("false", "f", "0", "no") for value in flags)
+    for key, value in atoms.info.items():
+        name = str(key).lower()
+        if not re.fullmatch(r"(.*_)?(un|not|non)?converge(d|nce)(_(scf|electronic|elec|ionic|ions?))?", name):
+            continue
+        bad = ("true", "t", "1", "yes") if re.search(r"(^|_)(un|not_?|non_?)converge", name) else ("false", "f", "0", "no")
+        if any(str(word).lower() in bad for word in np.ravel(np.asarray(value, dtype=object))):
+            return False
+    return True
 
 
 def energy_residuals(structures: Sequence[Atoms], energies: np.ndarray) -> np.ndarray:
@@ -123,7 +142,47 @@ def _cause(pairs: Pairs, unit: str, factors: dict[str, float]) -> str:
     return likely_cause(ratio, unit, factors, recognised=True) if np.isfinite(ratio) else ""
 
 
-def _refuse_common(pairs: Pairs, what: str, unit: str, factors: dict[str, float]) -> None:
+def _cause_of_one(pair: tuple[np.ndarray, np.ndarray], unit: str, factors: dict[str, float], least: float) -> str:
+    """Why one label is no number in ``unit`` whatever the model is worth: it is all 0, or another unit explains it."""
+    label, model = pair
+    if np.sqrt(np.mean(model**2)) < MEASURABLE * least:
+        return ""
+    cause = _cause([pair], unit, factors)
+    return "0, as where they were left out" if not label.any() else cause if "instead of" in cause else ""
+
+
+def _refuse_stress_per_cell(labelled: Sequence[Atoms], stress: Pairs) -> None:
+    per_cell = _ratio([(label / atoms.get_volume(), model) for atoms, (label, model) in zip(labelled, stress, strict=True)])
+    if len(labelled) >= FEWEST and abs(abs(per_cell) - 1.0) < NEAR and abs(_ratio(stress)) > 2.0:
+        raise InputError(f"labels: the stress of most of the {len(labelled)} labels is that of the cell, in eV; divide it by the volume")
+
+
+def _refuse_energies(labelled: Sequence[Atoms], energy: np.ndarray, model: np.ndarray, forces: float) -> None:
+    """Raise ``InputError`` where the energies change by a known factor less or more than the ``forces`` (their ratio to the model's)."""
+    n_atoms = np.array([len(atoms) for atoms in labelled])
+    expected = forces * energy_residuals(labelled, model / n_atoms)
+    factor, whole = (_slope(energy_residuals(labelled, values), expected) for values in (energy / n_atoms, energy))
+    if len(labelled) < 2 * FEWEST or not np.isfinite(factor):
+        return
+    per_atom = abs(whole - 1.0) < NEAR and factor < 1.0 - 3.0 * NEAR
+    cause = "per atom instead of per structure" if per_atom else likely_cause(factor, "eV", ENERGY_FACTORS, recognised=True)
+    if cause and factor > 0.0:
+        raise InputError(
+            f"labels: the energies of the {len(labelled)} labels change by {factor:.3g} times what their forces say: {cause}; "
+            "give those of the whole structure in eV"
+        )
+
+
+def _slope(label: np.ndarray, model: np.ndarray) -> float:
+    """Factor of ``label`` against ``model``; NaN where they are not `ALIKE_ENERGIES`."""
+    product, norms = float(label @ model), float(np.linalg.norm(label) * np.linalg.norm(model))
+    return product / float(model @ model) if norms > 0.0 and abs(product) > ALIKE_ENERGIES * norms else float("nan")
+
+
+def _refuse_common(pairs: Pairs, what: str, unit: str, factors: dict[str, float], least: float) -> None:
+    empty = [not label.any() and np.sqrt(np.mean(model**2)) > MEASURABLE * least for label, model in pairs]
+    if len(pairs) >= FEWEST and 2 * sum(empty) > len(pairs):
+        raise InputError(f"labels: the {what} of {sum(empty)} of the {len(pairs)} labels are 0, as where they were left out; compute them")
     cause = _cause(pairs, unit, factors) if len(pairs) >= FEWEST else ""
     if cause:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicErr
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.files import remove
-from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class
+from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class, starts_programs
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
@@ -29,6 +30,8 @@ from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
+PROGRAMS = re.compile(r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE)
+"""Names of arguments in which calculators expect the program to start, or commands for it."""
 SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
 
@@ -189,10 +192,12 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
         calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
     except LabelerError as error:
         raise InputError(f"{where}: {error}") from None
-    commands = sorted(str(key) for key in block.arguments if "command" in str(key).lower() or str(key) == "profile")
+    commands = sorted(f"arguments.{key}" for key in block.arguments if PROGRAMS.search(str(key)))
+    # they build the line that starts their program from any argument (infile of Amber, label of others)
+    commands += ["calculator"] if starts_programs(calculator) else []
     if commands and module not in allowed_modules():
         raise InputError(
-            f"MainCalculator.arguments.{commands[0]}: an input cannot start programs here; if you trust it, allow the calculator's module "
+            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it, allow the calculator's module "
             f"outside of the input: export {ALLOW}={module}"
         )
     try:

@@ -96,8 +96,10 @@ def parse(model: type[T], data: Any, path: str = "") -> T:
 
 
 def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
-    # of a union pydantic names the member that was tried: literal['a','b'], list[int]
-    location = [str(part) for part in item["loc"] if "[" not in str(part)]
+    # of a union pydantic names the member that was tried: literal['a','b'], list[int]; a key may hold a bracket too
+    about_a_key = item["type"] in ("extra_forbidden", "missing")
+    last = len(item["loc"]) - 1
+    location = [str(part) for place, part in enumerate(item["loc"]) if "[" not in str(part) or (about_a_key and place == last)]
     where = ".".join([path, *location] if path else location) or "input"
     value = item.get("input")
     if item["type"] == "extra_forbidden":
@@ -132,8 +134,28 @@ LARGEST_BY_ALIASES = 1e5
 """Characters to which a short file may grow by its aliases: a kilobyte of them can stand for more than any memory holds."""
 
 
+LARGEST_NUMBER, LONGEST_NUMBER = 2**63, 400
+"""Of whole numbers, what 64 bits hold; of every number, its characters."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which makes whole numbers of any size, at a cost that grows with the square of their digits."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        integer = node.tag.endswith(":int")
+        if len(node.value) <= LONGEST_NUMBER:
+            value = self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+            if not integer or abs(value) < LARGEST_NUMBER:
+                return value
+        raise yaml.constructor.ConstructorError(None, None, f"{node.value[:20]}...: a number too large or too long", node.start_mark)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
+
+
 def _safe_load(file: Path) -> Any:
-    loader = yaml.SafeLoader(file.read_text(encoding="utf-8"))
+    loader = _Loader(file.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()
         if node is None:
@@ -186,6 +208,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         ValueError,
         TypeError,
         RecursionError,
+        OverflowError,
         OSError,
     ) as error:  # a date 2026-99-99 is a ValueError, a deep list a RecursionError
         raise InputError(f"{file}: not readable as YAML: {one_line(error)}") from None

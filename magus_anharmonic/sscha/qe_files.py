@@ -41,7 +41,6 @@ def state_from_dyn(prefix: str | Path, temperature: float = 0.0) -> SschaState:
     files are not there or damaged, by their name.
     """
     state = _as_written(prefix, temperature)
-    check_structure(state.atoms, f"start: {prefix}1")
     symmetric = Symmetry(state.atoms, state.repeats).force_constants(state.force_constants)
     change = np.abs(symmetric - state.force_constants).max() / max(np.abs(symmetric).max(), 1e-12)
     if change > NOISE_OF_MATRICES:
@@ -62,6 +61,7 @@ def _as_written(prefix: str | Path, temperature: float) -> SschaState:
             raise_trouble(error, f"{prefix}1")
             why = typed_line(error, 200)
             raise InputError(f"start: {prefix}1, ...: not readable as dynamical matrices of Quantum ESPRESSO ({why})") from None
+    check_structure(state.atoms, f"start: {prefix}1")
     return replace(state, force_constants=fold(sum_rule(state.full), state.repeats))
 
 
@@ -171,6 +171,9 @@ def _binary(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, n
 def _text(folder: Path, number: int, state: SschaState) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     energies = np.loadtxt(folder / f"energies_supercell_population{number}.dat", ndmin=1)
     names = [f"population{number}_{index}.dat" for index in range(1, len(energies) + 1)]
+    found = len(list(folder.glob(f"u_population{number}_*.dat")))
+    if found != len(names):
+        raise InputError(f"{len(names)} energies, and {found} files u_population{number}_*.dat: one of them is cut or incomplete")
     u = np.array([np.loadtxt(folder / f"u_{name}", ndmin=2) for name in names]) * THEIR_BOHR
     forces = np.array([np.loadtxt(folder / f"forces_{name}", ndmin=2) for name in names]) * RYDBERG / THEIR_BOHR
     there = any((folder / f"pressures_{name}").is_file() for name in names)
