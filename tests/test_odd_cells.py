@@ -8,7 +8,8 @@ from ase import Atoms
 from ase.build import fcc111, molecule
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.graph import find_neighbours, is_skewed, search_cell
+from magus_anharmonic.potential.cells import is_skewed, search_cell
+from magus_anharmonic.potential.graph import find_neighbours
 from magus_anharmonic.potential.guards import isolated, overlap, senseless
 
 TURNS = {

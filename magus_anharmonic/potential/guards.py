@@ -9,7 +9,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from vesin import NeighborList
 
-from magus_anharmonic.potential.graph import complete_cell, search_cell
+from magus_anharmonic.potential.cells import complete_cell, search_cell
 
 OVERLAP = 0.4  # of the sum of covalent radii
 COINCIDENT = 0.1  # Angstrom
