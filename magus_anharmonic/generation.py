@@ -21,12 +21,12 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, LabelerNotInstalled
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings
 
 if TYPE_CHECKING:
-    from magus_anharmonic.learning.choose_ensembles import Contender
-    from magus_anharmonic.ranking.model_errors import ModelTerm
+    from magus_anharmonic.learning.choose import Contender
+    from magus_anharmonic.ranking.uncertainty import ModelTerm
 
 log = logging.getLogger(__name__)
 
@@ -267,7 +267,7 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
     The ensembles are drawn anew (no run has seen them) for ``n_sample * n_perturb`` labels each. Empty when nothing is undecided, or when
     the runs left no folders.
     """
-    from magus_anharmonic.learning.choose_ensembles import Contender
+    from magus_anharmonic.learning.choose import Contender
     from magus_anharmonic.sscha.result import SschaResult
     from magus_anharmonic.sscha.state import displaced, sample
 
@@ -304,7 +304,7 @@ def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
     from magus_anharmonic.analysis import tables
-    from magus_anharmonic.ranking.model_errors import ModelTerm
+    from magus_anharmonic.ranking.uncertainty import ModelTerm
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
     return {

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from magus_anharmonic.analysis.labelled_ensemble import Labelled, draw
 from magus_anharmonic.evaluator import Evaluation
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, expand, fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 

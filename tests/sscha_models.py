@@ -6,7 +6,7 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, sample
 from magus_anharmonic.units import HBAR, KELVIN
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
-from magus_anharmonic.analysis import enthalpies, make_figures, model_table, modes, parity, reordering, style, tables
+from magus_anharmonic.analysis import enthalpies, make_figures, model_table, reordering, style, tables
 from magus_anharmonic.errors import InputError
 
 NAMES = {
@@ -51,10 +51,10 @@ def test_two_structures_of_equal_enthalpy_and_other_space_group_are_two() -> Non
 
 def test_parity_statistics_are_those_of_the_errors() -> None:
     rows = [tables.Parity("m", "test", "force", "eV/A", x, x + e) for x, e in ((0.0, 0.1), (1.0, -0.1), (2.0, 0.3), (3.0, 0.1))]  # type: ignore[arg-type]
-    (found,) = parity.parity_statistics(rows)
+    (found,) = model_table.parity_statistics(rows)
     assert (found.n, found.rmse, found.mean_absolute, found.mean) == pytest.approx((4, np.sqrt(0.03), 0.15, 0.1))
     assert found.r_squared == pytest.approx(1 - 0.12 / 5.0)
-    assert parity.parity_statistics(rows[:1])[0].r_squared is None
+    assert model_table.parity_statistics(rows[:1])[0].r_squared is None
 
 
 def test_transitions_are_where_the_lower_envelope_changes() -> None:
@@ -106,7 +106,7 @@ def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase()
 
 
 def test_critical_pressures_are_found_within_their_errors() -> None:
-    found = {(c.method, c.energies_by): c for c in modes.critical_pressures(soft_mode(np.random.default_rng(1)))}
+    found = {(c.method, c.energies_by): c for c in reordering.critical_pressures(soft_mode(np.random.default_rng(1)))}
     harmonic = found["harmonic", "model"]
     assert harmonic.critical_pressure_GPa == pytest.approx(173.0, abs=1e-6) and harmonic.error_GPa is None
     for who, exact in (("model", 100.0), ("dft", 105.0)):
@@ -120,9 +120,9 @@ def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments(
     for seed in range(200):
         points = [row for row in soft_mode(np.random.default_rng(seed)) if row.method == "sscha-hessian" and row.energies_by == "model"]
         x, y = np.array([p.pressure_GPa for p in points]), np.array([p.frequency_squared_cm2 for p in points])
-        many.append(modes._parabola_root(x, np.full(len(x), 2e4))(x, y))
+        many.append(reordering._parabola_root(x, np.full(len(x), 2e4))(x, y))
         if seed < 5:
-            errors.append(modes.critical_pressure(list(x), list(y), [2e4] * len(x))[1])
+            errors.append(reordering.critical_pressure(list(x), list(y), [2e4] * len(x))[1])
     assert np.mean(errors) == pytest.approx(np.std(many), rel=0.2)
 
 
@@ -135,7 +135,7 @@ def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments(
     ],
 )
 def test_no_critical_pressure_without_a_change_of_sign(pressures: list[float], squares: list[float], words: str) -> None:
-    value, error, _, reason = modes.critical_pressure(pressures, squares, [None] * len(pressures))
+    value, error, _, reason = reordering.critical_pressure(pressures, squares, [None] * len(pressures))
     assert value is None and error is None and words in reason
 
 
@@ -143,12 +143,12 @@ def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable() -
     x = [0.0, 10.0, 20.0, 30.0, 40.0]
     y = [-(p - 5.0) * (p - 35.0) for p in x]
     for errors in ([1.0] * 5, [None] * 5):
-        value, _, how, _ = modes.critical_pressure(x, y, errors)
+        value, _, how, _ = reordering.critical_pressure(x, y, errors)
         assert value == pytest.approx(5.0, abs=0.01 if how == "parabola" else 1.5)
 
 
 def test_two_points_with_errors_give_a_line_and_an_error() -> None:
-    value, error, how, _ = modes.critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
+    value, error, how, _ = reordering.critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
     assert (value, how) == (pytest.approx(105.0), "interpolation")
     slope = 2.0
     assert error == pytest.approx(np.sqrt(0.75**2 + 0.25**2) / slope, rel=0.1)

@@ -16,13 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MachineTrouble, MagusAnharmonicError, is_out_of_memory
-from magus_anharmonic.potential import checkpoint, evaluate, load, loading, native
-from magus_anharmonic.potential.edge_kernels import Kernels
+from magus_anharmonic.potential import checkpoint, evaluate, kernels, load, loading
 from magus_anharmonic.potential.evaluate import Potential
-from magus_anharmonic.potential.graph import build_graph
-from magus_anharmonic.potential.memory import MemoryModel, available_bytes, measure
-from magus_anharmonic.potential.threads import run_side_by_side
-from magus_anharmonic.potential.topology import find_topology
+from magus_anharmonic.potential.graph import build_graph, find_topology
+from magus_anharmonic.potential.kernels import Kernels
+from magus_anharmonic.potential.resources import MemoryModel, available_bytes, measure, run_side_by_side
 
 
 @pytest.fixture
@@ -241,14 +239,14 @@ def test_a_model_is_checked_once_per_process(tiny_checkpoint, monkeypatch) -> No
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_compiled_loops_are_torchs(threads) -> None:
-    kernels = native._native()
-    if kernels is None:
+    compiled = kernels._native()
+    if compiled is None:
         pytest.skip("no C compiler")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
         for seed in range(5):
-            assert native.disagreement(kernels, seed) < 5e-6
+            assert kernels.disagreement(compiled, seed) < 5e-6
     finally:
         torch.set_num_threads(before)
 
@@ -258,7 +256,7 @@ def test_wrong_compiled_loops_are_noticed() -> None:
         def three_forward(self, y, edge) -> None:
             edge += 1.0001 * (y[:, : edge.shape[1]] * y[:, : edge.shape[1]].sigmoid() * y[:, edge.shape[1] :].sigmoid())
 
-    assert native.disagreement(Wrong()) > 1e-5
+    assert kernels.disagreement(Wrong()) > 1e-5
 
 
 def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None:
@@ -269,23 +267,23 @@ def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None
 
 
 def test_without_a_compiler_everything_works_and_the_log_says_so(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO):
-        assert native._native.__wrapped__() is None
+        assert kernels._native.__wrapped__() is None
     assert "no C compiler" in caplog.text
-    monkeypatch.setattr(native, "COMPILERS", ("false",))
+    monkeypatch.setattr(kernels, "COMPILERS", ("false",))
     with pytest.raises(OSError, match="cannot compile"):
-        native.compiled(tmp_path)
+        kernels.compiled(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_compiled_loops_are_found_again(tmp_path) -> None:
     try:
-        first = native.compiled(tmp_path)
+        first = kernels.compiled(tmp_path)
     except OSError:
         pytest.skip("no C compiler")
     written = first.stat().st_mtime_ns
-    assert native.compiled(tmp_path) == first and first.stat().st_mtime_ns == written
+    assert kernels.compiled(tmp_path) == first and first.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import magus_anharmonic.cli
 from magus_anharmonic.cli import app
-from magus_anharmonic.cli.errors import _show as show_errors
-from magus_anharmonic.cli.hessian import _show_hessian
+from magus_anharmonic.cli.physics import _show as show_errors
+from magus_anharmonic.cli.physics import _show_hessian
 from magus_anharmonic.report.screen import show_ranking
 
 NAME = "out[bold]x[ok][/bold] :smile:"
@@ -52,7 +52,7 @@ def test_the_folder_and_the_words_of_a_hessian_are_printed_as_they_are(tmp_path:
 
 def test_the_steps_of_a_campaign_are_printed_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(columns=("step", "remark"), rows=[("sscha", NAME)], missing=[f"{NAME}: no result"])
-    module = import_module("magus_anharmonic.campaign.status")
+    module = import_module("magus_anharmonic.campaign.run")
     monkeypatch.setattr(module, "campaign_file", lambda path: Path(path))
     monkeypatch.setattr(module, "status", lambda path: found)
     result = CliRunner().invoke(app, ["campaign", "--status", f"{tmp_path}/a[bold]b.yaml"])

@@ -20,10 +20,8 @@ from typer.testing import CliRunner
 from magus_anharmonic import status as folder_status
 from magus_anharmonic.analysis.explain import read_context
 from magus_anharmonic.campaign import run as driver
-from magus_anharmonic.campaign.context import Context, Outcome
-from magus_anharmonic.campaign.plan import Step, plan, step_key
-from magus_anharmonic.campaign.record import StepRecord, read_records, write_records
-from magus_anharmonic.campaign.status import status
+from magus_anharmonic.campaign.run import status
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, StepRecord, plan, read_records, step_key, write_records
 from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError

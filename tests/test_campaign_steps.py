@@ -15,16 +15,15 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from campaign_inputs import write_campaign
 
-from magus_anharmonic.campaign import closing, merging, modes, quantum, searching
-from magus_anharmonic.campaign.context import Context, structure_file
-from magus_anharmonic.campaign.found import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
-from magus_anharmonic.campaign.irreps import Level, levels_by_irrep, lowest_levels
-from magus_anharmonic.campaign.plan import Step, at, place, plan
-from magus_anharmonic.campaign.relaxing import _read_relaxed
+from magus_anharmonic.campaign import closing, learning, modes, production, structures
+from magus_anharmonic.campaign.production import _read_relaxed
+from magus_anharmonic.campaign.steps import Context, Step, at, place, plan, structure_file
+from magus_anharmonic.campaign.structures import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.settings.campaign import DftSettings, load_campaign
+from magus_anharmonic.sscha.phonons import Level, levels_by_irrep, lowest_levels
 from magus_anharmonic.structures import space_group, structure_id
 from magus_anharmonic.units import EV_IN_CM1
 
@@ -40,7 +39,7 @@ def context_of(folder: Path, **changes: Any) -> Context:
 
 def symmetric_matrix(atoms: Atoms, seed: int = 0) -> np.ndarray:
     """A random dynamical matrix at Gamma with the symmetry of the crystal."""
-    from magus_anharmonic.campaign.irreps import _representation
+    from magus_anharmonic.sscha.phonons import _representation
     from magus_anharmonic.sscha.symmetry import Symmetry
 
     random = np.random.default_rng(seed).normal(size=(3 * len(atoms),) * 2)
@@ -193,8 +192,8 @@ def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found
     in_another_cell = shared.repeat((2, 1, 1))
     store_of(context.folder("learn-075GPa"), {"p-shared": shared, **crystals(6)})
     store_of(context.folder("learn-125GPa"), {"p-other-name": in_another_cell, **dict(list(crystals(12).items())[6:])})
-    outcome = merging.merge(context, merge_step(context))
-    frames: Any = read(context.folder("merge") / merging.LABELS, ":")
+    outcome = structures.merge(context, merge_step(context))
+    frames: Any = read(context.folder("merge") / structures.LABELS, ":")
     assert outcome.n_structures == len(frames) == 4 * 14
     sides: dict[str, set[str]] = {}
     for atoms in frames:
@@ -212,24 +211,24 @@ def test_labels_of_two_dft_settings_are_not_merged(tmp_path: Path) -> None:
     store_of(context.folder("learn-075GPa"), crystals(2))
     store_of(context.folder("learn-125GPa"), crystals(2), settings_hash="bbbb")
     with pytest.raises(InputError, match="two different DFT settings: aaaa in learn-075GPa, bbbb in learn-125GPa"):
-        merging.merge(context, merge_step(context))
+        structures.merge(context, merge_step(context))
 
 
 def test_searches_without_labels_are_a_clear_failure(tmp_path: Path) -> None:
     context = context_of(tmp_path)
     with pytest.raises(MagusAnharmonicError, match="no label in learn-075GPa, learn-125GPa"):
-        merging.merge(context, merge_step(context))
+        structures.merge(context, merge_step(context))
 
 
 def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> None:
     labels = [f"family-{i}" for i in range(40) for _ in range(10)]
-    sides = merging.sides_of_families(labels, (8, 1, 1))
+    sides = structures.sides_of_families(labels, (8, 1, 1))
     shares = {side: sum(10 for found in sides.values() if found == side) for side in ("train", "validation", "test")}
     assert shares == {"train": 320, "validation": 40, "test": 40}
-    few = merging.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1))
+    few = structures.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1))
     assert few["a"] == "train" and sorted(few.values()) == ["test", "train", "validation"]
-    assert set(merging.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), dict.fromkeys("abcd", "train")).values()) == {"train"}
-    assert "test" not in merging.sides_of_families(labels, (9, 1, 0)).values()
+    assert set(structures.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), dict.fromkeys("abcd", "train")).values()) == {"train"}
+    assert "test" not in structures.sides_of_families(labels, (9, 1, 0)).values()
 
 
 # structures that searches left
@@ -290,7 +289,7 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     folder = context.folder("produce-100GPa")
 
     def search(pressure: float = 100) -> None:
-        searching.search(context, folder, context.settings.production_search(pressure, str(checkpoint)))
+        learning.search(context, folder, context.settings.production_search(pressure, str(checkpoint)))
 
     with pytest.raises(KeyboardInterrupt):
         search()
@@ -374,15 +373,15 @@ def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(
     changed, kept = h3s(3.1, 0.1), h3s()
     ranked(context, [(changed, "R3m (160)", "Im-3m (229)"), (kept, "Im-3m (229)", "Im-3m (229)")])
     labeler = Dft()
-    monkeypatch.setattr("magus_anharmonic.campaign.context.get_labeler", lambda *_: labeler)
+    monkeypatch.setattr("magus_anharmonic.campaign.steps.get_labeler", lambda *_: labeler)
     step = next(step for step in plan(context.settings) if step.id == "dft")
-    outcome = quantum.dft(context, step)
+    outcome = production.dft(context, step)
     (row,) = read_rows(context.folder("dft") / "tables" / "space_groups.csv")
     assert (row["id"], row["spg_static"], row["spg_dft"], row["spg_quantum"]) == (
         structure_id(changed), "R3m (160)", "R3m (160)", "Im-3m (229)",
     )  # fmt: skip
     assert outcome.n_labels == 6 and len(labeler.asked) == 1
-    again = quantum.dft(context, step)
+    again = production.dft(context, step)
     assert len(labeler.asked) == 1 and again.n_labels == 6, "a finished relaxation is not repeated"
 
 
@@ -394,7 +393,7 @@ def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(tmp_path
                 for a in structures
             ]
 
-    (record,) = quantum.relaxed_by_dft(Failing(), [h3s()], 100.0, tmp_path / "relaxed.jsonl", DftSettings())
+    (record,) = production.relaxed_by_dft(Failing(), [h3s()], 100.0, tmp_path / "relaxed.jsonl", DftSettings())
     assert record["failed"] and record["space_group"] == "" and record["enthalpy"] is None and record["reason"] == "SCF did not converge"
 
 

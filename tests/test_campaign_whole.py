@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from campaign_inputs import write_campaign
 
-from magus_anharmonic.campaign.record import read_records
+from magus_anharmonic.campaign.steps import read_records
 from magus_anharmonic.campaign.tables import COLUMNS, read_rows
 
 SMALL = {

@@ -12,7 +12,7 @@ from harmonic_pair import HarmonicCrystal, crystal, pair
 from magus_anharmonic import generation as rounds
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.generation import SearchState
-from magus_anharmonic.learning.choose_ensembles import Contender, allocate, plan_ensembles
+from magus_anharmonic.learning.choose import Contender, allocate, plan_ensembles
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.settings import LearningSettings, parse_settings

@@ -184,7 +184,7 @@ def test_minimising_on_the_ensemble_that_was_brought_mends_the_force_constants(b
     """30 per cent too stiff on purpose; EMT copper at 300 K is nearly harmonic."""
     import numpy as np
 
-    from magus_anharmonic.ranking.given_start import read_start
+    from magus_anharmonic.ranking.structures import read_start
 
     before = read_start(str(brought / "dyn"), None, 300.0, 0.0, 0.5)
     with caplog.at_level("INFO"):
@@ -201,8 +201,7 @@ def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
     """No static relaxation and no harmonic start: the evaluations are those of populations and of the stress response."""
     from ranking_fakes import Emt
 
-    from magus_anharmonic.ranking.files import rank_structures
-    from magus_anharmonic.ranking.given_start import read_start
+    from magus_anharmonic.ranking.structures import rank_structures, read_start
     from magus_anharmonic.settings import parse_settings
     from magus_anharmonic.sscha.state import SschaState
     from magus_anharmonic.structures import bare, structure_id

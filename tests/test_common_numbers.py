@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from crystal_models import Crystals, crystal
 
-from magus_anharmonic.ranking.common_numbers import CommonNumbers, Draws, covariance, difference_error
 from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, verdicts
-from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.ranking.uncertainty import CommonNumbers, Draws, covariance, difference_error
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.averages import average, pair_means
-from magus_anharmonic.sscha.drawing import draw
+from magus_anharmonic.sscha.ensemble import average, pair_means
+from magus_anharmonic.sscha.sampling import draw
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 

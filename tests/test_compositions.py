@@ -22,14 +22,12 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.compositions import with_heights
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
-from magus_anharmonic.ranking.estimate import fit_estimates
-from magus_anharmonic.ranking.fitness import fitness_values, population_fitness
-from magus_anharmonic.ranking.model_errors import ModelTerm
-from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.fitness import fit_estimates, fitness_values, population_fitness, with_heights
+from magus_anharmonic.ranking.probabilities import with_odds
 from magus_anharmonic.ranking.rank import rank
-from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.report.summary import by_composition, hull_sentences, read_ranking

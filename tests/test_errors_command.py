@@ -10,15 +10,22 @@ import pytest
 from harmonic_pair import HarmonicCrystal, pair
 
 from magus_anharmonic.analysis import tables
-from magus_anharmonic.analysis.errors_run import Source, add_to_tables, draw_report, load_labeler_settings, measure_errors
-from magus_anharmonic.analysis.errors_source import find_source, given_displacements
+from magus_anharmonic.analysis.errors_run import (
+    Source,
+    add_to_tables,
+    draw_report,
+    find_source,
+    given_displacements,
+    load_labeler_settings,
+    measure_errors,
+)
 from magus_anharmonic.analysis.labelled_ensemble import draw
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import Failure, Label
 from magus_anharmonic.learning.dataset import read_labels
-from magus_anharmonic.sscha.averages import Ensemble
-from magus_anharmonic.sscha.run_folder import RunFolder
+from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.result import RunFolder
 
 
 class Reference:

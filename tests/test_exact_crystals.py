@@ -14,12 +14,9 @@ from scipy.stats import binom
 from magus_anharmonic import free_energy
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import run as sscha_run
-from magus_anharmonic.sscha.criteria import open_issues
-from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.result import RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.run_folder import RunFolder
-from magus_anharmonic.sscha.summary import gibbs_energy
-from magus_anharmonic.sscha.task import Task
+from magus_anharmonic.sscha.task import Task, gibbs_energy, open_issues
 from magus_anharmonic.structures import UNDECIDED
 
 SEEDS = {("rock salt", "fixed"): 32}

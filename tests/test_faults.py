@@ -33,10 +33,9 @@ from misbehaving import Misbehaving
 from typer.testing import CliRunner
 
 from magus_anharmonic import files
-from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError, MachineTrouble, MagusAnharmonicError, is_trouble
-from magus_anharmonic.evaluator import CalculatorEvaluator
+from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_whole, write_json
 from magus_anharmonic.labelers import get_labeler
@@ -48,9 +47,9 @@ from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
-from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
-from magus_anharmonic.scheduler.serial import SerialScheduler
+from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.scheduler.base import SerialScheduler
 from magus_anharmonic.search import host, run
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magus_anharmonic.analysis import style, tables
-from magus_anharmonic.analysis.phase_grid import point_folder
-from magus_anharmonic.campaign.plan import place
+from magus_anharmonic.campaign.steps import place
 from magus_anharmonic.errors import one_line, reason_of, typed_line
 from magus_anharmonic.files import append_jsonl, digest, replacing, safe_name, write_json, write_text
+from magus_anharmonic.phase_diagram.grid import point_folder
 from magus_anharmonic.units import time_left
 
 NASTY = [

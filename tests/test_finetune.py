@@ -16,15 +16,11 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load, loading
-from magus_anharmonic.potential.batches import LabelledGraphs
+from magus_anharmonic.potential.checkpoint import Architecture, from_scratch
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
-from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
-from magus_anharmonic.potential.losses import mean_loss, torch_loss
-from magus_anharmonic.potential.score import score, scores_by
-from magus_anharmonic.potential.shift import refit_shift
-from magus_anharmonic.potential.split import split_by_parent
-from magus_anharmonic.potential.train import TrainRecipe, load_recipe, read_labels, train_command, train_file
+from magus_anharmonic.potential.labelled import LabelledGraphs, mean_loss, score, scores_by, split_by_parent, torch_loss
+from magus_anharmonic.potential.train import TrainRecipe, load_recipe, read_labels, refit_shift, train_command, train_file
 from magus_anharmonic.potential.trainer import Trainer
 from magus_anharmonic.settings import LearningSettings, parse
 
@@ -605,7 +601,7 @@ def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:
 
 
 def test_a_small_model_trains_on_one_thread_and_gives_the_others_back(potential) -> None:
-    from magus_anharmonic.potential.threads import threads_for_training
+    from magus_anharmonic.potential.resources import threads_for_training
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.ranking.estimate import fit_estimate
-from magus_anharmonic.ranking.fitness import fitness_values
+from magus_anharmonic.ranking.fitness import fit_estimate, fitness_values
 
 MODELS = st.sampled_from(["a", "b", "", None, 3])
 ANYTHING = st.one_of(

@@ -19,30 +19,28 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.analysis.labelled_ensemble import claim
-from magus_anharmonic.analysis.phase_grid import _isotope_name
 from magus_anharmonic.campaign.closing import run_of_record
-from magus_anharmonic.campaign.found import _frames
-from magus_anharmonic.campaign.quantum import read_statics
-from magus_anharmonic.campaign.relaxing import _read_relaxed
+from magus_anharmonic.campaign.learning import read_identity
+from magus_anharmonic.campaign.production import _read_relaxed, read_statics
 from magus_anharmonic.campaign.run import validation_rmse
-from magus_anharmonic.campaign.searching import read_identity
+from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_jsonl, write_json
-from magus_anharmonic.learning.choose_ensembles import read_plan
+from magus_anharmonic.learning.choose import read_plan
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.lock import read_owner
-from magus_anharmonic.ranking.common_numbers import draws_of
-from magus_anharmonic.ranking.files import read_structures
+from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
+from magus_anharmonic.ranking.structures import read_structures
+from magus_anharmonic.ranking.uncertainty import draws_of
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings
 from magus_anharmonic.sscha.qe_files import state_from_dyn
-from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import RunFolder, read_population_file, read_progress_file
+from magus_anharmonic.sscha.result import RunFolder, SschaResult, read_population_file, read_progress_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.status import status
 
@@ -84,7 +82,7 @@ def a_state() -> SschaState:
 
 
 def make_population(file: Path) -> None:
-    from magus_anharmonic.sscha.averages import Ensemble
+    from magus_anharmonic.sscha.ensemble import Ensemble
 
     state = a_state()
     folder = RunFolder(file.parent, {"a": 1})
@@ -106,7 +104,15 @@ def make_result(file: Path) -> None:
 
 def make_progress(file: Path) -> None:
     progress = {"rows": [{"population": 1, "effective_sample": 1.0}], "gibbs": [[-1.0, 0.1]], "n_evaluations": 42, "together": [[1]]}
-    progress |= {"cell": [np.eye(2), np.zeros((2, 2, 2, 2))], "limited": False, "asked": 0, "group": "", "moved": False, "requests": [None]}
+    progress |= {
+        "cell": [np.eye(2), np.zeros((2, 2, 2, 2))],
+        "limited": False,
+        "asked": 0,
+        "group": "",
+        "open": "",
+        "moved": False,
+        "requests": [None],
+    }
     progress |= {"far": True, "reason": "x"}
     write_json(file, progress)
 

@@ -17,7 +17,7 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.gate import check_structure, check_structures, read_structures
-from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.structures import primitive, space_group
 

@@ -20,7 +20,7 @@ from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.files import append_jsonl, read_jsonl
 from magus_anharmonic.generation import SearchState, after_generation, newest_checkpoint, start
 from magus_anharmonic.ranking.fitness import fitness_values
-from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings, parse_settings
 
 LEARNING = {"labeler": {"calculator": "gpaw"}, "target_rmse": 0.01}

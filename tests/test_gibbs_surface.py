@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from two_phases import LOW, Phase, data
 
-from magus_anharmonic.analysis.gibbs_points import read_points, with_twins, write_points
-from magus_anharmonic.analysis.gibbs_surface import fit_surface
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.phase_diagram.points import read_points, with_twins, write_points
+from magus_anharmonic.phase_diagram.surface import fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 P = np.array([60.0, 85.0, 120.0, 160.0])

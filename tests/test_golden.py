@@ -20,9 +20,9 @@ from magus_anharmonic import free_energy, load
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.files import PHYSICS, write_json
 from magus_anharmonic.potential.relax import relax
-from magus_anharmonic.ranking.estimate import fit_estimate
+from magus_anharmonic.ranking.fitness import fit_estimate
 from magus_anharmonic.sscha.hessian import free_energy_hessian
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 FILE = Path(__file__).with_name("golden.json")

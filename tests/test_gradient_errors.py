@@ -9,9 +9,9 @@ import pytest
 from harmonic_pair import HarmonicCrystal, crystal, labelled, pair
 
 from magus_anharmonic.analysis import gradient_errors as ge
-from magus_anharmonic.analysis.gibbs_correction import gibbs_correction
+from magus_anharmonic.analysis.gradient_errors import gibbs_correction
 from magus_anharmonic.sscha import python_sscha
-from magus_anharmonic.sscha.averages import pair_means
+from magus_anharmonic.sscha.ensemble import pair_means
 from magus_anharmonic.sscha.state import fold, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, RYDBERG

@@ -18,13 +18,13 @@ from sscha_models import LatticeSprings, evaluated
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.report.summary import read_ranking, sentences
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.melting import CLOSE_PACKING, MELTED, THERMAL, lindemann_ratios, melted, melting_warning
 from magus_anharmonic.sscha.state import SschaState, variance
 from magus_anharmonic.sscha.supercells import image_warning
+from magus_anharmonic.sscha.warnings import CLOSE_PACKING, MELTED, THERMAL, lindemann_ratios, melted, melting_warning
 from magus_anharmonic.units import HBAR, KELVIN
 
 SOUND = crystal((3.0, 3.0, 3.1), 1.0, 0.2, -0.3, 1.0, depth=-8.0)

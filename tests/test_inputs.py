@@ -97,8 +97,8 @@ def test_the_oxide_example_is_marked_as_not_run() -> None:
 
 @pytest.mark.parametrize("path", sorted(INPUTS.glob("*/campaign.yaml")), ids=label)
 def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path: Path) -> None:
-    from magus_anharmonic.campaign.found import phases_of
-    from magus_anharmonic.campaign.plan import plan
+    from magus_anharmonic.campaign.steps import plan
+    from magus_anharmonic.campaign.structures import phases_of
     from magus_anharmonic.settings.campaign import load_campaign
 
     settings = load_campaign(path)

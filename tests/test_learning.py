@@ -174,7 +174,7 @@ def test_sides_follow_the_split_and_never_change():
 
 
 def test_sides_are_those_by_which_checkpoints_are_trained():
-    from magus_anharmonic.potential.split import split_by_parent
+    from magus_anharmonic.potential.labelled import split_by_parent
 
     frames = [Atoms("H", info={"parent": f"walk-{i // 3}"}) for i in range(300)]
     parts = split_by_parent(frames, (8, 1, 1))
@@ -378,7 +378,7 @@ def test_a_round_labels_finetunes_and_reports(tmp_path, potential, settings):
 
 
 def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_random(tmp_path, potential, caplog):
-    from magus_anharmonic.learning.choose_ensembles import Contender
+    from magus_anharmonic.learning.choose import Contender
 
     def contender(name, odds, seed):
         cell = h3s(3.1).repeat((2, 1, 1))
@@ -542,7 +542,7 @@ def test_killed_between_metrics_and_checkpoint(tmp_path, potential, settings, lo
 
 def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch):
     """Training whose loss on the judging labels does not fall leaves weights, id and shift as they were."""
-    import magus_anharmonic.potential.score as scores
+    import magus_anharmonic.potential.labelled as scores
 
     real = scores.score
 
@@ -656,7 +656,7 @@ def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(
 
 
 def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings, monkeypatch):
-    import magus_anharmonic.potential.score as scores
+    import magus_anharmonic.potential.labelled as scores
     from magus_anharmonic.potential import load
 
     real = scores.score
@@ -670,6 +670,6 @@ def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings
 
 
 def nan_scores():
-    from magus_anharmonic.potential.score import Scores
+    from magus_anharmonic.potential.labelled import Scores
 
     return Scores(np.nan, np.nan, np.nan, np.nan, 1)

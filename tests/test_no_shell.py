@@ -12,7 +12,7 @@ from ase.build import bulk
 
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.labelers.no_shell import Command, no_shell, read_command
+from magus_anharmonic.labelers.base import Command, no_shell, read_command
 from magus_anharmonic.settings import LabelerSettings
 
 

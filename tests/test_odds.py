@@ -8,8 +8,8 @@ import pytest
 from ase import Atoms
 
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.model_errors import ModelTerm
-from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.uncertainty import ModelTerm
 
 
 def candidate(name: str, gibbs: float | None, error: float = 1e-3, finite: float = 0.0, **more: object) -> Candidate:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from two_phases import HIGH, LOW, Phase, boundary, data, slope
 
-from magus_anharmonic.analysis.boundaries import (
+from magus_anharmonic.phase_diagram.boundaries import (
     all_boundaries,
     isotope_shifts,
     lowest_odds,

@@ -18,17 +18,17 @@ from ranking_fakes import Emt
 from two_phases import HIGH, LOW, Phase, boundary, data
 from typer.testing import CliRunner
 
-from magus_anharmonic.analysis.gibbs_points import read_points, write_points
-from magus_anharmonic.analysis.phase_command import GridOptions, phase_diagram_command, read_source, run_held, write_diagram
-from magus_anharmonic.analysis.phase_diagram import phase_diagram
-from magus_anharmonic.analysis.phase_grid import collect_runs, point_folder, point_of, run_grid
-from magus_anharmonic.analysis.phase_words import sentences
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import hull_entries
+from magus_anharmonic.phase_diagram.command import GridOptions, phase_diagram_command, read_source, run_held, write_diagram
+from magus_anharmonic.phase_diagram.diagram import phase_diagram
+from magus_anharmonic.phase_diagram.grid import collect_runs, point_folder, point_of, run_grid
+from magus_anharmonic.phase_diagram.points import read_points, write_points
+from magus_anharmonic.phase_diagram.text import sentences
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.entropy import entropy
+from magus_anharmonic.sscha.ensemble import entropy
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 SOFT = crystal((3.0, 3.0, 3.0), 1.0, 0.25, -0.2, 1.0)
@@ -308,8 +308,8 @@ def test_an_upper_bound_moves_no_boundary_and_is_named_with_its_number(tmp_path)
 
 
 def test_three_end_members_and_two_isotopes_have_a_picture_too(tmp_path):
-    from magus_anharmonic.analysis.hull_figure import draw_hull
-    from magus_anharmonic.analysis.phase_diagram import HullRow
+    from magus_anharmonic.phase_diagram.diagram import HullRow
+    from magus_anharmonic.phase_diagram.figures import draw_hull
 
     formulas = ["H", "S", "Li", "H3S", "LiH", "H6SLi"]
     energies = np.array([0.0, 0.0, 0.0, -0.1, -0.2, -0.05])
@@ -396,7 +396,7 @@ def test_the_command_takes_the_points_of_its_own_folder_again(tmp_path):
 
 
 def test_the_shipped_example_is_valid_and_its_structures_are_the_phases_it_names():
-    from magus_anharmonic.analysis.phase_grid import read_phase
+    from magus_anharmonic.phase_diagram.grid import read_phase
     from magus_anharmonic.structures import space_group
 
     settings = load_phase_diagram(Path(__file__).parents[1] / "inputs" / "h3s-phase-diagram" / "phase-diagram.yaml")

@@ -232,7 +232,7 @@ def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(magu
     """The fault: the distance above the hull stayed with a structure that was relaxed anew."""
     from magus_anharmonic.plugins.calculator import FREE_ENERGY_KEYS, RESULT_KEYS
     from magus_anharmonic.ranking.candidate import Candidate
-    from magus_anharmonic.ranking.outcomes import set_info
+    from magus_anharmonic.ranking.jobs import set_info
 
     atoms = h3s()
     parts = [Candidate(f"{n}", other, 100.0, 0.0, -1.0, "m", members=(0,)) for n, other in enumerate((atoms, Atoms("Al", cell=[3, 3, 3])))]
@@ -569,7 +569,7 @@ def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
 
 
 def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: SimpleNamespace, h3s: Any) -> None:
-    from magus_anharmonic.plugins.seeds import write_seeds
+    from magus_anharmonic.plugins.hook import write_seeds
 
     Path("Seeds").mkdir()
     mine = h3s(bond_shift=0.3)
@@ -588,7 +588,7 @@ def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: S
 
 
 def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus: SimpleNamespace, h3s: Any) -> None:
-    from magus_anharmonic.plugins.seeds import write_seeds
+    from magus_anharmonic.plugins.hook import write_seeds
 
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
     assert write_seeds("Seeds", 2, [h3s(bond_shift=0.0)]) == 1
@@ -596,7 +596,7 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
 
 
 def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
-    from magus_anharmonic.plugins.seeds import write_seeds
+    from magus_anharmonic.plugins.hook import write_seeds
 
     search_of(magus, keys(tiny_checkpoint, sscha={}))
     Path("Seeds").mkdir()
@@ -692,7 +692,7 @@ def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_resta
 def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_survivors(
     rounds_of: Any, magus: SimpleNamespace, h3s: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magus_anharmonic.plugins import rounds as module
+    from magus_anharmonic.plugins import hook as module
 
     seen: list[tuple[int, int, int]] = []
 
@@ -985,7 +985,7 @@ def test_the_learner_is_pickled_without_model_and_labels(magus: SimpleNamespace,
 
 
 def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: SimpleNamespace) -> None:
-    from magus_anharmonic.plugins.rounds import keep_better
+    from magus_anharmonic.plugins.hook import keep_better
 
     class Individual(Atoms):
         def __eq__(self, other: object) -> bool:

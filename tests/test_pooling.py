@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.common_numbers import CommonNumbers, difference_error
-from magus_anharmonic.ranking.files import rank_structures
-from magus_anharmonic.ranking.odds import with_odds
-from magus_anharmonic.ranking.outcomes import with_result
-from magus_anharmonic.ranking.phases import label_phases
-from magus_anharmonic.ranking.pooling import combined, common_error, merge_duplicates, same_supercell
+from magus_anharmonic.ranking.jobs import with_result
+from magus_anharmonic.ranking.phases import combined, common_error, label_phases, merge_duplicates, same_supercell
+from magus_anharmonic.ranking.probabilities import with_odds
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import SschaState

@@ -18,10 +18,10 @@ from mattersim.forcefield.potential import Potential as StockPotential
 
 from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load
-from magus_anharmonic.potential.basis import radial_functions, spherical_harmonics
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph
 from magus_anharmonic.potential.inference import BLOCK_BYTES
+from magus_anharmonic.potential.m3gnet import radial_functions, spherical_harmonics
 
 
 def stock_results(path, structures):

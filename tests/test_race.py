@@ -15,7 +15,7 @@ from crystal_models import Crystals, crystal
 
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.files import rank_structures
+from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id

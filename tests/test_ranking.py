@@ -26,12 +26,11 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.potential.portable import portable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.files import rank_file, rank_structures, read_structures
 from magus_anharmonic.ranking.matcher import Fingerprint, distinct, largest_difference, same, same_phase
+from magus_anharmonic.ranking.racing import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
-from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due
-from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.structures import rank_file, rank_structures, read_structures, reevaluate
 from magus_anharmonic.ranking.table import COLUMNS
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
@@ -478,7 +477,7 @@ sys.path.insert(0, {tests!r})
 import ranking_fakes as fakes
 from ase.build import bulk
 from magus_anharmonic.ranking.rank import rank
-from magus_anharmonic.ranking.statics import reevaluate
+from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import parse_settings
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.ranking.table import COLUMNS
-from magus_anharmonic.report import crystals, findings, report_at_end, write_report
+from magus_anharmonic.report import report_at_end, structures, text, write_report
 from magus_anharmonic.report.figures import stored_picture
 from magus_anharmonic.report.sheets import Sheet
 
@@ -190,7 +190,7 @@ def test_what_files_say_is_text_and_never_markup(tmp_path: Path) -> None:
 def test_file_names_come_from_ids_and_stay_in_the_folder(campaign: Path) -> None:
     for name in ("../../../etc/passwd", "a/b\\c", ".hidden", "-" * 300, "\u4e2d"):
         line = type("L", (), {"id": name, "rank": None, "formula": "H"})()
-        stem = crystals.Crystal(line, 100.0, 0.0, "static", "P1", Atoms()).stem
+        stem = structures.Crystal(line, 100.0, 0.0, "static", "P1", Atoms()).stem
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", stem) and len(stem) < 100
 
 
@@ -339,10 +339,10 @@ def test_an_id_that_reads_as_a_number_is_found_among_the_structures(tmp_path: Pa
 def test_of_many_structures_only_those_shown_are_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = synthetic_campaign(tmp_path / "c", 400, pressures=(100,))
     parsed = []
-    original = crystals._parsed
-    monkeypatch.setattr(crystals, "_parsed", lambda path, text: parsed.append(1) or original(path, text))
+    original = structures._parsed
+    monkeypatch.setattr(structures, "_parsed", lambda path, text: parsed.append(1) or original(path, text))
     page = Page(write_report(folder))
-    assert len(parsed) <= 2 * crystals.FILES < 460
+    assert len(parsed) <= 2 * structures.FILES < 460
     assert "The first 200 of 400; all are in ranking-100GPa.csv." in page.words
 
 
@@ -359,7 +359,7 @@ def test_of_many_structures_only_those_shown_are_parsed(tmp_path: Path, monkeypa
 )
 def test_a_mode_is_told_stable_only_where_it_is(values: list[tuple[int, int]], said: str) -> None:
     rows = [{"phase": "Im-3m", "irrep": "T1u", "pressure_GPa": str(p), "frequency_squared_cm2": str(v)} for p, v in values]
-    assert said in findings.mode_sentences(Sheet("modes.csv", (), rows, len(rows)))[0]
+    assert said in text.mode_sentences(Sheet("modes.csv", (), rows, len(rows)))[0]
 
 
 def test_a_figure_is_described_by_its_own_words_else_by_its_numbers(tmp_path: Path) -> None:

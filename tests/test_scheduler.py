@@ -29,11 +29,9 @@ from magus_anharmonic.potential.portable import portable, relax_on
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
-from magus_anharmonic.scheduler.base import MAX_DEATHS
+from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
-from magus_anharmonic.scheduler.files import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
-from magus_anharmonic.scheduler.serial import SerialScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy

@@ -31,10 +31,10 @@ from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.lock import _born, check_free, locked
-from magus_anharmonic.search import SearchOutcome, host, operators, population, relaxation, run
+from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
-from magus_anharmonic.search.operators import DESCRIPTORS, OffspringGenerator
+from magus_anharmonic.search.population import DESCRIPTORS, OffspringGenerator
 from magus_anharmonic.settings import Settings, parse_settings
 
 INPUT: dict[str, Any] = {
@@ -504,7 +504,7 @@ def test_better_parents_are_drawn_more_often(parents: list[Atoms]) -> None:
 
 
 def test_operators_that_always_fail_leave_the_rest_to_random_structures(parents: list[Atoms], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(operators, "ATTEMPTS_PER_CHILD", 3)
+    monkeypatch.setattr(population, "ATTEMPTS_PER_CHILD", 3)
     geometry, checker, _ = parts(d_ratio=3.0)
     assert OffspringGenerator(geometry.keys, geometry, checker).generate(parents[:1], 2, np.random.default_rng(6)) == []
 

@@ -14,12 +14,12 @@ from benchmarks.uncertainty import pairs_of_like_volume, signed_errors
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import expected_spread
 from magus_anharmonic.potential import Potential, load
-from magus_anharmonic.potential.split import split_by_parent
+from magus_anharmonic.potential.labelled import split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.model_errors import ModelTerm, model_errors
-from magus_anharmonic.ranking.odds import with_odds
+from magus_anharmonic.ranking.probabilities import with_odds
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
 
 INPUTS = Path(__file__).parents[1] / "inputs"
 

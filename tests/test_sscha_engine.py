@@ -18,9 +18,9 @@ from sscha_models import LatticeSprings, evaluated
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import python_sscha
-from magus_anharmonic.sscha.averages import Ensemble, average
 from magus_anharmonic.sscha.engines import ENGINES, engine
-from magus_anharmonic.sscha.finite_size import finite_size_term
+from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, harmonic_force_constants, relative_motion
 from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -15,8 +15,8 @@ from sscha_models import evaluated
 from magus_anharmonic.analysis.errors_run import displacements_of
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.ranking.given_start import read_start
-from magus_anharmonic.sscha.averages import Ensemble, average
+from magus_anharmonic.ranking.structures import read_start
+from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants

@@ -10,7 +10,7 @@ from ase import Atoms
 from sscha_models import AnharmonicCell, LatticeSprings, evaluated
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.sscha.entropy import entropy, entropy_slope, entropy_with_error, oscillator_entropy
+from magus_anharmonic.sscha.ensemble import entropy, entropy_slope, entropy_with_error, oscillator_entropy
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, oscillator_free_energy
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -20,7 +20,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
-from magus_anharmonic.sscha.averages import average
+from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.run import SAMPLING_TAG
 from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -480,9 +480,9 @@ def test_old_configurations_are_of_no_use_at_another_temperature_or_for_other_ma
 
 def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_path, monkeypatch):
     from magus_anharmonic.settings import SschaSettings
-    from magus_anharmonic.sscha import native
+    from magus_anharmonic.sscha import engines
+    from magus_anharmonic.sscha.result import RunFolder
     from magus_anharmonic.sscha.run import SschaRun
-    from magus_anharmonic.sscha.run_folder import RunFolder
     from magus_anharmonic.sscha.task import Task
 
     settings = SschaSettings(supercell=(2, 2, 2), n_configs=60, max_populations=5)
@@ -492,8 +492,8 @@ def test_a_run_that_is_taken_up_after_every_population_is_the_run_in_one_go(tmp_
     for _ in range(5):
         whole.advance()
     calls = []
-    minimise = native.minimise
-    monkeypatch.setattr(native, "minimise", lambda *args, **options: calls.append(1) or minimise(*args, **options))
+    minimise = engines.minimise
+    monkeypatch.setattr(engines, "minimise", lambda *args, **options: calls.append(1) or minimise(*args, **options))
     for _ in range(5):
         run = SschaRun(task, source, RunFolder(tmp_path / "pieces", task.identity()))
         row = run.advance()

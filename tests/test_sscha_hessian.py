@@ -16,12 +16,12 @@ from sscha_models import LatticeSprings, evaluated
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.hessian import Hessian, Rows, contributions, free_energy_hessian, static_response, tensors
+from magus_anharmonic.sscha.reciprocal import Representation, samples, wavevectors
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, expand, fold, inverse_fourier, oscillator_free_energy, sample, sum_rule, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.wavevectors import Representation, samples, wavevectors
 from magus_anharmonic.units import BOHR, HBAR, KELVIN, RYDBERG
 
 EV = as_evaluator(EMT())

@@ -15,17 +15,17 @@ from test_sscha_free_energy import PAIR, exact_pair, quartic
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.ranking.files import rank_structures
 from magus_anharmonic.ranking.matcher import Fingerprint, same
-from magus_anharmonic.search.operators import symmetrised
+from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.search.population import symmetrised
 from magus_anharmonic.search.relaxation import AseCalculatorSettings, Relaxer
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import SschaResult, free_energy
-from magus_anharmonic.sscha.averages import average
+from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.isotopes import overlap
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
+from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.reweight import Pool
-from magus_anharmonic.sscha.run_folder import final_ensemble
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import formula, isotopes, primitive, space_group, structure_id, with_isotopes

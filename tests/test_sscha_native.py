@@ -13,13 +13,13 @@ from sscha_models import AnharmonicCell, QuarticPair, evaluated
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha import free_energy, native, python_sscha
-from magus_anharmonic.sscha.averages import Ensemble, average
-from magus_anharmonic.sscha.drawing import draw
+from magus_anharmonic.sscha import engines, free_energy, python_sscha
+from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
+from magus_anharmonic.sscha.result import NoFolder
 from magus_anharmonic.sscha.reweight import Pool, ratio_error
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.run_folder import NoFolder
-from magus_anharmonic.sscha.spectrum import Reciprocal, Spectrum, without_translations
+from magus_anharmonic.sscha.sampling import draw
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -159,7 +159,7 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
     symmetry = Symmetry(model.atoms, (1, 1, 1))
     for number in range(4):
         populations.append((state, draw(state, 400, [3, number], model, "test")))
-        found = native.minimise(populations, symmetry, min_effective_sample=0.4)
+        found = engines.minimise(populations, symmetry, min_effective_sample=0.4)
         state = found.state
     assert found.converged and found.n_steps < 10
     excess = model.free_energy(state) - exact
@@ -173,7 +173,7 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     state = model.start(0.0)
     drawn = draw(state, 600, [9], model, "test")
     symmetry = Symmetry(state.atoms, state.repeats)
-    ours = native.minimise([(state, drawn)], symmetry, min_effective_sample=0.1)
+    ours = engines.minimise([(state, drawn)], symmetry, min_effective_sample=0.1)
     theirs = python_sscha.minimise(state, drawn, symmetry, min_effective_sample=0.1, log=tmp_path / "log")
     assert ours.converged
     assert ours.state.force_constants == pytest.approx(theirs.state.force_constants, abs=0.06 * np.abs(ours.state.force_constants).max())
@@ -185,7 +185,7 @@ def test_a_minimisation_goes_as_far_as_its_sample_reaches():
     model = AnharmonicCell()
     far = replace(model.start(0.0), force_constants=3.0 * model.start(0.0).force_constants)
     drawn = draw(far, 200, [2], model, "test")
-    found = native.minimise([(far, drawn)], Symmetry(far.atoms, far.repeats), min_effective_sample=0.5)
+    found = engines.minimise([(far, drawn)], Symmetry(far.atoms, far.repeats), min_effective_sample=0.5)
     assert not found.converged
     assert 0.5 <= found.effective_sample < 0.62
     assert model.free_energy(found.state) < model.free_energy(far)
@@ -197,10 +197,10 @@ def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
     drawn = draw(state, 4, [2], model, "test")
     hopeless = replace(drawn, forces=1e5 * drawn.forces)
     with pytest.raises(SschaError, match="sample size collapses"):
-        native.minimise([(state, hopeless)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.9)
+        engines.minimise([(state, hopeless)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.9)
     nan = replace(drawn, energies=drawn.energies, forces=np.full_like(drawn.forces, np.nan))
     with pytest.raises(SschaError, match="not a usable number"):
-        native.minimise([(state, nan)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.5)
+        engines.minimise([(state, nan)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.5)
 
 
 @pytest.mark.slow
@@ -223,7 +223,7 @@ def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
 def _own_ensemble(model: AnharmonicCell, state: SschaState, exact: float, seed: int) -> float:
     """(F - exact) / sigma as a minimisation reports it that begins at the exact minimum."""
     drawn = draw(state, 400, [seed, 5], model, "test")
-    found = native.minimise([(state, drawn)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.3)
+    found = engines.minimise([(state, drawn)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.3)
     pool = Pool([(state, drawn)])
     averages = pool.at(trial_of(pool, found.state))
     return (averages.helmholtz - exact) / averages.helmholtz_error

@@ -13,17 +13,17 @@ from harmonic_pair import HarmonicCrystal, springs
 from sscha_models import LatticeSprings, QuarticPair, cu3au, evaluated
 
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.averages import average, gamma_matrix
 from magus_anharmonic.sscha.begin import interpolate
 from magus_anharmonic.sscha.cell import LARGEST_STRAIN, CellStiffness, static_response_to_strain
-from magus_anharmonic.sscha.finite_size import finite_size_term, interpolated_squares, nearest_images, reference_mesh
-from magus_anharmonic.sscha.probes import probes_of
+from magus_anharmonic.sscha.ensemble import average, gamma_matrix
+from magus_anharmonic.sscha.reciprocal import finite_size_term, interpolated_squares, nearest_images, reference_mesh
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE,
     floor_modes,
     harmonic_force_constants,
     harmonic_start,
     nearest_neighbour,
+    probes_of,
     relax_in_symmetry,
     relaxed_primitive,
 )

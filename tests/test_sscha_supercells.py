@@ -16,13 +16,13 @@ from sscha_models import cu3au, evaluated
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import SschaResult, free_energy
-from magus_anharmonic.sscha.averages import Ensemble, average
-from magus_anharmonic.sscha.dispersion import dispersion
-from magus_anharmonic.sscha.finite_size import finite_size_term
+from magus_anharmonic.sscha.engines import minimise
+from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.hessian import free_energy_hessian
-from magus_anharmonic.sscha.native import minimise
+from magus_anharmonic.sscha.phonons import dispersion
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
-from magus_anharmonic.sscha.run_folder import read_population_file
+from magus_anharmonic.sscha.reciprocal import finite_size_term
+from magus_anharmonic.sscha.result import read_population_file
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, expand, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (

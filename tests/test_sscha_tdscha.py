@@ -13,10 +13,10 @@ import pytest
 from crystal_models import Crystals, crystal
 
 from magus_anharmonic.sscha import free_energy, python_sscha
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.qe_files import write_ensemble
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.state import SschaState, expand
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, RYDBERG

@@ -19,14 +19,14 @@ from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.ranking import stability
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.rank import rank
-from magus_anharmonic.ranking.statics import reevaluate
 from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings, parse_settings
 from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence
-from magus_anharmonic.sscha.follow import Sublattice, down_the_mode, larger_cell, real_patterns, simple_directions
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.state import SschaState, fourier
+from magus_anharmonic.sscha.unstable import Sublattice, down_the_mode, larger_cell, real_patterns, simple_directions
 from magus_anharmonic.structures import space_group, structure_id
 
 SADDLE, MINIMUM = HydrogenBond(-4.0, 10.0, 14.0), HydrogenBond(1.0, 8.0, 3.0)
@@ -113,7 +113,7 @@ def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path: Path) -> No
 def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path) -> None:
     """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a minimum (200 configurations are enough)."""
     from magus_anharmonic.potential import load
-    from magus_anharmonic.ranking.files import rank_structures
+    from magus_anharmonic.ranking.structures import rank_structures
 
     block = {"supercell": [2, 2, 2], "n_configs": 200, "max_populations": 8, "hessian": 1}
     settings = parse_settings({"pressure": 100.0, "Fitness": ["SSCHA"], "sscha": block})

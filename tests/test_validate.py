@@ -14,7 +14,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from magus_anharmonic.analysis import modes, reordering, tables
+from magus_anharmonic.analysis import reordering, tables
 from magus_anharmonic.analysis.enthalpies import transitions
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, load_expected
 from magus_anharmonic.analysis.found_values import FINDERS, zero_crossing
@@ -22,10 +22,9 @@ from magus_anharmonic.analysis.typed_csv import TableFolder
 from magus_anharmonic.analysis.validate import validate
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.findings import mode_sentences, ranking_sentences
-from magus_anharmonic.report.rankings import ranking_views
 from magus_anharmonic.report.sheets import read_sheet
 from magus_anharmonic.report.summary import read_ranking
+from magus_anharmonic.report.text import mode_sentences, ranking_sentences, ranking_views
 
 PAPER = Path(__file__).parents[1] / "inputs" / "h3s-paper" / "expected.yaml"
 
@@ -244,7 +243,7 @@ def test_figure_validation_and_report_give_one_critical_pressure(tmp_path: Path,
         tables.Mode("Im-3m", "Im-3m (229)", "T1u", p, "sscha-hessian", "model", y, error, "0" * 12)
         for p, y in zip(pressures, squares, strict=True)
     ]
-    (figure,) = modes.critical_pressures(rows)
+    (figure,) = reordering.critical_pressures(rows)
     key = {"phase": "Im-3m", "irrep": "T1u", "method": "sscha-hessian", "energies_by": "model"}
     wanted = ExpectedValue(name="critical_pressure", unit="GPa", value=1.0, source="x", **key)
     found = FINDERS["critical_pressure"](wanted, tables_of(tmp_path, rows, "modes.csv"))

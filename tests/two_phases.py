@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magus_anharmonic.analysis.gibbs_points import GibbsPoint
+from magus_anharmonic.phase_diagram.points import GibbsPoint
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
 
 CURVATURE = 0.6

@@ -1,4 +1,9 @@
-"""Every figure that the tables of a campaign allow, each with its numbers as CSV; and what is missing, with the reason."""
+"""Table I and the figures of the paper.
+
+Fig. 4b: dispersions from the free-energy Hessian (and what is to be compared with them).
+
+Every figure that the tables of a campaign allow, each with its numbers as CSV; and what is missing, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +16,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from magus_anharmonic.analysis import bands, enthalpies, gradient_figure, learning_figure, model_table, modes, parity, reordering, tables
+from magus_anharmonic.analysis import enthalpies, model_table, reordering, style, tables
+from magus_anharmonic.analysis.tables import Band
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import safe_name
+
+
+def ticks(rows: Sequence[Band]) -> list[tuple[float, str]]:
+    """(distance, label) of the special points, in order."""
+    found = {round(row.distance, 9): row.label for row in rows if row.label}
+    return sorted(found.items())
+
+
+def lowest(rows: Sequence[Band]) -> dict[str, float]:
+    """Method -> lowest frequency of its dispersion, cm^-1 (imaginary: negative)."""
+    return {method: min(row.frequency_cm1 for row in rows if row.method == method) for method in dict.fromkeys(row.method for row in rows)}
+
+
+def draw_bands(rows: Sequence[Band], folder: Path, title: str, name: str) -> list[Path]:
+    """Lines for the branches of each method, error bars where a point has one; imaginary frequencies below zero."""
+    with style.figure(title=title) as (made, (axes,)):
+        axes.axhline(0.0, color=style.GREY, lw=1)
+        for index, method in enumerate(dict.fromkeys(row.method for row in rows)):
+            curves: dict[int, list[Band]] = {}
+            for row in rows:
+                if row.method == method:
+                    curves.setdefault(row.branch, []).append(row)
+            for place, branch in enumerate(sorted(curves)):
+                _branch(axes, sorted(curves[branch], key=lambda row: row.distance), index, method if place == 0 else "")
+        for where, _ in ticks(rows):
+            axes.axvline(where, color=style.GREY, lw=0.6)
+        if ticks(rows):
+            axes.set_xticks([where for where, _ in ticks(rows)], [label for _, label in ticks(rows)])
+        else:
+            axes.set_xlabel("distance in reciprocal space (2π/Å)")
+        distances = [row.distance for row in rows]
+        if max(distances) > min(distances):
+            axes.set_xlim(min(distances), max(distances))
+        axes.set_ylabel("frequency (cm⁻¹; imaginary below zero)")
+        style.legend(axes, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
+        return style.save(made, folder, name)
+
+
+def _branch(axes, points: Sequence[Band], index: int, label: str) -> None:  # type: ignore[no-untyped-def]
+    x, y = [p.distance for p in points], [p.frequency_cm1 for p in points]
+    line = "-" if len(points) > 1 else "none"
+    axes.plot(x, y, color=style.color(index), ls=line, marker=None if len(points) > 1 else style.marker(index), lw=1, label=label or None)
+    certain = [p for p in points if p.error_cm1 is not None]
+    if certain:
+        bars = [p.error_cm1 for p in certain]
+        axes.errorbar(
+            [p.distance for p in certain], [p.frequency_cm1 for p in certain], yerr=bars, fmt="none", color=style.color(index), capsize=2
+        )
+
 
 log = logging.getLogger(__name__)
 
@@ -151,24 +206,26 @@ def _enthalpy_volume(folder: Path) -> Iterator[Drawing]:
 def _parity(folder: Path) -> Iterator[Drawing]:
     rows = _rows(tables.Parity, folder, "training the final model")
     for model in dict.fromkeys(row.model for row in rows):
-        numbers = parity.parity_statistics([row for row in rows if row.model == model])
+        numbers = model_table.parity_statistics([row for row in rows if row.model == model])
         alt = "; ".join(f"{n.quantity}, {n.set}: RMSE {n.rmse:.3g} {n.unit} over {n.n} values" for n in numbers)
         name = f"fig_3_parity-{safe_name(model)}"
-        yield Drawing(name, f"The {model} model against the labels", alt, numbers, _later(parity.draw_parity, rows, model=model, name=name))
+        yield Drawing(
+            name, f"The {model} model against the labels", alt, numbers, _later(model_table.draw_parity, rows, model=model, name=name)
+        )
 
 
 def _modes(folder: Path) -> Iterator[Drawing]:
     rows = _rows(tables.Mode, folder, "the Hessian step")
     for phase, irrep in dict.fromkeys((row.phase, row.irrep) for row in rows):
         shown = [row for row in rows if (row.phase, row.irrep) == (phase, irrep)]
-        found = modes.critical_pressures(shown)
-        alt = "; ".join(f"{modes.WORDS[c.method, c.energies_by]}: {_critical(c)}" for c in found)
+        found = reordering.critical_pressures(shown)
+        alt = "; ".join(f"{reordering.WORDS[c.method, c.energies_by]}: {_critical(c)}" for c in found)
         name = f"fig_4a_modes-{safe_name(phase, irrep)}"
         title = f"Squared frequency of {irrep} at Γ in {phase} against pressure"
-        yield Drawing(name, title, alt, shown, _later(modes.draw_modes, shown, name=name), found)
+        yield Drawing(name, title, alt, shown, _later(reordering.draw_modes, shown, name=name), found)
 
 
-def _critical(found: modes.CriticalPressure) -> str:
+def _critical(found: reordering.CriticalPressure) -> str:
     if found.critical_pressure_GPa is None:
         return found.reason
     spread = "" if found.error_GPa is None else f" ± {found.error_GPa:.1f}"
@@ -195,8 +252,8 @@ def _bands(folder: Path) -> Iterator[Drawing]:
         name_of_phase = tables.phase_of_file(path.name)
         phase = phases.get(name_of_phase, name_of_phase)
         name, title = f"fig_4b_{path.stem}", f"Phonon dispersion of {phase} at {pressure:g} GPa"
-        alt = "; ".join(f"{method}: lowest {value:.0f} cm⁻¹" for method, value in bands.lowest(rows).items())
-        yield Drawing(name, title, alt, rows, _later(bands.draw_bands, rows, title=title, name=name))
+        alt = "; ".join(f"{method}: lowest {value:.0f} cm⁻¹" for method, value in lowest(rows).items())
+        yield Drawing(name, title, alt, rows, _later(draw_bands, rows, title=title, name=name))
     if problems:
         raise Missing("; ".join(problems))
 
@@ -264,8 +321,8 @@ def _gradients(folder: Path) -> Iterator[Drawing]:
         mine = [[row for row in part if (row.phase, row.pressure_GPa) == (phase, pressure)] for part in (rows, bins, points)]
         name = f"fig_7_gradient_errors-{safe_name(phase)}-{pressure:g}GPa"
         title = f"Errors of forces and of free-energy gradients in {phase} at {pressure:g} GPa"
-        alt = "; ".join(f"{gradient_figure.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}" for row in mine[0])
-        yield Drawing(name, title, alt, mine[0], _later(gradient_figure.draw_gradient_errors, *mine, name=name))
+        alt = "; ".join(f"{style.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}" for row in mine[0])
+        yield Drawing(name, title, alt, mine[0], _later(style.draw_gradient_errors, *mine, name=name))
 
 
 def _learning(folder: Path) -> Iterator[Drawing]:
@@ -273,7 +330,7 @@ def _learning(folder: Path) -> Iterator[Drawing]:
     last = rows[-1]
     error = "" if last.energy_rmse_eV_per_atom is None else f", energy RMSE {1e3 * last.energy_rmse_eV_per_atom:.1f} meV/atom"
     alt = f"{len(rows)} points; the last is {last.step}, round {last.generation}, {last.set}{error}"
-    yield Drawing("learning", "Errors of the models while they learn", alt, rows, _later(learning_figure.draw_learning, rows))
+    yield Drawing("learning", "Errors of the models while they learn", alt, rows, _later(style.draw_learning, rows))
 
 
 def _later(function: Callable[..., list[Path]], *arguments: Any, **options: Any) -> Callable[[Path], list[Path]]:

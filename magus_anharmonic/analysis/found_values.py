@@ -10,8 +10,7 @@ import numpy as np
 
 from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.analysis.modes import critical_pressures, series
-from magus_anharmonic.analysis.reordering import COMPUTED, became, computed, lowest, reordering
+from magus_anharmonic.analysis.reordering import COMPUTED, became, computed, critical_pressures, lowest, reordering, series
 from magus_anharmonic.analysis.tables import Enthalpy, GradientError, Mode, ModelError, Ranked, SpaceGroups, TableFolder, ranking_files
 from magus_anharmonic.structures import symbol_of
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magus_anharmonic.campaign.run import run_campaign as run_campaign
-    from magus_anharmonic.campaign.status import status as status
+    from magus_anharmonic.campaign.run import status as status
 
 _LAZY = {"run_campaign": "run", "status": "status"}
 

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.campaign.context import Context, Outcome
-from magus_anharmonic.campaign.plan import Step, place
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, place
 from magus_anharmonic.campaign.tables import assemble
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import read_json

@@ -12,20 +12,18 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.analysis.tables import dispersion_file
-from magus_anharmonic.campaign.context import Context, Outcome, structure_file
-from magus_anharmonic.campaign.found import SYMPREC, Phase, phases_of
-from magus_anharmonic.campaign.irreps import Level, levels_by_displacing, levels_by_irrep, lowest_levels
-from magus_anharmonic.campaign.plan import Step, place
-from magus_anharmonic.campaign.relaxing import phase_structure
+from magus_anharmonic.campaign.production import phase_structure
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, place, structure_file
+from magus_anharmonic.campaign.structures import SYMPREC, Phase, phases_of
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.files import append_jsonl, digest, read_jsonl, write_json
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
-from magus_anharmonic.sscha.dispersion import Dispersion, dispersion
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.hessian_command import hessian_of_run
+from magus_anharmonic.sscha.phonons import Dispersion, Level, dispersion, levels_by_displacing, levels_by_irrep, lowest_levels
 from magus_anharmonic.sscha.start import CountingEvaluator, harmonic_force_constants, in_double_precision, relaxed_primitive
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive

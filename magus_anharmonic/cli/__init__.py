@@ -1,4 +1,4 @@
-"""``magus-anharmonic``: parse, call, print. One module per command; every library is imported inside the command that needs it."""
+"""``magus-anharmonic``: parse, call, print. Every library is imported inside the command that needs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from magus_anharmonic.cli.common import app
 
-COMMANDS = ("search", "hessian", "train", "campaign", "errors", "phase_diagram", "validate", "report", "status", "doctor")
+COMMANDS = ("search", "physics", "study")
 """The modules of this package, in the order in which ``--help`` lists their commands; importing one registers it."""
 
 for _name in COMMANDS:

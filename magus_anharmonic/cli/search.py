@@ -1,4 +1,9 @@
-"""``search`` and ``rank``: structures in, a table ranked by free energy out."""
+"""search, rank and train.
+
+``search`` and ``rank``: structures in, a table ranked by free energy out.
+
+``train``: finetune a model, or make a small one, from labelled structures.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +108,7 @@ def rank(
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.ranking import rank_file
-        from magus_anharmonic.ranking.given_start import check_sources, rank_start
+        from magus_anharmonic.ranking.structures import check_sources, rank_start
         from magus_anharmonic.report import report_at_end
         from magus_anharmonic.settings import absolute_file, parse_settings
 
@@ -137,3 +142,34 @@ def rank(
         report_at_end(output)
         show_ranking(output)
         require_free_energy(output)
+
+
+@app.command()
+def train(
+    labels: Annotated[list[Path], typer.Argument(help="Labelled structures: extxyz with energy, forces and stress.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write, in MatterSim's format.")] = Path("finetuned.pth"),
+    checkpoint: Annotated[str | None, typer.Option(help="What to start from; left out: what the recipe says.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with architecture, stages, split and loss.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's, one stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's, one stage.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same labels, recipe and seed, same checkpoint.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Finetune a MatterSim model on labels, or train a small one from nothing; report errors per kind of structure."""
+    configure_logging(verbose)
+    with user_errors():
+        from magus_anharmonic.potential.train import train_command
+
+        say(
+            train_command(
+                labels,
+                output,
+                checkpoint=checkpoint,
+                recipe=recipe,
+                epochs=epochs,
+                learning_rate=learning_rate,
+                seed=seed,
+                device=device,
+            )
+        )

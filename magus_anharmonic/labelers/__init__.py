@@ -61,7 +61,7 @@ def get_labeler(settings: LabelerSettings, directory: str | Path, scheduling: Sc
 
 def __getattr__(name: str) -> object:
     if name == "CallableLabeler":
-        from magus_anharmonic.labelers.adapter import CallableLabeler
+        from magus_anharmonic.labelers.scheduled import CallableLabeler
 
         return CallableLabeler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

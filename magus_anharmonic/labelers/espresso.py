@@ -17,8 +17,7 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, file_digest, k_points, make_readable, make_recipe
-from magus_anharmonic.labelers.no_shell import program_of, read_command
+from magus_anharmonic.labelers.base import Recipe, file_digest, k_points, make_readable, make_recipe, program_of, read_command
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
 

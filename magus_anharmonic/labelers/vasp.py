@@ -15,8 +15,7 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, folder_digest, k_points, make_readable, make_recipe
-from magus_anharmonic.labelers.no_shell import program_of
+from magus_anharmonic.labelers.base import Recipe, folder_digest, k_points, make_readable, make_recipe, program_of
 from magus_anharmonic.settings import LabelerSettings
 
 DEFAULTS: Mapping[str, Any] = {

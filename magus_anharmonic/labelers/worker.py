@@ -19,8 +19,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, is_trouble, one_line, typed_line
-from magus_anharmonic.labelers.base import Recipe, code_module
-from magus_anharmonic.labelers.no_shell import no_shell
+from magus_anharmonic.labelers.base import Recipe, code_module, no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
 from magus_anharmonic.structures import change_of
 from magus_anharmonic.units import gpa_to_ev_per_a3

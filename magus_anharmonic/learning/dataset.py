@@ -19,7 +19,7 @@ from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, remo
 from magus_anharmonic.gate import check_structures
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
-from magus_anharmonic.potential.split import side_of_name
+from magus_anharmonic.potential.labelled import side_of_name
 from magus_anharmonic.structures import bare, structure_id
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,12 @@ from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import choose, hold_back, quotas, select
-from magus_anharmonic.learning.choose_ensembles import Contender, plan_ensembles
+from magus_anharmonic.learning.choose import Contender, choose, hold_back, plan_ensembles, quotas, select
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, plan_label, read_dataset
 from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
-from magus_anharmonic.potential.score import FEW, Scores
+from magus_anharmonic.potential.labelled import FEW, Scores
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import bare
 
@@ -356,7 +355,7 @@ def _train(
     """Refit the shift, finetune; returns the new model (not yet the one in use) and what there is to report."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.potential.finetune import finetune
-    from magus_anharmonic.potential.shift import refit_shift
+    from magus_anharmonic.potential.train import refit_shift
 
     began = time.monotonic()
     module = copy.deepcopy(potential.module)
@@ -433,7 +432,7 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
 
 def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
     """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not empty; errors of few labels."""
-    from magus_anharmonic.potential.score import score
+    from magus_anharmonic.potential.labelled import score
 
     parts = {"train": sets.train, "validation": sets.validation, "test": sets.test}
     return {name: score(potential, frames, settings).as_dict() for name, frames in parts.items() if frames}

@@ -17,7 +17,7 @@ def register() -> None:
     from magus.fitness import fit_dict
 
     from magus_anharmonic.plugins import hook
-    from magus_anharmonic.plugins.fitness import SschaFitness
+    from magus_anharmonic.plugins.calculator import SschaFitness
 
     _register_calculator()
     fit_dict[FITNESS] = SschaFitness

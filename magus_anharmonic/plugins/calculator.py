@@ -1,4 +1,9 @@
-"""The calculator ``mattersim`` of MAGUS: relaxes and evaluates a population in batches at the pressure of the search."""
+"""The calculator and the fitness that MAGUS knows by name.
+
+The calculator ``mattersim`` of MAGUS: relaxes and evaluates a population in batches at the pressure of the search.
+
+The fitness ``SSCHA`` of MAGUS: reads what the hook stored, computes nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,7 @@ from ase import Atoms
 from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
+from magus.fitness import FitnessCalculator
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
 from magus_anharmonic.evaluator import set_energy_errors
@@ -24,6 +30,7 @@ from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential, Relaxation
+
 
 logger = logging.getLogger(__name__)
 
@@ -231,3 +238,23 @@ def _refuse_forked_cuda(device: str | None) -> None:
             "calculator mattersim: CUDA cannot be used in the forked workers of `magus search -p`; run without -p "
             "(structures are relaxed in batches in one process), or set device: cpu"
         )
+
+
+class SschaFitness(FitnessCalculator):
+    """``Fitness: [SSCHA]``: minus the free energy in eV/atom, an estimate where SSCHA has not run; always finite.
+
+    With ``formulaType: var`` minus its distance above the hull of the population, as MAGUS's ``Ehull`` for enthalpies.
+
+    MAGUS asks 5 to 10 times per search round, on duplicates and in forked workers, so this must stay cheap.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+
+    def calc(self, pop: Any) -> None:
+        """Set ``info['fitness']['sscha']`` of every individual."""
+        from magus_anharmonic.ranking.fitness import population_fitness
+
+        individuals = list(pop)
+        for individual, value in zip(individuals, population_fitness(individuals), strict=True):
+            individual.info["fitness"]["sscha"] = value

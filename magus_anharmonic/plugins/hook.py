@@ -1,4 +1,10 @@
-"""The hook around MAGUS's search: checks the input first, and after each round learns, re-evaluates and ranks.
+"""Wrapped methods of MAGUS: rounds and seeds.
+
+SSCHA centroids as seeds of the next round, in the file where MAGUS looks for seeds.
+
+What this package does between two rounds of MAGUS: hand the population over, take it back, seed the next round.
+
+The hook around MAGUS's search: checks the input first, and after each round learns, re-evaluates and ranks.
 
 ``Magus.set_good_pop`` is the one place that every mode (plain, ``-m``, ``-p``) passes once per round in the main process, with the
 relaxed and deduplicated population. Class attributes are wrapped, because the classes' names are bound elsewhere already.
@@ -10,25 +16,216 @@ import functools
 import logging
 import os
 import random
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
+from ase import Atoms
+from ase.io import read, write
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import remove, replacing
+from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.lock import Held, check_free, read_owner
+from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.logs import check_restart, tame
 from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, is_ours, single_thread
 from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concerns_us, fitness_names, misspelt_blocks, stop
-from magus_anharmonic.plugins.rounds import Rounds
+from magus_anharmonic.ranking.fitness import copy_order
+from magus_anharmonic.report import report_at_end
+from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.run_record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
+from magus_anharmonic.structures import bare, structure_id
 
 logger = logging.getLogger(__name__)
+
+MARK = "seeded_by"
+OWN = "magus-anharmonic"
+
+
+def seed_file(folder: str | Path, generation: int) -> Path:
+    """``Seeds/seeds_{generation}.traj``, which MAGUS reads before it starts that generation."""
+    return Path(folder) / f"seeds_{generation}.traj"
+
+
+def write_seeds(folder: str | Path, generation: int, structures: Sequence[Atoms]) -> int:
+    """Put ``structures`` into the seed file of ``generation``; the info they carry is kept.
+
+    The user's own frames stay, first and unchanged (the file as it was is kept beside it as ``.user``); frames of an
+    earlier, interrupted attempt are replaced; a structure that an earlier generation was given already is left out.
+    Returns how many seeds of ours the file holds.
+    """
+    file = seed_file(folder, generation)
+    known = _earlier(Path(folder), generation)
+    new = {structure_id(atoms): atoms for atoms in structures}
+    ours = [_seed(atoms) for key, atoms in new.items() if key not in known]
+    present = _frames(file)
+    users = [atoms for atoms in present if atoms.info.get(MARK) != OWN]
+    if not ours and len(users) == len(present):
+        return 0
+    if users and len(users) == len(present):
+        shutil.copy2(file, file.with_name(file.name + ".user"))
+    _replace(file, users + ours)
+    if ours:
+        logger.info("%d SSCHA centroids are seeds of round %d (%s)", len(ours), generation, file)
+    return len(ours)
+
+
+def clear_seeds(folder: str | Path) -> None:
+    """Take the seeds of an earlier search out of every seed file; a new search starts without them, the user's own stay."""
+    for file in sorted(Path(folder).glob("seeds_*.traj")):
+        present = _frames(file)
+        users = [atoms for atoms in present if atoms.info.get(MARK) != OWN]
+        if len(users) < len(present):
+            _replace(file, users)
+
+
+def _replace(file: Path, frames: list[Atoms]) -> None:
+    if not frames:
+        remove(file)
+        return
+    with replacing(file) as temporary:
+        write(temporary, frames, format="traj")
+
+
+def _seed(atoms: Atoms) -> Atoms:
+    seed = bare(atoms)
+    seed.info = {**atoms.info, MARK: OWN}
+    return seed
+
+
+def _frames(file: Path) -> list[Atoms]:
+    if not file.exists() or file.stat().st_size == 0:
+        return []
+    return read(file, index=":", format="traj")
+
+
+def _earlier(folder: Path, generation: int) -> set[str]:
+    """Ids of the structures that we seeded into generations before this one."""
+    found: set[str] = set()
+    for file in folder.glob("seeds_*.traj"):
+        number = file.stem.removeprefix("seeds_")
+        if number.isdigit() and int(number) < generation:
+            found |= {structure_id(atoms) for atoms in _frames(file) if atoms.info.get(MARK) == OWN}
+    return found
+
+
+# What MAGUS derived from positions and cell: out of date once a structure has been moved.
+_DERIVED = ("compare_info", "fingerprint")
+
+
+@dataclass
+class Rounds:
+    """One search of MAGUS with our keys: its settings, the calculator it relaxes with, and what its rounds share."""
+
+    settings: Settings
+    ml: bool
+    calculator: MatterSimCalculator | None = None
+    state: SearchState | None = None
+    repeats: bool = False
+    """Whether the next round is one that an earlier process began."""
+    ending: bool = False
+    """Whether the round under way is the last one; before that it is told by ``numGen``."""
+    finished: int = 0
+    """The last round that this process went through."""
+    n_best: int = 0
+    """Members of ``best_pop`` before that round."""
+
+    @classmethod
+    def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
+        """After MAGUS has set up its folders and before its first step: load the model and write ``run.json``.
+
+        Raises InputError (checkpoint, labeler, results of another version).
+        """
+        ml = is_mode(search, "MLMagus")
+        calculator = search.ml_calculator if ml else search.main_calculator
+        if not isinstance(calculator, MatterSimCalculator):
+            return cls(settings, ml)
+        if not restart:
+            clear_seeds(search.seed_dir)
+        calculator.begin_round(search.curgen)
+        described = {"host": "magus", "command": "magus search" + (" -m" if ml else " -p" if is_mode(search, "PaMagus") else "")}
+        state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential, described=described)
+        calculator.use(state.potential)
+        calculator.seed = state.seed
+        if ml:
+            calculator.energy_rmse = state.energy_rmse
+        return cls(settings, ml, calculator, state, repeats=restart)
+
+    def prepare(self, search: Any) -> None:
+        """At the start of a round: tell the calculator which one it is."""
+        if self.calculator is not None:
+            self.calculator.begin_round(search.curgen)
+
+    def finish(self, search: Any) -> None:
+        """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next round."""
+        calculator, state = self.calculator, self.state
+        if calculator is None or state is None or (self.settings.learning is None and self.settings.sscha is None):
+            return
+        if self.ml:
+            state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
+        survivors = [*search.good_pop, *search.keep_pop, *search.cur_pop]
+        sample = self._relaxed(search) if state.learn else []
+        self.ending = self.ending or search.curgen >= (state.n_generations or float("inf"))
+        seeds = after_generation(state, sample, survivors, search.curgen, last=self.ending)
+        calculator.use(state.potential)
+        _renew_derived(survivors)
+        for population in (search.good_pop, search.keep_pop):
+            keep_better(population, search.cur_pop)
+        # MAGUS saved it before; now energies are of the new model and free energies are there.
+        search.cur_pop.save("gen", search.curgen)
+        write_seeds(search.seed_dir, search.curgen + 1, seeds)
+        self.finished, self.n_best = search.curgen, len(search.best_pop)
+
+    def conclude(self, search: Any) -> None:
+        """After MAGUS has left its loop: rank the last round as the last one, whatever ended it, and show what was found."""
+        state = self.state
+        if state is None or (self.settings.learning is None and self.settings.sscha is None):
+            return
+        if self.finished and not self.ending:
+            logger.warning("the search ended in round %d of %s: its structures are ranked now", self.finished, state.n_generations)
+            after_last, search.curgen, self.ending = search.curgen, self.finished, True
+            del search.best_pop.pop[self.n_best :]
+            search.analysis()
+            search.curgen = after_last
+        report_at_end(state.run_dir)
+        show_ranking(state.run_dir)
+
+    @staticmethod
+    def _relaxed(search: Any) -> list[Atoms]:
+        """This round's structures as they were relaxed, duplicates included: ``cur_pop`` has lost them."""
+        file = Path(search.Population.results_dir) / f"raw{search.curgen}.traj"
+        if not file.exists():
+            logger.warning("%s is missing: labels are chosen among the structures without duplicates", file)
+            return list(search.cur_pop)
+        population = search.Population(read(file, index=":"), "raw", search.curgen)
+        population.check()
+        return list(population)
+
+
+def keep_better(known: Any, current: Sequence[Any]) -> None:
+    """Put a better copy in ``current`` in the place of every ``known`` structure that it equals.
+
+    MAGUS replaces every current structure that equals a known one by the known one, and would lose the better copy.
+    """
+    for place, individual in enumerate(known):
+        copies = [other for other in current if other == individual]
+        known[place] = min([individual, *copies], key=lambda item: copy_order(item.info))
+
+
+def _renew_derived(individuals: Iterable[Any]) -> None:
+    for individual in individuals:
+        for key in _DERIVED:
+            individual.info.pop(key, None)
+        individual.find_spg()
+
 
 # Beside the search objects, not on them: `magus search -p` pickles the whole object for its workers.
 _ROUNDS: WeakKeyDictionary[Magus, Rounds] = WeakKeyDictionary()

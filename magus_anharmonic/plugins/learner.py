@@ -13,7 +13,7 @@ from ase import Atoms
 from magus.populations.populations import Population
 
 from magus_anharmonic.generation import validation_rmse
-from magus_anharmonic.labelers.adapter import CallableLabeler
+from magus_anharmonic.labelers.scheduled import CallableLabeler
 from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
 from magus_anharmonic.learning.families import parent_name, sides_of_families

@@ -19,11 +19,9 @@ from ase.data import chemical_symbols
 from magus_anharmonic.errors import InputError, MachineTrouble, NotFinite, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
-from magus_anharmonic.potential.graph import Graph, Neighbours, build_graph, check, expected_pairs, find_neighbours
-from magus_anharmonic.potential.memory import SHARE, MemoryModel, available_bytes, measure
-from magus_anharmonic.potential.model import FactorisedM3GNet
-from magus_anharmonic.potential.threads import run_side_by_side
-from magus_anharmonic.potential.topology import Topology, find_topology
+from magus_anharmonic.potential.graph import Graph, Neighbours, Topology, build_graph, check, expected_pairs, find_neighbours, find_topology
+from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
+from magus_anharmonic.potential.resources import SHARE, MemoryModel, available_bytes, measure, run_side_by_side
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
 if TYPE_CHECKING:
@@ -53,7 +51,7 @@ class Potential:
     edges_per_batch
         Left out, the processor's cache (CPU) and the free memory decide; either way memory that runs out halves it.
     memory_probe, available
-        Replace `magus_anharmonic.potential.memory.peak_bytes` and `available_bytes`, for tests.
+        Replace `magus_anharmonic.potential.resources.peak_bytes` and `available_bytes`, for tests.
     """
 
     def __init__(

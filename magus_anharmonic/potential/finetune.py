@@ -23,13 +23,11 @@ from ase import Atoms
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
 from magus_anharmonic.files import remove, set_aside, versions
 from magus_anharmonic.potential import checkpoint, uncertainty
-from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.evaluate import Potential
+from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of
 from magus_anharmonic.potential.loading import check_once
-from magus_anharmonic.potential.score import Scores, labels_of
-from magus_anharmonic.potential.threads import threads_for_training
-from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer, copy_state
-from magus_anharmonic.potential.training_state import Epoch, TrainingState, read_state, write_state
+from magus_anharmonic.potential.resources import threads_for_training
+from magus_anharmonic.potential.trainer import Epoch, FinetuneSettings, Trainer, TrainingState, copy_state, read_state, write_state
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import time_left
 

@@ -1,4 +1,17 @@
-"""Neighbours of a batch of structures as arrays of edges, found by vesin (compiled)."""
+"""Neighbour lists, graphs of many structures at once, and lists that several calls share.
+
+Neighbours of a batch of structures as arrays of edges, found by vesin (compiled).
+
+Neighbours that configurations of one supercell share: found once, with a skin, instead of once per configuration.
+
+Let x0, h be positions and cell of a reference and v0_ij the vectors of its pairs. A configuration x' with the cell h' = h F^T is
+described by the strain F and the rest u_i = x'_i - F x0_i, taken to the nearest image. Its pairs are
+
+    v_ij = F v0_ij + u_j - u_i,    |v_ij| >= s |v0_ij| - |u_i| - |u_j|,    s = smallest singular value of F,
+
+so that all pairs within the cutoff are among those of the reference with s |v0_ij| <= cutoff + rho_i + rho_j as long as
+|u_i| <= rho_i for all atoms. Pairs of the list beyond the cutoff are dropped, so the list changes no result.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +24,7 @@ from ase import Atoms
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.cells import cell_volume, complete_cell, search_cell
+from magus_anharmonic.potential.cells import cell_volume, complete_cell, is_skewed, search_cell
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
@@ -124,3 +137,120 @@ def build_graph(
 
 def _concatenate(parts: list[np.ndarray], empty_shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(empty_shape)
+
+
+SKIN = 0.5
+"""Angstrom; every atom may move at least half of this."""
+MAX_REACH = 1.8
+"""Of the cutoff: such a list is not even tried."""
+MAX_GROWTH = 2.5
+"""Pairs of the list by pairs within the cutoff; a longer list costs more than it saves."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Pairs of a reference structure, with room for displacements and strain.
+
+    positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom; stretch: smallest singular
+    value of the strain that is allowed; centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of
+    them are within the cutoff in the reference, about as many as each configuration has.
+    """
+
+    numbers: np.ndarray
+    pbc: np.ndarray
+    positions: np.ndarray
+    cell: np.ndarray
+    radius: np.ndarray
+    stretch: float
+    cutoff: float
+    centre: torch.Tensor
+    neighbour: torch.Tensor
+    vector: torch.Tensor
+    n_inside: int
+
+    def graph(
+        self,
+        structures: Sequence[Atoms],
+        threebody_cutoff: float,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        names: Sequence[str] | None = None,
+    ) -> Graph:
+        """The graph of configurations that the list covers; InputError, with the name, when two atoms coincide."""
+        names = names or [f"structure {index}" for index in range(len(structures))]
+        strain, displacement = displacements(self, structures)
+        n, n_atoms = len(structures), len(self.numbers)
+        centre, neighbour = self.centre.to(device), self.neighbour.to(device)
+        moved = torch.as_tensor(displacement, device=device)
+        vector = torch.matmul(self.vector.to(device), torch.as_tensor(strain, device=device).mT)
+        vector = vector + moved.index_select(1, neighbour) - moved.index_select(1, centre)
+        length = torch.linalg.norm(vector, dim=2)
+        if length.numel() and length.min() < COINCIDENT:
+            structure, pair = divmod(int(length.argmin()), length.shape[1])
+            raise InputError(
+                f"{names[structure]}: atoms {int(centre[pair])} and {int(neighbour[pair])} coincide (distance {float(length.min()):.1e} A)"
+            )
+        near, inside = (length <= threebody_cutoff).view(-1), (length <= self.cutoff).view(-1)
+        first, second = torch.nonzero(near).view(-1), torch.nonzero(inside & ~near).view(-1)
+        chosen = torch.cat([first, second])
+        which = torch.div(chosen, len(centre), rounding_mode="floor") if len(centre) else chosen
+        pair = chosen - which * len(centre)
+        volume = [cell_volume(atoms) for atoms in structures]
+        return Graph(
+            centre=centre.index_select(0, pair) + which * n_atoms,
+            neighbour=neighbour.index_select(0, pair) + which * n_atoms,
+            vector=vector.view(-1, 3).index_select(0, chosen).to(dtype),
+            n_near=len(first),
+            edge_structure=which,
+            numbers=torch.as_tensor(np.tile(self.numbers, n), dtype=torch.long, device=device),
+            structure=torch.arange(n, device=device).repeat_interleave(n_atoms),
+            volume=torch.as_tensor(volume, dtype=dtype, device=device),
+            n_atoms=(n_atoms,) * n,
+        )
+
+
+def displacements(reference: Topology | Atoms, structures: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
+    """Strain F (n, 3, 3) and rest u (n, N, 3) of the module's docstring, without the common shift of all atoms (Angstrom)."""
+    if isinstance(reference, Atoms):
+        origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
+    else:
+        origin, cell, pbc = reference.positions, reference.cell, reference.pbc
+    cells = np.array([complete_cell(atoms).array for atoms in structures])
+    # rows of the cell are its vectors: h' = h F^T
+    strain = (np.linalg.inv(cell) @ cells).transpose(0, 2, 1)
+    rest = np.array([atoms.positions for atoms in structures]) - origin @ strain.transpose(0, 2, 1)
+    # The shift is that of the first atom until all are in the nearest image; an atom at a border would spoil their average.
+    rest -= rest[:, :1]
+    fractional = rest @ np.linalg.inv(cells)
+    rest -= (np.rint(fractional) * pbc) @ cells
+    return strain, rest - rest.mean(axis=1, keepdims=True)
+
+
+def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None:
+    """A list that covers all ``structures`` (same species and pbc); None where it would be longer than it is worth, or
+    where rounding in a very skewed cell would count.
+
+    The first structure is the reference, moved to the average of all.
+    """
+    first = structures[0]
+    if is_skewed(complete_cell(first).array):
+        return None
+    strain, rest = displacements(first, structures)
+    average = rest.mean(axis=0)
+    reference = Atoms(first.numbers, positions=first.positions + average, cell=complete_cell(first), pbc=first.pbc)
+    strain, rest = displacements(reference, structures)
+    radius = np.maximum(np.linalg.norm(rest, axis=2).max(axis=0), SKIN / 2)
+    stretch = min(float(np.linalg.svd(strain, compute_uv=False).min()), 1.0) * (1 - 1e-9)
+    reach = (cutoff + 2 * radius.max()) / stretch
+    if not reach <= MAX_REACH * cutoff:
+        return None
+    # Two atoms of the average structure may come close, which is nothing wrong.
+    found = find_neighbours(reference, reach, coincident=0.0)
+    kept = stretch * found.length <= cutoff + radius[found.centre] + radius[found.neighbour]
+    n_inside = int((found.length <= cutoff).sum())
+    if kept.sum() > MAX_GROWTH * n_inside:
+        return None
+    arrays = (torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector))
+    return Topology(
+        first.numbers.copy(), first.pbc.copy(), reference.positions, reference.cell.array, radius, stretch, cutoff, *arrays, n_inside
+    )

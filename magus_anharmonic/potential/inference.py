@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, silu
 
-from magus_anharmonic.potential.edge_kernels import add_rows
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.native import kernels_for
+from magus_anharmonic.potential.kernels import add_rows, kernels_for
 
 _silu_backward = torch.ops.aten.silu_backward
 _sigmoid_backward = torch.ops.aten.sigmoid_backward

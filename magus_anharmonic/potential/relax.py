@@ -12,12 +12,11 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import is_out_of_memory, is_trouble
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import Evaluator, check_calculator
 from magus_anharmonic.potential.guards import senseless
-from magus_anharmonic.potential.relax_arguments import Options, checked
-from magus_anharmonic.potential.threads import one_thread_for_small_matrices
+from magus_anharmonic.potential.optimizers import Options, checked
+from magus_anharmonic.potential.resources import one_thread_for_small_matrices
 from magus_anharmonic.potential.way import Relaxation as Relaxation
 from magus_anharmonic.potential.way import Result, Way
 from magus_anharmonic.units import time_left

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from magus_anharmonic.potential.batches import LabelledGraphs
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.model import FactorisedM3GNet
+from magus_anharmonic.potential.labelled import LabelledGraphs
+from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from magus_anharmonic.errors import is_trouble, one_line
 from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
-from magus_anharmonic.potential.relax_arguments import Options
+from magus_anharmonic.potential.optimizers import Options
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
 from magus_anharmonic.structures import bare, held_atoms, structure_id

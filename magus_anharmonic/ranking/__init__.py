@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from magus_anharmonic.ranking.candidate import Candidate as Candidate
-    from magus_anharmonic.ranking.files import rank_file as rank_file
-    from magus_anharmonic.ranking.files import rank_structures as rank_structures
     from magus_anharmonic.ranking.fitness import fitness_values as fitness_values
     from magus_anharmonic.ranking.matcher import distinct as distinct
+    from magus_anharmonic.ranking.structures import rank_file as rank_file
+    from magus_anharmonic.ranking.structures import rank_structures as rank_structures
 
 _LAZY = {
     "Candidate": "candidate",
     "distinct": "matcher",
     "fitness_values": "fitness",
-    "rank_file": "files",
-    "rank_structures": "files",
+    "rank_file": "structures",
+    "rank_structures": "structures",
 }
 
 __all__ = sorted(_LAZY)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import norm
 
-from magus_anharmonic.ranking.common_numbers import difference_error
+from magus_anharmonic.ranking.uncertainty import difference_error
 
 DECREASE_FACTOR = 3.0
 """Times the predicted remaining decrease of G: the prediction is of second order, and the way to a minimum may be longer."""

@@ -1,4 +1,16 @@
-"""The fitness ``SSCHA``: flat ``info`` keys in, one finite number per structure out (larger is better).
+"""Estimates of G and the fitness.
+
+Free energies of structures that had no SSCHA: a line through those that had.
+
+Well above the ground state G is nearly linear in H (Fig. 6c of the paper), so
+``G_est = a + b H + margin`` with a margin of two standard deviations of the fit: an estimate never flatters.
+
+Rankings of several compositions: free energies above the hull of all, beside the order inside each.
+
+G per atom of two compositions cannot be compared; its distance above the lower convex hull can. The hull is that of the candidates
+themselves, so that the extreme compositions are on it. Only computed free energies make it; estimates are measured against it.
+
+The fitness ``SSCHA``: flat ``info`` keys in, one finite number per structure out (larger is better).
 
 Pure, because MAGUS calls fitnesses 5-10 times per generation, on duplicates and in forked workers.
 """
@@ -6,16 +18,150 @@ Pure, because MAGUS calls fitnesses 5-10 times per generation, on duplicates and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.hull import above_hull
-from magus_anharmonic.ranking.candidate import RANKED
-from magus_anharmonic.ranking.compositions import composition
-from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
+from magus_anharmonic.hull import above_hull, hull_odds, lower_hull, pool_fractions, reduced_formula
+from magus_anharmonic.ranking.candidate import RANKED, Candidate
+from magus_anharmonic.structures import formula
+
+MIN_POINTS = 3
+SLOPE_RANGE = (0.5, 1.5)
+"""Slopes outside come from points too close in H or from a phase transition among them; then b = 1."""
+
+
+@dataclass(frozen=True)
+class GibbsEstimate:
+    """``G_est(H) = intercept + slope * H + margin``, eV/atom; grows with H."""
+
+    intercept: float
+    slope: float
+    margin: float
+    n_points: int
+
+    def __call__(self, enthalpy: float) -> float:
+        """Estimated free energy (eV/atom) of a structure with this enthalpy (eV/atom)."""
+        return self.intercept + self.slope * enthalpy + self.margin
+
+    @property
+    def description(self) -> str:
+        """The line in words, for the ranking's column ``reason``."""
+        return (
+            f"{self.intercept:+.4f} + {self.slope:.3f} H + {1000 * self.margin:.1f} meV/atom margin, "
+            f"from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
+        )
+
+
+def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Sequence[float] | None = None) -> GibbsEstimate | None:
+    """Least-squares line from SSCHA results of one model, pressure and temperature; None without results.
+
+    From three points on: the line, and two standard deviations of its residuals as margin. With fewer:
+    ``H + max(G - H)`` plus two statistical errors. All in eV/atom; ``errors`` are standard errors of G.
+    """
+    h, g = np.asarray(enthalpies, dtype=float), np.asarray(gibbs, dtype=float)
+    noise = np.zeros_like(g) if errors is None else np.asarray(errors, dtype=float)
+    if h.size == 0:
+        return None
+    if h.size < MIN_POINTS:
+        return _largest_shift(h, g, noise)
+    centred = h - h.mean()
+    spread = float(centred @ centred)
+    slope = float(centred @ (g - g.mean())) / spread if spread > 0 else 1.0
+    free = h.size - 2
+    if not SLOPE_RANGE[0] <= slope <= SLOPE_RANGE[1]:
+        slope, free = 1.0, h.size - 1
+    intercept = float(g.mean() - slope * h.mean())
+    residuals = g - intercept - slope * h
+    return GibbsEstimate(intercept, slope, 2.0 * float(np.sqrt(residuals @ residuals / free)), h.size)
+
+
+def _largest_shift(h: np.ndarray, g: np.ndarray, noise: np.ndarray) -> GibbsEstimate:
+    return GibbsEstimate(float(np.max(g - h)), 1.0, 2.0 * float(np.max(noise)), h.size)
+
+
+def fit_estimates(known: Sequence[tuple[str, float, float, float]], compositions: Iterable[str]) -> dict[str, GibbsEstimate]:
+    """An estimate for each of the ``compositions`` from results (composition, H, G, standard error of G), eV/atom.
+
+    A composition with results of its own has their line. Others have ``H + max(G - H)`` of all results plus two errors: energies per
+    atom of several compositions lie on no common line. Empty without results.
+    """
+    if not known:
+        return {}
+    lines = {}
+    for name in dict.fromkeys(compositions):
+        own = [numbers for other, *numbers in known if other == name]
+        fitted = fit_estimate(*zip(*own, strict=True)) if own else None
+        lines[name] = fitted or _largest_shift(*np.array([numbers for _, *numbers in known], dtype=float).T)
+    return lines
+
+
+DRAWS = 400
+"""Hulls drawn for the error bars: odds to about 0.02."""
+_SEED = 108
+
+
+def composition(atoms: Atoms) -> str:
+    """Reduced formula with the metals first, e.g. ``'H3S'`` (``'D3S'`` with deuterium): one name for all cells of a composition."""
+    return reduced_formula(formula(atoms))
+
+
+def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+    """Fill in the distances above the hulls of H and of G, with errors and odds; nothing where all are of one composition.
+
+    ``p_on_hull`` is by sampling alone, ``p_on_hull_total`` with the expected error of each static energy (else ``model_error``,
+    eV/atom), taken as independent: between compositions little cancels. Both are None where a phase has no such number.
+    """
+    if len({c.composition for c in candidates}) < 2:
+        return list(candidates)
+    return _with_gibbs_heights(_with_static_heights(candidates), model_error)
+
+
+def _with_static_heights(candidates: Sequence[Candidate]) -> list[Candidate]:
+    known = [c for c in candidates if c.enthalpy is not None]
+    if not known:
+        return list(candidates)
+    heights = above_hull([c.composition for c in known], np.array([c.enthalpy for c in known]))
+    filled = {c.id: replace(c, enthalpy_above_hull=float(height)) for c, height in zip(known, heights, strict=True)}
+    return [filled.get(c.id, c) for c in candidates]
+
+
+def _with_gibbs_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+    phases = [c for c in candidates if c.ranked and not c.same_as]
+    if not phases:
+        return list(candidates)
+    fractions = pool_fractions([c.composition for c in (*phases, *candidates)])
+    corners, everywhere = fractions[: len(phases)], fractions[len(phases) :]
+    gibbs, sampling = np.array([c.gibbs for c in phases]), np.array([c.gibbs_error or 0.0 for c in phases])
+    noise = np.random.default_rng(_SEED).normal(size=(DRAWS, len(phases)))
+    found = hull_odds(corners, gibbs, gibbs + noise * sampling)
+    model = [model_error if c.model_error is None else c.model_error for c in phases]
+    known = [value for value in model if value is not None]
+    total = hull_odds(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull if len(known) == len(phases) else None
+    filled = {
+        c.id: {
+            "gibbs_above_hull_error": float(found.error[k]),
+            "p_on_hull": float(found.p_on_hull[k]),
+            "p_on_hull_total": None if total is None else float(total[k]),
+        }
+        for k, c in enumerate(phases)
+    }
+    hull = lower_hull(corners, gibbs, everywhere)
+    return [
+        replace(c, gibbs_above_hull=_above(c, float(height)), **filled.get(c.id, {}))
+        for c, height in zip(candidates, hull, strict=True)
+    ]  # fmt: skip
+
+
+def _above(candidate: Candidate, hull: float) -> float | None:
+    """Computed free energies cannot be below the hull of which they are part; None for failures and beyond the hull's ends."""
+    if candidate.gibbs is None or candidate.status == "failed" or not np.isfinite(hull):
+        return None
+    return max(0.0, candidate.gibbs - hull) if candidate.ranked and not candidate.same_as else candidate.gibbs - hull
+
 
 LARGEST = 1e6
 """eV/atom; anything larger is no energy."""

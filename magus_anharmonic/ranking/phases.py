@@ -1,21 +1,225 @@
-"""Quantum phases: which SSCHA results are the same phase, and their primitive cells."""
+"""Which runs are of one phase, and what they say together.
+
+Several runs of one phase: their free energies together where the supercell is the same, else the spread as a finite-size error.
+
+Runs of one ranking have the same model, pressure, temperature and settings (`store.Key`). Their free energies G_i are pooled when
+supercell and masses are the same too:
+
+    G = sum_i w_i G_i,    sum_i w_i = 1,  w_i >= 0,    error^2 = w C w    (the smallest there is with such weights)
+
+C holds the squares of the errors and the measured covariances of the pairs of configurations that came from the same random numbers
+(`common_numbers`). Independent runs get the weights 1/error_i^2; what a run shares with a better one adds nothing, and a weight that
+would be negative is zero, so that G lies between the G_i and its error is never above the smallest of theirs. Runs that scatter more
+than C says (and than their relaxations may still fall) widen the error by the Birge ratio (Birge, Phys. Rev. 40, 207 (1932),
+doi:10.1103/PhysRev.40.207), here the root of the mean of (G_i - G_j)^2 over its expectation.
+
+A run of the phase in another supercell, or one that ended more than three errors away (in another minimum of the free energy), is no
+sample of the same number: it leaves G alone, and its distance is the spread.
+
+Quantum phases: which SSCHA results are the same phase, and their primitive cells.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
-from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
-from magus_anharmonic.ranking.store import Record
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.ranking.candidate import CONVERGED, RANKED, Candidate
+from magus_anharmonic.ranking.matcher import PHASE_TOLERANCE, Fingerprint, pointwise_distances, same_phase, table_difference
+from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import symmetric_primitive
 from magus_anharmonic.structures import UNDECIDED
 
 log = logging.getLogger(__name__)
+
+Covariance = Callable[[str, str], float]
+"""Of the free energies of two runs by their folders, eV^2/atom^2."""
+MARKER = 118
+"""Atomic number of the atom that marks the lattice of a supercell; in no crystal."""
+MASS_TOLERANCE = 1e-3
+"""amu."""
+ROUNDING = 1e-6
+"""Relative: a smaller gain in the square of the error is none."""
+SMALLEST = 1e-6
+"""eV/atom: no two runs need to agree better."""
+AGREEMENT = 3.0
+"""Errors of the difference, beyond which two runs did not end in one minimum."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """``weights`` (n,) of the values, their mean and its standard error."""
+
+    weights: np.ndarray
+    value: float
+    error: float
+
+
+def combined(values: Sequence[float], covariance: np.ndarray, remaining: Sequence[float] | None = None) -> Combination:
+    """The values (n,) with ``covariance`` (n, n) as one, as the module says; ``remaining`` (n,): how far each may still fall."""
+    found, matrix = np.asarray(values, dtype=float), np.asarray(covariance, dtype=float)
+    weights = _weights(matrix)
+    error = float(np.sqrt(max(weights @ matrix @ weights, 0.0)))
+    used = np.flatnonzero(weights)
+    left = np.zeros(len(found)) if remaining is None else np.asarray(remaining, dtype=float)
+    return Combination(weights, float(weights @ found), error * max(1.0, _birge(found[used], matrix[np.ix_(used, used)], left[used])))
+
+
+def _weights(matrix: np.ndarray) -> np.ndarray:
+    """Weights of the smallest error, the most negative one taken out until none is."""
+    active = list(range(len(matrix)))
+    while True:
+        part = matrix[np.ix_(active, active)]
+        solved = np.linalg.lstsq(part, np.ones(len(active)), rcond=1e-9)[0]
+        solved /= solved.sum()
+        if solved.min() > -1e-12:
+            break
+        active.pop(int(np.argmin(solved)))
+    weights = np.zeros(len(matrix))
+    weights[active] = np.maximum(solved, 0.0)
+    variances = np.diag(matrix)
+    best = int(np.argmax(variances <= variances.min() * (1.0 + ROUNDING)))
+    gained = weights @ matrix @ weights < variances[best] * (1.0 - ROUNDING)
+    return weights if gained else np.eye(len(matrix))[best]
+
+
+def _birge(values: np.ndarray, matrix: np.ndarray, remaining: np.ndarray) -> float:
+    first, second = np.triu_indices(len(values), 1)
+    return float(np.sqrt(np.mean(_distances(values, matrix, remaining)[first, second] ** 2))) if len(first) else 1.0
+
+
+def _distances(values: np.ndarray, matrix: np.ndarray, remaining: np.ndarray) -> np.ndarray:
+    """(n, n) differences over their expected sizes: the errors, and what each run may still fall."""
+    variances = np.diag(matrix) + remaining**2
+    expected = variances[:, None] + variances[None, :] - 2.0 * matrix
+    return np.abs(values[:, None] - values[None, :]) / np.sqrt(np.maximum(expected, SMALLEST**2))
+
+
+def same_supercell(one: SschaState, other: SschaState) -> bool:
+    """Whether two states of one phase have the same supercell: one motion brings crystal onto crystal and supercell onto supercell.
+
+    Masses must agree too. The lattice of the supercell is marked by an atom on one site; crystals so marked are compared by all
+    their distances (`matcher`), at the same volume, which two relaxations at one pressure meet within noise.
+    """
+    if len(one.supercell) != len(other.supercell) or one.temperature != other.temperature:
+        return False
+    if not np.allclose(sorted(one.atoms.get_masses()), sorted(other.atoms.get_masses()), atol=MASS_TOLERANCE, rtol=0.0):
+        return False
+    scale = (one.supercell.get_volume() / other.supercell.get_volume()) ** (1.0 / 3.0)
+    reference = _marked(one, 0, 1.0)
+    sites = [site for site in range(len(other.atoms)) if other.atoms.numbers[site] == one.atoms.numbers[0]]
+    return any(table_difference(reference, _marked(other, site, scale)) <= PHASE_TOLERANCE for site in sites)
+
+
+def _marked(state: SschaState, site: int, scale: float) -> list[tuple[int, np.ndarray]]:
+    atoms = Atoms(numbers=state.supercell.numbers, positions=state.supercell.positions, cell=state.supercell.cell.array, pbc=True)
+    atoms.set_cell(scale * atoms.cell.array, scale_atoms=True)
+    atoms.numbers[site] = MARKER
+    numbers, counts = np.unique(atoms.numbers, return_counts=True)
+    return pointwise_distances(atoms, [(int(z), int(count)) for z, count in zip(numbers, counts, strict=True)])
+
+
+def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[Record]:
+    """Converged runs at ``key`` that are, or led to, the runs ``names`` and ended in the phase of the first of them; that one first."""
+    first, *others = dict.fromkeys(names)
+    leader = store.get(first, key)
+    if leader is None or not _usable(leader):
+        return []
+    found = [record for record in store.records(key) if _usable(record) and store.final(record).structure in (first, *others)]
+    own = _fingerprint(leader)
+    return [leader, *(record for record in found if record.structure != first and one_phase(own, _fingerprint(record)))]
+
+
+def _usable(record: Record) -> bool:
+    converged = record.status in CONVERGED and record.status in RANKED
+    return converged and record.centroids is not None and record.gibbs is not None and bool(record.gibbs_error)
+
+
+def _fingerprint(record: Record) -> Fingerprint:
+    return primitive_fingerprint(record.phase, record.symmetry_tolerance)
+
+
+def merge_duplicates(
+    candidates: Sequence[Candidate], store: FreeEnergyStore, key: Key, root: Path, covariance: Covariance
+) -> list[Candidate]:
+    """The candidates that stand for a phase with the G of all its runs, and with the spread of those in other supercells.
+
+    ``root`` holds the folders of the runs. A run whose folder is gone cannot be shown to have the same supercell, and counts as one of
+    another.
+    """
+    members: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if candidate.record and candidate.ranked:
+            members.setdefault(candidate.same_as or candidate.id, []).append(candidate.record)
+    merged = []
+    for candidate in candidates:
+        if candidate.ranked and not candidate.same_as and candidate.status in CONVERGED:
+            runs = duplicates(store, key, [candidate.record, *members[candidate.id]])
+            candidate = _merged(candidate, runs, root, covariance) if len(runs) > 1 else candidate
+        merged.append(candidate)
+    return merged
+
+
+def _merged(candidate: Candidate, runs: Sequence[Record], root: Path, covariance: Covariance) -> Candidate:
+    """``runs``: that of the candidate first."""
+    gibbs, left = np.array([run.gibbs for run in runs]), np.array([run.decrease or 0.0 for run in runs])
+    matrix = np.diag([(run.gibbs_error or 0.0) ** 2 for run in runs])
+    for i in range(len(runs)):
+        for j in range(i):
+            matrix[i, j] = matrix[j, i] = covariance(runs[i].folder, runs[j].folder)
+    states = [_state(root / run.folder) for run in runs]
+    near = _distances(gibbs, matrix, left)[0] <= AGREEMENT
+    alike = [place for place in range(len(runs)) if place == 0 or (near[place] and _alike(states[0], states[place]))]
+    found = combined(gibbs[alike], matrix[np.ix_(alike, alike)], left[alike])
+    shares = [(runs[place], float(weight)) for place, weight in zip(alike, found.weights, strict=True) if weight > 0.0]
+    apart = np.delete(gibbs, alike) - found.value
+    candidate = replace(candidate, duplicate_spread=float(np.abs(apart).max()) if len(apart) else None)
+    if shares == [(runs[0], 1.0)]:
+        return candidate
+    note = f"G pooled from {len(shares)} runs with the same supercell"
+    log.info("%s: %s", candidate.id, note)
+    return replace(
+        candidate,
+        gibbs=found.value,
+        gibbs_error=found.error,
+        gibbs_raw=_mean([(run.gibbs_raw, weight) for run, weight in shares]),
+        finite_size=_mean([(run.finite_size, weight) for run, weight in shares]),
+        reason=f"{candidate.reason}; {note}" if candidate.reason else note,
+        pooled=tuple((run.folder, weight) for run, weight in shares),
+    )
+
+
+def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
+    known = [value * weight for value, weight in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _state(folder: Path) -> SschaState | None:
+    try:
+        return SschaResult.read(folder).state
+    except MagusAnharmonicError as error:
+        log.debug("%s: supercell unknown: %s", folder, error)
+        return None
+
+
+def _alike(one: SschaState | None, other: SschaState | None) -> bool:
+    return one is not None and other is not None and same_supercell(one, other)
+
+
+def common_error(one: Candidate, other: Candidate, covariance: Covariance) -> float:
+    """Covariance of two candidates' G, eV^2/atom^2, each perhaps pooled from several runs."""
+    shares = [candidate.pooled or ((candidate.folder, 1.0),) for candidate in (one, other)]
+    return sum(a * b * covariance(mine, its) for mine, a in shares[0] for its, b in shares[1] if mine and its)
+
 
 VOLUME_TOLERANCE = 0.02
 """Relative."""

@@ -1,24 +1,137 @@
-"""Successive elimination with SSCHA runs: who gets the next population, until the order is decided."""
+"""Who is selected, reduced to a smaller cell, and raced.
+
+Who gets an SSCHA run, and in which round of a search.
+
+Results that gained symmetry are run again from their primitive cell.
+
+Then Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference supercell and one G.
+
+Successive elimination with SSCHA runs: who gets the next population, until the order is decided.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from ase import Atoms
+
 from magus_anharmonic.ranking.candidate import RANKED
-from magus_anharmonic.ranking.compositions import composition
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
-from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
-from magus_anharmonic.ranking.outcomes import record_of, standing_of, stopped_record
+from magus_anharmonic.ranking.fitness import composition
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, record_of, run_jobs, standing_of, stopped_record
+from magus_anharmonic.ranking.phases import reduced_centroids, same_records
 from magus_anharmonic.ranking.store import Record
+from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import structure_id
 
 if TYPE_CHECKING:
     from magus_anharmonic.ranking.rank import Ranking
 
+
+RMSE_FACTOR = 3.0
+
+
+def sscha_is_due(settings: Settings, generation: int | None, n_generations: int | None, energy_rmse: float | None) -> bool:
+    """``sscha.when``: every time without learning; else in the last round, or once the model is good enough."""
+    if settings.sscha is None:
+        return False
+    if settings.sscha.when == "every_generation" or settings.learning is None or generation is None:
+        return True
+    if n_generations is not None and generation >= n_generations:
+        return True
+    target = settings.learning.target_rmse
+    return target is not None and energy_rmse is not None and energy_rmse <= target
+
+
+def why_not(settings: Settings, energy_rmse: float | None) -> str:
+    """Why there is no SSCHA in this round, for the log."""
+    target = settings.learning.target_rmse if settings.learning else None
+    if target is None:
+        return "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the last round"
+    known = "unknown" if energy_rmse is None else f"{1000 * energy_rmse:.1f} meV/atom"
+    return f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
+
+
+def chosen_groups(
+    groups: Sequence[Sequence[int]], energies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
+) -> list[int]:
+    """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
+
+    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull (`hull.comparable`). The window is widened to
+    three times the model's validation RMSE: closer structures are not told apart by it.
+    """
+    if not groups:
+        return []
+    window = np.inf if settings.window is None else settings.window
+    if energy_rmse is not None:
+        window = max(window, RMSE_FACTOR * energy_rmse)
+    lowest = [energies[members[0]] for members in groups]
+    order = sorted(range(len(groups)), key=lambda g: lowest[g])
+    limit = lowest[order[0]] + window
+    return [g for g in order if lowest[g] <= limit][: settings.max_candidates]
+
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A run whose result has a smaller primitive cell, and the run that is to take over."""
+
+    record: Record
+    atoms: Atoms
+    structure: str
+
+
+def reductions(records: Sequence[Record]) -> list[Reduction]:
+    """Those of the results that have a smaller primitive cell and were not run again."""
+    found = []
+    for record in {r.folder: r for r in records}.values():
+        if record.gibbs is None or record.reduced or record.status == "eliminated":
+            continue
+        smaller = reduced_centroids(record)
+        if smaller is not None:
+            found.append(Reduction(record, smaller, structure_id(smaller)))
+    return found
+
+
+def run_reduced(ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: Workers) -> None:
+    """Run the reductions of ``records`` again, once per phase, and let them take over."""
+    jobs: dict[str, Job] = {}
+    waiting: list[tuple[Reduction, str]] = []
+    for reduction in reductions(records):
+        key = reduction.record.key
+        known = ranking.store.get(reduction.structure, key) or ranking.store.find_phase(reduction.atoms, key)
+        if known is not None:
+            ranking.put(replace(reduction.record, reduced=known.structure))
+            continue
+        like = next((s for other, s in waiting if other.record.key == key and same_records(other.atoms, reduction.atoms)), None)
+        if like is None:
+            like = reduction.structure
+            job = ranking.job(reduction.atoms, [key])
+            jobs[str(job.folders[0])] = job
+        waiting.append((reduction, like))
+    if not jobs:
+        return
+    log.info("%d results gained symmetry; run again from their primitive cells", len(jobs))
+    parents = {(like, r.record.key): r.record.structure for r, like in reversed(waiting)}
+
+    def done(job: Job, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            key = ranking.key_at(outcome.temperature)
+            record = ranking.recorded(job, key, outcome, None, parent=parents[job.structure, key])
+            if record is not None:
+                ranking.put(record)
+
+    run_jobs(list(jobs.values()), ranking.evaluator, free_energy, done, workers)
+    for reduction, like in waiting:
+        if ranking.store.get(like, reduction.record.key) is not None:
+            ranking.put(replace(reduction.record, reduced=like))
+
 
 START = 100
 """Force evaluations that the harmonic start of a run is taken to need at most, when the budget is dealt out."""

@@ -17,25 +17,17 @@ from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.common_numbers import CommonNumbers
-from magus_anharmonic.ranking.compositions import composition, with_heights
 from magus_anharmonic.ranking.elimination import resolution
-from magus_anharmonic.ranking.estimate import GibbsEstimate, fit_estimates
-from magus_anharmonic.ranking.fitness import number
-from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
+from magus_anharmonic.ranking.fitness import GibbsEstimate, composition, fit_estimates, number, with_heights
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, record_of, run_jobs, set_info, with_result
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
-from magus_anharmonic.ranking.model_errors import ModelTerm
-from magus_anharmonic.ranking.odds import with_odds
-from magus_anharmonic.ranking.outcomes import record_of, set_info, with_result
-from magus_anharmonic.ranking.phases import label_phases
-from magus_anharmonic.ranking.pooling import common_error, merge_duplicates
-from magus_anharmonic.ranking.racing import run_race
-from magus_anharmonic.ranking.reduction import run_reduced
-from magus_anharmonic.ranking.selection import chosen_groups, sscha_is_due, why_not
+from magus_anharmonic.ranking.phases import common_error, label_phases, merge_duplicates
+from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.racing import chosen_groups, run_race, run_reduced, sscha_is_due, why_not
 from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
-from magus_anharmonic.ranking.trust import ensemble_trust
+from magus_anharmonic.ranking.uncertainty import CommonNumbers, ModelTerm, ensemble_trust
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState

@@ -19,17 +19,15 @@ from typing import TYPE_CHECKING, Any
 from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_trouble, one_line
 from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
-from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, run_jobs
+from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, record_of, run_jobs, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.matcher import same_phase
-from magus_anharmonic.ranking.outcomes import record_of, standing_of, stopped_record, with_result
 from magus_anharmonic.ranking.phases import primitive_fingerprint
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
-from magus_anharmonic.sscha.follow import down_the_mode
 from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian, harmonic_hessian
-from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import in_double_precision
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.unstable import down_the_mode
 from magus_anharmonic.structures import bare
 from magus_anharmonic.units import EV_IN_CM1
 

@@ -13,13 +13,13 @@ from ase import Atoms
 from magus_anharmonic.analysis.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.files import digest
-from magus_anharmonic.report import crystals as found_crystals
-from magus_anharmonic.report import figures, findings
-from magus_anharmonic.report.crystals import Crystal
+from magus_anharmonic.report import figures, text
+from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.rankings import RankingView, ranking_views
 from magus_anharmonic.report.sheets import Sheet, lines_of, number, read_json, read_records, read_sheet
+from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.summary import read_ranking
+from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.status import present_steps
 
 ROWS = 200
@@ -150,22 +150,22 @@ def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]
 
 
 def _campaign_summary(contents: Contents, tables: Path, steps: dict[str, Any], sheets: dict[str, Sheet]) -> list[tuple[str, list[str]]]:
-    tally = findings.EnthalpyTally()
+    tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
         contents.attempt(lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None)
     parts = [
-        ("", [*findings.step_sentence(steps), *tally.sentences(), *findings.model_sentence(sheets["model_errors.csv"])]),
-        *((view.title, findings.ranking_sentences(view)) for view in contents.rankings),
+        ("", [*text.step_sentence(steps), *tally.sentences(), *text.model_sentence(sheets["model_errors.csv"])]),
+        *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
         (
             "Checks",
             [
-                *findings.space_group_sentence(sheets["space_groups.csv"]),
-                *findings.mode_sentences(sheets["modes.csv"]),
-                *findings.gradient_sentences(sheets["gradient_errors.csv"]),
-                *findings.correction_sentences(sheets["gibbs_correction.csv"]),
+                *text.space_group_sentence(sheets["space_groups.csv"]),
+                *text.mode_sentences(sheets["modes.csv"]),
+                *text.gradient_sentences(sheets["gradient_errors.csv"]),
+                *text.correction_sentences(sheets["gibbs_correction.csv"]),
             ],
         ),
-        ("Cost", findings.cost_sentence(contents.steps)),
+        ("Cost", text.cost_sentence(contents.steps)),
     ]
     return [(title, lines) for title, lines in parts if lines]
 
@@ -244,8 +244,8 @@ def search_contents(folder: Path) -> Contents:
     progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
     contents.summary = [
         *_progress(contents, progress),
-        *((view.title, findings.ranking_sentences(view)) for view in contents.rankings),
-        *findings.hull_parts(contents.rankings),
+        *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
+        *text.hull_parts(contents.rankings),
     ]
     contents.pictures = _search_pictures(contents, folder)
     contents.models = _models(contents, Sheet(""))

@@ -20,9 +20,8 @@ from markupsafe import Markup
 import magus_anharmonic
 from magus_anharmonic.files import write_text
 from magus_anharmonic.report.contents import Contents, gather
-from magus_anharmonic.report.crystals import Crystal, write_structures
-from magus_anharmonic.report.drawing import as_json, scene, still
 from magus_anharmonic.report.sheets import number
+from magus_anharmonic.report.structures import Crystal, as_json, scene, still, write_structures
 from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)

@@ -40,7 +40,7 @@ def open_scheduler(scheduling: Scheduling, *, device: str = "cpu") -> Iterator[S
         yield _cluster(name, workers)
         return
     if name == "serial":
-        from magus_anharmonic.scheduler.serial import SerialScheduler
+        from magus_anharmonic.scheduler.base import SerialScheduler
 
         yield SerialScheduler()
         return

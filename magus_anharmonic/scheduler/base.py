@@ -1,4 +1,11 @@
-"""What every scheduler is, what it hands back, and what a worker does with a task."""
+"""Schedulers: the protocol, the serial one, models and files that many tasks share.
+
+What every scheduler is, what it hands back, and what a worker does with a task.
+
+Folders as bytes: workers return what they wrote, and only the process that asked writes it where it belongs.
+
+One task after the other in this process.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +13,13 @@ import logging
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import LostLock, MachineTrouble, is_trouble, reason_of, typed_line
+from magus_anharmonic.errors import LostLock, MachineTrouble, MagusAnharmonicError, is_trouble, reason_of, typed_line
+from magus_anharmonic.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -113,3 +122,50 @@ def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
             return MachineTrouble(f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"), ""
         log.warning("a task failed", exc_info=True)
         return None, typed_line(error)
+
+
+Files = Mapping[str, bytes]
+"""Name relative to the folder -> content."""
+
+LAST = "result.json"
+"""Written after everything else: a run counts as finished when it is there."""
+
+
+def packed(folder: Path, *, largest: int | None = None) -> dict[str, bytes]:
+    """Every plain file below ``folder`` (none when there is no folder), except temporary ones and those above ``largest`` bytes."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.suffix != ".tmp")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found if largest is None or path.stat().st_size <= largest}
+
+
+def changed(before: Files, after: Files) -> dict[str, bytes]:
+    """What is new or different in ``after``."""
+    return {name: content for name, content in after.items() if before.get(name) != content}
+
+
+def unpack(files: Files, folder: Path) -> None:
+    """Write the files below ``folder``, each whole or not at all; raises ``MagusAnharmonicError`` for a name that leads out of it."""
+    root = folder.resolve()
+    for name in sorted(files, key=lambda name: (Path(name).name == LAST, name)):
+        target = (root / name).resolve()
+        if not target.is_relative_to(root):
+            raise MagusAnharmonicError(f"{name}: a worker returned a file outside its folder")
+        with replacing(target) as temporary:
+            temporary.write_bytes(files[name])
+
+
+class SerialScheduler:
+    """No other process: for debugging, and where a step is one piece anyway."""
+
+    remote = False
+    device = "cpu"
+    n_workers = 1
+    description = "this process, one task after the other"
+
+    def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
+        """See `Scheduler`."""
+        for index, item in enumerate(items):
+            value, reason = attempt(task, item, shared)
+            yield Done(index, value, reason)
+
+    def close(self) -> None:
+        """Nothing to end."""

@@ -13,16 +13,14 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
-from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import Evaluator, check_calculator
 from magus_anharmonic.gate import check_structure
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
-from magus_anharmonic.sscha.finite_size import nearest_images
 from magus_anharmonic.sscha.qe_files import state_from_dyn
-from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.reciprocal import nearest_images
+from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
     Start,

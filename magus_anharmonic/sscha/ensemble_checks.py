@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from scipy.stats import chi2
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, variance
 
 log = logging.getLogger(__name__)

@@ -17,12 +17,10 @@ from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.begin import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.isotopes import reweighted_result
-from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.result import NoFolder, RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.run_folder import NoFolder, RunFolder
-from magus_anharmonic.sscha.summary import failed_result
 from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.task import Progress, Task
+from magus_anharmonic.sscha.task import Progress, Task, failed_result
 
 log = logging.getLogger(__name__)
 

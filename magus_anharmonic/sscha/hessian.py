@@ -15,13 +15,12 @@ import numpy as np
 from scipy.special import ndtr
 
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.averages import Ensemble, standard_error, static_response
-from magus_anharmonic.sscha.fourth_order import FourthOrder, dressed_rows
+from magus_anharmonic.sscha.anharmonic import CHUNK, FourthOrder, ThirdOrder, dressed_rows, third_order, transformed
+from magus_anharmonic.sscha.ensemble import Ensemble, standard_error, static_response
+from magus_anharmonic.sscha.reciprocal import Representation, Samples, Wavevectors, samples, wavevectors
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.third_order import CHUNK, ThirdOrder, third_order, transformed
-from magus_anharmonic.sscha.wavevectors import Representation, Samples, Wavevectors, samples, wavevectors
 from magus_anharmonic.units import HBAR
 
 SIGMAS = 2.0

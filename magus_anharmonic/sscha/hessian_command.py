@@ -16,17 +16,16 @@ from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.files import versions, write_json, write_text
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.lock import locked
-from magus_anharmonic.sscha.averages import Ensemble, joined
-from magus_anharmonic.sscha.dispersion import dispersion, draw_dispersion, write_dispersion
-from magus_anharmonic.sscha.drawing import draw
-from magus_anharmonic.sscha.group import group_of_result
+from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
+from magus_anharmonic.sscha.phonons import dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
-from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import final_ensemble
+from magus_anharmonic.sscha.result import SschaResult, final_ensemble
+from magus_anharmonic.sscha.sampling import draw
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.unstable import group_of_result
 from magus_anharmonic.units import EV_IN_CM1
 
 log = logging.getLogger(__name__)
@@ -242,7 +241,7 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
 
 def frequency_table(hessian: Hessian) -> str:
     """CSV: one line per q point of the supercell and mode, imaginary frequencies negative; empty errors where there are none."""
-    from magus_anharmonic.sscha.dispersion import bands
+    from magus_anharmonic.sscha.phonons import bands
 
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points)
     text = io.StringIO()
@@ -259,7 +258,7 @@ def frequency_table(hessian: Hessian) -> str:
 
 def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
     """The softest levels for the screen: q, degeneracy, auxiliary and Hessian wave number with error, cm^-1."""
-    from magus_anharmonic.sscha.dispersion import bands
+    from magus_anharmonic.sscha.phonons import bands
 
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points) * EV_IN_CM1
     rows = []

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.sscha.averages import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.cell import CellStiffness
-from magus_anharmonic.sscha.group import TOLERANCES, move_onto
+from magus_anharmonic.sscha.ensemble import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.unstable import TOLERANCES, move_onto
 from magus_anharmonic.structures import UNDECIDED, bare, space_group
 
 SIGMAS = 2.5

@@ -17,19 +17,16 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from magus_anharmonic.sscha.averages import Averages, Ensemble, average
 from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE, supercell_of, with_masses
 from magus_anharmonic.sscha.cell import CellStiffness
-from magus_anharmonic.sscha.criteria import open_issues
-from magus_anharmonic.sscha.native import minimise
-from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.engines import minimise
+from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
+from magus_anharmonic.sscha.result import RunFolder, SschaResult, final_ensemble, read_start_file
 from magus_anharmonic.sscha.reweight import Pool, effective_number
-from magus_anharmonic.sscha.run_folder import RunFolder, final_ensemble, read_start_file
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import Progress, Task
+from magus_anharmonic.sscha.task import Progress, Task, finished_result, gibbs_energy, open_issues
 
 log = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
 from magus_anharmonic.errors import InputError, SschaError, one_line
-from magus_anharmonic.sscha.averages import Ensemble
 from magus_anharmonic.sscha.engines import Minimised, Population
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import Repeats, commensurate, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry

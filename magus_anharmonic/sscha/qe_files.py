@@ -19,7 +19,7 @@ import numpy as np
 from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.files import raise_trouble
 from magus_anharmonic.gate import check_structure
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.ensemble_checks import checked_ensemble
 from magus_anharmonic.sscha.state import SschaState, fold, same_gaussian, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -1,7 +1,16 @@
-"""The result of one SSCHA run, and its files."""
+"""The result of a run and the files that it lies in.
+
+The result of one SSCHA run, and its files.
+
+The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run starts again.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import logging
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +20,11 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, replacing, versions, write_json
+from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, safe_name, versions, write_json, write_text
+from magus_anharmonic.lock import NAME as LOCK
+from magus_anharmonic.sscha.cell import StaticResponse
+from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.supercells import Repeats, as_repeats
 
@@ -128,3 +141,264 @@ class SschaResult:
         data["supercell"] = as_repeats(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)
+
+
+log = logging.getLogger(__name__)
+
+OF_THE_START = {"start", "configurations"}
+"""What of a run's identity says where it began."""
+
+
+PROGRESS = "progress.json"
+"""Where a run stands after its last population, see `RunFolder.write_progress`."""
+
+
+class RunFolder:
+    """Files of a run in ``directory``; every file is written whole or not at all."""
+
+    def __init__(self, directory: str | Path, identity: dict[str, Any], *, any_start: bool = False) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log = self.directory / "sscha.log"
+        identity = json.loads(json.dumps({**versions(), **identity}))
+        path = self.directory / "settings.json"
+        stored = read_whole(path, read_json)
+        if stored is not None:
+            different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
+            if any_start and different and set(different) <= OF_THE_START:
+                log.info("%s: goes on from the start that it had", self.directory)
+            elif set(different) & versions().keys():
+                raise InputError(f"{self.directory}: holds an SSCHA run of another version of this package; give another folder")
+            elif different == ["model"]:
+                self._give_way(str(stored["model"]))
+                write_json(path, identity)
+            elif different:
+                raise InputError(
+                    f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
+                    "give another folder, or the settings of settings.json"
+                )
+        else:
+            write_json(path, identity)
+
+    def _give_way(self, model: str) -> None:
+        """The files of another model's run move to a folder in this one: its numbers are no numbers of this model."""
+        place = self.directory / safe_name("of", model)
+        place.mkdir(exist_ok=True)
+        files = [path for path in self.directory.iterdir() if path.is_file() and not path.name.endswith(LOCK)]
+        # what makes the folder a run goes last: a move that was interrupted is done again
+        for path in sorted(files, key=lambda path: path.name == "settings.json"):
+            path.replace(place / path.name)
+        log.warning("%s: held the run of another model, %s, which is now in %s; computed anew", self.directory, model, place.name)
+
+    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
+        """The stored result, unless it is unconverged, its phase open or less precise than wanted, and more populations are allowed now."""
+        result = read_whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
+        if result is None:
+            return None
+        precise = error_tolerance is None or result.gibbs_error <= error_tolerance
+        if (
+            result.status != "failed"
+            and not (result.converged and precise and not result.reason)
+            and result.n_populations < max_populations
+        ):
+            return None
+        return result
+
+    def read_start(self) -> Start | None:
+        """The stored start, None when there is none yet."""
+        return read_whole(self.directory / "start.npz", read_start_file)
+
+    def write_start(self, start: Start) -> None:
+        response = {} if start.response is None else {"response_stress": start.response.stress, "response_forces": start.response.forces}
+        self._write("start.npz", start.state, n_evaluations=start.n_evaluations, **response)
+
+    def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        """State and ensemble of a finished population, None when it has to be evaluated."""
+        path = self.directory / f"population_{number:03d}.npz"
+        found = read_whole(path, read_population_file)
+        if found is None:
+            return None
+        known, ensemble = found
+        if known.repeats != state.repeats:
+            raise InputError(f"{path}: another supercell than this run's; give another folder")
+        log.info("population %d: taken from %s", number, path)
+        return replace(known, temperature=state.temperature), ensemble
+
+    def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
+        from magus_anharmonic.sscha.python_sscha import write_dynamical_matrices
+
+        positions = state.supercell.positions + ensemble.displacements
+        self._write(
+            f"population_{number:03d}.npz",
+            state,
+            positions=positions,
+            displacements=ensemble.displacements,
+            energies=ensemble.energies,
+            forces=ensemble.forces,
+            stresses=ensemble.stresses,
+        )
+        write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
+
+    def read_together(self, numbers: list[int], state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        """Populations of one state as one; None when one of them is missing."""
+        found = [self.read_population(number, state) for number in numbers]
+        if None in found or not found:
+            return None
+        parts = [population for population in found if population is not None]
+        return parts[-1][0], joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
+
+    def read_progress(self) -> dict[str, Any] | None:
+        """What `write_progress` left; None without it, and when it is damaged: the run then goes over its populations again."""
+        return read_whole(self.directory / PROGRESS, read_progress_file)
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Where the run stands after its last population, beside the populations themselves."""
+        write_json(self.directory / PROGRESS, progress)
+
+    def write_convergence(self, rows: list[dict[str, Any]]) -> None:
+        """Write ``convergence.csv``: one line per population so far."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.directory / "convergence.csv", text.getvalue())
+
+    def write_result(self, result: SschaResult) -> None:
+        """Write the result; the run is finished then."""
+        result.write(self.directory)
+
+    def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
+        with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
+            # not compressed: random numbers shrink by a few per cent, and it would take longer than all the algebra
+            np.savez(
+                file,
+                numbers=state.atoms.numbers,
+                masses=state.atoms.get_masses(),
+                cell=state.atoms.cell.array,
+                centroids=state.atoms.positions,
+                repeats=state.repeats,
+                force_constants=state.force_constants,
+                temperature=state.temperature,
+                **arrays,
+            )
+
+
+def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
+    """State and ensemble of one ``population_NNN.npz``; raises ``DamagedFile``."""
+    stored = load_arrays(path)
+    try:
+        state = _state(stored)
+        ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+        n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
+        fits = ensemble.displacements.shape == ensemble.forces.shape == (n, atoms, 3) and ensemble.stresses.shape == (n, 3, 3)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
+    if not fits:
+        raise DamagedFile(f"{path}: arrays do not fit one another")
+    return state, ensemble
+
+
+def read_progress_file(path: Path) -> dict[str, Any]:
+    """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
+    found = read_json(path)
+    try:
+        fits = _is_progress(found)
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise DamagedFile(f"{path}: not the progress of an SSCHA run ({type(error).__name__}: {error})") from None
+    if not fits:
+        raise DamagedFile(f"{path}: not the progress of an SSCHA run")
+    return found
+
+
+def _is_progress(found: dict[str, Any]) -> bool:
+    """Whether everything is there that a run goes on from; raises what the conversions raise."""
+    rows, together, cell = found["rows"], found["together"], found["cell"]
+    numbers = [number for numbers in together for number in numbers]
+    matrix = np.asarray(cell[0], dtype=float) if cell is not None else np.zeros((0, 0))
+    return (
+        bool(rows and together and all(together))
+        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
+        and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
+        and all(type(number) is int for number in [*numbers, found["n_evaluations"], found["asked"]])
+        and isinstance(found["far"], bool)
+        and isinstance(found["limited"], bool)
+        and isinstance(found["moved"], bool)
+        and all(request is None or type(request) is int for request in found["requests"])
+        and isinstance(found["group"], str)
+        and isinstance(found["open"], str)
+        and isinstance(found["reason"], str)
+        and (cell is None or np.asarray(cell[1], dtype=float).shape == matrix.shape * 2)
+    )
+
+
+def read_start_file(path: Path) -> Start:
+    """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
+    stored = load_arrays(path)
+    try:
+        response = StaticResponse(stored["response_stress"], stored["response_forces"]) if "response_stress" in stored else None
+        return Start(_state(stored), response, int(stored["n_evaluations"]))
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
+
+
+def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
+    """All populations that were drawn from the state in which a run ended, as one ensemble; None when the folder keeps none."""
+    found = [ensemble for _, ensemble in final_populations(run, result).values()]
+    return joined(found) if found else None
+
+
+def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
+    """The populations that were drawn from the state in which a run ended, by their numbers; raises ``DamagedFile``."""
+    read = ((path, read_population_file(path)) for path in sorted(run.glob("population_*.npz")))
+    return {int(path.stem.removeprefix("population_")): one for path, one in read if _is_state_of(result, one[0])}
+
+
+def _is_state_of(result: SschaResult, state: SschaState) -> bool:
+    if result.force_constants is None or state.repeats != result.supercell or len(state.atoms) != len(result.centroids):
+        return False
+    pairs = (
+        (state.force_constants, result.force_constants),
+        (state.atoms.positions, result.centroids.positions),
+        (state.atoms.cell.array, result.centroids.cell.array),
+    )
+    return all(np.allclose(a, b, rtol=0.0, atol=1e-9) for a, b in pairs)
+
+
+class NoFolder(RunFolder):
+    """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an engine that chatters."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.log = self.directory / "sscha.log"
+
+    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
+        return None
+
+    def read_start(self) -> Start | None:
+        return None
+
+    def write_start(self, start: Start) -> None:
+        """Nothing to write."""
+
+    def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
+        return None
+
+    def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
+        """Nothing to write."""
+
+    def write_convergence(self, rows: list[dict[str, Any]]) -> None:
+        """Nothing to write."""
+
+    def read_progress(self) -> dict[str, Any] | None:
+        return None
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Nothing to write."""
+
+    def write_result(self, result: SschaResult) -> None:
+        """Nothing to write."""
+
+
+def _state(stored: Any) -> SschaState:
+    atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
+    return SschaState(atoms, as_repeats(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))

@@ -17,8 +17,8 @@ from functools import cached_property
 
 import numpy as np
 
-from magus_anharmonic.sscha.averages import Ensemble
-from magus_anharmonic.sscha.spectrum import Reciprocal, Spectrum
+from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum
 from magus_anharmonic.sscha.state import SschaState
 
 

@@ -15,21 +15,18 @@ import numpy as np
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.averages import Averages, Ensemble, average, gamma_matrix, joined
 from magus_anharmonic.sscha.begin import begin_run, same_gaussian
 from magus_anharmonic.sscha.cell import CellStiffness
-from magus_anharmonic.sscha.criteria import SIGNIFICANT, unconverged
-from magus_anharmonic.sscha.drawing import draw, evaluated
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
+from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
 from magus_anharmonic.sscha.identity import EXACT, SIGMAS, SURE, Higher, Question, higher_symmetries, symmetrised, undecided
-from magus_anharmonic.sscha.melting import MELTED, lindemann_ratios, melted
-from magus_anharmonic.sscha.result import SschaResult
-from magus_anharmonic.sscha.run_folder import RunFolder
+from magus_anharmonic.sscha.result import RunFolder, SschaResult
+from magus_anharmonic.sscha.sampling import draw, evaluated
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, Start, floor_modes, nearest_neighbour
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.summary import finished_result, gibbs_energy
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import Progress, Task
+from magus_anharmonic.sscha.task import SIGNIFICANT, Progress, Task, finished_result, gibbs_energy, unconverged
+from magus_anharmonic.sscha.warnings import MELTED, lindemann_ratios, melted
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.long_run import INPUT  # noqa: E402
 
-from magus_anharmonic.campaign.found import lowest_distinct, n_relaxed, relaxed_structures  # noqa: E402
+from magus_anharmonic.campaign.structures import lowest_distinct, n_relaxed, relaxed_structures  # noqa: E402
 from magus_anharmonic.report import write_report  # noqa: E402
 from magus_anharmonic.search import run  # noqa: E402
 from magus_anharmonic.search.archive import Archive, best_of  # noqa: E402

@@ -15,8 +15,7 @@ from ase import Atoms
 from evaluation import supercells
 from vesin import NeighborList
 
-from magus_anharmonic.potential.graph import find_neighbours
-from magus_anharmonic.potential.topology import find_topology
+from magus_anharmonic.potential.graph import find_neighbours, find_topology
 
 CUTOFF = 5.0
 

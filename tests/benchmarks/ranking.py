@@ -34,8 +34,8 @@ from crystal_models import Crystal, Crystals, family  # noqa: E402
 
 from magus_anharmonic.potential import load  # noqa: E402
 from magus_anharmonic.potential.evaluate import Potential  # noqa: E402
-from magus_anharmonic.ranking.files import rank_structures  # noqa: E402
 from magus_anharmonic.ranking.matcher import distinct  # noqa: E402
+from magus_anharmonic.ranking.structures import rank_structures  # noqa: E402
 from magus_anharmonic.settings import parse_settings  # noqa: E402
 from magus_anharmonic.sscha import free_energy  # noqa: E402
 from magus_anharmonic.sscha.symmetry import symmetric_primitive  # noqa: E402

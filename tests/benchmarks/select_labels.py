@@ -33,14 +33,14 @@ from magus_anharmonic.analysis.labelled_ensemble import draw, read_labelled
 from magus_anharmonic.generation import SearchState, expected_spread, undecided
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
-from magus_anharmonic.learning.choose_ensembles import Contender, allocate
+from magus_anharmonic.learning.choose import Contender, allocate
 from magus_anharmonic.potential import Potential, load
+from magus_anharmonic.potential.checkpoint import Architecture
 from magus_anharmonic.potential.finetune import FinetuneSettings
-from magus_anharmonic.potential.from_scratch import Architecture
 from magus_anharmonic.potential.train import TrainRecipe, train_file
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.files import rank_structures
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import LabelerSettings, Settings, parse_settings
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import displaced

@@ -28,8 +28,8 @@ from ase.calculators.calculator import Calculator
 HERE = Path(__file__).resolve().parent
 sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
 
-from magus_anharmonic.sscha import native, python_sscha  # noqa: E402
-from magus_anharmonic.sscha.averages import Ensemble  # noqa: E402
+from magus_anharmonic.sscha import engines, python_sscha  # noqa: E402
+from magus_anharmonic.sscha.ensemble import Ensemble  # noqa: E402
 from magus_anharmonic.sscha.reweight import Pool  # noqa: E402
 from magus_anharmonic.sscha.state import SschaState, expand, sample  # noqa: E402
 from magus_anharmonic.sscha.symmetry import Symmetry  # noqa: E402
@@ -146,7 +146,7 @@ def one_step(what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: float,
             loaded.get_stress_tensor()
 
         stock = cpu(theirs, 2)
-    ours = cpu(lambda: native._Point.at(pool, pool.trial(nowhere, matrices), symmetry), 10)
+    ours = cpu(lambda: engines._Point.at(pool, pool.trial(nowhere, matrices), symmetry), 10)
     return Row(f"one minimisation step, {what}, {n_configs} configurations", stock, ours, bar)
 
 
@@ -159,7 +159,7 @@ def one_ensemble(what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: fl
         results["theirs"] = python_sscha.minimise(state, ensemble, symmetry, min_effective_sample=0.2, log=LOG)
 
     def ours() -> None:
-        results["ours"] = native.minimise([(state, ensemble)], symmetry, min_effective_sample=0.2)
+        results["ours"] = engines.minimise([(state, ensemble)], symmetry, min_effective_sample=0.2)
 
     stock, mine = cpu(theirs), cpu(ours, 3)
     one, other = results["ours"], results["theirs"]
@@ -193,7 +193,7 @@ def whole_candidate(error: float = 1e-3, n_configs: int = 60) -> Row:
     atoms = h3s()
     atoms.set_cell(atoms.cell.array * 1.02, scale_atoms=True)
     atoms.positions[1:] += 0.1 * np.eye(3)
-    checkpoint = Path(native.__file__).parents[1] / "data" / "h3s-gpaw-small.pth"
+    checkpoint = Path(engines.__file__).parents[1] / "data" / "h3s-gpaw-small.pth"
     fast = load("h3s-gpaw-small", device="cpu")
     # what is done once for every process (compiling, measuring memory) is no part of a candidate, on either side
     fast.evaluate([atoms])

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.sscha.averages import Ensemble
+from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sample, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry
 

@@ -22,7 +22,7 @@ from mattersim.datasets.utils.build import build_dataloader
 from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 from mattersim.forcefield.potential import Potential as StockPotential
 
-from magus_anharmonic.potential.batches import LabelledGraphs
+from magus_anharmonic.potential.labelled import LabelledGraphs
 from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer
 
 BARS = {(3, 128): 3.0, (2, 32): 8.0}

@@ -12,7 +12,7 @@ from campaign_inputs import write_campaign
 from magus_run import campaign, magus, needs_magus, ours, write_input
 from test_campaign_whole import SMALL
 
-from magus_anharmonic.campaign.record import read_records
+from magus_anharmonic.campaign.steps import read_records
 from magus_anharmonic.hull import above_hull, reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED
 

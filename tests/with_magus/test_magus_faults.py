@@ -117,7 +117,7 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
 def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(population: Any) -> None:
     from magus.fitness import FitnessCalculator
 
-    from magus_anharmonic.plugins.fitness import SschaFitness
+    from magus_anharmonic.plugins.calculator import SschaFitness
 
     class Given(FitnessCalculator):
         def calc(self, pop: Any) -> None:

@@ -1,0 +1,261 @@
+"""G, V and S with their errors at (P, T), and the functions that they are fitted by.
+
+The functions of pressure and temperature that a `GibbsSurface` is made of, with their derivatives.
+
+G, V and S of one phase at one pressure and temperature: the data of a phase diagram, and its table ``gibbs.csv``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from magus_anharmonic.analysis.tables import write
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import table_rows
+from magus_anharmonic.settings import check_pressure, nearest
+from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
+
+
+def einstein(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """k T ln(1 - exp(-theta/T)) in eV and its derivative with respect to T in eV/K; both zero at 0 K."""
+    t = np.asarray(temperature, dtype=float)
+    x = theta / np.where(t > 0, t, 1.0)
+    value = np.where(t > 0, KELVIN * t * np.log1p(-np.exp(-x)), 0.0)
+    slope = np.where(t > 0, KELVIN * (np.log1p(-np.exp(-x)) - x * np.exp(-x) / -np.expm1(-x)), 0.0)
+    return value, slope
+
+
+def einstein_shift(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Derivatives of `einstein` with respect to ln(theta): k theta / (exp(x) - 1), and k x^2 exp(x) / (exp(x) - 1)^2, x = theta / T."""
+    t = np.asarray(temperature, dtype=float)
+    x = theta / np.where(t > 0, t, 1.0)
+    number = np.exp(-x) / -np.expm1(-x)
+    return np.where(t > 0, KELVIN * theta * number, 0.0), np.where(t > 0, KELVIN * x**2 * number * (1.0 + number), 0.0)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Functions of (P, T). centre, half : GPa; thetas : K, or a single 0 for a term linear in T about ``zero`` (K).
+
+    bends : for each theta that was fitted too the coefficients of its term; adds the derivative of that term with respect to ln(theta).
+    """
+
+    centre: float
+    half: float
+    cold: int
+    thermal: int
+    thetas: tuple[float, ...]
+    zero: float = 0.0
+    bends: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return self.cold + 1 + len(self.thetas) * (self.thermal + 1) + len(self.bends)
+
+    def values(self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = "") -> np.ndarray:
+        """(n, size) values in eV; their derivatives with respect to ``"P"`` in A^3 or ``"T"`` in eV/K. Pressures in GPa."""
+        u = (np.asarray(pressure, dtype=float) - self.centre) / self.half
+        degree = max(self.cold, self.thermal)
+        powers = chebyshev.chebvander(u, degree)
+        if derivative == "P":
+            unit = np.eye(degree + 1)
+            powers = np.stack([chebyshev.chebval(u, chebyshev.chebder(unit[k])) for k in range(degree + 1)], axis=-1)
+            powers = powers * (EV_PER_A3_IN_GPA / self.half)
+        cold = powers[:, : self.cold + 1]
+        parts = [np.zeros_like(cold) if derivative == "T" else cold]
+        for theta in self.thetas:
+            value, slope = self._thermal(theta, np.asarray(temperature, dtype=float))
+            parts.append(powers[:, : self.thermal + 1] * (slope if derivative == "T" else value)[:, None])
+        for theta, bend in zip(self.thetas, self.bends, strict=False):
+            value, slope = einstein_shift(theta, np.asarray(temperature, dtype=float))
+            parts.append((powers[:, : self.thermal + 1] @ np.array(bend) * (slope if derivative == "T" else value))[:, None])
+        return np.concatenate(parts, axis=1)
+
+    def _thermal(self, theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if theta == 0:
+            return KELVIN * (temperature - self.zero), np.full_like(temperature, KELVIN)
+        return einstein(theta, temperature)
+
+
+NAN = float("nan")
+NATURAL = "natural"
+"""Name of the isotopes of the natural elements."""
+STATES = ("converged", "unconverged", "failed", "became")
+LARGEST_ERROR = 0.1
+"""eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are those of a run that went astray."""
+
+
+@dataclass(frozen=True)
+class GibbsPoint:
+    """One SSCHA free energy (or one of another method) with its errors; NaN where there is no number.
+
+    gibbs : finite-size term included, gibbs_error : sampling alone; decrease : what the minimisation may still gain; finite_size : part
+    of gibbs that the identities below do not hold for (it is not stationary). eV/atom.
+    volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per atom; without finite-size term V = dG/dP and S = -dG/dT.
+    status : "converged"; "unconverged", with a G that is an upper bound and counts for nothing, because no error bar says how far it is
+    off; "failed"; or "became": the structure is another phase now, ``space_group`` says which, ``same_as`` is the phase of the diagram
+    that it is.
+    """
+
+    phase: str
+    isotopes: str
+    formula: str
+    pressure_GPa: float  # noqa: N815
+    temperature_K: float  # noqa: N815
+    gibbs_eV_per_atom: float  # noqa: N815
+    gibbs_error_eV_per_atom: float  # noqa: N815
+    volume_A3_per_atom: float = NAN  # noqa: N815
+    volume_error_A3_per_atom: float = NAN  # noqa: N815
+    entropy_eV_per_K_per_atom: float = NAN  # noqa: N815
+    entropy_error_eV_per_K_per_atom: float = NAN  # noqa: N815
+    finite_size_eV_per_atom: float = 0.0  # noqa: N815
+    decrease_eV_per_atom: float = 0.0  # noqa: N815
+    status: str = "converged"
+    space_group: str = ""
+    same_as: str = ""
+    n_evaluations: int = 0
+    natoms_supercell: int = 0
+    model: str = ""
+    reason: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """True with a free energy of the phase itself that is known at all."""
+        return self.status == "converged" and math.isfinite(self.gibbs_eV_per_atom) and self.error <= LARGEST_ERROR
+
+    @property
+    def useless(self) -> bool:
+        """True where there should be a free energy and is none, or one so uncertain that it says nothing."""
+        return self.status == "failed" or (self.status == "converged" and not self.usable)
+
+    @property
+    def bound(self) -> bool:
+        """True where the free energy is an upper bound alone, of a run that did not converge."""
+        return self.status == "unconverged" and math.isfinite(self.gibbs_eV_per_atom)
+
+    @property
+    def raw(self) -> float:
+        """G without finite-size term, eV/atom: what V and S belong to."""
+        return self.gibbs_eV_per_atom - self.finite_size_eV_per_atom
+
+    @property
+    def error(self) -> float:
+        """Sampling error and what the minimisation may still gain, eV/atom."""
+        return math.hypot(self.gibbs_error_eV_per_atom, self.decrease_eV_per_atom)
+
+
+COLUMNS = tuple(field.name for field in fields(GibbsPoint))
+REQUIRED = ("phase", "pressure_GPa", "temperature_K", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
+WHOLE = ("n_evaluations", "natoms_supercell")
+WITH_ERRORS = (
+    ("volume_A3_per_atom", "volume_error_A3_per_atom"),
+    ("entropy_eV_per_K_per_atom", "entropy_error_eV_per_K_per_atom"),
+)
+TEXT = ("phase", "isotopes", "formula", "status", "space_group", "same_as", "model", "reason")
+
+
+def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
+    """Write ``gibbs.csv`` atomically; NaN as an empty cell."""
+    write(GibbsPoint, path, points)
+
+
+def read_points(path: str | Path) -> list[GibbsPoint]:
+    """Read ``gibbs.csv``; only `REQUIRED` columns must be there.
+
+    Raises ``InputError`` that names file, line and column: a column without its unit or with another one, a cell that is no number, a
+    free energy without an error, a pressure that is no pressure, the same point twice.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    with table_rows(file) as reader:
+        _check_columns(file, [name.strip() for name in reader.fieldnames or ()])
+        points = [_point(file, reader.line_num, line) for line in reader]
+    if not points:
+        raise InputError(f"{file}: holds no points")
+    seen: dict[tuple[str, str, float, float], int] = {}
+    for row, point in enumerate(points, start=2):
+        key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
+        if key in seen:
+            raise InputError(
+                f"{file}: {point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K is given twice "
+                f"(rows {seen[key]} and {row})"
+            )
+        seen[key] = row
+    return points
+
+
+def _check_columns(file: Path, found: Sequence[str]) -> None:
+    missing = [name for name in REQUIRED if name not in found]
+    strange = [name for name in found if name and name not in COLUMNS]
+    problems = [f"{file}: column {name} is missing" for name in missing]
+    problems += [f"{file}: unknown column {name}{nearest(name, COLUMNS)} (units are part of the names: convert first)" for name in strange]
+    if problems:
+        raise InputError(*problems)
+
+
+def _point(file: Path, line: int, cells: dict[str, str | None]) -> GibbsPoint:
+    values: dict[str, Any] = {"isotopes": NATURAL, "formula": ""}
+    for name in COLUMNS:
+        text = (cells.get(name) or "").strip()
+        where = f"{file}: line {line}: {name}"
+        if name in TEXT:
+            values[name] = text or values.get(name, GibbsPoint.__dataclass_fields__[name].default)
+        elif text == "":
+            if name in REQUIRED[1:3]:
+                raise InputError(f"{where}: is empty")
+            values[name] = 0 if name in WHOLE else 0.0 if name in ("finite_size_eV_per_atom", "decrease_eV_per_atom") else NAN
+        else:
+            values[name] = _number(where, text, whole=name in WHOLE)
+    point = GibbsPoint(**values)
+    _check_point(f"{file}: line {line}", point)
+    return point
+
+
+def _number(where: str, text: str, *, whole: bool) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"{where}: {text!r}: must be a number") from None
+    return int(value) if whole else value
+
+
+def _check_point(where: str, point: GibbsPoint) -> None:
+    if not point.phase:
+        raise InputError(f"{where}: phase: is empty")
+    try:
+        check_pressure(point.pressure_GPa)
+    except ValueError as error:
+        raise InputError(f"{where}: pressure_GPa: {point.pressure_GPa:g}: {error}") from None
+    if not 0 <= point.temperature_K < math.inf:
+        raise InputError(f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0")
+    if point.status not in STATES:
+        raise InputError(f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became")
+    given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs_eV_per_atom)
+    if given and not point.gibbs_error_eV_per_atom > 0:
+        raise InputError(f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)")
+    for value, error in WITH_ERRORS:
+        at_rest = value.startswith("entropy") and point.temperature_K == 0
+        if math.isfinite(getattr(point, value)) and not at_rest and not getattr(point, error) > 0:
+            raise InputError(f"{where}: {error}: must be above 0, because {value} is given")
+
+
+def with_twins(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
+    """Fill in ``same_as`` of the points that became another phase: the phase of this diagram with that space group, there and then."""
+    found = []
+    for point in points:
+        twins = [
+            other.phase for other in points
+            if other.usable and other.phase != point.phase and other.space_group == point.space_group and other.formula == point.formula
+            and (other.isotopes, other.pressure_GPa, other.temperature_K) == (point.isotopes, point.pressure_GPa, point.temperature_K)
+        ]  # fmt: skip
+        same = twins[0] if point.status == "became" and not point.same_as and twins else point.same_as
+        found.append(replace(point, same_as=same))
+    return found

@@ -1,0 +1,381 @@
+"""Force constants, modes and ensembles by wave vector, and interpolation between them.
+
+Normal modes, ensembles and symmetry operations by wave vector: what the translations of the supercell make of them.
+
+A covector c of the supercell (a force, for example) has the components c(q, mode) = sum over cells and atoms of
+exp(-2 pi i q.R) conj(e_q) c / sqrt(n_cells mass); averages of products are zero unless the wave vectors add up to a
+reciprocal lattice vector. Where every q is its own negative (no repetition above 2), everything is real.
+
+Force constants and displacements in reciprocal space, where the translations of the supercell make them block diagonal.
+
+One block of size 3n for every q point of the supercell, one of each pair q, -q: n_cells times less work per step than on
+the supercell, and exact lattice symmetry. Supercells of one or two cells along each axis need no complex numbers.
+
+Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from ase import Atoms
+from ase.geometry import minkowski_reduce
+
+from magus_anharmonic.errors import SschaError
+from magus_anharmonic.sscha.ensemble import Ensemble, gamma_matrix
+from magus_anharmonic.sscha.state import SschaState, fourier, normal_modes, oscillator_free_energy, variance
+from magus_anharmonic.sscha.supercells import (
+    Repeats,
+    Three,
+    cell_index,
+    cell_offsets,
+    containing_mesh,
+    dual,
+    fractional_points,
+    q_index,
+    q_points,
+    supercell_matrix,
+    three,
+)
+from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import HBAR
+
+
+@dataclass(frozen=True)
+class Wavevectors:
+    """Modes of a state on the q points of its supercell.
+
+    points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus : (n_q,) index of -q; vectors :
+    (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted, zero for the three translations; quantum,
+    variance : (n_q, 3n) in eV and A^2 amu, one for the translations; root_mass : (3n,).
+    """
+
+    repeats: Repeats
+    points: np.ndarray
+    minus: np.ndarray
+    vectors: np.ndarray
+    quantum: np.ndarray
+    variance: np.ndarray
+    root_mass: np.ndarray
+
+    @cached_property
+    def q(self) -> np.ndarray:
+        """(n_q, 3) the points in fractions of the reciprocal vectors."""
+        return fractional_points(self.points, self.repeats)
+
+    @property
+    def moving(self) -> np.ndarray:
+        """(n_q, 3n) False for the three translations."""
+        moving = np.ones(self.quantum.shape, dtype=bool)
+        moving[0, :3] = False
+        return moving
+
+    def third(self, first: int, second: int) -> int:
+        """Index of the q that makes the sum of three zero."""
+        return int(cell_index(-(self.points[first] + self.points[second]), dual(self.repeats)))
+
+    def covectors(self, values: np.ndarray) -> np.ndarray:
+        """Components (n_q, n_configs, 3n) of covectors (n_configs, n_supercell, 3)."""
+        n_cells = len(self.points)
+        cells = values.reshape(len(values), n_cells, -1)
+        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.repeats).T) / np.sqrt(n_cells)
+        phase = phase if np.iscomplexobj(self.vectors) else phase.real
+        waves = np.einsum("qr,cra->qca", phase, cells, optimize=True)
+        return waves @ (self.vectors.conj() / self.root_mass[:, None])
+
+
+def wavevectors(state: SschaState) -> Wavevectors:
+    """Diagonalise the state at every q; raises ``SschaError`` for imaginary auxiliary modes."""
+    points = cell_offsets(dual(state.repeats))
+    minus = cell_index(-points, dual(state.repeats))
+    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
+    size = len(root)
+    real = bool(np.all(minus == np.arange(len(points))))
+    matrices = fourier(state.force_constants, state.repeats, fractional_points(points, state.repeats))
+    vectors = np.zeros((len(points), size, size), dtype=float if real else complex)
+    quantum = np.ones((len(points), size))
+    gamma = normal_modes(gamma_matrix(state), state.atoms.get_masses())
+    vectors[0, :, 3:], quantum[0, 3:] = gamma.vectors, gamma.quantum
+    for index in range(1, len(points)):
+        if minus[index] < index:
+            vectors[index], quantum[index] = vectors[minus[index]].conj(), quantum[minus[index]]
+            continue
+        matrix = matrices[index] / np.outer(root, root)
+        matrix = matrix.real if minus[index] == index else matrix
+        squares, vectors[index] = np.linalg.eigh(0.5 * (matrix + matrix.conj().T))
+        quantum[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
+    if np.any(quantum <= 0):
+        raise SschaError(f"the auxiliary force constants have {int((quantum <= 0).sum())} imaginary modes: the state is no SSCHA state")
+    return Wavevectors(state.repeats, points, minus, vectors, quantum, variance(quantum, state.temperature), root)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """An ensemble in modes, the two members of a pair taken together.
+
+    scaled : (n_q, n, 3n), <uu>^-1 u; even, odd : residual forces (f + harmonic pull) that go with an even and an odd
+    number of displacements: mean and half difference of a pair; the same array twice where there are no pairs.
+    """
+
+    scaled: np.ndarray
+    even: np.ndarray
+    odd: np.ndarray
+
+    def __len__(self) -> int:
+        return self.scaled.shape[1]
+
+    def part(self, chosen: slice) -> Samples:
+        """Some of the samples."""
+        return Samples(self.scaled[:, chosen], self.even[:, chosen], self.odd[:, chosen])
+
+
+def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Samples:
+    """The ensemble of a state in its modes."""
+    u = ensemble.displacements
+    n_configs = len(u)
+    residual = ensemble.forces + (u.reshape(n_configs, -1) @ state.full).reshape(u.shape)
+    paired = n_configs % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
+    even = odd = residual
+    if paired:
+        u, even, odd = u[0::2], 0.5 * (residual[0::2] + residual[1::2]), 0.5 * (residual[0::2] - residual[1::2])
+    masses = np.repeat(state.supercell.get_masses(), 3).reshape(-1, 3)
+    scaled = modes.covectors(u * masses) / modes.variance[:, None, :]
+    components = modes.covectors(even)
+    return Samples(scaled, components, modes.covectors(odd) if paired else components)
+
+
+class Representation:
+    """Operations of a space group on mode components: c(g q) = matrix(g, q) c(q), up to a phase that triples lose."""
+
+    def __init__(self, modes: Wavevectors, symmetry: Symmetry) -> None:
+        self._modes = modes
+        self._symmetry = symmetry
+        inverse = np.array([np.rint(np.linalg.inv(w)).astype(int) for w in symmetry.fractional])
+        # q turns with the inverse transpose; it stays one of the points because the supercell is kept
+        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.repeats)
+        """(n_operations, n_q) index of the q to which an operation takes a q."""
+        self._known: dict[tuple[int, int], np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def matrix(self, operation: int, q: int) -> np.ndarray:
+        """(3n, 3n) from the modes at ``q`` to those at ``images[operation, q]``."""
+        key = (operation, q)
+        if key not in self._known:
+            modes, image = self._modes, self.images[operation, q]
+            permutation = self._symmetry.permutations[operation]
+            shifts = self._symmetry.shifts[operation]
+            phase = np.exp(-2j * np.pi * shifts @ modes.q[image])
+            n = len(permutation)
+            turned = np.zeros((n, 3, n, 3), dtype=complex)
+            turned[permutation, :, np.arange(n), :] = phase[:, None, None] * self._symmetry.rotations[operation]
+            turned = turned.reshape(3 * n, 3 * n) if np.iscomplexobj(modes.vectors) else turned.real.reshape(3 * n, 3 * n)
+            self._known[key] = modes.vectors[image].conj().T @ turned @ modes.vectors[q]
+        return self._known[key]
+
+    def stars(self) -> list[dict[int, int]]:
+        """One dictionary for every set of equivalent q, the representative first: q -> an operation that leads there."""
+        stars: list[dict[int, int]] = []
+        seen: set[int] = set()
+        for q in range(self.images.shape[1]):
+            if q not in seen:
+                members: dict[int, int] = {}
+                for operation in range(len(self)):
+                    members.setdefault(int(self.images[operation, q]), operation)
+                stars.append({q: members.pop(q), **members})
+                seen |= set(stars[-1])
+        return stars
+
+
+@dataclass(frozen=True)
+class Reciprocal:
+    """The q points of a supercell, Gamma first, one of each pair q, -q (weight 2; weight 1 where q = -q)."""
+
+    repeats: Repeats
+
+    @cached_property
+    def _partner(self) -> np.ndarray:
+        """(n_cells,) index of -q."""
+        return cell_index(-cell_offsets(dual(self.repeats)), dual(self.repeats))
+
+    @cached_property
+    def _chosen(self) -> np.ndarray:
+        return np.flatnonzero(np.arange(len(self._partner)) <= self._partner)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(n_q,) how many q points each of the kept ones stands for; they add up to the number of cells."""
+        return np.where(self._partner[self._chosen] == self._chosen, 1.0, 2.0)
+
+    @cached_property
+    def phase(self) -> np.ndarray:
+        """(n_q, n_cells) exp(2 pi i q.R); real where every q equals -q."""
+        phase = np.exp(2j * np.pi * q_points(self.repeats)[self._chosen] @ cell_offsets(self.repeats).T)
+        return np.ascontiguousarray(phase.real) if np.all(self.weights == 1.0) else phase
+
+    @property
+    def n_cells(self) -> int:
+        return self.phase.shape[1]
+
+    def matrices(self, compact: np.ndarray) -> np.ndarray:
+        """Compact force constants (n_cells, n, n, 3, 3) as D(q) = sum_R C(R) exp(2 pi i q.R), (n_q, 3n, 3n)."""
+        n_cells, n = compact.shape[:2]
+        flat = compact.transpose(0, 1, 3, 2, 4).reshape(n_cells, -1)
+        return (self.phase @ flat).reshape(-1, 3 * n, 3 * n)
+
+    def compact(self, matrices: np.ndarray) -> np.ndarray:
+        """The inverse of `matrices`."""
+        n = matrices.shape[1] // 3
+        back = (self.phase.conj() * self.weights[:, None]).T @ matrices.reshape(len(matrices), -1) / self.n_cells
+        return back.real.reshape(-1, n, 3, n, 3).transpose(0, 1, 3, 2, 4)
+
+    def amplitudes(self, vectors: np.ndarray) -> np.ndarray:
+        """Vectors of the supercell (m, n_cells n, 3) as sum_S x_S exp(-2 pi i q.S) / sqrt(n_cells), (n_q, m, 3n)."""
+        rows = vectors.reshape(len(vectors), self.n_cells, -1)
+        moved = np.tensordot(self.phase.conj(), rows, axes=(1, 1)) / np.sqrt(self.n_cells)
+        return np.ascontiguousarray(moved)
+
+
+def without_translations(matrices: np.ndarray) -> np.ndarray:
+    """The Hermitian part of D(q), with the translations of the crystal taken out of Gamma (the first block)."""
+    size = matrices.shape[1]
+    projector = np.eye(size) - np.tile(np.eye(3), (size // 3, size // 3)) * (3.0 / size)
+    hermitian = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1))
+    gamma = projector @ hermitian[0].real @ projector
+    hermitian[0] = 0.5 * (gamma + gamma.T)
+    return hermitian
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Auxiliary modes of D(q), and the Gaussian that follows from them.
+
+    quantum : (n_q, 3n) eV; negative where the force constant is. vectors : (n_q, 3n, 3n) mass weighted. real : (n_q, 3n)
+    False for the three translations, which are no modes (their quantum is a placeholder).
+    """
+
+    quantum: np.ndarray
+    vectors: np.ndarray
+    real: np.ndarray
+    root_mass: np.ndarray
+    reciprocal: Reciprocal
+    temperature: float
+
+    @classmethod
+    def of(cls, matrices: np.ndarray, masses: np.ndarray, reciprocal: Reciprocal, temperature: float) -> Spectrum:
+        """Diagonalise D(q) (eV/A^2, acoustic sum rule obeyed) of one cell with ``masses`` (n,) in amu."""
+        root = np.sqrt(np.repeat(masses, 3))
+        dynamical = matrices / np.outer(root, root)
+        translations = np.zeros((len(root), 3))
+        for axis in range(3):
+            translations[axis::3, axis] = root[axis::3]
+        translations /= np.linalg.norm(translations, axis=0)
+        dynamical[0] += translations @ translations.T * (10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root))
+        squares, vectors = np.linalg.eigh(dynamical)
+        real = np.ones(squares.shape, dtype=bool)
+        real[0, -3:] = False
+        squares = np.where(real, squares, 1.0)
+        return cls(np.sign(squares) * HBAR * np.sqrt(np.abs(squares)), vectors, real, root, reciprocal, temperature)
+
+    @property
+    def lowest(self) -> float:
+        """Smallest quantum, eV."""
+        return float(self.quantum[self.real].min(initial=np.inf))
+
+    @cached_property
+    def variances(self) -> np.ndarray:
+        """(n_q, 3n) <|Q|^2> in A^2 amu."""
+        return variance(self.quantum, self.temperature)
+
+    @cached_property
+    def precision(self) -> np.ndarray:
+        """(n_q, 3n, 3n) inverse covariance, 1/A^2."""
+        scaled = self.vectors * self.root_mass[:, None]
+        return (scaled * np.where(self.real, 1.0 / self.variances, 0.0)[:, None, :]) @ scaled.conj().transpose(0, 2, 1)
+
+    @cached_property
+    def log_volume(self) -> float:
+        """Half the logarithm of the determinant of the covariance, up to a constant that the masses give."""
+        return 0.5 * float(self.reciprocal.weights @ np.where(self.real, np.log(self.variances), 0.0).sum(axis=1))
+
+    @cached_property
+    def free_energy(self) -> float:
+        """Free energy of the auxiliary oscillators, eV per primitive cell."""
+        each = np.where(self.real, oscillator_free_energy(self.quantum, self.temperature), 0.0).sum(axis=1)
+        return float(self.reciprocal.weights @ each) / self.reciprocal.n_cells
+
+    def in_modes(self, matrices: np.ndarray) -> np.ndarray:
+        """A matrix per q (eV/A^2) between the mass-weighted modes, zero for the translations."""
+        scaled = self.vectors / self.root_mass[:, None]
+        return (scaled.conj().transpose(0, 2, 1) @ matrices @ scaled) * (self.real[:, :, None] & self.real[:, None, :])
+
+
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class FiniteSize:
+    """term : eV per primitive cell, added to F; mesh : q points; imaginary : part of interpolated modes below zero."""
+
+    term: float
+    mesh: Three
+    imaginary: float
+
+
+def reference_mesh(atoms: Atoms, spacing: float, repeats: Repeats) -> Three:
+    """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the supercell's."""
+    lengths = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
+    return three(max(np.ceil(length / spacing - 1e-6), n) for length, n in zip(lengths, containing_mesh(repeats), strict=True))
+
+
+def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
+    """Fourier interpolation of the force constants with shared nearest images (Wigner-Seitz cell of the supercell).
+
+    An imaginary interpolated mode enters with the size of its frequency, and is counted. The three translations at
+    Gamma are left out, as in the supercell. Long-range dipoles (LO-TO splitting) are not added.
+    """
+    mesh = reference_mesh(state.atoms, spacing, state.repeats)
+    grid = np.array(list(np.ndindex(*mesh))) / np.array(mesh)
+    vectors, blocks = nearest_images(state)
+    total, imaginary = 0.0, 0
+    for begin in range(0, len(grid), CHUNK):
+        squares = interpolated_squares(state, vectors, blocks, grid[begin : begin + CHUNK]).ravel()
+        if begin == 0:
+            squares = squares[3:]
+        imaginary += int((squares <= 0).sum())
+        quantum = HBAR * np.sqrt(np.abs(squares))
+        total += float(oscillator_free_energy(quantum[quantum > 1e-6], state.temperature).sum())
+    n_modes = len(grid) * 3 * len(state.atoms) - 3
+    return FiniteSize(total / len(grid) - state.harmonic_free_energy, mesh, imaginary / n_modes)
+
+
+def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
+    """Lattice vectors (m, 3) and blocks (m, n, n, 3, 3): every pair's block shared among its nearest images."""
+    cell = state.atoms.cell.array
+    # of a reduced basis, whose nearest images are within two shells
+    periods = supercell_matrix(state.repeats)
+    periods = np.rint(minkowski_reduce(periods @ cell)[1] @ periods).astype(int)
+    offsets = cell_offsets(state.repeats)
+    shells = np.array(list(np.ndindex(5, 5, 5))) - 2
+    candidates = offsets[:, None] + (shells @ periods)[None]
+    between = state.atoms.positions[None] - state.atoms.positions[:, None]
+    distances = np.linalg.norm((candidates @ cell)[:, :, None, None] + between[None, None], axis=-1)
+    near = distances < distances.min(axis=1, keepdims=True) + 1e-3
+    weights = near / near.sum(axis=1, keepdims=True)
+    flat = candidates.reshape(-1, 3)
+    blocks = (weights[..., None, None] * state.force_constants[:, None]).reshape(len(flat), *state.force_constants.shape[1:])
+    used = weights.reshape(len(flat), -1).any(axis=1)
+    return flat[used], blocks[used]
+
+
+def interpolated_squares(state: SschaState, vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu."""
+    size = 3 * len(state.atoms)
+    root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
+    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
+    matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
+    matrices = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1)) / np.outer(root, root)
+    return np.linalg.eigvalsh(matrices)
