@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -535,6 +536,29 @@ def test_the_store_gives_back_what_was_put_in_also_hashes_that_read_as_numbers(t
     assert found.get("000000000012", key) == record
     assert found.get("000000000013", key) == failed
     assert found.get("000000000012", Key("other", 150.0, 0.0, "1234e5678901")) is None
+
+
+def test_the_store_of_a_generation_is_as_that_one_left_it(tmp_path: Path) -> None:
+    """A record that generation 1 made and 2 and 3 changed, and one of 2; the folders of the runs say the same when the database is lost."""
+    key, file = Key("model", 150.0, 0.0, "settings"), tmp_path / "x.db"
+    first = Record("000000000012", key, fakes.h3s(), "sscha", gibbs=-0.8, gibbs_error=1e-3, centroids=fakes.h3s(), error_vector=(0.5, 1.0))
+    store = FreeEnergyStore(file, 1)
+    store.put(first)
+    store.put(replace(first, gibbs=-0.9))
+    store = FreeEnergyStore(file, 2)
+    store.put(Record("000000000013", key, fakes.h3s(3.2), "sscha", gibbs=-0.7))
+    store.put(replace(first, gibbs=-0.9, reduced="000000000013"))
+    FreeEnergyStore(file, 3).put(replace(first, gibbs=None, gibbs_error=None, status="failed"))
+    for _ in range(2):
+        stores = [FreeEnergyStore(file, generation) for generation in (1, 2, 3, None)]
+        found = [[(r.structure[-2:], r.gibbs, r.reduced[-2:], r.status) for r in store.records()] for store in stores]
+        last = [("12", None, "", "failed"), ("13", -0.7, "", "sscha")]
+        assert found == [[("12", -0.9, "", "sscha")], [("12", -0.9, "13", "sscha"), ("13", -0.7, "", "sscha")], last, last]
+        assert [r.generation for r in FreeEnergyStore(file).records()] == [3, 2]
+        file.unlink()
+    again = FreeEnergyStore(file, 1)
+    again.put(replace(first, gibbs=-1.0))
+    assert [(r.gibbs, r.before) for r in FreeEnergyStore(file).records() if r.structure == first.structure] == [(-1.0, ())]
 
 
 def test_a_lock_file_left_by_a_killed_process_does_not_stop_the_next(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ranking_fakes as fakes
 import spglib
 from ase import Atoms
 from ase.build import bulk, make_supercell
@@ -31,6 +32,7 @@ from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.lock import _born, check_free, locked
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -721,3 +723,36 @@ def test_energies_of_a_calculator_without_an_id_are_worked_out_again(
     found = run(settings(numGen=2), tmp_path, restart=True)
     assert "worked out again" in caplog.text
     assert min(atoms.info["enthalpy"] for atoms in found.good) > -50.0
+
+
+def softened(atoms: Atoms, evaluator: Any, *, pressure: float, max_populations: int, **options: Any) -> Any:
+    """As `ranking_fakes.falling`, with a zero-point energy that grows with the density: estimates lie on no exact line."""
+    result = fakes.falling(atoms, evaluator, pressure=pressure, max_populations=max_populations, **options)
+    result.gibbs += 3.0 * len(result.centroids) / result.centroids.get_volume()
+    return result
+
+
+def everything(directory: Path) -> dict[str, Any]:
+    ours = directory / "results" / "anharmonic"
+    records = [(r.structure, r.generation, r.status, r.reason, r.gibbs) for r in FreeEnergyStore(ours / NAME).records()]
+    tables = {path.name: path.read_bytes() for path in [ours / "ranking.csv", ours / "quantum.traj", *ours.glob("seeds/*")]}
+    return files(directory) | tables | {"records": records}
+
+
+@pytest.mark.parametrize("damaged", [(3,), (2, 3), (1, 2, 3)])
+def test_generations_done_again_are_those_of_an_undisturbed_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: tuple[int, ...]
+) -> None:
+    """The fault: estimates of a generation that was done again used free energies that later ones had found."""
+    monkeypatch.setattr("magus_anharmonic.ranking.rank._scheduler", lambda *_: contextlib.nullcontext(1))
+    monkeypatch.setattr("magus_anharmonic.ranking.rank._free_energy", lambda: softened)
+    given = settings(Fitness=["SSCHA"], sscha={"max_candidates": 1, "seed_back": False}, numGen=3, saveGood=4)
+    run(given, tmp_path)
+    expected = everything(tmp_path)
+    assert {generation for _, generation, *_ in expected["records"]} >= {1, 3}, "a later generation finds free energies"
+    for generation in damaged:
+        file = tmp_path / "results" / f"keep{generation}.traj"
+        file.write_bytes(file.read_bytes()[:-20])
+    run(given, tmp_path, restart=True)
+    found = everything(tmp_path)
+    assert [name for name in expected if found[name] != expected[name]] == []

@@ -67,7 +67,7 @@ def rank(
     energy_rmse
         Of the model on its validation set, eV/atom; None: unknown.
     generation, n_generations
-        Decide about ``sscha.when``; None: not part of a search, SSCHA runs now.
+        Decide about ``sscha.when``; None: not part of a search, SSCHA runs now. What later generations stored is not seen.
     free_energy
         `magus_anharmonic.sscha.free_energy`, or a stand-in with its arguments.
     workers
@@ -83,7 +83,7 @@ def rank(
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model, ``InputError`` for other isotopes in one composition.
     """
-    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured)
+    ranking = Ranking(population, evaluator, settings, Path(run_dir), seed, energy_rmse, starts, measured, generation)
     if settings.sscha is not None:
         chosen = chosen_groups(ranking.groups, ranking.comparable(), settings.sscha, energy_rmse)
         ranking.look_up()
@@ -123,11 +123,12 @@ class Ranking:
         energy_rmse: float | None,
         starts: Mapping[str, SschaState] | None = None,
         measured: Mapping[str, ModelTerm] | None = None,
+        generation: int | None = None,
     ) -> None:
         self.population, self.evaluator, self.settings, self.energy_rmse = population, evaluator, settings, energy_rmse
         self.run_dir, self.seed, self.model, self.starts = run_dir, seed, evaluator.model_id, dict(starts or {})
         self.measured = dict(measured or {})
-        self.store = FreeEnergyStore(run_dir / NAME)
+        self.store = FreeEnergyStore(run_dir / NAME, generation)
         self.common_numbers = CommonNumbers(run_dir / "sscha")
         found = [number(atoms.info.get("enthalpy")) for atoms in population]
         self.usable = [i for i, enthalpy in enumerate(found) if enthalpy is not None]

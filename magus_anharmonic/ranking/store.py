@@ -7,7 +7,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,9 @@ class Record:
     probability that there is no negative one; all None where the Hessian was not computed.
 
     ``budget_spent`` : the budget of a race, in force evaluations, that ended the run; None where something else did.
+
+    ``generation`` : of a search, that last changed the record (None: not part of one), and ``before`` : what earlier ones left, oldest
+    first.
     """
 
     structure: str
@@ -108,6 +111,8 @@ class Record:
     hessian_error: float | None = None
     p_stable: float | None = None
     budget_spent: int | None = None
+    generation: int | None = None
+    before: tuple[Record, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -120,6 +125,13 @@ class Record:
         if self.centroids is None:
             raise ValueError(f"{self.folder}: the run failed and has no centroids")
         return self.centroids
+
+    def as_of(self, generation: int | None) -> Record | None:
+        """The record as this generation of a search left it, None before there was one; ``generation`` None: as it is."""
+        versions = [*self.before, self]
+        while generation is not None and versions and (versions[-1].generation or 0) > generation:
+            versions.pop()
+        return replace(versions[-1], before=tuple(versions[:-1])) if versions else None
 
 
 TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced", "followed")
@@ -140,14 +152,21 @@ NUMBERS = (
     "hessian_error",
     "p_stable",
     "budget_spent",
+    "generation",
 )
+QUERIED = ("enthalpy", "gibbs", "gibbs_error")
+"""For `ase db` queries, where they are known; ase.db has a ``volume`` of its own, so what is read back is elsewhere."""
 
 
 class FreeEnergyStore:
-    """All records of one run folder, in memory and on disk."""
+    """All records of one run folder, in memory and on disk.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    ``generation`` : of a search, whose ranking this is. When it is done again, as its files were damaged, what later ones found and
+    changed is not seen: it would change the estimates, and with them the search. None: everything is seen.
+    """
+
+    def __init__(self, path: str | Path, generation: int | None = None) -> None:
+        self.path, self.generation = Path(path), generation
         self._records: dict[tuple[str, Key], Record] = {}
         self._rows: dict[tuple[str, Key], int] = {}
         self._prints: dict[tuple[str, str], Fingerprint] = {}
@@ -164,8 +183,8 @@ class FreeEnergyStore:
             set_aside(self.path, f"{type(error).__name__}: {error}; free energies are taken from the folders of the runs again")
             found = []
         for record, row_id in found:
-            self._remember(record)
             self._rows[record.structure, record.key] = row_id
+            self._remember(record.as_of(generation))
         self._take_back()
 
     def _take_back(self) -> None:
@@ -173,10 +192,11 @@ class FreeEnergyStore:
         lost = []
         for file in sorted(self.path.parent.glob(f"sscha/*/{RECORD}")):
             record = read_whole(file, _read_record)
-            if record is not None and (record.structure, record.key) not in self._records:
+            if record is not None and (record.structure, record.key) not in self._rows:
                 lost.append(record)
         for record in lost:
-            self.put(record)
+            self._write(record)
+            self._remember(record.as_of(self.generation))
         if lost:
             log.warning("%s: %d free energies were missing; they are taken from the folders of their runs", self.path, len(lost))
 
@@ -189,6 +209,16 @@ class FreeEnergyStore:
 
     def put(self, record: Record) -> None:
         """Add the record, or replace the one of the same structure and key; on disk when this returns."""
+        if self.generation is not None:
+            known = self.get(record.structure, record.key)
+            before = () if known is None else known.before
+            if known is not None and known.generation != self.generation:
+                before = (*before, replace(known, before=()))
+            record = replace(record, generation=self.generation, before=before)
+        self._write(record)
+        self._remember(record)
+
+    def _write(self, record: Record) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
         pairs, data = _to_row(record)
@@ -196,7 +226,8 @@ class FreeEnergyStore:
         try:
             if identity in self._rows:
                 with still_ours(self.path):
-                    _connect(self.path).update(self._rows[identity], atoms=atoms, data=data, **pairs)
+                    gone = [name for name in QUERIED if name not in pairs]
+                    _connect(self.path).update(self._rows[identity], atoms=atoms, delete_keys=gone, data=data, **pairs)
             elif self.path.exists():
                 with still_ours(self.path):
                     self._rows[identity] = _connect(self.path).write(atoms, key_value_pairs=pairs, data=data)
@@ -207,9 +238,10 @@ class FreeEnergyStore:
             write_json(self.path.parent / "sscha" / record.folder / RECORD, {"pairs": pairs, "data": data, "start": atoms.todict()})
         except (sqlite3.Error, OSError) as error:  # a full disk, a folder that became read-only
             raise MagusAnharmonicError(f"{self.path}: cannot be written ({error}); free space or mend the folder, then go on") from None
-        self._remember(record)
 
-    def _remember(self, record: Record) -> None:
+    def _remember(self, record: Record | None) -> None:
+        if record is None:
+            return
         self._records[record.structure, record.key] = record
         if record.centroids is not None:
             self._by_centroids[structure_id(record.centroids), record.key] = record.structure
@@ -318,18 +350,18 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
         "temperature_K": record.key.temperature,
         "status": record.status,
     }
-    # For `ase db` queries; ase.db has a `volume` of its own, so what is read back is in `data`.
-    pairs.update({name: getattr(record, name) for name in ("enthalpy", "gibbs", "gibbs_error") if getattr(record, name) is not None})
+    pairs.update({name: getattr(record, name) for name in QUERIED if getattr(record, name) is not None})
     values = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     values["error_vector"] = None if record.error_vector is None else np.array(record.error_vector)
     centroids = record.centroids
-    data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict()}
+    before = [dict(zip(("pairs", "data"), _to_row(earlier), strict=True)) for earlier in record.before]
+    data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict(), "before": before}
     data["digest"] = _digest(pairs, data, bare(record.start))
     return pairs, data
 
 
 def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> str:
-    shown = [dict(sorted(pairs.items())), data["values"], data["centroids"], start.todict()]
+    shown = [dict(sorted(pairs.items())), data["values"], data["centroids"], start.todict(), *data.get("before", ())]
     text = json.dumps(shown, sort_keys=True, default=lambda value: value.tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -362,4 +394,5 @@ def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     values = {name: value for name, value in data["values"].items() if name in known}
     if values.get("error_vector") is not None:
         values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-    return Record(key=key, start=bare(start), centroids=None if stored is None else Atoms.fromdict(stored), **values)
+    before = tuple(_record(earlier["pairs"], earlier["data"], start) for earlier in data.get("before", ()))
+    return Record(key=key, start=bare(start), centroids=None if stored is None else Atoms.fromdict(stored), before=before, **values)
