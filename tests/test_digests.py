@@ -131,3 +131,13 @@ def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_num
     monkeypatch.setattr(failures, "identity", counted)
     failures.record_failures(tmp_path, "relaxation", [*many[:50], {"id": "new", "reason": "overlap"}])
     assert len(failures.read_failures(tmp_path)) == 201 and asked == 251
+
+
+def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
+    heavy = bulk("Al")
+    heavy.set_masses([26.0])
+    key = Key("emt", 0.0, 0.0, "0" * 12)
+    FreeEnergyStore(tmp_path / NAME).put(Record("a" * 12, key, heavy, "sscha", gibbs=-1.0, centroids=heavy))
+    (tmp_path / NAME).unlink()
+    (record,) = FreeEnergyStore(tmp_path / NAME).records()
+    assert record.gibbs == -1.0 and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]
