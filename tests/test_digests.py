@@ -324,3 +324,13 @@ def test_fewer_rows_than_were_written_are_no_array(tmp_path: Path) -> None:
     (tmp_path / "start.npz").write_bytes(content.replace(b"(20, 3)", b"(10, 3)"))
     with pytest.raises(DamagedFile, match=r"start\.npz: damaged.*forces\.npy was changed"):
         load_arrays(tmp_path / "start.npz")
+
+
+def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
+    heavy = bulk("Al")
+    heavy.set_masses([26.0])
+    key = Key("emt", 0.0, 0.0, "0" * 12)
+    FreeEnergyStore(tmp_path / NAME).put(Record("a" * 12, key, heavy, "sscha", gibbs=-1.0, centroids=heavy))
+    (tmp_path / NAME).unlink()
+    (record,) = FreeEnergyStore(tmp_path / NAME).records()
+    assert record.gibbs == -1.0 and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]

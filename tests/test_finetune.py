@@ -16,9 +16,9 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load, loading
-from magus_anharmonic.potential.checkpoint import Architecture, from_scratch
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
+from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.labelled import LabelledGraphs, mean_loss, score, scores_by, split_by_parent, torch_loss
 from magus_anharmonic.potential.train import TrainRecipe, load_recipe, read_labels, refit_shift, train_command, train_file
 from magus_anharmonic.potential.trainer import Trainer

@@ -18,8 +18,8 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, set_energy_errors
 from magus_anharmonic.learning.choose import farthest_points, lowest_distinct, select
 from magus_anharmonic.potential import Potential, checkpoint, load, uncertainty
-from magus_anharmonic.potential.checkpoint import Architecture, from_scratch
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
+from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.labelled import labels_of
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate

@@ -29,9 +29,9 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import remove, write_json
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.potential import checkpoint
-from magus_anharmonic.potential.checkpoint import Architecture, from_scratch
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
+from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.label_check import in_words, outliers
 from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of, parent_of, score, scores_by, split_by_parent
 from magus_anharmonic.potential.loading import check_once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -280,10 +281,14 @@ class Ranking:
             begin = self._earlier_run(atoms, keys[0])
         return Job(name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin)
 
+    @functools.cached_property
+    def _origins(self) -> dict[str, str]:
+        """Structure -> the name of the saddle point that it was followed from, if any; the first of equal ones."""
+        return {structure_id(atoms): str(atoms.info.get(SEED_KEY) or "") for atoms in reversed(self.population)}
+
     def _earlier_run(self, atoms: Atoms, key: Key) -> Path | None:
         """The folder of a run that another model made of the same start: its state and its configurations are taken over."""
-        origin = next((str(a.info.get(SEED_KEY) or "") for a in self.population if structure_id(a) == structure_id(atoms)), "")
-        record = self.store.earlier(atoms, key, origin)
+        record = self.store.earlier(atoms, key, self._origins.get(structure_id(atoms), ""))
         if record is None:
             return None
         folder = self.run_dir / "sscha" / record.folder

@@ -338,9 +338,14 @@ def _read_record(path: Path) -> Record:
     """What `FreeEnergyStore.put` left in the folder of a run; raises ``DamagedFile``."""
     content = read_json(path)
     try:
-        return _record(content["pairs"], content["data"], Atoms.fromdict(content["start"]))
+        return _record(content["pairs"], content["data"], _atoms(content["start"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path}: not the record of a free energy ({error})") from None
+
+
+def _atoms(stored: Mapping[str, Any]) -> Atoms:
+    """Of `Atoms.todict`, from JSON too: ASE takes arrays such as masses only as such."""
+    return Atoms.fromdict({name: np.asarray(value) for name, value in stored.items()})
 
 
 def _from_row(row: Any) -> Record:
@@ -362,4 +367,4 @@ def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     values = {name: value for name, value in data["values"].items() if name in known}
     if values.get("error_vector") is not None:
         values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-    return Record(key=key, start=bare(start), centroids=None if stored is None else Atoms.fromdict(stored), **values)
+    return Record(key=key, start=bare(start), centroids=None if stored is None else _atoms(stored), **values)

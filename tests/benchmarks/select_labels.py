@@ -35,8 +35,8 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.choose import Contender, allocate
 from magus_anharmonic.potential import Potential, load
-from magus_anharmonic.potential.checkpoint import Architecture
 from magus_anharmonic.potential.finetune import FinetuneSettings
+from magus_anharmonic.potential.from_scratch import Architecture
 from magus_anharmonic.potential.train import TrainRecipe, train_file
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
