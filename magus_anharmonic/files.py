@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import hashlib
+import io
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 from magus_anharmonic.lock import TEMPORARY as TEMPORARY
@@ -136,18 +137,83 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+SUMS = ".sha256sums"
+"""Digests of the tables of a folder, as ``sha256sum`` has them; a table without a line there (a user's, an older one) is taken as it is."""
+
+
+@contextlib.contextmanager
+def replacing_table(path: str | Path) -> Iterator[Path]:
+    """`replacing` for a table whose numbers are read back: its digest goes into `SUMS`."""
+    target = Path(path)
+    with replacing(target) as temporary:
+        yield temporary
+        with temporary.open("rb") as file:
+            new = hashlib.file_digest(file, "sha256").hexdigest()
+        if _sums(target.parent).get(target.name) != new:
+            _note(target, None)  # a kill between the two leaves a table without a digest, never one with another's
+    _note(target, new)
+
+
+def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV table atomically, row by row; its digest goes into `SUMS`."""
+    with replacing_table(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def reading_table(path: str | Path, shown: str | None = None) -> Iterator[BinaryIO]:
+    """A table's bytes; raises ``DamagedFile`` (which calls it ``shown``, None: its path) where they are not those of its digest."""
+    target = Path(path)
+    while True:
+        noted = _sums(target.parent).get(target.name)
+        with target.open("rb") as file:
+            if noted is None or noted == hashlib.file_digest(file, "sha256").hexdigest():
+                file.seek(0)
+                yield file
+                return
+        # A process that writes it at this moment changes the digest too.
+        if _sums(target.parent).get(target.name) == noted:
+            raise DamagedFile(
+                f"{shown or target}: changed since it was written; bring it back, or have it made anew (of a campaign: --only its step), "
+                f"or remove its line in {SUMS} beside it to take it as it is"
+            )
+
+
 @contextlib.contextmanager
 def table_rows(path: str | Path, shown: str | None = None, restkey: str | None = None) -> Iterator[csv.DictReader[str]]:
-    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not UTF-8 or no table.
+    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not UTF-8 or no table, see `reading_table`.
 
     shown : what the error calls the file, None: its path. restkey : see ``csv.DictReader``.
     """
     file = Path(path)
     try:
-        with file.open(newline="", encoding="utf-8-sig") as handle:
+        with reading_table(file, shown) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as handle:
             yield csv.DictReader(handle, restkey=restkey)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{shown or file}: not readable as a table ({error}); the step that writes it has to run again") from None
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    try:
+        lines = (folder / SUMS).read_bytes().decode("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return {}
+    return {line[66:]: line[:64] for line in lines}
+
+
+def _note(table: Path, digest: str | None) -> None:
+    sums = _sums(table.parent)
+    if sums.get(table.name) == digest:
+        return
+    sums.pop(table.name, None)
+    if digest is not None:
+        sums[table.name] = digest
+    if sums:
+        write_text(table.parent / SUMS, "".join(f"{value}  {name}\n" for name, value in sorted(sums.items())))
+    else:
+        remove(table.parent / SUMS)
 
 
 def remove(path: str | Path) -> None:
@@ -158,6 +224,8 @@ def remove(path: str | Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
         else:
             target.unlink(missing_ok=True)
+    if target.suffix == ".csv":
+        _note(target, None)
 
 
 def remove_empty(folder: str | Path) -> bool:
@@ -268,6 +336,9 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
 
     try:
         with np.load(path, allow_pickle=False) as stored:
+            damaged = stored.zip.testzip()  # NumPy reads, and zip compares, no more than a changed shape asks for
+            if damaged is not None:
+                raise ValueError(f"{damaged} was changed since it was written")
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
         raise_trouble(error, path)

@@ -10,6 +10,7 @@ import pytest
 
 from magus_anharmonic.analysis import tables
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import SUMS
 
 SAMPLES: dict[type, typing.Any] = {str: "text, with a comma", int: 7, float: 0.1234567891}
 
@@ -52,6 +53,7 @@ def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+    path.with_name(SUMS).unlink()  # a user's table
     return path
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from magus_anharmonic.analysis import enthalpies, model_table, reordering, style, tables
 from magus_anharmonic.analysis.tables import Band
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import safe_name
+from magus_anharmonic.files import remove, safe_name
 
 
 def ticks(rows: Sequence[Band]) -> list[tuple[float, str]]:
@@ -167,7 +167,7 @@ def _remove_stale(folder: Path, names: set[str]) -> None:
     ours = re.compile(r"(table_1|fig_\d.*|learning)$")
     for path in folder.glob("*"):
         if path.suffix in (".csv", ".svg", ".png") and ours.match(path.stem) and path.stem.removesuffix("-summary") not in names:
-            path.unlink()
+            remove(path)
 
 
 def _rows(table: type, folder: Path, step: str) -> list[Any]:

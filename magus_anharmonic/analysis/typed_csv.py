@@ -6,7 +6,6 @@ dataclass does not name are left alone.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import types
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, table_rows
+from magus_anharmonic.files import table_rows, write_table
 
 Row = TypeVar("Row")
 
@@ -67,10 +66,7 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
 def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` to the CSV file ``path`` atomically; numbers with ten digits, ``None`` and NaN as empty cells."""
     names = columns(table)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.writer(handle, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows([cell(getattr(row, name)) for name in names] for row in rows)
+    write_table(path, names, ([cell(getattr(row, name)) for name in names] for row in rows))
 
 
 _REQUIRED: Any = object()

@@ -7,7 +7,6 @@ Why a value that is asked for is not in the tables of a campaign: which table, p
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from magus_anharmonic.analysis.explain import Context, explanations, read_contex
 from magus_anharmonic.analysis.found_values import FINDERS, Found, near, sources_of
 from magus_anharmonic.analysis.tables import TABLES, Enthalpy, Ranked, TableFolder, pressure_of_file, ranking_files
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, write_json
+from magus_anharmonic.files import write_json, write_table
 from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8
@@ -246,11 +245,7 @@ COLUMNS = ("name", "unit", "found", "error", "expected", "expected_error", "diff
 def write_validation(rows: Sequence[Validated], folder: str | Path) -> None:
     """``validation.csv`` and ``validation.json`` for the report."""
     target = Path(folder)
-    with replacing(target / "validation.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row in rows:
-            data: dict[str, Any] = asdict(row)
-            writer.writerow(["; ".join(data[name]) if name == "could_explain" else data[name] for name in COLUMNS])
+    lines = [{**asdict(row), "could_explain": "; ".join(row.could_explain)} for row in rows]
+    write_table(target / "validation.csv", COLUMNS, ([line[name] for name in COLUMNS] for line in lines))
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("agrees", "disagrees", "not in this run")}
     write_json(target / "validation.json", {"counts": counts, "values": [asdict(row) for row in rows]})

@@ -22,7 +22,7 @@ from magus_anharmonic.campaign.steps import Context, Outcome, Step, at, producti
 from magus_anharmonic.campaign.structures import Found, Phase, enthalpy_row, lowest_distinct, phase_name, phases_of, relaxed_structures
 from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import append_jsonl, digest, raise_trouble, read_jsonl, read_whole, replacing, versions
+from magus_anharmonic.files import append_jsonl, digest, raise_trouble, read_jsonl, read_whole, replacing, replacing_table, versions
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, decided_group, space_group, structure_id
@@ -185,7 +185,7 @@ def sscha(context: Context, step: Step) -> Outcome:
         raise MagusAnharmonicError(f"{step.id}: {name} left no structure")
     seed = context.settings.seed
     candidates = rank_structures([found.atoms for found in pool], context.final_model, settings, folder, seed=seed)
-    with replacing(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
+    with replacing_table(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
         shutil.copyfile(folder / "ranking.csv", temporary)
     with structure_file(folder) as file:
         for candidate in candidates:

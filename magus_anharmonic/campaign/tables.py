@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from magus_anharmonic.analysis.tables import (
     cell,
     columns,
 )
-from magus_anharmonic.files import remove, replacing, table_rows
+from magus_anharmonic.files import reading_table, remove, replacing, replacing_table, table_rows, write_table
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
@@ -34,10 +33,7 @@ STRUCTURES = "structures.extxyz"
 
 def write_part(folder: Path, name: str, rows: Iterable[Sequence[Any]], table: str | None = None) -> None:
     """Write the rows of one step (in the order of `COLUMNS`) to ``folder/tables/<name>.csv`` atomically, row by row."""
-    with replacing(folder / "tables" / f"{name}.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS[table or name])
-        writer.writerows([cell(value) for value in row] for row in rows)
+    write_table(folder / "tables" / f"{name}.csv", COLUMNS[table or name], ([cell(value) for value in row] for row in rows))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -67,9 +63,9 @@ def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> N
 
 
 def _concatenate(target: Path, files: Sequence[Path], header: bool) -> None:
-    with replacing(target) as temporary, temporary.open("wb") as output:
+    with (replacing_table if header else replacing)(target) as temporary, temporary.open("wb") as output:
         for number, file in enumerate(files):
-            with file.open("rb") as part:
+            with reading_table(file) as part:
                 first = part.readline() if header else b""
                 if number == 0:
                     output.write(first)

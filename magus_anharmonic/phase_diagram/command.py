@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.files import replacing, write_json
+from magus_anharmonic.files import write_json, write_table
 from magus_anharmonic.lock import locked
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
 from magus_anharmonic.phase_diagram.diagram import HullRow, PhaseDiagram, Stable, phase_diagram
@@ -186,10 +185,7 @@ HULL_COLUMNS = (
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_cell(value) for value in row] for row in rows)
+    write_table(path, columns, ([_cell(value) for value in row] for row in rows))
 
 
 def _cell(value: Any) -> str:

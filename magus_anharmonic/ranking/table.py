@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.files import remove, replacing
+from magus_anharmonic.files import remove, replacing, write_table
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.structures import bare
@@ -122,10 +121,7 @@ def _digits(value: float | None) -> str:
 
 def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
     """Write the table atomically, in the order given."""
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(row(candidate) for candidate in candidates)
+    write_table(path, COLUMNS, (row(candidate).values() for candidate in candidates))
 
 
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
