@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from magus_anharmonic import files
 from magus_anharmonic.analysis import tables
+from magus_anharmonic.campaign.production import read_statics
+from magus_anharmonic.campaign.steps import structure_file
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError
@@ -334,3 +336,13 @@ def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
     (tmp_path / NAME).unlink()
     (record,) = FreeEnergyStore(tmp_path / NAME).records()
     assert record.gibbs == -1.0 and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]
+
+
+def test_a_changed_digit_of_the_structures_of_a_step_is_named(tmp_path):
+    with structure_file(tmp_path) as file:
+        file.add(bulk("Al"), "aaaa", "Fm-3m (225)", 100.0, "static")
+    assert len(read_statics(tmp_path)) == 1
+    written = tmp_path / "tables" / "structures.extxyz"
+    written.write_text(written.read_text().replace("2.025", "2.035"))
+    with pytest.raises(DamagedFile, match=r"structures\.extxyz: changed since it was written"):
+        read_statics(tmp_path)

@@ -7,6 +7,7 @@ Steps ``sscha`` (free energies of the lowest distinct structures, Fig. 6) and ``
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import shutil
@@ -22,7 +23,17 @@ from magus_anharmonic.campaign.steps import Context, Outcome, Step, at, producti
 from magus_anharmonic.campaign.structures import Found, Phase, enthalpy_row, lowest_distinct, phase_name, phases_of, relaxed_structures
 from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import append_jsonl, digest, raise_trouble, read_jsonl, read_whole, replacing, replacing_table, versions
+from magus_anharmonic.files import (
+    append_jsonl,
+    digest,
+    raise_trouble,
+    read_jsonl,
+    read_whole,
+    reading_table,
+    replacing,
+    replacing_table,
+    versions,
+)
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import bare, decided_group, space_group, structure_id
@@ -251,8 +262,11 @@ def read_statics(folder: Path) -> list[Atoms]:
     if not file.is_file():
         return []
     try:
-        frames: Any = read(file, index=":", format="extxyz")
+        with reading_table(file) as opened:
+            frames: Any = read(io.TextIOWrapper(opened, encoding="utf-8"), index=":", format="extxyz")
         return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
+    except DamagedFile:
+        raise
     except Exception as error:  # whatever ASE trips over in a damaged file
         raise_trouble(error, file)
         raise DamagedFile(f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})") from None

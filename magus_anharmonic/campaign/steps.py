@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import digest, read_json, remove, replacing, safe_name, versions, write_json
+from magus_anharmonic.files import digest, read_json, remove, replacing_table, safe_name, versions, write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import bare
@@ -334,7 +334,7 @@ class StructureFile:
 @contextmanager
 def structure_file(folder: Path) -> Iterator[StructureFile]:
     """The structures of a step, there when the block has ended well."""
-    with replacing(folder / "tables" / STRUCTURES) as temporary:
+    with replacing_table(folder / "tables" / STRUCTURES) as temporary:
         file = StructureFile(temporary)
         temporary.touch()
         yield file

@@ -20,7 +20,7 @@ from magus_anharmonic.analysis.tables import (
     cell,
     columns,
 )
-from magus_anharmonic.files import reading_table, remove, replacing, replacing_table, table_rows, write_table
+from magus_anharmonic.files import reading_table, remove, replacing_table, table_rows, write_table
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
@@ -63,7 +63,7 @@ def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> N
 
 
 def _concatenate(target: Path, files: Sequence[Path], header: bool) -> None:
-    with (replacing_table if header else replacing)(target) as temporary, temporary.open("wb") as output:
+    with replacing_table(target) as temporary, temporary.open("wb") as output:
         for number, file in enumerate(files):
             with reading_table(file) as part:
                 first = part.readline() if header else b""

@@ -23,7 +23,7 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY, raise_trouble, safe_name
+from magus_anharmonic.files import TEMPORARY, raise_trouble, reading_table, safe_name
 from magus_anharmonic.report.text import Line, RankingView
 from magus_anharmonic.structures import bare, space_group, standardized
 
@@ -187,12 +187,15 @@ class Crystal:
 def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Crystal]:
     """Structures of the rankings' first lines from ``structures.extxyz``, in the order of the rankings.
 
-    The file is read frame by frame, and only frames that are wanted become structures. Raises ``InputError``: not extxyz.
+    The file is read frame by frame, and only frames that are wanted become structures. Raises ``InputError``: not extxyz, or
+    changed since it was written.
     """
     if not path.is_file():
         return []
     wanted = {(line.id, ranking.pressure) for ranking in rankings for line in ranking.lines[:FILES]}
     found: dict[tuple[str, float, str], Atoms] = {}
+    with reading_table(path):
+        pass
     for comment, text in _frames(path):
         key = (_info(comment, "id"), _float(_info(comment, "pressure_GPa")))
         kind = _info(comment, "kind") or "static"
