@@ -20,8 +20,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 
-from magus_anharmonic.errors import MagusAnharmonicError, one_line
-from magus_anharmonic.files import OF_THE_FILE
+from magus_anharmonic.errors import MagusAnharmonicError, is_trouble, one_line
 
 OUTPUT_KEYS = {"directory", "label", "prefix", "txt", "logfile", "outfile", "restart", "command", "profile", "atoms"}
 """Parameters of ASE's calculators that say where files and programs are, not what the numbers are."""
@@ -94,7 +93,7 @@ def _numbers(calculator: Any, structures: Sequence[Atoms]) -> np.ndarray:
                 pattern = np.cos(np.arange(2 * 3 * len(atoms))).reshape(2, -1)
                 forces.extend(pattern @ np.asarray(atoms.get_forces(), dtype=float).ravel())
     except Exception as error:  # a calculator may raise anything for structures that it was not made for
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in {None, *OF_THE_FILE}):
+        if is_trouble(error):
             raise
         raise NoIdError(one_line(f"{type(error).__name__}: {error}", 160)) from error
     numbers = np.array([*energies, *np.diff(energies), *forces])

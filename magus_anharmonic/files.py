@@ -224,8 +224,7 @@ def remove(path: str | Path) -> None:
             shutil.rmtree(target, ignore_errors=True)
         else:
             target.unlink(missing_ok=True)
-    if target.suffix == ".csv":
-        _note(target, None)
+    _note(target, None)
 
 
 def remove_empty(folder: str | Path) -> bool:

@@ -346,3 +346,5 @@ def test_a_changed_digit_of_the_structures_of_a_step_is_named(tmp_path):
     written.write_text(written.read_text().replace("2.025", "2.035"))
     with pytest.raises(DamagedFile, match=r"structures\.extxyz: changed since it was written"):
         read_statics(tmp_path)
+    remove(written)
+    assert not (tmp_path / "tables" / ".sha256sums").exists()

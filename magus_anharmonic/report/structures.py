@@ -194,8 +194,6 @@ def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Cryst
         return []
     wanted = {(line.id, ranking.pressure) for ranking in rankings for line in ranking.lines[:FILES]}
     found: dict[tuple[str, float, str], Atoms] = {}
-    with reading_table(path):
-        pass
     for comment, text in _frames(path):
         key = (_info(comment, "id"), _float(_info(comment, "pressure_GPa")))
         kind = _info(comment, "kind") or "static"
@@ -222,7 +220,7 @@ def _crystal(line: Line, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crys
 
 def _frames(path: Path) -> Iterator[tuple[str, str]]:
     """(comment line, whole text) of every frame of an extxyz file, none of them parsed."""
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with reading_table(path) as content, io.TextIOWrapper(content, encoding="utf-8", errors="replace") as file:
         number = 0
         for first in file:
             number += 1
