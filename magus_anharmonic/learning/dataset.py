@@ -16,7 +16,7 @@ from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
 from magus_anharmonic.files import append_jsonl, raise_trouble, read_jsonl, remove, replacing, set_aside
-from magus_anharmonic.gate import check_structures
+from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
 from magus_anharmonic.potential.labelled import side_of_name
@@ -258,7 +258,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
         frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
         raise_trouble(error, path)
-        raise DamagedFile(f"{path}: not readable as extended XYZ: {one_line(error, 200)}") from None
+        raise DamagedFile(f"{path}: not readable as extended XYZ: {one_line(error, 200)}{isotope_hint(error)}") from None
     if not frames:
         raise DamagedFile(f"{path}: holds no structure")
     check_structures(frames, f"{path}: ", crystal=False)
