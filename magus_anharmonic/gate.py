@@ -22,7 +22,7 @@ from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
 from magus_anharmonic.files import raise_trouble
-from magus_anharmonic.structures import SAME_MASS
+from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
 """``info`` keys by which structures are called."""
@@ -69,7 +69,7 @@ def read_structures(
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
         raise_trouble(error, file)
-        raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}") from None
+        raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}") from None
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
@@ -78,6 +78,19 @@ def read_structures(
         raise InputError(f"{file}: holds no structure")
     check_structures(structures, f"{file}: ", crystal=crystal)
     return structures
+
+
+def isotope_hint(error: BaseException) -> str:
+    """What to write instead of D and T, if that is what a reader of ASE stumbled over; else empty."""
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+    found = re.search(r"(?:^|label )([DT])\d*\.?$", said)
+    if found is None:
+        return ""
+    symbol, mass = found[1], HYDROGEN[found[1]]
+    return (
+        f" ({symbol} is no element but hydrogen of {mass:g} amu: write H, and give the mass in a column masses of "
+        f"extended XYZ, or to phase-diagram as isotopes: {{{symbol}: {{H: {mass:g}}}}})"
+    )
 
 
 def check_structures(structures: Sequence[Atoms], where: str = "", *, crystal: bool = True) -> None:
@@ -169,8 +182,8 @@ def _occupancy_problems(atoms: Atoms) -> Iterator[str]:
 
 
 def _is_one(share: Any) -> bool:
-    """Whether an occupancy is whole; one that is not given is."""
-    if share is None:
+    """Whether an occupancy is whole; one that is not given is, which CIF writes as ``?`` or ``.``."""
+    if share is None or str(share).strip() in ("?", "."):
         return True
     try:
         return bool(abs(float(share) - 1.0) < 1e-3)

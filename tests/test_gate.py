@@ -18,7 +18,9 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.gate import check_structure, check_structures, read_structures
+from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.structures import primitive, space_group
 
@@ -160,6 +162,44 @@ def test_partial_occupancies_are_not_taken_as_full(sites, words, tmp_path):
     with pytest.raises(InputError) as error:
         read_structures(tmp_path / "a.cif")
     assert all(word in str(error.value) for word in ["a.cif", "occupanc", *words]), str(error.value)
+
+
+@pytest.mark.parametrize("unknown", ["?", ".", "'?'"])
+def test_an_occupancy_that_cif_leaves_open_is_full(unknown, tmp_path):
+    """``?`` is unknown and ``.`` the default, which is 1; both were refused as partial."""
+    (tmp_path / "a.cif").write_text(f"{CELL}S1 S 0 0 0 {unknown}\nH1 H 0.5 0.5 0 1\n")
+    assert read_structures(tmp_path / "a.cif")[0].get_chemical_formula() == "HS"
+    (tmp_path / "b.cif").write_text(f"{CELL}S1 S 0 0 0 {unknown}\nH1 H 0.5 0.5 0 0.5\n")
+    with pytest.raises(InputError, match=r"partial occupancies \(H 0.5\)"):
+        read_structures(tmp_path / "b.cif")
+
+
+ISOTOPES = {
+    "a.xyz": '2\nLattice="3 0 0 0 3 0 0 0 3" Properties=species:S:1:pos:R:3\nS 0 0 0\nD 1.5 1.5 1.5\n',
+    "POSCAR": "x\n1.0\n3 0 0\n0 3 0\n0 0 3\nS D\n1 1\nDirect\n0 0 0\n.5 .5 .5\n",
+    "geometry.in": "lattice_vector 3 0 0\nlattice_vector 0 3 0\nlattice_vector 0 0 3\natom 0 0 0 S\natom 1.5 1.5 1.5 D\n",
+    "a.dump": DUMP.format(column="element ", first="S ", second="D "),
+    "a.pwi": "&system\n ibrav=0, nat=2, ntyp=2\n/\nATOMIC_SPECIES\nS 32 S.upf\nD 2 H.upf\nCELL_PARAMETERS angstrom\n3 0 0\n0 3 0\n"
+    "0 0 3\nATOMIC_POSITIONS crystal\nS 0 0 0\nD .5 .5 .5\n",
+}
+
+
+@pytest.mark.parametrize("name", ISOTOPES)
+@pytest.mark.parametrize(("symbol", "mass"), [("D", "2.014"), ("T", "3.016")])
+def test_deuterium_is_said_to_be_hydrogen_of_another_mass(name, symbol, mass, tmp_path, monkeypatch):
+    """ASE knows D in CIF alone; elsewhere the user read ``KeyError: 'D'``."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(ISOTOPES[name].replace("D ", f"{symbol} ").replace("S D", f"S {symbol}").replace(" D\n", f" {symbol}\n"))
+    readers = [lambda: read_structures(name, format="espresso-in" if name == "a.pwi" else None)]
+    if name == "a.xyz":
+        readers.append(lambda: read_labels(name))
+    if name == "POSCAR":
+        Path("Seeds").mkdir()
+        Path("Seeds/POSCARS_1").write_text(Path(name).read_text().replace("Direct", "Direct configuration= 1"))
+        readers.append(lambda: Archive(tmp_path).read_seeds(1))
+    for read in readers:
+        with pytest.raises(InputError, match=rf"{symbol} is no element but hydrogen of {mass} amu: write H"):
+            read()
 
 
 def test_atoms_of_two_elements_in_one_place_are_not_one_of_them(tmp_path):

@@ -25,7 +25,7 @@ from magus_anharmonic.files import (
     unsealed,
     write_json,
 )
-from magus_anharmonic.gate import check_structures
+from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
@@ -190,7 +190,7 @@ class Archive:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
                     raise_trouble(error, file)
-                    raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
+                    raise InputError(f"{file}: not readable as seeds ({form}): {typed_line(error)}{isotope_hint(error)}") from None
         check_structures(frames, f"{self.seeds}: seeds of generation {generation}: ")
         return frames
 
