@@ -69,7 +69,9 @@ def read_structures(
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
         raise_trouble(error, file)
-        raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}") from None
+        raise InputError(
+            f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}"
+        ) from None
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
@@ -81,15 +83,17 @@ def read_structures(
 
 
 def isotope_hint(error: BaseException) -> str:
-    """What to write instead of D and T, if that is what a reader of ASE stumbled over; else empty."""
+    """What to write instead of D and T, if that is what a reader of ASE stumbled over; else
+    empty."""
     said = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
     found = re.search(r"(?:^|label )([DT])\d*\.?$", said)
     if found is None:
         return ""
     symbol, mass = found[1], HYDROGEN[found[1]]
     return (
-        f" ({symbol} is no element but hydrogen of {mass:g} amu: write H, and give the mass in a column masses of "
-        f"extended XYZ, or to phase-diagram as isotopes: {{{symbol}: {{H: {mass:g}}}}})"
+        f" ({symbol} is no element but hydrogen of {mass:g} amu: write H, and give the mass in a"
+        f" column masses of extended XYZ, or to phase-diagram as isotopes: {{{symbol}: {{H:"
+        f" {mass:g}}}}})"
     )
 
 
@@ -182,7 +186,8 @@ def _occupancy_problems(atoms: Atoms) -> Iterator[str]:
 
 
 def _is_one(share: Any) -> bool:
-    """Whether an occupancy is whole; one that is not given is, which CIF writes as ``?`` or ``.``."""
+    """Whether an occupancy is whole; one that is not given is, which CIF writes as ``?`` or
+    ``.``."""
     if share is None or str(share).strip() in ("?", "."):
         return True
     try:

@@ -186,19 +186,30 @@ ISOTOPES = {
 
 @pytest.mark.parametrize("name", ISOTOPES)
 @pytest.mark.parametrize(("symbol", "mass"), [("D", "2.014"), ("T", "3.016")])
-def test_deuterium_is_said_to_be_hydrogen_of_another_mass(name, symbol, mass, tmp_path, monkeypatch):
+def test_deuterium_is_said_to_be_hydrogen_of_another_mass(
+    name, symbol, mass, tmp_path, monkeypatch
+):
     """ASE knows D in CIF alone; elsewhere the user read ``KeyError: 'D'``."""
     monkeypatch.chdir(tmp_path)
-    Path(name).write_text(ISOTOPES[name].replace("D ", f"{symbol} ").replace("S D", f"S {symbol}").replace(" D\n", f" {symbol}\n"))
+    Path(name).write_text(
+        ISOTOPES[name]
+        .replace("D ", f"{symbol} ")
+        .replace("S D", f"S {symbol}")
+        .replace(" D\n", f" {symbol}\n")
+    )
     readers = [lambda: read_structures(name, format="espresso-in" if name == "a.pwi" else None)]
     if name == "a.xyz":
         readers.append(lambda: read_labels(name))
     if name == "POSCAR":
         Path("Seeds").mkdir()
-        Path("Seeds/POSCARS_1").write_text(Path(name).read_text().replace("Direct", "Direct configuration= 1"))
+        Path("Seeds/POSCARS_1").write_text(
+            Path(name).read_text().replace("Direct", "Direct configuration= 1")
+        )
         readers.append(lambda: Archive(tmp_path).read_seeds(1))
     for read in readers:
-        with pytest.raises(InputError, match=rf"{symbol} is no element but hydrogen of {mass} amu: write H"):
+        with pytest.raises(
+            InputError, match=rf"{symbol} is no element but hydrogen of {mass} amu: write H"
+        ):
             read()
 
 

@@ -190,7 +190,10 @@ class Archive:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
                     raise_trouble(error, file)
-                    raise InputError(f"{file}: not readable as seeds ({form}): {typed_line(error)}{isotope_hint(error)}") from None
+                    raise InputError(
+                        f"{file}: not readable as seeds ({form}):"
+                        f" {typed_line(error)}{isotope_hint(error)}"
+                    ) from None
         check_structures(frames, f"{self.seeds}: seeds of generation {generation}: ")
         return frames
 
