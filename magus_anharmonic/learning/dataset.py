@@ -142,8 +142,11 @@ class LabelStore:
         if strange:
             log.warning(
                 "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; they are taken as they are now",
-                self.directory, len(strange), self.index.name, ", ".join(strange[:3]),
-            )  # fmt: skip
+                self.directory,
+                len(strange),
+                self.index.name,
+                ", ".join(strange[:3]),
+            )
         for name in names:
             append_jsonl(self.index, {"id": name, "digest": label_digest(self._frames[name])})
 
