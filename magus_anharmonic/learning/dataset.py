@@ -141,7 +141,8 @@ class LabelStore:
         strange = [name for name in names if name not in pending]
         if strange:
             log.warning(
-                "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; they are taken as they are now",
+                "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; "
+                "they are taken as they are now",
                 self.directory,
                 len(strange),
                 self.index.name,
