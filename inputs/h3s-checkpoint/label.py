@@ -1,4 +1,5 @@
-"""Label structures with GPAW at the settings of the set, one file in, one file out; run again, it goes on.
+"""Label structures with GPAW at the settings of the set, one file in, one file out; run again, it
+goes on.
 
 Usage: python label.py structures.xyz labels.xyz
 """
@@ -23,7 +24,9 @@ def labelled(structure: Atoms, label: Label) -> Atoms:
     """The structure with its labels, in the format of the set."""
     atoms = structure.copy()
     atoms.info.update(free_energy=label.free_energy, settings_hash=label.settings_hash)
-    atoms.calc = SinglePointCalculator(atoms, energy=label.energy, forces=label.forces, stress=label.stress)
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=label.energy, forces=label.forces, stress=label.stress
+    )
     return atoms
 
 
