@@ -21,7 +21,14 @@ from distributed.utils import get_ip
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
-from magus_anharmonic.scheduler.queues import CLASSES, COMMANDS, arguments, missing, start_cluster
+from magus_anharmonic.scheduler.queues import (
+    CLASSES,
+    COMMANDS,
+    Certificates,
+    arguments,
+    missing,
+    start_cluster,
+)
 from magus_anharmonic.scheduler.submission import Submissions
 from magus_anharmonic.settings import WorkerSettings, parse_settings
 
@@ -176,6 +183,32 @@ def test_the_job_script_asks_for_what_the_keys_say(name, tools, monkeypatch):
         "--no-dashboard",
     ):
         assert part in body[-1]
+
+
+def test_certificates_of_a_killed_process_go_with_the_next_start(tmp_path):
+    """They stayed in worker-logs for ever; those of a search that runs beside are left alone."""
+    code = (
+        "import sys, time; from pathlib import Path; from magus_anharmonic.scheduler.queues import Certificates\n"
+        "made = Certificates(Path(sys.argv[1])); print(made.folder, flush=True); time.sleep(600)"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    killed, running = (Path(other.stdout.readline().strip()) for other in others)
+    assert killed.is_dir() and running.is_dir()
+    (killed / "tls_worker_key.pem").write_text("secret")
+    others[0].kill()
+    others[0].wait()
+    mine = Certificates(tmp_path)
+    assert {*tmp_path.iterdir()} == {running, mine.folder}
+    mine.remove()
+    others[1].kill()
+    others[1].wait()
+    Certificates(tmp_path).remove()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_several_gpus_per_job_are_workers_of_dask_cuda():

@@ -141,9 +141,13 @@ class LabelStore:
         strange = [name for name in names if name not in pending]
         if strange:
             log.warning(
-                "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; they are taken as they are now",
-                self.directory, len(strange), self.index.name, ", ".join(strange[:3]),
-            )  # fmt: skip
+                "%s: %d labels of finished batches have no line in %s (%s): it was cut or changed; "
+                "they are taken as they are now",
+                self.directory,
+                len(strange),
+                self.index.name,
+                ", ".join(strange[:3]),
+            )
         for name in names:
             append_jsonl(self.index, {"id": name, "digest": label_digest(self._frames[name])})
 

@@ -8,7 +8,6 @@ import itertools
 import logging
 import os
 import queue
-import shutil
 import time
 import uuid
 from collections import deque
@@ -122,7 +121,7 @@ class DaskScheduler:
             self._client.close()
             if self._cluster is not None:
                 self._cluster.close(timeout=10)
-                shutil.rmtree(self._cluster.certificates)
+                self._cluster.certificates.remove()
 
 
 class _Call:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import importlib.util
 import logging
@@ -17,11 +18,15 @@ from types import ModuleType
 from typing import Any
 
 from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.lock import guarded
 from magus_anharmonic.scheduler.submission import Submissions, patient
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
 COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}
 """What dask-jobqueue calls to send and to end a job."""
+
+CERTIFICATES = ".certificates-"
+"""How the names of `Certificates` begin."""
 
 CLASSES = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster"}
 
@@ -86,12 +91,12 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
     try:
         logs.mkdir(parents=True, exist_ok=True)
         # The nodes find the certificates beside the output of the jobs, where nobody else may read.
-        certificates = Path(tempfile.mkdtemp(prefix=".certificates-", dir=logs))
+        certificates = Certificates(logs)
         kind = getattr(_dask_jobqueue(), CLASSES[name])
         _write_words_to(logs / "dask.log")
         cluster = kind(
             job_cls=patient(kind.job_cls, submissions),
-            security=_security(certificates),
+            security=_security(certificates.folder),
             **arguments(name, workers),
         )
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -99,6 +104,47 @@ def start_cluster(name: str, workers: WorkerSettings) -> Any:
     cluster.submissions, cluster.certificates = submissions, certificates
     cluster.adapt(minimum_jobs=workers.count or 1, maximum_jobs=workers.count or 1)
     return cluster
+
+
+class Certificates:
+    """A new folder below ``logs`` for the certificates of this process.
+
+    `remove` removes it, or after a kill the next start.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        with guarded(logs):
+            for left in logs.glob(f"{CERTIFICATES}*"):
+                held = _flocked(left)
+                if held is not None:
+                    shutil.rmtree(left, ignore_errors=True)
+                    os.close(held)
+            self.folder = Path(tempfile.mkdtemp(prefix=CERTIFICATES, dir=logs))
+            self._held = _flocked(self.folder)
+
+    def remove(self) -> None:
+        """Remove the folder; nothing can connect any more."""
+        shutil.rmtree(self.folder)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+
+def _flocked(folder: Path) -> int | None:
+    """Descriptor of a folder that no living process has; None where one has.
+
+    None too where the file system knows no flock.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None  # removed at this moment, or another user's
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _dask_jobqueue() -> ModuleType:
