@@ -510,7 +510,8 @@ class Ranking:
         reason = str(atoms.info.get("reason") or "it has no enthalpy")
         return Candidate(
             structure_id(atoms), stripped(atoms), self.settings.pressure, temperature, None,
-            self.model, spg_static=space_group(atoms), members=(index,), status="failed", reason=reason,
+            self.model, spg_static=space_group(atoms), members=(index,), status="failed",
+            reason=reason,
         )  # fmt: skip
 
     def _candidate(self, group: int, key: Key | None) -> Candidate:
