@@ -1,4 +1,5 @@
-"""Two harmonic crystals, a model and a reference, between which every error of the SSCHA is a closed expression."""
+"""Two harmonic crystals, a model and a reference, between which every error of the SSCHA is a
+closed expression."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 
 @dataclass(frozen=True)
 class HarmonicCrystal:
-    """E = constant + 1/2 (u - shift) K (u - shift) per supercell about the centroids of ``state``; ``shift`` (n, 3) A, in every cell.
+    """E = constant + 1/2 (u - shift) K (u - shift) per supercell about the centroids of ``state``;
+    ``shift`` (n, 3) A, in every cell.
 
-    ``noise`` (eV) adds a smooth, even, configuration-dependent term to the energy alone: an error that no gradient sees.
+    ``noise`` (eV) adds a smooth, even, configuration-dependent term to the energy alone: an error
+    that no gradient sees.
     """
 
     state: SschaState
@@ -47,15 +50,25 @@ class HarmonicCrystal:
         return self.constant + self.state.harmonic_free_energy
 
 
-def crystal(repeats: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1) -> SschaState:
+def crystal(
+    repeats: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1
+) -> SschaState:
     """Three atoms without symmetry on random, stable springs that obey the acoustic sum rule."""
     atoms = Atoms(
-        "SH2", positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]], cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]], pbc=True
+        "SH2",
+        positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]],
+        cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]],
+        pbc=True,
     )
-    return replace(SschaState(atoms, repeats, np.zeros((2, 3, 3, 3, 3)), temperature), force_constants=springs(atoms, repeats, seed))
+    return replace(
+        SschaState(atoms, repeats, np.zeros((2, 3, 3, 3, 3)), temperature),
+        force_constants=springs(atoms, repeats, seed),
+    )
 
 
-def springs(atoms: Atoms, repeats: tuple[int, int, int], seed: int, scale: float = 1.0) -> np.ndarray:
+def springs(
+    atoms: Atoms, repeats: tuple[int, int, int], seed: int, scale: float = 1.0
+) -> np.ndarray:
     """Compact force constants of random positive springs, translations free."""
     rng = np.random.default_rng(seed)
     n_cells, n = int(np.prod(repeats)), len(atoms)
@@ -64,7 +77,9 @@ def springs(atoms: Atoms, repeats: tuple[int, int, int], seed: int, scale: float
     return scale * Symmetry(atoms, repeats).force_constants(fold(full, repeats))
 
 
-def labelled(model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int, seed: int = 0) -> Labelled:
+def labelled(
+    model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int, seed: int = 0
+) -> Labelled:
     """Both evaluated on an ensemble of the model's own state."""
     state = model.state
     u = draw(state, n_configs, seed)
@@ -77,8 +92,11 @@ def labelled(model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int,
     return Labelled(state, ensemble(reference), ensemble(model), centroid)  # type: ignore[arg-type]
 
 
-def pair(strength: float, *, repeats: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0) -> tuple[HarmonicCrystal, HarmonicCrystal]:
-    """A model, and a reference whose minimum is shifted and whose springs differ, both in proportion to ``strength``."""
+def pair(
+    strength: float, *, repeats: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0
+) -> tuple[HarmonicCrystal, HarmonicCrystal]:
+    """A model, and a reference whose minimum is shifted and whose springs differ, both in
+    proportion to ``strength``."""
     state = crystal(repeats)
     rng = np.random.default_rng(7)
     shift = 0.05 * strength * rng.normal(size=(len(state.atoms), 3))

@@ -1,7 +1,11 @@
-"""GPAW labels of H3S by one rule for the k points that needs no correction afterwards; each command goes on where it was stopped.
+"""GPAW labels of H3S by one rule for the k points that needs no correction afterwards.
 
-converge  the energy of five volumes of Im-3m and of R3m and of three random cells against k points twice as dense, into a table
-label     the structures of a set (its labels, if it has any, are not looked at), one at a time, into an extended XYZ file
+converge  five volumes of Im-3m and of R3m and three random cells against k points twice as dense,
+          into a table
+label     the structures of a set, one at a time, into an extended XYZ file; labels that they have
+          already are not looked at
+
+Each goes on where it was stopped.
 
 Usage: python label.py converge labels.xyz convergence.csv
        python label.py label labels.xyz new-labels.xyz
@@ -31,20 +35,25 @@ from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import ev_per_a3_to_gpa
 
 K_SPACING = 0.04  # 2 pi / Angstrom
-ARGUMENTS = {"occupations": {"name": "marzari-vanderbilt", "width": 1.0}}  # eV; the rest as the labeler has it
-TIMEOUT = 6 * 3600.0  # seconds; far above what a label takes on a busy machine, so that it ends what hangs and nothing else
+ARGUMENTS = {"occupations": {"name": "marzari-vanderbilt", "width": 1.0}}  # width in eV
+TIMEOUT = 6 * 3600.0  # seconds; ends what hangs, not a label on a busy machine
 SEED = 20261130
 AROUND_H3S = {"h3s4", "h3s8", "h3s16", "modes", "r3m", "thermal"}
 
 
 def labeler(k_spacing: float, folder: Path) -> Labeler:
     """One GPAW process with the settings of the set and the given k spacing (2 pi / Angstrom)."""
-    settings = LabelerSettings(calculator="gpaw", arguments=ARGUMENTS, k_spacing=k_spacing, n_workers=1, timeout=TIMEOUT)
+    settings = LabelerSettings(
+        calculator="gpaw", arguments=ARGUMENTS, k_spacing=k_spacing, n_workers=1, timeout=TIMEOUT
+    )
     return get_labeler(settings, folder)
 
 
 def in_order(structures: list[Atoms]) -> list[Atoms]:
-    """The most useful first: any beginning holds an equal share of every kind around H3S, and half that share of the others."""
+    """The most useful first.
+
+    Any beginning holds an equal share of every kind around H3S, and half that share of the others.
+    """
     sizes, seen, keys = Counter(atoms.info["kind"] for atoms in structures), Counter(), {}
     for index in np.random.default_rng(SEED).permutation(len(structures)):
         kind = structures[index].info["kind"]
@@ -69,23 +78,35 @@ def with_digest(label: Atoms) -> Atoms:
 
 
 def read_checked(file: Path) -> list[Atoms]:
-    """The labels of a file, none if there is no file; raises ``DamagedFile`` that names the first one that was changed."""
+    """The labels of a file, none without one; raises ``DamagedFile`` for one that was changed."""
     labels = read_labels(file) if file.exists() else []
     for atoms in labels:
         if atoms.info["digest"] != f"d-{label_digest(atoms)}":
-            raise DamagedFile(f"{file}: label {atoms.info['id']} was changed since it was made; bring back an undamaged copy")
+            raise DamagedFile(
+                f"{file}: label {atoms.info['id']} was changed since it was made; "
+                "bring back an undamaged copy"
+            )
     return labels
 
 
 def label(source: Path, target: Path) -> None:
-    """Label what ``target`` lacks of the structures of ``source``; what fails goes into ``failures.jsonl`` beside it."""
+    """Label what ``target`` lacks of ``source``; failures go into ``failures.jsonl`` beside it."""
     done = read_checked(target)
     known = {atoms.info["id"] for atoms in done}
-    waiting = [atoms for atoms in in_order([unlabelled(atoms) for atoms in read(source, ":")]) if atoms.info["id"] not in known]
+    waiting = [
+        atoms
+        for atoms in in_order([unlabelled(atoms) for atoms in read(source, ":")])
+        if atoms.info["id"] not in known
+    ]
     with_labeler = labeler(K_SPACING, target.parent / "gpaw")
     if others := {atoms.info["settings_hash"] for atoms in done} - {with_labeler.settings_hash}:
-        raise LabelerError(f"{target}: holds labels of other settings ({', '.join(sorted(others))}); give another file")
-    logging.info("%d labels are there, %d to do: %s", len(done), len(waiting), with_labeler.description)
+        raise LabelerError(
+            f"{target}: holds labels of other settings ({', '.join(sorted(others))}); "
+            "give another file"
+        )
+    logging.info(
+        "%d labels are there, %d to do: %s", len(done), len(waiting), with_labeler.description
+    )
 
     def keep(index: int, result: Label | Failure) -> None:
         if isinstance(result, Failure):
@@ -103,21 +124,29 @@ def label(source: Path, target: Path) -> None:
 
 
 def test_cells(labels: list[Atoms]) -> dict[str, Atoms]:
-    """Five volumes of Im-3m and of R3m (H 0.15 Angstrom off the middle of its bond), two random cells of 4 atoms and one of 8."""
+    """Five volumes of Im-3m and of R3m, two random cells of 4 atoms and one of 8.
+
+    In R3m every H is 0.15 Angstrom off the middle of its bond.
+    """
     cells = {}
     for constant in np.linspace(2.86, 3.22, 5):
         cells[f"Im-3m {constant:.2f} A"] = cubic(constant)
         cells[f"R3m {constant:.2f} A"] = cubic(constant, 0.15)
     of_random = [atoms for atoms in labels if atoms.info["kind"] == "random"]
     fours = [atoms for atoms in of_random if len(atoms) == 4]
-    for atoms in (fours[0], fours[len(fours) // 2], next(atoms for atoms in of_random if len(atoms) == 8)):
+    for atoms in (
+        fours[0],
+        fours[len(fours) // 2],
+        next(atoms for atoms in of_random if len(atoms) == 8),
+    ):
         cells[atoms.info["id"]] = unlabelled(atoms)
     return cells
 
 
 COLUMNS = (
-    "structure", "atoms", "volume_A3_per_atom", "grid", "dense_grid", "energy_difference_meV_per_atom",
-    "max_force_difference_meV_per_A", "max_stress_difference_GPa", "seconds", "dense_seconds",
+    "structure", "atoms", "volume_A3_per_atom", "grid", "dense_grid",
+    "energy_difference_meV_per_atom", "max_force_difference_meV_per_A", "max_stress_difference_GPa",
+    "seconds", "dense_seconds",
 )  # fmt: skip
 
 
@@ -128,7 +157,10 @@ def converge(source: Path, target: Path) -> None:
         with table_rows(target) as reader:
             rows = [list(row.values()) for row in reader]
     known = {row[0] for row in rows}
-    usual, dense = (labeler(spacing, target.parent / f"gpaw-{spacing:g}") for spacing in (K_SPACING, K_SPACING / 2))
+    usual, dense = (
+        labeler(spacing, target.parent / f"gpaw-{spacing:g}")
+        for spacing in (K_SPACING, K_SPACING / 2)
+    )
     try:
         for name, atoms in test_cells(read(source, ":")).items():
             if name in known:
@@ -137,8 +169,17 @@ def converge(source: Path, target: Path) -> None:
             for result in (first, second):
                 if isinstance(result, Failure):
                     raise LabelerError(f"{name}: {result.reason}")
-            grids = ["x".join(map(str, k_points(atoms, spacing))) for spacing in (K_SPACING, K_SPACING / 2)]
-            row = [name, len(atoms), f"{atoms.get_volume() / len(atoms):.3f}", *grids, *differences(first, second)]
+            grids = [
+                "x".join(map(str, k_points(atoms, spacing)))
+                for spacing in (K_SPACING, K_SPACING / 2)
+            ]
+            row = [
+                name,
+                len(atoms),
+                f"{atoms.get_volume() / len(atoms):.3f}",
+                *grids,
+                *differences(first, second),
+            ]
             rows.append([*row, round(first.seconds), round(second.seconds)])
             write_table(target, COLUMNS, rows)
             logging.info(", ".join(map(str, rows[-1])))
@@ -148,7 +189,7 @@ def converge(source: Path, target: Path) -> None:
 
 
 def differences(first: Label, second: Label) -> list[str]:
-    """Energy in meV/atom, largest component of the forces in meV/A and of the stress in GPa: ``first`` minus ``second``."""
+    """``first`` minus ``second``: energy (meV/atom), largest force (meV/A) and stress (GPa)."""
     energy = 1e3 * (first.energy - second.energy) / len(first.structure)
     force = 1e3 * np.abs(first.forces - second.forces).max()
     stress = ev_per_a3_to_gpa(np.abs(first.stress - second.stress).max())
@@ -157,6 +198,10 @@ def differences(first: Label, second: Label) -> list[str]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    command, source, target = {"converge": converge, "label": label}[sys.argv[1]], Path(sys.argv[2]), Path(sys.argv[3])
+    command, source, target = (
+        {"converge": converge, "label": label}[sys.argv[1]],
+        Path(sys.argv[2]),
+        Path(sys.argv[3]),
+    )
     with locked(target.absolute().parent, f"label.py {sys.argv[1]}", f"{target.stem}.lock.json"):
         command(source, target)

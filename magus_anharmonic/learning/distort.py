@@ -11,7 +11,8 @@ from magus_anharmonic.structures import bare
 
 MAX_TRIES = 100
 CLOSEST = 0.6
-"""A distortion that brings two atoms nearer than this fraction of the shortest distance before is drawn again."""
+"""A distortion that brings two atoms nearer than this fraction of the shortest distance before is
+drawn again."""
 
 _XX_YY_ZZ_YZ_XZ_XY = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
@@ -23,18 +24,22 @@ def random_directions(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def random_strain(limit: float, rng: np.random.Generator) -> np.ndarray:
-    """Symmetric (3, 3) strain tensor; xx, yy, zz, yz, xz, xy (tensor, not engineering, shears) uniform in [-limit, limit]."""
+    """Symmetric (3, 3) strain tensor; xx, yy, zz, yz, xz, xy (tensor, not engineering, shears)
+    uniform in [-limit, limit]."""
     strain = np.zeros((3, 3))
     for (row, column), value in zip(_XX_YY_ZZ_YZ_XZ_XY, rng.uniform(-limit, limit, 6), strict=True):
         strain[row, column] = strain[column, row] = value
     return strain
 
 
-def distort(atoms: Atoms, rng: np.random.Generator, *, atom_displacement: float, strain: float) -> Atoms:
+def distort(
+    atoms: Atoms, rng: np.random.Generator, *, atom_displacement: float, strain: float
+) -> Atoms:
     """A copy (bare) with random strain and displacements; the structure given is not changed.
 
-    First the cell and the atoms with it are strained, cell -> cell (1 + strain); then every atom moves by exactly
-    ``atom_displacement`` (Angstrom) in a direction of its own. Raises ``MagusAnharmonicError`` when every draw makes atoms overlap.
+    First the cell and the atoms with it are strained, cell -> cell (1 + strain); then every atom
+    moves by exactly ``atom_displacement`` (Angstrom) in a direction of its own. Raises
+    ``MagusAnharmonicError`` when every draw makes atoms overlap.
     """
     shortest = shortest_distance(atoms)
     for _ in range(MAX_TRIES):
@@ -45,8 +50,9 @@ def distort(atoms: Atoms, rng: np.random.Generator, *, atom_displacement: float,
         if shortest_distance(distorted) >= CLOSEST * shortest:
             return distorted
     raise MagusAnharmonicError(
-        f"{atoms.get_chemical_formula()}: {MAX_TRIES} random distortions (displacement {atom_displacement:g} A, strain {strain:g}) "
-        f"all bring atoms nearer than {CLOSEST * shortest:.2f} A; lower learning.atom_displacement or learning.strain"
+        f"{atoms.get_chemical_formula()}: {MAX_TRIES} random distortions (displacement"
+        f" {atom_displacement:g} A, strain {strain:g}) all bring atoms nearer than"
+        f" {CLOSEST * shortest:.2f} A; lower learning.atom_displacement or learning.strain"
     )
 
 

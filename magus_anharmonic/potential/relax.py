@@ -45,35 +45,42 @@ def relax(
     kicks: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
-    """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the order of the input.
+    """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the
+    order of the input.
 
-    Every round evaluates all structures in flight in one call; those that have finished leave, and waiting ones enter.
-    Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in it) and do not count for convergence; a structure with
-    another constraint fails. The given Atoms are not changed, and one that is not periodic in three directions keeps its cell. A
-    structure's path does not depend on the others, except for the rounding of their common batches.
+    Every round evaluates all structures in flight in one call; those that have finished leave, and
+    waiting ones enter. Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in
+    it) and do not count for convergence; a structure with another constraint fails. The given Atoms
+    are not changed, and one that is not periodic in three directions keeps its cell. A structure's
+    path does not depend on the others, except for the rounding of their common batches.
 
     pressure, stress_tolerance
-        GPa, the pressure from -2000 to 2000; converged when the largest force is below ``force_tolerance`` (eV/A) and each component
-        of stress + P below this.
+        GPa, the pressure from -2000 to 2000; converged when the largest force is below
+        ``force_tolerance`` (eV/A) and each component of stress + P below this.
     max_move
         Longest step of an atom, Angstrom; also of each row of sqrt(N) times the strain.
     fix_symmetry
-        Keep the space group found at ``symprec`` (Angstrom); only of structures that are periodic in three directions.
+        Keep the space group found at ``symprec`` (Angstrom); only of structures that are periodic
+        in three directions.
     optimizer
-        ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2); ``bfgs``, quasi-Newton steps, a third
-        fewer but more often to a higher minimum; or ``fire``, damped dynamics: slower, and no harm where forces are rough. Several of
+        ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2);
+        ``bfgs``, quasi-Newton steps, a third fewer but more often to a higher minimum; or ``fire``,
+        damped dynamics: slower, and no harm where forces are rough. Several of
         them: each goes its own way from the start, the lowest end is kept.
     kicks
-        How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn, seeded by the structure) and relaxed
-        again, for each optimiser; the lowest is kept, and a relaxation ends as soon as it is not expected to get lower. Relaxations from
-        symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all together count for ``max_steps``.
+        How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn,
+        seeded by the structure) and relaxed again, for each optimiser; the lowest is kept, and a
+        relaxation ends as soon as it is not expected to get lower. Relaxations from symmetric
+        starts end on saddle points with every optimiser; this leaves them. The steps of all
+        together count for ``max_steps``.
     edges_in_flight
-        Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more wait. Default: eight batches
-        of the evaluator.
+        Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more
+        wait. Default: eight batches of the evaluator.
 
-    One bad structure stops no other: it comes back with ``failed`` and a reason. A result with species that the model was never
-    trained on says so in its reason, even where it has converged. Raises InputError for senseless arguments, and for an ASE calculator
-    whose forces or stress do not belong to its energies (`calculator_check`).
+    One bad structure stops no other: it comes back with ``failed`` and a reason. A result with
+    species that the model was never trained on says so in its reason, even where it has converged.
+    Raises InputError for senseless arguments, and for an ASE calculator whose forces or stress do
+    not belong to its energies (`calculator_check`).
     """
     options = checked(
         pressure=pressure,
@@ -95,7 +102,9 @@ def relax(
         first = next((atoms for atoms in structures if not senseless(atoms)), None)
         if first is not None:
             check_calculator(evaluator, first, stress=relax_cell)
-        for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
+        for index, way in _finished(
+            evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress
+        ):
             results[index] = _with_note(way.result(), evaluator)
     return [results[index] for index in range(len(structures))]
 
@@ -104,7 +113,10 @@ def _warn_of_open_ones(structures: Sequence[Atoms], fix_symmetry: bool) -> None:
     open_ones = sum(not atoms.pbc.all() for atoms in structures) if fix_symmetry else 0
     if open_ones:
         logger.warning(
-            "fix_symmetry: %d of %d structures are not periodic in three directions and relax without it", open_ones, len(structures)
+            "fix_symmetry: %d of %d structures are not periodic in three directions and relax"
+            " without it",
+            open_ones,
+            len(structures),
         )
 
 
@@ -114,7 +126,11 @@ def _with_note(result: Relaxation, evaluator: Evaluator) -> Relaxation:
     unseen = sorted(set(result.atoms.numbers.tolist()) - set(seen)) if seen is not None else []
     if not unseen:
         return result
-    note = f"the model was never trained on {', '.join(chemical_symbols[number] for number in unseen)}: its numbers mean nothing there"
+    note = (
+        "the model was never trained on"
+        f" {', '.join(chemical_symbols[number] for number in unseen)}: its numbers mean nothing"
+        " there"
+    )
     return replace(result, reason="; ".join(filter(None, (result.reason, note))))
 
 
@@ -124,9 +140,14 @@ def _capacity(evaluator: Evaluator) -> int:
 
 
 def _finished(
-    evaluator: Evaluator, structures: Sequence[Atoms], options: Options, capacity: int, progress: _Progress
+    evaluator: Evaluator,
+    structures: Sequence[Atoms],
+    options: Options,
+    capacity: int,
+    progress: _Progress,
 ) -> Iterator[tuple[int, Way]]:
-    """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one structure, are in flight at a time."""
+    """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one
+    structure, are in flight at a time."""
     flying: dict[int, Way] = {}
     waiting, entered = iter(enumerate(structures)), 0
     while flying or entered < len(structures):
@@ -151,7 +172,9 @@ def _round(evaluator: Evaluator, ways: list[Way]) -> None:
     """One step of every structure in flight."""
     trials = [(way, way.attempt(way.propose)) for way in ways]
     usable = [(way, atoms) for way, atoms in trials if atoms is not None]
-    for (way, _), result in zip(usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True):
+    for (way, _), result in zip(
+        usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True
+    ):
         way.attempt(way.receive, result)
     for way in ways:
         way.attempt(way.judge)
@@ -160,7 +183,8 @@ def _round(evaluator: Evaluator, ways: list[Way]) -> None:
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
     """Energy, forces and stress of each structure, or the reason why there is none.
 
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer. Trouble of the machine is raised.
+    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
+    Trouble of the machine is raised.
     """
     if not structures:
         return []
@@ -172,7 +196,9 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result
         if len(structures) == 1:
             logger.debug("evaluation of %s failed", structures[0], exc_info=True)
             # alone it is number 0, which is not its number among the structures of `relax`
-            text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
+            text = re.sub(
+                r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: ")
+            )
             return [" ".join(text.split()) or type(error).__name__]
         found = None
     if found is None:
@@ -180,12 +206,15 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result
         return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
     results: list[Result | str] = []
     for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
-        results.append(_senseless_numbers(energy, forces, stress) or (float(energy), forces, stress))
+        results.append(
+            _senseless_numbers(energy, forces, stress) or (float(energy), forces, stress)
+        )
     return results
 
 
 def _senseless_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
-    """What is wrong with a result, or an empty string; one without any stress will do while the cell is fixed (`Way.receive`)."""
+    """What is wrong with a result, or an empty string; one without any stress will do while the
+    cell is fixed (`Way.receive`)."""
     largest = {"energy": abs(energy), "forces": np.abs(forces).max(initial=0.0)}
     largest |= {} if np.isnan(stress).all() else {"stress": np.abs(stress).max()}
     if not np.isfinite(list(largest.values())).all():
@@ -210,6 +239,17 @@ class _Progress:
             return
         self.last = now
         spent = now - self.begun
-        done, rest = (self.finished, remaining) if self.finished else (self.rounds, max(self.max_steps - self.rounds, 1))
+        done, rest = (
+            (self.finished, remaining)
+            if self.finished
+            else (self.rounds, max(self.max_steps - self.rounds, 1))
+        )
         left = time_left(spent, done, rest)
-        logger.info("relaxed %d of %d structures, %d rounds, %.0f s, %s", self.finished, self.total, self.rounds, spent, left)
+        logger.info(
+            "relaxed %d of %d structures, %d rounds, %.0f s, %s",
+            self.finished,
+            self.total,
+            self.rounds,
+            spent,
+            left,
+        )

@@ -12,7 +12,15 @@ from ase import Atoms
 
 from magus_anharmonic.errors import is_trouble, one_line
 from magus_anharmonic.potential.graph import expected_pairs
-from magus_anharmonic.potential.guards import APART_AT_START, BOND_RANGE, CellGuard, isolated, n_pieces, overlap, senseless
+from magus_anharmonic.potential.guards import (
+    APART_AT_START,
+    BOND_RANGE,
+    CellGuard,
+    isolated,
+    n_pieces,
+    overlap,
+    senseless,
+)
 from magus_anharmonic.potential.optimizers import Options
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
@@ -21,7 +29,11 @@ from magus_anharmonic.units import ev_per_a3_to_gpa
 
 logger = logging.getLogger(__name__)
 
-KICKS = (0.2, 0.35, 0.5)  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
+KICKS = (
+    0.2,
+    0.35,
+    0.5,
+)  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
 NEAR_MINIMUM = 1.0  # eV/A
 FREE_STEPS = 12  # after a kick, before its Hessian is believed
 DECREASE_MARGIN = 5.0  # on what a Hessian from few steps expects
@@ -35,9 +47,9 @@ T = TypeVar("T")
 class Relaxation:
     """The end of one relaxation.
 
-    atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3) eV/A; stress (3, 3) eV/A^3 in
-    ASE's sign. ``failed`` structures must not be used, ``reason`` says why (or why one has not converged); n_steps counts
-    evaluations.
+    atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3)
+    eV/A; stress (3, 3) eV/A^3 in ASE's sign. ``failed`` structures must not be used, ``reason``
+    says why (or why one has not converged); n_steps counts evaluations.
     """
 
     atoms: Atoms
@@ -52,7 +64,8 @@ class Relaxation:
 
 
 class Way:
-    """The way of one structure, a `Trajectory` for each optimiser, with its end: converged, failed, or out of steps."""
+    """The way of one structure, a `Trajectory` for each optimiser, with its end: converged, failed,
+    or out of steps."""
 
     def __init__(self, atoms: Atoms, options: Options) -> None:
         self.options = options
@@ -75,11 +88,14 @@ class Way:
         self.held = held_atoms(given)
         projected = options.fix_symmetry and self.atoms.pbc.all()
         self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
-        self.rng = np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
+        self.rng = (
+            np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
+        )
         self._next_optimizer()
 
     def attempt(self, action: Callable[..., T], *arguments: object) -> T | None:
-        """Call a method of this way; what it raises ends this relaxation and no other, unless it is trouble of the machine."""
+        """Call a method of this way; what it raises ends this relaxation and no other, unless it is
+        trouble of the machine."""
         try:
             return action(*arguments)
         except Exception as error:
@@ -97,7 +113,13 @@ class Way:
         """Begin at the start with the next of the optimisers."""
         options = self.options
         self.trajectory = Trajectory(
-            self.atoms, options.pressure, options.max_move, options.relax_cell, self.projector, self.waiting.pop(0), self.held
+            self.atoms,
+            options.pressure,
+            options.max_move,
+            options.relax_cell,
+            self.projector,
+            self.waiting.pop(0),
+            self.held,
         )
         self.isolated = isolated(self.trajectory.start)
         self.n_pieces = n_pieces(self.trajectory.start, APART_AT_START)
@@ -112,7 +134,8 @@ class Way:
         return expected_pairs(self.trajectory.structure(), BOND_RANGE)
 
     def propose(self) -> Atoms | None:
-        """The next structure to evaluate; None when the step led to overlapping atoms (the next step is shorter)."""
+        """The next structure to evaluate; None when the step led to overlapping atoms (the next
+        step is shorter)."""
         assert self.trajectory is not None
         self.n_steps += 1
         atoms = self.trajectory.propose()
@@ -124,7 +147,11 @@ class Way:
 
     def receive(self, result: Result | str) -> None:
         assert self.trajectory is not None
-        if not isinstance(result, str) and self.trajectory.relax_cell and not np.isfinite(result[2]).all():
+        if (
+            not isinstance(result, str)
+            and self.trajectory.relax_cell
+            and not np.isfinite(result[2]).all()
+        ):
             result = "there is no stress, which a variable cell needs"
         if not isinstance(result, str):
             if self.trajectory.receive(*result):
@@ -136,7 +163,8 @@ class Way:
             self.reason = result
 
     def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
-        """The end, another kick or the next optimiser; a search that fails does not spoil a minimum that was found before it."""
+        """The end, another kick or the next optimiser; a search that fails does not spoil a minimum
+        that was found before it."""
         if converged:
             self._keep_lower()
         if self.kept is not None:
@@ -181,7 +209,8 @@ class Way:
             self._finish()
 
     def _hopeless(self) -> bool:
-        """After a kick: near a minimum that is not expected to be lower than the one that it was kicked from."""
+        """After a kick: near a minimum that is not expected to be lower than the one that it was
+        kicked from."""
         way = self.trajectory
         if self.lowest is None or way is None or way.point is None:
             return False
@@ -208,14 +237,23 @@ class Way:
             self._end(f"every step fails: {self.reason}", failed=True)
         else:
             force, stress = self.trajectory.residual()
-            cause = "no step lowers the enthalpy" if self.trajectory.stuck else f"not converged after {self.n_steps} steps"
-            self._end(f"{cause} (largest force {force:.3g} eV/A, stress off by {ev_per_a3_to_gpa(stress):.3g} GPa)")
+            cause = (
+                "no step lowers the enthalpy"
+                if self.trajectory.stuck
+                else f"not converged after {self.n_steps} steps"
+            )
+            self._end(
+                f"{cause} (largest force {force:.3g} eV/A, stress off by"
+                f" {ev_per_a3_to_gpa(stress):.3g} GPa)"
+            )
 
     def _dissolved(self, atoms: Atoms) -> str:
         if lost := sorted(isolated(atoms) - self.isolated):
             return f"dissolved: atom {lost[0]} has no neighbour within {BOND_RANGE:g} A any more"
         if n_pieces(atoms, BOND_RANGE) > self.n_pieces:
-            return f"dissolved: falls into pieces that are more than {BOND_RANGE:g} A from each other"
+            return (
+                f"dissolved: falls into pieces that are more than {BOND_RANGE:g} A from each other"
+            )
         return ""
 
     def result(self) -> Relaxation:
@@ -225,7 +263,15 @@ class Way:
         if self.kept is None:
             nothing = np.full((len(self.atoms), 3), np.nan)
             return Relaxation(
-                self.atoms, np.nan, np.nan, nothing, np.full((3, 3), np.nan), False, True, self.n_steps, self.reason or "never evaluated"
+                self.atoms,
+                np.nan,
+                np.nan,
+                nothing,
+                np.full((3, 3), np.nan),
+                False,
+                True,
+                self.n_steps,
+                self.reason or "never evaluated",
             )
         point, atoms = self.kept
         return Relaxation(

@@ -1,4 +1,5 @@
-"""How sure the order is: the three errors of a difference of G, and the probability of being the lowest."""
+"""How sure the order is: the three errors of a difference of G, and the probability of being the
+lowest."""
 
 from __future__ import annotations
 
@@ -10,11 +11,17 @@ import numpy as np
 
 from magus_anharmonic.ranking.candidate import Candidate, by_composition
 from magus_anharmonic.ranking.elimination import probability_lowest
-from magus_anharmonic.ranking.uncertainty import ModelErrors, ModelTerm, difference_error, model_errors
+from magus_anharmonic.ranking.uncertainty import (
+    ModelErrors,
+    ModelTerm,
+    difference_error,
+    model_errors,
+)
 from magus_anharmonic.structures import symbol_of
 
 FINITE_SIZE_PART = 0.5
-"""Of the finite-size terms' difference, as its error: the interpolation takes out the larger part of what it corrects."""
+"""Of the finite-size terms' difference, as its error: the interpolation takes out the larger part
+of what it corrects."""
 
 DRAWS = 2**15
 """Of the model's errors where phases share them: odds to 0.003."""
@@ -27,21 +34,27 @@ def with_odds(
     measured: Mapping[str, ModelTerm] | None = None,
     common: Callable[[Candidate, Candidate], float] = lambda one, other: 0.0,
 ) -> list[Candidate]:
-    """Fill in the difference of G to the lowest phase of the composition, its errors, and the odds; energies in eV/atom.
+    """Fill in the difference of G to the lowest phase of the composition, its errors, and the odds;
+    energies in eV/atom.
 
-    sampling : both standard errors together, less what ``common`` (the covariance of two free energies, eV^2/atom^2) says they
-    share; the odds take them as independent, which for candidates that share errors is on the safe side. finite size : half the
-    difference of the two interpolation terms, together with the spreads of both phases over supercells. model : see below.
-    Phases that another candidate stands for, estimates and failures get none.
+    sampling : both standard errors together, less what ``common`` (the covariance of two free
+    energies, eV^2/atom^2) says they share; the odds take them as independent, which for candidates
+    that share errors is on the safe side. finite size : half the difference of the two
+    interpolation terms, together with the spreads of both phases over supercells. model : see
+    below. Phases that another candidate stands for, estimates and failures get none.
 
-    The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it alone has) is measured: the error of
-    the difference is that of the two corrections together with their difference, which G itself does not contain, and the total odds
-    are those of the corrected G. Elsewhere it is what the model expects of itself over the two ensembles, what they share left out
-    (`model_errors`). Where a phase has no such estimate it is the expected error of its static energy, or ``model_error``, the
-    validation RMSE of the energy (None: unknown, and no total), an upper estimate. A phase without a measurement is taken to be shifted
-    as the measured ones are on average.
+    The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it
+    alone has) is measured: the error of the difference is that of the two corrections together with
+    their difference, which G itself does not contain, and the total odds are those of the corrected
+    G. Elsewhere it is what the model expects of itself over the two ensembles, what they share left
+    out (`model_errors`). Where a phase has no such estimate it is the expected error of its static
+    energy, or ``model_error``, the validation RMSE of the energy (None: unknown, and no total), an
+    upper estimate. A phase without a measurement is taken to be shifted as the measured ones are on
+    average.
     """
-    phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
+    phases = sorted(
+        (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
+    )
     terms = dict(zip((c.id for c in phases), model_terms(phases, measured or {}), strict=True))
     filled: dict[str, Candidate] = {}
     for block in by_composition(phases):
@@ -62,12 +75,20 @@ def _with_odds(
     odds = probability_lowest(gibbs, sampling)
     shift = _shifts(terms)
     errors = model_errors(phases, terms, model_error)
-    total = _total_odds(np.add(gibbs, shift), np.hypot(sampling, finite), errors) if errors.known else None
+    total = (
+        _total_odds(np.add(gibbs, shift), np.hypot(sampling, finite), errors)
+        if errors.known
+        else None
+    )
     return {
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
-            difference_sampling=0.0 if c is best else difference_error(_number(c.gibbs_error), _number(best.gibbs_error), common(c, best)),
+            difference_sampling=0.0
+            if c is best
+            else difference_error(
+                _number(c.gibbs_error), _number(best.gibbs_error), common(c, best)
+            ),
             difference_finite_size=finite[place],
             difference_model=_with_shift(errors.of_difference(place, 0), shift[place] - shift[0]),
             model_correction=None if term is None else term.correction,
@@ -79,13 +100,20 @@ def _with_odds(
     }
 
 
-def model_terms(phases: Sequence[Candidate], measured: Mapping[str, ModelTerm]) -> list[ModelTerm | None]:
-    """The measured term of each phase: by its id, by that of its run, or by a space-group symbol that no other phase has."""
+def model_terms(
+    phases: Sequence[Candidate], measured: Mapping[str, ModelTerm]
+) -> list[ModelTerm | None]:
+    """The measured term of each phase: by its id, by that of its run, or by a space-group symbol
+    that no other phase has."""
     symbols = [symbol_of(c.spg_quantum) for c in phases]
     found: list[ModelTerm | None] = []
     for c, symbol in zip(phases, symbols, strict=True):
         alone = symbol if symbols.count(symbol) == 1 else ""
-        found.append(next((measured[key] for key in (c.id, c.record, alone) if key and key in measured), None))
+        found.append(
+            next(
+                (measured[key] for key in (c.id, c.record, alone) if key and key in measured), None
+            )
+        )
     return found
 
 
@@ -96,7 +124,8 @@ def _shifts(terms: Sequence[ModelTerm | None]) -> list[float]:
 
 
 def _total_odds(gibbs: np.ndarray, others: np.ndarray, errors: ModelErrors) -> np.ndarray:
-    """Odds to be the lowest with the errors by sampling and size (``others``) and those of the model, (n,)."""
+    """Odds to be the lowest with the errors by sampling and size (``others``) and those of the
+    model, (n,)."""
     widths = np.hypot(others, errors.own)
     if errors.independent:
         return probability_lowest(gibbs, widths)
@@ -111,7 +140,9 @@ def _with_shift(error: float | None, shift: float) -> float | None:
 
 def _finite_size_error(one: Candidate, other: Candidate) -> float:
     by_interpolation = FINITE_SIZE_PART * abs(_number(one.finite_size) - _number(other.finite_size))
-    return math.hypot(by_interpolation, _number(one.duplicate_spread), _number(other.duplicate_spread))
+    return math.hypot(
+        by_interpolation, _number(one.duplicate_spread), _number(other.duplicate_spread)
+    )
 
 
 def _number(value: float | None) -> float:

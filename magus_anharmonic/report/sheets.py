@@ -1,4 +1,5 @@
-"""Tables as a report reads them: whatever the file holds is shown or named as a problem, and never ends the report."""
+"""Tables as a report reads them: whatever the file holds is shown or named as a problem, and never
+ends the report."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class Sheet:
 def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
     """Rows of a CSV file one by one, every cell a text without surrounding spaces.
 
-    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of the ``needed`` ones.
+    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of
+    the ``needed`` ones.
     """
     with table_rows(path, shown=path.name, restkey="") as reader:
         if not reader.fieldnames:
@@ -44,9 +46,15 @@ def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str
         names = [name.strip() for name in reader.fieldnames]
         absent = [name for name in needed if name not in names]
         if absent:
-            raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
+            raise InputError(
+                f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}"
+            )
         for line in reader:
-            yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
+            yield {
+                str(name).strip(): (line.get(name) or "").strip()
+                for name in reader.fieldnames
+                if name
+            }
 
 
 def read_sheet(path: Path, limit: int | None = None) -> Sheet:
@@ -77,7 +85,8 @@ def number(text: str | None) -> float | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is something else."""
+    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is
+    something else."""
     if not path.is_file():
         return {}
     try:
@@ -87,7 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut short by a kill do not count."""
+    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut
+    short by a kill do not count."""
     if not path.is_file():
         return [], 0
     last: deque[dict[str, Any]] = deque(maxlen=limit)

@@ -2,17 +2,20 @@
 
 The engine ``native``: self-consistent steps on reweighted averages, with Anderson acceleration.
 
-At the minimum the force on the centroids vanishes and the force constants equal the average curvature <d2V> (Bianco et
-al., PRB 96, 014111 (2017), doi:10.1103/PhysRevB.96.014111). A step is Phi + (<d2V> - Phi), R + Phi^-1 f: for weak
-anharmonicity Newton's, and what is missing is learned from the steps before (Anderson 1965, doi:10.1145/321296.321305;
-the plain iteration oscillates or diverges in double wells). Lengths are measured by the decrease of the free energy that
-a residual promises, so that eV/A^2 and Angstrom compare. A step that would make a mode imaginary or soft by too much, or
-leave too few effective configurations, is shortened; once the sample is used up there, the minimisation ends.
+At the minimum the force on the centroids vanishes and the force constants equal the average
+curvature <d2V> (Bianco et al., PRB 96, 014111 (2017), doi:10.1103/PhysRevB.96.014111). A step is
+Phi + (<d2V> - Phi), R + Phi^-1 f: for weak anharmonicity Newton's, and what is missing is learned
+from the steps before (Anderson 1965, doi:10.1145/321296.321305; the plain iteration oscillates or
+diverges in double wells). Lengths are measured by the decrease of the free energy that a residual
+promises, so that eV/A^2 and Angstrom compare. A step that would make a mode imaginary or soft by
+too much, or leave too few effective configurations, is shortened; once the sample is used up there,
+the minimisation ends.
 
 The engines: who minimises the free energy on the ensembles at hand. One entry in `ENGINES` each.
 
-An engine is a function ``(populations, symmetry, min_effective_sample=..., log=...) -> Minimised`` of the evaluated
-populations of one cell, oldest first; the minimisation starts from the state of the last.
+An engine is a function ``(populations, symmetry, min_effective_sample=..., log=...) -> Minimised``
+of the evaluated populations of one cell, oldest first; the minimisation starts from the state of
+the last.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ HISTORY = 6
 SOFTEST = 0.1
 """Part of its lowest squared frequency that a step must leave."""
 WORSE = 4.0
-"""A step after which this many times the decrease is promised was a bad one: back, and shorter ones from there."""
+"""A step after which this many times the decrease is promised was a bad one: back, and shorter ones
+from there."""
 SMALLEST_DAMPING = 0.1
 SHORTEST = 0.003
 """Part of a step below which the sample counts as used up."""
@@ -59,24 +63,32 @@ def minimise(
     decrease: float = DECREASE,
     target: SschaState | None = None,
 ) -> Minimised:
-    """Minimise F in centroids and force constants at fixed cell on the populations that are of the last one's cell.
+    """Minimise F in centroids and force constants at fixed cell on the populations that are of the
+    last one's cell.
 
-    Ends where a full step promises less than ``decrease`` (eV/atom), or where the effective number of configurations
-    falls to ``min_effective_sample`` times the size of the last population. ``log`` is not used. ``target``: where to start, perhaps
-    with other masses than the populations (default: the last one's state). Raises ``SschaError`` when the averages of the very first
-    state are not finite.
+    Ends where a full step promises less than ``decrease`` (eV/atom), or where the effective number
+    of configurations falls to ``min_effective_sample`` times the size of the last population.
+    ``log`` is not used. ``target``: where to start, perhaps with other masses than the populations
+    (default: the last one's state). Raises ``SschaError`` when the averages of the very first state
+    are not finite.
     """
     pool = Pool(populations, target)
     needed = min_effective_sample * pool.sizes[-1]
     point = first = _Point.at(pool, pool.own, symmetry)
     if not np.isfinite(point.promised) or not pool.own.spectrum.lowest > 0:
-        raise SschaError("native: the free energy, its gradient or a frequency of the first state is not a usable number")
+        raise SschaError(
+            "native: the free energy, its gradient or a frequency of the first state is not a"
+            " usable number"
+        )
     memory = _Memory(_Metric(pool.own.spectrum))
     n_steps, damping, converged = 1, 1.0, point.promised < decrease * len(pool.masses)
     while not converged and n_steps < STEPS:
         trial, part = _shortened(pool, point.trial, damping * memory.step(point), needed)
         if trial is None and n_steps == 1:
-            raise SschaError("native: the effective sample size collapses with every step; more configurations may help")
+            raise SschaError(
+                "native: the effective sample size collapses with every step; more configurations"
+                " may help"
+            )
         if trial is None:
             break
         found = _Point.at(pool, trial, symmetry)
@@ -96,7 +108,8 @@ def minimise(
 
 @dataclass(frozen=True)
 class _Point:
-    """A trial, its averages, the symmetrised self-consistent step, and the decrease it promises (eV per primitive cell)."""
+    """A trial, its averages, the symmetrised self-consistent step, and the decrease it promises (eV
+    per primitive cell)."""
 
     trial: Trial
     averages: Reweighted
@@ -109,13 +122,27 @@ class _Point:
         averages = pool.at(trial)
         curvature = without_translations(averages.curvature)
         if len(symmetry) > 1:
-            curvature = without_translations(pool.reciprocal.matrices(symmetry.force_constants(pool.reciprocal.compact(curvature))))
+            curvature = without_translations(
+                pool.reciprocal.matrices(
+                    symmetry.force_constants(pool.reciprocal.compact(curvature))
+                )
+            )
         force = symmetry.vectors(averages.force)
         shift_step = (_compliance(trial.spectrum) @ force.ravel()).reshape(-1, 3)
         inside = trial.spectrum.in_modes(curvature)
         response = variance_response(np.abs(trial.spectrum.quantum), trial.spectrum.temperature)
-        by_matrices = float(pool.reciprocal.weights @ (np.abs(inside) ** 2 * response).sum(axis=(1, 2))) / 4.0 / pool.reciprocal.n_cells
-        return cls(trial, averages, shift_step, curvature, by_matrices + 0.5 * float(np.vdot(force, shift_step)))
+        by_matrices = (
+            float(pool.reciprocal.weights @ (np.abs(inside) ** 2 * response).sum(axis=(1, 2)))
+            / 4.0
+            / pool.reciprocal.n_cells
+        )
+        return cls(
+            trial,
+            averages,
+            shift_step,
+            curvature,
+            by_matrices + 0.5 * float(np.vdot(force, shift_step)),
+        )
 
 
 def _compliance(spectrum: Spectrum) -> np.ndarray:
@@ -123,7 +150,9 @@ def _compliance(spectrum: Spectrum) -> np.ndarray:
     squares = (spectrum.quantum[0] / HBAR) ** 2
     scaled = spectrum.vectors[0].real / spectrum.root_mass[:, None]
     inverse = (scaled * np.where(spectrum.real[0], 1.0 / squares, 0.0)) @ scaled.T
-    projector = np.eye(len(inverse)) - np.tile(np.eye(3), (len(inverse) // 3,) * 2) * (3.0 / len(inverse))
+    projector = np.eye(len(inverse)) - np.tile(np.eye(3), (len(inverse) // 3,) * 2) * (
+        3.0 / len(inverse)
+    )
     return projector @ inverse @ projector
 
 
@@ -134,11 +163,14 @@ def _pack(shift: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 
 def _unpack(vector: np.ndarray, like: Trial) -> tuple[np.ndarray, np.ndarray]:
     size = like.shift.size
-    return vector[:size].reshape(like.shift.shape), vector[size:].view(like.matrices.dtype).reshape(like.matrices.shape)
+    return vector[:size].reshape(like.shift.shape), vector[size:].view(like.matrices.dtype).reshape(
+        like.matrices.shape
+    )
 
 
 class _Metric:
-    """Makes of a packed change a vector whose square is about the decrease of F that such a residual promises."""
+    """Makes of a packed change a vector whose square is about the decrease of F that such a
+    residual promises."""
 
     def __init__(self, spectrum: Spectrum) -> None:
         weights = spectrum.reciprocal.weights
@@ -149,11 +181,14 @@ class _Metric:
         self._centroid = (spectrum.vectors[0].real * spectrum.root_mass[:, None] * springs).T
 
     def __call__(self, shift: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-        return _pack(self._centroid @ shift.ravel(), self._spectrum.in_modes(matrices) * self._scale)
+        return _pack(
+            self._centroid @ shift.ravel(), self._spectrum.in_modes(matrices) * self._scale
+        )
 
 
 class _Memory:
-    """Anderson acceleration: the last changes of the trial, and how the residual (the plain step) changed with them."""
+    """Anderson acceleration: the last changes of the trial, and how the residual (the plain step)
+    changed with them."""
 
     def __init__(self, metric: _Metric) -> None:
         self._metric = metric
@@ -181,13 +216,18 @@ class _Memory:
         return residual - np.tensordot(factors, np.stack(self._moves), axes=1)
 
 
-def _shortened(pool: Pool, begin: Trial, step: np.ndarray, needed: float) -> tuple[Trial | None, float]:
-    """The step, or about the longest part of it that keeps the modes firm and enough of the sample; None when there is none."""
+def _shortened(
+    pool: Pool, begin: Trial, step: np.ndarray, needed: float
+) -> tuple[Trial | None, float]:
+    """The step, or about the longest part of it that keeps the modes firm and enough of the sample;
+    None when there is none."""
     change = _unpack(step, begin)
     enough = min(needed, pool.effective_sample(begin))
 
     def at(part: float) -> Trial | None:
-        trial = pool.trial(begin.shift + part * change[0], without_translations(begin.matrices + part * change[1]))
+        trial = pool.trial(
+            begin.shift + part * change[0], without_translations(begin.matrices + part * change[1])
+        )
         firm = trial.spectrum.lowest > np.sqrt(SOFTEST) * begin.spectrum.lowest
         return trial if firm and pool.effective_sample(trial) >= enough else None
 
@@ -198,11 +238,15 @@ def _shortened(pool: Pool, begin: Trial, step: np.ndarray, needed: float) -> tup
     for _ in range(BISECTIONS if best is not None and part < 1.0 else 0):
         middle = 0.5 * (part + too_long)
         longer = at(middle)
-        best, part, too_long = (longer, middle, too_long) if longer is not None else (best, part, middle)
+        best, part, too_long = (
+            (longer, middle, too_long) if longer is not None else (best, part, middle)
+        )
     return best, part
 
 
-def _result(pool: Pool, first: _Point, last: _Point, symmetry: Symmetry, n_steps: int, converged: bool) -> Minimised:
+def _result(
+    pool: Pool, first: _Point, last: _Point, symmetry: Symmetry, n_steps: int, converged: bool
+) -> Minimised:
     atoms = pool.reference.atoms.copy()
     atoms.positions = atoms.positions + last.trial.shift
     compact = symmetry.force_constants(pool.reciprocal.compact(last.trial.matrices))
@@ -211,7 +255,9 @@ def _result(pool: Pool, first: _Point, last: _Point, symmetry: Symmetry, n_steps
         effective_sample=last.averages.effective_sample / pool.sizes[-1],
         decrease=first.averages.helmholtz - last.averages.helmholtz,
         stress=symmetry.tensor(last.averages.stress),
-        fc_gradient=float(np.sqrt(pool.reciprocal.weights @ (np.abs(last.curvature) ** 2).sum(axis=(1, 2)))),
+        fc_gradient=float(
+            np.sqrt(pool.reciprocal.weights @ (np.abs(last.curvature) ** 2).sum(axis=(1, 2)))
+        ),
         centroid_gradient=float(np.linalg.norm(last.shift_step)),
         n_steps=n_steps,
         converged=converged,
@@ -225,10 +271,10 @@ Population = tuple[SschaState, Ensemble]
 class Minimised:
     """The state after the minimisation, and how it went.
 
-    effective_sample : effective sample size at the end over the number of configurations of the last population;
-    decrease : eV per primitive cell, on this sample; stress : (3, 3) eV/A^3 in ASE's sign, reweighted; fc_gradient,
-    centroid_gradient : moduli of the preconditioned gradients (eV/A^2, A); converged : ended at its own criterion, not
-    because the sample was used up.
+    effective_sample : effective sample size at the end over the number of configurations of the
+    last population; decrease : eV per primitive cell, on this sample; stress : (3, 3) eV/A^3 in
+    ASE's sign, reweighted; fc_gradient, centroid_gradient : moduli of the preconditioned gradients
+    (eV/A^2, A); converged : ended at its own criterion, not because the sample was used up.
     """
 
     state: SschaState
@@ -244,7 +290,14 @@ class Minimised:
 class Engine(Protocol):
     """See the module."""
 
-    def __call__(self, populations: Sequence[Population], symmetry: Symmetry, *, min_effective_sample: float, log: Path) -> Minimised: ...
+    def __call__(
+        self,
+        populations: Sequence[Population],
+        symmetry: Symmetry,
+        *,
+        min_effective_sample: float,
+        log: Path,
+    ) -> Minimised: ...
 
 
 ENGINES = {

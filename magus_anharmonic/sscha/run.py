@@ -1,6 +1,8 @@
-"""One SSCHA run, population by population: for whoever decides after each one whether it deserves more.
+"""One SSCHA run, population by population: for whoever decides after each one whether it deserves
+more.
 
-Every population is a fresh ensemble of the state it was drawn from, so that its averages are free of the bias of the
+Every population is a fresh ensemble of the state it was drawn from, so that its averages are free
+of the bias of the
 minimisation: that bias (low, by about free parameters over configurations) shows in no error bar.
 """
 
@@ -19,13 +21,34 @@ from magus_anharmonic.sscha.begin import begin_run, same_gaussian
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
-from magus_anharmonic.sscha.identity import EXACT, SIGMAS, SURE, Higher, Question, higher_symmetries, symmetrised, undecided
+from magus_anharmonic.sscha.identity import (
+    EXACT,
+    SIGMAS,
+    SURE,
+    Higher,
+    Question,
+    higher_symmetries,
+    symmetrised,
+    undecided,
+)
 from magus_anharmonic.sscha.result import RunFolder, SschaResult
 from magus_anharmonic.sscha.sampling import draw, evaluated
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, Start, floor_modes, nearest_neighbour
+from magus_anharmonic.sscha.start import (
+    LARGEST_AMPLITUDE_LATER,
+    Start,
+    floor_modes,
+    nearest_neighbour,
+)
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import SIGNIFICANT, Progress, Task, finished_result, gibbs_energy, unconverged
+from magus_anharmonic.sscha.task import (
+    SIGNIFICANT,
+    Progress,
+    Task,
+    finished_result,
+    gibbs_energy,
+    unconverged,
+)
 from magus_anharmonic.sscha.warnings import MELTED, lindemann_ratios, melted
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
@@ -37,35 +60,43 @@ SAMPLING_TAG = 7319
 VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
-"""Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
+"""Nearest-neighbour distance of an atom over that at the start, outside of which a run has
+failed."""
 TOGETHER = 8
 """Most populations of one cell that a minimisation uses."""
 KEEP_CELL = 0.5
-"""Part of the tolerances of energy and strain: with less than that left, or less than noise, the cell stays, so that the populations
-can be used together."""
+"""Part of the tolerances of energy and strain: with less than that left, or less than noise, the
+cell stays, so that the populations can be used together."""
 APPROACH = 0.25
-"""Part of ``n_configs`` of a population that only shows the way: the first, and those after a minimisation that used its
-sample up before it got to the minimum."""
+"""Part of ``n_configs`` of a population that only shows the way: the first, and those after a
+minimisation that used its sample up before it got to the minimum."""
 SMALLEST_APPROACH = (20, 100)
-"""Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the cell without symmetry (a
-force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
+"""Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the
+cell without symmetry (a force component has to determine an eighth of a force constant), divided by
+the operations; not outside of these two."""
 QUESTIONS = 4
 """Most populations that decide between two phases."""
 RATIO = "lindemann_ratio"
 """Column of ``convergence.csv``: the largest of the state's."""
 USED_UP = 1.2
-"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
+"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its
+sample."""
 
 
 class SschaRun:
-    """A run that can be stopped after any population and finished, or left and taken up again from its folder.
+    """A run that can be stopped after any population and finished, or left and taken up again from
+    its folder.
 
-    state : that of the last population (before the first: the start). averages : of the last population. reason : why the
-    last population does not end the run, empty when it does. progress : the table and the free energies so far.
+    state : that of the last population (before the first: the start). averages : of the last
+    population. reason : why the last population does not end the run, empty when it does. progress
+    : the table and the free energies so far.
     """
 
-    def __init__(self, task: Task, evaluator: Evaluator, folder: RunFolder, progress: Progress | None = None) -> None:
-        """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError`` as `begin_run` does."""
+    def __init__(
+        self, task: Task, evaluator: Evaluator, folder: RunFolder, progress: Progress | None = None
+    ) -> None:
+        """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError``
+        as `begin_run` does."""
         self._began = time.perf_counter()
         self.task, self.folder = task, folder
         self._evaluator = evaluator
@@ -81,7 +112,8 @@ class SschaRun:
         self._numbers: list[list[int]] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
         self._limited = False
-        # another model's minimum is near, but not this one's: its first population only shows the way too
+        # another model's minimum is near, but not this one's: its first population only shows the
+        # way too
         self._far = task.start is None or task.configurations is not None
         self._approach = False
         self._size = 0
@@ -115,15 +147,19 @@ class SschaRun:
     def precise(self) -> bool:
         """Whether the sampling error of G is as small as ``error_tolerance`` asks."""
         tolerance = self.task.settings.error_tolerance
-        return tolerance is None or (bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance)
+        return tolerance is None or (
+            bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance
+        )
 
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
-        """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
+        """Minimise on the populations so far, then draw and average the next one, of ``n_configs``
+        (default: as many as the settings say).
 
-        A run that has converged, but for the question which phase it is, stays where it is: the next population is one more of the
-        same state, and is averaged with the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises
-        ``SschaError`` when the crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite;
-        what was done before stays in ``progress``.
+        A run that has converged, but for the question which phase it is, stays where it is: the
+        next population is one more of the same state, and is averaged with the last, so that the
+        error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the
+        crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are
+        not finite; what was done before stays in ``progress``.
         """
         self._requests.append(n_configs)
         if self.averages is not None and (self.converged or self._once_more):
@@ -142,7 +178,8 @@ class SschaRun:
         return self._average(ensemble)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
-        """The result. With ``n_configs`` one more ensemble first: of the same state, and both together where the run has converged."""
+        """The result. With ``n_configs`` one more ensemble first: of the same state, and both
+        together where the run has converged."""
         if n_configs is not None or self.averages is None:
             self.advance(n_configs)
         assert self.averages is not None
@@ -151,18 +188,30 @@ class SschaRun:
             raise SschaError(loose)
         reason = "; ".join(filter(None, ("" if self._open else self.reason, loose)))
         group = self._open or self._group
-        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, group, self._began)
+        result = finished_result(
+            self.task,
+            self.state,
+            self.averages,
+            self.progress,
+            self.start,
+            reason,
+            group,
+            self._began,
+        )
         if self._open and result.converged:
             result = replace(result, reason=self.reason)
         self.folder.write_result(result)
         return result
 
     def _missing(self) -> int:
-        """Configurations that bring the error of G below ``error_tolerance``, as far as ``n_configs`` allows."""
+        """Configurations that bring the error of G below ``error_tolerance``, as far as
+        ``n_configs`` allows."""
         tolerance, most = self.task.settings.error_tolerance, self.task.settings.n_configs
         if tolerance is None:
             return most
-        wanted = len(self._populations[-1][1].energies) * (1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0)
+        wanted = len(self._populations[-1][1].energies) * (
+            1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0
+        )
         return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH[0], most), most)) // 2)
 
     def _more(self, n_configs: int) -> dict[str, Any]:
@@ -192,14 +241,20 @@ class SschaRun:
         return begin
 
     def _minimise(self) -> None:
-        """Move the state: centroids and force constants by the engine, the cell by the stress response."""
+        """Move the state: centroids and force constants by the engine, the cell by the stress
+        response."""
         settings = self.task.settings
         minimised = engine(settings.engine)(
-            self._populations, self.symmetry, min_effective_sample=settings.min_effective_sample, log=self.folder.log
+            self._populations,
+            self.symmetry,
+            min_effective_sample=settings.min_effective_sample,
+            log=self.folder.log,
         )
         self.progress.rows[-1].update(_of_minimisation(minimised))
         self.folder.write_convergence(self.progress.rows)
-        log.debug("%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample)
+        log.debug(
+            "%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample
+        )
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         self._limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
@@ -209,23 +264,34 @@ class SschaRun:
             self._strain(self._cell, minimised.stress)
 
     def _strain(self, cell: CellStiffness, stress: np.ndarray) -> None:
-        """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is noise or not worth a new sample."""
+        """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is
+        noise or not worth a new sample."""
         assert self.averages is not None
         settings, n = self.task.settings, len(self.state.atoms)
         excess = cell.excess(stress)
         left = cell.compliance @ excess
-        gain = 0.5 * self.state.atoms.get_volume() * (excess @ left - np.sum(cell.compliance * self.averages.noise)) / n
+        gain = (
+            0.5
+            * self.state.atoms.get_volume()
+            * (excess @ left - np.sum(cell.compliance * self.averages.noise))
+            / n
+        )
         worth = gain > KEEP_CELL * max(settings.free_energy_tolerance, self.progress.gibbs[-1][1])
-        far = np.abs(left) > np.maximum(KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error)
+        far = np.abs(left) > np.maximum(
+            KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error
+        )
         step = cell.step(excess)
         if worth or np.any(far):
             self._predicted = (excess, step)
             compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
-            self.state = self.state.strained(cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3))
+            self.state = self.state.strained(
+                cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3)
+            )
             self._populations, self._numbers = [], []
 
     def _draw(self, n_configs: int) -> Ensemble:
-        """The next ensemble of the state: from the folder if it is there, else drawn and evaluated in one call."""
+        """The next ensemble of the state: from the folder if it is there, else drawn and evaluated
+        in one call."""
         number = self.n_populations + 1
         stored = self.folder.read_population(number, self.state)
         if stored is not None:
@@ -237,18 +303,27 @@ class SschaRun:
         return ensemble
 
     def _fresh(self, number: int, n_configs: int) -> Ensemble:
-        """An ensemble of the state: the first one from the configurations that another model left, as far as they go."""
+        """An ensemble of the state: the first one from the configurations that another model left,
+        as far as they go."""
         seed, what = [self.task.seed, number, SAMPLING_TAG], f"population {number}"
         earlier, begin = self.task.configurations, self.task.start
         if number > 1 or earlier is None or begin is None or not same_gaussian(begin, self.state):
             return draw(self.state, n_configs, seed, self._evaluator, what)
         first = evaluated(self.state, earlier[:n_configs], self._evaluator, what)
-        log.info("population 1: %d configurations of another model's run, evaluated again", len(first.energies))
+        log.info(
+            "population 1: %d configurations of another model's run, evaluated again",
+            len(first.energies),
+        )
         missing = n_configs - len(first.energies)
-        return joined([first, draw(self.state, missing, seed, self._evaluator, what)]) if missing else first
+        return (
+            joined([first, draw(self.state, missing, seed, self._evaluator, what)])
+            if missing
+            else first
+        )
 
     def _remember(self) -> None:
-        """What `_restore` needs besides the populations; the run goes on from here without going over them again."""
+        """What `_restore` needs besides the populations; the run goes on from here without going
+        over them again."""
         assert self.averages is not None
         cell = self._cell
         self.folder.write_progress(
@@ -270,20 +345,30 @@ class SschaRun:
         )
 
     def _restore(self) -> None:
-        """Take up a run after its last population; one that was kept in another way begins anew, on the populations it left."""
+        """Take up a run after its last population; one that was kept in another way begins anew, on
+        the populations it left."""
         stored = self.folder.read_progress()
         if stored is None or len(stored["rows"]) > self.task.settings.max_populations:
             return
         if stored["moved"]:
-            # the few runs that were moved onto another symmetry go over their populations again: there are two states to keep
+            # the few runs that were moved onto another symmetry go over their populations again:
+            # there are two states to keep
             for request in stored["requests"]:
                 self.advance(request)
             return
-        populations = [self.folder.read_together(numbers, self.state) for numbers in stored["together"]]
+        populations = [
+            self.folder.read_together(numbers, self.state) for numbers in stored["together"]
+        ]
         if not populations or None in populations:
             return
-        self._numbers, self._populations = stored["together"], [found for found in populations if found is not None]
-        self.progress.rows, self.progress.gibbs = stored["rows"], [(gibbs, error) for gibbs, error in stored["gibbs"]]
+        self._numbers, self._populations = (
+            stored["together"],
+            [found for found in populations if found is not None],
+        )
+        self.progress.rows, self.progress.gibbs = (
+            stored["rows"],
+            [(gibbs, error) for gibbs, error in stored["gibbs"]],
+        )
         self.progress.n_evaluations = stored["n_evaluations"]
         self.state, ensemble = self._populations[-1]
         if stored["cell"] is not None and self._cell is not None:
@@ -304,18 +389,30 @@ class SschaRun:
         self.progress.rows.append(row)
         self.folder.write_convergence(self.progress.rows)
         log.info(
-            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by %.2f meV/atom; ESS on the way %.2f",
-            number, self.task.settings.max_populations, row["gibbs_eV_per_atom"], row["error_eV_per_atom"],
-            row["pressure_GPa"], 1e3 * row["predicted_decrease_eV_per_atom"],
+            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by"
+            " %.2f meV/atom; ESS on the way %.2f",
+            number,
+            self.task.settings.max_populations,
+            row["gibbs_eV_per_atom"],
+            row["error_eV_per_atom"],
+            row["pressure_GPa"],
+            1e3 * row["predicted_decrease_eV_per_atom"],
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
-        )  # fmt: skip
+        )
         _require_crystal(self.state, self.start.state)
         # a state on the way may be too wide; two in a row are where the run goes
-        if number > 1 and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
+        if (
+            number > 1
+            and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED
+            and (reason := melted(self.state))
+        ):
             raise SschaError(reason)
         self.reason = unconverged(self.averages, self.progress, len(self.state.atoms), self.task)
         if self._limited:
-            limit = f"soft modes were kept from moving neighbours by more than {LARGEST_AMPLITUDE_LATER:g} of their distance"
+            limit = (
+                "soft modes were kept from moving neighbours by more than"
+                f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
+            )
             self.reason = "; ".join(filter(None, (self.reason, limit)))
         if self._approach and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
@@ -325,7 +422,8 @@ class SschaRun:
         return row
 
     def _identity(self, ensemble: Ensemble) -> str:
-        """What is open about the phase that a relaxed run is in, both answers in ``self._open``; empty once ``self._group`` is known."""
+        """What is open about the phase that a relaxed run is in, both answers in ``self._open``;
+        empty once ``self._group`` is known."""
         assert self.averages is not None
         if self._group:
             return ""
@@ -338,18 +436,30 @@ class SschaRun:
         if near:
             self._nearest, self._moved = near[-1], True
             self._open = undecided(mine, near[-1].group, near[-1].sigmas)
-            return f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be looked at"
+            return (
+                f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be"
+                " looked at"
+            )
         unsure = [one for one in higher if SIGMAS <= one.sigmas < SURE]
         if unsure and self._asked == 1:
             self._open = undecided(mine, unsure[0].group, unsure[0].sigmas)
-            return f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is to be seen again"
+            return (
+                f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is"
+                " to be seen again"
+            )
         self._group = mine
         return ""
 
     def _answer(self, question: Question, ensemble: Ensemble, mine: str) -> str:
-        """Whether the higher symmetry that the run was moved onto is a minimum of the free energy."""
+        """Whether the higher symmetry that the run was moved onto is a minimum of the free
+        energy."""
         sigmas = question.sigmas(self.state, ensemble)
-        log.info("%s: curvature towards %s is %.1f standard errors above zero", mine, question.group, sigmas)
+        log.info(
+            "%s: curvature towards %s is %.1f standard errors above zero",
+            mine,
+            question.group,
+            sigmas,
+        )
         self._open = undecided(question.group, mine, sigmas)
         if sigmas < -SIGMAS:
             self._back = question
@@ -377,7 +487,9 @@ class SschaRun:
         self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
         self._populations, self._numbers, self._question, self._back = [], [], None, None
 
-    def _learn(self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray) -> None:
+    def _learn(
+        self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray
+    ) -> None:
         """What the last step of the cell did to the stress, into the stiffness; once for a step."""
         found = average(self.state, ensemble, self.symmetry, cell=cell)
         # the stress before the step was an average over a population of about this size too
@@ -394,13 +506,14 @@ def _require_crystal(state: SschaState, begin: SschaState) -> None:
     worst = int(np.argmax(np.abs(np.log(neighbours))))
     if not NEIGHBOUR_LIMITS[0] < neighbours[worst] < NEIGHBOUR_LIMITS[1]:
         raise SschaError(
-            f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]}) "
-            f"is at {neighbours[worst]:.2f} times its distance at the start"
+            f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]})"
+            f" is at {neighbours[worst]:.2f} times its distance at the start"
         )
 
 
 def _row(number: int, state: SschaState, averages: Averages, progress: Progress) -> dict[str, Any]:
-    """One line of ``convergence.csv``; the four columns from ``effective_sample`` on are of the minimisation on this population, if any."""
+    """One line of ``convergence.csv``; the four columns from ``effective_sample`` on are of the
+    minimisation on this population, if any."""
     n = len(state.atoms)
     gibbs, error = progress.gibbs[-1]
     return {

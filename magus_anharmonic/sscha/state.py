@@ -1,7 +1,9 @@
-"""The SSCHA state: centroids, cell, auxiliary force constants, temperature; and what follows from it alone.
+"""The SSCHA state: centroids, cell, auxiliary force constants, temperature; and what follows from
+it alone.
 
-Force constants are compact: ``force_constants[R, a, b]`` is the 3x3 block (eV/A^2) between atom a of the first
-cell and atom b of cell R of the supercell. Supercell atoms are ordered cell by cell: index = R * n_atoms + a.
+Force constants are compact: ``force_constants[R, a, b]`` is the 3x3 block (eV/A^2) between atom a
+of the first cell and atom b of cell R of the supercell. Supercell atoms are ordered cell by cell:
+index = R * n_atoms + a.
 """
 
 from __future__ import annotations
@@ -12,12 +14,19 @@ from functools import cached_property
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, n_cells, supercell_matrix
+from magus_anharmonic.sscha.supercells import (
+    Repeats,
+    cell_index,
+    cell_offsets,
+    n_cells,
+    supercell_matrix,
+)
 from magus_anharmonic.units import HBAR, KELVIN
 
 
 def expand(compact: np.ndarray, repeats: Repeats) -> np.ndarray:
-    """Compact force constants (n_cells, n, n, 3, 3) to the full matrix (3 n_cells n, 3 n_cells n)."""
+    """Compact force constants (n_cells, n, n, 3, 3) to the full matrix (3 n_cells n, 3 n_cells
+    n)."""
     offsets = cell_offsets(repeats)
     n_cells, n = compact.shape[:2]
     difference = cell_index(offsets[None, :] - offsets[:, None], repeats)
@@ -32,11 +41,14 @@ def fold(full: np.ndarray, repeats: Repeats) -> np.ndarray:
     n = full.shape[0] // (3 * n_cells)
     blocks = full.reshape(n_cells, n, 3, n_cells, n, 3).transpose(0, 3, 1, 4, 2, 5)
     first = np.arange(n_cells)
-    return np.stack([blocks[first, cell_index(offsets + shift, repeats)].mean(axis=0) for shift in offsets])
+    return np.stack(
+        [blocks[first, cell_index(offsets + shift, repeats)].mean(axis=0) for shift in offsets]
+    )
 
 
 def fourier(compact: np.ndarray, repeats: Repeats, q: np.ndarray) -> np.ndarray:
-    """Force constants at ``q`` (m, 3; fractions of the reciprocal vectors): sum_R C(R) exp(2 pi i q.R), (m, 3n, 3n)."""
+    """Force constants at ``q`` (m, 3; fractions of the reciprocal vectors): sum_R C(R) exp(2 pi i
+    q.R), (m, 3n, 3n)."""
     n = compact.shape[1]
     phase = np.exp(2j * np.pi * np.asarray(q) @ cell_offsets(repeats).T)
     return np.einsum("qr,rabij->qaibj", phase, compact, optimize=True).reshape(len(q), 3 * n, 3 * n)
@@ -46,7 +58,9 @@ def inverse_fourier(dynamical: np.ndarray, repeats: Repeats, q: np.ndarray) -> n
     """The inverse of `fourier` on the q points of the supercell."""
     n = dynamical.shape[1] // 3
     phase = np.exp(-2j * np.pi * cell_offsets(repeats) @ np.asarray(q).T) / len(q)
-    return np.einsum("rq,qaibj->rabij", phase, dynamical.reshape(len(q), n, 3, n, 3), optimize=True).real
+    return np.einsum(
+        "rq,qaibj->rabij", phase, dynamical.reshape(len(q), n, 3, n, 3), optimize=True
+    ).real
 
 
 def coth(x: np.ndarray) -> np.ndarray:
@@ -55,9 +69,14 @@ def coth(x: np.ndarray) -> np.ndarray:
 
 
 def variance(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """<Q^2> in A^2 amu of an oscillator with quantum hbar*omega (eV): hbar/(2 omega) coth(hbar omega / 2kT)."""
+    """<Q^2> in A^2 amu of an oscillator with quantum hbar*omega (eV): hbar/(2 omega) coth(hbar
+    omega / 2kT)."""
     zero_point = HBAR**2 / (2.0 * quantum)
-    return zero_point if temperature == 0 else zero_point * coth(quantum / (2.0 * KELVIN * temperature))
+    return (
+        zero_point
+        if temperature == 0
+        else zero_point * coth(quantum / (2.0 * KELVIN * temperature))
+    )
 
 
 def oscillator_free_energy(quantum: np.ndarray, temperature: float) -> np.ndarray:
@@ -81,7 +100,8 @@ class Modes:
 
 @dataclass(frozen=True)
 class SschaState:
-    """Centroids and masses (``atoms``, one primitive cell), supercell, force constants (module docstring), K."""
+    """Centroids and masses (``atoms``, one primitive cell), supercell, force constants (module
+    docstring), K."""
 
     atoms: Atoms
     repeats: Repeats
@@ -95,7 +115,10 @@ class SschaState:
     @cached_property
     def supercell(self) -> Atoms:
         """The centroids repeated, cell by cell, in the order of the force constants."""
-        positions = self.atoms.positions[None] + (cell_offsets(self.repeats) @ self.atoms.cell.array)[:, None]
+        positions = (
+            self.atoms.positions[None]
+            + (cell_offsets(self.repeats) @ self.atoms.cell.array)[:, None]
+        )
         return Atoms(
             numbers=np.tile(self.atoms.numbers, self.n_cells),
             positions=positions.reshape(-1, 3),
@@ -116,12 +139,14 @@ class SschaState:
 
     @cached_property
     def covariance(self) -> np.ndarray:
-        """<u u> of the auxiliary density matrix (Eq. 3 of the paper), A^2, (3 n_supercell, 3 n_supercell)."""
+        """<u u> of the auxiliary density matrix (Eq. 3 of the paper), A^2, (3 n_supercell, 3
+        n_supercell)."""
         return self._from_modes(variance(self.modes.quantum, self.temperature), -0.5)
 
     @cached_property
     def square_root(self) -> np.ndarray:
-        """Matrix S with S S^T = covariance; unique, so that samples do not depend on the choice of eigenvectors."""
+        """Matrix S with S S^T = covariance; unique, so that samples do not depend on the choice of
+        eigenvectors."""
         return self._from_modes(np.sqrt(variance(self.modes.quantum, self.temperature)), -0.5, 0.0)
 
     @cached_property
@@ -129,19 +154,26 @@ class SschaState:
         """Pseudo-inverse of the covariance (Upsilon), 1/A^2."""
         return self._from_modes(1.0 / variance(self.modes.quantum, self.temperature), 0.5)
 
-    def _from_modes(self, weights: np.ndarray, left: float, right: float | None = None) -> np.ndarray:
+    def _from_modes(
+        self, weights: np.ndarray, left: float, right: float | None = None
+    ) -> np.ndarray:
         masses = np.repeat(self.supercell.get_masses(), 3)
         vectors = self.modes.vectors
         matrix = (vectors * weights) @ vectors.T
-        return masses[:, None] ** left * matrix * masses[None, :] ** (left if right is None else right)
+        return (
+            masses[:, None] ** left * matrix * masses[None, :] ** (left if right is None else right)
+        )
 
     @property
     def harmonic_free_energy(self) -> float:
         """Free energy of the auxiliary oscillators, eV per primitive cell."""
-        return float(oscillator_free_energy(self.modes.quantum, self.temperature).sum() / self.n_cells)
+        return float(
+            oscillator_free_energy(self.modes.quantum, self.temperature).sum() / self.n_cells
+        )
 
     def strained(self, strain: np.ndarray, shift: np.ndarray | float = 0.0) -> SschaState:
-        """The state with cell and centroids deformed by the symmetric ``strain`` (3, 3), then moved by ``shift`` (n, 3) A."""
+        """The state with cell and centroids deformed by the symmetric ``strain`` (3, 3), then moved
+        by ``shift`` (n, 3) A."""
         atoms = self.atoms.copy()
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
         atoms.positions += shift
@@ -149,8 +181,13 @@ class SschaState:
 
 
 def same_gaussian(one: SschaState, other: SschaState) -> bool:
-    """Whether configurations drawn from one state are as good as from the other: all that the density depends on agrees."""
-    if one.repeats != other.repeats or one.temperature != other.temperature or len(one.atoms) != len(other.atoms):
+    """Whether configurations drawn from one state are as good as from the other: all that the
+    density depends on agrees."""
+    if (
+        one.repeats != other.repeats
+        or one.temperature != other.temperature
+        or len(one.atoms) != len(other.atoms)
+    ):
         return False
     pairs = (
         (one.force_constants, other.force_constants),
@@ -161,14 +198,17 @@ def same_gaussian(one: SschaState, other: SschaState) -> bool:
 
 
 def normal_modes(full: np.ndarray, masses: np.ndarray) -> Modes:
-    """Modes of a force-constant matrix (eV/A^2) that obeys the acoustic sum rule; ``masses`` (n,) in amu."""
+    """Modes of a force-constant matrix (eV/A^2) that obeys the acoustic sum rule; ``masses`` (n,)
+    in amu."""
     root = np.sqrt(np.repeat(masses, 3))
     translations = np.zeros((len(root), 3))
     for axis in range(3):
         translations[axis::3, axis] = root[axis::3]
     translations /= np.linalg.norm(translations, axis=0)
     dynamical = full / np.outer(root, root)
-    lifted = dynamical + translations @ translations.T * (10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root))
+    lifted = dynamical + translations @ translations.T * (
+        10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root)
+    )
     squares, vectors = np.linalg.eigh(lifted)
     squares, vectors = squares[:-3], vectors[:, :-3]
     return Modes(np.sign(squares) * HBAR * np.sqrt(np.abs(squares)), vectors)
@@ -183,7 +223,8 @@ def sum_rule(full: np.ndarray) -> np.ndarray:
 
 
 def sample(state: SschaState, n_configs: int, rng: np.random.Generator) -> np.ndarray:
-    """Displacements (n_configs, n_supercell, 3) in A drawn from the state as pairs +u, -u next to each other."""
+    """Displacements (n_configs, n_supercell, 3) in A drawn from the state as pairs +u, -u next to
+    each other."""
     normal = rng.standard_normal((n_configs // 2, state.full.shape[0]))
     half = normal @ state.square_root.T
     return np.stack([half, -half], axis=1).reshape(n_configs, -1, 3)
