@@ -195,8 +195,8 @@ def _safe_load(file: Path) -> Any:
     n_bytes = file.stat().st_size
     if n_bytes > LARGEST_FILE:
         raise InputError(
-            f"{file}: has {n_bytes / 1e6:.1f} MB, and settings at most {LARGEST_FILE / 1e6:g}: is it"
-            " the file that is meant? Structures, labels and tables have files of their own"
+            f"{file}: has {n_bytes / 1e6:.1f} MB, and settings at most {LARGEST_FILE / 1e6:g}:"
+            " is it the file that is meant? Structures, labels and tables have files of their own"
         )
     loader = _Loader(file.read_text(encoding="utf-8"))
     try:
