@@ -180,7 +180,7 @@ def validate(
         write_validation(rows, output or tables_folder(campaign).parent)
         for row in rows:
             say(row.line)
-            for reason in row.could_explain:
+            for reason in filter(None, row.could_explain.split("; ")):
                 say(f"{'':17s}could explain it: {reason}")
         words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
         counts = [

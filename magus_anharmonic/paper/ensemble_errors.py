@@ -316,18 +316,15 @@ def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
         tables.write(table, Path(folder) / table.FILE, [*kept, *rows])  # type: ignore[attr-defined]
 
 
-def draw_report(report: ErrorsReport) -> list[Path]:
+def draw_report(report: ErrorsReport) -> tuple[Path, Path]:
     """``gradient_errors.svg`` and ``.png`` beside the tables of a report."""
-    from magus_anharmonic.paper.small_figures import draw_gradient_errors
+    from magus_anharmonic.paper.figures_sscha import gradient_figure
 
-    bins = tables.read(tables.GradientBin, report.folder / tables.GradientBin.FILE)
-    parity = tables.read(tables.GradientParity, report.folder / tables.GradientParity.FILE)
-    return draw_gradient_errors(
-        gradients.rows(report.errors, report.source.phase, report.source.pressure),
-        bins,
-        parity,
-        report.folder,
+    parts = (
+        tables.read(table, report.folder / table.FILE)  # type: ignore[attr-defined]
+        for table in (tables.GradientError, tables.GradientBin, tables.GradientParity)
     )
+    return gradient_figure("gradient_errors", *parts).save(report.folder)
 
 
 def pressure_error(labelled: Labelled) -> tuple[float, float]:
