@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.analysis.reordering import COMPUTED, critical_pressure, new_space_group
+from magus_anharmonic.paper.reordering import COMPUTED, critical_pressure, new_space_group
 from magus_anharmonic.ranking.candidate import WITH_ERROR
 from magus_anharmonic.report.raw_tables import RawTable, number
 from magus_anharmonic.report.summary import (
@@ -321,7 +321,7 @@ def space_group_sentence(raw: RawTable) -> list[str]:
     kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
     return [
         f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them:"
-        " real minima while the ions rest."
+        " real static minima."
     ]
 
 
