@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 import numpy as np
 import yaml
 from ase import Atoms
@@ -42,6 +40,8 @@ from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 LEFT_OUT = {
     "could_explain", "directory", "line", "packages", "path", "reason", "seconds", "seconds_labels", "seconds_training", "settings_hash",
     "sha256", "sscha_folder", "started", "version", "wall_s",
