@@ -1,4 +1,5 @@
-"""MkDocs hooks: equations become MathML while the site is built (no script, no network), and a page that nav lacks gets its place."""
+"""MkDocs hooks: equations become MathML while the site is built (no script, no network), and a page
+that nav lacks gets its place."""
 
 from __future__ import annotations
 
@@ -9,14 +10,18 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-FOUND = re.compile(r'<(span|div) class="arithmatex">\s*\\(?:\(|\[)(.*?)\\(?:\)|\])\s*</\1>', re.DOTALL)
+FOUND = re.compile(
+    r'<(span|div) class="arithmatex">\s*\\(?:\(|\[)(.*?)\\(?:\)|\])\s*</\1>', re.DOTALL
+)
 REPOSITORY = re.compile(r"\[([^\]]+)\]\(\.\./(?!docs/)([^)#]+)\)")
 
 
 def on_config(config: Any, **_: Any) -> Any:
     """Pages of ``docs/`` without a line in nav come last, under "More"."""
     named = set(_pages(config.nav))
-    more = sorted(path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named)
+    more = sorted(
+        path.name for path in Path(config.docs_dir).glob("*.md") if path.name not in named
+    )
     if more:
         config.nav = [*config.nav, {"More": more}]
     return config
@@ -25,14 +30,29 @@ def on_config(config: Any, **_: Any) -> Any:
 def _pages(entries: Any) -> list[str]:
     if isinstance(entries, str):
         return [entries]
-    return [page for entry in (entries.values() if isinstance(entries, dict) else entries) for page in _pages(entry)]
+    return [
+        page
+        for entry in (entries.values() if isinstance(entries, dict) else entries)
+        for page in _pages(entry)
+    ]
 
 
 def on_page_content(text: str, **_: Any) -> str:
     """Every ``\\(...\\)`` and ``\\[...\\]`` that arithmatex has marked."""
-    return FOUND.sub(lambda found: convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline"), text)
+    return FOUND.sub(
+        lambda found: convert(
+            html.unescape(found[2]), display="block" if found[1] == "div" else "inline"
+        ),
+        text,
+    )
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to files of the repository outside ``docs/`` become their names: the site does not hold them."""
-    return REPOSITORY.sub(lambda found: f"{found[1]} (`{found[2]}`)" if found[1].strip("`") != found[2] else f"`{found[2]}`", markdown)
+    """Links to files of the repository outside ``docs/`` become their names: the site does not hold
+    them."""
+    return REPOSITORY.sub(
+        lambda found: (
+            f"{found[1]} (`{found[2]}`)" if found[1].strip("`") != found[2] else f"`{found[2]}`"
+        ),
+        markdown,
+    )

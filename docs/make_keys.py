@@ -1,4 +1,5 @@
-"""Writes docs/keys.md from the settings models, so that the page cannot drift from the code: ``python docs/make_keys.py``."""
+"""Writes docs/keys.md from the settings models, so that the page cannot drift from the code:
+``python docs/make_keys.py``."""
 
 from __future__ import annotations
 
@@ -27,26 +28,59 @@ from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseS
 PAGE = Path(__file__).with_name("keys.md")
 
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
-    ("Top level", "Keys of MAGUS that this package reads too, and the blocks it adds. Every other key is MAGUS's own.", Settings),
-    ("`MainCalculator`, `MLCalculator` with `calculator: mattersim`", "The potential and its relaxations.", CalculatorSettings),
-    ("`learning`", "Left out: no learning. The numbers are those of Sec. IV A of the paper.", LearningSettings),
-    ("`learning.labeler`", "Where DFT labels come from: see [labelers.md](labelers.md).", LabelerSettings),
+    (
+        "Top level",
+        (
+            "Keys of MAGUS that this package reads too, and the blocks it adds. Every other key is"
+            " MAGUS's own."
+        ),
+        Settings,
+    ),
+    (
+        "`MainCalculator`, `MLCalculator` with `calculator: mattersim`",
+        "The potential and its relaxations.",
+        CalculatorSettings,
+    ),
+    (
+        "`learning`",
+        "Left out: no learning. The numbers are those of Sec. IV A of the paper.",
+        LearningSettings,
+    ),
+    (
+        "`learning.labeler`",
+        "Where DFT labels come from: see [labelers.md](labelers.md).",
+        LabelerSettings,
+    ),
     ("`sscha`", "Left out: static enthalpies. `sscha: {}` takes every default.", SschaSettings),
-    ("`workers`", "Who runs labels, relaxations and SSCHA: see [clusters.md](clusters.md).", WorkerSettings),
+    (
+        "`workers`",
+        "Who runs labels, relaxations and SSCHA: see [clusters.md](clusters.md).",
+        WorkerSettings,
+    ),
     (
         "MAGUS's keys that the embedded host knows",
-        "For `magus-anharmonic search --host embedded`. A key that only MAGUS knows is named and refused.",
+        (
+            "For `magus-anharmonic search --host embedded`. A key that only MAGUS knows is named"
+            " and refused."
+        ),
         HostKeys,
     ),
     (
         "`phase-diagram.yaml`",
-        "For `magus-anharmonic phase-diagram`: see [phase-diagram.md](phase-diagram.md). `sscha` as above, without the keys of a ranking.",
+        (
+            "For `magus-anharmonic phase-diagram`: see [phase-diagram.md](phase-diagram.md)."
+            " `sscha` as above, without the keys of a ranking."
+        ),
         PhaseDiagramSettings,
     ),
     ("One entry of `phases`", "A path alone is enough.", PhaseSettings),
     ("Recipe of `magus-anharmonic train --recipe`", "A file of its own.", TrainRecipe),
     ("One entry of `stages` in a recipe", "Stages run one after the other.", FinetuneSettings),
-    ("`campaign.yaml`", "A file of its own, for `magus-anharmonic campaign`. Files in it are relative to it.", campaign.CampaignSettings),
+    (
+        "`campaign.yaml`",
+        "A file of its own, for `magus-anharmonic campaign`. Files in it are relative to it.",
+        campaign.CampaignSettings,
+    ),
     ("`phases` of a campaign", "A list.", campaign.PhaseSettings),
     ("`learning` of a campaign", "The first stage.", campaign.CampaignLearning),
     ("`merge` of a campaign", "", campaign.MergeSettings),
@@ -63,7 +97,14 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("`figures` of a campaign", "", campaign.FigureSettings),
 ]
 
-SIMPLE = {"int": "whole number", "float": "number", "str": "text", "bool": "true or false", "Any": "anything", "NoneType": "nothing"}
+SIMPLE = {
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "bool": "true or false",
+    "Any": "anything",
+    "NoneType": "nothing",
+}
 
 
 def type_text(annotation: Any) -> str:
@@ -83,10 +124,17 @@ def type_text(annotation: Any) -> str:
             else f"list of {type_text(inner[0])}"
         )
     if origin is dict:
-        return f"`{{{arguments[0].__args__[0]}: number}}`" if get_origin(arguments[0]) is Literal else "block"
+        return (
+            f"`{{{arguments[0].__args__[0]}: number}}`"
+            if get_origin(arguments[0]) is Literal
+            else "block"
+        )
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "block"
-    return SIMPLE.get(getattr(annotation, "__name__", str(annotation)), getattr(annotation, "__name__", str(annotation)))
+    return SIMPLE.get(
+        getattr(annotation, "__name__", str(annotation)),
+        getattr(annotation, "__name__", str(annotation)),
+    )
 
 
 def default_text(field: FieldInfo) -> str:
@@ -104,7 +152,13 @@ def default_text(field: FieldInfo) -> str:
         return f"`[{value[0]}-{value[-1]}]`"
     if isinstance(value, tuple):
         value = list(value)
-    return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`" if value != [] else "`[]`"
+    return (
+        f"`{str(value).lower()}`"
+        if isinstance(value, bool)
+        else f"`{value}`"
+        if value != []
+        else "`[]`"
+    )
 
 
 def limits(field: FieldInfo) -> str:
@@ -130,23 +184,38 @@ def _inner_metadata(annotation: Any) -> list[Any]:
 
 def section(title: str, text: str, model: type[BaseModel]) -> str:
     """One heading with its table."""
-    lines = [f"## {title}", "", text, "", "| key | type | default | limits | meaning |", "|---|---|---|---|---|"]
+    lines = [
+        f"## {title}",
+        "",
+        text,
+        "",
+        "| key | type | default | limits | meaning |",
+        "|---|---|---|---|---|",
+    ]
     hints = typing.get_type_hints(model, include_extras=True)
     for name, field in model.model_fields.items():
         if model is Settings and name == "host":
             continue
-        shown = {"main_calculator": "MainCalculator", "ml_calculator": "MLCalculator", "fitness": "Fitness"}.get(name, name)
+        shown = {
+            "main_calculator": "MainCalculator",
+            "ml_calculator": "MLCalculator",
+            "fitness": "Fitness",
+        }.get(name, name)
         meaning = (field.description or "").replace("|", "\\|")
-        lines.append(f"| `{shown}` | {type_text(hints[name])} | {default_text(field)} | {limits(field)} | {meaning} |")
+        lines.append(
+            f"| `{shown}` | {type_text(hints[name])} | {default_text(field)} | {limits(field)} |"
+            f" {meaning} |"
+        )
     return "\n".join(lines)
 
 
 def render() -> str:
     """The whole page."""
     head = (
-        "# Keys\n\nMade by `python docs/make_keys.py` from the settings models; do not edit.\n\n"
-        "Keys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong key, type, unit or combination stops the run\n"
-        "before any work, with the key's path, the value, what is allowed and the nearest valid key (exit code 2). Pressures are in GPa.\n"
+        "# Keys\n\nMade by `python docs/make_keys.py` from the settings models; do not"
+        " edit.\n\nKeys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong"
+        " key, type, unit or combination stops the run\nbefore any work, with the key's path, the"
+        " value, what is allowed and the nearest valid key (exit code 2). Pressures are in GPa.\n"
     )
     return "\n\n".join([head.rstrip(), *(section(*item) for item in SECTIONS)]) + "\n"
 

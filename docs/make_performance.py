@@ -1,4 +1,5 @@
-"""``docs/performance.svg``: time per atom against atoms, density and batch. ``python docs/make_performance.py`` (a minute, one core)."""
+"""``docs/performance.svg``: time per atom against atoms, density and batch. ``python
+docs/make_performance.py`` (a minute, one core)."""
 
 from __future__ import annotations
 
@@ -45,12 +46,24 @@ def main() -> None:
         scaled.set_cell(factor * scaled.cell.array, scale_atoms=True)
         density[len(scaled) / scaled.cell.volume] = [scaled]
     figure, axes = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
-    panels = (("atoms of one structure", atoms), ("atoms per cubic Angstrom", density), ("structures of 4 atoms in one call", batch))
+    panels = (
+        ("atoms of one structure", atoms),
+        ("atoms per cubic Angstrom", density),
+        ("structures of 4 atoms in one call", batch),
+    )
     for axis, (label, points) in zip(axes, panels, strict=True):
         for size in SIZES:
             values = [milliseconds_per_atom(size, structures) for structures in points.values()]
             axis.loglog(list(points), values, "o-", label=f"{size} parameters")
-            print(label, size, [(round(key, 3), round(value, 2)) for key, value in zip(points, values, strict=True)], flush=True)
+            print(
+                label,
+                size,
+                [
+                    (round(key, 3), round(value, 2))
+                    for key, value in zip(points, values, strict=True)
+                ],
+                flush=True,
+            )
         axis.set_xlabel(label)
         ticks = np.array(list(points), dtype=float)
         axis.set_xticks(ticks, [f"{tick:.2g}" if tick < 1 else f"{tick:.0f}" for tick in ticks])

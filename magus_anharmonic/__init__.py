@@ -1,4 +1,5 @@
-"""Crystal structure prediction ranked by anharmonic free energy; importing this costs nothing (PEP 562)."""
+"""Crystal structure prediction ranked by anharmonic free energy; importing this costs nothing (PEP
+562)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Makes stock MAGUS find this package: a post-import hook on ``magus.calculators``.
 
-ASE imports every entry point of its group ``ase.ioformats`` during ``import ase.io``, and MAGUS imports ``ase.io`` first of all.
-Ours is `ase_format`; asking for it installs the hook. When ``magus.calculators`` has been imported, and the package really is
-MAGUS, the entry points of the group ``magus.plugins`` are called. Where ``magus.calculators`` itself is what imports ASE, it is too late
-to be around it, and the next module that every use of it imports takes its place. Nothing heavier than the standard library is imported
+ASE imports every entry point of its group ``ase.ioformats`` during ``import ase.io``, and MAGUS
+imports ``ase.io`` first of all. Ours is `ase_format`; asking for it installs the hook. When
+``magus.calculators`` has been imported, and the package really is MAGUS, the entry points of the
+group ``magus.plugins`` are called. Where ``magus.calculators`` itself is what imports ASE, it is
+too late to be around it, and the next module that every use of it imports takes its place. Nothing
+heavier than the standard library is imported
 here: every process that uses ASE runs this module.
 """
 
@@ -28,23 +30,35 @@ def __getattr__(name: str) -> Any:
     from ase.utils.plugins import ExternalIOFormat
 
     install()
-    return ExternalIOFormat(desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing", code="1F", module=__name__)
+    return ExternalIOFormat(
+        desc="magus-anharmonic: registers the plug-ins of MAGUS; reads and writes nothing",
+        code="1F",
+        module=__name__,
+    )
 
 
 class MagusFinder:
-    """Meta path finder that finds nothing itself: it lets the others find the modules of `TRIGGERS` and extends their loading."""
+    """Meta path finder that finds nothing itself: it lets the others find the modules of `TRIGGERS`
+    and extends their loading."""
 
     def __init__(self) -> None:
         self._busy = False
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The usual spec of a module of `TRIGGERS` with our call after it; None for every other module."""
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The usual spec of a module of `TRIGGERS` with our call after it; None for every other
+        module."""
         if name not in TRIGGERS or self._busy:
             return None
-        # The other finders may ask sys.meta_path again; without this flag two such hooks would call each other for ever.
+        # The other finders may ask sys.meta_path again; without this flag two such hooks would call
+        # each other for ever.
         self._busy = True
         try:
-            spec = next((found for finder in sys.meta_path if (found := _ask(finder, name, path, target))), None)
+            spec = next(
+                (found for finder in sys.meta_path if (found := _ask(finder, name, path, target))),
+                None,
+            )
         finally:
             self._busy = False
         if spec is not None and spec.loader is not None:
@@ -58,12 +72,14 @@ def _ask(finder: Any, name: str, path: Any, target: ModuleType | None) -> Module
 
 
 def _call_after(loader: Any, name: str) -> None:
-    # Wrapped on the instance, so that the module's __loader__ stays what it is without us (pickling, inspect, reload).
+    # Wrapped on the instance, so that the module's __loader__ stays what it is without us
+    # (pickling, inspect, reload).
     original = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         original(module)
-        # Python binds the submodule to its parent only after this returns; plug-ins may say `magus.calculators` before.
+        # Python binds the submodule to its parent only after this returns; plug-ins may say
+        # `magus.calculators` before.
         parent, _, child = name.rpartition(".")
         setattr(sys.modules[parent], child, module)
         if name == TRIGGER or _is_complete(TRIGGER):
@@ -72,7 +88,9 @@ def _call_after(loader: Any, name: str) -> None:
     try:
         loader.exec_module = exec_module
     except AttributeError as error:
-        _log().warning("magus-anharmonic cannot attach to %s (%s); use `magus-anharmonic search`", name, error)
+        _log().warning(
+            "magus-anharmonic cannot attach to %s (%s); use `magus-anharmonic search`", name, error
+        )
 
 
 def _is_complete(name: str) -> bool:
@@ -81,10 +99,12 @@ def _is_complete(name: str) -> bool:
 
 
 def _load_once() -> None:
-    """Call the plug-ins, unless they have been called, or this process is one calculation of a cluster job.
+    """Call the plug-ins, unless they have been called, or this process is one calculation of a
+    cluster job.
 
-    Such a job is ``python -m magus.calculators.vasp``: it needs nobody's plug-ins, and each would load MAGUS's whole search.
-    While the package of a module of ``python -m`` is imported, its name is not known yet: a later trigger looks again.
+    Such a job is ``python -m magus.calculators.vasp``: it needs nobody's plug-ins, and each would
+    load MAGUS's whole search. While the package of a module of ``python -m`` is imported, its name
+    is not known yet: a later trigger looks again.
     """
     main = getattr(sys.modules.get("__main__"), "__spec__", None)
     if sys.argv[:1] == ["-m"] or (main is not None and main.name.startswith(f"{TRIGGER}.")):
@@ -96,7 +116,8 @@ def _load_once() -> None:
 
 
 def install() -> None:
-    """Put the hook in place, once; when ``magus.calculators`` is there already, load the plug-ins at once."""
+    """Put the hook in place, once; when ``magus.calculators`` is there already, load the plug-ins
+    at once."""
     if _is_complete(TRIGGER):
         _load_once()
     elif not any(isinstance(finder, MagusFinder) for finder in sys.meta_path):
@@ -104,18 +125,23 @@ def install() -> None:
 
 
 def is_magus() -> bool:
-    """Whether the importable package called ``magus`` is the structure searcher (others share its name)."""
+    """Whether the importable package called ``magus`` is the structure searcher (others share its
+    name)."""
     try:
-        return importlib.util.find_spec("magus") is not None and importlib.util.find_spec("magus.entrypoints") is not None
+        return (
+            importlib.util.find_spec("magus") is not None
+            and importlib.util.find_spec("magus.entrypoints") is not None
+        )
     except (ImportError, ValueError):
         return False
 
 
 def load_plugins() -> list[str]:
-    """Call every entry point of the group ``magus.plugins``, ours included even when it is not installed as a distribution.
+    """Call every entry point of the group ``magus.plugins``, ours included even when it is not
+    installed as a distribution.
 
-    Returns the names of those that registered themselves. A plug-in that raises is logged and left out: a search without it
-    must still start.
+    Returns the names of those that registered themselves. A plug-in that raises is logged and left
+    out: a search without it must still start.
     """
     if not is_magus():
         return []

@@ -1,4 +1,5 @@
-"""What is installed, what is missing, and what to do about it: ``magus-anharmonic doctor``, as data."""
+"""What is installed, what is missing, and what to do about it: ``magus-anharmonic doctor``, as
+data."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ print("\\n" + json.dumps([sorted(CALCULATOR_PLUGIN.keys()), sorted(magus.fitness
 class Check:
     """One line of the doctor.
 
-    ok : True, False, or None for "worth knowing, nothing wrong"; fix : what to do, empty when nothing is to be done;
-    needed : whether the given input cannot run without it.
+    ok : True, False, or None for "worth knowing, nothing wrong"; fix : what to do, empty when
+    nothing is to be done; needed : whether the given input cannot run without it.
     """
 
     name: str
@@ -50,15 +51,27 @@ class Check:
 
 
 def collect(settings: Settings | None = None) -> list[Check]:
-    """Every check; ``needed`` is set by what ``settings`` asks for (without settings: what any run needs)."""
+    """Every check; ``needed`` is set by what ``settings`` asks for (without settings: what any run
+    needs)."""
     torch_check, cuda = _torch()
     checks = [
-        Check("magus-anharmonic", True, f"{magus_anharmonic.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores"),
+        Check(
+            "magus-anharmonic",
+            True,
+            f"{magus_anharmonic.__version__}, Python {platform.python_version()}, {os.cpu_count()}"
+            " cores",
+        ),
         *_magus(),
         _plugins(),
         torch_check,
         _device(settings, cuda),
-        _module("MatterSim", "mattersim.forcefield.potential", "mattersim", "pip install mattersim", needed=True),
+        _module(
+            "MatterSim",
+            "mattersim.forcefield.potential",
+            "mattersim",
+            "pip install mattersim",
+            needed=True,
+        ),
         *_checkpoint(settings),
         *_labelers(settings),
         *_sscha(settings),
@@ -80,7 +93,8 @@ def magus_version() -> str | None:
 
 
 def find_magus() -> tuple[str | None, str]:
-    """Version of MAGUS (None when it is not there) and a sentence; looks at files only, imports nothing.
+    """Version of MAGUS (None when it is not there) and a sentence; looks at files only, imports
+    nothing.
 
     Other packages are called ``magus`` too: the real one has ``magus.entrypoints``.
     """
@@ -88,12 +102,22 @@ def find_magus() -> tuple[str | None, str]:
         spec = find_spec("magus")
     except (ImportError, ValueError):
         spec = None
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or []] if spec else []
     if spec is None:
         return None, "not found: the embedded host runs the search"
     if not any((folder / "entrypoints").is_dir() for folder in folders):
-        return None, f"a package called magus is at {spec.origin or folders}, but it is not MAGUS (no magus.entrypoints)"
-    text = (folders[0] / "__init__.py").read_text(encoding="utf-8") if (folders[0] / "__init__.py").is_file() else ""
+        return (
+            None,
+            (
+                f"a package called magus is at {spec.origin or folders}, but it is not MAGUS (no"
+                " magus.entrypoints)"
+            ),
+        )
+    text = (
+        (folders[0] / "__init__.py").read_text(encoding="utf-8")
+        if (folders[0] / "__init__.py").is_file()
+        else ""
+    )
     match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", text)
     version = match.group(1) if match else "of unknown version"
     return version, f"MAGUS {version} at {folders[0]}"
@@ -106,25 +130,57 @@ def _magus() -> list[Check]:
     checks = [Check("MAGUS", True, text)]
     try:
         run = run_bounded([sys.executable, "-c", _ASK_MAGUS], timeout=120)
-        problem = f"MAGUS does not import: {(run.stderr.strip().splitlines() or ['no message'])[-1]}" if run.returncode else ""
+        problem = (
+            f"MAGUS does not import: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
+            if run.returncode
+            else ""
+        )
     except subprocess.TimeoutExpired:
         problem = "importing MAGUS took more than 120 s"
     if problem:
-        return [*checks, Check("MAGUS sees", False, problem, "call `magus checkpack calculators`", needed=True)]
+        return [
+            *checks,
+            Check("MAGUS sees", False, problem, "call `magus checkpack calculators`", needed=True),
+        ]
     calculators, fitnesses = json.loads(run.stdout.strip().splitlines()[-1])
-    seen = [name for name, names in (("calculator mattersim", calculators), ("fitness SSCHA", fitnesses)) if name.split()[1] in names]
+    seen = [
+        name
+        for name, names in (("calculator mattersim", calculators), ("fitness SSCHA", fitnesses))
+        if name.split()[1] in names
+    ]
     both = len(seen) == 2
     detail = ", ".join(seen) if seen else "neither the calculator mattersim nor the fitness SSCHA"
-    fix = "" if both else "reinstall magus-anharmonic in the environment of MAGUS; `magus-anharmonic search` works all the same"
+    fix = (
+        ""
+        if both
+        else (
+            "reinstall magus-anharmonic in the environment of MAGUS; `magus-anharmonic search`"
+            " works all the same"
+        )
+    )
     return [*checks, Check("MAGUS sees", both, detail, fix)]
 
 
 def _plugins() -> Check:
-    ours = [point for point in metadata.entry_points(group="ase.ioformats") if point.value.startswith("magus_anharmonic.")]
+    ours = [
+        point
+        for point in metadata.entry_points(group="ase.ioformats")
+        if point.value.startswith("magus_anharmonic.")
+    ]
     plugins = sorted(point.name for point in metadata.entry_points(group="magus.plugins"))
     if not ours:
-        return Check("autoload", False, "not registered: this copy is not installed", "pip install . (stock `magus search` needs it)")
-    return Check("autoload", True, f"entry point {ours[0].name} in ase.ioformats; plugins for MAGUS: {', '.join(plugins) or 'none'}")
+        return Check(
+            "autoload",
+            False,
+            "not registered: this copy is not installed",
+            "pip install . (stock `magus search` needs it)",
+        )
+    return Check(
+        "autoload",
+        True,
+        f"entry point {ours[0].name} in ase.ioformats; plugins for MAGUS:"
+        f" {', '.join(plugins) or 'none'}",
+    )
 
 
 def _torch() -> tuple[Check, str | None]:
@@ -132,7 +188,10 @@ def _torch() -> tuple[Check, str | None]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Check("torch", False, f"does not import: {error}", "pip install torch", needed=True), None
+        return (
+            Check("torch", False, f"does not import: {error}", "pip install torch", needed=True),
+            None,
+        )
     cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return Check("torch", True, f"{torch.__version__}, {torch.get_num_threads()} threads"), cuda
 
@@ -140,11 +199,24 @@ def _torch() -> tuple[Check, str | None]:
 def _device(settings: Settings | None, cuda: str | None) -> Check:
     asked = settings.calculator.device if settings and settings.calculator else None
     if cuda:
-        return Check("device", True, cuda if asked != "cpu" else f"cpu as the input asks, although there is a {cuda}")
+        return Check(
+            "device",
+            True,
+            cuda if asked != "cpu" else f"cpu as the input asks, although there is a {cuda}",
+        )
     if asked == "cuda":
-        return Check("device", False, "the input asks for cuda; torch sees none", "run on a GPU node, or leave out `device`", needed=True)
+        return Check(
+            "device",
+            False,
+            "the input asks for cuda; torch sees none",
+            "run on a GPU node, or leave out `device`",
+            needed=True,
+        )
     return Check(
-        "device", None, "cpu: torch sees no CUDA device", "fine for small searches; a search with thousands of structures wants a GPU"
+        "device",
+        None,
+        "cpu: torch sees no CUDA device",
+        "fine for small searches; a search with thousands of structures wants a GPU",
     )
 
 
@@ -171,32 +243,61 @@ def _checkpoint(settings: Settings | None) -> list[Check]:
 
     if settings is None or settings.calculator is None:
         shipped = ", ".join(checkpoint.shipped()) or "none"
-        there = [name for name in checkpoint.MATTERSIM_FILES.values() if (checkpoint.mattersim_folder() / name).is_file()]
-        return [Check("checkpoints", None, f"shipped: {shipped}; of MatterSim's own, downloaded: {', '.join(there) or 'none'}")]
+        there = [
+            name
+            for name in checkpoint.MATTERSIM_FILES.values()
+            if (checkpoint.mattersim_folder() / name).is_file()
+        ]
+        return [
+            Check(
+                "checkpoints",
+                None,
+                f"shipped: {shipped}; of MatterSim's own, downloaded: {', '.join(there) or 'none'}",
+            )
+        ]
     name = settings.calculator.checkpoint
     file_name = checkpoint.MATTERSIM_FILES.get(name.lower().removesuffix(".pth"))
     folder = checkpoint.mattersim_folder()
     if file_name and not Path(name).is_file() and not (folder / file_name).is_file():
-        fix = f"it is fetched at the first use; without a network: put {checkpoint.MATTERSIM_URL}{file_name} into {folder}"
+        fix = (
+            "it is fetched at the first use; without a network: put"
+            f" {checkpoint.MATTERSIM_URL}{file_name} into {folder}"
+        )
         return [Check("checkpoint", False, f"{name} is not in {folder}", fix, needed=True)]
     try:
         model = checkpoint.describe(checkpoint.resolve(name))
     except (InputError, ImportError) as error:
         return [
-            Check("checkpoint", False, str(error), "correct `checkpoint`: a name MatterSim knows, a shipped name, or a path", needed=True)
+            Check(
+                "checkpoint",
+                False,
+                str(error),
+                "correct `checkpoint`: a name MatterSim knows, a shipped name, or a path",
+                needed=True,
+            )
         ]
-    checks = [Check("checkpoint", True, f"{name}: model {model.model_id}, {model.path}", needed=True)]
+    checks = [
+        Check("checkpoint", True, f"{name}: model {model.model_id}, {model.path}", needed=True)
+    ]
     unseen = _unseen(settings.symbols, model.species)
     if unseen:
         text = f"the data of {name} never held {', '.join(unseen)}"
-        checks.append(Check("elements", None, text, "label and finetune (learning:), or take another checkpoint"))
+        checks.append(
+            Check(
+                "elements", None, text, "label and finetune (learning:), or take another checkpoint"
+            )
+        )
     return checks
 
 
 def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]:
     from ase.data import atomic_numbers
 
-    return [symbol for symbol in symbols if species is not None and atomic_numbers[symbol] not in species]
+    return [
+        symbol
+        for symbol in symbols
+        if species is not None and atomic_numbers[symbol] not in species
+    ]
 
 
 def _labelers(settings: Settings | None) -> list[Check]:
@@ -207,24 +308,50 @@ def _labelers(settings: Settings | None) -> list[Check]:
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
     checks = []
     if allowed := allowed_modules():
-        checks.append(Check("modules that an input may call", None, f"{', '.join(allowed)} ({ALLOW}, or installed packages)"))
+        checks.append(
+            Check(
+                "modules that an input may call",
+                None,
+                f"{', '.join(allowed)} ({ALLOW}, or installed packages)",
+            )
+        )
     for name in dict.fromkeys([*([asked] if asked else []), *LABELERS]):
         # Workers elsewhere have an environment of their own, which cannot be looked at from here.
         needed = name == asked and not (settings and is_remote(settings.scheduler))
         if name == "main":
-            checks.append(Check("labeler main", None, "MAGUS's MainCalculator, under `magus search -m`", needed=needed))
+            checks.append(
+                Check(
+                    "labeler main",
+                    None,
+                    "MAGUS's MainCalculator, under `magus search -m`",
+                    needed=needed,
+                )
+            )
             continue
-        arguments = settings.learning.labeler.arguments if settings and settings.learning and name == asked else {}
+        arguments = (
+            settings.learning.labeler.arguments
+            if settings and settings.learning and name == asked
+            else {}
+        )
         ok, text = code_module(name).available(name, arguments) if arguments else available(name)
-        fix = "" if ok else {"gpaw": "pip install 'magus-anharmonic[gpaw]'"}.get(name, "see docs/labelers.md")
+        fix = (
+            ""
+            if ok
+            else {"gpaw": "pip install 'magus-anharmonic[gpaw]'"}.get(name, "see docs/labelers.md")
+        )
         checks.append(Check(f"labeler {name}", ok if ok or needed else None, text, fix, needed))
     return checks
 
 
 def _sscha(settings: Settings | None) -> list[Check]:
     needed = settings is not None and settings.sscha is not None
-    fix = "pip install six cellconstructor python-sscha (they compile: gcc, gfortran, pkg-config and OpenBLAS)"
-    return [_module("SSCHA engine python-sscha", "sscha.Ensemble", "python-sscha", fix, needed=needed)]
+    fix = (
+        "pip install six cellconstructor python-sscha (they compile: gcc, gfortran, pkg-config and"
+        " OpenBLAS)"
+    )
+    return [
+        _module("SSCHA engine python-sscha", "sscha.Ensemble", "python-sscha", fix, needed=needed)
+    ]
 
 
 def _embedded_host() -> Check:
@@ -232,8 +359,15 @@ def _embedded_host() -> Check:
     needed = magus_version() is None
     if missing:
         names = " ".join(name.replace("_", "-") for name in missing)
-        return Check("embedded host", False, f"{names} missing", f"pip install {names}", needed=needed)
-    return Check("embedded host", True, f"pyxtal {_version('pyxtal')}, ase-ga {_version('ase-ga')}", needed=needed)
+        return Check(
+            "embedded host", False, f"{names} missing", f"pip install {names}", needed=needed
+        )
+    return Check(
+        "embedded host",
+        True,
+        f"pyxtal {_version('pyxtal')}, ase-ga {_version('ase-ga')}",
+        needed=needed,
+    )
 
 
 def _scheduler(settings: Settings | None) -> Check:
@@ -242,25 +376,50 @@ def _scheduler(settings: Settings | None) -> Check:
     from magus_anharmonic.scheduler.queues import COMMANDS, missing
 
     if settings is None:
-        found = [name for name, commands in COMMANDS.items() if all(shutil.which(command) for command in commands)]
+        found = [
+            name
+            for name, commands in COMMANDS.items()
+            if all(shutil.which(command) for command in commands)
+        ]
         parts = [name for name in ("distributed", "dask_jobqueue", "dask_cuda") if find_spec(name)]
-        detail = f"Dask: {', '.join(parts) or 'not installed'}; queue systems with commands here: {', '.join(found) or 'none'}"
-        return Check("scheduler", None, detail, "scheduler: local needs neither; for the others pip install 'magus-anharmonic[cluster]'")
+        detail = (
+            f"Dask: {', '.join(parts) or 'not installed'}; queue systems with commands here:"
+            f" {', '.join(found) or 'none'}"
+        )
+        return Check(
+            "scheduler",
+            None,
+            detail,
+            "scheduler: local needs neither; for the others pip install"
+            " 'magus-anharmonic[cluster]'",
+        )
     name, workers = settings.scheduler, settings.workers
     if not is_remote(name):
         count = 1 if name == "serial" else workers.count or available_cores()
-        return Check("scheduler", True, f"{name}: {count} process{'es' if count > 1 else ''} on this machine", needed=True)
+        return Check(
+            "scheduler",
+            True,
+            f"{name}: {count} process{'es' if count > 1 else ''} on this machine",
+            needed=True,
+        )
     problem = missing(name, workers) if name in COMMANDS else _no_answer(name, workers.timeout)
     if problem:
         return Check("scheduler", False, f"{name}: {problem}", "see docs/clusters.md", needed=True)
-    detail = f"{name}: {workers.count or 1} jobs by {COMMANDS[name][0]}" if name in COMMANDS else f"{name} answers"
+    detail = (
+        f"{name}: {workers.count or 1} jobs by {COMMANDS[name][0]}"
+        if name in COMMANDS
+        else f"{name} answers"
+    )
     return Check("scheduler", True, detail, needed=True)
 
 
 def _no_answer(address: str, timeout: float) -> str:
-    """Why nothing can be sent to a Dask scheduler at ``address``; empty when somebody listens there."""
+    """Why nothing can be sent to a Dask scheduler at ``address``; empty when somebody listens
+    there."""
     if find_spec("distributed") is None:
-        return "the Python package distributed is not installed; pip install 'magus-anharmonic[dask]'"
+        return (
+            "the Python package distributed is not installed; pip install 'magus-anharmonic[dask]'"
+        )
     host, _, port = address.partition("://")[2].rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=min(timeout, 10.0)).close()
@@ -270,12 +429,25 @@ def _no_answer(address: str, timeout: float) -> str:
 
 
 def _system_libraries() -> list[Check]:
-    """Shared libraries that the compiled packages load; the packages' own checks say whether that works."""
+    """Shared libraries that the compiled packages load; the packages' own checks say whether that
+    works."""
     wanted = {"OpenBLAS": "openblas", "libxc": "xc", "FFTW": "fftw3", "Fortran runtime": "gfortran"}
-    found = [f"{label} ({find_library(name)})" for label, name in wanted.items() if find_library(name)]
+    found = [
+        f"{label} ({find_library(name)})" for label, name in wanted.items() if find_library(name)
+    ]
     missing = [label for label, name in wanted.items() if not find_library(name)]
-    detail = "; ".join([", ".join(found) or "none found", *([f"not found: {', '.join(missing)}"] if missing else [])])
+    detail = "; ".join(
+        [
+            ", ".join(found) or "none found",
+            *([f"not found: {', '.join(missing)}"] if missing else []),
+        ]
+    )
     fix = (
-        "" if not missing else "needed to compile GPAW and python-sscha: apt-get install -y gfortran libopenblas-dev libxc-dev libfftw3-dev"
+        ""
+        if not missing
+        else (
+            "needed to compile GPAW and python-sscha: apt-get install -y gfortran libopenblas-dev"
+            " libxc-dev libfftw3-dev"
+        )
     )
     return [Check("system libraries", True if not missing else None, detail, fix)]

@@ -9,14 +9,38 @@ import tempfile
 from concurrent.futures import BrokenExecutor
 
 OF_THE_MACHINE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EACCES,
-    errno.EPERM, errno.ESTALE, errno.ENOLCK, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT,
-}  # fmt: skip
-"""Disk full, read-only, broken or away, too many files, no memory, no process, no right: what the system says about itself.
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOLCK,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.EHOSTDOWN,
+    errno.ETIMEDOUT,
+}
+"""Disk full, read-only, broken or away, too many files, no memory, no process, no right: what the
+system says about itself.
 
 Not a file that is missing: a calculator's own input, or its program, may well be."""
 _OF_SQLITE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_READONLY", "SQLITE_CANTOPEN")
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc_failed", "bad_alloc")
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "alloc_failed",
+    "bad_alloc",
+)
 _OF_A_GPU = ("cuda error", "cublas_status", "no cuda gpus", "cuda driver", "hip error")
 """After one of these a process gets nothing more out of its GPU."""
 
@@ -44,7 +68,8 @@ class CheckpointError(InputError):
 
 
 class DamagedFile(InputError):
-    """A file of a results folder is cut, changed or not what its name says; nothing of it is used."""
+    """A file of a results folder is cut, changed or not what its name says; nothing of it is
+    used."""
 
 
 class NotFinite(MagusAnharmonicError):
@@ -52,7 +77,8 @@ class NotFinite(MagusAnharmonicError):
 
 
 class LabelerError(MagusAnharmonicError):
-    """A labeler cannot be used at all (not installed, wrong settings); one failed label is a ``Failure``."""
+    """A labeler cannot be used at all (not installed, wrong settings); one failed label is a
+    ``Failure``."""
 
 
 class LabelerNotInstalled(InputError, LabelerError):
@@ -63,15 +89,21 @@ class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""
 
 
-class MachineTrouble(MagusAnharmonicError):
-    """Memory, disk or a process gave out: says nothing about the structure at work, and the run stops where it can go on."""
+class MachineError(MagusAnharmonicError):
+    """Memory, disk or a process gave out: says nothing about the structure at work, and the run
+    stops where it can go on."""
 
 
 class LostLock(BaseException):
-    """Another process works in the folder of this one, which was taken for dead: it ends and writes nothing more."""
+    """Another process works in the folder of this one, which was taken for dead: it ends and writes
+    nothing more."""
 
     def __str__(self) -> str:
-        return super().__str__() or "the lock of this run belongs to another process now; this one ends and writes nothing more"
+        return (
+            super().__str__()
+            or "the lock of this run belongs to another process now; this one ends and writes "
+            "nothing more"
+        )
 
 
 class Terminated(BaseException):
@@ -79,42 +111,63 @@ class Terminated(BaseException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was the reason: torch and its allocators have several types and wordings for it."""
+    """Whether memory was the reason: torch and its allocators have several types and wordings for
+    it."""
     # torch's own type is a RuntimeError; by name, so that torch is not imported for this
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(
+        wording in str(error).lower() for wording in _OUT_OF_MEMORY
+    )
 
 
-def is_trouble(error: BaseException | None) -> bool:
-    """Whether ``error``, or one that led to it, speaks of the machine: never a property of a structure, a label or a setting.
+def is_machine_error(error: BaseException | None) -> bool:
+    """Whether ``error``, or one that led to it, speaks of the machine: never a property of a
+    structure, a label or a setting.
 
-    Whoever catches what an evaluator, a calculator or a library raised for a structure raises it again when this is true, so that the
-    run stops, with exit code 1, where it can be resumed.
+    Whoever catches what an evaluator, a calculator or a library raised for a structure raises it
+    again when this is true, so that the run stops, with exit code 1, where it can be resumed.
     """
     if error is None:
         return False
-    if isinstance(error, MachineTrouble | KeyboardInterrupt | Terminated | BrokenExecutor) or is_out_of_memory(error):
+    if isinstance(
+        error, MachineError | KeyboardInterrupt | Terminated | BrokenExecutor
+    ) or is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         return True
     if getattr(error, "sqlite_errorname", "").startswith(_OF_SQLITE):
         return True
-    if isinstance(error, RuntimeError) and any(wording in str(error).lower() for wording in _OF_A_GPU):
+    if isinstance(error, RuntimeError) and any(
+        wording in str(error).lower() for wording in _OF_A_GPU
+    ):
         return True
-    return is_trouble(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
+    return is_machine_error(
+        error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    )
 
 
-_CONTROL = {code: "?" for code in (*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_CONTROL = {
+    code: "?"
+    for code in (
+        *range(9),
+        *range(11, 32),
+        *range(127, 160),
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+    )
+}
 
 
 def printable(text: str) -> str:
-    """``text``, of whatever origin, as a terminal may get it: no escape sequence, nothing that moves the cursor or turns the line round."""
+    """``text``, of whatever origin, as a terminal may get it: no escape sequence, nothing that
+    moves the cursor or turns the line round."""
     return text.translate(_CONTROL)
 
 
 def one_line(said: str | BaseException, limit: int = 300) -> str:
-    """A text of whatever origin as it can be shown: on one line, without control characters, not longer than ``limit``.
+    """A text of whatever origin as it can be shown: on one line, without control characters, not
+    longer than ``limit``.
 
     Of an error what it says, or its type where it says nothing.
     """
@@ -143,11 +196,21 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"memory exhausted{': ' if text else ''}{text}"
     if isinstance(error, OSError):
-        return f"{error.filename or _full_disk() or 'a file'}: {error.strerror or text or type(error).__name__}"
-    return text if isinstance(error, MagusAnharmonicError) else f"{type(error).__name__}{': ' if text else ''}{text}"
+        return (
+            f"{error.filename or _full_disk() or 'a file'}:"
+            f" {error.strerror or text or type(error).__name__}"
+        )
+    return (
+        text
+        if isinstance(error, MagusAnharmonicError)
+        else f"{type(error).__name__}{': ' if text else ''}{text}"
+    )
 
 
 def _full_disk() -> str:
-    """Which disk has no room: what is written through a library or to a terminal may fail without a name."""
-    full = [place for place in (os.getcwd(), tempfile.gettempdir()) if shutil.disk_usage(place).free == 0]
+    """Which disk has no room: what is written through a library or to a terminal may fail without a
+    name."""
+    full = [
+        path for path in (os.getcwd(), tempfile.gettempdir()) if shutil.disk_usage(path).free == 0
+    ]
     return f"the disk of {full[0]}" if full else ""

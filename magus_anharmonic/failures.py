@@ -22,18 +22,31 @@ def record_failure(folder: str | Path, stage: str, reason: str, **what: Any) -> 
 def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str, Any]]) -> None:
     """Append failures to ``folder/failures.jsonl``.
 
-    stage : label, relaxation, sscha, run; each failure has a ``reason`` and what names the piece of work (generation, id, ...). One
-    that a restarted run meets again, with the same reason, is not recorded twice; one of the stage run is, with its time.
+    stage : label, relaxation, sscha, run; each failure has a ``reason`` and what names the piece of
+    work (generation, id, ...). One that a restarted run meets again, with the same reason, is not
+    recorded twice; one of the stage run is, with its time.
     """
-    known = set() if stage == "run" or not failures else {_as_text(record) for record in read_failures(folder)}
+    known = (
+        set()
+        if stage == "run" or not failures
+        else {_as_text(record) for record in read_failures(folder)}
+    )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    new = [record for failure in failures if _as_text(record := {"stage": stage, **failure, "time": now}) not in known]
+    new = [
+        record
+        for failure in failures
+        if _as_text(record := {"stage": stage, **failure, "time": now}) not in known
+    ]
     if new:
         append_jsonl(Path(folder) / NAME, *new)
 
 
 def _as_text(record: dict[str, Any]) -> str:
-    return json.dumps(identity(record), sort_keys=True, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    return json.dumps(
+        identity(record),
+        sort_keys=True,
+        default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value),
+    )
 
 
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:

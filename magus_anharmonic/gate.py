@@ -1,8 +1,9 @@
-"""The gate for every structure that comes in: a file of a user, or ``Atoms`` handed over in Python, in every command.
+"""The gate for every structure that comes in: a file of a user, or ``Atoms`` handed over in Python,
+in every command.
 
-What passes is what it seems: finite, of known elements with whole occupancies and masses that these elements can have, and, where a
-crystal is asked for, periodic in three directions without atoms on top of one another. What does not is refused before any work, by
-the name it has.
+What passes is what it seems: finite, of known elements with whole occupancies and masses that these
+elements can have, and, where a crystal is asked for, periodic in three directions without atoms on
+top of one another. What does not is refused before any work, by the name it has.
 """
 
 from __future__ import annotations
@@ -20,29 +21,36 @@ from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_trouble
-from magus_anharmonic.structures import SAME_MASS
+from magus_anharmonic.files import raise_machine_error
+from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
 """``info`` keys by which structures are called."""
 OCCUPANCIES = re.compile(r"(.*_)?occ(upanc(y|ies))?", re.IGNORECASE)
-"""Keys under which ASE's readers keep them: in ``info`` (CIF), or as an array (PDB, TEM formats, extended XYZ)."""
+"""Keys under which ASE's readers keep them: in ``info`` (CIF), or as an array (PDB, TEM formats,
+extended XYZ)."""
 MASSES = re.compile(r"(atomic_?|isotope_?)?mass(es)?", re.IGNORECASE)
 """Columns of extended XYZ that are meant as masses; ASE takes ``masses`` alone for them."""
 MASS_RANGE = (0.1, 4.0)
-"""Of the natural mass: muonium is 0.11 of hydrogen, tritium 3.0; beyond, the mass is that of another element, or none."""
+"""Of the natural mass: muonium is 0.11 of hydrogen, tritium 3.0; beyond, the mass is that of
+another element, or none."""
 MIN_VOLUME = 0.3
 """A^3/atom; hydrogen at 5 TPa has more."""
 OVERLAP, COINCIDENT = 0.35, 0.4
-"""Atoms nearer than this part of their covalent radii, or than so many A, are one atom twice (split sites, an image written out)."""
+"""Atoms nearer than this part of their covalent radii, or than so many A, are one atom twice (split
+sites, an image written out)."""
 FARTHEST = 1e5
-"""A: coordinates and cells beyond it lose the digits by which neighbours are told, or are in another unit."""
+"""A: coordinates and cells beyond it lose the digits by which neighbours are told, or are in
+another unit."""
 WITHOUT_ELEMENTS = {"lammps-dump-binary": "it holds numbers of types, no elements"}
 """Formats of which ASE takes the number of a type for the atomic number."""
 
 
-def read_structures(path: str | Path, *, index: int | str = ":", format: str | None = None, crystal: bool = True) -> list[Atoms]:
-    """The structures of any file that ASE reads, checked; raises ``InputError`` that names the file and every structure that will not do.
+def read_structures(
+    path: str | Path, *, index: int | str = ":", format: str | None = None, crystal: bool = True
+) -> list[Atoms]:
+    """The structures of any file that ASE reads, checked; raises ``InputError`` that names the file
+    and every structure that will not do.
 
     ``index``: as in ASE. ``crystal``: see `check_structure`.
     """
@@ -60,8 +68,10 @@ def read_structures(path: str | Path, *, index: int | str = ":", format: str | N
     except InputError:
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
-        raise_trouble(error, file)
-        raise InputError(f"{file}: ASE cannot read it: {typed_line(error)}") from None
+        raise_machine_error(error, file)
+        raise InputError(
+            f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}"
+        ) from None
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
@@ -72,8 +82,24 @@ def read_structures(path: str | Path, *, index: int | str = ":", format: str | N
     return structures
 
 
+def isotope_hint(error: BaseException) -> str:
+    """What to write instead of D and T, if that is what a reader of ASE stumbled over; else
+    empty."""
+    said = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+    found = re.search(r"(?:^|label )([DT])\d*\.?$", said)
+    if found is None:
+        return ""
+    symbol, mass = found[1], HYDROGEN[found[1]]
+    return (
+        f" ({symbol} is no element but hydrogen of {mass:g} amu: write H, and give the mass in a"
+        f" column masses of extended XYZ, or to phase-diagram as isotopes: {{{symbol}: {{H:"
+        f" {mass:g}}}}})"
+    )
+
+
 def check_structures(structures: Sequence[Atoms], where: str = "", *, crystal: bool = True) -> None:
-    """Raise one ``InputError`` with a line for each structure that `check_structure` refuses; ``where`` is put before its number."""
+    """Raise one ``InputError`` with a line for each structure that `check_structure` refuses;
+    ``where`` is put before its number."""
     problems = []
     for number, atoms in enumerate(structures):
         try:
@@ -85,7 +111,8 @@ def check_structures(structures: Sequence[Atoms], where: str = "", *, crystal: b
 
 
 def check_structure(atoms: Atoms, where: str = "structure", *, crystal: bool = True) -> None:
-    """Raise ``InputError`` that begins with ``where`` and the name of the structure, unless it can be worked with.
+    """Raise ``InputError`` that begins with ``where`` and the name of the structure, unless it can
+    be worked with.
 
     ``crystal=False`` (labels to learn from): molecules and atoms very near each other pass.
     """
@@ -114,7 +141,10 @@ def _problems(atoms: Atoms, crystal: bool) -> Iterator[str]:
     if not np.isfinite(atoms.cell.array).all():
         yield "has a cell that is not finite"
     if max(np.abs(atoms.positions).max(), np.abs(atoms.cell.array).max()) > FARTHEST:
-        yield f"has coordinates or a cell beyond {FARTHEST:g} A; give it wrapped, in a reduced cell, in A"
+        yield (
+            f"has coordinates or a cell beyond {FARTHEST:g} A; give it wrapped, in a reduced cell,"
+            " in A"
+        )
     unknown = np.flatnonzero((atoms.numbers < 1) | (atoms.numbers >= len(chemical_symbols)))
     if len(unknown):
         yield f"has an atom of no known element (atom {unknown[0]})"
@@ -127,21 +157,38 @@ def _problems(atoms: Atoms, crystal: bool) -> Iterator[str]:
 def _occupancy_problems(atoms: Atoms) -> Iterator[str]:
     for name in filter(OCCUPANCIES.fullmatch, map(str, atoms.info)):
         sites = atoms.info[name]
-        for site in list(sites.values()) if isinstance(sites, dict) else [] if sites is None else np.ravel(sites).tolist():
+        for site in (
+            list(sites.values())
+            if isinstance(sites, dict)
+            else []
+            if sites is None
+            else np.ravel(sites).tolist()
+        ):
             shares = site if isinstance(site, dict) else {"": site}
             if len(shares) > 1 or any(not _is_one(share) for share in shares.values()):
                 shown = ", ".join(f"{symbol} {share}".strip() for symbol, share in shares.items())
                 yield f"has partial occupancies ({shown}): write out one ordered structure"
     for name in filter(OCCUPANCIES.fullmatch, atoms.arrays):
         column = atoms.arrays[name]
-        partial = next((index for index, share in enumerate(column) if not np.all([_is_one(x) for x in np.ravel(share)])), None)
+        partial = next(
+            (
+                index
+                for index, share in enumerate(column)
+                if not np.all([_is_one(x) for x in np.ravel(share)])
+            ),
+            None,
+        )
         if partial is not None:
-            yield f"has partial occupancies (atom {partial}: {column[partial]}): write out one ordered structure"
+            yield (
+                f"has partial occupancies (atom {partial}: {column[partial]}): write out one"
+                " ordered structure"
+            )
 
 
 def _is_one(share: Any) -> bool:
-    """Whether an occupancy is whole; one that is not given is."""
-    if share is None:
+    """Whether an occupancy is whole; one that is not given is, which CIF writes as ``?`` or
+    ``.``."""
+    if share is None or str(share).strip() in ("?", "."):
         return True
     try:
         return bool(abs(float(share) - 1.0) < 1e-3)
@@ -152,24 +199,36 @@ def _is_one(share: Any) -> bool:
 def _mass_problems(atoms: Atoms) -> Iterator[str]:
     for name in set(filter(MASSES.fullmatch, atoms.arrays)) - {"masses"}:
         column = atoms.arrays[name]
-        if column.shape == (len(atoms),) and column.dtype.kind in "fiu" and np.allclose(column, atoms.get_masses(), rtol=SAME_MASS):
+        if (
+            column.shape == (len(atoms),)
+            and column.dtype.kind in "fiu"
+            and np.allclose(column, atoms.get_masses(), rtol=SAME_MASS)
+        ):
             continue
         yield f"has a column {name!r}, which is not read: call it masses (amu), or leave it out"
     if not atoms.has("masses"):
         return
     masses = np.asarray(atoms.get_masses(), dtype=float)
     ratio = masses / atomic_masses[atoms.numbers]
-    wrong = np.flatnonzero(~((ratio > MASS_RANGE[0]) & (ratio < MASS_RANGE[1]) & np.isfinite(ratio)))
+    wrong = np.flatnonzero(
+        ~((ratio > MASS_RANGE[0]) & (ratio < MASS_RANGE[1]) & np.isfinite(ratio))
+    )
     if len(wrong):
         index = int(wrong[0])
         natural = atomic_masses[atoms.numbers[index]]
-        yield f"has masses that cannot be (atom {index}, {atoms.symbols[index]}: {masses[index]:g} amu, natural {natural:.4g})"
+        yield (
+            f"has masses that cannot be (atom {index}, {atoms.symbols[index]}: {masses[index]:g}"
+            f" amu, natural {natural:.4g})"
+        )
 
 
 def _crystal_problems(atoms: Atoms) -> Iterator[str]:
     cell = atoms.cell.array
     if atoms.cell.rank < 3 or abs(np.linalg.det(cell)) < 1e-6:
-        yield "has no cell; give a structure with a three-dimensional periodic cell (POSCAR, CIF, extxyz with Lattice=)"
+        yield (
+            "has no cell; give a structure with a three-dimensional periodic cell (POSCAR, CIF,"
+            " extxyz with Lattice=)"
+        )
         return
     if not atoms.pbc.all():
         yield "is not periodic in three directions: it has no three-dimensional periodic cell"
@@ -187,18 +246,28 @@ def _crystal_problems(atoms: Atoms) -> Iterator[str]:
         return
     radii = covalent_radii[atoms.numbers]
     # vesin divides the cell into boxes of that size
-    reach = max(2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3))
+    reach = max(
+        2.0 * OVERLAP * float(radii.max()), COINCIDENT, 0.2 * (volume * len(atoms)) ** (1 / 3)
+    )
     finder = vesin.NeighborList(cutoff=reach, full_list=True, n_threads=1)
-    first, second, distance = finder.compute(points=atoms.positions, box=reduced, periodic=True, quantities="ijd")
-    near = np.flatnonzero(distance < np.maximum(OVERLAP * (radii[first] + radii[second]), COINCIDENT))
+    first, second, distance = finder.compute(
+        points=atoms.positions, box=reduced, periodic=True, quantities="ijd"
+    )
+    near = np.flatnonzero(
+        distance < np.maximum(OVERLAP * (radii[first] + radii[second]), COINCIDENT)
+    )
     if len(near):
         one, other, apart = int(first[near[0]]), int(second[near[0]]), float(distance[near[0]])
         pair = f"{atoms.symbols[one]} {one} and {atoms.symbols[other]} {other}"
-        yield f"has atoms on top of one another: {pair}, {apart:.3f} A (a disordered site, or an atom written twice?)"
+        yield (
+            f"has atoms on top of one another: {pair}, {apart:.3f} A (a disordered site, or an atom"
+            " written twice?)"
+        )
 
 
 def _require_elements(file: Path, kind: str) -> None:
-    """Raise ``InputError`` for a file that numbers its types and does not say which elements they are."""
+    """Raise ``InputError`` for a file that numbers its types and does not say which elements they
+    are."""
     from ase.io.formats import open_with_compression
 
     reason = WITHOUT_ELEMENTS.get(kind, "")
@@ -208,14 +277,20 @@ def _require_elements(file: Path, kind: str) -> None:
         headers = [words for words in lines if words[:2] == ["ITEM:", "ATOMS"]]
         if kind == "lammps-data" and ["Masses"] not in [words[:1] for words in lines]:
             reason = "its section Masses, which tells the elements, is missing"
-        if kind == "lammps-dump-text" and not (headers and all("element" in words for words in headers)):
-            reason = "its types are no elements; add the column element (LAMMPS: dump_modify ... element S H)"
+        if kind == "lammps-dump-text" and not (
+            headers and all("element" in words for words in headers)
+        ):
+            reason = (
+                "its types are no elements; add the column element (LAMMPS: dump_modify ... element"
+                " S H)"
+            )
     if reason:
         raise InputError(f"{file} ({kind}): does not say which elements its atoms are: {reason}")
 
 
 def _require_sites_of_one_element(file: Path, warned: Sequence[str]) -> None:
-    """Raise ``InputError`` where ASE left out an atom of a CIF file because one of another element is in its place."""
+    """Raise ``InputError`` where ASE left out an atom of a CIF file because one of another element
+    is in its place."""
     pairs = [re.search(r"scaled_positions (\d+) and (\d+) are equivalent", text) for text in warned]
     if not any(pairs):
         return
@@ -227,4 +302,7 @@ def _require_sites_of_one_element(file: Path, warned: Sequence[str]) -> None:
     for symbols in contents:
         for one, other in (tuple(map(int, pair.groups())) for pair in pairs if pair):
             if max(one, other) < len(symbols) and symbols[one] != symbols[other]:
-                raise InputError(f"{file}: {symbols[one]} and {symbols[other]} are in one place: write out one ordered structure")
+                raise InputError(
+                    f"{file}: {symbols[one]} and {symbols[other]} are in one place: write out one"
+                    " ordered structure"
+                )

@@ -1,7 +1,8 @@
 """What happens after each round of a search, the same in MAGUS and in the embedded host.
 
-The host hands over the population and takes it back: learn from it, re-evaluate the survivors with the new model (no
-ranking mixes two models), rank by free energy, set flat ``info`` keys, and return SSCHA centroids as seeds.
+The host hands over the population and takes it back: learn from it, re-evaluate the survivors with
+the new model (no ranking mixes two models), rank by free energy, set flat ``info`` keys, and return
+SSCHA centroids as seeds.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ RELAXATION_STEPS = 50
 class SearchState:
     """One search between its rounds. ``potential`` is the newest model; the host relaxes with it.
 
-    Under ``magus search -m`` MAGUS's own loop trains: then ``learn`` is False and the plug-in sets ``potential`` and
-    ``energy_rmse`` (eV/atom, validation) before it calls `after_generation`. ``candidates`` is the latest ranking.
+    Under ``magus search -m`` MAGUS's own loop trains: then ``learn`` is False and the plug-in sets
+    ``potential`` and ``energy_rmse`` (eV/atom, validation) before it calls `after_generation`.
+    ``candidates`` is the latest ranking.
     """
 
     settings: Settings
@@ -68,7 +70,8 @@ def start(
     record: bool = True,
     described: Mapping[str, Any] | None = None,
 ) -> SearchState:
-    """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its ``run.json``.
+    """Prepare a search whose own files are in ``run_dir`` (``results/anharmonic``) and write its
+    ``run.json``.
 
     Parameters
     ----------
@@ -83,7 +86,8 @@ def start(
     described
         Further fields of ``run.json``: who runs the search, and by which command.
 
-    Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint not loadable).
+    Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint
+    not loadable).
     """
     from magus_anharmonic.run_record import check_results_version, write_run_record
 
@@ -98,9 +102,16 @@ def start(
     if seed is None:
         seed = settings.seed if settings.seed is not None else _recorded_seed(folder, restart)
     state = SearchState(
-        settings, folder, chosen, seed, labeler, store, learn=labeler is not None, n_generations=settings.num_gen,
+        settings,
+        folder,
+        chosen,
+        seed,
+        labeler,
+        store,
+        learn=labeler is not None,
+        n_generations=settings.num_gen,
         energy_rmse=_recorded_rmse(folder) if restart else None,
-    )  # fmt: skip
+    )
     if record:
         extra = {"restart": restart, "learning": state.learn, **(described or {})}
         write_run_record(folder, settings, seed=seed, model_id=chosen.model_id, extra=extra)
@@ -120,7 +131,10 @@ def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | N
 def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
     calculator = settings.calculator
     if calculator is None:
-        raise InputError("MainCalculator: learning and sscha need calculator: mattersim (as MainCalculator or MLCalculator)")
+        raise InputError(
+            "MainCalculator: learning and sscha need calculator: mattersim (as MainCalculator or"
+            " MLCalculator)"
+        )
     from magus_anharmonic.potential import load
 
     if newest is not None:
@@ -129,15 +143,19 @@ def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
 
 
 def checked_learning(settings: Settings, folder: str | Path) -> Settings:
-    """The settings, without ``learning`` where its labeler is not installed and it is not required; touches no file.
+    """The settings, without ``learning`` where its labeler is not installed and it is not required;
+    touches no file.
 
-    Raises ``InputError``: no model that can learn, no labeler, a dataset that is missing or of other DFT settings.
+    Raises ``InputError``: no model that can learn, no labeler, a dataset that is missing or of
+    other DFT settings.
     """
     learning = settings.learning
     if learning is None:
         return settings
     if settings.calculator is None:
-        raise InputError("learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}")
+        raise InputError(
+            "learning: needs a model that can learn: MainCalculator: {calculator: mattersim, ...}"
+        )
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import read_dataset
 
@@ -157,7 +175,9 @@ def _labeler(settings: Settings, folder: Path) -> tuple[Any, Any]:
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.learning.dataset import LabelStore
 
-    return get_labeler(settings.learning.labeler, folder / "labeling", settings), LabelStore(folder / "labels")
+    return get_labeler(settings.learning.labeler, folder / "labeling", settings), LabelStore(
+        folder / "labels"
+    )
 
 
 def _recorded_seed(folder: Path, restart: bool) -> int:
@@ -178,7 +198,8 @@ def _recorded_rmse(folder: Path) -> float | None:
 
 
 def validation_rmse(metrics: dict[str, Any]) -> float | None:
-    """Energy RMSE (eV/atom) of the model in use on validation labels of the search, from a record of ``metrics.jsonl``; None if unknown."""
+    """Energy RMSE (eV/atom) of the model in use on validation labels of the search, from a record
+    of ``metrics.jsonl``; None if unknown."""
     from magus_anharmonic.learning.learn import DATASET
 
     if metrics.get("validation_from") == DATASET:
@@ -197,19 +218,21 @@ def after_generation(
     *,
     last: bool | None = None,
 ) -> list[Atoms]:
-    """Learn from ``population`` (relaxed, duplicates kept), then re-evaluate and rank ``survivors`` in place.
+    """Learn from ``population`` (relaxed, duplicates kept), then re-evaluate and rank ``survivors``
+    in place.
 
     Parameters
     ----------
     survivors
-        Everything that will be compared from now on (good, keep and current ones); one structure may appear twice.
+        Everything that will be compared from now on (good, keep and current ones); one structure
+        may appear twice.
     generation
         Number of the round, from 1.
     last
         Whether this is the last round; None: when ``generation`` is ``numGen``.
 
-    Returns SSCHA centroids that no survivor stands for yet, as seeds of the next round. Doing a finished round again
-    costs nothing but the evaluation of the survivors.
+    Returns SSCHA centroids that no survivor stands for yet, as seeds of the next round. Doing a
+    finished round again costs nothing but the evaluation of the survivors.
     """
     unique = list({id(atoms): atoms for atoms in survivors}.values())
     _learn(state, population, generation)
@@ -249,57 +272,72 @@ def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> 
         store=state.store,
         run_dir=state.run_dir,
         seed=state.seed,
-        contenders=undecided(state, generation) if state.settings.learning.select == "sscha" else (),
+        contenders=(
+            undecided(state, generation) if state.settings.learning.select == "sscha" else ()
+        ),
     )
     state.potential = learned.potential
     state.energy_rmse = validation_rmse(learned.metrics)
 
 
 UNDECIDED = 0.01
-"""A candidate whose odds to be the lowest are larger is undecided against the lowest one."""
+"""A candidate whose probability of being the lowest is larger is undecided against the lowest
+one."""
 
 _ENSEMBLE = 107
 
 
 def undecided(state: SearchState, generation: int) -> list[Contender]:
-    """The lowest candidate of the latest ranking and those that may be lower after all, each with an ensemble of its SSCHA state.
+    """The lowest candidate of the latest ranking and those that may be lower after all, each with
+    an ensemble of its SSCHA state.
 
-    The ensembles are drawn anew (no run has seen them) for ``n_sample * n_perturb`` labels each. Empty when nothing is undecided, or when
-    the runs left no folders.
+    The ensembles are drawn anew (no run has seen them) for ``n_sample * n_perturb`` labels each.
+    Empty when nothing is undecided, or when the runs left no folders.
     """
     from magus_anharmonic.learning.choose import Contender
     from magus_anharmonic.sscha.result import SschaResult
     from magus_anharmonic.sscha.state import displaced, sample
 
     learning = state.settings.learning
-    phases = sorted((c for c in state.candidates if c.ranked and not c.same_as and c.folder), key=lambda c: (c.gibbs, c.id))
+    phases = sorted(
+        (c for c in state.candidates if c.ranked and not c.same_as and c.folder),
+        key=lambda c: (c.gibbs, c.id),
+    )
     found: list[Contender] = []
     for candidate in phases:
-        odds = candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+        probability = (
+            candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+        )
         folder = state.run_dir / "sscha" / candidate.folder
-        if (found and (odds or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
+        if (found and (probability or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
             continue
         result = SschaResult.read(folder)
         if result.force_constants is None:
             continue
         n_configs = 2 * max(1, learning.n_sample * learning.n_perturb // 2)
-        rng = np.random.default_rng([state.seed, generation, zlib.crc32(candidate.id.encode()), _ENSEMBLE])
+        rng = np.random.default_rng(
+            [state.seed, generation, zlib.crc32(candidate.id.encode()), _ENSEMBLE]
+        )
         configurations = displaced(result.state, sample(result.state, n_configs, rng))
         spread = expected_spread(state.potential, configurations)
-        found.append(Contender(candidate.id, result.centroids, configurations, odds or 0.0, spread))
+        found.append(
+            Contender(candidate.id, result.centroids, configurations, probability or 0.0, spread)
+        )
     return found if len(found) > 1 else []
 
 
 def expected_spread(potential: Any, configurations: Sequence[Atoms], most: int = 64) -> float:
-    """Expected standard deviation of the model's energy error among pairs +u/-u of an ensemble, eV/atom; 1 where there is no estimate."""
+    """Expected standard deviation of the model's energy error among pairs +u/-u of an ensemble,
+    eV/atom; 1 where there is no estimate."""
     estimate = getattr(potential, "energy_error_spread", None)
     enough = estimate is not None and len(configurations) >= 4
-    spread = estimate(list(configurations[:most]), together=2) if enough else None
+    spread = estimate(list(configurations[:most]), group_size=2) if enough else None
     return 1.0 if spread is None else spread
 
 
 def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
-    """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says about phases at ``pressure`` (GPa).
+    """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says
+    about phases at ``pressure`` (GPa).
 
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
@@ -315,7 +353,8 @@ def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]
 
 
 def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
-    """Centroids of quantum phases that no candidate's static structure is: the search would not find them by itself.
+    """Centroids of quantum phases that no candidate's static structure is: the search would not
+    find them by itself.
 
     Each carries ``sscha_centroid``, by which the ranking knows it again and reuses the free energy.
     """
@@ -351,8 +390,25 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
     words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
     log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
     if counts.get("unconverged") and not any(c.ranked for c in candidates):
-        log.warning("round %d: no free energy has converged, so nothing is ranked by it; the reasons are in ranking.csv", generation)
+        log.warning(
+            "round %d: no free energy has converged, so nothing is ranked by it; the reasons are in"
+            " ranking.csv",
+            generation,
+        )
     for c in [c for c in candidates if c.rank_quantum is not None][:3]:
         g, error = c.gibbs, c.gibbs_error
-        above = "" if c.gibbs_above_hull is None else f", {1000 * c.gibbs_above_hull:.1f} meV/atom above the hull"
-        log.info("  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s", c.rank_quantum, c.id, c.spg_static, c.spg_quantum, g, error, above)
+        above = (
+            ""
+            if c.gibbs_above_hull is None
+            else f", {1000 * c.gibbs_above_hull:.1f} meV/atom above the hull"
+        )
+        log.info(
+            "  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s",
+            c.rank_quantum,
+            c.id,
+            c.spg_static,
+            c.spg_quantum,
+            g,
+            error,
+            above,
+        )

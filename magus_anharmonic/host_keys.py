@@ -1,7 +1,7 @@
 """MAGUS's own keys of ``input.yaml``, as far as the embedded host acts on them.
 
-Names, defaults and meanings are those of MAGUS 2.0.1. A key that only MAGUS knows is named and refused, never ignored;
-a key that MAGUS itself never reads is accepted and named in a warning.
+Names, defaults and meanings are those of MAGUS 2.0.1. A key that only MAGUS knows is named and
+refused, never ignored; a key that MAGUS itself never reads is accepted and named in a warning.
 """
 
 from __future__ import annotations
@@ -15,27 +15,41 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import Count, NonNegative, Positive, Section, Settings, nearest, parse, snake_case
+from magus_anharmonic.settings import (
+    Count,
+    NonNegative,
+    Positive,
+    Section,
+    Settings,
+    nearest,
+    parse,
+    snake_case,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 SixNumbers = Annotated[list[float], Field(min_length=6, max_length=6)]
 
 MAGUS_ONLY: frozenset[str] = frozenset(
     """
-    Comparator DFTRelax DFTScf Fingerprint MLCalculator SelectDFTScf age_scale autoOpRatio autoRandomRatio auto_random_ratio
-    best_match bondRatio bond_ratio buffer chkMol comparator convergence_condition dimension dist_clus2surface eleSize ele_size
-    esangle_max esangle_min fixbulk forceMostGeneralWyckPos fp_calc generator_max_length_ratio good_ratio initNum inputMols
-    input_mols kill_time matchTol match_order_index max_attempts max_thickness method minNum min_thickness mlRelax
-    modification molDetector molMode mol_detector n_repair_try n_split num_para_calc num_para_generator poolSize presetLattice
-    preset_spg_prob random_swap_axis randwalk_range randwalk_ratio rcs_formula rcs_x rcs_y refE set_lattice slabinfo
-    slices_file spg_miner spg_type substrate symprec_in_generator targetGap targetXrd thickness_tolerance threshold_mol
-    vacuum_thickness waveLength weighten wyckoff ANTISEED cutoff frag_gen frag_ratio mine_probabilities mol_formula remove_p1 size
-    eps exe_cmd fix_symmetry fix_volume init_times job_prefix kpts mace_runner max_force max_move max_relax_epoch max_step mem_per_cpu
-    memory min_dist mode mtp_runner num_core num_parallel optimizer pp_label pre_processing queue_name relax_lattice verbose
-    wait_params wait_time xc LJ_A LJ_D LJ_W force_tolerance kmesh pot_file pp_dir ppDir scaled_by_force stress_tolerance xc_functional
+    Comparator DFTRelax DFTScf Fingerprint MLCalculator SelectDFTScf age_scale autoOpRatio
+    autoRandomRatio auto_random_ratio best_match bondRatio bond_ratio buffer chkMol comparator
+    convergence_condition dimension dist_clus2surface eleSize ele_size esangle_max esangle_min
+    fixbulk forceMostGeneralWyckPos fp_calc generator_max_length_ratio good_ratio initNum inputMols
+    input_mols kill_time matchTol match_order_index max_attempts max_thickness method minNum
+    min_thickness mlRelax modification molDetector molMode mol_detector n_repair_try n_split
+    num_para_calc num_para_generator poolSize presetLattice preset_spg_prob random_swap_axis
+    randwalk_range randwalk_ratio rcs_formula rcs_x rcs_y refE set_lattice slabinfo slices_file
+    spg_miner spg_type substrate symprec_in_generator targetGap targetXrd thickness_tolerance
+    threshold_mol vacuum_thickness waveLength weighten wyckoff ANTISEED cutoff frag_gen frag_ratio
+    mine_probabilities mol_formula remove_p1 size eps exe_cmd fix_symmetry fix_volume init_times
+    job_prefix kpts mace_runner max_force max_move max_relax_epoch max_step mem_per_cpu memory
+    min_dist mode mtp_runner num_core num_parallel optimizer pp_label pre_processing queue_name
+    relax_lattice verbose wait_params wait_time xc LJ_A LJ_D LJ_W force_tolerance kmesh pot_file
+    pp_dir ppDir scaled_by_force stress_tolerance xc_functional
     """.split()
 )
-"""Keys of MAGUS 2.0.1 (names as in its source) that the embedded host does not act on at the top level of ``input.yaml``."""
+"""Keys of MAGUS 2.0.1 (names as in its source) that the embedded host does not act on at the top
+level of ``input.yaml``."""
 
 MAGUS_ONLY_OPERATORS = frozenset(("replaceball", "soft", "ripple", "slip", "rotate", "formula"))
 
@@ -71,7 +85,11 @@ WITHOUT_EFFECT: dict[str, str] = {
 class CutAndSplice(Section):
     """``OffspringCreator.cutandsplice``."""
 
-    prob: float = Field(-1.0, le=1.0, description="probability of this operator; negative: an equal share of what is left")
+    prob: float = Field(
+        -1.0,
+        le=1.0,
+        description="probability of this operator; negative: an equal share of what is left",
+    )
 
 
 class Lattice(CutAndSplice):
@@ -90,16 +108,22 @@ class Rattle(CutAndSplice):
 class Perm(CutAndSplice):
     """``OffspringCreator.perm``."""
 
-    frac_swaps: Probability = Field(0.5, description="largest fraction of the atoms that change places")
+    frac_swaps: Probability = Field(
+        0.5, description="largest fraction of the atoms that change places"
+    )
 
 
 class Operators(Section):
     """``OffspringCreator``: operators by MAGUS's names, run by ase-ga."""
 
-    cutandsplice: CutAndSplice = Field(CutAndSplice.model_validate({}), description="cut-and-splice crossover")
+    cutandsplice: CutAndSplice = Field(
+        CutAndSplice.model_validate({}), description="cut-and-splice crossover"
+    )
     lattice: Lattice = Field(Lattice.model_validate({}), description="random strain")
     rattle: Rattle = Field(Rattle.model_validate({}), description="random displacements")
-    perm: Perm = Field(Perm.model_validate({}), description="exchange of unlike atoms (two elements or more)")
+    perm: Perm = Field(
+        Perm.model_validate({}), description="exchange of unlike atoms (two elements or more)"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -107,18 +131,25 @@ class Operators(Section):
         if isinstance(data, Mapping):
             for name in data:
                 if name in MAGUS_ONLY_OPERATORS:
-                    raise ValueError(f"operator {name} is known to MAGUS only; the embedded host has {', '.join(cls.model_fields)}")
+                    raise ValueError(
+                        f"operator {name} is known to MAGUS only; the embedded host has"
+                        f" {', '.join(cls.model_fields)}"
+                    )
             return {name: {} if block is None else block for name, block in data.items()}
         return data
 
     def probabilities(self, n_symbols: int) -> dict[str, float]:
-        """Probability of each operator, summing to 1; ``perm`` needs two elements. Raises ``InputError``."""
+        """Probability of each operator, summing to 1; ``perm`` needs two elements. Raises
+        ``InputError``."""
         names = [name for name in type(self).model_fields if name != "perm" or n_symbols > 1]
         given = {name: getattr(self, name).prob for name in names}
         fixed = sum(value for value in given.values() if value > 0)
         free = [name for name, value in given.items() if value < 0]
         if fixed > 1 + 1e-9 or (fixed == 0 and not free):
-            raise InputError(f"OffspringCreator: the probabilities sum to {fixed:g}; they must sum to at most 1 and not all be 0")
+            raise InputError(
+                f"OffspringCreator: the probabilities sum to {fixed:g}; they must sum to at most 1"
+                " and not all be 0"
+            )
         rest = (1 - fixed) / len(free) if free else 0.0
         total = fixed + rest * len(free)
         return {name: (value if value >= 0 else rest) / total for name, value in given.items()}
@@ -127,45 +158,87 @@ class Operators(Section):
 class HostKeys(Section):
     """MAGUS's keys that the embedded host knows."""
 
-    formula: list[int] | list[list[int]] = Field(description="atoms per formula unit, in the order of symbols; a list of lists for var")
+    formula: list[int] | list[list[int]] = Field(
+        description="atoms per formula unit, in the order of symbols; a list of lists for var"
+    )
     min_n_atoms: Count = Field(description="fewest atoms in the cell")
     max_n_atoms: Count = Field(description="most atoms in the cell")
     pop_size: Count = Field(description="structures per generation")
     save_good: Count = Field(description="good structures that are kept as parents")
-    init_size: Count | None = Field(None, description="structures of the first generation; left out: popSize")
+    init_size: Count | None = Field(
+        None, description="structures of the first generation; left out: popSize"
+    )
     structure_type: Literal["bulk"] = Field("bulk", description="the embedded host knows bulk only")
-    spacegroup: list[int] = Field(list(range(1, 231)), description="numbers and ranges such as 5-10")
+    spacegroup: list[int] = Field(
+        list(range(1, 231)), description="numbers and ranges such as 5-10"
+    )
     d_ratio: Positive = Field(0.7, description="shortest distance / sum of the two radii")
-    distance_matrix: list[list[float]] | None = Field(None, description="shortest distances in Angstrom, instead of d_ratio")
-    radius: list[Positive] | None = Field(None, description="radii in Angstrom; left out: covalent radii")
-    volume_ratio: Positive = Field(1.5, description="cell volume / volume of the atoms' balls, adapted from the second generation on")
+    distance_matrix: list[list[float]] | None = Field(
+        None, description="shortest distances in Angstrom, instead of d_ratio"
+    )
+    radius: list[Positive] | None = Field(
+        None, description="radii in Angstrom; left out: covalent radii"
+    )
+    volume_ratio: Positive = Field(
+        1.5,
+        description=(
+            "cell volume / volume of the atoms' balls, adapted from the second generation on"
+        ),
+    )
     min_volume_ratio: Positive = Field(0.5, description="smallest random volume / mean")
     max_volume_ratio: Positive = Field(1.5, description="largest random volume / mean")
-    min_volume: float = Field(-1.0, description="smallest random volume, A^3; negative: from the ratios")
-    max_volume: float = Field(-1.0, description="largest random volume, A^3; negative: from the ratios")
-    min_lattice: SixNumbers = Field([-1.0] * 6, description="a, b, c, angles; negative: 2 x the largest radius, 45 degrees")
-    max_lattice: SixNumbers = Field([-1.0] * 6, description="a, b, c, angles; negative: 3 x the cube root of the volume, 135 degrees")
+    min_volume: float = Field(
+        -1.0, description="smallest random volume, A^3; negative: from the ratios"
+    )
+    max_volume: float = Field(
+        -1.0, description="largest random volume, A^3; negative: from the ratios"
+    )
+    min_lattice: SixNumbers = Field(
+        [-1.0] * 6, description="a, b, c, angles; negative: 2 x the largest radius, 45 degrees"
+    )
+    max_lattice: SixNumbers = Field(
+        [-1.0] * 6,
+        description="a, b, c, angles; negative: 3 x the cube root of the volume, 135 degrees",
+    )
     min_n_formula: list[int] | None = Field(None, description="fewest units of each formula")
     max_n_formula: list[int] | None = Field(None, description="most units of each formula")
     max_ratio: Positive = Field(1000.0, description="largest ratio of the units in one cell (var)")
     full_ele: bool = Field(True, description="every element must be there")
-    p_pri: Probability = Field(0.0, description="probability that the atoms are counted in the primitive cell")
+    p_pri: Probability = Field(
+        0.0, description="probability that the atoms are counted in the primitive cell"
+    )
     max_n_try: Count = Field(100, description="attempts for one random structure")
     max_length_ratio: Positive = Field(8.0, description="longest / shortest cell vector")
     max_forces: Positive = Field(50.0, description="eV/A; structures above it are dropped")
     max_enthalpy: float = Field(100.0, description="eV/atom; structures above it are dropped")
     symprec: Positive = Field(0.1, description="Angstrom, for finding space groups")
-    dE: Positive = Field(0.01, description="eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS: energy)")  # noqa: N815
+    dE: Positive = Field(
+        0.01,
+        description=(
+            "eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS:"
+            " energy)"
+        ),
+    )  # noqa: N815
     dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")  # noqa: N815
     check_seed: bool = Field(False, description="check seeds like other structures")
-    rand_ratio: Probability = Field(0.2, description="share of random structures from the second generation on")
-    n_cluster: Count | None = Field(None, description="clusters from which pairs of parents come; left out: saveGood")
+    rand_ratio: Probability = Field(
+        0.2, description="share of random structures from the second generation on"
+    )
+    n_cluster: Count | None = Field(
+        None, description="clusters from which pairs of parents come; left out: saveGood"
+    )
     add_sym: bool = Field(True, description="symmetrise parents first")
-    history_punish: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="factor per use as parent")
-    choice_func: Literal["exp"] = Field("exp", description="parents are drawn with exp(-k x number of better structures)")
+    history_punish: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="factor per use as parent"
+    )
+    choice_func: Literal["exp"] = Field(
+        "exp", description="parents are drawn with exp(-k x number of better structures)"
+    )
     k: NonNegative = Field(0.3, description="see choice_func")
     allow_self_cross: bool = Field(True, description="a structure may pair with itself")
-    offspring_creator: Operators = Field(Operators.model_validate({}), description="operators, their probabilities and values")
+    offspring_creator: Operators = Field(
+        Operators.model_validate({}), description="operators, their probabilities and values"
+    )
 
     @field_validator("spacegroup", mode="before")
     @classmethod
@@ -173,9 +246,16 @@ class HostKeys(Section):
         numbers: list[int] = []
         for item in value if isinstance(value, list) else [value]:
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
-            first, last = (int(match[1]), int(match[2] or match[1])) if match and not isinstance(item, bool) else (0, 0)
+            first, last = (
+                (int(match[1]), int(match[2] or match[1]))
+                if match and not isinstance(item, bool)
+                else (0, 0)
+            )
             if not 1 <= first <= last <= 230:
-                raise ValueError(f"{item!r} is no space group; give numbers from 1 to 230 and ranges such as 5-10")
+                raise ValueError(
+                    f"{item!r} is no space group; give numbers from 1 to 230 and ranges such as"
+                    " 5-10"
+                )
             numbers.extend(range(first, last + 1))
         if not numbers:
             raise ValueError("must hold at least one space group")
@@ -184,23 +264,34 @@ class HostKeys(Section):
     @field_validator("formula", mode="before")
     @classmethod
     def _counts(cls, value: Any) -> Any:
-        nested = isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
+        nested = (
+            isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
+        )
         rows = value if nested else [value]
         whole = all(
-            isinstance(row, list) and any(row) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in row)
+            isinstance(row, list)
+            and any(row)
+            and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in row)
             for row in rows
         )
         if not whole or len({len(row) for row in rows}) != 1:
-            raise ValueError("must be whole numbers, one per element, e.g. [3, 1]; for var one such list per unit")
+            raise ValueError(
+                "must be whole numbers, one per element, e.g. [3, 1]; for var one such list per"
+                " unit"
+            )
         return value
 
     @model_validator(mode="after")
     def _ordered(self) -> HostKeys:
         for low, high in (("min_n_atoms", "max_n_atoms"), ("min_volume_ratio", "max_volume_ratio")):
             if getattr(self, low) > getattr(self, high):
-                raise ValueError(f"{low}: {getattr(self, low)} is larger than {high}: {getattr(self, high)}")
+                raise ValueError(
+                    f"{low}: {getattr(self, low)} is larger than {high}: {getattr(self, high)}"
+                )
         if 0 < self.max_volume < self.min_volume:
-            raise ValueError(f"min_volume: {self.min_volume:g} is larger than max_volume: {self.max_volume:g}")
+            raise ValueError(
+                f"min_volume: {self.min_volume:g} is larger than max_volume: {self.max_volume:g}"
+            )
         return self
 
     @property
@@ -209,13 +300,18 @@ class HostKeys(Section):
         return np.atleast_2d(np.array(self.formula, dtype=int))
 
     def atom_counts(self) -> np.ndarray:
-        """(n, n_symbols): every composition of a cell that the keys allow, in a fixed order; may be empty."""
+        """(n, n_symbols): every composition of a cell that the keys allow, in a fixed order; may be
+        empty."""
         units = self.units
         sizes = units.sum(axis=1)
         least = np.maximum(1 if self.full_ele else 0, self.min_n_formula or [0] * len(units))
-        most = np.minimum(self.max_n_atoms // sizes, self.max_n_formula or [self.max_n_atoms] * len(units))
+        most = np.minimum(
+            self.max_n_atoms // sizes, self.max_n_formula or [self.max_n_atoms] * len(units)
+        )
         allowed = []
-        for numbers in itertools.product(*(range(low, high + 1) for low, high in zip(least, most, strict=True))):
+        for numbers in itertools.product(
+            *(range(low, high + 1) for low, high in zip(least, most, strict=True))
+        ):
             row = np.array(numbers)
             if not row.any() or not self.min_n_atoms <= row @ sizes <= self.max_n_atoms:
                 continue
@@ -236,7 +332,8 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
     Raises
     ------
     InputError
-        One line per problem: keys that only MAGUS knows, unknown keys with the nearest valid one, wrong values and combinations.
+        One line per problem: keys that only MAGUS knows, unknown keys with the nearest valid one,
+        wrong values and combinations.
     """
     known: dict[str, Any] = {}
     problems: list[str] = []
@@ -252,8 +349,9 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
         elif name in _ONLY_FOLDED:
             if value not in ACCEPTED_VALUES.get(name, ()):
                 problems.append(
-                    f"{key}: only MAGUS knows this key, the embedded host does not; take it out or install MAGUS "
-                    "(`magus-anharmonic search --keys` lists what the embedded host knows)"
+                    f"{key}: only MAGUS knows this key, the embedded host does not; take it out or"
+                    " install MAGUS (`magus-anharmonic search --keys` lists what the embedded host"
+                    " knows)"
                 )
         else:
             problems.append(unknown_key(key))
@@ -272,7 +370,11 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
 
 def unknown_key(key: str) -> str:
     """The message for a top-level key that neither we nor MAGUS know."""
-    names = [*(n for n in Settings.model_fields if n != "host"), *HostKeys.model_fields, *(_camel(n) for n in HostKeys.model_fields)]
+    names = [
+        *(n for n in Settings.model_fields if n != "host"),
+        *HostKeys.model_fields,
+        *(_camel(n) for n in HostKeys.model_fields),
+    ]
     hint = nearest(key, names)
     for name, public in _PUBLIC.items():
         hint = hint.replace(f"mean {name}?", f"mean {public}?")
@@ -280,32 +382,50 @@ def unknown_key(key: str) -> str:
 
 
 def unknown_to_magus(settings: Settings) -> list[str]:
-    """One message for each top-level key that MAGUS does not know either (another plug-in may; a likely typing error all the same)."""
+    """One message for each top-level key that MAGUS does not know either (another plug-in may; a
+    likely typing error all the same)."""
     return [
         unknown_key(key)
         for key in settings.host
-        if fold(key) not in HostKeys.model_fields and fold(key) not in WITHOUT_EFFECT and fold(key) not in _ONLY_FOLDED
+        if fold(key) not in HostKeys.model_fields
+        and fold(key) not in WITHOUT_EFFECT
+        and fold(key) not in _ONLY_FOLDED
     ]
 
 
 def merges_near_phases(parameters: Mapping[str, Any]) -> str:
-    """Why MAGUS takes phases of different space groups, or within 10 meV/atom of each other, for one; empty where it does not.
+    """Why MAGUS takes phases of different space groups, or within 10 meV/atom of each other, for
+    one; empty where it does not.
 
-    Its default is naive OR zurek: naive compares space group, volume and energy (``dE``), zurek shapes alone, within 5 %.
+    Its default is naive OR zurek: naive compares space group, volume and energy (``dE``), zurek
+    shapes alone, within 5 %.
     """
     block = parameters.get("Comparator") or {}
     names = block.get("comparator_list", ["naive", "zurek"])
     if "naive" not in names or (len(names) > 1 and block.get("connect", "or") == "or"):
-        return f"Comparator: {' or '.join(names)} takes structures of nearly one shape for one, whatever their space groups and energies"
+        return (
+            f"Comparator: {' or '.join(names)} takes structures of nearly one shape for one,"
+            " whatever their space groups and energies"
+        )
     tolerance = (block.get("naive") or {}).get("dE", parameters.get("dE", 0.01))
-    return "" if tolerance < 0.01 else f"dE: {tolerance:g} takes structures of one space group within that (eV/atom) for the same"
+    return (
+        ""
+        if tolerance < 0.01
+        else (
+            f"dE: {tolerance:g} takes structures of one space group within that (eV/atom) for the"
+            " same"
+        )
+    )
 
 
 def keys_table() -> str:
-    """One line per key of MAGUS that the embedded host knows: name, default, meaning; then what is refused."""
+    """One line per key of MAGUS that the embedded host knows: name, default, meaning; then what is
+    refused."""
     rows = [("key", "default", "meaning"), *known_keys()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    lines = [f"{name:<{widths[0]}}  {default:<{widths[1]}}  {meaning}" for name, default, meaning in rows]
+    lines = [
+        f"{name:<{widths[0]}}  {default:<{widths[1]}}  {meaning}" for name, default, meaning in rows
+    ]
     only = ", ".join(sorted(MAGUS_ONLY, key=str.lower))
     return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
 
@@ -314,12 +434,24 @@ def known_keys() -> list[tuple[str, str, str]]:
     """Rows (key, default, meaning) of every key of MAGUS that the embedded host knows."""
     rows = []
     for name in ("symbols", "formula_type", "pressure", "fitness", "num_gen", "main_calculator"):
-        rows.append((_PUBLIC.get(name, _camel(name)), _shown(Settings.model_fields[name]), Settings.model_fields[name].description or ""))
+        rows.append(
+            (
+                _PUBLIC.get(name, _camel(name)),
+                _shown(Settings.model_fields[name]),
+                Settings.model_fields[name].description or "",
+            )
+        )
     for name, field in HostKeys.model_fields.items():
         default = "1-230" if name == "spacegroup" else _shown(field)
         rows.append((_PUBLIC.get(name, name), default, field.description or ""))
     for name, field in Operators.model_fields.items():
-        rows.append((f"OffspringCreator.{name}", ", ".join(type(field.default).model_fields), field.description or ""))
+        rows.append(
+            (
+                f"OffspringCreator.{name}",
+                ", ".join(type(field.default).model_fields),
+                field.description or "",
+            )
+        )
     return rows
 
 
@@ -348,7 +480,8 @@ def _shown(field: Any) -> str:
 
 
 def _public(line: str) -> str:
-    """The line with the key in MAGUS's own spelling: ``offspring_creator.rattle: ...`` -> ``OffspringCreator.rattle: ...``."""
+    """The line with the key in MAGUS's own spelling: ``offspring_creator.rattle: ...`` ->
+    ``OffspringCreator.rattle: ...``."""
     name = re.split(r"\W", line, maxsplit=1)[0]
     return _PUBLIC.get(name, name) + line[len(name) :]
 
@@ -367,13 +500,20 @@ def _top_level_problems(settings: Settings) -> list[str]:
     if settings.num_gen is None:
         problems.append("numGen: is missing (the number of generations)")
     if not settings.main_calculator and not settings.ml_calculator:
-        problems.append("MainCalculator: is missing (e.g. {calculator: mattersim, jobPrefix: MatterSim})")
+        problems.append(
+            "MainCalculator: is missing (e.g. {calculator: mattersim, jobPrefix: MatterSim})"
+        )
     for name in settings.fitness:
         if name not in ("Enthalpy", "Ehull", "SSCHA"):
             only = "only MAGUS knows this fitness" if name in ("Gap", "XRD") else "unknown fitness"
-            problems.append(f"Fitness: {name}: {only}; the embedded host has Enthalpy, Ehull and SSCHA")
+            problems.append(
+                f"Fitness: {name}: {only}; the embedded host has Enthalpy, Ehull and SSCHA"
+            )
     if settings.learning is not None and settings.learning.labeler.calculator == "main":
-        problems.append("learning.labeler.calculator: main needs `magus search -m`; the embedded host takes gpaw, vasp or espresso")
+        problems.append(
+            "learning.labeler.calculator: main needs `magus search -m`; the embedded host takes"
+            " gpaw, vasp or espresso"
+        )
     return problems
 
 
@@ -382,24 +522,37 @@ def _shape_problems(keys: HostKeys, settings: Settings) -> list[str]:
     problems = []
     nested = bool(keys.formula) and isinstance(keys.formula[0], list)
     if nested != (settings.formula_type == "var"):
-        shape = "one list per unit, e.g. [[1, 0], [0, 1]]" if settings.formula_type == "var" else "one list, e.g. [3, 1]"
-        problems.append(f"formula: {keys.formula}: formulaType: {settings.formula_type} needs {shape}")
+        shape = (
+            "one list per unit, e.g. [[1, 0], [0, 1]]"
+            if settings.formula_type == "var"
+            else "one list, e.g. [3, 1]"
+        )
+        problems.append(
+            f"formula: {keys.formula}: formulaType: {settings.formula_type} needs {shape}"
+        )
     elif keys.units.shape[1] != n:
-        problems.append(f"formula: {keys.formula}: must hold one number for each of the {n} symbols")
+        problems.append(
+            f"formula: {keys.formula}: must hold one number for each of the {n} symbols"
+        )
     for name in ("min_n_formula", "max_n_formula"):
         value = getattr(keys, name)
         if value is not None and len(value) != len(keys.units):
-            problems.append(f"{name}: {value}: must hold one number for each of the {len(keys.units)} formulas")
+            problems.append(
+                f"{name}: {value}: must hold one number for each of the {len(keys.units)} formulas"
+            )
     if keys.radius is not None and len(keys.radius) != n:
         problems.append(f"radius: {keys.radius}: must hold one number for each of the {n} symbols")
     matrix = keys.distance_matrix
     if matrix is not None and (
-        any(len(row) != len(matrix) for row in matrix) or len(matrix) != n or (np.array(matrix) != np.array(matrix).T).any()
+        any(len(row) != len(matrix) for row in matrix)
+        or len(matrix) != n
+        or (np.array(matrix) != np.array(matrix).T).any()
     ):
         problems.append(f"distance_matrix: must be a symmetric {n} x {n} matrix in Angstrom")
     if not problems and len(keys.atom_counts()) == 0:
         problems.append(
-            f"formula: no whole number of {keys.formula} gives {keys.min_n_atoms} to {keys.max_n_atoms} atoms (min_n_atoms, max_n_atoms)"
+            f"formula: no whole number of {keys.formula} gives {keys.min_n_atoms} to"
+            f" {keys.max_n_atoms} atoms (min_n_atoms, max_n_atoms)"
         )
     try:
         keys.offspring_creator.probabilities(n)

@@ -1,7 +1,9 @@
-"""Programs that this package starts end with everything that they have started, also in sessions or groups of their own.
+"""Programs that this package starts end with everything that they have started, also in sessions or
+groups of their own.
 
-MPI's launchers put their ranks into groups of their own, and what outlives its parent is given to init: neither a process group nor
-descent alone finds all of them, so each program also carries a mark in its environment that its children inherit.
+MPI's launchers put their ranks into groups of their own, and what outlives its parent is given to
+init: neither a process group nor descent alone finds all of them, so each program also carries a
+mark in its environment that its children inherit.
 """
 
 from __future__ import annotations
@@ -23,14 +25,17 @@ log = logging.getLogger(__name__)
 
 MARK = "MAGUS_ANHARMONIC_PROCESS"
 PATIENCE = 2.0
-"""Seconds between SIGTERM, with which launchers end what they started on other machines, and SIGKILL."""
+"""Seconds between SIGTERM, with which launchers end what they started on other machines, and
+SIGKILL."""
 _PR_SET_CHILD_SUBREAPER = 36
 GIVE_UP = 20.0
-"""Seconds after which a process that even SIGKILL does not end (it waits for a disk) is left alone, with a warning."""
+"""Seconds after which a process that even SIGKILL does not end (it waits for a disk) is left alone,
+with a warning."""
 
 
 def adopt_orphans() -> None:
-    """Linux: what loses its parent below this process becomes its child instead of init's, and `descendants` finds it."""
+    """Linux: what loses its parent below this process becomes its child instead of init's, and
+    `descendants` finds it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -41,7 +46,8 @@ def new_mark() -> str:
 
 
 def descendants(pid: int) -> list[psutil.Process]:
-    """All living processes below ``pid``; none where it is gone. Ask before it is ended: its children lose their parent then."""
+    """All living processes below ``pid``; none where it is gone. Ask before it is ended: its
+    children lose their parent then."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.Error:
@@ -49,17 +55,23 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def end_processes(known: Iterable[psutil.Process], mark: str, spare: Iterable[int] = ()) -> None:
-    """End the ``known`` processes, everything below them and whatever carries ``mark``; neither this process nor those of ``spare``."""
+    """End the ``known`` processes, everything below them and whatever carries ``mark``; neither
+    this process nor those of ``spare``."""
     spared = {os.getpid(), *spare}
     found = {process for process in known if process.pid not in spared}
     begun, number = time.monotonic(), signal.SIGTERM
     while True:
-        found |= {below for process in found for below in descendants(process.pid)} | _marked(mark, spared)
+        found |= {below for process in found for below in descendants(process.pid)} | _marked(
+            mark, spared
+        )
         living = [process for process in found if process.pid not in spared and _lives(process)]
         if not living:
             return
         if time.monotonic() - begun > GIVE_UP:
-            log.warning("processes that cannot be ended: %s", ", ".join(str(process.pid) for process in living))
+            log.warning(
+                "processes that cannot be ended: %s",
+                ", ".join(str(process.pid) for process in living),
+            )
             return
         for process in living:
             with contextlib.suppress(psutil.Error):
@@ -87,13 +99,19 @@ def _marked(mark: str, spared: set[int]) -> set[psutil.Process]:
 
 
 def run_bounded(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run`` with text captured; after ``timeout`` seconds the program and all that it started are ended.
+    """As ``subprocess.run`` with text captured; after ``timeout`` seconds the program and all that
+    it started are ended.
 
     Raises ``subprocess.TimeoutExpired`` then, without waiting for who still holds its pipes.
     """
     mark = new_mark()
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, MARK: mark}
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: mark},
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)

@@ -1,4 +1,5 @@
-"""``run.json``: what a run was started with, written before its first step, and read before it is continued."""
+"""``run.json``: what a run was started with, written before its first step, and read before it is
+continued."""
 
 from __future__ import annotations
 
@@ -65,9 +66,15 @@ def settings_hash(settings: BaseModel) -> str:
 
 
 def write_run_record(
-    path: str | Path, settings: BaseModel, *, seed: int, model_id: str | None, extra: dict[str, Any] | None = None
+    path: str | Path,
+    settings: BaseModel,
+    *,
+    seed: int,
+    model_id: str | None,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write the record of one start to ``path`` (a folder, then ``run.json`` in it, or the file) and return it.
+    """Write the record of one start to ``path`` (a folder, then ``run.json`` in it, or the file)
+    and return it.
 
     An existing record is kept: its fields move to the list ``earlier_starts``, the oldest first.
     """
@@ -98,7 +105,8 @@ def write_run_record(
 def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str, Any]:
     """The record in ``path`` (folder or file).
 
-    Raises ``InputError`` that names file and field: not a record, a ``required`` field is missing, or a field is not what it should be.
+    Raises ``InputError`` that names file and field: not a record, a ``required`` field is missing,
+    or a field is not what it should be.
     """
     file = record_file(path)
     try:
@@ -106,7 +114,9 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
     except DamagedFile as error:
         raise InputError(f"{error}; {_MEND}") from None
     if not isinstance(record, dict) or not isinstance(record.get("version"), str):
-        raise InputError(f"{file}: not a run record of magus-anharmonic; move the folder away and start anew")
+        raise InputError(
+            f"{file}: not a run record of magus-anharmonic; move the folder away and start anew"
+        )
     for field in required:
         if field not in record:
             raise InputError(f"{file}: damaged: no {field}; {_MEND}")
@@ -114,16 +124,23 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
     host = settings.get("host", {}) if isinstance(settings, dict) else {}
     # a search keeps the keys of its host there, a campaign the name of it
     kind_of_host = dict if "host" in record else dict | str
-    for field, value, kind in (*((name, record.get(name), kind) for name, kind in _KINDS.items()), ("settings.host", host, kind_of_host)):
+    for field, value, kind in (
+        *((name, record.get(name), kind) for name, kind in _KINDS.items()),
+        ("settings.host", host, kind_of_host),
+    ):
         if not isinstance(value, kind) and (field in record or field == "settings.host"):
-            raise InputError(f"{file}: damaged: {field} holds {one_line(json.dumps(value), 60)}; {_MEND}")
+            raise InputError(
+                f"{file}: damaged: {field} holds {one_line(json.dumps(value), 60)}; {_MEND}"
+            )
     return record
 
 
 def check_results_version(directory: str | Path) -> None:
-    """Refuse to continue in a results folder whose files or numbers are those of another version (`files.SCHEMA`, `files.PHYSICS`).
+    """Refuse to continue in a results folder whose files or numbers are those of another version
+    (`files.SCHEMA`, `files.PHYSICS`).
 
-    A folder without a record is new: fine. Raises ``InputError`` that names folder and both versions.
+    A folder without a record is new: fine. Raises ``InputError`` that names folder and both
+    versions.
     """
     file = record_file(directory)
     if not file.exists():
@@ -133,8 +150,9 @@ def check_results_version(directory: str | Path) -> None:
     before = {name: record.get(name, 0) for name in versions()}
     if before != versions() or version.split(".")[:2] != now.split(".")[:2]:
         raise InputError(
-            f"{file.parent}: written by magus-anharmonic {version}, this is {now} ({_said(before)}; now {_said(versions())}): its numbers "
-            "are not those of now. report and status read it; to go on take the version that wrote it, or move it away and start anew"
+            f"{file.parent}: written by magus-anharmonic {version}, this is {now} ({_said(before)};"
+            f" now {_said(versions())}): its numbers are not those of now. report and status read"
+            " it; to go on take the version that wrote it, or move it away and start anew"
         )
 
 
@@ -147,23 +165,26 @@ FIXED_HOST_KEYS = ("formula",)
 
 
 def check_continues(directory: str | Path, settings: Settings, host: str) -> None:
-    """Look whether ``settings`` can go on with the search in ``directory``; keys that changed are named in a warning.
+    """Look whether ``settings`` can go on with the search in ``directory``; keys that changed are
+    named in a warning.
 
-    Raises ``InputError``: there is no search of ours, another ``host`` (magus, embedded) made it, or a key changed on which the
-    structures found so far depend.
+    Raises ``InputError``: there is no search of ours, another ``host`` (magus, embedded) made it,
+    or a key changed on which the structures found so far depend.
     """
     file = record_file(directory)
     if not file.exists():
         raise InputError(
-            f"-r: the search in {file.parent.parent} was started without this package: its enthalpies are not MatterSim's, and would be "
-            "replaced. Start without -r; its structures, copied to Seeds/seeds_1.traj, are relaxed again as seeds"
+            f"-r: the search in {file.parent.parent} was started without this package: its"
+            " enthalpies are not MatterSim's, and would be replaced. Start without -r; its"
+            " structures, copied to Seeds/seeds_1.traj, are relaxed again as seeds"
         )
     record = read_run_record(file, ("seed", "settings"))
     made_by = record.get("host")
     if made_by != host:
         raise InputError(
-            f"-r: the search in {file.parent.parent} was made by host {made_by!r}, this is host {host!r}: their generations differ; "
-            f"go on with {_COMMANDS.get(str(made_by), 'the command that made it')}, or start without -r"
+            f"-r: the search in {file.parent.parent} was made by host {made_by!r}, this is host"
+            f" {host!r}: their generations differ; go on with"
+            f" {_COMMANDS.get(str(made_by), 'the command that made it')}, or start without -r"
         )
     before, now = {**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")
     if now["seed"] is None:
@@ -183,12 +204,15 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     changed = [key for key in now if key != "host" and before.get(key) != now[key]]
     old, new = before.get("host", {}), now.get("host", {})
     changed_host = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    fixed = [key for key in changed if key in FIXED_KEYS] + [key for key in changed_host if key in FIXED_HOST_KEYS]
+    fixed = [key for key in changed if key in FIXED_KEYS] + [
+        key for key in changed_host if key in FIXED_HOST_KEYS
+    ]
     values = {**before, **old}, {**now, **new}
     if fixed:
         raise InputError(
             *(
-                f"{key}: {values[1].get(key)!r} but the search was started with {values[0].get(key)!r}; start anew without -r"
+                f"{key}: {values[1].get(key)!r} but the search was started with"
+                f" {values[0].get(key)!r}; start anew without -r"
                 for key in fixed
             )
         )

@@ -1,4 +1,5 @@
-"""Where a search or a campaign is, from its files alone: reads, never writes, and works beside the process that runs it."""
+"""Where a search or a campaign is, from its files alone: reads, never writes, and works beside the
+process that runs it."""
 
 from __future__ import annotations
 
@@ -30,10 +31,11 @@ WATCH = HEARTBEAT + 5
 class Status:
     """What `status` found in a folder.
 
-    kind : search or campaign; state : running, dead (its process is gone, or shows no sign of life), finished, stopped (nobody holds the
-    lock, not finished), or unknown (the lock cannot be read), some with the reason in brackets; where : the step in words; waits_for :
-    what has to come next; rates : lines with numbers per hour; seconds_left : estimate, None where there is nothing to base it on;
-    errors : the last ones, newest last; go_on : the command that goes on.
+    kind : search or campaign; state : running, dead (its process is gone, or shows no sign of
+    life), finished, stopped (nobody holds the lock, not finished), or unknown (the lock cannot be
+    read), some with the reason in brackets; where : the step in words; waits_for : what has to come
+    next; rates : lines with numbers per hour; seconds_left : estimate, None where there is nothing
+    to base it on; errors : the last ones, newest last; go_on : the command that goes on.
     """
 
     folder: Path
@@ -51,7 +53,11 @@ class Status:
 
     def lines(self) -> list[str]:
         """The report, one fact a line."""
-        found = [f"{self.kind} in {self.folder}: {self.state}", f"where: {self.where}", f"waits for: {self.waits_for}"]
+        found = [
+            f"{self.kind} in {self.folder}: {self.state}",
+            f"where: {self.where}",
+            f"waits for: {self.waits_for}",
+        ]
         if self.owner is not None:
             found.append(f"held by: {self.owner.described()}")
         elif self.state == "stopped":
@@ -62,7 +68,10 @@ class Status:
         if self.seconds_left is not None and self.state != "finished":
             found.append(f"about {duration(self.seconds_left)} left at this rate")
         if self.counts:
-            found.append("failures: " + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items())))
+            found.append(
+                "failures: "
+                + ", ".join(f"{count} {stage}" for stage, count in sorted(self.counts.items()))
+            )
         found += [f"  {error}" for error in self.errors]
         if self.go_on and self.state.startswith(("dead", "stopped")):
             found.append(f"to go on: {self.go_on}")
@@ -70,23 +79,27 @@ class Status:
 
 
 def status(folder: str | Path) -> Status:
-    """Status of the search or campaign in ``folder`` (the folder of the input, ``results``, ``results/anharmonic``, or ``campaign``).
+    """Status of the search or campaign in ``folder`` (the folder of the input, ``results``,
+    ``results/anharmonic``, or ``campaign``).
 
     Raises ``InputError`` when it holds neither.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise InputError(f"{place}: no such folder")
-    for steps in (place / "steps.json", place / "campaign" / "steps.json"):
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for steps in (root / "steps.json", root / "campaign" / "steps.json"):
         if steps.is_file():
             return _campaign(steps)
-    for ours in (place, place / "anharmonic", place / "results" / "anharmonic"):
+    for ours in (root, root / "anharmonic", root / "results" / "anharmonic"):
         if (ours / "run.json").is_file() and ours.name == "anharmonic":
             return _search(ours)
-    raise InputError(f"{place}: holds neither a search (results/anharmonic/run.json) nor a campaign (campaign/steps.json)")
+    raise InputError(
+        f"{root}: holds neither a search (results/anharmonic/run.json) nor a campaign"
+        " (campaign/steps.json)"
+    )
 
 
-# --- a search -------------------------------------------------------------------------------------------------------------
+# --- a search -------------------------------------------------------------------------------------
 
 
 def _search(ours: Path) -> Status:
@@ -107,9 +120,19 @@ def _search(ours: Path) -> Status:
         where = f"generation {generation} of {total or '?'}: {step}"
     errors, counts = _errors(ours)
     return Status(
-        results.parent if results.name == "results" else ours, "search", state, where, waits, owner,
-        _rates(ours, history), _left(history, total - finished), errors, counts, _since_change(ours, results), _command(record),
-    )  # fmt: skip
+        results.parent if results.name == "results" else ours,
+        "search",
+        state,
+        where,
+        waits,
+        owner,
+        _rates(ours, history),
+        _left(history, total - finished),
+        errors,
+        counts,
+        _since_change(ours, results),
+        _command(record),
+    )
 
 
 def _command(record: dict[str, Any]) -> str:
@@ -122,7 +145,8 @@ def _command(record: dict[str, Any]) -> str:
 def _rounds(results: Path) -> list[dict[str, Any]]:
     """A line for each generation that MAGUS has finished, from its files and their times.
 
-    ``keep{g}.traj`` comes last but one; a restart repeats the last generation, and then ``init{g}.traj`` is the newer one.
+    ``keep{g}.traj`` comes last but one; a restart repeats the last generation, and then
+    ``init{g}.traj`` is the newer one.
     """
     found = []
     for file in results.glob("keep*.traj"):
@@ -149,7 +173,10 @@ def _step(results: Path, ours: Path, generation: int, settings: dict[str, Any]) 
         folders = [path for path in (ours / "sscha").glob("*") if path.is_dir()]
         open_runs = [path for path in folders if not (path / "result.json").exists()]
         populations = sum(len(list(path.glob("population_*.npz"))) for path in open_runs)
-        text = f"free energies, {len(folders) - len(open_runs)} runs finished, {len(open_runs)} open with {populations} populations"
+        text = (
+            f"free energies, {len(folders) - len(open_runs)} runs finished, {len(open_runs)} open"
+            f" with {populations} populations"
+        )
         return text, "the next population of SSCHA"
     return "ranking", "the populations of this generation"
 
@@ -158,10 +185,20 @@ def _learning_step(ours: Path, generation: int, learning: dict[str, Any]) -> tup
     wanted = (_number(learning.get("n_sample")) or 0) * (_number(learning.get("n_perturb")) or 0)
     pending = len(list((ours / "labels" / "pending" / f"gen{generation:03d}").glob("*.xyz")))
     batches = list((ours / "labels").glob(f"gen{generation:03d}*.xyz"))
-    failed = sum(record.get("stage") == "label" and record.get("generation") == generation for record in read_failures(ours))
+    failed = sum(
+        record.get("stage") == "label" and record.get("generation") == generation
+        for record in read_failures(ours)
+    )
     if not batches:
-        return f"labelling, {pending} of at most {wanted} labels done, {failed} failed", "the labeler (learning.labeler)"
-    epoch = "a checkpoint of its epochs is there" if list((ours / "training").glob(f"gen{generation}.pth*")) else "no epoch done yet"
+        return (
+            f"labelling, {pending} of at most {wanted} labels done, {failed} failed",
+            "the labeler (learning.labeler)",
+        )
+    epoch = (
+        "a checkpoint of its epochs is there"
+        if list((ours / "training").glob(f"gen{generation}.pth*"))
+        else "no epoch done yet"
+    )
     return f"training, {epoch}", "the next epoch of finetuning"
 
 
@@ -177,18 +214,26 @@ def _rates(ours: Path, history: Sequence[dict[str, Any]]) -> tuple[str, ...]:
         span = now - min(recent, default=now)
         if len(recent) > 1 and span > 1:
             found.append(f"{3600 * len(recent) / span:.0f} {what} per hour")
-    seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)]
+    seconds = [
+        value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float)
+    ]
     if seconds:
-        found.append(f"{duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})")
+        found.append(
+            f"{duration(sum(seconds) / len(seconds))} per generation (last {len(seconds)})"
+        )
     return tuple(found)
 
 
 def _left(history: Sequence[dict[str, Any]], generations: int) -> float | None:
-    seconds = [value for line in history[-5:] if isinstance(value := line.get("seconds"), int | float) and value > 0]
+    seconds = [
+        value
+        for line in history[-5:]
+        if isinstance(value := line.get("seconds"), int | float) and value > 0
+    ]
     return sum(seconds) / len(seconds) * generations if seconds and generations > 0 else None
 
 
-# --- a campaign -----------------------------------------------------------------------------------------------------------
+# --- a campaign -----------------------------------------------------------------------------------
 
 
 def _campaign(file: Path) -> Status:
@@ -199,7 +244,9 @@ def _campaign(file: Path) -> Status:
     running = [name for name, step in steps.items() if step.get("status") == "running"]
     waiting = [name for name, step in steps.items() if step.get("status") == "open"]
     failed = {
-        name: one_line(str(step.get("reason") or "no reason given")) for name, step in steps.items() if step.get("status") == "failed"
+        name: one_line(str(step.get("reason") or "no reason given"))
+        for name, step in steps.items()
+        if step.get("status") == "failed"
     }
     done = states["done"] == len(steps)
     owner, state = holder(file.parent, done)
@@ -211,8 +258,20 @@ def _campaign(file: Path) -> Status:
         with contextlib.suppress(InputError):
             inner = status(file.parent / name)
             where += f" ({inner.where})"
-    waits = "nothing" if done else inner.waits_for if inner is not None else (running or waiting or ["a failed step to be mended"])[0]
-    spent = [value for step in steps.values() if step.get("status") == "done" and isinstance(value := step.get("wall_s"), int | float)]
+    waits = (
+        "nothing"
+        if done
+        else (
+            inner.waits_for
+            if inner is not None
+            else (running or waiting or ["a failed step to be mended"])[0]
+        )
+    )
+    spent = [
+        value
+        for step in steps.values()
+        if step.get("status") == "done" and isinstance(value := step.get("wall_s"), int | float)
+    ]
     left = sum(spent) / len(spent) * (len(running) + len(waiting)) if spent else None
     errors = tuple(f"{name}: {reason}" for name, reason in failed.items())[-LAST_ERRORS:]
     counts = {"step": len(failed)} if failed else {}
@@ -221,15 +280,27 @@ def _campaign(file: Path) -> Status:
     rates = inner.rates if inner is not None else ()
     age = time.time() - _changed(file)
     return Status(
-        file.parent, "campaign", state, where, waits, owner, rates, left, errors, counts, age, "magus-anharmonic campaign campaign.yaml"
-    )  # fmt: skip
+        file.parent,
+        "campaign",
+        state,
+        where,
+        waits,
+        owner,
+        rates,
+        left,
+        errors,
+        counts,
+        age,
+        "magus-anharmonic campaign campaign.yaml",
+    )
 
 
-# --- both -----------------------------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------
 
 
 def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
-    """Who holds the lock of ``folder``, and what that means (`Status.state`); ``done``: whether nothing is left to be done there."""
+    """Who holds the lock of ``folder``, and what that means (`Status.state`); ``done``: whether
+    nothing is left to be done there."""
     try:
         owner = read_owner(folder)
     except OSError as error:
@@ -244,11 +315,19 @@ def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
 
 
 def present_steps(folder: Path, steps: dict[str, Any]) -> dict[str, Any]:
-    """``steps`` of the ``steps.json`` in ``folder``, "interrupted" where one is said to be running and nobody works on the campaign."""
-    running = [name for name, step in steps.items() if isinstance(step, dict) and step.get("status") == "running"]
+    """``steps`` of the ``steps.json`` in ``folder``, "interrupted" where one is said to be running
+    and nobody works on the campaign."""
+    running = [
+        name
+        for name, step in steps.items()
+        if isinstance(step, dict) and step.get("status") == "running"
+    ]
     if not running or not deserted(folder):
         return steps
-    return {name: {**step, "status": "interrupted"} if name in running else step for name, step in steps.items()}
+    return {
+        name: {**step, "status": "interrupted"} if name in running else step
+        for name, step in steps.items()
+    }
 
 
 def deserted(folder: Path) -> bool:
@@ -257,7 +336,8 @@ def deserted(folder: Path) -> bool:
 
 
 def _shows_life(folder: Path, owner: Owner) -> bool:
-    """Watch the heartbeat of a process on another machine for a little longer than one beat; no clock is compared with another."""
+    """Watch the heartbeat of a process on another machine for a little longer than one beat; no
+    clock is compared with another."""
     log.info("watching up to %g s for a sign of life of %s", WATCH, owner.described())
     deadline = time.monotonic() + WATCH
     while time.monotonic() < deadline:
@@ -273,7 +353,14 @@ def _errors(ours: Path) -> tuple[tuple[str, ...], dict[str, int]]:
     records = read_failures(ours)
     counts = Counter(one_line(str(record.get("stage", "?")), 40) for record in records)
     last = [
-        one_line(" ".join(str(part) for part in (record.get("time", ""), record.get("stage", "?"), record.get("id", "")) if part), 120)
+        one_line(
+            " ".join(
+                str(part)
+                for part in (record.get("time", ""), record.get("stage", "?"), record.get("id", ""))
+                if part
+            ),
+            120,
+        )
         + f": {one_line(str(record.get('reason', 'no reason given')))}"
         for record in records[-LAST_ERRORS:]
     ]
@@ -281,8 +368,15 @@ def _errors(ours: Path) -> tuple[tuple[str, ...], dict[str, int]]:
 
 
 def _since_change(*folders: Path) -> float | None:
-    """Seconds since a file in one of these folders, or one level below, was written; None when there is none."""
-    times = [_changed(path) for folder in folders for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.name != "lock.json"]
+    """Seconds since a file in one of these folders, or one level below, was written; None when
+    there is none."""
+    times = [
+        _changed(path)
+        for folder in folders
+        for pattern in ("*", "*/*")
+        for path in folder.glob(pattern)
+        if path.name != "lock.json"
+    ]
     return time.time() - max(times) if times else None
 
 
@@ -295,7 +389,8 @@ def _changed(path: Path) -> float:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """A JSON file, or nothing: a running search may be about to write it, and a damaged one must not hide the rest."""
+    """A JSON file, or nothing: a running search may be about to write it, and a damaged one must
+    not hide the rest."""
     try:
         return read_json(file)
     except DamagedFile:

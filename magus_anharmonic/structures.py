@@ -19,24 +19,30 @@ from magus_anharmonic.errors import MagusAnharmonicError
 HYDROGEN = {"D": 2.014, "T": 3.016}
 """Isotopes with symbols of their own, and their masses in amu."""
 SAME_MASS = 1e-3
-"""Relative difference of two masses that are one: tables of atomic masses differ by less, isotopes of one element by more."""
+"""Relative difference of two masses that are one: tables of atomic masses differ by less, isotopes
+of one element by more."""
 
 
 def kinds(atoms: Atoms) -> np.ndarray:
-    """(n,) whole numbers, the same for atoms of one element and one mass: the atomic number where the mass is the natural one.
+    """(n,) whole numbers, the same for atoms of one element and one mass: the atomic number where
+    the mass is the natural one.
 
-    Everything that asks which atoms are alike (identity, symmetry, composition) asks this, so that D3S is not H3S.
+    Everything that asks which atoms are alike (identity, symmetry, composition) asks this, so that
+    D3S is not H3S.
     """
     numbers = np.asarray(atoms.numbers, dtype=np.int64)
     if not atoms.has("masses"):
         return numbers
     masses = atoms.get_masses()
     natural = np.isclose(masses, atomic_masses[numbers], rtol=SAME_MASS, atol=0.0)
-    return np.where(natural, numbers, numbers + 1000 * np.round(1000 * np.nan_to_num(masses)).astype(np.int64))
+    return np.where(
+        natural, numbers, numbers + 1000 * np.round(1000 * np.nan_to_num(masses)).astype(np.int64)
+    )
 
 
 def isotopes(atoms: Atoms) -> dict[str, float]:
-    """The masses that are not those of the natural elements, amu by symbol; ``H+2.014`` where an element has several."""
+    """The masses that are not those of the natural elements, amu by symbol; ``H+2.014`` where an
+    element has several."""
     present, first = np.unique(kinds(atoms), return_index=True)
     elements = (present % 1000).tolist()
     found = {}
@@ -51,15 +57,20 @@ def formula(atoms: Atoms) -> str:
     """Chemical formula, the metals first, with the hydrogen isotopes as D and T: ``'D3S'``."""
     text = atoms.get_chemical_formula(mode="metal")
     masses = atoms.get_masses()[(atoms.numbers == 1) & (kinds(atoms) > 999)]
-    heavy = {symbol: int(np.isclose(masses, mass, atol=0.02).sum()) for symbol, mass in HYDROGEN.items()}
+    heavy = {
+        symbol: int(np.isclose(masses, mass, atol=0.02).sum()) for symbol, mass in HYDROGEN.items()
+    }
     counts = {"H": int((atoms.numbers == 1).sum()) - sum(heavy.values()), **heavy}
-    split = "".join(f"{symbol}{number if number > 1 else ''}" for symbol, number in counts.items() if number)
+    split = "".join(
+        f"{symbol}{number if number > 1 else ''}" for symbol, number in counts.items() if number
+    )
     return re.sub(r"H\d*(?![a-z0-9])", split, text)
 
 
 def with_isotopes(atoms: Atoms, masses: Mapping[str, float]) -> Atoms:
-    """A copy (`bare`) with ``masses`` (amu by symbol) for those of its atoms, in place of what they have."""
-    copy = bare(atoms)
+    """A copy (`stripped`) with ``masses`` (amu by symbol) for those of its atoms, in place of what
+    they have."""
+    copy = stripped(atoms)
     if any(symbol in masses for symbol in atoms.get_chemical_symbols()):
         own = zip(atoms.get_chemical_symbols(), atoms.get_masses(), strict=True)
         copy.set_masses([float(masses.get(symbol, mass)) for symbol, mass in own])
@@ -67,7 +78,8 @@ def with_isotopes(atoms: Atoms, masses: Mapping[str, float]) -> Atoms:
 
 
 UNDECIDED = "not decided"
-"""In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4 sigma'``. No finding."""
+"""In the space group of a run whose noise leaves two: ``'R3m (160) or Im-3m (229): not decided, 0.4
+sigma'``. No finding."""
 
 
 def decided_group(group: str) -> str:
@@ -81,7 +93,8 @@ def symbol_of(group: str) -> str:
 
 
 def structure_id(atoms: Atoms) -> str:
-    """Twelve hex digits that identify species with their masses, cell and positions (rounded to 1e-6 Angstrom)."""
+    """Twelve hex digits that identify species with their masses, cell and positions (rounded to
+    1e-6 Angstrom)."""
     digest = hashlib.sha256()
     digest.update(kinds(atoms).tobytes())
     for array in (atoms.cell.array, atoms.positions):
@@ -89,9 +102,12 @@ def structure_id(atoms: Atoms) -> str:
     return digest.hexdigest()[:12]
 
 
-def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
-    """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other arrays."""
-    copy = Atoms(numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc)
+def stripped(atoms: Atoms, *, constraints: bool = False) -> Atoms:
+    """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other
+    arrays."""
+    copy = Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
+    )
     if atoms.has("masses"):
         copy.set_masses(atoms.get_masses())
     if constraints:
@@ -99,25 +115,32 @@ def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
     return copy
 
 
-def held_atoms(atoms: Atoms) -> np.ndarray:
-    """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other constraint."""
-    held = np.zeros(len(atoms), dtype=bool)
+def fixed_atoms(atoms: Atoms) -> np.ndarray:
+    """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other
+    constraint."""
+    fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if type(constraint) is not FixAtoms:
-            raise MagusAnharmonicError(f"the constraint {type(constraint).__name__} cannot be kept, only FixAtoms can; take it out")
-        held[constraint.index] = True
-    return held
+            raise MagusAnharmonicError(
+                f"the constraint {type(constraint).__name__} cannot be kept, only FixAtoms can;"
+                " take it out"
+            )
+        fixed[constraint.index] = True
+    return fixed
 
 
 def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The (lattice, scaled positions, `kinds`) triple that spglib takes: isotopes are no images of each other."""
+    """The (lattice, scaled positions, `kinds`) triple that spglib takes: isotopes are no images of
+    each other."""
     return atoms.cell.array, atoms.get_scaled_positions(), kinds(atoms)
 
 
 def spglib_or_none(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call spglib; None where it fails (overlapping atoms, flat cells), and for numbers that are not finite, which end the process.
+    """Call spglib; None where it fails (overlapping atoms, flat cells), and for numbers that are
+    not finite, which end the process.
 
-    spglib returns None then, but raises once any package (phonopy, symfc, ASE) has set its ``OLD_ERROR_HANDLING`` to False.
+    spglib returns None then, but raises once any package (phonopy, symfc, ASE) has set its
+    ``OLD_ERROR_HANDLING`` to False.
     """
     lattice, positions, _ = arguments[0]
     if not (np.isfinite(lattice).all() and np.isfinite(positions).all()):
@@ -129,7 +152,8 @@ def spglib_or_none(function: Callable[..., Any], *arguments: Any, **options: Any
 
 
 def space_group(atoms: Atoms, symprec: float = 0.05) -> str:
-    """International symbol and number, e.g. ``'R3m (160)'``; ``'P1 (1)'`` when spglib finds none."""
+    """International symbol and number, e.g. ``'R3m (160)'``; ``'P1 (1)'`` when spglib finds
+    none."""
     found = spglib_or_none(spglib.get_spacegroup, spglib_cell(atoms), symprec=symprec)
     return found or "P1 (1)"
 
@@ -146,7 +170,9 @@ def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:
     if found is None:
         return None
     lattice, positions, found_kinds = found
-    standard = Atoms(numbers=np.asarray(found_kinds) % 1000, scaled_positions=positions, cell=lattice, pbc=True)
+    standard = Atoms(
+        numbers=np.asarray(found_kinds) % 1000, scaled_positions=positions, cell=lattice, pbc=True
+    )
     if atoms.has("masses"):
         masses = dict(zip(kinds(atoms).tolist(), atoms.get_masses().tolist(), strict=True))
         standard.set_masses([masses[int(kind)] for kind in found_kinds])
@@ -154,45 +180,56 @@ def standardized(atoms: Atoms, symprec: float, **options: Any) -> Atoms | None:
 
 
 def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
-    """Symmetrised primitive cell in the orientation of the input; the input itself when spglib finds none."""
+    """Symmetrised primitive cell in the orientation of the input; the input itself when spglib
+    finds none."""
     found = standardized(atoms, symprec, to_primitive=True, no_idealize=True)
-    return bare(atoms) if found is None else found
+    return stripped(atoms) if found is None else found
 
 
-SAME_PLACE = 1e-4
+SAME_POSITION_TOLERANCE = 1e-4
 """Angstrom, and relative change of a cell, below which a structure is what it was."""
 
 
 def change_of(given: Atoms, after: Atoms, own: Atoms | None = None) -> str:
-    """What a calculator did to the structure that it was given, as a predicate; empty where it is what it was.
+    """What a calculator did to the structure that it was given, as a predicate; empty where it is
+    what it was.
 
-    ``own`` is the calculator's own copy, whose order and cell its results have: it may be wrapped, shifted and rotated, but not sorted,
-    moved or strained.
+    ``own`` is the calculator's own copy, whose order and cell its results have: it may be wrapped,
+    shifted and rotated, but not sorted, moved or strained.
     """
     if len(after) != len(given):
         return f"changed the number of atoms from {len(given)} to {len(after)}"
     if not np.array_equal(after.numbers, given.numbers):
         return "sorted the atoms"
     size = max(1.0, float(np.abs(given.cell.array).max()))
-    if np.abs(after.cell.array - given.cell.array).max() > SAME_PLACE * size:
+    if np.abs(after.cell.array - given.cell.array).max() > SAME_POSITION_TOLERANCE * size:
         return "strained the cell"
-    if _apart(given, after).max(initial=0.0) > SAME_PLACE:
+    if _apart(given, after).max(initial=0.0) > SAME_POSITION_TOLERANCE:
         return "moved or reordered the atoms"
     if not isinstance(own, Atoms) or own is after or len(own) != len(given):
         return ""
     if not np.array_equal(own.numbers, given.numbers):
         return "sorted the atoms"
     metric = given.cell.array @ given.cell.array.T
-    if given.pbc.all() and np.abs(own.cell.array @ own.cell.array.T - metric).max() > 2 * SAME_PLACE * np.abs(metric).max():
+    if (
+        given.pbc.all()
+        and np.abs(own.cell.array @ own.cell.array.T - metric).max()
+        > 2 * SAME_POSITION_TOLERANCE * np.abs(metric).max()
+    ):
         return "strained the cell"
     apart = _apart(given, own) if given.pbc.all() else np.zeros(1)
-    return "moved or reordered the atoms" if apart.max(initial=0.0) > SAME_PLACE else ""
+    return (
+        "moved or reordered the atoms" if apart.max(initial=0.0) > SAME_POSITION_TOLERANCE else ""
+    )
 
 
 def _apart(given: Atoms, other: Atoms) -> np.ndarray:
-    """Distance of each atom from where it was, A: whole lattice vectors and a shift of all left out."""
+    """Distance of each atom from where it was, A: whole lattice vectors and a shift of all left
+    out."""
     if not given.pbc.all() or abs(given.cell.volume) < 1e-8:
         return np.linalg.norm(other.positions - given.positions, axis=1)
-    moved = other.cell.scaled_positions(other.positions) - given.cell.scaled_positions(given.positions)
+    moved = other.cell.scaled_positions(other.positions) - given.cell.scaled_positions(
+        given.positions
+    )
     moved -= moved[:1]
     return np.linalg.norm((moved - np.round(moved)) @ given.cell.array, axis=1)

@@ -23,7 +23,8 @@ AMU_IN_RYDBERG_MASS: float = _ase._amu / _ase._me / 2.0
 """1 amu in the mass unit of Rydberg atomic units (twice the electron mass)."""
 
 HBAR: float = _ase._hbar * _ase.J * _ase.s
-"""hbar in eV * ASE time units, so that omega = sqrt(k/m) with k in eV/A^2 and m in amu gives HBAR*omega in eV."""
+"""hbar in eV * ASE time units, so that omega = sqrt(k/m) with k in eV/A^2 and m in amu gives
+HBAR*omega in eV."""
 
 EV_IN_CM1: float = 1.0 / _ase.invcm
 """1 eV in cm^-1."""
@@ -47,5 +48,6 @@ def duration(seconds: float) -> str:
 
 
 def time_left(seconds: float, done: float, rest: float) -> str:
-    """``'about 12 min left'`` for the ``rest`` of a work of which ``done`` took ``seconds``; empty where that cannot be told."""
+    """``'about 12 min left'`` for the ``rest`` of a work of which ``done`` took ``seconds``; empty
+    where that cannot be told."""
     return f"about {duration(seconds / done * rest)} left" if done > 0 and rest > 0 else ""

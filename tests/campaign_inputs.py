@@ -31,7 +31,11 @@ GIVEN: dict[str, Any] = {
     "relax": {"pressures": [50, 100, 150]},
     "sscha": {"pressures": [100]},
     "dft": {},
-    "hessian": {"phases": [{"name": "Im-3m", "irreps": ["T1u"]}], "pressures": [100, 150], "dispersions": [100]},
+    "hessian": {
+        "phases": [{"name": "Im-3m", "irreps": ["T1u"]}],
+        "pressures": [100, 150],
+        "dispersions": [100],
+    },
 }
 
 

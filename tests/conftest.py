@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-# distributed writes to the stream it saw when it was imported, which under pytest is a closed one by the time it says goodbye
+# distributed writes to the stream it saw when it was imported, which under pytest is a closed one
+# by the time it says goodbye
 os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
 
-# a shell without job control lets what it starts in the background ignore Ctrl-C, and the tests of being interrupted would never end
+# a shell without job control lets what it starts in the background ignore Ctrl-C, and the tests of
+# being interrupted would never end
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A MatterSim-format model with random weights and a per-species shift of the usual size: 2 blocks, 16 units."""
+    """A MatterSim-format model with random weights and a per-species shift of the usual size: 2
+    blocks, 16 units."""
     import torch
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
@@ -53,7 +56,8 @@ def potential(tiny_checkpoint: Path) -> Potential:
 
 @pytest.fixture(scope="session")
 def h3s() -> Callable[..., Atoms]:
-    """``h3s(a=3.0, bond_shift=0.0)``: 4 atoms, S at the corner of a bcc cell; Im-3m, or R3m when H is off the middle (Angstrom)."""
+    """``h3s(a=3.0, bond_shift=0.0)``: 4 atoms, S at the corner of a bcc cell; Im-3m, or R3m when H
+    is off the middle (Angstrom)."""
 
     def build(a: float = 3.0, bond_shift: float = 0.0) -> Atoms:
         cell = 0.5 * a * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])

@@ -1,9 +1,11 @@
-"""A family of anharmonic crystals with cells that may change, one evaluator for all of them: for rankings and isotopes.
+"""A family of anharmonic crystals with cells that may change, one evaluator for all of them: for
+rankings and isotopes.
 
-Each crystal has two atoms per cell (CsCl's arrangement, edges of its own). Energy per cell: depth + sum over links of
-sum_i (k2 x_i^2 / 2 + k3 x_i^3 + k4 x_i^4), where x are the components, in the link's own axes, of its vector minus the one
-of the reference. Links are the eight bonds of H to its neighbours, and the vector from their mean to H (reference zero),
-which may have a double well. A structure belongs to the crystal whose volume per atom is nearest.
+Each crystal has two atoms per cell (CsCl's arrangement, edges of its own). Energy per cell: depth +
+sum over links of sum_i (k2 x_i^2 / 2 + k3 x_i^3 + k4 x_i^4), where x are the components, in the
+link's own axes, of its vector minus the one of the reference. Links are the eight bonds of H to its
+neighbours, and the vector from their mean to H (reference zero), which may have a double well. A
+structure belongs to the crystal whose volume per atom is nearest.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ CORNERS = np.array(list(np.ndindex(2, 2, 2))) - 0.5
 
 @dataclass(frozen=True)
 class Crystal:
-    """edges : A; bonds : (8, 3, 3) coefficients k2, k3, k4 (first axis of a link's terms) along its three axes (the first is
-    the bond); cage : (3, 3) the same for the vector from the neighbours' mean to H; depth : eV per cell; offset : A, of H from
-    the centre of the cell in the reference; shift : A, of H from there in the structure that is handed out.
+    """edges : A; bonds : (8, 3, 3) coefficients k2, k3, k4 (first axis of a link's terms) along its
+    three axes (the first is the bond); cage : (3, 3) the same for the vector from the neighbours'
+    mean to H; depth : eV per cell; offset : A, of H from the centre of the cell in the reference;
+    shift : A, of H from there in the structure that is handed out.
     """
 
     edges: tuple[float, float, float]
@@ -46,7 +49,8 @@ class Crystal:
 
     @property
     def axes(self) -> np.ndarray:
-        """(9, 3, 3) orthonormal axes of the links as rows: along the bond, two across; Cartesian for the cage."""
+        """(9, 3, 3) orthonormal axes of the links as rows: along the bond, two across; Cartesian
+        for the cage."""
         frames = []
         for along in self.vectors[:8]:
             first = along / np.linalg.norm(along)
@@ -57,9 +61,18 @@ class Crystal:
 
 
 def crystal(
-    edges: tuple[float, float, float], along: float, across: float, cubic: float, quartic: float, *, well: float = 0.0, wall: float = 0.0,
-    depth: float = 0.0, offset: tuple[float, float, float] = (0.0, 0.0, 0.0), shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
-) -> Crystal:  # fmt: skip
+    edges: tuple[float, float, float],
+    along: float,
+    across: float,
+    cubic: float,
+    quartic: float,
+    *,
+    well: float = 0.0,
+    wall: float = 0.0,
+    depth: float = 0.0,
+    offset: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+) -> Crystal:
     """Equal bonds: k2 ``along`` and ``across``, k3 ``cubic`` and k4 ``quartic``; eV/A^n.
 
     ``well`` : taken off the curvature of the cage along z, ``wall`` : its k4.
@@ -79,7 +92,8 @@ class Crystals:
         self.n_structures = 0
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
-        """Energies, forces, stresses; structures next to each other with the same cell share their list of links."""
+        """Energies, forces, stresses; structures next to each other with the same cell share their
+        list of links."""
         self.n_structures += len(structures)
         cells = np.array([atoms.cell.array for atoms in structures])
         sizes = np.array([len(atoms) for atoms in structures])
@@ -94,15 +108,24 @@ class Crystals:
             stresses.append(found[2])
         return Evaluation(np.concatenate(energies), forces, np.concatenate(stresses))
 
-    def _one_cell(self, like: Atoms, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        one = self.crystals[int(np.argmin(np.abs(np.log(self.volumes * len(like) / like.get_volume()))))]
+    def _one_cell(
+        self, like: Atoms, positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        one = self.crystals[
+            int(np.argmin(np.abs(np.log(self.volumes * len(like) / like.get_volume()))))
+        ]
         links, constant = _links(one, like, positions.mean(axis=0))
-        axes, terms = np.tile(one.axes, (len(like) // 2, 1, 1)), np.tile(np.array([*one.bonds, one.cage]), (len(like) // 2, 1, 1))
+        axes, terms = (
+            np.tile(one.axes, (len(like) // 2, 1, 1)),
+            np.tile(np.array([*one.bonds, one.cage]), (len(like) // 2, 1, 1)),
+        )
         reference = np.tile(one.vectors, (len(like) // 2, 1))
         vectors = np.tensordot(positions, links, axes=([1], [1])).transpose(0, 2, 1) + constant
         x = ((vectors - reference)[:, :, None, :] * axes).sum(axis=3)
         k2, k3, k4 = terms[:, 0], terms[:, 1], terms[:, 2]
-        energy = one.depth * len(like) / 2.0 + (x**2 * (0.5 * k2 + k3 * x + k4 * x**2)).sum(axis=(1, 2))
+        energy = one.depth * len(like) / 2.0 + (x**2 * (0.5 * k2 + k3 * x + k4 * x**2)).sum(
+            axis=(1, 2)
+        )
         pull = ((x * (k2 + 3.0 * k3 * x + 4.0 * k4 * x**2))[..., None] * axes).sum(axis=2)
         forces = -np.tensordot(pull, links, axes=([1], [0])).transpose(0, 2, 1)
         stress = np.matmul(pull.transpose(0, 2, 1), vectors) / like.get_volume()
@@ -110,9 +133,11 @@ class Crystals:
 
 
 def _links(one: Crystal, like: Atoms, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix (9 n_H, n) that makes link vectors of positions, and what the lattice adds (9 n_H, 3), A.
+    """Matrix (9 n_H, n) that makes link vectors of positions, and what the lattice adds (9 n_H, 3),
+    A.
 
-    Neighbours are found in ``mean`` positions, so that no single configuration can change the bonds.
+    Neighbours are found in ``mean`` positions, so that no single configuration can change the
+    bonds.
     """
     numbers, cell = like.numbers, like.cell.array
     hydrogen, lithium = np.flatnonzero(numbers == 1), np.flatnonzero(numbers == 3)
@@ -134,14 +159,23 @@ def _links(one: Crystal, like: Atoms, mean: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def family(n: int = 20, seed: int = 5) -> list[Crystal]:
-    """Crystals whose stiffness, anharmonicity, symmetry and depth are drawn at random; every fourth has a double well."""
+    """Crystals whose stiffness, anharmonicity, symmetry and depth are drawn at random; every fourth
+    has a double well."""
     rng = np.random.default_rng(seed)
     found = []
     for k in range(n):
         edge = 3.0 * 1.02**k
-        stretch = np.array([1.0, rng.uniform(0.97, 1.03), rng.uniform(0.97, 1.03)]) if k % 3 else np.ones(3)
+        stretch = (
+            np.array([1.0, rng.uniform(0.97, 1.03), rng.uniform(0.97, 1.03)])
+            if k % 3
+            else np.ones(3)
+        )
         a, b, c = (float(value) for value in edge * stretch / stretch.prod() ** (1 / 3))
-        along, across, quartic = rng.uniform(0.7, 1.3), rng.uniform(0.15, 0.3), rng.uniform(0.5, 2.0)
+        along, across, quartic = (
+            rng.uniform(0.7, 1.3),
+            rng.uniform(0.15, 0.3),
+            rng.uniform(0.5, 2.0),
+        )
         well = 0.0 if k % 4 or k % 5 == 1 else float(rng.uniform(3.0, 6.0))
         offset = (0.2, 0.12, -0.15) if k % 5 == 1 else (0.0, 0.0, 0.0)
         shift = (0.0, 0.0, 0.15) if k % 8 == 0 else (0.0, 0.0, 0.0)

@@ -1,4 +1,5 @@
-"""Two harmonic crystals, a model and a reference, between which every error of the SSCHA is a closed expression."""
+"""Two harmonic crystals, a model and a reference, between which every error of the SSCHA is a
+closed expression."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.analysis.labelled_ensemble import Labelled, draw
+from magus_anharmonic.analysis.labelled_ensemble import Labelled, sample_displacements
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, expand, fold
@@ -16,9 +17,11 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 
 @dataclass(frozen=True)
 class HarmonicCrystal:
-    """E = constant + 1/2 (u - shift) K (u - shift) per supercell about the centroids of ``state``; ``shift`` (n, 3) A, in every cell.
+    """E = constant + 1/2 (u - shift) K (u - shift) per supercell about the centroids of ``state``;
+    ``shift`` (n, 3) A, in every cell.
 
-    ``noise`` (eV) adds a smooth, even, configuration-dependent term to the energy alone: an error that no gradient sees.
+    ``noise`` (eV) adds a smooth, even, configuration-dependent term to the energy alone: an error
+    that no gradient sees.
     """
 
     state: SschaState
@@ -28,7 +31,7 @@ class HarmonicCrystal:
     model_id: str = "harmonic-crystal"
 
     def evaluate(self, structures: list[Atoms]) -> Evaluation:
-        matrix = expand(self.state.force_constants, self.state.repeats)
+        matrix = expand(self.state.force_constants, self.state.supercell_matrix)
         u = (
             np.array([atoms.positions for atoms in structures])
             - self.state.supercell.positions
@@ -47,27 +50,39 @@ class HarmonicCrystal:
         return self.constant + self.state.harmonic_free_energy
 
 
-def crystal(repeats: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1) -> SschaState:
+def crystal(
+    supercell_matrix: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1
+) -> SschaState:
     """Three atoms without symmetry on random, stable springs that obey the acoustic sum rule."""
     atoms = Atoms(
-        "SH2", positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]], cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]], pbc=True
+        "SH2",
+        positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]],
+        cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]],
+        pbc=True,
     )
-    return replace(SschaState(atoms, repeats, np.zeros((2, 3, 3, 3, 3)), temperature), force_constants=springs(atoms, repeats, seed))
+    return replace(
+        SschaState(atoms, supercell_matrix, np.zeros((2, 3, 3, 3, 3)), temperature),
+        force_constants=springs(atoms, supercell_matrix, seed),
+    )
 
 
-def springs(atoms: Atoms, repeats: tuple[int, int, int], seed: int, scale: float = 1.0) -> np.ndarray:
+def springs(
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], seed: int, scale: float = 1.0
+) -> np.ndarray:
     """Compact force constants of random positive springs, translations free."""
     rng = np.random.default_rng(seed)
-    n_cells, n = int(np.prod(repeats)), len(atoms)
+    n_cells, n = int(np.prod(supercell_matrix)), len(atoms)
     root = rng.normal(size=(3 * n * n_cells, 3 * n * n_cells))
     full = root @ root.T / (3 * n * n_cells) + 2.0 * np.eye(3 * n * n_cells)
-    return scale * Symmetry(atoms, repeats).force_constants(fold(full, repeats))
+    return scale * Symmetry(atoms, supercell_matrix).force_constants(fold(full, supercell_matrix))
 
 
-def labelled(model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int, seed: int = 0) -> Labelled:
+def labelled(
+    model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int, seed: int = 0
+) -> Labelled:
     """Both evaluated on an ensemble of the model's own state."""
     state = model.state
-    u = draw(state, n_configs, seed)
+    u = sample_displacements(state, n_configs, seed)
 
     def ensemble(source: HarmonicCrystal) -> Ensemble:
         found = source.evaluate(displaced(state, u))
@@ -77,12 +92,15 @@ def labelled(model: HarmonicCrystal, reference: HarmonicCrystal, n_configs: int,
     return Labelled(state, ensemble(reference), ensemble(model), centroid)  # type: ignore[arg-type]
 
 
-def pair(strength: float, *, repeats: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0) -> tuple[HarmonicCrystal, HarmonicCrystal]:
-    """A model, and a reference whose minimum is shifted and whose springs differ, both in proportion to ``strength``."""
-    state = crystal(repeats)
+def pair(
+    strength: float, *, supercell_matrix: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0
+) -> tuple[HarmonicCrystal, HarmonicCrystal]:
+    """A model, and a reference whose minimum is shifted and whose springs differ, both in
+    proportion to ``strength``."""
+    state = crystal(supercell_matrix)
     rng = np.random.default_rng(7)
     shift = 0.05 * strength * rng.normal(size=(len(state.atoms), 3))
-    other = springs(state.atoms, repeats, seed=9) - 0.9 * state.force_constants
+    other = springs(state.atoms, supercell_matrix, seed=9) - 0.9 * state.force_constants
     softer = replace(state, force_constants=state.force_constants + strength * other)
     model = HarmonicCrystal(state, np.zeros_like(shift), constant=-3.0)
     return model, HarmonicCrystal(softer, shift - shift.mean(axis=0), constant=-3.1, noise=noise)

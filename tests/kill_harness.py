@@ -1,8 +1,10 @@
-"""Searches that are killed: a small one with every real part, run in processes that die where they are told to.
+"""Searches that are killed: a small one with every real part, run in processes that die where they
+are told to.
 
-One server process imports everything once and forks a child per search, so that a run costs its own seconds only. A child is killed
-from outside at a time, or kills itself just before a step: every change of a file (new name, line appended, removal, database)
-is one, seen by an audit hook, so that nothing in the library is replaced.
+One server process imports everything once and forks a child per search, so that a run costs its own
+seconds only. A child is killed from outside at a time, or kills itself just before a step: every
+change of a file (new name, line appended, removal, database) is one, seen by an audit hook, so that
+nothing in the library is replaced.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ INPUT: dict[str, Any] = {
     "dE": 0.001,
     "Fitness": ["SSCHA"],
     "seed": 1,
-    "MainCalculator": {"calculator": "mattersim", "jobPrefix": "M", "checkpoint": "h3s-gpaw-small", "eps": 0.2, "maxStep": 6},
+    "MainCalculator": {
+        "calculator": "mattersim",
+        "jobPrefix": "M",
+        "checkpoint": "h3s-gpaw-small",
+        "eps": 0.2,
+        "maxStep": 6,
+    },
     "learning": {
         "labeler": {"calculator": "toy_labeler.SoftSpheres", "n_workers": 1, "timeout": 900},
         "n_sample": 1,
@@ -48,14 +56,23 @@ INPUT: dict[str, Any] = {
         "epochs": 2,
         "learning_rate": 1.0e-5,
     },
-    "sscha": {"supercell": [1, 1, 1], "cell": "fixed", "n_configs": 10, "max_populations": 2, "max_candidates": 1, "hessian": 0},
+    "sscha": {
+        "supercell": [1, 1, 1],
+        "cell": "fixed",
+        "n_configs": 10,
+        "max_populations": 2,
+        "max_candidates": 1,
+        "hessian": 0,
+    },
 }
-"""The quick start, smaller: shipped checkpoint, toy labels (one of which fails), learning in both rounds, SSCHA in the last."""
+"""The quick start, smaller: shipped checkpoint, toy labels (one of which fails), learning in both
+rounds, SSCHA in the last."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a search ended: exit code (negative: the signal), seconds, everything it printed, and the steps that it made."""
+    """How a search ended: exit code (negative: the signal), seconds, everything it printed, and the
+    steps that it made."""
 
     code: int
     seconds: float
@@ -68,9 +85,17 @@ class Server:
 
     def __enter__(self) -> Server:
         here = Path(__file__).resolve().parent
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
+        }
         self._process = subprocess.Popen(
-            [sys.executable, str(here / "kill_harness.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, str(here / "kill_harness.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         assert self._answer() == "ready"
         return self
@@ -101,10 +126,16 @@ class Server:
     ) -> Ended:
         """Run ``magus-anharmonic search`` in ``folder`` to its end.
 
-        ``step``: send signal ``number`` just before the first step of that name; ``after``: send it after so many seconds; ``file_size``:
-        no file may grow beyond so many bytes.
+        ``step``: send signal ``number`` just before the first step of that name; ``after``: send it
+        after so many seconds; ``file_size``: no file may grow beyond so many bytes.
         """
-        order = {"folder": str(folder), "restart": restart, "step": step, "number": int(number), "file_size": file_size}
+        order = {
+            "folder": str(folder),
+            "restart": restart,
+            "step": step,
+            "number": int(number),
+            "file_size": file_size,
+        }
         self._send(order)
         pid = self._answer()
         if after is not None:
@@ -113,7 +144,10 @@ class Server:
         self._send({})
         status, seconds = self._answer()
         # Neither file is there yet when a child is killed at once.
-        text, steps = (path.read_text(encoding="utf-8") if path.exists() else "" for path in (folder / "output.txt", folder / "steps.txt"))
+        text, steps = (
+            path.read_text(encoding="utf-8") if path.exists() else ""
+            for path in (folder / "output.txt", folder / "steps.txt")
+        )
         return Ended(os.waitstatus_to_exitcode(status), seconds, text, steps.splitlines())
 
 
@@ -125,53 +159,90 @@ def prepare(folder: Path, **changes: Any) -> Path:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Everything that a search found, in a form in which two searches can be compared bit by bit."""
+    """Everything that a search found, in a form in which two searches can be compared bit by
+    bit."""
     from magus_anharmonic.failures import identity, read_failures
     from magus_anharmonic.files import read_jsonl
     from magus_anharmonic.potential.checkpoint import describe
     from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 
     ours = folder / "results" / "anharmonic"
-    found: dict[str, Any] = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("results/*.traj")}
+    found: dict[str, Any] = {
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("results/*.traj")
+    }
     found["labels"] = labels(ours / "labels")
-    for pattern in ("*.csv", "*.traj", "search.json", "seeds/*", "sscha/*/*.npz", "sscha/*/convergence.csv"):
+    for pattern in (
+        "*.csv",
+        "*.traj",
+        "search.json",
+        "seeds/*",
+        "sscha/*/*.npz",
+        "sscha/*/convergence.csv",
+    ):
         found |= {str(path.relative_to(folder)): path.read_bytes() for path in ours.glob(pattern)}
-    found["models"] = {path.name: describe(path).model_id for path in sorted(ours.glob("checkpoints/*.pth"))}
+    found["models"] = {
+        path.name: describe(path).model_id for path in sorted(ours.glob("checkpoints/*.pth"))
+    }
     metrics = read_jsonl(ours / "metrics.jsonl")
-    found["metrics"] = [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in metrics]
-    found["failures"] = [identity(record) for record in read_failures(ours) if record["stage"] != "run"]
+    found["metrics"] = [
+        {key: value for key, value in line.items() if not key.startswith("seconds")}
+        for line in metrics
+    ]
+    found["failures"] = [
+        identity(record) for record in read_failures(ours) if record["stage"] != "run"
+    ]
     store = FreeEnergyStore(ours / NAME)
-    found["free energies"] = sorted((record.folder, repr(record.gibbs), repr(record.gibbs_error)) for record in store.records())
+    found["free energies"] = sorted(
+        (record.folder, repr(record.gibbs), repr(record.gibbs_error)) for record in store.records()
+    )
     found["families"] = read_jsonl(ours / "labels" / "families.jsonl")
-    found["left over"] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if is_left_over(path))
+    found["left over"] = sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if is_left_over(path)
+    )
     return found
 
 
 def labels(directory: Path) -> list[tuple[str, str, bytes, bytes, bytes]]:
-    """Id, file, energy, forces and stress of every label in every file: one that is lost or doubled shows."""
+    """Id, file, energy, forces and stress of every label in every file: one that is lost or doubled
+    shows."""
     from ase.io import read
 
     found = []
     for file in sorted(directory.rglob("*.xyz")):
         for atoms in read(file, index=":", format="extxyz"):
-            numbers = (atoms.get_potential_energy(), atoms.get_forces(), atoms.get_stress(voigt=False))
-            found.append((str(atoms.info["id"]), str(file.relative_to(directory)), *(repr(value).encode() for value in numbers)))
+            numbers = (
+                atoms.get_potential_energy(),
+                atoms.get_forces(),
+                atoms.get_stress(voigt=False),
+            )
+            found.append(
+                (
+                    str(atoms.info["id"]),
+                    str(file.relative_to(directory)),
+                    *(repr(value).encode() for value in numbers),
+                )
+            )
     return sorted(found)
 
 
 def is_left_over(path: Path) -> bool:
     """Temporary files, locks, and what belongs to an unfinished unit."""
-    return path.name.endswith((".tmp", ".state", ".damaged")) or path.name == "lock.json" or path.parent.name in ("pending", "training")
+    return (
+        path.name.endswith((".tmp", ".state", ".damaged"))
+        or path.name == "lock.json"
+        or path.parent.name in ("pending", "training")
+    )
 
 
-# --- the server's side ----------------------------------------------------------------------------------------------------
+# --- the server's side ----------------------------------------------------------------------------
 
 WRITING = re.compile(r"[wax+]")
 RANDOM = re.compile(r"(/\.making-)[^/]+")
 
 
 class Steps:
-    """An audit hook that writes down each step and sends this process a signal before one of them."""
+    """An audit hook that writes down each step and sends this process a signal before one of
+    them."""
 
     def __init__(self, folder: Path, step: str | None, number: int) -> None:
         self.folder, self.step, self.number = str(folder), step, number
@@ -201,14 +272,19 @@ class Steps:
         if not isinstance(path, str | os.PathLike):
             return None
         text = os.path.abspath(path)
-        if not text.startswith(self.folder) or text.endswith((".tmp", ".log", ".txt")) or "lock" in os.path.basename(text):
+        if (
+            not text.startswith(self.folder)
+            or text.endswith((".tmp", ".log", ".txt"))
+            or "lock" in os.path.basename(text)
+        ):
             return None
         # Steps must have the same names in the next search.
         return RANDOM.sub(r"\1", f"{what} {os.path.relpath(text, self.folder)}")
 
 
 def serve() -> None:
-    """Fork a search for each order on standard input; answer with its process id, and with its status once it has ended."""
+    """Fork a search for each order on standard input; answer with its process id, and with its
+    status once it has ended."""
     # A shell starts what runs in its background with Ctrl-C ignored, and so would every search be.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -261,12 +337,21 @@ def run_search(order: dict[str, Any]) -> None:
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
     if hasattr(os, "sched_setaffinity"):
-        cores, worker = sorted(os.sched_getaffinity(0)), int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        cores, worker = (
+            sorted(os.sched_getaffinity(0)),
+            int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+        )
         os.sched_setaffinity(0, {cores[worker % len(cores)]})
     sys.addaudithook(Steps(folder, order["step"], order["number"]))
     if order["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_size"], order["file_size"]))
-    sys.argv = ["magus-anharmonic", "search", "--host", "embedded", *(["-r"] if order["restart"] else [])]
+    sys.argv = [
+        "magus-anharmonic",
+        "search",
+        "--host",
+        "embedded",
+        *(["-r"] if order["restart"] else []),
+    ]
     from magus_anharmonic.cli import main
 
     code = 0

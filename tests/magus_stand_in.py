@@ -1,6 +1,8 @@
-"""A tiny package called ``magus`` for the tests: only the names that the plug-ins touch, with the behaviour they rely on.
+"""A tiny package called ``magus`` for the tests: only the names that the plug-ins touch, with the
+behaviour they rely on.
 
-Written by `write` into a temporary folder. It searches nothing: its population is a fixed list of structures.
+Written by `write` into a temporary folder. It searches nothing: its population is a fixed list of
+structures.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from pathlib import Path
 FILES = {
     "__init__.py": "__version__ = 'stand-in'",
     "entrypoints/__init__.py": "",
-    "entrypoints/search.py": """
+    "entrypoints/search.py": (
+        """
         from magus.parameters import magusParameters
         from magus.search.search import Magus
         from magus.search.search_ml import MLMagus
@@ -20,16 +23,20 @@ FILES = {
 
         def search(input_file="input.yaml", use_ml=False, restart=False, **kwargs):
             started.append((MLMagus if use_ml else Magus)(magusParameters(input_file), restart=restart))
-    """,
-    "logger.py": """
+    """
+    ),
+    "logger.py": (
+        """
         import logging
 
         def set_logger(name=None, level="INFO", log_path="log.txt"):
             logging.getLogger().addHandler(logging.FileHandler(log_path))
-    """,
+    """
+    ),
     "populations/__init__.py": "",
     "search/__init__.py": "",
-    "utils.py": """
+    "utils.py": (
+        """
         class Plugin(dict):
             def register(self, name):
                 def keep(thing):
@@ -44,8 +51,10 @@ FILES = {
         def load_plugins(*args, **kwargs):
             for name, thing in EXTRA:
                 CALCULATOR_PLUGIN[name] = thing
-    """,
-    "fitness.py": """
+    """
+    ),
+    "fitness.py": (
+        """
         class FitnessCalculator:
             def __init__(self, parameters):
                 pass
@@ -56,8 +65,10 @@ FILES = {
                     ind.info["fitness"]["enthalpy"] = -ind.info["enthalpy"]
 
         fit_dict = {"Enthalpy": EnthalpyFitness, "Gap": FitnessCalculator, "XRD": FitnessCalculator}
-    """,
-    "populations/populations.py": """
+    """
+    ),
+    "populations/populations.py": (
+        """
         import os
         import ase.io
         from ase import Atoms
@@ -119,15 +130,19 @@ FILES = {
                     frames.append(frame)
                 os.makedirs(self.results_dir, exist_ok=True)
                 ase.io.write(f"{self.results_dir}/{name}{gen}.traj", frames)
-    """,
-    "calculators/__init__.py": """
+    """
+    ),
+    "calculators/__init__.py": (
+        """
         from magus.utils import CALCULATOR_PLUGIN, load_plugins
 
         def get_calculator(p_dict):
             load_plugins(__file__, "magus.calculators")
             return CALCULATOR_PLUGIN[p_dict["calculator"]](**p_dict)
-    """,
-    "calculators/base.py": """
+    """
+    ),
+    "calculators/base.py": (
+        """
         import os
         from magus.populations.populations import Population
 
@@ -153,8 +168,10 @@ FILES = {
 
             def scf(self, pop):
                 return self._hand_back(pop, self.scf_(self._prepare(pop)))
-    """,
-    "parameters.py": """
+    """
+    ),
+    "parameters.py": (
+        """
         import copy, os
         from magus.calculators import get_calculator
         from magus.fitness import fit_dict
@@ -182,8 +199,10 @@ FILES = {
             def Population(self):
                 names = self.p_dict.get("Fitness", ["Enthalpy"])
                 return type("FixPopulation", (Population,), {"fit_calcs": [fit_dict[name](self.p_dict) for name in names]})
-    """,
-    "search/search.py": """
+    """
+    ),
+    "search/search.py": (
+        """
         import os, shutil
 
         class Magus:
@@ -233,8 +252,10 @@ FILES = {
             def set_good_pop(self):
                 self.good_pop = self.good_pop + self.cur_pop
                 self.good_pop.calc_fitness()
-    """,
-    "search/search_ml.py": """
+    """
+    ),
+    "search/search_ml.py": (
+        """
         from .search import Magus
 
         class MLMagus(Magus):
@@ -252,7 +273,8 @@ FILES = {
                 self.ml_calculator.train()
                 self.set_good_pop()
                 self.curgen += 1
-    """,
+    """
+    ),
 }
 
 

@@ -15,7 +15,8 @@ from ase.calculators.calculator import Calculator, all_changes
 
 
 class Misbehaving(Calculator):
-    """Zero forces, energy = number of atoms; ``behaviour`` maps a number of atoms to a way to fail."""
+    """Zero forces, energy = number of atoms; ``behaviour`` maps a number of atoms to a way to
+    fail."""
 
     implemented_properties = ["energy", "forces", "stress"]
 
@@ -94,7 +95,8 @@ class Misbehaving(Calculator):
             self.results["energy"] = float(os.getpid())
 
     def _leave_a_program(self):
-        """One that runs on: a child; in a session of its own; below one that has ended; deaf to SIGTERM; without the environment."""
+        """One that runs on: a child; in a session of its own; below one that has ended; deaf to
+        SIGTERM; without the environment."""
         if not self.child_file:
             return
         own = f"import os, signal, time; open({self.child_file!r}, 'w').write(str(os.getpid())); "
@@ -102,8 +104,16 @@ class Misbehaving(Calculator):
             own = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + own
         command = [sys.executable, "-c", own + "time.sleep(600)"]
         if "orphan" in self.launcher:
-            command = [sys.executable, "-c", f"import subprocess; subprocess.Popen({command!r}, start_new_session=True)"]
-        subprocess.Popen(command, start_new_session=self.launcher != "child", env={} if "bare" in self.launcher else None)
+            command = [
+                sys.executable,
+                "-c",
+                f"import subprocess; subprocess.Popen({command!r}, start_new_session=True)",
+            ]
+        subprocess.Popen(
+            command,
+            start_new_session=self.launcher != "child",
+            env={} if "bare" in self.launcher else None,
+        )
         while not (Path(self.child_file).is_file() and Path(self.child_file).read_text()):
             time.sleep(0.02)
 
@@ -115,5 +125,6 @@ class WithoutStress(Misbehaving):
 
 
 def made(behaviour=None):
-    """A function that makes a calculator, as some packages offer it; with ``behaviour`` something else."""
+    """A function that makes a calculator, as some packages offer it; with ``behaviour`` something
+    else."""
     return Misbehaving() if behaviour is None else behaviour

@@ -16,7 +16,7 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.files import append_jsonl
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare, primitive, space_group
+from magus_anharmonic.structures import primitive, space_group, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 ZERO_POINT = 0.2
@@ -24,7 +24,8 @@ ZERO_POINT = 0.2
 
 
 class Emt:
-    """EMT as an evaluator; good for Al, Cu, Ag, Au, Ni, Pd, Pt. A calculator per call: a used one does not pickle."""
+    """EMT as an evaluator; good for Al, Cu, Ag, Au, Ni, Pd, Pt. A calculator per call: a used one
+    does not pickle."""
 
     def __init__(self, model_id: str = "emt") -> None:
         self.model_id = model_id
@@ -35,7 +36,8 @@ class Emt:
 
 
 class Flat:
-    """Evaluator with E = depth per atom for every structure: only volume makes enthalpies differ."""
+    """Evaluator with E = depth per atom for every structure: only volume makes enthalpies
+    differ."""
 
     def __init__(self, model_id: str = "flat", depth: float = -1.0) -> None:
         self.model_id, self.depth = model_id, depth
@@ -43,38 +45,62 @@ class Flat:
     def evaluate(self, structures: list[Atoms]) -> Evaluation:
         """See `Evaluator`."""
         energy = np.array([self.depth * len(atoms) for atoms in structures])
-        return Evaluation(energy, [np.zeros((len(atoms), 3)) for atoms in structures], np.zeros((len(structures), 3, 3)))
+        return Evaluation(
+            energy,
+            [np.zeros((len(atoms), 3)) for atoms in structures],
+            np.zeros((len(structures), 3, 3)),
+        )
 
 
 def h3s(lattice: float = 3.1, shift: float = 0.0) -> Atoms:
-    """H3S in its 4-atom cell: Im-3m, or R3m with the three H moved off the bond centres by ``shift`` (Angstrom)."""
+    """H3S in its 4-atom cell: Im-3m, or R3m with the three H moved off the bond centres by
+    ``shift`` (Angstrom)."""
     cell = 0.5 * lattice * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
     hydrogens = [np.eye(3)[axis] * (0.5 * lattice + shift) for axis in range(3)]
     return Atoms("SH3", positions=[np.zeros(3), *hydrogens], cell=cell, pbc=True)
 
 
 def centred(atoms: Atoms) -> Atoms:
-    """R3m H3S of `h3s` (or a supercell of it) with the hydrogens moved to the nearest bond centres: Im-3m."""
-    result = bare(atoms)
+    """R3m H3S of `h3s` (or a supercell of it) with the hydrogens moved to the nearest bond centres:
+    Im-3m."""
+    result = stripped(atoms)
     symbols = np.array(result.get_chemical_symbols())
     sulphur = result.positions[symbols == "S"]
     from itertools import product
 
-    images = np.concatenate([sulphur + np.array(n) @ result.cell.array for n in product(range(-2, 3), repeat=3)])
+    images = np.concatenate(
+        [sulphur + np.array(n) @ result.cell.array for n in product(range(-2, 3), repeat=3)]
+    )
     for index in np.flatnonzero(symbols == "H"):
         near = images[np.argsort(np.linalg.norm(images - result.positions[index], axis=1))[:2]]
         result.positions[index] = near.mean(axis=0)
     return result
 
 
-def sscha_result(atoms: Atoms, centroids: Atoms, gibbs: float, temperature: float, **changes: Any) -> SimpleNamespace:
+def sscha_result(
+    atoms: Atoms, centroids: Atoms, gibbs: float, temperature: float, **changes: Any
+) -> SimpleNamespace:
     """A converged `SschaResult` in the fields that the ranking reads."""
     values = dict(
-        status="converged", converged=True, reason="", gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs - 0.01, finite_size=0.01,
-        volume=centroids.get_volume() / len(centroids), n_evaluations=200, n_atoms_supercell=8 * len(centroids), centroids=centroids,
-        space_group_start=space_group(atoms), space_group=space_group(centroids), symmetry_tolerance=0.05, temperature=temperature,
-        force_constants=None, decrease=0.0, n_populations=2,
-    )  # fmt: skip
+        status="converged",
+        converged=True,
+        reason="",
+        gibbs=gibbs,
+        gibbs_error=1e-4,
+        gibbs_raw=gibbs - 0.01,
+        finite_size=0.01,
+        volume=centroids.get_volume() / len(centroids),
+        n_evaluations=200,
+        n_atoms_supercell=8 * len(centroids),
+        centroids=centroids,
+        space_group_start=space_group(atoms),
+        space_group=space_group(centroids),
+        symmetry_tolerance=0.05,
+        temperature=temperature,
+        force_constants=None,
+        predicted_decrease=0.0,
+        n_populations=2,
+    )
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -82,11 +108,26 @@ def count_call(directory: Any, atoms: Atoms, temperature: float, start: Any) -> 
     """Leave a line per call beside the folder of the run."""
     append_jsonl(
         directory.parent.parent / "calls.jsonl",
-        {"folder": directory.name, "natoms": len(atoms), "T": temperature, "started": start is not None, "pid": os.getpid()},
+        {
+            "folder": directory.name,
+            "natoms": len(atoms),
+            "T": temperature,
+            "started": start is not None,
+            "pid": os.getpid(),
+        },
     )
 
 
-def shifted(atoms: Atoms, evaluator: Any, *, pressure: float, temperature: float, start: Any, directory: Any, **options: Any) -> Any:
+def shifted(
+    atoms: Atoms,
+    evaluator: Any,
+    *,
+    pressure: float,
+    temperature: float,
+    start: Any,
+    directory: Any,
+    **options: Any,
+) -> Any:
     """G = H + 0.2 eV/atom - T * 1e-4 eV/(atom K); the structure stays as it is."""
     count_call(directory, atoms, temperature, start)
     cell = primitive(atoms)
@@ -95,8 +136,18 @@ def shifted(atoms: Atoms, evaluator: Any, *, pressure: float, temperature: float
     return sscha_result(cell, cell, enthalpy + ZERO_POINT - 1e-4 * temperature, temperature)
 
 
-def symmetrising(atoms: Atoms, evaluator: Any, *, pressure: float, temperature: float, start: Any, directory: Any, **options: Any) -> Any:
-    """Quantum H3S: hydrogens end at the bond centres. G depends on the cell that was run, as finite size makes it."""
+def symmetrising(
+    atoms: Atoms,
+    evaluator: Any,
+    *,
+    pressure: float,
+    temperature: float,
+    start: Any,
+    directory: Any,
+    **options: Any,
+) -> Any:
+    """Quantum H3S: hydrogens end at the bond centres. G depends on the cell that was run, as finite
+    size makes it."""
     count_call(directory, atoms, temperature, start)
     cell = primitive(atoms)
     centroids = centred(cell)
@@ -125,20 +176,35 @@ def slow(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
 def rotating(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
     """As `shifted`, and the state holds one H2 molecule whose libration costs next to nothing."""
     result = shifted(atoms, evaluator, **options)
-    molecule = Atoms("H2", positions=[[1.0, 1.0, 1.0], [1.74, 1.0, 1.0]], cell=[4.0, 4.0, 4.0], pbc=True)
+    molecule = Atoms(
+        "H2", positions=[[1.0, 1.0, 1.0], [1.74, 1.0, 1.0]], cell=[4.0, 4.0, 4.0], pbc=True
+    )
     spring = np.diag([30.0, 0.1, 0.1])
     block = np.stack([np.stack([spring, -spring]), np.stack([-spring, spring])])[None]
     result.force_constants, result.state = block, SschaState(molecule, (1, 1, 1), block, 0.0)
     return result
 
 
-def falling(atoms: Atoms, evaluator: Any, *, max_populations: int, n_configs_start: int, n_configs: int, **options: Any) -> Any:
-    """As `shifted`, reached from 0.08 eV/atom above in halves; converged below 0.2 meV/atom. Populations double in size."""
+def falling(
+    atoms: Atoms,
+    evaluator: Any,
+    *,
+    max_populations: int,
+    n_configs_start: int,
+    n_configs: int,
+    **options: Any,
+) -> Any:
+    """As `shifted`, reached from 0.08 eV/atom above in halves; converged below 0.2 meV/atom.
+    Populations double in size."""
     result = shifted(atoms, evaluator, **options)
     n = next((n for n in range(2, max_populations + 1) if 0.08 * 0.5**n < 2e-4), max_populations)
     rest = 0.08 * 0.5**n
     sizes = [min(n_configs, n_configs_start * 2**k) for k in range(n)]
-    result.gibbs, result.decrease, result.gibbs_error = result.gibbs + rest, rest, 1e-3 / np.sqrt(sizes[-1] / 100)
+    result.gibbs, result.predicted_decrease, result.gibbs_error = (
+        result.gibbs + rest,
+        rest,
+        1e-3 / np.sqrt(sizes[-1] / 100),
+    )
     result.converged, result.n_populations, result.n_evaluations = rest < 2e-4, n, sum(sizes)
     result.reason = "" if result.converged else "not converged"
     return result

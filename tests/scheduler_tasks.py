@@ -50,7 +50,7 @@ def who(item: float, shared: Any = None) -> tuple[int, Any]:
     return os.getpid(), shared
 
 
-def troubled(item: str, shared: Any = None) -> str:
+def with_machine_error(item: str, shared: Any = None) -> str:
     """``raise`` raises, ``die`` kills its worker, anything else takes a while and is returned."""
     if item == "raise":
         raise ValueError("negative\ndensity")
@@ -61,7 +61,8 @@ def troubled(item: str, shared: Any = None) -> str:
 
 
 def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
-    """Starts a program in a session of its own, whose number is in a file then, and ``die``s or goes on."""
+    """Starts a program in a session of its own, whose number is in a file then, and ``die``s or
+    goes on."""
     file, how = item
     code = f"import os, time; open({file!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
@@ -75,7 +76,8 @@ def leaves_a_program(item: tuple[str, str], shared: Any = None) -> str:
 
 
 def dies_once(item: tuple[str, str], shared: Any = None) -> str:
-    """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for every run that ends."""
+    """Kills its worker the first time that ``item`` (folder, name) is run, and leaves a line for
+    every run that ends."""
     folder, name = item
     first = Path(folder) / f"{name}.begun"
     if name == "victim" and not first.exists():

@@ -12,10 +12,12 @@ from magus_anharmonic.units import HBAR, KELVIN
 
 
 class LatticeSprings(Calculator):
-    """Simple cubic crystal of lattice constant ``a``; springs between nearest neighbours, exactly harmonic.
+    """Simple cubic crystal of lattice constant ``a``; springs between nearest neighbours, exactly
+    harmonic.
 
-    Energy of a bond along axis b: 1/2 (longitudinal u_b^2 + transverse |u_perp|^2) with u the relative displacement,
-    so that omega_i^2(q) = 2/m sum_b k_ib (1 - cos 2 pi q_b) with k_ii = longitudinal, else transverse.
+    Energy of a bond along axis b: 1/2 (longitudinal u_b^2 + transverse |u_perp|^2) with u the
+    relative displacement, so that omega_i^2(q) = 2/m sum_b k_ib (1 - cos 2 pi q_b) with k_ii =
+    longitudinal, else transverse.
     """
 
     implemented_properties = ("energy", "forces", "stress")
@@ -27,13 +29,15 @@ class LatticeSprings(Calculator):
         self.n_structures = 0
         self.model_id = f"lattice-springs-{a:g}-{longitudinal:g}-{transverse:g}"
 
-    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         self.n_structures += 1
-        repeats = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
+        supercell_matrix = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
         sites = np.rint(self.atoms.positions / self.a).astype(int)
-        u = np.zeros((*repeats, 3))
-        index = tuple(np.mod(sites, repeats).T)
+        u = np.zeros((*supercell_matrix, 3))
+        index = tuple(np.mod(sites, supercell_matrix).T)
         u[index] = self.atoms.positions - sites * self.a
         energy, forces = 0.0, np.zeros_like(u)
         for axis in range(3):
@@ -51,12 +55,17 @@ class LatticeSprings(Calculator):
         """Harmonic free energy per atom on a q mesh without the translations, eV."""
         q = np.array(list(np.ndindex(*mesh)))[1:] / np.array(mesh)
         quanta = self.quanta(q, mass)
-        thermal = 0.0 if temperature == 0 else KELVIN * temperature * np.log1p(-np.exp(-quanta / (KELVIN * temperature))).sum()
+        thermal = (
+            0.0
+            if temperature == 0
+            else KELVIN * temperature * np.log1p(-np.exp(-quanta / (KELVIN * temperature))).sum()
+        )
         return float((quanta.sum() / 2.0 + thermal) / np.prod(mesh))
 
 
 class QuarticPair(Calculator):
-    """Two atoms in one cell, bound by v(d) = sum_i 1/2 k d_i^2 + c d_i^4 in the deviation d from half the body diagonal."""
+    """Two atoms in one cell, bound by v(d) = sum_i 1/2 k d_i^2 + c d_i^4 in the deviation d from
+    half the body diagonal."""
 
     implemented_properties = ("energy", "forces", "stress")
 
@@ -65,7 +74,9 @@ class QuarticPair(Calculator):
         self.a, self.k, self.c = a, k, c
         self.model_id = f"quartic-pair-{a:g}-{k:g}-{c:g}"
 
-    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         d = self.atoms.positions[1] - self.atoms.positions[0] - self.a / 2.0
         pull = self.k * d + 4.0 * self.c * d**3
@@ -73,29 +84,39 @@ class QuarticPair(Calculator):
         self.results = {"energy": energy, "forces": np.array([pull, -pull]), "stress": np.zeros(6)}
 
     def scha_free_energy(self, reduced_mass: float, temperature: float) -> float:
-        """Minimum over omega of F_0(omega) + <v - v_0>, three equal oscillators, eV; moments by Gauss-Hermite quadrature."""
+        """Minimum over omega of F_0(omega) + <v - v_0>, three equal oscillators, eV; moments by
+        Gauss-Hermite quadrature."""
         from scipy.optimize import minimize_scalar
 
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
         weights = weights / weights.sum()
 
-        def free_energy(log_quantum: float) -> float:
-            quantum = np.exp(log_quantum)
-            spring = reduced_mass * (quantum / HBAR) ** 2
-            variance = HBAR**2 / (2.0 * reduced_mass * quantum)
-            f0 = quantum / 2.0
+        def free_energy(log_hbar_omega: float) -> float:
+            hbar_omega = np.exp(log_hbar_omega)
+            spring = reduced_mass * (hbar_omega / HBAR) ** 2
+            variance = HBAR**2 / (2.0 * reduced_mass * hbar_omega)
+            f0 = hbar_omega / 2.0
             if temperature > 0:
                 thermal = KELVIN * temperature
-                variance /= np.tanh(quantum / (2.0 * thermal))
-                f0 += thermal * np.log1p(-np.exp(-quantum / thermal))
+                variance /= np.tanh(hbar_omega / (2.0 * thermal))
+                f0 += thermal * np.log1p(-np.exp(-hbar_omega / thermal))
             d = np.sqrt(variance) * nodes
             return float(f0 + weights @ (0.5 * self.k * d**2 + self.c * d**4 - 0.5 * spring * d**2))
 
-        return 3.0 * minimize_scalar(free_energy, bounds=(np.log(1e-3), np.log(1.0)), method="bounded", options={"xatol": 1e-10}).fun
+        return (
+            3.0
+            * minimize_scalar(
+                free_energy,
+                bounds=(np.log(1e-3), np.log(1.0)),
+                method="bounded",
+                options={"xatol": 1e-10},
+            ).fun
+        )
 
 
 class CountingCalculator(Calculator):
-    """Passes on to another calculator and counts; raises ``KeyboardInterrupt`` after ``stop_after`` structures."""
+    """Passes on to another calculator and counts; raises ``KeyboardInterrupt`` after ``stop_after``
+    structures."""
 
     implemented_properties = ("energy", "forces", "stress")
 
@@ -103,7 +124,9 @@ class CountingCalculator(Calculator):
         super().__init__()
         self.inner, self.count, self.stop_after = calculator, 0, stop_after
 
-    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         self.count += 1
         if self.stop_after is not None and self.count > self.stop_after:
@@ -112,7 +135,9 @@ class CountingCalculator(Calculator):
         self.results = dict(self.inner.results)
 
 
-def evaluated(state: SschaState, evaluator, n_configs: int, seed: np.random.Generator | int | list[int] = 0) -> Ensemble:
+def evaluated(
+    state: SschaState, evaluator, n_configs: int, seed: np.random.Generator | int | list[int] = 0
+) -> Ensemble:
     """Draw and evaluate an ensemble; ``seed`` may be a generator."""
     u = sample(state, n_configs, np.random.default_rng(seed))
     structures = []
@@ -125,11 +150,13 @@ def evaluated(state: SschaState, evaluator, n_configs: int, seed: np.random.Gene
 
 
 class AnharmonicCell:
-    """Eight atoms in one cell with known SCHA free energy; an evaluator that takes all configurations at once.
+    """Eight atoms in one cell with known SCHA free energy; an evaluator that takes all
+    configurations at once.
 
-    V(u) = 1/2 u K u + sum_b (g_b x_b^3 + c_b x_b^4), x_b = e_b.(u_i - u_j), over the bonds of a 2x2x2 simple cubic cell
-    with periodic images folded in: Gaussian averages of polynomials are closed expressions. ``cubic``: full symmetry, no
-    cubic term; else springs, directions, masses and cubic terms of their own for every bond, and no symmetry at all.
+    V(u) = 1/2 u K u + sum_b (g_b x_b^3 + c_b x_b^4), x_b = e_b.(u_i - u_j), over the bonds of a
+    2x2x2 simple cubic cell with periodic images folded in: Gaussian averages of polynomials are
+    closed expressions. ``cubic``: full symmetry, no cubic term; else springs, directions, masses
+    and cubic terms of their own for every bond, and no symmetry at all.
     """
 
     model_id = "anharmonic-cell"
@@ -138,7 +165,9 @@ class AnharmonicCell:
         rng = np.random.default_rng(11)
         sites = np.array(list(np.ndindex(2, 2, 2)), dtype=float)
         self.atoms = Atoms("H8", positions=a * sites, cell=[2 * a] * 3, pbc=True)
-        pairs = [(i, j) for i in range(8) for j in range(i) if np.abs(sites[i] - sites[j]).sum() == 1]
+        pairs = [
+            (i, j) for i in range(8) for j in range(i) if np.abs(sites[i] - sites[j]).sum() == 1
+        ]
         rows, springs, thirds, fourths = [], [], [], []
         for i, j in pairs:
             axis = sites[i] - sites[j]
@@ -154,7 +183,9 @@ class AnharmonicCell:
                 fourths.append(1.5 * scale)
         if not cubic:
             self.atoms.positions += 0.05 * rng.normal(size=(8, 3))
-        self.rows, self.springs, self.thirds, self.fourths = (np.array(part) for part in (rows, springs, thirds, fourths))
+        self.rows, self.springs, self.thirds, self.fourths = (
+            np.array(part) for part in (rows, springs, thirds, fourths)
+        )
         self.reference = self.atoms.positions.copy()
 
     def evaluate(self, structures):
@@ -170,7 +201,9 @@ class AnharmonicCell:
 
     def start(self, temperature: float) -> SschaState:
         """Harmonic force constants about the reference positions, 20 per cent too stiff."""
-        return SschaState(self.atoms, (1, 1, 1), self._compact(1.2 * self._matrix(self.springs)), temperature)
+        return SschaState(
+            self.atoms, (1, 1, 1), self._compact(1.2 * self._matrix(self.springs)), temperature
+        )
 
     def _matrix(self, springs: np.ndarray) -> np.ndarray:
         return (self.rows * springs[:, None]).T @ self.rows
@@ -185,28 +218,51 @@ class AnharmonicCell:
     def free_energy(self, state: SschaState) -> float:
         """F of any state, eV per cell, without sampling."""
         m, s = self._moments(state)
-        potential = 0.5 * self.springs * (m**2 + s) + self.thirds * (m**3 + 3 * m * s) + self.fourths * (m**4 + 6 * m**2 * s + 3 * s**2)
-        return state.harmonic_free_energy + float(potential.sum() - 0.5 * np.sum(state.full * state.covariance))
+        potential = (
+            0.5 * self.springs * (m**2 + s)
+            + self.thirds * (m**3 + 3 * m * s)
+            + self.fourths * (m**4 + 6 * m**2 * s + 3 * s**2)
+        )
+        return state.harmonic_free_energy + float(
+            potential.sum() - 0.5 * np.sum(state.full * state.covariance)
+        )
 
     def minimum(self, temperature: float) -> tuple[float, SschaState]:
-        """Smallest F in eV per cell and its state: half-way self-consistent steps until nothing moves."""
+        """Smallest F in eV per cell and its state: half-way self-consistent steps until nothing
+        moves."""
         from dataclasses import replace
 
         state = self.start(temperature)
         for _ in range(200):
             m, s = self._moments(state)
-            curvature = self._matrix(self.springs + 6.0 * self.thirds * m + 12.0 * self.fourths * (m**2 + s))
-            pull = self.springs * m + 3.0 * self.thirds * (m**2 + s) + 4.0 * self.fourths * (m**3 + 3 * m * s)
+            curvature = self._matrix(
+                self.springs + 6.0 * self.thirds * m + 12.0 * self.fourths * (m**2 + s)
+            )
+            pull = (
+                self.springs * m
+                + 3.0 * self.thirds * (m**2 + s)
+                + 4.0 * self.fourths * (m**3 + 3 * m * s)
+            )
             step = -np.linalg.pinv(curvature, rcond=1e-10) @ (pull @ self.rows)
             atoms = state.atoms.copy()
             atoms.positions += 0.5 * step.reshape(8, 3)
-            state = replace(state, atoms=atoms, force_constants=0.5 * (state.force_constants + self._compact(curvature)))
+            state = replace(
+                state,
+                atoms=atoms,
+                force_constants=0.5 * (state.force_constants + self._compact(curvature)),
+            )
         return self.free_energy(state), state
 
 
 def cu3au(turned: bool = False) -> Atoms:
-    """L1_2 crystal of four atoms, if wanted in an orientation in which no axis is an axis of the crystal."""
-    atoms = Atoms("AuCu3", scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]], cell=[3.75] * 3, pbc=True)
+    """L1_2 crystal of four atoms, if wanted in an orientation in which no axis is an axis of the
+    crystal."""
+    atoms = Atoms(
+        "AuCu3",
+        scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],
+        cell=[3.75] * 3,
+        pbc=True,
+    )
     if turned:
         atoms.rotate(37, (1, 2, 3), rotate_cell=True)
     return atoms

@@ -1,4 +1,5 @@
-"""A campaign folder of any size with made-up numbers, by the contract of its tables: for tests of the report and its benchmark."""
+"""A campaign folder of any size with made-up numbers, by the contract of its tables: for tests of
+the report and its benchmark."""
 
 from __future__ import annotations
 
@@ -19,8 +20,11 @@ PHASES = {"Cccm": 0.0, "R3m": 0.006, "Im-3m": 0.010}
 GROUPS = {"Cccm": "Cccm (66)", "R3m": "R3m (160)", "Im-3m": "Im-3m (229)"}
 
 
-def synthetic_campaign(folder: Path, n_structures: int = 40, *, seed: int = 0, pressures: Sequence[float] = PRESSURES) -> Path:
-    """Write ``folder/campaign`` with ``n_structures`` structures, all tables and no figures; returns ``folder``."""
+def synthetic_campaign(
+    folder: Path, n_structures: int = 40, *, seed: int = 0, pressures: Sequence[float] = PRESSURES
+) -> Path:
+    """Write ``folder/campaign`` with ``n_structures`` structures, all tables and no figures;
+    returns ``folder``."""
     rng = np.random.default_rng(seed)
     tables = folder / "campaign" / "tables"
     tables.mkdir(parents=True)
@@ -46,12 +50,31 @@ def table(path: Path, header: str, rows: Iterable[Sequence[object]]) -> None:
         writer.writerows(rows)
 
 
-def _enthalpies(tables: Path, ids: list[str], names: list[str], groups: list[str], base: np.ndarray, pressures: Sequence[float]) -> None:
+def _enthalpies(
+    tables: Path,
+    ids: list[str],
+    names: list[str],
+    groups: list[str],
+    base: np.ndarray,
+    pressures: Sequence[float],
+) -> None:
     table(
         tables / "enthalpies.csv",
-        "id phase formula natoms space_group pressure_GPa volume_A3_per_atom enthalpy_eV_per_atom model_id source",
+        "id phase formula natoms space_group pressure_GPa volume_A3_per_atom enthalpy_eV_per_atom"
+        " model_id source",
         (
-            (ids[i], names[i], "H3S", 4, groups[i], p, f"{6 - p / 70:.4f}", f"{_enthalpy(base[i], p):.6f}", "0123456789ab", "produce")
+            (
+                ids[i],
+                names[i],
+                "H3S",
+                4,
+                groups[i],
+                p,
+                f"{6 - p / 70:.4f}",
+                f"{_enthalpy(base[i], p):.6f}",
+                "0123456789ab",
+                "produce",
+            )
             for p in pressures
             for i in range(len(ids))
         ),
@@ -62,7 +85,14 @@ def _enthalpy(base: float, pressure: float) -> float:
     return 0.01 * pressure + base * (1 - pressure / 110) if base < 0.015 else 0.01 * pressure + base
 
 
-def _ranking(tables: Path, ids: list[str], groups: list[str], base: np.ndarray, pressure: float, rng: np.random.Generator) -> None:
+def _ranking(
+    tables: Path,
+    ids: list[str],
+    groups: list[str],
+    base: np.ndarray,
+    pressure: float,
+    rng: np.random.Generator,
+) -> None:
     order = np.argsort([_enthalpy(value, pressure) for value in base])
     rows = []
     for place, i in enumerate(order):
@@ -72,26 +102,76 @@ def _ranking(tables: Path, ids: list[str], groups: list[str], base: np.ndarray, 
             quantum = "Im-3m (229)" if place % 8 == 1 else groups[i]
             gibbs = enthalpy + 0.2 + 0.004 * rng.standard_normal()
             status = "unconverged" if place % 11 == 5 else "sscha"
-            rows.append((*common, quantum, f"{enthalpy:.6f}", f"{gibbs:.6f}", "0.0006", 1200, "0123456789ab", status, "", "", ""))
+            rows.append(
+                (
+                    *common,
+                    quantum,
+                    f"{enthalpy:.6f}",
+                    f"{gibbs:.6f}",
+                    "0.0006",
+                    1200,
+                    "0123456789ab",
+                    status,
+                    "",
+                    "",
+                    "",
+                )
+            )
         elif place < 103:
-            rows.append((*common, "", f"{enthalpy:.6f}", "", "", 300, "0123456789ab", "failed", "the SSCHA cell fell apart", "", ""))
+            rows.append(
+                (
+                    *common,
+                    "",
+                    f"{enthalpy:.6f}",
+                    "",
+                    "",
+                    300,
+                    "0123456789ab",
+                    "failed",
+                    "the SSCHA cell fell apart",
+                    "",
+                    "",
+                )
+            )
         else:
             gibbs = f"{enthalpy + 0.21:.6f}"
-            rows.append((*common, "", f"{enthalpy:.6f}", gibbs, "0.004", 0, "0123456789ab", "estimated", "from 100 SSCHA results", "", ""))
+            rows.append(
+                (
+                    *common,
+                    "",
+                    f"{enthalpy:.6f}",
+                    gibbs,
+                    "0.004",
+                    0,
+                    "0123456789ab",
+                    "estimated",
+                    "from 100 SSCHA results",
+                    "",
+                    "",
+                )
+            )
     table(
         tables / f"ranking-{pressure:g}GPa.csv",
-        "id formula natoms pressure_GPa temperature_K spg_static spg_quantum enthalpy_eV_per_atom gibbs_eV_per_atom "
-        "gibbs_error_eV_per_atom n_evaluations model status reason same_as sscha_folder",
+        "id formula natoms pressure_GPa temperature_K spg_static spg_quantum enthalpy_eV_per_atom"
+        " gibbs_eV_per_atom gibbs_error_eV_per_atom n_evaluations model status reason same_as"
+        " sscha_folder",
         rows,
     )
 
 
 def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
-    errors = [("foundation", "ffffffffffff", 41, 350, 5.1), ("finetuned", "0123456789ab", 8.4, 128, 1.2)]
+    errors = [
+        ("foundation", "ffffffffffff", 41, 350, 5.1),
+        ("finetuned", "0123456789ab", 8.4, 128, 1.2),
+    ]
     table(
         tables / "model_errors.csv",
         "model model_id set n energy_rmse_eV_per_atom force_rmse_eV_per_A stress_rmse_GPa",
-        ((m, i, s, 400, e / 1000, f / 1000, p) for m, i, e, f, p in errors for s in ("training", "validation", "test")),
+        (
+            (m, i, s, 400, e / 1000, f / 1000, p)
+            for m, i, e, f, p in errors
+            for s in ("training", "validation", "test")
+        ),
     )
     table(
         tables / "space_groups.csv",
@@ -103,7 +183,8 @@ def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
     )  # fmt: skip
     table(
         tables / "modes.csv",
-        "phase space_group irrep pressure_GPa method energies_by frequency_squared_cm2 error_cm2 model_id",
+        "phase space_group irrep pressure_GPa method energies_by frequency_squared_cm2 error_cm2"
+        " model_id",
         (
             ("Im-3m", 229, "T1u", p, method, "model", slope * (p - zero), 9000, "0123456789ab")
             for method, slope, zero in (("harmonic", 12000, 173), ("sscha-hessian", 9000, 101))
@@ -120,14 +201,25 @@ def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
     )
     table(
         tables / "gibbs_correction.csv",
-        "phase pressure_GPa n_labels correction_eV_per_atom correction_error_eV_per_atom second_order_eV_per_atom",
+        "phase pressure_GPa n_labels correction_eV_per_atom correction_error_eV_per_atom"
+        " second_order_eV_per_atom",
         [("Im-3m", 150, 30, 0.0123, 0.0004, -0.0001)],
     )
     table(
         tables / "learning.csv",
-        "step generation model_id set energy_rmse_eV_per_atom force_rmse_eV_per_A stress_rmse_GPa n_labels",
+        "step generation model_id set energy_rmse_eV_per_atom force_rmse_eV_per_A stress_rmse_GPa"
+        " n_labels",
         (
-            (f"learn-{p:03d}GPa", g, "0123456789ab", s, (40 / g + 6) / 1000, (300 / g + 90) / 1000, 5 / g, 100 * g)
+            (
+                f"learn-{p:03d}GPa",
+                g,
+                "0123456789ab",
+                s,
+                (40 / g + 6) / 1000,
+                (300 / g + 90) / 1000,
+                5 / g,
+                100 * g,
+            )
             for p in (75, 125)
             for g in range(1, 11)
             for s in ("training", "validation", "test")
@@ -136,7 +228,10 @@ def _small_tables(tables: Path, ids: list[str], groups: list[str]) -> None:
     table(
         tables / "failures.csv",
         "step id reason",
-        [("learn-075GPa", ids[-1], "GPAW: did not converge in 333 iterations"), ("relax", ids[-2], "not converged after 300 steps")],
+        [
+            ("learn-075GPa", ids[-1], "GPAW: did not converge in 333 iterations"),
+            ("relax", ids[-2], "not converged after 300 steps"),
+        ],
     )
 
 
@@ -146,14 +241,26 @@ def _parity(tables: Path, n: int, rng: np.random.Generator) -> None:
     table(
         tables / "parity.csv",
         "model set quantity unit reference predicted",
-        (("finetuned", "test", *kinds[i % 3], f"{r:.5f}", f"{p:.5f}") for i, (r, p) in enumerate(values)),
+        (
+            ("finetuned", "test", *kinds[i % 3], f"{r:.5f}", f"{p:.5f}")
+            for i, (r, p) in enumerate(values)
+        ),
     )
 
 
 def _structures(tables: Path, ids: list[str], pressures: Sequence[float]) -> None:
     crystal = bulk("S", "bcc", a=3.1, cubic=True)
     middle = Atoms(
-        "H6", scaled_positions=[(0.5, 0, 0), (0, 0.5, 0), (0, 0, 0.5), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)], cell=crystal.cell
+        "H6",
+        scaled_positions=[
+            (0.5, 0, 0),
+            (0, 0.5, 0),
+            (0, 0, 0.5),
+            (0.5, 0.5, 0),
+            (0.5, 0, 0.5),
+            (0, 0.5, 0.5),
+        ],
+        cell=crystal.cell,
     )
     crystal += middle
     frames = []
@@ -165,20 +272,41 @@ def _structures(tables: Path, ids: list[str], pressures: Sequence[float]) -> Non
                 atoms = crystal.copy()
                 if kind == "static":
                     atoms.positions[0] += 0.05
-                # a string that reads as a number would come back as one: quotes keep it, and the report reads the text
-                atoms.info = {"id": name, "pressure_GPa": float(pressure), "kind": kind, "space_group": "R3m (160)"}
+                # a string that reads as a number would come back as one: quotes keep it, and the
+                # report reads the text
+                atoms.info = {
+                    "id": name,
+                    "pressure_GPa": float(pressure),
+                    "kind": kind,
+                    "space_group": "R3m (160)",
+                }
                 frames.append(atoms)
     write(tables / "structures.extxyz", frames, format="extxyz")
 
 
 def _state(folder: Path, n: int, pressures: Sequence[float]) -> None:
     counts = {"wall_s": 8000.0, "n_structures": n, "n_evaluations": 90 * n, "n_labels": 0}
-    steps = {f"produce-{p:03g}GPa": {"status": "done", "kind": "produce", "pressure_GPa": p, **counts} for p in pressures}
+    steps = {
+        f"produce-{p:03g}GPa": {"status": "done", "kind": "produce", "pressure_GPa": p, **counts}
+        for p in pressures
+    }
     (folder / "steps.json").write_text(json.dumps(steps))
     record = {
-        "version": "0.1.0", "started": "2026-11-25T00:08:32+00:00", "seed": 7, "model": "ffffffffffff", "settings_hash": "109f774e40bc",
-        "settings": {"pressures": list(pressures), "symbols": ["H", "S"]}, "packages": {"ase": "3.29.0", "magus": None}, "python": "3.11.7",
-        "platform": "Linux", "cpus": 2, "earlier_starts": [],
-    }  # fmt: skip
+        "version": "0.1.0",
+        "started": "2026-11-25T00:08:32+00:00",
+        "seed": 7,
+        "model": "ffffffffffff",
+        "settings_hash": "109f774e40bc",
+        "settings": {"pressures": list(pressures), "symbols": ["H", "S"]},
+        "packages": {"ase": "3.29.0", "magus": None},
+        "python": "3.11.7",
+        "platform": "Linux",
+        "cpus": 2,
+        "earlier_starts": [],
+    }
     (folder / "run.json").write_text(json.dumps(record))
-    table(folder / "tables" / "cost.csv", "step n_structures n_evaluations n_labels wall_s", [("dft", 13, 0, 400, 86000)])
+    table(
+        folder / "tables" / "cost.csv",
+        "step n_structures n_evaluations n_labels wall_s",
+        [("dft", 13, 0, 400, 86000)],
+    )

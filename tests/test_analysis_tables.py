@@ -60,10 +60,30 @@ def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
 @pytest.mark.parametrize(
     ("table", "old", "new", "words"),
     [
-        (tables.ModelError, "stress_rmse_GPa", "other", ["model_errors.csv", "stress_rmse_GPa", "missing"]),
-        (tables.ModelError, "energy_rmse_eV_per_atom", "energy_rmse_meV_per_atom", ["energy_rmse_meV_per_atom", "wrong unit"]),
-        (tables.Enthalpy, "volume_A3_per_atom", "volume_bohr3_per_atom", ["volume_bohr3_per_atom", "wrong unit"]),
-        (tables.Mode, "frequency_squared_cm2", "frequency_squared_THz2", ["frequency_squared_THz2", "wrong unit"]),
+        (
+            tables.ModelError,
+            "stress_rmse_GPa",
+            "other",
+            ["model_errors.csv", "stress_rmse_GPa", "missing"],
+        ),
+        (
+            tables.ModelError,
+            "energy_rmse_eV_per_atom",
+            "energy_rmse_meV_per_atom",
+            ["energy_rmse_meV_per_atom", "wrong unit"],
+        ),
+        (
+            tables.Enthalpy,
+            "volume_A3_per_atom",
+            "volume_bohr3_per_atom",
+            ["volume_bohr3_per_atom", "wrong unit"],
+        ),
+        (
+            tables.Mode,
+            "frequency_squared_cm2",
+            "frequency_squared_THz2",
+            ["frequency_squared_THz2", "wrong unit"],
+        ),
         (tables.Enthalpy, ",7,", ",seven,", ["line 2", "natoms", "'seven'", "must be a number"]),
         (tables.Enthalpy, ",7,", ",7.5,", ["line 2", "natoms", "whole number"]),
         (tables.Enthalpy, ",0.1234567891,", ",nan,", ["line 2", "finite number"]),
@@ -72,7 +92,9 @@ def changed(tmp_path: Path, table: type, old: str, new: str) -> Path:
         (tables.GradientError, "eV/A", "eV/bohr", ["line 2", "force must be in eV/A"]),
     ],
 )
-def test_a_wrong_table_is_refused_and_the_message_says_where(tmp_path: Path, table: type, old: str, new: str, words: list[str]) -> None:
+def test_a_wrong_table_is_refused_and_the_message_says_where(
+    tmp_path: Path, table: type, old: str, new: str, words: list[str]
+) -> None:
     path = changed(tmp_path, table, old, new)
     with pytest.raises(InputError) as error:
         tables.read(table, path)

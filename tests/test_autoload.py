@@ -32,7 +32,12 @@ def broken():
 """
 
 
-def site(folder: Path, plugins: str = "recorder = recorder:register", magus: bool = True, entrypoints: bool = True) -> Path:
+def site(
+    folder: Path,
+    plugins: str = "recorder = recorder:register",
+    magus: bool = True,
+    entrypoints: bool = True,
+) -> Path:
     """A folder for PYTHONPATH with our metadata and a package called magus."""
     info = folder / "magus_anharmonic-0.dist-info"
     info.mkdir(parents=True)
@@ -40,7 +45,11 @@ def site(folder: Path, plugins: str = "recorder = recorder:register", magus: boo
     (info / "entry_points.txt").write_text(ENTRY_POINTS.format(plugins=plugins))
     (folder / "recorder.py").write_text(RECORDER)
     if magus:
-        for package in ("magus", "magus/calculators", *(["magus/entrypoints"] if entrypoints else [])):
+        for package in (
+            "magus",
+            "magus/calculators",
+            *(["magus/entrypoints"] if entrypoints else []),
+        ):
             (folder / package).mkdir()
             (folder / package / "__init__.py").write_text("")
         (folder / "magus/calculators/__init__.py").write_text("READY = True\n")
@@ -50,7 +59,12 @@ def site(folder: Path, plugins: str = "recorder = recorder:register", magus: boo
 def python(code: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), str(REPOSITORY)])}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -59,13 +73,17 @@ def registered(folder: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
 
-def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(tmp_path: Path) -> None:
+def test_importing_magus_after_ase_calls_every_plugin_once_the_calculators_are_complete(
+    tmp_path: Path,
+) -> None:
     result = python("import ase.io, magus.calculators", site(tmp_path / "site"), tmp_path)
     assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
 
 
-def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(tmp_path: Path) -> None:
+def test_a_process_that_only_uses_ase_imports_neither_magus_nor_anything_heavy(
+    tmp_path: Path,
+) -> None:
     code = """
         import ase.io, sys
         assert "magus_anharmonic.autoload" in sys.modules
@@ -91,7 +109,8 @@ def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
         print(min(once() for _ in range(50)))
     """
     folder = site(tmp_path / "site")
-    # An installed package has its byte code; the checkout may have none, so the two modules are compiled here.
+    # An installed package has its byte code; the checkout may have none, so the two modules are
+    # compiled here.
     for name in ("__init__.py", "autoload.py"):
         target = folder / "magus_anharmonic" / name
         target.parent.mkdir(exist_ok=True)
@@ -103,7 +122,9 @@ def test_the_hook_costs_less_than_a_millisecond(tmp_path: Path) -> None:
 
 
 def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
-    result = python("import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path)
+    result = python(
+        "import ase.io, magus.calculators", site(tmp_path / "site", entrypoints=False), tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == []
 
@@ -111,7 +132,10 @@ def test_another_package_called_magus_is_left_alone(tmp_path: Path) -> None:
 def test_a_single_module_called_magus_is_not_taken_for_magus(tmp_path: Path) -> None:
     folder = site(tmp_path / "site", magus=False)
     (folder / "magus.py").write_text("")
-    code = "import ase.io, magus; from magus_anharmonic import autoload as a; assert not a.is_magus() and not a.load_plugins()"
+    code = (
+        "import ase.io, magus; from magus_anharmonic import autoload as a; assert not a.is_magus()"
+        " and not a.load_plugins()"
+    )
     assert python(code, folder, tmp_path).returncode == 0
 
 
@@ -122,7 +146,8 @@ def test_calculators_imported_before_ase_are_served_at_once(tmp_path: Path) -> N
 
 
 def magus_as_it_is(folder: Path) -> Path:
-    """``magus.calculators`` imports ASE itself, its calculators import ``base``, and each is the program of a cluster job."""
+    """``magus.calculators`` imports ASE itself, its calculators import ``base``, and each is the
+    program of a cluster job."""
     (folder / "magus/calculators/__init__.py").write_text("import ase.io\nREADY = True\n")
     (folder / "magus/calculators/base.py").write_text("")
     job = "import sys, magus.calculators.base\nprint('magus_anharmonic.autoload' in sys.modules)\n"
@@ -130,9 +155,16 @@ def magus_as_it_is(folder: Path) -> Path:
     return folder
 
 
-def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_them_is_loaded(tmp_path: Path) -> None:
-    """The fault: the plug-ins were called while the package was half loaded, failed in a traceback, and were never called again."""
-    result = python("import magus.calculators; import magus.calculators.vasp", magus_as_it_is(site(tmp_path / "site")), tmp_path)
+def test_calculators_that_import_ase_themselves_are_served_when_the_first_of_them_is_loaded(
+    tmp_path: Path,
+) -> None:
+    """The fault: the plug-ins were called while the package was half loaded, failed in a traceback,
+    and were never called again."""
+    result = python(
+        "import magus.calculators; import magus.calculators.vasp",
+        magus_as_it_is(site(tmp_path / "site")),
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     assert registered(tmp_path) == ["calculators are complete: True"]
 
@@ -143,14 +175,19 @@ def test_a_cluster_job_calls_no_plugin(tmp_path: Path, before: str) -> None:
     (folder / "sitecustomize.py").write_text(before)
     plain = [sys.executable, "-m", "magus.calculators.vasp"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
-    result = subprocess.run(plain, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        plain, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "True", "")
     assert registered(tmp_path) == []
 
 
 def test_a_broken_plugin_is_logged_and_the_others_still_load(tmp_path: Path) -> None:
     plugins = "bad = recorder:broken\ngood = recorder:register"
-    code = "import logging; logging.basicConfig(); import ase.io, magus.calculators; print(magus.calculators.READY)"
+    code = (
+        "import logging; logging.basicConfig(); import ase.io, magus.calculators;"
+        " print(magus.calculators.READY)"
+    )
     result = python(code, site(tmp_path / "site", plugins), tmp_path)
     assert result.returncode == 0
     assert result.stdout.strip() == "True"
@@ -184,7 +221,10 @@ def test_a_missing_submodule_of_magus_is_still_a_plain_import_error(tmp_path: Pa
     folder = site(tmp_path / "site")
     (folder / "magus/calculators/__init__.py").unlink()
     (folder / "magus/calculators").rmdir()
-    code = "import ase.io\ntry:\n    import magus.calculators\nexcept ModuleNotFoundError:\n    print('as ever')"
+    code = (
+        "import ase.io\ntry:\n    import magus.calculators\nexcept ModuleNotFoundError:\n   "
+        " print('as ever')"
+    )
     result = python(code, folder, tmp_path)
     assert result.stdout.strip() == "as ever"
 

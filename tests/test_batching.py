@@ -1,4 +1,5 @@
-"""Batches, shared neighbour lists, memory that runs out, and the check of a model at its loading: none changes a result."""
+"""Batches, shared neighbour lists, memory that runs out, and the check of a model at its loading:
+none changes a result."""
 
 from __future__ import annotations
 
@@ -15,12 +16,17 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.errors import InputError, MachineTrouble, MagusAnharmonicError, is_out_of_memory
+from magus_anharmonic.errors import InputError, MachineError, MagusAnharmonicError, is_out_of_memory
 from magus_anharmonic.potential import checkpoint, evaluate, kernels, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
 from magus_anharmonic.potential.kernels import Kernels
-from magus_anharmonic.potential.resources import MemoryModel, available_bytes, measure, run_side_by_side
+from magus_anharmonic.potential.resources import (
+    MemoryModel,
+    available_bytes,
+    measure,
+    run_side_by_side,
+)
 
 
 @pytest.fixture
@@ -28,12 +34,16 @@ def double(tiny_checkpoint) -> Potential:
     return Potential(checkpoint.read(tiny_checkpoint)[0], dtype="float64")
 
 
-def displaced(atoms: Atoms, count: int, size: float, seed: int = 0, strain: float = 0.0) -> list[Atoms]:
+def displaced(
+    atoms: Atoms, count: int, size: float, seed: int = 0, strain: float = 0.0
+) -> list[Atoms]:
     """Copies with normal displacements (Angstrom), each with a random strain of its own."""
     rng = np.random.default_rng(seed)
     copies = [atoms.copy() for _ in range(count)]
     for each in copies:
-        each.set_cell(each.cell.array @ (np.eye(3) + strain * rng.uniform(-1, 1, (3, 3))), scale_atoms=True)
+        each.set_cell(
+            each.cell.array @ (np.eye(3) + strain * rng.uniform(-1, 1, (3, 3))), scale_atoms=True
+        )
         each.positions += rng.normal(0, size, each.positions.shape)
     return copies
 
@@ -46,12 +56,16 @@ def without_sharing(potential: Potential, structures: list[Atoms], monkeypatch):
 
 def assert_same(first, second, tolerance: float) -> None:
     np.testing.assert_allclose(first.energy, second.energy, atol=tolerance)
-    np.testing.assert_allclose(np.concatenate(first.forces), np.concatenate(second.forces), atol=tolerance)
+    np.testing.assert_allclose(
+        np.concatenate(first.forces), np.concatenate(second.forces), atol=tolerance
+    )
     np.testing.assert_allclose(first.stress, second.stress, atol=tolerance)
 
 
 @pytest.mark.parametrize(("size", "strain"), [(0.01, 0.0), (0.15, 0.0), (0.1, 0.03)])
-def test_a_shared_list_changes_no_number_beyond_rounding(double, h3s, monkeypatch, size, strain) -> None:
+def test_a_shared_list_changes_no_number_beyond_rounding(
+    double, h3s, monkeypatch, size, strain
+) -> None:
     structures = displaced(h3s(3.0).repeat((2, 1, 1)), 6, size, strain=strain)
     shared = double.evaluate(structures)
     assert len(double._share(structures)[1]) == 1
@@ -68,15 +82,28 @@ def test_results_do_not_depend_on_what_was_computed_before(h3s, tiny_checkpoint)
     np.testing.assert_array_equal(np.concatenate(one.forces), np.concatenate(other.forces))
 
 
-def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(double, h3s, monkeypatch) -> None:
+def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(
+    double, h3s, monkeypatch
+) -> None:
     wrapped = displaced(h3s(3.0).repeat((2, 1, 1)), 6, 0.05)
     for index, atoms in enumerate(wrapped):
         atoms.translate([0.7 * index, 0, 3.0 * index])
         atoms.wrap()
     free = displaced(Atoms("OH2", positions=[[0, 0, 0], [0.8, 0.6, 0], [-0.8, 0.6, 0]]), 5, 0.05)
-    slab = displaced(Atoms("Al2", positions=[[0, 0, 5], [1.4, 1.4, 7]], cell=[2.8, 2.8, 20], pbc=[True, True, False]), 5, 0.05)
+    slab = displaced(
+        Atoms(
+            "Al2",
+            positions=[[0, 0, 5], [1.4, 1.4, 7]],
+            cell=[2.8, 2.8, 20],
+            pbc=[True, True, False],
+        ),
+        5,
+        0.05,
+    )
     structures = [wrapped[0], free[0], slab[0], *wrapped[1:], *free[1:], *slab[1:], bulk("Cu")]
-    assert_same(double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11)
+    assert_same(
+        double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11
+    )
     assert len(double._share(structures)[1]) == 3
 
 
@@ -84,7 +111,12 @@ def test_atoms_that_left_the_cell_and_molecules_without_a_cell_share_too(double,
 @given(seed=st.integers(0, 10**6), size=st.floats(0.0, 0.4), strain=st.floats(0.0, 0.1))
 def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, strain) -> None:
     rng = np.random.default_rng(seed)
-    atoms = Atoms("H4", scaled_positions=rng.random((4, 3)), cell=3.0 * np.eye(3) + rng.uniform(-0.8, 0.8, (3, 3)), pbc=True)
+    atoms = Atoms(
+        "H4",
+        scaled_positions=rng.random((4, 3)),
+        cell=3.0 * np.eye(3) + rng.uniform(-0.8, 0.8, (3, 3)),
+        pbc=True,
+    )
     structures = displaced(atoms, 4, size, seed, strain)
     topology = find_topology(structures, 5.0)
     if topology is None:
@@ -97,7 +129,14 @@ def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, str
     assert shared.n_near == plain.n_near
 
     def rows(graph):
-        values = np.column_stack([graph.centre, graph.neighbour, graph.edge_structure, np.round(graph.vector.numpy(), 6) + 0.0])
+        values = np.column_stack(
+            [
+                graph.centre,
+                graph.neighbour,
+                graph.edge_structure,
+                np.round(graph.vector.numpy(), 6) + 0.0,
+            ]
+        )
         return values[np.lexsort(values.T[::-1])]
 
     np.testing.assert_allclose(rows(shared), rows(plain), atol=2e-6)
@@ -106,8 +145,13 @@ def test_a_list_holds_every_pair_of_the_configurations_it_covers(seed, size, str
 def test_very_different_structures_of_one_formula_do_not_share(double, h3s, monkeypatch) -> None:
     rng = np.random.default_rng(3)
     cells = [3.0 * (np.eye(3) + rng.uniform(-0.4, 0.4, (3, 3))) for _ in range(5)]
-    structures = [Atoms("H2", scaled_positions=[[0, 0, 0], rng.uniform(0.35, 0.65, 3)], cell=cell, pbc=True) for cell in cells]
-    assert_same(double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11)
+    structures = [
+        Atoms("H2", scaled_positions=[[0, 0, 0], rng.uniform(0.35, 0.65, 3)], cell=cell, pbc=True)
+        for cell in cells
+    ]
+    assert_same(
+        double.evaluate(structures), without_sharing(double, structures, monkeypatch), 1e-11
+    )
 
 
 def test_coincident_atoms_of_a_shared_list_are_named(potential, h3s) -> None:
@@ -122,8 +166,15 @@ def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s) -> None:
     sizes: list[tuple[int, int]] = []
     assert small.memory.per_edge > 0, "measured before the hook"
     evaluate = small.model.evaluate
-    small.model.evaluate = lambda graph: (sizes.append((len(graph.centre), len(graph.n_atoms))), evaluate(graph))[1]
-    structures = [h3s(3.0 + 0.01 * k) for k in range(3)] + displaced(h3s(3.2), 5, 0.02) + [Atoms("H", cell=[20] * 3, pbc=True)] * 3
+    small.model.evaluate = lambda graph: (
+        sizes.append((len(graph.centre), len(graph.n_atoms))),
+        evaluate(graph),
+    )[1]
+    structures = (
+        [h3s(3.0 + 0.01 * k) for k in range(3)]
+        + displaced(h3s(3.2), 5, 0.02)
+        + [Atoms("H", cell=[20] * 3, pbc=True)] * 3
+    )
     small.evaluate(structures)
     assert sum(count for _, count in sizes) == len(structures)
     assert all(edges <= 800 * 1.1 or count == 1 for edges, count in sizes)
@@ -131,7 +182,8 @@ def test_batches_obey_the_limits_of_edges_and_atoms(potential, h3s) -> None:
 
 
 def fails_above(potential: Potential, limit: int, error: Exception) -> list[int]:
-    """Let the model raise ``error`` for graphs with more than ``limit`` structures; returns the sizes that were tried."""
+    """Let the model raise ``error`` for graphs with more than ``limit`` structures; returns the
+    sizes that were tried."""
     tried: list[int] = []
     assert potential.memory.per_edge > 0, "measured before the hook"
 
@@ -150,7 +202,10 @@ def fails_above(potential: Potential, limit: int, error: Exception) -> list[int]
 OUT_OF_MEMORY = [
     torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
     MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory:"
+        " you tried to allocate 8 bytes"
+    ),
     RuntimeError("CUDA error: out of memory"),
     RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
@@ -158,8 +213,14 @@ OUT_OF_MEMORY = [
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
 @pytest.mark.parametrize("sharing", [True, False])
-def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(tiny_checkpoint, h3s, error, sharing, caplog) -> None:
-    structures = displaced(h3s(3.0), 9, 0.02) if sharing else [h3s(2.9 + 0.03 * k).repeat((1, 1, 1 + k % 2)) for k in range(9)]
+def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(
+    tiny_checkpoint, h3s, error, sharing, caplog
+) -> None:
+    structures = (
+        displaced(h3s(3.0), 9, 0.02)
+        if sharing
+        else [h3s(2.9 + 0.03 * k).repeat((1, 1, 1 + k % 2)) for k in range(9)]
+    )
     expected = Potential(checkpoint.read(tiny_checkpoint)[0]).evaluate(structures)
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     before = narrow.edges_per_batch
@@ -181,9 +242,16 @@ def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, h3s) -> None:
 def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoint, h3s) -> None:
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
-    with pytest.raises(MachineTrouble, match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu"):
+    with pytest.raises(
+        MachineError,
+        match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu",
+    ):
         narrow.evaluate([h3s(3.0), h3s(3.1)])
-    small = Potential(checkpoint.read(tiny_checkpoint)[0], memory_probe=lambda graph: 1e9 * len(graph.centre), available=lambda device: 1e9)
+    small = Potential(
+        checkpoint.read(tiny_checkpoint)[0],
+        memory_probe=lambda graph: 1e9 * len(graph.centre),
+        available=lambda device: 1e9,
+    )
     with pytest.raises(MagusAnharmonicError, match=r"structure 1 .*needs \d+\.\d GB"):
         small.evaluate([Atoms("H", cell=[20] * 3, pbc=True), h3s(3.0)])
 
@@ -192,9 +260,13 @@ def test_the_memory_model_is_what_the_probe_says_and_sets_the_batch(potential) -
     def probe(graph) -> float:
         return 5e4 + 1000.0 * len(graph.centre) + 300.0 * len(graph.numbers)
 
-    assert measure(potential.model, torch.float32, "cpu", probe) == MemoryModel(pytest.approx(1000.0), pytest.approx(300.0))
+    assert measure(potential.model, torch.float32, "cpu", probe) == MemoryModel(
+        pytest.approx(1000.0), pytest.approx(300.0)
+    )
     limited = Potential(potential.module, memory_probe=probe, available=lambda device: 1e6)
-    assert limited.edges_per_batch * torch.get_num_threads() == pytest.approx(700, abs=torch.get_num_threads())
+    assert limited.edges_per_batch * torch.get_num_threads() == pytest.approx(
+        700, abs=torch.get_num_threads()
+    )
     assert limited.atoms_per_batch == 2333
 
 
@@ -214,14 +286,21 @@ def test_a_model_that_is_evaluated_wrongly_stops_the_run(tiny_checkpoint, monkey
     with torch.no_grad():
         other = copy.deepcopy(potential.module)
         other.graph_conv[0].gated_mlp_atom.g[1].linear.weight += 0.05
-    with monkeypatch.context() as patch, pytest.raises(MagusAnharmonicError, match="with stock MatterSim and here"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(MagusAnharmonicError, match="with stock MatterSim and here"),
+    ):
         patch.setattr(potential, "module", other)
         loading.check_against_stock(potential)
     rightly = potential._join
 
     def mixed(structures, indices, neighbours):
         graph = rightly(structures, indices, neighbours)
-        return graph if len(indices) == 1 else type(graph)(**{**graph.__dict__, "numbers": graph.numbers.flip(0)})
+        return (
+            graph
+            if len(indices) == 1
+            else type(graph)(**{**graph.__dict__, "numbers": graph.numbers.flip(0)})
+        )
 
     monkeypatch.setattr(potential, "_join", mixed)
     with pytest.raises(MagusAnharmonicError, match="alone and in a batch"):
@@ -254,7 +333,11 @@ def test_the_compiled_loops_are_torchs(threads) -> None:
 def test_wrong_compiled_loops_are_noticed() -> None:
     class Wrong(Kernels):
         def three_forward(self, y, edge) -> None:
-            edge += 1.0001 * (y[:, : edge.shape[1]] * y[:, : edge.shape[1]].sigmoid() * y[:, edge.shape[1] :].sigmoid())
+            edge += 1.0001 * (
+                y[:, : edge.shape[1]]
+                * y[:, : edge.shape[1]].sigmoid()
+                * y[:, edge.shape[1] :].sigmoid()
+            )
 
     assert kernels.disagreement(Wrong()) > 1e-5
 
@@ -262,11 +345,15 @@ def test_wrong_compiled_loops_are_noticed() -> None:
 def test_torch_alone_gives_the_same_numbers(potential, h3s, monkeypatch) -> None:
     structures = displaced(h3s(3.0), 3, 0.05)
     compiled = potential.evaluate(structures)
-    monkeypatch.setattr("magus_anharmonic.potential.inference.kernels_for", lambda example: Kernels())
+    monkeypatch.setattr(
+        "magus_anharmonic.potential.inference.kernels_for", lambda example: Kernels()
+    )
     assert_same(potential.evaluate(structures), compiled, 2e-6)
 
 
-def test_without_a_compiler_everything_works_and_the_log_says_so(tmp_path, monkeypatch, caplog) -> None:
+def test_without_a_compiler_everything_works_and_the_log_says_so(
+    tmp_path, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(kernels, "COMPILERS", ("no-such-compiler",))
     with caplog.at_level(logging.INFO):
         assert kernels._native.__wrapped__() is None
@@ -295,18 +382,27 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_threads_take_batches_side_by_side_and_change_no_number(double, h3s, monkeypatch, three_threads) -> None:
-    structures = displaced(h3s(3.0).repeat((2, 2, 1)), 6, 0.05) + [h3s(3.0 + 0.02 * k, 0.1).repeat((2, 1, 1)) for k in range(5)]
+def test_threads_take_batches_side_by_side_and_change_no_number(
+    double, h3s, monkeypatch, three_threads
+) -> None:
+    structures = displaced(h3s(3.0).repeat((2, 2, 1)), 6, 0.05) + [
+        h3s(3.0 + 0.02 * k, 0.1).repeat((2, 1, 1)) for k in range(5)
+    ]
     structures += [Atoms("H", cell=[20] * 3, pbc=True)]
     threads: list[tuple[str, int]] = []
     evaluate = double.model.evaluate
     monkeypatch.setattr(
         double.model,
         "evaluate",
-        lambda graph: (threads.append((threading.current_thread().name, torch.get_num_threads())), evaluate(graph))[1],
+        lambda graph: (
+            threads.append((threading.current_thread().name, torch.get_num_threads())),
+            evaluate(graph),
+        )[1],
     )
     together = double.evaluate(structures)
-    assert {inside for _, inside in threads} == {1} and all(name.startswith("evaluation") for name, _ in threads)
+    assert {inside for _, inside in threads} == {1} and all(
+        name.startswith("evaluation") for name, _ in threads
+    )
     assert len(threads) >= 3 and torch.get_num_threads() == 3
     torch.set_num_threads(1)
     threads.clear()
@@ -314,7 +410,9 @@ def test_threads_take_batches_side_by_side_and_change_no_number(double, h3s, mon
     assert {name for name, _ in threads} == {threading.current_thread().name}
 
 
-def test_what_fails_in_a_thread_is_raised_with_its_index_and_stops_the_others(potential, h3s, three_threads) -> None:
+def test_what_fails_in_a_thread_is_raised_with_its_index_and_stops_the_others(
+    potential, h3s, three_threads
+) -> None:
     structures = [h3s(3.0 + 0.01 * k, 0.05).repeat((2, 2, 1)) for k in range(12)]
     structures[5].positions[1] = structures[5].positions[2] + 1e-5
     with pytest.raises(InputError, match=r"structure 5: atoms . and . coincide"):

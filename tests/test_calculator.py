@@ -1,4 +1,5 @@
-"""The ASE calculator ``MatterSim`` gives the numbers of stock ``MatterSimCalculator`` and can be pickled."""
+"""The ASE calculator ``MatterSim`` gives the numbers of stock ``MatterSimCalculator`` and can be
+pickled."""
 
 from __future__ import annotations
 
@@ -27,14 +28,19 @@ def structures(h3s):
 
 
 def test_the_calculator_equals_stock_mattersim_to_1e_6_relative(tiny_checkpoint, h3s):
-    stock_potential = StockPotential.from_checkpoint(str(tiny_checkpoint), device="cpu", load_training_state=False)
+    stock_potential = StockPotential.from_checkpoint(
+        str(tiny_checkpoint), device="cpu", load_training_state=False
+    )
     for atoms in structures(h3s):
         ours, stock = atoms.copy(), atoms.copy()
         ours.calc = MatterSim(tiny_checkpoint, device="cpu")
         stock.calc = MatterSimCalculator(potential=stock_potential, device="cpu")
         assert ours.get_potential_energy() == pytest.approx(stock.get_potential_energy(), rel=1e-6)
         assert ours.get_potential_energy(force_consistent=True) == ours.get_potential_energy()
-        for mine, theirs in ((ours.get_forces(), stock.get_forces()), (ours.get_stress(), stock.get_stress())):
+        for mine, theirs in (
+            (ours.get_forces(), stock.get_forces()),
+            (ours.get_stress(), stock.get_stress()),
+        ):
             scale = np.abs(theirs).max()
             if scale > 1e-4:
                 assert np.abs(mine - theirs).max() < 1e-5 * scale
@@ -49,13 +55,13 @@ def test_the_calculator_is_lazy_pickles_and_copies(tiny_checkpoint, h3s):
     atoms = h3s(3.0, 0.05)
     atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
     energy = atoms.get_potential_energy()
-    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+    for duplicate in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
         fresh = atoms.copy()
-        fresh.calc = twin
+        fresh.calc = duplicate
         fresh.positions[0] += 0.0
-        assert twin._potential is None
-        assert twin.get_property("energy", h3s(3.0, 0.05)) == energy
-        assert twin.model_id == atoms.calc.model_id
+        assert duplicate._potential is None
+        assert duplicate.get_property("energy", h3s(3.0, 0.05)) == energy
+        assert duplicate.model_id == atoms.calc.model_id
     assert len(pickle.dumps(atoms.calc)) < 5000
 
 
@@ -69,7 +75,9 @@ def test_the_calculator_notices_changes_and_offers_no_stress_without_a_cell(tiny
 
 
 def test_a_molecule_whose_cell_is_flat_has_energy_and_forces_and_no_stress(tiny_checkpoint):
-    flat = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]], cell=[[1, 0, 0], [2, 0, 0], [0, 0, 1]], pbc=False)
+    flat = Atoms(
+        "H2", positions=[[0, 0, 0], [0, 0, 0.74]], cell=[[1, 0, 0], [2, 0, 0], [0, 0, 1]], pbc=False
+    )
     free = Atoms("H2", positions=flat.positions)
     for atoms in (flat, free):
         atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
@@ -78,7 +86,9 @@ def test_a_molecule_whose_cell_is_flat_has_energy_and_forces_and_no_stress(tiny_
     assert "stress" not in flat.calc.results
 
 
-def test_the_calculator_tells_the_expected_error_and_all_of_ase_still_takes_its_results(tmp_path, h3s):
+def test_the_calculator_tells_the_expected_error_and_all_of_ase_still_takes_its_results(
+    tmp_path, h3s
+):
     atoms = h3s(3.0, 0.05)
     atoms.calc = MatterSim("h3s-gpaw-small", device="cpu")
     assert atoms.calc.energy_error is None
@@ -90,8 +100,8 @@ def test_the_calculator_tells_the_expected_error_and_all_of_ase_still_takes_its_
         write(tmp_path / name, atoms)
         assert read(tmp_path / name).get_potential_energy() == pytest.approx(energy, abs=1e-6)
     error = atoms.calc.energy_error
-    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
-        assert twin.energy_error == error
+    for duplicate in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+        assert duplicate.energy_error == error
     atoms.positions[1] += 0.05
     BFGS(atoms, trajectory=str(tmp_path / "relax.traj"), logfile=None).run(fmax=1e-3, steps=2)
     assert len(read(tmp_path / "relax.traj", ":")) == 3
@@ -110,7 +120,10 @@ def test_a_checkpoint_without_an_estimate_gives_a_calculator_without_one(tiny_ch
 def test_the_calculator_module_imports_no_torch():
     import subprocess
 
-    code = "import sys; from magus_anharmonic.potential.calculator import MatterSim; MatterSim('x'); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from magus_anharmonic.potential.calculator import MatterSim; MatterSim('x');"
+        " assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -119,10 +132,14 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
     atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
     calls = []
     evaluate = atoms.calc.potential.evaluate
-    monkeypatch.setattr(atoms.calc.potential, "evaluate", lambda structures: calls.append(1) or evaluate(structures))
+    monkeypatch.setattr(
+        atoms.calc.potential, "evaluate", lambda structures: calls.append(1) or evaluate(structures)
+    )
     results = atoms.calc.get_property("energy", atoms), atoms.get_forces(), atoms.get_stress()
     assert results[2].shape == (6,) and len(calls) == 1
-    np.testing.assert_allclose(atoms.get_stress(voigt=False), atoms.get_stress(voigt=False).T, atol=1e-7)
+    np.testing.assert_allclose(
+        atoms.get_stress(voigt=False), atoms.get_stress(voigt=False).T, atol=1e-7
+    )
     found = evaluate([atoms])
     np.testing.assert_array_equal(results[1], found.forces[0])
     np.testing.assert_allclose(results[2][[0, 1, 2]], np.diag(found.stress[0]), atol=1e-9)
@@ -131,7 +148,9 @@ def test_properties_are_computed_once_and_in_ases_conventions(tiny_checkpoint, h
 
 
 @pytest.mark.parametrize("name", ["load_path", "checkpont", "potential", "Device"])
-def test_an_unknown_keyword_is_refused_instead_of_standing_for_the_foundation_model(name, tiny_checkpoint):
+def test_an_unknown_keyword_is_refused_instead_of_standing_for_the_foundation_model(
+    name, tiny_checkpoint
+):
     with pytest.raises(TypeError, match=f"unknown keyword {name}; did you mean"):
         MatterSim(**{name: str(tiny_checkpoint)})
     with pytest.raises(TypeError, match=name):
@@ -144,11 +163,17 @@ def test_another_checkpoint_gives_other_numbers_at_once(tiny_checkpoint, how):
     atoms.calc = MatterSim(str(tiny_checkpoint), "cpu", dtype="float64")
     before = atoms.get_potential_energy(), atoms.calc.model_id
     if how == "set":
-        assert atoms.calc.set(checkpoint="h3s-gpaw-small", device="cpu") == {"checkpoint": "h3s-gpaw-small"}
+        assert atoms.calc.set(checkpoint="h3s-gpaw-small", device="cpu") == {
+            "checkpoint": "h3s-gpaw-small"
+        }
     else:
         atoms.calc.checkpoint = "h3s-gpaw-small"
     fresh = bulk("Cu")
     fresh.calc = MatterSim("h3s-gpaw-small", "cpu", dtype="float64")
     assert atoms.get_potential_energy() == fresh.get_potential_energy() != before[0]
     assert atoms.calc.model_id == fresh.calc.model_id != before[1]
-    assert atoms.calc.todict() == {"checkpoint": "h3s-gpaw-small", "device": "cpu", "dtype": "float64"}
+    assert atoms.calc.todict() == {
+        "checkpoint": "h3s-gpaw-small",
+        "device": "cpu",
+        "dtype": "float64",
+    }

@@ -1,4 +1,5 @@
-"""ASE calculators whose numbers do not belong together are named at the start, and a fixed cell asks for no stress."""
+"""ASE calculators whose numbers do not belong together are named at the start, and a fixed cell
+asks for no stress."""
 
 from __future__ import annotations
 
@@ -20,13 +21,21 @@ from magus_anharmonic.settings import parse_settings
 
 GPA = 160.21766208
 HCP = bulk("Cu", "hcp", a=2.5, c=4.1)
-CRYSTALS = {"fcc, without force or stress": bulk("Cu", a=3.59), "hcp": HCP, "compressed": bulk("Al", a=3.7), "stretched": bulk("Cu", a=3.9)}
+CRYSTALS = {
+    "fcc, without force or stress": bulk("Cu", a=3.59),
+    "hcp": HCP,
+    "compressed": bulk("Al", a=3.7),
+    "stretched": bulk("Cu", a=3.9),
+}
 
 
 class Twisted(EMT):
-    """EMT with its forces and stress times a factor, its stress perhaps times the volume, or without a stress."""
+    """EMT with its forces and stress times a factor, its stress perhaps times the volume, or
+    without a stress."""
 
-    def __init__(self, forces: float = 1.0, stress: float | None = 1.0, per_cell: bool = False) -> None:
+    def __init__(
+        self, forces: float = 1.0, stress: float | None = 1.0, per_cell: bool = False
+    ) -> None:
         super().__init__()
         self.by_forces, self.by_stress, self.per_cell = forces, stress, per_cell
 
@@ -34,7 +43,11 @@ class Twisted(EMT):
         super().calculate(*arguments, **options)
         self.results["forces"] = self.by_forces * self.results["forces"]
         if "stress" in self.results and self.by_stress is not None:
-            self.results["stress"] = self.by_stress * self.results["stress"] * (self.atoms.get_volume() if self.per_cell else 1.0)
+            self.results["stress"] = (
+                self.by_stress
+                * self.results["stress"]
+                * (self.atoms.get_volume() if self.per_cell else 1.0)
+            )
 
     def get_property(self, name, *arguments, **options):
         if name == "stress" and self.by_stress is None:
@@ -73,13 +86,17 @@ def test_what_is_wrong_is_named(crystal, twist, words):
 
 
 @pytest.mark.parametrize(
-    "calculator", [EMT(), LennardJones(sigma=2.3, epsilon=0.3), MorsePotential(r0=2.6)], ids=lambda c: type(c).__name__
+    "calculator",
+    [EMT(), LennardJones(sigma=2.3, epsilon=0.3), MorsePotential(r0=2.6)],
+    ids=lambda c: type(c).__name__,
 )
 @pytest.mark.parametrize("seed", range(3))
 def test_sound_calculators_pass_in_and_out_of_equilibrium(calculator, seed):
     rng = np.random.default_rng(seed)
     atoms = bulk("Cu", cubic=True)
-    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True)
+    atoms.set_cell(
+        atoms.cell.array @ (np.eye(3) + rng.uniform(-0.04, 0.04, (3, 3))), scale_atoms=True
+    )
     atoms.rattle(0.1, rng=rng)
     check_calculator(CalculatorEvaluator(calculator), atoms, stress=True)
 
@@ -88,7 +105,12 @@ def test_structures_as_a_search_makes_them_raise_no_false_alarm():
     """Forces of some eV/A, whose parts cancel in the work of a random step."""
     rng = np.random.default_rng(5)
     for _ in range(60):
-        atoms = Atoms("Cu4Al4", scaled_positions=rng.uniform(size=(8, 3)), cell=5.0 * np.eye(3) + rng.uniform(-0.5, 0.5, (3, 3)), pbc=True)
+        atoms = Atoms(
+            "Cu4Al4",
+            scaled_positions=rng.uniform(size=(8, 3)),
+            cell=5.0 * np.eye(3) + rng.uniform(-0.5, 0.5, (3, 3)),
+            pbc=True,
+        )
         distances = atoms.get_all_distances(mic=True)[np.triu_indices(8, 1)]
         if distances.min() > 1.2:
             check_calculator(CalculatorEvaluator(EMT()), atoms, stress=True)
@@ -128,14 +150,27 @@ def test_it_is_asked_once_and_a_calculator_that_fails_is_left_to_who_uses_it():
 
 
 def test_a_fixed_cell_needs_no_stress(tmp_path):
-    options = {"temperature": 300.0, "cell": "fixed", "supercell": (2, 2, 1), "n_configs": 40, "max_populations": 6}
+    options = {
+        "temperature": 300.0,
+        "cell": "fixed",
+        "supercell": (2, 2, 1),
+        "n_configs": 40,
+        "max_populations": 6,
+    }
     found = free_energy(HCP, Twisted(stress=None), directory=tmp_path / "a", **options)
     usual = free_energy(HCP, EMT(), **options)
     assert found.status == usual.status and found.gibbs == pytest.approx(usual.gibbs, abs=1e-10)
     assert np.isnan(found.stress).all() and np.isnan(found.pressure)
-    assert free_energy(HCP, Twisted(stress=None), directory=tmp_path / "a", **options).gibbs == found.gibbs, "from the folder"
-    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**options, "supercell": [2, 2, 1]}})
-    (candidate,) = rank_structures([HCP], Twisted(stress=None), keys, tmp_path / "b", relax=False, workers=1)
+    assert (
+        free_energy(HCP, Twisted(stress=None), directory=tmp_path / "a", **options).gibbs
+        == found.gibbs
+    ), "from the folder"
+    keys = parse_settings(
+        {"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {**options, "supercell": [2, 2, 1]}}
+    )
+    (candidate,) = rank_structures(
+        [HCP], Twisted(stress=None), keys, tmp_path / "b", relax=False, workers=1
+    )
     assert candidate.gibbs is not None and candidate.status != "failed", candidate.reason
     with pytest.raises(InputError, match="no stress"):
         free_energy(HCP, Twisted(stress=None), **{**options, "cell": "variable"})

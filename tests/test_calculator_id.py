@@ -20,27 +20,35 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.calculator_id import is_unnamed, probes
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
-from magus_anharmonic.potential.portable import Source, portable
+from magus_anharmonic.potential.remote import Source, serialised
 
 COPPER = bulk("Cu")
 
 
 class Hidden(Calculator):
-    """Springs to the origin whose constant stands in no parameter but in an attribute, or in a file that is read at every call."""
+    """Springs to the origin whose constant stands in no parameter but in an attribute, or in a file
+    that is read at every call."""
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(self, k: float = 1.0, file: Path | None = None, largest: float = np.inf, **parameters) -> None:
+    def __init__(
+        self, k: float = 1.0, file: Path | None = None, largest: float = np.inf, **parameters
+    ) -> None:
         super().__init__(**parameters)
         self.k, self.file, self.largest, self.calls = k, file, largest, 0
 
-    def calculate(self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         self.calls += 1
         if len(self.atoms) > self.largest:
             raise ValueError("made for one structure")
         k = self.k if self.file is None else float(self.file.read_text())
-        self.results = {"energy": 0.5 * k * (self.atoms.positions**2).sum(), "forces": -k * self.atoms.positions}
+        self.results = {
+            "energy": 0.5 * k * (self.atoms.positions**2).sum(),
+            "forces": -k * self.atoms.positions,
+        }
 
 
 def ids(*calculators: Calculator) -> set[str]:
@@ -52,12 +60,21 @@ class Other(Hidden):
 
 
 def test_calculators_of_other_parameters_weights_or_classes_have_other_ids():
-    lj = [LennardJones(sigma=2.5, epsilon=0.1), LennardJones(sigma=2.5, epsilon=0.1001), LennardJones(sigma=2.5, epsilon=0.1, smooth=True)]
+    lj = [
+        LennardJones(sigma=2.5, epsilon=0.1),
+        LennardJones(sigma=2.5, epsilon=0.1001),
+        LennardJones(sigma=2.5, epsilon=0.1, smooth=True),
+    ]
     assert len(ids(*lj)) == 3 and len(ids(EMT(), EMT(asap_cutoff=True))) == 2
     assert len(ids(MorsePotential(r0=2.5), MorsePotential(r0=2.6))) == 2
     assert len(ids(Hidden(1.0), Hidden(1.001), Other(1.0), Hidden(1.0, charge=1))) == 4
     assert len(ids(SumCalculator([EMT(), Hidden(0.1)]), SumCalculator([EMT(), Hidden(0.2)]))) == 2
-    for make in (EMT, Hidden, lambda: LennardJones(sigma=2.5), lambda: SumCalculator([EMT(), Hidden(0.1)])):
+    for make in (
+        EMT,
+        Hidden,
+        lambda: LennardJones(sigma=2.5),
+        lambda: SumCalculator([EMT(), Hidden(0.1)]),
+    ):
         assert len(ids(make(), make())) == 1
 
 
@@ -109,7 +126,7 @@ def test_what_cannot_be_probed_has_no_id_and_nothing_is_reused(tmp_path, caplog)
     assert ids(calculator) == {"mine"}
 
 
-def test_trouble_of_the_machine_is_no_missing_id():
+def test_a_machine_error_is_no_missing_id():
     class Full(Hidden):
         def calculate(self, *arguments, **more) -> None:
             raise OSError(28, "No space left on device")
@@ -123,7 +140,17 @@ def test_free_energy_in_a_reused_directory_never_returns_the_number_of_another_p
 
     def run(epsilon: float, directory: Path | None = tmp_path):
         lj = LennardJones(sigma=3.4, epsilon=epsilon, rc=6.0, smooth=True)
-        return free_energy(argon, lj, 0.0, 40.0, (2, 2, 2), "fixed", n_configs=20, max_populations=2, directory=directory)
+        return free_energy(
+            argon,
+            lj,
+            0.0,
+            40.0,
+            (2, 2, 2),
+            "fixed",
+            n_configs=20,
+            max_populations=2,
+            directory=directory,
+        )
 
     first = run(0.0104)
     again = run(0.0104)
@@ -140,17 +167,29 @@ def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_chec
     content = torch.load(tiny_checkpoint, weights_only=True)
     content.pop("model_id", None)
     content.pop("error_model", None)
-    name = next(name for name, value in content["model"].items() if value.is_floating_point() and value.numel() > 10)
+    name = next(
+        name
+        for name, value in content["model"].items()
+        if value.is_floating_point() and value.numel() > 10
+    )
     content["model"][name] = content["model"][name] * 1.01
     torch.save(content, tmp_path / "other.pth")
-    first, second = MatterSim(str(tiny_checkpoint), "cpu"), MatterSim(str(tmp_path / "other.pth"), "cpu")
-    assert as_evaluator(first).model_id == first.model_id != as_evaluator(second).model_id == second.model_id
+    first, second = (
+        MatterSim(str(tiny_checkpoint), "cpu"),
+        MatterSim(str(tmp_path / "other.pth"), "cpu"),
+    )
+    assert (
+        as_evaluator(first).model_id
+        == first.model_id
+        != as_evaluator(second).model_id
+        == second.model_id
+    )
 
 
 def test_a_worker_notices_a_checkpoint_that_was_replaced(tiny_checkpoint):
     from magus_anharmonic import MatterSim
 
-    source = portable(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
+    source = serialised(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
     assert source.make().model_id == source.model_id
     with pytest.raises(MagusAnharmonicError, match="replaced"):
         Source("another", evaluator=source.evaluator).make()

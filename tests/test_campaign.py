@@ -1,4 +1,5 @@
-"""A campaign: what its file may say, which steps there are, and that they are skipped, resumed, repeated and reported."""
+"""A campaign: what its file may say, which steps there are, and that they are skipped, resumed,
+repeated and reported."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ from magus_anharmonic import status as folder_status
 from magus_anharmonic.analysis.explain import read_context
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.run import status
-from magus_anharmonic.campaign.steps import Context, Outcome, Step, StepRecord, plan, read_records, step_key, write_records
+from magus_anharmonic.campaign.steps import (
+    Context,
+    Outcome,
+    Step,
+    StepRecord,
+    plan,
+    read_records,
+    step_key,
+    write_records,
+)
 from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
@@ -32,7 +42,8 @@ from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
 
 class Fakes:
-    """Stand-ins for all runners: they count calls, leave a part of a table, and do what ``acts`` says for a step."""
+    """Stand-ins for all runners: they count calls, leave a part of a table, and do what ``acts``
+    says for a step."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -46,25 +57,52 @@ class Fakes:
         if step.id in self.acts:
             self.acts[step.id]()
         if step.kind == "final":
-            errors = {"finetuned": {"validation": {"energy_rmse": self.rmse[min(step.cycle, len(self.rmse)) - 1]}}}
+            errors = {
+                "finetuned": {
+                    "validation": {"energy_rmse": self.rmse[min(step.cycle, len(self.rmse)) - 1]}
+                }
+            }
             (folder / f"errors-cycle{step.cycle}.json").write_text(json.dumps(errors))
-        write_part(folder, "learning", [(step.id, step.cycle, "model", "training", 0.1, 0.2, 0.3, 4)])
+        write_part(
+            folder, "learning", [(step.id, step.cycle, "model", "training", 0.1, 0.2, 0.3, 4)]
+        )
         return Outcome(n_structures=2, n_evaluations=10, n_labels=3, output=f"result of {step.id}")
 
 
 @pytest.fixture
 def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
     found = Fakes()
-    kinds = ("learn", "merge", "final", "produce", "foundation", "relax", "sscha", "dft", "hessian", "errors", "report")
+    kinds = (
+        "learn",
+        "merge",
+        "final",
+        "produce",
+        "foundation",
+        "relax",
+        "sscha",
+        "dft",
+        "hessian",
+        "errors",
+        "report",
+    )
     monkeypatch.setattr(driver, "runners", lambda: dict.fromkeys(kinds, found))
     monkeypatch.setattr(Context, "foundation", SimpleNamespace(model_id="0123456789ab"))
     return found
 
 
 IDS = [
-    "learn-075GPa", "learn-125GPa", "merge", "final", "produce-050GPa", "produce-100GPa", "relax", "sscha-100GPa", "dft", "hessian",
+    "learn-075GPa",
+    "learn-125GPa",
+    "merge",
+    "final",
+    "produce-050GPa",
+    "produce-100GPa",
+    "relax",
+    "sscha-100GPa",
+    "dft",
+    "hessian",
     "report",
-]  # fmt: skip
+]
 
 
 def test_the_steps_of_a_campaign_are_those_of_figure_1b(tmp_path: Path) -> None:
@@ -77,21 +115,44 @@ def test_the_steps_of_a_campaign_are_those_of_figure_1b(tmp_path: Path) -> None:
 
 
 def test_without_learning_the_foundation_is_the_model(tmp_path: Path) -> None:
-    steps = {step.id: step for step in plan(load_campaign(write_campaign(tmp_path, learning=None, dft=None, labeler=None)))}
+    steps = {
+        step.id: step
+        for step in plan(
+            load_campaign(write_campaign(tmp_path, learning=None, dft=None, labeler=None))
+        )
+    }
     assert "final" not in steps and steps["produce-050GPa"].needs == ()
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hessian": {"phases": [{"name": "R3m"}]}}, ["hessian.phases: 'R3m' is not defined under phases", "Im-3m"]),
-        ({"figures": {"reference_phase": "Fm-3m"}}, ["figures.reference_phase: 'Fm-3m' is not defined"]),
-        ({"produce": {"pressures": [100, 50]}}, ["produce.pressures", "out of order", "50 GPa comes after 100 GPa"]),
+        (
+            {"hessian": {"phases": [{"name": "R3m"}]}},
+            ["hessian.phases: 'R3m' is not defined under phases", "Im-3m"],
+        ),
+        (
+            {"figures": {"reference_phase": "Fm-3m"}},
+            ["figures.reference_phase: 'Fm-3m' is not defined"],
+        ),
+        (
+            {"produce": {"pressures": [100, 50]}},
+            ["produce.pressures", "out of order", "50 GPa comes after 100 GPa"],
+        ),
         ({"learning": {"pressures": [75, 75]}}, ["learning.pressures", "out of order"]),
         ({"hessian": {"dispersions": [120]}}, ["120 GPa is not one of hessian.pressures"]),
-        ({"produce": {"presures": [50]}}, ["produce.presures: unknown key", "did you mean pressures"]),
-        ({"learning": {"settings": {"n_samples": 3}}}, ["learning.settings.n_samples: unknown key", "n_sample"]),
-        ({"sscha": {"settings": {"n_config": 10}}}, ["sscha.settings.n_config: unknown key", "n_configs"]),
+        (
+            {"produce": {"presures": [50]}},
+            ["produce.presures: unknown key", "did you mean pressures"],
+        ),
+        (
+            {"learning": {"settings": {"n_samples": 3}}},
+            ["learning.settings.n_samples: unknown key", "n_sample"],
+        ),
+        (
+            {"sscha": {"settings": {"n_config": 10}}},
+            ["sscha.settings.n_config: unknown key", "n_configs"],
+        ),
         ({"search": {"pressure": 10}}, ["search.pressure: is set by the campaign"]),
         ({"labeler": None}, ["learning: needs the block labeler"]),
         ({"produce": None}, ["relax: needs the block produce"]),
@@ -100,7 +161,9 @@ def test_without_learning_the_foundation_is_the_model(tmp_path: Path) -> None:
         ({"phases": [{"name": "Im-3m"}]}, ["give structure (a file) or space_group"]),
     ],
 )
-def test_wrong_input_is_one_message_that_names_the_key(changes: dict[str, Any], words: list[str]) -> None:
+def test_wrong_input_is_one_message_that_names_the_key(
+    changes: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(InputError) as caught:
         parse_campaign(changed(**changes))
     for word in words:
@@ -111,22 +174,35 @@ def test_wrong_input_ends_the_command_with_2_and_no_traceback(tmp_path: Path) ->
     file = write_campaign(tmp_path, hessian={"phases": [{"name": "R3m"}]})
     result = CliRunner().invoke(app, ["campaign", str(file)])
     assert result.exit_code == 2
-    assert "input error: hessian.phases: 'R3m' is not defined" in result.output and "Traceback" not in result.output
+    assert (
+        "input error: hessian.phases: 'R3m' is not defined" in result.output
+        and "Traceback" not in result.output
+    )
     assert not (tmp_path / "campaign").exists()
 
 
-def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(tmp_path: Path, fakes: Fakes) -> None:
-    file = write_campaign(tmp_path, phases=[{"name": "Im-3m", "structure": "cubic.vasp", "space_group": 160}])
-    with pytest.raises(InputError, match=r"phases\.Im-3m\.structure.*has the space group Im-3m \(229\), not 160"):
+def test_a_structure_file_that_is_missing_or_of_another_phase_is_refused(
+    tmp_path: Path, fakes: Fakes
+) -> None:
+    file = write_campaign(
+        tmp_path, phases=[{"name": "Im-3m", "structure": "cubic.vasp", "space_group": 160}]
+    )
+    with pytest.raises(
+        InputError, match=r"phases\.Im-3m\.structure.*has the space group Im-3m \(229\), not 160"
+    ):
         driver.run_campaign(file)
     (tmp_path / "cubic.vasp").unlink()
     with pytest.raises(InputError, match="no such file"):
         driver.run_campaign(file)
 
 
-def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(tmp_path: Path, fakes: Fakes) -> None:
+def test_a_mode_that_the_phase_does_not_have_is_refused_before_any_work(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     file = write_campaign(tmp_path, hessian={"phases": [{"name": "Im-3m", "irreps": ["T2g"]}]})
-    with pytest.raises(InputError, match="T2g: this phase has no such optical mode at Gamma; it has T1u, T2u"):
+    with pytest.raises(
+        InputError, match="T2g: this phase has no such optical mode at Gamma; it has T1u, T2u"
+    ):
         driver.run_campaign(file)
     assert fakes.calls == []
 
@@ -141,17 +217,25 @@ def test_every_step_runs_once_and_is_skipped_afterwards(tmp_path: Path, fakes: F
     assert fakes.calls == []
 
 
-def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(tmp_path: Path, fakes: Fakes) -> None:
+def test_a_changed_key_runs_what_depends_on_it_again_and_nothing_else(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     driver.run_campaign(write_campaign(tmp_path))
     fakes.calls.clear()
     driver.run_campaign(write_campaign(tmp_path, sscha={"settings": {"n_configs": 500}}))
     assert fakes.calls == ["sscha-100GPa", "dft", "report"]
     fakes.calls.clear()
-    driver.run_campaign(write_campaign(tmp_path, sscha={"settings": {"n_configs": 500}}, learning={"settings": {"n_sample": 3}}))
+    driver.run_campaign(
+        write_campaign(
+            tmp_path, sscha={"settings": {"n_configs": 500}}, learning={"settings": {"n_sample": 3}}
+        )
+    )
     assert fakes.calls == IDS
 
 
-def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(tmp_path: Path, fakes: Fakes) -> None:
+def test_a_step_whose_result_stays_the_same_does_not_repeat_those_that_need_it(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     file = write_campaign(tmp_path)
     driver.run_campaign(file)
     fakes.calls.clear()
@@ -169,10 +253,14 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     driver.run_campaign(file, only="learn-125GPa")
     driver.run_campaign(file, only="learn-125GPa")
     assert fakes.calls == ["learn-125GPa"] * 2
-    assert (tmp_path / "campaign" / "superseded" / "learn-125GPa-1").is_dir(), "earlier labels are moved away, never deleted"
+    assert (tmp_path / "campaign" / "superseded" / "learn-125GPa-1").is_dir(), (
+        "earlier labels are moved away, never deleted"
+    )
 
 
-def test_trouble_of_the_machine_stops_the_campaign_at_its_step_which_is_not_failed(tmp_path: Path, fakes: Fakes) -> None:
+def test_a_machine_error_stops_the_campaign_at_its_step_which_is_not_failed(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "hessian")
 
@@ -193,7 +281,10 @@ def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: 
     fakes.acts["sscha-100GPa"] = fail
     file = write_campaign(tmp_path)
     records = driver.run_campaign(file)
-    assert records["sscha-100GPa"].status == "failed" and records["sscha-100GPa"].reason == "all candidates melted"
+    assert (
+        records["sscha-100GPa"].status == "failed"
+        and records["sscha-100GPa"].reason == "all candidates melted"
+    )
     assert records["dft"].status == "open" and records["dft"].reason == "waits for sscha-100GPa"
     assert records["hessian"].status == "done" and records["report"].status == "done"
     rows = list(read_rows(tmp_path / "campaign" / "tables" / "failures.csv"))
@@ -201,19 +292,28 @@ def test_a_step_that_fails_stops_only_those_that_need_it(tmp_path: Path, fakes: 
     del fakes.acts["sscha-100GPa"]
     fakes.calls.clear()
     driver.run_campaign(file)
-    assert fakes.calls == ["sscha-100GPa", "dft", "report"], "the report of the incomplete campaign is made anew"
+    assert fakes.calls == ["sscha-100GPa", "dft", "report"], (
+        "the report of the incomplete campaign is made anew"
+    )
 
 
-def test_an_unexpected_error_of_one_step_is_its_reason_and_no_traceback(tmp_path: Path, fakes: Fakes) -> None:
+def test_an_unexpected_error_of_one_step_is_its_reason_and_no_traceback(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     def fail() -> None:
         raise ZeroDivisionError("division by zero")
 
     fakes.acts["relax"] = fail
-    assert driver.run_campaign(write_campaign(tmp_path))["relax"].reason == "ZeroDivisionError: division by zero"
+    assert (
+        driver.run_campaign(write_campaign(tmp_path))["relax"].reason
+        == "ZeroDivisionError: division by zero"
+    )
 
 
 @pytest.mark.parametrize("victim", ["learn-125GPa", "final", "sscha-100GPa", "report"])
-def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(tmp_path: Path, fakes: Fakes, victim: str) -> None:
+def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(
+    tmp_path: Path, fakes: Fakes, victim: str
+) -> None:
     file = write_campaign(tmp_path)
     fakes.acts[victim] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     child = os.fork()
@@ -229,17 +329,32 @@ def test_a_campaign_that_was_killed_goes_on_with_the_step_it_was_in(tmp_path: Pa
     assert fakes.calls == IDS[IDS.index(victim) :]
     assert all(record.status == "done" for record in records.values())
     whole = driver.run_campaign(write_campaign(tmp_path / "whole"))
-    assert [(r.key, r.output) for r in records.values()] == [(r.key, r.output) for r in whole.values()]
-    tables = [sorted(folder.glob("*.csv")) for folder in (tmp_path / "campaign/tables", tmp_path / "whole/campaign/tables")]
+    assert [(r.key, r.output) for r in records.values()] == [
+        (r.key, r.output) for r in whole.values()
+    ]
+    tables = [
+        sorted(folder.glob("*.csv"))
+        for folder in (tmp_path / "campaign/tables", tmp_path / "whole/campaign/tables")
+    ]
     for one, other in zip(*tables, strict=True):
         assert one.name == "cost.csv" or one.read_bytes() == other.read_bytes()
 
 
-def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(tmp_path: Path, fakes: Fakes) -> None:
+def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     fakes.rmse = [0.05, 0.02, 0.008, 0.001]
-    records = driver.run_campaign(write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5}))
-    assert [name for name in records if name.startswith("final")] == ["final", "final-cycle2", "final-cycle3"]
-    merge = next(s for s in plan(load_campaign(tmp_path / "campaign.yaml"), 3) if s.id == "merge-cycle3")
+    records = driver.run_campaign(
+        write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5})
+    )
+    assert [name for name in records if name.startswith("final")] == [
+        "final",
+        "final-cycle2",
+        "final-cycle3",
+    ]
+    merge = next(
+        s for s in plan(load_campaign(tmp_path / "campaign.yaml"), 3) if s.id == "merge-cycle3"
+    )
     assert len(merge.needs) == 6, "all labels of all cycles are merged"
     assert fakes.calls.index("final-cycle3") < fakes.calls.index("produce-050GPa")
     fakes.calls.clear()
@@ -247,7 +362,9 @@ def test_learning_goes_on_in_further_cycles_until_the_target_is_reached(tmp_path
     assert fakes.calls == []
 
 
-def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(tmp_path: Path, fakes: Fakes) -> None:
+def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     fakes.rmse = [0.05, 0.02, 0.008]
     file = write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 5})
     before = driver.run_campaign(file)
@@ -256,18 +373,24 @@ def test_cut_errors_of_a_model_are_made_anew_and_bring_no_further_cycle(tmp_path
     cut.write_text('{"finetuned": {"valid')
     after = driver.run_campaign(file)
     assert [call for call in fakes.calls if call != "report"] == ["final-cycle2"]
-    assert after.keys() == before.keys() and all(record.status == "done" for record in after.values())
+    assert after.keys() == before.keys() and all(
+        record.status == "done" for record in after.values()
+    )
     assert cut.with_name("errors-cycle2.json.damaged").is_file() and json.loads(cut.read_text())
 
 
 def test_no_more_cycles_than_allowed(tmp_path: Path, fakes: Fakes) -> None:
     fakes.rmse = [0.05]
-    records = driver.run_campaign(write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 2}))
+    records = driver.run_campaign(
+        write_campaign(tmp_path, learning={"target_rmse": 0.01, "max_cycles": 2})
+    )
     assert "final-cycle2" in records and "final-cycle3" not in records
     assert records["report"].status == "done"
 
 
-def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(tmp_path: Path, fakes: Fakes) -> None:
+def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     driver.run_campaign(write_campaign(tmp_path))
     other = {"arguments": {"sigma": 1.2}}
     file = write_campaign(tmp_path, labeler=other)
@@ -282,17 +405,25 @@ def test_labels_of_other_dft_settings_are_not_mixed_with_those_here(tmp_path: Pa
 def test_status_is_a_table_of_steps_counts_times_and_cost(tmp_path: Path, fakes: Fakes) -> None:
     file = write_campaign(tmp_path)
     before = status(tmp_path)
-    assert [row[1] for row in before.rows[:-1]] == ["open"] * len(IDS) and len(before.missing) == len(IDS)
+    assert [row[1] for row in before.rows[:-1]] == ["open"] * len(IDS) and len(
+        before.missing
+    ) == len(IDS)
     driver.run_campaign(file)
     after = status(file)
     assert after.missing == [] and [row[0] for row in after.rows] == [*IDS, "all"]
     assert after.rows[-1][3:6] == (str(2 * len(IDS)), str(10 * len(IDS)), str(3 * len(IDS)))
     for command in (["campaign", "status", str(tmp_path)], ["campaign", str(file), "--status"]):
         result = CliRunner().invoke(app, command)
-        assert result.exit_code == 0 and "sscha-100GPa" in result.output and "Everything is done" in result.output
+        assert (
+            result.exit_code == 0
+            and "sscha-100GPa" in result.output
+            and "Everything is done" in result.output
+        )
 
 
-def test_status_of_a_half_finished_campaign_says_what_is_missing(tmp_path: Path, fakes: Fakes) -> None:
+def test_status_of_a_half_finished_campaign_says_what_is_missing(
+    tmp_path: Path, fakes: Fakes
+) -> None:
     file = write_campaign(tmp_path)
     driver.run_campaign(file, only="learn-075GPa")
     result = CliRunner().invoke(app, ["campaign", "status", str(file)])
@@ -313,10 +444,23 @@ def test_status_while_another_process_runs_shows_its_progress(tmp_path: Path, fa
     assert status(file).rows[0][1] == "interrupted", "nobody holds the lock"
 
 
-def test_both_commands_say_the_same_of_a_campaign_on_another_node(tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_commands_say_the_same_of_a_campaign_on_another_node(
+    tmp_path: Path, fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, root = write_campaign(tmp_path), tmp_path / "campaign"
-    write_records(root, {"learn-075GPa": StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00")})
-    owner = {"host": "node17", "pid": 3999999, "machine": "another boot", "born": 1, "what": "campaign", "since": "", "token": "abc"}
+    write_records(
+        root,
+        {"learn-075GPa": StepRecord("running", "learn", 75.0, started="2026-01-01T00:00:00+00:00")},
+    )
+    owner = {
+        "host": "node17",
+        "pid": 3999999,
+        "machine": "another boot",
+        "born": 1,
+        "what": "campaign",
+        "since": "",
+        "token": "abc",
+    }
     monkeypatch.setattr(folder_status, "WATCH", 3.0)
     stop = threading.Event()
 
@@ -337,11 +481,18 @@ def test_both_commands_say_the_same_of_a_campaign_on_another_node(tmp_path: Path
         stop.set()
         heart.join()
     monkeypatch.setattr(folder_status, "WATCH", 0.3)
-    assert folder_status.status(tmp_path).state.startswith("dead") and status(file).rows[0][1] == "interrupted"
+    assert (
+        folder_status.status(tmp_path).state.startswith("dead")
+        and status(file).rows[0][1] == "interrupted"
+    )
     (root / "tables").mkdir()
     page = campaign_contents(root)
-    assert page.steps[0]["status"] == "interrupted" and "1 interrupted" in page.summary[0][1][0], "the report says so too"
-    assert read_context(root / "tables").undone["learn-075GPa"] == "interrupted", "and so does validate"
+    assert page.steps[0]["status"] == "interrupted" and "1 interrupted" in page.summary[0][1][0], (
+        "the report says so too"
+    )
+    assert read_context(root / "tables").undone["learn-075GPa"] == "interrupted", (
+        "and so does validate"
+    )
 
 
 def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes: Fakes) -> None:
@@ -360,11 +511,15 @@ def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes
         ('{"relax": {"kind": "relax", "status": "done", "wall_s": "much"}}', "relax: wall_s: "),
     ],
 )
-def test_steps_that_cannot_be_read_are_a_clear_message(tmp_path: Path, content: str, why: str) -> None:
+def test_steps_that_cannot_be_read_are_a_clear_message(
+    tmp_path: Path, content: str, why: str
+) -> None:
     file = write_campaign(tmp_path)
     (tmp_path / "campaign").mkdir()
     (tmp_path / "campaign" / "steps.json").write_text(content)
-    with pytest.raises(InputError, match=f"steps.json: not readable as the steps of a campaign .{why}"):
+    with pytest.raises(
+        InputError, match=f"steps.json: not readable as the steps of a campaign .{why}"
+    ):
         status(file)
 
 
@@ -374,10 +529,15 @@ def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path: Path) -> None:
     assert step_key(steps["final"], done) == step_key(steps["final"], done)
     other = {**done, "merge": done["merge"].changed(output="b")}
     assert step_key(steps["final"], other) != step_key(steps["final"], done)
-    assert step_key(steps["final"], {**done, "merge": done["merge"].changed(status="failed")}) is None
+    assert (
+        step_key(steps["final"], {**done, "merge": done["merge"].changed(status="failed")}) is None
+    )
 
 
 def test_the_tables_are_the_ones_that_the_analysis_reads() -> None:
     tables = pytest.importorskip("magus_anharmonic.analysis.tables")
-    theirs = {table.FILE.split("-<")[0].removesuffix(".csv"): tables.columns(table) for table in tables.TABLES}
+    theirs = {
+        table.FILE.split("-<")[0].removesuffix(".csv"): tables.columns(table)
+        for table in tables.TABLES
+    }
     assert {name: theirs[name] for name in COLUMNS} == COLUMNS

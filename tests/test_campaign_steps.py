@@ -17,8 +17,16 @@ from campaign_inputs import write_campaign
 
 from magus_anharmonic.campaign import closing, learning, modes, production, structures
 from magus_anharmonic.campaign.production import _read_relaxed
-from magus_anharmonic.campaign.steps import Context, Step, at, place, plan, structure_file
-from magus_anharmonic.campaign.structures import Found, Phase, enthalpy_row, lowest_distinct, n_relaxed, phase_name, relaxed_structures
+from magus_anharmonic.campaign.steps import Context, Step, at, phase_folder, plan, structure_file
+from magus_anharmonic.campaign.structures import (
+    Found,
+    Phase,
+    enthalpy_row,
+    lowest_distinct,
+    n_relaxed,
+    phase_name,
+    relaxed_structures,
+)
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.learning.dataset import LabelStore
@@ -53,14 +61,18 @@ def counted(atoms: Atoms) -> dict[str, int]:
 
 
 def test_optical_modes_at_gamma_are_those_of_the_tables(h3s: H3s) -> None:
-    """Known decompositions: Im-3m H3S 2 T1u + T2u, R3m H3S 3 A1 + A2 + 4 E less A1 + E of the translations; NaCl, diamond, wurtzite."""
+    """Known decompositions: Im-3m H3S 2 T1u + T2u, R3m H3S 3 A1 + A2 + 4 E less A1 + E of the
+    translations; NaCl, diamond, wurtzite."""
     assert counted(h3s()) == {"T1u": 2, "T2u": 1}
     assert counted(h3s(bond_shift=0.1)) == {"A1": 2, "A2": 1, "E": 3}
     assert counted(bulk("NaCl", "rocksalt", a=5.64)) == {"T1u": 1}
     assert counted(bulk("Si")) == {"T2g": 1}
-    assert counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {"A1": 1, "B1": 2, "E1": 1, "E2": 2} or counted(
-        bulk("ZnO", "wurtzite", a=3.25, c=5.2)
-    ) == {"A1": 1, "B2": 2, "E1": 1, "E2": 2}
+    assert counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {
+        "A1": 1,
+        "B1": 2,
+        "E1": 1,
+        "E2": 2,
+    } or counted(bulk("ZnO", "wurtzite", a=3.25, c=5.2)) == {"A1": 1, "B2": 2, "E1": 1, "E2": 2}
 
 
 def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None:
@@ -74,7 +86,9 @@ def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None
     cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
     rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
     np.testing.assert_allclose(turned.positions, atoms.positions @ rotation.T, atol=1e-10)
-    blocks = np.einsum("ij,ajbk,lk->aibl", rotation, matrix.reshape(4, 3, 4, 3), rotation, optimize=True)
+    blocks = np.einsum(
+        "ij,ajbk,lk->aibl", rotation, matrix.reshape(4, 3, 4, 3), rotation, optimize=True
+    )
     blocks = blocks[np.ix_(order, range(3), order, range(3))].reshape(12, 12)
     after = [(level.irrep, level.square) for level in levels_by_irrep(blocks, turned[order])]
     assert [name for name, _ in after] == [name for name, _ in before]
@@ -82,7 +96,8 @@ def test_levels_do_not_depend_on_orientation_or_order_of_atoms(h3s: H3s) -> None
 
 
 def test_t1u_is_the_block_that_is_written_down_by_hand(h3s: H3s) -> None:
-    """S and H displaced along z couple in one 3x3 block: its two optical eigenvalues are the T1u levels."""
+    """S and H displaced along z couple in one 3x3 block: its two optical eigenvalues are the T1u
+    levels."""
     atoms = h3s()
     raw = symmetric_matrix(atoms, seed=4).reshape(4, 3, 4, 3)
     masses = atoms.get_masses()
@@ -94,15 +109,25 @@ def test_t1u_is_the_block_that_is_written_down_by_hand(h3s: H3s) -> None:
     free = np.eye(12) - still @ still.T
     block = along_z.T @ free @ raw.reshape(12, 12) @ free @ along_z
     optical = sorted(np.linalg.eigvalsh(block), key=abs)[1:]
-    found = [level.square for level in levels_by_irrep(raw.reshape(12, 12), atoms) if level.irrep == "T1u"]
+    found = [
+        level.square
+        for level in levels_by_irrep(raw.reshape(12, 12), atoms)
+        if level.irrep == "T1u"
+    ]
     np.testing.assert_allclose(sorted(found), sorted(optical), atol=1e-8)
 
 
 def test_the_lowest_level_of_a_representation_is_followed_and_an_absent_one_refused() -> None:
-    levels = [Level("T1u", 3.0, np.zeros((0, 0))), Level("T1u", -1.0, np.zeros((0, 0))), Level("T2u", 2.0, np.zeros((0, 0)))]
+    levels = [
+        Level("T1u", 3.0, np.zeros((0, 0))),
+        Level("T1u", -1.0, np.zeros((0, 0))),
+        Level("T2u", 2.0, np.zeros((0, 0))),
+    ]
     assert [level.square for level in lowest_levels(levels, ["T1u"])] == [-1.0]
     assert [level.irrep for level in lowest_levels(levels, [])] == ["T1u", "T2u"]
-    with pytest.raises(InputError, match="Eg: this phase has no such optical mode at Gamma; it has T1u, T2u"):
+    with pytest.raises(
+        InputError, match="Eg: this phase has no such optical mode at Gamma; it has T1u, T2u"
+    ):
         lowest_levels(levels, ["Eg"])
 
 
@@ -117,13 +142,16 @@ def test_the_error_of_a_level_is_that_of_the_eigenvectors_it_is_made_of(h3s: H3s
 
 
 def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
-    """Frozen T1u displacements of a Morse crystal: second difference of the energy against the level."""
+    """Frozen T1u displacements of a Morse crystal: second difference of the energy against the
+    level."""
     from ase.calculators.morse import MorsePotential
 
     from magus_anharmonic.evaluator import CalculatorEvaluator
 
     atoms = h3s(3.0)
-    evaluator = CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1))
+    evaluator = CalculatorEvaluator(
+        MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1)
+    )
     level = lowest_levels(modes.harmonic_levels(atoms, evaluator), ["T1u"])[0]
     direction = (level.vectors[:, 0] / np.sqrt(np.repeat(atoms.get_masses(), 3))).reshape(-1, 3)
     step = 0.01
@@ -134,19 +162,32 @@ def test_harmonic_levels_are_the_curvature_of_the_energy(h3s: H3s) -> None:
     assert level.square == pytest.approx((plus + minus - 2 * middle) / step**2, rel=5e-3)
 
 
-def test_few_displacements_in_general_position_give_the_levels_of_all_force_constants(h3s: H3s) -> None:
+def test_few_displacements_in_general_position_give_the_levels_of_all_force_constants(
+    h3s: H3s,
+) -> None:
     from ase.calculators.morse import MorsePotential
 
     from magus_anharmonic.evaluator import CalculatorEvaluator
     from magus_anharmonic.sscha.start import CountingEvaluator
 
-    for atoms, wanted, expected in ((h3s(), ["T1u"], 2), (h3s(), ["T1u", "T2u"], 4), (h3s(bond_shift=0.05), ["E", "A1"], 8)):
-        evaluator = CountingEvaluator(CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1)))
+    for atoms, wanted, expected in (
+        (h3s(), ["T1u"], 2),
+        (h3s(), ["T1u", "T2u"], 4),
+        (h3s(bond_shift=0.05), ["E", "A1"], 8),
+    ):
+        evaluator = CountingEvaluator(
+            CalculatorEvaluator(MorsePotential(epsilon=1.0, rho0=3.0, r0=1.5, rcut1=3.2, rcut2=4.1))
+        )
         found = modes.harmonic_levels(atoms, evaluator, wanted)
         assert evaluator.count == expected
-        whole = [level for level in modes.harmonic_levels(atoms, evaluator) if level.irrep in wanted]
+        whole = [
+            level for level in modes.harmonic_levels(atoms, evaluator) if level.irrep in wanted
+        ]
         for name in wanted:
-            ours, theirs = ([level.square for level in levels if level.irrep == name] for levels in (found, whole))
+            ours, theirs = (
+                [level.square for level in levels if level.irrep == name]
+                for levels in (found, whole)
+            )
             np.testing.assert_allclose(ours, theirs, rtol=5e-3, atol=0.02)
 
 
@@ -156,11 +197,15 @@ def test_few_displacements_in_general_position_give_the_levels_of_all_force_cons
 def label(atoms: Atoms, name: str, parent: str, settings_hash: str = "aaaa") -> Atoms:
     frame = atoms.copy()
     frame.info = {"id": name, "generation": 1, "parent": parent, "settings_hash": settings_hash}
-    frame.calc = SinglePointCalculator(frame, energy=-1.0 * len(atoms), forces=np.zeros((len(atoms), 3)), stress=np.zeros(6))
+    frame.calc = SinglePointCalculator(
+        frame, energy=-1.0 * len(atoms), forces=np.zeros((len(atoms), 3)), stress=np.zeros(6)
+    )
     return frame
 
 
-def store_of(folder: Path, parents: dict[str, Atoms], n: int = 4, settings_hash: str = "aaaa") -> None:
+def store_of(
+    folder: Path, parents: dict[str, Atoms], n: int = 4, settings_hash: str = "aaaa"
+) -> None:
     """A search's labels: ``n`` distortions of every parent."""
     store = LabelStore(folder / "results" / "anharmonic" / "labels")
     rng = np.random.default_rng(len(parents))
@@ -177,7 +222,12 @@ def crystals(n: int) -> dict[str, Atoms]:
     """Different phases."""
     rng = np.random.default_rng(8)
     return {
-        f"p-{i}": Atoms("SH3", scaled_positions=rng.random((4, 3)), cell=np.diag([2.2, 2.5, 2.8]) + 0.3 * rng.random((3, 3)), pbc=True)
+        f"p-{i}": Atoms(
+            "SH3",
+            scaled_positions=rng.random((4, 3)),
+            cell=np.diag([2.2, 2.5, 2.8]) + 0.3 * rng.random((3, 3)),
+            pbc=True,
+        )
         for i in range(n)
     }
 
@@ -186,12 +236,17 @@ def merge_step(context: Context) -> Step:
     return next(step for step in plan(context.settings) if step.id == "merge")
 
 
-def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found_it(tmp_path: Path, h3s: H3s) -> None:
+def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found_it(
+    tmp_path: Path, h3s: H3s
+) -> None:
     context = context_of(tmp_path)
     shared = h3s(3.0)
     in_another_cell = shared.repeat((2, 1, 1))
     store_of(context.folder("learn-075GPa"), {"p-shared": shared, **crystals(6)})
-    store_of(context.folder("learn-125GPa"), {"p-other-name": in_another_cell, **dict(list(crystals(12).items())[6:])})
+    store_of(
+        context.folder("learn-125GPa"),
+        {"p-other-name": in_another_cell, **dict(list(crystals(12).items())[6:])},
+    )
     outcome = structures.merge(context, merge_step(context))
     frames: Any = read(context.folder("merge") / structures.LABELS, ":")
     assert outcome.n_structures == len(frames) == 4 * 14
@@ -199,10 +254,15 @@ def test_merged_labels_of_one_phase_are_on_one_side_even_when_two_searches_found
     for atoms in frames:
         sides.setdefault(atoms.info["family"], set()).add(atoms.info["side"])
     assert all(len(found) == 1 for found in sides.values())
-    families = {(atoms.info["step"], atoms.info["parent"]): atoms.info["family"] for atoms in frames}
+    families = {
+        (atoms.info["step"], atoms.info["parent"]): atoms.info["family"] for atoms in frames
+    }
     assert families["learn-075GPa", "p-shared"] == families["learn-125GPa", "p-other-name"]
     assert families["learn-075GPa", "p-0"] != families["learn-075GPa", "p-1"]
-    counts = [sum(atoms.info["side"] == side for atoms in frames) for side in ("train", "validation", "test")]
+    counts = [
+        sum(atoms.info["side"] == side for atoms in frames)
+        for side in ("train", "validation", "test")
+    ]
     assert counts[0] > 30 and min(counts) >= 4
 
 
@@ -210,7 +270,9 @@ def test_labels_of_two_dft_settings_are_not_merged(tmp_path: Path) -> None:
     context = context_of(tmp_path)
     store_of(context.folder("learn-075GPa"), crystals(2))
     store_of(context.folder("learn-125GPa"), crystals(2), settings_hash="bbbb")
-    with pytest.raises(InputError, match="two different DFT settings: aaaa in learn-075GPa, bbbb in learn-125GPa"):
+    with pytest.raises(
+        InputError, match="two different DFT settings: aaaa in learn-075GPa, bbbb in learn-125GPa"
+    ):
         structures.merge(context, merge_step(context))
 
 
@@ -223,11 +285,18 @@ def test_searches_without_labels_are_a_clear_failure(tmp_path: Path) -> None:
 def test_sides_follow_the_split_by_whole_families_and_leave_no_side_empty() -> None:
     labels = [f"family-{i}" for i in range(40) for _ in range(10)]
     sides = structures.sides_of_families(labels, (8, 1, 1))
-    shares = {side: sum(10 for found in sides.values() if found == side) for side in ("train", "validation", "test")}
+    shares = {
+        side: sum(10 for found in sides.values() if found == side)
+        for side in ("train", "validation", "test")
+    }
     assert shares == {"train": 320, "validation": 40, "test": 40}
     few = structures.sides_of_families(["a"] * 50 + ["b"] * 3 + ["c"] * 3, (8, 1, 1))
     assert few["a"] == "train" and sorted(few.values()) == ["test", "train", "validation"]
-    assert set(structures.sides_of_families(["a", "b", "c", "d"], (8, 1, 1), dict.fromkeys("abcd", "train")).values()) == {"train"}
+    assert set(
+        structures.sides_of_families(
+            ["a", "b", "c", "d"], (8, 1, 1), dict.fromkeys("abcd", "train")
+        ).values()
+    ) == {"train"}
     assert "test" not in structures.sides_of_families(labels, (9, 1, 0)).values()
 
 
@@ -248,10 +317,14 @@ def search_folder(folder: Path, structures: list[list[tuple[Atoms, float]]]) -> 
     return folder
 
 
-def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_kept(tmp_path: Path, h3s: H3s) -> None:
+def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_kept(
+    tmp_path: Path, h3s: H3s
+) -> None:
     a, b, c = h3s(3.0), h3s(3.1, 0.1), h3s(3.2, 0.15)
     same = a.repeat((1, 1, 2))
-    folder = search_folder(tmp_path, [[(a, -3.0), (b, -2.0)], [(a, -3.0), (same, -2.9999), (c, -1.0)], [(b, np.nan)]])
+    folder = search_folder(
+        tmp_path, [[(a, -3.0), (b, -2.0)], [(a, -3.0), (same, -2.9999), (c, -1.0)], [(b, np.nan)]]
+    )
     found = list(relaxed_structures(folder, "produce-100GPa"))
     assert [item.enthalpy for item in found] == [-3.0, -2.0, -2.9999, -1.0]
     assert [item.enthalpy for item in lowest_distinct(found, 2)] == [-3.0, -2.0]
@@ -263,11 +336,15 @@ def test_every_structure_of_a_search_is_read_once_and_the_lowest_distinct_are_ke
 def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s: H3s) -> None:
     cubic, trigonal = h3s(), h3s(bond_shift=0.1)
     phases = [Phase("Im-3m", 229, 4, cubic), Phase("any-R3m", 160, None, None)]
-    assert phase_name(phases, cubic.repeat((2, 1, 1)), space_group(cubic.repeat((2, 1, 1)))) == "Im-3m"
+    assert (
+        phase_name(phases, cubic.repeat((2, 1, 1)), space_group(cubic.repeat((2, 1, 1)))) == "Im-3m"
+    )
     assert phase_name(phases, trigonal, space_group(trigonal)) == "any-R3m"
     assert phase_name(phases, bulk("Fe"), space_group(bulk("Fe"))) == "", "bcc iron has one atom"
     row = enthalpy_row(Found(cubic, -1.5, "x"), phases, 150, "m", "produce")
-    assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(cubic.get_volume() / 4)
+    assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(
+        cubic.get_volume() / 4
+    )
 
 
 def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_starts_anew(
@@ -289,7 +366,9 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     folder = context.folder("produce-100GPa")
 
     def search(pressure: float = 100) -> None:
-        learning.search(context, folder, context.settings.production_search(pressure, str(checkpoint)))
+        learning.search(
+            context, folder, context.settings.production_search(pressure, str(checkpoint))
+        )
 
     with pytest.raises(KeyboardInterrupt):
         search()
@@ -299,7 +378,9 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     (folder / "identity.json").write_text('{"input": {')
     search()
     search()
-    assert restarts.pop() and restarts == [False, True], "what it was started with is in its input, and it goes on"
+    assert restarts.pop() and restarts == [False, True], (
+        "what it was started with is in its input, and it goes on"
+    )
     assert (folder / "identity.json.damaged").is_file()
     checkpoint.write_text("other weights")
     search()
@@ -308,7 +389,9 @@ def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_s
     assert len(list((context.root / "superseded").iterdir())) == 2
 
 
-def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_how_to_make_it_anew(tmp_path: Path) -> None:
+def test_a_lost_name_of_the_run_behind_the_modes_fails_its_step_alone_and_says_how_to_make_it_anew(
+    tmp_path: Path,
+) -> None:
     for content in ('{"run": "a', '{"run": 3}'):
         (tmp_path / "run.json").write_text(content)
         with pytest.raises(MagusAnharmonicError, match="--only hessian") as found:
@@ -334,7 +417,8 @@ def test_relaxed_structures_that_are_cut_are_relaxed_again(tmp_path: Path) -> No
 
 
 class Dft:
-    """A labeler that keeps every structure, or moves the hydrogens of R3m to the bond centres; counts what it was asked."""
+    """A labeler that keeps every structure, or moves the hydrogens of R3m to the bond centres;
+    counts what it was asked."""
 
     settings_hash, n_workers = "dft1", 2
 
@@ -346,7 +430,12 @@ class Dft:
         self.asked += structures
         return [
             SimpleNamespace(
-                atoms=self.change(atoms) if self.change else atoms, enthalpy=-2.0, converged=True, n_steps=5, reason="", failed=False
+                atoms=self.change(atoms) if self.change else atoms,
+                enthalpy=-2.0,
+                converged=True,
+                n_steps=5,
+                reason="",
+                failed=False,
             )
             for atoms in structures
         ]
@@ -385,24 +474,44 @@ def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(
     assert len(labeler.asked) == 1 and again.n_labels == 6, "a finished relaxation is not repeated"
 
 
-def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(tmp_path: Path, h3s: H3s) -> None:
+def test_a_relaxation_by_dft_that_fails_is_in_the_table_with_its_reason(
+    tmp_path: Path, h3s: H3s
+) -> None:
     class Failing(Dft):
         def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
             return [
-                SimpleNamespace(atoms=a, enthalpy=np.nan, converged=False, n_steps=0, reason="SCF did not converge", failed=True)
+                SimpleNamespace(
+                    atoms=a,
+                    enthalpy=np.nan,
+                    converged=False,
+                    n_steps=0,
+                    reason="SCF did not converge",
+                    failed=True,
+                )
                 for a in structures
             ]
 
-    (record,) = production.relaxed_by_dft(Failing(), [h3s()], 100.0, tmp_path / "relaxed.jsonl", DftSettings())
-    assert record["failed"] and record["space_group"] == "" and record["enthalpy"] is None and record["reason"] == "SCF did not converge"
+    (record,) = production.relaxed_by_dft(
+        Failing(), [h3s()], 100.0, tmp_path / "relaxed.jsonl", DftSettings()
+    )
+    assert (
+        record["failed"]
+        and record["space_group"] == ""
+        and record["enthalpy"] is None
+        and record["reason"] == "SCF did not converge"
+    )
 
 
 # tables, hooks
 
 
-def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path: Path, h3s: H3s) -> None:
+def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
+    tmp_path: Path, h3s: H3s
+) -> None:
     for number, name in enumerate(("one", "two")):
-        write_part(tmp_path / name, "failures", [(name, f"s{number}", 'a, "b"'), (name, "s9", None)])
+        write_part(
+            tmp_path / name, "failures", [(name, f"s{number}", 'a, "b"'), (name, "s9", None)]
+        )
         with structure_file(tmp_path / name) as file:
             file.add(h3s(3.0 + number), f"s{number}", "Im-3m (229)", 100, "static")
     target = tmp_path / "tables"
@@ -412,20 +521,27 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path: Pa
     assert [row["id"] for row in read_rows(target / "failures.csv")] == ["s0", "s9", "s1", "s9"]
     assert next(read_rows(target / "failures.csv"))["reason"] == 'a, "b"'
     frames: Any = read(target / "structures.extxyz", ":")
-    assert [(a.info["id"], a.info["space_group"], a.info["pressure_GPa"], a.info["kind"]) for a in frames] == [
-        ("s0", "Im-3m (229)", 100.0, "static"), ("s1", "Im-3m (229)", 100.0, "static"),
-    ]  # fmt: skip
+    assert [
+        (a.info["id"], a.info["space_group"], a.info["pressure_GPa"], a.info["kind"])
+        for a in frames
+    ] == [("s0", "Im-3m (229)", 100.0, "static"), ("s1", "Im-3m (229)", 100.0, "static")]
     assert not (target / "modes.csv").exists()
 
 
 def test_names_of_phases_make_folders_that_exist_everywhere() -> None:
-    assert place("Im-3m", 60) == "Im-3m-060GPa" and place("C2/c", 60) != place("C2_c", 60) and at("learn", 112.5) == "learn-112.5GPa"
+    assert (
+        phase_folder("Im-3m", 60) == "Im-3m-060GPa"
+        and phase_folder("C2/c", 60) != phase_folder("C2_c", 60)
+        and at("learn", 112.5) == "learn-112.5GPa"
+    )
 
 
 def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_analysis(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = context_of(tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60})
+    context = context_of(
+        tmp_path, errors={"phases": ["Im-3m"], "pressures": [100, 150], "n_configs": 60}
+    )
     monkeypatch.setattr(Context, "final_model", SimpleNamespace(model_id="0123"))
     asked: list[tuple[Any, Any]] = []
 
@@ -434,7 +550,11 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
         folder.mkdir(parents=True)
         (folder / "gradient_errors.csv").write_text(f"phase,rmse\n{source[1]},{len(asked)}\n")
 
-    monkeypatch.setattr(closing, "hook", {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get)
+    monkeypatch.setattr(
+        closing,
+        "hook",
+        {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get,
+    )
     monkeypatch.setattr("magus_anharmonic.sscha.result.SschaResult.read", lambda folder: folder)
     step = next(step for step in plan(context.settings) if step.id == "errors")
     hessians = tmp_path / "campaign/hessian"
@@ -442,29 +562,40 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
         closing.errors(context, step)
     for pressure in (100, 150):
         (hessians / f"Im-3m-{pressure}GPa").mkdir(parents=True)
-        (hessians / f"Im-3m-{pressure}GPa" / modes.RUN_OF_RECORD).write_text('{"run": "sscha-0123"}')
+        (hessians / f"Im-3m-{pressure}GPa" / modes.RUN_OF_RECORD).write_text(
+            '{"run": "sscha-0123"}'
+        )
     assert closing.errors(context, step).n_labels == 2 * 61
     assert [source for source, _ in asked] == [
-        (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"), (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
-    ]  # fmt: skip
+        (hessians / "Im-3m-100GPa/sscha-0123", "Im-3m"),
+        (hessians / "Im-3m-150GPa/sscha-0123", "Im-3m"),
+    ]
     assert asked[0][1] == {"n_configs": 60, "seed": 3}
     rows = list(read_rows(context.folder("errors") / "tables/gradient_errors.csv"))
     assert [row["rmse"] for row in rows] == ["1", "2"]
 
 
-def test_the_last_step_writes_the_report_and_draws_every_figure_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_step_writes_the_report_and_draws_every_figure_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from magus_anharmonic.analysis import campaign_figures
 
     context = context_of(tmp_path)
     write_part(context.root, "learning", [("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)])
     asked: list[Path] = []
     draw = campaign_figures.make_figures
-    monkeypatch.setattr(campaign_figures, "make_figures", lambda folder: asked.append(Path(folder)) or draw(folder))
+    monkeypatch.setattr(
+        campaign_figures, "make_figures", lambda folder: asked.append(Path(folder)) or draw(folder)
+    )
     assert closing.report(context, Step("report", "report")).output == "1 figures"
     assert asked == [context.root] and (context.root / "figures/learning.png").is_file()
-    assert "Errors of the models while they learn" in (context.root / "report.html").read_text(encoding="utf-8")
+    assert "Errors of the models while they learn" in (context.root / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_part_of_the_package_that_is_not_there_is_named() -> None:
-    with pytest.raises(MagusAnharmonicError, match=r"this version has no magus_anharmonic\.nothing\.at_all"):
+    with pytest.raises(
+        MagusAnharmonicError, match=r"this version has no magus_anharmonic\.nothing\.at_all"
+    ):
         closing.hook("magus_anharmonic.nothing.at_all")

@@ -20,7 +20,9 @@ from magus_anharmonic.sscha.state import displaced, sample
 
 
 def learning(n_sample: int = 4, n_perturb: int = 5) -> LearningSettings:
-    return LearningSettings(labeler={"calculator": "gpaw"}, select="sscha", n_sample=n_sample, n_perturb=n_perturb)
+    return LearningSettings(
+        labeler={"calculator": "gpaw"}, select="sscha", n_sample=n_sample, n_perturb=n_perturb
+    )
 
 
 def test_pairs_are_shared_in_proportion_to_the_spread() -> None:
@@ -40,44 +42,66 @@ def test_too_few_pairs_go_to_those_that_matter_most_and_none_to_an_empty_ensembl
     assert allocate([1.0, 1.0], [0.5, 0.5], 10, most=[2, 3]) == [2, 3]
 
 
-def phases() -> tuple[tuple[HarmonicCrystal, HarmonicCrystal], tuple[HarmonicCrystal, HarmonicCrystal]]:
+def phases() -> tuple[
+    tuple[HarmonicCrystal, HarmonicCrystal], tuple[HarmonicCrystal, HarmonicCrystal]
+]:
     """A phase that the model knows well and one that it does not; each as (model, reference)."""
     return pair(0.02), pair(0.4)
 
 
-def energy_errors(model: HarmonicCrystal, reference: HarmonicCrystal, n: int, rng: np.random.Generator) -> np.ndarray:
+def energy_errors(
+    model: HarmonicCrystal, reference: HarmonicCrystal, n: int, rng: np.random.Generator
+) -> np.ndarray:
     """(E_ref - E_model)/N of n configurations, in pairs, eV/atom."""
     structures = displaced(model.state, sample(model.state, n, rng))
-    return (reference.evaluate(structures).energy - model.evaluate(structures).energy) / len(model.state.supercell)
+    return (reference.evaluate(structures).energy - model.evaluate(structures).energy) / len(
+        model.state.supercell
+    )
 
 
 def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference() -> None:
-    """Two analytic phases: spread over 300 experiments of G_2 - G_1, from labels chosen here and at random from both ensembles."""
+    """Two analytic phases: spread over 300 experiments of G_2 - G_1, from labels chosen here and at
+    random from both ensembles."""
     rng = np.random.default_rng(11)
     both, n_labels = phases(), 40
     spreads = [float(np.std(energy_errors(*phase, 400, rng))) for phase in both]
     shares = allocate(spreads, [0.5, 0.5], n_labels // 2)
     ours, random = [], []
     for _ in range(300):
-        means = [energy_errors(*phase, 2 * share, rng).mean() for phase, share in zip(both, shares, strict=True)]
+        means = [
+            energy_errors(*phase, 2 * share, rng).mean()
+            for phase, share in zip(both, shares, strict=True)
+        ]
         ours.append(means[1] - means[0])
         pool = [energy_errors(*phase, 2 * n_labels, rng) for phase in both]
         drawn = rng.permutation(4 * n_labels)[:n_labels]
-        means = [pool[0][drawn[drawn < 2 * n_labels]].mean(), pool[1][drawn[drawn >= 2 * n_labels] - 2 * n_labels].mean()]
+        means = [
+            pool[0][drawn[drawn < 2 * n_labels]].mean(),
+            pool[1][drawn[drawn >= 2 * n_labels] - 2 * n_labels].mean(),
+        ]
         random.append(means[1] - means[0])
     exact = [
         0.5 * np.sum((r.state.full - m.state.full) * m.state.covariance)
         + 0.5 * (s := np.tile(r.shift, (m.state.n_cells, 1)).ravel()) @ r.state.full @ s
         for m, r in both
     ]
-    assert np.mean(ours) == pytest.approx((exact[1] - exact[0]) / 6, abs=4 * np.std(ours) / np.sqrt(300))
-    # the squared error goes with 1/n: this is the number of labels that random choice needs over ours
+    assert np.mean(ours) == pytest.approx(
+        (exact[1] - exact[0]) / 6, abs=4 * np.std(ours) / np.sqrt(300)
+    )
+    # the squared error goes with 1/n: this is the number of labels that random choice needs over
+    # ours
     assert np.var(random) / np.var(ours) > 1.8
 
 
-def contender(name: str, odds: float, spread: float, seed: int, n: int = 20) -> Contender:
+def contender(name: str, probability: float, spread: float, seed: int, n: int = 20) -> Contender:
     state = crystal(seed=seed)
-    return Contender(name, state.atoms, displaced(state, sample(state, n, np.random.default_rng(seed))), odds, spread)
+    return Contender(
+        name,
+        state.atoms,
+        displaced(state, sample(state, n, np.random.default_rng(seed))),
+        probability,
+        spread,
+    )
 
 
 def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_path: Path) -> None:
@@ -97,7 +121,9 @@ def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_p
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.95])
 @pytest.mark.parametrize("between", [False, True], ids=["in a structure", "between structures"])
-def test_a_plan_that_is_cut_is_noticed_and_made_anew(tmp_path: Path, share: float, between: bool) -> None:
+def test_a_plan_that_is_cut_is_noticed_and_made_anew(
+    tmp_path: Path, share: float, between: bool
+) -> None:
     contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
     store = LabelStore(tmp_path / "labels")
     planned = plan_ensembles(contenders, 3, learning(), store, tmp_path)
@@ -117,14 +143,19 @@ class Lottery:
 
     model_id = "lottery"
 
-    def energy_error_spread(self, structures: list[Atoms], together: int = 1) -> float:
-        assert together == 2 and len(structures) % 2 == 0
+    def energy_error_spread(self, structures: list[Atoms], group_size: int = 1) -> float:
+        assert group_size == 2 and len(structures) % 2 == 0
         return 0.002
 
 
 def search(tmp_path: Path, candidates: list[Candidate]) -> SearchState:
-    keys = {"learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"}, "sscha": {"when": "every_generation"}}
-    settings = parse_settings({"pressure": 0.0, "MainCalculator": {"calculator": "mattersim"}, **keys})
+    keys = {
+        "learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"},
+        "sscha": {"when": "every_generation"},
+    }
+    settings = parse_settings(
+        {"pressure": 0.0, "MainCalculator": {"calculator": "mattersim"}, **keys}
+    )
     return SearchState(settings, tmp_path, Lottery(), 7, candidates=candidates)
 
 
@@ -134,8 +165,18 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
 
     state = crystal(seed=seed)
     number = dict.fromkeys(
-        ("gibbs", "gibbs_error", "gibbs_raw", "finite_size", "helmholtz", "volume", "pressure", "target_pressure", "temperature")
-        + ("decrease", "position_error", "interpolated_imaginary", "seconds"),
+        (
+            "gibbs",
+            "gibbs_error",
+            "gibbs_raw",
+            "finite_size",
+            "helmholtz",
+            "volume",
+            "pressure",
+            "target_pressure",
+            "temperature",
+        )
+        + ("predicted_decrease", "position_error", "interpolated_imaginary", "seconds"),
         0.0,
     )
     counts = dict.fromkeys(("n_evaluations", "n_populations", "n_configs", "n_atoms_supercell"), 1)
@@ -151,25 +192,45 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
         stress_error=np.zeros((3, 3)),
         centroids=state.atoms,
         symmetry_tolerance=0.05,
-        supercell=state.repeats,
+        supercell=state.supercell_matrix,
         model_id="m",
         force_constants=state.force_constants,
     )
     (tmp_path / "sscha" / name).mkdir(parents=True)
     result.write(tmp_path / "sscha" / name)
-    return Candidate(name, state.atoms, 0.0, 0.0, -1.0, "m", status="sscha", gibbs=0.001 * seed, gibbs_error=0.001, folder=name)
+    return Candidate(
+        name,
+        state.atoms,
+        0.0,
+        0.0,
+        -1.0,
+        "m",
+        status="sscha",
+        gibbs=0.001 * seed,
+        gibbs_error=0.001,
+        folder=name,
+    )
 
 
 def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path: Path) -> None:
     from dataclasses import replace
 
     rows = [finished(tmp_path, f"{seed:012x}", seed) for seed in (1, 2, 3)]
-    odds = [0.7, 0.299, 0.001]
-    candidates = [replace(row, p_lowest=1.0 - p, p_lowest_total=p) for row, p in zip(rows, odds, strict=True)]
-    candidates += [replace(candidates[1], id="failed", status="failed"), replace(candidates[1], id="twin", same_as=rows[0].id)]
+    probability = [0.7, 0.299, 0.001]
+    candidates = [
+        replace(row, p_lowest=1.0 - p, p_lowest_total=p)
+        for row, p in zip(rows, probability, strict=True)
+    ]
+    candidates += [
+        replace(candidates[1], id="failed", status="failed"),
+        replace(candidates[1], id="twin", same_as=rows[0].id),
+    ]
     state = search(tmp_path, candidates[::-1])
     found = rounds.undecided(state, 2)
-    assert [(c.id, c.odds, c.spread) for c in found] == [(rows[0].id, 0.7, 0.002), (rows[1].id, 0.299, 0.002)]
+    assert [(c.id, c.probability, c.spread) for c in found] == [
+        (rows[0].id, 0.7, 0.002),
+        (rows[1].id, 0.299, 0.002),
+    ]
     assert len(found[0].configurations) == 100
     again = rounds.undecided(state, 2)
     assert again[0].configurations[0] == found[0].configurations[0]
@@ -179,16 +240,27 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
 def test_the_measured_terms_are_those_of_the_pressure(tmp_path: Path) -> None:
     from magus_anharmonic.analysis import tables
 
-    rows = [tables.GibbsCorrection("Im-3m", p, 20, 0.001 * p, error, None) for p, error in ((100.0, 0.002), (150.0, 0.003))]
+    rows = [
+        tables.GibbsCorrection("Im-3m", p, 20, 0.001 * p, error, None)
+        for p, error in ((100.0, 0.002), (150.0, 0.003))
+    ]
     tables.write(
-        tables.GibbsCorrection, tmp_path / "gibbs_correction.csv", [*rows, tables.GibbsCorrection("R3m", 100.0, 2, 0.1, None, None)]
+        tables.GibbsCorrection,
+        tmp_path / "gibbs_correction.csv",
+        [*rows, tables.GibbsCorrection("R3m", 100.0, 2, 0.1, None, None)],
     )
     found = rounds.measured_terms(tmp_path, 100.0)
-    assert list(found) == ["Im-3m"] and (found["Im-3m"].correction, found["Im-3m"].error) == pytest.approx((0.1, 0.002))
+    assert list(found) == ["Im-3m"] and (
+        found["Im-3m"].correction,
+        found["Im-3m"].error,
+    ) == pytest.approx((0.1, 0.002))
     assert rounds.measured_terms(tmp_path / "empty", 100.0) == {}
 
 
 def test_labels_from_ensembles_need_ensembles() -> None:
-    keys = {"learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"}, "MainCalculator": {"calculator": "mattersim"}}
+    keys = {
+        "learning": {"labeler": {"calculator": "gpaw"}, "select": "sscha"},
+        "MainCalculator": {"calculator": "mattersim"},
+    }
     with pytest.raises(InputError, match="needs the block sscha"):
         parse_settings({"pressure": 0.0, **keys})

@@ -1,4 +1,5 @@
-"""The command line: help to learn from, wrong input ends with exit code 2, one clear message and no traceback."""
+"""The command line: help to learn from, wrong input ends with exit code 2, one clear message and no
+traceback."""
 
 from __future__ import annotations
 
@@ -47,7 +48,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [(), ("search",), ("rank",), ("hessian",), ("train",), ("doctor",), ("phase-diagram",), ("validate",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        (),
+        ("search",),
+        ("rank",),
+        ("hessian",),
+        ("train",),
+        ("doctor",),
+        ("phase-diagram",),
+        ("validate",),
+    ],
+)
 def test_help_explains_every_command(command):
     code, text = run(*command, "--help")
     assert code == 0 and "Usage" in text
@@ -67,7 +80,11 @@ def test_help_explains_every_command(command):
         (("MainCalculator", "checkpoint"), "nowhere.pth", ["checkpoint", "nowhere.pth"]),
         (("learning", "split"), [1, 2], ["learning.split"]),
         (("learning", "labeler"), {}, ["learning.labeler"]),
-        (("learning",), {"labeler": {"calculator": "no.such.Code"}}, ["learning.labeler", "no.such", "not installed"]),
+        (
+            ("learning",),
+            {"labeler": {"calculator": "no.such.Code"}},
+            ["learning.labeler", "no.such", "not installed"],
+        ),
         (("learning", "dataset"), "nowhere.xyz", ["dataset", "nowhere.xyz"]),
         (("learning", "epochs"), "many", ["learning.epochs"]),
         (("sscha", "engine"), "natif", ["sscha.engine", "python-sscha"]),
@@ -85,7 +102,9 @@ def test_a_wrong_key_or_value_stops_the_search_before_any_work(folder, path, val
 
 def test_a_truncated_checkpoint_is_named(folder):
     (folder / "half.pth").write_bytes(b"PK\x03\x04 cut short")
-    (folder / "input.yaml").write_text(yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "half.pth")))
+    (folder / "input.yaml").write_text(
+        yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "half.pth"))
+    )
     code, text = run("search", "-i", "input.yaml", "--host", "embedded")
     assert code == 2 and "half.pth" in text and "checkpoint" in text
 
@@ -99,7 +118,9 @@ def test_an_input_that_is_missing_or_no_yaml_is_named(folder):
 
 def test_ranking_a_structure_without_a_cell_names_file_and_structure(folder, tiny_checkpoint):
     write(folder / "molecule.xyz", Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]]))
-    code, text = run("rank", "molecule.xyz", "--pressure", "150", "--checkpoint", str(tiny_checkpoint))
+    code, text = run(
+        "rank", "molecule.xyz", "--pressure", "150", "--checkpoint", str(tiny_checkpoint)
+    )
     assert code == 2 and "molecule.xyz" in text and "cell" in text
 
 
@@ -124,18 +145,21 @@ def test_the_keys_of_the_embedded_host_are_listed():
 
 
 def test_the_doctor_fails_only_for_what_the_input_needs(folder):
-    (folder / "input.yaml").write_text(yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "nowhere.pth")))
+    (folder / "input.yaml").write_text(
+        yaml.safe_dump(changed(("MainCalculator", "checkpoint"), "nowhere.pth"))
+    )
     assert run("doctor")[0] == 0
     code, text = run("doctor", "-i", "input.yaml")
     assert code == 1 and "nowhere.pth" in text
 
 
-# ---------------------------------------------------------------------------------------------- rank from dynamical matrices
+# --------------------------------------------------------------------- rank from dynamical matrices
 
 
 @pytest.fixture(scope="module")
 def brought(tmp_path_factory) -> Path:
-    """Dynamical matrices and an ensemble of fcc copper, as an SSCHA user has them; the forces are EMT's."""
+    """Dynamical matrices and an ensemble of fcc copper, as an SSCHA user has them; the forces are
+    EMT's."""
     import numpy as np
     from ase.build import bulk
     from ranking_fakes import Emt
@@ -149,11 +173,15 @@ def brought(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("brought")
     atoms = bulk("Cu")
     symmetry = Symmetry(atoms, (2, 2, 2))
-    state = SschaState(atoms, (2, 2, 2), 1.3 * harmonic_force_constants(atoms, (2, 2, 2), symmetry, Emt()), 300.0)
+    state = SschaState(
+        atoms, (2, 2, 2), 1.3 * harmonic_force_constants(atoms, (2, 2, 2), symmetry, Emt()), 300.0
+    )
     write_dyn(state, folder / "dyn")
     ensemble = evaluated(state, Emt(), 200)
     write_ensemble(state, ensemble, folder / "data")
-    write_ensemble(state, type(ensemble)(*(values[:5] for values in vars(ensemble).values())), folder / "odd")
+    write_ensemble(
+        state, type(ensemble)(*(values[:5] for values in vars(ensemble).values())), folder / "odd"
+    )
     heavy = atoms.copy()
     heavy.set_masses([70.0])
     write_dyn(SschaState(heavy, (2, 2, 2), state.force_constants, 300.0), folder / "isotope")
@@ -173,10 +201,14 @@ def brought(tmp_path_factory) -> Path:
         (("--start-dyn", "isotope", "--load-ensemble", "data"), ["isotope", "data", "masses"]),
     ],
 )
-def test_a_start_that_cannot_be_used_is_one_clear_line(brought, tmp_path, monkeypatch, arguments, words):
+def test_a_start_that_cannot_be_used_is_one_clear_line(
+    brought, tmp_path, monkeypatch, arguments, words
+):
     monkeypatch.chdir(brought)
     code, text = run("rank", *arguments, "--temperature", "300", "-o", str(tmp_path / "out"))
-    assert code == 2 and len(text.strip().splitlines()) == 1 and all(word in text for word in words), text
+    assert (
+        code == 2 and len(text.strip().splitlines()) == 1 and all(word in text for word in words)
+    ), text
     assert not (tmp_path / "out").exists()
 
 
@@ -189,33 +221,53 @@ def test_minimising_on_the_ensemble_that_was_brought_mends_the_force_constants(b
     before = read_start(str(brought / "dyn"), None, 300.0, 0.0, 0.5)
     with caplog.at_level("INFO"):
         after = read_start(None, brought / "data", 300.0, 0.0, 0.5)
-    assert after.repeats == before.repeats == (2, 2, 2)
-    ratio = np.median(after.modes.quantum / before.modes.quantum)
+    assert after.supercell_matrix == before.supercell_matrix == (2, 2, 2)
+    ratio = np.median(after.modes.hbar_omega / before.modes.hbar_omega)
     assert ratio == pytest.approx(1.3**-0.5, abs=0.04)
     assert "200 configurations, F = " in caplog.text and "GPa" in caplog.text
     heavy = read_start(str(brought / "isotope"), None, 300.0, 0.0, 0.5)
-    assert heavy.modes.quantum == pytest.approx(before.modes.quantum * (63.546 / 70.0) ** 0.5, rel=1e-4), "masses are those of the files"
+    assert heavy.modes.hbar_omega == pytest.approx(
+        before.modes.hbar_omega * (63.546 / 70.0) ** 0.5, rel=1e-4
+    ), "masses are those of the files"
 
 
 def test_a_ranking_starts_from_the_state_that_was_brought(brought, tmp_path):
-    """No static relaxation and no harmonic start: the evaluations are those of populations and of the stress response."""
+    """No static relaxation and no harmonic start: the evaluations are those of populations and of
+    the stress response."""
     from ranking_fakes import Emt
 
     from magus_anharmonic.ranking.structures import rank_structures, read_start
     from magus_anharmonic.settings import parse_settings
     from magus_anharmonic.sscha.state import SschaState
-    from magus_anharmonic.structures import bare, structure_id
+    from magus_anharmonic.structures import stripped, structure_id
 
     state: SschaState = read_start(None, brought / "data", 300.0, 0.0, 0.5)
-    block = {"temperature": 300, "supercell": [2, 2, 2], "n_configs": 40, "max_populations": 3, "cell": "fixed", "allocation": "fixed"}
+    block = {
+        "temperature": 300,
+        "supercell": [2, 2, 2],
+        "n_configs": 40,
+        "max_populations": 3,
+        "cell": "fixed",
+        "allocation": "fixed",
+    }
     settings = parse_settings({"Fitness": ["SSCHA"], "sscha": {**block, "hessian": 0}})
-    atoms = bare(state.atoms)
-    (found,) = rank_structures([atoms], Emt(), settings, tmp_path, relax=False, workers=1, starts={structure_id(atoms): state})
+    atoms = stripped(state.atoms)
+    (found,) = rank_structures(
+        [atoms],
+        Emt(),
+        settings,
+        tmp_path,
+        relax=False,
+        workers=1,
+        starts={structure_id(atoms): state},
+    )
     assert found.gibbs is not None and found.n_evaluations % 40 == 0, found.reason
     assert found.enthalpy == pytest.approx(float(Emt().evaluate([atoms]).energy[0]))
 
 
-def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_before_a_command_has_begun_is_one_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Found by the soak: while the options are read nothing of ours runs yet that could say it."""
 
     def interrupted() -> None:
@@ -228,7 +280,9 @@ def test_an_interrupt_before_a_command_has_begun_is_one_word(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("n_populations", [0, 1], ids=["all fail", "not converged"])
-def test_a_ranking_without_any_free_energy_ends_with_another_code(folder, monkeypatch, n_populations, tiny_checkpoint):
+def test_a_ranking_without_any_free_energy_ends_with_another_code(
+    folder, monkeypatch, n_populations, tiny_checkpoint
+):
     """A job script sees it; where there is one, converged or not, the code is 0."""
     from magus_anharmonic.errors import SschaError
     from magus_anharmonic.sscha import run as sscha_run
@@ -239,25 +293,47 @@ def test_a_ranking_without_any_free_energy_ends_with_another_code(folder, monkey
     if not n_populations:
         monkeypatch.setattr(sscha_run.SschaRun, "advance", fail)
     write("a.xyz", Atoms("SiC", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True))
-    options = ("--supercell", "1", "1", "1", "--n-configs", "20", "--max-populations", "1", "--fixed-cell", "--hessian", "0", "-o", "out")
+    options = (
+        "--supercell",
+        "1",
+        "1",
+        "1",
+        "--n-configs",
+        "20",
+        "--max-populations",
+        "1",
+        "--fixed-cell",
+        "--hessian",
+        "0",
+        "-o",
+        "out",
+    )
     code, text = run("rank", "a.xyz", "--checkpoint", str(tiny_checkpoint), *options)
     assert "ranking.csv" in {path.name for path in (folder / "out").iterdir()}
     if n_populations:
         assert code == 0, text
     else:
-        assert code == 1 and "no structure has a free energy" in text and "the sample collapses" in text, text
+        assert (
+            code == 1
+            and "no structure has a free energy" in text
+            and "the sample collapses" in text
+        ), text
 
 
 EVIL = "\x1b]0;owned\x07 \x1b[2J \x9b31m \r over \u202e txt\x08\x7f"
-"""Title of the window, an empty screen, colour, a line written over, letters turned round, steps back."""
+"""Title of the window, an empty screen, colour, a line written over, letters turned round, steps
+back."""
 
 
 def _harmless(text: str) -> bool:
     return not set(text) & set("\x1b\x07\x9b\r\u202e\x08\x7f")
 
 
-def test_nothing_that_comes_from_a_file_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by tables and sentences, by errors."""
+def test_nothing_that_comes_from_a_file_controls_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by
+    tables and sentences, by errors."""
     configure_logging(True)
     try:
         log = logging.getLogger("magus_anharmonic.test")
@@ -271,19 +347,31 @@ def test_nothing_that_comes_from_a_file_controls_the_terminal(capsys: pytest.Cap
         table.add_row(EVIL)
         console().print(table)
         console().print(EVIL)
-        for error in (InputError(EVIL), MagusAnharmonicError(EVIL), OSError(28, "No space left", EVIL)):
+        for error in (
+            InputError(EVIL),
+            MagusAnharmonicError(EVIL),
+            OSError(28, "No space left", EVIL),
+        ):
             with pytest.raises(typer.Exit), user_errors():
                 raise error
         say(EVIL)
     finally:
-        logging.getLogger().handlers[:] = [h for h in logging.getLogger().handlers if h.get_name() != "magus-anharmonic"]
+        logging.getLogger().handlers[:] = [
+            h for h in logging.getLogger().handlers if h.get_name() != "magus-anharmonic"
+        ]
         logging.getLogger("magus_anharmonic").setLevel(logging.NOTSET)
     shown = capsys.readouterr()
-    assert shown.out.count("owned") >= 4 and shown.err.count("owned") >= 5 and _harmless(shown.out + shown.err)
+    assert (
+        shown.out.count("owned") >= 4
+        and shown.err.count("owned") >= 5
+        and _harmless(shown.out + shown.err)
+    )
 
 
 def test_colours_of_our_own_still_reach_a_terminal() -> None:
-    screen = type(console())(file=io.StringIO(), force_terminal=True, color_system="standard", width=80)
+    screen = type(console())(
+        file=io.StringIO(), force_terminal=True, color_system="standard", width=80
+    )
     screen.print("ranked", style="bold red")
     screen.print(EVIL, highlight=False)
     written = screen.file.getvalue()
@@ -292,6 +380,8 @@ def test_colours_of_our_own_still_reach_a_terminal() -> None:
 
 
 def test_under_magus_too(caplog: pytest.LogCaptureFixture) -> None:
-    record = logging.LogRecord("magus_anharmonic.x", logging.WARNING, "", 0, "reason: %s", (EVIL,), None)
+    record = logging.LogRecord(
+        "magus_anharmonic.x", logging.WARNING, "", 0, "reason: %s", (EVIL,), None
+    )
     RestartSafe().filter(record)
     assert "owned" in record.getMessage() and _harmless(record.getMessage())

@@ -1,4 +1,5 @@
-"""Variable composition: order and odds inside each composition, free energies above the hull of all."""
+"""Variable composition: order and probabilities inside each composition, free energies above the hull of
+all."""
 
 from __future__ import annotations
 
@@ -23,8 +24,13 @@ from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
-from magus_anharmonic.ranking.fitness import fit_estimates, fitness_values, population_fitness, with_heights
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.fitness import (
+    fit_estimates,
+    fitness_values,
+    population_fitness,
+    with_heights,
+)
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ModelTerm
@@ -35,9 +41,19 @@ from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
 
 
-def candidate(name: str, formula: str, gibbs: float | None, error: float = 1e-3, **more: Any) -> Candidate:
-    values = {"status": "sscha", "gibbs": gibbs, "gibbs_error": error, "spg_quantum": "Im-3m (229)", **more}
-    return Candidate(name, Atoms(formula), 150.0, 0.0, -1.0 if gibbs is None else gibbs - 0.2, "model", **values)
+def candidate(
+    name: str, formula: str, gibbs: float | None, error: float = 1e-3, **more: Any
+) -> Candidate:
+    values = {
+        "status": "sscha",
+        "gibbs": gibbs,
+        "gibbs_error": error,
+        "spg_quantum": "Im-3m (229)",
+        **more,
+    }
+    return Candidate(
+        name, Atoms(formula), 150.0, 0.0, -1.0 if gibbs is None else gibbs - 0.2, "model", **values
+    )
 
 
 ROWS = [
@@ -47,7 +63,8 @@ ROWS = [
     candidate("high", "S2H4", -2.05),
     candidate("mixed", "H3S", -1.80),
 ]
-"""On the hull: H, S and H2S (0.1 eV/atom below their line, -2.0); the hull at H3S is 1/4 of the way from H2S to H, at -1.825."""
+"""On the hull: H, S and H2S (0.1 eV/atom below their line, -2.0); the hull at H3S is 1/4 of the way
+from H2S to H, at -1.825."""
 
 
 def by_id(candidates: list[Candidate]) -> dict[str, Candidate]:
@@ -57,12 +74,22 @@ def by_id(candidates: list[Candidate]) -> dict[str, Candidate]:
 def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand() -> None:
     found = by_id(with_heights(ROWS, None))
     heights = {"h": 0.0, "s": 0.0, "low": 0.0, "high": 0.05, "mixed": 0.025}
-    assert {name: found[name].gibbs_above_hull for name in heights} == pytest.approx(heights, abs=1e-12)
+    assert {name: found[name].gibbs_above_hull for name in heights} == pytest.approx(
+        heights, abs=1e-12
+    )
     assert found["mixed"].enthalpy_above_hull == pytest.approx(0.025)
-    assert [found[name].p_on_hull for name in ("h", "s", "low", "high", "mixed")] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert [found[name].p_on_hull for name in ("h", "s", "low", "high", "mixed")] == [
+        1.0,
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
     assert found["low"].p_on_hull_total is None
     # 1/4 of the error of H, 3/4 of that of H2S, and its own
-    assert found["mixed"].gibbs_above_hull_error == pytest.approx(1e-3 * math.hypot(1, 0.25, 0.75 * 2), rel=0.15)
+    assert found["mixed"].gibbs_above_hull_error == pytest.approx(
+        1e-3 * math.hypot(1, 0.25, 0.75 * 2), rel=0.15
+    )
 
 
 def test_the_error_of_the_model_leaves_open_what_sampling_decides() -> None:
@@ -87,8 +114,10 @@ def test_one_composition_has_no_hull() -> None:
     assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
-def test_ranks_and_odds_are_those_inside_of_a_composition() -> None:
-    found = with_odds(ROWS, 0.02, {"Im-3m": ModelTerm(0.5, 0.1), "low": ModelTerm(0.03, 0.001)})
+def test_ranks_and_probabilities_are_those_inside_of_a_composition() -> None:
+    found = with_probabilities(
+        ROWS, 0.02, {"Im-3m": ModelTerm(0.5, 0.1), "low": ModelTerm(0.03, 0.001)}
+    )
     table = numbered(with_heights(found, 0.02))
     assert [c.composition for c in table] == ["H", "H2S", "H2S", "S", "H3S"]
     assert [c.rank_quantum for c in table] == [1, 1, 2, 1, 1]
@@ -108,18 +137,24 @@ def test_a_composition_without_results_is_estimated_from_the_largest_shift() -> 
 
 
 def test_the_best_of_every_composition_run_to_their_ends() -> None:
-    """H3S lies 3 eV/atom above S, which says nothing about H3S: its best one is not stopped, its worst one is."""
+    """H3S lies 3 eV/atom above S, which says nothing about H3S: its best one is not stopped, its
+    worst one is."""
     truth = {"S one": -4.0, "S two": -3.0, "H3S one": -1.0, "H3S two": -0.5}
 
     def advance(wanted: dict[str, int]) -> dict[str, Standing]:
         rest = {name: 0.08 * 0.5**n for name, n in wanted.items()}
-        return {name: Standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], 100) for name, r in rest.items()}
+        return {
+            name: Standing(truth[name] + r, 1e-4, r, r, r < 2e-4, wanted[name], 100)
+            for name, r in rest.items()
+        }
 
-    stops = race(list(truth), advance, Rules(0.95, 1, 30), {}, {}, None, lambda name: name.split()[0])
+    stops = race(
+        list(truth), advance, Rules(0.95, 1, 30), {}, {}, None, lambda name: name.split()[0]
+    )
     assert {name for name, stop in stops.items() if stop.eliminated} == {"S two", "H3S two"}
 
 
-# --- fitness --------------------------------------------------------------------------------------------------------------
+# --- fitness --------------------------------------------------------------------------------------
 
 
 def population(seed: int) -> list[Atoms]:
@@ -133,37 +168,61 @@ def population(seed: int) -> list[Atoms]:
 
 
 def above(structures: list[Atoms], energies: list[float]) -> list[float]:
-    diagram = PhaseDiagram([(a.get_chemical_formula(), e * len(a)) for a, e in zip(structures, energies, strict=True)], verbose=False)
-    return [e - diagram.decompose(a.get_chemical_formula())[0] / len(a) for a, e in zip(structures, energies, strict=True)]
+    diagram = PhaseDiagram(
+        [(a.get_chemical_formula(), e * len(a)) for a, e in zip(structures, energies, strict=True)],
+        verbose=False,
+    )
+    return [
+        e - diagram.decompose(a.get_chemical_formula())[0] / len(a)
+        for a, e in zip(structures, energies, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed: int) -> None:
-    """Without free energies that of the enthalpies, as Ehull; with them the hull of ase over what was computed."""
+    """Without free energies that of the enthalpies, as Ehull; with them the hull of ase over what
+    was computed."""
     structures = population(seed)
     static = [atoms.info["enthalpy"] for atoms in structures]
-    assert population_fitness(structures) == pytest.approx([-h for h in above(structures, static)], abs=1e-9)
+    assert population_fitness(structures) == pytest.approx(
+        [-h for h in above(structures, static)], abs=1e-9
+    )
     gibbs = [h + 0.1 + 0.3 * np.sin(7 * k) for k, h in enumerate(static)]
     for atoms, g in zip(structures, gibbs, strict=True):
         atoms.info.update(gibbs=g, gibbs_error=1e-3, status="sscha", gibbs_model="m")
-    assert population_fitness(structures) == pytest.approx([-h for h in above(structures, gibbs)], abs=1e-9)
+    assert population_fitness(structures) == pytest.approx(
+        [-h for h in above(structures, gibbs)], abs=1e-9
+    )
 
 
-def test_structures_without_energy_come_last_and_failures_at_their_estimate_among_all_compositions() -> None:
+def test_structures_without_energy_come_last_and_failures_at_their_estimate_among_all_compositions() -> (
+    None
+):
     structures = population(0)
     before = population_fitness(structures)
     structures[3].info.update(status="failed", gibbs_model="m")
-    assert population_fitness(structures) == pytest.approx(before), "nothing was computed, so the enthalpy is the estimate"
+    assert population_fitness(structures) == pytest.approx(before), (
+        "nothing was computed, so the enthalpy is the estimate"
+    )
     del structures[4].info["enthalpy"]
     values = population_fitness(structures)
     assert min(range(8), key=lambda i: values[i]) == 4 and np.isfinite(values).all()
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(INFO, st.sampled_from(["H3S", "H2S", "S", "H", "LaH10", "LaS", "La", "LaH2S"])), max_size=8))
-def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(pairs: list[tuple[dict, str]]) -> None:
+@given(
+    st.lists(
+        st.tuples(INFO, st.sampled_from(["H3S", "H2S", "S", "H", "LaH10", "LaS", "La", "LaH2S"])),
+        max_size=8,
+    )
+)
+def test_the_fitness_is_finite_whatever_the_infos_of_several_compositions_hold(
+    pairs: list[tuple[dict, str]],
+) -> None:
     values = fitness_values([info for info, _ in pairs], [name for _, name in pairs])
-    assert len(values) == len(pairs) and all(type(value) is float and math.isfinite(value) for value in values)
+    assert len(values) == len(pairs) and all(
+        type(value) is float and math.isfinite(value) for value in values
+    )
 
 
 def test_one_composition_is_ranked_by_g_itself() -> None:
@@ -171,11 +230,12 @@ def test_one_composition_is_ranked_by_g_itself() -> None:
     assert fitness_values(infos, ["H3S", "H3S"]) == fitness_values(infos) == [1.0, 2.0]
 
 
-# --- ranking and search ---------------------------------------------------------------------------------------------------
+# --- ranking and search ---------------------------------------------------------------------------
 
 
 def mixing(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
-    """`fakes.shifted`, and 0.5 x (1 - x) eV/atom more at a fraction x of Al: the ions' motion takes compounds off the hull."""
+    """`fakes.shifted`, and 0.5 x (1 - x) eV/atom more at a fraction x of Al: the ions' motion takes
+    compounds off the hull."""
     result = fakes.shifted(atoms, evaluator, **options)
     x = atoms.symbols.count("Al") / len(atoms)
     result.gibbs += 0.5 * x * (1.0 - x)
@@ -183,54 +243,117 @@ def mixing(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
 
 
 def intermetallics() -> list[Atoms]:
-    ordered = Atoms("CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.95] * 3, pbc=True)
+    ordered = Atoms(
+        "CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.95] * 3, pbc=True
+    )
     return [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), ordered]
 
 
-def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_ranking_of_several_compositions_says_who_is_on_the_hull(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0}})
     structures = intermetallics()
     reevaluate(structures, fakes.Emt(), keys)
     enthalpies = [atoms.info["enthalpy"] for atoms in structures]
-    heights = above(structures, [h + 0.2 + 0.125 * (len(set(a.symbols)) > 1) for h, a in zip(enthalpies, structures, strict=True)])
-    found = rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir=tmp_path, free_energy=mixing, workers=1)
-    assert {c.members[0]: c.gibbs_above_hull for c in found} == pytest.approx(dict(enumerate(heights)), abs=1e-9)
-    assert [atoms.info["gibbs_above_hull"] for atoms in structures] == pytest.approx(heights, abs=1e-9)
+    heights = above(
+        structures,
+        [
+            h + 0.2 + 0.125 * (len(set(a.symbols)) > 1)
+            for h, a in zip(enthalpies, structures, strict=True)
+        ],
+    )
+    found = rank(
+        structures,
+        evaluator=fakes.Emt(),
+        settings=keys,
+        run_dir=tmp_path,
+        free_energy=mixing,
+        workers=1,
+    )
+    assert {c.members[0]: c.gibbs_above_hull for c in found} == pytest.approx(
+        dict(enumerate(heights)), abs=1e-9
+    )
+    assert [atoms.info["gibbs_above_hull"] for atoms in structures] == pytest.approx(
+        heights, abs=1e-9
+    )
     with (tmp_path / "ranking.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["formula"], row["rank_quantum"]) for row in rows[:3]] == [("Al", "1"), ("Cu", "1"), ("Cu", "2")]
+    assert [(row["formula"], row["rank_quantum"]) for row in rows[:3]] == [
+        ("Al", "1"),
+        ("Cu", "1"),
+        ("Cu", "2"),
+    ]
 
     read = read_ranking(tmp_path / "ranking.csv")
     assert [block[0].composition for block in by_composition(read)] == ["Al", "Cu", "AlCu"]
     on, over = hull_sentences(read)
-    assert "Al " in on and "Cu " in on and "AlCu" not in on and f"AlCu {1000 * heights[3]:.1f} +- " in over
+    assert (
+        "Al " in on
+        and "Cu " in on
+        and "AlCu" not in on
+        and f"AlCu {1000 * heights[3]:.1f} +- " in over
+    )
     contents = gather(tmp_path)
-    assert [view.title for view in contents.rankings] == ["Al, 0 GPa, 0 K", "Cu, 0 GPa, 0 K", "AlCu, 0 GPa, 0 K"]
+    assert [view.title for view in contents.rankings] == [
+        "Al, 0 GPa, 0 K",
+        "Cu, 0 GPa, 0 K",
+        "AlCu, 0 GPa, 0 K",
+    ]
     assert ("Hull at 0 GPa, 0 K", [on, over]) in contents.summary
     show_ranking(tmp_path)
     shown = capsys.readouterr().out
-    assert all(f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file() for name in ("Al", "Cu", "AlCu"))
+    assert all(
+        f"{name}: ranking by free energy" in shown and (tmp_path / f"ranking-{name}.png").is_file()
+        for name in ("Al", "Cu", "AlCu")
+    )
     assert "On the hull of the free energies" in shown
 
 
 def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> None:
-    """Copper in the bcc lattice lies far lower per atom than aluminium, and is no candidate for anything."""
-    keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0, "max_candidates": 2}})
+    """Copper in the bcc lattice lies far lower per atom than aluminium, and is no candidate for
+    anything."""
+    keys = parse_settings(
+        {"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": {"hessian": 0, "max_candidates": 2}}
+    )
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al")]
     reevaluate(structures, fakes.Emt(), keys)
-    rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir=tmp_path, free_energy=mixing, workers=1)
+    rank(
+        structures,
+        evaluator=fakes.Emt(),
+        settings=keys,
+        run_dir=tmp_path,
+        free_energy=mixing,
+        workers=1,
+    )
     assert [atoms.info["status"] for atoms in structures] == ["sscha", "estimated", "sscha"]
 
 
 SEARCH: dict[str, Any] = {
-    "formulaType": "var", "symbols": ["Cu", "Al"], "formula": [[1, 0], [0, 1]], "full_ele": False, "min_n_atoms": 1, "max_n_atoms": 4,
-    "spacegroup": [123, 166, 194, 221, 225], "pPri": 0.5, "pressure": 10, "popSize": 6, "initSize": 8, "saveGood": 3, "numGen": 2,
-    "randRatio": 0.4, "seed": 1, "Fitness": ["SSCHA"], "sscha": {"hessian": 0},
+    "formulaType": "var",
+    "symbols": ["Cu", "Al"],
+    "formula": [[1, 0], [0, 1]],
+    "full_ele": False,
+    "min_n_atoms": 1,
+    "max_n_atoms": 4,
+    "spacegroup": [123, 166, 194, 221, 225],
+    "pPri": 0.5,
+    "pressure": 10,
+    "popSize": 6,
+    "initSize": 8,
+    "saveGood": 3,
+    "numGen": 2,
+    "randRatio": 0.4,
+    "seed": 1,
+    "Fitness": ["SSCHA"],
+    "sscha": {"hessian": 0},
     "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT", "maxStep": 20},
-}  # fmt: skip
+}
 
 
-def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begin = host.start
 
     def start(*arguments: Any, **options: Any) -> Any:
@@ -243,7 +366,9 @@ def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(tmp
     assert len({atoms.get_chemical_formula(empirical=True) for atoms in good}) > 2
     assert {atoms.info["status"] for atoms in good} == {"sscha"}
     heights = above(good, [atoms.info["gibbs"] for atoms in good])
-    assert heights == pytest.approx(sorted(heights), abs=1e-9) and heights[0] == pytest.approx(0.0, abs=1e-9)
+    assert heights == pytest.approx(sorted(heights), abs=1e-9) and heights[0] == pytest.approx(
+        0.0, abs=1e-9
+    )
     assert [atoms.info["gibbs_above_hull"] for atoms in good] == pytest.approx(heights, abs=1e-9)
     rows = read_ranking(tmp_path / "results/anharmonic/ranking.csv")
     assert {atoms.info["candidate_id"] for atoms in good} <= {row.id for row in rows}
@@ -254,7 +379,12 @@ def test_the_lowest_to_be_labelled_are_those_near_the_hull() -> None:
     structures = [bulk("Cu"), bulk("Cu", "bcc", a=2.87), bulk("Al"), bulk("Al", "bcc", a=3.2)]
     for atoms, enthalpy in zip(structures, [-3.7, -3.6, -1.0, np.inf], strict=True):
         atoms.info["enthalpy"] = enthalpy
-    assert lowest_distinct(structures, 2) == [0, 2] and lowest_distinct(structures, 4) == [0, 2, 1, 3]
+    assert lowest_distinct(structures, 2) == [0, 2] and lowest_distinct(structures, 4) == [
+        0,
+        2,
+        1,
+        3,
+    ]
 
 
 def test_labels_between_phases_of_one_composition_are_refused_for_several() -> None:

@@ -1,4 +1,5 @@
-"""One changed digit in what is read back as a number is found and named; what the folders of runs hold is never lost with the database."""
+"""One changed digit in what is read back as a number is found and named; what the folders of runs
+hold is never lost with the database."""
 
 from __future__ import annotations
 
@@ -48,17 +49,30 @@ from magus_anharmonic.settings import parse_settings
 
 def test_a_changed_digit_of_a_json_object_is_named(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    write_json(file, {"gibbs": -0.0729, "rows": [1, {"x": np.float64(0.25)}], "nothing": None, "not": float("nan")})
+    write_json(
+        file,
+        {
+            "gibbs": -0.0729,
+            "rows": [1, {"x": np.float64(0.25)}],
+            "nothing": None,
+            "not": float("nan"),
+        },
+    )
     assert read_json(file)["gibbs"] == -0.0729 and "sha256" not in read_json(file)
     file.write_text(file.read_text().replace("0729", "0728"))
     with pytest.raises(DamagedFile, match=r"result\.json.*changed"):
         read_json(file)
 
 
-def test_a_changed_digit_of_a_line_is_named_and_the_line_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_digit_of_a_line_is_named_and_the_line_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for generation in (1, 2):
         append_jsonl(tmp_path / "lines.jsonl", {"generation": generation, "ratio": 2.5})
-    assert read_jsonl(tmp_path / "lines.jsonl") == [{"generation": 1, "ratio": 2.5}, {"generation": 2, "ratio": 2.5}]
+    assert read_jsonl(tmp_path / "lines.jsonl") == [
+        {"generation": 1, "ratio": 2.5},
+        {"generation": 2, "ratio": 2.5},
+    ]
     text = (tmp_path / "lines.jsonl").read_text()
     (tmp_path / "lines.jsonl").write_text(text.replace("2.5", "2.6", 1))
     assert read_jsonl(tmp_path / "lines.jsonl") == [{"generation": 2, "ratio": 2.5}]
@@ -90,11 +104,20 @@ def records(n: int = 3) -> list[Record]:
     key = Key("1234e5678901", 150.0, 0.0, "settings")
     return [
         Record(
-            f"abc{i}", key, bulk("Cu", a=3.6 + 0.1 * i), "sscha", enthalpy=1.0 + i, gibbs=1.25 + i, gibbs_error=0.001, volume=11.0,
-            n_evaluations=400, centroids=bulk("Cu", a=3.61 + 0.1 * i), error_vector=(0.25, 1.0),
+            f"abc{i}",
+            key,
+            bulk("Cu", a=3.6 + 0.1 * i),
+            "sscha",
+            enthalpy=1.0 + i,
+            gibbs=1.25 + i,
+            gibbs_error=0.001,
+            volume=11.0,
+            n_evaluations=400,
+            centroids=bulk("Cu", a=3.61 + 0.1 * i),
+            error_vector=(0.25, 1.0),
         )
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def cut(file: Path) -> None:
@@ -103,17 +126,30 @@ def cut(file: Path) -> None:
 
 def digit(file: Path) -> None:
     with sqlite3.connect(file) as database:
-        assert database.execute("update systems set positions = ? where id = 1", (np.full(3, 0.5).tobytes(),)).rowcount == 1
+        assert (
+            database.execute(
+                "update systems set positions = ? where id = 1", (np.full(3, 0.5).tobytes(),)
+            ).rowcount
+            == 1
+        )
 
 
 def number(file: Path) -> None:
     content = file.read_bytes()
     assert b"1.25" in content or np.float64(1.25).tobytes() in content
-    file.write_bytes(content.replace(b"1.25", b"1.24").replace(np.float64(1.25).tobytes(), np.float64(1.24).tobytes()))
+    file.write_bytes(
+        content.replace(b"1.25", b"1.24").replace(
+            np.float64(1.25).tobytes(), np.float64(1.24).tobytes()
+        )
+    )
 
 
-@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b""), Path.unlink, cut, digit, number])
-def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(tmp_path: Path, damage, caplog) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(b""), Path.unlink, cut, digit, number]
+)
+def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
+    tmp_path: Path, damage, caplog
+) -> None:
     file = tmp_path / NAME
     store = FreeEnergyStore(file)
     for record in records():
@@ -126,7 +162,10 @@ def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(tmp
         assert [(r.structure, r.key, r.gibbs, r.enthalpy, r.error_vector) for r in found] == [
             (r.structure, r.key, r.gibbs, r.enthalpy, r.error_vector) for r in whole
         ]
-        assert np.allclose(found[0].start.positions, whole[0].start.positions) and found[0].centroids == whole[0].centroids
+        assert (
+            np.allclose(found[0].start.positions, whole[0].start.positions)
+            and found[0].centroids == whole[0].centroids
+        )
     assert "3 free energies were missing" in caplog.text
 
 
@@ -137,13 +176,17 @@ def test_a_changed_record_of_a_run_is_set_aside(tmp_path: Path) -> None:
     data["data"]["values"]["gibbs"] = 0.0
     file.write_text(json.dumps(data))
     (tmp_path / NAME).unlink()
-    assert len(FreeEnergyStore(tmp_path / NAME)) == 0 and file.with_name("record.json.damaged").exists()
+    assert (
+        len(FreeEnergyStore(tmp_path / NAME)) == 0
+        and file.with_name("record.json.damaged").exists()
+    )
 
 
 def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fault: each new failure was compared with every earlier one, 3.5 s for 1,000 on top of 20,000."""
+    """The fault: each new failure was compared with every earlier one, 3.5 s for 1,000 on top of
+    20,000."""
     from magus_anharmonic import failures
 
     asked = 0
@@ -154,10 +197,14 @@ def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_num
         asked += 1
         return original(record)
 
-    many = [{"generation": np.int64(1), "id": f"init1-{i}", "reason": "overlap"} for i in range(200)]
+    many = [
+        {"generation": np.int64(1), "id": f"init1-{i}", "reason": "overlap"} for i in range(200)
+    ]
     failures.record_failures(tmp_path, "relaxation", many)
     monkeypatch.setattr(failures, "identity", counted)
-    failures.record_failures(tmp_path, "relaxation", [*many[:50], {"id": "new", "reason": "overlap"}])
+    failures.record_failures(
+        tmp_path, "relaxation", [*many[:50], {"id": "new", "reason": "overlap"}]
+    )
     assert len(failures.read_failures(tmp_path)) == 201 and asked == 251
 
 
@@ -171,17 +218,25 @@ def change(file: Path, old: str, new: str) -> None:
 
 
 def checked(folder: Path) -> int:
-    return subprocess.run(["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True).returncode
+    return subprocess.run(
+        ["sha256sum", "--strict", "-c", SUMS], cwd=folder, capture_output=True
+    ).returncode
 
 
-def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(tmp_path: Path) -> None:
+def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(
+    tmp_path: Path,
+) -> None:
     write_table(tmp_path / "a.csv", ("n",), [[1], [2]])
     write_table(tmp_path / "b c.csv", ("n",), [[3]])
     (tmp_path / "users.csv").write_text("n\n4\n")
-    assert checked(tmp_path) == 0 and [line[66:] for line in (tmp_path / SUMS).read_text().splitlines()] == ["a.csv", "b c.csv"]
+    assert checked(tmp_path) == 0 and [
+        line[66:] for line in (tmp_path / SUMS).read_text().splitlines()
+    ] == ["a.csv", "b c.csv"]
     write_table(tmp_path / "a.csv", ("n",), [[5]])
     change(tmp_path / "users.csv", "4", "6")
-    assert checked(tmp_path) == 0 and [row["n"] for name in ("a", "users") for row in read_rows(tmp_path / f"{name}.csv")] == ["5", "6"]
+    assert checked(tmp_path) == 0 and [
+        row["n"] for name in ("a", "users") for row in read_rows(tmp_path / f"{name}.csv")
+    ] == ["5", "6"]
     change(tmp_path / "a.csv", "5", "6")
     with pytest.raises(DamagedFile, match=rf"a\.csv: {CHANGED}.*{SUMS}"):
         list(read_rows(tmp_path / "a.csv"))
@@ -192,7 +247,9 @@ def test_the_digests_of_tables_are_those_of_sha256sum_and_go_with_their_tables(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["users.csv"]
 
 
-def test_a_table_never_has_the_digest_of_another_state_wherever_its_writer_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_never_has_the_digest_of_another_state_wherever_its_writer_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Killed(BaseException):
         pass
 
@@ -221,7 +278,9 @@ def test_a_table_never_has_the_digest_of_another_state_wherever_its_writer_dies(
     assert seen == {0, 1, 2}
 
 
-def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_table(tmp_path / "a.csv", ("n",), [[1]])
     original = files._sums
     asked = 0
@@ -241,18 +300,28 @@ def test_a_table_that_is_written_while_it_is_read_is_no_damaged_one(tmp_path: Pa
 def test_a_changed_digit_of_the_points_of_a_phase_diagram_ends_it(tmp_path: Path) -> None:
     file = tmp_path / "gibbs.csv"
     write_points(file, data({"low": LOW, "high": HIGH}, 3, temperatures=(0.0,)))
-    again = [["phase-diagram", str(source), "-o", str(tmp_path / "out")] for source in (tmp_path, file)]
+    again = [
+        ["phase-diagram", str(source), "-o", str(tmp_path / "out")] for source in (tmp_path, file)
+    ]
     assert CliRunner().invoke(app, again[0]).exit_code == 0
     change(file, "high,natural,H3S,60,", "high,natural,H3S,61,")
     for arguments in again:
         result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 2 and "gibbs.csv" in result.output and CHANGED in " ".join(result.output.split()), result.output
+        assert (
+            result.exit_code == 2
+            and "gibbs.csv" in result.output
+            and CHANGED in " ".join(result.output.split())
+        ), result.output
     (tmp_path / SUMS).unlink()
     assert CliRunner().invoke(app, again[0]).exit_code == 0
 
 
 def test_a_changed_digit_of_the_corrections_is_no_term_of_a_ranking(tmp_path: Path) -> None:
-    tables.write(tables.GibbsCorrection, tmp_path / "gibbs_correction.csv", [tables.GibbsCorrection("R3m", 100.0, 20, 0.015, 0.002, None)])
+    tables.write(
+        tables.GibbsCorrection,
+        tmp_path / "gibbs_correction.csv",
+        [tables.GibbsCorrection("R3m", 100.0, 20, 0.015, 0.002, None)],
+    )
     assert measured_terms(tmp_path, 100.0)["R3m"].correction == 0.015
     change(tmp_path / "gibbs_correction.csv", "0.015", "0.016")
     with pytest.raises(DamagedFile, match=rf"gibbs_correction\.csv: {CHANGED}"):
@@ -261,7 +330,13 @@ def test_a_changed_digit_of_the_corrections_is_no_term_of_a_ranking(tmp_path: Pa
 
 def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path: Path) -> None:
     file = tmp_path / "ranking.csv"
-    write_ranking(file, [Candidate(name, bulk("Cu"), 10.0, 0.0, -3.25, "m", spg_static="Fm-3m (225)") for name in "ab"])
+    write_ranking(
+        file,
+        [
+            Candidate(name, bulk("Cu"), 10.0, 0.0, -3.25, "m", spg_static="Fm-3m (225)")
+            for name in "ab"
+        ],
+    )
     assert [row.enthalpy for row in read_ranking(file)] == [-3.25] * 2
     change(file, "-3.250000", "-3.260000")
     with pytest.raises(DamagedFile, match=rf"ranking\.csv: {CHANGED}"):
@@ -271,15 +346,27 @@ def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path: Pat
     assert f"ranking.csv: {CHANGED}" in write_report(tmp_path).read_text()
 
 
-def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(tmp_path: Path) -> None:
+def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(
+    tmp_path: Path,
+) -> None:
     campaign = synthetic_campaign(tmp_path / "h3s", 30, pressures=(50, 100))
     (file,) = campaign.rglob("enthalpies.csv")
     with file.open(newline="") as handle:
         names, *rows = csv.reader(handle)
     write_table(file, names, rows)
-    rank = {"name": "enthalpy_rank", "phase": "R3m", "pressure_GPa": 50, "value": 2, "unit": "1", "source": "a paper"}
+    rank = {
+        "name": "enthalpy_rank",
+        "phase": "R3m",
+        "pressure_GPa": 50,
+        "value": 2,
+        "unit": "1",
+        "source": "a paper",
+    }
     (tmp_path / "expected.yaml").write_text(json.dumps({"values": [rank]}))
-    commands = [["validate", str(campaign), str(tmp_path / "expected.yaml")], ["report", str(campaign)]]
+    commands = [
+        ["validate", str(campaign), str(tmp_path / "expected.yaml")],
+        ["report", str(campaign)],
+    ]
     page = campaign / "campaign" / "report.html"
     for command in commands:
         result = CliRunner().invoke(app, command)
@@ -289,16 +376,22 @@ def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(tm
     for command, code in zip(commands, (2, 0), strict=True):
         result = CliRunner().invoke(app, command)
         assert result.exit_code == code, (command, result.output)
-        assert code == 0 or f"enthalpies.csv: {CHANGED}" in " ".join(result.output.split()), result.output
+        assert code == 0 or f"enthalpies.csv: {CHANGED}" in " ".join(result.output.split()), (
+            result.output
+        )
     assert f"enthalpies.csv: {CHANGED}" in page.read_text()
     with pytest.raises(DamagedFile, match=rf"enthalpies\.csv: {CHANGED}"):
         tables.read(tables.Enthalpy, file)  # as the figures do
 
 
-def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(tmp_path: Path) -> None:
+def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(
+    tmp_path: Path,
+) -> None:
     write_part(tmp_path / "one", "cost", [("learn", 10, 200, 3, 1.5)])
     assemble(tmp_path / "tables", [tmp_path / "one"])
-    assert [row["n_labels"] for row in read_rows(tmp_path / "tables" / "cost.csv")] == ["3"] and checked(tmp_path / "tables") == 0
+    assert [row["n_labels"] for row in read_rows(tmp_path / "tables" / "cost.csv")] == [
+        "3"
+    ] and checked(tmp_path / "tables") == 0
     change(tmp_path / "one" / "tables" / "cost.csv", "200", "300")
     with pytest.raises(DamagedFile, match=rf"one/tables/cost\.csv: {CHANGED}"):
         assemble(tmp_path / "tables", [tmp_path / "one"])
@@ -320,7 +413,8 @@ def test_a_changed_bit_of_arrays_is_named(tmp_path: Path, save) -> None:
 
 
 def test_fewer_rows_than_were_written_are_no_array(tmp_path: Path) -> None:
-    """NumPy read the first 10 of 20 rows and was content: the sum of a file in a zip archive is compared at its end."""
+    """NumPy read the first 10 of 20 rows and was content: the sum of a file in a zip archive is
+    compared at its end."""
     np.savez(tmp_path / "start.npz", forces=np.ones((20, 3)))
     content = (tmp_path / "start.npz").read_bytes()
     (tmp_path / "start.npz").write_bytes(content.replace(b"(20, 3)", b"(10, 3)"))
@@ -332,10 +426,15 @@ def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
     heavy = bulk("Al")
     heavy.set_masses([26.0])
     key = Key("emt", 0.0, 0.0, "0" * 12)
-    FreeEnergyStore(tmp_path / NAME).put(Record("a" * 12, key, heavy, "sscha", gibbs=-1.0, centroids=heavy))
+    FreeEnergyStore(tmp_path / NAME).put(
+        Record("a" * 12, key, heavy, "sscha", gibbs=-1.0, centroids=heavy)
+    )
     (tmp_path / NAME).unlink()
     (record,) = FreeEnergyStore(tmp_path / NAME).records()
-    assert record.gibbs == -1.0 and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]
+    assert (
+        record.gibbs == -1.0
+        and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]
+    )
 
 
 def test_a_changed_digit_of_the_structures_of_a_step_is_named(tmp_path):

@@ -1,4 +1,5 @@
-"""The documentation is built without a warning, reads without a network, and its examples are inputs that the settings accept."""
+"""The documentation is built without a warning, reads without a network, and its examples are
+inputs that the settings accept."""
 
 from __future__ import annotations
 
@@ -26,8 +27,20 @@ needs_mkdocs = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / ".ci" / "mkdocs.yml"), "-d", str(folder)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-f",
+        str(ROOT / ".ci" / "mkdocs.yml"),
+        "-d",
+        str(folder),
+    ]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
     assert run.returncode == 0 and "WARNING" not in run.stderr, run.stderr
     return folder
 
@@ -49,21 +62,31 @@ def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site: Path) -
     for page in site.glob("*.html"):
         text = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(https?:[^\" >]+)", text)
-        loaded += [link for link in re.findall(r"<link[^>]*>", text) if "http" in link and "canonical" not in link]
+        loaded += [
+            link
+            for link in re.findall(r"<link[^>]*>", text)
+            if "http" in link and "canonical" not in link
+        ]
         assert not loaded, f"{page.name} loads {loaded}"
 
 
 def examples() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
-        for text in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for text in re.findall(
+            r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+        ):
             found.append((page.name, text))
     return found
 
 
-@pytest.mark.parametrize(("page", "text"), [case for case in examples() if case[0] in ("tutorial.md", "recipes.md")])
+@pytest.mark.parametrize(
+    ("page", "text"), [case for case in examples() if case[0] in ("tutorial.md", "recipes.md")]
+)
 def test_inputs_in_the_documentation_are_accepted(page: str, text: str) -> None:
-    parse_settings({"symbols": ["H", "S"], "pressure": 150, "formulaType": "fix", **yaml.safe_load(text)})
+    parse_settings(
+        {"symbols": ["H", "S"], "pressure": 150, "formulaType": "fix", **yaml.safe_load(text)}
+    )
 
 
 def test_every_command_in_the_documentation_exists() -> None:
@@ -72,5 +95,9 @@ def test_every_command_in_the_documentation_exists() -> None:
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {"search", "rank", "report"} <= names and COMMANDS
     for page in PAGES:
-        for name in re.findall(r"magus-anharmonic ([a-z][a-z-]+)(?= |`|$)", page.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in re.findall(
+            r"magus-anharmonic ([a-z][a-z-]+)(?= |`|$)",
+            page.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ):
             assert name in names, f"{page.name}: magus-anharmonic {name}"

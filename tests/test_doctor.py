@@ -1,4 +1,5 @@
-"""The doctor tells apart what is missing, what is missing and needed, and what is only worth knowing."""
+"""The doctor tells apart what is missing, what is missing and needed, and what is only worth
+knowing."""
 
 from __future__ import annotations
 
@@ -14,15 +15,28 @@ from magus_anharmonic.settings import Settings, parse_settings
 
 @pytest.fixture
 def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
-    """The answers of the labelers, to be set by a test, instead of what this machine happens to have."""
-    answers = {"gpaw": (True, "gpaw 26.7.0"), "vasp": (False, "no ASE_VASP_COMMAND"), "espresso": (False, "no pw.x")}
-    monkeypatch.setattr("magus_anharmonic.labelers.available", lambda name: answers.get(name, (False, f"{name} unknown")))
+    """The answers of the labelers, to be set by a test, instead of what this machine happens to
+    have."""
+    answers = {
+        "gpaw": (True, "gpaw 26.7.0"),
+        "vasp": (False, "no ASE_VASP_COMMAND"),
+        "espresso": (False, "no pw.x"),
+    }
+    monkeypatch.setattr(
+        "magus_anharmonic.labelers.available",
+        lambda name: answers.get(name, (False, f"{name} unknown")),
+    )
     return answers
 
 
-def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(no_magus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_in_the_input_counts_when_a_labeler_is_looked_for(
+    no_magus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
-    block = {"calculator": "espresso", "arguments": {"command": f"{sys.executable} pw.py", "pseudopotentials": {"H": "H.upf"}}}
+    block = {
+        "calculator": "espresso",
+        "arguments": {"command": f"{sys.executable} pw.py", "pseudopotentials": {"H": "H.upf"}},
+    }
     check = doctor._labelers(parse_settings({"learning": {"labeler": block}}))[0]
     assert (check.name, check.ok, check.needed) == ("labeler espresso", True, True)
 
@@ -33,7 +47,11 @@ def no_magus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_with(checkpoint: str, labeler: str | None = None, **more: object) -> Settings:
-    data: dict[str, object] = {"symbols": ["H", "S"], "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint}, **more}
+    data: dict[str, object] = {
+        "symbols": ["H", "S"],
+        "MainCalculator": {"calculator": "mattersim", "checkpoint": checkpoint},
+        **more,
+    }
     if labeler:
         data["learning"] = {"labeler": {"calculator": labeler}}
     return parse_settings(data)
@@ -47,12 +65,16 @@ def test_without_an_input_nothing_optional_is_a_failure(labelers: dict, no_magus
     checks = collect()
     assert exit_code(checks) == 0
     assert named(checks, "labeler vasp").ok is None
-    assert named(checks, "MAGUS").ok is None and "gitlab.com/bigd4/magus" in named(checks, "MAGUS").fix
+    assert (
+        named(checks, "MAGUS").ok is None and "gitlab.com/bigd4/magus" in named(checks, "MAGUS").fix
+    )
     assert named(checks, "SSCHA engine python-sscha").ok is True
     assert named(checks, "torch").ok is True
 
 
-def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(labelers: dict, no_magus: None, tiny_checkpoint: Path) -> None:
+def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(
+    labelers: dict, no_magus: None, tiny_checkpoint: Path
+) -> None:
     present = settings_with(str(tiny_checkpoint), "gpaw")
     assert exit_code(collect(present)) == 0
     labelers["gpaw"] = (False, "gpaw is not installed")
@@ -61,14 +83,18 @@ def test_a_needed_labeler_that_is_missing_fails_and_says_what_to_do(labelers: di
     assert "magus-anharmonic[gpaw]" in named(checks, "labeler gpaw").fix
 
 
-def test_a_found_checkpoint_is_named_by_the_id_of_its_weights(labelers: dict, no_magus: None, tiny_checkpoint: Path) -> None:
+def test_a_found_checkpoint_is_named_by_the_id_of_its_weights(
+    labelers: dict, no_magus: None, tiny_checkpoint: Path
+) -> None:
     from magus_anharmonic.potential.checkpoint import describe
 
     check = named(collect(settings_with(str(tiny_checkpoint))), "checkpoint")
     assert check.ok is True and describe(tiny_checkpoint).model_id in check.detail
 
 
-def test_a_missing_or_truncated_checkpoint_fails(labelers: dict, no_magus: None, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_or_truncated_checkpoint_fails(
+    labelers: dict, no_magus: None, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     assert exit_code(collect(settings_with("nowhere.pth"))) == 1
     short = tmp_path / "short.pth"
     short.write_bytes(Path(tiny_checkpoint).read_bytes()[:1000])
@@ -92,7 +118,9 @@ def test_a_mattersim_checkpoint_is_looked_for_but_never_fetched(
     assert str(tmp_path) in check.fix and "mattersim-v1.0.0-1M.pth" in check.fix
 
 
-def test_a_device_that_is_not_there_fails_only_when_asked_for(labelers: dict, no_magus: None) -> None:
+def test_a_device_that_is_not_there_fails_only_when_asked_for(
+    labelers: dict, no_magus: None
+) -> None:
     asked = parse_settings({"MainCalculator": {"calculator": "mattersim", "device": "cuda"}})
     assert doctor._device(asked, None).ok is False and doctor._device(asked, None).needed
     assert doctor._device(None, None).ok is None
@@ -106,13 +134,17 @@ def test_elements_that_the_training_data_lacked_are_named() -> None:
 
 def package(folder: Path, *, entrypoints: bool) -> None:
     (folder / "magus").mkdir()
-    (folder / "magus" / "__init__.py").write_text("__version__ = '9.9.9'\nraise RuntimeError('must not be imported')\n")
+    (folder / "magus" / "__init__.py").write_text(
+        "__version__ = '9.9.9'\nraise RuntimeError('must not be imported')\n"
+    )
     if entrypoints:
         (folder / "magus" / "entrypoints").mkdir()
 
 
 @pytest.mark.parametrize("real", [True, False])
-def test_another_package_of_the_same_name_is_not_taken_for_magus(real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_package_of_the_same_name_is_not_taken_for_magus(
+    real: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package(tmp_path, entrypoints=real)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "magus", raising=False)
@@ -121,7 +153,9 @@ def test_another_package_of_the_same_name_is_not_taken_for_magus(real: bool, tmp
     assert real or "not MAGUS" in text
 
 
-def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_magus_that_does_not_import_is_reported_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package(tmp_path, entrypoints=True)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -132,7 +166,13 @@ def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path: Path
 
 def test_a_module_that_does_not_import_gives_the_reason() -> None:
     check = doctor._module("engine", "no_such_engine", "none", "pip install it", needed=True)
-    assert check == Check("engine", False, "no_such_engine does not import: No module named 'no_such_engine'", "pip install it", True)
+    assert check == Check(
+        "engine",
+        False,
+        "no_such_engine does not import: No module named 'no_such_engine'",
+        "pip install it",
+        True,
+    )
 
 
 # ------------------------------------------------------------------ the scheduler
@@ -151,11 +191,17 @@ def test_a_queue_system_needs_its_commands(monkeypatch: pytest.MonkeyPatch, tmp_
     pytest.importorskip("dask_jobqueue")
     monkeypatch.setenv("PATH", str(tmp_path))
     check = scheduler_check(scheduler="slurm")
-    assert check.ok is False and check.needed and "no command sbatch and no scancel here" in check.detail
+    assert (
+        check.ok is False
+        and check.needed
+        and "no command sbatch and no scancel here" in check.detail
+    )
     for name in ("sbatch", "scancel"):
         (tmp_path / name).write_text("#!/bin/sh")
         (tmp_path / name).chmod(0o755)
-    assert scheduler_check(scheduler="slurm", workers={"count": 4}).detail == "slurm: 4 jobs by sbatch"
+    assert (
+        scheduler_check(scheduler="slurm", workers={"count": 4}).detail == "slurm: 4 jobs by sbatch"
+    )
     assert "queue systems with commands here: slurm" in doctor._scheduler(None).detail
 
 
@@ -167,10 +213,17 @@ def test_an_address_is_tried() -> None:
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         assert scheduler_check(scheduler=address).ok
     check = scheduler_check(scheduler=address)
-    assert check.ok is False and "nobody answers there" in check.detail and "dask scheduler" in check.detail
+    assert (
+        check.ok is False
+        and "nobody answers there" in check.detail
+        and "dask scheduler" in check.detail
+    )
 
 
 def test_a_labeler_of_workers_elsewhere_is_not_missing_here(labelers: dict) -> None:
     block = {"labeler": {"calculator": "vasp"}}
-    here, elsewhere = (doctor._labelers(parse_settings({"learning": block, "scheduler": name}))[0] for name in ("local", "slurm"))
+    here, elsewhere = (
+        doctor._labelers(parse_settings({"learning": block, "scheduler": name}))[0]
+        for name in ("local", "slurm")
+    )
     assert here.ok is False and here.needed and elsewhere.ok is None and not elsewhere.needed

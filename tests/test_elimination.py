@@ -1,4 +1,5 @@
-"""Successive elimination: the best are never thrown out, the hopeless stop early, and the odds are those of a simulation."""
+"""Successive elimination: the best are never thrown out, the hopeless stop early, and the probabilities are
+those of a simulation."""
 
 from __future__ import annotations
 
@@ -8,33 +9,53 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, probability_lowest, race, resolution, verdicts
+from magus_anharmonic.ranking.elimination import (
+    Rules,
+    Standing,
+    Stop,
+    probability_lowest,
+    race,
+    resolution,
+    verdicts,
+)
 
 RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 
 
-def standing(gibbs: float, error: float = 1e-3, decrease: float = 0.0, fallen: float | None = 0.0, **more: object) -> Standing:
-    return Standing(gibbs, error, decrease, fallen, **{"converged": False, "n_populations": 3, **more})
+def standing(
+    gibbs: float,
+    error: float = 1e-3,
+    predicted_decrease: float = 0.0,
+    fallen: float | None = 0.0,
+    **more: object,
+) -> Standing:
+    return Standing(
+        gibbs, error, predicted_decrease, fallen, **{"converged": False, "n_populations": 3, **more}
+    )
 
 
 def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on() -> None:
     found = verdicts({"a": standing(0.0), "b": standing(0.1), "c": standing(0.002)}, RULES)
-    assert list(found) == ["b"] and found["b"].eliminated and "not among the lowest" in found["b"].reason
+    assert (
+        list(found) == ["b"]
+        and found["b"].eliminated
+        and "not among the lowest" in found["b"].reason
+    )
 
 
-def test_a_candidate_that_is_still_falling_is_never_thrown_out() -> None:
-    far = {"a": standing(0.0, converged=True), "b": standing(0.1, decrease=0.04)}
+def test_a_candidate_that_is_still_falling_is_never_eliminated() -> None:
+    far = {"a": standing(0.0, converged=True), "b": standing(0.1, predicted_decrease=0.04)}
     assert "b" not in verdicts(far, RULES), "three times the predicted decrease reaches the best"
-    far["b"] = standing(0.1, decrease=0.001, fallen=0.2)
+    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.2)
     assert "b" not in verdicts(far, RULES), "it fell by 0.2 with the last population"
     far["b"] = standing(5.0, fallen=None, n_populations=1)
     assert "b" not in verdicts(far, RULES), "one population says nothing about how far it falls"
-    far["b"] = standing(0.1, decrease=0.001, fallen=0.01)
+    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.01)
     assert "b" in verdicts(far, RULES)
 
 
 def test_the_best_goes_on_until_it_has_converged() -> None:
-    relaxing = {"a": standing(0.0, decrease=1e-3), "b": standing(0.5)}
+    relaxing = {"a": standing(0.0, predicted_decrease=1e-3), "b": standing(0.5)}
     assert "a" not in verdicts(relaxing, RULES)
     assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == Stop()
 
@@ -42,22 +63,29 @@ def test_the_best_goes_on_until_it_has_converged() -> None:
 def test_sampling_ends_where_the_model_cannot_tell_them_apart() -> None:
     tied = {"a": standing(0.0, 1e-3, converged=True), "b": standing(0.0005, 1e-3, converged=True)}
     assert verdicts(tied, RULES) == {}
-    known = Rules(confidence=0.95, keep_best=1, max_populations=30, tolerance=resolution(5e-3, 2e-4))
+    known = Rules(
+        confidence=0.95, keep_best=1, max_populations=30, tolerance=resolution(5e-3, 2e-4)
+    )
     assert verdicts(tied, known) == {"a": Stop(), "b": Stop()}
     assert resolution(None, 2e-4) == 2e-4 == resolution(1e-6, 2e-4)
 
 
 def test_only_those_that_are_not_told_apart_are_sampled_further() -> None:
     rules = Rules(confidence=0.95, keep_best=3, max_populations=30)
-    apart = {name: standing(g, converged=True) for name, g in {"a": 0.0, "b": 0.05, "c": 0.1, "d": 0.2, "e": 0.2}.items()}
+    apart = {
+        name: standing(g, converged=True)
+        for name, g in {"a": 0.0, "b": 0.05, "c": 0.1, "d": 0.2, "e": 0.2}.items()
+    }
     assert set(verdicts(apart, rules)) == set(apart)
     close = apart | {"c": standing(0.0505, converged=True)}
     assert set(verdicts(close, rules)) == {"a", "d", "e"}
-    relaxing = apart | {"c": standing(0.052, decrease=0.02)}
+    relaxing = apart | {"c": standing(0.052, predicted_decrease=0.02)}
     assert "b" in verdicts(relaxing, rules), "where c ends decides, not the error of b"
     assert "c" not in verdicts(relaxing, rules)
     beyond = apart | {"d": standing(0.2, converged=True), "e": standing(0.1995, converged=True)}
-    assert set(verdicts(beyond, rules)) == set(beyond), "the order behind the best three is of no interest"
+    assert set(verdicts(beyond, rules)) == set(beyond), (
+        "the order behind the best three is of no interest"
+    )
 
 
 def test_more_candidates_widen_the_bounds() -> None:
@@ -65,30 +93,41 @@ def test_more_candidates_widen_the_bounds() -> None:
 
 
 def test_the_bounds_hold_with_the_wanted_confidence() -> None:
-    """100 candidates, the best 2 meV below the rest, every population with fresh noise: in at least 95 % the best survives."""
+    """100 candidates, the best 2 meV below the rest, every population with fresh noise: in at least
+    95 % the best survives."""
     rng = np.random.default_rng(0)
     truth = np.concatenate([[0.0], np.linspace(2e-3, 50e-3, 99)])
     lost = 0
     for _ in range(200):
         alive = dict(enumerate(truth))
         for n in range(2, 12):
-            measured = {str(i): standing(g + rng.normal(0.0, 2e-3), 2e-3, n_populations=n, converged=True) for i, g in alive.items()}
-            stopped = {int(name) for name, stop in verdicts(measured, RULES, 100).items() if stop.eliminated}
+            measured = {
+                str(i): standing(g + rng.normal(0.0, 2e-3), 2e-3, n_populations=n, converged=True)
+                for i, g in alive.items()
+            }
+            stopped = {
+                int(name)
+                for name, stop in verdicts(measured, RULES, 100).items()
+                if stop.eliminated
+            }
             alive = {i: g for i, g in alive.items() if i not in stopped}
         lost += 0 not in alive
     assert lost <= 10
     assert len(alive) < 30, "most of the others must have been stopped"
 
 
-def test_odds_are_those_of_a_simulation() -> None:
+def test_probabilities_are_those_of_a_simulation() -> None:
     gibbs, errors = np.array([0.0, 0.5, 0.4, 3.0]), np.array([1.0, 0.3, 2.0, 1.0])
-    draws = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
-    expected = np.bincount(draws.argmin(axis=1), minlength=4) / len(draws)
+    samples = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
+    expected = np.bincount(samples.argmin(axis=1), minlength=4) / len(samples)
     assert np.allclose(probability_lowest(gibbs, errors), expected, atol=4e-3)
 
 
-@pytest.mark.parametrize(("gibbs", "expected"), [([], []), ([1.0], [1.0]), ([0.0, 1.0], [1.0, 0.0]), ([0.0, 0.0], [0.5, 0.5])])
-def test_odds_without_noise(gibbs: list[float], expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("gibbs", "expected"),
+    [([], []), ([1.0], [1.0]), ([0.0, 1.0], [1.0, 0.0]), ([0.0, 0.0], [0.5, 0.5])],
+)
+def test_probabilities_without_noise(gibbs: list[float], expected: list[float]) -> None:
     assert np.allclose(probability_lowest(gibbs, [0.0] * len(gibbs)), expected)
 
 
@@ -97,7 +136,8 @@ def test_lower_bound_of_a_single_population_is_open() -> None:
 
 
 class Relaxations:
-    """Candidates whose G falls towards ``truth`` by half of the rest with every population; counts the populations."""
+    """Candidates whose G falls towards ``truth`` by half of the rest with every population; counts
+    the populations."""
 
     def __init__(self, truth: dict[str, float], error: float = 1e-4) -> None:
         self.truth, self.error = truth, error
@@ -109,7 +149,11 @@ class Relaxations:
 
     def advance(self, wanted: dict[str, int]) -> dict[str, Standing]:
         self.calls.update(wanted)
-        return {name: self.standing(name, n) for name, n in wanted.items() if not name.startswith("broken")}
+        return {
+            name: self.standing(name, n)
+            for name, n in wanted.items()
+            if not name.startswith("broken")
+        }
 
 
 def test_a_race_runs_the_best_to_the_end_and_the_others_not() -> None:
@@ -135,7 +179,8 @@ def test_a_budget_ends_the_race() -> None:
 
 
 def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
-    """Populations of 100, 200, 400, ... configurations and a start of 10: what is used stays within what was asked, for any budget."""
+    """Populations of 100, 200, 400, ... configurations and a start of 10: what is used stays within
+    what was asked, for any budget."""
 
     def cost(known: Standing | None) -> int:
         return 110 if known is None else 100 * 2**known.n_populations
@@ -143,7 +188,9 @@ def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
     for budget in range(50, 9000, 370):
         field, used = Relaxations({f"c{i}": 1e-5 * i for i in range(8)}), [0]
 
-        def advance(wanted: dict[str, int], field: Relaxations = field, used: list[int] = used) -> dict[str, Standing]:
+        def advance(
+            wanted: dict[str, int], field: Relaxations = field, used: list[int] = used
+        ) -> dict[str, Standing]:
             found = {}
             for name, standing in field.advance(wanted).items():
                 n_new = 110 if wanted[name] == 1 else 100 * 2 ** (wanted[name] - 1)
@@ -151,7 +198,9 @@ def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
                 used[0] += n_new
             return found
 
-        stops = race(list(field.truth), advance, Rules(0.95, 3, 30, budget=budget, cost=cost), {}, {})
+        stops = race(
+            list(field.truth), advance, Rules(0.95, 3, 30, budget=budget, cost=cost), {}, {}
+        )
         assert used[0] <= budget
         assert all(str(budget) in stops[name].reason or stops[name].eliminated for name in stops)
         if budget > 8 * 110:
@@ -159,21 +208,31 @@ def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
 
 
 def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
-    """Both leaders are still falling when the budget ends, and are not ranked: what they threw out waits as they do."""
+    """Both leaders are still falling when the budget ends, and are not ranked: what they threw out
+    waits as they do."""
     field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "hopeless": 3.0})
     known = {"done": standing(0.7, converged=True)}
-    stops = race(["a", "b", "far", "hopeless"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {})
-    assert field.calls["far"] == 2, "it was thrown out"
+    stops = race(
+        ["a", "b", "far", "hopeless"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {}
+    )
+    assert field.calls["far"] == 2, "it was eliminated"
     assert stops["hopeless"].eliminated, "by the one whose relaxation has ended"
-    assert all("budget of 1000" in stops[name].reason and not stops[name].eliminated for name in ("a", "b", "far"))
+    assert all(
+        "budget of 1000" in stops[name].reason and not stops[name].eliminated
+        for name in ("a", "b", "far")
+    )
 
 
-def test_one_that_never_converges_throws_nobody_out() -> None:
-    """The lowest spends its 30 populations without coming to its end: the next one is the winner, and must be relaxed."""
+def test_one_that_never_converges_eliminates_nobody() -> None:
+    """The lowest spends its 30 populations without coming to its end: the next one is the winner,
+    and must be relaxed."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
 
     def advance(wanted: dict[str, int]) -> dict[str, Standing]:
-        return {n: replace(found, converged=False) if n == "best" else found for n, found in field.advance(wanted).items()}
+        return {
+            n: replace(found, converged=False) if n == "best" else found
+            for n, found in field.advance(wanted).items()
+        }
 
     stops = race(list(field.truth), advance, Rules(0.95, 1, 30), {}, {})
     assert field.calls["best"] == 30 and stops["best"] == Stop()
@@ -181,10 +240,10 @@ def test_one_that_never_converges_throws_nobody_out() -> None:
     assert stops["third"].eliminated and field.calls["third"] == 2
 
 
-def test_one_that_was_eliminated_among_others_is_woken_when_it_could_win() -> None:
+def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_win() -> None:
     field = Relaxations({"new": 0.1, "old": 0.0, "hopeless": 0.5})
-    dormant = {name: field.standing(name, 2) for name in ("old", "hopeless")}
-    stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, dormant)
+    eliminated_before = {name: field.standing(name, 2) for name in ("old", "hopeless")}
+    stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, eliminated_before)
     assert field.calls["old"] > 2 and "hopeless" not in field.calls
     assert not stops["old"].eliminated
 
@@ -197,11 +256,16 @@ def test_known_results_take_part_without_running() -> None:
 
 
 def test_the_eliminated_come_back_when_the_best_falls_apart() -> None:
-    """The winner dissociates in its fifth population; the one that was thrown out because of it must run to its end."""
+    """The winner dissociates in its fifth population; the one that was thrown out because of it
+    must run to its end."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
 
     def advance(wanted: dict[str, int]) -> dict[str, Standing]:
-        return {name: found for name, found in field.advance(wanted).items() if not (name == "best" and found.n_populations == 5)}
+        return {
+            name: found
+            for name, found in field.advance(wanted).items()
+            if not (name == "best" and found.n_populations == 5)
+        }
 
     stops = race(list(field.truth), advance, Rules(0.95, 1, 30), {}, {})
     assert set(stops) == {"second", "third"}
@@ -215,10 +279,21 @@ def test_one_that_has_stopped_is_sampled_again_when_another_comes_near() -> None
     def advance(wanted: dict[str, int]) -> dict[str, Standing]:
         counts.update(wanted)
         sharp = {name: 1e-3 / n for name, n in wanted.items()}
-        found = {name: standing(0.0, sharp["a"], converged=True, n_populations=n) for name, n in wanted.items() if name == "a"}
+        found = {
+            name: standing(0.0, sharp["a"], converged=True, n_populations=n)
+            for name, n in wanted.items()
+            if name == "a"
+        }
         if "b" in wanted:
             rest = max(0.0, 0.1 - 0.02 * wanted["b"])
-            found["b"] = standing(5e-4 + rest, sharp["b"], 2 * rest, rest, converged=rest == 0.0, n_populations=wanted["b"])
+            found["b"] = standing(
+                5e-4 + rest,
+                sharp["b"],
+                2 * rest,
+                rest,
+                converged=rest == 0.0,
+                n_populations=wanted["b"],
+            )
         return found
 
     counts: dict[str, int] = {}

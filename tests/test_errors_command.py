@@ -1,4 +1,5 @@
-"""``magus-anharmonic errors``: labels that are kept, failures that are recorded, tables and figures that follow."""
+"""``magus-anharmonic errors``: labels that are kept, failures that are recorded, tables and figures
+that follow."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from magus_anharmonic.analysis.errors_run import (
     load_labeler_settings,
     measure_errors,
 )
-from magus_anharmonic.analysis.labelled_ensemble import draw
+from magus_anharmonic.analysis.labelled_ensemble import sample_displacements
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import Failure, Label
@@ -29,12 +30,25 @@ from magus_anharmonic.sscha.result import RunFolder
 
 
 class Reference:
-    """A labeler with a `HarmonicCrystal` as DFT code, whose labels are told one by one; counts, and fails or stops where it is told to."""
+    """A labeler with a `HarmonicCrystal` as DFT code, whose labels are told one by one; counts, and
+    fails or stops where it is told to."""
 
     description = "harmonic crystal"
 
-    def __init__(self, crystal: HarmonicCrystal, settings: str = "ref", fail_at: tuple[int, ...] = (), stop_at: int | None = None) -> None:
-        self.crystal, self.settings_hash, self.fail_at, self.stop_at, self.count = crystal, settings, fail_at, stop_at, 0
+    def __init__(
+        self,
+        crystal: HarmonicCrystal,
+        settings: str = "ref",
+        fail_at: tuple[int, ...] = (),
+        stop_at: int | None = None,
+    ) -> None:
+        self.crystal, self.settings_hash, self.fail_at, self.stop_at, self.count = (
+            crystal,
+            settings,
+            fail_at,
+            stop_at,
+            0,
+        )
 
     def label(self, structures, on_result):
         for index, atoms in enumerate(structures):
@@ -45,10 +59,28 @@ class Reference:
                 on_result(index, Failure(atoms, "the density did not converge", self.settings_hash))
                 continue
             found = self.crystal.evaluate([atoms])
-            on_result(index, Label(atoms, float(found.energy[0]), None, found.forces[0], np.zeros((3, 3)), self.settings_hash, 0.0))
+            on_result(
+                index,
+                Label(
+                    atoms,
+                    float(found.energy[0]),
+                    None,
+                    found.forces[0],
+                    np.zeros((3, 3)),
+                    self.settings_hash,
+                    0.0,
+                ),
+            )
 
 
-def run(folder: Path, *, fail_at: tuple[int, ...] = (), stop_at: int | None = None, n: int = 12, settings: str = "ref"):
+def run(
+    folder: Path,
+    *,
+    fail_at: tuple[int, ...] = (),
+    stop_at: int | None = None,
+    n: int = 12,
+    settings: str = "ref",
+):
     model, reference = pair(0.2)
     labeler = Reference(reference, settings, fail_at, stop_at)
     source = Source(model.state, "P1", 50.0, "harmonic-crystal", model.free_energy / 3, 0.001)
@@ -59,10 +91,15 @@ def run(folder: Path, *, fail_at: tuple[int, ...] = (), stop_at: int | None = No
 def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
     report, labeler = run(tmp_path)
     assert labeler.count == 13
-    rows = {row.quantity: row for row in tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")}
+    rows = {
+        row.quantity: row
+        for row in tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")
+    }
     assert set(rows) == set(tables.GRADIENT_UNITS)
     assert rows["gradient_centroid"].rmse == pytest.approx(report.errors.centroid.mean, rel=1e-8)
-    assert rows["gradient_centroid"].floor == pytest.approx(rows["force"].rmse / np.sqrt(12), rel=1e-8)
+    assert rows["gradient_centroid"].floor == pytest.approx(
+        rows["force"].rmse / np.sqrt(12), rel=1e-8
+    )
     (line,) = tables.read(tables.GibbsCorrection, tmp_path / "gibbs_correction.csv")
     assert (line.phase, line.pressure_GPa, line.n_labels) == ("P1", 50.0, 12)
     value, error = report.corrected_gibbs
@@ -70,7 +107,9 @@ def test_everything_is_written_and_the_numbers_agree(tmp_path: Path) -> None:
     assert error == pytest.approx(np.hypot(0.001, line.correction_error_eV_per_atom), rel=1e-6)
     assert json.loads((tmp_path / "errors.json").read_text())["n_failed"] == 0
     draw_report(report)
-    assert (tmp_path / "gradient_errors.png").stat().st_size > 10_000 and (tmp_path / "gradient_errors.svg").is_file()
+    assert (tmp_path / "gradient_errors.png").stat().st_size > 10_000 and (
+        tmp_path / "gradient_errors.svg"
+    ).is_file()
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -> None:
@@ -82,7 +121,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Pat
     assert resumed.errors == whole.errors and resumed.correction == whole.correction
 
 
-def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(tmp_path: Path) -> None:
+def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_lost(
+    tmp_path: Path,
+) -> None:
     model, reference = pair(0.2)
     source = Source(model.state, "P1", 50.0)
     second = Reference(reference)
@@ -91,7 +132,9 @@ def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_
         def label(self, structures, on_result):
             def meanwhile(index, result):
                 if index == 3:
-                    with pytest.raises(InputError, match="another process works here: magus-anharmonic errors"):
+                    with pytest.raises(
+                        InputError, match="another process works here: magus-anharmonic errors"
+                    ):
                         measure_errors(source, model, second, tmp_path, n_configs=8)
                 on_result(index, result)
 
@@ -101,7 +144,9 @@ def test_a_second_process_in_the_folder_is_refused_and_no_label_of_the_first_is_
     assert len(read_labels(tmp_path / "labels.xyz")) == 9 and not (tmp_path / "lock.json").exists()
 
 
-def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_of_no_others(tmp_path: Path) -> None:
+def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_of_no_others(
+    tmp_path: Path,
+) -> None:
     whole, _ = run(tmp_path)
     source = tmp_path / "source.json"
     content = source.read_bytes()
@@ -110,7 +155,9 @@ def test_a_cut_source_file_is_made_anew_beside_labels_of_the_same_settings_and_o
     assert again.errors == whole.errors and labeler.count == 0
     assert source.read_bytes() == content and (tmp_path / "source.json.damaged").is_file()
     source.write_bytes(b"")
-    with pytest.raises(InputError, match=r"labels\.xyz: holds labels of other DFT settings \(ref, now other\)"):
+    with pytest.raises(
+        InputError, match=r"labels\.xyz: holds labels of other DFT settings \(ref, now other\)"
+    ):
         run(tmp_path, settings="other")
 
 
@@ -118,7 +165,11 @@ def test_a_label_that_fails_again_is_recorded_once_and_as_a_label(tmp_path: Path
     for _ in range(3):
         run(tmp_path, fail_at=(0,))
     (record,) = read_failures(tmp_path)
-    assert record["stage"] == "label" and record["number"] == -1 and "the density did not converge" in record["reason"]
+    assert (
+        record["stage"] == "label"
+        and record["number"] == -1
+        and "the density did not converge" in record["reason"]
+    )
 
 
 def test_more_configurations_keep_the_labels_of_fewer(tmp_path: Path) -> None:
@@ -136,22 +187,31 @@ def test_a_failed_label_is_recorded_and_its_pair_left_out(tmp_path: Path) -> Non
     assert labeler.count == 1 and again.n_failed == 0 and again.errors.n_configs == 12
 
 
-def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(tmp_path: Path) -> None:
+def test_two_pairs_have_no_error_of_the_systematic_part_and_the_files_say_so(
+    tmp_path: Path,
+) -> None:
     run(tmp_path, n=4)
     text = (tmp_path / "errors.json").read_text()
-    assert "Infinity" not in text and json.loads(text)["errors"]["centroid"]["systematic_error"] is None
+    assert (
+        "Infinity" not in text
+        and json.loads(text)["errors"]["centroid"]["systematic_error"] is None
+    )
     rows = tables.read(tables.GradientError, tmp_path / "gradient_errors.csv")
     assert all(row.systematic_error is None for row in rows)
 
 
 def test_too_few_whole_pairs_are_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(MagusAnharmonicError, match="1 whole pairs.*1 of 4 labels failed.*the density did not converge"):
+    with pytest.raises(
+        MagusAnharmonicError,
+        match="1 whole pairs.*1 of 4 labels failed.*the density did not converge",
+    ):
         run(tmp_path, n=4, fail_at=(2,))
 
 
 def test_when_every_label_fails_the_reason_is_theirs(tmp_path: Path) -> None:
     with pytest.raises(
-        MagusAnharmonicError, match="0 whole pairs.*4 of 4 labels failed, 4 of them so: .*the density did not converge"
+        MagusAnharmonicError,
+        match="0 whole pairs.*4 of 4 labels failed, 4 of them so: .*the density did not converge",
     ) as caught:
         run(tmp_path, n=4, fail_at=(0, 1, 2, 3, 4))
     assert not isinstance(caught.value, InputError), "nothing is wrong with the input"
@@ -161,16 +221,20 @@ def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path
     run(tmp_path)
     with pytest.raises(InputError, match="other DFT settings"):
         run(tmp_path, settings="finer")
-    model, reference = pair(0.2, repeats=(1, 1, 2))
+    model, reference = pair(0.2, supercell_matrix=(1, 1, 2))
     with pytest.raises(InputError, match="another SSCHA state"):
-        measure_errors(Source(model.state, "P1", 50.0), model, Reference(reference), tmp_path, n_configs=8)
+        measure_errors(
+            Source(model.state, "P1", 50.0), model, Reference(reference), tmp_path, n_configs=8
+        )
 
 
 def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path: Path) -> None:
     report, _ = run(tmp_path / "errors")
     other = tables.GibbsCorrection("Cccm", 50.0, 10, 0.001, None, None)
     earlier = tables.GibbsCorrection("P1", 50.0, 4, 9.9, None, None)
-    tables.write(tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv", [other, earlier])
+    tables.write(
+        tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv", [other, earlier]
+    )
     add_to_tables(report, tmp_path / "tables")
     found = tables.read(tables.GibbsCorrection, tmp_path / "tables" / "gibbs_correction.csv")
     assert [row.phase for row in found] == ["Cccm", "P1"] and found[1].n_labels == 12
@@ -179,12 +243,26 @@ def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path
 
 def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None:
     model, _ = pair(0.2)
-    u = draw(model.state, 8, seed=5)
+    u = sample_displacements(model.state, 8, seed=5)
     folder = RunFolder(tmp_path, {})
-    folder._write("population_001.npz", model.state, displacements=u, energies=np.zeros(8), forces=u, stresses=np.zeros((8, 3, 3)))
-    assert given_displacements(model.state, tmp_path / "population_001.npz") == pytest.approx(u, abs=1e-12)
     folder._write(
-        "population_002.npz", model.state, displacements=u[1:7], energies=np.zeros(6), forces=u[1:7], stresses=np.zeros((6, 3, 3))
+        "population_001.npz",
+        model.state,
+        displacements=u,
+        energies=np.zeros(8),
+        forces=u,
+        stresses=np.zeros((8, 3, 3)),
+    )
+    assert given_displacements(model.state, tmp_path / "population_001.npz") == pytest.approx(
+        u, abs=1e-12
+    )
+    folder._write(
+        "population_002.npz",
+        model.state,
+        displacements=u[1:7],
+        energies=np.zeros(6),
+        forces=u[1:7],
+        stresses=np.zeros((6, 3, 3)),
     )
     with pytest.raises(InputError, match="not pairs"):
         given_displacements(model.state, tmp_path / "population_002.npz")
@@ -208,7 +286,7 @@ def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "ref.yaml").write_text("labeler: {calculator: gpaw, k_spacing: 0.05}\n")
     assert load_labeler_settings(tmp_path / "ref.yaml").k_spacing == 0.05
     with pytest.raises(InputError, match="must be even"):
-        draw(model.state, 7, 0)
+        sample_displacements(model.state, 7, 0)
 
 
 def finished_run(folder: Path) -> Path:
@@ -221,14 +299,27 @@ def finished_run(folder: Path) -> Path:
     from magus_anharmonic.sscha.symmetry import Symmetry
 
     a = 3.1
-    atoms = Atoms("SH3", cell=[[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]], pbc=True)
+    atoms = Atoms(
+        "SH3",
+        cell=[[-a / 2, a / 2, a / 2], [a / 2, -a / 2, a / 2], [a / 2, a / 2, -a / 2]],
+        pbc=True,
+    )
     atoms.set_scaled_positions([(0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.5), (0, 0.5, 0.5)])
     springs = 20.0 * np.einsum("ab,ij->abij", np.eye(4), np.eye(3))[None]
     values = {field.name: 0.0 for field in fields(SschaResult)} | {
-        "status": "converged", "reason": "", "converged": True, "model_id": "m", "supercell": (1, 1, 1), "space_group": "Im-3m (229)",
-        "space_group_start": "Im-3m (229)", "stress": np.zeros((3, 3)), "stress_error": np.zeros((3, 3)), "target_pressure": 150.0,
-        "centroids": atoms, "force_constants": Symmetry(atoms, (1, 1, 1)).force_constants(springs),
-    }  # fmt: skip
+        "status": "converged",
+        "reason": "",
+        "converged": True,
+        "model_id": "m",
+        "supercell": (1, 1, 1),
+        "space_group": "Im-3m (229)",
+        "space_group_start": "Im-3m (229)",
+        "stress": np.zeros((3, 3)),
+        "stress_error": np.zeros((3, 3)),
+        "target_pressure": 150.0,
+        "centroids": atoms,
+        "force_constants": Symmetry(atoms, (1, 1, 1)).force_constants(springs),
+    }
     folder.mkdir(parents=True)
     SschaResult(**values).write(folder)
     return folder
@@ -245,9 +336,21 @@ def command(*arguments: str):
 @pytest.mark.slow
 def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path: Path) -> None:
     reference = tmp_path / "ref.yaml"
-    reference.write_text("labeler: {calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 1.1, epsilon: 0.05}, n_workers: 1}\n")
+    reference.write_text(
+        "labeler: {calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 1.1, epsilon:"
+        " 0.05}, n_workers: 1}\n"
+    )
     run_folder = finished_run(tmp_path / "run")
-    options = ["-r", str(reference), "--checkpoint", "h3s-gpaw-small", "-n", "6", "-o", str(tmp_path / "out")]
+    options = [
+        "-r",
+        str(reference),
+        "--checkpoint",
+        "h3s-gpaw-small",
+        "-n",
+        "6",
+        "-o",
+        str(tmp_path / "out"),
+    ]
     found = command(str(run_folder), *options, "--tables", str(tmp_path / "tables"))
     assert found.exit_code == 0, found.output
     assert "Im-3m at 150 GPa" in found.output and "first order" in found.output
@@ -259,13 +362,21 @@ def test_the_command_compares_the_shipped_model_with_any_ase_calculator(tmp_path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "-r", "missing.yaml", "--checkpoint", "h3s-gpaw-small"], "missing.yaml: no such file"),
+        (
+            ["run", "-r", "missing.yaml", "--checkpoint", "h3s-gpaw-small"],
+            "missing.yaml: no such file",
+        ),
         (["run", "-r", "ref.yaml", "--checkpoint", "h3s-gpaw-small", "-n", "7"], "must be even"),
         (["run", "-r", "wrong.yaml", "--checkpoint", "h3s-gpaw-small"], "labeler.kspacing"),
-        (["nowhere", "-r", "ref.yaml", "--checkpoint", "h3s-gpaw-small"], "nowhere: no such structure file"),
+        (
+            ["nowhere", "-r", "ref.yaml", "--checkpoint", "h3s-gpaw-small"],
+            "nowhere: no such structure file",
+        ),
     ],
 )
-def test_bad_input_is_named_and_ends_with_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+def test_bad_input_is_named_and_ends_with_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     finished_run(tmp_path / "run")
     (tmp_path / "ref.yaml").write_text("labeler: {calculator: ase.calculators.lj.LennardJones}\n")

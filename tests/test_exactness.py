@@ -1,4 +1,5 @@
-"""The factorised form is MatterSim's model: same numbers as stock for sixty and more structures, and smooth at both cutoffs."""
+"""The factorised form is MatterSim's model: same numbers as stock for sixty and more structures,
+and smooth at both cutoffs."""
 
 from __future__ import annotations
 
@@ -25,10 +26,37 @@ LABELS = Path(__file__).parents[1] / "inputs" / "h3s-checkpoint" / "labels.xyz"
 
 
 def crystals() -> list[Atoms]:
-    """Elements and compounds at their usual density; many cells of one atom, all smaller than the cutoff."""
-    elements = ["Al", "Cu", "Fe", "W", "Ti", "Mg", "Na", "Pb", "Au", "Pt", "Ni", "Ca", "Zr", "V", "Si", "Ge"]
-    compounds = [bulk("NaCl", "rocksalt", a=5.64), bulk("MgO", "rocksalt", a=4.21), bulk("CsCl", "cesiumchloride", a=4.12)]
-    return [*(bulk(name) for name in elements), *compounds, bulk("ZnS", "zincblende", a=5.41), bulk("GaAs", "zincblende", a=5.65)]
+    """Elements and compounds at their usual density; many cells of one atom, all smaller than the
+    cutoff."""
+    elements = [
+        "Al",
+        "Cu",
+        "Fe",
+        "W",
+        "Ti",
+        "Mg",
+        "Na",
+        "Pb",
+        "Au",
+        "Pt",
+        "Ni",
+        "Ca",
+        "Zr",
+        "V",
+        "Si",
+        "Ge",
+    ]
+    compounds = [
+        bulk("NaCl", "rocksalt", a=5.64),
+        bulk("MgO", "rocksalt", a=4.21),
+        bulk("CsCl", "cesiumchloride", a=4.12),
+    ]
+    return [
+        *(bulk(name) for name in elements),
+        *compounds,
+        bulk("ZnS", "zincblende", a=5.41),
+        bulk("GaAs", "zincblende", a=5.65),
+    ]
 
 
 def slabs() -> list[Atoms]:
@@ -45,7 +73,10 @@ def slabs() -> list[Atoms]:
 
 def molecules() -> list[Atoms]:
     """In boxes wider than twice the cutoff."""
-    boxed = [molecule(name, cell=[14, 14, 14], pbc=True) for name in ("H2O", "CO2", "CH4", "NH3", "C6H6", "SO2", "N2", "HCl", "LiF")]
+    boxed = [
+        molecule(name, cell=[14, 14, 14], pbc=True)
+        for name in ("H2O", "CO2", "CH4", "NH3", "C6H6", "SO2", "N2", "HCl", "LiF")
+    ]
     for atoms in boxed:
         atoms.center()
     return boxed
@@ -54,10 +85,24 @@ def molecules() -> list[Atoms]:
 def unusual(h3s: Callable[..., Atoms]) -> list[Atoms]:
     """Atoms without neighbours, very dense, very dilute, and H-S-H on a line as in Im-3m."""
     lone = [Atoms(name, cell=[12, 12, 12], pbc=True) for name in ("He", "Xe", "U")]
-    apart = Atoms("NaCl2", positions=[[0, 0, 0], [0, 0, 2.4], [8, 8, 8]], cell=[16, 16, 16], pbc=True)
-    dense = [bulk("H", "fcc", a=1.9), bulk("Fe", "bcc", a=1.9), bulk("Si", "diamond", a=4.0), bulk("S", "sc", a=1.8)]
+    apart = Atoms(
+        "NaCl2", positions=[[0, 0, 0], [0, 0, 2.4], [8, 8, 8]], cell=[16, 16, 16], pbc=True
+    )
+    dense = [
+        bulk("H", "fcc", a=1.9),
+        bulk("Fe", "bcc", a=1.9),
+        bulk("Si", "diamond", a=4.0),
+        bulk("S", "sc", a=1.8),
+    ]
     dilute = [bulk("NaCl", "rocksalt", a=9.0), bulk("Cs", "bcc", a=8.0), bulk("Ar", "fcc", a=8.0)]
-    return [*lone, apart, *dense, *dilute, *(h3s(a) for a in (2.7, 2.9, 3.1, 3.4)), *(h3s(a, 0.1) for a in (2.8, 3.0, 3.2))]
+    return [
+        *lone,
+        apart,
+        *dense,
+        *dilute,
+        *(h3s(a) for a in (2.7, 2.9, 3.1, 3.4)),
+        *(h3s(a, 0.1) for a in (2.8, 3.0, 3.2)),
+    ]
 
 
 def random_cells() -> list[Atoms]:
@@ -68,7 +113,12 @@ def random_cells() -> list[Atoms]:
         count = int(rng.integers(2, 7))
         edge = (count * rng.uniform(7, 25)) ** (1 / 3)
         cell = edge * (np.eye(3) + rng.uniform(-0.25, 0.25, (3, 3)))
-        atoms = Atoms(rng.choice(rng.integers(1, 90, 3), count), scaled_positions=rng.random((count, 3)), cell=cell, pbc=True)
+        atoms = Atoms(
+            rng.choice(rng.integers(1, 90, 3), count),
+            scaled_positions=rng.random((count, 3)),
+            cell=cell,
+            pbc=True,
+        )
         distances = atoms.repeat((2, 2, 2)).get_all_distances(mic=True)
         if distances[distances > 0].min() > 1.0:
             found.append(atoms)
@@ -85,7 +135,9 @@ def stock_single(path, structures: list[Atoms]) -> list[tuple[float, np.ndarray,
     results = []
     for atoms in structures:
         loader = build_dataloader([atoms.copy()], batch_size=1, only_inference=True)
-        energy, forces, stress = stock.predict_properties(loader, include_forces=True, include_stresses=True)
+        energy, forces, stress = stock.predict_properties(
+            loader, include_forces=True, include_stresses=True
+        )
         results.append((float(energy[0]), forces[0], stress[0]))
     return results
 
@@ -93,30 +145,54 @@ def stock_single(path, structures: list[Atoms]) -> list[tuple[float, np.ndarray,
 def stock_double(
     module: torch.nn.Module, atoms: Atoms, monkeypatch: pytest.MonkeyPatch, clamp: bool
 ) -> tuple[float, np.ndarray, np.ndarray]:
-    """Stock MatterSim's forward pass in float64, with or without its clamp of cos theta; stress in eV/A^3."""
-    batch = batch_to_dict(next(iter(build_dataloader([atoms.copy()], batch_size=1, only_inference=True))), device="cpu")
+    """Stock MatterSim's forward pass in float64, with or without its clamp of cos theta; stress in
+    eV/A^3."""
+    batch = batch_to_dict(
+        next(iter(build_dataloader([atoms.copy()], batch_size=1, only_inference=True))),
+        device="cpu",
+    )
     # It moves atoms into the cell, in float32: the same images, but in double precision.
-    images = np.rint((batch["atom_pos"].numpy() - atoms.positions) @ np.linalg.inv(atoms.cell.array))
+    images = np.rint(
+        (batch["atom_pos"].numpy() - atoms.positions) @ np.linalg.inv(atoms.cell.array)
+    )
     positions = torch.tensor(atoms.positions + images @ atoms.cell.array, requires_grad=True)
     np.testing.assert_allclose(batch["atom_pos"], positions.detach(), atol=1e-5)
     strain = torch.zeros(3, 3, dtype=torch.float64, requires_grad=True)
     deformation = torch.eye(3, dtype=torch.float64) + strain
-    inputs = {name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value for name, value in batch.items()}
-    inputs |= {"atom_pos": positions @ deformation, "cell": (torch.tensor(atoms.cell.array) @ deformation)[None]}
+    inputs = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in batch.items()
+    }
+    inputs |= {
+        "atom_pos": positions @ deformation,
+        "cell": (torch.tensor(atoms.cell.array) @ deformation)[None],
+    }
     with monkeypatch.context() as patch:
-        # Its forward pass rounds the images of the cell to float32, which here would be a wrong type only.
+        # Its forward pass rounds the images of the cell to float32, which here would be a wrong
+        # type only.
         patch.setattr(torch.Tensor, "float", torch.Tensor.double)
         if not clamp:
-            patch.setattr(torch, "clamp", lambda values, min=None, max=None: values if max is not None else values.clamp(min=min))
+            patch.setattr(
+                torch,
+                "clamp",
+                lambda values, min=None, max=None: (
+                    values if max is not None else values.clamp(min=min)
+                ),
+            )
         energy = module(inputs).sum()
     by_position, by_strain = torch.autograd.grad(energy, (positions, strain))
     return float(energy), -by_position.numpy(), by_strain.numpy() / atoms.cell.volume
 
 
 @pytest.mark.slow
-def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_mattersim(tiny_checkpoint, potential, h3s) -> None:
+def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_mattersim(
+    tiny_checkpoint, potential, h3s
+) -> None:
     structures = all_structures(h3s)
-    assert len(structures) >= 60 and len({number for atoms in structures for number in atoms.numbers}) >= 30
+    assert (
+        len(structures) >= 60
+        and len({number for atoms in structures for number in atoms.numbers}) >= 30
+    )
     found = potential.evaluate(structures)
     for index, (energy, forces, stress) in enumerate(stock_single(tiny_checkpoint, structures)):
         name = f"{index}: {structures[index]}"
@@ -126,7 +202,8 @@ def test_more_than_sixty_structures_of_more_than_ten_elements_equal_stock_matter
 
 
 def cells_of_the_shipped_checkpoint(h3s: Callable[..., Atoms]) -> list[Atoms]:
-    """Of its labels some of every kind, Im-3m, where H-S-H is on a line, and cells with fewer atoms than neighbours."""
+    """Of its labels some of every kind, Im-3m, where H-S-H is on a line, and cells with fewer atoms
+    than neighbours."""
     labelled = read(LABELS, ":")
     kinds: dict[str, list[Atoms]] = {}
     for atoms in labelled:
@@ -141,25 +218,43 @@ def cells_of_the_shipped_checkpoint(h3s: Callable[..., Atoms]) -> list[Atoms]:
     return [*chosen, *(h3s(a) for a in (2.8, 3.0, 3.2)), *small]
 
 
-def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_every_kind(h3s) -> None:
+def test_the_shipped_checkpoint_equals_stock_mattersims_calculator_on_cells_of_every_kind(
+    h3s,
+) -> None:
     ours = load("h3s-gpaw-small", device="cpu")
     structures = cells_of_the_shipped_checkpoint(h3s)
-    assert len(structures) >= 28 and sum(atoms.cell.lengths().min() < ours.cutoff for atoms in structures) >= 20
-    stock = MatterSimCalculator(load_path=str(ours.path), device="cpu")  # stress in eV/A^3, as its default stress_weight makes it
+    assert (
+        len(structures) >= 28
+        and sum(atoms.cell.lengths().min() < ours.cutoff for atoms in structures) >= 20
+    )
+    stock = MatterSimCalculator(
+        load_path=str(ours.path), device="cpu"
+    )  # stress in eV/A^3, as its default stress_weight makes it
     found = ours.evaluate(structures)
     for index, atoms in enumerate(structures):
         name = f"{index}: {atoms}"
-        assert abs(found.energy[index] - stock.get_potential_energy(atoms)) < 1e-5 * len(atoms), name
+        assert abs(found.energy[index] - stock.get_potential_energy(atoms)) < 1e-5 * len(atoms), (
+            name
+        )
         assert np.abs(found.forces[index] - stock.get_forces(atoms)).max() < 1e-4, name
         difference = found.stress[index] - voigt_6_to_full_3x3_stress(stock.get_stress(atoms))
         assert np.abs(difference * EV_PER_A3_IN_GPA).max() < 1e-3, name
 
 
 @pytest.mark.slow
-def test_in_double_precision_rattled_cells_equal_stock_without_its_clamp(tiny_checkpoint, h3s, monkeypatch) -> None:
+def test_in_double_precision_rattled_cells_equal_stock_without_its_clamp(
+    tiny_checkpoint, h3s, monkeypatch
+) -> None:
     double = load(tiny_checkpoint, device="cpu", dtype="float64")
     module = copy.deepcopy(double.module)
-    structures = [crystals()[0], crystals()[9], slabs()[0], *molecules()[:3], h3s(2.9, 0.1), *random_cells()[:3]]
+    structures = [
+        crystals()[0],
+        crystals()[9],
+        slabs()[0],
+        *molecules()[:3],
+        h3s(2.9, 0.1),
+        *random_cells()[:3],
+    ]
     for seed, atoms in enumerate(structures):
         # An atom between two of its own images would be on a line with them, however it is rattled.
         heights = 1 / np.linalg.norm(atoms.cell.reciprocal(), axis=1)
@@ -168,27 +263,41 @@ def test_in_double_precision_rattled_cells_equal_stock_without_its_clamp(tiny_ch
         found = double.evaluate([atoms])
         energy, forces, stress = stock_double(module, atoms, monkeypatch, clamp=False)
         assert found.energy[0] == pytest.approx(energy, rel=1e-9), atoms
-        np.testing.assert_allclose(found.forces[0], forces, atol=1e-9 * max(1.0, np.abs(forces).max()), err_msg=str(atoms))
-        np.testing.assert_allclose(found.stress[0], stress, atol=1e-9 * max(1.0, np.abs(stress).max()), err_msg=str(atoms))
+        np.testing.assert_allclose(
+            found.forces[0], forces, atol=1e-9 * max(1.0, np.abs(forces).max()), err_msg=str(atoms)
+        )
+        np.testing.assert_allclose(
+            found.stress[0], stress, atol=1e-9 * max(1.0, np.abs(stress).max()), err_msg=str(atoms)
+        )
 
 
-def test_in_double_precision_collinear_triplets_equal_stock_with_its_clamp(tiny_checkpoint, h3s, monkeypatch) -> None:
+def test_in_double_precision_collinear_triplets_equal_stock_with_its_clamp(
+    tiny_checkpoint, h3s, monkeypatch
+) -> None:
     double = load(tiny_checkpoint, device="cpu", dtype="float64")
     for atoms in (h3s(3.0), bulk("Cu"), bulk("MgO", "rocksalt", a=4.21)):
         found = double.evaluate([atoms])
-        energy, forces, stress = stock_double(copy.deepcopy(double.module), atoms, monkeypatch, clamp=True)
+        energy, forces, stress = stock_double(
+            copy.deepcopy(double.module), atoms, monkeypatch, clamp=True
+        )
         assert found.energy[0] == pytest.approx(energy, rel=1e-6)
         np.testing.assert_allclose(found.forces[0], forces, atol=1e-6)
-        np.testing.assert_allclose(found.stress[0], stress, atol=1e-6 * max(1.0, np.abs(stress).max()))
+        np.testing.assert_allclose(
+            found.stress[0], stress, atol=1e-6 * max(1.0, np.abs(stress).max())
+        )
 
 
 @pytest.mark.parametrize("cutoff", [4.0, 5.0])
 def test_energy_and_forces_are_smooth_through_both_cutoffs(tiny_checkpoint, cutoff: float) -> None:
-    """Of the bonds of the third atom, with a pair close by, so that three-body terms end at 4 Angstrom."""
+    """Of the bonds of the third atom, with a pair close by, so that three-body terms end at 4
+    Angstrom."""
     double = load(tiny_checkpoint, device="cpu", dtype="float64")
     step = 1e-3
     distances = cutoff + step * np.arange(-6, 7)
-    structures = [Atoms("HSH", positions=[[0, 0, 0], [1.3, 0.2, 0], [0, 0, d]], cell=[30, 30, 30], pbc=True) for d in distances]
+    structures = [
+        Atoms("HSH", positions=[[0, 0, 0], [1.3, 0.2, 0], [0, 0, d]], cell=[30, 30, 30], pbc=True)
+        for d in distances
+    ]
     found = double.evaluate(structures)
     energy, force = found.energy, np.array([forces[2, 2] for forces in found.forces])
     np.testing.assert_allclose(-(energy[2:] - energy[:-2]) / (2 * step), force[1:-1], atol=1e-6)

@@ -1,4 +1,5 @@
-"""Faults of the machine, of the disk and of people: a search goes on as if nothing had been, or says one clear line."""
+"""Faults of the machine, of the disk and of people: a search goes on as if nothing had been, or
+says one clear line."""
 
 from __future__ import annotations
 
@@ -35,7 +36,13 @@ from typer.testing import CliRunner
 
 from magus_anharmonic import files
 from magus_anharmonic.cli import app
-from magus_anharmonic.errors import DamagedFile, InputError, MachineTrouble, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import (
+    DamagedFile,
+    InputError,
+    MachineError,
+    MagusAnharmonicError,
+    is_machine_error,
+)
 from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.files import load_arrays, read_json, read_whole, write_json
@@ -124,10 +131,12 @@ def in_a_child(action: Callable[[], int], folder: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# --- disk and memory ------------------------------------------------------------------------------------------------------
+# --- disk and memory ------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_one_line_and_the_search_goes_on_once_there_is_space(finished: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_the_search_goes_on_once_there_is_space(
+    finished: Path, tmp_path: Path
+) -> None:
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
 
     def full() -> int:
@@ -139,7 +148,12 @@ def test_a_full_disk_is_one_line_and_the_search_goes_on_once_there_is_space(fini
     said_file = os.open(tmp_path / "said", os.O_RDWR | os.O_CREAT)
     assert in_a_child(full, tmp_path) == 1
     last = (tmp_path / "said").read_text().rstrip().splitlines()[-1]
-    assert last.startswith("error: ") and "File too large" in last and "-r to go on" in last and "Traceback" not in last
+    assert (
+        last.startswith("error: ")
+        and "File too large" in last
+        and "-r to go on" in last
+        and "Traceback" not in last
+    )
     run(SETTINGS, tmp_path, restart=True)
     assert results(tmp_path) == results(finished)
     assert not list(tmp_path.rglob("*.tmp"))
@@ -183,7 +197,7 @@ def evaluator_raising(error: Exception) -> CalculatorEvaluator:
     return CalculatorEvaluator(Raising(error))
 
 
-TROUBLES = [
+MACHINE_ERRORS = [
     OSError(errno.ENOSPC, "No space left on device", "scratch/pw.in"),
     OSError(errno.EMFILE, "Too many open files"),
     MemoryError("Unable to allocate 2.10 GiB"),
@@ -193,9 +207,12 @@ TROUBLES = [
     caused(RuntimeError("the calculator failed"), OSError(errno.EIO, "Input/output error")),
     full_database(),
 ]
-NO_TROUBLES = [
+OTHER_ERRORS = [
     OSError('Failed to execute "no-such-code > log"'),
-    caused(OSError('Failed to execute "no-such-code"'), FileNotFoundError(errno.ENOENT, "No such file or directory", "no-such-code")),
+    caused(
+        OSError('Failed to execute "no-such-code"'),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "no-such-code"),
+    ),
     FileNotFoundError(errno.ENOENT, "No such file or directory", "Cu.pot"),
     BrokenPipeError(errno.EPIPE, "Broken pipe"),
     RuntimeError("SCF did not converge"),
@@ -203,11 +220,11 @@ NO_TROUBLES = [
 ]
 
 
-@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
-def test_trouble_of_the_machine_stops_a_search_and_is_no_property_of_a_structure(
+@pytest.mark.parametrize("error", MACHINE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_machine_error_stops_a_search_and_is_no_property_of_a_structure(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    assert is_trouble(error)
+    assert is_machine_error(error)
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
     calculate, calls = EMT.calculate, iter(range(1_000_000))
 
@@ -220,32 +237,41 @@ def test_trouble_of_the_machine_stops_a_search_and_is_no_property_of_a_structure
         patch.setattr(EMT, "calculate", failing)
         code, said = invoke(tmp_path)
     last = said.rstrip().splitlines()[-1]
-    assert code == 1 and last.startswith("error: ") and last.endswith("with -r to go on") and "Traceback" not in said
+    assert (
+        code == 1
+        and last.startswith("error: ")
+        and last.endswith("with -r to go on")
+        and "Traceback" not in said
+    )
     assert [record["stage"] for record in read_failures(tmp_path / "results/anharmonic")] == ["run"]
     code, said = invoke(tmp_path, "-r")
     assert code == 0 and results(tmp_path) == results(finished)
 
 
-@pytest.mark.parametrize("error", NO_TROUBLES, ids=lambda error: type(error).__name__)
-def test_what_a_calculator_says_of_a_structure_or_of_its_own_files_is_no_trouble_of_the_machine(error: Exception) -> None:
-    assert not is_trouble(error)
+@pytest.mark.parametrize("error", OTHER_ERRORS, ids=lambda error: type(error).__name__)
+def test_what_a_calculator_says_of_a_structure_or_of_its_own_files_is_no_machine_error(
+    error: Exception,
+) -> None:
+    assert not is_machine_error(error)
     (result,) = relax(evaluator_raising(error), [bulk("Cu")])
     assert result.failed and (str(error) or type(error).__name__) in result.reason
 
 
-@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
-def test_trouble_of_the_machine_ends_whatever_asks_for_numbers(error: Exception, tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", MACHINE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_machine_error_ends_whatever_asks_for_numbers(error: Exception, tmp_path: Path) -> None:
     source, settings = evaluator_raising(error), parse_settings(INPUT)
     job = Job("Cu", bulk("Cu"), (0.0,), (tmp_path / "job",))
     for action in (
         lambda: relax(source, [bulk("Cu")]),
         lambda: check_calculator(source, bulk("Cu"), stress=True),
-        lambda: free_energy(bulk("Cu"), source, directory=tmp_path / "run", supercell=(2, 2, 2), n_configs=60),
+        lambda: free_energy(
+            bulk("Cu"), source, directory=tmp_path / "run", supercell=(2, 2, 2), n_configs=60
+        ),
         lambda: run_job(job, source, free_energy),
         lambda: reevaluate([bulk("Cu")], source, settings),
         lambda: list(SerialScheduler().map(raises, [error])),
     ):
-        with pytest.raises((type(error), MachineTrouble)):
+        with pytest.raises((type(error), MachineError)):
             action()
     assert not list(tmp_path.rglob("result.json"))
 
@@ -262,23 +288,33 @@ def test_a_batch_too_large_for_the_memory_is_no_trouble_while_its_structures_fit
             raise ValueError("no aluminium here")
         return CalculatorEvaluator(EMT()).evaluate(structures)
 
-    fine, failed = relax(SimpleNamespace(model_id="small", evaluate=evaluate), [bulk("Cu"), bulk("Al")])
+    fine, failed = relax(
+        SimpleNamespace(model_id="small", evaluate=evaluate), [bulk("Cu"), bulk("Al")]
+    )
     assert fine.converged and failed.failed and failed.reason == "no aluminium here"
 
 
-def test_trouble_of_the_machine_in_the_process_of_a_labeler_stops_the_labels(tmp_path: Path) -> None:
+def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path: Path) -> None:
     for behaviour in ("disk full", "killed"):
-        settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": {1: behaviour}}, n_workers=1)
+        settings = LabelerSettings(
+            calculator="misbehaving.Misbehaving",
+            arguments={"behaviour": {1: behaviour}},
+            n_workers=1,
+        )
         with get_labeler(settings, tmp_path / behaviour) as labeler:
             for action in (labeler.label, labeler.relax):
-                with pytest.raises(MachineTrouble, match="No space left|SIGKILL"):
+                with pytest.raises(MachineError, match="No space left|SIGKILL"):
                     action([bulk("Cu")])
 
 
-def test_when_every_relaxation_fails_a_restart_tries_them_again(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_every_relaxation_fails_a_restart_tries_them_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
     with monkeypatch.context() as patch:
-        patch.setattr(EMT, "calculate", lambda *arguments: raises(RuntimeError("the licence has expired")))
+        patch.setattr(
+            EMT, "calculate", lambda *arguments: raises(RuntimeError("the licence has expired"))
+        )
         code, said = invoke(tmp_path)
     assert code == 1 and "every relaxation failed" in said and "licence" in said
     code, said = invoke(tmp_path, "-r")
@@ -307,12 +343,21 @@ def test_a_folder_without_the_right_to_write_is_one_line(finished: Path, tmp_pat
     ("error", "words", "code"),
     [
         (MemoryError(), "memory exhausted", 1),
-        (OSError(28, "No space left on device", "results/x.traj"), "results/x.traj: No space left on device", 1),
+        (
+            OSError(28, "No space left on device", "results/x.traj"),
+            "results/x.traj: No space left on device",
+            1,
+        ),
         (KeyboardInterrupt(), "stopped by SIGINT", 130),
     ],
 )
 def test_what_stops_a_search_is_said_and_recorded(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, words: str, code: int
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    words: str,
+    code: int,
 ) -> None:
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
 
@@ -329,28 +374,41 @@ def test_what_stops_a_search_is_said_and_recorded(
     assert results(tmp_path) == results(finished)
 
 
-# --- damaged files --------------------------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------
 
 FILES = [
     *(f"{name}{g}.traj" for name in ("init", "raw", "gen", "good", "keep") for g in (1, 2, 3)),
-    *("best.traj", "good.traj", "anharmonic/run.json", "anharmonic/search.json", "anharmonic/generations.jsonl"),
+    *(
+        "best.traj",
+        "good.traj",
+        "anharmonic/run.json",
+        "anharmonic/search.json",
+        "anharmonic/generations.jsonl",
+    ),
 ]
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_killed_search_with_a_cut_file_ends_the_same_or_names_the_file(finished: Path, copy: Path, name: str) -> None:
-    """Killed at the end of its last generation, all of whose files are there. What earlier steps left is not needed any more."""
+def test_a_killed_search_with_a_cut_file_ends_the_same_or_names_the_file(
+    finished: Path, copy: Path, name: str
+) -> None:
+    """Killed at the end of its last generation, all of whose files are there. What earlier steps
+    left is not needed any more."""
     history = copy / "results/anharmonic/generations.jsonl"
     lines = history.read_text().splitlines()
     history.write_text("\n".join(lines[:2]) + "\n")
-    (copy / "results/anharmonic/search.json").write_text(json.dumps({"finished": 2, "volume_ratio": json.loads(lines[1])["volume_ratio"]}))
+    (copy / "results/anharmonic/search.json").write_text(
+        json.dumps({"finished": 2, "volume_ratio": json.loads(lines[1])["volume_ratio"]})
+    )
     file = copy / "results" / name
     whole = file.read_bytes()
     file.write_bytes(whole[: random.Random(name).randrange(len(whole))])
     try:
         run(SETTINGS, copy, restart=True)
     except InputError as error:
-        assert len(error.problems) == 1 and str(file) in str(error) and name == "anharmonic/run.json"
+        assert (
+            len(error.problems) == 1 and str(file) in str(error) and name == "anharmonic/run.json"
+        )
         return
     found, expected = results(copy), results(finished)
     if name.startswith(("init", "raw")) or name in ("gen1.traj", "good1.traj", "keep1.traj"):
@@ -358,7 +416,9 @@ def test_a_killed_search_with_a_cut_file_ends_the_same_or_names_the_file(finishe
     assert found == expected
 
 
-def test_the_end_of_a_search_can_be_found_again_without_its_state_file(finished: Path, copy: Path) -> None:
+def test_the_end_of_a_search_can_be_found_again_without_its_state_file(
+    finished: Path, copy: Path
+) -> None:
     for name in ("search.json", "generations.jsonl"):
         (copy / "results/anharmonic" / name).unlink()
     run(SETTINGS, copy, restart=True)
@@ -374,7 +434,9 @@ def store_with_labels(folder: Path) -> LabelStore:
             atoms.info = {"id": f"g{generation}-{number}", "generation": generation, "parent": "p"}
             values = np.random.default_rng(number)
             forces, stress = values.normal(size=(4, 3)), values.normal(size=(3, 3))
-            store.add(labelled(atoms, Label(atoms, values.normal(), None, forces, stress, "hash", 1.0)))
+            store.add(
+                labelled(atoms, Label(atoms, values.normal(), None, forces, stress, "hash", 1.0))
+            )
         if generation == 1:
             store.close_batch(1)
     return store
@@ -383,23 +445,38 @@ def store_with_labels(folder: Path) -> LabelStore:
 def test_no_cut_of_a_label_file_loses_or_changes_a_label_unnoticed(tmp_path: Path) -> None:
     """Also where the cut leaves a readable file: at the end of a structure, or within a number."""
     original = tmp_path / "labels"
-    energies = {key: store_atoms.get_potential_energy() for key, store_atoms in store_with_labels(original)._frames.items()}
+    energies = {
+        key: store_atoms.get_potential_energy()
+        for key, store_atoms in store_with_labels(original)._frames.items()
+    }
     files = [path for path in sorted(original.rglob("*.xyz"))]
     assert len(files) == 4
     draw = random.Random(1)
     for file in files:
         whole = file.read_bytes()
-        for cut in {0, 1, *(draw.randrange(len(whole)) for _ in range(12)), len(whole) // 3, len(whole) - 2, len(whole) - 4}:
+        for cut in {
+            0,
+            1,
+            *(draw.randrange(len(whole)) for _ in range(12)),
+            len(whole) // 3,
+            len(whole) - 2,
+            len(whole) - 4,
+        }:
             folder = Path(shutil.copytree(original, tmp_path / "cut"))
             (folder / file.relative_to(original)).write_bytes(whole[:cut])
             try:
-                found = {key: atoms.get_potential_energy() for key, atoms in LabelStore(folder)._frames.items()}
+                found = {
+                    key: atoms.get_potential_energy()
+                    for key, atoms in LabelStore(folder)._frames.items()
+                }
             except DamagedFile as error:
                 assert file.parent == original, "a label of an unfinished batch can be made again"
                 assert file.name in str(error) or "in no file" in str(error)
             else:
                 missing = set(energies) - set(found)
-                assert missing <= ({file.stem} if file.parent != original else set()), f"{file.name} cut at {cut} of {len(whole)}"
+                assert missing <= ({file.stem} if file.parent != original else set()), (
+                    f"{file.name} cut at {cut} of {len(whole)}"
+                )
                 assert all(found[key] == energies[key] for key in found)
             shutil.rmtree(folder)
 
@@ -426,12 +503,17 @@ def test_a_label_whose_line_in_the_index_a_kill_prevented_is_protected_from_the_
         LabelStore(tmp_path)
     batch.write_text(whole)
     (tmp_path / "index.jsonl").write_text("")
-    assert len(LabelStore(tmp_path)) == 1 and "of finished batches have no line in index.jsonl (g1-0)" in caplog.text
+    assert (
+        len(LabelStore(tmp_path)) == 1
+        and "of finished batches have no line in index.jsonl (g1-0)" in caplog.text
+    )
     caplog.clear()
     assert len(LabelStore(tmp_path)) == 1 and not caplog.records
 
 
-def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_database_is_set_aside_and_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     key = Key("model", 10.0, 0.0, "settings")
     record = Record("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
     FreeEnergyStore(tmp_path / NAME).put(record)
@@ -447,12 +529,24 @@ def test_a_damaged_database_is_set_aside_and_made_anew(tmp_path: Path, caplog: p
 def readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     """Every kind of file that is set aside when it is damaged, whole, with what reads it."""
     store = store_with_labels(folder / "labels")
-    FreeEnergyStore(folder / NAME).put(Record("abc", Key("model", 10.0, 0.0, "settings"), bulk("Cu"), "failed", reason="x", enthalpy=1.0))
+    FreeEnergyStore(folder / NAME).put(
+        Record(
+            "abc",
+            Key("model", 10.0, 0.0, "settings"),
+            bulk("Cu"),
+            "failed",
+            reason="x",
+            enthalpy=1.0,
+        )
+    )
     np.savez(folder / "population_001.npz", a=np.zeros(3))
     write_json(folder / "settings.json", {"a": 1})
     write_frames(folder / "raw1.traj", [bulk("Cu")])
     return {
-        "label": (sorted(store.directory.glob("pending/*/*.xyz"))[0], lambda file: len(LabelStore(file.parents[2]))),
+        "label": (
+            sorted(store.directory.glob("pending/*/*.xyz"))[0],
+            lambda file: len(LabelStore(file.parents[2])),
+        ),
         "database": (folder / NAME, lambda file: len(FreeEnergyStore(file))),
         "population": (folder / "population_001.npz", lambda file: read_whole(file, load_arrays)),
         "settings": (folder / "settings.json", lambda file: read_whole(file, read_json)),
@@ -464,10 +558,12 @@ def readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
 def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
     what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Too many open files, the most common such moment: one line that is not about the input, and the file stays what it is."""
+    """Too many open files, the most common such moment: one line that is not about the input, and
+    the file stays what it is."""
     file, reader = readers(tmp_path)[what]
     before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
-    gc.collect()  # databases of earlier tests would close their files, and so make room, at any moment
+    # databases of earlier tests would close their files, and so make room, at any moment
+    gc.collect()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.ExitStack() as stack:
         stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
@@ -476,21 +572,32 @@ def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
         with pytest.raises((OSError, MagusAnharmonicError)) as caught:
             reader(file)
     assert not isinstance(caught.value, InputError)
-    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before and "damaged" not in caplog.text
+    assert {
+        path: path.stat().st_ino for path in tmp_path.rglob("*")
+    } == before and "damaged" not in caplog.text
     assert reader(file)
 
 
-@pytest.mark.parametrize("trouble", [OSError(errno.EIO, "Input/output error"), PermissionError(errno.EACCES, "denied"), MemoryError()])
-def test_a_label_behind_a_trouble_of_disk_or_memory_is_kept(trouble: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "machine_error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "denied"),
+        MemoryError(),
+    ],
+)
+def test_a_label_behind_a_machine_error_of_disk_or_memory_is_kept(
+    machine_error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read(*_: Any, **__: Any) -> None:
-        raise trouble
+        raise machine_error
 
     n_labels = len(store_with_labels(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(dataset, "read", read)
-    if isinstance(trouble, MemoryError):
+    if isinstance(machine_error, MemoryError):
         monkeypatch.setattr(files, "_has_room_for", lambda path: False)
-    with pytest.raises(type(trouble)):
+    with pytest.raises(type(machine_error)):
         LabelStore(tmp_path)
     monkeypatch.undo()
     assert sorted(tmp_path.rglob("*")) == before and len(LabelStore(tmp_path)) == n_labels
@@ -509,13 +616,23 @@ except MemoryError:
 """
 
 
-def test_memory_that_is_exhausted_is_no_damage_but_a_file_that_asks_for_any_amount_is(tmp_path: Path) -> None:
+def test_memory_that_is_exhausted_is_no_damage_but_a_file_that_asks_for_any_amount_is(
+    tmp_path: Path,
+) -> None:
     whole, nonsense = tmp_path / "whole.npz", tmp_path / "nonsense.npz"
     np.savez(whole, a=np.zeros(40_000_000))
     np.savez(nonsense, a=np.zeros(10))
-    nonsense.write_bytes(nonsense.read_bytes().replace(b"(10,), }" + 14 * b" ", b"(1000000000000000,), }"))
-    # a process of its own: what earlier tests left free in this one is room that the limit does not see
-    ended = subprocess.run([sys.executable, "-c", READ_WITH_LITTLE_MEMORY], cwd=tmp_path, capture_output=True, text=True)
+    nonsense.write_bytes(
+        nonsense.read_bytes().replace(b"(10,), }" + 14 * b" ", b"(1000000000000000,), }")
+    )
+    # a process of its own: what earlier tests left free in this one is room that the limit does not
+    # see
+    ended = subprocess.run(
+        [sys.executable, "-c", READ_WITH_LITTLE_MEMORY],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 42 and whole.exists(), ended.stderr
     assert read_whole(nonsense, load_arrays) is None and not nonsense.exists()
 
@@ -531,10 +648,16 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """At whatever byte the disk is full: while the file is made, while a record is added, and while it is opened."""
+def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At whatever byte the disk is full: while the file is made, while a record is added, and while
+    it is opened."""
     key, path = Key("model", 10.0, 0.0, "settings"), tmp_path / NAME
-    first, second = (Record(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0) for name in ("abc", "def"))
+    first, second = (
+        Record(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0)
+        for name in ("abc", "def")
+    )
     refused = 0
     for size in (*range(0, 40000, 1500), 60000):
         path.unlink(missing_ok=True)
@@ -555,33 +678,55 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(tmp
     assert sorted(item.name for item in tmp_path.iterdir()) == [NAME, "sscha"]
 
 
-# --- people and clocks ----------------------------------------------------------------------------------------------------
+# --- people and clocks ----------------------------------------------------------------------------
 
 
 RECORDS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "no seed": (lambda record: {key: value for key, value in record.items() if key != "seed"}, "no seed"),
-    "no settings": (lambda record: {key: value for key, value in record.items() if key != "settings"}, "no settings"),
+    "no seed": (
+        lambda record: {key: value for key, value in record.items() if key != "seed"},
+        "no seed",
+    ),
+    "no settings": (
+        lambda record: {key: value for key, value in record.items() if key != "settings"},
+        "no settings",
+    ),
     "a list": (lambda record: {**record, "settings": [1]}, "settings holds [1]"),
-    "no host": (lambda record: {**record, "settings": {**record["settings"], "host": None}}, "settings.host holds null"),
-    "starts": (lambda record: {**record, "earlier_starts": {"a": 1}}, 'earlier_starts holds {"a": 1}'),
+    "no host": (
+        lambda record: {**record, "settings": {**record["settings"], "host": None}},
+        "settings.host holds null",
+    ),
+    "starts": (
+        lambda record: {**record, "earlier_starts": {"a": 1}},
+        'earlier_starts holds {"a": 1}',
+    ),
 }
 
 
 @pytest.mark.parametrize("what", RECORDS)
-def test_a_record_of_the_run_that_lacks_a_field_is_one_line_that_names_it(copy: Path, what: str) -> None:
+def test_a_record_of_the_run_that_lacks_a_field_is_one_line_that_names_it(
+    copy: Path, what: str
+) -> None:
     file, (change, complaint) = copy / "results/anharmonic/run.json", RECORDS[what]
     write_json(file, change(json.loads(file.read_text())))
     before = file.read_bytes()
     code, said = invoke(copy, "-r")
-    assert code == 2 and f"{file}: damaged: {complaint}" in said.splitlines()[-1] and file.read_bytes() == before
+    assert (
+        code == 2
+        and f"{file}: damaged: {complaint}" in said.splitlines()[-1]
+        and file.read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize("value", ['"a"', "[1]", "null", "NaN", "1e400"])
 @pytest.mark.parametrize("key", ["generation", "volume_ratio"])
-def test_a_line_of_the_history_with_a_value_that_is_no_number_is_left_out(copy: Path, key: str, value: str) -> None:
+def test_a_line_of_the_history_with_a_value_that_is_no_number_is_left_out(
+    copy: Path, key: str, value: str
+) -> None:
     history = copy / "results/anharmonic/generations.jsonl"
     other = "volume_ratio" if key == "generation" else "generation"
-    history.write_text(f'{{"{key}": {value}, "{other}": 1, "seconds": null}}\n' + history.read_text())
+    history.write_text(
+        f'{{"{key}": {value}, "{other}": 1, "seconds": null}}\n' + history.read_text()
+    )
     assert Archive(copy).finished()[0] == 3
 
 
@@ -589,50 +734,93 @@ def test_a_link_for_the_results_that_leads_nowhere_is_called_that(tmp_path: Path
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
     (tmp_path / "results").symlink_to(tmp_path / "scratch/of/mine")
     code, said = invoke(tmp_path)
-    assert code == 2 and f"a link to {tmp_path}/scratch/of/mine, which is not there" in said and "same moment" not in said
+    assert (
+        code == 2
+        and f"a link to {tmp_path}/scratch/of/mine, which is not there" in said
+        and "same moment" not in said
+    )
 
 
 @pytest.mark.parametrize("arguments", [(), ("-r",)])
-def test_a_second_search_in_the_folder_is_refused_and_touches_nothing(copy: Path, arguments: tuple[str, ...]) -> None:
+def test_a_second_search_in_the_folder_is_refused_and_touches_nothing(
+    copy: Path, arguments: tuple[str, ...]
+) -> None:
     before = contents(copy)
     with locked(copy / "results/anharmonic", "magus-anharmonic search"):
         code, said = invoke(copy, *arguments)
         (copy / "results/anharmonic/lock.json").read_text()
-    assert code == 2 and f"another process works here: magus-anharmonic search, process {os.getpid()} on" in said
+    assert (
+        code == 2
+        and f"another process works here: magus-anharmonic search, process {os.getpid()} on" in said
+    )
     assert contents(copy) == before
 
 
-def test_a_second_ranking_in_the_folder_is_refused_and_touches_nothing(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_a_second_ranking_in_the_folder_is_refused_and_touches_nothing(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     write(tmp_path / "cu.vasp", bulk("Cu"))
-    few = ("--supercell", "1", "1", "1", "--n-configs", "4", "--max-populations", "1", "--hessian", "0")
+    few = (
+        "--supercell",
+        "1",
+        "1",
+        "1",
+        "--n-configs",
+        "4",
+        "--max-populations",
+        "1",
+        "--hessian",
+        "0",
+    )
     arguments = ("rank", "cu.vasp", "--checkpoint", str(tiny_checkpoint), "-o", "out", *few)
     with locked(tmp_path / "out", "magus-anharmonic rank"):
         before = contents(tmp_path)
         code, said = invoke(tmp_path, *arguments, command=[])
         assert contents(tmp_path) == before
-    assert code == 2 and f"out: another process works here: magus-anharmonic rank, process {os.getpid()} on" in one_line(said)
+    assert (
+        code == 2
+        and f"out: another process works here: magus-anharmonic rank, process {os.getpid()} on"
+        in one_line(said)
+    )
     assert "(0 min)" in one_line(said) and not (tmp_path / "out").exists()
     code, said = invoke(tmp_path, *arguments, command=[])
-    assert code == 1 and "one atom has no vibrations" in said, "the work was done, and came to no free energy"
+    assert code == 1 and "one atom has no vibrations" in said, (
+        "the work was done, and came to no free energy"
+    )
     assert (tmp_path / "out/ranking.csv").is_file() and not list(tmp_path.rglob("*lock*")), said
 
 
-def test_a_second_training_of_a_checkpoint_is_refused_and_another_beside_it_is_not(tmp_path: Path) -> None:
+def test_a_second_training_of_a_checkpoint_is_refused_and_another_beside_it_is_not(
+    tmp_path: Path,
+) -> None:
     """Trainings of several checkpoints in one folder have no file in common."""
     frames = []
     for seed in range(4):
         atoms = bulk("Cu", cubic=True)
         atoms.rattle(0.1, seed=seed)
-        frames.append(labelled(atoms, Label(atoms, -14.0, None, np.full((4, 3), 0.1), np.zeros((3, 3)), "hash", 1.0)))
+        frames.append(
+            labelled(
+                atoms,
+                Label(atoms, -14.0, None, np.full((4, 3), 0.1), np.zeros((3, 3)), "hash", 1.0),
+            )
+        )
     write(tmp_path / "labels.extxyz", frames)
-    recipe = {"architecture": {"num_blocks": 1, "units": 8}, "stages": [{"epochs": 1, "batch_size": 4}], "split": [1, 0, 0]}
+    recipe = {
+        "architecture": {"num_blocks": 1, "units": 8},
+        "stages": [{"epochs": 1, "batch_size": 4}],
+        "split": [1, 0, 0],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ("train", "labels.extxyz", "--recipe", "recipe.yaml", "--device", "cpu", "-o")
     with locked(tmp_path, "magus-anharmonic train", "a.lock.json"):
         before = contents(tmp_path)
         code, said = invoke(tmp_path, *arguments, "a.pth", command=[])
         assert contents(tmp_path) == before
-        assert code == 2 and f"a.*: another process writes these files: magus-anharmonic train, process {os.getpid()} on" in one_line(said)
+        assert (
+            code == 2
+            and f"a.*: another process writes these files: magus-anharmonic train, process {os.getpid()} on"
+            in one_line(said)
+        )
         assert "(0 min)" in one_line(said)
         code, said = invoke(tmp_path, *arguments, "b.pth", command=[])
         assert code == 0 and (tmp_path / "b.pth").is_file(), said
@@ -656,10 +844,19 @@ def test_a_second_errors_hessian_or_phase_diagram_in_the_folder_is_refused_and_t
     (tmp_path / "dft.yaml").write_text("calculator: ase.calculators.emt.EMT\n")
     with locked(tmp_path / "out", f"magus-anharmonic {arguments[0]}"):
         before = contents(tmp_path)
-        code, said = invoke(tmp_path, *arguments, "--checkpoint", str(tiny_checkpoint), "-o", "out", command=[])
+        code, said = invoke(
+            tmp_path, *arguments, "--checkpoint", str(tiny_checkpoint), "-o", "out", command=[]
+        )
         assert contents(tmp_path) == before
-    assert code == 2 and f"out: another process works here: magus-anharmonic {arguments[0]}, process {os.getpid()} on" in one_line(said)
-    assert len([line for line in said.splitlines() if "another process" in line]) == 1 and "Traceback" not in said
+    assert (
+        code == 2
+        and f"out: another process works here: magus-anharmonic {arguments[0]}, process {os.getpid()} on"
+        in one_line(said)
+    )
+    assert (
+        len([line for line in said.splitlines() if "another process" in line]) == 1
+        and "Traceback" not in said
+    )
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -670,7 +867,9 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_goes_backwards_changes_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     moments = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(moments)))
     run(SETTINGS, tmp_path)
@@ -682,7 +881,11 @@ def test_a_model_that_was_replaced_meanwhile_is_refused(copy: Path) -> None:
     record = json.loads(file.read_text())
     write_json(file, {**record, "model": "0123456789ab"})
     with pytest.raises(
-        InputError, match=r"holds the model emt-[0-9a-f]{12}, but the search went on with 0123456789ab: the file was replaced"
+        InputError,
+        match=(
+            r"holds the model emt-[0-9a-f]{12}, but the search went on with 0123456789ab: the file"
+            r" was replaced"
+        ),
     ):
         run(SETTINGS, copy, restart=True)
 
@@ -724,20 +927,32 @@ def test_a_checkpoint_replaced_under_a_running_search_changes_nothing_and_a_rest
         logger.setLevel(level)
     assert handler.replaced
     assert results(tmp_path / "replaced") == results(tmp_path / "undisturbed")
-    with pytest.raises(InputError, match=r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: the file was replaced"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"holds the model [0-9a-f]{12}, but the search went on with [0-9a-f]{12}: the file was"
+            r" replaced"
+        ),
+    ):
         run(settings["replaced"], tmp_path / "replaced", restart=True)
 
 
 @pytest.mark.parametrize("path", ["../../etc/model.pth", "a/../../b", ".."])
 def test_a_relative_path_cannot_leave_the_project_folder(path: str) -> None:
     with pytest.raises(InputError, match="leaves the project folder"):
-        _ = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": path}})
-    inside = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "models/../m.pth"}})
-    absolute = parse_settings({**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "/srv/m.pth"}})
+        _ = parse_settings(
+            {**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": path}}
+        )
+    inside = parse_settings(
+        {**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "models/../m.pth"}}
+    )
+    absolute = parse_settings(
+        {**INPUT, "MainCalculator": {"calculator": "mattersim", "checkpoint": "/srv/m.pth"}}
+    )
     assert inside.calculator is not None and absolute.calculator is not None
 
 
-# --- labelers -------------------------------------------------------------------------------------------------------------
+# --- labelers -------------------------------------------------------------------------------------
 
 WAYS = {
     2: ("segfault", "SIGSEGV"),
@@ -751,16 +966,24 @@ WAYS = {
 
 
 def chain(n: int) -> Atoms:
-    atoms = Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+    atoms = Atoms(
+        f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True
+    )
     atoms.info = {"id": f"g1-{n}", "generation": 1, "parent": "p", "distortion_seed": f"1-{n}"}
     return atoms
 
 
 def test_every_fault_of_a_labeler_is_in_the_record_of_failures_once(tmp_path: Path) -> None:
-    """Also when a restarted round meets it again; the labels that could be made are there, each of its own structure."""
+    """Also when a restarted round meets it again; the labels that could be made are there, each of
+    its own structure."""
     assert Misbehaving.implemented_properties
     behaviour = {str(n): how for n, (how, _) in WAYS.items()}
-    settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour}, n_workers=1, timeout=3.0)
+    settings = LabelerSettings(
+        calculator="misbehaving.Misbehaving",
+        arguments={"behaviour": behaviour},
+        n_workers=1,
+        timeout=3.0,
+    )
     planned = [chain(n) for n in range(1, 10)]
     for _ in range(2):
         store = LabelStore(tmp_path / "labels")
@@ -770,7 +993,9 @@ def test_every_fault_of_a_labeler_is_in_the_record_of_failures_once(tmp_path: Pa
     assert len(read_failures(tmp_path)) == len(reasons) == len(WAYS)
     for n, (_, words) in WAYS.items():
         assert words in reasons[f"g1-{n}"]
-    made = {atoms.info["id"]: (len(atoms), atoms.get_potential_energy()) for atoms in store.labels()}
+    made = {
+        atoms.info["id"]: (len(atoms), atoms.get_potential_energy()) for atoms in store.labels()
+    }
     assert made == {"g1-1": (1, 1.0), "g1-9": (9, 9.0)}
 
 

@@ -1,4 +1,5 @@
-"""Names of files that stand for any text; texts of any origin as one line; full disks, and the rights of a new file."""
+"""Names of files that stand for any text; texts of any origin as one line; full disks, and the
+rights of a new file."""
 
 from __future__ import annotations
 
@@ -16,17 +17,63 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magus_anharmonic.analysis import style, tables
-from magus_anharmonic.campaign.steps import place
+from magus_anharmonic.campaign.steps import phase_folder
 from magus_anharmonic.errors import one_line, reason_of, typed_line
-from magus_anharmonic.files import append_jsonl, digest, replacing, safe_name, write_json, write_text
+from magus_anharmonic.files import (
+    append_jsonl,
+    digest,
+    replacing,
+    safe_name,
+    write_json,
+    write_text,
+)
 from magus_anharmonic.phase_diagram.grid import point_folder
 from magus_anharmonic.units import time_left
 
 NASTY = [
-    "α", "β", "C2/c", "C2_c", "..", ".", "", " ", "$\\frac$", "a" * 300, "a" * 301, "alpha", "Alpha", "ALPHA", "im-3m", "Im-3m", "IM-3M",
-    "é", "e\u0301", "ı", "i", "I", "con", "CON", "nul.csv", "/etc/passwd", "..\\x", "a\nb", "a\x00b", "-rf", "~", "natural", "H=2.014",
-    "C2_c-" + "0" * 12, "name.", "name", "K", "K", "ß", "ss", "P2_1/c", "P2_1_c",
-]  # fmt: skip
+    "α",
+    "β",
+    "C2/c",
+    "C2_c",
+    "..",
+    ".",
+    "",
+    " ",
+    "$\\frac$",
+    "a" * 300,
+    "a" * 301,
+    "alpha",
+    "Alpha",
+    "ALPHA",
+    "im-3m",
+    "Im-3m",
+    "IM-3M",
+    "é",
+    "e\u0301",
+    "ı",
+    "i",
+    "I",
+    "con",
+    "CON",
+    "nul.csv",
+    "/etc/passwd",
+    "..\\x",
+    "a\nb",
+    "a\x00b",
+    "-rf",
+    "~",
+    "natural",
+    "H=2.014",
+    "C2_c-" + "0" * 12,
+    "name.",
+    "name",
+    "K",
+    "K",
+    "ß",
+    "ss",
+    "P2_1/c",
+    "P2_1_c",
+]
 
 
 def folded(name: str) -> str:
@@ -38,11 +85,14 @@ def test_names_of_nasty_texts_are_safe_and_differ_on_every_file_system() -> None
     texts = [*NASTY, *(safe_name(text) for text in NASTY if safe_name(text) != text)]
     names = [safe_name(text) for text in texts]
     for name in names:
-        assert re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name) and name[0] not in ".-" and name[-1] != "."
+        assert (
+            re.fullmatch(r"[A-Za-z0-9_.+-]{1,64}", name) and name[0] not in ".-" and name[-1] != "."
+        )
     assert len({folded(name) for name in names}) == len(set(texts))
-    assert [safe_name(text) for text in ("Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f")] == [
-        "Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f",
-    ]  # fmt: skip
+    assert [
+        safe_name(text)
+        for text in ("Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f")
+    ] == ["Im-3m", "R3m", "Cmcm", "T1u", "natural", "foundation", "0a1b2c3d4e5f"]
 
 
 def test_several_texts_have_one_name_for_each_way_to_share_out_the_dashes() -> None:
@@ -59,14 +109,17 @@ def test_two_texts_have_two_names(one: str, other: str) -> None:
 
 def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path: Path) -> None:
     for make in (
-        lambda name: tmp_path / place(name, 100.0),
+        lambda name: tmp_path / phase_folder(name, 100.0),
         lambda name: tmp_path / tables.dispersion_file(name, 100.0),
         lambda name: point_folder(tmp_path, name, "natural", 100.0, 0.0),
         lambda name: point_folder(tmp_path, "Im-3m", name, 100.0, 0.0),
     ):
         paths = [make(name) for name in NASTY]
         assert len({folded(str(path)) for path in paths}) == len(set(NASTY))
-        assert all(path.resolve().is_relative_to(tmp_path.resolve()) and path.resolve() != tmp_path for path in paths)
+        assert all(
+            path.resolve().is_relative_to(tmp_path.resolve()) and path.resolve() != tmp_path
+            for path in paths
+        )
 
 
 @pytest.mark.parametrize("name", ["$\\frac$", "$x", "a$b$c", "100 % {x}", "\\"])
@@ -109,7 +162,8 @@ def test_the_time_left_is_that_of_the_pace_so_far(arguments, text) -> None:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file may grow above a kilobyte: the system says so when bytes are written, without a name, as it does on a full disk."""
+    """No file may grow above a kilobyte: the system says so when bytes are written, without a name,
+    as it does on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     yield
@@ -131,7 +185,9 @@ def _copied(file: Path) -> None:
         _copied,
     ],
 )
-def test_a_disk_without_room_is_told_with_the_file_that_was_written(tmp_path: Path, write: Callable[[Path], None], request) -> None:
+def test_a_disk_without_room_is_told_with_the_file_that_was_written(
+    tmp_path: Path, write: Callable[[Path], None], request
+) -> None:
     (tmp_path / "source").write_text("x" * 5000)
     request.getfixturevalue("small_files")
     with pytest.raises(OSError) as caught:
@@ -159,6 +215,10 @@ def test_the_umask_says_who_may_read_a_new_file(tmp_path: Path, umask: int) -> N
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
-def test_twelve_digits_of_a_text_its_bytes_and_a_file_that_holds_them_are_those_of_sha_256(tmp_path: Path) -> None:
+def test_twelve_digits_of_a_text_its_bytes_and_a_file_that_holds_them_are_those_of_sha_256(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "file").write_text("abc")
-    assert digest("abc") == digest(b"abc") == digest(tmp_path / "file") == "ba7816bf8f01"  # FIPS 180-2, appendix B.1
+    assert (
+        digest("abc") == digest(b"abc") == digest(tmp_path / "file") == "ba7816bf8f01"
+    )  # FIPS 180-2, appendix B.1

@@ -1,4 +1,5 @@
-"""Training: the same steps as stock MatterSim, never a worse model than before, reproducible, restartable."""
+"""Training: the same steps as stock MatterSim, never a worse model than before, reproducible,
+restartable."""
 
 from __future__ import annotations
 
@@ -19,8 +20,22 @@ from magus_anharmonic.potential import checkpoint, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
-from magus_anharmonic.potential.labelled import LabelledGraphs, mean_loss, score, scores_by, split_by_parent, torch_loss
-from magus_anharmonic.potential.train import TrainRecipe, load_recipe, read_labels, refit_shift, train_command, train_file
+from magus_anharmonic.potential.labelled import (
+    LabelledGraphs,
+    mean_loss,
+    score,
+    scores_by,
+    split_by_parent,
+    torch_loss,
+)
+from magus_anharmonic.potential.train import (
+    TrainRecipe,
+    load_recipe,
+    read_labels,
+    refit_shift,
+    train_command,
+    train_file,
+)
 from magus_anharmonic.potential.trainer import Trainer
 from magus_anharmonic.settings import LearningSettings, parse
 
@@ -39,26 +54,39 @@ def random_model(seed: int) -> torch.nn.Module:
 def rattled_h3s(rng: np.random.Generator, n_sulfur: int = 1) -> Atoms:
     half = rng.uniform(1.5, 1.6)
     cell = half * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    atoms = Atoms("SH3" if n_sulfur == 1 else "S2H2", positions=np.vstack([np.zeros(3), half * np.eye(3)]), cell=cell, pbc=True)
+    atoms = Atoms(
+        "SH3" if n_sulfur == 1 else "S2H2",
+        positions=np.vstack([np.zeros(3), half * np.eye(3)]),
+        cell=cell,
+        pbc=True,
+    )
     atoms.positions += 0.08 * rng.normal(size=(4, 3))
     return atoms
 
 
-def with_labels(structures: list[Atoms], module: torch.nn.Module, offset: dict[str, float] | None = None) -> list[Atoms]:
+def with_labels(
+    structures: list[Atoms], module: torch.nn.Module, offset: dict[str, float] | None = None
+) -> list[Atoms]:
     """Labels by ``module``; ``offset``: a constant in eV per atom of a species."""
     found = Potential(module).evaluate(structures)
     for index, atoms in enumerate(structures):
         constant = sum((offset or {}).get(symbol, 0.0) for symbol in atoms.symbols)
         energy = found.energy[index] + constant
-        atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=found.forces[index], stress=found.stress[index])
-        atoms.info.update(id=f"s{index}", parent=f"p{index // 2}", kind="even" if index % 2 == 0 else "odd")
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=energy, forces=found.forces[index], stress=found.stress[index]
+        )
+        atoms.info.update(
+            id=f"s{index}", parent=f"p{index // 2}", kind="even" if index % 2 == 0 else "odd"
+        )
     return structures
 
 
 @pytest.fixture(scope="module")
 def labelled() -> list[Atoms]:
     rng = np.random.default_rng(1)
-    return with_labels([rattled_h3s(rng) for _ in range(12)], random_model(7), {"H": -0.5, "S": -0.5})
+    return with_labels(
+        [rattled_h3s(rng) for _ in range(12)], random_model(7), {"H": -0.5, "S": -0.5}
+    )
 
 
 @pytest.fixture
@@ -80,20 +108,40 @@ def student() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
-def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_set: list[Atoms], validation_set: list[Atoms]) -> None:
-    """Loss of each of twenty steps (five passes; ratios so large that gradients are clipped) and the loss of the averaged weights."""
+def test_steps_equal_stock_mattersim(
+    loss: str, student: torch.nn.Module, train_set: list[Atoms], validation_set: list[Atoms]
+) -> None:
+    """Loss of each of twenty steps (five passes; ratios so large that gradients are clipped) and
+    the loss of the averaged weights."""
     from mattersim.datasets.utils.build import build_dataloader
     from mattersim.forcefield.potential import Potential as Stock
 
-    settings = FinetuneSettings(epochs=2, learning_rate=1e-3, batch_size=2, loss=loss, force_loss_ratio=50.0, stress_loss_ratio=5.0)
+    settings = FinetuneSettings(
+        epochs=2,
+        learning_rate=1e-3,
+        batch_size=2,
+        loss=loss,
+        force_loss_ratio=50.0,
+        stress_loss_ratio=5.0,
+    )
     stock = Stock(copy.deepcopy(student), device="cpu", lr=1e-3)
 
     def stock_losses(structures: list[Atoms], mode: str) -> list[float]:
         stresses = [atoms.get_stress(voigt=False) / GPa for atoms in structures]
-        energies, forces = [atoms.get_potential_energy() for atoms in structures], [atoms.get_forces() for atoms in structures]
-        loader = build_dataloader(structures, energies, forces, stresses, batch_size=2, shuffle=False)
+        energies, forces = (
+            [atoms.get_potential_energy() for atoms in structures],
+            [atoms.get_forces() for atoms in structures],
+        )
+        loader = build_dataloader(
+            structures, energies, forces, stresses, batch_size=2, shuffle=False
+        )
         function = torch_loss(loss)
-        return [stock.train_one_epoch([batch], 0, function, True, True, True, 50.0, 5.0, None, mode=mode, log=False)[0] for batch in loader]
+        return [
+            stock.train_one_epoch(
+                [batch], 0, function, True, True, True, 50.0, 5.0, None, mode=mode, log=False
+            )[0]
+            for batch in loader
+        ]
 
     expected = [value for _ in range(5) for value in stock_losses(train_set, "train")]
     trainer, data = Trainer(student, settings), LabelledGraphs(train_set, student)
@@ -108,7 +156,9 @@ def test_steps_equal_stock_mattersim(loss: str, student: torch.nn.Module, train_
 
 def test_schedules(student: torch.nn.Module) -> None:
     step = Trainer(copy.deepcopy(student), FinetuneSettings(epochs=20, learning_rate=1e-2))
-    cosine = Trainer(copy.deepcopy(student), FinetuneSettings(epochs=20, learning_rate=1e-2, schedule="cosine"))
+    cosine = Trainer(
+        copy.deepcopy(student), FinetuneSettings(epochs=20, learning_rate=1e-2, schedule="cosine")
+    )
     for trainer in (step, cosine):
         trainer.optimizer.step()
         for _ in range(20):
@@ -120,14 +170,18 @@ def test_schedules(student: torch.nn.Module) -> None:
 def test_numpy_loss_is_torchs() -> None:
     residual = np.random.default_rng(0).normal(scale=0.02, size=(7, 3))
     for name in ("mse", "huber"):
-        expected = torch_loss(name)(torch.as_tensor(residual), torch.zeros(7, 3, dtype=torch.float64))
+        expected = torch_loss(name)(
+            torch.as_tensor(residual), torch.zeros(7, 3, dtype=torch.float64)
+        )
         assert mean_loss(name, residual) == pytest.approx(float(expected), rel=1e-12)
 
 
 # --- what is kept --------------------------------------------------------------------------------
 
 
-def test_training_lowers_the_validation_loss_and_the_file_holds_that_model(tmp_path, student, train_set, validation_set) -> None:
+def test_training_lowers_the_validation_loss_and_the_file_holds_that_model(
+    tmp_path, student, train_set, validation_set
+) -> None:
     before = checkpoint.model_id(student)
     result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
     assert result.improved and result.after.loss < 0.9 * result.before.loss
@@ -150,7 +204,9 @@ def test_a_model_that_is_already_right_is_kept(tmp_path) -> None:
     assert load(tmp_path / "new.pth", "cpu").model_id == result.parent_id
 
 
-def test_a_divergent_training_ends_and_keeps_the_model(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+def test_a_divergent_training_ends_and_keeps_the_model(
+    tmp_path, student, train_set, validation_set, monkeypatch
+) -> None:
     monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
     result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
     assert not result.improved and "not finite in epoch 1" in result.stopped
@@ -162,49 +218,79 @@ def test_the_last_model_is_kept_where_the_settings_say_so(tmp_path) -> None:
     teacher = random_model(7)
     labels = with_labels([rattled_h3s(np.random.default_rng(4)) for _ in range(6)], teacher)
     best, last = (
-        finetune(teacher, labels[:4], labels[4:], FAST.model_copy(update={"keep": keep}), out=tmp_path / f"{keep}.pth", seed=0)
+        finetune(
+            teacher,
+            labels[:4],
+            labels[4:],
+            FAST.model_copy(update={"keep": keep}),
+            out=tmp_path / f"{keep}.pth",
+            seed=0,
+        )
         for keep in ("best", "last")
     )
     assert best.best_epoch == 0 and best.model_id == checkpoint.model_id(teacher)
-    assert last.best_epoch == 3 and last.model_id != best.model_id and last.after == last.history[3].validation
+    assert (
+        last.best_epoch == 3
+        and last.model_id != best.model_id
+        and last.after == last.history[3].validation
+    )
 
 
 def test_early_stopping(tmp_path) -> None:
     teacher = random_model(5)
     labelled = with_labels([rattled_h3s(np.random.default_rng(3)) for _ in range(3)], teacher)
     settings = FinetuneSettings(epochs=50, learning_rate=0.05, patience=2)
-    result = finetune(teacher, labelled[:2], labelled[2:], settings, out=tmp_path / "new.pth", seed=0)
+    result = finetune(
+        teacher, labelled[:2], labelled[2:], settings, out=tmp_path / "new.pth", seed=0
+    )
     assert "no improvement in 2 epochs" in result.stopped and len(result.history) == 3
 
 
 def test_scale_and_shift_stay(tmp_path, student, train_set, validation_set) -> None:
     result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
     for name in ("scale", "shift"):
-        assert torch.equal(getattr(result.module.normalizer, name), getattr(student.normalizer, name))
+        assert torch.equal(
+            getattr(result.module.normalizer, name), getattr(student.normalizer, name)
+        )
 
 
-def test_a_checkpoint_that_stock_mattersim_trained_to_epoch_99_is_trained_again(tmp_path, student, train_set, validation_set) -> None:
+def test_a_checkpoint_that_stock_mattersim_trained_to_epoch_99_is_trained_again(
+    tmp_path, student, train_set, validation_set
+) -> None:
     from mattersim.forcefield.potential import Potential as Stock
 
     Stock(student, device="cpu", last_epoch=99).save(str(tmp_path / "stock.pth"))
-    result = finetune(tmp_path / "stock.pth", train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0, device="cpu")
+    result = finetune(
+        tmp_path / "stock.pth",
+        train_set,
+        validation_set,
+        FAST,
+        out=tmp_path / "new.pth",
+        seed=0,
+        device="cpu",
+    )
     assert [epoch.epoch for epoch in result.history] == [0, 1, 2, 3] and result.improved
     stock = Stock.from_checkpoint(str(result.path), device="cpu")
     assert checkpoint.model_id(stock.model) == result.model_id
 
 
 def test_learning_settings_are_enough(tmp_path, student, train_set) -> None:
-    settings = parse(LearningSettings, {"labeler": {"calculator": "gpaw"}, "epochs": 1, "batch_size": 4, "learning_rate": 1e-3})
+    settings = parse(
+        LearningSettings,
+        {"labeler": {"calculator": "gpaw"}, "epochs": 1, "batch_size": 4, "learning_rate": 1e-3},
+    )
     result = finetune(student, train_set, [], settings, out=tmp_path / "new.pth", seed=0)
     assert result.stopped == "all epochs done" and result.n_validation == 8
 
 
-# --- same seed, same model; interrupted, same model ------------------------------------------------
+# --- same seed, same model; interrupted, same model -----------------------------------------------
 
 
 def test_one_seed_one_model(tmp_path, student, train_set, validation_set) -> None:
     ids = [
-        finetune(student, train_set, validation_set, FAST, out=tmp_path / f"{i}.pth", seed=seed).model_id
+        finetune(
+            student, train_set, validation_set, FAST, out=tmp_path / f"{i}.pth", seed=seed
+        ).model_id
         for i, seed in enumerate((4, 4, 5))
     ]
     assert ids[0] == ids[1] != ids[2]
@@ -222,50 +308,96 @@ def interrupt_after(epoch: int):
     return progress
 
 
-def test_weights_say_how_often_a_structure_is_seen(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+def test_weights_say_how_often_a_structure_is_seen(
+    tmp_path, student, train_set, validation_set, monkeypatch
+) -> None:
     passes: list[np.ndarray] = []
     order = _Run._order
-    monkeypatch.setattr(_Run, "_order", lambda self, *arguments: passes.append(order(self, *arguments)) or passes[-1])
+    monkeypatch.setattr(
+        _Run,
+        "_order",
+        lambda self, *arguments: passes.append(order(self, *arguments)) or passes[-1],
+    )
     settings = FAST.model_copy(update={"epochs": 20})
-    finetune(student, train_set, validation_set, settings, out=tmp_path / "a.pth", seed=0, weights=[3.0, 0.5, *[1.0] * 6])
+    finetune(
+        student,
+        train_set,
+        validation_set,
+        settings,
+        out=tmp_path / "a.pth",
+        seed=0,
+        weights=[3.0, 0.5, *[1.0] * 6],
+    )
     counts = np.bincount(np.concatenate(passes), minlength=8)
-    assert len(passes) == 20 and counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
+    assert (
+        len(passes) == 20 and counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
+    )
 
 
 def test_weights_are_part_of_what_is_trained(tmp_path, student, train_set, validation_set) -> None:
     run = {"out": tmp_path / "a.pth", "seed": 0}
     plain = finetune(student, train_set, validation_set, FAST, **run)
     weighted = finetune(student, train_set, validation_set, FAST, weights=[0.5] * 8, **run)
-    assert weighted.model_id != plain.model_id, "a checkpoint trained with other weights must not count as finished"
+    assert weighted.model_id != plain.model_id, (
+        "a checkpoint trained with other weights must not count as finished"
+    )
     with pytest.raises(InputError, match="2 weights for 8 training structures"):
         finetune(student, train_set, validation_set, FAST, weights=[1.0, 1.0], **run)
 
 
-def test_an_interrupted_training_resumes_to_the_same_model(tmp_path, student, train_set, validation_set) -> None:
+def test_an_interrupted_training_resumes_to_the_same_model(
+    tmp_path, student, train_set, validation_set
+) -> None:
     settings = FAST.model_copy(update={"schedule": "cosine"})
-    whole = finetune(student, train_set, validation_set, settings, out=tmp_path / "whole.pth", seed=0)
+    whole = finetune(
+        student, train_set, validation_set, settings, out=tmp_path / "whole.pth", seed=0
+    )
     out = tmp_path / "parts.pth"
     with pytest.raises(Stop):
-        finetune(student, train_set, validation_set, settings, out=out, seed=0, progress=interrupt_after(1))
+        finetune(
+            student,
+            train_set,
+            validation_set,
+            settings,
+            out=out,
+            seed=0,
+            progress=interrupt_after(1),
+        )
     assert (tmp_path / "parts.pth.state").exists() and not out.exists()
     seen: list[int] = []
-    rest = finetune(student, train_set, validation_set, settings, out=out, seed=0, progress=lambda record: seen.append(record.epoch))
+    rest = finetune(
+        student,
+        train_set,
+        validation_set,
+        settings,
+        out=out,
+        seed=0,
+        progress=lambda record: seen.append(record.epoch),
+    )
     assert seen == [2, 3]
     assert rest.model_id == whole.model_id and rest.after == whole.after
 
 
-def test_the_best_before_an_interrupt_is_not_lost(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+def test_the_best_before_an_interrupt_is_not_lost(
+    tmp_path, student, train_set, validation_set, monkeypatch
+) -> None:
     out = tmp_path / "new.pth"
     with pytest.raises(Stop):
-        finetune(student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2))
+        finetune(
+            student, train_set, validation_set, FAST, out=out, seed=0, progress=interrupt_after(2)
+        )
     monkeypatch.setattr(Trainer, "step", lambda self, graph, targets: math.inf)
     result = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
     assert result.best_epoch == 2 and result.improved
-    assert score(load(out, "cpu"), validation_set, FAST).loss == pytest.approx(result.after.loss, rel=1e-4)
+    assert score(load(out, "cpu"), validation_set, FAST).loss == pytest.approx(
+        result.after.loss, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("damage", ["other inputs", "truncated"])
-def test_a_state_that_does_not_fit_is_not_used(tmp_path, student, train_set, validation_set, damage: str) -> None:
+def test_a_state_that_does_not_fit_is_not_used(
+    tmp_path, student, train_set, validation_set, damage: str
+) -> None:
     out, state = tmp_path / "new.pth", tmp_path / "new.pth.state"
     other = FAST.model_copy(update={"learning_rate": 1e-4})
     with pytest.raises(Stop):
@@ -280,7 +412,10 @@ def test_a_state_that_does_not_fit_is_not_used(tmp_path, student, train_set, val
         )
     if damage == "truncated":
         state.write_bytes(state.read_bytes()[:200])
-    assert [epoch.epoch for epoch in finetune(student, train_set, validation_set, FAST, out=out, seed=0).history] == [0, 1, 2, 3]
+    assert [
+        epoch.epoch
+        for epoch in finetune(student, train_set, validation_set, FAST, out=out, seed=0).history
+    ] == [0, 1, 2, 3]
     assert not state.exists()
 
 
@@ -308,13 +443,27 @@ DAMAGES = {
 
 
 @pytest.fixture(scope="module")
-def interrupted(labelled: list[Atoms], tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, str]:
-    """The state file of a training of `random_model(3)` after its first epoch, and the id of what an undisturbed one gives."""
+def interrupted(
+    labelled: list[Atoms], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bytes, str]:
+    """The state file of a training of `random_model(3)` after its first epoch, and the id of what
+    an undisturbed one gives."""
     out = tmp_path_factory.mktemp("interrupted") / "new.pth"
     with pytest.raises(Stop):
-        finetune(random_model(3), labelled[:8], labelled[8:], FAST, out=out, seed=0, progress=interrupt_after(1))
+        finetune(
+            random_model(3),
+            labelled[:8],
+            labelled[8:],
+            FAST,
+            out=out,
+            seed=0,
+            progress=interrupt_after(1),
+        )
     stored = out.with_name("new.pth.state").read_bytes()
-    return stored, finetune(random_model(3), labelled[:8], labelled[8:], FAST, out=out, seed=0).model_id
+    return (
+        stored,
+        finetune(random_model(3), labelled[:8], labelled[8:], FAST, out=out, seed=0).model_id,
+    )
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -327,7 +476,11 @@ def test_a_damaged_state_is_set_aside_whole_and_training_starts_anew(
     torch.save(DAMAGES[damage](torch.load(state, weights_only=True)), state)
     result = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
     assert result.model_id == undisturbed and len(result.history) == 4
-    assert "training starts anew" in caplog.text and (tmp_path / "new.pth.state.damaged").exists() and not state.exists()
+    assert (
+        "training starts anew" in caplog.text
+        and (tmp_path / "new.pth.state.damaged").exists()
+        and not state.exists()
+    )
 
 
 def test_a_state_of_another_version_that_restores_in_part_leaves_the_trainer_as_it_was(
@@ -342,23 +495,40 @@ def test_a_state_of_another_version_that_restores_in_part_leaves_the_trainer_as_
         raise KeyError("a part that the other version does not have")
 
     monkeypatch.setattr(Trainer, "restore", half)
-    assert finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0).model_id == undisturbed
+    assert (
+        finetune(
+            student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0
+        ).model_id
+        == undisturbed
+    )
 
 
-def test_a_finished_checkpoint_that_lacks_its_record_is_trained_anew(tmp_path, student, train_set, validation_set) -> None:
+def test_a_finished_checkpoint_that_lacks_its_record_is_trained_anew(
+    tmp_path, student, train_set, validation_set
+) -> None:
     out = tmp_path / "new.pth"
     first = finetune(student, train_set, validation_set, FAST, out=out, seed=0)
     content = torch.load(out, weights_only=True)
     del content["metrics"]["before"]
     torch.save(content, out)
-    assert finetune(student, train_set, validation_set, FAST, out=out, seed=0).model_id == first.model_id
+    assert (
+        finetune(student, train_set, validation_set, FAST, out=out, seed=0).model_id
+        == first.model_id
+    )
 
 
-def test_settings_may_be_a_mapping_and_wrong_ones_are_refused_before_training(tmp_path, student, train_set, validation_set) -> None:
+def test_settings_may_be_a_mapping_and_wrong_ones_are_refused_before_training(
+    tmp_path, student, train_set, validation_set
+) -> None:
     def run(settings: object) -> FinetuneResult:
-        return finetune(student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0)
+        return finetune(
+            student, train_set, validation_set, settings, out=tmp_path / "new.pth", seed=0
+        )
 
-    assert [epoch.learning_rate for epoch in run({"epochs": 1, "learning_rate": 1e-3}).history] == [1e-3, 1e-3]
+    assert [epoch.learning_rate for epoch in run({"epochs": 1, "learning_rate": 1e-3}).history] == [
+        1e-3,
+        1e-3,
+    ]
     for settings, message in (
         ({"epoch": 1}, "settings.epoch: unknown key; did you mean epochs"),
         ({"epochs": "many"}, "settings.epochs: 'many'"),
@@ -388,11 +558,23 @@ def test_wrong_arguments_are_one_line_before_the_first_epoch(
     given = [sets[name][0] if name in changes else sets[name] for name in sets]
     rest = {name: value for name, value in changes.items() if name not in sets}
     with pytest.raises(InputError, match=message) as error:
-        finetune(student, *given, FAST, **{"out": tmp_path / "new.pth", "seed": 0, **rest, **({"out": tmp_path} if "out" in rest else {})})
+        finetune(
+            student,
+            *given,
+            FAST,
+            **{
+                "out": tmp_path / "new.pth",
+                "seed": 0,
+                **rest,
+                **({"out": tmp_path} if "out" in rest else {}),
+            },
+        )
     assert "\n" not in str(error.value)
 
 
-def test_what_finetune_returns_has_been_compared_with_stock_mattersim(tmp_path, student, train_set, validation_set, monkeypatch) -> None:
+def test_what_finetune_returns_has_been_compared_with_stock_mattersim(
+    tmp_path, student, train_set, validation_set, monkeypatch
+) -> None:
     def differs(potential: Potential) -> None:
         raise MagusAnharmonicError(f"{potential.model_id} differs")
 
@@ -407,18 +589,33 @@ def test_a_finished_training_is_not_repeated(tmp_path, student, train_set, valid
     first = finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0)
     seen: list[int] = []
     again = finetune(
-        student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=0, progress=lambda record: seen.append(record.epoch)
+        student,
+        train_set,
+        validation_set,
+        FAST,
+        out=tmp_path / "new.pth",
+        seed=0,
+        progress=lambda record: seen.append(record.epoch),
     )
     assert not seen and again.as_dict() == first.as_dict() and again.history == first.history
-    finetune(student, train_set, validation_set, FAST, out=tmp_path / "new.pth", seed=1, progress=lambda record: seen.append(record.epoch))
+    finetune(
+        student,
+        train_set,
+        validation_set,
+        FAST,
+        out=tmp_path / "new.pth",
+        seed=1,
+        progress=lambda record: seen.append(record.epoch),
+    )
     assert seen == [1, 2, 3]
 
 
-# --- new models, shift, scores ---------------------------------------------------------------------
+# --- new models, shift, scores --------------------------------------------------------------------
 
 
 def test_scaling_of_a_new_model_is_stock_mattersims(labelled: list[Atoms]) -> None:
-    """One composition leaves the shifts open: the fit of minimum norm, as the pseudo-inverse of the stock code."""
+    """One composition leaves the shifts open: the fit of minimum norm, as the pseudo-inverse of the
+    stock code."""
     from mattersim.forcefield.m3gnet.scaling import AtomScaling
 
     stock = AtomScaling(
@@ -432,7 +629,9 @@ def test_scaling_of_a_new_model_is_stock_mattersims(labelled: list[Atoms]) -> No
     module = from_scratch(labelled, TINY, seed=0)
     torch.testing.assert_close(module.normalizer.shift, stock.shift)
     torch.testing.assert_close(module.normalizer.scale, stock.scale)
-    assert float(module.normalizer.shift[1]) == pytest.approx(3 * float(module.normalizer.shift[16]), rel=1e-4)
+    assert float(module.normalizer.shift[1]) == pytest.approx(
+        3 * float(module.normalizer.shift[16]), rel=1e-4
+    )
 
 
 def test_weights_of_a_new_model_depend_on_the_seed_alone(labelled: list[Atoms]) -> None:
@@ -457,7 +656,9 @@ def test_shift_of_one_composition_is_the_smallest_change() -> None:
     before = module.normalizer.shift.clone()
     labelled = with_labels([rattled_h3s(rng) for _ in range(4)], module, {"H": -1.0, "S": -1.0})
     change = refit_shift(module, labelled)
-    assert change == pytest.approx({"H": -1.2, "S": -0.4}, abs=1e-4)  # 0.75 H + 0.25 S = -1 eV/atom, parallel to (3, 1)
+    assert change == pytest.approx(
+        {"H": -1.2, "S": -0.4}, abs=1e-4
+    )  # 0.75 H + 0.25 S = -1 eV/atom, parallel to (3, 1)
     assert score(Potential(module), labelled).energy_rmse < 1e-4
     assert int((module.normalizer.shift != before).sum()) == 2
 
@@ -474,16 +675,22 @@ def test_scores_of_known_errors() -> None:
     kinds = scores_by(Potential(module), labelled, "kind")
     for kind, sign in (("odd", 1), ("even", 2)):
         found = kinds[kind]
-        assert (found.energy_rmse, found.force_rmse, found.stress_rmse) == pytest.approx((0.02 * sign, 0.3 * sign, 0.5 * sign), rel=1e-4)
+        assert (found.energy_rmse, found.force_rmse, found.stress_rmse) == pytest.approx(
+            (0.02 * sign, 0.3 * sign, 0.5 * sign), rel=1e-4
+        )
         assert found.n == 2
     huber = 0.01 * (0.02 - 0.005) + 0.01 * (0.3 - 0.005) + 0.1 * 0.01 * (0.5 - 0.005)
     assert kinds["odd"].loss == pytest.approx(huber, rel=1e-4)
     everything = score(Potential(module), labelled)
-    assert everything.n == 4 and everything.force_rmse == pytest.approx(0.3 * math.sqrt(2.5), rel=1e-4)
+    assert everything.n == 4 and everything.force_rmse == pytest.approx(
+        0.3 * math.sqrt(2.5), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("problem", ["no calculator", "no stress", "nan"])
-def test_a_missing_or_broken_label_names_the_structure(tmp_path, student, labelled, problem: str) -> None:
+def test_a_missing_or_broken_label_names_the_structure(
+    tmp_path, student, labelled, problem: str
+) -> None:
     bad = labelled[0].copy()
     results = {"energy": -1.0, "forces": np.zeros((4, 3)), "stress": np.zeros(6)}
     if problem == "no stress":
@@ -514,7 +721,7 @@ def test_split_keeps_families_together_and_does_not_move_when_the_set_grows() ->
     ]
 
 
-# --- recipes -----------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 RECIPE = """
 architecture: {num_blocks: 1, units: 8}
@@ -534,13 +741,17 @@ def label_file(tmp_path, labelled):
 
 def test_labels_survive_the_file(label_file, labelled) -> None:
     for found, expected in zip(read_labels(label_file), labelled, strict=True):
-        assert found.get_potential_energy() == pytest.approx(expected.get_potential_energy(), abs=1e-6)
+        assert found.get_potential_energy() == pytest.approx(
+            expected.get_potential_energy(), abs=1e-6
+        )
         np.testing.assert_allclose(found.get_stress(), expected.get_stress(), atol=1e-8)
 
 
 def test_recipe_to_checkpoint_and_report(tmp_path, label_file) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    text = train_command([label_file], tmp_path / "h3s.pth", recipe=tmp_path / "recipe.yaml", device="cpu")
+    text = train_command(
+        [label_file], tmp_path / "h3s.pth", recipe=tmp_path / "recipe.yaml", device="cpu"
+    )
     potential = load(tmp_path / "h3s.pth", "cpu")
     assert potential.model_id in text and potential.species_seen == {1, 16}
     report = json.loads((tmp_path / "h3s.json").read_text())
@@ -551,21 +762,35 @@ def test_recipe_to_checkpoint_and_report(tmp_path, label_file) -> None:
     for part, structures in (("train", train), ("validation", validation), ("test", test)):
         found = report["scores"][part]["all"]
         assert found["n"] == len(structures) > 0
-        assert found["force_rmse"] == pytest.approx(score(potential, structures).force_rmse, rel=1e-4)
-    assert {file.name for file in tmp_path.iterdir()} == {"labels.extxyz", "recipe.yaml", "h3s.pth", "h3s.json"}
+        assert found["force_rmse"] == pytest.approx(
+            score(potential, structures).force_rmse, rel=1e-4
+        )
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "labels.extxyz",
+        "recipe.yaml",
+        "h3s.pth",
+        "h3s.json",
+    }
     from mattersim.forcefield.potential import Potential as Stock
 
-    assert checkpoint.model_id(Stock.from_checkpoint(str(tmp_path / "h3s.pth"), device="cpu").model) == potential.model_id
+    assert (
+        checkpoint.model_id(Stock.from_checkpoint(str(tmp_path / "h3s.pth"), device="cpu").model)
+        == potential.model_id
+    )
 
 
-def test_finetuning_a_file_refits_the_shift_and_never_ends_worse(tmp_path, label_file, student, labelled) -> None:
+def test_finetuning_a_file_refits_the_shift_and_never_ends_worse(
+    tmp_path, label_file, student, labelled
+) -> None:
     checkpoint.save(student, tmp_path / "start.pth", species={16})
     recipe = TrainRecipe(checkpoint=str(tmp_path / "start.pth"), split=(1, 0, 0), stages=[FAST])
     report = train_file([label_file], tmp_path / "new.pth", recipe, device="cpu")
     assert report.shift_change["H"] == pytest.approx(3 * report.shift_change["S"], rel=1e-3)
     shifted = copy.deepcopy(student)
     refit_shift(shifted, labelled)
-    assert report.stages[0].before.loss == pytest.approx(score(Potential(shifted), labelled).loss, rel=1e-4)
+    assert report.stages[0].before.loss == pytest.approx(
+        score(Potential(shifted), labelled).loss, rel=1e-4
+    )
     assert report.scores["train"]["all"].loss <= report.stages[0].before.loss
     assert load(tmp_path / "new.pth", "cpu").species_seen == {1, 16}
 
@@ -589,8 +814,12 @@ def test_wrong_recipes_are_explained(tmp_path, text: str, message: str) -> None:
 def test_the_weights_of_a_recipe_go_by_kind(tmp_path, label_file) -> None:
     recipe = TrainRecipe(architecture=TINY, stages=[FAST], weights={"even": 2.0})
     assert train_file([label_file], tmp_path / "a.pth", recipe).stages[0].improved
-    with pytest.raises(InputError, match=r"weights: no training label is of the kind evan \(there are even, odd\)"):
-        train_file([label_file], tmp_path / "b.pth", recipe.model_copy(update={"weights": {"evan": 2.0}}))
+    with pytest.raises(
+        InputError, match=r"weights: no training label is of the kind evan \(there are even, odd\)"
+    ):
+        train_file(
+            [label_file], tmp_path / "b.pth", recipe.model_copy(update={"weights": {"evan": 2.0}})
+        )
 
 
 def test_files_of_a_recipe_are_beside_it(tmp_path, label_file) -> None:

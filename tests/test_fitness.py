@@ -31,14 +31,19 @@ INFO = st.fixed_dictionaries(
         "enthalpy": ENERGY | ANYTHING,
         "gibbs": ENERGY | ANYTHING,
         "gibbs_error": st.floats(0, 1) | ANYTHING,
-        "status": st.sampled_from(["sscha", "unconverged", "estimated", "static", "failed", "saddle"]) | ANYTHING,
+        "status": st.sampled_from(
+            ["sscha", "unconverged", "estimated", "static", "failed", "saddle"]
+        )
+        | ANYTHING,
         "gibbs_model": MODELS,
         "model": MODELS,
     },
 )
 
 
-def computed(enthalpy: float, gibbs: float, model: str = "m", of: str = "m", status: str = "sscha") -> dict:
+def computed(
+    enthalpy: float, gibbs: float, model: str = "m", of: str = "m", status: str = "sscha"
+) -> dict:
     return {
         "enthalpy": enthalpy,
         "model": model,
@@ -62,9 +67,15 @@ def test_fitness_is_a_finite_float_for_every_population(infos: list[dict]) -> No
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=6), st.lists(st.floats(-10, 10), max_size=6))
-def test_order_of_computed_and_estimated(done: list[tuple[float, float]], others: list[float]) -> None:
-    """Computed ones by G; estimated ones by enthalpy, strictly, and none above the best computed one."""
+@given(
+    st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=1, max_size=6),
+    st.lists(st.floats(-10, 10), max_size=6),
+)
+def test_order_of_computed_and_estimated(
+    done: list[tuple[float, float]], others: list[float]
+) -> None:
+    """Computed ones by G; estimated ones by enthalpy, strictly, and none above the best computed
+    one."""
     infos = [computed(h, g) for h, g in done] + [plain(h) for h in others]
     values = fitness_values(infos)
     assert values[: len(done)] == [-g for _, g in done]
@@ -76,7 +87,11 @@ def test_order_of_computed_and_estimated(done: list[tuple[float, float]], others
 
 
 def test_without_any_free_energy_the_enthalpy_ranks() -> None:
-    assert fitness_values([plain(-1.0), plain(-2.0), {"enthalpy": np.float32(-3.0)}]) == [1.0, 2.0, 3.0]
+    assert fitness_values([plain(-1.0), plain(-2.0), {"enthalpy": np.float32(-3.0)}]) == [
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
 def test_a_free_energy_of_another_model_is_not_used() -> None:
@@ -96,11 +111,18 @@ def test_an_upper_bound_is_never_best_helps_where_it_is_low_and_harms_nobody() -
     for bound, expected in ((-2.0, 4.85), (-4.86, 4.86), (-9.0, 5.0)):
         values = fitness_values([*done, computed(-5.05, bound, status="unconverged"), plain(-4.9)])
         assert values[3] < max(values[:3]) and values[3] > values[4]
-        assert values[3] == pytest.approx(min(expected, 4.8), abs=1e-9), "the estimate of its enthalpy, never above the best"
+        assert values[3] == pytest.approx(min(expected, 4.8), abs=1e-9), (
+            "the estimate of its enthalpy, never above the best"
+        )
     high = [*done, computed(-4.5, -4.29, status="unconverged")]
     assert fitness_values(high)[3] == pytest.approx(4.3), "above the line: the line counts"
-    assert fitness_values([*done, computed(-4.5, -4.33, status="unconverged")])[3] == pytest.approx(4.33), "below it: the bound"
-    assert fitness_values([computed(-5.0, -4.7, status="unconverged"), plain(-5.1)]) == [5.0, 5.1], "without any result the enthalpies"
+    assert fitness_values([*done, computed(-4.5, -4.33, status="unconverged")])[3] == pytest.approx(
+        4.33
+    ), "below it: the bound"
+    assert fitness_values([computed(-5.0, -4.7, status="unconverged"), plain(-5.1)]) == [
+        5.0,
+        5.1,
+    ], "without any result the enthalpies"
 
 
 def test_a_run_that_failed_counts_as_one_that_was_not_made() -> None:
@@ -108,17 +130,27 @@ def test_a_run_that_failed_counts_as_one_that_was_not_made() -> None:
     for enthalpy in (-5.1, -4.95, -4.0):
         failed = fitness_values([*done, computed(enthalpy, float("nan"), status="failed")])
         assert failed == fitness_values([*done, plain(enthalpy)])
-    assert fitness_values([computed(-5.1, float("nan"), status="failed"), plain(-5.0)]) == [5.1, 5.0], "without any result the enthalpies"
+    assert fitness_values([computed(-5.1, float("nan"), status="failed"), plain(-5.0)]) == [
+        5.1,
+        5.0,
+    ], "without any result the enthalpies"
 
 
 def test_without_an_enthalpy_it_is_below_all_others() -> None:
-    infos = [{**computed(-9.0, float("nan"), status="failed"), "enthalpy": float("nan")}, {"model": "m"}, plain(400.0), computed(1.0, 2.0)]
+    infos = [
+        {**computed(-9.0, float("nan"), status="failed"), "enthalpy": float("nan")},
+        {"model": "m"},
+        plain(400.0),
+        computed(1.0, 2.0),
+    ]
     failed, empty, high, best = fitness_values(infos)
     assert failed == empty < high < best
 
 
 def test_a_failure_with_an_older_model_is_forgotten() -> None:
-    assert fitness_values([computed(-9.0, float("nan"), of="old", status="failed"), plain(-8.0)]) == [9.0, 8.0]
+    assert fitness_values(
+        [computed(-9.0, float("nan"), of="old", status="failed"), plain(-8.0)]
+    ) == [9.0, 8.0]
 
 
 def test_the_line_is_found_and_the_margin_is_two_standard_deviations() -> None:
@@ -137,7 +169,8 @@ def test_with_two_points_the_largest_shift_counts() -> None:
 
 
 def test_points_close_in_enthalpy_do_not_tilt_the_line() -> None:
-    """Three results within 1 meV whose G differ by 40 meV would give a slope of -40: everything high would look best."""
+    """Three results within 1 meV whose G differ by 40 meV would give a slope of -40: everything
+    high would look best."""
     estimate = fit_estimate([-5.0, -4.9995, -4.999], [-4.76, -4.78, -4.8])
     assert estimate.slope == 1.0
     assert estimate(-4.0) > estimate(-5.0)

@@ -1,4 +1,5 @@
-"""Whatever stands in a file that we read, the answer is its content or a documented error: no other exception, and no hang."""
+"""Whatever stands in a file that we read, the answer is its content or a documented error: no other
+exception, and no hang."""
 
 from __future__ import annotations
 
@@ -34,13 +35,18 @@ from magus_anharmonic.lock import read_owner
 from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.ranking.structures import read_structures
-from magus_anharmonic.ranking.uncertainty import draws_of
+from magus_anharmonic.ranking.uncertainty import samples_of
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings
 from magus_anharmonic.sscha.qe_files import state_from_dyn
-from magus_anharmonic.sscha.result import RunFolder, SschaResult, read_population_file, read_progress_file
+from magus_anharmonic.sscha.result import (
+    RunFolder,
+    SschaResult,
+    read_population_file,
+    read_progress_file,
+)
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.status import status
 
@@ -51,16 +57,25 @@ SECONDS = 20
 def copper() -> Atoms:
     atoms = bulk("Cu", cubic=True)
     atoms.rattle(0.05, seed=1)
-    atoms.info = {"id": "g1-a", "generation": 1, "parent": "p", "settings_hash": "abc", "identity": "init1-0", "best_of": 1, "note": "x y"}
+    atoms.info = {
+        "id": "g1-a",
+        "generation": 1,
+        "parent": "p",
+        "settings_hash": "abc",
+        "identity": "init1-0",
+        "best_of": 1,
+        "note": "x y",
+    }
     atoms.calc = SinglePointCalculator(atoms, energy=-1.0, forces=np.ones((4, 3)), stress=np.eye(3))
     return atoms
 
 
 def make_yaml(file: Path) -> None:
     file.write_text(
-        "symbols: [Cu]\nformula: [1]\npressure: 10\nnumGen: 3\nFitness: [SSCHA]\nsscha: {temperature: [0, 300.0], supercell: [2, 2, 2]}\n"
-        "MainCalculator: {calculator: mattersim, checkpoint: a.pth, eps: 1.0e-2}\n"
-        "learning:\n  labeler: {calculator: gpaw, arguments: {xc: PBE}}\n"
+        "symbols: [Cu]\nformula: [1]\npressure: 10\nnumGen: 3\nFitness: [SSCHA]\nsscha:"
+        " {temperature: [0, 300.0], supercell: [2, 2, 2]}\nMainCalculator: {calculator: mattersim,"
+        " checkpoint: a.pth, eps: 1.0e-2}\nlearning:\n  labeler: {calculator: gpaw, arguments: {xc:"
+        " PBE}}\n"
     )
 
 
@@ -74,11 +89,24 @@ def make_traj(file: Path) -> None:
 
 def make_database(file: Path) -> None:
     key = Key("model", 10.0, 0.0, "hash")
-    FreeEnergyStore(file).put(Record("abc", key, bulk("Cu"), "sscha", gibbs=1.0, gibbs_error=0.1, enthalpy=1.0, centroids=bulk("Cu")))
+    FreeEnergyStore(file).put(
+        Record(
+            "abc",
+            key,
+            bulk("Cu"),
+            "sscha",
+            gibbs=1.0,
+            gibbs_error=0.1,
+            enthalpy=1.0,
+            centroids=bulk("Cu"),
+        )
+    )
 
 
 def a_state() -> SschaState:
-    return SschaState(bulk("Cu"), (2, 1, 1), np.array([np.eye(3), -np.eye(3)]).reshape(2, 1, 1, 3, 3), 0.0)
+    return SschaState(
+        bulk("Cu"), (2, 1, 1), np.array([np.eye(3), -np.eye(3)]).reshape(2, 1, 1, 3, 3), 0.0
+    )
 
 
 def make_population(file: Path) -> None:
@@ -87,14 +115,29 @@ def make_population(file: Path) -> None:
     state = a_state()
     folder = RunFolder(file.parent, {"a": 1})
     ensemble = Ensemble(np.zeros((2, 2, 3)), np.zeros(2), np.zeros((2, 2, 3)), np.zeros((2, 3, 3)))
-    arrays = {name: getattr(ensemble, name) for name in ("displacements", "energies", "forces", "stresses")}
+    arrays = {
+        name: getattr(ensemble, name)
+        for name in ("displacements", "energies", "forces", "stresses")
+    }
     folder._write(file.name, state, **arrays)
 
 
 def a_result(folder: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(SschaResult.__dataclass_fields__, 1.0)
-    values |= {"status": "converged", "reason": "", "converged": True, "supercell": (1, 1, 1), "centroids": bulk("Cu")}
-    values |= {"stress": np.eye(3), "stress_error": np.eye(3), "space_group": "x", "space_group_start": "x", "model_id": "m"}
+    values |= {
+        "status": "converged",
+        "reason": "",
+        "converged": True,
+        "supercell": (1, 1, 1),
+        "centroids": bulk("Cu"),
+    }
+    values |= {
+        "stress": np.eye(3),
+        "stress_error": np.eye(3),
+        "space_group": "x",
+        "space_group_start": "x",
+        "model_id": "m",
+    }
     SschaResult(**{**values, "force_constants": np.zeros((1, 1, 3, 3))}).write(folder)
 
 
@@ -103,7 +146,12 @@ def make_result(file: Path) -> None:
 
 
 def make_progress(file: Path) -> None:
-    progress = {"rows": [{"population": 1, "effective_sample": 1.0}], "gibbs": [[-1.0, 0.1]], "n_evaluations": 42, "together": [[1]]}
+    progress = {
+        "rows": [{"population": 1, "effective_sample": 1.0}],
+        "gibbs": [[-1.0, 0.1]],
+        "n_evaluations": 42,
+        "pooled": [[1]],
+    }
     progress |= {
         "cell": [np.eye(2), np.zeros((2, 2, 2, 2))],
         "limited": False,
@@ -113,7 +161,7 @@ def make_progress(file: Path) -> None:
         "moved": False,
         "requests": [None],
     }
-    progress |= {"far": True, "reason": "x"}
+    progress |= {"burn_in": True, "reason": "x"}
     write_json(file, progress)
 
 
@@ -126,7 +174,14 @@ def make_dyn(file: Path) -> None:
 def make_json(file: Path) -> None:
     write_json(
         file,
-        {"version": "0.1.0", "seed": 3, "settings": {"num_gen": 3, "pressure": 1.5}, "earlier_starts": [], "finished": 2, "x": [1, None]},
+        {
+            "version": "0.1.0",
+            "seed": 3,
+            "settings": {"num_gen": 3, "pressure": 1.5},
+            "earlier_starts": [],
+            "finished": 2,
+            "x": [1, None],
+        },
     )
 
 
@@ -142,7 +197,13 @@ def make_lines(file: Path) -> None:
         "reason": "x",
         "id": "g1-a",
     }
-    record |= {"generation": 1, "volume_ratio": 2.0, "new_model": "m", "seconds": 3.0, "digest": "0"}
+    record |= {
+        "generation": 1,
+        "volume_ratio": 2.0,
+        "new_model": "m",
+        "seconds": 3.0,
+        "digest": "0",
+    }
     file.write_text("".join(json.dumps({**record, "generation": n}) + "\n" for n in range(3)))
 
 
@@ -150,12 +211,29 @@ def make_ranking(file: Path) -> None:
     from magus_anharmonic.ranking.candidate import Candidate
     from magus_anharmonic.ranking.table import write_ranking
 
-    write_ranking(file, [Candidate(name, bulk("Cu"), 10.0, 0.0, 1.0, "m", spg_static="Fm-3m (225)") for name in "ab"])
-    file.with_name(SUMS).unlink()  # as a table of before: what the reader makes of it, not that its digest is another
+    write_ranking(
+        file,
+        [
+            Candidate(name, bulk("Cu"), 10.0, 0.0, 1.0, "m", spg_static="Fm-3m (225)")
+            for name in "ab"
+        ],
+    )
+    file.with_name(
+        SUMS
+    ).unlink()  # as a table of before: what the reader makes of it, not that its digest is another
 
 
 def make_lock(file: Path) -> None:
-    owner = {"host": "a", "pid": 1, "machine": "m", "born": 2, "what": "x", "since": "2026-01-01T00:00:00+00:00", "token": "t", "beat": 1}
+    owner = {
+        "host": "a",
+        "pid": 1,
+        "machine": "m",
+        "born": 2,
+        "what": "x",
+        "since": "2026-01-01T00:00:00+00:00",
+        "token": "t",
+        "beat": 1,
+    }
     write_json(file, owner)
 
 
@@ -187,7 +265,16 @@ def make_plan(file: Path) -> None:
 
 
 def make_identity(file: Path) -> None:
-    write_json(file, {"input": {"symbols": ["Cu"], "pressure": 1.5}, "model": "abc", "finished": True, "run": ".", "masses": {"H": 2.0}})
+    write_json(
+        file,
+        {
+            "input": {"symbols": ["Cu"], "pressure": 1.5},
+            "model": "abc",
+            "finished": True,
+            "run": ".",
+            "masses": {"H": 2.0},
+        },
+    )
 
 
 def make_scores(file: Path) -> None:
@@ -201,7 +288,14 @@ def make_source(file: Path) -> None:
 def make_relaxed(file: Path) -> None:
     frames = [copper(), copper()]
     for atoms in frames:
-        atoms.info = {"enthalpy": 1.0, "n_steps": 3, "failed": False, "reason": "x", "kind": "static", "id": "a"}
+        atoms.info = {
+            "enthalpy": 1.0,
+            "n_steps": 3,
+            "failed": False,
+            "reason": "x",
+            "kind": "static",
+            "id": "a",
+        }
     write(file, frames)
 
 
@@ -218,22 +312,47 @@ def statics_of(file: Path) -> None:
 
 READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]]]] = {
     "yaml": ("input.yaml", make_yaml, [load_settings]),
-    "extxyz": ("gen001.xyz", make_xyz, [read_labels, lambda f: LabelStore(f.parent), lambda f: read_dataset(f, "abc"), read_structures]),
+    "extxyz": (
+        "gen001.xyz",
+        make_xyz,
+        [
+            read_labels,
+            lambda f: LabelStore(f.parent),
+            lambda f: read_dataset(f, "abc"),
+            read_structures,
+        ],
+    ),
     "traj": ("good1.traj", make_traj, [read_frames, read_structures]),
     "db": (NAME, make_database, [FreeEnergyStore, read_records]),
     "npz": ("population_001.npz", make_population, [read_population_file, load_arrays]),
     "result.json": ("result.json", make_result, [lambda f: SschaResult.read(f.parent)]),
     "result.npz": ("result.npz", make_result, [lambda f: SschaResult.read(f.parent)]),
-    "progress.json": ("progress.json", make_progress, [read_progress_file, lambda f: draws_of(f.parent)]),
+    "progress.json": (
+        "progress.json",
+        make_progress,
+        [read_progress_file, lambda f: samples_of(f.parent)],
+    ),
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),
-    "jsonl": ("lines.jsonl", make_lines, [read_jsonl, families, lambda f: read_failures(f.parent), search_status]),
+    "jsonl": (
+        "lines.jsonl",
+        make_lines,
+        [read_jsonl, families, lambda f: read_failures(f.parent), search_status],
+    ),
     "plan": ("gen1.xyz", make_plan, [read_plan]),
     "identity.json": ("identity.json", make_identity, [read_identity, masses_of]),
     "run of record": ("run.json", make_identity, [lambda f: run_of_record(f.parent)]),
     "scores": ("errors-cycle1.json", make_scores, [validation_rmse]),
-    "source.json": ("source.json", make_source, [lambda f: claim(f.parent, a_state(), "abc", "EMT")]),
-    "relaxed": ("found.traj", make_relaxed, [lambda f: _read_relaxed(f, 2), lambda f: list(_frames(f))]),
+    "source.json": (
+        "source.json",
+        make_source,
+        [lambda f: claim(f.parent, a_state(), "abc", "EMT")],
+    ),
+    "relaxed": (
+        "found.traj",
+        make_relaxed,
+        [lambda f: _read_relaxed(f, 2), lambda f: list(_frames(f))],
+    ),
     "structures": ("structures.extxyz", make_relaxed, [statics_of]),
     "csv": ("ranking.csv", make_ranking, [read_ranking]),
     "lock": ("lock.json", make_lock, [lambda f: read_owner(f.parent)]),
@@ -255,7 +374,12 @@ def in_time() -> Iterator[None]:
 
 
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]), st.floats(0, 1), st.integers(0, 255), st.binary(max_size=12)),
+    st.tuples(
+        st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]),
+        st.floats(0, 1),
+        st.integers(0, 255),
+        st.binary(max_size=12),
+    ),
     min_size=1,
     max_size=4,
 )
@@ -281,14 +405,26 @@ def damaged(whole: bytes, changes: list[tuple[str, float, int, bytes]]) -> bytes
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("examples", [10, pytest.param(300, marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", READERS)
-def test_a_damaged_file_is_read_or_refused(kind: str, examples: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_file_is_read_or_refused(
+    kind: str, examples: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     name, make, readers = READERS[kind]
     pristine = tmp_path_factory.mktemp(f"fuzz-{kind}")
     make(pristine / name)
-    others = {path.name: path.read_bytes() for path in pristine.iterdir() if path.is_file() and path.name != name}
+    others = {
+        path.name: path.read_bytes()
+        for path in pristine.iterdir()
+        if path.is_file() and path.name != name
+    }
     whole = (pristine / name).read_bytes()
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(changes=CHANGES)
     def holds(changes: list[tuple[str, float, int, bytes]]) -> None:
         for reader in readers:
@@ -329,7 +465,9 @@ def test_no_file_of_ours_can_bring_code_with_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "population_001.npz", energies=np.array([Bomb()], dtype=object))
     torch.save({"model": Bomb()}, tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps(Bomb()))
-    (tmp_path / "input.yaml").write_text(f"a: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'executed'}]\n")
+    (tmp_path / "input.yaml").write_text(
+        f"a: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'executed'}]\n"
+    )
     for read in (
         lambda: load_arrays(tmp_path / "population_001.npz"),
         lambda: load(tmp_path / "a.pth", device="cpu"),

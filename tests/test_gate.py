@@ -1,4 +1,5 @@
-"""The gate: structures that are not what they seem are refused by name, in every command, before any work."""
+"""The gate: structures that are not what they seem are refused by name, in every command, before
+any work."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.gate import check_structure, check_structures, read_structures
+from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.ranking.structures import rank_structures
+from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.structures import primitive, space_group
 
@@ -112,7 +115,11 @@ def broken(how: str) -> Atoms:
     ],
 )
 def test_what_cannot_be_is_refused_by_name_in_files_and_in_python(how, words, tmp_path):
-    for call in (check_structure, lambda atoms: free_energy(atoms, EMT()), lambda atoms: rank(atoms, tmp_path)):
+    for call in (
+        check_structure,
+        lambda atoms: free_energy(atoms, EMT()),
+        lambda atoms: rank(atoms, tmp_path),
+    ):
         with pytest.raises(InputError) as error:
             call(broken(how))
         assert all(word in str(error.value) for word in ["run007", *words]), str(error.value)
@@ -157,8 +164,58 @@ def test_partial_occupancies_are_not_taken_as_full(sites, words, tmp_path):
     assert all(word in str(error.value) for word in ["a.cif", "occupanc", *words]), str(error.value)
 
 
+@pytest.mark.parametrize("unknown", ["?", ".", "'?'"])
+def test_an_occupancy_that_cif_leaves_open_is_full(unknown, tmp_path):
+    """``?`` is unknown and ``.`` the default, which is 1; both were refused as partial."""
+    (tmp_path / "a.cif").write_text(f"{CELL}S1 S 0 0 0 {unknown}\nH1 H 0.5 0.5 0 1\n")
+    assert read_structures(tmp_path / "a.cif")[0].get_chemical_formula() == "HS"
+    (tmp_path / "b.cif").write_text(f"{CELL}S1 S 0 0 0 {unknown}\nH1 H 0.5 0.5 0 0.5\n")
+    with pytest.raises(InputError, match=r"partial occupancies \(H 0.5\)"):
+        read_structures(tmp_path / "b.cif")
+
+
+ISOTOPES = {
+    "a.xyz": '2\nLattice="3 0 0 0 3 0 0 0 3" Properties=species:S:1:pos:R:3\nS 0 0 0\nD 1.5 1.5 1.5\n',
+    "POSCAR": "x\n1.0\n3 0 0\n0 3 0\n0 0 3\nS D\n1 1\nDirect\n0 0 0\n.5 .5 .5\n",
+    "geometry.in": "lattice_vector 3 0 0\nlattice_vector 0 3 0\nlattice_vector 0 0 3\natom 0 0 0 S\natom 1.5 1.5 1.5 D\n",
+    "a.dump": DUMP.format(column="element ", first="S ", second="D "),
+    "a.pwi": "&system\n ibrav=0, nat=2, ntyp=2\n/\nATOMIC_SPECIES\nS 32 S.upf\nD 2 H.upf\nCELL_PARAMETERS angstrom\n3 0 0\n0 3 0\n"
+    "0 0 3\nATOMIC_POSITIONS crystal\nS 0 0 0\nD .5 .5 .5\n",
+}
+
+
+@pytest.mark.parametrize("name", ISOTOPES)
+@pytest.mark.parametrize(("symbol", "mass"), [("D", "2.014"), ("T", "3.016")])
+def test_deuterium_is_said_to_be_hydrogen_of_another_mass(
+    name, symbol, mass, tmp_path, monkeypatch
+):
+    """ASE knows D in CIF alone; elsewhere the user read ``KeyError: 'D'``."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_text(
+        ISOTOPES[name]
+        .replace("D ", f"{symbol} ")
+        .replace("S D", f"S {symbol}")
+        .replace(" D\n", f" {symbol}\n")
+    )
+    readers = [lambda: read_structures(name, format="espresso-in" if name == "a.pwi" else None)]
+    if name == "a.xyz":
+        readers.append(lambda: read_labels(name))
+    if name == "POSCAR":
+        Path("Seeds").mkdir()
+        Path("Seeds/POSCARS_1").write_text(
+            Path(name).read_text().replace("Direct", "Direct configuration= 1")
+        )
+        readers.append(lambda: Archive(tmp_path).read_seeds(1))
+    for read in readers:
+        with pytest.raises(
+            InputError, match=rf"{symbol} is no element but hydrogen of {mass} amu: write H"
+        ):
+            read()
+
+
 def test_atoms_of_two_elements_in_one_place_are_not_one_of_them(tmp_path):
-    """ASE leaves out the second with a warning; one that the symmetry makes anyway is left out rightly."""
+    """ASE leaves out the second with a warning; one that the symmetry makes anyway is left out
+    rightly."""
     columns = CELL.replace("_atom_site_occupancy\n", "")
     (tmp_path / "a.cif").write_text(columns + "S1 S 0 0 0\nSe1 Se 0 0 0\nH1 H 0.5 0 0\n")
     with pytest.raises(InputError, match=r"a\.cif: S and Se are in one place"):
@@ -173,7 +230,9 @@ def test_columns_that_ase_does_not_read_are_not_passed_over(column, tmp_path):
     atoms = bulk("NaCl", "rocksalt", a=5.6)
     atoms.set_array(column, np.array([1.0, 0.5]))
     write(tmp_path / "a.xyz", atoms, format="extxyz")
-    with pytest.raises(InputError, match="occupanc" if "occ" in column.lower() else "not read: call it masses"):
+    with pytest.raises(
+        InputError, match="occupanc" if "occ" in column.lower() else "not read: call it masses"
+    ):
         read_structures(tmp_path / "a.xyz", format="extxyz")
     atoms.set_array(column, atoms.get_masses() if "mass" in column else np.ones(2))
     check_structure(atoms)
@@ -185,7 +244,11 @@ def test_a_cell_or_a_coordinate_of_another_world_is_refused_at_once(length):
     atoms = bulk("NaCl", "rocksalt", a=5.6, cubic=True)
     atoms.positions[3, 0] = length
     cell = np.diag([length, 5.6, 5.6])
-    for wrong in (atoms, Atoms("Na", cell=cell, pbc=True), Atoms("Na", cell=cell @ [[1, 0, 0], [0, 1, 0], [1, 0, 1]], pbc=True)):
+    for wrong in (
+        atoms,
+        Atoms("Na", cell=cell, pbc=True),
+        Atoms("Na", cell=cell @ [[1, 0, 0], [0, 1, 0], [1, 0, 1]], pbc=True),
+    ):
         with pytest.raises(InputError, match="beyond 100000 A"):
             check_structure(wrong)
 
@@ -204,16 +267,24 @@ def test_types_are_no_elements(tmp_path):
         read_structures(tmp_path / "types.dump")
     (tmp_path / "elements.dump").write_text(DUMP.format(column="element ", first="S ", second="H "))
     assert read_structures(tmp_path / "elements.dump")[0].get_chemical_formula() == "HS"
-    data = "LAMMPS data\n\n2 atoms\n2 atom types\n0 3 xlo xhi\n0 3 ylo yhi\n0 3 zlo zhi\n{}\nAtoms # atomic\n\n1 1 0 0 0\n2 2 1.5 1.5 1.5\n"
+    data = (
+        "LAMMPS data\n\n2 atoms\n2 atom types\n0 3 xlo xhi\n0 3 ylo yhi\n0 3 zlo zhi\n{}\nAtoms #"
+        " atomic\n\n1 1 0 0 0\n2 2 1.5 1.5 1.5\n"
+    )
     (tmp_path / "types.data").write_text(data.format(""))
     with pytest.raises(InputError, match="Masses"):
         read_structures(tmp_path / "types.data", format="lammps-data")
     (tmp_path / "masses.data").write_text(data.format("\nMasses\n\n1 32.06\n2 1.008\n"))
-    assert read_structures(tmp_path / "masses.data", format="lammps-data")[0].get_chemical_formula() == "HS"
+    assert (
+        read_structures(tmp_path / "masses.data", format="lammps-data")[0].get_chemical_formula()
+        == "HS"
+    )
 
 
 def labelled(atoms: Atoms) -> Atoms:
-    atoms.calc = SinglePointCalculator(atoms, energy=0.0, forces=np.zeros((len(atoms), 3)), stress=np.zeros(6))
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=0.0, forces=np.zeros((len(atoms), 3)), stress=np.zeros(6)
+    )
     return atoms
 
 
@@ -224,7 +295,18 @@ def labelled(atoms: Atoms) -> Atoms:
         ("rank", "FILE", "--pressure", "1", "-o", "out"),
         ("hessian", "FILE", "--checkpoint", "CHECKPOINT", "-o", "out"),
         ("phase-diagram", "FILE", "--pressure", "1", "--checkpoint", "CHECKPOINT", "-o", "out"),
-        ("errors", "FILE", "--pressure", "1", "--checkpoint", "CHECKPOINT", "--reference", "labeler.yaml", "-o", "out"),
+        (
+            "errors",
+            "FILE",
+            "--pressure",
+            "1",
+            "--checkpoint",
+            "CHECKPOINT",
+            "--reference",
+            "labeler.yaml",
+            "-o",
+            "out",
+        ),
         ("train", "FILE", "--checkpoint", "CHECKPOINT", "-o", "out/new.pth"),
     ],
     ids=lambda command: command[0] if isinstance(command, tuple) else command,
@@ -233,10 +315,16 @@ def test_every_command_refuses_them(command, how, tmp_path, monkeypatch, tiny_ch
     monkeypatch.chdir(tmp_path)
     write("bad.xyz", labelled(broken(how)), format="extxyz")
     Path("labeler.yaml").write_text("labeler: {calculator: ase.calculators.emt.EMT}\n")
-    arguments = [{"FILE": "bad.xyz", "CHECKPOINT": str(tiny_checkpoint)}.get(word, word) for word in command]
+    arguments = [
+        {"FILE": "bad.xyz", "CHECKPOINT": str(tiny_checkpoint)}.get(word, word) for word in command
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2, result.output
-    assert "bad.xyz" in result.output and "run007" in result.output and "Traceback" not in result.output
+    assert (
+        "bad.xyz" in result.output
+        and "run007" in result.output
+        and "Traceback" not in result.output
+    )
     assert "not finite" in result.output or "occupanc" in result.output
 
 

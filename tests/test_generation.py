@@ -1,4 +1,5 @@
-"""After each round of a search: learn, re-evaluate, rank, hand back seeds; the same for MAGUS and the embedded host."""
+"""After each round of a search: learn, re-evaluate, rank, hand back seeds; the same for MAGUS and
+the embedded host."""
 
 from __future__ import annotations
 
@@ -27,12 +28,27 @@ LEARNING = {"labeler": {"calculator": "gpaw"}, "target_rmse": 0.01}
 
 
 def search_settings(pressure: float = 0.0, **keys: Any) -> Settings:
-    base = {"pressure": pressure, "Fitness": ["SSCHA"], "sscha": {}, "numGen": 3, "MainCalculator": {"calculator": "mattersim"}}
+    base = {
+        "pressure": pressure,
+        "Fitness": ["SSCHA"],
+        "sscha": {},
+        "numGen": 3,
+        "MainCalculator": {"calculator": "mattersim"},
+    }
     return parse_settings({**base, **keys})
 
 
-def state_of(folder: Path, keys: Settings, evaluator: Any = None, fake: Any = fakes.shifted, **fields: Any) -> SearchState:
-    values = {"n_generations": keys.num_gen, "learn": False, "free_energy": fake, "workers": 1, "relaxation_steps": 0, **fields}
+def state_of(
+    folder: Path, keys: Settings, evaluator: Any = None, fake: Any = fakes.shifted, **fields: Any
+) -> SearchState:
+    values = {
+        "n_generations": keys.num_gen,
+        "learn": False,
+        "free_energy": fake,
+        "workers": 1,
+        "relaxation_steps": 0,
+        **fields,
+    }
     return SearchState(keys, folder, evaluator or fakes.Emt(), 7, **values)
 
 
@@ -49,7 +65,11 @@ class Deeper(fakes.Emt):
 
     def evaluate(self, structures: list[Atoms]) -> Evaluation:
         found = super().evaluate(structures)
-        return Evaluation(found.energy - self.depth * np.array([len(a) for a in structures]), found.forces, found.stress)
+        return Evaluation(
+            found.energy - self.depth * np.array([len(a) for a in structures]),
+            found.forces,
+            found.stress,
+        )
 
 
 @dataclass
@@ -78,7 +98,7 @@ def teach(monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
-# ---------------------------------------------------------------------------------------------- the round
+# ---------------------------------------------------------------------------------------- the round
 
 
 def test_survivors_carry_numbers_of_the_new_model_alone(tmp_path: Path, teach: Any) -> None:
@@ -96,7 +116,9 @@ def test_survivors_carry_numbers_of_the_new_model_alone(tmp_path: Path, teach: A
     for atoms, old in zip(structures, before, strict=True):
         assert atoms.info["model"] == "learned"
         assert atoms.info["enthalpy"] == pytest.approx(old - 1.0)
-        assert atoms.info["energy"] == pytest.approx((atoms.info["enthalpy"] - 5.0 / 160.21766 * atoms.get_volume()), abs=1e-6)
+        assert atoms.info["energy"] == pytest.approx(
+            (atoms.info["enthalpy"] - 5.0 / 160.21766 * atoms.get_volume()), abs=1e-6
+        )
         assert atoms.info["forces"].shape == (1, 3)
         assert atoms.info["stress"].shape == (6,)
 
@@ -120,7 +142,9 @@ def test_sscha_runs_in_the_last_round_whatever_the_model(tmp_path: Path, teach: 
     assert len(calls(tmp_path)) == 2
 
 
-def test_structures_of_an_older_model_are_relaxed_and_those_of_this_model_stay(tmp_path: Path) -> None:
+def test_structures_of_an_older_model_are_relaxed_and_those_of_this_model_stay(
+    tmp_path: Path,
+) -> None:
     keys = search_settings()
     stretched = [bulk("Cu", a=3.75), bulk("Cu", a=3.75)]
     reevaluate(stretched, fakes.Emt("old"), keys)
@@ -144,7 +168,11 @@ def test_a_survivor_that_cannot_be_evaluated_ends_nothing(tmp_path: Path) -> Non
         atoms.info["enthalpy"] = -9.0
     state = state_of(tmp_path, search_settings(), NoGold())
     after_generation(state, structures, structures, 1)
-    assert {c.formula: c.status for c in state.candidates} == {"Cu": "sscha", "Al": "sscha", "Au": "failed"}
+    assert {c.formula: c.status for c in state.candidates} == {
+        "Cu": "sscha",
+        "Al": "sscha",
+        "Au": "failed",
+    }
     values = fitness_values([atoms.info for atoms in structures])
     assert values[1] == min(values)
     assert "NaN" in structures[1].info["reason"]
@@ -182,15 +210,21 @@ def test_one_failing_candidate_does_not_end_the_search(tmp_path: Path) -> None:
 
 
 def test_without_the_block_sscha_structures_are_static_and_in_the_table(tmp_path: Path) -> None:
-    keys = parse_settings({"pressure": 1.0, "MainCalculator": {"calculator": "mattersim"}, "numGen": 2})
+    keys = parse_settings(
+        {"pressure": 1.0, "MainCalculator": {"calculator": "mattersim"}, "numGen": 2}
+    )
     structures = [bulk("Cu"), bulk("Al")]
     assert after_generation(state_of(tmp_path, keys), structures, structures, 1) == []
     assert (tmp_path / "ranking.csv").exists()
     assert all(atoms.info["status"] == "static" for atoms in structures)
-    assert fitness_values([atoms.info for atoms in structures]) == [pytest.approx(-atoms.info["enthalpy"]) for atoms in structures]
+    assert fitness_values([atoms.info for atoms in structures]) == [
+        pytest.approx(-atoms.info["enthalpy"]) for atoms in structures
+    ]
 
 
-def test_no_log_line_holds_the_words_by_which_magus_finds_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_log_line_holds_the_words_by_which_magus_finds_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     structures = [bulk("Cu"), bulk("Al")]
     with caplog.at_level(logging.DEBUG):
         after_generation(state_of(tmp_path, search_settings()), structures, structures, 1)
@@ -198,11 +232,13 @@ def test_no_log_line_holds_the_words_by_which_magus_finds_its_own(tmp_path: Path
     assert "Generation" not in caplog.text and "volRatio" not in caplog.text
 
 
-# ---------------------------------------------------------------------------------------------- seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 def quantum_state(folder: Path, **sscha: Any) -> SearchState:
-    return state_of(folder, search_settings(pressure=150.0, sscha=sscha), fakes.Flat(), fakes.symmetrising)
+    return state_of(
+        folder, search_settings(pressure=150.0, sscha=sscha), fakes.Flat(), fakes.symmetrising
+    )
 
 
 def test_a_phase_that_only_moving_ions_stabilise_comes_back_as_seed_once(tmp_path: Path) -> None:
@@ -226,7 +262,10 @@ def test_a_phase_that_only_moving_ions_stabilise_comes_back_as_seed_once(tmp_pat
 def test_no_seeds_after_the_last_round_or_when_not_wanted(tmp_path: Path) -> None:
     static = fakes.h3s(shift=0.12)
     assert after_generation(quantum_state(tmp_path / "a"), [static], [static], 3) == []
-    assert after_generation(quantum_state(tmp_path / "b", seed_back=False), [static], [static], 1) == []
+    assert (
+        after_generation(quantum_state(tmp_path / "b", seed_back=False), [static], [static], 1)
+        == []
+    )
 
 
 def test_a_phase_that_is_among_the_static_ones_is_no_seed(tmp_path: Path) -> None:
@@ -234,7 +273,7 @@ def test_a_phase_that_is_among_the_static_ones_is_no_seed(tmp_path: Path) -> Non
     assert after_generation(quantum_state(tmp_path), both, both, 1) == []
 
 
-# ---------------------------------------------------------------------------------------------- start and restart
+# -------------------------------------------------------------------------------- start and restart
 
 
 def test_start_writes_the_record_and_a_restart_takes_its_seed(tmp_path: Path) -> None:
@@ -243,7 +282,9 @@ def test_start_writes_the_record_and_a_restart_takes_its_seed(tmp_path: Path) ->
     record = json.loads((tmp_path / "run.json").read_text())
     assert (record["seed"], record["model"]) == (first.seed, "emt")
     assert start(keys, tmp_path, restart=True, potential=fakes.Emt()).seed == first.seed
-    assert start(keys.model_copy(update={"seed": 5}), tmp_path / "b", potential=fakes.Emt()).seed == 5
+    assert (
+        start(keys.model_copy(update={"seed": 5}), tmp_path / "b", potential=fakes.Emt()).seed == 5
+    )
 
 
 def test_a_host_that_wrote_the_record_keeps_it(tmp_path: Path) -> None:
@@ -267,11 +308,18 @@ def test_the_newest_model_is_the_one_with_the_largest_number(tmp_path: Path) -> 
     assert newest_checkpoint(tmp_path, up_to=9).name == "gen9.pth"
 
 
-def test_a_restart_loads_the_newest_model_and_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_restart_loads_the_newest_model_and_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import magus_anharmonic.potential as potential
 
     loaded: list[str] = []
-    monkeypatch.setattr(potential, "load", lambda name, device=None: loaded.append(str(name)) or fakes.Emt(), raising=False)
+    monkeypatch.setattr(
+        potential,
+        "load",
+        lambda name, device=None: loaded.append(str(name)) or fakes.Emt(),
+        raising=False,
+    )
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "gen2.pth").touch()
     append_jsonl(tmp_path / "metrics.jsonl", {"new": {"validation": {"energy_rmse": 0.013}}})
@@ -293,13 +341,17 @@ def test_a_labeler_that_is_not_installed_is_an_error_or_a_warning(
     import magus_anharmonic.labelers as labelers
 
     def missing(*_: Any) -> Any:
-        raise LabelerNotInstalled("learning.labeler.calculator: gpaw: labeler not installed: pip install gpaw")
+        raise LabelerNotInstalled(
+            "learning.labeler.calculator: gpaw: labeler not installed: pip install gpaw"
+        )
 
     monkeypatch.setattr(labelers, "get_labeler", missing)
     keys = search_settings(learning=LEARNING)
     with pytest.raises(InputError, match="pip install gpaw"):
         start(keys, tmp_path, potential=fakes.Emt())
-    state = start(search_settings(learning={**LEARNING, "required": False}), tmp_path, potential=fakes.Emt())
+    state = start(
+        search_settings(learning={**LEARNING, "required": False}), tmp_path, potential=fakes.Emt()
+    )
     assert not state.learn
     assert "without learning" in caplog.text
     structures = [bulk("Cu")]

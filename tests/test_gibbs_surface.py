@@ -1,4 +1,5 @@
-"""One smooth G(P, T) from G, V and S: exact data come back, the identities hold, and error bars mean what they say."""
+"""One smooth G(P, T) from G, V and S: exact data come back, the identities hold, and error bars
+mean what they say."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 from two_phases import LOW, Phase, data
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.phase_diagram.points import read_points, with_twins, write_points
+from magus_anharmonic.phase_diagram.points import read_points, with_same_phase, write_points
 from magus_anharmonic.phase_diagram.surface import fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -37,9 +38,9 @@ def test_points_come_back_within_their_errors_and_the_error_bars_cover_the_truth
     z_gibbs, z_volume = [], []
     for seed in range(12):
         surface = fit_surface(data({"A": LOW}, seed))
-        draws = surface.draw(300, np.random.default_rng(seed)).values(P, T, "P")
+        samples = surface.sample(300, np.random.default_rng(seed)).values(P, T, "P")
         z_gibbs += list((surface.gibbs(P, T) - LOW.gibbs(P, T)) / surface.error(P, T))
-        z_volume += list((surface.volume(P, T) - LOW.v(P)) / draws.std(axis=0))
+        z_volume += list((surface.volume(P, T) - LOW.v(P)) / samples.std(axis=0))
     for z in (z_gibbs, z_volume):
         assert 0.55 < np.sqrt(np.mean(np.square(z))) < 1.5
         assert np.mean(np.abs(z) < 2) > 0.85
@@ -54,9 +55,9 @@ def test_volumes_and_entropies_make_the_error_of_the_free_energy_smaller_between
 
 def test_draws_scatter_as_the_error_says():
     surface = fit_surface(data({"A": LOW}, 2))
-    drawn = surface.draw(4000, np.random.default_rng(0)).values(P, T)
-    np.testing.assert_allclose(drawn.std(axis=0), surface.error(P, T), rtol=0.1)
-    np.testing.assert_allclose(drawn.mean(axis=0), surface.gibbs(P, T), atol=5e-5)
+    sampled = surface.sample(4000, np.random.default_rng(0)).values(P, T)
+    np.testing.assert_allclose(sampled.std(axis=0), surface.error(P, T), rtol=0.1)
+    np.testing.assert_allclose(sampled.mean(axis=0), surface.gibbs(P, T), atol=5e-5)
 
 
 def test_errors_that_are_too_small_are_found_out_and_made_larger():
@@ -68,20 +69,33 @@ def test_errors_that_are_too_small_are_found_out_and_made_larger():
 
 
 def test_entropies_that_contradict_the_free_energies_show_in_the_residuals():
-    wrong = [replace(p, entropy_eV_per_K_per_atom=1.5 * p.entropy_eV_per_K_per_atom) if p.temperature_K else p for p in data({"A": LOW}, 6)]
+    wrong = [
+        replace(p, entropy_eV_per_K_per_atom=1.5 * p.entropy_eV_per_K_per_atom)
+        if p.temperature_K
+        else p
+        for p in data({"A": LOW}, 6)
+    ]
     assert fit_surface(wrong).quality.inflation > 5.0
 
 
 def test_outside_of_the_points_there_is_no_value():
     surface = fit_surface(data({"A": LOW}, 1))
-    assert surface.inside(60.0, 0.0) and surface.inside(160.0, 600.0) and surface.inside(101.3, 222.0)
+    assert (
+        surface.inside(60.0, 0.0) and surface.inside(160.0, 600.0) and surface.inside(101.3, 222.0)
+    )
     assert not surface.inside(59.0, 300.0) and not surface.inside(100.0, 601.0)
     corner = [p for p in data({"A": LOW}, 1) if (p.pressure_GPa, p.temperature_K) != (160.0, 600.0)]
     assert not fit_surface(corner).inside(155.0, 580.0)
 
 
 @pytest.mark.parametrize(
-    ("pressures", "temperatures"), [((100.0,), (300.0,)), ((100.0,), (0.0, 300.0)), ((60.0, 160.0), (300.0,)), ((80.0, 90.0), (0.0,))]
+    ("pressures", "temperatures"),
+    [
+        ((100.0,), (300.0,)),
+        ((100.0,), (0.0, 300.0)),
+        ((60.0, 160.0), (300.0,)),
+        ((80.0, 90.0), (0.0,)),
+    ],
 )
 def test_thin_grids_give_their_points_back_and_nothing_beyond(pressures, temperatures):
     points = data({"A": LOW}, 4, pressures, temperatures)
@@ -96,20 +110,38 @@ def test_thin_grids_give_their_points_back_and_nothing_beyond(pressures, tempera
 
 def test_the_finite_size_term_is_in_the_free_energy_and_leaves_the_identities_of_the_rest_alone():
     plain = data({"A": LOW}, None)
-    shifted = [replace(p, finite_size_eV_per_atom=2e-3, gibbs_eV_per_atom=p.gibbs_eV_per_atom + 2e-3) for p in plain]
+    shifted = [
+        replace(p, finite_size_eV_per_atom=2e-3, gibbs_eV_per_atom=p.gibbs_eV_per_atom + 2e-3)
+        for p in plain
+    ]
     a, b = fit_surface(plain), fit_surface(shifted)
     np.testing.assert_allclose(b.gibbs(P, T) - a.gibbs(P, T), 2e-3, atol=1e-7)
     assert b.quality.chi2 == pytest.approx(a.quality.chi2, abs=1e-6)
     sloped = [
-        replace(p, finite_size_eV_per_atom=1e-5 * p.pressure_GPa, gibbs_eV_per_atom=p.gibbs_eV_per_atom + 1e-5 * p.pressure_GPa)
+        replace(
+            p,
+            finite_size_eV_per_atom=1e-5 * p.pressure_GPa,
+            gibbs_eV_per_atom=p.gibbs_eV_per_atom + 1e-5 * p.pressure_GPa,
+        )
         for p in plain
     ]
-    np.testing.assert_allclose(fit_surface(sloped).volume(P, T) - a.volume(P, T), 1e-5 * EV_PER_A3_IN_GPA, rtol=1e-3)
+    np.testing.assert_allclose(
+        fit_surface(sloped).volume(P, T) - a.volume(P, T), 1e-5 * EV_PER_A3_IN_GPA, rtol=1e-3
+    )
 
 
 def test_points_that_failed_or_became_another_phase_do_not_enter():
     points = data({"A": LOW}, 1)
-    spoilt = [*points, replace(points[0], pressure_GPa=200.0, gibbs_eV_per_atom=99.0, status="became", space_group="Im-3m (229)")]
+    spoilt = [
+        *points,
+        replace(
+            points[0],
+            pressure_GPa=200.0,
+            gibbs_eV_per_atom=99.0,
+            status="transformed",
+            space_group="Im-3m (229)",
+        ),
+    ]
     np.testing.assert_array_equal(fit_surface(spoilt).gibbs(P, T), fit_surface(points).gibbs(P, T))
     with pytest.raises(InputError, match="no point"):
         fit_surface([replace(points[0], status="failed")])
@@ -118,7 +150,9 @@ def test_points_that_failed_or_became_another_phase_do_not_enter():
 def test_a_wide_range_of_temperatures_with_soft_and_hard_oscillators_is_followed():
     class Mixed(Phase):
         def gibbs(self, pressure, temperature):
-            return super().gibbs(pressure, temperature) + Phase(0.0, 0.0, 250.0).gibbs(pressure, temperature)
+            return super().gibbs(pressure, temperature) + Phase(0.0, 0.0, 250.0).gibbs(
+                pressure, temperature
+            )
 
         def s(self, temperature):
             return super().s(temperature) + Phase(0.0, 0.0, 250.0).s(temperature)
@@ -134,10 +168,22 @@ def test_a_wide_range_of_temperatures_with_soft_and_hard_oscillators_is_followed
 
 
 def test_the_table_of_points_survives_a_round_trip(tmp_path):
-    points = [*data({"A": LOW}, 1), replace(data({"B": LOW}, 1)[0], status="failed", reason="a, comma", gibbs_eV_per_atom=float("nan"))]
+    points = [
+        *data({"A": LOW}, 1),
+        replace(
+            data({"B": LOW}, 1)[0],
+            status="failed",
+            reason="a, comma",
+            gibbs_eV_per_atom=float("nan"),
+        ),
+    ]
     write_points(tmp_path / "gibbs.csv", points)
     found = read_points(tmp_path / "gibbs.csv")
-    assert [p.phase for p in found] == [p.phase for p in points] and found[-1].reason == "a, comma" and not found[-1].usable
+    assert (
+        [p.phase for p in found] == [p.phase for p in points]
+        and found[-1].reason == "a, comma"
+        and not found[-1].usable
+    )
     assert found[1].gibbs_eV_per_atom == pytest.approx(points[1].gibbs_eV_per_atom, abs=1e-9)
 
 
@@ -147,7 +193,10 @@ HEAD = "phase,pressure_GPa,temperature_K,gibbs_eV_per_atom,gibbs_error_eV_per_at
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (HEAD.replace("pressure_GPa", "pressure_kbar") + "\nA,1,0,1,0.1", ["pressure_GPa is missing", "pressure_kbar", "pressure_GPa?"]),
+        (
+            HEAD.replace("pressure_GPa", "pressure_kbar") + "\nA,1,0,1,0.1",
+            ["pressure_GPa is missing", "pressure_kbar", "pressure_GPa?"],
+        ),
         (HEAD + "\nA,150e9,0,1,0.1", ["pressure_GPa", "Pa"]),
         (HEAD + "\nA,150,-1,1,0.1", ["temperature_K", "below 0"]),
         (HEAD + "\nA,150,0,one,0.1", ["line 2", "gibbs_eV_per_atom", "'one'"]),
@@ -167,6 +216,6 @@ def test_a_wrong_table_is_explained(tmp_path, text, words):
 def test_a_point_that_became_another_phase_of_the_diagram_says_which():
     cubic = [replace(p, space_group="Im-3m (229)") for p in data({"Im-3m": LOW}, 1)]
     rhombic = [replace(p, phase="R3m", space_group="R3m (160)") for p in cubic]
-    rhombic[-1] = replace(rhombic[-1], status="became", space_group="Im-3m (229)")
-    found = with_twins([*cubic, *rhombic])
+    rhombic[-1] = replace(rhombic[-1], status="transformed", space_group="Im-3m (229)")
+    found = with_same_phase([*cubic, *rhombic])
     assert found[-1].same_as == "Im-3m" and not any(p.same_as for p in found[:-1])

@@ -34,8 +34,16 @@ from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
-RENAMED: dict[str, str | None] = {}
-"""Column, key, file or word of the stored numbers -> its name of now; None: it is gone on purpose."""
+RENAMED: dict[str, str | None] = {
+    "decrease": "predicted_decrease",
+    "n_became Im-3m 100 GPa": "n_transformed Im-3m 100 GPa",
+    "n_became_best": "n_transformed_best",
+    "odds": "probability",
+    "odds_inside": "probability_inside",
+    "repeats": "supercell_matrix",
+}
+"""Column, key, file or word of the stored numbers -> its name of now; None: it is gone on purpose.
+"""
 
 TIGHT = (1e-9, 1e-12)
 """Relative and absolute, on the machine that wrote the numbers."""
@@ -47,10 +55,12 @@ OF_BITS = {"id", "model", "model_id", "new_model", "old_model", "parent_id"}
 """Digests of rounded or single-precision numbers: not compared on another machine."""
 
 
-# --- whole commands ---------------------------------------------------------------------------------------------------------
+# --- whole commands -------------------------------------------------------------------------------
 
 
-def differences(golden: Any, found: Any, tolerance: tuple[float, float], ignored: set[str], where: str = "") -> Iterator[str]:
+def differences(
+    golden: Any, found: Any, tolerance: tuple[float, float], ignored: set[str], where: str = ""
+) -> Iterator[str]:
     """What is stored and not found, or found with another value; what is new does not count."""
     if isinstance(golden, dict):
         for name, value in golden.items():
@@ -71,7 +81,9 @@ def differences(golden: Any, found: Any, tolerance: tuple[float, float], ignored
         same = math.isclose(golden, found, rel_tol=tolerance[0], abs_tol=tolerance[1])
         if not same and not (math.isnan(golden) and math.isnan(found)):
             yield f"{where}: stored {golden!r}, found {found!r}"
-    elif golden != found and not (isinstance(golden, str) and golden in RENAMED and RENAMED[golden] == found):
+    elif golden != found and not (
+        isinstance(golden, str) and golden in RENAMED and RENAMED[golden] == found
+    ):
         yield f"{where}: stored {golden!r}, found {found!r}"
 
 
@@ -87,20 +99,39 @@ def compare(name: str, numbers: make.Numbers) -> None:
         stored, found = ROBUST[name](stored), ROBUST[name](found)
     tolerance = TIGHT if here else ELSEWHERE.get(name, ROUNDED)
     different = list(differences(stored, found, tolerance, set() if here else OF_BITS))
-    assert not different, f"{len(different)} numbers of {name} are no longer those of golden/{name}.json:\n" + "\n".join(different[:20])
+    assert not different, (
+        f"{len(different)} numbers of {name} are no longer those of golden/{name}.json:\n"
+        + "\n".join(different[:20])
+    )
 
 
 def robust_search(numbers: make.Numbers) -> dict[str, Any]:
-    """Relaxations in single precision end elsewhere on another machine, and all that follows: which tables and columns there are."""
-    return {name: sorted(table) if isinstance(table, dict) else [sorted(record) for record in table] for name, table in numbers.items()}
+    """Relaxations in single precision end elsewhere on another machine, and all that follows:
+    which tables and columns there are.
+    """
+    return {
+        name: sorted(table) if isinstance(table, dict) else [sorted(record) for record in table]
+        for name, table in numbers.items()
+    }
 
 
 def robust_relaxations(numbers: make.Numbers) -> dict[str, Any]:
-    """The steps may be others there, the minimum is the same; enthalpy is the flattest function of where a relaxation ends."""
-    return {"ends": [{name: end[name] for name in ("enthalpy", "converged", "failed")} for end in numbers["ends"]]}
+    """The steps may be others there, the minimum is the same; enthalpy is the flattest function
+    of where a relaxation ends.
+    """
+    return {
+        "ends": [
+            {name: end[name] for name in ("enthalpy", "converged", "failed")}
+            for end in numbers["ends"]
+        ]
+    }
 
 
-ROBUST = {"demonstration": robust_search, "learning": robust_search, "model_relaxations": robust_relaxations}
+ROBUST = {
+    "demonstration": robust_search,
+    "learning": robust_search,
+    "model_relaxations": robust_relaxations,
+}
 """What is compared on another machine where the whole is chaotic."""
 
 
@@ -110,7 +141,9 @@ def test_numbers_of_a_case_are_the_stored_ones(name: str, tmp_path: Path) -> Non
     compare(name, make.CASES[name](tmp_path))
 
 
-needs_fork = pytest.mark.skipif(sys.platform != "linux", reason="the harness forks and pins its searches to one core")
+needs_fork = pytest.mark.skipif(
+    sys.platform != "linux", reason="the harness forks and pins its searches to one core"
+)
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +160,20 @@ def test_numbers_of_the_demonstration_are_the_stored_ones(server: Server, tmp_pa
 
 @needs_fork
 @pytest.mark.slow
-def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_not(server: Server, tmp_path: Path) -> None:
+def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_not(
+    server: Server, tmp_path: Path
+) -> None:
     """The stored numbers are those of a search that nobody killed."""
     folder = prepare(tmp_path / "killed")
     killed = [
         server.search(folder, restart=i > 0, step=step)
-        for i, step in enumerate(("rename results/raw1.traj", "rename results/anharmonic/checkpoints/gen1.pth", "rename results/raw2.traj"))
+        for i, step in enumerate(
+            (
+                "rename results/raw1.traj",
+                "rename results/anharmonic/checkpoints/gen1.pth",
+                "rename results/raw2.traj",
+            )
+        )
     ]
     assert [ended.code for ended in killed] == 3 * [-signal.SIGKILL]
     assert server.search(folder, restart=True).code == 0
@@ -161,11 +202,13 @@ def test_a_renamed_column_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(RENAMED, "odds", "probability")
     monkeypatch.setitem(RENAMED, "gone", None)
     golden = {"odds": [0.5], "gone": [1.0], "kind": "odds"}
-    assert not list(differences(golden, {"probability": [0.5], "kind": "probability"}, TIGHT, set()))
+    assert not list(
+        differences(golden, {"probability": [0.5], "kind": "probability"}, TIGHT, set())
+    )
     assert len(list(differences(golden, {"odds": [0.5], "kind": "other"}, TIGHT, set()))) == 2
 
 
-# --- what is in stores of free energies -------------------------------------------------------------------------------------
+# --- what is in stores of free energies -----------------------------------------------------------
 
 FILE = Path(__file__).with_name("golden") / "physics.json"
 PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
@@ -175,33 +218,75 @@ TOLERANCE = {"float32": 2e-5}
 
 def answers(folder: Path) -> dict[str, list[float]]:
     """Numbers of every kind that is stored, each from the code that stores it; eV, A, GPa."""
-    pair = free_energy(PAIR, QuarticPair(), 0.0, 100.0, (1, 1, 1), "fixed", n_configs=60, max_populations=6, directory=folder / "pair")
+    pair = free_energy(
+        PAIR,
+        QuarticPair(),
+        0.0,
+        100.0,
+        (1, 1, 1),
+        "fixed",
+        n_configs=60,
+        max_populations=6,
+        directory=folder / "pair",
+    )
     ensemble = final_ensemble(folder / "pair", pair)
     assert ensemble is not None
-    hessian = free_energy_hessian(pair.state, ensemble, Symmetry(pair.state.atoms, pair.state.repeats))
-    metal = free_energy(bulk("Al", "fcc", a=4.0), EMT(), 20.0, 300.0, n_configs=40, max_populations=2, seed=1)
+    hessian = free_energy_hessian(
+        pair.state, ensemble, Symmetry(pair.state.atoms, pair.state.supercell_matrix)
+    )
+    metal = free_energy(
+        bulk("Al", "fcc", a=4.0), EMT(), 20.0, 300.0, n_configs=40, max_populations=2, seed=1
+    )
     (relaxed,) = relax(CalculatorEvaluator(EMT()), [bulk("Cu", a=3.7)], 30.0, force_tolerance=1e-4)
     cell = 1.55 * np.array([[-1.0, 1, 1], [1, -1, 1], [1, 1, -1]])
-    h3s = Atoms("SH3", positions=[np.zeros(3), [1.5, 0, 0], [0, 1.55, 0], [0, 0.1, 1.55]], cell=cell, pbc=True)
+    h3s = Atoms(
+        "SH3",
+        positions=[np.zeros(3), [1.5, 0, 0], [0, 1.55, 0], [0, 0.1, 1.55]],
+        cell=cell,
+        pbc=True,
+    )
     found = load("h3s-gpaw-small", "cpu").evaluate([h3s])
     estimate = fit_estimate([0.0, 0.1, 0.2, 0.35], [0.21, 0.3, 0.43, 0.56])
     assert estimate is not None
     return {
-        "free energy at fixed volume": [pair.gibbs, pair.gibbs_error, pair.gibbs_raw, float(pair.n_evaluations)],
-        "free energy at fixed pressure": [metal.gibbs, metal.gibbs_error, metal.finite_size, metal.volume, metal.pressure, metal.decrease],
+        "free energy at fixed volume": [
+            pair.gibbs,
+            pair.gibbs_error,
+            pair.gibbs_raw,
+            float(pair.n_evaluations),
+        ],
+        "free energy at fixed pressure": [
+            metal.gibbs,
+            metal.gibbs_error,
+            metal.finite_size,
+            metal.volume,
+            metal.pressure,
+            metal.predicted_decrease,
+        ],
         "Hessian": np.sort(hessian.squares[0])[-3:].tolist(),
         "relaxation": [relaxed.energy, relaxed.enthalpy, relaxed.atoms.get_volume()],
-        "float32": [float(found.energy[0]), float(np.linalg.norm(found.forces[0])), float(np.trace(found.stress[0]))],
+        "float32": [
+            float(found.energy[0]),
+            float(np.linalg.norm(found.forces[0])),
+            float(np.trace(found.stress[0])),
+        ],
         "estimate": [estimate.intercept, estimate.slope, estimate.margin],
     }
 
 
 def test_stored_numbers_are_those_of_this_version(tmp_path: Path) -> None:
     golden = json.loads(FILE.read_text())
-    assert golden["physics"] == PHYSICS, f"PHYSICS was raised: python {Path(__file__).name} writes the answers of now"
+    assert golden["physics"] == PHYSICS, (
+        f"PHYSICS was raised: python {Path(__file__).name} writes the answers of now"
+    )
     for name, numbers in answers(tmp_path).items():
-        told = f"{name}: stored numbers are no longer those of now: raise files.PHYSICS and run python {Path(__file__).name}"
-        assert numbers == pytest.approx(golden["answers"][name], rel=TOLERANCE.get(name, 1e-6), abs=1e-9), told
+        told = (
+            f"{name}: stored numbers are no longer those of now: raise files.PHYSICS and run python"
+            f" {Path(__file__).name}"
+        )
+        assert numbers == pytest.approx(
+            golden["answers"][name], rel=TOLERANCE.get(name, 1e-6), abs=1e-9
+        ), told
 
 
 if __name__ == "__main__":

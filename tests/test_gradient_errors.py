@@ -28,9 +28,12 @@ def test_the_error_of_the_centroid_gradient_is_the_force_of_the_shifted_minimum(
     model, reference = pair(0.3)
     found = ge.gradient_errors(labelled(model, reference, 4000))
     exact = reference.state.full @ np.tile(reference.shift, (reference.state.n_cells, 1)).ravel()
-    assert found.centroid.systematic == pytest.approx(np.sqrt(np.mean(exact**2)), abs=4 * found.centroid.systematic_error)
+    assert found.centroid.systematic == pytest.approx(
+        np.sqrt(np.mean(exact**2)), abs=4 * found.centroid.systematic_error
+    )
     assert found.bo_centroid == pytest.approx(np.sqrt(np.mean(exact**2)), rel=1e-12)
-    # springs differ linearly in u, so that a pair cancels that part and only rounding is left to average
+    # springs differ linearly in u, so that a pair cancels that part and only rounding is left to
+    # average
     assert found.centroid.statistical < 1e-9
     assert found.centroid.floor == pytest.approx(found.force / np.sqrt(4000))
 
@@ -40,13 +43,20 @@ def test_the_error_of_the_force_constant_gradient_is_the_difference_of_the_sprin
     errors = labelled(model, reference, 3000)
     found = ge.gradient_errors(errors).force_constants
     exact = without_translations(reference.state.full - model.state.full)
-    assert found.systematic == pytest.approx(np.sqrt(np.mean(exact**2)), abs=4 * found.systematic_error)
+    assert found.systematic == pytest.approx(
+        np.sqrt(np.mean(exact**2)), abs=4 * found.systematic_error
+    )
     assert found.systematic_error < 0.1 * found.systematic
     symmetric = ge.gradient_errors(errors).symmetric_force_constants
     compact = reference.state.force_constants - model.state.force_constants
-    assert symmetric.systematic == pytest.approx(np.sqrt(np.mean(compact**2)), abs=4 * symmetric.systematic_error)
+    assert symmetric.systematic == pytest.approx(
+        np.sqrt(np.mean(compact**2)), abs=4 * symmetric.systematic_error
+    )
     assert symmetric.statistical < found.statistical
-    mean = [ge.mean_force_constant_gradient(errors, ensemble.forces) for ensemble in (errors.model, errors.reference)]
+    mean = [
+        ge.mean_force_constant_gradient(errors, ensemble.forces)
+        for ensemble in (errors.model, errors.reference)
+    ]
     assert found.mean == pytest.approx(np.sqrt(np.mean((mean[0] - mean[1]) ** 2)), rel=1e-9)
     assert mean[0] - mean[1] == pytest.approx(exact, abs=6 * found.statistical)
 
@@ -59,7 +69,9 @@ def test_the_single_error_is_that_of_one_configuration_written_out() -> None:
     each = np.einsum("ca,cb->cab", w, d)
     found = ge.gradient_errors(errors)
     assert found.force_constants.single == pytest.approx(np.sqrt(np.mean(each**2)), rel=1e-10)
-    assert found.force_constants.mean == pytest.approx(np.sqrt(np.mean(each.mean(axis=0) ** 2)), rel=1e-10)
+    assert found.force_constants.mean == pytest.approx(
+        np.sqrt(np.mean(each.mean(axis=0) ** 2)), rel=1e-10
+    )
     assert found.force == pytest.approx(np.sqrt(np.mean(d**2)), rel=1e-12)
 
 
@@ -92,7 +104,8 @@ def test_noise_alone_has_no_systematic_part_and_reaches_the_floor() -> None:
 
 @pytest.mark.parametrize("strength", [0.05, 0.2])
 def test_the_corrected_free_energy_is_the_one_of_the_reference(strength: float) -> None:
-    """First and second order against the exact harmonic free energy; what is left is of third order and sampling."""
+    """First and second order against the exact harmonic free energy; what is left is of third order
+    and sampling."""
     model, reference = pair(strength)
     errors = labelled(model, reference, 8000)
     found = gibbs_correction(errors)
@@ -113,9 +126,12 @@ def test_the_first_order_is_the_closed_average_and_its_error_is_honest() -> None
     k = np.zeros(3 * len(state.supercell))
     k[0], k[-2] = 40.0, 28.0
     wiggle = 0.05 * np.exp(-0.5 * k @ state.covariance @ k) * np.cos(k @ s)
-    exact = (-0.1 * state.n_cells + 0.5 * np.sum(difference * state.covariance) + 0.5 * s @ reference.state.full @ s + wiggle) / len(
-        state.supercell
-    )
+    exact = (
+        -0.1 * state.n_cells
+        + 0.5 * np.sum(difference * state.covariance)
+        + 0.5 * s @ reference.state.full @ s
+        + wiggle
+    ) / len(state.supercell)
     found = [gibbs_correction(labelled(model, reference, 40, seed)) for seed in range(150)]
     values, errors = np.array([(f.first_order, f.first_order_error) for f in found]).T
     assert values.mean() == pytest.approx(exact, abs=4 * values.std() / np.sqrt(150))
@@ -133,14 +149,21 @@ def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path:
             gradients.append(np.array(loaded.get_preconditioned_gradient(True)) * RYDBERG / BOHR**2)
             forces.append(np.array(loaded.get_average_forces(False)) * RYDBERG)
             q = python_sscha.fractional_q(loaded.dyn_0)
-    symmetry = Symmetry(state.atoms, state.repeats)
-    theirs = symmetry.force_constants(inverse_fourier(gradients[0] - gradients[1], state.repeats, q))
-    mine = [ge.mean_force_constant_gradient(errors, ensemble.forces) for ensemble in (errors.model, errors.reference)]
-    ours = symmetry.force_constants(fold(mine[0] - mine[1], state.repeats))
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    theirs = symmetry.force_constants(
+        inverse_fourier(gradients[0] - gradients[1], state.supercell_matrix, q)
+    )
+    mine = [
+        ge.mean_force_constant_gradient(errors, ensemble.forces)
+        for ensemble in (errors.model, errors.reference)
+    ]
+    ours = symmetry.force_constants(fold(mine[0] - mine[1], state.supercell_matrix))
     assert np.abs(theirs).max() > 0.1
     assert ours == pytest.approx(theirs, abs=1e-5 * np.abs(theirs).max())
     cells = ge.force_differences(errors).reshape(60, state.n_cells, -1, 3).mean(axis=(0, 1))
-    assert symmetry.vectors(cells) == pytest.approx(symmetry.vectors(forces[0] - forces[1]), abs=1e-6)
+    assert symmetry.vectors(cells) == pytest.approx(
+        symmetry.vectors(forces[0] - forces[1]), abs=1e-6
+    )
 
 
 def test_a_model_that_is_its_own_reference_has_no_errors() -> None:
@@ -148,5 +171,14 @@ def test_a_model_that_is_its_own_reference_has_no_errors() -> None:
     model = HarmonicCrystal(state, np.zeros((3, 3)))
     errors = labelled(model, model, 10)
     found, correction = ge.gradient_errors(errors), gibbs_correction(errors)
-    assert (found.force, found.centroid.mean, found.force_constants.mean, found.bo_centroid) == (0.0, 0.0, 0.0, 0.0)
-    assert (correction.first_order, correction.first_order_error, correction.second_order) == (0.0, 0.0, 0.0)
+    assert (found.force, found.centroid.mean, found.force_constants.mean, found.bo_centroid) == (
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    )
+    assert (correction.first_order, correction.first_order_error, correction.second_order) == (
+        0.0,
+        0.0,
+        0.0,
+    )

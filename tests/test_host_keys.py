@@ -1,4 +1,5 @@
-"""MAGUS's keys in the embedded host: known, refused by name, or unknown with the nearest valid one."""
+"""MAGUS's keys in the embedded host: known, refused by name, or unknown with the nearest valid
+one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import numpy as np
 import pytest
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.host_keys import MAGUS_ONLY, HostKeys, fold, keys_table, parse_host_keys, unknown_to_magus
+from magus_anharmonic.host_keys import (
+    MAGUS_ONLY,
+    HostKeys,
+    fold,
+    keys_table,
+    parse_host_keys,
+    unknown_to_magus,
+)
 from magus_anharmonic.settings import parse_settings
 
 BASE: dict[str, Any] = {
@@ -37,7 +45,13 @@ def problems(**changes: Any) -> tuple[str, ...]:
 
 def test_defaults_are_those_of_magus() -> None:
     known = keys()
-    assert (known.d_ratio, known.volume_ratio, known.rand_ratio, known.symprec, known.k) == (0.7, 1.5, 0.2, 0.1, 0.3)
+    assert (known.d_ratio, known.volume_ratio, known.rand_ratio, known.symprec, known.k) == (
+        0.7,
+        1.5,
+        0.2,
+        0.1,
+        0.3,
+    )
     assert (known.dE, known.dV, known.max_forces, known.max_enthalpy) == (0.01, 0.05, 50.0, 100.0)
     assert known.spacegroup == list(range(1, 231)) and known.add_sym and not known.check_seed
 
@@ -67,8 +81,17 @@ def test_a_key_in_both_spellings_is_refused() -> None:
 def test_an_unknown_key_is_refused_with_the_nearest_valid_one() -> None:
     assert problems(presure=150) == ("presure: unknown key; did you mean pressure?",)
     assert "did you mean d_ratio?" in problems(d_ratioo=1)[0]
-    wrong = {"MainCalculater": "MainCalculator", "numgen": "numGen", "saveGod": "saveGood", "OfspringCreator": "OffspringCreator"}
-    assert [line for key, right in wrong.items() if f"did you mean {right}?" not in (line := problems(**{key: 1})[0])] == []
+    wrong = {
+        "MainCalculater": "MainCalculator",
+        "numgen": "numGen",
+        "saveGod": "saveGood",
+        "OfspringCreator": "OffspringCreator",
+    }
+    assert [
+        line
+        for key, right in wrong.items()
+        if f"did you mean {right}?" not in (line := problems(**{key: 1})[0])
+    ] == []
 
 
 @pytest.mark.parametrize("name", sorted(MAGUS_ONLY - {"MLCalculator"}))
@@ -99,7 +122,9 @@ def test_compositions_are_those_of_a_direct_count() -> None:
     assert keys().atom_counts().tolist() == [[3, 1], [6, 2], [9, 3]]
     var = {"formulaType": "var", "formula": [[1, 0], [0, 1]], "min_n_atoms": 2, "max_n_atoms": 5}
     every = {(a, b) for a, b in itertools.product(range(6), repeat=2) if 2 <= a + b <= 5}
-    assert {tuple(row) for row in keys(**var).atom_counts()} == {row for row in every if min(row) > 0}
+    assert {tuple(row) for row in keys(**var).atom_counts()} == {
+        row for row in every if min(row) > 0
+    }
     assert {tuple(row) for row in keys(**var, full_ele=False).atom_counts()} == every
     narrow = keys(**var, max_ratio=2).atom_counts()
     assert np.all(narrow.max(axis=1) <= 2 * narrow.min(axis=1))
@@ -108,7 +133,10 @@ def test_compositions_are_those_of_a_direct_count() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"formula": [1, 2, 3]}, "formula: [1, 2, 3]: must hold one number for each of the 2 symbols"),
+        (
+            {"formula": [1, 2, 3]},
+            "formula: [1, 2, 3]: must hold one number for each of the 2 symbols",
+        ),
         ({"formula": "H3S"}, "formula: 'H3S': must be whole numbers"),
         ({"formula": [-1, 2]}, "formula:"),
         ({"formula": [[1, 0], [0, 1]]}, "formulaType: fix needs one list"),
@@ -119,11 +147,20 @@ def test_compositions_are_those_of_a_direct_count() -> None:
         ({"popSize": "ten"}, "popSize: 'ten'"),
         ({"randRatio": 1.5}, "randRatio: 1.5"),
         ({"radius": [0.3]}, "radius:"),
-        ({"distance_matrix": [[1, 2], [3, 1]]}, "distance_matrix: must be a symmetric 2 x 2 matrix"),
+        (
+            {"distance_matrix": [[1, 2], [3, 1]]},
+            "distance_matrix: must be a symmetric 2 x 2 matrix",
+        ),
         ({"min_lattice": [1, 2]}, "min_lattice:"),
         ({"OffspringCreator": {"slip": {}}}, "operator slip is known to MAGUS only"),
-        ({"OffspringCreator": {"rattle": {"prob": 0.9}, "perm": {"prob": 0.9}}}, "OffspringCreator: the probabilities sum to 1.8"),
-        ({"OffspringCreator": {"rattle": {"strenght": 1}}}, "OffspringCreator.rattle.strenght: unknown key"),
+        (
+            {"OffspringCreator": {"rattle": {"prob": 0.9}, "perm": {"prob": 0.9}}},
+            "OffspringCreator: the probabilities sum to 1.8",
+        ),
+        (
+            {"OffspringCreator": {"rattle": {"strenght": 1}}},
+            "OffspringCreator.rattle.strenght: unknown key",
+        ),
         ({"Fitness": ["Gap"]}, "Fitness: Gap: only MAGUS knows this fitness"),
         ({"Fitness": ["Entalpy"]}, "Fitness: Entalpy: unknown fitness"),
         ({"learning": {"labeler": {"calculator": "main"}}}, "main needs `magus search -m`"),
@@ -133,7 +170,9 @@ def test_wrong_values_are_named_with_key_and_reason(changes: dict[str, Any], mes
     assert any(message in line for line in problems(**changes)), problems(**changes)
 
 
-@pytest.mark.parametrize("name", ["symbols", "numGen", "MainCalculator", "popSize", "saveGood", "formula", "min_n_atoms"])
+@pytest.mark.parametrize(
+    "name", ["symbols", "numGen", "MainCalculator", "popSize", "saveGood", "formula", "min_n_atoms"]
+)
 def test_what_must_be_given_is_named_when_missing(name: str) -> None:
     with pytest.raises(InputError, match=rf"(?m)^{name}: is missing"):
         parse_host_keys(parse_settings({key: value for key, value in BASE.items() if key != name}))
@@ -144,14 +183,25 @@ def test_all_problems_come_in_one_error() -> None:
 
 
 def test_operator_probabilities_share_what_is_left() -> None:
-    operators = keys(OffspringCreator={"rattle": {"prob": 0.4}, "lattice": {"prob": 0}, "perm": None}).offspring_creator
-    assert operators.probabilities(2) == pytest.approx({"cutandsplice": 0.3, "lattice": 0.0, "rattle": 0.4, "perm": 0.3})
+    operators = keys(
+        OffspringCreator={"rattle": {"prob": 0.4}, "lattice": {"prob": 0}, "perm": None}
+    ).offspring_creator
+    assert operators.probabilities(2) == pytest.approx(
+        {"cutandsplice": 0.3, "lattice": 0.0, "rattle": 0.4, "perm": 0.3}
+    )
     assert "perm" not in operators.probabilities(1)
 
 
 def test_the_table_lists_every_known_key_and_names_the_refused_ones() -> None:
     table = keys_table()
-    for name in ("popSize", "d_ratio", "spacegroup", "OffspringCreator.rattle", "MainCalculator", "molMode"):
+    for name in (
+        "popSize",
+        "d_ratio",
+        "spacegroup",
+        "OffspringCreator.rattle",
+        "MainCalculator",
+        "molMode",
+    ):
         assert name in table
 
 

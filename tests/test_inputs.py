@@ -1,4 +1,5 @@
-"""Every input that is shipped passes the checks a run would make, and says what its folder promises."""
+"""Every input that is shipped passes the checks a run would make, and says what its folder
+promises."""
 
 from __future__ import annotations
 
@@ -11,7 +12,13 @@ import yaml
 from magus_anharmonic.settings import Settings, load_settings, parse
 
 INPUTS = Path(__file__).parent.parent / "inputs"
-SEARCHES = sorted([*INPUTS.glob("*/input.yaml"), *INPUTS.glob("h3s-paper/*/input-*.yaml"), INPUTS / "h3s-paper" / "search-100GPa.yaml"])
+SEARCHES = sorted(
+    [
+        *INPUTS.glob("*/input.yaml"),
+        *INPUTS.glob("h3s-paper/*/input-*.yaml"),
+        INPUTS / "h3s-paper" / "search-100GPa.yaml",
+    ]
+)
 PAPER = sorted(INPUTS.glob("h3s-paper/*/input-*.yaml"))
 
 
@@ -32,10 +39,29 @@ def test_the_paper_inputs_hold_the_numbers_of_the_paper(path: Path) -> None:
     assert settings.pressure == (75 if "75GPa" in path.name else 125)
     learning, sscha = settings.learning, settings.sscha
     assert learning is not None and sscha is not None and settings.calculator is not None
-    assert (learning.n_sample, learning.n_perturb, learning.n_replay, learning.split) == (10, 10, 100, (8, 1, 1))
-    assert (learning.atom_displacement, learning.strain, learning.epochs, learning.learning_rate) == (0.05, 0.05, 50, 2e-4)
-    assert (sscha.n_configs, sscha.max_populations, sscha.supercell, sscha.max_candidates) == (1000, 30, (2, 2, 2), 100)
-    assert (settings.host["popSize"], settings.num_gen, settings.host["randRatio"]) == (1000, 10, 0.9)
+    assert (learning.n_sample, learning.n_perturb, learning.n_replay, learning.split) == (
+        10,
+        10,
+        100,
+        (8, 1, 1),
+    )
+    assert (
+        learning.atom_displacement,
+        learning.strain,
+        learning.epochs,
+        learning.learning_rate,
+    ) == (0.05, 0.05, 50, 2e-4)
+    assert (sscha.n_configs, sscha.max_populations, sscha.supercell, sscha.max_candidates) == (
+        1000,
+        30,
+        (2, 2, 2),
+        100,
+    )
+    assert (settings.host["popSize"], settings.num_gen, settings.host["randRatio"]) == (
+        1000,
+        10,
+        0.9,
+    )
     assert (settings.host["min_n_atoms"], settings.host["max_n_atoms"]) == (4, 32)
     assert settings.calculator.checkpoint == "mattersim-v1.0.0-1M"
 
@@ -43,7 +69,10 @@ def test_the_paper_inputs_hold_the_numbers_of_the_paper(path: Path) -> None:
 def test_both_pressures_exist_for_both_ways_and_differ_in_nothing_else() -> None:
     assert len(PAPER) == 4
     for folder in ("one-gpu-job", "magus-jobs"):
-        low, high = (yaml.safe_load((INPUTS / "h3s-paper" / folder / f"input-{p}GPa.yaml").read_text()) for p in (75, 125))
+        low, high = (
+            yaml.safe_load((INPUTS / "h3s-paper" / folder / f"input-{p}GPa.yaml").read_text())
+            for p in (75, 125)
+        )
         assert {**low, "pressure": 125} == high
 
 
@@ -51,12 +80,31 @@ def test_vasp_labels_have_the_settings_of_the_paper_in_both_ways() -> None:
     settings = load_settings(INPUTS / "h3s-paper" / "one-gpu-job" / "input-75GPa.yaml")
     assert settings.learning is not None
     labeler = settings.learning.labeler
-    assert (labeler.calculator, labeler.arguments["xc"], labeler.arguments["encut"], labeler.k_spacing) == ("vasp", "PBE", 500, 0.03)
-    lines = (INPUTS / "h3s-paper" / "magus-jobs" / "inputFold" / "VASP" / "INCAR").read_text().splitlines()
-    incar = {key.strip(): value.strip() for key, value in (line.split("=") for line in lines if "=" in line)}
+    assert (
+        labeler.calculator,
+        labeler.arguments["xc"],
+        labeler.arguments["encut"],
+        labeler.k_spacing,
+    ) == ("vasp", "PBE", 500, 0.03)
+    lines = (
+        (INPUTS / "h3s-paper" / "magus-jobs" / "inputFold" / "VASP" / "INCAR")
+        .read_text()
+        .splitlines()
+    )
+    incar = {
+        key.strip(): value.strip()
+        for key, value in (line.split("=") for line in lines if "=" in line)
+    }
     assert float(incar["ENCUT"]) == 500
     assert float(incar["KSPACING"]) == pytest.approx(2 * 3.14159265 * 0.03, abs=1e-4)
-    same = {"PREC": "prec", "EDIFF": "ediff", "NELM": "nelm", "ISMEAR": "ismear", "SIGMA": "sigma", "NCORE": "ncore"}
+    same = {
+        "PREC": "prec",
+        "EDIFF": "ediff",
+        "NELM": "nelm",
+        "ISMEAR": "ismear",
+        "SIGMA": "sigma",
+        "NCORE": "ncore",
+    }
     for tag, argument in same.items():
         given = labeler.arguments[argument]
         assert incar[tag] == given if isinstance(given, str) else float(incar[tag]) == given
@@ -74,18 +122,21 @@ def test_the_final_model_is_trained_in_the_two_stages_of_the_paper() -> None:
     from magus_anharmonic.potential.train import TrainRecipe
 
     recipe = parse(TrainRecipe, yaml.safe_load((INPUTS / "h3s-paper" / "final.yaml").read_text()))
-    assert [(s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio) for s in recipe.stages] == [
-        (100, 1e-3, 1.0, 1.0),
-        (100, 1e-3, 0.1, 0.1),
-    ]
+    assert [
+        (s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio) for s in recipe.stages
+    ] == [(100, 1e-3, 1.0, 1.0), (100, 1e-3, 0.1, 0.1)]
 
 
 @pytest.mark.parametrize("path", sorted(INPUTS.glob("**/job.*")), ids=label)
 def test_the_job_scripts_are_shell_that_calls_stock_magus(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
     text = path.read_text()
-    assert "magus search -m" in text if path.parent.name == "magus-jobs" else "magus search -i" in text
-    assert ("#SBATCH" in text) == (path.suffix == ".slurm") and ("#BSUB" in text) == (path.suffix == ".lsf")
+    assert (
+        "magus search -m" in text if path.parent.name == "magus-jobs" else "magus search -i" in text
+    )
+    assert ("#SBATCH" in text) == (path.suffix == ".slurm") and ("#BSUB" in text) == (
+        path.suffix == ".lsf"
+    )
 
 
 def test_the_oxide_example_is_marked_as_not_run() -> None:
@@ -102,9 +153,22 @@ def test_every_campaign_is_valid_and_has_the_steps_of_the_paper(path: Path) -> N
     from magus_anharmonic.settings.campaign import load_campaign
 
     settings = load_campaign(path)
-    assert {"Im-3m": 229, "R3m": 160}.items() <= {phase.name: phase.number for phase in phases_of(settings.phases)}.items()
+    assert {"Im-3m": 229, "R3m": 160}.items() <= {
+        phase.name: phase.number for phase in phases_of(settings.phases)
+    }.items()
     kinds = {step.kind for step in plan(settings)}
-    assert {"learn", "merge", "final", "produce", "foundation", "relax", "sscha", "dft", "hessian", "report"} <= kinds
+    assert {
+        "learn",
+        "merge",
+        "final",
+        "produce",
+        "foundation",
+        "relax",
+        "sscha",
+        "dft",
+        "hessian",
+        "report",
+    } <= kinds
 
 
 def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper() -> None:
@@ -112,20 +176,42 @@ def test_the_campaign_of_the_paper_holds_the_numbers_of_the_paper() -> None:
     from magus_anharmonic.settings.campaign import load_campaign
 
     settings = load_campaign(INPUTS / "h3s-paper" / "campaign.yaml")
-    assert settings.learning and settings.produce and settings.relax and settings.sscha and settings.hessian and settings.dft
+    assert (
+        settings.learning
+        and settings.produce
+        and settings.relax
+        and settings.sscha
+        and settings.hessian
+        and settings.dft
+    )
     assert settings.learning.pressures == [75, 125]
     for pressure in settings.learning.pressures:
         one = load_settings(INPUTS / "h3s-paper" / "one-gpu-job" / f"input-{pressure:g}GPa.yaml")
         ours = parse_settings(settings.learning_search(pressure, "mattersim-v1.0.0-1M"))
-        assert ours.learning == one.learning and ours.host == one.host and ours.num_gen == one.num_gen == 10
-    stages = [(s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio) for s in settings.final.stages]
+        assert (
+            ours.learning == one.learning
+            and ours.host == one.host
+            and ours.num_gen == one.num_gen == 10
+        )
+    stages = [
+        (s.epochs, s.learning_rate, s.force_loss_ratio, s.stress_loss_ratio)
+        for s in settings.final.stages
+    ]
     assert stages == [(100, 1e-3, 1.0, 1.0), (100, 1e-3, 0.1, 0.1)]
     production = parse_settings(settings.production_search(100, "final.pth"))
-    assert settings.produce.pressures == [50, 100, 150] and production.host["popSize"] * (production.num_gen or 0) > 10_000
+    assert (
+        settings.produce.pressures == [50, 100, 150]
+        and production.host["popSize"] * (production.num_gen or 0) > 10_000
+    )
     assert (settings.relax.pressures[0], settings.relax.pressures[-1]) == (50, 200)
     ranking = settings.ranking_settings(100, "final.pth").sscha
     assert ranking and settings.sscha.pressures == [100]
-    assert (ranking.max_candidates, ranking.n_configs, ranking.max_populations, ranking.supercell) == (100, 1000, 30, (2, 2, 2))
+    assert (
+        ranking.max_candidates,
+        ranking.n_configs,
+        ranking.max_populations,
+        ranking.supercell,
+    ) == (100, 1000, 30, (2, 2, 2))
     hessian = settings.hessian
     assert (hessian.supercell, hessian.n_configs, hessian.max_populations) == ((3, 3, 3), 1000, 20)
     assert (hessian.pressures[0], hessian.pressures[-1], hessian.dispersions) == (50, 250, [60])
@@ -137,7 +223,12 @@ def test_the_small_campaign_makes_sixty_labels() -> None:
     from magus_anharmonic.settings.campaign import load_campaign
 
     settings = load_campaign(INPUTS / "h3s-small" / "campaign.yaml")
-    assert settings.learning and settings.labeler and settings.labeler.calculator == "gpaw" and settings.foundation == "h3s-gpaw-small"
+    assert (
+        settings.learning
+        and settings.labeler
+        and settings.labeler.calculator == "gpaw"
+        and settings.foundation == "h3s-gpaw-small"
+    )
     learning = parse(LearningSettings, {**settings.learning.settings, "labeler": settings.labeler})
     rounds = len(settings.learning.pressures) * settings.search["numGen"]
     assert rounds * learning.n_sample * learning.n_perturb >= 60

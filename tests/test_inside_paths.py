@@ -38,17 +38,27 @@ def project(tmp_path: Path) -> Path:
     ("kind", "given", "key"),
     [
         ("campaign", {**CAMPAIGN, "foundation": "FILE.pth"}, "foundation"),
-        ("campaign", {**CAMPAIGN, "phases": [{"name": "fcc", "structure": "FILE.vasp"}]}, "phases.0.structure"),
+        (
+            "campaign",
+            {**CAMPAIGN, "phases": [{"name": "fcc", "structure": "FILE.vasp"}]},
+            "phases.0.structure",
+        ),
         ("campaign", {**CAMPAIGN, "merge": {"dataset": "FILE.xyz"}}, "merge.dataset"),
         ("phase-diagram", {**DIAGRAM, "phases": {"fcc": "FILE.vasp"}}, "phases.fcc.structure"),
-        ("phase-diagram", {**DIAGRAM, "phases": {"fcc": {"structure": "FILE.vasp"}}}, "phases.fcc.structure"),
+        (
+            "phase-diagram",
+            {**DIAGRAM, "phases": {"fcc": {"structure": "FILE.vasp"}}},
+            "phases.fcc.structure",
+        ),
         ("phase-diagram", {**DIAGRAM, "checkpoint": "FILE.pth"}, "checkpoint"),
         ("train", {"checkpoint": "FILE.pth"}, "checkpoint"),
         ("train", {"validation": "FILE.xyz"}, "validation"),
         ("train", {"test": "FILE.xyz"}, "test"),
     ],
 )
-def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(project: Path, kind: str, given: dict[str, Any], key: str) -> None:
+def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(
+    project: Path, kind: str, given: dict[str, Any], key: str
+) -> None:
     def read(place: str) -> Any:
         text = yaml.safe_dump(given)
         for ending, name in ((".pth", "model.pth"), (".vasp", "cu.vasp"), (".xyz", "cu.xyz")):
@@ -57,7 +67,9 @@ def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(project: Pat
         return READERS[kind](project / "input.yaml")
 
     for outside in ("../../", "here/../../../"):
-        with pytest.raises(InputError, match="leaves the project folder; give an absolute path") as caught:
+        with pytest.raises(
+            InputError, match="leaves the project folder; give an absolute path"
+        ) as caught:
             read(outside)
         assert key in str(caught.value)
     for inside in ("", "./", f"{project.parent.parent}/"):
@@ -66,7 +78,9 @@ def test_a_file_that_an_input_names_is_below_its_folder_or_absolute(project: Pat
 
 @pytest.mark.parametrize("key", ["logs", "scratch", "python"])
 def test_a_path_of_the_workers_is_below_the_folder_or_absolute(key: str) -> None:
-    with pytest.raises(InputError, match=rf"workers\.{key}: '\.\./\.\./x': leaves the project folder"):
+    with pytest.raises(
+        InputError, match=rf"workers\.{key}: '\.\./\.\./x': leaves the project folder"
+    ):
         parse_settings({"workers": {key: "../../x"}})
     assert getattr(parse_settings({"workers": {key: "/srv/x"}}).workers, key) == "/srv/x"
 
@@ -78,20 +92,31 @@ def test_a_path_of_the_workers_is_below_the_folder_or_absolute(key: str) -> None
         ("espresso", {"pseudopotentials": {"Cu": "../Cu.upf"}}, "pseudopotentials.Cu"),
         (
             "espresso",
-            {"pseudopotentials": {"Cu": "Cu.upf"}, "input_data": {"control": {"outdir": "a/../../b"}}},
+            {
+                "pseudopotentials": {"Cu": "Cu.upf"},
+                "input_data": {"control": {"outdir": "a/../../b"}},
+            },
             "input_data.control.outdir",
         ),
         ("vasp", {"command": "mpirun ../bin/vasp"}, "command"),
         ("ase.calculators.emt.EMT", {"files": ["a", "../b"]}, "files.1"),
     ],
 )
-def test_an_argument_of_a_labeler_does_not_leave_the_folder(tmp_path: Path, calculator: str, arguments: dict[str, Any], key: str) -> None:
-    with pytest.raises(InputError, match=rf"learning\.labeler\.arguments\.{key}: .*leaves the project folder"):
-        get_labeler(LabelerSettings(calculator=calculator, arguments=arguments), tmp_path / "scratch")
+def test_an_argument_of_a_labeler_does_not_leave_the_folder(
+    tmp_path: Path, calculator: str, arguments: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"learning\.labeler\.arguments\.{key}: .*leaves the project folder"
+    ):
+        get_labeler(
+            LabelerSettings(calculator=calculator, arguments=arguments), tmp_path / "scratch"
+        )
     assert not (tmp_path / "scratch").exists()
 
 
-def test_what_is_typed_on_the_command_line_may_lie_anywhere(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_typed_on_the_command_line_may_lie_anywhere(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(project)
     assert absolute_file("../../model.pth") == str(project.parent.parent / "model.pth")
     assert absolute_file("mattersim-v1.0.0-1M") == "mattersim-v1.0.0-1M"

@@ -1,4 +1,5 @@
-"""A search that is killed, however often and wherever, and restarted finds exactly what it would have found."""
+"""A search that is killed, however often and wherever, and restarted finds exactly what it would
+have found."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 from kill_harness import Ended, Server, labels, outcome, prepare
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the harness forks and pins its searches to one core")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the harness forks and pins its searches to one core"
+)
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15, signal.SIGINT: 128 + 2}
@@ -51,8 +54,11 @@ def can_restart(folder: Path) -> bool:
     return (folder / "results/anharmonic/run.json").exists()
 
 
-def kill_again_and_again(server: Server, folder: Path, kills: list[tuple[str | float, signal.Signals]]) -> int:
-    """Start a search and kill it by each of ``kills`` (a named step or seconds, and the signal), then let it end; returns the hits."""
+def kill_again_and_again(
+    server: Server, folder: Path, kills: list[tuple[str | float, signal.Signals]]
+) -> int:
+    """Start a search and kill it by each of ``kills`` (a named step or seconds, and the signal),
+    then let it end; returns the hits."""
     hits = 0
     known: dict[str, tuple[Any, ...]] = {}
     for when, number in kills:
@@ -68,21 +74,27 @@ def kill_again_and_again(server: Server, folder: Path, kills: list[tuple[str | f
 
 
 def was_hit(ended: Ended, when: str | float, number: signal.Signals) -> bool:
-    """Whether the signal met the search; any other end than by it, or after the last step, is an error."""
-    # A step that a restart need not make again (its file is there) is not met, and the search runs to its end.
+    """Whether the signal met the search; any other end than by it, or after the last step, is an
+    error."""
+    # A step that a restart need not make again (its file is there) is not met, and the search runs
+    # to its end.
     expected = {CODES[number], 0} if isinstance(when, str) else {CODES[number], 0, -number}
-    assert ended.code in expected, f"{number.name} at {when}: exit code {ended.code}\n{ended.text[-3000:]}"
+    assert ended.code in expected, (
+        f"{number.name} at {when}: exit code {ended.code}\n{ended.text[-3000:]}"
+    )
     if ended.code > 0:
         last = ended.text.rstrip().splitlines()[-1]
         assert last.startswith(f"stopped by {number.name}; finished work is kept"), last
     return ended.code != 0
 
 
-def kill_early(server: Server, folder: Path, after: float, number: signal.Signals, step: str) -> None:
+def kill_early(
+    server: Server, folder: Path, after: float, number: signal.Signals, step: str
+) -> None:
     """Start a search and kill it ``after`` so many seconds, or sooner: before it has made ``step``.
 
-    Seconds of the reference are fewer steps or more where other programs come and go; a search that is past ``step`` would meet none of
-    the kills that follow.
+    Seconds of the reference are fewer steps or more where other programs come and go; a search that
+    is past ``step`` would meet none of the kills that follow.
     """
     while True:
         ended = server.search(prepare(folder), after=after, number=number)
@@ -94,31 +106,63 @@ def kill_early(server: Server, folder: Path, after: float, number: signal.Signal
 
 
 def assert_same(found: dict[str, Any], reference: Reference) -> None:
-    different = sorted(key for key in {*found, *reference.found} if found.get(key) != reference.found.get(key))
-    shown = {key: (found.get(key), reference.found.get(key)) for key in different if not isinstance(found.get(key), bytes)}
+    different = sorted(
+        key for key in {*found, *reference.found} if found.get(key) != reference.found.get(key)
+    )
+    shown = {
+        key: (found.get(key), reference.found.get(key))
+        for key in different
+        if not isinstance(found.get(key), bytes)
+    }
     assert not different, f"{different}\n{shown}"
 
 
 def test_the_reference_does_everything_that_a_kill_could_spoil(reference: Reference) -> None:
     found = reference.found
     assert len(found["labels"]) == len({label[0] for label in found["labels"]}) >= 3
-    assert found["failures"] and found["free energies"] and len(found["models"]) == 2 and not found["left over"]
+    assert (
+        found["failures"]
+        and found["free energies"]
+        and len(found["models"]) == 2
+        and not found["left over"]
+    )
     names = " ".join(reference.steps)
-    for part in ("init1.traj", "chunk-0.traj", "raw1.traj", "pending/gen001", "labels/gen001.xyz", "failures.jsonl", "gen2.pth.state",
-                 "checkpoints/gen1.pth", "metrics.jsonl", "population_001.npz", "result.json", "ranking.csv", "search.json"):  # fmt: skip
+    for part in (
+        "init1.traj",
+        "chunk-0.traj",
+        "raw1.traj",
+        "pending/gen001",
+        "labels/gen001.xyz",
+        "failures.jsonl",
+        "gen2.pth.state",
+        # fmt: skip
+        "checkpoints/gen1.pth",
+        "metrics.jsonl",
+        "population_001.npz",
+        "result.json",
+        "ranking.csv",
+        "search.json",
+    ):
         assert part in names
 
 
 @pytest.mark.slow
 def test_six_kills(server: Server, reference: Reference, tmp_path: Path) -> None:
     moment = random.Random(7).uniform(0.1, 0.6) * reference.ended.seconds
-    pending = [name for name in reference.steps if name.startswith("rename results/anharmonic/labels/pending/gen002")]
+    pending = [
+        name
+        for name in reference.steps
+        if name.startswith("rename results/anharmonic/labels/pending/gen002")
+    ]
     kills: list[tuple[str | float, signal.Signals]] = [
         ("rename results/raw1.traj", signal.SIGINT),
         ("rename results/anharmonic/checkpoints/gen1.pth", signal.SIGKILL),
         ("rename results/anharmonic/search.json", signal.SIGKILL),
         (pending[1], signal.SIGTERM),
-        (next(name for name in reference.steps if name.endswith("population_002.npz")), signal.SIGKILL),
+        (
+            next(name for name in reference.steps if name.endswith("population_002.npz")),
+            signal.SIGKILL,
+        ),
         (moment, signal.SIGKILL),
     ]
     folder = prepare(tmp_path / "search")
@@ -128,12 +172,22 @@ def test_six_kills(server: Server, reference: Reference, tmp_path: Path) -> None
 
 @pytest.mark.full
 @pytest.mark.parametrize("chain", range(10))
-def test_kills_at_every_named_step_and_at_random_instants(server: Server, reference: Reference, tmp_path: Path, chain: int) -> None:
+def test_kills_at_every_named_step_and_at_random_instants(
+    server: Server, reference: Reference, tmp_path: Path, chain: int
+) -> None:
     """Every tenth named step, in order, each with another signal; a random instant goes first."""
     draw, named = random.Random(chain), reference.steps[chain::10]
     folder = tmp_path / "search"
-    kill_early(server, folder, draw.uniform(0.0, 0.9) * reference.ended.seconds / 10, SIGNALS[chain % 3], named[0])
-    kills: list[tuple[str | float, signal.Signals]] = [(name, draw.choice(SIGNALS)) for name in named]
+    kill_early(
+        server,
+        folder,
+        draw.uniform(0.0, 0.9) * reference.ended.seconds / 10,
+        SIGNALS[chain % 3],
+        named[0],
+    )
+    kills: list[tuple[str | float, signal.Signals]] = [
+        (name, draw.choice(SIGNALS)) for name in named
+    ]
     hits = kill_again_and_again(server, folder, kills)
     assert hits >= len(kills) - 3, f"{hits} of {len(kills)} kills hit"
     assert_same(outcome(folder), reference)

@@ -19,8 +19,11 @@ MODEL = {"sigma": 1.0, "epsilon": 0.30, "rc": 3.0}
 TRUTH = {"sigma": 1.0, "epsilon": 0.33, "rc": 3.0}
 
 
-def label(atoms: Atoms, *, energy: float = 1.0, forces: float = 1.0, stress: float = 1.0, add: float = 0.0) -> Atoms:
-    """A label by the truth, counted from other atoms than the model's energies are; factors and ``add`` (eV) make it wrong."""
+def label(
+    atoms: Atoms, *, energy: float = 1.0, forces: float = 1.0, stress: float = 1.0, add: float = 0.0
+) -> Atoms:
+    """A label by the truth, counted from other atoms than the model's energies are; factors and
+    ``add`` (eV) make it wrong."""
     atoms = atoms.copy()
     atoms.calc = LennardJones(**TRUTH)
     zeros = float(np.sum(np.where(atoms.numbers == 1, 3.0, -7.0)))
@@ -36,10 +39,14 @@ def label(atoms: Atoms, *, energy: float = 1.0, forces: float = 1.0, stress: flo
 def structure(seed: int) -> Atoms:
     rng = np.random.default_rng(seed)
     atoms = Atoms(
-        ["S4", "S2H2", "SH3"][seed % 3], scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]], cell=1.7 * np.eye(3)
+        ["S4", "S2H2", "SH3"][seed % 3],
+        scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]],
+        cell=1.7 * np.eye(3),
     )
     atoms.pbc = True
-    atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3))), scale_atoms=True)
+    atoms.set_cell(
+        atoms.cell.array @ (np.eye(3) + rng.uniform(-0.05, 0.05, (3, 3))), scale_atoms=True
+    )
     atoms.positions += rng.normal(0, 0.04, (4, 3))
     return atoms
 
@@ -114,7 +121,13 @@ def test_a_stress_per_cell_is_refused(model):
 
 def test_a_calculation_that_says_it_did_not_converge_is_left_out(model):
     frames = labels({})
-    wrong = {"scf_converged": False, "not_converged": True, "unconverged": "T", "electronic_convergence": "no", "converged_ionic": 0}
+    wrong = {
+        "scf_converged": False,
+        "not_converged": True,
+        "unconverged": "T",
+        "electronic_convergence": "no",
+        "converged_ionic": 0,
+    }
     right = {"converged": True, "unconverged": False, "convergence": 1e-6, "converge": "no"}
     for number, (key, value) in enumerate([*wrong.items(), *right.items()]):
         frames[number].info[key] = value
@@ -137,7 +150,9 @@ def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_
     def faulty(structures):
         found = potential.evaluate(structures)
         numbers = zip(found.energy, found.forces, found.stress, strict=True)
-        results = [{"energy": float(e) + 0.002 * len(f), "forces": f, "stress": s} for e, f, s in numbers]
+        results = [
+            {"energy": float(e) + 0.002 * len(f), "forces": f, "stress": s} for e, f, s in numbers
+        ]
         for place, fault in ((1, 30.0), (4, 1e6), (7, -1e6)):
             results[place]["energy"] += fault
         return results
@@ -149,10 +164,20 @@ def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_
         atoms = h3s.copy()
         atoms.set_cell(cell * (1 + 0.025 * n), scale_atoms=True)
         population.append(atoms)
-    settings = parse(LearningSettings, {"labeler": {"calculator": "gpaw"}, "n_sample": 6, "n_perturb": 2, "epochs": 1})
+    settings = parse(
+        LearningSettings,
+        {"labeler": {"calculator": "gpaw"}, "n_sample": 6, "n_perturb": 2, "epochs": 1},
+    )
     store = LabelStore(tmp_path / "labels")
     labeler = CallableLabeler(faulty, description="faulty", settings={})
-    options = {"generation": 1, "potential": potential, "settings": settings, "labeler": labeler, "run_dir": tmp_path, "seed": 3}
+    options = {
+        "generation": 1,
+        "potential": potential,
+        "settings": settings,
+        "labeler": labeler,
+        "run_dir": tmp_path,
+        "seed": 3,
+    }
     found = learn(population, store=store, **options)
     assert found.n_labels == 9 and found.n_failures == 3
     reasons = [record["reason"] for record in read_jsonl(tmp_path / "failures.jsonl")]

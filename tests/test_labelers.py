@@ -18,7 +18,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
 
-from magus_anharmonic.errors import InputError, MachineTrouble
+from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
@@ -40,12 +40,19 @@ def copper(scale: float = 1.0) -> Atoms:
 
 
 def chain(n: int) -> Atoms:
-    return Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+    return Atoms(
+        f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True
+    )
 
 
-def misbehaving(directory: Path, behaviour: dict, *, n_workers: int = 1, timeout: float = 60.0, **arguments) -> WorkerLabeler:
+def misbehaving(
+    directory: Path, behaviour: dict, *, n_workers: int = 1, timeout: float = 60.0, **arguments
+) -> WorkerLabeler:
     settings = LabelerSettings(
-        calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour, **arguments}, n_workers=n_workers, timeout=timeout
+        calculator="misbehaving.Misbehaving",
+        arguments={"behaviour": behaviour, **arguments},
+        n_workers=n_workers,
+        timeout=timeout,
     )
     return get_labeler(settings, directory)
 
@@ -55,7 +62,9 @@ def misbehaving(directory: Path, behaviour: dict, *, n_workers: int = 1, timeout
 
 @pytest.fixture(scope="module")
 def emt(tmp_path_factory):
-    with get_labeler(LabelerSettings(calculator=EMT_PATH, n_workers=2), tmp_path_factory.mktemp("emt")) as labeler:
+    with get_labeler(
+        LabelerSettings(calculator=EMT_PATH, n_workers=2), tmp_path_factory.mktemp("emt")
+    ) as labeler:
         yield labeler
 
 
@@ -113,7 +122,8 @@ WAYS_TO_FAIL = {
 
 @pytest.fixture(scope="module")
 def after_failures(tmp_path_factory):
-    """Results of one worker: structures of 1 to 8 atoms of which those of 2 to 8 fail, each in its own way, then one more of 1 atom."""
+    """Results of one worker: structures of 1 to 8 atoms of which those of 2 to 8 fail, each in its
+    own way, then one more of 1 atom."""
     behaviour = {str(number): how for number, how in enumerate(WAYS_TO_FAIL, start=2)}
     with misbehaving(tmp_path_factory.mktemp("failures"), behaviour) as labeler:
         return labeler.label([*(chain(n) for n in range(1, 9)), chain(1)])
@@ -141,12 +151,18 @@ CHANGES = {
 
 
 def uneven(n: int) -> Atoms:
-    atoms = Atoms("S" + f"H{n - 1}", positions=[[0, 0, 1.0 * i + 0.1 * i**2] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True)
+    atoms = Atoms(
+        "S" + f"H{n - 1}",
+        positions=[[0, 0, 1.0 * i + 0.1 * i**2] for i in range(n)],
+        cell=[3, 3, 2.0 * n],
+        pbc=True,
+    )
     return atoms
 
 
 def test_results_of_another_structure_than_the_one_given_are_refused(tmp_path):
-    """A calculator that sorts, moves or strains what it is given has the forces of something else."""
+    """A calculator that sorts, moves or strains what it is given has the forces of something
+    else."""
     behaviour = {str(number): how for number, how in enumerate(CHANGES, start=3)}
     with misbehaving(tmp_path, behaviour) as labeler:
         results = labeler.label([uneven(n) for n in range(2, 3 + len(CHANGES))])
@@ -159,7 +175,9 @@ def test_results_of_another_structure_than_the_one_given_are_refused(tmp_path):
             atoms.set_atomic_numbers(atoms.numbers[::-1])
         return [{"energy": 1.0, "forces": np.zeros((3, 3)), "stress": np.zeros(6)}]
 
-    (refused,) = CallableLabeler(sorts, description="MainCalculator", settings={}).label([uneven(3)])
+    (refused,) = CallableLabeler(sorts, description="MainCalculator", settings={}).label(
+        [uneven(3)]
+    )
     assert not refused.ok and "MainCalculator sorted the atoms" in refused.reason
 
 
@@ -175,10 +193,19 @@ def test_a_calculator_may_wrap_and_rotate_its_own_copy():
 
 @pytest.mark.parametrize("how", ["garbage", "fork"])
 def test_every_answer_is_that_of_its_job_whatever_else_comes_through_the_pipe(tmp_path, how):
-    """Stray bytes, and a copy of the process that answers too: each label got the answer before it."""
+    """Stray bytes, and a copy of the process that answers too: each label got the answer before
+    it."""
     with misbehaving(tmp_path, {"2": how, "4": how}) as labeler:
         results = labeler.label([chain(n) for n in (1, 2, 3, 4, 5)] + [chain(2), chain(6)])
-    assert [result.ok and result.energy for result in results] == [1.0, 2.0, 3.0, 4.0, 5.0, 2.0, 6.0]
+    assert [result.ok and result.energy for result in results] == [
+        1.0,
+        2.0,
+        3.0,
+        4.0,
+        5.0,
+        2.0,
+        6.0,
+    ]
 
 
 def test_a_code_that_reads_its_standard_input_takes_no_job(tmp_path):
@@ -191,15 +218,21 @@ def test_a_code_that_reads_its_standard_input_takes_no_job(tmp_path):
     ("how", "launcher"),
     [
         *product(["hang", "leave"], ["child", "session", "orphan", "deaf", "bare", "bare orphan"]),
-        *product(["crash"], ["child", "session", "orphan", "deaf"]),  # what has lost both its parent and its environment is nobody's
+        *product(
+            ["crash"], ["child", "session", "orphan", "deaf"]
+        ),  # what has lost both its parent and its environment is nobody's
     ],
 )
 def test_a_label_that_fails_leaves_no_program_running(tmp_path, how, launcher):
     """MPI's launchers put ranks into sessions of their own, and ranks outlive them."""
     child_file = tmp_path / "child"
-    with misbehaving(tmp_path / "scratch", {2: how}, timeout=6.0, child_file=str(child_file), launcher=launcher) as labeler:
+    with misbehaving(
+        tmp_path / "scratch", {2: how}, timeout=6.0, child_file=str(child_file), launcher=launcher
+    ) as labeler:
         if how == "crash":
-            with pytest.raises(MachineTrouble, match="SIGKILL"):  # as the kernel does where memory runs out
+            with pytest.raises(
+                MachineError, match="SIGKILL"
+            ):  # as the kernel does where memory runs out
                 labeler.label([chain(2), chain(1)])
             assert not _alive(int(child_file.read_text()), patience=0.0)
             return
@@ -233,7 +266,9 @@ def test_a_relaxation_that_fails_returns_the_start_and_the_reason(tmp_path):
 def test_a_code_works_in_its_slot_and_finds_the_files_of_the_users_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.txt").write_text("7.5")
-    with misbehaving(tmp_path / "scratch", {2: "here", 1: "here"}, child_file="model.txt") as labeler:
+    with misbehaving(
+        tmp_path / "scratch", {2: "here", 1: "here"}, child_file="model.txt"
+    ) as labeler:
         assert [label.energy for label in labeler.label([chain(2), chain(1)])] == [7.5, 7.5]
     assert {path.name for path in tmp_path.iterdir()} == {"model.txt", "scratch"}
     assert (tmp_path / "scratch" / "slot0" / "restart.dat").read_text() == "1"
@@ -254,8 +289,10 @@ def test_what_an_argument_names_is_meant_from_the_users_folder(tmp_path, monkeyp
     }
     here = str(tmp_path)
     assert _absolute(given) == given | {
-        "model": f"{here}/my.model", "pseudopotentials": {"Si": f"{here}/Si.upf"}, "pseudo_dir": f"{here}/pseudo",
-    }  # fmt: skip
+        "model": f"{here}/my.model",
+        "pseudopotentials": {"Si": f"{here}/Si.upf"},
+        "pseudo_dir": f"{here}/pseudo",
+    }
 
 
 def test_a_reason_cannot_control_the_terminal(tmp_path):
@@ -291,7 +328,9 @@ def test_the_worker_ends_when_the_search_is_killed(tmp_path, launcher):
         print(int(labeler.label([chain(2)])[0].energy), flush=True)
         labeler.label([chain(3)])
     """
-    search = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    search = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
     worker = int(search.stdout.readline())
     deadline = time.monotonic() + 120
     while not (tmp_path / "child").exists() and time.monotonic() < deadline:
@@ -320,7 +359,10 @@ def test_progress_names_count_failures_and_time_left(tmp_path, caplog):
     with misbehaving(tmp_path, {2: "raise"}) as labeler:
         labeler.label([chain(2), chain(1), chain(1)])
     lines = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("label 2 of 3, 1 failed, about ") and line.endswith(" left") for line in lines)
+    assert any(
+        line.startswith("label 2 of 3, 1 failed, about ") and line.endswith(" left")
+        for line in lines
+    )
     assert "label 3 of 3, 1 failed" in lines
 
 
@@ -335,7 +377,9 @@ def test_two_workers_work_at_the_same_time(tmp_path):
 def test_a_module_of_the_users_folder_cannot_shadow_the_package(tmp_path, monkeypatch):
     (tmp_path / "json.py").write_text("raise SystemExit('shadowed')")
     monkeypatch.chdir(tmp_path)
-    with get_labeler(LabelerSettings(calculator=EMT_PATH, n_workers=1), tmp_path / "scratch") as labeler:
+    with get_labeler(
+        LabelerSettings(calculator=EMT_PATH, n_workers=1), tmp_path / "scratch"
+    ) as labeler:
         assert labeler.label([copper()])[0].ok
 
 
@@ -356,8 +400,14 @@ def test_hash_names_the_energy_surface_and_nothing_else(tmp_path):
     assert len(default) == 12 and int(default, 16) >= 0
     assert default == of(k_spacing=0.08) == of(n_workers=3, timeout=10.0)
     assert default == of(arguments={"mode": {"ecut": 500.0, "name": "pw"}})
-    assert default == of(arguments={"convergence": {"energy": "2e-5", "density": "2E-5"}}), "YAML 1.1 reads 2e-5 as text"
-    others = [of(k_spacing=0.05), of(arguments={"xc": "LDA"}), of(arguments={"mode": {"name": "pw", "ecut": 600}})]
+    assert default == of(arguments={"convergence": {"energy": "2e-5", "density": "2E-5"}}), (
+        "YAML 1.1 reads 2e-5 as text"
+    )
+    others = [
+        of(k_spacing=0.05),
+        of(arguments={"xc": "LDA"}),
+        of(arguments={"mode": {"name": "pw", "ecut": 600}}),
+    ]
     others.append(of(arguments={"occupations": {"name": "fermi-dirac", "width": 0.1}}))
     assert len({default, *others}) == 5
 
@@ -366,7 +416,9 @@ def hash_of(**settings):
     return code_module(settings["calculator"]).recipe(LabelerSettings(**settings)).settings_hash
 
 
-def test_hash_holds_pseudopotentials_by_their_content_and_not_by_their_folder(tmp_path, monkeypatch):
+def test_hash_holds_pseudopotentials_by_their_content_and_not_by_their_folder(
+    tmp_path, monkeypatch
+):
     for name, text in (("one", "PBE of 2015"), ("two", "PBE of 2024"), ("copy", "PBE of 2015")):
         for file in ("H.upf", "potpaw_PBE/H/POTCAR", "H.PBE", "lj.table"):
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
@@ -377,12 +429,19 @@ def test_hash_holds_pseudopotentials_by_their_content_and_not_by_their_folder(tm
         monkeypatch.setenv("VASP_PP_PATH", str(tmp_path / name))
         monkeypatch.setenv("GPAW_SETUP_PATH", str(tmp_path / name))
         upf = {"pseudopotentials": {"H": "H.upf"}, "pseudo_dir": name}
-        found[name] = [hash_of(calculator="espresso", arguments=upf), hash_of(calculator="vasp"), hash_of(calculator="gpaw")]
+        found[name] = [
+            hash_of(calculator="espresso", arguments=upf),
+            hash_of(calculator="vasp"),
+            hash_of(calculator="gpaw"),
+        ]
     assert found["one"] == found["copy"]
     assert all(one != two for one, two in zip(found["one"], found["two"], strict=True))
     before = hash_of(calculator="misbehaving.Misbehaving", arguments={"child_file": "one/lj.table"})
     (tmp_path / "one" / "lj.table").write_text("another potential")
-    assert hash_of(calculator="misbehaving.Misbehaving", arguments={"child_file": "one/lj.table"}) != before
+    assert (
+        hash_of(calculator="misbehaving.Misbehaving", arguments={"child_file": "one/lj.table"})
+        != before
+    )
 
 
 def test_the_set_ups_that_gpaw_brings_are_those_of_the_shipped_labels(monkeypatch):
@@ -409,15 +468,24 @@ def test_k_points_of_the_shared_labels():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"calculator": "no_such_package.Calculator"}, ("learning.labeler.calculator", "not installed", "magus-anharmonic[gpaw]")),
+        (
+            {"calculator": "no_such_package.Calculator"},
+            ("learning.labeler.calculator", "not installed", "magus-anharmonic[gpaw]"),
+        ),
         ({"calculator": "ase.calculators.emt.NoSuch"}, ("no calculator 'NoSuch'",)),
         ({"calculator": "gpa"}, ("'gpa'", "allowed", "gpaw")),
         ({"calculator": "main"}, ("magus search -m",)),
         ({"calculator": EMT_PATH, "k_spacing": 0.1}, ("learning.labeler.k_spacing",)),
-        ({"calculator": "gpaw", "k_spacing": 0.1, "arguments": {"kpts": [2, 2, 2]}}, ("k_spacing", "arguments.kpts", "keep one")),
+        (
+            {"calculator": "gpaw", "k_spacing": 0.1, "arguments": {"kpts": [2, 2, 2]}},
+            ("k_spacing", "arguments.kpts", "keep one"),
+        ),
         ({"calculator": "gpaw", "arguments": {"txt": "here"}}, ("arguments.txt", "leave it out")),
         ({"calculator": "vasp", "arguments": {"nsw": 50}}, ("arguments.nsw", "single points")),
-        ({"calculator": "vasp", "arguments": {"command": "no-such-vasp-here"}}, ("no-such-vasp-here", "not found")),
+        (
+            {"calculator": "vasp", "arguments": {"command": "no-such-vasp-here"}},
+            ("no-such-vasp-here", "not found"),
+        ),
         ({"calculator": "espresso"}, ("pseudopotentials", "missing")),
     ],
 )
@@ -487,22 +555,40 @@ def test_gpaw_that_does_not_converge_is_a_failure_with_that_reason(tmp_path):
     pytest.importorskip("gpaw")
     arguments = {"mode": {"name": "pw", "ecut": 200}, "kpts": [1, 1, 1], "maxiter": 3}
     atoms = Atoms("H", cell=[1.7, 1.7, 1.7], pbc=True)
-    with get_labeler(LabelerSettings(calculator="gpaw", arguments=arguments, n_workers=1), tmp_path) as labeler:
+    with get_labeler(
+        LabelerSettings(calculator="gpaw", arguments=arguments, n_workers=1), tmp_path
+    ) as labeler:
         (result,) = labeler.label([atoms])
     assert not result.ok and "SCF did not converge" in result.reason
     assert list((tmp_path / "failed").iterdir()), "the output of a failed label is kept"
 
 
 @pytest.mark.parametrize(
-    "path", ["os.system", "shutil.rmtree", "subprocess.Popen", "subprocess.run", "builtins.exec", "os.remove", "ase.io.write", "ase.Atoms"]
+    "path",
+    [
+        "os.system",
+        "shutil.rmtree",
+        "subprocess.Popen",
+        "subprocess.run",
+        "builtins.exec",
+        "os.remove",
+        "ase.io.write",
+        "ase.Atoms",
+    ],
 )
 def test_an_input_calls_nothing_but_calculators(tmp_path, path):
-    with pytest.raises(InputError, match="is no ASE calculator .* an input cannot call anything else"):
-        get_labeler(LabelerSettings(calculator=path, arguments={"path": str(tmp_path)}), tmp_path / "work")
+    with pytest.raises(
+        InputError, match="is no ASE calculator .* an input cannot call anything else"
+    ):
+        get_labeler(
+            LabelerSettings(calculator=path, arguments={"path": str(tmp_path)}), tmp_path / "work"
+        )
     assert tmp_path.is_dir() and not (tmp_path / "work").exists()
 
 
-def test_a_module_is_allowed_outside_of_the_input_alone_and_the_log_names_it(tmp_path, monkeypatch, caplog):
+def test_a_module_is_allowed_outside_of_the_input_alone_and_the_log_names_it(
+    tmp_path, monkeypatch, caplog
+):
     settings = LabelerSettings(calculator="misbehaving.made")
     with pytest.raises(InputError, match="export MAGUS_ANHARMONIC_ALLOW=misbehaving"):
         get_labeler(settings, tmp_path)
@@ -515,13 +601,19 @@ def test_a_module_is_allowed_outside_of_the_input_alone_and_the_log_names_it(tmp
     assert any("mace.calculators, misbehaving" in check.detail for check in _labelers(None))
 
 
-def test_a_function_that_makes_a_calculator_is_a_labeler_and_what_it_makes_is_looked_at(tmp_path, monkeypatch):
+def test_a_function_that_makes_a_calculator_is_a_labeler_and_what_it_makes_is_looked_at(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("MAGUS_ANHARMONIC_ALLOW", "misbehaving")
     atoms = bulk("Cu")
-    with get_labeler(LabelerSettings(calculator="misbehaving.made", n_workers=1), tmp_path / "good") as labeler:
+    with get_labeler(
+        LabelerSettings(calculator="misbehaving.made", n_workers=1), tmp_path / "good"
+    ) as labeler:
         (label,) = labeler.label([atoms])
     assert label.energy == len(atoms)
-    settings = LabelerSettings(calculator="misbehaving.made", arguments={"behaviour": 5}, n_workers=1)
+    settings = LabelerSettings(
+        calculator="misbehaving.made", arguments={"behaviour": 5}, n_workers=1
+    )
     with get_labeler(settings, tmp_path / "bad") as labeler:
         (failure,) = labeler.label([atoms])
     assert "what misbehaving.made makes is no ASE calculator" in failure.reason

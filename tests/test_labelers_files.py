@@ -1,4 +1,5 @@
-"""VASP and Quantum ESPRESSO: input written, output read, played by small programs that write recorded-style output."""
+"""VASP and Quantum ESPRESSO: input written, output read, played by small programs that write
+recorded-style output."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json, run
 from magus_anharmonic.settings import LabelerSettings
 
 # H first and last, so that a code that sorts by species must be sorted back.
-STRUCTURE = Atoms("HSHH", positions=[[1.5, 0, 0.1], [0, 0, 0], [0, 1.5, 0], [0, 0, 1.4]], cell=np.eye(3) * 3.0, pbc=True)
+STRUCTURE = Atoms(
+    "HSHH",
+    positions=[[1.5, 0, 0.1], [0, 0, 0], [0, 1.5, 0], [0, 0, 1.4]],
+    cell=np.eye(3) * 3.0,
+    pbc=True,
+)
 
 VASP_FORCES = [[0.1, 0, 0], [0.2, 0, 0], [0.3, 0, 0], [-0.6, 0, 0]]  # in VASP's order: H H H S
 VASPRUN = """<?xml version="1.0" encoding="ISO-8859-1"?>
@@ -51,7 +57,8 @@ OUTCAR = """ vasp.6.4.2 20Jul23 (build) complex
 
 
 def fake_program(path: Path, body: str) -> str:
-    """Command line of a program that runs ``body`` (Python) in the folder where the code would run."""
+    """Command line of a program that runs ``body`` (Python) in the folder where the code would
+    run."""
     path.write_text(textwrap.dedent(body))
     return f"{sys.executable} {path}"
 
@@ -62,18 +69,29 @@ def vasp(tmp_path, monkeypatch):
     for symbol in ("H", "S"):
         potcar = tmp_path / "pp" / "potpaw_PBE" / symbol / "POTCAR"
         potcar.parent.mkdir(parents=True)
-        potcar.write_text(f"  PAW_PBE {symbol} 15Jun2001\n   1.0\n parameters from PSCTR are:\n End of Dataset\n")
+        potcar.write_text(
+            f"  PAW_PBE {symbol} 15Jun2001\n   1.0\n parameters from PSCTR are:\n End of Dataset\n"
+        )
     monkeypatch.setenv("VASP_PP_PATH", str(tmp_path / "pp"))
 
     def writes(reason: str = "reached") -> str:
-        ended = "because EDIFF is reached" if reason == "reached" else "EDIFF was not reached (unconverged)"
+        ended = (
+            "because EDIFF is reached"
+            if reason == "reached"
+            else "EDIFF was not reached (unconverged)"
+        )
         outcar = OUTCAR.replace("EDIFF was LOOPEND", ended)
-        return f"open('vasprun.xml', 'w').write({VASPRUN!r})\nopen('OUTCAR', 'w').write({outcar!r})\n"
+        return (
+            f"open('vasprun.xml', 'w').write({VASPRUN!r})\nopen('OUTCAR', 'w').write({outcar!r})\n"
+        )
 
     def make(reason: str = "reached", body: str = "", **settings):
         command = fake_program(tmp_path / "vasp.py", body or f"{writes(reason)}print('running')\n")
         arguments = {"command": command, **settings.pop("arguments", {})}
-        return get_labeler(LabelerSettings(calculator="vasp", arguments=arguments, **settings), tmp_path / "scratch")
+        return get_labeler(
+            LabelerSettings(calculator="vasp", arguments=arguments, **settings),
+            tmp_path / "scratch",
+        )
 
     make.writes = writes
     return make
@@ -87,7 +105,9 @@ def test_vasp_energy_is_extrapolated_and_forces_are_in_the_order_of_the_input(va
     assert label.free_energy == pytest.approx(-15.30)
     assert label.forces[:, 0] == pytest.approx([0.1, -0.6, 0.2, 0.3])
     # VASP prints kbar, positive when compressed; ASE's stress has the other sign.
-    assert label.stress == pytest.approx(-np.array([[100, 0, 0], [0, 200, 10], [0, 10, 300]]) * 0.1 * GPa)
+    assert label.stress == pytest.approx(
+        -np.array([[100, 0, 0], [0, 200, 10], [0, 10, 300]]) * 0.1 * GPa
+    )
 
 
 def test_vasp_input_has_the_papers_cutoff_and_k_spacing(vasp, tmp_path):
@@ -95,10 +115,16 @@ def test_vasp_input_has_the_papers_cutoff_and_k_spacing(vasp, tmp_path):
         labeler.label([STRUCTURE])
     incar = (tmp_path / "scratch" / "slot0" / "INCAR").read_text()
     keys = dict(re.findall(r"^\s*(\w+)\s*=\s*(\S+)", incar, re.M))
-    assert float(keys["ENCUT"]) == 500 and keys["GGA"].upper() == "PE" and float(keys["SIGMA"]) == 0.05
+    assert (
+        float(keys["ENCUT"]) == 500 and keys["GGA"].upper() == "PE" and float(keys["SIGMA"]) == 0.05
+    )
     assert int(keys["NSW"]) == 0 and int(keys["IBRION"]) == -1
     kpoints = (tmp_path / "scratch" / "slot0" / "KPOINTS").read_text().splitlines()
-    assert kpoints[2].lower().startswith("g") and kpoints[3].split() == ["12", "12", "12"]  # 1 / (3.0 * 0.03) = 11.1
+    assert kpoints[2].lower().startswith("g") and kpoints[3].split() == [
+        "12",
+        "12",
+        "12",
+    ]  # 1 / (3.0 * 0.03) = 11.1
     written = read(tmp_path / "scratch" / "slot0" / "POSCAR")
     assert sorted(written.get_chemical_symbols()) == sorted(STRUCTURE.get_chemical_symbols())
 
@@ -109,7 +135,10 @@ def test_vasp_without_electronic_convergence_is_a_failure(vasp):
     assert not result.ok and "SCF did not converge" in result.reason
 
 
-@pytest.mark.parametrize(("body", "words"), [("import sys; sys.exit(3)", "error: 3"), ("print('no output at all')", "OUTCAR")])
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [("import sys; sys.exit(3)", "error: 3"), ("print('no output at all')", "OUTCAR")],
+)
 def test_vasp_that_dies_never_returns_the_results_of_the_structure_before(vasp, body, words):
     with vasp() as labeler:
         assert labeler.label([STRUCTURE])[0].ok
@@ -120,39 +149,64 @@ def test_vasp_that_dies_never_returns_the_results_of_the_structure_before(vasp, 
 
 def test_a_command_that_needs_a_shell_is_refused_before_anything_is_started(vasp, tmp_path):
     marker = tmp_path / "marker"
-    with pytest.raises(InputError, match=r"learning\.labeler\.arguments\.command: .*only a shell understands '; touch"):
+    with pytest.raises(
+        InputError,
+        match=r"learning\.labeler\.arguments\.command: .*only a shell understands '; touch",
+    ):
         vasp(arguments={"command": f"{sys.executable} -c pass ; touch {marker}"})
     assert not marker.exists() and not (tmp_path / "scratch").exists()
 
 
 @pytest.mark.parametrize("through_the_environment", [False, True])
-def test_the_usual_redirection_of_vasps_output_is_honoured_and_no_argument_of_vasp(vasp, tmp_path, monkeypatch, through_the_environment):
-    body = f"import sys\nassert sys.argv[1:] == [], sys.argv\n{vasp.writes()}print('to the log', file=sys.stderr)\n"
+def test_the_usual_redirection_of_vasps_output_is_honoured_and_no_argument_of_vasp(
+    vasp, tmp_path, monkeypatch, through_the_environment
+):
+    body = (
+        f"import sys\nassert sys.argv[1:] == [], sys.argv\n{vasp.writes()}print('to the log',"
+        " file=sys.stderr)\n"
+    )
     command = f"{fake_program(tmp_path / 'vasp.py', body)} > vasp.log 2>&1"
     if through_the_environment:
         monkeypatch.setenv("ASE_VASP_COMMAND", command)
-    with vasp(body=body, arguments={"command": None if through_the_environment else command}) as labeler:
+    with vasp(
+        body=body, arguments={"command": None if through_the_environment else command}
+    ) as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
     assert (tmp_path / "scratch/slot0/vasp.log").read_text() == "to the log\n"
 
 
 def test_an_argument_in_quotes_reaches_vasp_whole(vasp, tmp_path):
-    body = f"import sys\nassert sys.argv[1:] == ['--map-by', 'socket; 2 > 1'], sys.argv\n{vasp.writes()}"
-    with vasp(body=body, arguments={"command": f"{fake_program(tmp_path / 'vasp.py', body)} --map-by 'socket; 2 > 1'"}) as labeler:
+    body = (
+        "import sys\nassert sys.argv[1:] == ['--map-by', 'socket; 2 > 1'],"
+        f" sys.argv\n{vasp.writes()}"
+    )
+    with vasp(
+        body=body,
+        arguments={
+            "command": f"{fake_program(tmp_path / 'vasp.py', body)} --map-by 'socket; 2 > 1'"
+        },
+    ) as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
 
 
 def test_a_byte_that_is_no_utf8_in_what_vasp_prints_does_not_cost_the_label(vasp):
-    noise = "import sys\nfor out in (sys.stdout.buffer, sys.stderr.buffer, open('OUTCAR', 'ab')):\n    out.write(b'\\xfc\\n')\n"
+    noise = (
+        "import sys\nfor out in (sys.stdout.buffer, sys.stderr.buffer, open('OUTCAR', 'ab')):\n   "
+        " out.write(b'\\xfc\\n')\n"
+    )
     with vasp(body=vasp.writes() + noise) as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
 
 
 def test_vasp_parallelisation_is_not_part_of_the_settings_hash(vasp):
-    assert vasp().settings_hash == vasp(arguments={"ncore": 4, "kpar": 2}).settings_hash != vasp(arguments={"encut": 600}).settings_hash
+    assert (
+        vasp().settings_hash
+        == vasp(arguments={"ncore": 4, "kpar": 2}).settings_hash
+        != vasp(arguments={"encut": 600}).settings_hash
+    )
     assert vasp().n_workers == 1
 
 
@@ -230,9 +284,18 @@ def espresso(tmp_path):
 
     def make(line: str = ACHIEVED, exit_code: int = 0, **arguments):
         output = PWO.replace("CONVERGENCE", line)
-        command = fake_program(tmp_path / "pw.py", f"print({output!r})\nimport sys; sys.exit({exit_code})\n")
-        given = {"command": command, "pseudo_dir": str(tmp_path), "pseudopotentials": UPF, **arguments}
-        return get_labeler(LabelerSettings(calculator="espresso", arguments=given), tmp_path / "scratch")
+        command = fake_program(
+            tmp_path / "pw.py", f"print({output!r})\nimport sys; sys.exit({exit_code})\n"
+        )
+        given = {
+            "command": command,
+            "pseudo_dir": str(tmp_path),
+            "pseudopotentials": UPF,
+            **arguments,
+        }
+        return get_labeler(
+            LabelerSettings(calculator="espresso", arguments=given), tmp_path / "scratch"
+        )
 
     return make
 
@@ -244,7 +307,9 @@ def test_espresso_energy_is_extrapolated_to_zero_smearing(espresso):
     assert label.free_energy == pytest.approx(-25.0 * Ry)
     # Gaussian smearing: E0 = (E + F) / 2, with E = F + TS = -24.996 Ry.
     assert label.energy == pytest.approx(-24.998 * Ry)
-    assert label.forces[:, 0] == pytest.approx(np.array([0.01, -0.06, 0.02, 0.03]) * Ry / Bohr, rel=1e-5)
+    assert label.forces[:, 0] == pytest.approx(
+        np.array([0.01, -0.06, 0.02, 0.03]) * Ry / Bohr, rel=1e-5
+    )
     stress = -np.array([[0.005, 0, 0], [0, 0.006, 0.0001], [0, 0.0001, 0.007]]) * Ry / Bohr**3
     assert label.stress == pytest.approx(stress, rel=1e-4, abs=1e-8)
 
@@ -261,7 +326,11 @@ def test_espresso_input_asks_for_forces_and_stress_of_a_single_point(espresso, t
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"), [("convergence NOT achieved after 100 iterations: stopping", "NOT achieved"), ("", "did not finish")]
+    ("line", "reason"),
+    [
+        ("convergence NOT achieved after 100 iterations: stopping", "NOT achieved"),
+        ("", "did not finish"),
+    ],
 )
 def test_espresso_without_convergence_is_a_failure(espresso, line, reason):
     with espresso(line) as labeler:
@@ -276,19 +345,29 @@ def test_espresso_that_ends_with_an_error_is_a_failure(espresso):
 
 
 def test_espresso_hash_holds_what_pw_gets_by_default(espresso):
-    assert espresso().settings_hash == espresso(input_data={"system": {"ecutwfc": 60, "ecutrho": 480}}).settings_hash
-    assert espresso().settings_hash != espresso(input_data={"system": {"degauss": 0.02}}).settings_hash
+    assert (
+        espresso().settings_hash
+        == espresso(input_data={"system": {"ecutwfc": 60, "ecutrho": 480}}).settings_hash
+    )
+    assert (
+        espresso().settings_hash != espresso(input_data={"system": {"degauss": 0.02}}).settings_hash
+    )
 
 
 def test_espresso_refuses_to_have_its_output_redirected(espresso):
-    with pytest.raises(InputError, match=r"arguments\.command: 'pw\.x > out': redirects .* leave that out"):
+    with pytest.raises(
+        InputError, match=r"arguments\.command: 'pw\.x > out': redirects .* leave that out"
+    ):
         espresso(command="pw.x > out")
 
 
 def test_a_byte_that_is_no_utf8_in_what_pw_prints_does_not_cost_the_label(espresso, tmp_path):
     made = espresso()
     program = tmp_path / "pw.py"
-    program.write_text(f"import sys\nsys.stdout.buffer.write(b'     title \\xfc\\n')\nsys.stdout.flush()\n{program.read_text()}")
+    program.write_text(
+        "import sys\nsys.stdout.buffer.write(b'     title"
+        f" \\xfc\\n')\nsys.stdout.flush()\n{program.read_text()}"
+    )
     with made as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
@@ -305,24 +384,42 @@ def test_methfessel_paxton_extrapolates_by_a_third():
     assert zero_smearing_energy(-10.0, output, "cold") == -10.0
 
 
-# ------------------------------------------------------------------ worker and adapter, in this process
+# -------------------------------------------------------------- worker and adapter, in this process
 
 
 def test_structures_travel_to_the_worker_unchanged():
     back = atoms_from_json(atoms_to_json(STRUCTURE))
-    assert (back.positions == STRUCTURE.positions).all() and (back.cell.array == STRUCTURE.cell.array).all()
+    assert (back.positions == STRUCTURE.positions).all() and (
+        back.cell.array == STRUCTURE.cell.array
+    ).all()
     assert (back.numbers == STRUCTURE.numbers).all() and back.pbc.all()
 
 
 def job(task: str, directory: Path, code: str = "ase.calculators.emt.EMT", **more) -> dict:
-    atoms = Atoms("Cu4", scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]], cell=np.eye(3) * 3.7, pbc=True)
+    atoms = Atoms(
+        "Cu4",
+        scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],
+        cell=np.eye(3) * 3.7,
+        pbc=True,
+    )
     recipe = {"code": code, "arguments": {}, "k_spacing": None, "execution": {}}
-    return {"task": task, "atoms": atoms_to_json(atoms), "recipe": recipe, "directory": str(directory), **more}
+    return {
+        "task": task,
+        "atoms": atoms_to_json(atoms),
+        "recipe": recipe,
+        "directory": str(directory),
+        **more,
+    }
 
 
 def test_worker_answers_with_plain_data(tmp_path):
     answer = run_job(job("label", tmp_path))
-    assert answer["ok"] and isinstance(answer["energy"], float) and len(answer["forces"]) == 4 and answer["seconds"] > 0
+    assert (
+        answer["ok"]
+        and isinstance(answer["energy"], float)
+        and len(answer["forces"]) == 4
+        and answer["seconds"] > 0
+    )
 
 
 def test_worker_relaxes_at_pressure(tmp_path):
@@ -339,13 +436,18 @@ def test_worker_names_a_calculator_without_stress(tmp_path):
 def test_a_function_can_be_a_labeler():
     found = {"energy": -1.0, "forces": np.zeros((4, 3)), "stress": np.array([1.0, 2, 3, 4, 5, 6])}
     labeler = CallableLabeler(
-        lambda structures: [found, "it did not converge", {**found, "energy": np.nan}], description="MAGUS", settings={"a": 1}
+        lambda structures: [found, "it did not converge", {**found, "energy": np.nan}],
+        description="MAGUS",
+        settings={"a": 1},
     )
     seen = []
     results = labeler.label([STRUCTURE] * 3, lambda index, result: seen.append(index))
     assert [result.ok for result in results] == [True, False, False] and seen == [0, 1, 2]
     assert results[0].stress[1, 2] == 4.0 and results[0].settings_hash == labeler.settings_hash
     assert results[1].reason == "it did not converge" and "NaN" in results[2].reason
-    assert labeler.settings_hash != CallableLabeler(len, description="MAGUS", settings={"a": 2}).settings_hash
+    assert (
+        labeler.settings_hash
+        != CallableLabeler(len, description="MAGUS", settings={"a": 2}).settings_hash
+    )
     with pytest.raises(LabelerError, match="2 structures given, 3 results"):
         labeler.label([STRUCTURE] * 2)

@@ -13,12 +13,22 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled, MagusAnharmonicError
+from magus_anharmonic.errors import (
+    InputError,
+    LabelerError,
+    LabelerNotInstalled,
+    MagusAnharmonicError,
+)
 from magus_anharmonic.files import append_jsonl, read_jsonl
 from magus_anharmonic.labelers import CallableLabeler
 from magus_anharmonic.learning.choose import choose
 from magus_anharmonic.learning.dataset import LabelStore, labelled, read_dataset, side, side_of
-from magus_anharmonic.learning.distort import distort, random_directions, random_strain, shortest_distance
+from magus_anharmonic.learning.distort import (
+    distort,
+    random_directions,
+    random_strain,
+    shortest_distance,
+)
 from magus_anharmonic.learning.families import SIDES, Families, fingerprint
 from magus_anharmonic.learning.learn import DATASET, learn, plan, training_sets
 from magus_anharmonic.settings import LearningSettings, parse
@@ -26,22 +36,31 @@ from magus_anharmonic.structures import structure_id
 
 
 def h3s(a: float = 3.0, shift: float = 0.0) -> Atoms:
-    """Primitive Im-3m H3S; ``shift`` (Angstrom) moves the hydrogen atoms along their bonds to R3m."""
+    """Primitive Im-3m H3S; ``shift`` (Angstrom) moves the hydrogen atoms along their bonds to
+    R3m."""
     cell = a / 2 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
-    return Atoms("SH3", positions=np.vstack([np.zeros(3), (a / 2 + shift) * np.eye(3)]), cell=cell, pbc=True)
+    return Atoms(
+        "SH3", positions=np.vstack([np.zeros(3), (a / 2 + shift) * np.eye(3)]), cell=cell, pbc=True
+    )
 
 
 def random_structure(seed: int, n_sulfur: int = 1) -> Atoms:
     rng = np.random.default_rng(seed)
     while True:
         cell = 2.6 * np.eye(3) + rng.uniform(-0.5, 0.5, (3, 3))
-        atoms = Atoms("S" * n_sulfur + "H" * 3, scaled_positions=rng.random((3 + n_sulfur, 3)), cell=cell, pbc=True)
+        atoms = Atoms(
+            "S" * n_sulfur + "H" * 3,
+            scaled_positions=rng.random((3 + n_sulfur, 3)),
+            cell=cell,
+            pbc=True,
+        )
         if shortest_distance(atoms) > 0.9:
             return atoms
 
 
 class Counting:
-    """Single points of a soft Lennard-Jones crystal that counts its calls; ``fails`` maps the position in a call to a reason.
+    """Single points of a soft Lennard-Jones crystal that counts its calls; ``fails`` maps the
+    position in a call to a reason.
 
     Its zero of energy is another one than the model's, as between any two DFT codes.
     """
@@ -70,7 +89,9 @@ class Counting:
 
 
 def labeler_of(function, **settings) -> CallableLabeler:
-    return CallableLabeler(function, description="Lennard-Jones", settings=settings or {"sigma": 1.2})
+    return CallableLabeler(
+        function, description="Lennard-Jones", settings=settings or {"sigma": 1.2}
+    )
 
 
 @pytest.fixture
@@ -98,7 +119,9 @@ def test_a_phase_that_was_found_often_is_chosen_as_often():
     """Duplicates are kept: a phase that is 40 % of the population is 40 % of the choice."""
     population = ["Im-3m"] * 40 + [f"other {i}" for i in range(60)]
     rng = np.random.default_rng(0)
-    share = np.mean([population[index] == "Im-3m" for _ in range(400) for index in choose(population, 10, rng)])
+    share = np.mean(
+        [population[index] == "Im-3m" for _ in range(400) for index in choose(population, 10, rng)]
+    )
     assert share == pytest.approx(0.4, abs=0.03)
 
 
@@ -126,7 +149,9 @@ def test_strain_is_a_symmetric_tensor_within_its_limits():
 
 def test_strain_components_are_uniform_and_independent():
     rng = np.random.default_rng(5)
-    samples = np.array([random_strain(0.05, rng)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]] for _ in range(20000)])
+    samples = np.array(
+        [random_strain(0.05, rng)[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]] for _ in range(20000)]
+    )
     uniform = np.linspace(-0.05, 0.05, 11)
     for component in samples.T:
         assert np.histogram(component, uniform)[0] == pytest.approx(2000, abs=200)
@@ -145,7 +170,10 @@ def test_directions_are_uniform_on_the_sphere():
 def test_distortions_are_reproducible_and_leave_the_structure_alone():
     start = h3s()
     before = start.positions.copy(), start.cell.array.copy()
-    one, two = (distort(start, np.random.default_rng(7), atom_displacement=0.05, strain=0.05) for _ in range(2))
+    one, two = (
+        distort(start, np.random.default_rng(7), atom_displacement=0.05, strain=0.05)
+        for _ in range(2)
+    )
     assert (one.positions == two.positions).all() and (one.cell.array == two.cell.array).all()
     assert (start.positions == before[0]).all() and (start.cell.array == before[1]).all()
 
@@ -153,9 +181,16 @@ def test_distortions_are_reproducible_and_leave_the_structure_alone():
 def test_distortions_that_make_atoms_overlap_are_refused():
     pair = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.3]], cell=np.eye(3) * 4, pbc=True)
     for seed in range(30):
-        assert shortest_distance(distort(pair, np.random.default_rng(seed), atom_displacement=0.1, strain=0.0)) >= 0.18
+        assert (
+            shortest_distance(
+                distort(pair, np.random.default_rng(seed), atom_displacement=0.1, strain=0.0)
+            )
+            >= 0.18
+        )
     with pytest.raises(MagusAnharmonicError, match="lower learning.atom_displacement"):
-        distort(h3s().repeat((2, 2, 1)), np.random.default_rng(0), atom_displacement=1.0, strain=0.05)
+        distort(
+            h3s().repeat((2, 2, 1)), np.random.default_rng(0), atom_displacement=1.0, strain=0.05
+        )
 
 
 def test_shortest_distance_counts_periodic_images():
@@ -167,10 +202,17 @@ def test_shortest_distance_counts_periodic_images():
 
 def test_sides_follow_the_split_and_never_change():
     sides = [side(f"p-{i}") for i in range(4000)]
-    assert [sides.count(name) / 4000 for name in ("train", "validation", "test")] == pytest.approx([0.8, 0.1, 0.1], abs=0.02)
+    assert [sides.count(name) / 4000 for name in ("train", "validation", "test")] == pytest.approx(
+        [0.8, 0.1, 0.1], abs=0.02
+    )
     assert sides == [side(f"p-{i}") for i in range(4000)]
     # Committed once: the side of a label must be the same in every version.
-    assert [side(name) for name in ("set1-0000", "p-10", "p-11", "p-36")] == ["train", "train", "test", "validation"]
+    assert [side(name) for name in ("set1-0000", "p-10", "p-11", "p-36")] == [
+        "train",
+        "train",
+        "test",
+        "validation",
+    ]
 
 
 def test_sides_are_those_by_which_checkpoints_are_trained():
@@ -198,7 +240,9 @@ def test_one_phase_is_one_family_in_any_cell_and_setting(tmp_path):
 def test_different_structures_are_different_families():
     found = [fingerprint(random_structure(seed)) for seed in range(25)]
     assert not any(a.similar(b) for i, a in enumerate(found) for b in found[:i])
-    assert not fingerprint(random_structure(0)).similar(fingerprint(random_structure(0, n_sulfur=2)))
+    assert not fingerprint(random_structure(0)).similar(
+        fingerprint(random_structure(0, n_sulfur=2))
+    )
 
 
 # ------------------------------------------------------------------ store
@@ -207,9 +251,15 @@ def test_different_structures_are_different_families():
 def frame(number: int, generation: int = 1, settings_hash: str = "a1b2c3d4e5f6", **info) -> Atoms:
     atoms = h3s(3.0 + 0.01 * number)
     atoms.info.update(
-        id=f"g{generation}-{number:04d}", generation=generation, parent=f"p-{number // 2}", settings_hash=settings_hash, **info
+        id=f"g{generation}-{number:04d}",
+        generation=generation,
+        parent=f"p-{number // 2}",
+        settings_hash=settings_hash,
+        **info,
     )
-    atoms.calc = SinglePointCalculator(atoms, energy=-1.0 * number, forces=np.full((4, 3), 0.1), stress=np.eye(3) * 0.2)
+    atoms.calc = SinglePointCalculator(
+        atoms, energy=-1.0 * number, forces=np.full((4, 3), 0.1), stress=np.eye(3) * 0.2
+    )
     return atoms
 
 
@@ -223,14 +273,19 @@ def test_labels_survive_a_kill_at_any_moment(tmp_path):
     kept = {file.name: file.read_bytes() for file in pending.iterdir()}
     batch = killed.close_batch(1)
     assert batch == tmp_path / "gen001.xyz" and not pending.exists()
-    # Killed after the batch was written, before the single files were removed: nothing counts twice.
+    # Killed after the batch was written, before the single files were removed: nothing counts
+    # twice.
     pending.mkdir(parents=True)
     for name, content in kept.items():
         (pending / name).write_bytes(content)
     before = batch.read_bytes()
     again = LabelStore(tmp_path)
     assert len(again.labels()) == 3 and again.close_batch(1) is None
-    assert batch.read_bytes() == before and not list(tmp_path.glob("gen001-*")) and len(LabelStore(tmp_path)) == 3
+    assert (
+        batch.read_bytes() == before
+        and not list(tmp_path.glob("gen001-*"))
+        and len(LabelStore(tmp_path)) == 3
+    )
 
 
 def test_a_batch_never_changes(tmp_path):
@@ -241,15 +296,22 @@ def test_a_batch_never_changes(tmp_path):
     store.add(frame(1))
     assert store.close_batch(1) == tmp_path / "gen001-2.xyz"
     assert first.read_bytes() == content
-    assert [atoms.info["id"] for atoms in LabelStore(tmp_path).labels(generation=1)] == ["g1-0000", "g1-0001"]
+    assert [atoms.info["id"] for atoms in LabelStore(tmp_path).labels(generation=1)] == [
+        "g1-0000",
+        "g1-0001",
+    ]
 
 
 def test_labels_come_back_with_all_that_was_known(tmp_path):
     store = LabelStore(tmp_path)
-    store.add(frame(4, generation=2, free_energy=-4.1, distortion_seed="7-2-102-0-3", side="validation"))
+    store.add(
+        frame(4, generation=2, free_energy=-4.1, distortion_seed="7-2-102-0-3", side="validation")
+    )
     store.close_batch(2)
     (back,) = LabelStore(tmp_path).labels(before=3)
-    assert back.get_potential_energy() == -4.0 and back.get_stress(voigt=False) == pytest.approx(np.eye(3) * 0.2)
+    assert back.get_potential_energy() == -4.0 and back.get_stress(voigt=False) == pytest.approx(
+        np.eye(3) * 0.2
+    )
     assert back.info["distortion_seed"] == "7-2-102-0-3" and back.info["free_energy"] == -4.1
     assert back.info["settings_hash"] == "a1b2c3d4e5f6" and side_of(back) == "validation"
     assert LabelStore(tmp_path).labels(before=2) == []
@@ -267,12 +329,17 @@ def test_a_dataset_of_other_or_unknown_settings_is_refused(tmp_path):
     file = tmp_path / "earlier.xyz"
     write(file, [frame(0), frame(1)], format="extxyz")
     assert len(read_dataset(file, "a1b2c3d4e5f6")) == 2
-    with pytest.raises(InputError, match=r"earlier.xyz: structure 1 \(g1-0000\): was labelled with other DFT settings"):
+    with pytest.raises(
+        InputError,
+        match=r"earlier.xyz: structure 1 \(g1-0000\): was labelled with other DFT settings",
+    ):
         read_dataset(file, "ffffffffffff")
     unknown = frame(1)
     del unknown.info["settings_hash"]
     write(file, [frame(0), unknown], format="extxyz")
-    with pytest.raises(InputError, match="structure 2 .* has no settings_hash.* add settings_hash=a1b2c3d4e5f6"):
+    with pytest.raises(
+        InputError, match="structure 2 .* has no settings_hash.* add settings_hash=a1b2c3d4e5f6"
+    ):
         read_dataset(file, "a1b2c3d4e5f6")
     file.write_text("this is no xyz\n")
     with pytest.raises(InputError, match="earlier.xyz: not readable"):
@@ -285,22 +352,36 @@ def test_a_dataset_of_other_or_unknown_settings_is_refused(tmp_path):
 
 
 def test_replay_is_from_the_training_side_only_and_validation_is_never_trained_on(tmp_path):
-    new = [frame(n, generation=3, side=name) for n, name in enumerate(["train"] * 6 + ["validation"] * 2 + ["test"])]
-    old = [frame(n, generation=1 + n % 2, side=["train", "validation", "test"][n % 3]) for n in range(100, 160)]
+    new = [
+        frame(n, generation=3, side=name)
+        for n, name in enumerate(["train"] * 6 + ["validation"] * 2 + ["test"])
+    ]
+    old = [
+        frame(n, generation=1 + n % 2, side=["train", "validation", "test"][n % 3])
+        for n in range(100, 160)
+    ]
     sets = training_sets(new, old, [], learning(n_replay=15), np.random.default_rng(0))
     assert sets.n_new == 6 and sets.n_replay == 15 and len(sets.train) == 21
     assert {side_of(atoms) for atoms in sets.train} == {"train"}
     assert len({atoms.info["id"] for atoms in sets.train}) == 21, "drawn without replacement"
     # two of this round are too few: those of the newest rounds before it are added
     generations = [atoms.info["generation"] for atoms in sets.validation]
-    assert generations[:2] == [3, 3] and set(generations[2:]) == {1, 2} and sets.validation_from == "this round and rounds 1 to 2"
-    assert {side_of(atoms) for atoms in sets.test} == {"test"} and sets.test[0].info["generation"] == 3
+    assert (
+        generations[:2] == [3, 3]
+        and set(generations[2:]) == {1, 2}
+        and sets.validation_from == "this round and rounds 1 to 2"
+    )
+    assert {side_of(atoms) for atoms in sets.test} == {"test"} and sets.test[0].info[
+        "generation"
+    ] == 3
 
 
 def test_a_model_is_judged_by_the_newest_rounds_alone_where_they_are_enough():
     new = [frame(n, generation=3, side="validation") for n in range(15)]
     old = [frame(n, generation=1 + n // 20, side="validation") for n in range(40)]
-    sets = training_sets(new, old, [frame(0, side="validation")], learning(), np.random.default_rng(0))
+    sets = training_sets(
+        new, old, [frame(0, side="validation")], learning(), np.random.default_rng(0)
+    )
     assert [atoms.info["generation"] for atoms in sets.validation] == 15 * [3] + 20 * [2]
     assert sets.validation_from == "this round and round 2"
     alone = training_sets([*new, *new], old, [], learning(), np.random.default_rng(0))
@@ -309,14 +390,18 @@ def test_a_model_is_judged_by_the_newest_rounds_alone_where_they_are_enough():
 
 def test_labels_of_the_search_judge_before_those_of_a_dataset():
     new = [frame(n, generation=3, side="train") for n in range(4)]
-    old = [frame(n, generation=1, side=["train", "validation", "test"][n % 3]) for n in range(100, 109)]
+    old = [
+        frame(n, generation=1, side=["train", "validation", "test"][n % 3]) for n in range(100, 109)
+    ]
     dataset = [frame(n, generation=0, side="validation") for n in range(200, 202)]
     sets = training_sets(new, old, dataset, learning(n_replay=0), np.random.default_rng(0))
     assert len(sets.validation) == 3 and sets.validation_from == "round 1" and sets.n_replay == 0
     borrowed = training_sets(new, [], dataset, learning(), np.random.default_rng(0))
     assert len(borrowed.validation) == 2 and borrowed.validation_from == DATASET
     alone = training_sets(new, [], [], learning(), np.random.default_rng(0))
-    assert alone.validation == [] and alone.validation_from == "training" and alone.test_from == "none"
+    assert (
+        alone.validation == [] and alone.validation_from == "training" and alone.test_from == "none"
+    )
 
 
 # ------------------------------------------------------------------ learn
@@ -332,7 +417,9 @@ def checkpoint(tmp_path_factory) -> Path:
     m3gnet = pytest.importorskip("mattersim.forcefield.m3gnet.m3gnet")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        module = m3gnet.M3Gnet(device="cpu", num_blocks=1, units=8, max_l=4, max_n=4, cutoff=3.5, threebody_cutoff=3.0)
+        module = m3gnet.M3Gnet(
+            device="cpu", num_blocks=1, units=8, max_l=4, max_n=4, cutoff=3.5, threebody_cutoff=3.0
+        )
     file = tmp_path_factory.mktemp("model") / "tiny.pth"
     checkpoints.save(module.eval(), file)
     return file
@@ -348,7 +435,17 @@ def potential(checkpoint):
 POPULATION = [random_structure(seed) for seed in range(6)] + [h3s(3.1), h3s(3.1)]
 
 
-def run(tmp_path, potential, settings, function=None, *, generation=1, population=POPULATION, seed=1, labeler=None):
+def run(
+    tmp_path,
+    potential,
+    settings,
+    function=None,
+    *,
+    generation=1,
+    population=POPULATION,
+    seed=1,
+    labeler=None,
+):
     labeler = labeler or labeler_of(function or Counting())
     return learn(
         population, generation=generation, potential=potential, settings=settings, labeler=labeler,
@@ -370,17 +467,25 @@ def test_a_round_labels_finetunes_and_reports(tmp_path, potential, settings):
     for scores in (metrics["old"], metrics["new"]):
         assert {"loss", "energy_rmse", "force_rmse", "stress_rmse", "n"} <= set(scores["train"])
         few = scores["validation"]
-        assert few["n"] < 20 and 0.0 < few["energy_rmse_error"] and few["energy_rmse"] / np.sqrt(2) <= few["energy_rmse_error"]
+        assert (
+            few["n"] < 20
+            and 0.0 < few["energy_rmse_error"]
+            and few["energy_rmse"] / np.sqrt(2) <= few["energy_rmse_error"]
+        )
     from magus_anharmonic.potential import load
 
     assert load(tmp_path / "checkpoints" / "gen1.pth", device="cpu").model_id == found.model_id
-    assert found.potential.path == tmp_path / "checkpoints" / "gen1.pth" and not list((tmp_path / "training").glob("*"))
+    assert found.potential.path == tmp_path / "checkpoints" / "gen1.pth" and not list(
+        (tmp_path / "training").glob("*")
+    )
 
 
-def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_random(tmp_path, potential, caplog):
+def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_random(
+    tmp_path, potential, caplog
+):
     from magus_anharmonic.learning.choose import Contender
 
-    def contender(name, odds, seed):
+    def contender(name, probability, seed):
         cell = h3s(3.1).repeat((2, 1, 1))
         u = 0.02 * np.random.default_rng(seed).normal(size=(8, len(cell), 3))
         configurations = []
@@ -388,18 +493,38 @@ def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_r
             for sign in (1, -1):
                 configurations.append(cell.copy())
                 configurations[-1].positions += sign * one
-        return Contender(name, h3s(3.1), configurations, odds, 0.001)
+        return Contender(name, h3s(3.1), configurations, probability, 0.001)
 
-    settings, store = learning(select="sscha", n_sample=4, n_perturb=2, epochs=2), LabelStore(tmp_path / "labels")
-    options = {"potential": potential, "settings": settings, "store": store, "run_dir": tmp_path, "seed": 1}
+    settings, store = (
+        learning(select="sscha", n_sample=4, n_perturb=2, epochs=2),
+        LabelStore(tmp_path / "labels"),
+    )
+    options = {
+        "potential": potential,
+        "settings": settings,
+        "store": store,
+        "run_dir": tmp_path,
+        "seed": 1,
+    }
     labeler = labeler_of(Counting())
-    learn(POPULATION, generation=1, labeler=labeler, contenders=[contender("aa", 0.6, 1), contender("bb", 0.4, 2)], **options)
+    learn(
+        POPULATION,
+        generation=1,
+        labeler=labeler,
+        contenders=[contender("aa", 0.6, 1), contender("bb", 0.4, 2)],
+        **options,
+    )
     first = store.labels(generation=1)
     assert len(first) == 12 and [atoms.info["kind"] for atoms in first].count("sscha") == 8
-    assert sorted(atoms.info["candidate"] for atoms in first if "candidate" in atoms.info) == 4 * ["c-aa"] + 4 * ["c-bb"]
+    assert sorted(atoms.info["candidate"] for atoms in first if "candidate" in atoms.info) == 4 * [
+        "c-aa"
+    ] + 4 * ["c-bb"]
     # the phases that are undecided train; others of the population judge
     assert {atoms.info["side"] for atoms in first if "candidate" in atoms.info} == {"train"}
-    assert sorted(atoms.info["side"] for atoms in first if "candidate" not in atoms.info) == ["test"] * 2 + ["validation"] * 2
+    assert (
+        sorted(atoms.info["side"] for atoms in first if "candidate" not in atoms.info)
+        == ["test"] * 2 + ["validation"] * 2
+    )
     with caplog.at_level("INFO"):
         learn(POPULATION, generation=2, labeler=labeler, **options)
     assert {atoms.info["kind"] for atoms in store.labels(generation=2)} == {"distorted"}
@@ -411,18 +536,36 @@ def test_labels_know_where_they_come_from(tmp_path, potential, settings):
     frames = read(tmp_path / "labels" / "gen001.xyz", index=":")
     assert len(frames) == 8
     for atoms in frames:
-        known = {"id", "generation", "parent", "family", "side", "kind", "distortion_seed", "settings_hash"}
+        known = {
+            "id",
+            "generation",
+            "parent",
+            "family",
+            "side",
+            "kind",
+            "distortion_seed",
+            "settings_hash",
+        }
         assert known <= set(atoms.info)
         assert atoms.info["side"] in ("train", "validation", "test")
-    assert len({(atoms.info["family"], atoms.info["side"]) for atoms in frames}) == len({atoms.info["family"] for atoms in frames})
-    assert len({atoms.info["id"] for atoms in frames}) == 8 and len({atoms.info["distortion_seed"] for atoms in frames}) == 8
+    assert len({(atoms.info["family"], atoms.info["side"]) for atoms in frames}) == len(
+        {atoms.info["family"] for atoms in frames}
+    )
+    assert (
+        len({atoms.info["id"] for atoms in frames}) == 8
+        and len({atoms.info["distortion_seed"] for atoms in frames}) == 8
+    )
 
 
 def test_two_finds_of_one_phase_share_a_side(tmp_path, settings):
     population = [h3s(3.0), h3s(3.02).repeat((1, 1, 2))]
     planned = plan(population, 1, learning(n_sample=2, n_perturb=1), LabelStore(tmp_path), seed=4)
     assert len({atoms.info["parent"] for atoms in planned}) == 2
-    assert len({atoms.info["family"] for atoms in planned}) == len({atoms.info["side"] for atoms in planned}) == 1
+    assert (
+        len({atoms.info["family"] for atoms in planned})
+        == len({atoms.info["side"] for atoms in planned})
+        == 1
+    )
 
 
 def rounds_of_labels(tmp_path, populations, settings, dataset=()):
@@ -440,31 +583,47 @@ def rounds_of_labels(tmp_path, populations, settings, dataset=()):
 
 
 def sides_by_generation(store, n):
-    return [{side: sum(a.info["side"] == side for a in store.labels(generation=g)) for side in SIDES} for g in range(1, n + 1)]
+    return [
+        {side: sum(a.info["side"] == side for a in store.labels(generation=g)) for side in SIDES}
+        for g in range(1, n + 1)
+    ]
 
 
 def test_every_generation_of_a_search_has_labels_that_judge_it(tmp_path):
-    """Hashing by family left validation without any label of four generations, by chance of the names."""
+    """Hashing by family left validation without any label of four generations, by chance of the
+    names."""
     settings = learning(n_sample=6, n_perturb=2)
-    populations = [[random_structure(100 * g + n) for n in range(12)] + 6 * [h3s(3.1)] for g in range(1, 5)]
+    populations = [
+        [random_structure(100 * g + n) for n in range(12)] + 6 * [h3s(3.1)] for g in range(1, 5)
+    ]
     store = rounds_of_labels(tmp_path, populations, settings)
     found = sides_by_generation(store, 4)
-    assert all(counts["validation"] >= 2 and counts["test"] >= 2 and counts["train"] >= 6 for counts in found), found
+    assert all(
+        counts["validation"] >= 2 and counts["test"] >= 2 and counts["train"] >= 6
+        for counts in found
+    ), found
     sides = {}
     for atoms in store.labels():
         sides.setdefault(atoms.info["family"], set()).add(atoms.info["side"])
     assert all(len(found) == 1 for found in sides.values())
 
 
-def test_a_generation_whose_choice_trained_before_labels_others_of_its_population_to_judge(tmp_path):
+def test_a_generation_whose_choice_trained_before_labels_others_of_its_population_to_judge(
+    tmp_path,
+):
     """Nearly all of the population is one phase, so that the draw is of families that train."""
     settings = learning(n_sample=4, n_perturb=2)
     first = [random_structure(n) for n in range(6)]
     later = 30 * [h3s(3.1)] + [random_structure(50), random_structure(51)]
     store = rounds_of_labels(tmp_path, [first, later, later], settings)
     found = sides_by_generation(store, 3)
-    assert all(counts["validation"] == counts["test"] == 2 and counts["train"] == 4 for counts in found), found
-    names = [{a.info["family"] for a in store.labels(generation=g) if a.info["side"] != "train"} for g in (2, 3)]
+    assert all(
+        counts["validation"] == counts["test"] == 2 and counts["train"] == 4 for counts in found
+    ), found
+    names = [
+        {a.info["family"] for a in store.labels(generation=g) if a.info["side"] != "train"}
+        for g in (2, 3)
+    ]
     assert names[0] == names[1], "a phase that was held back stays there, and is found again"
 
 
@@ -474,10 +633,17 @@ def test_a_phase_that_trained_never_judges_and_one_alone_trains(tmp_path):
     assert {atoms.info["side"] for atoms in store.labels()} == {"train"}
     earlier = h3s(3.1)
     earlier.info.update(parent="old", id="old", side="train")
-    store = rounds_of_labels(tmp_path / "two", [4 * [h3s(3.11)] + [random_structure(1), random_structure(2)]], settings, [earlier])
+    store = rounds_of_labels(
+        tmp_path / "two",
+        [4 * [h3s(3.11)] + [random_structure(1), random_structure(2)]],
+        settings,
+        [earlier],
+    )
     judged = {atoms.info["family"] for atoms in store.labels() if atoms.info["side"] != "train"}
     assert len(judged) == 2 and "old" not in judged
-    assert {atoms.info["side"] for atoms in store.labels() if atoms.info["family"] == "old"} == {"train"}
+    assert {atoms.info["side"] for atoms in store.labels() if atoms.info["family"] == "old"} == {
+        "train"
+    }
 
 
 def test_what_decides_when_to_stop_is_measured_on_the_search_itself():
@@ -492,7 +658,8 @@ def test_same_seed_same_model_and_another_seed_another(tmp_path, checkpoint, set
     from magus_anharmonic.potential import load
 
     ids = [
-        run(tmp_path / name, load(checkpoint, device="cpu"), settings, seed=seed).model_id for name, seed in (("a", 1), ("b", 1), ("c", 2))
+        run(tmp_path / name, load(checkpoint, device="cpu"), settings, seed=seed).model_id
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
     ]
     assert ids[0] == ids[1] != ids[2]
 
@@ -502,11 +669,17 @@ def test_a_finished_round_is_not_done_again(tmp_path, checkpoint, potential, set
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     counting = Counting()
     again = run(tmp_path, potential, settings, counting)
-    assert counting.n == 0 and again.model_id == first.model_id and again.metrics["new"] == first.metrics["new"]
+    assert (
+        counting.n == 0
+        and again.model_id == first.model_id
+        and again.metrics["new"] == first.metrics["new"]
+    )
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
-def test_a_killed_round_labels_only_what_is_missing_and_ends_the_same(tmp_path, checkpoint, settings):
+def test_a_killed_round_labels_only_what_is_missing_and_ends_the_same(
+    tmp_path, checkpoint, settings
+):
     from magus_anharmonic.potential import load
 
     whole = run(tmp_path / "whole", load(checkpoint, device="cpu"), settings)
@@ -537,23 +710,36 @@ def test_killed_between_metrics_and_checkpoint(tmp_path, potential, settings, lo
     counting = Counting()
     again = run(tmp_path, potential, settings, counting)
     assert counting.n == 0 and again.model_id == first.model_id
-    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1 and (tmp_path / "checkpoints" / "gen1.pth").is_file()
+    assert (
+        len(read_jsonl(tmp_path / "metrics.jsonl")) == 1
+        and (tmp_path / "checkpoints" / "gen1.pth").is_file()
+    )
 
 
 def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch):
-    """Training whose loss on the judging labels does not fall leaves weights, id and shift as they were."""
+    """Training whose loss on the judging labels does not fall leaves weights, id and shift as they
+    were."""
     import magus_anharmonic.potential.labelled as scores
 
     real = scores.score
 
     def pessimistic(model, frames, settings=None):
         found = real(model, frames, settings)
-        return found if model is potential else type(found)(**{**found.as_dict(), "loss": found.loss + 1e6})
+        return (
+            found
+            if model is potential
+            else type(found)(**{**found.as_dict(), "loss": found.loss + 1e6})
+        )
 
     monkeypatch.setattr(scores, "score", pessimistic)
     found = run(tmp_path, potential, settings)
-    assert not found.changed and found.model_id == potential.model_id and found.potential is potential
-    assert found.metrics["new"] == found.metrics["old"] and found.metrics["rejected"]["model"] != potential.model_id
+    assert (
+        not found.changed and found.model_id == potential.model_id and found.potential is potential
+    )
+    assert (
+        found.metrics["new"] == found.metrics["old"]
+        and found.metrics["rejected"]["model"] != potential.model_id
+    )
     from magus_anharmonic.potential import load
 
     assert load(tmp_path / "checkpoints" / "gen1.pth", device="cpu").model_id == potential.model_id
@@ -562,7 +748,9 @@ def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch)
 def test_the_second_round_replays_the_first(tmp_path, potential, settings):
     first = run(tmp_path, potential, settings)
     second = run(tmp_path, first.potential, settings, generation=2)
-    n_train = sum(side_of(atoms) == "train" for atoms in LabelStore(tmp_path / "labels").labels(generation=1))
+    n_train = sum(
+        side_of(atoms) == "train" for atoms in LabelStore(tmp_path / "labels").labels(generation=1)
+    )
     assert second.metrics["n_replay"] == n_train and second.metrics["old_model"] == first.model_id
     assert len(LabelStore(tmp_path / "labels")) == 16
 
@@ -575,7 +763,9 @@ def test_a_dataset_is_replayed(tmp_path, potential):
         for n, (atoms, label) in enumerate(zip(earlier, labeler.label(earlier), strict=True))
     ]
     write(tmp_path / "earlier.xyz", frames, format="extxyz")
-    settings = learning(n_sample=2, n_perturb=1, epochs=1, n_replay=5, dataset=str(tmp_path / "earlier.xyz"))
+    settings = learning(
+        n_sample=2, n_perturb=1, epochs=1, n_replay=5, dataset=str(tmp_path / "earlier.xyz")
+    )
     assert run(tmp_path / "run", potential, settings).metrics["n_replay"] == 5
     with pytest.raises(InputError, match="other DFT settings"):
         run(tmp_path / "other", potential, settings, labeler=labeler_of(Counting(), sigma=1.3))
@@ -583,19 +773,33 @@ def test_a_dataset_is_replayed(tmp_path, potential):
 
 
 def test_labels_that_fail_are_recorded_and_the_round_goes_on(tmp_path, potential, settings):
-    found = run(tmp_path, potential, settings, Counting(fails={0: "SCF did not converge", 3: "killed by SIGSEGV"}))
+    found = run(
+        tmp_path,
+        potential,
+        settings,
+        Counting(fails={0: "SCF did not converge", 3: "killed by SIGSEGV"}),
+    )
     assert found.n_labels == 6 and found.n_failures == 2
     records = read_jsonl(tmp_path / "failures.jsonl")
     assert [record["reason"] for record in records] == ["SCF did not converge", "killed by SIGSEGV"]
-    assert all(record["stage"] == "label" and record["generation"] == 1 and len(record["positions"]) >= 4 for record in records)
+    assert all(
+        record["stage"] == "label" and record["generation"] == 1 and len(record["positions"]) >= 4
+        for record in records
+    )
 
 
-def test_when_every_label_fails_the_model_stays_and_the_reason_is_recorded(tmp_path, potential, settings):
-    found = run(tmp_path, potential, settings, Counting(fails=dict.fromkeys(range(8), "no licence")))
+def test_when_every_label_fails_the_model_stays_and_the_reason_is_recorded(
+    tmp_path, potential, settings
+):
+    found = run(
+        tmp_path, potential, settings, Counting(fails=dict.fromkeys(range(8), "no licence"))
+    )
     assert not found.changed and found.potential is potential and found.n_failures == 8
     assert found.metrics["reason"] == "no label could be made" and found.metrics["new"] == {}
     assert len(read_jsonl(tmp_path / "failures.jsonl")) == 8
-    assert run(tmp_path, potential, settings, Counting()).metrics == json.loads(json.dumps(found.metrics))
+    assert run(tmp_path, potential, settings, Counting()).metrics == json.loads(
+        json.dumps(found.metrics)
+    )
 
 
 def test_nan_and_unphysical_forces_are_not_learned_from(tmp_path, potential, settings):
@@ -609,7 +813,9 @@ def test_nan_and_unphysical_forces_are_not_learned_from(tmp_path, potential, set
     found = run(tmp_path, potential, settings, Wild())
     assert found.n_labels == 6 and found.n_failures == 2
     reasons = [record["reason"] for record in read_jsonl(tmp_path / "failures.jsonl")]
-    assert any("60 eV/A, more than 50" in reason for reason in reasons) and any("NaN" in reason for reason in reasons)
+    assert any("60 eV/A, more than 50" in reason for reason in reasons) and any(
+        "NaN" in reason for reason in reasons
+    )
     store = LabelStore(tmp_path / "labels")
     assert len(store) == 7, "the wild label is kept"
     assert len(store.labels()) == 6
@@ -621,7 +827,11 @@ def test_log_lines_do_not_confuse_magus(tmp_path, potential, settings, caplog):
     run(tmp_path, potential, settings, Counting(fails={0: "bad luck"}))
     run(tmp_path, potential, settings)
     assert caplog.records
-    assert not any(word in record.getMessage() for record in caplog.records for word in ("Generation", "volRatio"))
+    assert not any(
+        word in record.getMessage()
+        for record in caplog.records
+        for word in ("Generation", "volRatio")
+    )
 
 
 def test_a_damaged_record_of_a_round_is_done_again(tmp_path, potential, settings):
@@ -631,14 +841,19 @@ def test_a_damaged_record_of_a_round_is_done_again(tmp_path, potential, settings
 
 
 def test_not_installed_is_both_a_users_and_a_labelers_error():
-    assert issubclass(LabelerNotInstalled, InputError) and issubclass(LabelerNotInstalled, LabelerError)
+    assert issubclass(LabelerNotInstalled, InputError) and issubclass(
+        LabelerNotInstalled, LabelerError
+    )
 
 
 # ------------------------------------------------------------------ learning.select
 
 
-def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(tmp_path, potential, caplog):
-    """The first round runs on a model without an estimate; training makes one, and the checkpoint keeps it."""
+def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(
+    tmp_path, potential, caplog
+):
+    """The first round runs on a model without an estimate; training makes one, and the checkpoint
+    keeps it."""
     from magus_anharmonic.potential import load
 
     caplog.set_level("INFO")
@@ -651,7 +866,9 @@ def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(
     second = run(tmp_path, loaded, keys, generation=2)
     assert "the 2 most uncertain of" in caplog.text and second.n_labels == 2
     errors = loaded.uncertainty(POPULATION).force_error
-    parents = {atoms.info["parent"] for atoms in LabelStore(tmp_path / "labels").labels(generation=2)}
+    parents = {
+        atoms.info["parent"] for atoms in LabelStore(tmp_path / "labels").labels(generation=2)
+    }
     assert f"p-{structure_id(POPULATION[int(errors.argmax())])}" in parents
 
 
@@ -661,12 +878,20 @@ def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings
 
     real = scores.score
     monkeypatch.setattr(
-        scores, "score", lambda model, frames, settings=None: real(model, frames, settings) if model is potential else nan_scores()
+        scores,
+        "score",
+        lambda model, frames, settings=None: (
+            real(model, frames, settings) if model is potential else nan_scores()
+        ),
     )
     assert not run(tmp_path, potential, settings).changed
     again = run(tmp_path, load(potential.path, device="cpu"), settings)
-    assert again.potential.error_model is not None, "a restart finds the estimate in the checkpoint of the round"
-    assert again.potential.error_model.energy_scale == pytest.approx(potential.error_model.energy_scale)
+    assert again.potential.error_model is not None, (
+        "a restart finds the estimate in the checkpoint of the round"
+    )
+    assert again.potential.error_model.energy_scale == pytest.approx(
+        potential.error_model.energy_scale
+    )
 
 
 def nan_scores():

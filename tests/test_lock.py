@@ -36,7 +36,9 @@ with locked(sys.argv[1], "a search"):
 
 
 def holder(folder: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -44,7 +46,9 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 def elsewhere(folder: Path, **changes: object) -> Owner:
     """A lock of a process on another machine."""
     with locked(folder, "a search") as mine:
-        owner = replace(mine, **{"host": "node7", "machine": "another boot", "token": "f" * 12, **changes})
+        owner = replace(
+            mine, **{"host": "node7", "machine": "another boot", "token": "f" * 12, **changes}
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).write_text(json.dumps(asdict(owner)))
     return owner
@@ -59,11 +63,19 @@ def dead(folder: Path) -> Owner:
     return owner
 
 
-def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturbed(tmp_path: Path) -> None:
+def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturbed(
+    tmp_path: Path,
+) -> None:
     first = holder(tmp_path)
     before = (tmp_path / NAME).read_text()
     try:
-        with pytest.raises(InputError, match=rf"another process works here: a search, process {first.pid} on \S+, since .*\(0 min\)"):
+        with pytest.raises(
+            InputError,
+            match=(
+                rf"another process works here: a search, process {first.pid} on \S+, since .*\(0"
+                r" min\)"
+            ),
+        ):
             locked(tmp_path, "another").__enter__()
         assert (tmp_path / NAME).read_text() == before
     finally:
@@ -71,7 +83,9 @@ def test_the_second_process_is_told_who_works_there_and_the_first_is_not_disturb
         first.wait()
 
 
-def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_lock_of_a_killed_process_is_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = holder(tmp_path)
     first.send_signal(signal.SIGKILL)
     first.wait()
@@ -81,7 +95,11 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path, caplog: pyte
 
 
 def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: Path) -> None:
-    for name in (f".gen2-x.traj{TEMPORARY}", f"structures/.making-x{TEMPORARY}/Al.cif", "finished.csv"):
+    for name in (
+        f".gen2-x.traj{TEMPORARY}",
+        f"structures/.making-x{TEMPORARY}/Al.cif",
+        "finished.csv",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("half")
     first = holder(tmp_path)
@@ -90,23 +108,39 @@ def test_what_a_killed_process_had_begun_to_write_goes_with_its_lock(tmp_path: P
     first.send_signal(signal.SIGKILL)
     first.wait()
     with locked(tmp_path, "another"):
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["finished.csv", NAME, "structures"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "finished.csv",
+            NAME,
+            "structures",
+        ]
         assert not list((tmp_path / "structures").iterdir())
 
 
-def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lock_of_a_dead_process(tmp_path: Path) -> None:
+def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lock_of_a_dead_process(
+    tmp_path: Path,
+) -> None:
     foreign = [tmp_path / "mine/.swap.tmp", tmp_path / ".cache.tmp/x"]
-    running = tmp_path / f"results/anharmonic/.run-x.json{TEMPORARY}", tmp_path / f"results/.raw1-x.traj{TEMPORARY}"
+    running = (
+        tmp_path / f"results/anharmonic/.run-x.json{TEMPORARY}",
+        tmp_path / f"results/.raw1-x.traj{TEMPORARY}",
+    )
     training = tmp_path / f"models/.a-x.pth{TEMPORARY}"
     other = tmp_path / f"far/.gen1-x.traj{TEMPORARY}"
-    left = [tmp_path / f".ranking-x.csv{TEMPORARY}", tmp_path / f"deep/er/.free-x.db{TEMPORARY}-journal", tmp_path / f"old/.a{TEMPORARY}"]
+    left = [
+        tmp_path / f".ranking-x.csv{TEMPORARY}",
+        tmp_path / f"deep/er/.free-x.db{TEMPORARY}-journal",
+        tmp_path / f"old/.a{TEMPORARY}",
+    ]
     for path in (*foreign, *running, training, other, *left):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half")
     dead(tmp_path)
     dead(tmp_path / "old")
     elsewhere(tmp_path / "far")
-    search, training_lock = locked(tmp_path / "results/anharmonic", "a search"), locked(tmp_path / "models", "a training", f"a.{NAME}")
+    search, training_lock = (
+        locked(tmp_path / "results/anharmonic", "a search"),
+        locked(tmp_path / "models", "a training", f"a.{NAME}"),
+    )
     with search, training_lock, locked(tmp_path, "a ranking"):
         assert all(path.exists() for path in (*foreign, *running, training, other))
         assert not any(path.exists() for path in left)
@@ -115,7 +149,9 @@ def test_what_belongs_to_other_programs_or_to_somebody_who_lives_outlasts_the_lo
 def test_a_process_id_that_was_given_to_somebody_else_is_not_the_owner(tmp_path: Path) -> None:
     with locked(tmp_path, "a search") as owner:
         pass
-    (tmp_path / NAME).write_text(json.dumps(asdict(replace(owner, born=owner.born - 1, token="0" * 12))))
+    (tmp_path / NAME).write_text(
+        json.dumps(asdict(replace(owner, born=owner.born - 1, token="0" * 12)))
+    )
     check_free(tmp_path)
 
 
@@ -135,8 +171,15 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path: Path) 
 
 
 def test_locks_of_different_names_in_a_folder_keep_nobody_out(tmp_path: Path) -> None:
-    with locked(tmp_path, "a training", "a.lock.json"), locked(tmp_path, "another", "b.lock.json"), locked(tmp_path, "a search"):
-        with pytest.raises(InputError, match=r"a\.\*: another process writes these files: a training, process \d+ on"):
+    with (
+        locked(tmp_path, "a training", "a.lock.json"),
+        locked(tmp_path, "another", "b.lock.json"),
+        locked(tmp_path, "a search"),
+    ):
+        with pytest.raises(
+            InputError,
+            match=r"a\.\*: another process writes these files: a training, process \d+ on",
+        ):
             locked(tmp_path, "a third", "a.lock.json").__enter__()
     assert list(tmp_path.iterdir()) == []
 
@@ -148,9 +191,13 @@ def test_a_damaged_lock_keeps_nobody_out(tmp_path: Path, text: str) -> None:
         assert read_owner(tmp_path) is not None
 
 
-def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_on_another_machine_is_dead_when_its_heart_does_not_beat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
-    elsewhere(tmp_path, since="2999-01-01T00:00:00+00:00")  # a clock that is wrong, or was set back since
+    elsewhere(
+        tmp_path, since="2999-01-01T00:00:00+00:00"
+    )  # a clock that is wrong, or was set back since
     with locked(tmp_path, "another"):
         pass
 
@@ -177,7 +224,9 @@ def test_who_took_the_lock_after_it_was_looked_at_keeps_it_from_another_machine_
         assert read_owner(tmp_path) == now
 
 
-def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     owner = elsewhere(tmp_path)
     answers = [owner, None, OSError(errno.ESTALE, "Stale file handle"), replace(owner, beat=2)]
@@ -194,7 +243,9 @@ def test_an_unreadable_moment_of_a_lock_is_not_the_death_of_its_owner(tmp_path: 
     assert not answers
 
 
-def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_read_is_an_error_and_not_a_free_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / NAME))
 
@@ -217,7 +268,9 @@ def test_a_time_without_a_zone_is_shown_as_it_is(tmp_path: Path) -> None:
         assert replace(owner, since=since).described().endswith(f"since {since}")
 
 
-def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     owner = elsewhere(tmp_path)
     text = json.dumps(asdict(replace(owner, beat=2)))
@@ -228,7 +281,9 @@ def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_
     beat.join()
 
 
-def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heart_beats_and_a_lost_lock_stops_the_loser(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     with pytest.raises(LostLock), locked(tmp_path, "a search") as owner:
         wait_for(lambda: (found := read_owner(tmp_path)) is not None and found.beat > 2)
@@ -237,7 +292,9 @@ def test_the_heart_beats_and_a_lost_lock_stops_the_loser(tmp_path: Path, monkeyp
             (tmp_path / NAME).write_text(json.dumps(asdict(thief)))
             time.sleep(0.05)
     left = read_owner(tmp_path)
-    assert left is not None and left.token == thief.token, "the loser must not remove the lock of its successor"
+    assert left is not None and left.token == thief.token, (
+        "the loser must not remove the lock of its successor"
+    )
 
 
 WRITERS = {
@@ -250,7 +307,9 @@ WRITERS = {
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 @pytest.mark.parametrize("now", ["another's", "released", "damaged", "moved away"])
-def test_an_owner_whose_token_is_gone_changes_no_file_any_more(tmp_path: Path, now: str, write: Callable[[Path], object]) -> None:
+def test_an_owner_whose_token_is_gone_changes_no_file_any_more(
+    tmp_path: Path, now: str, write: Callable[[Path], object]
+) -> None:
     folder, results = tmp_path / "results/anharmonic", tmp_path / "results"
     folder.mkdir(parents=True)
     (results / "best.traj").write_text("new owner")
@@ -269,16 +328,21 @@ def test_an_owner_whose_token_is_gone_changes_no_file_any_more(tmp_path: Path, n
             write(results / "best.traj")
         write_text(outside, "is no file of that search")
     assert (results / "best.traj").read_text() == "new owner" and outside.exists()
-    assert sorted(path.name for path in results.iterdir()) in (["anharmonic", "best.traj"], ["anharmonic", "best.traj", "gen1.traj"])
+    assert sorted(path.name for path in results.iterdir()) in (
+        ["anharmonic", "best.traj"],
+        ["anharmonic", "best.traj", "gen1.traj"],
+    )
     write(results / "best.traj")
 
 
-def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     monkeypatch.setattr(lock, "GRACE", 60.0)
-    first = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    first = lock.FolderLock(tmp_path / "results/anharmonic", "magus search")
     (tmp_path / "results").rename(tmp_path / "results1")
-    second = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    second = lock.FolderLock(tmp_path / "results/anharmonic", "magus search")
     time.sleep(0.3)
     write_text(tmp_path / "results/gen1.traj", "second")
     first.release()
@@ -314,8 +378,12 @@ def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 1.0)
     monkeypatch.setattr(lock, "GUARD", 0.2)
-    monkeypatch.setattr(Owner, "here", property(lambda self: self.pid == os.getpid()))  # another host, or another container
-    process = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path), busy], stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(
+        Owner, "here", property(lambda self: self.pid == os.getpid())
+    )  # another host, or another container
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tmp_path), busy], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with contextlib.ExitStack() as stack:
@@ -329,57 +397,79 @@ def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_
             append_jsonl(tmp_path / "generations.jsonl", {"by": "new"})
             if new == "has finished":
                 stack.close()
-            after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME}
+            after = {
+                path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME
+            }
             process.send_signal(signal.SIGCONT)
             assert process.wait(timeout=20) == 1
-            assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME} == after
+            assert {
+                path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != NAME
+            } == after
             found = read_owner(tmp_path)
-            assert (found is None) == (new == "has finished") and (found is None or found.pid == os.getpid())
+            assert (found is None) == (new == "has finished") and (
+                found is None or found.pid == os.getpid()
+            )
     finally:
         process.kill()
         process.wait()
 
 
-def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 0.3)
     monkeypatch.setattr(lock, "GUARD", 0.3)
     elsewhere(tmp_path)
-    with lock.guarded(tmp_path, shared=True), pytest.raises(InputError, match="in the middle of a write here"):
+    with (
+        lock.guarded(tmp_path, shared=True),
+        pytest.raises(InputError, match="in the middle of a write here"),
+    ):
         locked(tmp_path, "another").__enter__()
 
 
 TIGHT = """
 import resource, sys
 from magus_anharmonic import lock
-from magus_anharmonic.errors import MachineTrouble
+from magus_anharmonic.errors import MachineError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
 try:
     with lock.locked(sys.argv[1], "a search"):
         print("held")
-except (MachineTrouble, MemoryError) as error:
+except (MachineError, MemoryError) as error:
     print("refused", error)
 """
 
 
 @pytest.mark.parametrize("left", [0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24])
-def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_not_a_wait_for_ever(tmp_path: Path, left: int) -> None:
+def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_not_a_wait_for_ever(
+    tmp_path: Path, left: int
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", TIGHT, str(tmp_path / "run"), str(left)], capture_output=True, text=True, timeout=60, env={**os.environ}
+        [sys.executable, "-c", TIGHT, str(tmp_path / "run"), str(left)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ},
     )
     assert done.stdout.startswith(("held", "refused")) or "MemoryError" in done.stderr, done.stderr
     assert not (tmp_path / "run" / NAME).exists()
 
 
-def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def none_left(*arguments: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("_thread.start_new_thread", none_left)
-    with pytest.raises(MagusAnharmonicError, match=r"no thread for the heartbeat of its lock \(can't start new thread\); allow"):
+    with pytest.raises(
+        MagusAnharmonicError,
+        match=r"no thread for the heartbeat of its lock \(can't start new thread\); allow",
+    ):
         locked(tmp_path / "run", "a search").__enter__()
     monkeypatch.setattr("_thread.start_new_thread", lambda *arguments: 0)
-    monkeypatch.setattr(lock, "BEGIN", 0.1)
+    monkeypatch.setattr(lock, "HEARTBEAT_START", 0.1)
     with pytest.raises(MagusAnharmonicError, match="it did not begin"):
         locked(tmp_path / "run", "a search").__enter__()
     assert not (tmp_path / "run").exists() and not lock.claims()
@@ -403,14 +493,27 @@ def test_workers_of_an_owner_write_under_its_lock_and_no_longer(tmp_path: Path) 
     assert len((tmp_path / "steps.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="skipped: needs root and unshare")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None, reason="skipped: needs root and unshare"
+)
 @pytest.mark.parametrize("options", [["--mount-proc"], []])
 def test_an_owner_in_another_process_namespace_is_told_by_its_heart_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     program = OWNER.replace("if number == 3", "if number == 0")
-    command = ["unshare", "--pid", "--fork", "--kill-child", *options, sys.executable, "-c", program, str(tmp_path), "computes"]
+    command = [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        *options,
+        sys.executable,
+        "-c",
+        program,
+        str(tmp_path),
+        "computes",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None and process.stdout.readline() == "held\n"

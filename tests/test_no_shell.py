@@ -1,4 +1,5 @@
-"""Commands of labelers: a program, its arguments and plain redirections, and never a shell, whoever asks for one."""
+"""Commands of labelers: a program, its arguments and plain redirections, and never a shell, whoever
+asks for one."""
 
 from __future__ import annotations
 
@@ -20,12 +21,24 @@ from magus_anharmonic.settings import LabelerSettings
     ("text", "expected"),
     [
         ("vasp_std", Command(("vasp_std",))),
-        ("mpirun -n 4 --map-by 'a; b' vasp\n", Command(("mpirun", "-n", "4", "--map-by", "a; b", "vasp"))),
+        (
+            "mpirun -n 4 --map-by 'a; b' vasp\n",
+            Command(("mpirun", "-n", "4", "--map-by", "a; b", "vasp")),
+        ),
         (r"""run "it's" a\ b 'c "$d"' ''""", Command(("run", "it's", "a b", 'c "$d"', ""))),
         ("srun -w n[1-4] --x={1,2} vasp", Command(("srun", "-w", "n[1-4]", "--x={1,2}", "vasp"))),
-        ("nwchem PREFIX.nwi > PREFIX.nwo", Command(("nwchem", "PREFIX.nwi"), stdout=("PREFIX.nwo", "wb"))),
-        ("gulp < PREFIX.gin > PREFIX.got", Command(("gulp",), stdin=("PREFIX.gin", "rb"), stdout=("PREFIX.got", "wb"))),
-        ("rungms a >>log 2> 'my err'", Command(("rungms", "a"), stdout=("log", "ab"), stderr=("my err", "wb"))),
+        (
+            "nwchem PREFIX.nwi > PREFIX.nwo",
+            Command(("nwchem", "PREFIX.nwi"), stdout=("PREFIX.nwo", "wb")),
+        ),
+        (
+            "gulp < PREFIX.gin > PREFIX.got",
+            Command(("gulp",), stdin=("PREFIX.gin", "rb"), stdout=("PREFIX.got", "wb")),
+        ),
+        (
+            "rungms a >>log 2> 'my err'",
+            Command(("rungms", "a"), stdout=("log", "ab"), stderr=("my err", "wb")),
+        ),
         ("vasp>log 2>&1", Command(("vasp",), stdout=("log", "wb"), joined=True)),
         ("code -n 2 > log2", Command(("code", "-n", "2"), stdout=("log2", "wb"))),
         ("run a2>log", Command(("run", "a2"), stdout=("log", "wb"))),
@@ -41,7 +54,11 @@ def test_a_command_is_split_as_a_shell_splits_it(text: str, expected: Command) -
 ])  # fmt: skip
 def test_what_only_a_shell_understands_is_refused(text: str) -> None:
     with pytest.raises(
-        LabelerError, match=r"only a shell understands .*allowed: a program, its arguments, quotes, \$NAME and the redirections"
+        LabelerError,
+        match=(
+            r"only a shell understands .*allowed: a program, its arguments, quotes, \$NAME and the"
+            r" redirections"
+        ),
     ):
         read_command(text)
 
@@ -56,7 +73,9 @@ def test_what_only_a_shell_understands_is_refused(text: str) -> None:
 )
 def test_a_variable_is_one_word_whatever_it_holds(text: str, expected: tuple[str, ...]) -> None:
     assert read_command(text, {"N": "4", "CODE": "a b; c"}).words == expected
-    assert read_command("run $N").words == ("run", "$N"), "kept until the command starts, where its value is known"
+    assert read_command("run $N").words == ("run", "$N"), (
+        "kept until the command starts, where its value is known"
+    )
 
 
 def test_a_variable_that_is_not_set_is_named() -> None:
@@ -88,7 +107,10 @@ def test_a_command_that_makes_no_sense_is_refused_in_one_line(text: object, word
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-PROGRAM = "import sys; print(sys.argv[1:]); print('error', file=sys.stderr); print(sys.stdin.read() if 'in' in sys.argv else '')"
+PROGRAM = (
+    "import sys; print(sys.argv[1:]); print('error', file=sys.stderr); print(sys.stdin.read() if"
+    " 'in' in sys.argv else '')"
+)
 
 
 @pytest.fixture
@@ -97,8 +119,13 @@ def program(tmp_path: Path) -> str:
     return f"{sys.executable} {tmp_path / 'program.py'}"
 
 
-@pytest.mark.parametrize("rest", ["a 'b c' > out 2>&1", "in < given > out 2> err", "x >> out", "x 2> err > out", "x 1>out"])
-def test_what_asks_for_a_shell_is_started_without_one_and_writes_what_a_shell_would(tmp_path: Path, program: str, rest: str) -> None:
+@pytest.mark.parametrize(
+    "rest",
+    ["a 'b c' > out 2>&1", "in < given > out 2> err", "x >> out", "x 2> err > out", "x 1>out"],
+)
+def test_what_asks_for_a_shell_is_started_without_one_and_writes_what_a_shell_would(
+    tmp_path: Path, program: str, rest: str
+) -> None:
     written = []
     for name in ("shell", "here"):
         folder = tmp_path / name
@@ -106,28 +133,48 @@ def test_what_asks_for_a_shell_is_started_without_one_and_writes_what_a_shell_wo
         (folder / "given").write_text("read")
         (folder / "out").write_text("before\n")
         if name == "shell":
-            subprocess.check_call(f"{program} {rest}", shell=True, cwd=folder, stderr=subprocess.DEVNULL)
+            subprocess.check_call(
+                f"{program} {rest}", shell=True, cwd=folder, stderr=subprocess.DEVNULL
+            )
         else:
             with no_shell():
-                subprocess.check_call(f"{program} {rest}", shell=True, cwd=folder, stderr=subprocess.DEVNULL)
+                subprocess.check_call(
+                    f"{program} {rest}", shell=True, cwd=folder, stderr=subprocess.DEVNULL
+                )
         written.append({file.name: file.read_text() for file in sorted(folder.iterdir())})
     assert written[0] == written[1]
 
 
 def test_who_reads_a_pipe_gets_what_is_not_redirected(tmp_path: Path, program: str) -> None:
     with no_shell():
-        plain = subprocess.run(f"{program} x", shell=True, capture_output=True, text=True, check=True)
-        hidden = subprocess.run(f"{program} x > {tmp_path / 'out'} 2>&1", shell=True, capture_output=True, text=True, check=True)
+        plain = subprocess.run(
+            f"{program} x", shell=True, capture_output=True, text=True, check=True
+        )
+        hidden = subprocess.run(
+            f"{program} x > {tmp_path / 'out'} 2>&1",
+            shell=True,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert os.popen(f"{program} y 2> /dev/null").read() == "['y']\n\n"
-        assert os.system(f"{program} z > {tmp_path / 'z'} 2>&1") == 0 and "['z']" in (tmp_path / "z").read_text()
-    assert (plain.stdout, plain.stderr) == ("['x']\n\n", "error\n") and (hidden.stdout, hidden.stderr) == ("", "")
+        assert (
+            os.system(f"{program} z > {tmp_path / 'z'} 2>&1") == 0
+            and "['z']" in (tmp_path / "z").read_text()
+        )
+    assert (plain.stdout, plain.stderr) == ("['x']\n\n", "error\n") and (
+        hidden.stdout,
+        hidden.stderr,
+    ) == ("", "")
 
 
 @pytest.mark.parametrize("start", ["os.system", "os.popen", "subprocess.getoutput"])
 def test_nothing_of_a_command_that_needs_a_shell_is_carried_out(tmp_path: Path, start: str) -> None:
     module, _, function = start.partition(".")
     with no_shell(), pytest.raises(LabelerError, match="only a shell"):
-        getattr({"os": os, "subprocess": subprocess}[module], function)(f"touch {tmp_path / 'marker'}; false")
+        getattr({"os": os, "subprocess": subprocess}[module], function)(
+            f"touch {tmp_path / 'marker'}; false"
+        )
     assert not (tmp_path / "marker").exists()
 
 
@@ -139,7 +186,7 @@ def test_outside_of_a_label_everything_is_as_before() -> None:
     assert subprocess.check_output("echo a; echo b", shell=True) == b"a\nb\n"
 
 
-# ------------------------------------------------------------------ ASE's calculators that start a shell themselves
+# -------------------------------------------------- ASE's calculators that start a shell themselves
 
 COMMANDS = {
     "ase.calculators.nwchem.NWChem": "ASE_NWCHEM_COMMAND",
@@ -150,10 +197,17 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_calculator_by_import_path_starts_no_shell(tmp_path: Path, name: str, monkeypatch) -> None:
+def test_a_calculator_by_import_path_starts_no_shell(
+    tmp_path: Path, name: str, monkeypatch
+) -> None:
     marker = tmp_path / "marker"
-    with pytest.raises(InputError, match=r"learning\.labeler\.arguments\.command: .*only a shell understands"):
-        get_labeler(LabelerSettings(calculator=name, arguments={"command": f"touch {marker}; false"}), tmp_path / "scratch")
+    with pytest.raises(
+        InputError, match=r"learning\.labeler\.arguments\.command: .*only a shell understands"
+    ):
+        get_labeler(
+            LabelerSettings(calculator=name, arguments={"command": f"touch {marker}; false"}),
+            tmp_path / "scratch",
+        )
     assert not (tmp_path / "scratch").exists()
     potcar = tmp_path / "potpaw/Si/POTCAR"
     potcar.parent.mkdir(parents=True)
@@ -164,16 +218,27 @@ def test_a_calculator_by_import_path_starts_no_shell(tmp_path: Path, name: str, 
     monkeypatch.setenv("GULP_LIB", "none")
     # ase 3.23 starts CP2K by commands alone in which this name is
     monkeypatch.setenv(COMMANDS[name], f"touch {marker}; false cp2k_shell")
-    with get_labeler(LabelerSettings(calculator=name, n_workers=1), tmp_path / "scratch") as labeler:
+    with get_labeler(
+        LabelerSettings(calculator=name, n_workers=1), tmp_path / "scratch"
+    ) as labeler:
         (result,) = labeler.label([bulk("Si")])
     assert not result.ok and "only a shell understands" in result.reason, result.reason
-    assert not marker.exists() and not list((tmp_path / "project").iterdir()), "its files are in the folder of the label"
+    assert not marker.exists() and not list((tmp_path / "project").iterdir()), (
+        "its files are in the folder of the label"
+    )
 
 
 def test_the_redirections_of_ases_own_commands_work_without_a_shell(tmp_path: Path) -> None:
-    (tmp_path / "code.py").write_text("import sys; print(sys.argv[1:]); print(open(sys.argv[1]).read()[:5])")
-    command = f"env OMP_NUM_THREADS=1 {sys.executable} {tmp_path / 'code.py'} PREFIX.nwi 'a b' > PREFIX.nwo 2> /dev/null"
-    settings = LabelerSettings(calculator="ase.calculators.nwchem.NWChem", arguments={"command": command}, n_workers=1)
+    (tmp_path / "code.py").write_text(
+        "import sys; print(sys.argv[1:]); print(open(sys.argv[1]).read()[:5])"
+    )
+    command = (
+        f"env OMP_NUM_THREADS=1 {sys.executable} {tmp_path / 'code.py'} PREFIX.nwi 'a b' >"
+        " PREFIX.nwo 2> /dev/null"
+    )
+    settings = LabelerSettings(
+        calculator="ase.calculators.nwchem.NWChem", arguments={"command": command}, n_workers=1
+    )
     with get_labeler(settings, tmp_path / "scratch") as labeler:
         (result,) = labeler.label([bulk("Si")])
     assert not result.ok, "the program writes no energy"
@@ -182,7 +247,11 @@ def test_the_redirections_of_ases_own_commands_work_without_a_shell(tmp_path: Pa
 
 
 def test_a_missing_program_is_the_reason(tmp_path: Path) -> None:
-    settings = LabelerSettings(calculator="ase.calculators.nwchem.NWChem", arguments={"command": "no-such-code > log"}, n_workers=1)
+    settings = LabelerSettings(
+        calculator="ase.calculators.nwchem.NWChem",
+        arguments={"command": "no-such-code > log"},
+        n_workers=1,
+    )
     with get_labeler(settings, tmp_path / "scratch") as labeler:
         (result,) = labeler.label([bulk("Si")])
     assert not result.ok and "no-such-code" in result.reason

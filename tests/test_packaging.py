@@ -1,4 +1,5 @@
-"""What is promised about installing and importing: light, complete, and documented by its own code."""
+"""What is promised about installing and importing: light, complete, and documented by its own
+code."""
 
 from __future__ import annotations
 
@@ -24,18 +25,33 @@ def fresh_python(code: str) -> str:
     """What a new interpreter prints, without the measuring hooks of the test run."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
     path = os.pathsep.join([str(ROOT), *filter(None, [clean.get("PYTHONPATH")])])
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**clean, "PYTHONPATH": path}, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**clean, "PYTHONPATH": path},
+        check=True,
+    )
     return run.stdout.strip()
 
 
 def test_importing_the_package_takes_less_than_50_ms() -> None:
-    code = "import time; t = time.process_time(); import magus_anharmonic; print(time.process_time() - t)"
+    code = (
+        "import time; t = time.process_time(); import magus_anharmonic; print(time.process_time()"
+        " - t)"
+    )
     assert min(float(fresh_python(code)) for _ in range(5)) < 0.05
 
 
-@pytest.mark.parametrize("module", ["magus_anharmonic", "magus_anharmonic.settings", "magus_anharmonic.autoload", "ase.io"])
+@pytest.mark.parametrize(
+    "module",
+    ["magus_anharmonic", "magus_anharmonic.settings", "magus_anharmonic.autoload", "ase.io"],
+)
 def test_light_modules_load_neither_torch_nor_mattersim(module: str) -> None:
-    code = f"import sys, {module}; print(sorted({{'torch', 'mattersim', 'sscha', 'magus'}} & set(sys.modules)))"
+    code = (
+        f"import sys, {module}; print(sorted({{'torch', 'mattersim', 'sscha', 'magus'}} &"
+        " set(sys.modules)))"
+    )
     assert fresh_python(code) == "[]"
 
 
@@ -62,29 +78,64 @@ def test_the_entry_points_lead_to_something() -> None:
 
 
 def test_every_distribution_that_the_code_imports_is_declared() -> None:
-    declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]}
+    declared = {
+        re.split(r"[^A-Za-z0-9_.-]", line)[0].lower() for line in PROJECT["project"]["dependencies"]
+    }
     extras = PROJECT["project"]["optional-dependencies"]
-    declared |= {re.split(r"[^A-Za-z0-9_.-]", line)[0] for extra in ("gpaw", "cluster", "docs") for line in extras[extra]}
-    names = {"yaml": "pyyaml", "sscha": "python-sscha", "ase_ga": "ase-ga", "dask_jobqueue": "dask-jobqueue"}
-    brought = {"dask": "distributed", "torch_ema": "mattersim", "torch_geometric": "mattersim", "click": "typer"}
+    declared |= {
+        re.split(r"[^A-Za-z0-9_.-]", line)[0]
+        for extra in ("gpaw", "cluster", "docs")
+        for line in extras[extra]
+    }
+    names = {
+        "yaml": "pyyaml",
+        "sscha": "python-sscha",
+        "ase_ga": "ase-ga",
+        "dask_jobqueue": "dask-jobqueue",
+    }
+    brought = {
+        "dask": "distributed",
+        "torch_ema": "mattersim",
+        "torch_geometric": "mattersim",
+        "click": "typer",
+    }
     for path in (ROOT / "magus_anharmonic").rglob("*.py"):
-        for match in re.finditer(r"^\s*(?:import|from) ([A-Za-z_][A-Za-z0-9_]*)", path.read_text(encoding="utf-8"), re.MULTILINE):
+        for match in re.finditer(
+            r"^\s*(?:import|from) ([A-Za-z_][A-Za-z0-9_]*)",
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        ):
             module = match.group(1)
-            if module in sys.stdlib_module_names or module in ("magus", "magus_anharmonic") or importlib.util.find_spec(module) is None:
+            if (
+                module in sys.stdlib_module_names
+                or module in ("magus", "magus_anharmonic")
+                or importlib.util.find_spec(module) is None
+            ):
                 continue
             name = brought.get(module, names.get(module, module)).lower()
-            assert name in declared, f"{path.name} imports {module}, which pyproject.toml does not declare"
+            assert name in declared, (
+                f"{path.name} imports {module}, which pyproject.toml does not declare"
+            )
 
 
 def test_the_constraints_satisfy_the_declared_versions() -> None:
     from packaging.requirements import Requirement
 
-    lines = [line for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    pins = {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
+    lines = [
+        line
+        for line in (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    pins = {
+        name.lower().replace("_", "-"): version
+        for name, version in (line.split("==") for line in lines)
+    }
     extras = PROJECT["project"]["optional-dependencies"]
     for text in [*PROJECT["project"]["dependencies"], *extras["gpaw"], *extras["test"]]:
         requirement = Requirement(text)
-        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), text
+        assert requirement.specifier.contains(pins[requirement.name.lower().replace("_", "-")]), (
+            text
+        )
 
 
 def test_the_page_of_keys_is_up_to_date() -> None:
@@ -98,7 +149,9 @@ def test_the_page_of_keys_is_up_to_date() -> None:
 def test_links_in_the_documentation_lead_to_files() -> None:
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+            assert target.startswith("http") or (page.parent / target).exists(), (
+                f"{page.name} links to {target}"
+            )
 
 
 def test_the_citation_names_the_method_and_the_parts() -> None:
@@ -106,7 +159,9 @@ def test_the_citation_names_the_method_and_the_parts() -> None:
     assert citation["version"] == magus_anharmonic.__version__
     assert citation["preferred-citation"]["authors"][-1]["family-names"] == "Errea"
     titles = " ".join(item["title"] + item.get("notes", "") for item in citation["references"])
-    assert all(name in titles for name in ("MAGUS", "MatterSim", "python-sscha", "ASE", "GPAW", "PyXtal"))
+    assert all(
+        name in titles for name in ("MAGUS", "MatterSim", "python-sscha", "ASE", "GPAW", "PyXtal")
+    )
 
 
 @pytest.mark.parametrize("script", ["setup", "system.sh", "demo", "run"])
@@ -116,7 +171,8 @@ def test_the_set_up_scripts_are_valid_shell(script: str) -> None:
 
 
 def test_set_up_names_what_is_missing_and_the_line_for_each_system() -> None:
-    # A user who is not root, on a machine without any tool: only what bash itself has is left, so paste and sed are played.
+    # A user who is not root, on a machine without any tool: only what bash itself has is left, so
+    # paste and sed are played.
     code = f"""
         say() {{ echo "$*"; }}; fail() {{ printf '%s\\n' "$@"; exit 7; }}; id() {{ echo 1000; }}
         paste() {{ read -r first; echo "$first"; }}; sed() {{ read -r line; echo "$line"; }}
@@ -131,11 +187,19 @@ def test_set_up_names_what_is_missing_and_the_line_for_each_system() -> None:
 def test_the_wheel_holds_the_data_and_the_marker_for_types(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="the build backend is not installed here")
     code = f"from hatchling.build import build_wheel; print(build_wheel({str(tmp_path)!r}))"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     with zipfile.ZipFile(tmp_path / run.stdout.strip().splitlines()[-1]) as wheel:
         names = wheel.namelist()
     assert "magus_anharmonic/py.typed" in names
-    data = [str(path.relative_to(ROOT)) for path in (ROOT / "magus_anharmonic" / "data").iterdir() if path.is_file()]
+    data = [
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "magus_anharmonic" / "data").iterdir()
+        if path.is_file()
+    ]
     assert data and set(data) <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {name.split("/")[0] for name in names if not name.startswith("magus_anharmonic-")} == {"magus_anharmonic"}
+    assert {name.split("/")[0] for name in names if not name.startswith("magus_anharmonic-")} == {
+        "magus_anharmonic"
+    }

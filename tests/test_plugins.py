@@ -1,4 +1,5 @@
-"""The plug-ins inside a stand-in for MAGUS: registration, input, calculator, hook, seeds, fitness."""
+"""The plug-ins inside a stand-in for MAGUS: registration, input, calculator, hook, seeds,
+fitness."""
 
 from __future__ import annotations
 
@@ -28,13 +29,18 @@ OURS = ("magus", "magus_anharmonic.plugins")
 
 def forget() -> dict[str, Any]:
     """Take every module of MAGUS and of the plug-ins out of sys.modules, and return them."""
-    names = [name for name in sys.modules if name in OURS or name.startswith(tuple(f"{top}." for top in OURS))]
+    names = [
+        name
+        for name in sys.modules
+        if name in OURS or name.startswith(tuple(f"{top}." for top in OURS))
+    ]
     return {name: sys.modules.pop(name) for name in names}
 
 
 @pytest.fixture
 def magus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """The stand-in, imported and with the plug-ins registered; the working directory is a fresh folder."""
+    """The stand-in, imported and with the plug-ins registered; the working directory is a fresh
+    folder."""
     before = forget()
     monkeypatch.syspath_prepend(str(magus_stand_in.write(tmp_path / "site")))
     work = tmp_path / "Generation 7"  # a path with a word that MAGUS's restart searches for
@@ -71,12 +77,18 @@ def keys(checkpoint: Path | str, **more: Any) -> dict[str, Any]:
         "pressure": 150,
         "popSize": 4,
         "numGen": 2,
-        "MainCalculator": {"calculator": "mattersim", "jobPrefix": "MatterSim", "checkpoint": str(checkpoint)},
+        "MainCalculator": {
+            "calculator": "mattersim",
+            "jobPrefix": "MatterSim",
+            "checkpoint": str(checkpoint),
+        },
         **more,
     }
 
 
-def search_of(magus: SimpleNamespace, data: dict[str, Any], *, ml: bool = False, **options: Any) -> Any:
+def search_of(
+    magus: SimpleNamespace, data: dict[str, Any], *, ml: bool = False, **options: Any
+) -> Any:
     return (magus.MLMagus if ml else magus.Magus)(magus.Parameters(data), **options)
 
 
@@ -96,12 +108,22 @@ def population(magus: SimpleNamespace, h3s: Any, n: int = 3) -> Any:
 
 
 def test_registering_twice_changes_nothing(magus: SimpleNamespace) -> None:
-    first = magus.Magus.set_good_pop, magus.calculators.load_plugins, magus.utils.CALCULATOR_PLUGIN["mattersim"]
+    first = (
+        magus.Magus.set_good_pop,
+        magus.calculators.load_plugins,
+        magus.utils.CALCULATOR_PLUGIN["mattersim"],
+    )
     magus.plugins.register()
-    assert (magus.Magus.set_good_pop, magus.calculators.load_plugins, magus.utils.CALCULATOR_PLUGIN["mattersim"]) == first
+    assert (
+        magus.Magus.set_good_pop,
+        magus.calculators.load_plugins,
+        magus.utils.CALCULATOR_PLUGIN["mattersim"],
+    ) == first
 
 
-def test_a_file_of_magus_with_our_name_does_not_displace_us(magus: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_of_magus_with_our_name_does_not_displace_us(
+    magus: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
     magus.utils.EXTRA.append(("mattersim", object))
     magus.calculators.load_plugins("x", "magus.calculators")
     assert magus.utils.CALCULATOR_PLUGIN["mattersim"] is magus.plugins.mattersim
@@ -114,41 +136,90 @@ def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
 
 # Input
 
-NO_CRYSTALS = ("layer", "cluster", "adclus", "surface", "interface", "confined_1d", "confined_2d", "something new")
+NO_CRYSTALS = (
+    "layer",
+    "cluster",
+    "adclus",
+    "surface",
+    "interface",
+    "confined_1d",
+    "confined_2d",
+    "something new",
+)
 
 
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"learning": {"labeler": {"calculator": "gpaw"}, "n_sampel": 3}}, "learning.n_sampel: unknown key; did you mean n_sample?"),
+        (
+            {"learning": {"labeler": {"calculator": "gpaw"}, "n_sampel": 3}},
+            "learning.n_sampel: unknown key; did you mean n_sample?",
+        ),
         ({"sscah": {"n_configs": 100}}, "sscah: unknown block of keys; did you mean sscha?"),
         ({"sscha": {"nConfigs": 101}}, "must be even"),
         ({"pressure": 1.5e11, "sscha": None}, "looks like Pa"),
-        ({"MainCalculator": {"calculator": "mattersim", "checkpoint": "nowhere.pth"}}, "checkpoint nowhere.pth does not exist"),
+        (
+            {"MainCalculator": {"calculator": "mattersim", "checkpoint": "nowhere.pth"}},
+            "checkpoint nowhere.pth does not exist",
+        ),
         ({"learning": {"labeler": {"calculator": "main"}}}, "main is for `magus search -m`"),
-        ({"MainCalculator": {"calculator": "emt"}, "sscha": {}}, "MainCalculator.calculator: is emt"),
-        *(({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals") for kind in NO_CRYSTALS),
-        *(({"structureType": kind, "sscha": {}, "Fitness": ["SSCHA"]}, f"structureType: {kind}: SSCHA needs") for kind in NO_CRYSTALS),
+        (
+            {"MainCalculator": {"calculator": "emt"}, "sscha": {}},
+            "MainCalculator.calculator: is emt",
+        ),
+        *(
+            ({"structureType": kind, "sscha": {}}, f"structureType: {kind}: SSCHA needs crystals")
+            for kind in NO_CRYSTALS
+        ),
+        *(
+            (
+                {"structureType": kind, "sscha": {}, "Fitness": ["SSCHA"]},
+                f"structureType: {kind}: SSCHA needs",
+            )
+            for kind in NO_CRYSTALS
+        ),
         ({"dimension": 2, "sscha": {}}, "dimension: 2: SSCHA needs crystals"),
-        ({"structureType": "layer", "learning": {"labeler": {"calculator": "gpaw"}}}, "structureType: layer: learning needs"),
-        ({"Fitness": ["sscha"], "sscha": {}}, "Fitness: sscha: unknown fitness; did you mean SSCHA?"),
+        (
+            {"structureType": "layer", "learning": {"labeler": {"calculator": "gpaw"}}},
+            "structureType: layer: learning needs",
+        ),
+        (
+            {"Fitness": ["sscha"], "sscha": {}},
+            "Fitness: sscha: unknown fitness; did you mean SSCHA?",
+        ),
         ({"Fitness": ["sscha"]}, "Fitness: sscha: unknown fitness; did you mean SSCHA?"),
         ({"Fitness": ["Entalpy"]}, "Fitness: Entalpy: unknown fitness; MAGUS has Enthalpy, "),
         ({"Fitness": ["Gap"], "targetGap": 1.0}, "Fitness: Gap: MatterSim gives no band gap"),
         ({"Fitness": ["XRD"], "waveLength": 1.5}, "Fitness: XRD: needs targetXrd"),
-        ({"fix_volume": True}, "MainCalculator: fix_volume: True: calculator: mattersim does not know this key"),
-        ({"maxForce": 20.0}, "MainCalculator: maxForce: 20.0: calculator: mattersim does not know this key"),
-        ({"optimizer": "lbfgs"}, "MainCalculator.optimizer: 'lbfgs': should be 'bfgs', 'ase' or 'fire'"),
+        (
+            {"fix_volume": True},
+            "MainCalculator: fix_volume: True: calculator: mattersim does not know this key",
+        ),
+        (
+            {"maxForce": 20.0},
+            "MainCalculator: maxForce: 20.0: calculator: mattersim does not know this key",
+        ),
+        (
+            {"optimizer": "lbfgs"},
+            "MainCalculator.optimizer: 'lbfgs': should be 'bfgs', 'ase' or 'fire'",
+        ),
         ({"pop_size": 4}, "pop_size: MAGUS reads popSize only"),
         (
             {"MainCalculator": {"calculator": ["emt", "mattersim"], "jobPrefix": ["EMT", "M"]}},
             "mattersim cannot be a stage of a chain (emt, mattersim)",
         ),
-        ({"MainCalculator": {"jobPrefix": ["EMT", "MatterSim2"]}}, "mattersim cannot be a stage of a chain (emt, mattersim)"),
+        (
+            {"MainCalculator": {"jobPrefix": ["EMT", "MatterSim2"]}},
+            "mattersim cannot be a stage of a chain (emt, mattersim)",
+        ),
     ],
 )
 def test_wrong_input_ends_with_code_2_before_any_work(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], complaint: str
+    magus: SimpleNamespace,
+    tiny_checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+    more: dict[str, Any],
+    complaint: str,
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         search_of(magus, keys(tiny_checkpoint, **more))
@@ -160,20 +231,37 @@ def test_wrong_input_ends_with_code_2_before_any_work(
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        ({"SelectDFTScf": True, "learning": {"labeler": {"calculator": "gpaw"}}}, "under `magus search -m` MAGUS takes the labels"),
+        (
+            {"SelectDFTScf": True, "learning": {"labeler": {"calculator": "gpaw"}}},
+            "under `magus search -m` MAGUS takes the labels",
+        ),
         ({"learning": {"labeler": {"calculator": "main"}}}, "needs SelectDFTScf: True"),
         ({"SelectDFTScf": True}, "SelectDFTScf: needs the block learning:"),
         (
-            {"MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"}, "learning": {"labeler": {"calculator": "main"}}},
+            {
+                "MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"},
+                "learning": {"labeler": {"calculator": "main"}},
+            },
             "espresso of MAGUS reads relaxations only",
         ),
     ],
 )
 def test_what_does_not_go_with_the_ml_mode_is_refused(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, more: dict[str, Any], complaint: str
+    magus: SimpleNamespace,
+    tiny_checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+    more: dict[str, Any],
+    complaint: str,
 ) -> None:
     ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint)}
-    data = keys(tiny_checkpoint, **{"MainCalculator": {"calculator": "emt", "jobPrefix": "EMT"}, "MLCalculator": ours, **more})
+    data = keys(
+        tiny_checkpoint,
+        **{
+            "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT"},
+            "MLCalculator": ours,
+            **more,
+        },
+    )
     with pytest.raises(SystemExit):
         search_of(magus, data, ml=True)
     assert complaint in caplog.text
@@ -190,8 +278,11 @@ def test_a_search_without_our_keys_is_not_even_looked_at(magus: SimpleNamespace)
                 ind.info["enthalpy"] = 1.0
             return pop
 
-    # A pressure that we would refuse, and a key of the same name as one of ours with another meaning.
-    search = search_of(magus, {"pressure": 1e12, "seed": "a file", "MainCalculator": {"calculator": "other"}})
+    # A pressure that we would refuse, and a key of the same name as one of ours with another
+    # meaning.
+    search = search_of(
+        magus, {"pressure": 1e12, "seed": "a file", "MainCalculator": {"calculator": "other"}}
+    )
     search.one_step([Atoms("H", cell=[3, 3, 3], pbc=True)])
     assert not Path("results/anharmonic").exists()
     assert set(search.good_pop[0].info) == {"fitness", "used", "identity", "enthalpy"}
@@ -208,17 +299,33 @@ def test_near_degenerate_phases_get_a_warning_when_magus_would_merge_them(
         ({"dE": 0.001}, "Comparator: naive or zurek"),
         ({"Comparator": {"comparator_list": ["zurek"]}, "dE": 0.001}, "Comparator: zurek"),
         ({"Comparator": {"comparator_list": ["naive"]}}, "dE: 0.01 takes"),
-        ({"Comparator": {"comparator_list": ["naive"], "naive": {"dE": 0.02}}, "dE": 0.001}, "dE: 0.02 takes"),
+        (
+            {"Comparator": {"comparator_list": ["naive"], "naive": {"dE": 0.02}}, "dE": 0.001},
+            "dE: 0.02 takes",
+        ),
         ({"Comparator": {"comparator_list": ["naive"]}, "dE": 0.001}, ""),
-        ({"Comparator": {"comparator_list": ["naive", "zurek"], "connect": "and"}, "dE": 0.001}, ""),
+        (
+            {"Comparator": {"comparator_list": ["naive", "zurek"], "connect": "and"}, "dE": 0.001},
+            "",
+        ),
     ]:
         caplog.clear()
         check_input({**data, **more}, ml=False, parallel=False)
-        assert (merges in caplog.text and "comparator_list: [naive]} and dE: 0.001 keep them" in caplog.text) if merges else not caplog.text
+        assert (
+            (
+                merges in caplog.text
+                and "comparator_list: [naive]} and dE: 0.001 keep them" in caplog.text
+            )
+            if merges
+            else not caplog.text
+        )
 
 
-def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
-    """The fault: its default, naive or zurek, took R3m and Im-3m for one whatever ``dE``, and every input had to know."""
+def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(
+    magus: SimpleNamespace, tiny_checkpoint: Path
+) -> None:
+    """The fault: its default, naive or zurek, took R3m and Im-3m for one whatever ``dE``, and every
+    input had to know."""
     theirs = {"comparator_list": ["naive", "zurek"]}
     for more, used in [
         ({"Fitness": ["SSCHA"], "sscha": {}, "dE": 0.001}, {"comparator_list": ["naive"]}),
@@ -228,14 +335,19 @@ def test_by_free_energy_magus_compares_more_than_shapes_unless_told_otherwise(ma
         assert search_of(magus, keys(tiny_checkpoint, **more)).parameters.get("Comparator") == used
 
 
-def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(magus: SimpleNamespace, h3s: Any) -> None:
+def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(
+    magus: SimpleNamespace, h3s: Any
+) -> None:
     """The fault: the distance above the hull stayed with a structure that was relaxed anew."""
     from magus_anharmonic.plugins.calculator import FREE_ENERGY_KEYS, RESULT_KEYS
     from magus_anharmonic.ranking.candidate import Candidate
     from magus_anharmonic.ranking.jobs import set_info
 
     atoms = h3s()
-    parts = [Candidate(f"{n}", other, 100.0, 0.0, -1.0, "m", members=(0,)) for n, other in enumerate((atoms, Atoms("Al", cell=[3, 3, 3])))]
+    parts = [
+        Candidate(f"{n}", other, 100.0, 0.0, -1.0, "m", members=(0,))
+        for n, other in enumerate((atoms, Atoms("Al", cell=[3, 3, 3])))
+    ]
     set_info([atoms], parts, "m")
     assert (
         {"gibbs", "gibbs_error", "gibbs_above_hull", "status", "reason", "spg_quantum"}
@@ -247,10 +359,17 @@ def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(magu
 def test_magus_s_default_formula_type_does_not_contradict_the_user_s(tiny_checkpoint: Path) -> None:
     from magus_anharmonic.plugins.parameters import settings_of
 
-    assert settings_of({**keys(tiny_checkpoint), "formula_type": "var", "formulaType": "fix"}).formula_type == "var"
+    assert (
+        settings_of(
+            {**keys(tiny_checkpoint), "formula_type": "var", "formulaType": "fix"}
+        ).formula_type
+        == "var"
+    )
 
 
-def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_checkpoint: Path) -> None:
+def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(
+    tiny_checkpoint: Path,
+) -> None:
     from magus_anharmonic.plugins.parameters import calculator_settings, settings_of
 
     settings = settings_of(keys(tiny_checkpoint, eps=0.2, maxStep=7))
@@ -258,13 +377,32 @@ def test_relaxation_keys_at_the_top_level_hold_for_our_calculator_too(tiny_check
     assert (options.eps, options.max_step) == (0.2, 7)
 
 
-def test_what_magus_would_ignore_is_said(magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_magus_would_ignore_is_said(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     from magus_anharmonic.plugins.modes import check_input
 
-    given = {"presure": 3, "diffE": 0.001, "goodSize": 4, "volRatio": 2, "molType": "fix", "cutoff": 3, "frag_gen": {}, "remove_p1": 0.5}
+    given = {
+        "presure": 3,
+        "diffE": 0.001,
+        "goodSize": 4,
+        "volRatio": 2,
+        "molType": "fix",
+        "cutoff": 3,
+        "frag_gen": {},
+        "remove_p1": 0.5,
+    }
     check_input(keys(tiny_checkpoint, sscha={}, workDir="/w", **given), ml=False, parallel=False)
-    assert [line.split(":")[0] for line in caplog.messages] == ["presure", "diffE", "molType", "sscha"]
-    assert "sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search does not go by them" in caplog.messages
+    assert [line.split(":")[0] for line in caplog.messages] == [
+        "presure",
+        "diffE",
+        "molType",
+        "sscha",
+    ]
+    assert (
+        "sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search"
+        " does not go by them" in caplog.messages
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,15 +414,36 @@ def test_what_magus_would_ignore_is_said(magus: SimpleNamespace, tiny_checkpoint
         {"jobPrefix": "mattersim1"},
     ],
 )
-def test_the_calculator_is_ours_however_its_name_is_written(magus: SimpleNamespace, tiny_checkpoint: Path, block: dict[str, Any]) -> None:
-    """The fault: without ``calculator`` MAGUS takes the name from ``jobPrefix`` and our hook was off; a list of one made a chain of one."""
-    search = search_of(magus, keys(tiny_checkpoint, MainCalculator={"checkpoint": str(tiny_checkpoint), **block}, sscha={}))
+def test_the_calculator_is_ours_however_its_name_is_written(
+    magus: SimpleNamespace, tiny_checkpoint: Path, block: dict[str, Any]
+) -> None:
+    """The fault: without ``calculator`` MAGUS takes the name from ``jobPrefix`` and our hook was
+    off; a list of one made a chain of one."""
+    search = search_of(
+        magus,
+        keys(
+            tiny_checkpoint, MainCalculator={"checkpoint": str(tiny_checkpoint), **block}, sscha={}
+        ),
+    )
     assert search.main_calculator.options.job_prefix == str(np.ravel(block["jobPrefix"])[0])
-    assert json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["main_calculator"]["calculator"] == "mattersim"
+    assert (
+        json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["main_calculator"][
+            "calculator"
+        ]
+        == "mattersim"
+    )
 
 
-def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
-    data = keys(tiny_checkpoint, molMode=True, inputMols=[Atoms("H2", [[0, 0, 0], [0, 0, 0.74]])], sscha={}, refE={"of": np.float64(1.5)})
+def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(
+    magus: SimpleNamespace, tiny_checkpoint: Path
+) -> None:
+    data = keys(
+        tiny_checkpoint,
+        molMode=True,
+        inputMols=[Atoms("H2", [[0, 0, 0], [0, 0, 0.74]])],
+        sscha={},
+        refE={"of": np.float64(1.5)},
+    )
     search_of(magus, data)
     host = json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["host"]
     assert host["inputMols"] == ["H2"] and host["refE"] == {"of": 1.5} and host["molMode"] is True
@@ -295,16 +454,26 @@ def test_molecules_that_magus_puts_in_the_place_of_their_files_are_no_trouble(ma
     [
         (None, "was started without this package: its enthalpies are not MatterSim's"),
         ({"host": "embedded"}, "was made by host 'embedded', this is host 'magus'"),
-        ({"host": "magus", "settings": {"pressure": 100.0}}, "pressure: 150.0 but the search was started with 100.0"),
+        (
+            {"host": "magus", "settings": {"pressure": 100.0}},
+            "pressure: 150.0 but the search was started with 100.0",
+        ),
     ],
 )
 def test_only_the_search_that_began_in_a_folder_goes_on_there(
-    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture, record: dict[str, Any] | None, complaint: str
+    magus: SimpleNamespace,
+    tiny_checkpoint: Path,
+    caplog: pytest.LogCaptureFixture,
+    record: dict[str, Any] | None,
+    complaint: str,
 ) -> None:
     Path("results/anharmonic").mkdir(parents=True)
     Path("results/good.traj").write_text("of somebody else")
     if record is not None:
-        write_json("results/anharmonic/run.json", {"version": "0.1.0", **versions(), "seed": 1, "settings": {}, **record})
+        write_json(
+            "results/anharmonic/run.json",
+            {"version": "0.1.0", **versions(), "seed": 1, "settings": {}, **record},
+        )
     with pytest.raises(SystemExit) as stopped:
         search_of(magus, keys(tiny_checkpoint), restart=True)
     assert stopped.value.code == 2 and complaint in caplog.text
@@ -314,7 +483,9 @@ def test_only_the_search_that_began_in_a_folder_goes_on_there(
 def test_keys_that_changed_between_a_search_and_its_restart_are_named(
     magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = keys(tiny_checkpoint, sscha={"n_configs": 20}, Fitness=["SSCHA"], preset_spg_prob={230: 0.2})
+    data = keys(
+        tiny_checkpoint, sscha={"n_configs": 20}, Fitness=["SSCHA"], preset_spg_prob={230: 0.2}
+    )
     search_of(magus, data)
     search_of(magus, data, restart=True)
     assert "is not what the search was started with" not in caplog.text
@@ -347,7 +518,10 @@ def root_handlers() -> Iterator[None]:
 
 
 def test_our_own_command_runs_stock_magus_with_the_plugins(
-    magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, root_handlers: None
+    magus: SimpleNamespace,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    root_handlers: None,
 ) -> None:
     import yaml
     from magus.entrypoints.search import started
@@ -360,14 +534,21 @@ def test_our_own_command_runs_stock_magus_with_the_plugins(
 
     monkeypatch.setattr(labelers, "get_labeler", missing)
     learning = {"labeler": {"calculator": "gpaw"}, "required": False}
-    Path("input.yaml").write_text(yaml.safe_dump(keys(tiny_checkpoint, sscha={}, learning=learning)))
+    Path("input.yaml").write_text(
+        yaml.safe_dump(keys(tiny_checkpoint, sscha={}, learning=learning))
+    )
     with pytest.raises(InputError, match="-r: no results/"):
         run_stock_magus("input.yaml", restart=True)
     run_stock_magus("input.yaml")
     [search] = started
     assert type(search) is magus.Magus
-    assert "running without learning: learning.labeler.calculator: gpaw: labeler not installed" in Path("log.txt").read_text()
-    assert json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["learning"] is None
+    assert (
+        "running without learning: learning.labeler.calculator: gpaw: labeler not installed"
+        in Path("log.txt").read_text()
+    )
+    assert (
+        json.loads(Path("results/anharmonic/run.json").read_text())["settings"]["learning"] is None
+    )
     monkeypatch.setattr("magus_anharmonic.autoload.is_magus", lambda: False)
     with pytest.raises(InputError, match="MAGUS is not installed"):
         run_stock_magus("input.yaml")
@@ -387,7 +568,9 @@ def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCapt
     try:
         tame()
         tame()
-        logging.getLogger("magus_anharmonic.x").warning("model from %s", "/Generation 7/volRatio.pth")
+        logging.getLogger("magus_anharmonic.x").warning(
+            "model from %s", "/Generation 7/volRatio.pth"
+        )
         logging.getLogger("magus.search.search").warning(" Generation 1 ")
     finally:
         root.removeHandler(handler)
@@ -404,7 +587,9 @@ def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCapt
         (None, None),
     ],
 )
-def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path: Path, log: str | None, complaint: str | None) -> None:
+def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(
+    tmp_path: Path, log: str | None, complaint: str | None
+) -> None:
     from magus_anharmonic.plugins.logs import check_restart
 
     file = tmp_path / "log.txt"
@@ -420,12 +605,16 @@ def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(tmp_path
 # Calculator
 
 
-def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+def test_energies_forces_and_stress_equal_those_of_mattersim_itself(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
+) -> None:
     from mattersim.forcefield import MatterSimCalculator, Potential
 
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     done = calculator.scf(population(magus, h3s))
-    oracle = Potential.from_checkpoint(load_path=str(tiny_checkpoint), device="cpu", load_training_state=False)
+    oracle = Potential.from_checkpoint(
+        load_path=str(tiny_checkpoint), device="cpu", load_training_state=False
+    )
     stock = MatterSimCalculator(potential=oracle)
     for individual in done:
         atoms = Atoms(individual)
@@ -433,7 +622,9 @@ def test_energies_forces_and_stress_equal_those_of_mattersim_itself(magus: Simpl
         assert individual.info["energy"] == pytest.approx(atoms.get_potential_energy(), rel=1e-6)
         assert np.allclose(individual.info["forces"], atoms.get_forces(), rtol=1e-4, atol=2e-6)
         assert np.allclose(individual.info["stress"], atoms.get_stress(), rtol=1e-4, atol=1e-6)
-        expected = (individual.info["energy"] + gpa_to_ev_per_a3(150) * individual.get_volume()) / len(individual)
+        expected = (
+            individual.info["energy"] + gpa_to_ev_per_a3(150) * individual.get_volume()
+        ) / len(individual)
         assert individual.info["enthalpy"] == pytest.approx(expected)
         assert individual.info["model"] == calculator.potential.model_id
         assert individual.calc is None
@@ -448,31 +639,56 @@ def test_a_relaxation_takes_the_caller_s_individuals_and_lowers_the_enthalpy(
     before = [ind.info["enthalpy"] for ind in calculator.scf(pop.copy())]
     pop[0].info.update(gibbs=-1.0, gibbs_model="old", origin="seed")
     relaxed = calculator.relax(pop, logfile="aserelax0.log", trajname="calc0.traj")
-    assert type(relaxed) is type(pop) and [ind.info["identity"] for ind in relaxed] == ["init1-0", "init1-1", "init1-2"]
+    assert type(relaxed) is type(pop) and [ind.info["identity"] for ind in relaxed] == [
+        "init1-0",
+        "init1-1",
+        "init1-2",
+    ]
     assert all(ind.info["enthalpy"] < start for ind, start in zip(relaxed, before, strict=True))
     assert "gibbs" not in relaxed[0].info and relaxed[0].info["origin"] == "seed"
     assert len(relaxed[0].info["trajs"]) == 2
     assert Path.cwd() == magus.work
 
 
-def test_keys_of_the_relaxation_reach_it(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "max_step": 7, "kicks": 2, "optimizer": "fire"}
+def test_keys_of_the_relaxation_reach_it(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block = {
+        "calculator": "mattersim",
+        "checkpoint": str(tiny_checkpoint),
+        "max_step": 7,
+        "perturbations": 2,
+        "optimizer": "fire",
+    }
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
     given: dict[str, Any] = {}
     relax = type(calculator.potential).relax
-    monkeypatch.setattr(type(calculator.potential), "relax", lambda *a, **options: given.update(options) or relax(*a, **options))
+    monkeypatch.setattr(
+        type(calculator.potential),
+        "relax",
+        lambda *a, **options: given.update(options) or relax(*a, **options),
+    )
     calculator.relax([h3s(bond_shift=0.0)])
-    assert (given["max_steps"], given["kicks"], given["optimizer"]) == (7, 2, "fire")
+    assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
-def test_kicks_and_fix_symmetry_exclude_each_other(magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    block = {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "kicks": 1, "fix_symmetry": True}
+def test_perturbations_and_fix_symmetry_exclude_each_other(
+    magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    block = {
+        "calculator": "mattersim",
+        "checkpoint": str(tiny_checkpoint),
+        "perturbations": 1,
+        "fix_symmetry": True,
+    }
     with pytest.raises(SystemExit):
         _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
-    assert "kicks must be 0 with fix_symmetry" in caplog.text
+    assert "perturbations must be 0 with fix_symmetry" in caplog.text
 
 
-def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
+) -> None:
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert isinstance(calculator.scf([h3s(bond_shift=0.0)]), list)
     assert calculator.relax([]) == [] and calculator.scf([]) == []
@@ -490,26 +706,43 @@ class Refusing:
         if any(len(atoms) == 1 for atoms in structures):
             raise MagusAnharmonicError("structure 0: not finite")
         n = len(structures)
-        return Evaluation(np.zeros(n), [np.zeros((len(a), 3)) for a in structures], np.zeros((n, 3, 3)))
+        return Evaluation(
+            np.zeros(n), [np.zeros((len(a), 3)) for a in structures], np.zeros((n, 3, 3))
+        )
 
     def relax(self, structures: list[Atoms], pressure: float, **options: Any) -> list[Any]:
         return [
             SimpleNamespace(
-                atoms=a, energy=0.0, forces=np.zeros((len(a), 3)), stress=np.zeros((3, 3)), n_steps=1, converged=True,
-                failed=len(a) == 1, reason="dissolved" if len(a) == 1 else "",
+                atoms=a,
+                energy=0.0,
+                forces=np.zeros((len(a), 3)),
+                stress=np.zeros((3, 3)),
+                n_steps=1,
+                converged=True,
+                failed=len(a) == 1,
+                reason="dissolved" if len(a) == 1 else "",
             )
             for a in structures
-        ]  # fmt: skip
+        ]
 
 
 @pytest.mark.parametrize("mode", ["scf", "relax"])
 def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
-    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any, caplog: pytest.LogCaptureFixture, mode: str
+    magus: SimpleNamespace,
+    tiny_checkpoint: Path,
+    h3s: Any,
+    caplog: pytest.LogCaptureFixture,
+    mode: str,
 ) -> None:
     caplog.set_level(logging.INFO)
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     calculator.use(Refusing())
-    bad = Atoms("H", cell=[2, 2, 2], pbc=True, info={"energy": -99.0, "enthalpy": -99.0, "identity": "init1-9"})
+    bad = Atoms(
+        "H",
+        cell=[2, 2, 2],
+        pbc=True,
+        info={"energy": -99.0, "enthalpy": -99.0, "identity": "init1-9"},
+    )
     done = getattr(calculator, mode)([h3s(bond_shift=0.0), bad, h3s(bond_shift=0.1)])
     assert len(done) == 2 and bad not in done and "energy" not in bad.info
     assert "init1-9 (H) failed" in caplog.text
@@ -518,7 +751,9 @@ def test_a_failure_is_dropped_with_its_reason_and_never_keeps_an_old_energy(
     assert len(kept) == 1 and kept.info["reason"]
 
 
-def test_the_model_is_loaded_late_and_left_out_of_pickles(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+def test_the_model_is_loaded_late_and_left_out_of_pickles(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
+) -> None:
     calculator = magus.Parameters(keys(tiny_checkpoint)).MainCalculator
     assert calculator._potential is None
     energy = calculator.scf([h3s(bond_shift=0.0)])[0].info["energy"]
@@ -537,7 +772,9 @@ def test_a_relative_checkpoint_is_found_from_any_working_directory(
     assert len(calculator.scf([h3s(bond_shift=0.0)])) == 1
 
 
-def test_a_search_that_learns_goes_on_with_its_latest_model(magus: SimpleNamespace, tiny_checkpoint: Path) -> None:
+def test_a_search_that_learns_goes_on_with_its_latest_model(
+    magus: SimpleNamespace, tiny_checkpoint: Path
+) -> None:
     folder = Path("results/anharmonic/checkpoints")
     folder.mkdir(parents=True)
     for name in ("gen2.pth", "gen10.pth", "gen9.pth.state", "genX.pth"):
@@ -568,7 +805,9 @@ def test_cuda_in_a_forked_worker_is_refused_in_plain_words(
 # Seeds
 
 
-def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: SimpleNamespace, h3s: Any) -> None:
+def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(
+    magus: SimpleNamespace, h3s: Any
+) -> None:
     from magus_anharmonic.plugins.hook import write_seeds
 
     Path("Seeds").mkdir()
@@ -580,14 +819,18 @@ def test_seeds_join_the_user_s_own_and_a_repeated_round_changes_nothing(magus: S
     for _ in range(2):
         assert write_seeds("Seeds", 2, [centroid, centroid]) == 1
         first, second = read("Seeds/seeds_2.traj", ":")
-        assert first.info["note"] == "from the paper" and np.allclose(first.positions, mine.positions)
+        assert first.info["note"] == "from the paper" and np.allclose(
+            first.positions, mine.positions
+        )
         assert second.info["seed"] == "abc" and np.allclose(second.positions, centroid.positions)
     assert len(read("Seeds/seeds_2.traj.user", ":", format="traj")) == 1
     assert write_seeds("Seeds", 3, [centroid]) == 0 and not Path("Seeds/seeds_3.traj").exists()
     assert write_seeds("Seeds", 2, []) == 0 and len(read("Seeds/seeds_2.traj", ":")) == 1
 
 
-def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus: SimpleNamespace, h3s: Any) -> None:
+def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(
+    magus: SimpleNamespace, h3s: Any
+) -> None:
     from magus_anharmonic.plugins.hook import write_seeds
 
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds").exists()
@@ -595,7 +838,9 @@ def test_without_anything_to_seed_no_file_appears_and_ours_alone_goes_away(magus
     assert write_seeds("Seeds", 2, []) == 0 and not Path("Seeds/seeds_2.traj").exists()
 
 
-def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any) -> None:
+def test_a_new_search_starts_without_the_seeds_of_the_last_one(
+    magus: SimpleNamespace, tiny_checkpoint: Path, h3s: Any
+) -> None:
     from magus_anharmonic.plugins.hook import write_seeds
 
     search_of(magus, keys(tiny_checkpoint, sscha={}))
@@ -607,7 +852,10 @@ def test_a_new_search_starts_without_the_seeds_of_the_last_one(magus: SimpleName
     assert len(read("Seeds/seeds_2.traj", ":")) == 2 and Path("Seeds/seeds_3.traj").exists()
     search_of(magus, keys(tiny_checkpoint, sscha={}))
     [mine] = read("Seeds/seeds_2.traj", ":")
-    assert np.allclose(mine.positions, h3s(bond_shift=0.3).positions) and not Path("Seeds/seeds_3.traj").exists()
+    assert (
+        np.allclose(mine.positions, h3s(bond_shift=0.3).positions)
+        and not Path("Seeds/seeds_3.traj").exists()
+    )
 
 
 # Fitness
@@ -634,7 +882,8 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus: SimpleNa
 
 
 class Relaxing(Refusing):
-    """Harmonic wells by volume: enough for populations to have different enthalpies; relaxes nothing."""
+    """Harmonic wells by volume: enough for populations to have different enthalpies; relaxes
+    nothing."""
 
     def __init__(self, model_id: str = "first") -> None:
         self.model_id = model_id
@@ -647,7 +896,9 @@ class Relaxing(Refusing):
 
 
 @pytest.fixture
-def rounds_of(magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def rounds_of(
+    magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """Start a stand-in search whose potential is `Relaxing`; returns the search and its rounds."""
     from magus_anharmonic.plugins import hook
 
@@ -662,29 +913,55 @@ def rounds_of(magus: SimpleNamespace, tiny_checkpoint: Path, monkeypatch: pytest
 
 
 def sscha_stand_in(calls: list[Atoms]) -> Any:
-    """A free energy that is the enthalpy plus 0.1 eV/atom, and centroids that are the structure itself."""
+    """A free energy that is the enthalpy plus 0.1 eV/atom, and centroids that are the structure
+    itself."""
 
     def free_energy(atoms: Atoms, evaluator: Any, **options: Any) -> SimpleNamespace:
         calls.append(atoms)
         found = evaluator.evaluate([atoms])
-        gibbs = (found.energy[0] + gpa_to_ev_per_a3(options["pressure"]) * atoms.get_volume()) / len(atoms) + 0.1
+        gibbs = (
+            found.energy[0] + gpa_to_ev_per_a3(options["pressure"]) * atoms.get_volume()
+        ) / len(atoms) + 0.1
         return SimpleNamespace(
-            gibbs=gibbs, gibbs_error=1e-4, gibbs_raw=gibbs, finite_size=0.0, helmholtz=gibbs, volume=atoms.get_volume() / len(atoms),
-            stress=np.zeros((3, 3)), pressure=options["pressure"], centroids=atoms.copy(), space_group_start="P1 (1)", space_group="P1 (1)",
-            n_evaluations=2, n_populations=2, converged=True, reason="", status="converged", temperature=0.0, supercell=(1, 1, 1),
-            model_id=evaluator.model_id, n_atoms_supercell=len(atoms), symmetry_tolerance=0.05, force_constants=None, decrease=0.0,
-        )  # fmt: skip
+            gibbs=gibbs,
+            gibbs_error=1e-4,
+            gibbs_raw=gibbs,
+            finite_size=0.0,
+            helmholtz=gibbs,
+            volume=atoms.get_volume() / len(atoms),
+            stress=np.zeros((3, 3)),
+            pressure=options["pressure"],
+            centroids=atoms.copy(),
+            space_group_start="P1 (1)",
+            space_group="P1 (1)",
+            n_evaluations=2,
+            n_populations=2,
+            converged=True,
+            reason="",
+            status="converged",
+            temperature=0.0,
+            supercell=(1, 1, 1),
+            model_id=evaluator.model_id,
+            n_atoms_supercell=len(atoms),
+            symmetry_tolerance=0.05,
+            force_constants=None,
+            predicted_decrease=0.0,
+        )
 
     return free_energy
 
 
-def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_restart(rounds_of: Any) -> None:
+def test_the_record_is_there_before_the_first_step_and_the_seed_survives_a_restart(
+    rounds_of: Any,
+) -> None:
     import json
 
     _, rounds = rounds_of(sscha={})
     record = json.loads(Path("results/anharmonic/run.json").read_text())
     assert record["seed"] == rounds.state.seed
-    assert (record["host"], record["command"]) == ("magus", "magus search"), "by which `status` says how to go on"
+    assert (record["host"], record["command"]) == ("magus", "magus search"), (
+        "by which `status` says how to go on"
+    )
     _, again = rounds_of(sscha={}, restart=True)
     assert again.state.seed == rounds.state.seed
 
@@ -696,20 +973,28 @@ def test_each_round_hands_over_the_relaxed_population_with_duplicates_and_all_su
 
     seen: list[tuple[int, int, int]] = []
 
-    def after_generation(state: Any, population: list[Atoms], survivors: Any, generation: int, *, last: bool) -> list[Atoms]:
+    def after_generation(
+        state: Any, population: list[Atoms], survivors: Any, generation: int, *, last: bool
+    ) -> list[Atoms]:
         survivors = list(survivors)
         seen.append((generation, len(population), len(survivors)))
-        assert all("fitness" in ind.info for ind in survivors), "MAGUS's own individuals, not copies"
+        assert all("fitness" in ind.info for ind in survivors), (
+            "MAGUS's own individuals, not copies"
+        )
         for ind in survivors:
             ind.info.update(gibbs=-1.0, compare_info={"old": 1})
         state.potential = Relaxing(f"after round {generation}")
         return [h3s(bond_shift=0.0)]
 
     monkeypatch.setattr(module, "after_generation", after_generation)
-    search, _ = rounds_of(distinct=2, learning={"labeler": {"calculator": "ase.calculators.emt.EMT"}})
+    search, _ = rounds_of(
+        distinct=2, learning={"labeler": {"calculator": "ase.calculators.emt.EMT"}}
+    )
     for generation in (1, 2):
         search.one_step(population(magus, h3s).pop)
-        assert len(read(f"Seeds/seeds_{generation + 1}.traj", ":")) == 1 if generation == 1 else True
+        assert (
+            len(read(f"Seeds/seeds_{generation + 1}.traj", ":")) == 1 if generation == 1 else True
+        )
     assert seen == [(1, 3, 2), (2, 3, 4)]
     assert {frame.info["model"] for frame in read("results/raw2.traj", ":")} == {"after round 1"}, (
         "the next round relaxes with what was learned"
@@ -723,7 +1008,11 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
 ) -> None:
     search, rounds = rounds_of(Fitness=["SSCHA"], sscha={"max_candidates": 2}, dE=0.001)
     calls: list[Atoms] = []
-    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in(calls), 1, 0
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
+        sscha_stand_in(calls),
+        1,
+        0,
+    )
     search.one_step(population(magus, h3s).pop)
     assert len(calls) == 2
     saved = read("results/gen1.traj", ":")
@@ -736,31 +1025,59 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("more", [{"numGen": 5, "converged_in": 2}, {"numGen": 2}], ids=["MAGUS ended it", "numGen"])
+@pytest.mark.parametrize(
+    "more", [{"numGen": 5, "converged_in": 2}, {"numGen": 2}], ids=["MAGUS ended it", "numGen"]
+)
 def test_the_last_round_is_ranked_whatever_ended_the_search(
-    rounds_of: Any, magus: SimpleNamespace, h3s: Any, monkeypatch: pytest.MonkeyPatch, more: dict[str, int], capsys: Any
+    rounds_of: Any,
+    magus: SimpleNamespace,
+    h3s: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, int],
+    capsys: Any,
 ) -> None:
-    """The fault: with learning SSCHA waits for round ``numGen``, and MAGUS's ``convergence_condition`` ended the search before it."""
+    """The fault: with learning SSCHA waits for round ``numGen``, and MAGUS's
+    ``convergence_condition`` ended the search before it."""
     monkeypatch.setattr(
-        "magus_anharmonic.learning.learn.learn", lambda *_, potential, **__: SimpleNamespace(potential=potential, metrics={})
+        "magus_anharmonic.learning.learn.learn",
+        lambda *_, potential, **__: SimpleNamespace(potential=potential, metrics={}),
     )
     learning = {"labeler": {"calculator": "ase.calculators.emt.EMT"}}
-    search, rounds = rounds_of(Fitness=["SSCHA"], sscha={"max_candidates": 2}, learning=learning, **more)
+    search, rounds = rounds_of(
+        Fitness=["SSCHA"], sscha={"max_candidates": 2}, learning=learning, **more
+    )
     calls: list[Atoms] = []
-    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in(calls), 1, 0
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
+        sscha_stand_in(calls),
+        1,
+        0,
+    )
     search.run(population(magus, h3s).pop)
     assert search.curgen == 3 and len(calls) == 2
     assert sum("gibbs" in ind.info for ind in search.good_pop) > 0
     assert len(search.best_pop) == 2, "one for each round"
-    assert [info for ind in read("results/gen2.traj", ":") if (info := ind.info.get("status")) == "sscha"]
+    assert [
+        info
+        for ind in read("results/gen2.traj", ":")
+        if (info := ind.info.get("status")) == "sscha"
+    ]
     shown = capsys.readouterr().out
     assert "Ranking by free energy" in shown and "ranking.png" in shown
-    assert Path("results/anharmonic/ranking.png").exists() and Path("results/anharmonic/report.html").exists()
+    assert (
+        Path("results/anharmonic/ranking.png").exists()
+        and Path("results/anharmonic/report.html").exists()
+    )
 
 
-def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(rounds_of: Any, magus: SimpleNamespace, h3s: Any) -> None:
+def test_a_structure_that_magus_changed_in_place_gets_its_own_energy_again(
+    rounds_of: Any, magus: SimpleNamespace, h3s: Any
+) -> None:
     search, rounds = rounds_of(sscha={"max_candidates": 1})
-    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = sscha_stand_in([]), 1, 0
+    rounds.state.free_energy, rounds.state.workers, rounds.state.relaxation_steps = (
+        sscha_stand_in([]),
+        1,
+        0,
+    )
     search.one_step(population(magus, h3s).pop)
     moved = search.good_pop[0]
     before = moved.info["energy"]
@@ -799,7 +1116,8 @@ def test_with_a_seed_magus_s_own_random_numbers_repeat_round_by_round(rounds_of:
 
 @pytest.fixture
 def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
-    """Input of a search whose MainCalculator is ``dft``: a spring to the origin, in place like MAGUS's own, with failures on request."""
+    """Input of a search whose MainCalculator is ``dft``: a spring to the origin, in place like
+    MAGUS's own, with failures on request."""
     from magus.calculators.base import Calculator
 
     class Dft(Calculator):
@@ -812,17 +1130,39 @@ def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
                     continue
                 forces = (-0.1 * atoms.positions).tolist()
                 stress = np.full(6, 0.01) if self.voigt else 0.01 * np.ones((3, 3))
-                atoms.info.update(energy=0.05 * float((atoms.positions**2).sum()), forces=forces, stress=stress)
+                atoms.info.update(
+                    energy=0.05 * float((atoms.positions**2).sum()), forces=forces, stress=stress
+                )
             return pop
 
     magus.utils.CALCULATOR_PLUGIN.register("dft")(Dft)
-    learning = {"labeler": {"calculator": "main"}, "n_sample": 2, "n_perturb": 2, "epochs": 1, "n_replay": 2, "batch_size": 4}
-    ours = {"calculator": "mattersim", "jobPrefix": "ML", "checkpoint": str(tiny_checkpoint), "max_step": 2}
+    learning = {
+        "labeler": {"calculator": "main"},
+        "n_sample": 2,
+        "n_perturb": 2,
+        "epochs": 1,
+        "n_replay": 2,
+        "batch_size": 4,
+    }
+    ours = {
+        "calculator": "mattersim",
+        "jobPrefix": "ML",
+        "checkpoint": str(tiny_checkpoint),
+        "max_step": 2,
+    }
     main = {"calculator": "dft", "jobPrefix": "DFT", "cutoff": 500, "numCore": 4}
-    return keys(tiny_checkpoint, MainCalculator=main, MLCalculator=ours, SelectDFTScf=True, learning=learning)
+    return keys(
+        tiny_checkpoint,
+        MainCalculator=main,
+        MLCalculator=ours,
+        SelectDFTScf=True,
+        learning=learning,
+    )
 
 
-def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
     from magus_anharmonic.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
@@ -834,14 +1174,20 @@ def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(magus: Sim
     assert {atoms.info["kind"] for atoms in ml.store.labels()} == {"distorted"}
     assert len({atoms.info["parent"] for atoms in ml.store.labels()}) == 2
     for atoms in ml.store.labels():
-        assert atoms.get_potential_energy() == pytest.approx(0.05 * (atoms.positions**2).sum(), rel=1e-5)
+        assert atoms.get_potential_energy() == pytest.approx(
+            0.05 * (atoms.positions**2).sum(), rel=1e-5
+        )
         assert "fitness" not in atoms.info and "identity" not in atoms.info
     [metrics] = read_jsonl(Path("results/anharmonic/metrics.jsonl"))
     assert metrics["generation"] == 1 and metrics["n_labels"] == 4 and metrics["old_model"] == first
-    assert {ind.info["model"] for ind in search.good_pop} == {metrics["new_model"]}, "survivors are of the model after training"
+    assert {ind.info["model"] for ind in search.good_pop} == {metrics["new_model"]}, (
+        "survivors are of the model after training"
+    )
     assert all(np.isfinite(ind.info["enthalpy"]) for ind in search.good_pop)
     search.one_step(population(magus, h3s).pop)
-    assert [record["generation"] for record in read_jsonl(Path("results/anharmonic/metrics.jsonl"))] == [1, 2]
+    assert [
+        record["generation"] for record in read_jsonl(Path("results/anharmonic/metrics.jsonl"))
+    ] == [1, 2]
     assert len(list(Path("results/anharmonic/checkpoints").glob("gen?.pth"))) == 2
 
 
@@ -850,7 +1196,10 @@ def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_n
 ) -> None:
     search = search_of(magus, ml_keys, ml=True)
     search.one_step(population(magus, h3s).pop)
-    files = [*Path("results/anharmonic/labels").glob("*.*"), *Path("results/anharmonic/checkpoints").glob("*")]
+    files = [
+        *Path("results/anharmonic/labels").glob("*.*"),
+        *Path("results/anharmonic/checkpoints").glob("*"),
+    ]
     found = {path: path.read_bytes() for path in files}
     assert len(found) == 4 and search.volume_updates == 1
 
@@ -858,9 +1207,14 @@ def test_a_restart_repeats_a_round_with_its_own_model_and_volumes_and_asks_for_n
     again.main_calculator.scf_ = asked = Asked()
     again.one_step(population(magus, h3s).pop)
     assert asked.numbers == [0] and again.volume_updates == 0
-    assert {path: path.read_bytes() for path in found} == found and not list(Path("results/anharmonic/labels").glob("*/*/*"))
+    assert {path: path.read_bytes() for path in found} == found and not list(
+        Path("results/anharmonic/labels").glob("*/*/*")
+    )
     for first, second in zip(search.cur_pop, again.cur_pop, strict=True):
-        assert np.allclose(first.positions, second.positions, atol=1e-5) and first.info["model"] == second.info["model"]
+        assert (
+            np.allclose(first.positions, second.positions, atol=1e-5)
+            and first.info["model"] == second.info["model"]
+        )
     again.update_volume_ratio()
     assert again.volume_updates == 1, "only the first round is a repeated one"
 
@@ -891,7 +1245,8 @@ class Asked:
 def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
     magus: SimpleNamespace, ml_keys: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and never trained, without a word."""
+    """The fault: ``-m -smfr`` puts a step of its own on the search, which relaxed with DFT and
+    never trained, without a word."""
     search = search_of(magus, ml_keys, ml=True)
     search.one_step = pytest.fail
     with pytest.raises(SystemExit) as stopped:
@@ -899,7 +1254,9 @@ def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
     assert stopped.value.code == 2 and "search with -m or with -smfr" in caplog.text
 
 
-def test_a_label_that_fails_is_recorded_and_the_search_goes_on(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+def test_a_label_that_fails_is_recorded_and_the_search_goes_on(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
     from magus_anharmonic.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
@@ -926,7 +1283,9 @@ def test_labels_of_an_earlier_batch_that_come_back_are_not_taken(
     assert "earlier batch" in caplog.text
 
 
-def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
     ml = search_of(magus, ml_keys, ml=True).ml_calculator
     pop = ml.relax(population(magus, h3s))
     chosen = ml.select(pop)
@@ -935,22 +1294,34 @@ def test_selection_keeps_the_kind_of_the_population_and_never_touches_it(magus: 
     distorted = ml.expand_perturb(chosen)
     assert type(distorted) is type(pop) and len(distorted) == 4
     assert not any("energy" in atoms.info or "enthalpy" in atoms.info for atoms in distorted)
-    assert [a.positions.tolist() for a in ml.expand_perturb(chosen)] == [a.positions.tolist() for a in distorted], "same seed, same labels"
+    assert [a.positions.tolist() for a in ml.expand_perturb(chosen)] == [
+        a.positions.tolist() for a in distorted
+    ], "same seed, same labels"
     assert isinstance(ml.select(list(pop)), list)
 
 
-def test_predictions_leave_the_labels_as_they_are(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+def test_predictions_leave_the_labels_as_they_are(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
     search = search_of(magus, ml_keys, ml=True)
     ml, labelled = search.ml_calculator, search.main_calculator.scf(population(magus, h3s))
     before = [ind.info["energy"] for ind in labelled]
     predicted = ml.calc_efs(labelled)
     assert [ind.info["energy"] for ind in labelled] == before
-    expected = np.mean([abs(b - p.info["energy"]) / 4 for b, p in zip(before, predicted, strict=True)])
+    expected = np.mean(
+        [abs(b - p.info["energy"]) / 4 for b, p in zip(before, predicted, strict=True)]
+    )
     assert ml.get_loss(labelled) == pytest.approx([expected])
-    assert np.isnan(ml.calc_efs(Atoms("HH", positions=np.zeros((2, 3)), cell=[3, 3, 3], pbc=True))[0].info["energy"])
+    assert np.isnan(
+        ml.calc_efs(Atoms("HH", positions=np.zeros((2, 3)), cell=[3, 3, 3], pbc=True))[0].info[
+            "energy"
+        ]
+    )
 
 
-def test_labels_of_the_other_loops_of_magus_are_kept_too(magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any) -> None:
+def test_labels_of_the_other_loops_of_magus_are_kept_too(
+    magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
+) -> None:
     search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
     ml.updatedataset([*search.main_calculator.scf(population(magus, h3s))])
@@ -965,7 +1336,9 @@ def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
 ) -> None:
     def hash_with(**changes: Any) -> str:
         main = {**ml_keys["MainCalculator"], **changes}
-        return search_of(magus, {**ml_keys, "MainCalculator": main}, ml=True).ml_calculator.labeler.settings_hash
+        return search_of(
+            magus, {**ml_keys, "MainCalculator": main}, ml=True
+        ).ml_calculator.labeler.settings_hash
 
     first = hash_with()
     assert hash_with(numCore=16, queueName="long", preProcessing="module load vasp") == first
@@ -978,13 +1351,17 @@ def test_other_dft_settings_make_another_data_set_but_another_queue_does_not(
     assert hash_with() != with_incar
 
 
-def test_the_learner_is_pickled_without_model_and_labels(magus: SimpleNamespace, ml_keys: dict[str, Any]) -> None:
+def test_the_learner_is_pickled_without_model_and_labels(
+    magus: SimpleNamespace, ml_keys: dict[str, Any]
+) -> None:
     ml = search_of(magus, ml_keys, ml=True).ml_calculator
     state = ml.__getstate__()
     assert ml.potential is not None and state["_potential"] is None and state["_labels"] is None
 
 
-def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: SimpleNamespace) -> None:
+def test_the_better_copy_takes_the_place_of_an_equal_known_structure(
+    magus: SimpleNamespace,
+) -> None:
     from magus_anharmonic.plugins.hook import keep_better
 
     class Individual(Atoms):
@@ -1002,10 +1379,16 @@ def test_the_better_copy_takes_the_place_of_an_equal_known_structure(magus: Simp
     keep_better(known, [new, individual("B", **{**ranked, "gibbs": -0.5})])
     assert known[0] is new, "MAGUS would have thrown the free energy away"
     assert known[1] is own, "a structure that has a lower one keeps its own"
-    older, lower, equal = individual("C", enthalpy=-0.0081), individual("C", enthalpy=-0.0088), individual("C", enthalpy=-0.0088)
+    older, lower, equal = (
+        individual("C", enthalpy=-0.0081),
+        individual("C", enthalpy=-0.0088),
+        individual("C", enthalpy=-0.0088),
+    )
     known = [older, lower]
     keep_better(known, [lower, equal])
-    assert known[0] is lower and known[1] is lower, "MAGUS would have kept the worse one of two equals"
+    assert known[0] is lower and known[1] is lower, (
+        "MAGUS would have kept the worse one of two equals"
+    )
     stale = [individual("A")]
     keep_better(stale, [individual("A", **{**ranked, "gibbs_model": "older"})])
     assert "gibbs" not in stale[0].info, "a free energy of another model is none"

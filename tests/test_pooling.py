@@ -1,4 +1,5 @@
-"""Duplicates: runs of one phase in one supercell are one sample, runs in another supercell tell what the supercell costs."""
+"""Duplicates: runs of one phase in one supercell are one sample, runs in another supercell tell
+what the supercell costs."""
 
 from __future__ import annotations
 
@@ -16,15 +17,21 @@ from hypothesis import strategies as st
 
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import with_result
-from magus_anharmonic.ranking.phases import combined, common_error, label_phases, merge_duplicates, same_supercell
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.phases import (
+    combined,
+    common_error,
+    label_phases,
+    merge_duplicates,
+    same_supercell,
+)
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 PHASE = crystal((3.0,) * 3, 1.0, 0.2, -0.3, 1.0)
 MODEL = Crystals([PHASE])
@@ -33,7 +40,7 @@ FEWER = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
 KEY = Key(MODEL.model_id, 0.0, 0.0, "0123456789ab")
 
 
-# ---------------------------------------------------------------------------------------------- the mean and its error
+# --------------------------------------------------------------------------- the mean and its error
 
 
 def test_independent_runs_count_by_the_inverse_squares_of_their_errors() -> None:
@@ -50,17 +57,22 @@ def test_runs_with_the_same_random_numbers_add_nothing_to_one_another() -> None:
 
 
 def test_the_scatter_of_the_pooled_value_is_its_error_bar() -> None:
-    """10,000 times three runs, two of them with common numbers; the Birge factor is left out (it looks at each draw)."""
+    """10,000 times three runs, two of them with common numbers; the Birge factor is left out (it
+    looks at each draw)."""
     matrix = np.array([[1.0, 0.6, 0.0], [0.6, 1.5, 0.0], [0.0, 0.0, 2.0]])
-    draws = np.random.default_rng(3).multivariate_normal(np.zeros(3), matrix, size=10_000)
+    samples = np.random.default_rng(3).multivariate_normal(np.zeros(3), matrix, size=10_000)
     found = combined(np.zeros(3), matrix)
-    assert np.std(draws @ found.weights) == pytest.approx(found.error, rel=0.03)
-    assert np.std(draws @ found.weights) < 0.95 * min(np.std(draws @ weights) for weights in np.eye(3))
+    assert np.std(samples @ found.weights) == pytest.approx(found.error, rel=0.03)
+    assert np.std(samples @ found.weights) < 0.95 * min(
+        np.std(samples @ weights) for weights in np.eye(3)
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_the_pooled_value_lies_between_and_its_error_is_never_above_the_smallest(n: int, seed: int) -> None:
+def test_the_pooled_value_lies_between_and_its_error_is_never_above_the_smallest(
+    n: int, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     factors = rng.normal(size=(n, 3)) * 10.0 ** rng.uniform(-2, 0)
     matrix = factors @ factors.T + np.diag(rng.uniform(1e-6, 1.0, n))
@@ -76,48 +88,92 @@ def test_runs_that_disagree_widen_the_error() -> None:
     assert agree.error == pytest.approx(1e-3 / math.sqrt(2.0))
     assert apart.error == pytest.approx(10e-3 / 2.0), "Birge: half their distance"
     relaxing = combined([0.0, 10e-3], np.diag([1e-6, 1e-6]), remaining=[0.0, 10e-3])
-    assert relaxing.error < 1.1 * agree.error, "one that may still fall by as much does not disagree"
+    assert relaxing.error < 1.1 * agree.error, (
+        "one that may still fall by as much does not disagree"
+    )
 
 
-# ---------------------------------------------------------------------------------------------- which supercells are the same
+# -------------------------------------------------------------------- which supercells are the same
 
 
-def state(repeats: object, shift: tuple[float, float, float] = (0.0, 0.0, 0.0), edges: tuple[float, ...] = (3.0, 3.0, 3.0)) -> SschaState:
-    atoms = Atoms("LiH", positions=[np.zeros(3), np.array(edges) / 2.0 + shift], cell=edges, pbc=True)
-    n = int(round(abs(np.linalg.det(np.diag(repeats) if np.ndim(repeats) == 1 else np.array(repeats)))))
-    return SschaState(atoms, repeats, np.zeros((n, 2, 2, 3, 3)), 0.0)
+def state(
+    supercell_matrix: object,
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    edges: tuple[float, ...] = (3.0, 3.0, 3.0),
+) -> SschaState:
+    atoms = Atoms(
+        "LiH", positions=[np.zeros(3), np.array(edges) / 2.0 + shift], cell=edges, pbc=True
+    )
+    n = int(
+        round(
+            abs(
+                np.linalg.det(
+                    np.diag(supercell_matrix)
+                    if np.ndim(supercell_matrix) == 1
+                    else np.array(supercell_matrix)
+                )
+            )
+        )
+    )
+    return SschaState(atoms, supercell_matrix, np.zeros((n, 2, 2, 3, 3)), 0.0)
 
 
 def turned(one: SschaState, order: tuple[int, int, int] = (1, 2, 0)) -> SschaState:
-    """The same crystal and supercell with the axes exchanged, other lattice vectors, and the atoms in another order."""
+    """The same crystal and supercell with the axes exchanged, other lattice vectors, and the atoms
+    in another order."""
     rotation = np.eye(3)[list(order)]
     change = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]])
-    atoms = Atoms(one.atoms.numbers, one.atoms.positions @ rotation, cell=change @ one.atoms.cell.array @ rotation, pbc=True)[::-1]
-    matrix = np.diag(one.repeats) @ np.rint(np.linalg.inv(change)).astype(int)
-    return replace(one, atoms=atoms, repeats=tuple(tuple(int(x) for x in row) for row in matrix))
+    atoms = Atoms(
+        one.atoms.numbers,
+        one.atoms.positions @ rotation,
+        cell=change @ one.atoms.cell.array @ rotation,
+        pbc=True,
+    )[::-1]
+    matrix = np.diag(one.supercell_matrix) @ np.rint(np.linalg.inv(change)).astype(int)
+    return replace(
+        one, atoms=atoms, supercell_matrix=tuple(tuple(int(x) for x in row) for row in matrix)
+    )
 
 
 def test_a_supercell_is_the_same_however_it_is_described() -> None:
-    for one in (state((2, 2, 1), (0.0, 0.0, 0.2)), state((3, 1, 2), edges=(3.0, 3.1, 3.4)), state((2, 2, 2))):
-        assert same_supercell(one, one) and same_supercell(one, turned(one)) and same_supercell(turned(one), one)
+    for one in (
+        state((2, 2, 1), (0.0, 0.0, 0.2)),
+        state((3, 1, 2), edges=(3.0, 3.1, 3.4)),
+        state((2, 2, 2)),
+    ):
+        assert (
+            same_supercell(one, one)
+            and same_supercell(one, turned(one))
+            and same_supercell(turned(one), one)
+        )
     wider = state((2, 2, 2), edges=(3.02,) * 3)
-    assert same_supercell(state((2, 2, 2)), wider), "two relaxations at one pressure end at nearly one volume"
+    assert same_supercell(state((2, 2, 2)), wider), (
+        "two relaxations at one pressure end at nearly one volume"
+    )
 
 
 def test_supercells_that_differ_in_size_shape_or_direction_are_not_the_same() -> None:
     cubic = state((2, 2, 2))
     assert not same_supercell(cubic, state((2, 2, 1)))
-    assert not same_supercell(state((2, 1, 1)), state(((1, 1, 0), (-1, 1, 0), (0, 0, 1)))), "as many atoms, another lattice"
+    assert not same_supercell(state((2, 1, 1)), state(((1, 1, 0), (-1, 1, 0), (0, 0, 1)))), (
+        "as many atoms, another lattice"
+    )
     along, across = state((1, 1, 2), (0.0, 0.0, 0.3)), state((2, 1, 1), (0.0, 0.0, 0.3))
-    assert not same_supercell(along, across), "the same lattice, in another direction of the crystal"
-    assert same_supercell(across, state((1, 2, 1), (0.0, 0.0, 0.3))), "these two are one by symmetry"
+    assert not same_supercell(along, across), (
+        "the same lattice, in another direction of the crystal"
+    )
+    assert same_supercell(across, state((1, 2, 1), (0.0, 0.0, 0.3))), (
+        "these two are one by symmetry"
+    )
     heavy = cubic.atoms.copy()
     heavy.set_masses([7.0, 2.014])
-    assert not same_supercell(cubic, replace(cubic, atoms=heavy)), "deuterium is no sample of hydrogen"
+    assert not same_supercell(cubic, replace(cubic, atoms=heavy)), (
+        "deuterium is no sample of hydrogen"
+    )
     assert not same_supercell(cubic, replace(cubic, temperature=300.0))
 
 
-# ---------------------------------------------------------------------------------------------- from runs to the table
+# --------------------------------------------------------------------------- from runs to the table
 
 
 class Runs:
@@ -128,16 +184,40 @@ class Runs:
         self.common = CommonNumbers(root / "sscha")
         self.candidates: list[Candidate] = []
 
-    def add(self, name: str, *, seed: int, supercell: object = (2, 2, 2), n_configs: int = 100, **changes: object) -> Record:
+    def add(
+        self,
+        name: str,
+        *,
+        seed: int,
+        supercell: object = (2, 2, 2),
+        n_configs: int = 100,
+        **changes: object,
+    ) -> Record:
         result = free_energy(
-            PHASE.atoms, MODEL, supercell=supercell, n_configs=n_configs, seed=seed, cell="fixed", reference_spacing=0.1,
+            PHASE.atoms,
+            MODEL,
+            supercell=supercell,
+            n_configs=n_configs,
+            seed=seed,
+            cell="fixed",
+            reference_spacing=0.1,
             directory=self.root / "sscha" / KEY.folder(name),
-        )  # fmt: skip
+        )
         record = Record(
-            name, KEY, PHASE.atoms, "sscha" if result.converged else "unconverged", gibbs=result.gibbs, gibbs_error=result.gibbs_error,
-            gibbs_raw=result.gibbs_raw, finite_size=result.finite_size, n_supercell=result.n_atoms_supercell, decrease=result.decrease,
-            spg_quantum=result.space_group, symmetry_tolerance=result.symmetry_tolerance, centroids=bare(result.centroids),
-        )  # fmt: skip
+            name,
+            KEY,
+            PHASE.atoms,
+            "sscha" if result.converged else "unconverged",
+            gibbs=result.gibbs,
+            gibbs_error=result.gibbs_error,
+            gibbs_raw=result.gibbs_raw,
+            finite_size=result.finite_size,
+            n_supercell=result.n_atoms_supercell,
+            predicted_decrease=result.predicted_decrease,
+            spg_quantum=result.space_group,
+            symmetry_tolerance=result.symmetry_tolerance,
+            centroids=stripped(result.centroids),
+        )
         record = replace(record, **changes)
         self.store.put(record)
         candidate = Candidate(name, PHASE.atoms, 0.0, 0.0, -1.0, KEY.model)
@@ -145,7 +225,13 @@ class Runs:
         return record
 
     def table(self) -> dict[str, Candidate]:
-        merged = merge_duplicates(label_phases(self.candidates), self.store, KEY, self.root / "sscha", self.common.covariance)
+        merged = merge_duplicates(
+            label_phases(self.candidates),
+            self.store,
+            KEY,
+            self.root / "sscha",
+            self.common.covariance,
+        )
         return {c.id: c for c in merged}
 
 
@@ -160,12 +246,20 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
     leader = next(c for c in table.values() if not c.same_as)
     low, high = sorted((one.gibbs, other.gibbs))
     assert low < leader.gibbs < high
-    assert leader.gibbs_error == pytest.approx((one.gibbs_error**-2 + other.gibbs_error**-2) ** -0.5)
+    assert leader.gibbs_error == pytest.approx(
+        (one.gibbs_error**-2 + other.gibbs_error**-2) ** -0.5
+    )
     assert leader.gibbs_error < min(one.gibbs_error, other.gibbs_error)
     assert leader.gibbs == pytest.approx(leader.gibbs_raw + leader.finite_size)
-    assert len(leader.pooled) == 2 and "pooled from 2 runs" in leader.reason and leader.duplicate_spread is None
-    twin = next(c for c in table.values() if c.same_as)
-    assert twin.gibbs == high and not twin.pooled, "the row of the other one keeps its own number"
+    assert (
+        len(leader.pooled) == 2
+        and "pooled from 2 runs" in leader.reason
+        and leader.duplicate_spread is None
+    )
+    duplicate = next(c for c in table.values() if c.same_as)
+    assert duplicate.gibbs == high and not duplicate.pooled, (
+        "the row of the other one keeps its own number"
+    )
 
 
 def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) -> None:
@@ -180,18 +274,30 @@ def test_the_same_random_numbers_twice_are_no_second_sample(runs: Runs) -> None:
     one, _ = runs.add("aaaa", seed=1), runs.add("bbbb", seed=1)
     leader = runs.table()["aaaa"]
     assert not leader.pooled and "pooled" not in leader.reason
-    assert leader.gibbs == pytest.approx(one.gibbs) and leader.gibbs_error == pytest.approx(one.gibbs_error, rel=1e-6)
+    assert leader.gibbs == pytest.approx(one.gibbs) and leader.gibbs_error == pytest.approx(
+        one.gibbs_error, rel=1e-6
+    )
 
 
-def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_error(runs: Runs) -> None:
+def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_error(
+    runs: Runs,
+) -> None:
     small, large = runs.add("aaaa", seed=1, supercell=FEWER), runs.add("bbbb", seed=2)
-    twins = runs.table()
-    assert twins["aaaa"].same_as == "bbbb", "the one with more atoms stands for the phase"
-    assert twins["bbbb"].gibbs == large.gibbs and twins["bbbb"].gibbs_error == large.gibbs_error and not twins["bbbb"].pooled
-    assert twins["bbbb"].duplicate_spread == pytest.approx(abs(small.gibbs - large.gibbs))
-    rival = replace(twins["bbbb"], id="cccc", gibbs=large.gibbs + 0.02, duplicate_spread=None, same_as="")
-    found = {c.id: c for c in with_odds([*twins.values(), rival], 0.001)}
-    assert found["cccc"].difference_finite_size == pytest.approx(twins["bbbb"].duplicate_spread)
+    duplicates = runs.table()
+    assert duplicates["aaaa"].same_as == "bbbb", "the one with more atoms stands for the phase"
+    assert (
+        duplicates["bbbb"].gibbs == large.gibbs
+        and duplicates["bbbb"].gibbs_error == large.gibbs_error
+        and not duplicates["bbbb"].pooled
+    )
+    assert duplicates["bbbb"].duplicate_spread == pytest.approx(abs(small.gibbs - large.gibbs))
+    rival = replace(
+        duplicates["bbbb"], id="cccc", gibbs=large.gibbs + 0.02, duplicate_spread=None, same_as=""
+    )
+    found = {c.id: c for c in with_probabilities([*duplicates.values(), rival], 0.001)}
+    assert found["cccc"].difference_finite_size == pytest.approx(
+        duplicates["bbbb"].duplicate_spread
+    )
     assert found["bbbb"].difference_finite_size == 0.0
 
 
@@ -212,11 +318,14 @@ def test_a_run_that_has_not_converged_or_whose_files_are_gone_is_not_pooled(runs
     shutil.rmtree(runs.root / "sscha" / KEY.folder("cccc"))
     assert not runs.table()["bbbb"].same_as, "where it ends is not known"
     leader = next(c for c in runs.table().values() if c.ranked and not c.same_as)
-    assert not leader.pooled and leader.duplicate_spread == pytest.approx(abs(one.gibbs - lost.gibbs))
+    assert not leader.pooled and leader.duplicate_spread == pytest.approx(
+        abs(one.gibbs - lost.gibbs)
+    )
 
 
 def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs) -> None:
-    """Two runs make the pooled one; a third shares the numbers of the first: half of that is shared with the mean."""
+    """Two runs make the pooled one; a third shares the numbers of the first: half of that is shared
+    with the mean."""
     for name, seed in (("aaaa", 1), ("bbbb", 2)):
         runs.add(name, seed=seed)
     leader = next(c for c in runs.table().values() if not c.same_as)
@@ -224,7 +333,9 @@ def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs)
     share = dict(leader.pooled)[KEY.folder("aaaa")]
     own = runs.common.covariance(single.folder, single.folder)
     assert common_error(leader, single, runs.common.covariance) == pytest.approx(share * own)
-    assert difference_error(leader.gibbs_error, math.sqrt(own), share * own) < math.hypot(leader.gibbs_error, math.sqrt(own))
+    assert difference_error(leader.gibbs_error, math.sqrt(own), share * own) < math.hypot(
+        leader.gibbs_error, math.sqrt(own)
+    )
 
 
 def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs: Runs) -> None:
@@ -238,10 +349,17 @@ def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs
 
 @pytest.mark.slow
 def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_path: Path) -> None:
-    """A shallow double well: the centred start is a static saddle, the other one lies in a well; both end in the middle."""
+    """A shallow double well: the centred start is a static saddle, the other one lies in a well;
+    both end in the middle."""
     one = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0, shift=(0.0, 0.0, 0.25))
     structures = [replace(one, shift=(0.0, 0.0, 0.0)).atoms, one.atoms]
-    block = {"n_configs": 200, "reference_spacing": 0.1, "hessian": 0, "allocation": "fixed", "cell": "fixed"}
+    block = {
+        "n_configs": 200,
+        "reference_spacing": 0.1,
+        "hessian": 0,
+        "allocation": "fixed",
+        "cell": "fixed",
+    }
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block})
     table = rank_structures(structures, Crystals([one]), keys, tmp_path, relax=False, workers=1)
     records = list(FreeEnergyStore(tmp_path / "free_energies.db").records())

@@ -1,4 +1,5 @@
-"""A loaded checkpoint gives MatterSim's own numbers, for any structure, and says clearly what is wrong when it cannot."""
+"""A loaded checkpoint gives MatterSim's own numbers, for any structure, and says clearly what is
+wrong when it cannot."""
 
 from __future__ import annotations
 
@@ -43,10 +44,20 @@ def odd_structures(h3s):
     water.center()
     rattled = h3s(3.0, 0.05).repeat((2, 1, 1))
     rattled.rattle(0.1, seed=2)
-    return [h3s(2.8), bulk("Cu"), slab, water, rattled, Atoms("He", cell=[12, 12, 12], pbc=True), bulk("NaCl", "rocksalt", a=5.6)]
+    return [
+        h3s(2.8),
+        bulk("Cu"),
+        slab,
+        water,
+        rattled,
+        Atoms("He", cell=[12, 12, 12], pbc=True),
+        bulk("NaCl", "rocksalt", a=5.6),
+    ]
 
 
-def test_energy_forces_and_stress_of_a_mixed_batch_equal_stock_mattersim(tiny_checkpoint, potential, h3s):
+def test_energy_forces_and_stress_of_a_mixed_batch_equal_stock_mattersim(
+    tiny_checkpoint, potential, h3s
+):
     structures = odd_structures(h3s)
     found = potential.evaluate(structures)
     energy, forces, stress = stock_results(tiny_checkpoint, structures)
@@ -60,7 +71,9 @@ def test_results_come_in_the_order_of_the_input_whatever_the_batches_are(potenti
     structures = odd_structures(h3s)
     one_by_one = Potential(potential.module, edges_per_batch=1)
     together = Potential(potential.module, edges_per_batch=10**7)
-    for single, batch in zip(one_by_one.evaluate(structures).forces, together.evaluate(structures).forces, strict=True):
+    for single, batch in zip(
+        one_by_one.evaluate(structures).forces, together.evaluate(structures).forces, strict=True
+    ):
         np.testing.assert_allclose(single, batch, atol=2e-6)
     assert [len(f) for f in together.evaluate(structures).forces] == [len(a) for a in structures]
     assert potential.evaluate([]).stress.shape == (0, 3, 3)
@@ -113,7 +126,10 @@ def test_rotation_translation_and_supercell_change_nothing(tiny_checkpoint, h3s)
 
 
 def test_spherical_harmonics_obey_the_addition_theorem():
-    vectors = torch.nn.functional.normalize(torch.randn(2, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    vectors = torch.nn.functional.normalize(
+        torch.randn(2, 50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        dim=-1,
+    )
     first, second = (spherical_harmonics(v).split((1, 3, 5, 7), 1) for v in vectors)
     cosine = (vectors[0] * vectors[1]).sum(-1).numpy()
     for order in range(4):
@@ -127,7 +143,9 @@ def test_radial_functions_are_those_of_mattersim(potential):
     layer = potential.module.sbf
     stock = layer.double()(length, torch.zeros_like(length))
     ours = radial_functions(layer.coef, layer.factor, length / layer.cutoff)
-    scale = torch.tensor([np.sqrt((2 * order + 1) / (4 * np.pi)) for order in range(4)]).repeat_interleave(4)
+    scale = torch.tensor(
+        [np.sqrt((2 * order + 1) / (4 * np.pi)) for order in range(4)]
+    ).repeat_interleave(4)
     np.testing.assert_allclose(ours * scale, stock, rtol=1e-5, atol=1e-7)
     layer.float()
 
@@ -147,11 +165,20 @@ def test_directions_without_pbc_are_not_periodic_and_no_cell_means_no_stress(pot
     [
         (Atoms(), "structure 1 has no atoms"),
         (Atoms("Cm", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 96"),
-        (Atoms("H2", positions=[[0, 0, 0], [0, 0, 5]], cell=[5, 5, 5], pbc=True), "structure 1: atoms . and . coincide"),
+        (
+            Atoms("H2", positions=[[0, 0, 0], [0, 0, 5]], cell=[5, 5, 5], pbc=True),
+            "structure 1: atoms . and . coincide",
+        ),
         (Atoms("H", cell=[5, 5, 0], pbc=True), "structure 1: the cell is flat"),
         (Atoms("X", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 0 is outside 1 to 94"),
-        (Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.2]], cell=[0.4, 0.4, 0.5], pbc=True), r"structure 1: 4.0e-02 A\^3 per atom"),
-        (Atoms("H", positions=[[np.nan, 0, 0]], cell=[5, 5, 5], pbc=True), "structure 1: positions or cell are not finite"),
+        (
+            Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.2]], cell=[0.4, 0.4, 0.5], pbc=True),
+            r"structure 1: 4.0e-02 A\^3 per atom",
+        ),
+        (
+            Atoms("H", positions=[[np.nan, 0, 0]], cell=[5, 5, 5], pbc=True),
+            "structure 1: positions or cell are not finite",
+        ),
     ],
 )
 def test_a_structure_that_cannot_be_evaluated_is_named(potential, atoms, message):
@@ -174,13 +201,20 @@ def test_a_species_that_training_never_saw_is_warned_about_once(tmp_path, potent
     with caplog.at_level(logging.WARNING):
         narrow.evaluate([bulk("Cu"), bulk("Cu")])
         narrow.evaluate([bulk("Cu")])
-    assert [record for record in caplog.messages if "Cu" in record and "H, S" in record] == caplog.messages and len(caplog.messages) == 1
+    assert [
+        record for record in caplog.messages if "Cu" in record and "H, S" in record
+    ] == caplog.messages and len(caplog.messages) == 1
 
 
 def test_a_saved_checkpoint_loads_in_stock_mattersim_with_the_same_weights(tmp_path, potential):
     path = tmp_path / "saved.pth"
     model = checkpoint.save(
-        potential.module, path, parent_id="0" * 12, metrics={"loss": np.float64(1.5)}, species={1}, provenance={"seed": 1}
+        potential.module,
+        path,
+        parent_id="0" * 12,
+        metrics={"loss": np.float64(1.5)},
+        species={1},
+        provenance={"seed": 1},
     )
     stock = StockPotential.from_checkpoint(str(path), device="cpu")
     for name, value in potential.module.state_dict().items():
@@ -188,7 +222,12 @@ def test_a_saved_checkpoint_loads_in_stock_mattersim_with_the_same_weights(tmp_p
     assert stock.last_epoch == -1, "stock MatterSim would train no epochs"
     assert stock.ema is not None
     read = checkpoint.describe(path)
-    assert read == model and read.parent_id == "0" * 12 and read.metrics == {"loss": 1.5} and read.provenance == {"seed": 1}
+    assert (
+        read == model
+        and read.parent_id == "0" * 12
+        and read.metrics == {"loss": 1.5}
+        and read.provenance == {"seed": 1}
+    )
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -217,13 +256,18 @@ def _change(**changes):
 
 
 def _arguments(**changes):
-    return lambda content, path: torch.save({**content, "model_args": {**content["model_args"], **changes}}, path)
+    return lambda content, path: torch.save(
+        {**content, "model_args": {**content["model_args"], **changes}}, path
+    )
 
 
 def _flipped_bit(content, path):
     """In the file itself, which torch reads without a look at its checksums."""
     torch.save(content, path)
-    stored, weights = bytearray(path.read_bytes()), content["model"]["graph_conv.0.gated_mlp_edge.g.0.linear.weight"]
+    stored, weights = (
+        bytearray(path.read_bytes()),
+        content["model"]["graph_conv.0.gated_mlp_edge.g.0.linear.weight"],
+    )
     stored[stored.find(weights.numpy().tobytes()[:64]) + 3] ^= 1
     path.write_bytes(stored)
 
@@ -238,7 +282,10 @@ def _huge_weights(factor):
 
     def write(content, path):
         del content["model_id"]
-        content["model"] = {name: value * factor if "graph" in name else value for name, value in content["model"].items()}
+        content["model"] = {
+            name: value * factor if "graph" in name else value
+            for name, value in content["model"].items()
+        }
         torch.save(content, path)
 
     return write
@@ -260,8 +307,14 @@ def _nan_weight(content, path):
         (_change(model_args={"num_blocks": 2, "units": 16, "max_n": 3}), "max_n = 3"),
         (_change(model_args={"num_blocks": 2, "units": 16, "max_l": 3}), "max_l = 3"),
         (_change(model_args={"num_blocks": 2, "units": 16, "max_z": 100}), "max_z = 100"),
-        (_change(model_args={"num_blocks": 2, "units": 16, "cutoff": float("nan")}), "cutoff = nan"),
-        (_change(model_args={"num_blocks": 2, "units": 16, "threebody_cutoff": 6.0}), "threebody_cutoff = 6.0 .* up to 5.0"),
+        (
+            _change(model_args={"num_blocks": 2, "units": 16, "cutoff": float("nan")}),
+            "cutoff = nan",
+        ),
+        (
+            _change(model_args={"num_blocks": 2, "units": 16, "threebody_cutoff": 6.0}),
+            "threebody_cutoff = 6.0 .* up to 5.0",
+        ),
         (_nan_weight, "not finite"),
         (_flipped_bit, "those of model .*, not of model .* as it says itself"),
         (_scaled_layer, "not of model"),
@@ -285,7 +338,9 @@ def _nan_weight(content, path):
         (lambda content, path: torch.save([1, 2], path), "MatterSim's format"),
     ],
 )
-def test_a_bad_checkpoint_is_refused_with_file_and_reason(tmp_path, tiny_checkpoint, write, message):
+def test_a_bad_checkpoint_is_refused_with_file_and_reason(
+    tmp_path, tiny_checkpoint, write, message
+):
     path = tmp_path / "bad.pth"
     write(torch.load(tiny_checkpoint), path)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -294,7 +349,9 @@ def test_a_bad_checkpoint_is_refused_with_file_and_reason(tmp_path, tiny_checkpo
     assert "checkpoint" in text and "bad.pth" in text and "\n" not in text
 
 
-def test_weights_that_were_changed_on_purpose_load_once_the_id_is_gone(tmp_path, tiny_checkpoint, potential):
+def test_weights_that_were_changed_on_purpose_load_once_the_id_is_gone(
+    tmp_path, tiny_checkpoint, potential
+):
     content = torch.load(tiny_checkpoint)
     content["model"]["final.g.0.linear.weight"] *= 1.1
     del content["model_id"]
@@ -302,12 +359,16 @@ def test_weights_that_were_changed_on_purpose_load_once_the_id_is_gone(tmp_path,
     assert load(tmp_path / "mine.pth", device="cpu").model_id != potential.model_id
 
 
-def test_another_version_of_mattersim_with_one_more_argument_calls_no_checkpoint_damaged(tiny_checkpoint, monkeypatch):
+def test_another_version_of_mattersim_with_one_more_argument_calls_no_checkpoint_damaged(
+    tiny_checkpoint, monkeypatch
+):
     monkeypatch.setattr(M3Gnet, "get_model_args", lambda self: {**self.model_args, "new": 1})
     assert checkpoint.read(tiny_checkpoint)[1]["model_id"]
 
 
-def test_a_checkpoint_of_ours_that_stock_mattersim_finetuned_loads_here(tmp_path, tiny_checkpoint, potential):
+def test_a_checkpoint_of_ours_that_stock_mattersim_finetuned_loads_here(
+    tmp_path, tiny_checkpoint, potential
+):
     stock = StockPotential.from_checkpoint(str(tiny_checkpoint), device="cpu")
     with torch.no_grad():
         next(stock.model.parameters()).mul_(1.01)
@@ -317,10 +378,16 @@ def test_a_checkpoint_of_ours_that_stock_mattersim_finetuned_loads_here(tmp_path
 
 @pytest.mark.parametrize(
     ("structures", "message"),
-    [(bulk("Cu"), r"\[atoms\] instead of atoms"), (["Cu"], "structure 0 is of the type str, not ASE's Atoms")],
+    [
+        (bulk("Cu"), r"\[atoms\] instead of atoms"),
+        (["Cu"], "structure 0 is of the type str, not ASE's Atoms"),
+    ],
 )
 def test_what_is_no_list_of_structures_is_told_so(potential, structures, message):
-    for action in (potential.evaluate, potential.uncertainty if potential.error_model else potential.mean_features):
+    for action in (
+        potential.evaluate,
+        potential.uncertainty if potential.error_model else potential.mean_features,
+    ):
         with pytest.raises(InputError, match=message):
             action(structures)
 
@@ -338,7 +405,10 @@ def test_a_checkpoint_that_cannot_be_downloaded_tells_how_to_get_it(tmp_path, mo
 
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr("socket.create_connection", refuse)
-    with pytest.raises(CheckpointError, match=r"checkpoint mattersim-v1.0.0-5M.pth .* by hand .*pretrained_models.*h3s-gpaw-small"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint mattersim-v1.0.0-5M.pth .* by hand .*pretrained_models.*h3s-gpaw-small",
+    ):
         load("MatterSim-v1.0.0-5M")
     assert not list(tmp_path.rglob("*.pth"))
 
@@ -362,9 +432,14 @@ def test_a_device_that_is_not_there_and_an_unknown_precision_are_refused(tiny_ch
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_gpu_gives_the_numbers_of_the_cpu(tiny_checkpoint, potential, h3s):
     structures = odd_structures(h3s)
-    ours, theirs = load(tiny_checkpoint, device="cuda").evaluate(structures), potential.evaluate(structures)
+    ours, theirs = (
+        load(tiny_checkpoint, device="cuda").evaluate(structures),
+        potential.evaluate(structures),
+    )
     np.testing.assert_allclose(ours.energy, theirs.energy, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(np.concatenate(ours.forces), np.concatenate(theirs.forces), atol=1e-4)
+    np.testing.assert_allclose(
+        np.concatenate(ours.forces), np.concatenate(theirs.forces), atol=1e-4
+    )
 
 
 def test_the_model_is_differentiable_by_its_parameters_through_the_forces(tiny_checkpoint, h3s):
@@ -386,8 +461,9 @@ def test_the_model_is_differentiable_by_its_parameters_through_the_forces(tiny_c
 
 def test_importing_the_package_loads_no_torch_and_sets_no_thread_count():
     code = (
-        "import sys, os; before = dict(os.environ); import magus_anharmonic.potential, magus_anharmonic.potential.checkpoint;"
-        "assert 'torch' not in sys.modules and dict(os.environ) == before"
+        "import sys, os; before = dict(os.environ); import magus_anharmonic.potential,"
+        " magus_anharmonic.potential.checkpoint;assert 'torch' not in sys.modules and"
+        " dict(os.environ) == before"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -405,12 +481,19 @@ def test_random_models_of_the_published_shape_equal_stock_mattersim(tmp_path, h3
 
 def test_a_model_with_cutoffs_of_its_own_equals_stock_mattersim_with_them(tmp_path, h3s):
     torch.manual_seed(5)
-    checkpoint.save(M3Gnet(num_blocks=2, units=16, cutoff=4.4, threebody_cutoff=3.1, device="cpu"), tmp_path / "short.pth")
+    checkpoint.save(
+        M3Gnet(num_blocks=2, units=16, cutoff=4.4, threebody_cutoff=3.1, device="cpu"),
+        tmp_path / "short.pth",
+    )
     ours = load(tmp_path / "short.pth", device="cpu")
     atoms = h3s(2.9, 0.1)
     found = ours.evaluate([atoms])
-    stock = StockPotential.from_checkpoint(str(tmp_path / "short.pth"), device="cpu", load_training_state=False)
-    loader = build_dataloader([atoms], batch_size=1, only_inference=True, cutoff=4.4, threebody_cutoff=3.1)
+    stock = StockPotential.from_checkpoint(
+        str(tmp_path / "short.pth"), device="cpu", load_training_state=False
+    )
+    loader = build_dataloader(
+        [atoms], batch_size=1, only_inference=True, cutoff=4.4, threebody_cutoff=3.1
+    )
     energy, forces, _ = stock.predict_properties(loader, include_forces=True, include_stresses=True)
     assert found.energy[0] == pytest.approx(float(energy[0]), abs=1e-5)
     np.testing.assert_allclose(found.forces[0], forces[0], atol=1e-5)

@@ -1,4 +1,5 @@
-"""Ranking by free energy: who is distinct, who gets SSCHA, what is never done twice, and what the table says."""
+"""Ranking by free energy: who is distinct, who gets SSCHA, what is never done twice, and what the
+table says."""
 
 from __future__ import annotations
 
@@ -25,13 +26,24 @@ from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.potential.portable import portable
+from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.ranking.matcher import Fingerprint, distinct, largest_difference, same, same_phase
+from magus_anharmonic.ranking.matcher import (
+    Fingerprint,
+    distinct,
+    largest_difference,
+    same,
+    same_phase,
+)
 from magus_anharmonic.ranking.racing import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
-from magus_anharmonic.ranking.structures import rank_file, rank_structures, read_structures, reevaluate
+from magus_anharmonic.ranking.structures import (
+    rank_file,
+    rank_structures,
+    read_structures,
+    reevaluate,
+)
 from magus_anharmonic.ranking.table import COLUMNS
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
@@ -41,12 +53,15 @@ if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
 
 DESIGN_COLUMNS = (
-    "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum, enthalpy_eV_per_atom, gibbs_eV_per_atom, "
-    "gibbs_error_eV_per_atom, n_evaluations, model, status, reason"
+    "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum,"
+    " enthalpy_eV_per_atom, gibbs_eV_per_atom, gibbs_error_eV_per_atom, n_evaluations, model,"
+    " status, reason"
 ).split(", ")
 
 
-def search_settings(pressure: float = 0.0, learning: dict | None = None, **sscha: object) -> Settings:
+def search_settings(
+    pressure: float = 0.0, learning: dict | None = None, **sscha: object
+) -> Settings:
     keys = {"pressure": pressure, "Fitness": ["SSCHA"], "sscha": sscha, "numGen": 3}
     return parse_settings({**keys, "learning": learning} if learning else keys)
 
@@ -59,14 +74,29 @@ def metals(*symbols: str, scale: float = 1.0) -> list[Atoms]:
 
 
 def copper(n: int, largest: float = 1.14) -> list[Atoms]:
-    """``n`` candidates of one composition: fcc copper ever more stretched, up to ``largest`` times."""
+    """``n`` candidates of one composition: fcc copper ever more stretched, up to ``largest``
+    times."""
     return [metals("Cu", scale=scale)[0] for scale in np.linspace(1.0, largest, n)]
 
 
-def ranked(structures: list[Atoms], folder: Path, keys: Settings, evaluator=None, fake=fakes.shifted, **options) -> list[Candidate]:
+def ranked(
+    structures: list[Atoms],
+    folder: Path,
+    keys: Settings,
+    evaluator=None,
+    fake=fakes.shifted,
+    **options,
+) -> list[Candidate]:
     evaluator = evaluator or fakes.Emt()
     reevaluate(structures, evaluator, keys)
-    return rank(structures, evaluator=evaluator, settings=keys, run_dir=folder, free_energy=fake, **{"workers": 1, **options})
+    return rank(
+        structures,
+        evaluator=evaluator,
+        settings=keys,
+        run_dir=folder,
+        free_energy=fake,
+        **{"workers": 1, **options},
+    )
 
 
 def calls(folder: Path) -> list[dict]:
@@ -78,7 +108,7 @@ def table_of(folder: Path, name: str = "ranking.csv") -> list[dict]:
         return list(csv.DictReader(file))
 
 
-# ---------------------------------------------------------------------------------------------- who is distinct
+# ---------------------------------------------------------------------------------- who is distinct
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,8 +152,18 @@ def test_small_steps_do_not_chain_two_ends_together() -> None:
 
 def test_mirror_images_are_one() -> None:
     atoms = bulk("Te", "hcp", a=4.4, c=5.9)
-    left = Atoms("Te3", scaled_positions=[(0.27, 0, 0), (0, 0.27, 1 / 3), (0.73, 0.73, 2 / 3)], cell=atoms.cell.array, pbc=True)
-    right = Atoms("Te3", scaled_positions=[(0.27, 0, 0), (0, 0.27, 2 / 3), (0.73, 0.73, 1 / 3)], cell=atoms.cell.array, pbc=True)
+    left = Atoms(
+        "Te3",
+        scaled_positions=[(0.27, 0, 0), (0, 0.27, 1 / 3), (0.73, 0.73, 2 / 3)],
+        cell=atoms.cell.array,
+        pbc=True,
+    )
+    right = Atoms(
+        "Te3",
+        scaled_positions=[(0.27, 0, 0), (0, 0.27, 2 / 3), (0.73, 0.73, 1 / 3)],
+        cell=atoms.cell.array,
+        pbc=True,
+    )
     assert largest_difference(Fingerprint(left), Fingerprint(right)) < 1e-6
 
 
@@ -139,7 +179,7 @@ def test_a_centroid_and_its_compressed_copy_are_one_phase_but_r3m_is_another() -
     assert not same_phase(Fingerprint(fakes.h3s(3.1)), Fingerprint(fakes.h3s(3.04, shift=0.15)))
 
 
-# ---------------------------------------------------------------------------------------------- who gets SSCHA, and when
+# ------------------------------------------------------------------------- who gets SSCHA, and when
 
 
 def test_the_window_is_never_below_three_times_the_error_of_the_model() -> None:
@@ -147,7 +187,9 @@ def test_the_window_is_never_below_three_times_the_error_of_the_model() -> None:
     assert chosen_groups(groups, enthalpies, SschaSettings(), None) == [0, 1, 2, 3]
     assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03), None) == [0, 1]
     assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03), 0.02) == [0, 1, 2]
-    assert chosen_groups(groups, enthalpies, SschaSettings(window=0.03, max_candidates=1), 0.02) == [0]
+    assert chosen_groups(
+        groups, enthalpies, SschaSettings(window=0.03, max_candidates=1), 0.02
+    ) == [0]
     assert chosen_groups([], [], SschaSettings(), 0.02) == []
 
 
@@ -170,7 +212,7 @@ def test_before_its_time_nothing_runs_and_everything_is_static(tmp_path: Path) -
     assert not calls(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------- the ranking itself
+# ------------------------------------------------------------------------------- the ranking itself
 
 
 def test_the_table_holds_the_columns_of_the_design_and_the_numbers_of_sscha(tmp_path: Path) -> None:
@@ -185,7 +227,12 @@ def test_the_table_holds_the_columns_of_the_design_and_the_numbers_of_sscha(tmp_
     enthalpy = -1.0 + 150.0 / 160.21766 * structures[0].get_volume() / 4
     assert float(best["enthalpy_eV_per_atom"]) == pytest.approx(enthalpy, abs=1e-5)
     assert float(best["gibbs_eV_per_atom"]) == pytest.approx(enthalpy + fakes.ZERO_POINT, abs=1e-5)
-    assert (best["status"], best["model"], best["pressure_GPa"], best["formula"]) == ("sscha", "flat", "150", "H3S")
+    assert (best["status"], best["model"], best["pressure_GPa"], best["formula"]) == (
+        "sscha",
+        "flat",
+        "150",
+        "H3S",
+    )
     assert best["rank_quantum"] == "1"
 
 
@@ -219,7 +266,9 @@ def test_an_estimate_below_every_result_is_not_first() -> None:
     done = Candidate(id="b", enthalpy=-1.0, status="sscha", gibbs=-0.8, **common)
     broken = Candidate(id="c", enthalpy=None, status="failed", **common)
     order = numbered([low, broken, done, dead])
-    assert [c.id for c in order] == ["b", "d", "a", "c"], "a failed one in the place of its estimate"
+    assert [c.id for c in order] == ["b", "d", "a", "c"], (
+        "a failed one in the place of its estimate"
+    )
     assert [c.rank_quantum for c in order] == [1, None, None, None]
     assert [c.rank_static for c in order] == [3, 1, 2, None]
 
@@ -241,8 +290,13 @@ def test_a_copy_in_another_orientation_reuses_the_stored_free_energy(tmp_path: P
     assert len(calls(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("change", [{"pressure": 10.0}, {"temperature": 300.0}, {"n_configs": 500}, {"supercell": [3, 3, 3]}])
-def test_another_pressure_temperature_or_setting_is_another_free_energy(tmp_path: Path, change: dict) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"pressure": 10.0}, {"temperature": 300.0}, {"n_configs": 500}, {"supercell": [3, 3, 3]}],
+)
+def test_another_pressure_temperature_or_setting_is_another_free_energy(
+    tmp_path: Path, change: dict
+) -> None:
     ranked(metals("Cu"), tmp_path, search_settings())
     ranked(metals("Cu"), tmp_path, search_settings(**change))
     assert len(calls(tmp_path)) == 2
@@ -257,7 +311,11 @@ def test_a_new_model_makes_old_free_energies_stale(tmp_path: Path) -> None:
 
 def test_keys_that_only_choose_candidates_do_not_change_the_identity(tmp_path: Path) -> None:
     ranked(metals("Cu"), tmp_path, search_settings())
-    ranked(metals("Cu"), tmp_path, search_settings(max_candidates=5, window=1.0, when="every_generation", seed_back=False))
+    ranked(
+        metals("Cu"),
+        tmp_path,
+        search_settings(max_candidates=5, window=1.0, when="every_generation", seed_back=False),
+    )
     assert len(calls(tmp_path)) == 1
 
 
@@ -271,10 +329,15 @@ def test_no_ranking_mixes_two_models(tmp_path: Path) -> None:
 def test_temperatures_run_one_after_the_other_and_the_first_ranks(tmp_path: Path) -> None:
     structures = metals("Cu")
     found = ranked(structures, tmp_path, search_settings(temperature=[100.0, 300.0]))
-    assert [(call["T"], call["started"]) for call in calls(tmp_path)] == [(100.0, False), (300.0, True)]
+    assert [(call["T"], call["started"]) for call in calls(tmp_path)] == [
+        (100.0, False),
+        (300.0, True),
+    ]
     assert found[0].temperature == 100.0
     cold, warm = table_of(tmp_path)[0], table_of(tmp_path, "ranking_300K.csv")[0]
-    assert float(warm["gibbs_eV_per_atom"]) - float(cold["gibbs_eV_per_atom"]) == pytest.approx(-0.02, abs=1e-6)
+    assert float(warm["gibbs_eV_per_atom"]) - float(cold["gibbs_eV_per_atom"]) == pytest.approx(
+        -0.02, abs=1e-6
+    )
     assert structures[0].info["gibbs"] == pytest.approx(found[0].gibbs)
 
 
@@ -289,14 +352,19 @@ def test_same_seed_same_draws_whatever_the_place_in_the_queue(tmp_path: Path) ->
         pair = [symbols[:2], symbols[2:]]
         ranked(metals(*pair), tmp_path / name, search_settings(), fake=note, seed=seed)
     assert drawn["Cu"][0] == drawn["Cu"][1] != drawn["Cu"][2]
-    assert drawn["Cu"][0] == drawn["Al"][0], "common random numbers: what alike candidates share cancels in their difference"
+    assert drawn["Cu"][0] == drawn["Al"][0], (
+        "common random numbers: what alike candidates share cancels in their difference"
+    )
 
 
-# ---------------------------------------------------------------------------------------------- quantum phases
+# ----------------------------------------------------------------------------------- quantum phases
 
 
-def test_im3m_from_a_four_and_an_eight_atom_cell_is_one_phase_with_one_free_energy(tmp_path: Path) -> None:
-    """The eight-atom cell is first run as it is; its result has a smaller primitive cell and is run again from that."""
+def test_im3m_from_a_four_and_an_eight_atom_cell_is_one_phase_with_one_free_energy(
+    tmp_path: Path,
+) -> None:
+    """The eight-atom cell is first run as it is; its result has a smaller primitive cell and is run
+    again from that."""
     small = fakes.h3s(shift=0.12)
     large = make_supercell(fakes.h3s(), [[1, 1, 0], [0, 1, 0], [0, 0, 2]])
     large.positions[5] += [0.11, 0.0, 0.0]
@@ -308,11 +376,16 @@ def test_im3m_from_a_four_and_an_eight_atom_cell_is_one_phase_with_one_free_ener
     assert [c.rank_quantum for c in found] == [1, None]
     assert found[1].same_as == found[0].id
     folders = sorted(path.name for path in tmp_path.glob("sscha/*"))
-    assert len({record.folder for record in FreeEnergyStore(tmp_path / "free_energies.db").records()}) == 2
+    assert (
+        len({record.folder for record in FreeEnergyStore(tmp_path / "free_energies.db").records()})
+        == 2
+    )
     assert folders == [] or len(folders) == 2
 
 
-def test_several_large_cells_that_end_in_one_phase_share_one_run_of_its_primitive_cell(tmp_path: Path) -> None:
+def test_several_large_cells_that_end_in_one_phase_share_one_run_of_its_primitive_cell(
+    tmp_path: Path,
+) -> None:
     structures = []
     for shift in (0.11, 0.16):
         large = make_supercell(fakes.h3s(), [[1, 1, 0], [0, 1, 0], [0, 0, 2]])
@@ -330,7 +403,9 @@ def test_several_large_cells_that_end_in_one_phase_share_one_run_of_its_primitiv
 
 def test_a_seed_reuses_the_free_energy_of_its_run_while_it_is_that_phase(tmp_path: Path) -> None:
     keys = search_settings(pressure=150.0)
-    first = ranked([fakes.h3s(shift=0.12)], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)[0]
+    first = ranked(
+        [fakes.h3s(shift=0.12)], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising
+    )[0]
     seed = fakes.h3s(lattice=3.05)
     seed.info[SEED_KEY] = first.record
     found = ranked([seed], tmp_path, keys, evaluator=fakes.Flat(), fake=fakes.symmetrising)[0]
@@ -349,23 +424,32 @@ def test_quantum_traj_holds_the_centroids_with_what_is_known(tmp_path: Path) -> 
     frames = read(tmp_path / "quantum.traj", index=":")
     assert len(frames) == 1
     info = frames[0].info
-    assert (info["candidate_id"], info["spg_quantum"], info["spg_static"]) == (found.id, "Im-3m (229)", "R3m (160)")
+    assert (info["candidate_id"], info["spg_quantum"], info["spg_static"]) == (
+        found.id,
+        "Im-3m (229)",
+        "R3m (160)",
+    )
     assert info["gibbs"] == pytest.approx(found.gibbs)
     assert same_phase(Fingerprint(frames[0]), Fingerprint(fakes.h3s()))
 
 
-# ---------------------------------------------------------------------------------------------- failures and processes
+# --------------------------------------------------------------------------- failures and processes
 
 
 def test_a_candidate_that_fails_is_flagged_and_the_others_are_ranked(tmp_path: Path) -> None:
     structures = metals("Cu", "Au", "Ag")
-    found = {c.formula: c for c in ranked(structures, tmp_path, search_settings(), fake=fakes.failing_on_gold)}
+    found = {
+        c.formula: c
+        for c in ranked(structures, tmp_path, search_settings(), fake=fakes.failing_on_gold)
+    }
     assert found["Cu"].status == "sscha"
     assert found["Au"].status == found["Ag"].status == "failed"
     assert "dissociated" in found["Au"].reason
     assert "no space left" in found["Ag"].reason
     for name in ("Au", "Ag"):
-        assert found[name].gibbs is not None and "in the place of its estimate" in found[name].reason
+        assert (
+            found[name].gibbs is not None and "in the place of its estimate" in found[name].reason
+        )
     assert structures[1].info["gibbs"] == found["Au"].gibbs
     assert "dissociated" in structures[1].info["reason"]
 
@@ -377,12 +461,18 @@ def test_rotating_molecules_are_named_in_the_table_and_in_the_structure(tmp_path
     assert "rotating H2 units" in structures[0].info["reason"]
 
 
-def test_hopeless_candidates_stop_early_and_the_best_keep_their_order(tmp_path: Path) -> None:
-    everything = ranked(copper(8), tmp_path / "fixed", search_settings(allocation="fixed"), fake=fakes.falling)
+def test_candidates_without_a_chance_stop_early_and_the_best_keep_their_order(
+    tmp_path: Path,
+) -> None:
+    everything = ranked(
+        copper(8), tmp_path / "fixed", search_settings(allocation="fixed"), fake=fakes.falling
+    )
     raced = ranked(copper(8), tmp_path / "race", search_settings(keep_best=2), fake=fakes.falling)
     assert [c.id for c in raced[:2]] == [c.id for c in everything[:2]]
     assert all(c.status == "sscha" for c in [*everything, *raced[:2]])
-    assert {c.status for c in raced[2:]} == {"eliminated"} and all("not among the lowest 2" in c.reason for c in raced[2:])
+    assert {c.status for c in raced[2:]} == {"eliminated"} and all(
+        "not among the lowest 2" in c.reason for c in raced[2:]
+    )
     assert sum(c.n_evaluations for c in raced) < sum(c.n_evaluations for c in everything) / 2
 
 
@@ -395,30 +485,61 @@ def test_an_eliminated_candidate_takes_part_again_when_the_winner_is_gone(tmp_pa
     assert alone.n_evaluations > loser.n_evaluations
 
 
-def test_a_run_that_the_budget_cut_short_waits_outside_of_the_ranking_for_a_larger_one(tmp_path: Path) -> None:
+def test_a_run_that_the_budget_cut_short_waits_outside_of_the_ranking_for_a_larger_one(
+    tmp_path: Path,
+) -> None:
     structures = metals("Cu")
     (short,) = ranked(structures, tmp_path, search_settings(budget=500), fake=fakes.falling)
-    assert short.status == "unconverged" and short.reason.startswith("the budget of 500 force evaluations is spent")
-    assert short.gibbs is not None and short.rank_quantum is None and short.p_lowest is None and not short.ranked
-    assert structures[0].info["status"] == "unconverged" and structures[0].info["gibbs"] == short.gibbs
-    assert not (tmp_path / "quantum.traj").exists(), "its centroids are not where it would have ended"
+    assert short.status == "unconverged" and short.reason.startswith(
+        "the budget of 500 force evaluations is spent"
+    )
+    assert (
+        short.gibbs is not None
+        and short.rank_quantum is None
+        and short.p_lowest is None
+        and not short.ranked
+    )
+    assert (
+        structures[0].info["status"] == "unconverged" and structures[0].info["gibbs"] == short.gibbs
+    )
+    assert not (tmp_path / "quantum.traj").exists(), (
+        "its centroids are not where it would have ended"
+    )
     n_calls = len(calls(tmp_path))
     (again,) = ranked(metals("Cu"), tmp_path, search_settings(budget=500), fake=fakes.falling)
-    assert (again.status, again.gibbs) == (short.status, short.gibbs) and len(calls(tmp_path)) == n_calls
+    assert (again.status, again.gibbs) == (short.status, short.gibbs) and len(
+        calls(tmp_path)
+    ) == n_calls
     (longer,) = ranked(metals("Cu"), tmp_path, search_settings(budget=50_000), fake=fakes.falling)
     assert longer.status == "sscha" and longer.rank_quantum == 1 and longer.gibbs < short.gibbs
 
 
-def test_a_budget_that_ends_after_the_relaxations_leaves_them_in_the_ranking_with_their_errors(tmp_path: Path) -> None:
-    """Two that are not told apart: their relaxations have ended, more samples would only have made the error bars smaller."""
+def test_a_budget_that_ends_after_the_relaxations_leaves_them_in_the_ranking_with_their_errors(
+    tmp_path: Path,
+) -> None:
+    """Two that are not told apart: their relaxations have ended, more samples would only have made
+    the error bars smaller."""
 
     def close() -> list[Atoms]:
         return [metals("Cu", scale=scale)[0] for scale in (0.99, 0.998)]
 
-    whole = sum(c.n_evaluations for c in ranked(close(), tmp_path / "whole", search_settings(n_configs=100), fake=fakes.falling))
-    found = ranked(close(), tmp_path / "budget", search_settings(n_configs=100, budget=whole), fake=fakes.falling)
+    whole = sum(
+        c.n_evaluations
+        for c in ranked(
+            close(), tmp_path / "whole", search_settings(n_configs=100), fake=fakes.falling
+        )
+    )
+    found = ranked(
+        close(),
+        tmp_path / "budget",
+        search_settings(n_configs=100, budget=whole),
+        fake=fakes.falling,
+    )
     assert [(c.status, c.rank_quantum) for c in found] == [("sscha", 1), ("sscha", 2)]
-    assert all(f"the budget of {whole} force evaluations is spent before its place was known" in c.reason for c in found)
+    assert all(
+        f"the budget of {whole} force evaluations is spent before its rank was known" in c.reason
+        for c in found
+    )
     assert 0.0 < found[1].p_lowest < found[0].p_lowest < 1.0
 
 
@@ -426,31 +547,62 @@ def test_an_estimate_rests_on_no_upper_bound(tmp_path: Path) -> None:
     def stuck_on_aluminium(atoms: Atoms, evaluator: object, **options: object) -> object:
         result = fakes.shifted(atoms, evaluator, **options)
         if "Al" in atoms.symbols:
-            result.converged, result.status, result.reason, result.gibbs = False, "unconverged", "not converged", result.gibbs + 5.0
+            result.converged, result.status, result.reason, result.gibbs = (
+                False,
+                "unconverged",
+                "not converged",
+                result.gibbs + 5.0,
+            )
         return result
 
     keys = search_settings(max_candidates=4, allocation="fixed")
-    found = {c.formula: c for c in ranked(metals("Pt", "Au", "Cu", "Ni", "Al"), tmp_path, keys, fake=stuck_on_aluminium)}
-    assert sorted(c.status for c in found.values()) == ["estimated", "sscha", "sscha", "sscha", "unconverged"]
+    found = {
+        c.formula: c
+        for c in ranked(
+            metals("Pt", "Au", "Cu", "Ni", "Al"), tmp_path, keys, fake=stuck_on_aluminium
+        )
+    }
+    assert sorted(c.status for c in found.values()) == [
+        "estimated",
+        "sscha",
+        "sscha",
+        "sscha",
+        "unconverged",
+    ]
     estimated = next(c for c in found.values() if c.status == "estimated")
-    assert "3 SSCHA results" in estimated.reason and estimated.gibbs == pytest.approx(estimated.enthalpy + fakes.ZERO_POINT, abs=1e-3)
+    assert "3 SSCHA results" in estimated.reason and estimated.gibbs == pytest.approx(
+        estimated.enthalpy + fakes.ZERO_POINT, abs=1e-3
+    )
 
 
 def test_the_error_of_the_model_ends_the_sampling(tmp_path: Path) -> None:
-    """0.3 of 10 meV/atom: a sampling error of 1 meV/atom is small enough, and G stops where the relaxation does."""
+    """0.3 of 10 meV/atom: a sampling error of 1 meV/atom is small enough, and G stops where the
+    relaxation does."""
     structures = metals("Cu")
-    (candidate,) = ranked(structures, tmp_path, search_settings(), fake=fakes.falling, energy_rmse=0.01)
+    (candidate,) = ranked(
+        structures, tmp_path, search_settings(), fake=fakes.falling, energy_rmse=0.01
+    )
     assert candidate.status == "sscha" and candidate.p_lowest_total == 1.0
 
 
-def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(tmp_path: Path) -> None:
+def test_a_physical_failure_lasts_and_a_defect_of_the_machine_is_tried_again(
+    tmp_path: Path,
+) -> None:
     ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.failing_on_gold)
-    found = {c.formula: c.status for c in ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.shifted)}
+    found = {
+        c.formula: c.status
+        for c in ranked(metals("Au", "Ag"), tmp_path, search_settings(), fake=fakes.shifted)
+    }
     assert found == {"Au": "failed", "Ag": "sscha"}
 
 
 def test_temperatures_after_a_failure_are_not_run(tmp_path: Path) -> None:
-    ranked(metals("Au"), tmp_path, search_settings(temperature=[0.0, 300.0]), fake=fakes.failing_on_gold)
+    ranked(
+        metals("Au"),
+        tmp_path,
+        search_settings(temperature=[0.0, 300.0]),
+        fake=fakes.failing_on_gold,
+    )
     assert "0 K" in table_of(tmp_path, "ranking_300K.csv")[0]["reason"]
 
 
@@ -458,13 +610,33 @@ def test_a_structure_without_enthalpy_is_in_the_table_as_failed(tmp_path: Path) 
     structures = metals("Cu", "Al")
     reevaluate(structures, fakes.Emt(), search_settings())
     structures[1].info.update(enthalpy=float("nan"), reason="relaxation: it dissolved")
-    rank(structures, evaluator=fakes.Emt(), settings=search_settings(), run_dir=tmp_path, free_energy=fakes.shifted, workers=1)
-    assert [(row["formula"], row["status"], row["reason"]) for row in table_of(tmp_path)][1] == ("Al", "failed", "relaxation: it dissolved")
+    rank(
+        structures,
+        evaluator=fakes.Emt(),
+        settings=search_settings(),
+        run_dir=tmp_path,
+        free_energy=fakes.shifted,
+        workers=1,
+    )
+    assert [(row["formula"], row["status"], row["reason"]) for row in table_of(tmp_path)][1] == (
+        "Al",
+        "failed",
+        "relaxation: it dissolved",
+    )
 
 
 @pytest.mark.slow
 def test_candidates_run_in_processes_and_one_that_dies_takes_nobody_with_it(tmp_path: Path) -> None:
-    found = {c.formula: c for c in ranked(metals("Cu", "Ni", "Al"), tmp_path, search_settings(), fake=fakes.failing_on_gold, workers=2)}
+    found = {
+        c.formula: c
+        for c in ranked(
+            metals("Cu", "Ni", "Al"),
+            tmp_path,
+            search_settings(),
+            fake=fakes.failing_on_gold,
+            workers=2,
+        )
+    }
     assert found["Cu"].status == found["Al"].status == "sscha"
     assert found["Ni"].status == "failed" and "process died" in found["Ni"].reason
     assert os.getpid() not in {call["pid"] for call in calls(tmp_path)}
@@ -490,12 +662,18 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    "sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+    "sent",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.full),
+    ],
 )
 def test_interrupted_it_leaves_no_process_behind(tmp_path: Path, sent: signal.Signals) -> None:
     script = tmp_path / "script.py"
     script.write_text(INTERRUPTED.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True
+    )
     wait_until(lambda: len(calls(tmp_path)) == 2, 300)
     process.send_signal(sent)
     process.wait(timeout=120)
@@ -519,16 +697,35 @@ def wait_until(condition, seconds: float) -> None:
         time.sleep(0.1)
 
 
-# ---------------------------------------------------------------------------------------------- the store, files
+# --------------------------------------------------------------------------------- the store, files
 
 
-def test_the_store_gives_back_what_was_put_in_also_hashes_that_read_as_numbers(tmp_path: Path) -> None:
+def test_the_store_gives_back_what_was_put_in_also_hashes_that_read_as_numbers(
+    tmp_path: Path,
+) -> None:
     key = Key("123456789012", 150.0, 0.0, "1234e5678901")
     atoms = fakes.h3s(shift=0.1)
     record = Record(
-        "000000000012", key, atoms, "unconverged", "30 populations", -1.0, -0.8, 1e-3, -0.81, 0.01, 9.3, 3000, 32,
-        "R3m (160)", "Im-3m (229)", 0.03, fakes.h3s(), "111111111111", "222222222222",
-    )  # fmt: skip
+        "000000000012",
+        key,
+        atoms,
+        "unconverged",
+        "30 populations",
+        -1.0,
+        -0.8,
+        1e-3,
+        -0.81,
+        0.01,
+        9.3,
+        3000,
+        32,
+        "R3m (160)",
+        "Im-3m (229)",
+        0.03,
+        fakes.h3s(),
+        "111111111111",
+        "222222222222",
+    )
     failed = Record("000000000013", key, atoms, "failed", "it melted")
     FreeEnergyStore(tmp_path / "x.db").put(record)
     FreeEnergyStore(tmp_path / "x.db").put(failed)
@@ -539,9 +736,19 @@ def test_the_store_gives_back_what_was_put_in_also_hashes_that_read_as_numbers(t
 
 
 def test_the_store_of_a_generation_is_as_that_one_left_it(tmp_path: Path) -> None:
-    """A record that generation 1 made and 2 and 3 changed, and one of 2; the folders of the runs say the same when the database is lost."""
+    """A record that generation 1 made and 2 and 3 changed, and one of 2; the folders of the runs
+    say the same when the database is lost."""
     key, file = Key("model", 150.0, 0.0, "settings"), tmp_path / "x.db"
-    first = Record("000000000012", key, fakes.h3s(), "sscha", gibbs=-0.8, gibbs_error=1e-3, centroids=fakes.h3s(), error_vector=(0.5, 1.0))
+    first = Record(
+        "000000000012",
+        key,
+        fakes.h3s(),
+        "sscha",
+        gibbs=-0.8,
+        gibbs_error=1e-3,
+        centroids=fakes.h3s(),
+        error_vector=(0.5, 1.0),
+    )
     store = FreeEnergyStore(file, 1)
     store.put(first)
     store.put(replace(first, gibbs=-0.9))
@@ -551,14 +758,26 @@ def test_the_store_of_a_generation_is_as_that_one_left_it(tmp_path: Path) -> Non
     FreeEnergyStore(file, 3).put(replace(first, gibbs=None, gibbs_error=None, status="failed"))
     for _ in range(2):
         stores = [FreeEnergyStore(file, generation) for generation in (1, 2, 3, None)]
-        found = [[(r.structure[-2:], r.gibbs, r.reduced[-2:], r.status) for r in store.records()] for store in stores]
+        found = [
+            [(r.structure[-2:], r.gibbs, r.reduced[-2:], r.status) for r in store.records()]
+            for store in stores
+        ]
         last = [("12", None, "", "failed"), ("13", -0.7, "", "sscha")]
-        assert found == [[("12", -0.9, "", "sscha")], [("12", -0.9, "13", "sscha"), ("13", -0.7, "", "sscha")], last, last]
+        assert found == [
+            [("12", -0.9, "", "sscha")],
+            [("12", -0.9, "13", "sscha"), ("13", -0.7, "", "sscha")],
+            last,
+            last,
+        ]
         assert [r.generation for r in FreeEnergyStore(file).records()] == [3, 2]
         file.unlink()
     again = FreeEnergyStore(file, 1)
     again.put(replace(first, gibbs=-1.0))
-    assert [(r.gibbs, r.before) for r in FreeEnergyStore(file).records() if r.structure == first.structure] == [(-1.0, ())]
+    assert [
+        (r.gibbs, r.before)
+        for r in FreeEnergyStore(file).records()
+        if r.structure == first.structure
+    ] == [(-1.0, ())]
 
 
 def test_a_lock_file_left_by_a_killed_process_does_not_stop_the_next(tmp_path: Path) -> None:
@@ -567,41 +786,75 @@ def test_a_lock_file_left_by_a_killed_process_does_not_stop_the_next(tmp_path: P
     assert len(FreeEnergyStore(tmp_path / "free_energies.db")) == 1
 
 
-def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(tmp_path: Path) -> None:
+def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(
+    tmp_path: Path,
+) -> None:
     from ase.calculators.emt import EMT
 
     structures = metals("Cu", "Al")
     before = [atoms.copy() for atoms in structures]
-    found = rank_structures(structures, EMT(), search_settings(), tmp_path, relax=False, free_energy=fakes.shifted, workers=1)
+    found = rank_structures(
+        structures,
+        EMT(),
+        search_settings(),
+        tmp_path,
+        relax=False,
+        free_energy=fakes.shifted,
+        workers=1,
+    )
     assert [c.status for c in found] == ["sscha", "sscha"]
     assert structures == before
 
 
-def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from magus_anharmonic.potential import portable as relaxations
+def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from magus_anharmonic.potential import remote as relaxations
 
-    square = Atoms("Cu4", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]], cell=[2.4, 2.4, 4.8], pbc=True)
+    square = Atoms(
+        "Cu4",
+        scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]],
+        cell=[2.4, 2.4, 4.8],
+        pbc=True,
+    )
     used: list[dict] = []
     relax = relaxations.relax
-    monkeypatch.setattr(relaxations, "relax", lambda *a, **options: used.append(options) or relax(*a, **options))
+    monkeypatch.setattr(
+        relaxations, "relax", lambda *a, **options: used.append(options) or relax(*a, **options)
+    )
 
     def enthalpy(**keys: object) -> float:
         block = {"calculator": "mattersim", "max_step": 300, **keys}
         given = parse_settings({"pressure": 0.0, "MainCalculator": block})
-        return rank_structures([square], fakes.Emt(), given, tmp_path / str(len(used)))[0].enthalpy or 0.0
+        return (
+            rank_structures([square], fakes.Emt(), given, tmp_path / str(len(used)))[0].enthalpy
+            or 0.0
+        )
 
     saddle = enthalpy()
-    assert enthalpy(kicks=2, optimizer="bfgs") < saddle - 1e-3
-    assert [(options["kicks"], options["optimizer"]) for options in used] == [(0, "ase"), (2, "bfgs")]
+    assert enthalpy(perturbations=2, optimizer="bfgs") < saddle - 1e-3
+    assert [(options["perturbations"], options["optimizer"]) for options in used] == [
+        (0, "ase"),
+        (2, "bfgs"),
+    ]
 
 
 def test_a_structure_that_cannot_be_relaxed_is_in_the_table_with_the_reason(tmp_path: Path) -> None:
-    found = rank_structures([bulk("Cu"), bulk("Fe")], fakes.Emt(), search_settings(), tmp_path, free_energy=fakes.shifted, workers=1)
+    found = rank_structures(
+        [bulk("Cu"), bulk("Fe")],
+        fakes.Emt(),
+        search_settings(),
+        tmp_path,
+        free_energy=fakes.shifted,
+        workers=1,
+    )
     assert [c.status for c in found] == ["sscha", "failed"]
     assert found[1].reason.startswith("relaxation: ")
 
 
-def test_the_space_group_of_a_broken_structure_is_p1_also_when_spglib_has_been_told_to_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_group_of_a_broken_structure_is_p1_also_when_spglib_has_been_told_to_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import spglib.error
 
     coincident = Atoms("Cu2", positions=[[0, 0, 0], [0.02, 0, 0]], cell=[3, 3, 3], pbc=True)
@@ -611,9 +864,18 @@ def test_the_space_group_of_a_broken_structure_is_p1_also_when_spglib_has_been_t
         assert len(primitive(coincident)) == 2
 
 
-def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     keys = parse_settings(
-        {"pressure": 10.0, "MainCalculator": {"calculator": "mattersim", "checkpoint": str(tiny_checkpoint), "maxStep": 2}}
+        {
+            "pressure": 10.0,
+            "MainCalculator": {
+                "calculator": "mattersim",
+                "checkpoint": str(tiny_checkpoint),
+                "maxStep": 2,
+            },
+        }
     )
     with pytest.raises(InputError):
         rank_file(tmp_path / "nothing.cif", keys, tmp_path / "out")
@@ -625,8 +887,10 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(tmp_path: Pa
     assert record["model"] == found[0].model
 
 
-def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(potential: Potential, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    source = portable(potential)
+def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(
+    potential: Potential, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = serialised(potential)
     assert source.evaluator is None
     assert source.make().model_id == potential.model_id
     with pytest.raises(MagusAnharmonicError, match="was replaced"):

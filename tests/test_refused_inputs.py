@@ -1,4 +1,5 @@
-"""Wrong input ends in one line that names the key, before anything is started; no traceback, and no silent other meaning."""
+"""Wrong input ends in one line that names the key, before anything is started; no traceback, and no
+silent other meaning."""
 
 from __future__ import annotations
 
@@ -20,9 +21,16 @@ from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 
 BASE: dict[str, Any] = {
-    "symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "popSize": 2, "saveGood": 1, "numGen": 1, "seed": 1,
+    "symbols": ["Cu"],
+    "formula": [1],
+    "min_n_atoms": 1,
+    "max_n_atoms": 2,
+    "popSize": 2,
+    "saveGood": 1,
+    "numGen": 1,
+    "seed": 1,
     "MainCalculator": {"calculator": "mattersim", "checkpoint": "h3s-gpaw-small"},
-}  # fmt: skip
+}
 
 
 def search(folder: Path, labeler: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[str]]:
@@ -43,31 +51,65 @@ def search(folder: Path, labeler: str, monkeypatch: pytest.MonkeyPatch) -> tuple
         ('command: ""', "arguments.command: '': must name a program"),
         ("command: 5", "arguments.command: 5: must be text"),
         ("command: [mpirun, vasp]", "arguments.command: ['mpirun', 'vasp']: must be text"),
-        ("x: 1, x: 2", "learning.labeler.arguments.x: is given twice, in lines 15 and 15; keep one"),
+        (
+            "x: 1, x: 2",
+            "learning.labeler.arguments.x: is given twice, in lines 15 and 15; keep one",
+        ),
         ("x: &a [1, *a]", "learning.labeler.arguments.x.1: holds itself (line 15, by an alias *)"),
     ],
 )
 @pytest.mark.parametrize("code", ["vasp", "espresso", "ase.calculators.nwchem.NWChem"])
-def test_a_wrong_argument_of_a_labeler_is_one_line(tmp_path: Path, code: str, given: str, words: str, monkeypatch) -> None:
+def test_a_wrong_argument_of_a_labeler_is_one_line(
+    tmp_path: Path, code: str, given: str, words: str, monkeypatch
+) -> None:
     needed = "pseudopotentials: {Cu: Cu.upf}, " if code == "espresso" else ""
-    status, lines = search(tmp_path, f"{{calculator: {code}, arguments: {{{needed}{given}}}}}", monkeypatch)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("input error: ") and words in lines[0], lines
+    status, lines = search(
+        tmp_path, f"{{calculator: {code}, arguments: {{{needed}{given}}}}}", monkeypatch
+    )
+    assert (
+        status == 2
+        and len(lines) == 1
+        and lines[0].startswith("input error: ")
+        and words in lines[0]
+    ), lines
     assert [file.name for file in tmp_path.iterdir()] == ["input.yaml"]
 
 
 @pytest.mark.parametrize("given", ["[1]", "text", "5", "null"])
 def test_input_data_of_espresso_is_a_block(tmp_path: Path, given: str, monkeypatch) -> None:
     arguments = f"{{pseudopotentials: {{Cu: Cu.upf}}, input_data: {given}}}"
-    status, lines = search(tmp_path, f"{{calculator: espresso, arguments: {arguments}}}", monkeypatch)
-    assert status == 2 and len(lines) == 1 and "learning.labeler.arguments.input_data: " in lines[0], lines
+    status, lines = search(
+        tmp_path, f"{{calculator: espresso, arguments: {arguments}}}", monkeypatch
+    )
+    assert (
+        status == 2 and len(lines) == 1 and "learning.labeler.arguments.input_data: " in lines[0]
+    ), lines
 
 
 @pytest.mark.parametrize(
-    "name", ["..x.Y", ".EMT", "EMT.", "a..b", "", "os.getcwd", "ase.Atoms", "ase.calculators.emt.parameters", "os.path", "this file.X"]
+    "name",
+    [
+        "..x.Y",
+        ".EMT",
+        "EMT.",
+        "a..b",
+        "",
+        "os.getcwd",
+        "ase.Atoms",
+        "ase.calculators.emt.parameters",
+        "os.path",
+        "this file.X",
+    ],
 )
-def test_a_labeler_is_the_class_of_an_ase_calculator(tmp_path: Path, name: str, monkeypatch) -> None:
+def test_a_labeler_is_the_class_of_an_ase_calculator(
+    tmp_path: Path, name: str, monkeypatch
+) -> None:
     status, lines = search(tmp_path, f"{{calculator: '{name}'}}", monkeypatch)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith(f"input error: learning.labeler.calculator: {name}: "), lines
+    assert (
+        status == 2
+        and len(lines) == 1
+        and lines[0].startswith(f"input error: learning.labeler.calculator: {name}: ")
+    ), lines
     assert "ase.calculators.emt" in lines[0], "an example is given"
     assert not available(name)[0]
 
@@ -75,7 +117,10 @@ def test_a_labeler_is_the_class_of_an_ase_calculator(tmp_path: Path, name: str, 
 def test_a_module_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "broken_calculator.py").write_text("raise RuntimeError('no\\nlicence')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert available("broken_calculator.C") == (False, "broken_calculator cannot be imported: RuntimeError: no licence")
+    assert available("broken_calculator.C") == (
+        False,
+        "broken_calculator cannot be imported: RuntimeError: no licence",
+    )
 
 
 @pytest.mark.parametrize("code", ["vasp", "espresso"])
@@ -98,11 +143,17 @@ def test_a_key_that_is_given_twice_is_refused_with_both_lines(tmp_path: Path) ->
 
 def test_the_same_key_in_two_blocks_and_a_merged_default_are_no_repetition(tmp_path: Path) -> None:
     file = tmp_path / "input.yaml"
-    file.write_text("a: &shared {x: 1, y: 2}\nb: {x: 3}\nc:\n  <<: *shared\n  x: 4\nd: [*shared, *shared]\n")
+    file.write_text(
+        "a: &shared {x: 1, y: 2}\nb: {x: 3}\nc:\n  <<: *shared\n  x: 4\nd: [*shared, *shared]\n"
+    )
     assert load_yaml(file)["c"] == {"x": 4, "y": 2}
 
 
-SHIPPED = sorted(file for folder in ("inputs", "docs") for file in (Path(__file__).parent.parent / folder).rglob("*.yaml"))
+SHIPPED = sorted(
+    file
+    for folder in ("inputs", "docs")
+    for file in (Path(__file__).parent.parent / folder).rglob("*.yaml")
+)
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: f"{file.parent.name}/{file.name}")
@@ -111,15 +162,37 @@ def test_no_shipped_file_gives_a_key_twice(file: Path) -> None:
 
 
 BOMBS = {
-    "lists": ["a0: &a0 [x, x, x, x, x, x, x, x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))],
-    "mappings": ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{{', '.join(f'k{m}: *a{n - 1}' for m in range(9))}}}" for n in range(1, 12))],
-    "merges": ["a0: &a0 {x: 1}", *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12))],
+    "lists": [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]",
+        *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)),
+    ],
+    "mappings": [
+        "a0: &a0 {x: 1}",
+        *(
+            f"a{n}: &a{n} {{{', '.join(f'k{m}: *a{n - 1}' for m in range(9))}}}"
+            for n in range(1, 12)
+        ),
+    ],
+    "merges": [
+        "a0: &a0 {x: 1}",
+        *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 12)),
+    ],
     "long texts": [f"a0: &a0 {'x' * 100_000}", f"a1: [{', '.join(['*a0'] * 1000)}]"],
 }
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-@pytest.mark.parametrize("reader", [load_settings, load_campaign, load_phase_diagram, load_recipe, load_yaml, load_labeler_settings])
+@pytest.mark.parametrize(
+    "reader",
+    [
+        load_settings,
+        load_campaign,
+        load_phase_diagram,
+        load_recipe,
+        load_yaml,
+        load_labeler_settings,
+    ],
+)
 def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, kind, reader):
     file = tmp_path / "input.yaml"
     file.write_text("\n".join(BOMBS[kind]) + "\n")
@@ -130,7 +203,16 @@ def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, ki
 
 
 @pytest.mark.parametrize(
-    "number", ["9" * 30, "9" * 5000, "0x" + "f" * 10**5, "0b" + "1" * 10**5, "1" + ":59" * 10**5, "1" + ":59" * 300 + ".5", "-" + "9" * 400]
+    "number",
+    [
+        "9" * 30,
+        "9" * 5000,
+        "0x" + "f" * 10**5,
+        "0b" + "1" * 10**5,
+        "1" + ":59" * 10**5,
+        "1" + ":59" * 300 + ".5",
+        "-" + "9" * 400,
+    ],
 )
 @pytest.mark.parametrize("reader", [load_settings, load_campaign, load_yaml])
 def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, reader):
@@ -141,7 +223,9 @@ def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, rea
     assert time.monotonic() - begun < 5.0
 
 
-@pytest.mark.parametrize("reader", [load_campaign, load_phase_diagram, load_recipe, load_labeler_settings])
+@pytest.mark.parametrize(
+    "reader", [load_campaign, load_phase_diagram, load_recipe, load_labeler_settings]
+)
 @pytest.mark.parametrize("key", ["a[0]", "\\e[31mkey", "[", "", "."])
 def test_a_key_may_be_any_text(tmp_path, reader, key):
     (tmp_path / "input.yaml").write_text(f'"{key}": 1\n')
@@ -150,8 +234,12 @@ def test_a_key_may_be_any_text(tmp_path, reader, key):
 
 
 def test_numbers_as_people_write_them_are_read(tmp_path):
-    (tmp_path / "input.yaml").write_text("a: [1_000, 0x1f, -3, 1.5e-3, .inf, 1:30, 9223372036854775807]\n")
-    assert load_yaml(tmp_path / "input.yaml") == {"a": [1000, 31, -3, 0.0015, float("inf"), 90, 2**63 - 1]}
+    (tmp_path / "input.yaml").write_text(
+        "a: [1_000, 0x1f, -3, 1.5e-3, .inf, 1:30, 9223372036854775807]\n"
+    )
+    assert load_yaml(tmp_path / "input.yaml") == {
+        "a": [1000, 31, -3, 0.0015, float("inf"), 90, 2**63 - 1]
+    }
 
 
 def test_aliases_as_people_use_them_are_read(tmp_path):

@@ -1,4 +1,5 @@
-"""The minima are those of ASE's BFGS with FrechetCellFilter on the stock calculator, or lower ones."""
+"""The minima are those of ASE's BFGS with FrechetCellFilter on the stock calculator, or lower
+ones."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import pytest
 
 @pytest.mark.full
 def test_random_h3s_cells_end_as_low_as_with_ase_on_the_stock_calculator():
-    """Paths part where rounding decides on which side a saddle is left; further paths and kicks make up for it. About an hour of a core."""
+    """Paths part where rounding decides on which side a saddle is left; further paths and perturbations
+    make up for it. About an hour of a core."""
     from benchmarks.relaxation import minima
 
     count, lines = minima(100, seed=11)

@@ -1,4 +1,5 @@
-"""``fix_symmetry``: the projection is exact, supercells are no burden, and what cannot be kept is said."""
+"""``fix_symmetry``: the projection is exact, supercells are no burden, and what cannot be kept is
+said."""
 
 from __future__ import annotations
 
@@ -21,19 +22,27 @@ from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.structures import spglib_cell
 
-QUARTZ = crystal(["Si", "O"], [(0.4697, 0, 0), (0.4135, 0.2669, 0.1191)], spacegroup=152, cellpar=[4.91, 4.91, 5.4, 90, 90, 120])
+QUARTZ = crystal(
+    ["Si", "O"],
+    [(0.4697, 0, 0), (0.4135, 0.2669, 0.1191)],
+    spacegroup=152,
+    cellpar=[4.91, 4.91, 5.4, 90, 90, 120],
+)
 SLANTED = bulk("NaCl", "rocksalt", a=5.6).repeat((2, 1, 1))
 SLANTED.set_cell(np.array([[1, 0, 0], [7, 1, 0], [-9, 5, 1]]) @ SLANTED.cell.array)
 
 
 def over_all_operations(atoms: Atoms, forces: np.ndarray) -> np.ndarray:
-    """The average over every operation that spglib lists, each image found among all atoms and neighbouring cells."""
+    """The average over every operation that spglib lists, each image found among all atoms and
+    neighbouring cells."""
     found = spglib.get_symmetry(spglib_cell(atoms), symprec=0.01)
     lattice = atoms.cell.array.T
     result = np.zeros_like(forces)
     shifts = np.stack(np.meshgrid(*3 * [[-1, 0, 1]]), -1).reshape(-1, 3)
     for rotation, translation in zip(found["rotations"], found["translations"], strict=True):
-        difference = (atoms.get_scaled_positions(wrap=False) @ rotation.T + translation)[:, None] - atoms.get_scaled_positions(wrap=False)
+        difference = (atoms.get_scaled_positions(wrap=False) @ rotation.T + translation)[
+            :, None
+        ] - atoms.get_scaled_positions(wrap=False)
         difference = (difference - np.round(difference))[:, :, None] + shifts
         image = np.linalg.norm(difference @ lattice.T, axis=-1).min(axis=2).argmin(axis=1)
         result[image] += forces @ (lattice @ rotation @ np.linalg.inv(lattice)).T
@@ -45,9 +54,13 @@ def n_operations(atoms: Atoms, symprec: float) -> int:
 
 
 @pytest.mark.parametrize(
-    "atoms", [bulk("Cu").repeat((2, 2, 1)), QUARTZ, QUARTZ.repeat((2, 1, 1)), SLANTED], ids=["metal", "quartz", "doubled", "slanted"]
+    "atoms",
+    [bulk("Cu").repeat((2, 2, 1)), QUARTZ, QUARTZ.repeat((2, 1, 1)), SLANTED],
+    ids=["metal", "quartz", "doubled", "slanted"],
 )
-def test_translations_and_one_operation_for_each_rotation_are_the_average_over_all_operations(atoms: Atoms) -> None:
+def test_translations_and_one_operation_for_each_rotation_are_the_average_over_all_operations(
+    atoms: Atoms,
+) -> None:
     rng = np.random.default_rng(0)
     atoms = atoms.copy()
     atoms.rattle(2e-4, rng=rng)
@@ -74,20 +87,32 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
 projector = SymmetryProjector(atoms)
 print([len(step.rotations) for step in projector.steps], space_group(projector.structure(atoms), 1e-5))
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=300
+    )
     assert done.stdout.strip() == "[125, 48] Fm-3m (225)", done.stderr
 
 
-def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Costly(SymmetryProjector):
         def __init__(self, atoms: Atoms, symprec: float) -> None:
             if len(atoms) > 1:
                 raise ValueError("no operation closes the group")
             super().__init__(atoms, symprec)
 
-    monkeypatch.setattr("magus_anharmonic.potential.way.SymmetryProjector", Costly)
-    results = relax(CalculatorEvaluator(EMT()), [bulk("Cu"), bulk("Cu").repeat(2), bulk("Al")], fix_symmetry=True)
-    assert [result.failed for result in results] == [False, True, False] and results[0].converged and results[2].converged
+    monkeypatch.setattr("magus_anharmonic.potential.relaxation.SymmetryProjector", Costly)
+    results = relax(
+        CalculatorEvaluator(EMT()),
+        [bulk("Cu"), bulk("Cu").repeat(2), bulk("Al")],
+        fix_symmetry=True,
+    )
+    assert (
+        [result.failed for result in results] == [False, True, False]
+        and results[0].converged
+        and results[2].converged
+    )
     assert results[1].reason == "no operation closes the group" and np.isnan(results[1].enthalpy)
 
 
@@ -104,13 +129,17 @@ def test_operations_that_put_two_atoms_on_one_are_refused() -> None:
         images(np.eye(3), np.array([0.2, 0, 0]))
 
 
-def test_where_no_space_group_is_found_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_where_no_space_group_is_found_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(symmetrise, "spglib_or_none", lambda *arguments, **options: None)
     projector = SymmetryProjector(bulk("Cu"))
     assert "finds no space group of Cu at 0.01 A" in caplog.text and len(projector.rotations) == 1
 
 
-def test_structures_without_three_periods_relax_without_symmetry_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_structures_without_three_periods_relax_without_symmetry_and_one_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     slab = fcc111("Cu", (1, 1, 3), vacuum=5.0)
     with caplog.at_level(logging.WARNING):
         relax(CalculatorEvaluator(EMT()), [slab, bulk("Cu"), slab], fix_symmetry=True, max_steps=2)

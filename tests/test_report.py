@@ -9,13 +9,42 @@ import pytest
 from rich.console import Console
 
 from magus_anharmonic.ranking.table import COLUMNS
-from magus_anharmonic.report.summary import picture, quantum_ranks, read_ranking, sentences, static_ranks, table
+from magus_anharmonic.report.summary import (
+    picture,
+    quantum_ranks,
+    read_ranking,
+    sentences,
+    static_ranks,
+    table,
+)
 
-R3M = {"id": "aaaaaaaaaaaa", "spg_static": "R3m (160)", "spg_quantum": "Im-3m (229)", "enthalpy_eV_per_atom": "-1.000",
-       "gibbs_eV_per_atom": "-0.810", "gibbs_error_eV_per_atom": "0.001", "status": "sscha"}  # fmt: skip
-CCCM = {"id": "bbbbbbbbbbbb", "spg_static": "Cccm (66)", "spg_quantum": "Cccm (66)", "enthalpy_eV_per_atom": "-1.010",
-        "gibbs_eV_per_atom": "-0.800", "gibbs_error_eV_per_atom": "0.001", "status": "sscha"}  # fmt: skip
-FAILED = {"id": "cccccccccccc", "spg_static": "P1 (1)", "enthalpy_eV_per_atom": "-0.9", "status": "failed", "reason": "dissociated"}
+R3M = {
+    "id": "aaaaaaaaaaaa",
+    "spg_static": "R3m (160)",
+    "spg_quantum": "Im-3m (229)",
+    "enthalpy_eV_per_atom": "-1.000",
+    # fmt: skip
+    "gibbs_eV_per_atom": "-0.810",
+    "gibbs_error_eV_per_atom": "0.001",
+    "status": "sscha",
+}
+CCCM = {
+    "id": "bbbbbbbbbbbb",
+    "spg_static": "Cccm (66)",
+    "spg_quantum": "Cccm (66)",
+    "enthalpy_eV_per_atom": "-1.010",
+    # fmt: skip
+    "gibbs_eV_per_atom": "-0.800",
+    "gibbs_error_eV_per_atom": "0.001",
+    "status": "sscha",
+}
+FAILED = {
+    "id": "cccccccccccc",
+    "spg_static": "P1 (1)",
+    "enthalpy_eV_per_atom": "-0.9",
+    "status": "failed",
+    "reason": "dissociated",
+}
 ESTIMATED = {
     "id": "dddddddddddd",
     "spg_static": "P-1 (2)",
@@ -50,8 +79,11 @@ def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
     assert static_ranks(found) == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
-    assert "R3m (160) while the ions stand still, Im-3m (229) once they move" in said
-    assert "bbbbbbbb has the lowest enthalpy, aaaaaaaa (Im-3m (229)) the lowest free energy, by 10.0 +- 1.4 meV/atom" in said
+    assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in said
+    assert (
+        "bbbbbbbb has the lowest enthalpy, aaaaaaaa (Im-3m (229)) the lowest free energy, by 10.0"
+        " +- 1.4 meV/atom" in said
+    )
     assert "adds 190 to 210 meV/atom" in said
 
 
@@ -68,12 +100,16 @@ def test_a_difference_within_two_errors_is_called_undecided(rows):
 
 
 def test_a_phase_found_twice_counts_once(rows):
-    twin = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
-    found = rows(R3M, twin)
+    duplicate = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
+    found = rows(R3M, duplicate)
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
-    shown = text_of(rows(R3M, twin, ESTIMATED))
-    assert shown.index("same as aaaaaaaa") < shown.index("estimated"), "what was computed comes before what was estimated"
-    assert "aaaaaaaa (R3m (160)) and bbbbbbbb (Cccm (66)) are one and the same phase" in " ".join(sentences(found))
+    shown = text_of(rows(R3M, duplicate, ESTIMATED))
+    assert shown.index("same as aaaaaaaa") < shown.index("estimated"), (
+        "what was computed comes before what was estimated"
+    )
+    assert "aaaaaaaa (R3m (160)) and bbbbbbbb (Cccm (66)) are one and the same phase" in " ".join(
+        sentences(found)
+    )
 
 
 def test_without_any_free_energy_the_report_says_so(rows):
@@ -90,13 +126,18 @@ def test_the_table_shows_failures_and_how_many_places_were_gained(rows):
 def test_without_a_ranked_row_heights_are_above_the_lowest_that_is_shown(rows):
     """Absolute energies of a real potential would be some -700,000 meV."""
     one, other = (
-        {**line, "status": "unconverged", "gibbs_eV_per_atom": gibbs} for line, gibbs in ((R3M, "-722.2826"), (CCCM, "-722.2816"))
+        {**line, "status": "unconverged", "gibbs_eV_per_atom": gibbs}
+        for line, gibbs in ((R3M, "-722.2826"), (CCCM, "-722.2816"))
     )
     shown = text_of(rows(one, other, {**FAILED, "gibbs_eV_per_atom": "-999"}))
     cells = {
-        line.split()[3]: [word for word in line.split() if word.count(".") == 1] for line in shown.splitlines() if "unconverged" in line
+        line.split()[3]: [word for word in line.split() if word.count(".") == 1]
+        for line in shown.splitlines()
+        if "unconverged" in line
     }
-    assert [values[1] for values in cells.values()] == ["1.0", "0.0"] or [values[1] for values in cells.values()] == ["0.0", "1.0"]
+    assert [values[1] for values in cells.values()] == ["1.0", "0.0"] or [
+        values[1] for values in cells.values()
+    ] == ["0.0", "1.0"]
     assert "722" not in shown and "999" not in shown
 
 
@@ -107,41 +148,79 @@ def test_the_picture_is_drawn_for_any_number_of_points(rows, tmp_path, lines):
 
 def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
     lowest = {**R3M, "enthalpy_eV_per_atom": "-1.02"}
-    assert "aaaaaaaa is lowest with and without the motion, as R3m (160) without and as Im-3m (229) with it." in sentences(
-        rows(lowest, CCCM)
+    assert (
+        "aaaaaaaa is lowest with and without the motion, as R3m (160) without and as Im-3m (229)"
+        " with it." in sentences(rows(lowest, CCCM))
     )
 
 
 def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
-    """R3m, I4mm and Im-3m of H3S are one phase with moving ions; which of them stands for it says nothing about their enthalpies."""
-    twin = {**CCCM, "enthalpy_eV_per_atom": "-1.02", "spg_quantum": R3M["spg_quantum"], "same_as": R3M["id"]}
-    said = sentences(rows(R3M, twin))
-    assert any("bbbbbbbb" in line and "has the lowest enthalpy, and becomes the phase of the lowest free energy" in line for line in said)
+    """R3m, I4mm and Im-3m of H3S are one phase with quantum ions (SSCHA); which of them stands for it says
+    nothing about their enthalpies."""
+    duplicate = {
+        **CCCM,
+        "enthalpy_eV_per_atom": "-1.02",
+        "spg_quantum": R3M["spg_quantum"],
+        "same_as": R3M["id"],
+    }
+    said = sentences(rows(R3M, duplicate))
+    assert any(
+        "bbbbbbbb" in line
+        and "has the lowest enthalpy, and becomes the phase of the lowest free energy" in line
+        for line in said
+    )
     assert not any("lowest with and without" in line or "order changed" in line for line in said)
 
 
 def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_path):
-    open_ = {**CCCM, "gibbs_eV_per_atom": "-0.95", "status": "unconverged", "reason": "not converged after 30 populations"}
+    open_ = {
+        **CCCM,
+        "gibbs_eV_per_atom": "-0.95",
+        "status": "unconverged",
+        "reason": "not converged after 30 populations",
+    }
     found = rows(R3M, open_)
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
     said = " ".join(sentences(found))
     assert "Not converged within the budget: bbbbbbbb." in said and "aaaaaaaa is lowest" in said
-    assert "unconverged" in text_of(found) and "-140.0" in text_of(found), "its upper bound stays in the table"
-    assert sentences(rows(open_))[-1] == "No free energy has converged; the order is that of the static enthalpy."
+    assert "unconverged" in text_of(found) and "-140.0" in text_of(found), (
+        "its upper bound stays in the table"
+    )
+    assert (
+        sentences(rows(open_))[-1]
+        == "No free energy has converged; the order is that of the static enthalpy."
+    )
     assert picture(rows(open_), tmp_path / "ranking.png").stat().st_size > 5000
 
 
-SADDLE = {**R3M, "id": "eeeeeeeeeeee", "spg_static": "Im-3m (229)", "gibbs_eV_per_atom": "-0.80", "status": "saddle",
-          "hessian_lowest_cm1": "-310.2", "hessian_error_cm1": "42.0"}  # fmt: skip
-BELOW = {**R3M, "id": "ffffffffffff", "spg_quantum": "R3m (160)", "enthalpy_eV_per_atom": "", "gibbs_eV_per_atom": "-0.83",
-         "status": "stable", "parent": "eeeeeeeeeeee"}  # fmt: skip
+SADDLE = {
+    **R3M,
+    "id": "eeeeeeeeeeee",
+    "spg_static": "Im-3m (229)",
+    "gibbs_eV_per_atom": "-0.80",
+    "status": "saddle",
+    "hessian_lowest_cm1": "-310.2",
+    "hessian_error_cm1": "42.0",
+}
+BELOW = {
+    **R3M,
+    "id": "ffffffffffff",
+    "spg_quantum": "R3m (160)",
+    "enthalpy_eV_per_atom": "",
+    "gibbs_eV_per_atom": "-0.83",
+    "status": "stable",
+    "parent": "eeeeeeeeeeee",
+}
 
 
 def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(rows, tmp_path):
     found = rows(SADDLE, BELOW, CCCM)
     assert quantum_ranks(found) == {"ffffffffffff": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
-    assert "eeeeeeee (Im-3m (229)) is a saddle point of the free energy (a mode at -310 +- 42 cm^-1) and not ranked" in said
+    assert (
+        "eeeeeeee (Im-3m (229)) is a saddle point of the free energy (a mode at -310 +- 42 cm^-1)"
+        " and not ranked" in said
+    )
     assert "below it lies ffffffff (R3m (160))" in said and "ffffffff (R3m (160)) is lowest" in said
     assert "saddle point" in text_of(found) and "minimum" in text_of(found)
     assert picture(found, tmp_path / "ranking.png").stat().st_size > 5000
@@ -150,13 +229,23 @@ def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(row
 def test_a_saddle_point_below_which_nothing_was_found_is_said_to_be_missing_from_the_ranking(rows):
     alone = rows(SADDLE)
     assert quantum_ranks(alone) == {}
-    assert "what lies below it was not found" in sentences(alone)[0] and "No structure has a free energy" in sentences(alone)[1]
+    assert (
+        "what lies below it was not found" in sentences(alone)[0]
+        and "No structure has a free energy" in sentences(alone)[1]
+    )
 
 
 def test_a_phase_that_noise_leaves_open_is_no_finding(rows):
-    open_ = {**R3M, "spg_quantum": "R3m (160) or Im-3m (229): not decided, 2.3 sigma", "enthalpy_eV_per_atom": "-1.02"}
+    open_ = {
+        **R3M,
+        "spg_quantum": "R3m (160) or Im-3m (229): not decided, 2.3 sigma",
+        "enthalpy_eV_per_atom": "-1.02",
+    }
     found = rows(open_)
     said = " ".join(sentences(found))
-    assert "both times" not in said and "once they move" not in said and "for certain" in said
-    assert "as R3m (160) without and as R3m (160) or Im-3m (229): not decided, 2.3 sigma with it" in said
+    assert "both times" not in said and "quantum (SSCHA)" not in said and "for certain" in said
+    assert (
+        "as R3m (160) without and as R3m (160) or Im-3m (229): not decided, 2.3 sigma with it"
+        in said
+    )
     assert "R3m -> R3m or Im-3m " in text_of(found)

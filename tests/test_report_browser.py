@@ -1,4 +1,5 @@
-"""The page in a real browser: nothing in the console, no request, usable on a narrow screen, by keyboard and in the dark."""
+"""The page in a real browser: nothing in the console, no request, usable on a narrow screen, by
+keyboard and in the dark."""
 
 from __future__ import annotations
 
@@ -15,7 +16,10 @@ FOUND = find_browser()
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(FOUND is None, reason="no Chromium here (apt-get install chromium, or set BROWSER_FOR_TESTS to one)"),
+    pytest.mark.skipif(
+        FOUND is None,
+        reason="no Chromium here (apt-get install chromium, or set BROWSER_FOR_TESTS to one)",
+    ),
     pytest.mark.xdist_group("browser"),
 ]
 
@@ -42,42 +46,71 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (360, True), (320, False)])
-def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(browser: Browser, page: Path, width: int, dark: bool) -> None:
+def test_the_page_is_quiet_asks_for_nothing_and_fits_the_screen(
+    browser: Browser, page: Path, width: int, dark: bool
+) -> None:
     browser.open(page, width=width, dark=dark)
     browser.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
     assert browser.complaints() == []
     assert browser.requests() == [page.resolve().as_uri()]
-    assert browser.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
-    wide = "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
-    assert browser.evaluate(f"{wide} && !e.closest('.scroll, .gallery, .paper, pre')).map(e => e.outerHTML.slice(0, 80))") == []
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width, (
+        "the page scrolls sideways"
+    )
+    wide = (
+        "[...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right >"
+        " innerWidth + 1"
+    )
+    assert (
+        browser.evaluate(
+            f"{wide} && !e.closest('.scroll, .gallery, .paper, pre')).map(e => e.outerHTML.slice(0,"
+            " 80))"
+        )
+        == []
+    )
 
 
 def test_every_picture_is_drawn_and_has_a_text(browser: Browser, page: Path) -> None:
     browser.open(page)
-    found = browser.evaluate("[...document.images].map(image => [image.naturalWidth > 100, image.alt.length > 20])")
+    found = browser.evaluate(
+        "[...document.images].map(image => [image.naturalWidth > 100, image.alt.length > 20])"
+    )
     assert len(found) >= 3 and found == [[True, True]] * len(found)
 
 
-def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(browser: Browser, page: Path) -> None:
+def test_a_heading_sorts_by_number_both_ways_and_blank_cells_come_last(
+    browser: Browser, page: Path
+) -> None:
     browser.open(page)
-    column = "[...document.querySelector('table.ranking').tBodies[0].rows].map(row => row.cells[6].dataset.v)"
-    click = "document.querySelector('table.ranking thead').rows[0].cells[6].firstElementChild.click()"
+    column = (
+        "[...document.querySelector('table.ranking').tBodies[0].rows].map(row =>"
+        " row.cells[6].dataset.v)"
+    )
+    click = (
+        "document.querySelector('table.ranking thead').rows[0].cells[6].firstElementChild.click()"
+    )
     for sign, word in ((1, "ascending"), (-1, "descending")):
         browser.evaluate(click)
         cells = browser.evaluate(column)
         values = [float(cell) for cell in cells if cell]
         assert len(values) > 100 and values == sorted(values, key=lambda value: sign * value)
         assert all(cell == "" for cell in cells[len(values) :]) and cells[-1] == ""
-        assert browser.evaluate("document.querySelector('table.ranking th:nth-child(7)').ariaSort") == word
+        assert (
+            browser.evaluate("document.querySelector('table.ranking th:nth-child(7)').ariaSort")
+            == word
+        )
 
 
 def pixels(browser: Browser) -> str:
     """The picture that the viewer shows."""
-    browser.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+    browser.evaluate(
+        "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))"
+    )
     return browser.evaluate("document.querySelector('#canvas canvas').toDataURL()")
 
 
-def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(browser: Browser, page: Path) -> None:
+def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(
+    browser: Browser, page: Path
+) -> None:
     browser.open(page)
     assert browser.evaluate("document.querySelectorAll('#canvas canvas').length") == 1
     first = pixels(browser)
@@ -87,7 +120,10 @@ def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(br
         let n = 0;
         for (let i = 0; i < d.length; i += 4) n += d[i] > 150 && d[i + 1] > 150 && d[i + 2] < 90 && d[i + 3] > 0; return n; })()"""
     assert browser.evaluate(colors) > 500, "sulfur is yellow"
-    key = "document.getElementById('canvas').dispatchEvent(new KeyboardEvent('keydown', {key: '%s', bubbles: true}))"
+    key = (
+        "document.getElementById('canvas').dispatchEvent(new KeyboardEvent('keydown', {key: '%s',"
+        " bubbles: true}))"
+    )
     browser.evaluate(key % "ArrowLeft")
     turned = pixels(browser)
     assert turned != first
@@ -96,7 +132,9 @@ def test_the_viewer_shows_what_is_chosen_and_turns_by_keyboard_and_by_buttons(br
     browser.evaluate("document.querySelector('[data-zoom]').click()")
     assert pixels(browser) != first
     label = browser.evaluate("document.getElementById('canvas').ariaLabel")
-    browser.evaluate("document.querySelector('table.ranking tbody tr:nth-child(3) [data-show]').click()")
+    browser.evaluate(
+        "document.querySelector('table.ranking tbody tr:nth-child(3) [data-show]').click()"
+    )
     assert browser.evaluate("document.getElementById('canvas').ariaLabel") != label
     assert browser.complaints() == []
 
@@ -105,7 +143,10 @@ def test_without_webgl_the_still_picture_stands_in(browser: Browser, page: Path)
     text = page.read_text(encoding="utf-8")
     cut = page.with_name("without.html")
     # the policy would refuse the changed script: it goes too
-    cut.write_text(text.replace("http-equiv", "data-was").replace("if (!webgl())", "if (true)"), encoding="utf-8")
+    cut.write_text(
+        text.replace("http-equiv", "data-was").replace("if (!webgl())", "if (true)"),
+        encoding="utf-8",
+    )
     browser.open(cut)
     assert browser.evaluate("document.querySelectorAll('#canvas svg circle').length") > 5
     assert browser.evaluate("document.querySelector('.controls').hidden") is True
@@ -114,7 +155,12 @@ def test_without_webgl_the_still_picture_stands_in(browser: Browser, page: Path)
 
 def test_a_script_that_is_not_ours_does_not_run(browser: Browser, page: Path) -> None:
     changed = page.with_name("changed.html")
-    changed.write_text(page.read_text(encoding="utf-8").replace("<main>", "<main><script>window.broken = 1</script>"), encoding="utf-8")
+    changed.write_text(
+        page.read_text(encoding="utf-8").replace(
+            "<main>", "<main><script>window.broken = 1</script>"
+        ),
+        encoding="utf-8",
+    )
     browser.open(changed)
     assert browser.evaluate("typeof window.broken") == "undefined"
     assert any("Content Security Policy" in one for one in browser.complaints())

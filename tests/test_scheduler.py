@@ -1,4 +1,5 @@
-"""Schedulers: every task ends exactly once, whoever runs it and whatever dies; results do not depend on the number of workers."""
+"""Schedulers: every task ends exactly once, whoever runs it and whatever dies; results do not
+depend on the number of workers."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ from ase.calculators.emt import EMT
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.scheduled import ScheduledLabeler
-from magus_anharmonic.potential.portable import portable, relax_on
 from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.potential.remote import relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
@@ -44,14 +45,24 @@ pytest.importorskip("distributed", reason="skipped: distributed is not installed
 def cluster():
     """A Dask scheduler with two worker processes on this machine.
 
-    A cluster takes a worker for gone for ever that is not there 15 s after a death of it, also while it is being started again after
-    another one; with tasks that kill their workers nobody is left then.
+    A cluster takes a worker for gone for ever that is not there 15 s after a death of it, also
+    while it is being started again after another one; with tasks that kill their workers nobody is
+    left then.
     """
     import dask
     from distributed import LocalCluster
 
     patient = dask.config.set({"distributed.deploy.lost-worker-timeout": "1h"})
-    with patient, LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=":0") as found:
+    with (
+        patient,
+        LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address=":0",
+        ) as found,
+    ):
         yield found
         close_clusters()
 
@@ -59,7 +70,9 @@ def cluster():
 @pytest.fixture(scope="module")
 def dask(cluster):
     """The scheduler that users get for ``scheduler: tcp://...``."""
-    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as found:
+    with contextlib.closing(
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
+    ) as found:
         yield found
 
 
@@ -72,7 +85,9 @@ def local():
 @pytest.fixture(params=["serial", "local", "dask"])
 def scheduler(request):
     """Each of the three."""
-    return SerialScheduler() if request.param == "serial" else request.getfixturevalue(request.param)
+    return (
+        SerialScheduler() if request.param == "serial" else request.getfixturevalue(request.param)
+    )
 
 
 @pytest.fixture(params=["local", "dask"])
@@ -94,7 +109,9 @@ def test_every_item_comes_back_once_with_its_own_result(scheduler):
 
 @pytest.mark.slow
 def test_an_error_is_the_reason_of_its_item_alone(scheduler):
-    found = {done.index: done for done in scheduler.map(tasks.troubled, ["a", "raise", "b"])}
+    found = {
+        done.index: done for done in scheduler.map(tasks.with_machine_error, ["a", "raise", "b"])
+    }
     assert [found[index].value for index in range(3)] == ["a", None, "b"]
     assert found[1].reason == "ValueError: negative density" and not found[1].died
 
@@ -102,7 +119,10 @@ def test_an_error_is_the_reason_of_its_item_alone(scheduler):
 @pytest.mark.slow
 def test_two_workers_work_at_the_same_time_and_make_the_shared_object_once_each(parallel, tmp_path):
     shared = tasks.Counted(str(tmp_path / "made"), key=f"counted-{tmp_path}")
-    found = [*parallel.map(tasks.who, [0.3] * 6, shared), *parallel.map(tasks.who, [0.3] * 6, shared)]
+    found = [
+        *parallel.map(tasks.who, [0.3] * 6, shared),
+        *parallel.map(tasks.who, [0.3] * 6, shared),
+    ]
     pids = {done.value[0] for done in found}
     assert len(pids) == 2 and os.getpid() not in pids
     assert {done.value[1] for done in found} == {"made"}
@@ -113,7 +133,7 @@ def test_two_workers_work_at_the_same_time_and_make_the_shared_object_once_each(
 @pytest.mark.slow
 def test_a_task_that_kills_its_worker_is_given_up_and_the_others_end(parallel):
     items = ["a", "b", "die", "c", "d", "e"]
-    found = {done.index: done for done in parallel.map(tasks.troubled, items)}
+    found = {done.index: done for done in parallel.map(tasks.with_machine_error, items)}
     assert sorted(found) == list(range(6))
     assert found[2].died and "died" in found[2].reason
     assert [found[index].value for index in (0, 1, 3, 4, 5)] == ["a", "b", "c", "d", "e"]
@@ -122,7 +142,10 @@ def test_a_task_that_kills_its_worker_is_given_up_and_the_others_end(parallel):
 @pytest.mark.slow
 def test_a_task_whose_worker_died_once_is_run_again(parallel, tmp_path):
     names = ["a", "victim", "b", "c"]
-    found = [done.value for done in parallel.map(tasks.dies_once, [(str(tmp_path), name) for name in names])]
+    found = [
+        done.value
+        for done in parallel.map(tasks.dies_once, [(str(tmp_path), name) for name in names])
+    ]
     assert sorted(found) == sorted(names)
 
 
@@ -147,9 +170,12 @@ def test_a_worker_killed_from_outside_costs_no_task_and_doubles_none(parallel, t
 
 @pytest.mark.slow
 def test_a_local_task_is_tried_three_times(local, caplog):
-    (done,) = local.map(tasks.troubled, ["die"])
+    (done,) = local.map(tasks.with_machine_error, ["die"])
     assert done.died and f"died {MAX_DEATHS} times" in done.reason
-    assert sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages) == MAX_DEATHS
+    assert (
+        sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages)
+        == MAX_DEATHS
+    )
 
 
 def gone(pid: int) -> bool:
@@ -178,8 +204,9 @@ def test_a_local_worker_that_ends_takes_the_programs_of_its_tasks_along(tmp_path
 def test_a_search_that_is_killed_takes_the_programs_of_its_tasks_along(tmp_path):
     file = tmp_path / "program"
     code = (
-        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import LocalScheduler\n"
-        f"if __name__ == '__main__': list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
+        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import"
+        " LocalScheduler\nif __name__ == '__main__':"
+        f" list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
     )
     paths = os.pathsep.join([str(Path(tasks.__file__).parent), *filter(None, sys.path)])
     search = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths})
@@ -203,13 +230,17 @@ def test_leaving_in_the_middle_ends_what_runs(tmp_path):
 
 @pytest.mark.slow
 def test_a_connection_that_breaks_is_made_again_and_no_task_is_lost(cluster, tmp_path):
-    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+    with contextlib.closing(
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
+    ) as scheduler:
         ends = scheduler.map(tasks.who, [0.3] * 8)
         found = [next(ends)]
         client = scheduler._client
         client.loop.add_callback(lambda: client.scheduler_comm.comm.abort())
         found += list(ends)
-    assert sorted(done.index for done in found) == list(range(8)) and not any(done.reason for done in found)
+    assert sorted(done.index for done in found) == list(range(8)) and not any(
+        done.reason for done in found
+    )
 
 
 @pytest.mark.slow
@@ -226,14 +257,21 @@ def test_a_result_that_is_lost_with_the_connection_is_computed_again(cluster, mo
         return fetch(future, *arguments, **options)
 
     monkeypatch.setattr(Future, "result", result)
-    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+    with contextlib.closing(
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
+    ) as scheduler:
         found = list(scheduler.map(tasks.who, [0.0] * 4))
-    assert lost and sorted(done.index for done in found) == list(range(4)) and not any(done.reason for done in found)
+    assert (
+        lost
+        and sorted(done.index for done in found) == list(range(4))
+        and not any(done.reason for done in found)
+    )
 
 
 @pytest.mark.slow
 def test_a_result_that_is_lost_with_its_worker_is_computed_again(cluster, monkeypatch):
-    """Dask computes it again by itself, if anybody is left; waiting for that would stop everything else."""
+    """Dask computes it again by itself, if anybody is left; waiting for that would stop everything
+    else."""
     from distributed.client import Future
 
     lost, fetch, status = [], Future.result, Future.status.fget
@@ -245,23 +283,38 @@ def test_a_result_that_is_lost_with_its_worker_is_computed_again(cluster, monkey
         return fetch(future, timeout=timeout)
 
     monkeypatch.setattr(Future, "result", result)
-    monkeypatch.setattr(Future, "status", property(lambda future: "pending" if future.key in lost else status(future)))
-    with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+    monkeypatch.setattr(
+        Future,
+        "status",
+        property(lambda future: "pending" if future.key in lost else status(future)),
+    )
+    with contextlib.closing(
+        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
+    ) as scheduler:
         found = list(scheduler.map(tasks.who, [0.0] * 4))
-    assert lost and sorted(done.index for done in found) == list(range(4)) and not any(done.reason for done in found)
+    assert (
+        lost
+        and sorted(done.index for done in found) == list(range(4))
+        and not any(done.reason for done in found)
+    )
 
 
 @pytest.mark.slow
 def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0") as short:
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, protocol="tcp", dashboard_address=":0"
+    ) as short:
         scheduler = DaskScheduler.connect(short.scheduler_address, WorkerSettings())
         ends = scheduler.map(tasks.who, [0.2] * 50)
         next(ends)
         monkeypatch.setattr("magus_anharmonic.scheduler.cluster.PATIENCE", 3.0)
         short.close()
-        with pytest.raises(MagusAnharmonicError, match="connection to the Dask scheduler is lost; finished work is kept"):
+        with pytest.raises(
+            MagusAnharmonicError,
+            match="connection to the Dask scheduler is lost; finished work is kept",
+        ):
             list(ends)
         scheduler.close()
 
@@ -272,7 +325,10 @@ def test_a_scheduler_that_is_gone_ends_the_call_with_a_reason(monkeypatch):
 def test_an_address_where_nobody_answers_is_refused():
     settings = parse_settings({"scheduler": "tcp://127.0.0.1:9", "workers": {"timeout": 2.0}})
     with (
-        pytest.raises(InputError, match=r"tcp://127.0.0.1:9: no Dask scheduler answers within 2 s.*dask scheduler"),
+        pytest.raises(
+            InputError,
+            match=r"tcp://127.0.0.1:9: no Dask scheduler answers within 2 s.*dask scheduler",
+        ),
         open_scheduler(settings),
     ):
         pass
@@ -280,8 +336,12 @@ def test_an_address_where_nobody_answers_is_refused():
 
 def test_an_address_with_tls_and_no_certificates_is_refused():
     with (
-        pytest.raises(InputError, match=r"tls://127.0.0.1:9: Dask's configuration names no certificates"),
-        open_scheduler(parse_settings({"scheduler": "tls://127.0.0.1:9", "workers": {"timeout": 2.0}})),
+        pytest.raises(
+            InputError, match=r"tls://127.0.0.1:9: Dask's configuration names no certificates"
+        ),
+        open_scheduler(
+            parse_settings({"scheduler": "tls://127.0.0.1:9", "workers": {"timeout": 2.0}})
+        ),
     ):
         pass
 
@@ -289,25 +349,45 @@ def test_an_address_with_tls_and_no_certificates_is_refused():
 @pytest.mark.slow
 def test_who_works_without_tls_on_another_machine_is_told(cluster, monkeypatch, caplog):
     for here in (True, False):
-        monkeypatch.setattr("magus_anharmonic.scheduler.cluster._is_here", lambda address, here=here: here)
+        monkeypatch.setattr(
+            "magus_anharmonic.scheduler.cluster._is_here", lambda address, here=here: here
+        )
         DaskScheduler.connect(cluster.scheduler_address, WorkerSettings()).close()
         assert any("can run programs as you" in line for line in caplog.messages) is not here
-    assert _is_here("tcp://127.0.0.1:1") and _is_here("tls://[::1]:1") and not _is_here("tcp://10.0.0.1:8786")
+    assert (
+        _is_here("tcp://127.0.0.1:1")
+        and _is_here("tls://[::1]:1")
+        and not _is_here("tcp://10.0.0.1:8786")
+    )
 
 
-@pytest.mark.parametrize("address", ["tcp:/127.0.0.1:8786", "http://a:1", "tcp://host", "lokal", "SLURM", "tcp://a b:1"])
+@pytest.mark.parametrize(
+    "address", ["tcp:/127.0.0.1:8786", "http://a:1", "tcp://host", "lokal", "SLURM", "tcp://a b:1"]
+)
 def test_what_is_no_scheduler_is_refused_with_what_is_allowed(address):
-    with pytest.raises(InputError, match=r"^scheduler: .* must be local, serial, slurm, lsf, pbs, or the address"):
+    with pytest.raises(
+        InputError, match=r"^scheduler: .* must be local, serial, slurm, lsf, pbs, or the address"
+    ):
         parse_settings({"scheduler": address})
 
 
-@pytest.mark.parametrize(("given", "seconds"), [("24:00:00", 86400), ("00:30", 1800), (7200, 7200), ("1:02:03", 3723)])
+@pytest.mark.parametrize(
+    ("given", "seconds"), [("24:00:00", 86400), ("00:30", 1800), (7200, 7200), ("1:02:03", 3723)]
+)
 def test_walltimes_as_people_write_them(given, seconds):
     assert WorkerSettings(walltime=given).walltime == seconds
 
 
 @pytest.mark.parametrize(
-    "keys", [{"walltime": "a day"}, {"walltime": "00:01:00"}, {"memory": "16"}, {"gpus": -1}, {"count": 0}, {"cpus": 1}]
+    "keys",
+    [
+        {"walltime": "a day"},
+        {"walltime": "00:01:00"},
+        {"memory": "16"},
+        {"gpus": -1},
+        {"count": 0},
+        {"cpus": 1},
+    ],
 )
 def test_wrong_workers_are_refused(keys):
     with pytest.raises(InputError, match="workers"):
@@ -351,7 +431,11 @@ def copper(scale: float) -> Atoms:
 
 @pytest.mark.parametrize(
     ("own", "keys", "expected"),
-    [(None, {"workers": {"count": 3}}, 3), (5, {"workers": {"count": 3}}, 5), (5, {"scheduler": "serial"}, 1)],
+    [
+        (None, {"workers": {"count": 3}}, 3),
+        (5, {"workers": {"count": 3}}, 5),
+        (5, {"scheduler": "serial"}, 1),
+    ],
 )
 def test_labels_here_run_as_many_at_a_time_as_the_keys_say(tmp_path, own, keys, expected):
     settings = LabelerSettings(calculator="ase.calculators.emt.EMT", n_workers=own)
@@ -364,22 +448,41 @@ def test_labels_on_dask_workers_are_those_made_here(cluster, tmp_path):
     structures = [copper(scale) for scale in (1.0, 1.02, 0.97)]
     settings = LabelerSettings(calculator="ase.calculators.emt.EMT", n_workers=1)
     seen = []
-    with get_labeler(settings, tmp_path, at(cluster.scheduler_address)) as labeler, get_labeler(settings, tmp_path / "here") as here:
+    with (
+        get_labeler(settings, tmp_path, at(cluster.scheduler_address)) as labeler,
+        get_labeler(settings, tmp_path / "here") as here,
+    ):
         assert isinstance(labeler, ScheduledLabeler) and labeler.settings_hash == here.settings_hash
         found = labeler.label(structures, lambda index, label: seen.append(index))
         for one, other in zip(found, here.label(structures), strict=True):
-            assert one.energy == other.energy and (one.forces == other.forces).all() and (one.stress == other.stress).all()
+            assert (
+                one.energy == other.energy
+                and (one.forces == other.forces).all()
+                and (one.stress == other.stress).all()
+            )
     assert sorted(seen) == [0, 1, 2]
     assert not list(tmp_path.glob("slot*")), "workers write nothing into the search's folder"
 
 
 @pytest.mark.slow
-def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_worker_lives(cluster, dask, tmp_path):
+def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_worker_lives(
+    cluster, dask, tmp_path
+):
     behaviour = {"2": "segfault", "3": "raise"}
-    settings = LabelerSettings(calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour}, timeout=60.0)
+    settings = LabelerSettings(
+        calculator="misbehaving.Misbehaving", arguments={"behaviour": behaviour}, timeout=60.0
+    )
     before = set(dask._client.nthreads())
     with get_labeler(settings, tmp_path, at(cluster.scheduler_address)) as labeler:
-        chain = [Atoms(f"H{n}", positions=[[0, 0, 2.0 * i] for i in range(n)], cell=[3, 3, 2.0 * n], pbc=True) for n in (1, 2, 3, 4)]
+        chain = [
+            Atoms(
+                f"H{n}",
+                positions=[[0, 0, 2.0 * i] for i in range(n)],
+                cell=[3, 3, 2.0 * n],
+                pbc=True,
+            )
+            for n in (1, 2, 3, 4)
+        ]
         found = labeler.label(chain)
     assert [result.ok for result in found] == [True, False, False, True]
     assert "SIGSEGV" in found[1].reason and "the density is negative" in found[2].reason
@@ -388,49 +491,76 @@ def test_a_code_that_crashes_on_a_worker_is_a_failure_with_its_files_and_the_wor
 
 
 @pytest.mark.slow
-def test_relaxations_of_a_search_are_done_by_the_workers_and_none_by_its_own_process(cluster, tmp_path):
+def test_relaxations_of_a_search_are_done_by_the_workers_and_none_by_its_own_process(
+    cluster, tmp_path
+):
     from distributed import Client
 
-    block = {"calculator": "scheduler_tasks.Witness", "arguments": {"folder": str(tmp_path)}, "maxStep": 3}
-    settings = parse_settings({"scheduler": cluster.scheduler_address, "symbols": ["Cu"], "MainCalculator": block})
+    block = {
+        "calculator": "scheduler_tasks.Witness",
+        "arguments": {"folder": str(tmp_path)},
+        "maxStep": 3,
+    }
+    settings = parse_settings(
+        {"scheduler": cluster.scheduler_address, "symbols": ["Cu"], "MainCalculator": block}
+    )
     relaxer = build_relaxer(settings)
     assert relaxer.scheduling is settings and relaxer.run_dir is None and relaxer.evaluator.model_id
     for asked in tmp_path.iterdir():  # for its id, here
         asked.unlink()
-    assert len(relaxer.relax([bulk("Cu", a=3.5 + 0.01 * i) for i in range(60)], tmp_path / "chunks")) == 60
+    assert (
+        len(relaxer.relax([bulk("Cu", a=3.5 + 0.01 * i) for i in range(60)], tmp_path / "chunks"))
+        == 60
+    )
     with Client(cluster) as client:
         workers = {f"{socket.gethostname()} {pid}" for pid in client.run(os.getpid).values()}
-    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == workers and len(workers) == 2
+    assert {path.name for path in tmp_path.iterdir() if path.is_file()} == workers and len(
+        workers
+    ) == 2
     with pytest.raises(TypeError):
         Relaxer(relaxer.evaluator, relaxer.settings, 0.0, settings)
 
 
 @pytest.mark.slow
 def test_relaxations_on_dask_workers_are_those_made_here_in_the_same_chunks(dask, monkeypatch):
-    relax_in_both_places(dask, fakes.Emt(), [bulk("Cu", a=3.5 + 0.05 * i) for i in range(5)], monkeypatch)
+    relax_in_both_places(
+        dask, fakes.Emt(), [bulk("Cu", a=3.5 + 0.05 * i) for i in range(5)], monkeypatch
+    )
 
 
 @pytest.mark.full
-def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(dask, potential, h3s, monkeypatch):
-    relax_in_both_places(dask, potential, [h3s(a, 0.1) for a in (2.9, 3.0, 3.1, 3.2, 3.3)], monkeypatch)
+def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(
+    dask, potential, h3s, monkeypatch
+):
+    relax_in_both_places(
+        dask, potential, [h3s(a, 0.1) for a in (2.9, 3.0, 3.1, 3.2, 3.3)], monkeypatch
+    )
 
 
 def relax_in_both_places(dask, potential, structures, monkeypatch):
     options = {"pressure": 100.0, "max_steps": 5}
-    monkeypatch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
     seen = []
-    found = relax_on(dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options)
-    expected = [result for first in (0, 2, 4) for result in relax(potential, structures[first : first + 2], **options)]
+    found = relax_on(
+        dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options
+    )
+    expected = [
+        result
+        for first in (0, 2, 4)
+        for result in relax(potential, structures[first : first + 2], **options)
+    ]
     assert sorted(seen) == list(range(5))
     for one, other in zip(found, expected, strict=True):
         assert one.energy == other.energy and one.n_steps == other.n_steps
-        assert (one.atoms.positions == other.atoms.positions).all() and (one.forces == other.forces).all()
+        assert (one.atoms.positions == other.atoms.positions).all() and (
+            one.forces == other.forces
+        ).all()
 
 
 def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, tmp_path):
     import dataclasses
 
-    source = portable(potential, remote=True)
+    source = serialised(potential, remote=True)
     elsewhere = dataclasses.replace(source, checkpoint=str(tmp_path / "not-mounted" / "tiny.pth"))
     made = elsewhere.make()
     atoms = copper(1.0)
@@ -443,7 +573,8 @@ METALS = (("Cu", 3.55), ("Al", 3.95))
 
 
 def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
-    """Free energies of metals on EMT by the real engine, at two temperatures, as the ranking runs them."""
+    """Free energies of metals on EMT by the real engine, at two temperatures, as the ranking runs
+    them."""
     options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
     jobs = []
     for symbol, a in crystals:
@@ -451,12 +582,16 @@ def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
         generator = np.random.default_rng([5, int(structure_id(atoms), 16)])
         seeded = {**options, "seed": int(generator.integers(2**31))}
         name = f"{symbol}{a}"
-        jobs.append(Job(name, atoms, (0.0, 300.0), (folder / f"{name}-0", folder / f"{name}-300"), seeded))
+        jobs.append(
+            Job(name, atoms, (0.0, 300.0), (folder / f"{name}-0", folder / f"{name}-300"), seeded)
+        )
     found = {}
 
     def done(job, outcomes):
         for outcome, place in zip(outcomes, job.folders, strict=True):
-            assert (place / "result.json").is_file(), "its files are here when the client hears of it"
+            assert (place / "result.json").is_file(), (
+                "its files are here when the client hears of it"
+            )
             found[place.name] = outcome.result.gibbs
 
     run_jobs(jobs, fakes.Emt(), free_energy, done, workers)
@@ -466,11 +601,16 @@ def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
 @pytest.mark.slow
 def test_sscha_gives_the_same_numbers_with_one_worker_and_with_eight(tmp_path):
     crystals = [(symbol, a + strain) for symbol, a in METALS for strain in (0.0, 0.01, 0.02, 0.03)]
-    with contextlib.closing(LocalScheduler(1, threads=1)) as one, contextlib.closing(LocalScheduler(8, threads=1)) as eight:
+    with (
+        contextlib.closing(LocalScheduler(1, threads=1)) as one,
+        contextlib.closing(LocalScheduler(8, threads=1)) as eight,
+    ):
         expected = sscha_jobs(tmp_path / "one", one, crystals)
         assert len(expected) == 16 and len(set(expected.values())) == 16
         assert sscha_jobs(tmp_path / "eight", eight, crystals) == expected
-        assert len({done.value[0] for done in eight.map(tasks.who, [0.1] * 16)}) == 8, "all of them work"
+        assert len({done.value[0] for done in eight.map(tasks.who, [0.1] * 16)}) == 8, (
+            "all of them work"
+        )
 
 
 @pytest.mark.slow
@@ -482,21 +622,43 @@ def test_sscha_gives_the_same_numbers_in_one_process_in_two_and_on_dask(dask, lo
         assert sscha_jobs(tmp_path / name, workers) == expected
         assert {path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*")} == names
         for file in sorted((tmp_path / "one").rglob("population_*.npz")):
-            with np.load(file) as a, np.load(tmp_path / name / file.relative_to(tmp_path / "one")) as b:
-                assert all((a[key] == b[key]).all() for key in a.files), "bitwise the same ensembles"
-    populations = {path: path.stat().st_mtime_ns for path in (tmp_path / "dask").rglob("population_*.npz")}
+            with (
+                np.load(file) as a,
+                np.load(tmp_path / name / file.relative_to(tmp_path / "one")) as b,
+            ):
+                assert all((a[key] == b[key]).all() for key in a.files), (
+                    "bitwise the same ensembles"
+                )
+    populations = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "dask").rglob("population_*.npz")
+    }
     assert len(populations) == 4
     assert sscha_jobs(tmp_path / "dask", dask) == expected
-    assert {path: path.stat().st_mtime_ns for path in populations} == populations, "what is finished is neither run nor written again"
+    assert {path: path.stat().st_mtime_ns for path in populations} == populations, (
+        "what is finished is neither run nor written again"
+    )
 
 
 @pytest.mark.slow
 def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_later(dask, tmp_path):
     found = {}
-    jobs = [Job(s, bulk(s), (0.0,), (tmp_path / "sscha" / s,), {"pressure": 0.0}) for s in ("Cu", "Ni", "Al")]
-    run_jobs(jobs, fakes.Emt(), fakes.failing_on_gold, lambda job, outcomes: found.update({job.structure: outcomes[0]}), dask)
+    jobs = [
+        Job(s, bulk(s), (0.0,), (tmp_path / "sscha" / s,), {"pressure": 0.0})
+        for s in ("Cu", "Ni", "Al")
+    ]
+    run_jobs(
+        jobs,
+        fakes.Emt(),
+        fakes.failing_on_gold,
+        lambda job, outcomes: found.update({job.structure: outcomes[0]}),
+        dask,
+    )
     assert found["Cu"].result is not None and found["Al"].result is not None
-    assert found["Ni"].result is None and not found["Ni"].lasting and "worker died" in found["Ni"].reason
+    assert (
+        found["Ni"].result is None
+        and not found["Ni"].lasting
+        and "worker died" in found["Ni"].reason
+    )
 
 
 def emt_energy(atoms: Atoms) -> float:

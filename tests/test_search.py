@@ -73,7 +73,9 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def dataset(atoms: Atoms, symprec: float) -> spglib.SpglibDataset:
-    found = spglib.get_symmetry_dataset((atoms.cell, atoms.get_scaled_positions(), atoms.numbers), symprec=symprec)
+    found = spglib.get_symmetry_dataset(
+        (atoms.cell, atoms.get_scaled_positions(), atoms.numbers), symprec=symprec
+    )
     assert found is not None
     return found
 
@@ -81,7 +83,7 @@ def dataset(atoms: Atoms, symprec: float) -> spglib.SpglibDataset:
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
+        patch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
         yield
 
 
@@ -91,10 +93,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchOutc
     return directory, run(settings(), directory)
 
 
-# --- one search ---------------------------------------------------------------------------------------------------------
+# --- one search -----------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_files_and_another_seed_others(finished: tuple[Path, SearchOutcome], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(
+    finished: tuple[Path, SearchOutcome], tmp_path: Path
+) -> None:
     np.random.seed(5)  # the global generator plays no part
     run(settings(), tmp_path / "same")
     assert files(tmp_path / "same") == files(finished[0])
@@ -109,9 +113,13 @@ def test_a_search_without_a_seed_draws_one_and_records_it(tmp_path: Path) -> Non
     assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
-def test_results_have_the_layout_and_the_info_keys_of_magus(finished: tuple[Path, SearchOutcome]) -> None:
+def test_results_have_the_layout_and_the_info_keys_of_magus(
+    finished: tuple[Path, SearchOutcome],
+) -> None:
     directory, outcome = finished
-    expected = {f"{name}{g}.traj" for name in ("init", "raw", "gen", "good", "keep") for g in (1, 2)} | {"good.traj", "best.traj"}
+    expected = {
+        f"{name}{g}.traj" for name in ("init", "raw", "gen", "good", "keep") for g in (1, 2)
+    } | {"good.traj", "best.traj"}
     assert set(files(directory)) == expected
     good = read(directory / "results/good.traj", index=":")
     needed = {
@@ -135,16 +143,26 @@ def test_results_have_the_layout_and_the_info_keys_of_magus(finished: tuple[Path
         assert np.shape(atoms.info["forces"]) == (len(atoms), 3)
     assert [a.info["enthalpy"] for a in good] == sorted(a.info["enthalpy"] for a in good)
     assert len(good) <= 4 and len(read(directory / "results/keep2.traj", index=":")) <= 2
-    assert outcome.good[0].info["identity"] == good[0].info["identity"] and outcome.n_generations == 2
+    assert (
+        outcome.good[0].info["identity"] == good[0].info["identity"] and outcome.n_generations == 2
+    )
     second = read(directory / "results/init2.traj", index=":")
-    assert {a.info["origin"] for a in second} & set(DESCRIPTORS.values()) and any(a.info["origin"] == "random" for a in second)
+    assert {a.info["origin"] for a in second} & set(DESCRIPTORS.values()) and any(
+        a.info["origin"] == "random" for a in second
+    )
     known = {
-        a.info["identity"] for a in [*read(directory / "results/gen1.traj", index=":"), *read(directory / "results/keep1.traj", index=":")]
+        a.info["identity"]
+        for a in [
+            *read(directory / "results/gen1.traj", index=":"),
+            *read(directory / "results/keep1.traj", index=":"),
+        ]
     }
     assert all(set(a.info["parents"]) <= known for a in second if "parents" in a.info)
 
 
-def test_numbers_in_the_results_are_those_of_the_calculator(finished: tuple[Path, SearchOutcome]) -> None:
+def test_numbers_in_the_results_are_those_of_the_calculator(
+    finished: tuple[Path, SearchOutcome],
+) -> None:
     for atoms in finished[1].good:
         again = atoms.copy()
         again.calc = EMT()
@@ -158,12 +176,27 @@ def test_numbers_in_the_results_are_those_of_the_calculator(finished: tuple[Path
 
 
 def relaxer(keys: relaxation.AseCalculatorSettings, pressure: float) -> relaxation.Relaxer:
-    return relaxation.Relaxer(evaluator=CalculatorEvaluator(EMT()), settings=keys, pressure=pressure)
+    return relaxation.Relaxer(
+        evaluator=CalculatorEvaluator(EMT()), settings=keys, pressure=pressure
+    )
 
 
 def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> None:
-    copper = {"symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "initSize": 8, "pressure": 50}
-    outcome = run(settings(**copper, MainCalculator={"calculator": "ase.calculators.emt.EMT", "eps": 0.01, "maxStep": 80}), tmp_path)
+    copper = {
+        "symbols": ["Cu"],
+        "formula": [1],
+        "min_n_atoms": 1,
+        "max_n_atoms": 2,
+        "initSize": 8,
+        "pressure": 50,
+    }
+    outcome = run(
+        settings(
+            **copper,
+            MainCalculator={"calculator": "ase.calculators.emt.EMT", "eps": 0.01, "maxStep": 80},
+        ),
+        tmp_path,
+    )
     fcc = relaxer(relaxation.AseCalculatorSettings(calculator="emt", eps=0.01), 50.0)
     reference = bulk("Cu", a=3.4)
     known = fcc.relax([reference], tmp_path / "reference")[0]
@@ -171,21 +204,36 @@ def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> 
     assert {225, 194} & {atoms.info["spg"] for atoms in outcome.good}
 
 
-def test_kicks_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
-    square = Atoms("Cu4", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]], cell=[2.4, 2.4, 4.8], pbc=True)
+def test_perturbations_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
+    square = Atoms(
+        "Cu4",
+        scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]],
+        cell=[2.4, 2.4, 4.8],
+        pbc=True,
+    )
 
-    def enthalpy(kicks: int) -> float:
-        keys = relaxation.AseCalculatorSettings(calculator="emt", max_step=300, kicks=kicks)
-        return float(relaxer(keys, 0.0).relax([square], tmp_path / str(kicks))[0].info["enthalpy"])
+    def enthalpy(perturbations: int) -> float:
+        keys = relaxation.AseCalculatorSettings(
+            calculator="emt", max_step=300, perturbations=perturbations
+        )
+        return float(
+            relaxer(keys, 0.0).relax([square], tmp_path / str(perturbations))[0].info["enthalpy"]
+        )
 
     assert enthalpy(2) < enthalpy(0) - 1e-3
 
 
-def test_progress_can_be_read_in_a_log_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_can_be_read_in_a_log_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, logger="magus_anharmonic")
     run(settings(numGen=1, initSize=3), tmp_path)
     text = caplog.text
-    assert "relaxed 2 of 3 structures, best enthalpy" in text and "s left" in text and "generation 1 of 1 done" in text
+    assert (
+        "relaxed 2 of 3 structures, best enthalpy" in text
+        and "s left" in text
+        and "generation 1 of 1 done" in text
+    )
     assert "Generation" not in text and "volRatio" not in text
 
 
@@ -197,7 +245,9 @@ def test_an_earlier_results_folder_is_kept_as_magus_does(tmp_path: Path) -> None
     assert (tmp_path / "results2/anharmonic/run.json").exists()
 
 
-def test_of_two_starts_at_once_the_second_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_starts_at_once_the_second_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both find the folder free, and only one of them may be the first."""
     both = threading.Barrier(2)
 
@@ -226,8 +276,11 @@ def test_of_two_starts_at_once_the_second_moves_nothing(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("wrote", [False, True])
-def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(tmp_path: Path, wrote: bool) -> None:
-    """Found by the soak: killed between its lock and its run.json, it is no search to go on with, and is moved away."""
+def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(
+    tmp_path: Path, wrote: bool
+) -> None:
+    """Found by the soak: killed between its lock and its run.json, it is no search to go on with,
+    and is moved away."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     ours = tmp_path / "results/anharmonic"
     ours.mkdir(parents=True)
@@ -242,18 +295,25 @@ def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(tmp_
         (tmp_path / "results/raw1.traj").touch()
     run(settings(numGen=1, initSize=2, popSize=2, saveGood=1), tmp_path)
     assert (tmp_path / "results/anharmonic/run.json").exists()
-    assert [path.name for path in tmp_path.rglob("results1/**/*") if path.is_file()] == ["raw1.traj"] * wrote
+    assert [path.name for path in tmp_path.rglob("results1/**/*") if path.is_file()] == [
+        "raw1.traj"
+    ] * wrote
     assert (tmp_path / "results1").exists() == wrote and not list(tmp_path.rglob("lock.json"))
 
 
 def test_variable_composition_ranks_by_the_distance_to_the_hull(tmp_path: Path) -> None:
-    outcome = run(settings(formulaType="var", formula=[[1, 0], [0, 1]], full_ele=False, min_n_atoms=1, initSize=8), tmp_path)
+    outcome = run(
+        settings(
+            formulaType="var", formula=[[1, 0], [0, 1]], full_ele=False, min_n_atoms=1, initSize=8
+        ),
+        tmp_path,
+    )
     distances = [atoms.info["ehull"] for atoms in outcome.good]
     assert distances[0] == pytest.approx(0, abs=1e-9) and distances == sorted(distances)
     assert len({atoms.get_chemical_formula(empirical=True) for atoms in outcome.good}) > 1
 
 
-# --- killed and restarted -------------------------------------------------------------------------------------------------
+# --- killed and restarted -------------------------------------------------------------------------
 
 
 def in_a_process_that_dies(action: Callable[[], None]) -> None:
@@ -272,10 +332,24 @@ def die() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_files", "before"), [(2, False), (3, False), (5, True), (6, False), (9, False), (11, False), (13, True), (24, True)]
+    ("n_files", "before"),
+    [
+        (2, False),
+        (3, False),
+        (5, True),
+        (6, False),
+        (9, False),
+        (11, False),
+        (13, True),
+        (24, True),
+    ],
 )
 def test_a_search_killed_around_any_file_goes_on_as_if_it_had_not_been(
-    finished: tuple[Path, SearchOutcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int, before: bool
+    finished: tuple[Path, SearchOutcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    n_files: int,
+    before: bool,
 ) -> None:
 
     def killed() -> None:
@@ -300,7 +374,9 @@ def test_a_search_killed_around_any_file_goes_on_as_if_it_had_not_been(
     assert files(tmp_path) == files(finished[0])
 
 
-def test_a_kill_during_relaxation_repeats_one_chunk_at_most(finished: tuple[Path, SearchOutcome], tmp_path: Path) -> None:
+def test_a_kill_during_relaxation_repeats_one_chunk_at_most(
+    finished: tuple[Path, SearchOutcome], tmp_path: Path
+) -> None:
     def killed() -> None:
         relax_chunk = relaxation.Relaxer._relax_chunk
         calls = 0
@@ -322,7 +398,11 @@ def test_a_kill_during_relaxation_repeats_one_chunk_at_most(finished: tuple[Path
     relaxed: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         original = relaxation.Relaxer._relax_chunk
-        patch.setattr(relaxation.Relaxer, "_relax_chunk", lambda self, chunk: relaxed.append(len(chunk)) or original(self, chunk))
+        patch.setattr(
+            relaxation.Relaxer,
+            "_relax_chunk",
+            lambda self, chunk: relaxed.append(len(chunk)) or original(self, chunk),
+        )
         patch.setattr(relaxation, "forget", lambda folder: None)
         patch.setattr(host, "forget", lambda folder: None)
         run(settings(), tmp_path, restart=True)
@@ -331,7 +411,9 @@ def test_a_kill_during_relaxation_repeats_one_chunk_at_most(finished: tuple[Path
     assert files(tmp_path) == files(finished[0])
 
 
-def test_a_finished_search_can_be_given_more_generations(finished: tuple[Path, SearchOutcome], tmp_path: Path) -> None:
+def test_a_finished_search_can_be_given_more_generations(
+    finished: tuple[Path, SearchOutcome], tmp_path: Path
+) -> None:
     run(settings(numGen=1), tmp_path)
     run(settings(numGen=2), tmp_path, restart=True)
     assert files(tmp_path) == files(finished[0])
@@ -344,11 +426,15 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
     assert run(settings(seed=None, **few), tmp_path, restart=True).seed == outcome.seed
     for key, value in (("pressure", 20), ("seed", outcome.seed + 1), ("formula", [2, 1])):
         with pytest.raises(InputError, match=f"{key}: .* but the search was started with"):
-            run(settings(**{"seed": None, **few, "max_n_atoms": 6, key: value}), tmp_path, restart=True)
+            run(
+                settings(**{"seed": None, **few, "max_n_atoms": 6, key: value}),
+                tmp_path,
+                restart=True,
+            )
     assert files(tmp_path) == before
 
 
-# --- wrong input ----------------------------------------------------------------------------------------------------------
+# --- wrong input ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -356,40 +442,87 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
     [
         ({"presure": 3}, "presure: unknown key; did you mean pressure"),
         ({"molMode": True}, "molMode: only MAGUS knows"),
-        ({"MainCalculator": {"calculator": "vasp"}}, "'vasp': the embedded host knows mattersim, emt"),
-        ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "has no calculator 'Emt'"),
-        ({"MainCalculator": {"calculator": "os.system", "arguments": {"command": "touch ran"}}}, "no ASE calculator"),
-        ({"MainCalculator": {"calculator": "subprocess.Popen", "arguments": {"args": "touch ran"}}}, "no ASE calculator"),
         (
-            {"MainCalculator": {"calculator": "ase.calculators.lammpsrun.LAMMPS", "arguments": {"command": "touch ran;"}}},
+            {"MainCalculator": {"calculator": "vasp"}},
+            "'vasp': the embedded host knows mattersim, emt",
+        ),
+        ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "has no calculator 'Emt'"),
+        (
+            {"MainCalculator": {"calculator": "os.system", "arguments": {"command": "touch ran"}}},
+            "no ASE calculator",
+        ),
+        (
+            {
+                "MainCalculator": {
+                    "calculator": "subprocess.Popen",
+                    "arguments": {"args": "touch ran"},
+                }
+            },
+            "no ASE calculator",
+        ),
+        (
+            {
+                "MainCalculator": {
+                    "calculator": "ase.calculators.lammpsrun.LAMMPS",
+                    "arguments": {"command": "touch ran;"},
+                }
+            },
             "an input cannot start programs here",
         ),
         (
-            {"MainCalculator": {"calculator": "ase.calculators.amber.Amber", "arguments": {"amber_exe": "touch ran;"}}},
+            {
+                "MainCalculator": {
+                    "calculator": "ase.calculators.amber.Amber",
+                    "arguments": {"amber_exe": "touch ran;"},
+                }
+            },
             "amber_exe: an input cannot start programs here",
         ),
         (
-            {"MainCalculator": {"calculator": "ase.calculators.amber.Amber", "arguments": {"infile": "x; touch ran;"}}},
+            {
+                "MainCalculator": {
+                    "calculator": "ase.calculators.amber.Amber",
+                    "arguments": {"infile": "x; touch ran;"},
+                }
+            },
             "calculator: an input cannot start programs here",
         ),
-        ({"MainCalculator": {"calculator": "emt", "step_size": 0.1}}, "MainCalculator.step_size: unknown key"),
-        ({"MainCalculator": {"calculator": "ase.calculators.singlepoint.SinglePointCalculator"}}, "cannot be made with arguments"),
-        ({"learning": {"labeler": {"calculator": "gpaw"}}}, "learning: needs a model that can learn"),
+        (
+            {"MainCalculator": {"calculator": "emt", "step_size": 0.1}},
+            "MainCalculator.step_size: unknown key",
+        ),
+        (
+            {"MainCalculator": {"calculator": "ase.calculators.singlepoint.SinglePointCalculator"}},
+            "cannot be made with arguments",
+        ),
+        (
+            {"learning": {"labeler": {"calculator": "gpaw"}}},
+            "learning: needs a model that can learn",
+        ),
     ],
 )
-def test_wrong_input_stops_before_any_file_is_touched(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_wrong_input_stops_before_any_file_is_touched(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     (tmp_path / "results").mkdir()
     with pytest.raises(InputError, match=message):
         run(settings(**changes), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["results"] and not list((tmp_path / "results").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["results"] and not list(
+        (tmp_path / "results").iterdir()
+    )
 
 
 @pytest.mark.parametrize("record", [{"host": "magus"}, {}])
-def test_a_search_of_another_host_is_refused_and_left_as_it_is(tmp_path: Path, record: dict[str, str]) -> None:
-    """The fault: a search of MAGUS was begun anew in its own files, from the first generation on."""
+def test_a_search_of_another_host_is_refused_and_left_as_it_is(
+    tmp_path: Path, record: dict[str, str]
+) -> None:
+    """The fault: a search of MAGUS was begun anew in its own files, from the first generation
+    on."""
     folder = tmp_path / "results/anharmonic"
     folder.mkdir(parents=True)
-    (folder / "run.json").write_text(json.dumps({"version": __version__, **versions(), "seed": 1, "settings": {}, **record}))
+    (folder / "run.json").write_text(
+        json.dumps({"version": __version__, **versions(), "seed": 1, "settings": {}, **record})
+    )
     write(tmp_path / "results/good.traj", bulk("Cu"))
     before = files(tmp_path)
     with pytest.raises(InputError, match=r"was made by host .*, this is host 'embedded'"):
@@ -407,7 +540,7 @@ def test_a_restart_without_a_search_or_of_another_version_is_refused(tmp_path: P
         run(settings(), tmp_path, restart=True)
 
 
-# --- random structures ----------------------------------------------------------------------------------------------------
+# --- random structures ----------------------------------------------------------------------------
 
 
 def test_random_structures_respect_every_key() -> None:
@@ -441,9 +574,20 @@ def spglib_operations(number: int) -> int:
     return len(np.unique(spglib.get_symmetry_from_database(hall)["rotations"], axis=0))
 
 
-@pytest.mark.parametrize(("number", "n_atoms"), [(225, 1), (229, 1), (166, 1), (38, 2), (12, 2), (62, 4)])
-def test_atoms_counted_in_the_primitive_cell_keep_the_space_group(number: int, n_atoms: int) -> None:
-    one = {"symbols": ["Al"], "formula": [1], "min_n_atoms": n_atoms, "max_n_atoms": n_atoms, "spacegroup": number, "pPri": 1.0}
+@pytest.mark.parametrize(
+    ("number", "n_atoms"), [(225, 1), (229, 1), (166, 1), (38, 2), (12, 2), (62, 4)]
+)
+def test_atoms_counted_in_the_primitive_cell_keep_the_space_group(
+    number: int, n_atoms: int
+) -> None:
+    one = {
+        "symbols": ["Al"],
+        "formula": [1],
+        "min_n_atoms": n_atoms,
+        "max_n_atoms": n_atoms,
+        "spacegroup": number,
+        "pPri": 1.0,
+    }
     _, _, generator = parts(**one)
     for atoms in generator.generate(3, 2.0, np.random.default_rng(number)):
         assert len(atoms) == n_atoms
@@ -453,12 +597,20 @@ def test_atoms_counted_in_the_primitive_cell_keep_the_space_group(number: int, n
 
 def test_distances_and_lattices_can_be_given_directly() -> None:
     geometry, _, generator = parts(
-        distance_matrix=[[2.0, 2.4], [2.4, 2.6]], min_lattice=[3, 3, 3, 60, 60, 60], max_lattice=[9, 9, 9, 120, 120, 120], pPri=0
+        distance_matrix=[[2.0, 2.4], [2.4, 2.6]],
+        min_lattice=[3, 3, 3, 60, 60, 60],
+        max_lattice=[9, 9, 9, 120, 120, 120],
+        pPri=0,
     )
     for atoms in generator.generate(5, 3.0, np.random.default_rng(2)):
         assert not geometry.too_close(atoms)
         lengths, angles = atoms.cell.cellpar()[:3], atoms.cell.cellpar()[3:]
-        assert (lengths >= 3).all() and (lengths <= 9).all() and (angles >= 60 - 1e-9).all() and (angles <= 120 + 1e-9).all()
+        assert (
+            (lengths >= 3).all()
+            and (lengths <= 9).all()
+            and (angles >= 60 - 1e-9).all()
+            and (angles <= 120 + 1e-9).all()
+        )
     close = Atoms("CuAl", positions=[[0, 0, 0], [2.3, 0, 0]], cell=[8, 8, 8], pbc=True)
     assert geometry.too_close(close)
 
@@ -466,11 +618,13 @@ def test_distances_and_lattices_can_be_given_directly() -> None:
 def test_a_generator_that_cannot_succeed_says_so_instead_of_trying_for_ever() -> None:
     with pytest.raises(InputError, match="spacegroup: none of the 1 given space groups can hold"):
         parts(spacegroup=227, pPri=0, max_n_atoms=4)[2].generate(1, 2.0, np.random.default_rng(1))
-    with pytest.raises(MagusAnharmonicError, match=r"no random structure in 10 attempts \(.*raise volume_ratio"):
+    with pytest.raises(
+        MagusAnharmonicError, match=r"no random structure in 10 attempts \(.*raise volume_ratio"
+    ):
         parts(d_ratio=3.0, max_n_try=1)[2].generate(1, 1.5, np.random.default_rng(1))
 
 
-# --- offspring ------------------------------------------------------------------------------------------------------------
+# --- offspring ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -483,39 +637,66 @@ def parents() -> list[Atoms]:
 
 
 @pytest.mark.parametrize("name", ["cutandsplice", "lattice", "rattle", "perm"])
-def test_children_keep_composition_and_distances_and_name_their_parents(name: str, parents: list[Atoms]) -> None:
+def test_children_keep_composition_and_distances_and_name_their_parents(
+    name: str, parents: list[Atoms]
+) -> None:
     others = {operator: {"prob": 0.0} for operator in DESCRIPTORS if operator != name}
     geometry, checker, _ = parts(max_n_atoms=8, OffspringCreator=others)
     before = [atoms.copy() for atoms in parents]
-    children = OffspringGenerator(geometry.keys, geometry, checker).generate(parents, 4, np.random.default_rng(4))
+    children = OffspringGenerator(geometry.keys, geometry, checker).generate(
+        parents, 4, np.random.default_rng(4)
+    )
     assert len(children) == 4
     for child in children:
         assert checker.problem(child) is None
-        assert child.info["origin"] == DESCRIPTORS[name] and len(child.info["parents"]) == (2 if name == "cutandsplice" else 1)
+        assert child.info["origin"] == DESCRIPTORS[name] and len(child.info["parents"]) == (
+            2 if name == "cutandsplice" else 1
+        )
         assert set(child.info["parents"]) <= {atoms.info["identity"] for atoms in parents}
     for atoms, old in zip(parents, before, strict=True):
-        assert np.array_equal(atoms.positions, old.positions) and np.array_equal(atoms.cell.array, old.cell.array)
+        assert np.array_equal(atoms.positions, old.positions) and np.array_equal(
+            atoms.cell.array, old.cell.array
+        )
 
 
 def test_better_parents_are_drawn_more_often(parents: list[Atoms]) -> None:
-    geometry, checker, _ = parts(max_n_atoms=8, k=1.0, OffspringCreator={n: {"prob": 0.0} for n in ("cutandsplice", "lattice", "perm")})
-    children = OffspringGenerator(geometry.keys, geometry, checker).generate(parents, 60, np.random.default_rng(5))
+    geometry, checker, _ = parts(
+        max_n_atoms=8,
+        k=1.0,
+        OffspringCreator={n: {"prob": 0.0} for n in ("cutandsplice", "lattice", "perm")},
+    )
+    children = OffspringGenerator(geometry.keys, geometry, checker).generate(
+        parents, 60, np.random.default_rng(5)
+    )
     first = sum(child.info["parents"] == ["gen1-0"] for child in children)
     last = sum(child.info["parents"] == ["gen1-5"] for child in children)
     assert first > 5 * (last + 1)
 
 
-def test_operators_that_always_fail_leave_the_rest_to_random_structures(parents: list[Atoms], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_that_always_fail_leave_the_rest_to_random_structures(
+    parents: list[Atoms], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(population, "ATTEMPTS_PER_CHILD", 3)
     geometry, checker, _ = parts(d_ratio=3.0)
-    assert OffspringGenerator(geometry.keys, geometry, checker).generate(parents[:1], 2, np.random.default_rng(6)) == []
+    assert (
+        OffspringGenerator(geometry.keys, geometry, checker).generate(
+            parents[:1], 2, np.random.default_rng(6)
+        )
+        == []
+    )
 
 
-# --- populations ----------------------------------------------------------------------------------------------------------
+# --- populations ----------------------------------------------------------------------------------
 
 
 def described(atoms: Atoms, enthalpy: float, gen: int = 1) -> Atoms:
-    atoms.info.update(energy=enthalpy * len(atoms), enthalpy=enthalpy, gen=gen, identity=f"x{gen}-{id(atoms)}", origin="random")
+    atoms.info.update(
+        energy=enthalpy * len(atoms),
+        enthalpy=enthalpy,
+        gen=gen,
+        identity=f"x{gen}-{id(atoms)}",
+        origin="random",
+    )
     population.find_space_group(atoms, 0.1)
     return atoms
 
@@ -528,7 +709,9 @@ def test_duplicates_are_found_in_any_setting_and_cell() -> None:
     turned.rotate(30, "z", rotate_cell=True)
     bcc = described(bulk("Al", "bcc", a=3.2), 0.0)
     dense = described(bulk("Al", a=3.7), 0.0)
-    kept = population.remove_duplicates([cubic, described(turned, 0.002), bcc, fcc, dense], ["Enthalpy"], keys)
+    kept = population.remove_duplicates(
+        [cubic, described(turned, 0.002), bcc, fcc, dense], ["Enthalpy"], keys
+    )
     assert {id(atoms) for atoms in kept} == {id(fcc), id(bcc), id(dense)}
 
 
@@ -561,28 +744,41 @@ def test_a_child_that_relaxed_back_is_its_parent() -> None:
     replaced = population.replace_known([child, other], [parent], parts()[0].keys)
     assert replaced[0] is parent and replaced[1] is other
     child.info.update(gibbs=0.05, status="sscha", gibbs_model="m", model="m")
-    assert population.replace_known([child], [parent], parts()[0].keys)[0] is child, "a computed free energy is not thrown away"
+    assert population.replace_known([child], [parent], parts()[0].keys)[0] is child, (
+        "a computed free energy is not thrown away"
+    )
 
 
 @pytest.mark.parametrize("fitness", ["Enthalpy", "SSCHA"])
 def test_the_better_of_two_equal_structures_is_kept(fitness: str) -> None:
     keys = parts()[0].keys
-    parent, child = described(bulk("Al", a=4.0), -0.0081), described(bulk("Al", a=4.001), -0.0088, gen=2)
+    parent, child = (
+        described(bulk("Al", a=4.0), -0.0081),
+        described(bulk("Al", a=4.001), -0.0088, gen=2),
+    )
     assert population.replace_known([child], [parent], keys)[0] is child
     assert population.replace_known([parent], [child], keys)[0] is child
     for pair in ([parent, child], [child, parent]):
         assert population.remove_duplicates(pair, [fitness], keys) == [child]
-        assert [atoms.info["enthalpy"] for atoms in population.select_good(pair, [fitness], keys)] == [-0.0088]
+        assert [
+            atoms.info["enthalpy"] for atoms in population.select_good(pair, [fitness], keys)
+        ] == [-0.0088]
     for atoms in (parent, child):
         atoms.info.update(gibbs=0.05, status="sscha", gibbs_model="m", model="m")
-    assert population.remove_duplicates([parent, child], [fitness], keys) == [child], "one free energy for both: the lower enthalpy"
+    assert population.remove_duplicates([parent, child], [fitness], keys) == [child], (
+        "one free energy for both: the lower enthalpy"
+    )
     del child.info["gibbs"]
-    assert population.remove_duplicates([parent, child], [fitness], keys) == [parent], "the free energy was paid for"
+    assert population.remove_duplicates([parent, child], [fitness], keys) == [parent], (
+        "the free energy was paid for"
+    )
 
 
 def test_keep_takes_the_best_of_each_kind() -> None:
     kinds = [("fcc", 4.0), ("fcc", 4.02), ("bcc", 3.2), ("bcc", 3.21)]
-    structures = [described(bulk("Al", kind, a=a), 0.1 * index) for index, (kind, a) in enumerate(kinds)]
+    structures = [
+        described(bulk("Al", kind, a=a), 0.1 * index) for index, (kind, a) in enumerate(kinds)
+    ]
     population.set_dominators(structures, ["Enthalpy"])
     kept = population.select_keep(structures, 2)
     assert sorted(atoms.info["enthalpy"] for atoms in kept) == pytest.approx([0.0, 0.2])
@@ -597,8 +793,13 @@ def test_the_distance_to_the_hull_is_that_of_ase() -> None:
         atoms = Atoms(formula)
         atoms.info["enthalpy"] = float(rng.normal())
         structures.append(atoms)
-    reference = PhaseDiagram([(a.get_chemical_formula(), a.info["enthalpy"] * len(a)) for a in structures], verbose=False)
-    expected = [a.info["enthalpy"] - reference.decompose(a.get_chemical_formula())[0] / len(a) for a in structures]
+    reference = PhaseDiagram(
+        [(a.get_chemical_formula(), a.info["enthalpy"] * len(a)) for a in structures], verbose=False
+    )
+    expected = [
+        a.info["enthalpy"] - reference.decompose(a.get_chemical_formula())[0] / len(a)
+        for a in structures
+    ]
     assert population.hull_distance(structures) == pytest.approx(expected, abs=1e-9)
 
 
@@ -606,7 +807,12 @@ def test_the_distance_to_the_hull_is_that_of_ase() -> None:
     ("atoms", "reason"),
     [
         (Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 1.0]], cell=[4, 4, 4], pbc=True), "distance"),
-        (Atoms("CuAl2", positions=[[0, 0, 0], [0, 0, 2.5], [0, 2.5, 0]], cell=[5, 5, 5], pbc=True), "composition"),
+        (
+            Atoms(
+                "CuAl2", positions=[[0, 0, 0], [0, 0, 2.5], [0, 2.5, 0]], cell=[5, 5, 5], pbc=True
+            ),
+            "composition",
+        ),
         (Atoms("CuAl", positions=[[0, 0, 0], [0, 0, 15]], cell=[3, 3, 30], pbc=True), "cell shape"),
     ],
 )
@@ -627,18 +833,22 @@ def test_large_forces_and_enthalpies_are_dropped() -> None:
     assert checker.problem(atoms) == "enthalpy"
 
 
-# --- seeds and the round after each generation ----------------------------------------------------------------------------
+# --- seeds and the round after each generation ----------------------------------------------------
 
 
 def test_seeds_are_read_where_magus_reads_them(tmp_path: Path) -> None:
     (tmp_path / "Seeds").mkdir()
-    b2 = Atoms("CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 2.9], pbc=True)
+    b2 = Atoms(
+        "CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 2.9], pbc=True
+    )
     write(tmp_path / "Seeds/seeds_1.traj", b2)
     write(tmp_path / "Seeds/POSCARS_2", [b2, b2], format="vasp-xdatcar")
     run(settings(initSize=2, popSize=2, saveGood=1), tmp_path)
     for generation, number in ((1, 1), (2, 2)):
         first = read(tmp_path / f"results/init{generation}.traj", index=":")
-        assert [a.info["identity"] for a in first if a.info["origin"] == "seed"] == [f"seed{generation}-{i}" for i in range(number)]
+        assert [a.info["identity"] for a in first if a.info["origin"] == "seed"] == [
+            f"seed{generation}-{i}" for i in range(number)
+        ]
     assert 221 in {a.info["spg"] for a in read(tmp_path / "results/good.traj", index=":")}
 
 
@@ -649,12 +859,19 @@ def test_a_seed_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         run(settings(), tmp_path)
 
 
-def test_free_energies_rank_and_centroids_become_seeds_of_the_next_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for the round prefers the worst enthalpy; its seed must be relaxed in the next generation, once."""
-    centroid = Atoms("CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 2.9], pbc=True)
+def test_free_energies_rank_and_centroids_become_seeds_of_the_next_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the round prefers the worst enthalpy; its seed must be relaxed in the next
+    generation, once."""
+    centroid = Atoms(
+        "CuAl", scaled_positions=[[0, 0, 0], [0.5, 0.5, 0.5]], cell=[2.9, 2.9, 2.9], pbc=True
+    )
     calls: list[tuple[int, int, bool]] = []
 
-    def after_generation(state: Any, relaxed: list[Atoms], survivors: list[Atoms], generation: int, *, last: bool) -> list[Atoms]:
+    def after_generation(
+        state: Any, relaxed: list[Atoms], survivors: list[Atoms], generation: int, *, last: bool
+    ) -> list[Atoms]:
         calls.append((generation, len(relaxed), last))
         for atoms in survivors:
             free = {"gibbs": -atoms.info["enthalpy"], "gibbs_error": 0.0, "status": "sscha"}
@@ -663,15 +880,28 @@ def test_free_energies_rank_and_centroids_become_seeds_of_the_next_generation(tm
 
     monkeypatch.setattr(host, "after_generation", after_generation)
     outcome = run(settings(Fitness=["SSCHA"], sscha={}, numGen=3, initSize=3, popSize=3), tmp_path)
-    assert [call[0] for call in calls] == [1, 2, 3] and [call[2] for call in calls] == [False, False, True]
+    assert [call[0] for call in calls] == [1, 2, 3] and [call[2] for call in calls] == [
+        False,
+        False,
+        True,
+    ]
     enthalpies = [atoms.info["enthalpy"] for atoms in outcome.good]
     assert enthalpies == sorted(enthalpies, reverse=True)
-    seeds = [[a.info["origin"] for a in read(tmp_path / f"results/init{g}.traj", index=":")].count("seed") for g in (1, 2, 3)]
+    seeds = [
+        [a.info["origin"] for a in read(tmp_path / f"results/init{g}.traj", index=":")].count(
+            "seed"
+        )
+        for g in (1, 2, 3)
+    ]
     assert seeds == [0, 1, 0]
 
 
-def test_structures_that_the_new_model_cannot_evaluate_leave_the_population(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def after_generation(state: Any, relaxed: list[Atoms], survivors: list[Atoms], generation: int, *, last: bool) -> list[Atoms]:
+def test_structures_that_the_new_model_cannot_evaluate_leave_the_population(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_generation(
+        state: Any, relaxed: list[Atoms], survivors: list[Atoms], generation: int, *, last: bool
+    ) -> list[Atoms]:
         max(survivors, key=lambda atoms: atoms.info["enthalpy"]).info["enthalpy"] = np.inf
         return []
 
@@ -682,22 +912,42 @@ def test_structures_that_the_new_model_cannot_evaluate_leave_the_population(tmp_
 
 
 def test_a_missing_labeler_stops_the_search_or_switches_learning_off(
-    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     learning = {"labeler": {"calculator": "no_such_code.Calculator"}}
-    given = settings(MainCalculator={"calculator": "mattersim", "checkpoint": str(tiny_checkpoint)}, learning=learning)
+    given = settings(
+        MainCalculator={"calculator": "mattersim", "checkpoint": str(tiny_checkpoint)},
+        learning=learning,
+    )
     with pytest.raises(InputError):
         run(given, tmp_path)
     assert not list(tmp_path.iterdir())
-    allowed = checked_learning(given.model_copy(update={"learning": given.learning.model_copy(update={"required": False})}), tmp_path)
+    allowed = checked_learning(
+        given.model_copy(
+            update={"learning": given.learning.model_copy(update={"required": False})}
+        ),
+        tmp_path,
+    )
     assert allowed.learning is None and "running without learning" in caplog.text
 
 
 def test_a_search_goes_on_with_its_own_calculator_only(tmp_path: Path) -> None:
     morse = {"calculator": "ase.calculators.morse.MorsePotential", "jobPrefix": "M", "maxStep": 2}
-    run(settings(numGen=1, MainCalculator={**morse, "arguments": {"r0": 2.6, "rho0": 4.0}}), tmp_path)
-    with pytest.raises(InputError, match="MainCalculator: holds the model morsepotential-.*parameter changed"):
-        run(settings(numGen=2, MainCalculator={**morse, "arguments": {"r0": 2.5, "rho0": 4.0}}), tmp_path, restart=True)
+    run(
+        settings(numGen=1, MainCalculator={**morse, "arguments": {"r0": 2.6, "rho0": 4.0}}),
+        tmp_path,
+    )
+    with pytest.raises(
+        InputError, match="MainCalculator: holds the model morsepotential-.*parameter changed"
+    ):
+        run(
+            settings(numGen=2, MainCalculator={**morse, "arguments": {"r0": 2.5, "rho0": 4.0}}),
+            tmp_path,
+            restart=True,
+        )
 
 
 @pytest.mark.parametrize("which", ["before", "now"])
@@ -725,17 +975,28 @@ def test_energies_of_a_calculator_without_an_id_are_worked_out_again(
     assert min(atoms.info["enthalpy"] for atoms in found.good) > -50.0
 
 
-def softened(atoms: Atoms, evaluator: Any, *, pressure: float, max_populations: int, **options: Any) -> Any:
-    """As `ranking_fakes.falling`, with a zero-point energy that grows with the density: estimates lie on no exact line."""
-    result = fakes.falling(atoms, evaluator, pressure=pressure, max_populations=max_populations, **options)
+def softened(
+    atoms: Atoms, evaluator: Any, *, pressure: float, max_populations: int, **options: Any
+) -> Any:
+    """As `ranking_fakes.falling`, with a zero-point energy that grows with the density: estimates
+    lie on no exact line."""
+    result = fakes.falling(
+        atoms, evaluator, pressure=pressure, max_populations=max_populations, **options
+    )
     result.gibbs += 3.0 * len(result.centroids) / result.centroids.get_volume()
     return result
 
 
 def everything(directory: Path) -> dict[str, Any]:
     ours = directory / "results" / "anharmonic"
-    records = [(r.structure, r.generation, r.status, r.reason, r.gibbs) for r in FreeEnergyStore(ours / NAME).records()]
-    tables = {path.name: path.read_bytes() for path in [ours / "ranking.csv", ours / "quantum.traj", *ours.glob("seeds/*")]}
+    records = [
+        (r.structure, r.generation, r.status, r.reason, r.gibbs)
+        for r in FreeEnergyStore(ours / NAME).records()
+    ]
+    tables = {
+        path.name: path.read_bytes()
+        for path in [ours / "ranking.csv", ours / "quantum.traj", *ours.glob("seeds/*")]
+    }
     return files(directory) | tables | {"records": records}
 
 
@@ -743,13 +1004,20 @@ def everything(directory: Path) -> dict[str, Any]:
 def test_generations_done_again_are_those_of_an_undisturbed_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: tuple[int, ...]
 ) -> None:
-    """The fault: estimates of a generation that was done again used free energies that later ones had found."""
-    monkeypatch.setattr("magus_anharmonic.ranking.rank._scheduler", lambda *_: contextlib.nullcontext(1))
+    """The fault: estimates of a generation that was done again used free energies that later ones
+    had found."""
+    monkeypatch.setattr(
+        "magus_anharmonic.ranking.rank._scheduler", lambda *_: contextlib.nullcontext(1)
+    )
     monkeypatch.setattr("magus_anharmonic.ranking.rank._free_energy", lambda: softened)
-    given = settings(Fitness=["SSCHA"], sscha={"max_candidates": 1, "seed_back": False}, numGen=3, saveGood=4)
+    given = settings(
+        Fitness=["SSCHA"], sscha={"max_candidates": 1, "seed_back": False}, numGen=3, saveGood=4
+    )
     run(given, tmp_path)
     expected = everything(tmp_path)
-    assert {generation for _, generation, *_ in expected["records"]} >= {1, 3}, "a later generation finds free energies"
+    assert {generation for _, generation, *_ in expected["records"]} >= {1, 3}, (
+        "a later generation finds free energies"
+    )
     for generation in damaged:
         file = tmp_path / "results" / f"keep{generation}.traj"
         file.write_bytes(file.read_bytes()[:-20])

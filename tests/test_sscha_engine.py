@@ -1,4 +1,5 @@
-"""The engine: same numbers as python-sscha on the same ensemble, its chatter in a file, dynamical matrices as files."""
+"""The engine: same numbers as python-sscha on the same ensemble, its chatter in a file, dynamical
+matrices as files."""
 
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.engines import ENGINES, engine
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.reciprocal import finite_size_term
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, harmonic_force_constants, relative_motion
+from magus_anharmonic.sscha.start import (
+    LARGEST_AMPLITUDE_LATER,
+    floor_modes,
+    harmonic_force_constants,
+    relative_motion,
+)
 from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, RYDBERG
@@ -29,7 +35,8 @@ from magus_anharmonic.units import BOHR, HBAR, RYDBERG
 
 @pytest.fixture(scope="module")
 def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
-    """Compressed hcp Cu, two atoms, turned out of every standard orientation, with an evaluated ensemble at 300 K."""
+    """Compressed hcp Cu, two atoms, turned out of every standard orientation, with an evaluated
+    ensemble at 300 K."""
     atoms = bulk("Cu", "hcp", a=2.45, c=4.0)
     atoms.rotate(20, (1, 1, 0), rotate_cell=True)
     symmetry = Symmetry(atoms, (2, 2, 1))
@@ -40,8 +47,12 @@ def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
 
 def test_free_energy_stress_and_error_equal_python_sscha(hcp, tmp_path):
     state, ensemble, _ = hcp
-    nothing = Symmetry(state.atoms, state.repeats)
-    nothing.rotations, nothing.permutations, nothing.targets = np.eye(3)[None], np.arange(2)[None], nothing.targets[:1]
+    nothing = Symmetry(state.atoms, state.supercell_matrix)
+    nothing.rotations, nothing.permutations, nothing.targets = (
+        np.eye(3)[None],
+        np.arange(2)[None],
+        nothing.targets[:1],
+    )
     ours = average(state, ensemble, nothing)
     with python_sscha.quiet(tmp_path / "log"):
         loaded = python_sscha.to_ensemble(state, ensemble)
@@ -82,15 +93,19 @@ def test_gradient_in_q_space_is_python_sschas_own(hcp, tmp_path):
 
 def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_path):
     state, ensemble, symmetry = hcp
-    found = python_sscha.minimise(state, ensemble, symmetry, min_effective_sample=0.3, log=tmp_path / "log")
+    found = python_sscha.minimise(
+        state, ensemble, symmetry, min_effective_sample=0.3, log=tmp_path / "log"
+    )
     assert found.decrease > 0.0
     assert found.converged
     assert 0.3 < found.effective_sample <= 1.0
     fresh = average(found.state, evaluated(found.state, as_evaluator(EMT()), 100, seed=1), symmetry)
     before = average(state, ensemble, symmetry)
     assert fresh.helmholtz < before.helmholtz
-    assert fresh.decrease < 0.1 * before.decrease
-    assert symmetry.force_constants(found.state.force_constants) == pytest.approx(found.state.force_constants, abs=1e-9)
+    assert fresh.predicted_decrease < 0.1 * before.predicted_decrease
+    assert symmetry.force_constants(found.state.force_constants) == pytest.approx(
+        found.state.force_constants, abs=1e-9
+    )
     assert found.stress == pytest.approx(fresh.stress, abs=5 * fresh.stress_error.max() + 5e-4)
 
 
@@ -99,17 +114,28 @@ def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_
     calculator = as_evaluator(LatticeSprings())
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     symmetry = Symmetry(atoms, (3, 3, 3))
-    exact = SschaState(atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0)
+    exact = SschaState(
+        atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0
+    )
     state = replace(exact, force_constants=0.97 * exact.force_constants)
-    found = engine(name)([(state, evaluated(state, calculator, 200))], symmetry, min_effective_sample=0.1, log=tmp_path / "log")
-    assert found.converged and found.state.modes.quantum == pytest.approx(exact.modes.quantum, rel=1e-3)
+    found = engine(name)(
+        [(state, evaluated(state, calculator, 200))],
+        symmetry,
+        min_effective_sample=0.1,
+        log=tmp_path / "log",
+    )
+    assert found.converged and found.state.modes.hbar_omega == pytest.approx(
+        exact.modes.hbar_omega, rel=1e-3
+    )
 
 
 def test_an_effective_sample_below_its_minimum_ends_the_minimisation(hcp, tmp_path):
     state, _, symmetry = hcp
     soft = replace(state, force_constants=0.5 * state.force_constants)
     ensemble = evaluated(soft, as_evaluator(EMT()), 100)
-    found = python_sscha.minimise(soft, ensemble, symmetry, min_effective_sample=0.8, log=tmp_path / "log")
+    found = python_sscha.minimise(
+        soft, ensemble, symmetry, min_effective_sample=0.8, log=tmp_path / "log"
+    )
     assert not found.converged
     assert found.effective_sample > 0.5
 
@@ -119,7 +145,9 @@ def test_a_state_with_imaginary_modes_is_refused_with_a_reason(hcp, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     broken = replace(state, force_constants=-state.force_constants)
     with pytest.raises(SschaError, match="python-sscha"):
-        python_sscha.minimise(broken, ensemble, symmetry, min_effective_sample=0.5, log=tmp_path / "log")
+        python_sscha.minimise(
+            broken, ensemble, symmetry, min_effective_sample=0.5, log=tmp_path / "log"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
@@ -130,7 +158,7 @@ def test_dynamical_matrices_come_back_from_their_files(hcp, tmp_path):
     state = replace(state, atoms=heavy)
     python_sscha.write_dynamical_matrices(state, tmp_path / "dyn_pop3_", tmp_path / "log")
     back = python_sscha.read_dynamical_matrices(tmp_path / "dyn_pop3_", 300.0, tmp_path / "log")
-    assert back.repeats == state.repeats
+    assert back.supercell_matrix == state.supercell_matrix
     assert back.force_constants == pytest.approx(state.force_constants, abs=1e-6)
     assert back.atoms.positions == pytest.approx(state.atoms.positions, abs=1e-6)
     assert back.atoms.get_masses() == pytest.approx([65.0, 65.0], rel=1e-6)
@@ -158,9 +186,17 @@ print("after")
 
 def test_standard_output_belongs_to_the_user_and_progress_still_shows(tmp_path):
     here = Path(__file__).parent
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(here), str(here.parent)]), OMP_NUM_THREADS="1")
+    environment = dict(
+        os.environ, PYTHONPATH=os.pathsep.join([str(here), str(here.parent)]), OMP_NUM_THREADS="1"
+    )
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "run"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", SCRIPT, "run"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert sorted(run.stdout.split("\n")) == ["", "after", "before", "from the descriptor"]
     assert "population 1 of at most 3: G = " in run.stderr
@@ -187,10 +223,14 @@ def test_a_mode_that_a_noisy_minimisation_drove_to_zero_is_raised_before_the_nex
     soft = normal_modes(state.full, masses)
     root = np.sqrt(np.repeat(masses, 3))
     vector = soft.vectors[:, 0] * root
-    emptied = state.full - 0.999999 * np.outer(vector, vector) * (soft.quantum[0] / HBAR) ** 2
-    lost = replace(state, force_constants=symmetry.force_constants(fold(emptied, state.repeats)))
-    assert lost.modes.quantum[0] < 0.9 * state.modes.quantum[0]
+    emptied = state.full - 0.999999 * np.outer(vector, vector) * (soft.hbar_omega[0] / HBAR) ** 2
+    lost = replace(
+        state, force_constants=symmetry.force_constants(fold(emptied, state.supercell_matrix))
+    )
+    assert lost.modes.hbar_omega[0] < 0.9 * state.modes.hbar_omega[0]
     kept = floor_modes(lost, symmetry, LARGEST_AMPLITUDE_LATER)
-    apart = relative_motion(kept, kept.modes.vectors / root[:, None]) * variance(kept.modes.quantum, state.temperature)
+    apart = relative_motion(kept, kept.modes.vectors / root[:, None]) * variance(
+        kept.modes.hbar_omega, state.temperature
+    )
     assert np.sqrt(apart.max()) <= LARGEST_AMPLITUDE_LATER * (1 + 1e-4)
     assert floor_modes(state, symmetry, LARGEST_AMPLITUDE_LATER) is state, "firm modes stay"

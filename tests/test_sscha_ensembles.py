@@ -1,4 +1,5 @@
-"""Ensembles of python-sscha that are taken over: of which state they are, and whether they are what they claim."""
+"""Ensembles of python-sscha that are taken over: of which state they are, and whether they are what
+they claim."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.ranking.structures import read_start
 from magus_anharmonic.sscha.ensemble import Ensemble, average
-from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
+from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, displaced, fold, sample, sum_rule
@@ -28,7 +29,8 @@ EV = as_evaluator(EMT())
 
 @pytest.fixture(scope="module")
 def aluminium() -> tuple[SschaState, Ensemble]:
-    """fcc Al at 300 K with force constants of 1.5 times the harmonic ones, and 200 configurations."""
+    """fcc Al at 300 K with force constants of 1.5 times the harmonic ones, and 200
+    configurations."""
     atoms = bulk("Al", a=4.05)
     compact = harmonic_force_constants(atoms, (2, 2, 2), Symmetry(atoms, (2, 2, 2)), EV)
     state = SschaState(atoms, (2, 2, 2), 1.5 * compact, 300.0)
@@ -37,7 +39,8 @@ def aluminium() -> tuple[SschaState, Ensemble]:
 
 @pytest.fixture
 def folder(aluminium, tmp_path) -> Path:
-    """python-sscha's folder with ensemble 1, and dyn_pop1_ beside it, where it is said to have led."""
+    """python-sscha's folder with ensemble 1, and dyn_pop1_ beside it, where it is said to have
+    led."""
     state, ensemble = aluminium
     write_ensemble(state, ensemble, tmp_path / "data_dir")
     write_dyn(led_to(state), tmp_path / "dyn_pop1_")
@@ -48,20 +51,30 @@ def led_to(state: SschaState) -> SschaState:
     return replace(state, force_constants=state.force_constants / 1.25)
 
 
-def test_an_ensemble_is_reweighted_from_what_drew_it_to_the_matrices_it_led_to(folder, aluminium, caplog):
+def test_an_ensemble_is_reweighted_from_what_drew_it_to_the_matrices_it_led_to(
+    folder, aluminium, caplog
+):
     state, _ = aluminium
     with caplog.at_level(logging.INFO, logger="magus_anharmonic"):
         found = read_start(str(folder / "dyn_pop1_"), folder / "data_dir", 300.0, 0.0, 0.3)
     said = next(line for line in caplog.messages if "F = " in line)
     helmholtz, error = (float(said.split("F = ")[1].split(" ")[index]) for index in (0, 2))
     target = led_to(state)
-    fresh = average(target, evaluated(target, EV, 2000, seed=5), Symmetry(target.atoms, target.repeats))
-    assert helmholtz == pytest.approx(fresh.helmholtz, abs=4.0 * np.hypot(error, fresh.helmholtz_error))
-    own = average(state, evaluated(state, EV, 2000, seed=6), Symmetry(state.atoms, state.repeats))
+    fresh = average(
+        target, evaluated(target, EV, 2000, seed=5), Symmetry(target.atoms, target.supercell_matrix)
+    )
+    assert helmholtz == pytest.approx(
+        fresh.helmholtz, abs=4.0 * np.hypot(error, fresh.helmholtz_error)
+    )
+    own = average(
+        state, evaluated(state, EV, 2000, seed=6), Symmetry(state.atoms, state.supercell_matrix)
+    )
     assert own.helmholtz - fresh.helmholtz > 5.0 * error, "the two states are told apart"
     assert "ESS/N = 1.00" not in said
     alone = read_start(None, folder / "data_dir", 300.0, 0.0, 0.3)
-    assert found.modes.quantum == pytest.approx(alone.modes.quantum, rel=0.05), "both minimise on one ensemble"
+    assert found.modes.hbar_omega == pytest.approx(alone.modes.hbar_omega, rel=0.05), (
+        "both minimise on one ensemble"
+    )
 
 
 def test_the_matrices_it_led_to_are_refused_where_those_that_drew_it_are_gone(folder):
@@ -85,30 +98,40 @@ def test_an_ensemble_that_does_not_reach_the_matrices_is_refused(folder, alumini
 
 def test_the_sample_tells_its_temperature(aluminium, tmp_path):
     state, _ = aluminium
-    for drawn_at in (50.0, 300.0, 900.0):
-        write_ensemble(replace(state, temperature=drawn_at), evaluated(replace(state, temperature=drawn_at), EV, 60), tmp_path / "data")
-        read_ensemble(tmp_path / "data", drawn_at)
-        for wrong in {0.0, 300.0, 900.0} - {drawn_at, 0.0 if drawn_at < 100 else drawn_at}:
-            with pytest.raises(InputError, match=f"drawn from these dynamical matrices at {wrong:g} K.*would fit") as error:
+    for sampled_at in (50.0, 300.0, 900.0):
+        write_ensemble(
+            replace(state, temperature=sampled_at),
+            evaluated(replace(state, temperature=sampled_at), EV, 60),
+            tmp_path / "data",
+        )
+        read_ensemble(tmp_path / "data", sampled_at)
+        for wrong in {0.0, 300.0, 900.0} - {sampled_at, 0.0 if sampled_at < 100 else sampled_at}:
+            with pytest.raises(
+                InputError, match=f"drawn from these dynamical matrices at {wrong:g} K.*would fit"
+            ) as error:
                 read_ensemble(tmp_path / "data", wrong)
             told = float(str(error.value).split(" K would fit")[0].rsplit(" ", 1)[1])
-            assert told == pytest.approx(drawn_at, rel=0.2, abs=60.0)
+            assert told == pytest.approx(sampled_at, rel=0.2, abs=60.0)
 
 
 def test_chance_alone_refuses_none(aluminium):
     state, _ = aluminium
     rng = np.random.default_rng(1)
     for number in range(300):
-        require_drawn_from(state, sample(state, 10 + 2 * (number % 40), rng), "ensemble")
+        require_sampled_from(state, sample(state, 10 + 2 * (number % 40), rng), "ensemble")
 
 
 def test_other_masses_and_softer_matrices_are_seen(aluminium):
     state, ensemble = aluminium
     heavy = state.atoms.copy()
     heavy.set_masses([54.0])
-    for other in (replace(state, atoms=heavy, temperature=0.0), led_to(state), replace(state, temperature=0.0)):
+    for other in (
+        replace(state, atoms=heavy, temperature=0.0),
+        led_to(state),
+        replace(state, temperature=0.0),
+    ):
         with pytest.raises(InputError, match="was not drawn"):
-            require_drawn_from(other, ensemble.displacements, "ensemble")
+            require_sampled_from(other, ensemble.displacements, "ensemble")
 
 
 def nan(values, index):
@@ -126,11 +149,23 @@ def swapped(values):
 DAMAGE = {
     "energy nan": ("energies", lambda v: nan(v, 7), ["energies", "configuration 8", "finite"]),
     "force nan": ("forces", lambda v: nan(v, (11, 0, 1)), ["forces", "configuration 12", "finite"]),
-    "position inf": ("xats", lambda v: times(v, (3, 1), np.inf), ["displacements", "configuration 4", "finite"]),
-    "stress nan": ("stresses", lambda v: nan(v, (5, 2, 2)), ["stresses", "configuration 6", "finite"]),
+    "position inf": (
+        "xats",
+        lambda v: times(v, (3, 1), np.inf),
+        ["displacements", "configuration 4", "finite"],
+    ),
+    "stress nan": (
+        "stresses",
+        lambda v: nan(v, (5, 2, 2)),
+        ["stresses", "configuration 6", "finite"],
+    ),
     "energy 0": ("energies", lambda v: times(v, 9, 1e3), ["configuration 10", "do not belong"]),
     "force": ("forces", lambda v: times(v, 20, 1000.0), ["configuration 21", "do not belong"]),
-    "stress": ("stresses", lambda v: times(v, 20, 1000.0), ["stresses", "configuration 21", "do not belong"]),
+    "stress": (
+        "stresses",
+        lambda v: times(v, 20, 1000.0),
+        ["stresses", "configuration 21", "do not belong"],
+    ),
     "force sign": ("forces", lambda v: times(v, slice(None), -1.0), ["forces"]),
     "force unit": ("forces", lambda v: times(v, slice(None), 13.6057), ["forces"]),
     "energy unit": ("energies", lambda v: times(v, slice(None), 13.6057), ["energies"]),
@@ -139,7 +174,11 @@ DAMAGE = {
     "force order": ("forces", swapped, ["forces"]),
     "larger": ("xats", lambda v: v.__iadd__(0.5 * (v - v.mean(axis=0))), ["was not drawn"]),
     "copied": ("xats", lambda v: v.__setitem__(4, v[0]), ["same configuration", "1", "5"]),
-    "partner": ("xats", lambda v: v.__setitem__(4, v[4] + 0.01 * np.sin(np.arange(24)).reshape(8, 3)), ["mirror image", "5", "6"]),
+    "partner": (
+        "xats",
+        lambda v: v.__setitem__(4, v[4] + 0.01 * np.sin(np.arange(24)).reshape(8, 3)),
+        ["mirror image", "5", "6"],
+    ),
 }
 
 
@@ -152,10 +191,14 @@ def test_a_damaged_ensemble_is_refused_with_the_configuration(folder, damage):
     np.save(file, values)
     with pytest.raises(InputError) as error:
         read_ensemble(folder / "data_dir", 300.0)
-    assert all(word in str(error.value) for word in ["data_dir", "population 1", *words]), str(error.value)
+    assert all(word in str(error.value) for word in ["data_dir", "population 1", *words]), str(
+        error.value
+    )
 
 
-@pytest.mark.parametrize(("rows", "words"), [(199, ["mirror image"]), ((0, 2, 4, 6), ["mirror image"])])
+@pytest.mark.parametrize(
+    ("rows", "words"), [(199, ["mirror image"]), ((0, 2, 4, 6), ["mirror image"])]
+)
 def test_configurations_without_their_mirror_image_are_refused(folder, rows, words):
     for name in ("xats", "forces", "stresses", "energies"):
         file = folder / "data_dir" / f"{name}_pop1.npy"
@@ -180,8 +223,10 @@ def test_wrapped_atoms_are_taken_back_and_the_order_of_configurations_is_free(fo
         np.save(file, values)
     _, again = read_ensemble(folder / "data_dir", 300.0)
     assert again.displacements[0::2] == pytest.approx(-again.displacements[1::2], abs=1e-9)
-    symmetry = Symmetry(state.atoms, state.repeats)
-    assert average(state, again, symmetry).helmholtz == pytest.approx(average(state, ensemble, symmetry).helmholtz, abs=1e-7)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    assert average(state, again, symmetry).helmholtz == pytest.approx(
+        average(state, ensemble, symmetry).helmholtz, abs=1e-7
+    )
 
 
 def test_a_cut_list_of_energies_loses_no_configurations_unsaid(aluminium, tmp_path):
@@ -214,10 +259,12 @@ def test_configurations_for_the_errors_command_are_of_the_state(aluminium):
     state, ensemble = aluminium
     assert len(displacements_of(state, displaced(state, ensemble.displacements), "file")) == 200
     with pytest.raises(InputError, match="file: was not drawn"):
-        displacements_of(replace(state, temperature=0.0), displaced(state, ensemble.displacements), "file")
+        displacements_of(
+            replace(state, temperature=0.0), displaced(state, ensemble.displacements), "file"
+        )
 
 
-# ------------------------------------------------------------------------------------------------- dynamical matrices
+# ------------------------------------------------------------------------------- dynamical matrices
 
 
 def rewritten(source: Path, target: Path, change) -> Path:
@@ -229,18 +276,39 @@ def rewritten(source: Path, target: Path, change) -> Path:
 
 @pytest.mark.parametrize("label", ["Al1", "Al_pbe", "al", "AL-x", "Ala"])
 def test_type_labels_of_pw_are_elements(folder, label):
-    prefix = rewritten(folder / "dyn_pop1_", folder / "labelled", lambda _, text: text.replace("'Al ", f"'{label} "))
+    prefix = rewritten(
+        folder / "dyn_pop1_",
+        folder / "labelled",
+        lambda _, text: text.replace("'Al ", f"'{label} "),
+    )
     state = state_from_dyn(prefix, 300.0)
     assert state.atoms.get_chemical_symbols() == ["Al"]
-    assert state.modes.quantum == pytest.approx(state_from_dyn(folder / "dyn_pop1_", 300.0).modes.quantum, rel=1e-9)
+    assert state.modes.hbar_omega == pytest.approx(
+        state_from_dyn(folder / "dyn_pop1_", 300.0).modes.hbar_omega, rel=1e-9
+    )
 
 
 def test_labels_of_hydrogen_and_labels_that_are_no_elements():
     from magus_anharmonic.sscha.python_sscha import element_of
 
-    labels = {"H1": 1.008, "H_pbe": 1.008, "h": 1.008, "D": 2.014, "d": 2.014, "T": 3.016, "Hs": 1.008, "HE": 1.008, "H2 ": 2.014}
+    labels = {
+        "H1": 1.008,
+        "H_pbe": 1.008,
+        "h": 1.008,
+        "D": 2.014,
+        "d": 2.014,
+        "T": 3.016,
+        "Hs": 1.008,
+        "HE": 1.008,
+        "H2 ": 2.014,
+    }
     assert {element_of(label, mass) for label, mass in labels.items()} == {"H"}
-    assert (element_of("He1", 4.003), element_of("Co", 58.9), element_of("Co", 12.0), element_of("s", 32.06)) == ("He", "Co", "C", "S")
+    assert (
+        element_of("He1", 4.003),
+        element_of("Co", 58.9),
+        element_of("Co", 12.0),
+        element_of("s", 32.06),
+    ) == ("He", "Co", "C", "S")
     for label in ("1", "", "_H", "Xx", "Q"):
         with pytest.raises(InputError, match="names no element"):
             element_of(label, 1.0)
@@ -262,13 +330,21 @@ def test_what_is_no_number_in_a_file_of_matrices_names_the_file(folder, damage):
 
 def test_matrices_come_with_the_symmetry_of_their_crystal(aluminium, tmp_path, caplog):
     state, _ = aluminium
-    noise = np.random.default_rng(0).normal(size=state.full.shape) * 0.003 * np.abs(state.force_constants).max()
-    noise = fold(sum_rule(noise), state.repeats)
+    noise = (
+        np.random.default_rng(0).normal(size=state.full.shape)
+        * 0.003
+        * np.abs(state.force_constants).max()
+    )
+    noise = fold(sum_rule(noise), state.supercell_matrix)
     write_dyn(replace(state, force_constants=state.force_constants + noise), tmp_path / "noisy")
     found = state_from_dyn(tmp_path / "noisy", 300.0)
-    assert Symmetry(found.atoms, found.repeats).force_constants(found.force_constants) == pytest.approx(found.force_constants, abs=1e-12)
+    assert Symmetry(found.atoms, found.supercell_matrix).force_constants(
+        found.force_constants
+    ) == pytest.approx(found.force_constants, abs=1e-12)
     assert found.force_constants.sum(axis=(0, 2)) == pytest.approx(0.0, abs=1e-10)
-    write_dyn(replace(state, force_constants=state.force_constants + 30.0 * noise), tmp_path / "wrong")
+    write_dyn(
+        replace(state, force_constants=state.force_constants + 30.0 * noise), tmp_path / "wrong"
+    )
     with caplog.at_level(logging.WARNING, logger="magus_anharmonic"):
         state_from_dyn(tmp_path / "wrong", 300.0)
     assert "break the symmetry" in caplog.text

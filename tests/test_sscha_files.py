@@ -1,4 +1,5 @@
-"""What SSCHA users exchange and look at: dynamical matrices, ensembles, dispersions, the group that error bars support, the command."""
+"""What SSCHA users exchange and look at: dynamical matrices, ensembles, dispersions, the group that
+error bars support, the command."""
 
 from __future__ import annotations
 
@@ -34,8 +35,15 @@ from magus_anharmonic.units import HBAR, RYDBERG
 EV = as_evaluator(EMT())
 
 
-def state_of(atoms: Atoms, repeats: tuple[int, int, int], temperature: float = 100.0) -> SschaState:
-    return SschaState(atoms, repeats, harmonic_force_constants(atoms, repeats, Symmetry(atoms, repeats), EV), temperature)
+def state_of(
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float = 100.0
+) -> SschaState:
+    return SschaState(
+        atoms,
+        supercell_matrix,
+        harmonic_force_constants(atoms, supercell_matrix, Symmetry(atoms, supercell_matrix), EV),
+        temperature,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +67,10 @@ def test_dynamical_matrices_load_in_cellconstructor_with_the_same_phonons(hcp, t
         before = np.array(dyn.dynmats)
         dyn.Symmetrize()
     assert tuple(dyn.GetSupercell()) == (3, 3, 1)
-    assert np.sort(quanta)[3:] == pytest.approx(np.sort(state.modes.quantum), abs=1e-8)
-    assert np.array(dyn.dynmats) == pytest.approx(before, abs=1e-7 * np.abs(before).max()), "they have the symmetry of the crystal"
+    assert np.sort(quanta)[3:] == pytest.approx(np.sort(state.modes.hbar_omega), abs=1e-8)
+    assert np.array(dyn.dynmats) == pytest.approx(before, abs=1e-7 * np.abs(before).max()), (
+        "they have the symmetry of the crystal"
+    )
     back = state_from_dyn(tmp_path / "dyn", 100.0)
     assert back.force_constants == pytest.approx(state.force_constants, abs=1e-7)
     with pytest.raises(InputError, match="no such file"):
@@ -79,10 +89,15 @@ def test_our_ensembles_load_in_python_sscha_and_come_back(hcp, tmp_path, text):
         import cellconstructor as CC
         import cellconstructor.Phonons
 
-        loaded = sscha.Ensemble.Ensemble(CC.Phonons.Phonons(str(folder / "dyn_gen_pop2_"), count), T0=100.0)
+        loaded = sscha.Ensemble.Ensemble(
+            CC.Phonons.Phonons(str(folder / "dyn_gen_pop2_"), count), T0=100.0
+        )
         loaded.load(str(folder), 2, 10) if text else loaded.load_bin(str(folder), 2)
         energy = loaded.get_free_energy()
-        known = python_sscha.to_ensemble(state, ensemble).get_free_energy() + ensemble.energies.mean() / RYDBERG
+        known = (
+            python_sscha.to_ensemble(state, ensemble).get_free_energy()
+            + ensemble.energies.mean() / RYDBERG
+        )
     assert loaded.u_disps.reshape(10, -1, 3) == pytest.approx(ensemble.displacements, abs=1e-6)
     assert loaded.forces * RYDBERG == pytest.approx(ensemble.forces, abs=1e-6)
     assert loaded.get_stress_tensor() is not None
@@ -101,20 +116,27 @@ def test_python_sschas_ensembles_load_here(hcp, tmp_path, monkeypatch, text):
         theirs = python_sscha.to_ensemble(state, ensemble)
         theirs.save("data", 3) if text else theirs.save_bin("data", 3)
     back, again = read_ensemble("data", 100.0, 3)
-    assert back.repeats == state.repeats
+    assert back.supercell_matrix == state.supercell_matrix
     assert again.displacements == pytest.approx(ensemble.displacements, abs=1e-6)
     assert again.forces == pytest.approx(ensemble.forces, abs=1e-6)
     assert again.stresses == pytest.approx(ensemble.stresses, abs=1e-8)
-    assert again.energies - again.energies.mean() == pytest.approx(ensemble.energies - ensemble.energies.mean(), abs=1e-6)
-    symmetry = Symmetry(state.atoms, state.repeats)
-    ours, own = free_energy_hessian(state, ensemble, symmetry), free_energy_hessian(back, again, symmetry)
+    assert again.energies - again.energies.mean() == pytest.approx(
+        ensemble.energies - ensemble.energies.mean(), abs=1e-6
+    )
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    ours, own = (
+        free_energy_hessian(state, ensemble, symmetry),
+        free_energy_hessian(back, again, symmetry),
+    )
     assert own.force_constants == pytest.approx(ours.force_constants, abs=1e-4)
 
 
 def test_an_ensemble_that_begins_with_all_the_plus_signs_is_put_into_pairs(hcp, tmp_path):
     state, ensemble = hcp
     order = np.concatenate([np.arange(0, 10, 2), np.arange(1, 10, 2)])
-    write_ensemble(state, Ensemble(*(values[order] for values in vars(ensemble).values())), tmp_path)
+    write_ensemble(
+        state, Ensemble(*(values[order] for values in vars(ensemble).values())), tmp_path
+    )
     _, again = read_ensemble(tmp_path, 100.0)
     assert again.displacements[0::2] == pytest.approx(-again.displacements[1::2], abs=1e-12)
     assert again.forces == pytest.approx(ensemble.forces, abs=1e-10)
@@ -145,8 +167,15 @@ def test_harmonic_bands_equal_phonopy_on_the_same_force_constants():
 
     atoms = bulk("Cu", "hcp", a=2.5, c=4.1)
     state = state_of(atoms, (3, 3, 2))
-    cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions, masses=atoms.get_masses())
-    phonopy = Phonopy(cell, supercell_matrix=np.diag(state.repeats), primitive_matrix=np.eye(3))
+    cell = PhonopyAtoms(
+        symbols=atoms.get_chemical_symbols(),
+        cell=atoms.cell.array,
+        positions=atoms.positions,
+        masses=atoms.get_masses(),
+    )
+    phonopy = Phonopy(
+        cell, supercell_matrix=np.diag(state.supercell_matrix), primitive_matrix=np.eye(3)
+    )
     ours = state.supercell.get_scaled_positions()
     difference = phonopy.supercell.scaled_positions[:, None] - ours[None]
     order = np.abs(difference - np.round(difference)).max(axis=2).argmin(axis=1)
@@ -158,7 +187,9 @@ def test_harmonic_bands_equal_phonopy_on_the_same_force_constants():
     chosen = np.linspace(0, len(path.q) - 1, 25).astype(int)
     for index in chosen:
         squares = np.linalg.eigvalsh(phonopy.get_dynamical_matrix_at_q(path.q[index]))
-        assert found[index] ** 2 == pytest.approx(squares * HBAR**2, abs=1e-8 * found.max() ** 2 + 1e-12)
+        assert found[index] ** 2 == pytest.approx(
+            squares * HBAR**2, abs=1e-8 * found.max() ** 2 + 1e-12
+        )
     assert root.shape == (6,)
 
 
@@ -169,8 +200,13 @@ def test_the_path_is_that_of_the_crystal_in_the_given_cell():
     assert path.distance[0] == 0.0 and np.all(np.diff(path.distance) >= 0)
     cartesian = path.q @ np.linalg.inv(bulk("Al", "fcc", a=4.0).cell.array).T
     where = {label: distance for distance, label in path.ticks}
-    assert np.linalg.norm(cartesian[np.searchsorted(path.distance, where["X"])]) == pytest.approx(1 / 4.0)
-    steps = [np.linalg.norm(np.diff(cartesian[first : last + 1], axis=0), axis=1) for first, last in path.segments]
+    assert np.linalg.norm(cartesian[np.searchsorted(path.distance, where["X"])]) == pytest.approx(
+        1 / 4.0
+    )
+    steps = [
+        np.linalg.norm(np.diff(cartesian[first : last + 1], axis=0), axis=1)
+        for first, last in path.segments
+    ]
     assert max(step.max() for step in steps) <= 0.01 + 1e-9
 
 
@@ -181,14 +217,15 @@ def test_bands_meet_the_frequencies_at_the_q_points_of_the_supercell():
     assert set(shown.bands) == {"harmonic", "auxiliary", "hessian"}
     places = sorted({round(where, 9) for where, _, _ in shown.marks})
     assert len(places) == 5, "Gamma twice, X twice and L"
-    for where, quantum, error in shown.marks:
+    for where, hbar_omega, error in shown.marks:
         nearest = np.abs(shown.path.distance - where) < 1e-9
-        assert np.abs(shown.bands["hessian"][nearest] - quantum).min() < 1e-5
+        assert np.abs(shown.bands["hessian"][nearest] - hbar_omega).min() < 1e-5
         assert error >= 0.0
 
 
 def im3m(shift: float, noise: float = 0.0, seed: int = 0) -> Atoms:
-    """H3S; R3m when the hydrogens are ``shift`` A off the middle of their bonds, with noise on every coordinate."""
+    """H3S; R3m when the hydrogens are ``shift`` A off the middle of their bonds, with noise on
+    every coordinate."""
     cell = 1.5 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
     positions = 1.5 * np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], dtype=float)
     positions[1:] += shift * np.eye(3)
@@ -227,7 +264,15 @@ PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 def run(tmp_path_factory) -> Path:
     """The folder of a finished run of a double well that quantum motion makes a minimum."""
     folder = tmp_path_factory.mktemp("sscha") / "run"
-    free_energy(PAIR, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=400, max_populations=6, directory=folder)
+    free_energy(
+        PAIR,
+        QuarticPair(),
+        cell="fixed",
+        supercell=(1, 1, 1),
+        n_configs=400,
+        max_populations=6,
+        directory=folder,
+    )
     return folder
 
 
@@ -243,16 +288,30 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
     assert code == 0, text
     assert "Stable" in text and "cm^-1" in text and "Probability" in text
     names = {path.name for path in tmp_path.iterdir()}
-    files = {"dyn_auxiliary1", "dyn_hessian1", "frequencies.csv", "dispersion.csv", "dispersion.png", "dispersion.svg", "hessian.json"}
+    files = {
+        "dyn_auxiliary1",
+        "dyn_hessian1",
+        "frequencies.csv",
+        "dispersion.csv",
+        "dispersion.png",
+        "dispersion.svg",
+        "hessian.json",
+    }
     assert names == files
     data = json.loads((tmp_path / "hessian.json").read_text())
-    assert data["status"] == "stable" and data["probability_stable"] > 0.99 and data["n_configs"] == 400
+    assert (
+        data["status"] == "stable"
+        and data["probability_stable"] > 0.99
+        and data["n_configs"] == 400
+    )
     rows = list(csv.DictReader((tmp_path / "frequencies.csv").open()))
     assert len(rows) == 6
     optical = [float(row["hessian_meV"]) for row in rows if abs(float(row["hessian_meV"])) > 1e-2]
-    assert optical == pytest.approx([float(row["auxiliary_meV"]) for row in rows][3:], rel=0.05), "by symmetry there is no bubble"
+    assert optical == pytest.approx([float(row["auxiliary_meV"]) for row in rows][3:], rel=0.05), (
+        "by symmetry there is no bubble"
+    )
     back = state_from_dyn(tmp_path / "dyn_hessian")
-    assert back.modes.quantum * 1e3 == pytest.approx(np.sort(optical), rel=1e-6)
+    assert back.modes.hbar_omega * 1e3 == pytest.approx(np.sort(optical), rel=1e-6)
 
 
 def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):
@@ -279,7 +338,9 @@ def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):
         (("RUN", "--checkpoint", "nowhere.pth"), ["nowhere.pth"]),
     ],
 )
-def test_wrong_input_is_one_clear_line_and_leaves_nothing(run, tmp_path, monkeypatch, arguments, words):
+def test_wrong_input_is_one_clear_line_and_leaves_nothing(
+    run, tmp_path, monkeypatch, arguments, words
+):
     monkeypatch.chdir(tmp_path)
     write("structure.xyz", PAIR)
     write("two.xyz", [PAIR, PAIR])
@@ -303,14 +364,35 @@ def test_the_group_of_a_result_is_that_of_its_error_bar(run):
     assert group_of_result(result).group == result.space_group == "Pm-3m (221)"
     moved = result.centroids.copy()
     moved.positions[1, 0] += 0.05
-    assert group_of_result(replace(result, centroids=moved, position_error=0.002)).group != "Pm-3m (221)"
-    assert group_of_result(replace(result, centroids=moved, position_error=0.05)).group == "Pm-3m (221)"
+    assert (
+        group_of_result(replace(result, centroids=moved, position_error=0.002)).group
+        != "Pm-3m (221)"
+    )
+    assert (
+        group_of_result(replace(result, centroids=moved, position_error=0.05)).group
+        == "Pm-3m (221)"
+    )
 
 
 @pytest.mark.slow
 def test_the_command_takes_a_structure_from_the_start(tmp_path, tiny_checkpoint):
-    write(tmp_path / "a.xyz", Atoms("SiC", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True))
-    options = ("--checkpoint", tiny_checkpoint, "--supercell", 1, 1, 1, "--n-configs", 20, "--max-populations", 1, "--fixed-cell", "--v4")
+    write(
+        tmp_path / "a.xyz", Atoms("SiC", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
+    )
+    options = (
+        "--checkpoint",
+        tiny_checkpoint,
+        "--supercell",
+        1,
+        1,
+        1,
+        "--n-configs",
+        20,
+        "--max-populations",
+        1,
+        "--fixed-cell",
+        "--v4",
+    )
     code, text = invoke(tmp_path / "a.xyz", *options, "-o", tmp_path / "out")
     assert code == 0, text
     data = json.loads((tmp_path / "out" / "hessian.json").read_text())

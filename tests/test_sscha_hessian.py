@@ -1,4 +1,5 @@
-"""The free-energy Hessian: python-sscha on the same ensemble, curvature of a free energy that is known, honest error bars."""
+"""The free-energy Hessian: python-sscha on the same ensemble, curvature of a free energy that is
+known, honest error bars."""
 
 from __future__ import annotations
 
@@ -17,10 +18,26 @@ from sscha_models import LatticeSprings, evaluated
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.ensemble import Ensemble
-from magus_anharmonic.sscha.hessian import Hessian, Rows, contributions, free_energy_hessian, static_response, tensors
+from magus_anharmonic.sscha.hessian import (
+    Hessian,
+    Rows,
+    contributions,
+    free_energy_hessian,
+    static_response,
+    tensors,
+)
 from magus_anharmonic.sscha.reciprocal import Representation, samples, wavevectors
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, expand, fold, inverse_fourier, oscillator_free_energy, sample, sum_rule, variance
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    expand,
+    fold,
+    inverse_fourier,
+    oscillator_free_energy,
+    sample,
+    sum_rule,
+    variance,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, KELVIN, RYDBERG
 
@@ -40,13 +57,26 @@ def hcp() -> Atoms:
 def no_symmetry() -> Atoms:
     """Three different atoms in general positions."""
     cell = [[3.1, 0.2, 0.0], [0.0, 3.3, 0.3], [0.25, 0.0, 3.6]]
-    return Atoms("CuAuAg", scaled_positions=[[0, 0, 0], [0.48, 0.45, 0.1], [0.1, 0.47, 0.55]], cell=cell, pbc=True)
+    return Atoms(
+        "CuAuAg",
+        scaled_positions=[[0, 0, 0], [0.48, 0.45, 0.1], [0.1, 0.47, 0.55]],
+        cell=cell,
+        pbc=True,
+    )
 
 
-def start(atoms: Atoms, repeats: tuple[int, int, int], temperature: float) -> SschaState:
+def start(atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
     """Harmonic state of EMT, imaginary modes raised."""
-    symmetry = Symmetry(atoms, repeats)
-    return floor_modes(SschaState(atoms, repeats, harmonic_force_constants(atoms, repeats, symmetry, EV), temperature), symmetry)
+    symmetry = Symmetry(atoms, supercell_matrix)
+    return floor_modes(
+        SschaState(
+            atoms,
+            supercell_matrix,
+            harmonic_force_constants(atoms, supercell_matrix, symmetry, EV),
+            temperature,
+        ),
+        symmetry,
+    )
 
 
 def with_their_constant(state: SschaState) -> SschaState:
@@ -54,7 +84,9 @@ def with_their_constant(state: SschaState) -> SschaState:
     return replace(state, temperature=state.temperature * THEIR_KELVIN / KELVIN)
 
 
-def python_sschas(state: SschaState, ensemble: Ensemble, log: Path, include_v4: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def python_sschas(
+    state: SschaState, ensemble: Ensemble, log: Path, include_v4: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Compact Hessian (eV/A^2) and third-order tensor (eV/A^3, our order of atoms) of python-sscha.
 
     Lengths are scaled so that they are the same in its bohr as in ours.
@@ -62,7 +94,12 @@ def python_sschas(state: SschaState, ensemble: Ensemble, log: Path, include_v4: 
     from magus_anharmonic.sscha import python_sscha
 
     scale = THEIR_BOHR / BOHR
-    scaled = Ensemble(ensemble.displacements * scale, ensemble.energies, ensemble.forces / scale, ensemble.stresses)
+    scaled = Ensemble(
+        ensemble.displacements * scale,
+        ensemble.energies,
+        ensemble.forces / scale,
+        ensemble.stresses,
+    )
     with python_sscha.quiet(log):
         loaded = python_sscha.to_ensemble(state, scaled)
         order = python_sscha.atom_order(state.supercell, loaded.supercell_structure)
@@ -70,17 +107,22 @@ def python_sschas(state: SschaState, ensemble: Ensemble, log: Path, include_v4: 
         q = python_sscha.fractional_q(found)
     columns = (3 * np.argsort(order)[:, None] + np.arange(3)).ravel()
     tensor = d3[np.ix_(columns, columns, columns)] * RYDBERG / BOHR**3
-    return inverse_fourier(np.array(found.dynmats) * RYDBERG / BOHR**2, state.repeats, q), tensor
+    return inverse_fourier(
+        np.array(found.dynmats) * RYDBERG / BOHR**2, state.supercell_matrix, q
+    ), tensor
 
 
 def third_order_of(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> np.ndarray:
     modes = wavevectors(state)
-    tensor, _ = tensors(modes, samples(state, ensemble, modes), Representation(modes, symmetry), False)
+    tensor, _ = tensors(
+        modes, samples(state, ensemble, modes), Representation(modes, symmetry), False
+    )
     return tensor.rows()
 
 
 def cubic_forces(state: SschaState, n_configs: int) -> Ensemble:
-    """The harmonic forces of the state and a quadratic term without net force: enough for formulas, whatever the chemistry."""
+    """The harmonic forces of the state and a quadratic term without net force: enough for formulas,
+    whatever the chemistry."""
     rng = np.random.default_rng(1)
     u = sample(state, n_configs, rng)
     pulls = -(u.reshape(n_configs, -1) @ state.full).reshape(u.shape)
@@ -90,9 +132,10 @@ def cubic_forces(state: SschaState, n_configs: int) -> Ensemble:
 
 
 def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
-    """v3 and Hessian against python-sscha, to 1e-10 of the largest element of the tensor and of the correction."""
+    """v3 and Hessian against python-sscha, to 1e-10 of the largest element of the tensor and of the
+    correction."""
     theirs, their_tensor = python_sschas(state, ensemble, log)
-    symmetry, own = Symmetry(state.atoms, state.repeats), with_their_constant(state)
+    symmetry, own = Symmetry(state.atoms, state.supercell_matrix), with_their_constant(state)
     rows = third_order_of(own, ensemble, symmetry)
     assert rows == pytest.approx(their_tensor[: len(rows)], abs=1e-10 * np.abs(their_tensor).max())
     ours = free_energy_hessian(own, ensemble, symmetry, unbiased=False, errors=False)
@@ -102,29 +145,36 @@ def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(("atoms", "repeats"), [(no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1))])
-def test_third_order_and_hessian_equal_python_sscha(atoms, repeats, temperature, tmp_path):
-    state = start(atoms, repeats, temperature)
+@pytest.mark.parametrize(
+    ("atoms", "supercell_matrix"),
+    [(no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1))],
+)
+def test_third_order_and_hessian_equal_python_sscha(atoms, supercell_matrix, temperature, tmp_path):
+    state = start(atoms, supercell_matrix, temperature)
     compare(state, evaluated(state, EV, 40), tmp_path / "log")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
 def test_third_order_and_hessian_equal_python_sscha_for_cubic_h3s(h3s, temperature, tmp_path):
-    atoms, repeats = h3s(), (2, 2, 2)
-    symmetry = Symmetry(atoms, repeats)
+    atoms, supercell_matrix = h3s(), (2, 2, 2)
+    symmetry = Symmetry(atoms, supercell_matrix)
     assert len(symmetry) == 48
     noise = np.random.default_rng(0).normal(0, 0.5, (8, 4, 4, 3, 3))
-    full = expand(symmetry.force_constants(noise), repeats)
+    full = expand(symmetry.force_constants(noise), supercell_matrix)
     full += (4.0 - np.linalg.eigvalsh(full)[0]) * sum_rule(np.eye(96))
-    state = SschaState(atoms, repeats, symmetry.force_constants(fold(full, repeats)), temperature)
+    state = SschaState(
+        atoms, supercell_matrix, symmetry.force_constants(fold(full, supercell_matrix)), temperature
+    )
     compare(state, cubic_forces(state, 20), tmp_path / "log")
 
 
 def at_its_minimum(state: SschaState, ensemble: Ensemble) -> Ensemble:
-    """Forces changed by a harmonic term so that the gradient of the force constants vanishes on this ensemble.
+    """Forces changed by a harmonic term so that the gradient of the force constants vanishes on
+    this ensemble.
 
-    python-sscha's <d4V> leaves out the terms that hold only with that gradient: only there may the two be compared.
+    python-sscha's <d4V> leaves out the terms that hold only with that gradient: only there may the
+    two be compared.
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
@@ -136,14 +186,21 @@ def at_its_minimum(state: SschaState, ensemble: Ensemble) -> Ensemble:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(("atoms", "repeats"), [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))])
-def test_fourth_order_equals_python_sscha_without_its_tensor(atoms, repeats, temperature, tmp_path):
-    state = start(atoms, repeats, temperature)
+@pytest.mark.parametrize(
+    ("atoms", "supercell_matrix"),
+    [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))],
+)
+def test_fourth_order_equals_python_sscha_without_its_tensor(
+    atoms, supercell_matrix, temperature, tmp_path
+):
+    state = start(atoms, supercell_matrix, temperature)
     own = with_their_constant(state)
     ensemble = at_its_minimum(own, evaluated(state, EV, 400))
     theirs, _ = python_sschas(state, ensemble, tmp_path / "log", include_v4=True)
-    symmetry = Symmetry(atoms, repeats)
-    ours = free_energy_hessian(own, ensemble, symmetry, include_v4=True, unbiased=False, errors=False)
+    symmetry = Symmetry(atoms, supercell_matrix)
+    ours = free_energy_hessian(
+        own, ensemble, symmetry, include_v4=True, unbiased=False, errors=False
+    )
     without = free_energy_hessian(own, ensemble, symmetry, unbiased=False, errors=False)
     correction = np.abs(theirs - state.force_constants).max()
     assert np.abs(without.force_constants - theirs).max() > 1e-3 * correction
@@ -151,7 +208,8 @@ def test_fourth_order_equals_python_sscha_without_its_tensor(atoms, repeats, tem
 
 
 class SkewPair:
-    """Two atoms, v(d) = sum_i 1/2 k d_i^2 + b d_i^3 + c d_i^4 in the deviation d from half the body diagonal."""
+    """Two atoms, v(d) = sum_i 1/2 k d_i^2 + b d_i^3 + c d_i^4 in the deviation d from half the body
+    diagonal."""
 
     def __init__(self, a: float = 3.0, k: float = -1.0, b: float = 2.0, c: float = 8.0) -> None:
         self.a, self.k, self.b, self.c = a, k, b, c
@@ -166,16 +224,23 @@ class SkewPair:
         return Ensemble(u, energies, np.stack([pull, -pull], axis=1), np.zeros((n_configs, 3, 3)))
 
     def free_energy(self, centroid: float, mass: float, temperature: float) -> tuple[float, float]:
-        """SCHA free energy of one coordinate at a fixed centroid, minimised over the spring, and that spring."""
+        """SCHA free energy of one coordinate at a fixed centroid, minimised over the spring, and
+        that spring."""
 
         def value(log_spring: float) -> float:
-            quantum = HBAR * np.sqrt(np.exp(log_spring) / mass)
-            a = variance(np.array([quantum]), temperature)[0] / mass
+            hbar_omega = HBAR * np.sqrt(np.exp(log_spring) / mass)
+            a = variance(np.array([hbar_omega]), temperature)[0] / mass
             mean = 0.5 * self.k * (centroid**2 + a) + self.b * (centroid**3 + 3 * centroid * a)
             mean += self.c * (centroid**4 + 6 * centroid**2 * a + 3 * a**2)
-            return float(oscillator_free_energy(np.array([quantum]), temperature)[0] + mean - 0.5 * np.exp(log_spring) * a)
+            return float(
+                oscillator_free_energy(np.array([hbar_omega]), temperature)[0]
+                + mean
+                - 0.5 * np.exp(log_spring) * a
+            )
 
-        found = minimize_scalar(value, bounds=(-3.0, 6.0), method="bounded", options={"xatol": 1e-12})
+        found = minimize_scalar(
+            value, bounds=(-3.0, 6.0), method="bounded", options={"xatol": 1e-12}
+        )
         return float(found.fun), float(np.exp(found.x))
 
     def minimum(self, mass: float, temperature: float) -> tuple[float, float]:
@@ -187,7 +252,11 @@ class SkewPair:
             force = self.k * d + 3 * self.b * (d**2 + a) + 4 * self.c * (d**3 + 3 * d * a)
             return [force, self.k + 6 * self.b * d + 12 * self.c * (d**2 + a) - spring]
 
-        begin = minimize_scalar(lambda d: self.free_energy(d, mass, temperature)[0], bounds=(-0.6, 0.6), method="bounded").x
+        begin = minimize_scalar(
+            lambda d: self.free_energy(d, mass, temperature)[0],
+            bounds=(-0.6, 0.6),
+            method="bounded",
+        ).x
         solved = root(gradients, [begin, self.free_energy(begin, mass, temperature)[1]], tol=1e-12)
         return float(solved.x[0]), float(solved.x[1])
 
@@ -208,24 +277,36 @@ def pair_state(model: SkewPair, temperature: float) -> tuple[SschaState, float]:
 
 @pytest.mark.parametrize("temperature", [0.0, 400.0])
 def test_full_hessian_is_the_curvature_of_the_free_energy(temperature):
-    """Second derivative, by differences, of min over the spring of F at fixed centroid: the definition of the Hessian."""
+    """Second derivative, by differences, of min over the spring of F at fixed centroid: the
+    definition of the Hessian."""
     model = SkewPair()
     state, mass = pair_state(model, temperature)
     centroid = model.minimum(mass, temperature)[0]
     step = 2e-3
-    low, middle, high = (model.free_energy(centroid + shift, mass, temperature)[0] for shift in (-step, 0.0, step))
+    low, middle, high = (
+        model.free_energy(centroid + shift, mass, temperature)[0] for shift in (-step, 0.0, step)
+    )
     exact = (low - 2 * middle + high) / step**2 * HBAR**2 / mass
     ensemble = model.ensemble(state, 20000)
     symmetry = Symmetry(state.atoms, (1, 1, 1))
     full = free_energy_hessian(state, ensemble, symmetry, include_v4=True)
     bubble = free_energy_hessian(state, ensemble, symmetry)
-    assert full.squares[0, 3:] == pytest.approx(np.full(3, exact), abs=4.0 * full.errors[0, 3:].max())
+    assert full.squares[0, 3:] == pytest.approx(
+        np.full(3, exact), abs=4.0 * full.errors[0, 3:].max()
+    )
     assert full.errors[0, 3:].max() < 0.05 * abs(exact)
-    assert abs(bubble.squares[0, 3:].mean() - exact) > 4.0 * bubble.errors[0, 3:].max(), "the fourth order matters here"
-    quantum = state.modes.quantum[:1]
+    assert abs(bubble.squares[0, 3:].mean() - exact) > 4.0 * bubble.errors[0, 3:].max(), (
+        "the fourth order matters here"
+    )
+    hbar_omega = state.modes.hbar_omega[:1]
     d3 = 6 * model.b + 24 * model.c * centroid
-    expected = quantum[0] ** 2 + HBAR**2 * d3**2 / mass**3 * static_response(quantum, temperature)[0, 0]
-    assert bubble.squares[0, 3:] == pytest.approx(np.full(3, expected), abs=4.0 * bubble.errors[0, 3:].max())
+    expected = (
+        hbar_omega[0] ** 2
+        + HBAR**2 * d3**2 / mass**3 * static_response(hbar_omega, temperature)[0, 0]
+    )
+    assert bubble.squares[0, 3:] == pytest.approx(
+        np.full(3, expected), abs=4.0 * bubble.errors[0, 3:].max()
+    )
 
 
 def optical(hessian: Hessian) -> tuple[float, float]:
@@ -237,26 +318,41 @@ def optical(hessian: Hessian) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("include_v4", "runs"), [(False, 60), (True, 20)])
 def test_error_bars_cover_and_the_noise_of_the_square_is_taken_out(include_v4, runs):
-    """Ensembles of 400: the scatter is what the error bars say; without the two halves all is too soft."""
+    """Ensembles of 400: the scatter is what the error bars say; without the two halves all is too
+    soft."""
     model = SkewPair()
     state, _ = pair_state(model, 0.0)
     symmetry = Symmetry(state.atoms, (1, 1, 1))
-    target, small = optical(free_energy_hessian(state, model.ensemble(state, 40000, 99), symmetry, include_v4=include_v4))
+    target, small = optical(
+        free_energy_hessian(
+            state, model.ensemble(state, 40000, 99), symmetry, include_v4=include_v4
+        )
+    )
     ensembles = [model.ensemble(state, 400, seed) for seed in range(runs)]
-    found = [optical(free_energy_hessian(state, one, symmetry, include_v4=include_v4)) for one in ensembles]
+    found = [
+        optical(free_energy_hessian(state, one, symmetry, include_v4=include_v4))
+        for one in ensembles
+    ]
     means, errors = np.array(found).T
     assert abs(means.mean() - target) < 3.5 * np.hypot(means.std() / np.sqrt(runs), small)
-    # the auxiliary spring is exact here, so that its part of the error bar, most of it with the fourth order, is not in the scatter
+    # the auxiliary spring is exact here, so that its part of the error bar, most of it with the
+    # fourth order, is not in the scatter
     assert (0.15 if include_v4 else 0.4) < (means - target).std() / errors.mean() < 1.2
-    assert errors.mean() == pytest.approx(10.0 * small, rel=0.2), "a hundred times the configurations, a tenth of the error"
+    assert errors.mean() == pytest.approx(10.0 * small, rel=0.2), (
+        "a hundred times the configurations, a tenth of the error"
+    )
     if not include_v4:
-        plain = [free_energy_hessian(state, one, symmetry, unbiased=False, errors=False) for one in ensembles]
+        plain = [
+            free_energy_hessian(state, one, symmetry, unbiased=False, errors=False)
+            for one in ensembles
+        ]
         assert np.all([hessian.squares[0].sum() / 3.0 for hessian in plain] < means)
 
 
 @pytest.mark.parametrize("include_v4", [False, True])
 def test_a_pair_moves_the_frequencies_as_the_error_bars_say(include_v4):
-    """Leaving out a pair changes every squared frequency by minus its contribution over the number of the others."""
+    """Leaving out a pair changes every squared frequency by minus its contribution over the number
+    of the others."""
     model = SkewPair()
     state, _ = pair_state(model, 0.0)
     ensemble = model.ensemble(state, 8000)
@@ -272,10 +368,15 @@ def test_a_pair_moves_the_frequencies_as_the_error_bars_say(include_v4):
     rows = Rows(modes, data, representation, 0.0, include_v4)
     tensor, _ = tensors(modes, data, representation, False)
     told = contributions(found, modes, data, 0, rows.of(tensor, 0))[0][:12, 3:] * HBAR**2
-    told -= contributions(found, modes, data, 0, rows.of(tensor, 0))[0][:, 3:].mean(axis=0) * HBAR**2
+    told -= (
+        contributions(found, modes, data, 0, rows.of(tensor, 0))[0][:, 3:].mean(axis=0) * HBAR**2
+    )
     seen = []
     for pair in range(12):
-        left = [np.delete(values, [2 * pair, 2 * pair + 1], axis=0) for values in vars(ensemble).values()]
+        left = [
+            np.delete(values, [2 * pair, 2 * pair + 1], axis=0)
+            for values in vars(ensemble).values()
+        ]
         without = free_energy_hessian(state, Ensemble(*left), alone, **options)
         seen.append(-(without.squares - found.squares)[0, 3:].sum() * 3999)
     assert told.sum(axis=1) == pytest.approx(np.array(seen), abs=0.1 * np.abs(seen).max())
@@ -286,27 +387,39 @@ def test_a_harmonic_crystal_has_its_own_frequencies_and_is_stable():
     calculator = as_evaluator(LatticeSprings())
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     symmetry = Symmetry(atoms, (3, 3, 3))
-    state = SschaState(atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 100.0)
+    state = SschaState(
+        atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 100.0
+    )
     found = free_energy_hessian(state, evaluated(state, calculator, 20), symmetry)
     assert found.force_constants == pytest.approx(state.force_constants, abs=1e-9)
-    assert found.quantum == pytest.approx(np.sort(LatticeSprings().quanta(found.points, atoms.get_masses()[0]), axis=1), abs=2e-7)
+    assert found.hbar_omega == pytest.approx(
+        np.sort(LatticeSprings().quanta(found.points, atoms.get_masses()[0]), axis=1), abs=2e-7
+    )
     assert (found.status, found.probability_stable) == ("stable", 1.0)
     assert found.errors is not None and found.errors.max() < 1e-10
 
 
 def test_symmetry_makes_equal_what_is_equal():
     state = start(hcp(), (3, 3, 1), 300.0)
-    found = free_energy_hessian(state, evaluated(state, EV, 40), Symmetry(state.atoms, state.repeats))
+    found = free_energy_hessian(
+        state, evaluated(state, EV, 40), Symmetry(state.atoms, state.supercell_matrix)
+    )
     for star in np.unique(found.star):
         members = np.flatnonzero(found.star == star)
-        assert found.squares[members] == pytest.approx(np.tile(found.squares[members[0]], (len(members), 1)), abs=1e-10)
-        assert found.errors[members] == pytest.approx(np.tile(found.errors[members[0]], (len(members), 1)))
+        assert found.squares[members] == pytest.approx(
+            np.tile(found.squares[members[0]], (len(members), 1)), abs=1e-10
+        )
+        assert found.errors[members] == pytest.approx(
+            np.tile(found.errors[members[0]], (len(members), 1))
+        )
     assert np.bincount(found.star).tolist() == [1, 6, 2], "Gamma, the six around it, and K"
 
 
 def test_without_symmetry_a_mode_at_minus_q_is_the_one_at_q():
     state = start(no_symmetry(), (3, 1, 1), 300.0)
-    found = free_energy_hessian(state, evaluated(state, EV, 20), Symmetry(state.atoms, state.repeats))
+    found = free_energy_hessian(
+        state, evaluated(state, EV, 20), Symmetry(state.atoms, state.supercell_matrix)
+    )
     assert found.star.tolist() == [0, 1, 1]
     assert np.all(found.errors[1] > 0)
     assert found.errors[2] == pytest.approx(found.errors[1])
@@ -319,7 +432,18 @@ def made(squares: list[float], errors: list[float] | None) -> Hessian:
     values = np.array([[0.0, 0.0, 0.0], squares])
     bars = None if errors is None else np.array([[0.0, 0.0, 0.0], errors])
     points, vectors = np.array([[0.0, 0, 0], [0.5, 0, 0]]), np.zeros((2, 3, 3))
-    return Hessian(state, state.force_constants, points, values, bars, vectors, np.array([0, 1]), 10, False, True)
+    return Hessian(
+        state,
+        state.force_constants,
+        points,
+        values,
+        bars,
+        vectors,
+        np.array([0, 1]),
+        10,
+        False,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,13 +472,17 @@ def test_a_state_with_imaginary_modes_is_refused():
 
 
 def test_response_of_equal_and_of_nearly_equal_quanta_is_the_derivative_of_the_variance():
-    quantum = np.array([0.03, 0.03 * (1 + 1e-9), 0.05])
+    hbar_omega = np.array([0.03, 0.03 * (1 + 1e-9), 0.05])
     for temperature in (0.0, 20.0, 3000.0):
-        response = static_response(quantum, temperature)
-        step = 1e-4 * quantum[0]
-        a, b = (variance(np.array([quantum[0] + shift]), temperature)[0] for shift in (-step, step))
-        slope = (b - a) / (((quantum[0] + step) ** 2 - (quantum[0] - step) ** 2) / HBAR**2)
+        response = static_response(hbar_omega, temperature)
+        step = 1e-4 * hbar_omega[0]
+        a, b = (
+            variance(np.array([hbar_omega[0] + shift]), temperature)[0] for shift in (-step, step)
+        )
+        slope = (b - a) / (((hbar_omega[0] + step) ** 2 - (hbar_omega[0] - step) ** 2) / HBAR**2)
         assert response[0, 0] == pytest.approx(0.5 * slope, rel=1e-6)
         assert response[0, 1] == pytest.approx(response[0, 0], rel=1e-7)
-        one, other = variance(quantum[[0, 2]], temperature)
-        assert response[0, 2] == pytest.approx(0.5 * (one - other) / ((quantum[0] ** 2 - quantum[2] ** 2) / HBAR**2), rel=1e-9)
+        one, other = variance(hbar_omega[[0, 2]], temperature)
+        assert response[0, 2] == pytest.approx(
+            0.5 * (one - other) / ((hbar_omega[0] ** 2 - hbar_omega[2] ** 2) / HBAR**2), rel=1e-9
+        )

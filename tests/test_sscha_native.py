@@ -1,4 +1,5 @@
-"""The native engine: the numbers of python-sscha on the same ensemble, exact minima, and error bars that keep their word."""
+"""The native engine: the numbers of python-sscha on the same ensemble, exact minima, and error bars
+that keep their word."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_tran
 from magus_anharmonic.sscha.result import NoFolder
 from magus_anharmonic.sscha.reweight import Pool, ratio_error
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.sampling import draw
+from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -28,18 +29,22 @@ from magus_anharmonic.units import HBAR, KELVIN, RYDBERG
 
 EV = as_evaluator(EMT())
 SAMPLING_BOLTZMANN = 6.336857346553283e-06
-"""Ry/K, in python-sscha's get_upsilon_matrix.f90; 5e-4 more than the one in its harmonic free energy."""
+"""Ry/K, in python-sscha's get_upsilon_matrix.f90; 5e-4 more than the one in its harmonic free
+energy."""
 
 
-def low_symmetry(repeats: tuple[int, int, int], temperature: float) -> SschaState:
+def low_symmetry(supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
     """Three atoms of two elements without symmetry, with force constants that fit them roughly."""
     atoms = Atoms(
-        "CuAu2", positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]], cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]], pbc=True
+        "CuAu2",
+        positions=[[0, 0, 0], [1.9, 1.8, 0.2], [0.1, 1.9, 2.0]],
+        cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]],
+        pbc=True,
     )
-    symmetry = Symmetry(atoms, repeats)
-    harmonic = harmonic_force_constants(atoms, repeats, symmetry, EV)
+    symmetry = Symmetry(atoms, supercell_matrix)
+    harmonic = harmonic_force_constants(atoms, supercell_matrix, symmetry, EV)
     harmonic[0] += 4.0 * np.einsum("ab,ij->abij", np.eye(3), np.eye(3))
-    return SschaState(atoms, repeats, symmetry.force_constants(harmonic), temperature)
+    return SschaState(atoms, supercell_matrix, symmetry.force_constants(harmonic), temperature)
 
 
 def moved(state: SschaState) -> SschaState:
@@ -55,29 +60,35 @@ def trial_of(pool: Pool, state: SschaState):
     return pool.trial(shift, pool.reciprocal.matrices(state.force_constants))
 
 
-@pytest.mark.parametrize("repeats", [(2, 2, 1), (1, 3, 2)], ids=["real", "complex"])
-def test_modes_and_gaussian_in_reciprocal_space_are_those_of_the_supercell(repeats):
-    state = low_symmetry(repeats, 300.0)
-    reciprocal = Reciprocal(repeats)
+@pytest.mark.parametrize("supercell_matrix", [(2, 2, 1), (1, 3, 2)], ids=["real", "complex"])
+def test_modes_and_gaussian_in_reciprocal_space_are_those_of_the_supercell(supercell_matrix):
+    state = low_symmetry(supercell_matrix, 300.0)
+    reciprocal = Reciprocal(supercell_matrix)
     matrices = reciprocal.matrices(state.force_constants)
     spectrum = Spectrum.of(matrices, state.atoms.get_masses(), reciprocal, 300.0)
     each = np.repeat(
-        spectrum.quantum[spectrum.real], np.broadcast_to(reciprocal.weights[:, None], spectrum.real.shape)[spectrum.real].astype(int)
+        spectrum.hbar_omega[spectrum.real],
+        np.broadcast_to(reciprocal.weights[:, None], spectrum.real.shape)[spectrum.real].astype(
+            int
+        ),
     )
-    assert reciprocal.weights.sum() == np.prod(repeats)
-    assert np.sort(each) == pytest.approx(state.modes.quantum, rel=1e-10)
+    assert reciprocal.weights.sum() == np.prod(supercell_matrix)
+    assert np.sort(each) == pytest.approx(state.modes.hbar_omega, rel=1e-10)
     assert reciprocal.compact(matrices) == pytest.approx(state.force_constants, abs=1e-12)
     from magus_anharmonic.sscha.state import expand
 
-    assert expand(reciprocal.compact(spectrum.precision), repeats) == pytest.approx(
+    assert expand(reciprocal.compact(spectrum.precision), supercell_matrix) == pytest.approx(
         state.precision, abs=1e-9 * np.abs(state.precision).max()
     )
     assert spectrum.free_energy == pytest.approx(state.harmonic_free_energy, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
-def test_weights_free_energy_gradients_and_stress_equal_python_sscha(temperature, tmp_path, monkeypatch):
-    """With python-sscha's own constants: its bohr, and its two values of Boltzmann's (sampling and free energy)."""
+def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
+    temperature, tmp_path, monkeypatch
+):
+    """With python-sscha's own constants: its bohr, and its two values of Boltzmann's (sampling and
+    free energy)."""
     with python_sscha.quiet(tmp_path / "log"):
         import cellconstructor as CC
         import cellconstructor.Units
@@ -86,14 +97,14 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(temperature
     monkeypatch.setattr(python_sscha, "AMU_IN_RYDBERG_MASS", RYDBERG * bohr**2 / HBAR**2)
     sampling = temperature * SAMPLING_BOLTZMANN * RYDBERG / KELVIN
     harmonic = temperature * CC.Units.K_B / CC.Units.RY_TO_EV * RYDBERG / KELVIN
-    repeats = (2, 1, 2)
-    state = low_symmetry(repeats, temperature)
-    drawn = evaluated(state, EV, 60)
+    supercell_matrix = (2, 1, 2)
+    state = low_symmetry(supercell_matrix, temperature)
+    sampled = evaluated(state, EV, 60)
     target = moved(state)
-    pool = Pool([(replace(state, temperature=sampling), drawn)])
+    pool = Pool([(replace(state, temperature=sampling), sampled)])
     ours = pool.at(trial_of(pool, target))
     with python_sscha.quiet(tmp_path / "log"):
-        loaded = python_sscha.to_ensemble(state, drawn)
+        loaded = python_sscha.to_ensemble(state, sampled)
         loaded.update_weights(python_sscha.to_phonons(target), temperature)
         energy, error = loaded.get_free_energy(return_error=True)
         gradient = np.array(loaded.get_preconditioned_gradient(True))
@@ -101,33 +112,43 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(temperature
         stress = python_sscha._reweighted_stress(loaded)
         q = python_sscha.fractional_q(loaded.dyn_0)
     # up to a factor: the determinant in python-sscha has a third Boltzmann constant
-    assert ours.weights / ours.weights.sum() == pytest.approx(loaded.rho / loaded.rho.sum(), rel=1e-10)
-    exchanged = replace(target, temperature=harmonic).harmonic_free_energy - replace(target, temperature=sampling).harmonic_free_energy
-    expected = energy * RYDBERG / 4 + drawn.energies.mean() / 4
-    assert ours.helmholtz + exchanged == pytest.approx(expected, abs=1e-10)
-    excess = (drawn.energies - drawn.energies.mean()) - 0.5 * np.einsum(
-        "ci,ij,cj->c", *(_about(state, target, drawn), target.full, _about(state, target, drawn))
+    assert ours.weights / ours.weights.sum() == pytest.approx(
+        loaded.rho / loaded.rho.sum(), rel=1e-10
     )
-    assert ratio_error(ours.weights, excess, pairs=False) == pytest.approx(error * RYDBERG, rel=1e-8)
+    exchanged = (
+        replace(target, temperature=harmonic).harmonic_free_energy
+        - replace(target, temperature=sampling).harmonic_free_energy
+    )
+    expected = energy * RYDBERG / 4 + sampled.energies.mean() / 4
+    assert ours.helmholtz + exchanged == pytest.approx(expected, abs=1e-10)
+    excess = (sampled.energies - sampled.energies.mean()) - 0.5 * np.einsum(
+        "ci,ij,cj->c",
+        *(_about(state, target, sampled), target.full, _about(state, target, sampled)),
+    )
+    assert ratio_error(ours.weights, excess, pairs=False) == pytest.approx(
+        error * RYDBERG, rel=1e-8
+    )
     assert force * RYDBERG == pytest.approx(ours.force, abs=1e-10)
     assert ours.stress == pytest.approx(stress, abs=1e-10)
-    symmetry = Symmetry(state.atoms, repeats)
-    theirs = symmetry.force_constants(inverse_fourier(gradient * RYDBERG / bohr**2, repeats, q))
+    symmetry = Symmetry(state.atoms, supercell_matrix)
+    theirs = symmetry.force_constants(
+        inverse_fourier(gradient * RYDBERG / bohr**2, supercell_matrix, q)
+    )
     mine = pool.reciprocal.compact(without_translations(ours.curvature))
     assert -mine == pytest.approx(theirs, abs=1e-10 * np.abs(theirs).max())
 
 
-def _about(state: SschaState, target: SschaState, drawn: Ensemble) -> np.ndarray:
+def _about(state: SschaState, target: SschaState, sampled: Ensemble) -> np.ndarray:
     shift = np.tile(target.atoms.positions - state.atoms.positions, (state.n_cells, 1))
-    return (drawn.displacements - shift).reshape(len(drawn.energies), -1)
+    return (sampled.displacements - shift).reshape(len(sampled.energies), -1)
 
 
 def test_reweighting_to_the_state_that_was_sampled_gives_the_plain_averages():
     state = low_symmetry((1, 3, 1), 300.0)
-    drawn = evaluated(state, EV, 40)
-    symmetry = Symmetry(state.atoms, state.repeats)
-    pool = Pool([(state, drawn)])
-    found, plain = pool.at(pool.own), average(state, drawn, symmetry)
+    sampled = evaluated(state, EV, 40)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    pool = Pool([(state, sampled)])
+    found, plain = pool.at(pool.own), average(state, sampled, symmetry)
     assert found.effective_sample == pytest.approx(40.0, rel=1e-10)
     assert found.helmholtz == pytest.approx(plain.helmholtz, abs=1e-11)
     assert found.helmholtz_error == pytest.approx(plain.helmholtz_error, rel=1e-9)
@@ -136,18 +157,24 @@ def test_reweighting_to_the_state_that_was_sampled_gives_the_plain_averages():
 
 
 def test_two_populations_are_one_sample_of_their_mixture():
-    """Weights of a mixture have the mean one for any state that the mixture covers, and reproduce moments of that state."""
+    """Weights of a mixture have the mean one for any state that the mixture covers, and reproduce
+    moments of that state."""
     model = AnharmonicCell()
     first = model.start(0.0)
     second = moved(replace(first, force_constants=0.8 * first.force_constants))
-    populations = [(state, draw(state, 4000, [1, k], model, "test")) for k, state in enumerate((first, second))]
+    populations = [
+        (state, sample_ensemble(state, 4000, [1, k], model, "test"))
+        for k, state in enumerate((first, second))
+    ]
     middle = replace(second, force_constants=0.9 * first.force_constants)
     pool = Pool(populations)
     together, alone = pool.at(trial_of(pool, middle)), Pool(populations[:1])
     alone_found = alone.at(trial_of(alone, middle))
     assert together.weights.mean() == pytest.approx(1.0, abs=0.05)
     assert together.effective_sample > 1.2 * alone_found.effective_sample
-    assert together.helmholtz == pytest.approx(model.free_energy(middle), abs=4.0 * together.helmholtz_error)
+    assert together.helmholtz == pytest.approx(
+        model.free_energy(middle), abs=4.0 * together.helmholtz_error
+    )
 
 
 @pytest.mark.parametrize("cubic", [False, True], ids=["P1", "cubic"])
@@ -158,25 +185,37 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
     state, populations = model.start(temperature), []
     symmetry = Symmetry(model.atoms, (1, 1, 1))
     for number in range(4):
-        populations.append((state, draw(state, 400, [3, number], model, "test")))
+        populations.append((state, sample_ensemble(state, 400, [3, number], model, "test")))
         found = engines.minimise(populations, symmetry, min_effective_sample=0.4)
         state = found.state
     assert found.converged and found.n_steps < 10
     excess = model.free_energy(state) - exact
-    assert 0.0 <= excess + 1e-12 < 2e-3 < 0.02 < model.free_energy(model.start(temperature)) - exact + 0.015
-    assert state.modes.quantum == pytest.approx(best.modes.quantum, rel=0.1)
-    assert symmetry.force_constants(state.force_constants) == pytest.approx(state.force_constants, abs=1e-10)
+    assert (
+        0.0
+        <= excess + 1e-12
+        < 2e-3
+        < 0.02
+        < model.free_energy(model.start(temperature)) - exact + 0.015
+    )
+    assert state.modes.hbar_omega == pytest.approx(best.modes.hbar_omega, rel=0.1)
+    assert symmetry.force_constants(state.force_constants) == pytest.approx(
+        state.force_constants, abs=1e-10
+    )
 
 
 def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = draw(state, 600, [9], model, "test")
-    symmetry = Symmetry(state.atoms, state.repeats)
-    ours = engines.minimise([(state, drawn)], symmetry, min_effective_sample=0.1)
-    theirs = python_sscha.minimise(state, drawn, symmetry, min_effective_sample=0.1, log=tmp_path / "log")
+    sampled = sample_ensemble(state, 600, [9], model, "test")
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    ours = engines.minimise([(state, sampled)], symmetry, min_effective_sample=0.1)
+    theirs = python_sscha.minimise(
+        state, sampled, symmetry, min_effective_sample=0.1, log=tmp_path / "log"
+    )
     assert ours.converged
-    assert ours.state.force_constants == pytest.approx(theirs.state.force_constants, abs=0.06 * np.abs(ours.state.force_constants).max())
+    assert ours.state.force_constants == pytest.approx(
+        theirs.state.force_constants, abs=0.06 * np.abs(ours.state.force_constants).max()
+    )
     assert ours.fc_gradient < theirs.fc_gradient
     assert ours.n_steps < theirs.n_steps
 
@@ -184,8 +223,10 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
 def test_a_minimisation_goes_as_far_as_its_sample_reaches():
     model = AnharmonicCell()
     far = replace(model.start(0.0), force_constants=3.0 * model.start(0.0).force_constants)
-    drawn = draw(far, 200, [2], model, "test")
-    found = engines.minimise([(far, drawn)], Symmetry(far.atoms, far.repeats), min_effective_sample=0.5)
+    sampled = sample_ensemble(far, 200, [2], model, "test")
+    found = engines.minimise(
+        [(far, sampled)], Symmetry(far.atoms, far.supercell_matrix), min_effective_sample=0.5
+    )
     assert not found.converged
     assert 0.5 <= found.effective_sample < 0.62
     assert model.free_energy(found.state) < model.free_energy(far)
@@ -194,22 +235,37 @@ def test_a_minimisation_goes_as_far_as_its_sample_reaches():
 def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = draw(state, 4, [2], model, "test")
-    hopeless = replace(drawn, forces=1e5 * drawn.forces)
+    sampled = sample_ensemble(state, 4, [2], model, "test")
+    hopeless = replace(sampled, forces=1e5 * sampled.forces)
     with pytest.raises(SschaError, match="sample size collapses"):
-        engines.minimise([(state, hopeless)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.9)
-    nan = replace(drawn, energies=drawn.energies, forces=np.full_like(drawn.forces, np.nan))
+        engines.minimise(
+            [(state, hopeless)],
+            Symmetry(state.atoms, state.supercell_matrix),
+            min_effective_sample=0.9,
+        )
+    nan = replace(sampled, energies=sampled.energies, forces=np.full_like(sampled.forces, np.nan))
     with pytest.raises(SschaError, match="not a usable number"):
-        engines.minimise([(state, nan)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.5)
+        engines.minimise(
+            [(state, nan)], Symmetry(state.atoms, state.supercell_matrix), min_effective_sample=0.5
+        )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cubic", [False, pytest.param(True, marks=pytest.mark.full)], ids=["P1", "cubic"])
+@pytest.mark.parametrize(
+    "cubic", [False, pytest.param(True, marks=pytest.mark.full)], ids=["P1", "cubic"]
+)
 def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
-    """200 whole runs, each from a poor start; and what the ensemble of the minimisation would have said: too low."""
+    """200 whole runs, each from a poor start; and what the ensemble of the minimisation would have
+    said: too low."""
     model = AnharmonicCell(cubic)
     exact, best = model.minimum(0.0)
-    options = dict(cell="fixed", supercell=(1, 1, 1), n_configs=400, start=model.start(0.0), reference_spacing=1.0)
+    options = dict(
+        cell="fixed",
+        supercell=(1, 1, 1),
+        n_configs=400,
+        start=model.start(0.0),
+        reference_spacing=1.0,
+    )
     runs = [free_energy(model.atoms, model, seed=seed, **options) for seed in range(200)]
     pulls = np.array([(run.gibbs_raw - exact / 8) / run.gibbs_error for run in runs])
     assert all(run.converged for run in runs)
@@ -222,9 +278,11 @@ def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
 
 def _own_ensemble(model: AnharmonicCell, state: SschaState, exact: float, seed: int) -> float:
     """(F - exact) / sigma as a minimisation reports it that begins at the exact minimum."""
-    drawn = draw(state, 400, [seed, 5], model, "test")
-    found = engines.minimise([(state, drawn)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.3)
-    pool = Pool([(state, drawn)])
+    sampled = sample_ensemble(state, 400, [seed, 5], model, "test")
+    found = engines.minimise(
+        [(state, sampled)], Symmetry(state.atoms, state.supercell_matrix), min_effective_sample=0.3
+    )
+    pool = Pool([(state, sampled)])
     averages = pool.at(trial_of(pool, found.state))
     return (averages.helmholtz - exact) / averages.helmholtz_error
 
@@ -244,7 +302,9 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
     error, state = run.averages.helmholtz_error, run.state
     result = run.finish(1600)
     assert result.status == "converged" and result.n_evaluations >= spent + 1600
-    assert np.array_equal(result.force_constants, state.force_constants), "the numbers are of the state that was found"
+    assert np.array_equal(result.force_constants, state.force_constants), (
+        "the numbers are of the state that was found"
+    )
     assert result.gibbs_error * 2 < 0.6 * error, "both ensembles of that state count"
     masses = atoms.get_masses()
     exact = QuarticPair().scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
@@ -253,10 +313,14 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
 
 def test_populations_on_the_way_are_small_and_never_the_result():
     atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
-    result = free_energy(atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=600, max_populations=9)
+    result = free_energy(
+        atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=600, max_populations=9
+    )
     assert result.converged
     assert result.n_evaluations < 600 * result.n_populations
-    short = free_energy(atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=600, max_populations=1)
+    short = free_energy(
+        atoms, QuarticPair(), cell="fixed", supercell=(1, 1, 1), n_configs=600, max_populations=1
+    )
     assert short.status == "unconverged" and short.n_evaluations < 600
 
 
@@ -268,7 +332,8 @@ H3S_CELLS = {
     "C2/m (12)": (0.0, SHEAR),
     "P1 (1)": (0.05, SLANT),
 }
-"""Shift of the hydrogens from the bond centres (A) and strain; strained cells stay fixed, for they would relax to Im-3m."""
+"""Shift of the hydrogens from the bond centres (A) and strain; strained cells stay fixed, for they
+would relax to Im-3m."""
 
 
 @pytest.mark.full
@@ -284,8 +349,14 @@ def test_both_engines_relax_h3s_to_the_same_free_energy_and_space_group(h3s, gro
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
         options |= dict(cell="fixed", max_populations=8, n_configs=100)
     ours, theirs = (
-        free_energy(atoms, potential, 150.0, engine=engine, seed=seed, **options) for seed, engine in enumerate(("native", "python-sscha"))
+        free_energy(atoms, potential, 150.0, engine=engine, seed=seed, **options)
+        for seed, engine in enumerate(("native", "python-sscha"))
     )
-    assert ours.space_group_start == theirs.space_group_start and ours.space_group == theirs.space_group
+    assert (
+        ours.space_group_start == theirs.space_group_start
+        and ours.space_group == theirs.space_group
+    )
     assert strain is None or ours.space_group_start == group, "of the structure that was asked for"
-    assert ours.gibbs_raw == pytest.approx(theirs.gibbs_raw, abs=3.0 * np.hypot(ours.gibbs_error, theirs.gibbs_error) + 2e-4)
+    assert ours.gibbs_raw == pytest.approx(
+        theirs.gibbs_raw, abs=3.0 * np.hypot(ours.gibbs_error, theirs.gibbs_error) + 2e-4
+    )

@@ -1,4 +1,5 @@
-"""phonopy's own SSCHA as an oracle: another code, another fit of the force constants (symfc), no reweighting, no common line."""
+"""phonopy's own SSCHA as an oracle: another code, another fit of the force constants (symfc), no
+reweighting, no common line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 
-REPEATS = (2, 2, 2)
+SUPERCELL_MATRIX = (2, 2, 2)
 CRYSTAL = crystal((3.0,) * 3, 0.6, 0.1, -0.3, 1.5)
 MODEL = Crystals([CRYSTAL])
 POINTS = np.array([[0, 0, 0], [0.5, 0, 0], [0.5, 0.5, 0], [0.5, 0.5, 0.5]])
@@ -36,39 +37,66 @@ def phonopys(n_snapshots: int, n_iterations: int):
     from phonopy.structure.atoms import PhonopyAtoms
 
     atoms = CRYSTAL.atoms
-    cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), cell=atoms.cell.array, positions=atoms.positions, masses=atoms.get_masses())
-    start = Phonopy(cell, supercell_matrix=np.diag(REPEATS), primitive_matrix=np.eye(3))
+    cell = PhonopyAtoms(
+        symbols=atoms.get_chemical_symbols(),
+        cell=atoms.cell.array,
+        positions=atoms.positions,
+        masses=atoms.get_masses(),
+    )
+    start = Phonopy(cell, supercell_matrix=np.diag(SUPERCELL_MATRIX), primitive_matrix=np.eye(3))
     return MLPSSCHA(
-        start, AsMlp(), temperature=TEMPERATURE, number_of_snapshots=n_snapshots, max_iterations=n_iterations, random_seed=1
+        start,
+        AsMlp(),
+        temperature=TEMPERATURE,
+        number_of_snapshots=n_snapshots,
+        max_iterations=n_iterations,
+        random_seed=1,
     ).run()
 
 
 def their_squares(sscha) -> np.ndarray:
-    """(iterations, points, modes) squared frequencies in phonopy's unit of the force constants that each iteration sampled."""
+    """(iterations, points, modes) squared frequencies in phonopy's unit of the force constants that
+    each iteration sampled."""
     from phonopy.harmonic.force_constants import compact_fc_to_full_fc
 
     found = []
     for compact in sscha.to_trace(all_force_constants=True).force_constants_history:
         sscha.phonopy.force_constants = compact_fc_to_full_fc(sscha.phonopy.primitive, compact)
-        found.append([np.linalg.eigvalsh(sscha.phonopy.get_dynamical_matrix_at_q(q)) for q in POINTS])
+        found.append(
+            [np.linalg.eigvalsh(sscha.phonopy.get_dynamical_matrix_at_q(q)) for q in POINTS]
+        )
     return np.array(found)
 
 
 def our_squares(force_constants: np.ndarray) -> np.ndarray:
     """(points, modes) the same of compact force constants: eV/A^2/amu in both codes."""
     root = np.sqrt(np.repeat(CRYSTAL.atoms.get_masses(), 3))
-    return np.array([np.linalg.eigvalsh(matrix / np.outer(root, root)) for matrix in fourier(force_constants, REPEATS, POINTS)])
+    return np.array(
+        [
+            np.linalg.eigvalsh(matrix / np.outer(root, root))
+            for matrix in fourier(force_constants, SUPERCELL_MATRIX, POINTS)
+        ]
+    )
 
 
 def ours(seed: int, n_configs: int = 400) -> SschaResult:
     return free_energy(
-        CRYSTAL.atoms, MODEL, 0.0, TEMPERATURE, supercell=REPEATS, cell="fixed", n_configs=n_configs, seed=seed, free_energy_tolerance=1e-4
+        CRYSTAL.atoms,
+        MODEL,
+        0.0,
+        TEMPERATURE,
+        supercell=SUPERCELL_MATRIX,
+        cell="fixed",
+        n_configs=n_configs,
+        seed=seed,
+        free_energy_tolerance=1e-4,
     )
 
 
 @pytest.mark.slow
 def test_self_consistent_force_constants_and_free_energy_equal_phonopys():
-    """Centroids stay where symmetry holds them, the cell is fixed: then phonopy's fixed point is the minimum of SSCHA."""
+    """Centroids stay where symmetry holds them, the cell is fixed: then phonopy's fixed point is
+    the minimum of SSCHA."""
     sscha = phonopys(400, 12)
     # the first iterations are on the way from the harmonic force constants
     theirs, results = their_squares(sscha)[4:], [ours(seed) for seed in range(4)]
@@ -79,9 +107,15 @@ def test_self_consistent_force_constants_and_free_energy_equal_phonopys():
     assert error.max() < 0.01 * scale
     assert np.abs(difference[0, :3]).max() < 1e-6 * scale, "acoustic modes at Gamma"
     assert np.all(np.abs(difference) <= 4.5 * error + 1e-6 * scale)
-    bare = SschaState(CRYSTAL.atoms, REPEATS, np.zeros((8, 2, 2, 3, 3)), 0.0)
-    harmonic = our_squares(harmonic_force_constants(bare.atoms, REPEATS, Symmetry(bare.atoms, REPEATS), MODEL))
-    assert np.abs(mine.mean(axis=0) - harmonic).max() > 20.0 * error.max(), "anharmonicity is what is compared"
+    stripped = SschaState(CRYSTAL.atoms, SUPERCELL_MATRIX, np.zeros((8, 2, 2, 3, 3)), 0.0)
+    harmonic = our_squares(
+        harmonic_force_constants(
+            stripped.atoms, SUPERCELL_MATRIX, Symmetry(stripped.atoms, SUPERCELL_MATRIX), MODEL
+        )
+    )
+    assert np.abs(mine.mean(axis=0) - harmonic).max() > 20.0 * error.max(), (
+        "anharmonicity is what is compared"
+    )
 
     energies = np.array([step.free_energy for step in sscha.history[4:]]) / len(CRYSTAL.atoms)
     found = np.array([result.gibbs for result in results])

@@ -1,4 +1,5 @@
-"""Rotating molecules are told apart from stiff ones, because a Cartesian Gaussian overestimates their free energy."""
+"""Rotating molecules are told apart from stiff ones, because a Cartesian Gaussian overestimates
+their free energy."""
 
 from __future__ import annotations
 
@@ -11,21 +12,29 @@ from magus_anharmonic.sscha.warnings import LARGE_LIBRATION, librations, rotatio
 from magus_anharmonic.units import HBAR
 
 
-def hydrogen_molecule(stretch: float, tilt: float, bond: float = 0.74, symbols: str = "H2") -> SschaState:
-    """One molecule along x per cubic cell; springs (eV/A^2) along and across the bond, and to fixed sites (weak, both atoms)."""
-    atoms = Atoms(symbols, positions=[[1.0, 1.0, 1.0], [1.0 + bond, 1.0, 1.0]], cell=[4.0, 4.0, 4.0], pbc=True)
+def hydrogen_molecule(
+    stretch: float, tilt: float, bond: float = 0.74, symbols: str = "H2"
+) -> SschaState:
+    """One molecule along x per cubic cell; springs (eV/A^2) along and across the bond, and to fixed
+    sites (weak, both atoms)."""
+    atoms = Atoms(
+        symbols, positions=[[1.0, 1.0, 1.0], [1.0 + bond, 1.0, 1.0]], cell=[4.0, 4.0, 4.0], pbc=True
+    )
     spring = np.diag([stretch, tilt, tilt])
     block = np.stack([np.stack([spring, -spring]), np.stack([-spring, spring])])
     return SschaState(atoms, (1, 1, 1), block[None], 0.0)
 
 
 def test_the_angle_is_that_of_a_two_dimensional_oscillator() -> None:
-    """<u_perp^2> per direction of the relative motion: hbar / (2 mu omega), mu = m / 2, omega^2 = k / mu."""
+    """<u_perp^2> per direction of the relative motion: hbar / (2 mu omega), mu = m / 2, omega^2 = k
+    / mu."""
     state = hydrogen_molecule(stretch=30.0, tilt=1.0)
     reduced = state.atoms.get_masses()[0] / 2.0
     expected = np.sqrt(HBAR / (2.0 * np.sqrt(1.0 * reduced))) / 0.74
     ((unit, bond, angle),) = librations(state)
-    assert (unit, bond) == ("H2", pytest.approx(0.74)) and angle == pytest.approx(expected, rel=1e-10)
+    assert (unit, bond) == ("H2", pytest.approx(0.74)) and angle == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 def test_the_angle_is_that_of_the_sampled_molecules() -> None:
@@ -40,7 +49,9 @@ def test_soft_librations_are_flagged_and_stiff_or_long_bonds_are_not() -> None:
     assert librations(soft)[0][2] > LARGE_LIBRATION > librations(stiff)[0][2]
     assert rotation_warning(soft).startswith("rotating H2 units (1 bonds of 0.74 A, libration ")
     assert rotation_warning(stiff) == ""
-    assert librations(hydrogen_molecule(30.0, 0.2, bond=1.0)) == [], "metallic hydrogen has no molecules"
+    assert librations(hydrogen_molecule(30.0, 0.2, bond=1.0)) == [], (
+        "metallic hydrogen has no molecules"
+    )
 
 
 def test_a_molecule_across_the_cell_boundary_is_one_molecule() -> None:
@@ -49,7 +60,9 @@ def test_a_molecule_across_the_cell_boundary_is_one_molecule() -> None:
     moved.positions[:, 0] -= 1.0 + 0.37
     moved.wrap()
     across = SschaState(moved, (1, 1, 1), state.force_constants, 0.0)
-    assert np.allclose([entry[1:] for entry in librations(across)], [entry[1:] for entry in librations(state)])
+    assert np.allclose(
+        [entry[1:] for entry in librations(across)], [entry[1:] for entry in librations(state)]
+    )
 
 
 def test_carbon_with_hydrogen_counts_too() -> None:

@@ -1,4 +1,5 @@
-"""Saddle points among the lowest phases: found by the Hessian, followed into the subgroup, and out of the ranking."""
+"""Saddle points among the lowest phases: found by the Hessian, followed into the subgroup, and out
+of the ranking."""
 
 from __future__ import annotations
 
@@ -26,21 +27,45 @@ from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.state import SschaState, fourier
-from magus_anharmonic.sscha.unstable import Sublattice, down_the_mode, larger_cell, real_patterns, simple_directions
+from magus_anharmonic.sscha.unstable import (
+    Sublattice,
+    down_the_mode,
+    larger_cell,
+    real_patterns,
+    simple_directions,
+)
 from magus_anharmonic.structures import space_group, structure_id
 
 SADDLE, MINIMUM = HydrogenBond(-4.0, 10.0, 14.0), HydrogenBond(1.0, 8.0, 3.0)
 
 
 def keys(**sscha: object) -> Settings:
-    common = {"supercell": [1, 1, 1], "cell": "fixed", "n_configs": 6000, "max_populations": 12, "allocation": "fixed"}
+    common = {
+        "supercell": [1, 1, 1],
+        "cell": "fixed",
+        "n_configs": 6000,
+        "max_populations": 12,
+        "allocation": "fixed",
+    }
     return parse_settings({"Fitness": ["SSCHA"], "sscha": {**common, **sscha}})
 
 
-def ranked(model: HydrogenBond | RockSaltWells, folder: Path, settings: Settings, structures: list[Atoms] | None = None) -> list[Candidate]:
+def ranked(
+    model: HydrogenBond | RockSaltWells,
+    folder: Path,
+    settings: Settings,
+    structures: list[Atoms] | None = None,
+) -> list[Candidate]:
     population = structures or [model.crystal()]
     reevaluate(population, model, settings)
-    return rank(population, evaluator=model, settings=settings, run_dir=folder, free_energy=free_energy, workers=1)
+    return rank(
+        population,
+        evaluator=model,
+        settings=settings,
+        run_dir=folder,
+        free_energy=free_energy,
+        workers=1,
+    )
 
 
 def table_of(folder: Path) -> list[dict]:
@@ -51,12 +76,23 @@ def table_of(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_path: Path) -> None:
     follower, saddle = ranked(SADDLE, tmp_path, keys())
-    assert saddle.status == "saddle" and saddle.rank_quantum is None and saddle.spg_quantum == "P4/mmm (123)"
+    assert (
+        saddle.status == "saddle"
+        and saddle.rank_quantum is None
+        and saddle.spg_quantum == "P4/mmm (123)"
+    )
     assert saddle.hessian_lowest < 0 < saddle.hessian_error and saddle.p_stable < 0.03
-    assert (follower.rank_quantum, follower.parent, follower.spg_quantum) == (1, saddle.id, "P4mm (99)")
+    assert (follower.rank_quantum, follower.parent, follower.spg_quantum) == (
+        1,
+        saddle.id,
+        "P4mm (99)",
+    )
     assert follower.status == "stable"
     gain = (SADDLE.free_energy(symmetric=True)[0] - SADDLE.free_energy(symmetric=False)[0]) / 3
-    found, error = saddle.gibbs_raw - follower.gibbs_raw, np.hypot(saddle.gibbs_error, follower.gibbs_error)
+    found, error = (
+        saddle.gibbs_raw - follower.gibbs_raw,
+        np.hypot(saddle.gibbs_error, follower.gibbs_error),
+    )
     assert gain > 5 * error and found == pytest.approx(gain, abs=4 * error)
     assert follower.id in saddle.reason and "lower" in saddle.reason
     first, second = table_of(tmp_path)
@@ -65,78 +101,130 @@ def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_minimum_is_called_stable_and_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_minimum_is_called_stable_and_is_checked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (candidate,) = ranked(MINIMUM, tmp_path, keys(n_configs=1000))
-    assert candidate.status == "stable" and candidate.p_stable > 0.99 and candidate.hessian_lowest > 0
+    assert (
+        candidate.status == "stable" and candidate.p_stable > 0.99 and candidate.hessian_lowest > 0
+    )
     assert (tmp_path / "sscha" / candidate.folder / NAME).stat().st_size > 10_000
-    monkeypatch.setattr(stability, "hessian_of_folder", lambda folder: pytest.fail("computed twice"))
+    monkeypatch.setattr(
+        stability, "hessian_of_folder", lambda folder: pytest.fail("computed twice")
+    )
     (again,) = ranked(MINIMUM, tmp_path, keys(n_configs=1000))
-    assert (again.status, again.p_stable, again.gibbs) == (candidate.status, candidate.p_stable, candidate.gibbs)
+    assert (again.status, again.p_stable, again.gibbs) == (
+        candidate.status,
+        candidate.p_stable,
+        candidate.gibbs,
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [-14.0, -12.0])
-def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(tmp_path: Path, k: float) -> None:
-    """The middle is a minimum of the free energy by the motion of the proton alone; the exact well lies below it, or above, or is none."""
+def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(
+    tmp_path: Path, k: float
+) -> None:
+    """The middle is a minimum of the free energy by the motion of the proton alone; the exact well
+    lies below it, or above, or is none."""
     model = HydrogenBond(k, 60.0, 2.0)
     gain = (model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]) / 3
-    found = ranked(model, tmp_path, keys(n_configs=2000 if k == -14.0 else 6000))  # the middle is nearly flat at -12
+    found = ranked(
+        model, tmp_path, keys(n_configs=2000 if k == -14.0 else 6000)
+    )  # the middle is nearly flat at -12
     middle = next(c for c in found if c.id == structure_id(model.crystal()))
     assert middle.status == "stable" and middle.spg_quantum == "P4/mmm (123)"
     assert "harmonic modes are imaginary; down the deepest, followed to" in middle.reason
     if k == -14.0:
         assert gain == pytest.approx(2e-3, abs=5e-4)
-        assert found[0].parent == middle.id and found[0].spg_quantum == "P4mm (99)" and middle.rank_quantum == 2
+        assert (
+            found[0].parent == middle.id
+            and found[0].spg_quantum == "P4mm (99)"
+            and middle.rank_quantum == 2
+        )
         error = np.hypot(found[0].gibbs_error, middle.gibbs_error)
         assert middle.gibbs_raw - found[0].gibbs_raw == pytest.approx(gain, abs=4 * error)
     else:
         assert gain < 1e-5 and middle.rank_quantum == 1
         own = middle.n_evaluations
-        rest = [r for r in FreeEnergyStore(tmp_path / "free_energies.db").records() if r.parent == middle.id]
+        rest = [
+            r
+            for r in FreeEnergyStore(tmp_path / "free_energies.db").records()
+            if r.parent == middle.id
+        ]
         assert len(rest) == 1 and rest[0].n_evaluations < 2 * own
 
 
 @pytest.mark.slow
 def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path: Path) -> None:
-    """Given the cubic crystal alone, with wells of 8 meV/atom in the static energy and a phase 1.5 meV/atom below in free energy."""
+    """Given the cubic crystal alone, with wells of 8 meV/atom in the static energy and a phase 1.5
+    meV/atom below in free energy."""
     model = RockSaltWells()
     gain = model.free_energy(symmetric=True)[0] - model.free_energy(symmetric=False)[0]
     assert gain == pytest.approx(1.5e-3, abs=2e-4)
     lower, cubic = ranked(model, tmp_path, keys(n_configs=2000), [model.crystal()])
-    assert cubic.status == "stable" and (cubic.spg_quantum, cubic.rank_quantum) == ("Fm-3m (225)", 2)
+    assert cubic.status == "stable" and (cubic.spg_quantum, cubic.rank_quantum) == (
+        "Fm-3m (225)",
+        2,
+    )
     assert (lower.rank_quantum, lower.parent, lower.spg_quantum) == (1, cubic.id, "R3m (160)")
     error = np.hypot(lower.gibbs_error, cubic.gibbs_error)
-    assert cubic.gibbs_raw - lower.gibbs_raw == pytest.approx(gain, abs=4 * error + 1e-5) and gain > 4 * error
+    assert (
+        cubic.gibbs_raw - lower.gibbs_raw == pytest.approx(gain, abs=4 * error + 1e-5)
+        and gain > 4 * error
+    )
 
 
 @pytest.mark.full
 def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path) -> None:
-    """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a minimum (200 configurations are enough)."""
+    """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a
+    minimum (200 configurations are enough)."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.ranking.structures import rank_structures
 
     block = {"supercell": [2, 2, 2], "n_configs": 200, "max_populations": 8, "hessian": 1}
     settings = parse_settings({"pressure": 100.0, "Fitness": ["SSCHA"], "sscha": block})
-    (found,) = rank_structures([fakes.h3s(3.15)], load("h3s-gpaw-small", device="cpu"), settings, tmp_path, workers=1)
+    (found,) = rank_structures(
+        [fakes.h3s(3.15)], load("h3s-gpaw-small", device="cpu"), settings, tmp_path, workers=1
+    )
     assert (found.status, found.spg_quantum) == ("stable", "Im-3m (229)"), found.reason
     assert found.p_stable > 0.99 and found.hessian_lowest > 5 * found.hessian_error
 
 
-# ---------------------------------------------------------------------------------------------- the rules, with invented Hessians
+# ---------------------------------------------------------------- the rules, with invented Hessians
 
 
 def hessian(square: float, error: float = 0.1) -> Hessian:
     """Of one atom, with one mode that is not surely positive, at q = (1/2, 0, 0)."""
-    state = SschaState(Atoms("H", cell=[2.0] * 3, pbc=True), (2, 1, 1), np.zeros((2, 1, 1, 3, 3)), 0.0)
+    state = SschaState(
+        Atoms("H", cell=[2.0] * 3, pbc=True), (2, 1, 1), np.zeros((2, 1, 1, 3, 3)), 0.0
+    )
     squares, errors = np.array([[0.0] * 3, [square, 2.0, 3.0]]), np.array([[0.0] * 3, [error] * 3])
     points = np.array([[0.0, 0, 0], [0.5, 0, 0]])
-    return Hessian(state, state.force_constants, points, squares, errors, np.zeros((2, 3, 3)), np.array([0, 1]), 10, False, True)
+    return Hessian(
+        state,
+        state.force_constants,
+        points,
+        squares,
+        errors,
+        np.zeros((2, 3, 3)),
+        np.array([0, 1]),
+        10,
+        False,
+        True,
+    )
 
 
 class Verdicts:
-    """Stands in for Hessians and displacements: by structure id the squared frequency, and what a saddle leads to."""
+    """Stands in for Hessians and displacements: by structure id the squared frequency, and what a
+    saddle leads to."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, squares: dict[str, float], below: Atoms | Exception | None = None) -> None:
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        squares: dict[str, float],
+        below: Atoms | Exception | None = None,
+    ) -> None:
         self.squares, self.below, self.asked = squares, below, []
         monkeypatch.setattr(stability, "hessian_of_folder", self.hessian_of_folder)
         monkeypatch.setattr(stability, "down_the_mode", self.down_the_mode)
@@ -159,7 +247,8 @@ def copper(scale: float = 1.0) -> Atoms:
 
 
 def distorted(ratio: float = 1.25) -> Atoms:
-    """A tetragonal crystal of copper with this c/a (1.414 would be cubic): below the cubic one here."""
+    """A tetragonal crystal of copper with this c/a (1.414 would be cubic): below the cubic one
+    here."""
     a = (23.6 / ratio) ** (1 / 3)
     return bulk("Cu", "bct", a=a, c=a * ratio)
 
@@ -172,10 +261,19 @@ def rules(**sscha: object) -> Settings:
     return parse_settings({"Fitness": ["SSCHA"], "sscha": {"allocation": "fixed", **sscha}})
 
 
-def run(folder: Path, structures: list[Atoms], fake=fakes.shifted, **sscha: object) -> dict[str, Candidate]:
+def run(
+    folder: Path, structures: list[Atoms], fake=fakes.shifted, **sscha: object
+) -> dict[str, Candidate]:
     evaluator = fakes.Emt()
     reevaluate(structures, evaluator, rules(**sscha))
-    found = rank(structures, evaluator=evaluator, settings=rules(**sscha), run_dir=folder, free_energy=fake, workers=1)
+    found = rank(
+        structures,
+        evaluator=evaluator,
+        settings=rules(**sscha),
+        run_dir=folder,
+        free_energy=fake,
+        workers=1,
+    )
     return {candidate.id: candidate for candidate in found}
 
 
@@ -183,7 +281,9 @@ def n_runs(folder: Path) -> int:
     return len(read_jsonl(folder / "calls.jsonl"))
 
 
-def test_undecided_keeps_its_status_and_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecided_keeps_its_status_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (name,) = names(copper())
     Verdicts(monkeypatch, {name: 0.05})
     found = run(tmp_path, [copper()])[name]
@@ -191,7 +291,9 @@ def test_undecided_keeps_its_status_and_says_what_is_missing(tmp_path: Path, mon
     assert "undecided" in found.reason and found.p_stable == pytest.approx(0.69, abs=0.01)
 
 
-def test_only_the_lowest_distinct_phases_are_asked_and_none_with_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_lowest_distinct_phases_are_asked_and_none_with_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crystals = [copper(), copper(1.03), copper(1.06)]
     lowest = names(*crystals)
     verdicts = Verdicts(monkeypatch, dict.fromkeys(lowest, 1.0))
@@ -202,7 +304,9 @@ def test_only_the_lowest_distinct_phases_are_asked_and_none_with_zero(tmp_path: 
     assert [found[name].status for name in lowest] == ["stable", "stable", "sscha"]
 
 
-def test_a_run_without_an_ensemble_or_without_its_end_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_an_ensemble_or_without_its_end_is_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unfinished(*arguments: object, **options: object) -> object:
         result = fakes.shifted(*arguments, **options)
         result.converged, result.reason = False, "not converged"
@@ -227,20 +331,37 @@ def deeper(gain: float):
     return fake
 
 
-def test_a_saddle_leaves_the_winners_and_the_next_one_is_asked_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saddle_leaves_the_winners_and_the_next_one_is_asked_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second, below = names(copper(), copper(1.05), distorted())
     verdicts = Verdicts(monkeypatch, {first: -1.0, second: 1.0, below: 1.0}, distorted())
     found = run(tmp_path, [copper(), copper(1.05)], fake=deeper(2.0), hessian=1)
-    assert (found[first].status, found[first].rank_quantum, found[below].status, found[below].rank_quantum) == ("saddle", None, "stable", 1)
-    assert found[below].parent == first and found[below].members == () and found[second].rank_quantum == 2
+    assert (
+        found[first].status,
+        found[first].rank_quantum,
+        found[below].status,
+        found[below].rank_quantum,
+    ) == ("saddle", None, "stable", 1)
+    assert (
+        found[below].parent == first
+        and found[below].members == ()
+        and found[second].rank_quantum == 2
+    )
     assert f"followed to {below}" in found[first].reason and ", lower (" in found[first].reason
     assert verdicts.asked.count(second) == 0
     calls = n_runs(tmp_path)
     again = run(tmp_path, [copper(), copper(1.05)], fake=deeper(2.0), hessian=1)
-    assert n_runs(tmp_path) == calls and again[first] == found[first] and again[below].gibbs == found[below].gibbs
+    assert (
+        n_runs(tmp_path) == calls
+        and again[first] == found[first]
+        and again[below].gibbs == found[below].gibbs
+    )
 
 
-def test_a_candidate_that_lies_below_the_saddle_is_one_row_and_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_candidate_that_lies_below_the_saddle_is_one_row_and_is_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two structures end in the saddle; both lead to the third, which is in the population."""
     first, second, below = names(copper(), copper(1.0105), distorted())
 
@@ -254,25 +375,43 @@ def test_a_candidate_that_lies_below_the_saddle_is_one_row_and_is_not_run_again(
     found = run(tmp_path, [copper(), copper(1.0105), distorted()], fake=cubic)
     assert sorted(found) == sorted([first, second, below]) and n_runs(tmp_path) == 3
     assert [found[name].status for name in (first, second)] == ["saddle", "saddle"]
-    assert (found[below].rank_quantum, found[below].parent in (first, second), found[below].members) == (1, True, (2,))
+    assert (
+        found[below].rank_quantum,
+        found[below].parent in (first, second),
+        found[below].members,
+    ) == (1, True, (2,))
 
 
-def test_what_lies_above_the_saddle_is_said_to_be_not_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_above_the_saddle_is_said_to_be_not_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, below = names(copper(), distorted())
     Verdicts(monkeypatch, {first: -1.0}, distorted())
     found = run(tmp_path, [copper()], fake=deeper(-1.0))
-    assert found[first].status == "saddle" and "not lower" in found[first].reason and found[below].rank_quantum == 1
+    assert (
+        found[first].status == "saddle"
+        and "not lower" in found[first].reason
+        and found[below].rank_quantum == 1
+    )
 
 
-def test_a_run_that_comes_back_to_the_saddle_is_no_phase_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_comes_back_to_the_saddle_is_no_phase_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def back(atoms: Atoms, evaluator: object, **options: object) -> object:
         return fakes.shifted(copper(), evaluator, **options)
 
     first, below = names(copper(), distorted())
     Verdicts(monkeypatch, {first: -1.0}, distorted())
     found = run(tmp_path, [copper()], fake=back)
-    assert list(found) == [first] and found[first].status == "saddle" and "came back" in found[first].reason
-    assert not (tmp_path / "quantum.traj").exists(), "neither the saddle nor its double is handed to the search"
+    assert (
+        list(found) == [first]
+        and found[first].status == "saddle"
+        and "came back" in found[first].reason
+    )
+    assert not (tmp_path / "quantum.traj").exists(), (
+        "neither the saddle nor its double is handed to the search"
+    )
 
 
 def test_two_steps_down_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +430,9 @@ def test_two_steps_down_and_no_further(tmp_path: Path, monkeypatch: pytest.Monke
     assert n_runs(tmp_path) == 3
 
 
-def test_a_saddle_that_could_not_be_followed_is_followed_by_the_next_ranking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saddle_that_could_not_be_followed_is_followed_by_the_next_ranking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(atoms: Atoms, evaluator: object, **options: object) -> object:
         if "m-3m" not in space_group(atoms):
             raise OSError("no space left on device")
@@ -300,19 +441,33 @@ def test_a_saddle_that_could_not_be_followed_is_followed_by_the_next_ranking(tmp
     first, below = names(copper(), distorted())
     Verdicts(monkeypatch, {first: -1.0}, distorted())
     found = run(tmp_path, [copper()], fake=full)
-    assert list(found) == [first] and "following it failed: OSError: no space left" in found[first].reason
+    assert (
+        list(found) == [first]
+        and "following it failed: OSError: no space left" in found[first].reason
+    )
     found = run(tmp_path, [copper()], fake=deeper(2.0))
-    assert found[below].rank_quantum == 1 and "no space left" not in found[first].reason and "lower" in found[first].reason
+    assert (
+        found[below].rank_quantum == 1
+        and "no space left" not in found[first].reason
+        and "lower" in found[first].reason
+    )
 
 
-def test_a_saddle_without_a_visible_displacement_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_saddle_without_a_visible_displacement_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (first,) = names(copper())
     Verdicts(monkeypatch, {first: -1.0}, SschaError("not told from noise"))
     found = run(tmp_path, [copper()])
-    assert found[first].status == "saddle" and "following it failed: not told from noise" in found[first].reason
+    assert (
+        found[first].status == "saddle"
+        and "following it failed: not told from noise" in found[first].reason
+    )
 
 
-def test_the_verdict_does_not_change_what_a_free_energy_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_verdict_does_not_change_what_a_free_energy_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Verdicts(monkeypatch, dict.fromkeys(names(copper()), 1.0))
     run(tmp_path, [copper()], hessian=0)
     assert run(tmp_path, [copper()], hessian=3)[names(copper())[0]].status == "stable"
@@ -321,7 +476,7 @@ def test_the_verdict_does_not_change_what_a_free_energy_is(tmp_path: Path, monke
     assert record.status == "stable" and record.p_stable == pytest.approx(1.0)
 
 
-# ---------------------------------------------------------------------------------------------- the displacement
+# --------------------------------------------------------------------------------- the displacement
 
 
 @settings(max_examples=40, deadline=None)
@@ -334,19 +489,24 @@ def test_the_new_cell_is_the_smallest_in_which_the_mode_is_periodic(point: list[
     assert found.matrix @ q == pytest.approx(np.rint(found.matrix @ q), abs=1e-9)
     assert round(np.linalg.det(found.matrix)) == order == len(found.offsets)
     phases = np.exp(2j * np.pi * found.offsets @ q)
-    assert len(np.unique(phases.round(6))) == order, "every cell of the new one has a phase of its own"
+    assert len(np.unique(phases.round(6))) == order, (
+        "every cell of the new one has a phase of its own"
+    )
     assert len(larger_cell(bulk("Cu"), found)) == order
 
 
 def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
-    """An eigenvector at q = (1/3, 1/3, 0) becomes an eigenvector at Gamma of the cell with three atoms, with the same eigenvalue."""
+    """An eigenvector at q = (1/3, 1/3, 0) becomes an eigenvector at Gamma of the cell with three
+    atoms, with the same eigenvalue."""
     from magus_anharmonic.evaluator import as_evaluator
     from magus_anharmonic.sscha.start import harmonic_force_constants
     from magus_anharmonic.sscha.symmetry import Symmetry
 
     evaluator = fakes.Emt()
     atoms, q = bulk("Cu"), np.array([1 / 3, 1 / 3, 0.0])
-    compact = harmonic_force_constants(atoms, (3, 3, 3), Symmetry(atoms, (3, 3, 3)), as_evaluator(evaluator))
+    compact = harmonic_force_constants(
+        atoms, (3, 3, 3), Symmetry(atoms, (3, 3, 3)), as_evaluator(evaluator)
+    )
     values, vectors = np.linalg.eigh(fourier(compact, (3, 3, 3), q[None])[0])
     found = Sublattice.of(q, atoms.cell.array)
     cell = larger_cell(atoms, found)
@@ -356,17 +516,23 @@ def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
             for sign, one in zip((0.01, -0.01), moved, strict=True):
                 one.positions += sign * pattern
             forces = np.array(evaluator.evaluate(moved).forces)
-            assert -(forces[0] - forces[1]) / 0.02 == pytest.approx(values[mode] * pattern, abs=0.02 * values.max())
+            assert -(forces[0] - forces[1]) / 0.02 == pytest.approx(
+                values[mode] * pattern, abs=0.02 * values.max()
+            )
 
 
 def test_simple_directions_of_a_triply_degenerate_mode_hold_the_three_high_symmetries() -> None:
     directions = simple_directions(np.eye(3)[:, None, :])
     found = {tuple(np.sort(np.abs(direction[0])).round(3)) for direction in directions}
-    assert found == {(0.0, 0.0, 1.0), (0.0, 0.707, 0.707), (0.577, 0.577, 0.577)} and len(directions) == 13
+    assert (
+        found == {(0.0, 0.0, 1.0), (0.0, 0.707, 0.707), (0.577, 0.577, 0.577)}
+        and len(directions) == 13
+    )
 
 
 def test_a_displacement_is_seen_by_the_search_for_symmetry_or_refused() -> None:
-    """The proton mode of the hydrogen bond: P4/mmm to P4mm, at most 0.15 of the bond, more where symprec would hide it."""
+    """The proton mode of the hydrogen bond: P4/mmm to P4mm, at most 0.15 of the bond, more where
+    symprec would hide it."""
     atoms = SADDLE.crystal()
     compact = np.zeros((1, 3, 3, 3, 3))
     compact[0] = (np.eye(3) - 1.0 / 3.0)[:, :, None, None] * np.eye(3) * 5.0
@@ -376,7 +542,18 @@ def test_a_displacement_is_seen_by_the_search_for_symmetry_or_refused() -> None:
     vectors[0, 2::3, 0] = pattern / np.linalg.norm(pattern)
     squares = np.array([[-1.0, 0, 0, 0, 1, 2, 3, 4, 5]])
     state = SschaState(atoms, (1, 1, 1), compact, 0.0)
-    found = Hessian(state, compact, np.zeros((1, 3)), squares, np.full((1, 9), 0.1), vectors, np.zeros(1, dtype=int), 10, False, True)
+    found = Hessian(
+        state,
+        compact,
+        np.zeros((1, 3)),
+        squares,
+        np.full((1, 9), 0.1),
+        vectors,
+        np.zeros(1, dtype=int),
+        10,
+        False,
+        True,
+    )
     start = down_the_mode(found, SADDLE, 0.05)
     assert space_group(start, 0.05) == "P4mm (99)"
     shift = start.positions - atoms.positions
@@ -385,7 +562,7 @@ def test_a_displacement_is_seen_by_the_search_for_symmetry_or_refused() -> None:
         down_the_mode(found, SADDLE, 1.0)
 
 
-# ---------------------------------------------------------------------------------------------- the picture
+# -------------------------------------------------------------------------------------- the picture
 
 
 def test_the_picture_is_drawn_once_and_only_where_there_is_a_table(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""``status``: where a search is, told from its files, whoever runs it and whether it runs at all."""
+"""``status``: where a search is, told from its files, whoever runs it and whether it runs at
+all."""
 
 from __future__ import annotations
 
@@ -25,9 +26,19 @@ from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.status import status
 
 SMALL: dict[str, Any] = {
-    "symbols": ["Cu"], "formula": [1], "min_n_atoms": 1, "max_n_atoms": 2, "spacegroup": [225, 229, 194], "popSize": 2, "initSize": 2,
-    "saveGood": 1, "numGen": 1, "randRatio": 1.0, "seed": 1, "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT", "maxStep": 3},
-}  # fmt: skip
+    "symbols": ["Cu"],
+    "formula": [1],
+    "min_n_atoms": 1,
+    "max_n_atoms": 2,
+    "spacegroup": [225, 229, 194],
+    "popSize": 2,
+    "initSize": 2,
+    "saveGood": 1,
+    "numGen": 1,
+    "randRatio": 1.0,
+    "seed": 1,
+    "MainCalculator": {"calculator": "emt", "jobPrefix": "EMT", "maxStep": 3},
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +50,38 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def search(tmp_path: Path) -> Path:
-    """A search of 4 generations with learning and SSCHA, killed in the third; nothing of the third is there yet."""
+    """A search of 4 generations with learning and SSCHA, killed in the third; nothing of the third
+    is there yet."""
     ours = tmp_path / "results" / "anharmonic"
     ours.mkdir(parents=True)
-    settings = {"num_gen": 4, "learning": {"n_sample": 2, "n_perturb": 5}, "sscha": {"n_configs": 10}}
-    (ours / "run.json").write_text(json.dumps({"version": "0", "host": "embedded", "settings": settings}))
+    settings = {
+        "num_gen": 4,
+        "learning": {"n_sample": 2, "n_perturb": 5},
+        "sscha": {"n_configs": 10},
+    }
+    (ours / "run.json").write_text(
+        json.dumps({"version": "0", "host": "embedded", "settings": settings})
+    )
     (ours / "search.json").write_text('{"finished": 2, "volume_ratio": 1.0}')
-    (ours / "generations.jsonl").write_text('{"generation": 1, "seconds": 100}\n{"generation": 2, "seconds": 300}\n')
+    (ours / "generations.jsonl").write_text(
+        '{"generation": 1, "seconds": 100}\n{"generation": 2, "seconds": 300}\n'
+    )
     return tmp_path
 
 
 @pytest.fixture
 def search_by_magus(tmp_path: Path) -> Path:
-    """As MAGUS leaves it: 3 generations of 4, an hour apart, each 1000 s long; no search.json, no generations.jsonl."""
+    """As MAGUS leaves it: 3 generations of 4, an hour apart, each 1000 s long; no search.json, no
+    generations.jsonl."""
     ours = tmp_path / "results" / "anharmonic"
     ours.mkdir(parents=True)
-    record = {"version": "0", "settings": {"num_gen": 4}, "host": "magus", "command": "magus search -m", "restart": False}
+    record = {
+        "version": "0",
+        "settings": {"num_gen": 4},
+        "host": "magus",
+        "command": "magus search -m",
+        "restart": False,
+    }
     (ours / "run.json").write_text(json.dumps(record))
     names = ("init", "mlraw", "mlgen", "gen", "good", "keep")
     for generation in (1, 2, 3):
@@ -80,9 +107,15 @@ def test_a_finished_search_says_so_and_nothing_is_written(finished: Path) -> Non
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")}
     for folder in (finished, finished / "results", finished / "results/anharmonic"):
         found = status(folder)
-        assert found.state == "finished" and found.where == "all 1 generations are done" and found.waits_for == "nothing"
+        assert (
+            found.state == "finished"
+            and found.where == "all 1 generations are done"
+            and found.waits_for == "nothing"
+        )
         assert not any("left" in line for line in found.lines())
-    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")} == before
+    assert {
+        path: (path.stat().st_mtime_ns, path.stat().st_size) for path in finished.rglob("*")
+    } == before
 
 
 @pytest.mark.parametrize(
@@ -100,7 +133,9 @@ def test_a_finished_search_says_so_and_nothing_is_written(finished: Path) -> Non
         ),
     ],
 )  # fmt: skip
-def test_the_step_of_a_dead_search_is_told_from_its_files(search: Path, files: tuple[str, ...], where: str, waits_for: str) -> None:
+def test_the_step_of_a_dead_search_is_told_from_its_files(
+    search: Path, files: tuple[str, ...], where: str, waits_for: str
+) -> None:
     ours = search / "results/anharmonic"
     record_failure(ours, "label", "the density is negative", generation=3, id="g3-a")
     dead_lock(ours)
@@ -108,11 +143,18 @@ def test_the_step_of_a_dead_search_is_told_from_its_files(search: Path, files: t
         (search / "results" / name).parent.mkdir(parents=True, exist_ok=True)
         (search / "results" / name).write_text("")
     found = status(search)
-    assert found.state == "dead" and found.where.startswith("generation 3 of 4: ") and where in found.where
+    assert (
+        found.state == "dead"
+        and found.where.startswith("generation 3 of 4: ")
+        and where in found.where
+    )
     assert waits_for in found.waits_for and found.seconds_left == pytest.approx(400)
     text = "\n".join(found.lines())
     assert (
-        "label g3-a: the density is negative" in text and "failures: 1 label" in text and "search -r" in text and str(os.getpid()) in text
+        "label g3-a: the density is negative" in text
+        and "failures: 1 label" in text
+        and "search -r" in text
+        and str(os.getpid()) in text
     )
 
 
@@ -126,13 +168,18 @@ def test_a_running_search_names_its_process_and_its_rate(search: Path) -> None:
     with locked(ours, "magus-anharmonic search"):
         found = status(search)
     assert found.state == "running" and found.owner is not None and found.owner.pid == os.getpid()
-    assert any(rate.startswith("13 labels per hour") for rate in found.rates) and any("200 s" in r or "3 min" in r for r in found.rates)
+    assert any(rate.startswith("13 labels per hour") for rate in found.rates) and any(
+        "200 s" in r or "3 min" in r for r in found.rates
+    )
 
 
 def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_magus: Path) -> None:
     found = status(search_by_magus)
     assert found.where == "generation 4 of 4: making structures" and found.state == "stopped"
-    assert found.seconds_left == pytest.approx(1000) and "rate: 17 min per generation (last 3)" in found.lines()
+    assert (
+        found.seconds_left == pytest.approx(1000)
+        and "rate: 17 min per generation (last 3)" in found.lines()
+    )
     assert "to go on: magus search -m -r" in found.lines()
     written(search_by_magus / "results/init4.traj", 20000)
     assert status(search_by_magus).where == "generation 4 of 4: relaxing"
@@ -141,16 +188,24 @@ def test_a_search_by_magus_is_told_from_the_files_that_magus_writes(search_by_ma
     for name in ("gen", "good", "keep"):
         written(search_by_magus / f"results/{name}4.traj", 21000)
     found = status(search_by_magus)
-    assert (found.state, found.where, found.waits_for) == ("finished", "all 4 generations are done", "nothing")
+    assert (found.state, found.where, found.waits_for) == (
+        "finished",
+        "all 4 generations are done",
+        "nothing",
+    )
     assert not any("left" in line or "to go on" in line for line in found.lines())
 
 
-def test_the_generation_that_a_restart_of_magus_repeats_is_not_finished(search_by_magus: Path) -> None:
+def test_the_generation_that_a_restart_of_magus_repeats_is_not_finished(
+    search_by_magus: Path,
+) -> None:
     written(search_by_magus / "results/init3.traj", 50000)
     assert status(search_by_magus).where.startswith("generation 3 of 4")
 
 
-def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(
+    search: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours = search / "results/anharmonic"
     with locked(ours, "magus-anharmonic search") as mine:
         pass
@@ -163,7 +218,10 @@ def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(search: Pat
     beat.join()
     monkeypatch.setattr(status_module, "WATCH", 0.3)
     found = status(search)
-    assert found.state == "dead (no sign of life for 0.3 s)" and "to go on: magus-anharmonic search -r" in found.lines()
+    assert (
+        found.state == "dead (no sign of life for 0.3 s)"
+        and "to go on: magus-anharmonic search -r" in found.lines()
+    )
     (ours / "search.json").write_text('{"finished": 4, "volume_ratio": 1.0}')
     assert status(search).state == "finished"
 
@@ -171,7 +229,11 @@ def test_a_search_on_another_machine_runs_as_long_as_its_heart_beats(search: Pat
 def test_a_lock_that_cannot_be_read_hides_nothing_else(search: Path) -> None:
     (search / "results/anharmonic" / NAME).mkdir()
     found = status(search)
-    assert found.state.startswith("unknown (") and found.state.endswith("Is a directory)") and found.where.startswith("generation 3 of 4")
+    assert (
+        found.state.startswith("unknown (")
+        and found.state.endswith("Is a directory)")
+        and found.where.startswith("generation 3 of 4")
+    )
     assert not any("held by" in line for line in found.lines())
 
 
@@ -180,10 +242,14 @@ def test_texts_of_any_length_and_kind_take_one_short_line_each(search: Path) -> 
     record_failure(ours, "ru\nn", "\x1b[31m" + "x" * 3_000_000 + "\nred", id="a\nb")
     dead_lock(ours)
     owner = json.loads((ours / NAME).read_text())
-    (ours / NAME).write_text(json.dumps({**owner, "what": "\x1b[31mhi\nSECOND LINE", "since": "2026-01-01T00:00:00"}))
+    (ours / NAME).write_text(
+        json.dumps({**owner, "what": "\x1b[31mhi\nSECOND LINE", "since": "2026-01-01T00:00:00"})
+    )
     lines = status(search).lines()
     assert max(map(len, lines)) < 500 and all(line.isprintable() for line in lines)
-    assert any(line.startswith("held by: [31mhi SECOND LINE, process") for line in lines) and any(line.endswith("xxx...") for line in lines)
+    assert any(line.startswith("held by: [31mhi SECOND LINE, process") for line in lines) and any(
+        line.endswith("xxx...") for line in lines
+    )
 
 
 def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> None:
@@ -196,7 +262,9 @@ def test_times_of_the_future_and_damaged_files_spoil_nothing(search: Path) -> No
     assert "last file written: 0 s ago" in found.lines()
 
 
-def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(search: Path, tmp_path: Path) -> None:
+def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(
+    search: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "project/campaign"
     shutil.copytree(search / "results", folder / "learn-075GPa/results")
     steps = {
@@ -208,8 +276,13 @@ def test_a_campaign_is_told_step_by_step_with_the_search_that_it_is_in(search: P
     (folder / "steps.json").write_text(json.dumps(steps))
     for place in (folder, folder.parent):
         found = status(place)
-        assert found.kind == "campaign" and found.where.startswith("1 of 4 steps done, 1 failed; in learn-075GPa (generation 3 of 4")
-        assert found.seconds_left == pytest.approx(3600) and "produce-100GPa: no structure is left" in found.errors
+        assert found.kind == "campaign" and found.where.startswith(
+            "1 of 4 steps done, 1 failed; in learn-075GPa (generation 3 of 4"
+        )
+        assert (
+            found.seconds_left == pytest.approx(3600)
+            and "produce-100GPa: no structure is left" in found.errors
+        )
 
 
 @pytest.mark.parametrize("what", ["", "empty", "steps"])
@@ -222,9 +295,17 @@ def test_a_folder_that_is_nothing_is_one_clear_line(tmp_path: Path, what: str) -
     with pytest.raises(InputError):
         status(folder)
     result = CliRunner().invoke(app, ["status", str(folder)])
-    assert result.exit_code == 2 and len(result.output.strip().splitlines()) == 1 and "input error: " in result.output
+    assert (
+        result.exit_code == 2
+        and len(result.output.strip().splitlines()) == 1
+        and "input error: " in result.output
+    )
 
 
 def test_the_command_prints_what_the_library_finds(finished: Path) -> None:
     result = CliRunner().invoke(app, ["status", str(finished)])
-    assert result.exit_code == 0 and "search in" in result.output and "where: all 1 generations are done" in result.output
+    assert (
+        result.exit_code == 0
+        and "search in" in result.output
+        and "where: all 1 generations are done" in result.output
+    )

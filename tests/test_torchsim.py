@@ -17,7 +17,9 @@ from magus_anharmonic.potential.torchsim import torchsim_model
 
 @pytest.fixture
 def ts():
-    return pytest.importorskip("torch_sim", reason="TorchSim is not installed (pip install 'magus-anharmonic[torchsim]')")
+    return pytest.importorskip(
+        "torch_sim", reason="TorchSim is not installed (pip install 'magus-anharmonic[torchsim]')"
+    )
 
 
 def test_without_torchsim_the_error_says_how_to_install_it(potential, monkeypatch):
@@ -73,6 +75,9 @@ def test_torchsims_fire_goes_down_on_the_potential(ts, potential, h3s):
     optimizer = getattr(ts, "frechet_cell_fire", None)
     options = {"scalar_pressure": 0.0, "optimizer": optimizer}
     if optimizer is None:
-        options = {"optimizer": ts.Optimizer.fire, "init_kwargs": {"cell_filter": ts.CellFilter.frechet}}
+        options = {
+            "optimizer": ts.Optimizer.fire,
+            "init_kwargs": {"cell_filter": ts.CellFilter.frechet},
+        }
     final = ts.optimize(system=[atoms], model=model, max_steps=20, **options)
     assert float(final.energy[0]) < potential.evaluate([atoms]).energy[0]

@@ -1,4 +1,5 @@
-"""Error estimates: calibrated, larger where the model was not trained, kept with the checkpoint, and used to choose labels."""
+"""Error estimates: calibrated, larger where the model was not trained, kept with the checkpoint,
+and used to choose labels."""
 
 from __future__ import annotations
 
@@ -41,7 +42,11 @@ def lj_labels(structures: list[Atoms]) -> list[Atoms]:
     """Lennard-Jones energies, forces and stresses in the place of DFT's."""
     for number, atoms in enumerate(structures):
         atoms.calc = LennardJones(sigma=1.25, epsilon=0.3, rc=3.6, smooth=True)
-        results = {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+        results = {
+            "energy": atoms.get_potential_energy(),
+            "forces": atoms.get_forces(),
+            "stress": atoms.get_stress(),
+        }
         atoms.calc = SinglePointCalculator(atoms, **results)
         atoms.info["parent"] = f"p{number}"
     return structures
@@ -49,7 +54,8 @@ def lj_labels(structures: list[Atoms]) -> list[Atoms]:
 
 @pytest.fixture(scope="module")
 def labels() -> dict[str, list[Atoms]]:
-    """Training and validation sets of mostly small displacements, and held-out ones from small to large."""
+    """Training and validation sets of mostly small displacements, and held-out ones from small to
+    large."""
     rng = np.random.default_rng(5)
     spread = rng.permutation(np.linspace(0.02, 0.2, 40))
     return {
@@ -64,7 +70,14 @@ def trained(labels: dict[str, list[Atoms]], tmp_path_factory: pytest.TempPathFac
     """A checkpoint of a small model trained on 16 labels."""
     out = tmp_path_factory.mktemp("trained") / "model.pth"
     settings = FinetuneSettings(epochs=25, learning_rate=1e-2, batch_size=4, ema_decay=0.9)
-    finetune(from_scratch(labels["train"], SHAPE, seed=0), labels["train"], labels["validation"], settings, out=out, seed=0)
+    finetune(
+        from_scratch(labels["train"], SHAPE, seed=0),
+        labels["train"],
+        labels["validation"],
+        settings,
+        out=out,
+        seed=0,
+    )
     return out
 
 
@@ -76,30 +89,42 @@ def potential(trained: Path) -> Potential:
 def true_errors(potential: Potential, labelled: list[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     found, known = potential.evaluate(labelled), [labels_of(atoms) for atoms in labelled]
     energy = [abs(e - k[0]) / len(a) for e, k, a in zip(found.energy, known, labelled, strict=True)]
-    return np.array(energy), np.array([np.sqrt(np.mean((f - k[1]) ** 2)) for f, k in zip(found.forces, known, strict=True)])
+    return np.array(energy), np.array(
+        [np.sqrt(np.mean((f - k[1]) ** 2)) for f, k in zip(found.forces, known, strict=True)]
+    )
 
 
 # ------------------------------------------------------------------ the numbers
 
 
-def test_errors_on_the_validation_labels_are_on_average_those_expected(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_errors_on_the_validation_labels_are_on_average_those_expected(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     expected = potential.uncertainty(labels["validation"])
     energy, forces = true_errors(potential, labels["validation"])
     assert np.mean((energy / expected.energy_error) ** 2) == pytest.approx(1.0, rel=1e-3)
     assert np.mean((forces / expected.force_error) ** 2) == pytest.approx(1.0, rel=1e-3)
 
 
-def test_larger_expected_errors_go_with_larger_true_ones(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_larger_expected_errors_go_with_larger_true_ones(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     """Rank correlation on labels that the model has not seen, tested against chance."""
     from scipy.stats import spearmanr
 
     expected = potential.uncertainty(labels["held out"])
-    for estimate, true in zip((expected.energy_error, expected.force_error), true_errors(potential, labels["held out"]), strict=True):
+    for estimate, true in zip(
+        (expected.energy_error, expected.force_error),
+        true_errors(potential, labels["held out"]),
+        strict=True,
+    ):
         found = spearmanr(estimate, true, alternative="greater")
         assert found.statistic > 0.4 and found.pvalue < 1e-3
 
 
-def test_far_from_the_training_data_the_expected_error_is_larger(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_far_from_the_training_data_the_expected_error_is_larger(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     known = potential.uncertainty(labels["train"])
     rng = np.random.default_rng(0)
     far = [crystal(rng, 0.05, a) for a in (2.4, 4.0)] + [crystal(rng, 0.5)]
@@ -124,22 +149,34 @@ def test_estimates_are_finite_and_not_negative_for_everything(potential: Potenti
         potential.uncertainty([strange[0], Atoms()])
 
 
-def test_an_energy_comes_with_the_same_estimate_alone_and_in_a_batch(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_an_energy_comes_with_the_same_estimate_alone_and_in_a_batch(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     mixed = [labels["train"][0], labels["held out"][0].repeat((2, 1, 1)), labels["held out"][1]]
     with_energies = potential.evaluate(mixed).energy_error
     np.testing.assert_allclose(with_energies, potential.uncertainty(mixed).energy_error, rtol=1e-4)
-    np.testing.assert_allclose(with_energies, [potential.uncertainty([atoms]).energy_error[0] for atoms in mixed], rtol=1e-4)
-    np.testing.assert_allclose(potential.double().uncertainty(mixed).energy_error, with_energies, rtol=1e-2)
+    np.testing.assert_allclose(
+        with_energies,
+        [potential.uncertainty([atoms]).energy_error[0] for atoms in mixed],
+        rtol=1e-4,
+    )
+    np.testing.assert_allclose(
+        potential.double().uncertainty(mixed).energy_error, with_energies, rtol=1e-2
+    )
 
 
-def test_a_supercell_is_as_uncertain_per_atom_as_its_cell(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_a_supercell_is_as_uncertain_per_atom_as_its_cell(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     cell = labels["held out"][0]
     found = potential.uncertainty([cell, cell.repeat((2, 2, 1))])
     assert found.energy_error[1] == pytest.approx(found.energy_error[0], rel=1e-3)
     assert found.force_error[1] == pytest.approx(found.force_error[0], rel=1e-3)
 
 
-def test_the_covariance_is_that_of_the_training_atoms(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_the_covariance_is_that_of_the_training_atoms(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     """Against the formula of the docstring in plain NumPy, atom by atom."""
     model = potential.error_model
     single = Atoms("S", cell=[2.2, 2.3, 2.4], pbc=True)
@@ -159,13 +196,18 @@ def atom_features(potential: Potential, atoms: Atoms) -> np.ndarray:
 # ------------------------------------------------------------------ kept with the weights
 
 
-def test_the_estimate_survives_saving_and_loading(trained: Path, potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_the_estimate_survives_saving_and_loading(
+    trained: Path, potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     again = load(trained, device="cpu")
     a, b = (model.uncertainty(labels["held out"]) for model in (potential, again))
     assert (a.energy_error == b.energy_error).all() and (a.force_error == b.force_error).all()
     content = torch.load(trained, weights_only=True)
     assert content["error_model"]["whitening"].dtype == torch.float32
-    assert content["error_model"]["calibrated_on"] == "validation" and content["error_model"]["n_training"] == 16
+    assert (
+        content["error_model"]["calibrated_on"] == "validation"
+        and content["error_model"]["n_training"] == 16
+    )
 
 
 def test_stock_mattersim_loads_the_checkpoint(trained: Path, potential: Potential) -> None:
@@ -177,7 +219,10 @@ def test_stock_mattersim_loads_the_checkpoint(trained: Path, potential: Potentia
 
 
 def test_a_checkpoint_without_an_estimate_says_so_once(
-    tmp_path: Path, potential: Potential, labels: dict[str, list[Atoms]], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    potential: Potential,
+    labels: dict[str, list[Atoms]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     checkpoint.save(potential.module, tmp_path / "plain.pth")
     plain = load(tmp_path / "plain.pth", device="cpu")
@@ -188,13 +233,17 @@ def test_a_checkpoint_without_an_estimate_says_so_once(
 
 
 @pytest.mark.parametrize("stored", [{"whitening": torch.zeros(3, 3)}, "nonsense"])
-def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(stored: object, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_estimate_that_does_not_fit_is_left_out_with_a_warning(
+    stored: object, caplog: pytest.LogCaptureFixture
+) -> None:
     assert uncertainty.error_model_of({"error_model": stored}, 8) is None
     assert "not readable" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "x", None, True])
-@pytest.mark.parametrize("key", ["energy_scale", "force_scale", "usual_energy_error", "usual_force_error", "n_training"])
+@pytest.mark.parametrize(
+    "key", ["energy_scale", "force_scale", "usual_energy_error", "usual_force_error", "n_training"]
+)
 def test_an_estimate_with_a_wrong_number_is_left_out_with_a_warning(
     key: str, value: object, potential: Potential, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,10 +260,15 @@ def test_without_validation_labels_the_training_set_calibrates_and_a_warning_say
     found = uncertainty.fit(potential.module, labels["train"])
     assert found is not None and found.calibrated_on == "training"
     assert "calibrated on the training set, and too small" in caplog.text
-    assert found.force_scale < uncertainty.fit(potential.module, labels["train"], labels["held out"]).force_scale
+    assert (
+        found.force_scale
+        < uncertainty.fit(potential.module, labels["train"], labels["held out"]).force_scale
+    )
 
 
-def test_one_label_is_enough_for_finite_estimates(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_one_label_is_enough_for_finite_estimates(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     found = uncertainty.fit(potential.module, labels["train"][:1], labels["validation"][:1])
     alone = Potential(potential.module, error_model=found).uncertainty(labels["held out"])
     assert np.isfinite(alone.energy_error).all() and (alone.energy_error >= 0).all()
@@ -232,11 +286,15 @@ def test_a_model_that_is_not_finite_gets_no_estimate(
 # ------------------------------------------------------------------ where users see it
 
 
-def test_enthalpies_carry_the_error_and_lose_it_with_a_model_that_has_none(potential: Potential, labels: dict[str, list[Atoms]]) -> None:
+def test_enthalpies_carry_the_error_and_lose_it_with_a_model_that_has_none(
+    potential: Potential, labels: dict[str, list[Atoms]]
+) -> None:
     atoms = labels["train"][0].copy()
     settings = parse(Settings, {"pressure": 150.0})
     reevaluate([atoms], potential, settings)
-    assert atoms.info["energy_error"] == pytest.approx(potential.uncertainty([atoms]).energy_error[0], rel=1e-4)
+    assert atoms.info["energy_error"] == pytest.approx(
+        potential.uncertainty([atoms]).energy_error[0], rel=1e-4
+    )
     reevaluate([atoms], CalculatorEvaluator(LennardJones(rc=3.0)), settings)
     assert "energy_error" not in atoms.info
     set_energy_errors(potential, [atoms])
@@ -246,24 +304,32 @@ def test_enthalpies_carry_the_error_and_lose_it_with_a_model_that_has_none(poten
 
 
 class Walked:
-    """What the ranking reads of an SSCHA result whose centroids are Im-3m H3S and whose ensemble is this wide."""
+    """What the ranking reads of an SSCHA result whose centroids are Im-3m H3S and whose ensemble is
+    this wide."""
 
     def __init__(self, force_constant: float) -> None:
         from magus_anharmonic.sscha.state import SschaState
 
         every_pair = force_constant * (4 * np.eye(4) - np.ones((4, 4)))
         self.force_constants = every_pair[None, :, :, None, None] * np.eye(3)
-        self.state = SschaState(crystal(np.random.default_rng(0), 0.0), (1, 1, 1), self.force_constants, 0.0)
+        self.state = SschaState(
+            crystal(np.random.default_rng(0), 0.0), (1, 1, 1), self.force_constants, 0.0
+        )
 
 
 def test_an_ensemble_wider_than_the_training_set_is_not_trusted(potential: Potential) -> None:
-    near, far = (ensemble_trust(Walked(spring), potential, np.random.default_rng(0)) for spring in (60.0, 0.02))
+    near, far = (
+        ensemble_trust(Walked(spring), potential, np.random.default_rng(0))
+        for spring in (60.0, 0.02)
+    )
     assert near.warning == "" and near.force_error < near.usual
     assert far.force_error > near.force_error and "where the model was not trained" in far.warning
     assert far == ensemble_trust(Walked(0.02), potential, np.random.default_rng(0))
 
 
-def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(potential: Potential) -> None:
+def test_without_an_estimate_or_a_state_nothing_is_said_about_the_ensemble(
+    potential: Potential,
+) -> None:
     rng = np.random.default_rng(0)
     assert ensemble_trust(Walked(1.0), CalculatorEvaluator(LennardJones()), rng) is None
     failed = Walked(1.0)
@@ -286,10 +352,19 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
     atoms = crystal(np.random.default_rng(0), 0.0)
     reevaluate([atoms], potential, settings)
     for _ in range(2):  # the second time from the store
-        (candidate,) = rank([atoms], evaluator=potential, settings=settings, run_dir=tmp_path, free_energy=walks, workers=1)
+        (candidate,) = rank(
+            [atoms],
+            evaluator=potential,
+            settings=settings,
+            run_dir=tmp_path,
+            free_energy=walks,
+            workers=1,
+        )
         assert candidate.status == "sscha" and "where the model was not trained" in candidate.reason
         (row,) = csv.DictReader((tmp_path / "ranking.csv").open(newline=""))
-        assert float(row["model_error_eV_per_atom"]) == pytest.approx(atoms.info["energy_error"], abs=1e-6)
+        assert float(row["model_error_eV_per_atom"]) == pytest.approx(
+            atoms.info["energy_error"], abs=1e-6
+        )
         assert float(row["ensemble_error_eV_per_A"]) > potential.error_model.usual_force_error
     assert caplog.text.count("G is not to be trusted") == 1
 
@@ -299,7 +374,8 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
 
 @pytest.fixture(scope="module")
 def population() -> list[Atoms]:
-    """Ten different structures, each twice; the enthalpy grows with the number, the displacements fall."""
+    """Ten different structures, each twice; the enthalpy grows with the number, the displacements
+    fall."""
     rng = np.random.default_rng(11)
     found = []
     for number in range(10):
@@ -311,17 +387,23 @@ def population() -> list[Atoms]:
 
 @pytest.mark.parametrize("rule", ["random", "uncertain", "diverse"])
 def test_same_seed_same_choice(rule: str, potential: Potential, population: list[Atoms]) -> None:
-    first, second = (select(population, 4, np.random.default_rng(3), rule, potential) for _ in range(2))
+    first, second = (
+        select(population, 4, np.random.default_rng(3), rule, potential) for _ in range(2)
+    )
     assert first == second and len(set(first)) == 4
     assert sorted(select(population[:3], 4, np.random.default_rng(3), rule, potential)) == [0, 1, 2]
 
 
-def test_the_most_uncertain_distinct_structures_are_chosen(potential: Potential, population: list[Atoms]) -> None:
+def test_the_most_uncertain_distinct_structures_are_chosen(
+    potential: Potential, population: list[Atoms]
+) -> None:
     chosen = select(population, 3, np.random.default_rng(0), "uncertain", potential)
     pool = lowest_distinct(population, 30)
     errors = potential.uncertainty([population[i] for i in pool]).force_error
     assert chosen == [pool[i] for i in np.argsort(-errors)[:3]]
-    assert len({index // 2 for index in chosen}) == 3, "the second copy of a structure is not worth a label"
+    assert len({index // 2 for index in chosen}) == 3, (
+        "the second copy of a structure is not worth a label"
+    )
 
 
 def test_only_low_enthalpies_are_worth_a_label(population: list[Atoms]) -> None:
@@ -337,7 +419,10 @@ def test_a_model_without_an_estimate_chooses_at_random_and_says_so(
 ) -> None:
     caplog.set_level(logging.INFO)
     plain = Potential(potential.module)
-    chosen, at_random = (select(population, 4, np.random.default_rng(7), rule, plain) for rule in ("uncertain", "random"))
+    chosen, at_random = (
+        select(population, 4, np.random.default_rng(7), rule, plain)
+        for rule in ("uncertain", "random")
+    )
     assert chosen == at_random and "has no error estimate yet; this choice is random" in caplog.text
 
 
@@ -345,7 +430,12 @@ def test_farthest_points_cover_the_corners() -> None:
     corners = np.array([[0.0, 0], [0, 9], [9, 0], [9, 9]])
     points = np.vstack([corners + 0.1 * k for k in range(5)])
     chosen = farthest_points(points, 4, np.random.default_rng(0), np.empty((0, 2)))
-    assert {tuple(np.round(points[i] / 9).astype(int)) for i in chosen} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert {tuple(np.round(points[i] / 9).astype(int)) for i in chosen} == {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    }
     away = farthest_points(points, 1, np.random.default_rng(0), np.array([[0.0, 0]]))
     assert np.round(points[away[0]] / 9).tolist() == [1, 1]
     assert sorted(farthest_points(points[:3], 9, np.random.default_rng(0), corners)) == [0, 1, 2]
@@ -363,6 +453,11 @@ def test_the_shipped_checkpoint_knows_its_errors() -> None:
     """H3S at 150 GPa is among its labels; molecular hydrogen is not."""
     shipped = load("h3s-gpaw-small", device="cpu")
     inside = shipped.uncertainty([crystal(np.random.default_rng(0), 0.05)])
-    outside = shipped.uncertainty([Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.75]], cell=[4, 4, 4], pbc=True)])
+    outside = shipped.uncertainty(
+        [Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.75]], cell=[4, 4, 4], pbc=True)]
+    )
     assert inside.force_error[0] < shipped.error_model.usual_force_error < outside.force_error[0]
-    assert shipped.error_model.calibrated_on == "validation" and shipped.error_model.n_calibration == 107
+    assert (
+        shipped.error_model.calibrated_on == "validation"
+        and shipped.error_model.n_calibration == 107
+    )

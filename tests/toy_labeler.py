@@ -1,4 +1,5 @@
-"""A labeler that costs nothing: soft spheres, smooth and periodic, which refuses one structure of each family."""
+"""A labeler that costs nothing: soft spheres, smooth and periodic, which refuses one structure of
+each family."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ REACH = 3.0
 
 
 class SoftSpheres(Calculator):
-    """E = sum over pairs of (1 - r / 3 A)^3 eV, exact forces and stress; ValueError for every structure whose volume asks for it.
+    """E = sum over pairs of (1 - r / 3 A)^3 eV, exact forces and stress; ValueError for every
+    structure whose volume asks for it.
 
     ``refuse``: of the structures, by the third decimal of their volume in A^3, so many tenths fail.
     """
@@ -26,7 +28,12 @@ class SoftSpheres(Calculator):
         super().__init__()
         self.refuse = refuse
 
-    def calculate(self, atoms: Atoms | None = None, properties: Any = ("energy",), system_changes: Any = all_changes) -> None:
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Any = ("energy",),
+        system_changes: Any = all_changes,
+    ) -> None:
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         if int(1000 * self.atoms.get_volume()) % 10 < self.refuse:
@@ -37,4 +44,8 @@ class SoftSpheres(Calculator):
         forces = np.zeros((len(self.atoms), 3))
         np.add.at(forces, i, -pull)
         stress = -0.5 * np.einsum("pa,pb->ab", pull, vectors) / self.atoms.get_volume()
-        self.results = {"energy": 0.5 * float((x**3).sum()), "forces": forces, "stress": full_3x3_to_voigt_6_stress(stress)}
+        self.results = {
+            "energy": 0.5 * float((x**3).sum()),
+            "forces": forces,
+            "stress": full_3x3_to_voigt_6_stress(stress),
+        }

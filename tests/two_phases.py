@@ -1,7 +1,9 @@
-"""Two quasi-harmonic phases whose boundary is a closed expression, and noisy data of them: the oracle of the phase diagram.
+"""Two quasi-harmonic phases whose boundary is a closed expression, and noisy data of them: the
+oracle of the phase diagram.
 
-G = e + v p - v0 p^2 / (2 B) + 3/2 k theta + 3 k T ln(1 - exp(-theta/T)) per atom, with p in eV/A^3. The curvature in p is the same for
-both, so that the difference is linear in the pressure and P(T) = -[de + 3/2 k dtheta + 3 k T d ln(...)] / dv.
+G = e + v p - v0 p^2 / (2 B) + 3/2 k theta + 3 k T ln(1 - exp(-theta/T)) per atom, with p in eV/A^3.
+The curvature in p is the same for both, so that the difference is linear in the pressure and P(T) =
+-[de + 3/2 k dtheta + 3 k T d ln(...)] / dv.
 """
 
 from __future__ import annotations
@@ -27,8 +29,16 @@ class Phase:
 
     def gibbs(self, pressure, temperature):
         p, t = np.asarray(pressure) / EV_PER_A3_IN_GPA, np.asarray(temperature, dtype=float)
-        thermal = np.where(t > 0, 3.0 * KELVIN * t * np.log1p(-np.exp(-self.theta / np.where(t > 0, t, 1.0))), 0.0)
-        return self.energy + self.volume * p - 0.5 * CURVATURE * p**2 + 1.5 * KELVIN * self.theta + thermal
+        thermal = np.where(
+            t > 0, 3.0 * KELVIN * t * np.log1p(-np.exp(-self.theta / np.where(t > 0, t, 1.0))), 0.0
+        )
+        return (
+            self.energy
+            + self.volume * p
+            - 0.5 * CURVATURE * p**2
+            + 1.5 * KELVIN * self.theta
+            + thermal
+        )
 
     def v(self, pressure):
         """A^3/atom."""
@@ -46,19 +56,36 @@ HIGH = Phase(0.0725, 4.90, 1000.0)
 
 def boundary(temperature: float, low: Phase = LOW, high: Phase = HIGH) -> float:
     """Pressure (GPa) at which both have the same G."""
-    return float((high.gibbs(0.0, temperature) - low.gibbs(0.0, temperature)) / (low.volume - high.volume) * EV_PER_A3_IN_GPA)
+    return float(
+        (high.gibbs(0.0, temperature) - low.gibbs(0.0, temperature))
+        / (low.volume - high.volume)
+        * EV_PER_A3_IN_GPA
+    )
 
 
 def slope(temperature: float, low: Phase = LOW, high: Phase = HIGH) -> float:
     """dP/dT by Clausius and Clapeyron, GPa/K."""
-    return float((high.s(temperature) - low.s(temperature)) / (high.volume - low.volume) * EV_PER_A3_IN_GPA)
+    return float(
+        (high.s(temperature) - low.s(temperature)) / (high.volume - low.volume) * EV_PER_A3_IN_GPA
+    )
 
 
 def data(
-    phases: dict[str, Phase], seed: int | None, pressures=(60.0, 110.0, 160.0), temperatures=(0.0, 300.0, 600.0), *, isotopes="natural",
-    gibbs_error=5e-4, volume_error=5e-3, entropy_error=1e-6, formula="H3S", kinds="GVS", true_noise=1.0,
-) -> list[GibbsPoint]:  # fmt: skip
-    """Points with Gaussian noise (None: none) of ``true_noise`` times the errors that they claim; ``kinds`` leaves V or S out."""
+    phases: dict[str, Phase],
+    seed: int | None,
+    pressures=(60.0, 110.0, 160.0),
+    temperatures=(0.0, 300.0, 600.0),
+    *,
+    isotopes="natural",
+    gibbs_error=5e-4,
+    volume_error=5e-3,
+    entropy_error=1e-6,
+    formula="H3S",
+    kinds="GVS",
+    true_noise=1.0,
+) -> list[GibbsPoint]:
+    """Points with Gaussian noise (None: none) of ``true_noise`` times the errors that they claim;
+    ``kinds`` leaves V or S out."""
     rng = np.random.default_rng(seed)
     nan = float("nan")
     points = []
@@ -69,9 +96,17 @@ def data(
                 s = 0.0 if t == 0 else float(phase.s(t)) + entropy_error * noise[2]
                 points.append(
                     GibbsPoint(
-                        name, isotopes, formula, p, t, float(phase.gibbs(p, t)) + gibbs_error * noise[0], gibbs_error,
-                        float(phase.v(p)) + volume_error * noise[1] if "V" in kinds else nan, volume_error if "V" in kinds else nan,
-                        s if "S" in kinds else nan, (0.0 if t == 0 else entropy_error) if "S" in kinds else nan,
+                        name,
+                        isotopes,
+                        formula,
+                        p,
+                        t,
+                        float(phase.gibbs(p, t)) + gibbs_error * noise[0],
+                        gibbs_error,
+                        float(phase.v(p)) + volume_error * noise[1] if "V" in kinds else nan,
+                        volume_error if "V" in kinds else nan,
+                        s if "S" in kinds else nan,
+                        (0.0 if t == 0 else entropy_error) if "S" in kinds else nan,
                     )
-                )  # fmt: skip
+                )
     return points

@@ -42,7 +42,9 @@ def strained(atoms: Atoms, amplitude: float, rng: np.random.Generator) -> Atoms:
 def soft_mode(lattice_constant: float, rng: np.random.Generator) -> Atoms:
     """T1u pattern: along a direction d, hydrogen by its bond component and across it."""
     atoms = cubic(lattice_constant)
-    direction = [np.eye(3)[2], np.ones(3) / np.sqrt(3), np.array([1, 1, 0]) / np.sqrt(2)][rng.integers(3)]
+    direction = [np.eye(3)[2], np.ones(3) / np.sqrt(3), np.array([1, 1, 0]) / np.sqrt(2)][
+        rng.integers(3)
+    ]
     stretch, bend = rng.uniform(-0.22, 0.22), rng.uniform(-0.12, 0.12)
     for axis in range(3):
         shift = bend * direction
@@ -75,11 +77,20 @@ def main(path: str) -> None:
             add(soft_mode(lattice_constant, rng), "modes")
         for _ in range(3):
             shift = rng.uniform(0.05, 0.32)
-            add(displaced(strained(cubic(lattice_constant, shift), 0.02, rng), rng.uniform(0.01, 0.06), rng), "r3m")
+            add(
+                displaced(
+                    strained(cubic(lattice_constant, shift), 0.02, rng),
+                    rng.uniform(0.01, 0.06),
+                    rng,
+                ),
+                "r3m",
+            )
         for repeat, count in (((2, 1, 1), 3), ((2, 2, 1), 2)):
             for _ in range(count):
                 parent = cubic(lattice_constant, rng.uniform(0.0, 0.2)).repeat(repeat)
-                add(displaced(strained(parent, 0.015, rng), rng.uniform(0.03, 0.18), rng), "thermal")
+                add(
+                    displaced(strained(parent, 0.015, rng), rng.uniform(0.03, 0.18), rng), "thermal"
+                )
     order = np.random.default_rng(SEED + 1).permutation(len(frames))
     write(path, [frames[i] for i in order], format="extxyz")
 

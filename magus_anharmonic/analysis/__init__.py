@@ -1,4 +1,5 @@
-"""Every table and figure of the paper: pure functions from the tables of a campaign to numbers, a CSV and a picture."""
+"""Every table and figure of the paper: pure functions from the tables of a campaign to numbers, a
+CSV and a picture."""
 
 from __future__ import annotations
 

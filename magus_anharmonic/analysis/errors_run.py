@@ -1,8 +1,10 @@
 """The model against DFT in an ensemble.
 
-The state and the configurations in which ``magus-anharmonic errors`` measures, from what the user names.
+The state and the configurations in which ``magus-anharmonic errors`` measures, from what the user
+names.
 
-What ``magus-anharmonic errors`` does: label an ensemble of an SSCHA state, compare model and reference, write the tables.
+What ``magus-anharmonic errors`` does: label an ensemble of an SSCHA state, compare model and
+reference, write the tables.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ from ase import Atoms
 from magus_anharmonic.analysis import gradient_errors as gibbs
 from magus_anharmonic.analysis import gradient_errors as gradients
 from magus_anharmonic.analysis import tables
-from magus_anharmonic.analysis.labelled_ensemble import WHAT, Labelled, draw, label_held, read_labelled
+from magus_anharmonic.analysis.labelled_ensemble import (
+    WHAT,
+    Labelled,
+    label_locked,
+    read_labelled,
+    sample_displacements,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import versions, write_json
@@ -28,9 +36,9 @@ from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.begin import read_state
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
-from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
+from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
+from magus_anharmonic.sscha.initial_state import read_state
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group, symbol_of
@@ -48,32 +56,45 @@ def find_source(
     supercell: tuple[int, int, int] = (2, 2, 2),
     seed: int = 0,
 ) -> Source:
-    """The state of a finished run (a folder), of dynamical matrices (a prefix), or of a structure file, which is run first.
+    """The state of a finished run (a folder), of dynamical matrices (a prefix), or of a structure
+    file, which is run first.
 
-    Raises ``InputError``: nothing there, no pressure (GPa) for a structure or matrices, or a run that ended without a state.
+    Raises ``InputError``: nothing there, no pressure (GPa) for a structure or matrices, or a run
+    that ended without a state.
     """
     if path.is_dir():
         return source_of_result(SschaResult.read(path), phase)
     if not path.is_file() and not Path(f"{path}1").is_file():
-        raise InputError(f"{path}: no such structure file, no folder of an SSCHA run, and no dynamical matrices {path}1")
+        raise InputError(
+            f"{path}: no such structure file, no folder of an SSCHA run, and no dynamical matrices"
+            f" {path}1"
+        )
     if pressure is None:
         raise InputError(f"--pressure: is needed for {path}: only the folder of a run says it")
     if Path(f"{path}1").is_file():
         return source_of_state(read_state(path, temperature), pressure, phase)
     atoms = read_structures(path, index=-1)[0]
     result = free_energy(
-        atoms, model, pressure=pressure, temperature=temperature, supercell=supercell, n_configs=500, seed=seed, directory=run_folder
+        atoms,
+        model,
+        pressure=pressure,
+        temperature=temperature,
+        supercell=supercell,
+        n_configs=500,
+        seed=seed,
+        directory=run_folder,
     )
     return source_of_result(result, phase)
 
 
 def given_displacements(state: SschaState, path: Path) -> np.ndarray:
-    """Displacements (n, n_supercell, 3) A of the configurations in a file; raises ``InputError`` when they are not pairs of this state."""
+    """Displacements (n, n_supercell, 3) A of the configurations in a file; raises ``InputError``
+    when they are not pairs of this state."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".npz":
-        drawn_from, ensemble = read_population_file(path)
-        structures = [drawn_from.supercell.copy() for _ in ensemble.displacements]
+        sampled_from, ensemble = read_population_file(path)
+        structures = [sampled_from.supercell.copy() for _ in ensemble.displacements]
         for atoms, displacement in zip(structures, ensemble.displacements, strict=True):
             atoms.positions += displacement
     else:
@@ -90,7 +111,8 @@ MOST_POINTS = 2000
 
 @dataclass(frozen=True)
 class Source:
-    """An SSCHA state to measure in. ``gibbs``, ``gibbs_error`` (eV/atom): the model's free energy of it, None where it is not known."""
+    """An SSCHA state to measure in. ``gibbs``, ``gibbs_error`` (eV/atom): the model's free energy
+    of it, None where it is not known."""
 
     state: SschaState
     phase: str
@@ -113,7 +135,8 @@ class ErrorsReport:
 
     @property
     def corrected_gibbs(self) -> tuple[float, float] | None:
-        """G by the reference to first order with its standard error, eV/atom; None where the model's G is not known."""
+        """G by the reference to first order with its standard error, eV/atom; None where the
+        model's G is not known."""
         if self.source.gibbs is None:
             return None
         error = float(np.hypot(self.source.gibbs_error or 0.0, self.correction.first_order_error))
@@ -121,9 +144,17 @@ class ErrorsReport:
 
 
 def source_of_result(result: SschaResult, phase: str = "") -> Source:
-    """The state in which an SSCHA run ended; ``phase``: its name, by default its space group. Raises ``InputError`` without a state."""
+    """The state in which an SSCHA run ended; ``phase``: its name, by default its space group.
+    Raises ``InputError`` without a state."""
     name = phase or symbol_of(result.space_group)
-    return Source(result.state, name, result.target_pressure, result.model_id, result.gibbs, result.gibbs_error)
+    return Source(
+        result.state,
+        name,
+        result.target_pressure,
+        result.model_id,
+        result.gibbs,
+        result.gibbs_error,
+    )
 
 
 def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Source:
@@ -132,7 +163,8 @@ def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Sour
 
 
 def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str) -> np.ndarray:
-    """Displacements (n, n_supercell, 3) A of given configurations of ``state``, +u/-u next to each other.
+    """Displacements (n, n_supercell, 3) A of given configurations of ``state``, +u/-u next to each
+    other.
 
     Raises ``InputError`` when cell, species, pairs or amplitudes are not those of the state.
     """
@@ -140,28 +172,44 @@ def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str)
     found = []
     for number, atoms in enumerate(structures, start=1):
         same_cell = np.allclose(atoms.cell.array, supercell.cell.array, atol=1e-4)
-        if len(atoms) != len(supercell) or not np.array_equal(atoms.numbers, supercell.numbers) or not same_cell:
-            raise InputError(f"{where}: configuration {number} is not one of the supercell of the state (species, order and cell)")
+        if (
+            len(atoms) != len(supercell)
+            or not np.array_equal(atoms.numbers, supercell.numbers)
+            or not same_cell
+        ):
+            raise InputError(
+                f"{where}: configuration {number} is not one of the supercell of the state"
+                " (species, order and cell)"
+            )
         shift = (atoms.positions - supercell.positions) @ np.linalg.inv(supercell.cell.array)
         found.append((shift - np.round(shift)) @ supercell.cell.array)
     u = np.array(found)
     if len(u) < 4 or len(u) % 2 or not np.allclose(u[0::2], -u[1::2], atol=1e-4):
-        raise InputError(f"{where}: {len(u)} configurations that are not pairs +u, -u next to each other; pairs are needed, at least two")
-    require_drawn_from(state, u, where)
+        raise InputError(
+            f"{where}: {len(u)} configurations that are not pairs +u, -u next to each other; pairs"
+            " are needed, at least two"
+        )
+    require_sampled_from(state, u, where)
     return u
 
 
 def load_labeler_settings(path: str | Path) -> LabelerSettings:
-    """Settings of the reference from a YAML file: the block ``labeler`` (or ``learning.labeler``), or its keys themselves."""
+    """Settings of the reference from a YAML file: the block ``labeler`` (or ``learning.labeler``),
+    or its keys themselves."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; needed is a YAML file with labeler: {{calculator: gpaw, ...}}")
+        raise InputError(
+            f"{path}: no such file; needed is a YAML file with labeler: {{calculator: gpaw, ...}}"
+        )
     data = load_yaml(path)
     if isinstance(data.get("learning"), dict):
         data = data["learning"]
     if isinstance(data.get("labeler"), dict):
         data = data["labeler"]
     if "calculator" not in data:
-        raise InputError(f"{path}: names no labeler: needed is labeler: {{calculator: gpaw | vasp | espresso | import path, ...}}")
+        raise InputError(
+            f"{path}: names no labeler: needed is labeler: {{calculator: gpaw | vasp | espresso |"
+            " import path, ...}"
+        )
     return parse(LabelerSettings, data, "labeler")
 
 
@@ -175,16 +223,25 @@ def measure_errors(
     seed: int = 0,
     displacements: np.ndarray | None = None,
 ) -> ErrorsReport:
-    """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and ``errors.json`` to ``folder``.
+    """Label ``n_configs`` configurations (or those of ``displacements``), and write tables and
+    ``errors.json`` to ``folder``.
 
-    Labels that are there are not made again. Raises ``InputError`` (another state or other DFT settings in the folder, another process
-    that works there, no whole pairs).
+    Labels that are there are not made again. Raises ``InputError`` (another state or other DFT
+    settings in the folder, another process that works there, no whole pairs).
     """
     with locked(folder, WHAT):
-        return measure_held(source, model, labeler, folder, n_configs=n_configs, seed=seed, displacements=displacements)
+        return measure_locked(
+            source,
+            model,
+            labeler,
+            folder,
+            n_configs=n_configs,
+            seed=seed,
+            displacements=displacements,
+        )
 
 
-def measure_held(
+def measure_locked(
     source: Source,
     model: Evaluator,
     labeler: Labeler,
@@ -195,13 +252,20 @@ def measure_held(
     displacements: np.ndarray | None = None,
 ) -> ErrorsReport:
     """`measure_errors` for a caller that holds the lock of ``folder``."""
-    u = draw(source.state, n_configs, seed) if displacements is None else displacements
-    label_held(source.state, u, labeler, folder)
+    u = (
+        sample_displacements(source.state, n_configs, seed)
+        if displacements is None
+        else displacements
+    )
+    label_locked(source.state, u, labeler, folder)
     return analyse_errors(source, model, u, folder)
 
 
-def analyse_errors(source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path) -> ErrorsReport:
-    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json`` there.
+def analyse_errors(
+    source: Source, model: Evaluator, displacements: np.ndarray, folder: str | Path
+) -> ErrorsReport:
+    """The errors from whatever pairs are labelled in ``folder``; writes tables and ``errors.json``
+    there.
 
     Raises what `read_labelled` raises.
     """
@@ -234,11 +298,21 @@ def report_tables(report: ErrorsReport, labelled: Labelled) -> dict[type, list[A
 
 
 def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
-    """Put the tables of a report into those of a campaign (``campaign/tables``), in place of earlier rows of this phase and pressure."""
-    for table in (tables.GradientError, tables.GibbsCorrection, tables.GradientBin, tables.GradientParity):
+    """Put the tables of a report into those of a campaign (``campaign/tables``), in place of
+    earlier rows of this phase and pressure."""
+    for table in (
+        tables.GradientError,
+        tables.GibbsCorrection,
+        tables.GradientBin,
+        tables.GradientParity,
+    ):
         rows = tables.read(table, report.folder / table.FILE)  # type: ignore[attr-defined]
         known = tables.read_if_there(table, folder)
-        kept = [row for row in known if (row.phase, row.pressure_GPa) != (report.source.phase, report.source.pressure)]
+        kept = [
+            row
+            for row in known
+            if (row.phase, row.pressure_GPa) != (report.source.phase, report.source.pressure)
+        ]
         tables.write(table, Path(folder) / table.FILE, [*kept, *rows])  # type: ignore[attr-defined]
 
 
@@ -248,34 +322,55 @@ def draw_report(report: ErrorsReport) -> list[Path]:
 
     bins = tables.read(tables.GradientBin, report.folder / tables.GradientBin.FILE)
     parity = tables.read(tables.GradientParity, report.folder / tables.GradientParity.FILE)
-    return draw_gradient_errors(gradients.rows(report.errors, report.source.phase, report.source.pressure), bins, parity, report.folder)
+    return draw_gradient_errors(
+        gradients.rows(report.errors, report.source.phase, report.source.pressure),
+        bins,
+        parity,
+        report.folder,
+    )
 
 
 def pressure_error(labelled: Labelled) -> tuple[float, float]:
-    """Pressure of the reference minus that of the model in the state, with standard error, GPa (virial of the displacements included)."""
+    """Pressure of the reference minus that of the model in the state, with standard error, GPa
+    (virial of the displacements included)."""
     u, volume = labelled.reference.displacements, labelled.state.supercell.get_volume()
     stress = labelled.reference.stresses - labelled.model.stresses
     virial = np.einsum("cai,cai->c", -gradients.force_differences(labelled), u) / volume
     pressures = pair_means(-(np.trace(stress, axis1=1, axis2=2) + virial) / 3.0)
-    return ev_per_a3_to_gpa(float(pressures.mean())), ev_per_a3_to_gpa(float(standard_error(pressures)))
+    return ev_per_a3_to_gpa(float(pressures.mean())), ev_per_a3_to_gpa(
+        float(standard_error(pressures))
+    )
 
 
-def distributions(labelled: Labelled, phase: str, pressure: float) -> tuple[list[tables.GradientBin], list[tables.GradientParity]]:
-    """Histograms of the errors before and after averaging, and the averaged components by reference and model (Figs. 7 and 8)."""
+def distributions(
+    labelled: Labelled, phase: str, pressure: float
+) -> tuple[list[tables.GradientBin], list[tables.GradientParity]]:
+    """Histograms of the errors before and after averaging, and the averaged components by reference
+    and model (Figs. 7 and 8)."""
     difference = gradients.force_differences(labelled)
     n_configs = len(difference)
     mean = {name: -ensemble.forces.mean(axis=0).ravel() for name, ensemble in _both(labelled)}
-    matrix = {name: gradients.mean_force_constant_gradient(labelled, ensemble.forces).ravel() for name, ensemble in _both(labelled)}
+    matrix = {
+        name: gradients.mean_force_constant_gradient(labelled, ensemble.forces).ravel()
+        for name, ensemble in _both(labelled)
+    }
     few = slice(0, min(SINGLES, n_configs))
-    weights = labelled.reference.displacements.reshape(n_configs, -1)[few] @ labelled.state.precision
+    weights = (
+        labelled.reference.displacements.reshape(n_configs, -1)[few] @ labelled.state.precision
+    )
     single = np.einsum("ca,cb->cab", weights, difference.reshape(n_configs, -1)[few]).ravel()
     bins = [
         *_histogram(difference.ravel(), phase, pressure, "force", 0),
         *_histogram(mean["model"] - mean["reference"], phase, pressure, "gradient_centroid", 1),
         *_histogram(single, phase, pressure, "gradient_force_constants", 0),
-        *_histogram(matrix["model"] - matrix["reference"], phase, pressure, "gradient_force_constants", 1),
+        *_histogram(
+            matrix["model"] - matrix["reference"], phase, pressure, "gradient_force_constants", 1
+        ),
     ]
-    points = {"gradient_centroid": (mean["reference"], mean["model"]), "gradient_force_constants": (matrix["reference"], matrix["model"])}
+    points = {
+        "gradient_centroid": (mean["reference"], mean["model"]),
+        "gradient_force_constants": (matrix["reference"], matrix["model"]),
+    }
     if labelled.centroid is not None:
         reference, model = (-forces.ravel() for forces in labelled.centroid)
         bins += _histogram(model - reference, phase, pressure, "bo_force_centroid", 1)
@@ -295,12 +390,16 @@ def _both(labelled: Labelled) -> tuple[tuple[str, Any], tuple[str, Any]]:
     return ("reference", labelled.reference), ("model", labelled.model)
 
 
-def _histogram(values: np.ndarray, phase: str, pressure: float, quantity: Any, averaged: int) -> list[tables.GradientBin]:
+def _histogram(
+    values: np.ndarray, phase: str, pressure: float, quantity: Any, averaged: int
+) -> list[tables.GradientBin]:
     edge = float(np.quantile(np.abs(values), 0.999)) or 1e-6
     counts, edges = np.histogram(values, bins=BINS, range=(-edge, edge))
     unit = tables.GRADIENT_UNITS[quantity]
     return [
-        tables.GradientBin(phase, pressure, quantity, averaged, unit, float(low), float(high), int(count))
+        tables.GradientBin(
+            phase, pressure, quantity, averaged, unit, float(low), float(high), int(count)
+        )
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
     ]
 
@@ -330,5 +429,10 @@ def summary(report: ErrorsReport, model_id: str) -> dict[str, Any]:
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     """Numbers that do not exist (errors of two pairs) as None: JSON knows no infinity."""
-    plain = {key: _finite(value) if isinstance(value, dict) else value for key, value in values.items()}
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in plain.items()}
+    plain = {
+        key: _finite(value) if isinstance(value, dict) else value for key, value in values.items()
+    }
+    return {
+        key: None if isinstance(value, float) and not np.isfinite(value) else value
+        for key, value in plain.items()
+    }

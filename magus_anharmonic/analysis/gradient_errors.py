@@ -1,17 +1,22 @@
 """Errors of gradients in an ensemble, and the correction of G.
 
-From the free energy of a model to that of the reference, by the labels of one ensemble of the model's SSCHA state.
+From the free energy of a model to that of the reference, by the labels of one ensemble of the
+model's SSCHA state.
 
-First order (Gibbs-Bogoliubov): the state that minimises F with the model's energies is a trial state for the reference, so that
-F_ref <= F_model + <E_ref - E_model>_rho, without any force. Second order: the state would relax in the field of the gradient errors,
--1/2 dg . Phi^-1 . dg by centroids and by force constants. Both hold at the model's cell; relaxing that costs another second-order
-term, -V (dP)^2 / 2B, which is left out and small (1 GPa against a bulk modulus of 500 GPa at 4 A^3/atom: 0.03 meV/atom).
+First order (Gibbs-Bogoliubov): the state that minimises F with the model's energies is a trial
+state for the reference, so that F_ref <= F_model + <E_ref - E_model>_rho, without any force. Second
+order: the state would relax in the field of the gradient errors, -1/2 dg . Phi^-1 . dg by centroids
+and by force constants. Both hold at the model's cell; relaxing that costs another second-order
+term, -V (dP)^2 / 2B, which is left out and small (1 GPa against a bulk modulus of 500 GPa at 4
+A^3/atom: 0.03 meV/atom).
 
-Errors of a model in an SSCHA ensemble: forces, gradients of the free energy, and what averaging does to them (Eqs. 11 to 15).
+Errors of a model in an SSCHA ensemble: forces, gradients of the free energy, and what averaging
+does to them (Eqs. 11 to 15).
 
-Gao, Fang, Errea, arXiv:2512.20424. Every average is over +u/-u pairs, whose means are independent of one another. For a vector with K
-components whose mean over n pairs has the root mean square R, R^2 = systematic^2 + statistical^2: the systematic part is what an
-infinite ensemble would leave (estimated without bias, as the mean product of different pairs), the statistical part goes with
+Gao, Fang, Errea, arXiv:2512.20424. Every average is over +u/-u pairs, whose means are independent
+of one another. For a vector with K components whose mean over n pairs has the root mean square R,
+R^2 = systematic^2 + statistical^2: the systematic part is what an infinite ensemble would leave
+(estimated without bias, as the mean product of different pairs), the statistical part goes with
 1/sqrt(n). The paper's numbers are R.
 """
 
@@ -23,8 +28,14 @@ import numpy as np
 
 from magus_anharmonic.analysis.labelled_ensemble import Labelled
 from magus_anharmonic.analysis.tables import GRADIENT_UNITS, GibbsCorrection, GradientError
-from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE
-from magus_anharmonic.sscha.ensemble import gamma_matrix, matrix_decrease, pair_means, quadratic_decrease, standard_error
+from magus_anharmonic.sscha.ensemble import (
+    gamma_matrix,
+    matrix_decrease,
+    pair_means,
+    quadratic_decrease,
+    standard_error,
+)
+from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -40,22 +51,30 @@ class Correction:
 
 
 def gibbs_correction(labelled: Labelled) -> Correction:
-    """<E_ref - E_model>_rho / N with the standard error of pair means, and the second-order remainder, eV/atom.
+    """<E_ref - E_model>_rho / N with the standard error of pair means, and the second-order
+    remainder, eV/atom.
 
-    The remainder is a mean over products of different pairs, so that noise does not add up to a decrease.
+    The remainder is a mean over products of different pairs, so that noise does not add up to a
+    decrease.
     """
     state = labelled.state
     n_supercell = len(state.supercell)
     pairs = pair_means(energy_differences(labelled)) / n_supercell
-    symmetry = Symmetry(state.atoms, state.repeats, SYMMETRY_OF_A_STATE)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix, SYMMETRY_OF_A_STATE)
     difference = -force_differences(labelled)
     n_configs = len(difference)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     compliance = np.linalg.pinv(gamma_matrix(state), rcond=1e-9)
-    decrease, _ = quadratic_decrease(symmetry.vectors(pair_means(cells)).reshape(n_configs // 2, -1), compliance)
+    decrease, _ = quadratic_decrease(
+        symmetry.vectors(pair_means(cells)).reshape(n_configs // 2, -1), compliance
+    )
     displacements = labelled.reference.displacements.reshape(n_configs, -1)
-    decrease += matrix_decrease(state, displacements, difference.reshape(n_configs, -1), symmetry)[0]
-    return Correction(n_configs, float(pairs.mean()), float(standard_error(pairs)), -decrease / len(state.atoms))
+    decrease += matrix_decrease(state, displacements, difference.reshape(n_configs, -1), symmetry)[
+        0
+    ]
+    return Correction(
+        n_configs, float(pairs.mean()), float(standard_error(pairs)), -decrease / len(state.atoms)
+    )
 
 
 def energy_differences(labelled: Labelled) -> np.ndarray:
@@ -66,7 +85,12 @@ def energy_differences(labelled: Labelled) -> np.ndarray:
 def row(correction: Correction, phase: str, pressure: float) -> GibbsCorrection:
     """The line of ``gibbs_correction.csv``; ``pressure`` in GPa."""
     return GibbsCorrection(
-        phase, pressure, correction.n_labels, correction.first_order, correction.first_order_error, correction.second_order
+        phase,
+        pressure,
+        correction.n_labels,
+        correction.first_order,
+        correction.first_order_error,
+        correction.second_order,
     )
 
 
@@ -74,9 +98,10 @@ def row(correction: Correction, phase: str, pressure: float) -> GibbsCorrection:
 class Parts:
     """Root mean squares over the components of an averaged error, in the unit of its quantity.
 
-    single : of one configuration; mean : of the average over the ensemble; systematic, statistical : its two parts;
-    systematic_error : standard error of the systematic part by the jackknife over pairs (where that part is not told from zero: the value
-    that it may have); floor : ``single`` over the root of the number of configurations, what independent errors without a systematic part
+    single : of one configuration; mean : of the average over the ensemble; systematic, statistical
+    : its two parts; systematic_error : standard error of the systematic part by the jackknife over
+    pairs (where that part is not told from zero: the value that it may have); floor : ``single``
+    over the root of the number of configurations, what independent errors without a systematic part
     would leave.
     """
 
@@ -92,10 +117,11 @@ class Parts:
 class GradientErrors:
     """Errors of a model against its reference in one ensemble of ``n_configs``.
 
-    force : eV/A, RMSE of all components of all configurations (Eq. 12). centroid : eV/A, of the gradient by the centroids of the supercell
-    (Eq. 13; no symmetry and no translation averaged, as in the paper), symmetric_centroid : the same averaged over translations and
-    space group, as the SSCHA uses it. force_constants, symmetric_force_constants : eV/A^2, the same for Eq. 15. bo_centroid : eV/A,
-    forces at the centroids (Eq. 14), None without a label of them.
+    force : eV/A, RMSE of all components of all configurations (Eq. 12). centroid : eV/A, of the
+    gradient by the centroids of the supercell (Eq. 13; no symmetry and no translation averaged, as
+    in the paper), symmetric_centroid : the same averaged over translations and space group, as the
+    SSCHA uses it. force_constants, symmetric_force_constants : eV/A^2, the same for Eq. 15.
+    bo_centroid : eV/A, forces at the centroids (Eq. 14), None without a label of them.
     """
 
     n_configs: int
@@ -114,17 +140,21 @@ def gradient_errors(labelled: Labelled) -> GradientErrors:
     n_configs = len(difference)
     flat = difference.reshape(n_configs, -1)
     force = float(np.sqrt(np.mean(flat**2)))
-    symmetry = Symmetry(state.atoms, state.repeats, SYMMETRY_OF_A_STATE)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix, SYMMETRY_OF_A_STATE)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     symmetric = symmetry.vectors(cells).reshape(n_configs, -1)
     return GradientErrors(
         n_configs=n_configs,
         force=force,
         centroid=parts(gram(pair_means(flat)), force, n_configs),
-        symmetric_centroid=parts(gram(pair_means(symmetric)), float(np.sqrt(np.mean(symmetric**2))), n_configs),
+        symmetric_centroid=parts(
+            gram(pair_means(symmetric)), float(np.sqrt(np.mean(symmetric**2))), n_configs
+        ),
         force_constants=force_constant_parts(labelled, flat),
         symmetric_force_constants=symmetric_force_constant_parts(labelled, flat, symmetry),
-        bo_centroid=None if labelled.centroid is None else _rms(labelled.centroid[1] - labelled.centroid[0]),
+        bo_centroid=None
+        if labelled.centroid is None
+        else _rms(labelled.centroid[1] - labelled.centroid[0]),
     )
 
 
@@ -134,33 +164,45 @@ def force_differences(labelled: Labelled) -> np.ndarray:
 
 
 def force_constant_parts(labelled: Labelled, difference: np.ndarray) -> Parts:
-    """Error of the gradient by the force constants (Eqs. 10 and 15), eV/A^2; ``difference`` (n, 3N) of the forces.
+    """Error of the gradient by the force constants (Eqs. 10 and 15), eV/A^2; ``difference`` (n, 3N)
+    of the forces.
 
-    The harmonic forces drop out of the difference, so that G_i,ab = w_a d_b with w = Psi^-1 u. A pair has w and -w: only the odd part of
-    the error stays. Products of pairs factorise, so that no (n, 3N, 3N) array is needed.
+    The harmonic forces drop out of the difference, so that G_i,ab = w_a d_b with w = Psi^-1 u. A
+    pair has w and -w: only the odd part of the error stays. Products of pairs factorise, so that no
+    (n, 3N, 3N) array is needed.
     """
     n_configs, size = difference.shape
     weights = labelled.reference.displacements.reshape(n_configs, -1) @ labelled.state.precision
-    single = float(np.sqrt(np.sum((weights**2).sum(axis=1) * (difference**2).sum(axis=1)) / n_configs) / size)
+    single = float(
+        np.sqrt(np.sum((weights**2).sum(axis=1) * (difference**2).sum(axis=1)) / n_configs) / size
+    )
     odd = 0.5 * (difference[0::2] - difference[1::2])
     first = weights[0::2]
     return parts((first @ first.T) * (odd @ odd.T) / size**2, single, n_configs)
 
 
-def symmetric_force_constant_parts(labelled: Labelled, difference: np.ndarray, symmetry: Symmetry) -> Parts:
-    """`force_constant_parts` after averaging over translations, space group and the two indices: components of compact force constants."""
+def symmetric_force_constant_parts(
+    labelled: Labelled, difference: np.ndarray, symmetry: Symmetry
+) -> Parts:
+    """`force_constant_parts` after averaging over translations, space group and the two indices:
+    components of compact force constants."""
     state, n_configs = labelled.state, len(difference)
     weights = labelled.reference.displacements.reshape(n_configs, -1) @ state.precision
     compact = []
     for w, d in zip(weights, difference, strict=True):
         product = np.outer(w, d)
-        compact.append(symmetry.force_constants(fold(0.5 * (product + product.T), state.repeats)).ravel())
+        compact.append(
+            symmetry.force_constants(
+                fold(0.5 * (product + product.T), state.supercell_matrix)
+            ).ravel()
+        )
     vectors = np.array(compact)
     return parts(gram(pair_means(vectors)), float(np.sqrt(np.mean(vectors**2))), n_configs)
 
 
 def mean_force_constant_gradient(labelled: Labelled, forces: np.ndarray) -> np.ndarray:
-    """Eqs. 9 and 10 with ``forces`` (n, N, 3): the gradient of the free energy by the force constants, (3N, 3N) eV/A^2."""
+    """Eqs. 9 and 10 with ``forces`` (n, N, 3): the gradient of the free energy by the force
+    constants, (3N, 3N) eV/A^2."""
     n_configs = len(forces)
     u = labelled.reference.displacements.reshape(n_configs, -1)
     residual = forces.reshape(n_configs, -1) + u @ labelled.state.full
@@ -173,7 +215,8 @@ def gram(vectors: np.ndarray) -> np.ndarray:
 
 
 def parts(products: np.ndarray, single: float, n_configs: int) -> Parts:
-    """The parts of an averaged error from the mean products (n_pairs, n_pairs) of its pair means."""
+    """The parts of an averaged error from the mean products (n_pairs, n_pairs) of its pair
+    means."""
     n = len(products)
     diagonal, rows = np.diag(products), products.sum(axis=1)
     total, trace = rows.sum(), diagonal.sum()
@@ -194,7 +237,8 @@ def parts(products: np.ndarray, single: float, n_configs: int) -> Parts:
 
 
 def _error_of_root(square: float, error: float) -> float:
-    """Standard error of a root from that of its square; where the square is within its error, the root of that error."""
+    """Standard error of a root from that of its square; where the square is within its error, the
+    root of that error."""
     return error / (2.0 * np.sqrt(square)) if square > error else float(np.sqrt(error))
 
 
@@ -206,11 +250,17 @@ def rows(errors: GradientErrors, phase: str, pressure: float) -> list[GradientEr
     """The lines of ``gradient_errors.csv``; ``pressure`` in GPa."""
 
     def line(quantity: str, rmse: float, found: Parts | None) -> GradientError:
-        numbers = (None, None, None) if found is None else (found.systematic, found.statistical, found.floor)
+        numbers = (
+            (None, None, None)
+            if found is None
+            else (found.systematic, found.statistical, found.floor)
+        )
         unit = GRADIENT_UNITS[quantity]
         error = None if found is None else found.systematic_error
         single = None if found is None else found.single
-        return GradientError(phase, pressure, errors.n_configs, quantity, unit, rmse, *numbers, error, single)  # type: ignore[arg-type]
+        return GradientError(
+            phase, pressure, errors.n_configs, quantity, unit, rmse, *numbers, error, single
+        )  # type: ignore[arg-type]
 
     lines = [
         line("force", errors.force, None),

@@ -16,12 +16,17 @@ import numpy as np
 from magus_anharmonic.analysis import style
 from magus_anharmonic.analysis.tables import UNITS, ModelError, Parity
 
-LABELS = {"energy": "energy (eV/atom)", "force": "force component (eV/Å)", "stress": "stress component (GPa)"}
+LABELS = {
+    "energy": "energy (eV/atom)",
+    "force": "force component (eV/Å)",
+    "stress": "stress component (GPa)",
+}
 
 
 @dataclass(frozen=True)
 class ParityStatistics:
-    """Agreement of one quantity on one set; in the unit given. ``r_squared`` is None where the reference does not vary."""
+    """Agreement of one quantity on one set; in the unit given. ``r_squared`` is None where the
+    reference does not vary."""
 
     model: str
     set: str
@@ -48,14 +53,23 @@ def parity_statistics(rows: Sequence[Parity]) -> list[ParityStatistics]:
         rmse = float(np.sqrt(np.mean(error**2)))
         found.append(
             ParityStatistics(
-                model, name, quantity, UNITS[quantity], len(members), rmse, float(np.abs(error).mean()), float(error.mean()), r_squared
+                model,
+                name,
+                quantity,
+                UNITS[quantity],
+                len(members),
+                rmse,
+                float(np.abs(error).mean()),
+                float(error.mean()),
+                r_squared,
             )
         )
     return found
 
 
 def draw_parity(rows: Sequence[Parity], folder: Path, model: str, name: str) -> list[Path]:
-    """A panel per quantity that ``model`` has, one colour per set; points are pixels in the SVG, so that it stays small."""
+    """A panel per quantity that ``model`` has, one colour per set; points are pixels in the SVG, so
+    that it stays small."""
     mine = [row for row in rows if row.model == model]
     quantities = [quantity for quantity in UNITS if any(row.quantity == quantity for row in mine)]
     if not quantities:
@@ -77,9 +91,26 @@ def _panel(axes, rows: Sequence[Parity], quantity: str) -> None:  # type: ignore
         shown = [row for row in rows if row.set == name]
         x, y = [row.reference for row in shown], [row.predicted for row in shown]
         size = 4 if len(shown) < 500 else 1.5
-        axes.plot(x, y, style.marker(index), color=style.color(index), ms=size, alpha=0.6, mew=0, label=name, rasterized=len(shown) > 500)
+        axes.plot(
+            x,
+            y,
+            style.marker(index),
+            color=style.color(index),
+            ms=size,
+            alpha=0.6,
+            mew=0,
+            label=name,
+            rasterized=len(shown) > 500,
+        )
     error = np.array([row.predicted - row.reference for row in rows])
-    axes.text(0.97, 0.04, f"RMSE {np.sqrt(np.mean(error**2)):.3g} {UNITS[quantity]}", ha="right", transform=axes.transAxes, fontsize=9)
+    axes.text(
+        0.97,
+        0.04,
+        f"RMSE {np.sqrt(np.mean(error**2)):.3g} {UNITS[quantity]}",
+        ha="right",
+        transform=axes.transAxes,
+        fontsize=9,
+    )
     axes.set_xlim(limits)
     axes.set_ylim(limits)
     axes.set_aspect("equal")
@@ -105,11 +136,22 @@ class TableOne:
 
 
 def table_one(rows: Sequence[ModelError]) -> list[TableOne]:
-    """The lines in the paper's order: by set, foundation before finetuned; the last row of a model and set counts."""
+    """The lines in the paper's order: by set, foundation before finetuned; the last row of a model
+    and set counts."""
     last = {(row.set, row.model): row for row in rows}
-    chosen = [last[key] for key in ((name, model) for name in SETS for model in MODELS) if key in last]
+    chosen = [
+        last[key] for key in ((name, model) for name in SETS for model in MODELS) if key in last
+    ]
     return [
-        TableOne(r.set, r.model, r.model_id, r.n, 1e3 * r.energy_rmse_eV_per_atom, 1e3 * r.force_rmse_eV_per_A, r.stress_rmse_GPa)
+        TableOne(
+            r.set,
+            r.model,
+            r.model_id,
+            r.n,
+            1e3 * r.energy_rmse_eV_per_atom,
+            1e3 * r.force_rmse_eV_per_A,
+            r.stress_rmse_GPa,
+        )
         for r in chosen
     ]
 
@@ -124,12 +166,27 @@ def draw_table_one(lines: Sequence[TableOne], folder: Path, name: str = "table_1
         )
         for axes, (label, field) in zip(panels, quantities, strict=True):
             for index, model in enumerate(MODELS):
-                shown = [(SETS.index(line.set), getattr(line, field)) for line in lines if line.model == model]
-                shown = [(place, value) for place, value in shown if value is not None]
+                shown = [
+                    (SETS.index(line.set), getattr(line, field))
+                    for line in lines
+                    if line.model == model
+                ]
+                shown = [(position, value) for position, value in shown if value is not None]
                 if shown:
-                    places = [place + 0.4 * (index - 0.5) for place, _ in shown]
-                    bars = axes.bar(places, [value for _, value in shown], 0.36, color=style.color(index), label=model)
-                    axes.bar_label(bars, fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}", fontsize=8, padding=2)
+                    positions = [position + 0.4 * (index - 0.5) for position, _ in shown]
+                    bars = axes.bar(
+                        positions,
+                        [value for _, value in shown],
+                        0.36,
+                        color=style.color(index),
+                        label=model,
+                    )
+                    axes.bar_label(
+                        bars,
+                        fmt=lambda value: f"{value:.0f}" if value >= 100 else f"{value:.3g}",
+                        fontsize=8,
+                        padding=2,
+                    )
             axes.set_xticks(range(len(SETS)), SETS)
             axes.set_xlim(-0.6, len(SETS) - 0.4)
             axes.set_ylabel(label)

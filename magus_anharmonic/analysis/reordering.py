@@ -1,12 +1,15 @@
 """Soft modes against pressure, and what the ions' motion reorders.
 
-Fig. 4a: squared frequency of one irreducible representation at Gamma against pressure, and the pressure where it is zero.
+Fig. 4a: squared frequency of one irreducible representation at Gamma against pressure, and the
+pressure where it is zero.
 
-A critical pressure comes from a weighted parabola through points with error bars (four or more, when it fits them), else from monotone
-interpolation (Fritsch and Carlson, doi:10.1137/0717021). Its error is the spread over 400 sets of points drawn from the error bars;
-points without error bars give a critical pressure without one.
+A critical pressure comes from a weighted parabola through points with error bars (four or more,
+when it fits them), else from monotone interpolation (Fritsch and Carlson, doi:10.1137/0717021). Its
+error is the spread over 400 sets of points drawn from the error bars; points without error bars
+give a critical pressure without one.
 
-Fig. 6: space groups before and after the ions move, free energy against static enthalpy, and where the order changes.
+Fig. 6: space groups, static and with SSCHA, free energy against static enthalpy, and where
+the order changes.
 """
 
 from __future__ import annotations
@@ -38,9 +41,11 @@ ORDER = tuple(WORDS)
 
 @dataclass(frozen=True)
 class CriticalPressure:
-    """Where a squared frequency becomes zero; no pressure and a ``reason`` where it does not. Pressures in GPa.
+    """Where a squared frequency becomes zero; no pressure and a ``reason`` where it does not.
+    Pressures in GPa.
 
-    ``how``: parabola or interpolation. ``error``: standard error from the error bars of the points, None where they have none.
+    ``how``: parabola or interpolation. ``error``: standard error from the error bars of the points,
+        None where they have none.
     """
 
     phase: str
@@ -62,7 +67,9 @@ def series(rows: Sequence[Mode]) -> dict[Series, list[Mode]]:
     """The points of every curve by pressure; of several rows at one pressure the last counts."""
     found: dict[Series, dict[float, Mode]] = {}
     for row in rows:
-        found.setdefault((row.phase, row.irrep, row.method, row.energies_by), {})[row.pressure_GPa] = row
+        found.setdefault((row.phase, row.irrep, row.method, row.energies_by), {})[
+            row.pressure_GPa
+        ] = row
     keys = sorted(found, key=lambda key: (key[0], key[1], ORDER.index((key[2], key[3]))))
     return {key: [found[key][p] for p in sorted(found[key])] for key in keys}
 
@@ -72,19 +79,28 @@ def critical_pressures(rows: Sequence[Mode]) -> list[CriticalPressure]:
     found = []
     for (phase, irrep, method, energies_by), points in series(rows).items():
         value, error, how, reason = critical_pressure(
-            [p.pressure_GPa for p in points], [p.frequency_squared_cm2 for p in points], [p.error_cm2 for p in points]
+            [p.pressure_GPa for p in points],
+            [p.frequency_squared_cm2 for p in points],
+            [p.error_cm2 for p in points],
         )
-        found.append(CriticalPressure(phase, irrep, method, energies_by, value, error, how, len(points), reason))
+        found.append(
+            CriticalPressure(
+                phase, irrep, method, energies_by, value, error, how, len(points), reason
+            )
+        )
     return found
 
 
 def critical_pressure(
-    pressures: Sequence[float], squares: Sequence[float], errors: Sequence[float | None], seed: int = 0
+    pressures: Sequence[float],
+    squares: Sequence[float],
+    errors: Sequence[float | None],
+    seed: int = 0,
 ) -> tuple[float | None, float | None, str, str]:
     """Critical pressure (GPa) with standard error, how it was found, and why there is none.
 
-    ``pressures`` rising, ``squares`` in cm^-2. Of several changes of sign the highest from negative to positive counts: above it the
-    structure is stable.
+    ``pressures`` rising, ``squares`` in cm^-2. Of several changes of sign the highest from negative
+    to positive counts: above it the structure is stable.
     """
     x, y = np.array(pressures, dtype=float), np.array(squares, dtype=float)
     if len(x) < 2:
@@ -97,14 +113,27 @@ def critical_pressure(
     value = find(x, y)
     if value is None:
         sign = "positive" if y[-1] > 0 else "negative"
-        return None, None, how, f"no change from negative to positive between {x[0]:g} and {x[-1]:g} GPa ({sign} at the highest)"
+        return (
+            None,
+            None,
+            how,
+            (
+                f"no change from negative to positive between {x[0]:g} and {x[-1]:g} GPa ({sign} at"
+                " the highest)"
+            ),
+        )
     if not with_errors:
         return value, None, how, "" if np.isnan(known).all() else "some points have no error bar"
-    drawn = y + known * np.random.default_rng(seed).standard_normal((RESAMPLES, len(y)))
-    roots = [root for root in (find(x, one) for one in drawn) if root is not None]
+    sampled = y + known * np.random.default_rng(seed).standard_normal((RESAMPLES, len(y)))
+    roots = [root for root in (find(x, one) for one in sampled) if root is not None]
     lost = RESAMPLES - len(roots)
     reason = (
-        "" if lost < 0.05 * RESAMPLES else f"{100 * lost / RESAMPLES:.0f} % of the sets drawn from the error bars have no change of sign"
+        ""
+        if lost < 0.05 * RESAMPLES
+        else (
+            f"{100 * lost / RESAMPLES:.0f} % of the sets drawn from the error bars have no change"
+            " of sign"
+        )
     )
     return value, float(np.std(roots, ddof=1)) if len(roots) > 1 else None, how, reason
 
@@ -135,8 +164,11 @@ def _parabola_fits(x: np.ndarray, y: np.ndarray, errors: np.ndarray) -> bool:
     return float(np.sum((design @ coefficients - y / errors) ** 2)) / (len(x) - 3) < WORST_FIT
 
 
-def _parabola_root(x: np.ndarray, errors: np.ndarray) -> Callable[[np.ndarray, np.ndarray], float | None]:
-    """Highest upward zero of the parabola through points at ``x`` with ``errors``, as a function of (x, y)."""
+def _parabola_root(
+    x: np.ndarray, errors: np.ndarray
+) -> Callable[[np.ndarray, np.ndarray], float | None]:
+    """Highest upward zero of the parabola through points at ``x`` with ``errors``, as a function of
+    (x, y)."""
     inverse = np.linalg.pinv(_design(x) / errors[:, None])
 
     def find(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -144,14 +176,19 @@ def _parabola_root(x: np.ndarray, errors: np.ndarray) -> Callable[[np.ndarray, n
         roots = np.roots([a, b, c])
         real = roots.real[np.abs(roots.imag) < 1e-12]
         rising = [root for root in real if 2.0 * a * root + b > 0]
-        inside = [x.mean() + np.ptp(x) * root for root in rising if x[0] <= x.mean() + np.ptp(x) * root <= x[-1]]
+        inside = [
+            x.mean() + np.ptp(x) * root
+            for root in rising
+            if x[0] <= x.mean() + np.ptp(x) * root <= x[-1]
+        ]
         return float(max(inside)) if inside else None
 
     return find
 
 
 def draw_modes(rows: Sequence[Mode], folder: Path, name: str) -> list[Path]:
-    """Curves of one phase and irreducible representation; critical pressures as bands of one standard error."""
+    """Curves of one phase and irreducible representation; critical pressures as bands of one
+    standard error."""
     curves, found = series(rows), critical_pressures(rows)
     first = rows[0]
     with style.figure(title=f"{first.phase}: {first.irrep} at Γ") as (made, (axes,)):
@@ -160,14 +197,29 @@ def draw_modes(rows: Sequence[Mode], folder: Path, name: str) -> list[Path]:
             index = ORDER.index((key[2], key[3]))
             where = critical.critical_pressure_GPa
             spread = "" if critical.error_GPa is None else f" ± {critical.error_GPa:.1f}"
-            label = WORDS[key[2], key[3]] + ("" if where is None else f" (zero at {where:.1f}{spread} GPa)")
+            label = WORDS[key[2], key[3]] + (
+                "" if where is None else f" (zero at {where:.1f}{spread} GPa)"
+            )
             x, y = [p.pressure_GPa for p in points], [p.frequency_squared_cm2 / 1e6 for p in points]
             bars = [None if p.error_cm2 is None else p.error_cm2 / 1e6 for p in points]
             style.points(
-                axes, x, y, bars, index=index, label=label, mfc="none" if key[3] == "dft" else None, linestyle=_line_style(key, len(x))
+                axes,
+                x,
+                y,
+                bars,
+                index=index,
+                label=label,
+                mfc="none" if key[3] == "dft" else None,
+                linestyle=_line_style(key, len(x)),
             )
             if where is not None and critical.error_GPa is not None:
-                axes.axvspan(where - critical.error_GPa, where + critical.error_GPa, color=style.color(index), alpha=0.15, lw=0)
+                axes.axvspan(
+                    where - critical.error_GPa,
+                    where + critical.error_GPa,
+                    color=style.color(index),
+                    alpha=0.15,
+                    lw=0,
+                )
         style.room(axes, [row.pressure_GPa for row in rows])
         axes.set_xlabel("pressure (GPa)")
         axes.set_ylabel("squared frequency (10⁶ cm⁻²)")
@@ -182,14 +234,17 @@ def _line_style(key: Series, n_points: int) -> str:
 
 
 COMPUTED = ("sscha", "stable", "saddle", "eliminated")
-"""States with a free energy that counts; that of an eliminated run is an upper bound, but known to end high. An unconverged one may end
-anywhere below its own."""
+"""States with a free energy that counts; that of an eliminated run is an upper bound, but known to
+end high. An unconverged one may end anywhere below its own."""
 LOWEST = ("sscha", "stable")
-"""States of which the lowest free energy is one: below a saddle point lies something else, and an eliminated run ends above the best."""
+"""States of which the lowest free energy is one: below a saddle point lies something else, and an
+eliminated run ends above the best."""
 LINEAR_ABOVE = 0.05
-"""eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three structures there, else takes all."""
+"""eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three
+structures there, else takes all."""
 SIGMAS = 3.0
-"""A structure whose G is farther from the line than this many times the scatter about it, and than `SMALLEST`, is reordered."""
+"""A structure whose G is farther from the line than this many times the scatter about it, and than
+`SMALLEST`, is reordered."""
 SMALLEST = 2.0
 """meV/atom."""
 LEAST_FOR_WINDOW = 8
@@ -200,7 +255,8 @@ MOST_IN_LINE = 600
 
 @dataclass(frozen=True)
 class Moved:
-    """One structure: above the lowest static enthalpy and above the lowest G, meV/atom; ``deviation`` from the line."""
+    """One structure: above the lowest static enthalpy and above the lowest G, meV/atom;
+    ``deviation`` from the line."""
 
     id: str
     spg_static: str
@@ -214,21 +270,23 @@ class Moved:
 
 @dataclass(frozen=True)
 class Reordering:
-    """What moving ions do to a ranking; energies in meV/atom.
+    """What quantum ions (SSCHA) do to a ranking; energies in meV/atom.
 
-    shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the structures above ``linear_above`` (both above
-    their lowest) and the spread about it, None with fewer than three structures. window : highest enthalpy of a reordered structure
-    (`SIGMAS`), 0 without one, None with fewer than `LEAST_FOR_WINDOW` structures. best : space group of the lowest G; n_became_best :
-    structures that had another space group and ended in that one; n_changed : that changed their space group at all, of n with a G.
-    n_kept_by_dft : of the changed ones relaxed by DFT
-    (n_checked_by_dft), those that keep the static one there: they are minima, and only moving ions change them.
+    shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the
+    structures above ``linear_above`` (both above their lowest) and the spread about it, None with
+    fewer than three structures. window : highest enthalpy of a reordered structure (`SIGMAS`), 0
+    without one, None with fewer than `LEAST_FOR_WINDOW` structures. best : space group of the
+    lowest G; n_transformed_best : structures that had another space group and ended in that one;
+    n_changed : that changed their space group at all, of n with a G. n_kept_by_dft : of the changed
+    ones relaxed by DFT (n_checked_by_dft), those that keep the static one there: they are minima,
+    and only quantum ions (SSCHA) change them.
     """
 
     pressure_GPa: float
     n: int
     n_changed: int
     best: str
-    n_became_best: int
+    n_transformed_best: int
     shift: float
     slope: float | None
     offset: float | None
@@ -241,17 +299,24 @@ class Reordering:
 
 def computed(rows: Sequence[Ranked]) -> list[Ranked]:
     """Rows with a static enthalpy and a free energy that was computed."""
-    return [r for r in rows if r.status in COMPUTED and r.gibbs_eV_per_atom is not None and r.enthalpy_eV_per_atom is not None]
+    return [
+        r
+        for r in rows
+        if r.status in COMPUTED
+        and r.gibbs_eV_per_atom is not None
+        and r.enthalpy_eV_per_atom is not None
+    ]
 
 
 def lowest(rows: Sequence[Ranked]) -> Ranked | None:
-    """The row of lowest free energy that is a minimum as far as is known; None without one. ``rows``: `computed` ones."""
+    """The row of lowest free energy that is a minimum as far as is known; None without one.
+    ``rows``: `computed` ones."""
     minima = [r for r in rows if r.status in LOWEST]
     return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
 
 
 class _Moving(Protocol):
-    """A row of a ranking: space groups while the ions rest and once they move."""
+    """A row of a ranking: space groups, static and with SSCHA."""
 
     @property
     def spg_static(self) -> str: ...
@@ -260,21 +325,25 @@ class _Moving(Protocol):
     def spg_quantum(self) -> str: ...
 
 
-def became(row: _Moving) -> str:
-    """Symbol of the space group that a structure took when its ions moved; empty where it kept its own, or noise leaves two."""
+def new_space_group(row: _Moving) -> str:
+    """Symbol of the space group that a structure took with SSCHA; empty where it kept its
+    own, or noise leaves two."""
     symbol = symbol_of(decided_group(row.spg_quantum))
     return "" if symbol == symbol_of(row.spg_static) else symbol
 
 
-def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None) -> tuple[Reordering, list[Moved]]:
-    """Numbers of Fig. 6 and its points; ``phase``: the space group to count (None: that of the lowest G). Needs one computed row."""
+def reordering(
+    rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None
+) -> tuple[Reordering, list[Moved]]:
+    """Numbers of Fig. 6 and its points; ``phase``: the space group to count (None: that of the
+    lowest G). Needs one computed row."""
     shown = computed(rows)
     h = np.array([r.enthalpy_eV_per_atom for r in shown])
     g = np.array([r.gibbs_eV_per_atom for r in shown])
     best = phase or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line_fit(above_h, above_g)
-    changed = [r for r in shown if became(r)]
+    changed = [r for r in shown if new_space_group(r)]
     dft = {row.id: row for row in checked if row.spg_dft}
     in_dft = [dft[r.id] for r in changed if r.id in dft]
     window = None
@@ -299,7 +368,7 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phas
         n=len(shown),
         n_changed=len(changed),
         best=best,
-        n_became_best=sum(became(r) == best for r in changed),
+        n_transformed_best=sum(new_space_group(r) == best for r in changed),
         shift=float(1e3 * np.mean(g - h)),
         slope=slope,
         offset=offset,
@@ -312,8 +381,11 @@ def reordering(rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phas
     return numbers, moved
 
 
-def _line_fit(h: np.ndarray, g: np.ndarray) -> tuple[float | None, float | None, np.ndarray, float | None, float]:
-    """Theil-Sen line (few outliers do not turn it) of the upper part, deviations of all, and their robust scatter there."""
+def _line_fit(
+    h: np.ndarray, g: np.ndarray
+) -> tuple[float | None, float | None, np.ndarray, float | None, float]:
+    """Theil-Sen line (few outliers do not turn it) of the upper part, deviations of all, and their
+    robust scatter there."""
     from scipy.stats import theilslopes
 
     threshold = 1e3 * LINEAR_ABOVE if np.sum(h >= 1e3 * LINEAR_ABOVE) >= 3 else 0.0
@@ -328,9 +400,14 @@ def _line_fit(h: np.ndarray, g: np.ndarray) -> tuple[float | None, float | None,
     return slope, offset, deviations, scatter, threshold
 
 
-def draw_reordering(numbers: Reordering, moved: Sequence[Moved], folder: Path, name: str) -> list[Path]:
+def draw_reordering(
+    numbers: Reordering, moved: Sequence[Moved], folder: Path, name: str
+) -> list[Path]:
     """Space group after against before; G against H with the line and the window."""
-    title = f"{numbers.n} structures at {numbers.pressure_GPa:g} GPa: {numbers.n_became_best} became {numbers.best}"
+    title = (
+        f"{numbers.n} structures at {numbers.pressure_GPa:g} GPa:"
+        f" {numbers.n_transformed_best} became {numbers.best}"
+    )
     with style.figure(2, title=title) as (made, (groups, energies)):
         _groups(groups, moved)
         _energies(energies, numbers, moved)
@@ -338,7 +415,9 @@ def draw_reordering(numbers: Reordering, moved: Sequence[Moved], folder: Path, n
 
 
 def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
-    pairs = Counter((number_of(m.spg_static), number_of(m.spg_quantum)) for m in moved if m.spg_quantum)
+    pairs = Counter(
+        (number_of(m.spg_static), number_of(m.spg_quantum)) for m in moved if m.spg_quantum
+    )
     if not pairs:
         style.say(axes, "no space groups")
     axes.plot([0, 230], [0, 230], color=style.GREY, lw=1)
@@ -348,10 +427,18 @@ def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-de
             x, y = zip(*shown, strict=True)
             sizes = [25.0 + 12.0 * (count - 1) for count in shown.values()]
             label = f"{'changed' if changed else 'kept'}: {sum(shown.values())}"
-            axes.scatter(x, y, s=sizes, color=style.color(int(changed)), marker=style.marker(int(changed)), alpha=0.7, label=label)
+            axes.scatter(
+                x,
+                y,
+                s=sizes,
+                color=style.color(int(changed)),
+                marker=style.marker(int(changed)),
+                alpha=0.7,
+                label=label,
+            )
     axes.set_xlim(0, 235)
     axes.set_ylim(0, 235)
-    axes.set_xlabel("space group number, ions at rest")
+    axes.set_xlabel("static space group number")
     axes.set_ylabel("space group number, ions moving")
     style.legend(axes, loc="lower right")
 
@@ -359,7 +446,10 @@ def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-de
 def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-def]
     for index, (label, chosen) in enumerate(
         (
-            (f"ended in {numbers.best}", lambda m: symbol_of(decided_group(m.spg_quantum)) == numbers.best),
+            (
+                f"ended in {numbers.best}",
+                lambda m: symbol_of(decided_group(m.spg_quantum)) == numbers.best,
+            ),
             ("other", lambda m: symbol_of(decided_group(m.spg_quantum)) != numbers.best),
         )
     ):
@@ -381,9 +471,21 @@ def _energies(axes, numbers: Reordering, moved: Sequence[Moved]) -> None:  # typ
     heights = [m.enthalpy_meV_per_atom for m in moved]
     if numbers.slope is not None and numbers.offset is not None:
         ends = [numbers.linear_above, max(heights)]
-        axes.plot(ends, [numbers.offset + numbers.slope * x for x in ends], color=style.GREY, label=f"line, slope {numbers.slope:.2f}")
+        axes.plot(
+            ends,
+            [numbers.offset + numbers.slope * x for x in ends],
+            color=style.GREY,
+            label=f"line, slope {numbers.slope:.2f}",
+        )
     if numbers.window:
-        axes.axvspan(0.0, numbers.window, color=style.color(4), alpha=0.15, lw=0, label=f"reordered up to {numbers.window:.0f} meV/atom")
+        axes.axvspan(
+            0.0,
+            numbers.window,
+            color=style.color(4),
+            alpha=0.15,
+            lw=0,
+            label=f"reordered up to {numbers.window:.0f} meV/atom",
+        )
     style.room(axes, heights)
     axes.set_xlabel("static enthalpy\nabove the lowest (meV/atom)")
     axes.set_ylabel("free energy\nabove the lowest (meV/atom)")

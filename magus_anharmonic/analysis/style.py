@@ -14,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.analysis.tables import GradientBin, GradientError, GradientParity, LearningPoint
+from magus_anharmonic.analysis.tables import (
+    GradientBin,
+    GradientError,
+    GradientParity,
+    LearningPoint,
+)
 from magus_anharmonic.files import replacing
 
 if TYPE_CHECKING:
@@ -52,8 +57,11 @@ DPI = 160
 
 
 @contextmanager
-def figure(n_columns: int = 1, n_rows: int = 1, *, title: str = "") -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure in this style with its panels in reading order; nothing is shown on a screen and no global setting changes."""
+def figure(
+    n_columns: int = 1, n_rows: int = 1, *, title: str = ""
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in this style with its panels in reading order; nothing is shown on a screen and no
+    global setting changes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -69,7 +77,8 @@ def figure(n_columns: int = 1, n_rows: int = 1, *, title: str = "") -> Iterator[
 
 
 def save(made: Figure, folder: Path, name: str) -> list[Path]:
-    """Write ``name.svg`` and ``name.png`` to ``folder``, whole or not at all; call it inside `figure`."""
+    """Write ``name.svg`` and ``name.png`` to ``folder``, whole or not at all; call it inside
+    `figure`."""
     paths = []
     for suffix, metadata in ((".svg", {"Date": None}), (".png", None)):
         path = folder / f"{name}{suffix}"
@@ -90,7 +99,9 @@ def marker(index: int) -> str:
 def say(axes: Axes, text: str) -> None:
     """A sentence in the middle of an empty panel."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GREY, wrap=True)
+    axes.text(
+        0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GREY, wrap=True
+    )
 
 
 def points(
@@ -103,9 +114,20 @@ def points(
     label: str = "",
     **style: Any,
 ) -> None:
-    """Markers, joined when there are several, with bars where there is an error (in the axes' units)."""
-    bars = None if errors is None or all(error is None for error in errors) else [0.0 if error is None else error for error in errors]
-    options = {"color": color(index), "marker": marker(index), "linestyle": "-" if len(x) > 1 else "none", "capsize": 3, **style}
+    """Markers, joined when there are several, with bars where there is an error (in the axes'
+    units)."""
+    bars = (
+        None
+        if errors is None or all(error is None for error in errors)
+        else [0.0 if error is None else error for error in errors]
+    )
+    options = {
+        "color": color(index),
+        "marker": marker(index),
+        "linestyle": "-" if len(x) > 1 else "none",
+        "capsize": 3,
+        **style,
+    }
     axes.errorbar(x, y, yerr=bars, label=label or None, **options)
 
 
@@ -118,7 +140,8 @@ def room(axes: Axes, x: Sequence[float]) -> None:
 
 
 def log_scale(axes: Axes) -> None:
-    """A logarithmic ordinate with numbers as plain text: matplotlib's own are mathematics, which these figures do not read."""
+    """A logarithmic ordinate with numbers as plain text: matplotlib's own are mathematics, which
+    these figures do not read."""
     from matplotlib.ticker import LogFormatter
 
     axes.set_yscale("log")
@@ -139,16 +162,29 @@ QUANTITIES = (
 )
 
 
-def draw_learning(rows: Sequence[LearningPoint], folder: Path, name: str = "learning") -> list[Path]:
+def draw_learning(
+    rows: Sequence[LearningPoint], folder: Path, name: str = "learning"
+) -> list[Path]:
     """Three panels of errors against the round, one curve per step and set."""
     with figure(3) as (made, panels):
         curves = list(dict.fromkeys((row.step, row.set) for row in rows))
         for axes, (label, field, factor) in zip(panels, QUANTITIES, strict=True):
             for index, (step, name_of_set) in enumerate(curves):
-                mine = [row for row in rows if (row.step, row.set) == (step, name_of_set) and getattr(row, field) is not None]
+                mine = [
+                    row
+                    for row in rows
+                    if (row.step, row.set) == (step, name_of_set)
+                    and getattr(row, field) is not None
+                ]
                 if mine:
                     heights = [factor * getattr(row, field) for row in mine]
-                    points(axes, [row.generation for row in mine], heights, index=index, label=f"{step}, {name_of_set}")
+                    points(
+                        axes,
+                        [row.generation for row in mine],
+                        heights,
+                        index=index,
+                        label=f"{step}, {name_of_set}",
+                    )
             axes.set_xlabel("round")
             axes.set_ylabel(label)
             axes.set_ylim(bottom=0.0)
@@ -181,14 +217,22 @@ def draw_gradient_errors(
     folder: Path,
     name: str = "gradient_errors",
 ) -> list[Path]:
-    """Four panels for one phase: RMSEs with their parts, the two distributions, and the parity of the averaged gradients."""
+    """Four panels for one phase: RMSEs with their parts, the two distributions, and the parity of
+    the averaged gradients."""
     if not rows:
         return []
-    title = f"{rows[0].phase} at {rows[0].pressure_GPa:g} GPa, {rows[0].n_configs} configurations: model against reference"
+    title = (
+        f"{rows[0].phase} at {rows[0].pressure_GPa:g} GPa, {rows[0].n_configs} configurations:"
+        " model against reference"
+    )
     with figure(2, 2, title=title) as (made, panels):
         _bars(panels[0], rows)
-        _distribution(panels[1], bins, (("force", 0), ("gradient_centroid", 1), ("bo_force_centroid", 1)))
-        _distribution(panels[2], bins, (("gradient_force_constants", 0), ("gradient_force_constants", 1)))
+        _distribution(
+            panels[1], bins, (("force", 0), ("gradient_centroid", 1), ("bo_force_centroid", 1))
+        )
+        _distribution(
+            panels[2], bins, (("gradient_force_constants", 0), ("gradient_force_constants", 1))
+        )
         _parity(panels[3], parity)
         return save(made, folder, name)
 
@@ -211,11 +255,13 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
             axes.axhline(1e3 * row.floor, color=GREY, ls="--", lw=1, label="floor RMSE/√n")
             axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
-    for place, (height, error) in enumerate(zip(heights, errors, strict=True)):
-        text = f"{height:.3g}" if height >= SMALLEST or max(heights) < SMALLEST else f"< {SMALLEST:g}"
+    for position, (height, error) in enumerate(zip(heights, errors, strict=True)):
+        text = (
+            f"{height:.3g}" if height >= SMALLEST or max(heights) < SMALLEST else f"< {SMALLEST:g}"
+        )
         axes.annotate(
             text,
-            (place, max(height + error, SMALLEST if max(heights) > SMALLEST else 0.0)),
+            (position, max(height + error, SMALLEST if max(heights) > SMALLEST else 0.0)),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
@@ -225,7 +271,10 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
     if any(height > 0 for height in heights):
         log_scale(axes)
         positive = min(height for height in heights if height > 0)
-        axes.set_ylim(max(SMALLEST, positive / 5) if max(heights) > SMALLEST else positive / 5, 3 * max(heights))
+        axes.set_ylim(
+            max(SMALLEST, positive / 5) if max(heights) > SMALLEST else positive / 5,
+            3 * max(heights),
+        )
     axes.set_ylabel("RMSE (meV/Å)")
 
 
@@ -243,7 +292,14 @@ def _distribution(axes, bins: Sequence[GradientBin], wanted: Sequence[tuple[str,
             + ("" if averaged or quantity == "force" else ", one by one")
             + (", averaged" if averaged and len(wanted) == 2 else "")
         )
-        axes.stairs(density, edges, color=color(index), label=label, fill=index == 0, alpha=0.45 if index == 0 else 1.0)
+        axes.stairs(
+            density,
+            edges,
+            color=color(index),
+            label=label,
+            fill=index == 0,
+            alpha=0.45 if index == 0 else 1.0,
+        )
         axes.set_xlabel(f"model - reference ({unit})")
     if not axes.get_legend_handles_labels()[0]:
         say(axes, "no distribution was kept")
@@ -265,7 +321,9 @@ def _parity(axes, parity: Sequence[GradientParity]) -> None:  # type: ignore[no-
         rows = [row for row in shown if row.quantity == quantity]
         if rows:
             x, y = [1e3 * row.reference for row in rows], [1e3 * row.predicted for row in rows]
-            axes.plot(x, y, marker(index), color=color(index + 1), ms=3, alpha=0.7, label=WORDS[quantity])
+            axes.plot(
+                x, y, marker(index), color=color(index + 1), ms=3, alpha=0.7, label=WORDS[quantity]
+            )
     axes.set_xlabel("reference (meV/Å)")
     axes.set_ylabel("model (meV/Å)")
     legend(axes, fontsize=8)

@@ -1,4 +1,5 @@
-"""The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, one frozen dataclass each; see `typed_csv`."""
+"""The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, one frozen
+dataclass each; see `typed_csv`."""
 
 from __future__ import annotations
 
@@ -20,13 +21,20 @@ from magus_anharmonic.files import safe_name
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
 
-GRADIENT_UNITS = {"force": "eV/A", "gradient_centroid": "eV/A", "gradient_force_constants": "eV/A^2", "bo_force_centroid": "eV/A"}
+GRADIENT_UNITS = {
+    "force": "eV/A",
+    "gradient_centroid": "eV/A",
+    "gradient_force_constants": "eV/A^2",
+    "bo_force_centroid": "eV/A",
+}
 """Unit of each quantity of ``gradient_errors.csv``."""
 
 
 def _check_unit(quantity: str, unit: str, allowed: dict[str, str]) -> None:
     if unit != allowed.get(quantity, unit):
-        raise ValueError(f"unit: {unit!r}: {quantity} must be in {allowed[quantity]}; convert the numbers")
+        raise ValueError(
+            f"unit: {unit!r}: {quantity} must be in {allowed[quantity]}; convert the numbers"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class SpaceGroups:
-    """The space group of a candidate as it was found, after relaxation by DFT, and with moving ions."""
+    """The space group of a candidate as it was found, after relaxation by DFT, and with quantum
+    ions (SSCHA)."""
 
     FILE: ClassVar[str] = "space_groups.csv"
     id: str
@@ -114,7 +123,8 @@ class SpaceGroups:
 
 @dataclass(frozen=True)
 class Mode:
-    """Fig. 4a: squared frequency of one irreducible representation at Gamma (imaginary: negative)."""
+    """Fig. 4a: squared frequency of one irreducible representation at Gamma (imaginary:
+    negative)."""
 
     FILE: ClassVar[str] = "modes.csv"
     phase: str
@@ -130,7 +140,8 @@ class Mode:
 
 @dataclass(frozen=True)
 class Band:
-    """Fig. 4b: one point of a dispersion (imaginary frequencies negative); files are named by `dispersion_file`."""
+    """Fig. 4b: one point of a dispersion (imaginary frequencies negative); files are named by
+    `dispersion_file`."""
 
     FILE: ClassVar[str] = "dispersion-<phase>-<P>GPa.csv"
     distance: float
@@ -143,10 +154,12 @@ class Band:
 
 @dataclass(frozen=True)
 class GradientError:
-    """Figs. 7 and 8 (Eqs. 11 to 15): what averaging over an ensemble leaves of the errors of the forces.
+    """Figs. 7 and 8 (Eqs. 11 to 15): what averaging over an ensemble leaves of the errors of the
+    forces.
 
-    ``rmse`` is what the ensemble of ``n_configs`` gives, its square the sum of those of ``systematic`` (what an infinite ensemble would
-    leave, with ``systematic_error``) and ``statistical``; ``floor`` is ``single``, the RMSE of one configuration, over sqrt(n_configs).
+    ``rmse`` is what the ensemble of ``n_configs`` gives, its square the sum of those of
+    ``systematic`` (what an infinite ensemble would leave, with ``systematic_error``) and
+    ``statistical``; ``floor`` is ``single``, the RMSE of one configuration, over sqrt(n_configs).
     """
 
     FILE: ClassVar[str] = "gradient_errors.csv"
@@ -168,7 +181,8 @@ class GradientError:
 
 @dataclass(frozen=True)
 class GradientBin:
-    """Figs. 7 and 8: how the errors (model minus reference) of a quantity are distributed; ``count`` of them from ``low`` to ``high``."""
+    """Figs. 7 and 8: how the errors (model minus reference) of a quantity are distributed;
+    ``count`` of them from ``low`` to ``high``."""
 
     FILE: ClassVar[str] = "gradient_histogram.csv"
     phase: str
@@ -202,7 +216,8 @@ class GradientParity:
 
 @dataclass(frozen=True)
 class GibbsCorrection:
-    """G by DFT minus G by the model from the labels of one ensemble: first order, its standard error, second order."""
+    """G by DFT minus G by the model from the labels of one ensemble: first order, its standard
+    error, second order."""
 
     FILE: ClassVar[str] = "gibbs_correction.csv"
     phase: str
@@ -294,10 +309,13 @@ def dispersion_file(phase: str, pressure: float) -> str:
 
 
 def pressure_of_file(name: str) -> float:
-    """The pressure (GPa) in the name of a ranking or dispersion; raises ``InputError`` when there is none."""
+    """The pressure (GPa) in the name of a ranking or dispersion; raises ``InputError`` when there
+    is none."""
     found = re.search(r"-(\d+(?:\.\d+)?)GPa\.csv$", name)
     if not found:
-        raise InputError(f"{name}: the name must end in -<pressure>GPa.csv, e.g. {ranking_file(100)}")
+        raise InputError(
+            f"{name}: the name must end in -<pressure>GPa.csv, e.g. {ranking_file(100)}"
+        )
     return float(found[1])
 
 

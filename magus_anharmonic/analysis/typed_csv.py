@@ -1,7 +1,8 @@
-"""CSV files whose rows are frozen dataclasses: the fields are the columns, in order, with units in their names.
+"""CSV files whose rows are frozen dataclasses: the fields are the columns, in order, with units in
+their names.
 
-A field that may be ``None`` is an empty cell. Reading fails with an ``InputError`` that names file, line and column; columns that the
-dataclass does not name are left alone.
+A field that may be ``None`` is an empty cell. Reading fails with an ``InputError`` that names file,
+line and column; columns that the dataclass does not name are left alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def read(table: type[Row], path: str | Path) -> list[Row]:
 
 
 def read_if_there(table: type[Row], folder: str | Path, name: str | None = None) -> list[Row]:
-    """All rows of ``folder / name`` (None: the table's own file), none when there is no such file."""
+    """All rows of ``folder / name`` (None: the table's own file), none when there is no such
+    file."""
     path = Path(folder) / (name or table.FILE)  # type: ignore[attr-defined]
     return read(table, path) if path.is_file() else []
 
@@ -40,8 +42,9 @@ def read_if_there(table: type[Row], folder: str | Path, name: str | None = None)
 def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
     """Rows of the CSV file ``path`` one by one, as instances of ``table``.
 
-    Raises ``InputError`` (on the first row asked for) when the file is missing, a column is missing or has another unit in its name, a
-    cell is no number, a word is not one of those allowed, or a unit is not the one of the quantity.
+    Raises ``InputError`` (on the first row asked for) when the file is missing, a column is missing
+    or has another unit in its name, a cell is no number, a word is not one of those allowed, or a
+    unit is not the one of the quantity.
     """
     file = Path(path)
     if not file.is_file():
@@ -54,9 +57,15 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
             for name, (convert, default) in readers.items():
                 text = line.get(name)
                 try:
-                    values[name] = default if text is None and default is not _REQUIRED else convert((text or "").strip())
+                    values[name] = (
+                        default
+                        if text is None and default is not _REQUIRED
+                        else convert((text or "").strip())
+                    )
                 except ValueError as error:
-                    raise InputError(f"{file}: line {lines.line_num}: {name}: {text!r}: {error}") from None
+                    raise InputError(
+                        f"{file}: line {lines.line_num}: {name}: {text!r}: {error}"
+                    ) from None
             try:
                 yield table(**values)
             except ValueError as error:
@@ -64,7 +73,8 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
 
 
 def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
-    """Write ``rows`` to the CSV file ``path`` atomically; numbers with ten digits, ``None`` and NaN as empty cells."""
+    """Write ``rows`` to the CSV file ``path`` atomically; numbers with ten digits, ``None`` and NaN
+    as empty cells."""
     names = columns(table)
     write_table(path, names, ([cell(getattr(row, name)) for name in names] for row in rows))
 
@@ -76,7 +86,13 @@ _REQUIRED: Any = object()
 def _readers(table: type) -> dict[str, tuple[Callable[[str], Any], Any]]:
     hints = get_type_hints(table)
     missing = fields(table)[0].default
-    return {field.name: (_reader(hints[field.name]), _REQUIRED if field.default is missing else field.default) for field in fields(table)}
+    return {
+        field.name: (
+            _reader(hints[field.name]),
+            _REQUIRED if field.default is missing else field.default,
+        )
+        for field in fields(table)
+    }
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
@@ -113,13 +129,17 @@ def _number(text: str) -> float:
 
 
 def cell(value: Any) -> str:
-    """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no finite number."""
+    """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no
+    finite number."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
-_UNIT_WORDS = r"_(?:m?eV|meV|Ry|Ha|kJ|kcal|J|GPa|kbar|Mbar|bar|Pa|A3?|bohr3?|nm3?|cm1|cm2|THz2?|K|s|h|per|atom|mol|cell|fu)(?=_|$)"
+_UNIT_WORDS = (
+    r"_(?:m?eV|meV|Ry|Ha|kJ|kcal|J|GPa|kbar|Mbar|bar|Pa|A3?|bohr3?|nm3?|cm1|cm2|THz2?|K|s|h"
+    r"|per|atom|mol|cell|fu)(?=_|$)"
+)
 
 
 def _stem(column: str) -> str:
@@ -136,11 +156,23 @@ def _check_columns(table: type, file: Path, found: Iterable[str]) -> None:
     for name, (_, default) in _readers(table).items():
         if name in there or default is not _REQUIRED:
             continue
-        other = next((known for known in there if known not in columns(table) and _stem(known) == _stem(name)), None)
+        other = next(
+            (
+                known
+                for known in there
+                if known not in columns(table) and _stem(known) == _stem(name)
+            ),
+            None,
+        )
         if other is not None:
-            problems.append(f"{file}: column {other}: wrong unit; convert the numbers and name the column {name}")
+            problems.append(
+                f"{file}: column {other}: wrong unit; convert the numbers and name the column"
+                f" {name}"
+            )
         else:
-            problems.append(f"{file}: column {name} is missing; needed are {', '.join(columns(table))}")
+            problems.append(
+                f"{file}: column {name} is missing; needed are {', '.join(columns(table))}"
+            )
     if problems:
         raise InputError(*problems)
 

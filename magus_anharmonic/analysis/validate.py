@@ -1,8 +1,10 @@
 """What was found against what was expected.
 
-Why a value that is asked for is not in the tables of a campaign: which table, phase, pressure or method is missing.
+Why a value that is asked for is not in the tables of a campaign: which table, phase, pressure or
+method is missing.
 
-``magus-anharmonic validate``: a campaign's numbers beside expected ones, and what in the run could explain a difference.
+``magus-anharmonic validate``: a campaign's numbers beside expected ones, and what in the run could
+explain a difference.
 """
 
 from __future__ import annotations
@@ -16,7 +18,14 @@ from typing import Any, Literal
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from magus_anharmonic.analysis.explain import Context, explanations, read_context, undone_steps
 from magus_anharmonic.analysis.found_values import FINDERS, Found, near, sources_of
-from magus_anharmonic.analysis.tables import TABLES, Enthalpy, Ranked, TableFolder, pressure_of_file, ranking_files
+from magus_anharmonic.analysis.tables import (
+    TABLES,
+    Enthalpy,
+    Ranked,
+    TableFolder,
+    pressure_of_file,
+    ranking_files,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json, write_table
 from magus_anharmonic.structures import symbol_of
@@ -24,7 +33,7 @@ from magus_anharmonic.structures import symbol_of
 MOST_NAMED = 8
 
 
-def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
+def why_missing(wanted: ExpectedValue, tables: TableFolder) -> str:
     """One clause; the tables are read already."""
     name = NAMES[wanted.name].table
     if name == Ranked.FILE:
@@ -36,19 +45,33 @@ def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
         sources = sources_of(wanted)
         rows = [row for row in rows if row.source in sources]
     keys = [("phase", wanted.phase), *(("phase", phase) for phase in wanted.phases or ())]
-    keys += [(key, getattr(wanted, key)) for key in ("irrep", "method", "energies_by", "model", "set", "quantity")]
+    keys += [
+        (key, getattr(wanted, key))
+        for key in ("irrep", "method", "energies_by", "model", "set", "quantity")
+    ]
     for key, value in ((key, value) for key, value in keys if value is not None):
         by_symbol = name == Enthalpy.FILE and not wanted.phases
-        there = {getattr(row, key) for row in rows} | ({symbol_of(row.space_group) for row in rows} if by_symbol else set())
+        there = {getattr(row, key) for row in rows} | (
+            {symbol_of(row.space_group) for row in rows} if by_symbol else set()
+        )
         if value not in there:
             return f"{name} has no {key} {value} (it has {_list(there - {''})})"
         if not (key == "phase" and wanted.phases):
-            rows = [row for row in rows if value in (getattr(row, key), symbol_of(getattr(row, "space_group", "")))]
+            rows = [
+                row
+                for row in rows
+                if value in (getattr(row, key), symbol_of(getattr(row, "space_group", "")))
+            ]
     pressures = sorted({row.pressure_GPa for row in rows if hasattr(row, "pressure_GPa")})
-    if wanted.pressure_GPa is not None and not any(near(pressure, wanted) for pressure in pressures):
+    if wanted.pressure_GPa is not None and not any(
+        near(pressure, wanted) for pressure in pressures
+    ):
         return f"{name} has it at {_list(pressures)} GPa"
     if wanted.name == "critical_pressure_difference":
-        return "it needs the critical pressure by the model and by DFT, each between the pressures of the run"
+        return (
+            "it needs the critical pressure by the model and by DFT, each between the pressures of"
+            " the run"
+        )
     if wanted.name == "share_kept_by_dft":
         return "nothing became it, or DFT relaxed none of those"
     if pressures:
@@ -67,8 +90,14 @@ def _ranking(wanted: ExpectedValue, tables: TableFolder) -> str:
 
 
 def _list(values: Iterable[Any]) -> str:
-    found: Sequence[str] = [f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values)]
-    return ", ".join(found[:MOST_NAMED]) + (f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else "") or "none"
+    found: Sequence[str] = [
+        f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values)
+    ]
+    return (
+        ", ".join(found[:MOST_NAMED])
+        + (f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else "")
+        or "none"
+    )
 
 
 Verdict = Literal["agrees", "disagrees", "not in this run"]
@@ -78,7 +107,8 @@ STANDARD_ERRORS = 2.0
 
 @dataclass(frozen=True)
 class Validated:
-    """One value: found and expected in the unit of the expected one. difference : found minus the nearest expected number."""
+    """One value: found and expected in the unit of the expected one. difference : found minus the
+    nearest expected number."""
 
     name: str
     unit: str
@@ -91,7 +121,8 @@ class Validated:
     source: str
     could_explain: tuple[str, ...]
     remark: str = ""
-    """What one must know to read the numbers: how many there are behind it, that less is better, or why it is not in this run."""
+    """What one must know to read the numbers: how many there are behind it, that less is better, or
+    why it is not in this run."""
 
     @property
     def line(self) -> str:
@@ -100,16 +131,26 @@ class Validated:
         mark = "DISAGREES" if self.verdict == "disagrees" else self.verdict
         remark = f"; {self.remark}" if self.remark else ""
         if self.verdict == "not in this run":
-            return f"{mark:16s} {self.name}: expected {self.expected}{unit}{remark}  [{self.source}]"
+            return (
+                f"{mark:16s} {self.name}: expected {self.expected}{unit}{remark}  [{self.source}]"
+            )
         bound = {"<": "below ", ">": "above "}.get(self.found[:1], "")
-        found = bound + (self.found[1:] if bound else self.found) + (f" +- {self.error}" if self.error else "")
+        found = (
+            bound
+            + (self.found[1:] if bound else self.found)
+            + (f" +- {self.error}" if self.error else "")
+        )
         expected = self.expected + (f" +- {self.expected_error}" if self.expected_error else "")
         difference = f", difference {self.difference}" if self.difference else ""
-        return f"{mark:16s} {self.name}: found {found}, expected {expected}{unit}{difference}{remark}  [{self.source}]"
+        return (
+            f"{mark:16s} {self.name}: found {found}, expected {expected}{unit}{difference}{remark} "
+            f" [{self.source}]"
+        )
 
 
 def tables_folder(campaign: str | Path) -> Path:
-    """Where the tables of a campaign are: below its folder, below ``campaign/`` in it, or the folder itself. Raises ``InputError``."""
+    """Where the tables of a campaign are: below its folder, below ``campaign/`` in it, or the
+    folder itself. Raises ``InputError``."""
     root = Path(campaign)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder")
@@ -132,22 +173,32 @@ def compare_all(expected: ExpectedValues, tables: TableFolder, context: Context)
     rows = []
     for wanted in expected.values:
         found = FINDERS[wanted.name](wanted, tables)
-        rows.append(compare(wanted, found, context) if found is not None else _absent(wanted, tables, context))
+        rows.append(
+            compare(wanted, found, context)
+            if found is not None
+            else _missing(wanted, tables, context)
+        )
     return rows
 
 
-def _absent(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
+def _missing(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
     undone = undone_steps(wanted, context)
-    why = why_absent(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
+    why = why_missing(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
     return replace(_row(wanted, None, "not in this run", (), None), remark=why)
 
 
 def compare(wanted: ExpectedValue, found: Found, context: Context) -> Validated:
-    """One value; agreement is a difference of at most two standard errors, or within the tolerance, on the open side of a limit, or,
-    for an error, below what is expected."""
+    """One value; agreement is a difference of at most two standard errors, or within the tolerance,
+    on the open side of a limit, or, for an error, below what is expected."""
     if found.words:
         agrees = _same_words(wanted, found.words)
-        return _row(wanted, found, "agrees" if agrees else "disagrees", () if agrees else explanations(wanted, found, context, None), None)
+        return _row(
+            wanted,
+            found,
+            "agrees" if agrees else "disagrees",
+            () if agrees else explanations(wanted, found, context, None),
+            None,
+        )
     low, high, spread = _expected_range(wanted, found)
     least, most = found.between or (found.value, found.value)
     difference = least - high if least > high else most - low if most < low else 0.0
@@ -157,7 +208,8 @@ def compare(wanted: ExpectedValue, found: Found, context: Context) -> Validated:
 
 
 def _expected_range(wanted: ExpectedValue, found: Found) -> tuple[float, float, float]:
-    """Lowest and highest expected number and their error; a count among ``out_of`` structures is scaled to those of the run."""
+    """Lowest and highest expected number and their error; a count among ``out_of`` structures is
+    scaled to those of the run."""
     low, high = wanted.range
     spread = (wanted.error or 0.0) * wanted.factor
     if wanted.out_of is not None and found.n is not None and found.n != wanted.out_of:
@@ -166,18 +218,23 @@ def _expected_range(wanted: ExpectedValue, found: Found) -> tuple[float, float, 
     return low, high, spread
 
 
-def _agrees(wanted: ExpectedValue, found: Found, low: float, high: float, spread: float, difference: float) -> bool:
+def _agrees(
+    wanted: ExpectedValue, found: Found, low: float, high: float, spread: float, difference: float
+) -> bool:
     if found.bound:
         return low <= found.value if found.bound == "<" else high >= found.value
     if difference < 0 and NAMES[wanted.name].smaller_is_better:
         return True
     own = 0.0 if found.between else found.error or 0.0
-    allowed = max(STANDARD_ERRORS * math.hypot(own, spread), (wanted.tolerance or 0.0) * wanted.factor)
+    allowed = max(
+        STANDARD_ERRORS * math.hypot(own, spread), (wanted.tolerance or 0.0) * wanted.factor
+    )
     return abs(difference) <= allowed + 1e-12
 
 
 def _same_words(wanted: ExpectedValue, words: Sequence[str]) -> bool:
-    """A name is one of the allowed ones; a sequence is a stretch of the expected one (a run has its own pressures)."""
+    """A name is one of the allowed ones; a sequence is a stretch of the expected one (a run has its
+    own pressures)."""
     if isinstance(wanted.value, str):
         return tuple(words) == (wanted.value,)
     allowed = [str(item) for item in wanted.value] if isinstance(wanted.value, list) else []
@@ -185,25 +242,49 @@ def _same_words(wanted: ExpectedValue, words: Sequence[str]) -> bool:
     return list(words) in stretches
 
 
-def _row(wanted: ExpectedValue, found: Found | None, verdict: Verdict, reasons: Sequence[str], difference: float | None) -> Validated:
+def _row(
+    wanted: ExpectedValue,
+    found: Found | None,
+    verdict: Verdict,
+    reasons: Sequence[str],
+    difference: float | None,
+) -> Validated:
     factor = wanted.factor
     low, _, spread = _expected_range(wanted, found or Found())
     expected = _expected_text(wanted)
     if wanted.out_of is not None and found is not None and found.n != wanted.out_of:
         expected = f"{_digits(low / factor)} ({expected} of {wanted.out_of})"
-    value = "" if found is None else " -> ".join(found.words) if found.words else found.bound + _digits(found.value / factor)
+    value = (
+        ""
+        if found is None
+        else (
+            " -> ".join(found.words) if found.words else found.bound + _digits(found.value / factor)
+        )
+    )
     if found is not None and found.n is not None and wanted.out_of is not None:
         value += f" of {found.n}"
     if found is not None and found.between:
         value = f"{_digits(found.between[0] / factor)} to {_digits(found.between[1] / factor)}"
     certain = found is None or found.error is None or bool(found.bound) or found.between is not None
     return Validated(
-        wanted.title, wanted.unit, value,
+        wanted.title,
+        wanted.unit,
+        value,
         "" if certain or found is None else _two_digits((found.error or 0.0) / factor),
-        expected, _two_digits(spread / factor) if spread > 0 else f"{wanted.tolerance:g} (tolerance)" if wanted.tolerance else "",
-        "" if difference is None or (found is not None and found.bound) else f"{difference / factor:+.3g}",
-        verdict, wanted.source, tuple(reasons), "" if found is None else _remark(wanted, found, verdict, difference),
-    )  # fmt: skip
+        expected,
+        _two_digits(spread / factor)
+        if spread > 0
+        else f"{wanted.tolerance:g} (tolerance)"
+        if wanted.tolerance
+        else "",
+        ""
+        if difference is None or (found is not None and found.bound)
+        else f"{difference / factor:+.3g}",
+        verdict,
+        wanted.source,
+        tuple(reasons),
+        "" if found is None else _remark(wanted, found, verdict, difference),
+    )
 
 
 def _remark(wanted: ExpectedValue, found: Found, verdict: Verdict, difference: float | None) -> str:
@@ -227,7 +308,9 @@ def _expected_text(wanted: ExpectedValue) -> str:
         return f"at most {wanted.at_most:g}"
     if isinstance(wanted.value, list):
         between = " -> " if isinstance(wanted.value[0], str) else " to "
-        return between.join(f"{item:g}" if isinstance(item, int | float) else item for item in wanted.value)
+        return between.join(
+            f"{item:g}" if isinstance(item, int | float) else item for item in wanted.value
+        )
     return f"{wanted.value:g}" if isinstance(wanted.value, int | float) else str(wanted.value)
 
 
@@ -239,13 +322,32 @@ def _two_digits(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
-COLUMNS = ("name", "unit", "found", "error", "expected", "expected_error", "difference", "verdict", "source", "could_explain", "remark")
+COLUMNS = (
+    "name",
+    "unit",
+    "found",
+    "error",
+    "expected",
+    "expected_error",
+    "difference",
+    "verdict",
+    "source",
+    "could_explain",
+    "remark",
+)
 
 
 def write_validation(rows: Sequence[Validated], folder: str | Path) -> None:
     """``validation.csv`` and ``validation.json`` for the report."""
     target = Path(folder)
     lines = [{**asdict(row), "could_explain": "; ".join(row.could_explain)} for row in rows]
-    write_table(target / "validation.csv", COLUMNS, ([line[name] for name in COLUMNS] for line in lines))
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("agrees", "disagrees", "not in this run")}
-    write_json(target / "validation.json", {"counts": counts, "values": [asdict(row) for row in rows]})
+    write_table(
+        target / "validation.csv", COLUMNS, ([line[name] for name in COLUMNS] for line in lines)
+    )
+    counts = {
+        verdict: sum(row.verdict == verdict for row in rows)
+        for verdict in ("agrees", "disagrees", "not in this run")
+    }
+    write_json(
+        target / "validation.json", {"counts": counts, "values": [asdict(row) for row in rows]}
+    )

@@ -1,4 +1,5 @@
-"""The paper's two stages over several pressures (Fig. 1b): learning searches, one model, production, SSCHA, checks; resumable."""
+"""The paper's two stages over several pressures (Fig. 1b): learning searches, one model,
+production, SSCHA, checks; resumable."""
 
 from __future__ import annotations
 

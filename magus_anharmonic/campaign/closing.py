@@ -1,4 +1,5 @@
-"""Steps made of other parts of the package: ``errors`` (gradient errors, first-order Gibbs correction) and ``report``."""
+"""Steps made of other parts of the package: ``errors`` (gradient errors, first-order Gibbs
+correction) and ``report``."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.campaign.steps import Context, Outcome, Step, place
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder
 from magus_anharmonic.campaign.tables import assemble
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import read_json
@@ -22,7 +23,8 @@ REPORT_HOOK = "magus_anharmonic.report.page.write_report"
 
 
 def hook(name: str) -> Callable[..., Any]:
-    """The function of this dotted name; raises ``MagusAnharmonicError`` when this version of the package has none."""
+    """The function of this dotted name; raises ``MagusAnharmonicError`` when this version of the
+    package has none."""
     module, _, function = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), function)
@@ -31,9 +33,11 @@ def hook(name: str) -> Callable[..., Any]:
 
 
 def errors(context: Context, step: Step) -> Outcome:
-    """Errors of forces and free-energy gradients against DFT, and the first-order correction of G, in the states of the Hessians.
+    """Errors of forces and free-energy gradients against DFT, and the first-order correction of G,
+    in the states of the Hessians.
 
-    The functions of the analysis keep their labels in ``errors/<phase>-<P>GPa/``, and are asked again for what is there.
+    The functions of the analysis keep their labels in ``errors/<phase>-<P>GPa/``, and are asked
+    again for what is there.
     """
     from magus_anharmonic.sscha.result import SschaResult
 
@@ -44,11 +48,23 @@ def errors(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
-                run = run_of_record(context.folder("hessian") / place(phase, pressure))
-                own = folder / place(phase, pressure)
+                run = run_of_record(context.folder("hessian") / phase_folder(phase, pressure))
+                own = folder / phase_folder(phase, pressure)
                 source = source_of(SschaResult.read(run), phase)
-                log.info("errors: %s at %g GPa, %d configurations by DFT", phase, pressure, settings.n_configs)
-                measure(source, context.final_model, labeler, own, n_configs=settings.n_configs, seed=context.settings.seed)
+                log.info(
+                    "errors: %s at %g GPa, %d configurations by DFT",
+                    phase,
+                    pressure,
+                    settings.n_configs,
+                )
+                measure(
+                    source,
+                    context.final_model,
+                    labeler,
+                    own,
+                    n_configs=settings.n_configs,
+                    seed=context.settings.seed,
+                )
                 parts.append(own)
     assemble(folder / "tables", parts, inside=".")
     # the centroids are one configuration more
@@ -57,24 +73,36 @@ def errors(context: Context, step: Step) -> Outcome:
 
 
 def run_of_record(folder: Path) -> Path:
-    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError`` where there is none or its name is lost."""
+    """The SSCHA run behind the modes of a phase at a pressure; raises ``MagusAnharmonicError``
+    where there is none or its name is lost."""
     from magus_anharmonic.campaign.modes import RUN_OF_RECORD
 
     file = folder / RUN_OF_RECORD
     if not file.is_file():
-        raise MagusAnharmonicError(f"errors: the step hessian has no SSCHA run of {folder.name} (it failed there: see failures.csv)")
+        raise MagusAnharmonicError(
+            f"errors: the step hessian has no SSCHA run of {folder.name} (it failed there: see"
+            " failures.csv)"
+        )
     try:
         name = read_json(file).get("run")
     except DamagedFile as error:
         raise MagusAnharmonicError(f"errors: {error}; `--only hessian` makes it anew") from None
     if not isinstance(name, str) or not name:
-        raise MagusAnharmonicError(f"errors: {file}: names no SSCHA run; `--only hessian` makes it anew")
+        raise MagusAnharmonicError(
+            f"errors: {file}: names no SSCHA run; `--only hessian` makes it anew"
+        )
     return folder / name
 
 
 def report(context: Context, step: Step) -> Outcome:
-    """The page of everything that is there; whoever writes it has the figures drawn that the page shows."""
+    """The page of everything that is there; whoever writes it has the figures drawn that the page
+    shows."""
     hook(REPORT_HOOK)(context.root)
     figures = sorted((context.root / "figures").glob("*.png"))
-    log.info("%d figures in %s; report: %s", len(figures), context.root / "figures", context.root / "report.html")
+    log.info(
+        "%d figures in %s; report: %s",
+        len(figures),
+        context.root / "figures",
+        context.root / "report.html",
+    )
     return Outcome(output=f"{len(figures)} figures")

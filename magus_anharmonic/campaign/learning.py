@@ -1,8 +1,10 @@
 """Searches and the final model.
 
-Steps that search: learning (first stage) and production (second stage), by stock MAGUS or the embedded host.
+Steps that search: learning (first stage) and production (second stage), by stock MAGUS or the
+embedded host.
 
-Step ``final``: the foundation model finetuned on the merged labels in stages, and the errors of both (Table I, Fig. 3).
+Step ``final``: the foundation model finetuned on the merged labels in stages, and the errors of
+both (Table I, Fig. 3).
 """
 
 from __future__ import annotations
@@ -21,11 +23,34 @@ import numpy as np
 import yaml
 from ase import Atoms
 
-from magus_anharmonic.campaign.steps import FINAL, Context, Outcome, Step, file_digest, foundation_digest, structure_file
-from magus_anharmonic.campaign.structures import LABELS, enthalpy_row, labels_on_side, n_relaxed, phases_of, populations, relaxed_structures
+from magus_anharmonic.campaign.steps import (
+    FINAL,
+    Context,
+    Outcome,
+    Step,
+    file_digest,
+    foundation_digest,
+    structure_file,
+)
+from magus_anharmonic.campaign.structures import (
+    LABELS,
+    enthalpy_row,
+    labels_on_side,
+    n_relaxed,
+    phases_of,
+    populations,
+    relaxed_structures,
+)
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
-from magus_anharmonic.files import read_json, read_jsonl, read_whole, replacing, write_json, write_text
+from magus_anharmonic.files import (
+    read_json,
+    read_jsonl,
+    read_whole,
+    replacing,
+    write_json,
+    write_text,
+)
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.settings.section import load_yaml
 
@@ -38,19 +63,34 @@ PUBLIC_NAMES = {"train": "training", "validation": "validation", "test": "test"}
 
 
 def learn(context: Context, step: Step) -> Outcome:
-    """A search that learns at one pressure; its labels and models stay in ``results/anharmonic``."""
+    """A search that learns at one pressure; its labels and models stay in
+    ``results/anharmonic``."""
     folder = context.folder(step)
     before = "final" if step.cycle == 2 else f"final-cycle{step.cycle - 1}"
-    start = context.settings.foundation if step.cycle == 1 else str(context.folder(before) / f"cycle{step.cycle - 1}.pth")
+    start = (
+        context.settings.foundation
+        if step.cycle == 1
+        else str(context.folder(before) / f"cycle{step.cycle - 1}.pth")
+    )
     data = context.settings.learning_search(step.pressure or 0.0, start, step.cycle)
     search(context, folder, data)
     anharmonic = folder / "results" / "anharmonic"
     metrics = read_jsonl(anharmonic / "metrics.jsonl")
     if not metrics:
-        raise MagusAnharmonicError(f"{folder}: the search ended without a round of learning; see its log")
+        raise MagusAnharmonicError(
+            f"{folder}: the search ended without a round of learning; see its log"
+        )
     latest = {record["generation"]: record for record in metrics}
-    write_part(folder, "learning", [row for record in latest.values() for row in _learning_rows(step.id, record)])
-    failed = [record for record in read_jsonl(anharmonic / "failures.jsonl") if record.get("stage") == "label"]
+    write_part(
+        folder,
+        "learning",
+        [row for record in latest.values() for row in _learning_rows(step.id, record)],
+    )
+    failed = [
+        record
+        for record in read_jsonl(anharmonic / "failures.jsonl")
+        if record.get("stage") == "label"
+    ]
     structures, evaluations = n_relaxed(folder)
     return Outcome(
         n_structures=structures,
@@ -67,12 +107,22 @@ def _learning_rows(step: str, record: dict[str, Any]) -> list[tuple[object, ...]
         found = record.get("new", {}).get(name)
         if found and found.get("n"):
             errors = found["energy_rmse"], found["force_rmse"], found["stress_rmse"]
-            rows.append((step, record["generation"], record["new_model"], public, *errors, record["n_labels"]))
+            rows.append(
+                (
+                    step,
+                    record["generation"],
+                    record["new_model"],
+                    public,
+                    *errors,
+                    record["n_labels"],
+                )
+            )
     return rows
 
 
 def produce(context: Context, step: Step) -> Outcome:
-    """A search with the final model at one pressure; all its distinct structures go into ``enthalpies.csv``."""
+    """A search with the final model at one pressure; all its distinct structures go into
+    ``enthalpies.csv``."""
     folder, pressure = context.folder(step), step.pressure or 0.0
     search(context, folder, context.settings.production_search(pressure, context.final_checkpoint))
     model, phases = context.final_model.model_id, phases_of(context.settings.phases)
@@ -94,10 +144,12 @@ def produce(context: Context, step: Step) -> Outcome:
 
 
 def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
-    """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``; nothing when it is finished there.
+    """Run (or go on with) the search of ``data`` (an ``input.yaml``) in ``folder``; nothing when it
+    is finished there.
 
-    A folder of another input or model is moved to ``superseded/``: what was labelled is never deleted. Raises ``InputError`` where both
-    its ``identity.json`` and its ``input.yaml`` are damaged.
+    A folder of another input or model is moved to ``superseded/``: what was labelled is never
+    deleted. Raises ``InputError`` where both its ``identity.json`` and its ``input.yaml`` are
+    damaged.
     """
     model = content_digest(data["MainCalculator"]["checkpoint"])
     identity = json.loads(json.dumps({"input": data, "model": model}))
@@ -117,49 +169,84 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     else:
         from magus_anharmonic.search import run
 
-        run(parse_settings(data), folder, restart=(folder / "results" / "anharmonic" / "run.json").is_file())
+        run(
+            parse_settings(data),
+            folder,
+            restart=(folder / "results" / "anharmonic" / "run.json").is_file(),
+        )
     write_json(mark, {**identity, "finished": True})
 
 
 def read_identity(file: Path) -> dict[str, Any]:
     """What a search was started with; raises ``DamagedFile``."""
     stored = read_json(file)
-    if not isinstance(stored.get("input"), dict) or "model" not in stored or not isinstance(stored.get("finished"), bool):
+    if (
+        not isinstance(stored.get("input"), dict)
+        or "model" not in stored
+        or not isinstance(stored.get("finished"), bool)
+    ):
         raise DamagedFile(f"{file}: does not say what the search was started with")
     return stored
 
 
 def _begun(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The identity of an unfinished search that has no whole one: its input is in ``input.yaml``, and it knows its model itself."""
+    """The identity of an unfinished search that has no whole one: its input is in ``input.yaml``,
+    and it knows its model itself."""
     file = folder / "input.yaml"
-    begun = {"input": json.loads(json.dumps(load_yaml(file), default=str))} if file.is_file() else {}
+    begun = (
+        {"input": json.loads(json.dumps(load_yaml(file), default=str))} if file.is_file() else {}
+    )
     return {**identity, **begun, "finished": False}
 
 
 def content_digest(checkpoint: str) -> str | None:
     """Of the checkpoint as it is now."""
-    return foundation_digest(checkpoint) if not Path(checkpoint).is_file() else file_digest.__wrapped__(checkpoint)
+    return (
+        foundation_digest(checkpoint)
+        if not Path(checkpoint).is_file()
+        else file_digest.__wrapped__(checkpoint)
+    )
 
 
 def uses_magus(host: str) -> bool:
-    """Whether stock MAGUS searches; raises ``InputError`` when it is asked for and not installed."""
+    """Whether stock MAGUS searches; raises ``InputError`` when it is asked for and not
+    installed."""
     from magus_anharmonic.doctor import magus_version
 
     installed = magus_version() is not None
     if host == "magus" and not installed:
-        raise InputError("host: magus: MAGUS is not installed (pip install git+https://gitlab.com/bigd4/magus.git)")
+        raise InputError(
+            "host: magus: MAGUS is not installed (pip install"
+            " git+https://gitlab.com/bigd4/magus.git)"
+        )
     return installed and host != "embedded"
 
 
 def _stock_magus(folder: Path) -> None:
-    """``magus-anharmonic search`` in a process of its own: MAGUS takes the current folder and the root logger."""
-    command = [sys.executable, "-m", "magus_anharmonic.cli", "search", "-i", "input.yaml", "--host", "magus"]
+    """``magus-anharmonic search`` in a process of its own: MAGUS takes the current folder and the
+    root logger."""
+    command = [
+        sys.executable,
+        "-m",
+        "magus_anharmonic.cli",
+        "search",
+        "-i",
+        "input.yaml",
+        "--host",
+        "magus",
+    ]
     # MAGUS can restart from its second round on
     if populations(folder) and (folder / "log.txt").is_file():
         command.append("-r")
     log.info("stock MAGUS in %s; its log: log.txt", folder)
     with (folder / "magus.out").open("ab") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_end_with_parent)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_end_with_parent,
+        )
         try:
             code = process.wait()
         except BaseException:
@@ -167,11 +254,14 @@ def _stock_magus(folder: Path) -> None:
             process.wait()
             raise
     if code:
-        raise MagusAnharmonicError(f"{folder}: MAGUS ended with exit code {code}; see {folder / 'magus.out'}")
+        raise MagusAnharmonicError(
+            f"{folder}: MAGUS ended with exit code {code}; see {folder / 'magus.out'}"
+        )
 
 
 def _end_with_parent() -> None:
-    """Linux: this process gets SIGTERM when the campaign is killed, so that no second search starts beside it."""
+    """Linux: this process gets SIGTERM when the campaign is killed, so that no second search starts
+    beside it."""
     import ctypes
     import signal
 
@@ -184,20 +274,29 @@ PARITY_ROWS = 20_000
 
 
 def final(context: Context, step: Step) -> Outcome:
-    """Finetune from the foundation; leaves ``final/cycle<N>.pth``, ``final/final.pth`` and ``final/errors.json``."""
+    """Finetune from the foundation; leaves ``final/cycle<N>.pth``, ``final/final.pth`` and
+    ``final/errors.json``."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.potential.labelled import Scores
 
     folder, merged = context.folder(step), context.folder(step.needs[0]) / LABELS
     sets = {public: labels_on_side(merged, side) for public, side in SIDES.items()}
     if not sets["training"]:
-        raise MagusAnharmonicError("final: no label is on the training side; more structures are needed (learning.settings.n_sample)")
+        raise MagusAnharmonicError(
+            "final: no label is on the training side; more structures are needed"
+            " (learning.settings.n_sample)"
+        )
     stages = _train(context, step, sets["training"], sets["validation"])
     out = folder / f"cycle{step.cycle}.pth"
     with replacing(out) as temporary:
         shutil.copyfile(stages[-1].path, temporary)
     finetuned = load(out, device=context.settings.device)
-    scores = write_errors(folder, {"foundation": context.foundation, "finetuned": finetuned}, sets, context.settings.seed)
+    scores = write_errors(
+        folder,
+        {"foundation": context.foundation, "finetuned": finetuned},
+        sets,
+        context.settings.seed,
+    )
     write_json(folder / f"errors-cycle{step.cycle}.json", scores)
     with replacing(context.root / FINAL) as temporary:
         shutil.copyfile(out, temporary)
@@ -208,11 +307,20 @@ def final(context: Context, step: Step) -> Outcome:
         else "no stage lowered the validation loss: the model is the foundation with new shifts"
     )
     if found is not None:
-        log.info("final model %s: validation RMSE %s on %d labels", finetuned.model_id, Scores(**found), found["n"])
-    return Outcome(n_structures=sum(map(len, sets.values())), output=finetuned.model_id, reason=kept)
+        log.info(
+            "final model %s: validation RMSE %s on %d labels",
+            finetuned.model_id,
+            Scores(**found),
+            found["n"],
+        )
+    return Outcome(
+        n_structures=sum(map(len, sets.values())), output=finetuned.model_id, reason=kept
+    )
 
 
-def _train(context: Context, step: Step, training: Sequence[Atoms], validation: Sequence[Atoms]) -> list[Any]:
+def _train(
+    context: Context, step: Step, training: Sequence[Atoms], validation: Sequence[Atoms]
+) -> list[Any]:
     """One `FinetuneResult` per stage; a stage that was finished before is read from its file."""
     from magus_anharmonic.potential.finetune import finetune
     from magus_anharmonic.potential.train import refit_shift
@@ -223,11 +331,23 @@ def _train(context: Context, step: Step, training: Sequence[Atoms], validation: 
         refit_shift(module, training)
     stages = []
     for number, stage in enumerate(context.settings.final.stages, start=1):
-        log.info("stage %d of %d: %d epochs on %d labels", number, len(context.settings.final.stages), stage.epochs, len(training))
+        log.info(
+            "stage %d of %d: %d epochs on %d labels",
+            number,
+            len(context.settings.final.stages),
+            stage.epochs,
+            len(training),
+        )
         result = finetune(
-            module, training, validation, _finetune_settings(stage), out=folder / f"cycle{step.cycle}.stage{number}.pth",
-            seed=context.settings.seed + number, parent_id=foundation.model_id, species=foundation.species_seen,
-        )  # fmt: skip
+            module,
+            training,
+            validation,
+            _finetune_settings(stage),
+            out=folder / f"cycle{step.cycle}.stage{number}.pth",
+            seed=context.settings.seed + number,
+            parent_id=foundation.model_id,
+            species=foundation.species_seen,
+        )
         stages.append(result)
         module = result.module
     return stages
@@ -239,28 +359,56 @@ def _finetune_settings(stage: Any) -> Any:
     return FinetuneSettings(**stage.model_dump())
 
 
-def write_errors(folder: Path, models: dict[str, Any], sets: dict[str, list[Atoms]], seed: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """``model_errors.csv`` and ``parity.csv``; returns the scores by model and set (sets without labels are left out)."""
+def write_errors(
+    folder: Path, models: dict[str, Any], sets: dict[str, list[Atoms]], seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """``model_errors.csv`` and ``parity.csv``; returns the scores by model and set (sets without
+    labels are left out)."""
     from magus_anharmonic.potential.labelled import score
 
-    scores = {name: {public: score(model, labels).as_dict() for public, labels in sets.items() if labels} for name, model in models.items()}
+    scores = {
+        name: {public: score(model, labels).as_dict() for public, labels in sets.items() if labels}
+        for name, model in models.items()
+    }
     write_part(
-        folder, "model_errors",
+        folder,
+        "model_errors",
         [
-            (name, models[name].model_id, public, found["n"], found["energy_rmse"], found["force_rmse"], found["stress_rmse"])
+            (
+                name,
+                models[name].model_id,
+                public,
+                found["n"],
+                found["energy_rmse"],
+                found["force_rmse"],
+                found["stress_rmse"],
+            )
             for name, by_set in scores.items()
             for public, found in by_set.items()
         ],
-    )  # fmt: skip
-    rows = [row for name, model in models.items() for public, labels in sets.items() for row in parity_rows(name, model, public, labels)]
+    )
+    rows = [
+        row
+        for name, model in models.items()
+        for public, labels in sets.items()
+        for row in parity_rows(name, model, public, labels)
+    ]
     if len(rows) > PARITY_ROWS:
-        rows = [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), PARITY_ROWS, replace=False))]
+        rows = [
+            rows[i]
+            for i in sorted(
+                np.random.default_rng(seed).choice(len(rows), PARITY_ROWS, replace=False)
+            )
+        ]
     write_part(folder, "parity", rows)
     return scores
 
 
-def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> Iterator[tuple[object, ...]]:
-    """Energy per atom, every force component and the six stress components of every label, by DFT and by the model."""
+def parity_rows(
+    name: str, model: Any, public: str, labels: Sequence[Atoms]
+) -> Iterator[tuple[object, ...]]:
+    """Energy per atom, every force component and the six stress components of every label, by DFT
+    and by the model."""
     from magus_anharmonic.potential.labelled import labels_of
     from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -270,8 +418,26 @@ def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> 
     upper = np.triu_indices(3)
     for index, atoms in enumerate(labels):
         energy, forces, stress = labels_of(atoms)
-        yield name, public, "energy", "eV/atom", energy / len(atoms), float(found.energy[index]) / len(atoms)
-        for reference, predicted in zip(forces.ravel(), np.asarray(found.forces[index]).ravel(), strict=True):
+        yield (
+            name,
+            public,
+            "energy",
+            "eV/atom",
+            energy / len(atoms),
+            float(found.energy[index]) / len(atoms),
+        )
+        for reference, predicted in zip(
+            forces.ravel(), np.asarray(found.forces[index]).ravel(), strict=True
+        ):
             yield name, public, "force", "eV/A", float(reference), float(predicted)
-        for reference, predicted in zip(stress[upper], np.asarray(found.stress[index])[upper], strict=True):
-            yield name, public, "stress", "GPa", float(reference) * EV_PER_A3_IN_GPA, float(predicted) * EV_PER_A3_IN_GPA
+        for reference, predicted in zip(
+            stress[upper], np.asarray(found.stress[index])[upper], strict=True
+        ):
+            yield (
+                name,
+                public,
+                "stress",
+                "GPa",
+                float(reference) * EV_PER_A3_IN_GPA,
+                float(predicted) * EV_PER_A3_IN_GPA,
+            )

@@ -1,8 +1,10 @@
 """Relaxations and SSCHA of the pool.
 
-Steps ``relax`` (low-enthalpy structures and named phases at more pressures, Fig. 5) and ``foundation`` (Fig. 2).
+Steps ``relax`` (low-enthalpy structures and named phases at more pressures, Fig. 5) and
+``foundation`` (Fig. 2).
 
-Steps ``sscha`` (free energies of the lowest distinct structures, Fig. 6) and ``dft`` (are those that changed real minima?).
+Steps ``sscha`` (free energies of the lowest distinct structures, Fig. 6) and ``dft`` (are those
+that changed real minima?).
 """
 
 from __future__ import annotations
@@ -20,13 +22,21 @@ from ase import Atoms
 from ase.io import read, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step, at, productions, structure_file
-from magus_anharmonic.campaign.structures import Found, Phase, enthalpy_row, lowest_distinct, phase_name, phases_of, relaxed_structures
+from magus_anharmonic.campaign.structures import (
+    Found,
+    Phase,
+    enthalpy_row,
+    lowest_distinct,
+    phase_name,
+    phases_of,
+    relaxed_structures,
+)
 from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import (
     append_jsonl,
     digest,
-    raise_trouble,
+    raise_machine_error,
     read_jsonl,
     read_whole,
     reading_table,
@@ -36,17 +46,20 @@ from magus_anharmonic.files import (
 )
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
-from magus_anharmonic.structures import bare, decided_group, space_group, structure_id
+from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
 
 log = logging.getLogger(__name__)
 
 
 def relax(context: Context, step: Step) -> Outcome:
-    """Every low-enthalpy distinct structure of the searches, and every phase given as a file, at each pressure."""
+    """Every low-enthalpy distinct structure of the searches, and every phase given as a file, at
+    each pressure."""
     settings = context.settings.relax
     assert settings is not None
     folder, phases = context.folder(step), phases_of(context.settings.phases)
-    starts = [found.atoms for found in low_enthalpy(context, settings.max_structures, settings.window)]
+    starts = [
+        found.atoms for found in low_enthalpy(context, settings.max_structures, settings.window)
+    ]
     known = [phase for phase in phases if phase.atoms is not None]
     rows: list[tuple[object, ...]] = []
     failures: list[tuple[str, str]] = []
@@ -54,22 +67,47 @@ def relax(context: Context, step: Step) -> Outcome:
     with structure_file(folder) as file:
         for number, pressure in enumerate(settings.pressures, start=1):
             free = _relaxed_at(context.final_model, context, folder, starts, pressure, fixed=False)
-            held = _relaxed_at(context.final_model, context, folder, [phase.atoms for phase in known], pressure, fixed=True)
-            named = {id(result): phase for result, phase in zip(held, known, strict=True)}
+            symmetric = _relaxed_at(
+                context.final_model,
+                context,
+                folder,
+                [phase.atoms for phase in known],
+                pressure,
+                fixed=True,
+            )
+            named = {id(result): phase for result, phase in zip(symmetric, known, strict=True)}
             found: dict[str, tuple[Found, Any]] = {}
-            for start, result in [*zip(starts, free, strict=True), *zip([phase.atoms for phase in known], held, strict=True)]:
+            for start, result in [
+                *zip(starts, free, strict=True),
+                *zip([phase.atoms for phase in known], symmetric, strict=True),
+            ]:
                 evaluations += result.n_steps
                 if result.failed:
                     failures.append((structure_id(start), f"{pressure:g} GPa: {result.reason}"))
                 else:
-                    item = Found(bare(result.atoms), float(result.enthalpy), step.id)
+                    item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
                     found.setdefault(item.id, (item, named.get(id(result))))
             for item, phase in found.values():
-                rows.append(_named(enthalpy_row(item, phases, pressure, context.final_model.model_id, "relax"), phase))
+                rows.append(
+                    _named(
+                        enthalpy_row(item, phases, pressure, context.final_model.model_id, "relax"),
+                        phase,
+                    )
+                )
                 file.add(item.atoms, item.id, str(rows[-1][4]), pressure, "static")
-            log.info("relax: %d of %d pressures, %d structures each", number, len(settings.pressures), len(starts) + len(known))
+            log.info(
+                "relax: %d of %d pressures, %d structures each",
+                number,
+                len(settings.pressures),
+                len(starts) + len(known),
+            )
     write_part(folder, "enthalpies", rows)
-    return Outcome(len(rows), evaluations, failures=failures, output=f"{len(rows)} {context.final_model.model_id}")
+    return Outcome(
+        len(rows),
+        evaluations,
+        failures=failures,
+        output=f"{len(rows)} {context.final_model.model_id}",
+    )
 
 
 def _named(row: tuple[object, ...], phase: Phase | None) -> tuple[object, ...]:
@@ -78,7 +116,8 @@ def _named(row: tuple[object, ...], phase: Phase | None) -> tuple[object, ...]:
 
 
 def low_enthalpy(context: Context, n: int, window: float | None = None) -> list[Found]:
-    """The ``n`` lowest distinct structures of every production search, each phase once over all searches."""
+    """The ``n`` lowest distinct structures of every production search, each phase once over all
+    searches."""
     from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 
     kept: list[tuple[Found, Fingerprint]] = []
@@ -101,21 +140,46 @@ class Relaxed:
     reason: str
 
 
-def _relaxed_at(model: Any, context: Context, folder: Path, structures: Sequence[Atoms], pressure: float, *, fixed: bool) -> list[Relaxed]:
-    """Relaxations in the order of ``structures``; kept on disk per pressure, so that a killed step goes on."""
-    from magus_anharmonic.potential.portable import relax_options
+def _relaxed_at(
+    model: Any,
+    context: Context,
+    folder: Path,
+    structures: Sequence[Atoms],
+    pressure: float,
+    *,
+    fixed: bool,
+) -> list[Relaxed]:
+    """Relaxations in the order of ``structures``; kept on disk per pressure, so that a killed step
+    goes on."""
     from magus_anharmonic.potential.relax import relax as relax_all
+    from magus_anharmonic.potential.remote import relax_options
 
     if not structures:
         return []
-    keys = parse(CalculatorSettings, {"calculator": "mattersim", **context.settings.calculator}, "calculator")
-    identity = [versions(), model.model_id, keys.model_dump(mode="json"), fixed, [structure_id(atoms) for atoms in structures]]
-    stored = folder / "relaxed" / f"{at('named' if fixed else 'found', pressure)}-{digest(json.dumps(identity))}.traj"
+    keys = parse(
+        CalculatorSettings, {"calculator": "mattersim", **context.settings.calculator}, "calculator"
+    )
+    identity = [
+        versions(),
+        model.model_id,
+        keys.model_dump(mode="json"),
+        fixed,
+        [structure_id(atoms) for atoms in structures],
+    ]
+    stored = (
+        folder
+        / "relaxed"
+        / f"{at('named' if fixed else 'found', pressure)}-{digest(json.dumps(identity))}.traj"
+    )
     kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))
     if kept is None:
         # Kicks break a symmetry that is to be kept.
-        options = relax_options(keys) | {"fix_symmetry": fixed, "relax_cell": True, "kicks": 0 if fixed else keys.kicks}
-        found = relax_all(model, [bare(atoms) for atoms in structures], pressure, **options)
+        options = relax_options(keys) | {
+            "fix_symmetry": fixed,
+            "relax_cell": True,
+            "perturbations": 0 if fixed else keys.perturbations,
+        }
+        found = relax_all(model, [stripped(atoms) for atoms in structures], pressure, **options)
         with replacing(stored) as temporary:
             write(temporary, [_frame(result) for result in found], format="traj")
         kept = _read_relaxed(stored, len(structures))
@@ -127,50 +191,85 @@ def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
     names = ("enthalpy", "n_steps", "failed", "reason")
     frames = read_frames(file)
     try:
-        found = [Relaxed(bare(frame), **{name: frame.info[name] for name in names}) for frame in frames]
+        found = [
+            Relaxed(stripped(frame), **{name: frame.info[name] for name in names})
+            for frame in frames
+        ]
     except (KeyError, TypeError) as error:
-        raise DamagedFile(f"{file}: damaged: holds no relaxed structures ({type(error).__name__}: {error})") from None
+        raise DamagedFile(
+            f"{file}: damaged: holds no relaxed structures ({type(error).__name__}: {error})"
+        ) from None
     if len(found) != n:
         raise DamagedFile(f"{file}: holds {len(found)} of {n} structures")
     return found
 
 
 def _frame(result: Any) -> Atoms:
-    frame = bare(result.atoms)
+    frame = stripped(result.atoms)
     frame.info = {
-        "enthalpy": float(result.enthalpy), "n_steps": int(result.n_steps), "failed": bool(result.failed), "reason": str(result.reason),
-    }  # fmt: skip
+        "enthalpy": float(result.enthalpy),
+        "n_steps": int(result.n_steps),
+        "failed": bool(result.failed),
+        "reason": str(result.reason),
+    }
     return frame
 
 
 def foundation(context: Context, step: Step) -> Outcome:
-    """The lowest structures of the nearest production search as the foundation model orders them."""
+    """The lowest structures of the nearest production search as the foundation model orders
+    them."""
     settings = context.settings.foundation_check
     assert settings is not None
     folder, phases, name = context.folder(step), phases_of(context.settings.phases), step.needs[0]
-    starts = [found.atoms for found in lowest_distinct(relaxed_structures(context.folder(name), name), settings.max_structures)]
+    starts = [
+        found.atoms
+        for found in lowest_distinct(
+            relaxed_structures(context.folder(name), name), settings.max_structures
+        )
+    ]
     known = [phase for phase in phases if phase.atoms is not None]
     free = _relaxed_at(context.foundation, context, folder, starts, settings.pressure, fixed=False)
-    held = _relaxed_at(context.foundation, context, folder, [phase.atoms for phase in known], settings.pressure, fixed=True)
+    symmetric = _relaxed_at(
+        context.foundation,
+        context,
+        folder,
+        [phase.atoms for phase in known],
+        settings.pressure,
+        fixed=True,
+    )
     rows, failures = [], []
     with structure_file(folder) as file:
-        for result, phase in [*((result, None) for result in free), *zip(held, known, strict=True)]:
+        for result, phase in [
+            *((result, None) for result in free),
+            *zip(symmetric, known, strict=True),
+        ]:
             if result.failed:
                 failures.append((structure_id(result.atoms), str(result.reason)))
                 continue
-            item = Found(bare(result.atoms), float(result.enthalpy), step.id)
-            rows.append(_named(enthalpy_row(item, phases, settings.pressure, context.foundation.model_id, "foundation"), phase))
+            item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
+            rows.append(
+                _named(
+                    enthalpy_row(
+                        item, phases, settings.pressure, context.foundation.model_id, "foundation"
+                    ),
+                    phase,
+                )
+            )
             file.add(item.atoms, item.id, str(rows[-1][4]), settings.pressure, "static")
     write_part(folder, "enthalpies", rows)
-    evaluations = sum(result.n_steps for result in [*free, *held])
+    evaluations = sum(result.n_steps for result in [*free, *symmetric])
     return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
 
 
 def phase_structure(context: Context, phase: Phase, pressure: float) -> Atoms | None:
-    """A structure of the phase to start from: its file, or the lowest one found by the production searches; None when none was."""
+    """A structure of the phase to start from: its file, or the lowest one found by the production
+    searches; None when none was."""
     if phase.atoms is not None:
         return phase.atoms
-    names = sorted(productions(context.settings), key=lambda name: abs(float(name.split("-")[-1].removesuffix("GPa")) - pressure))
+    names = sorted(
+        productions(context.settings),
+        key=lambda name: abs(float(name.split("-")[-1].removesuffix("GPa")) - pressure),
+    )
     for name in names:
         matching = (
             found
@@ -191,28 +290,48 @@ def sscha(context: Context, step: Step) -> Outcome:
     settings = context.settings.ranking_settings(pressure, context.final_checkpoint)
     assert settings.sscha is not None
     name = step.needs[-1]
-    pool = lowest_distinct(relaxed_structures(context.folder(name), name), 2 * settings.sscha.max_candidates)
+    pool = lowest_distinct(
+        relaxed_structures(context.folder(name), name), 2 * settings.sscha.max_candidates
+    )
     if not pool:
         raise MagusAnharmonicError(f"{step.id}: {name} left no structure")
     seed = context.settings.seed
-    candidates = rank_structures([found.atoms for found in pool], context.final_model, settings, folder, seed=seed)
+    candidates = rank_structures(
+        [found.atoms for found in pool], context.final_model, settings, folder, seed=seed
+    )
     with replacing_table(folder / "tables" / f"ranking-{pressure:g}GPa.csv") as temporary:
         shutil.copyfile(folder / "ranking.csv", temporary)
     with structure_file(folder) as file:
         for candidate in candidates:
             file.add(candidate.atoms, candidate.id, candidate.spg_static, pressure, "static")
             if candidate.centroids is not None:
-                file.add(candidate.centroids, candidate.id, candidate.spg_quantum, pressure, "centroids")
-    failures = [(candidate.id, candidate.reason) for candidate in candidates if candidate.status == "failed"]
+                file.add(
+                    candidate.centroids, candidate.id, candidate.spg_quantum, pressure, "centroids"
+                )
+    failures = [
+        (candidate.id, candidate.reason) for candidate in candidates if candidate.status == "failed"
+    ]
     best = next((candidate for candidate in candidates if candidate.rank_quantum == 1), None)
     if best is not None:
         log.info(
-            "%s: lowest free energy %s, %s -> %s, %.4f eV/atom", step.id, best.id, best.spg_static, best.spg_quantum, best.gibbs or 0.0
+            "%s: lowest free energy %s, %s -> %s, %.4f eV/atom",
+            step.id,
+            best.id,
+            best.spg_static,
+            best.spg_quantum,
+            best.gibbs or 0.0,
         )
     elif any(candidate.status == "unconverged" for candidate in candidates):
-        log.warning("%s: no free energy has converged, so there is no order; the reasons are in %s", step.id, folder / "ranking.csv")
+        log.warning(
+            "%s: no free energy has converged, so there is no order; the reasons are in %s",
+            step.id,
+            folder / "ranking.csv",
+        )
     else:
-        raise MagusAnharmonicError(f"{step.id}: no structure has a free energy; the reasons are in {folder / 'ranking.csv'}")
+        raise MagusAnharmonicError(
+            f"{step.id}: no structure has a free energy; the reasons are in"
+            f" {folder / 'ranking.csv'}"
+        )
     evaluations = sum(candidate.n_evaluations for candidate in candidates)
     output = "none converged" if best is None else f"{best.id} {best.gibbs:.6f}"
     return Outcome(len(candidates), evaluations, output=output, failures=failures)
@@ -233,27 +352,62 @@ def dft(context: Context, step: Step) -> Outcome:
         for name in step.needs:
             chosen = changed_candidates(context.folder(name), settings.max_structures)
             pressure = float(chosen[0][0]["pressure_GPa"]) if chosen else 0.0
-            log.info("%s: %d candidates changed their space group; relaxing them by DFT", name, len(chosen))
-            relaxed = relaxed_by_dft(labeler, [atoms for _, atoms in chosen], pressure, folder / "relaxed.jsonl", settings)
+            log.info(
+                "%s: %d candidates changed their space group; relaxing them by DFT",
+                name,
+                len(chosen),
+            )
+            relaxed = relaxed_by_dft(
+                labeler,
+                [atoms for _, atoms in chosen],
+                pressure,
+                folder / "relaxed.jsonl",
+                settings,
+            )
             for (row, _), record in zip(chosen, relaxed, strict=True):
                 n_labels += int(record["n_steps"])
                 group = record["space_group"]
                 if record["failed"]:
                     failures.append((row["id"], str(record["reason"])))
-                rows.append((row["id"], pressure, row["spg_static"], group, row["spg_quantum"], record["enthalpy"], record["reason"]))
+                rows.append(
+                    (
+                        row["id"],
+                        pressure,
+                        row["spg_static"],
+                        group,
+                        row["spg_quantum"],
+                        record["enthalpy"],
+                        record["reason"],
+                    )
+                )
         output = labeler.settings_hash
     write_part(folder, "space_groups", rows)
     kept = sum(row[2] == row[3] for row in rows)
-    log.info("dft: %d of %d candidates keep their static space group when relaxed by DFT", kept, len(rows))
+    log.info(
+        "dft: %d of %d candidates keep their static space group when relaxed by DFT",
+        kept,
+        len(rows),
+    )
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 
-def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[dict[str, str], Atoms]]:
-    """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest free energy first."""
+def changed_candidates(
+    folder: Path, limit: int | None = None
+) -> list[tuple[dict[str, str], Atoms]]:
+    """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest
+    free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
-    rows = [row for row in read_rows(folder / "ranking.csv") if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])]
-    usable = [row for row in rows if row["status"] not in ("failed", "unconverged") and row["id"] in statics]
-    return [(row, bare(statics[row["id"]])) for row in usable[:limit]]
+    rows = [
+        row
+        for row in read_rows(folder / "ranking.csv")
+        if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])
+    ]
+    usable = [
+        row
+        for row in rows
+        if row["status"] not in ("failed", "unconverged") and row["id"] in statics
+    ]
+    return [(row, stripped(statics[row["id"]])) for row in usable[:limit]]
 
 
 def read_statics(folder: Path) -> list[Atoms]:
@@ -263,18 +417,31 @@ def read_statics(folder: Path) -> list[Atoms]:
         return []
     try:
         with reading_table(file) as opened:
-            frames: Any = read(io.TextIOWrapper(opened, encoding="utf-8"), index=":", format="extxyz")
+            frames: Any = read(
+                io.TextIOWrapper(opened, encoding="utf-8"), index=":", format="extxyz"
+            )
         return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
     except DamagedFile:
         raise
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, file)
-        raise DamagedFile(f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})") from None
+        raise_machine_error(error, file)
+        raise DamagedFile(
+            f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})"
+        ) from None
 
 
-def relaxed_by_dft(labeler: Any, structures: Sequence[Atoms], pressure: float, file: Path, settings: Any) -> list[dict[str, Any]]:
-    """One record per structure: space_group (empty when it failed), enthalpy (eV/atom), n_steps, failed, reason."""
-    common = [labeler.settings_hash, pressure, settings.force_tolerance, settings.max_steps, settings.symprec]
+def relaxed_by_dft(
+    labeler: Any, structures: Sequence[Atoms], pressure: float, file: Path, settings: Any
+) -> list[dict[str, Any]]:
+    """One record per structure: space_group (empty when it failed), enthalpy (eV/atom), n_steps,
+    failed, reason."""
+    common = [
+        labeler.settings_hash,
+        pressure,
+        settings.force_tolerance,
+        settings.max_steps,
+        settings.symprec,
+    ]
     keys = [str([structure_id(atoms), *common]) for atoms in structures]
     known = {record["key"]: record for record in read_jsonl(file)}
     waiting = [index for index, key in enumerate(keys) if key not in known]
@@ -282,7 +449,10 @@ def relaxed_by_dft(labeler: Any, structures: Sequence[Atoms], pressure: float, f
     for first in range(0, len(waiting), batch):
         part = waiting[first : first + batch]
         results = labeler.relax(
-            [structures[index] for index in part], pressure, force_tolerance=settings.force_tolerance, max_steps=settings.max_steps
+            [structures[index] for index in part],
+            pressure,
+            force_tolerance=settings.force_tolerance,
+            max_steps=settings.max_steps,
         )
         for index, result in zip(part, results, strict=True):
             record = {

@@ -1,8 +1,10 @@
 """The driver of a campaign and where it stands.
 
-``campaign status``: steps, counts, times and cost, also while another process runs; what is missing.
+``campaign status``: steps, counts, times and cost, also while another process runs; what is
+missing.
 
-The driver: every step once, in order, skipped when done, begun anew when what it depends on has changed.
+The driver: every step once, in order, skipped when done, begun anew when what it depends on has
+changed.
 """
 
 from __future__ import annotations
@@ -15,13 +17,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from magus_anharmonic.campaign.steps import FOLDER, Context, Outcome, Step, StepRecord, plan, read_records, step_key, write_records
+from magus_anharmonic.campaign.steps import (
+    FOLDER,
+    Context,
+    Outcome,
+    Step,
+    StepRecord,
+    plan,
+    read_records,
+    step_key,
+    write_records,
+)
 from magus_anharmonic.campaign.structures import populations
 from magus_anharmonic.campaign.tables import assemble, write_part
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError, is_trouble, typed_line
+from magus_anharmonic.errors import (
+    DamagedFile,
+    InputError,
+    MagusAnharmonicError,
+    is_machine_error,
+    typed_line,
+)
 from magus_anharmonic.files import read_json, set_aside
 from magus_anharmonic.lock import locked
-from magus_anharmonic.run_record import check_results_version, read_run_record, record_file, write_run_record
+from magus_anharmonic.run_record import (
+    check_results_version,
+    read_run_record,
+    record_file,
+    write_run_record,
+)
 from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
 from magus_anharmonic.status import deserted
 from magus_anharmonic.units import duration
@@ -40,14 +63,19 @@ COLUMNS = ("step", "status", "time", "structures", "force evaluations", "DFT cal
 
 
 def status(path: str | Path) -> CampaignStatus:
-    """The state of the campaign of ``path`` (``campaign.yaml`` or its folder). Reads only; raises ``InputError``."""
+    """The state of the campaign of ``path`` (``campaign.yaml`` or its folder). Reads only; raises
+    ``InputError``."""
     file = campaign_file(path)
     settings = load_campaign(file)
     root = file.resolve().parent / FOLDER
     records = read_records(root)
     steps = plan(settings, known_cycles(records))
-    known = {step.id: records.get(step.id, StepRecord("open", step.kind, step.pressure)) for step in steps}
-    # a step that says it is running does so as long as its campaign is at work: `magus-anharmonic status` asks the same
+    known = {
+        step.id: records.get(step.id, StepRecord("open", step.kind, step.pressure))
+        for step in steps
+    }
+    # a step that says it is running does so as long as its campaign is at work: `magus-anharmonic
+    # status` asks the same
     gone = any(record.status == "running" for record in known.values()) and deserted(root)
     rows = [_row(step, known, root, settings, gone) for step in steps]
     return CampaignStatus(COLUMNS, [*rows, _total(known)], missing(steps, known, gone))
@@ -64,10 +92,18 @@ def campaign_file(path: str | Path) -> Path:
 
 def known_cycles(records: Mapping[str, StepRecord]) -> int:
     """Cycles of learning that were begun."""
-    return max([1, *(int(match[1]) for name in records if (match := re.search(r"-cycle(\d+)$", name)))])
+    return max(
+        [1, *(int(match[1]) for name in records if (match := re.search(r"-cycle(\d+)$", name)))]
+    )
 
 
-def _row(step: Step, records: Mapping[str, StepRecord], root: Path, settings: CampaignSettings, gone: bool) -> tuple[str, ...]:
+def _row(
+    step: Step,
+    records: Mapping[str, StepRecord],
+    root: Path,
+    settings: CampaignSettings,
+    gone: bool,
+) -> tuple[str, ...]:
     record = records[step.id]
     word, remark, wall = record.status, record.reason, record.wall_s
     if record.status == "running" and gone:
@@ -77,13 +113,20 @@ def _row(step: Step, records: Mapping[str, StepRecord], root: Path, settings: Ca
         remark = progress(step, root, settings)
     elif record.status == "done" and step_key(step, records) not in (record.key, None):
         word, remark = "outdated", "what it depends on has changed: it will run again"
-    numbers = (str(value) if value else "" for value in (record.n_structures, record.n_evaluations, record.n_labels))
+    numbers = (
+        str(value) if value else ""
+        for value in (record.n_structures, record.n_evaluations, record.n_labels)
+    )
     return step.id, word, duration(wall) if wall else "", *numbers, remark
 
 
 def _since(record: StepRecord) -> float:
     try:
-        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds() - record.wall_s)
+        return max(
+            0.0,
+            (datetime.now(UTC) - datetime.fromisoformat(record.started)).total_seconds()
+            - record.wall_s,
+        )
     except ValueError:
         return 0.0
 
@@ -104,21 +147,42 @@ def progress(step: Step, root: Path, settings: CampaignSettings) -> str:
 def _total(records: Mapping[str, StepRecord]) -> tuple[str, ...]:
     values = list(records.values())
     done = sum(record.status == "done" for record in values)
-    sums = (str(sum(getattr(record, name) for record in values)) for name in ("n_structures", "n_evaluations", "n_labels"))
-    return "all", f"{done} of {len(values)} done", duration(sum(record.wall_s for record in values)), *sums, ""
+    sums = (
+        str(sum(getattr(record, name) for record in values))
+        for name in ("n_structures", "n_evaluations", "n_labels")
+    )
+    return (
+        "all",
+        f"{done} of {len(values)} done",
+        duration(sum(record.wall_s for record in values)),
+        *sums,
+        "",
+    )
+
+
+def _status_now(record: StepRecord, gone: bool) -> str:
+    return "interrupted" if gone and record.status == "running" else record.status
 
 
 def missing(steps: list[Step], records: Mapping[str, StepRecord], gone: bool = False) -> list[str]:
-    """What a half-finished campaign lacks, step by step; empty when everything is done. ``gone``: nobody works on it."""
+    """What a half-finished campaign lacks, step by step; empty when everything is done. ``gone``:
+    nobody works on it."""
     what = {
-        "learn": "labels and a model that learned", "merge": "the data set of the final model", "final": "the final model and Table I",
-        "produce": "structures of the final model", "foundation": "the enthalpy-volume figure", "relax": "enthalpies over pressure",
-        "sscha": "free energies", "dft": "the check of changed space groups by DFT", "hessian": "modes over pressure and dispersions",
-        "errors": "gradient errors and the correction of G", "report": "figures and report",
-    }  # fmt: skip
+        "learn": "labels and a model that learned",
+        "merge": "the data set of the final model",
+        "final": "the final model and Table I",
+        "produce": "structures of the final model",
+        "foundation": "the enthalpy-volume figure",
+        "relax": "enthalpies over pressure",
+        "sscha": "free energies",
+        "dft": "the check of changed space groups by DFT",
+        "hessian": "modes over pressure and dispersions",
+        "errors": "gradient errors and the correction of G",
+        "report": "figures and report",
+    }
     return [
-        f"{step.id} is {'interrupted' if gone and records[step.id].status == 'running' else records[step.id].status}: "
-        f"{what[step.kind]} missing" + (f" ({records[step.id].reason})" if records[step.id].reason else "")
+        f"{step.id} is {_status_now(records[step.id], gone)}: {what[step.kind]} missing"
+        + (f" ({records[step.id].reason})" if records[step.id].reason else "")
         for step in steps
         if records[step.id].status != "done"
     ]
@@ -134,25 +198,35 @@ def runners() -> Mapping[str, Run]:
     from magus_anharmonic.campaign import closing, learning, modes, production, structures
 
     return {
-        "learn": learning.learn, "merge": structures.merge, "final": learning.final, "produce": learning.produce,
-        "foundation": production.foundation, "relax": production.relax, "sscha": production.sscha, "dft": production.dft,
-        "hessian": modes.hessian, "errors": closing.errors, "report": closing.report,
-    }  # fmt: skip
+        "learn": learning.learn,
+        "merge": structures.merge,
+        "final": learning.final,
+        "produce": learning.produce,
+        "foundation": production.foundation,
+        "relax": production.relax,
+        "sscha": production.sscha,
+        "dft": production.dft,
+        "hessian": modes.hessian,
+        "errors": closing.errors,
+        "report": closing.report,
+    }
 
 
 SEARCHES = ("learn", "produce")
-"""Kinds whose folder is moved away when the step is asked for again; the others know their own files by content."""
+"""Kinds whose folder is moved away when the step is asked for again; the others know their own
+files by content."""
 
 
 def run_campaign(path: str | Path, *, only: str | None = None) -> dict[str, StepRecord]:
-    """Run the campaign of ``path`` (``campaign.yaml``) in its folder, or go on with it; returns the records of all steps.
+    """Run the campaign of ``path`` (``campaign.yaml``) in its folder, or go on with it; returns the
+    records of all steps.
 
     only
         Run this step alone, again if it is done; the steps it needs must be done.
 
-    A step that fails is recorded with its reason; the others that do not need it still run. Raises ``InputError`` for wrong input (also for
-    a labeler of other DFT settings than the labels here), before any work where it can be known then, and for a second process
-    in the folder.
+    A step that fails is recorded with its reason; the others that do not need it still run. Raises
+    ``InputError`` for wrong input (also for a labeler of other DFT settings than the labels here),
+    before any work where it can be known then, and for a second process in the folder.
     """
     file = Path(path)
     settings = load_campaign(file)
@@ -184,15 +258,24 @@ def _check(context: Context, root: Path) -> None:
         earlier = read_run_record(root).get("labeler_settings_hash")
         if earlier and settings_hash and earlier != settings_hash and _holds_labels(root):
             raise InputError(
-                f"labeler: {root} holds results of other DFT settings ({earlier}, now {settings_hash}); results of two settings must "
-                "not be mixed: give the earlier settings, or start in another folder"
+                f"labeler: {root} holds results of other DFT settings ({earlier}, now"
+                f" {settings_hash}); results of two settings must not be mixed: give the earlier"
+                " settings, or start in another folder"
             )
         settings_hash = settings_hash or earlier
-    write_run_record(root, settings, seed=settings.seed, model_id=model_id, extra={"labeler_settings_hash": settings_hash})
+    write_run_record(
+        root,
+        settings,
+        seed=settings.seed,
+        model_id=model_id,
+        extra={"labeler_settings_hash": settings_hash},
+    )
 
 
 def _holds_labels(root: Path) -> bool:
-    return any(root.glob("learn-*/results/anharmonic/labels/**/*.xyz")) or any(record.n_labels for record in read_records(root).values())
+    return any(root.glob("learn-*/results/anharmonic/labels/**/*.xyz")) or any(
+        record.n_labels for record in read_records(root).values()
+    )
 
 
 class Campaign:
@@ -211,7 +294,10 @@ class Campaign:
         """The steps as far as they are known, with what is known of each."""
         self.steps = plan(self.context.settings, self.cycles)
         known = {**self.earlier, **self.records}
-        self.records = {step.id: known.get(step.id, StepRecord("open", step.kind, step.pressure)) for step in self.steps}
+        self.records = {
+            step.id: known.get(step.id, StepRecord("open", step.kind, step.pressure))
+            for step in self.steps
+        }
 
     def run(self, only: str | None = None) -> dict[str, StepRecord]:
         """All steps that are not done, or ``only`` one."""
@@ -232,11 +318,17 @@ class Campaign:
     def _run_alone(self, name: str) -> None:
         step = next((step for step in self.steps if step.id == name), None)
         if step is None:
-            raise InputError(f"--only: {name}: no such step; there are {', '.join(step.id for step in self.steps)}")
+            raise InputError(
+                f"--only: {name}: no such step; there are"
+                f" {', '.join(step.id for step in self.steps)}"
+            )
         key = step_key(step, self.records)
         if key is None and step.kind != "report":
             missing = [need for need in step.needs if self.records[need].status != "done"]
-            raise InputError(f"--only: {name}: needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not done")
+            raise InputError(
+                f"--only: {name}: needs {', '.join(missing)}, which"
+                f" {'is' if len(missing) == 1 else 'are'} not done"
+            )
         if step.kind in SEARCHES and self.records[name].status == "done":
             self.context.move_away(self.context.folder(step))
         self._execute(step, key or "")
@@ -247,7 +339,10 @@ class Campaign:
         if step.kind == "report":
             # whatever is missing is said in the report
             key = key or "incomplete"
-            if any(self.records[need].status == "open" and not self.records[need].reason for need in step.needs):
+            if any(
+                self.records[need].status == "open" and not self.records[need].reason
+                for need in step.needs
+            ):
                 return
         if key is None:
             waiting = [need for need in step.needs if self.records[need].status != "done"]
@@ -263,15 +358,22 @@ class Campaign:
         if before.status == "done":
             before = before.changed(wall_s=0.0, started="")
         began = time.perf_counter()
-        self._put(step, before.changed(status="running", started=before.started or _now(), finished="", reason="", key=key))
+        self._put(
+            step,
+            before.changed(
+                status="running", started=before.started or _now(), finished="", reason="", key=key
+            ),
+        )
         log.info("%s begins (%d of %d)", step.id, self.steps.index(step) + 1, len(self.steps))
         try:
             outcome = self.runners[step.kind](self.context, step)
         except InputError as error:
             self._failed(step, str(error), began)
             raise
-        except Exception as error:  # one step must not take the others with it, but all need the machine
-            if is_trouble(error):
+        except (
+            Exception
+        ) as error:  # one step must not take the others with it, but all need the machine
+            if is_machine_error(error):
                 self._stopped(step, before, began)
                 raise
             reason = str(error) if isinstance(error, MagusAnharmonicError) else typed_line(error)
@@ -282,23 +384,37 @@ class Campaign:
         except BaseException:
             self._stopped(step, before, began)
             raise
-        write_part(self.context.folder(step), "failures", [(step.id, *failure) for failure in outcome.failures])
+        write_part(
+            self.context.folder(step),
+            "failures",
+            [(step.id, *failure) for failure in outcome.failures],
+        )
         wall = before.wall_s + time.perf_counter() - began
         record = self.records[step.id].changed(
-            status="done", finished=_now(), wall_s=round(wall, 2), n_structures=outcome.n_structures, n_evaluations=outcome.n_evaluations,
-            n_labels=outcome.n_labels, output=outcome.output, reason=outcome.reason,
-        )  # fmt: skip
+            status="done",
+            finished=_now(),
+            wall_s=round(wall, 2),
+            n_structures=outcome.n_structures,
+            n_evaluations=outcome.n_evaluations,
+            n_labels=outcome.n_labels,
+            output=outcome.output,
+            reason=outcome.reason,
+        )
         self._put(step, record)
         self._assemble(step)
         log.info("%s done in %.0f s: %s", step.id, time.perf_counter() - began, counts(record))
 
     def _stopped(self, step: Step, before: StepRecord, began: float) -> None:
-        self._put(step, self.records[step.id].changed(wall_s=before.wall_s + time.perf_counter() - began))
+        self._put(
+            step, self.records[step.id].changed(wall_s=before.wall_s + time.perf_counter() - began)
+        )
 
     def _failed(self, step: Step, reason: str, began: float) -> None:
         record = self.records[step.id]
         wall = round(record.wall_s + time.perf_counter() - began, 2)
-        self._put(step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason))
+        self._put(
+            step, record.changed(status="failed", finished=_now(), wall_s=wall, reason=reason)
+        )
         if step.kind != "report":
             self._assemble(step)
 
@@ -307,19 +423,36 @@ class Campaign:
         done = [step for step in self.steps if self.records[step.id].status == "done"]
         folders = list(dict.fromkeys(self.context.folder(step) for step in done))
         state = self.context.root / ".overview"
-        rows = [(name, r.n_structures, r.n_evaluations, r.n_labels, r.wall_s) for name, r in self.records.items() if r.status == "done"]
+        rows = [
+            (name, r.n_structures, r.n_evaluations, r.n_labels, r.wall_s)
+            for name, r in self.records.items()
+            if r.status == "done"
+        ]
         write_part(state, "cost", rows)
-        write_part(state, "failures", [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"])
+        write_part(
+            state,
+            "failures",
+            [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"],
+        )
         assemble(self.context.root / "tables", [*folders, state])
 
     def _more_cycles(self) -> bool:
-        """Plan another cycle of learning when the final model of the last one misses the target; whether one was added."""
+        """Plan another cycle of learning when the final model of the last one misses the target;
+        whether one was added."""
         learning, added = self.context.settings.learning, False
-        while learning is not None and learning.target_rmse is not None and self.cycles < learning.max_cycles:
+        while (
+            learning is not None
+            and learning.target_rmse is not None
+            and self.cycles < learning.max_cycles
+        ):
             last = "final" if self.cycles == 1 else f"final-cycle{self.cycles}"
             record = self.records.get(last)
             step = next(step for step in self.steps if step.id == last)
-            if record is None or record.status != "done" or record.key != step_key(step, self.records):
+            if (
+                record is None
+                or record.status != "done"
+                or record.key != step_key(step, self.records)
+            ):
                 break
             scores = self.context.folder(last) / f"errors-cycle{self.cycles}.json"
             try:
@@ -329,11 +462,20 @@ class Campaign:
                 self._put(step, record.changed(status="open"))
                 break
             if rmse is not None and rmse <= learning.target_rmse:
-                log.info("target_rmse reached: %.1f meV/atom on the validation set after cycle %d", 1e3 * rmse, self.cycles)
+                log.info(
+                    "target_rmse reached: %.1f meV/atom on the validation set after cycle %d",
+                    1e3 * rmse,
+                    self.cycles,
+                )
                 break
             self.cycles += 1
             shown = "no validation labels" if rmse is None else f"{1e3 * rmse:.1f} meV/atom"
-            log.info("target_rmse of %.1f meV/atom not reached (%s): cycle %d of learning", 1e3 * learning.target_rmse, shown, self.cycles)
+            log.info(
+                "target_rmse of %.1f meV/atom not reached (%s): cycle %d of learning",
+                1e3 * learning.target_rmse,
+                shown,
+                self.cycles,
+            )
             self._plan()
             added = True
         return added
@@ -347,7 +489,8 @@ class Campaign:
 
 
 def validation_rmse(file: Path) -> float | None:
-    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none. Raises ``DamagedFile``."""
+    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none.
+    Raises ``DamagedFile``."""
     if not file.is_file():
         return None
     scores = read_json(file)
@@ -355,7 +498,9 @@ def validation_rmse(file: Path) -> float | None:
         found = scores["finetuned"].get("validation")
         return None if not found else float(found["energy_rmse"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{file}: not the errors of a model ({type(error).__name__}: {error})") from None
+        raise DamagedFile(
+            f"{file}: not the errors of a model ({type(error).__name__}: {error})"
+        ) from None
 
 
 def counts(record: StepRecord) -> str:
@@ -374,4 +519,8 @@ def _now() -> str:
 
 def unfinished(records: Mapping[str, StepRecord]) -> list[str]:
     """One line per step that failed or waits."""
-    return [f"{name}: {record.status}: {record.reason}" for name, record in records.items() if record.status != "done"]
+    return [
+        f"{name}: {record.status}: {record.reason}"
+        for name, record in records.items()
+        if record.status != "done"
+    ]

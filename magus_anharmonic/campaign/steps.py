@@ -1,8 +1,10 @@
 """Steps, what they depend on, their records, and what they share.
 
-Which steps a campaign has, in which order, what each depends on, and the hash by which a finished one is known again.
+Which steps a campaign has, in which order, what each depends on, and the hash by which a finished
+one is known again.
 
-``steps.json``: what is known of every step of a campaign; one process writes it, any process reads it.
+``steps.json``: what is known of every step of a campaign; one process writes it, any process reads
+    it.
 
 What every step works with: folders, settings, models, the labeler; and what it hands back.
 """
@@ -22,10 +24,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import digest, read_json, remove, replacing_table, safe_name, versions, write_json
+from magus_anharmonic.files import (
+    digest,
+    read_json,
+    remove,
+    replacing_table,
+    safe_name,
+    versions,
+    write_json,
+)
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator
@@ -35,8 +45,8 @@ if TYPE_CHECKING:
 class Step:
     """A unit of work with a folder of its own name.
 
-    needs : steps whose results it reads; settings : everything of the campaign file that its result depends on; cycle : of
-    learning, from 1; pressure : GPa.
+    needs : steps whose results it reads; settings : everything of the campaign file that its result
+    depends on; cycle : of learning, from 1; pressure : GPa.
     """
 
     id: str
@@ -52,7 +62,7 @@ def at(name: str, pressure: float) -> str:
     return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
 
 
-def place(phase: str, pressure: float) -> str:
+def phase_folder(phase: str, pressure: float) -> str:
     """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
     return at(safe_name(phase), pressure)
 
@@ -62,7 +72,8 @@ def _cycled(name: str, cycle: int) -> str:
 
 
 def plan(settings: CampaignSettings, cycles: int = 1) -> list[Step]:
-    """The steps in the order in which they run; ``cycles``: of learning, as many as are known to be needed."""
+    """The steps in the order in which they run; ``cycles``: of learning, as many as are known to be
+    needed."""
     steps: list[Step] = []
     for cycle in range(1, cycles + 1):
         steps += learning_steps(settings, cycle)
@@ -70,7 +81,15 @@ def plan(settings: CampaignSettings, cycles: int = 1) -> list[Step]:
     steps += _productions(settings, model)
     steps += _static_steps(settings, model)
     steps += _quantum_steps(settings, model)
-    return [*steps, Step("report", "report", tuple(step.id for step in steps), {"figures": settings.figures.model_dump(mode="json")})]
+    return [
+        *steps,
+        Step(
+            "report",
+            "report",
+            tuple(step.id for step in steps),
+            {"figures": settings.figures.model_dump(mode="json")},
+        ),
+    ]
 
 
 def learning_steps(settings: CampaignSettings, cycle: int) -> list[Step]:
@@ -82,20 +101,35 @@ def learning_steps(settings: CampaignSettings, cycle: int) -> list[Step]:
     before = (_cycled("final", cycle - 1),) if cycle > 1 else ()
     searches = [
         Step(
-            _cycled(at("learn", p), cycle), "learn", before,
-            {**foundation, "input": settings.learning_search(p, "foundation", cycle), "host": settings.host}, p, cycle,
+            _cycled(at("learn", p), cycle),
+            "learn",
+            before,
+            {
+                **foundation,
+                "input": settings.learning_search(p, "foundation", cycle),
+                "host": settings.host,
+            },
+            p,
+            cycle,
         )
         for p in learning.pressures
-    ]  # fmt: skip
+    ]
     earlier = tuple(_cycled(at("learn", p), c) for c in range(1, cycle) for p in learning.pressures)
-    merge = settings.merge.model_dump(mode="json") | {"seed": settings.seed, "dataset_digest": file_digest(settings.merge.dataset)}
+    merge = settings.merge.model_dump(mode="json") | {
+        "seed": settings.seed,
+        "dataset_digest": file_digest(settings.merge.dataset),
+    }
     final = settings.final.model_dump(mode="json")
     own = tuple(step.id for step in searches)
     return [
         *searches,
         Step(_cycled("merge", cycle), "merge", (*earlier, *own), merge, cycle=cycle),
         Step(
-            _cycled("final", cycle), "final", (_cycled("merge", cycle),), {**foundation, "final": final, "seed": settings.seed}, cycle=cycle
+            _cycled("final", cycle),
+            "final",
+            (_cycled("merge", cycle),),
+            {**foundation, "final": final, "seed": settings.seed},
+            cycle=cycle,
         ),
     ]
 
@@ -109,7 +143,13 @@ def _productions(settings: CampaignSettings, model: tuple[str, ...]) -> list[Ste
         return []
     given = {"phases": _phases(settings), **({} if model else _foundation(settings))}
     return [
-        Step(at("produce", p), "produce", model, {**given, "input": settings.production_search(p, "final"), "host": settings.host}, p)
+        Step(
+            at("produce", p),
+            "produce",
+            model,
+            {**given, "input": settings.production_search(p, "final"), "host": settings.host},
+            p,
+        )
         for p in settings.produce.pressures
     ]
 
@@ -132,7 +172,9 @@ def _static_steps(settings: CampaignSettings, model: tuple[str, ...]) -> list[St
         check = settings.foundation_check
         needs = (nearest_production(settings, check.pressure),)
         own = {**shared, **_foundation(settings), **check.model_dump(mode="json")}
-        steps.append(Step(at("foundation", check.pressure), "foundation", needs, own, check.pressure))
+        steps.append(
+            Step(at("foundation", check.pressure), "foundation", needs, own, check.pressure)
+        )
     if settings.relax is not None:
         own = {**shared, **settings.relax.model_dump(mode="json")}
         steps.append(Step("relax", "relax", (*model, *productions(settings)), own))
@@ -143,15 +185,35 @@ def _quantum_steps(settings: CampaignSettings, model: tuple[str, ...]) -> list[S
     steps = []
     labeler = None if settings.labeler is None else settings.labeler.model_dump(mode="json")
     if settings.sscha is not None:
-        shared = {"sscha": settings.sscha.settings, "calculator": dict(settings.calculator), "seed": settings.seed}
+        shared = {
+            "sscha": settings.sscha.settings,
+            "calculator": dict(settings.calculator),
+            "seed": settings.seed,
+        }
         for p in settings.sscha.pressures:
-            steps.append(Step(at("sscha", p), "sscha", (*model, nearest_production(settings, p)), shared, p))
+            steps.append(
+                Step(at("sscha", p), "sscha", (*model, nearest_production(settings, p)), shared, p)
+            )
         if settings.dft is not None:
             own = {**settings.dft.model_dump(mode="json"), "labeler": labeler}
-            steps.append(Step("dft", "dft", tuple(at("sscha", p) for p in settings.sscha.pressures), own))
-    needs = (*model, *((productions(settings)) if any(phase.structure is None for phase in settings.phases) else ()))
+            steps.append(
+                Step("dft", "dft", tuple(at("sscha", p) for p in settings.sscha.pressures), own)
+            )
+    needs = (
+        *model,
+        *(
+            (productions(settings))
+            if any(phase.structure is None for phase in settings.phases)
+            else ()
+        ),
+    )
     if settings.hessian is not None:
-        own = {**settings.hessian.model_dump(mode="json"), "phases_given": _phases(settings), "labeler": labeler, "seed": settings.seed}
+        own = {
+            **settings.hessian.model_dump(mode="json"),
+            "phases_given": _phases(settings),
+            "labeler": labeler,
+            "seed": settings.seed,
+        }
         given = {} if model else _foundation(settings)
         steps.append(Step("hessian", "hessian", needs, {**given, **own}))
     if settings.errors is not None:
@@ -161,18 +223,24 @@ def _quantum_steps(settings: CampaignSettings, model: tuple[str, ...]) -> list[S
 
 
 def _phases(settings: CampaignSettings) -> list[dict[str, Any]]:
-    return [{**phase.model_dump(mode="json"), "structure": file_digest(phase.structure)} for phase in settings.phases]
+    return [
+        {**phase.model_dump(mode="json"), "structure": file_digest(phase.structure)}
+        for phase in settings.phases
+    ]
 
 
 def step_key(step: Step, records: Mapping[str, StepRecord]) -> str | None:
-    """12 hex digits over the step's settings and the keys and outputs of what it needs; None while one of those is not done."""
+    """12 hex digits over the step's settings and the keys and outputs of what it needs; None while
+    one of those is not done."""
     needed = []
     for name in step.needs:
         record = records.get(name)
         if record is None or record.status != "done":
             return None
         needed.append([name, record.key, record.output])
-    text = json.dumps([versions(), step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str)
+    text = json.dumps(
+        [versions(), step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str
+    )
     return digest(text)
 
 
@@ -183,7 +251,8 @@ def file_digest(path: str | None) -> str | None:
 
 
 def foundation_digest(name: str) -> str | None:
-    """Of the foundation's file, so that a shipped checkpoint that changed is another one; MatterSim's own names stand for themselves."""
+    """Of the foundation's file, so that a shipped checkpoint that changed is another one;
+    MatterSim's own names stand for themselves."""
     shipped = Path(__file__).resolve().parents[1] / "data" / f"{name}.pth"
     return file_digest(str(shipped if shipped.is_file() else name))
 
@@ -195,7 +264,8 @@ Status = Literal["open", "running", "done", "failed"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step. ``wall_s`` sums up all sittings; ``key`` is the hash of what the result holds for; ``output`` identifies the result."""
+    """One step. ``wall_s`` sums up all sittings; ``key`` is the hash of what the result holds for;
+    ``output`` identifies the result."""
 
     status: Status
     kind: str
@@ -219,7 +289,8 @@ _OBJECT, _RECORDS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, StepRecor
 
 
 def read_records(folder: Path) -> dict[str, StepRecord]:
-    """The records in ``folder`` by step, in the order of the campaign; none when it has not begun. Raises ``InputError``."""
+    """The records in ``folder`` by step, in the order of the campaign; none when it has not begun.
+    Raises ``InputError``."""
     file = folder / FILE
     if not file.is_file():
         return {}
@@ -229,7 +300,10 @@ def read_records(folder: Path) -> dict[str, StepRecord]:
     except ValidationError as error:
         first = error.errors()[0]
         why = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise InputError(f"{file}: not readable as the steps of a campaign ({why}); move it away and run the campaign again") from None
+        raise InputError(
+            f"{file}: not readable as the steps of a campaign ({why}); move it away and run the"
+            " campaign again"
+        ) from None
 
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:
@@ -243,7 +317,8 @@ FINAL = Path("final") / "final.pth"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did. ``output`` identifies its result; ``failures`` are (id, reason) of structures that it gave up."""
+    """What a step did. ``output`` identifies its result; ``failures`` are (id, reason) of
+    structures that it gave up."""
 
     n_structures: int = 0
     n_evaluations: int = 0
@@ -303,7 +378,8 @@ class Context:
 
     @contextmanager
     def labeler(self, folder: Path) -> Iterator[Any]:
-        """The labeler of the campaign, its scratch files below ``folder``; its processes end with the block."""
+        """The labeler of the campaign, its scratch files below ``folder``; its processes end with
+        the block."""
         if self.settings.labeler is None:
             raise InputError("labeler: this step needs DFT; give the block labeler")
         labeler = get_labeler(self.settings.labeler, folder / "labeling")
@@ -325,8 +401,13 @@ class StructureFile:
         """One structure (``kind``: static or centroids)."""
         from ase.io import write
 
-        frame = bare(atoms)
-        frame.info = {"id": name, "space_group": space_group, "pressure_GPa": float(pressure), "kind": kind}
+        frame = stripped(atoms)
+        frame.info = {
+            "id": name,
+            "space_group": space_group,
+            "pressure_GPa": float(pressure),
+            "kind": kind,
+        }
         write(self.path, frame, format="extxyz", append=True)
         self.n += 1
 

@@ -1,6 +1,7 @@
 """What the searches left: the pool, its merging, named phases.
 
-Structures that searches left, read one population at a time; which named phase they are; the lowest distinct ones.
+Structures that searches left, read one population at a time; which named phase they are; the lowest
+distinct ones.
 
 Step ``merge``: one data set from all learning searches, every phase on one side of the split.
 """
@@ -20,12 +21,25 @@ from ase.io import iread, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
-from magus_anharmonic.files import digest, raise_trouble, replacing
+from magus_anharmonic.files import digest, raise_machine_error, replacing
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
-from magus_anharmonic.learning.families import SIDES, Families, Fingerprint, fingerprint, sides_of_families
+from magus_anharmonic.learning.families import (
+    SIDES,
+    Families,
+    Fingerprint,
+    fingerprint,
+    sides_of_families,
+)
 from magus_anharmonic.settings.campaign import PhaseSettings
-from magus_anharmonic.structures import bare, formula, number_of, primitive, space_group, structure_id
+from magus_anharmonic.structures import (
+    formula,
+    number_of,
+    primitive,
+    space_group,
+    stripped,
+    structure_id,
+)
 
 SYMPREC = 0.05
 POOL = 10
@@ -47,13 +61,19 @@ class Found:
 
 
 def populations(folder: Path) -> list[tuple[int, Path]]:
-    """(generation, file) of every finished population of a search, stock MAGUS's or the embedded host's."""
-    numbered = [(int(match[1]), file) for file in folder.glob("results/gen*.traj") if (match := re.fullmatch(r"gen(\d+)", file.stem))]
+    """(generation, file) of every finished population of a search, stock MAGUS's or the embedded
+    host's."""
+    numbered = [
+        (int(match[1]), file)
+        for file in folder.glob("results/gen*.traj")
+        if (match := re.fullmatch(r"gen(\d+)", file.stem))
+    ]
     return sorted(numbered)
 
 
 def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
-    """Every distinct structure of every generation of a search, each once; one structure in memory at a time."""
+    """Every distinct structure of every generation of a search, each once; one structure in memory
+    at a time."""
     seen: set[int] = set()
     for _, file in populations(folder):
         for atoms in _frames(file):
@@ -63,7 +83,7 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
             if enthalpy is None or not np.isfinite(enthalpy) or mark in seen:
                 continue
             seen.add(mark)
-            yield Found(bare(atoms), float(enthalpy), origin)
+            yield Found(stripped(atoms), float(enthalpy), origin)
 
 
 def _frames(file: Path) -> Iterator[Atoms]:
@@ -71,12 +91,15 @@ def _frames(file: Path) -> Iterator[Atoms]:
     try:
         yield from iread(file, index=":", format="traj")
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, file)
-        raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})") from None
+        raise_machine_error(error, file)
+        raise DamagedFile(
+            f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})"
+        ) from None
 
 
 def n_relaxed(folder: Path) -> tuple[int, int]:
-    """Structures that a search relaxed, duplicates included, and evaluations they took where the host wrote them down."""
+    """Structures that a search relaxed, duplicates included, and evaluations they took where the
+    host wrote them down."""
     structures = evaluations = 0
     for file in folder.glob("results/raw*.traj"):
         for atoms in _frames(file):
@@ -86,14 +109,18 @@ def n_relaxed(folder: Path) -> tuple[int, int]:
 
 
 def lowest_distinct(found: Iterable[Found], n: int, window: float | None = None) -> list[Found]:
-    """The ``n`` lowest distinct structures, at most ``window`` (eV/atom) above the lowest, lowest first.
+    """The ``n`` lowest distinct structures, at most ``window`` (eV/atom) above the lowest, lowest
+    first.
 
-    Reads ``found`` once and keeps `POOL` times ``n`` of them; what is distinct is decided among these.
+    Reads ``found`` once and keeps `POOL` times ``n`` of them; what is distinct is decided among
+    these.
     """
     from magus_anharmonic.ranking.matcher import distinct
 
     pool = heapq.nsmallest(POOL * n, found, key=lambda item: (item.enthalpy, item.id))
-    groups = distinct([item.atoms for item in pool], [item.enthalpy for item in pool], symprec=SYMPREC)
+    groups = distinct(
+        [item.atoms for item in pool], [item.enthalpy for item in pool], symprec=SYMPREC
+    )
     kept = [pool[group[0]] for group in groups[:n]]
     limit = np.inf if window is None or not kept else kept[0].enthalpy + window
     return [item for item in kept if item.enthalpy <= limit]
@@ -101,7 +128,8 @@ def lowest_distinct(found: Iterable[Found], n: int, window: float | None = None)
 
 @dataclass(frozen=True)
 class Phase:
-    """A named phase as it is recognised: number of the space group and, if known, atoms of the primitive cell."""
+    """A named phase as it is recognised: number of the space group and, if known, atoms of the
+    primitive cell."""
 
     name: str
     number: int
@@ -114,7 +142,8 @@ class Phase:
 
 
 def phases_of(given: Sequence[PhaseSettings]) -> list[Phase]:
-    """The named phases with their structures read; raises ``InputError`` for a file that does not hold what is said of it."""
+    """The named phases with their structures read; raises ``InputError`` for a file that does not
+    hold what is said of it."""
     return [_phase(settings) for settings in given]
 
 
@@ -128,7 +157,10 @@ def _phase(settings: PhaseSettings) -> Phase:
     atoms = primitive(structures[0], SYMPREC)
     number = number_of(space_group(atoms, SYMPREC))
     if settings.space_group is not None and settings.space_group != number:
-        raise InputError(f"{where}: has the space group {space_group(atoms, SYMPREC)}, not {settings.space_group}")
+        raise InputError(
+            f"{where}: has the space group {space_group(atoms, SYMPREC)}, not"
+            f" {settings.space_group}"
+        )
     return Phase(settings.name, number, settings.natoms or len(atoms), atoms)
 
 
@@ -141,13 +173,26 @@ def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:
     return next((phase.name for phase in phases if phase.matches(number, natoms)), "")
 
 
-def enthalpy_row(found: Found, phases: Sequence[Phase], pressure: float, model_id: str, source: str) -> tuple[object, ...]:
+def enthalpy_row(
+    found: Found, phases: Sequence[Phase], pressure: float, model_id: str, source: str
+) -> tuple[object, ...]:
     """A row of ``enthalpies.csv``."""
     atoms, group = found.atoms, space_group(found.atoms, SYMPREC)
     name_of_compound = formula(atoms)
     volume = atoms.get_volume() / len(atoms)
     name = phase_name(phases, atoms, group)
-    return (found.id, name, name_of_compound, len(atoms), group, float(pressure), float(volume), found.enthalpy, model_id, source)
+    return (
+        found.id,
+        name,
+        name_of_compound,
+        len(atoms),
+        group,
+        float(pressure),
+        float(volume),
+        found.enthalpy,
+        model_id,
+        source,
+    )
 
 
 log = logging.getLogger(__name__)
@@ -156,12 +201,16 @@ LABELS = "labels.xyz"
 
 
 def merge(context: Context, step: Step) -> Outcome:
-    """``labels.xyz`` with ``parent``, ``family``, ``side``, ``step`` and ``settings_hash`` of every label.
+    """``labels.xyz`` with ``parent``, ``family``, ``side``, ``step`` and ``settings_hash`` of every
+    label.
 
     Raises ``InputError`` when the searches were labelled with different DFT settings.
     """
     settings, folder = context.settings.merge, context.folder(step)
-    stores = {name: LabelStore(context.folder(name) / "results" / "anharmonic" / "labels") for name in step.needs}
+    stores = {
+        name: LabelStore(context.folder(name) / "results" / "anharmonic" / "labels")
+        for name in step.needs
+    }
     labels = {name: store.labels() for name, store in stores.items()}
     settings_hash = one_settings_hash(labels)
     earlier = [] if settings.dataset is None else read_dataset(settings.dataset, settings_hash)
@@ -176,29 +225,41 @@ def merge(context: Context, step: Step) -> Outcome:
     with replacing(folder / LABELS) as temporary:
         write(temporary, merged, format="extxyz")
     counts = {side: sum(atoms.info["side"] == side for atoms in merged) for side in SIDES}
-    log.info("merged %d labels of %d phases: %s", len(merged), len(sides), ", ".join(f"{n} {side}" for side, n in counts.items()))
+    log.info(
+        "merged %d labels of %d phases: %s",
+        len(merged),
+        len(sides),
+        ", ".join(f"{n} {side}" for side, n in counts.items()),
+    )
     return Outcome(n_structures=len(merged), output=digest(folder / LABELS))
 
 
 def one_settings_hash(labels: Mapping[str, Sequence[Atoms]]) -> str:
-    """The one hash of the DFT settings of all labels; raises ``InputError`` for two, ``MagusAnharmonicError`` for no labels."""
+    """The one hash of the DFT settings of all labels; raises ``InputError`` for two,
+    ``MagusAnharmonicError`` for no labels."""
     found: dict[str, str] = {}
     for name, frames in labels.items():
         for atoms in frames:
             found.setdefault(str(atoms.info.get("settings_hash")), name)
     if not found:
-        raise MagusAnharmonicError(f"merge: no label in {', '.join(labels)}: every label failed, see failures.jsonl there")
+        raise MagusAnharmonicError(
+            f"merge: no label in {', '.join(labels)}: every label failed, see failures.jsonl there"
+        )
     if len(found) > 1:
         (first, a), (second, b) = list(found.items())[:2]
         raise InputError(
-            f"merge: labels of two different DFT settings: {first} in {a}, {second} in {b}; energies of two settings must not be mixed: "
-            f"run one of the two again with the settings of the other (campaign --only {b})"
+            f"merge: labels of two different DFT settings: {first} in {a}, {second} in {b};"
+            " energies of two settings must not be mixed: run one of the two again with the"
+            f" settings of the other (campaign --only {b})"
         )
     return next(iter(found))
 
 
-def common_families(searches: Mapping[str, Families], earlier: Sequence[Atoms]) -> dict[tuple[str, str], str]:
-    """(step, parent) -> family over all searches and earlier labels (step ``dataset``): the same phase found twice is one family.
+def common_families(
+    searches: Mapping[str, Families], earlier: Sequence[Atoms]
+) -> dict[tuple[str, str], str]:
+    """(step, parent) -> family over all searches and earlier labels (step ``dataset``): the same
+    phase found twice is one family.
 
     Earlier labels know their parents by name alone: the first label of each stands for it.
     """
@@ -226,20 +287,36 @@ def parent_name(atoms: Atoms) -> str:
     return str(atoms.info.get("parent") or atoms.info.get("id"))
 
 
-def _tagged(labels: Mapping[str, Sequence[Atoms]], earlier: Sequence[Atoms], families: Mapping[tuple[str, str], str]) -> Iterator[Atoms]:
+def _tagged(
+    labels: Mapping[str, Sequence[Atoms]],
+    earlier: Sequence[Atoms],
+    families: Mapping[tuple[str, str], str],
+) -> Iterator[Atoms]:
     for step, frames in [("dataset", earlier), *labels.items()]:
         for atoms in frames:
             parent = parent_name(atoms)
-            atoms.info.update(step=step, parent=parent, family=families.get((step, parent), f"{step}/{parent}"))
+            atoms.info.update(
+                step=step, parent=parent, family=families.get((step, parent), f"{step}/{parent}")
+            )
             yield atoms
 
 
 def merged_sides(merged: Sequence[Atoms], split: Sequence[int]) -> dict[str, str]:
-    """Side of every family: those of earlier labels train, then the newest generation of the searches is shared out, then the others."""
-    sides = {str(atoms.info["family"]): "train" for atoms in merged if atoms.info["step"] == "dataset"}
-    found = [(int(atoms.info.get("generation", 0)), str(atoms.info["family"])) for atoms in merged if atoms.info["step"] != "dataset"]
+    """Side of every family: those of earlier labels train, then the newest generation of the
+    searches is shared out, then the others."""
+    sides = {
+        str(atoms.info["family"]): "train" for atoms in merged if atoms.info["step"] == "dataset"
+    }
+    found = [
+        (int(atoms.info.get("generation", 0)), str(atoms.info["family"]))
+        for atoms in merged
+        if atoms.info["step"] != "dataset"
+    ]
     newest = max((generation for generation, _ in found), default=0)
-    for batch in ([family for generation, family in found if generation == newest], [family for _, family in found]):
+    for batch in (
+        [family for generation, family in found if generation == newest],
+        [family for _, family in found],
+    ):
         sides |= sides_of_families(batch, split, sides)
     return sides
 

@@ -1,4 +1,5 @@
-"""The tables of a campaign: every step writes its own part, ``tables/`` is the parts of all finished steps one after the other."""
+"""The tables of a campaign: every step writes its own part, ``tables/`` is the parts of all
+finished steps one after the other."""
 
 from __future__ import annotations
 
@@ -24,16 +25,34 @@ from magus_anharmonic.files import reading_table, remove, replacing_table, table
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
-    for table in (ModelError, Parity, Enthalpy, SpaceGroups, Mode, Band, LearningPoint, Cost, FailureRow)
+    for table in (
+        ModelError,
+        Parity,
+        Enthalpy,
+        SpaceGroups,
+        Mode,
+        Band,
+        LearningPoint,
+        Cost,
+        FailureRow,
+    )
 }
-"""Columns, with their units, by the name of each table that the steps write; what the analysis reads."""
+"""Columns, with their units, by the name of each table that the steps write; what the analysis
+reads."""
 
 STRUCTURES = "structures.extxyz"
 
 
-def write_part(folder: Path, name: str, rows: Iterable[Sequence[Any]], table: str | None = None) -> None:
-    """Write the rows of one step (in the order of `COLUMNS`) to ``folder/tables/<name>.csv`` atomically, row by row."""
-    write_table(folder / "tables" / f"{name}.csv", COLUMNS[table or name], ([cell(value) for value in row] for row in rows))
+def write_part(
+    folder: Path, name: str, rows: Iterable[Sequence[Any]], table: str | None = None
+) -> None:
+    """Write the rows of one step (in the order of `COLUMNS`) to ``folder/tables/<name>.csv``
+    atomically, row by row."""
+    write_table(
+        folder / "tables" / f"{name}.csv",
+        COLUMNS[table or name],
+        ([cell(value) for value in row] for row in rows),
+    )
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -44,7 +63,8 @@ def read_rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> None:
-    """Make ``target`` (``campaign/tables``) from the parts in the ``folders`` of finished steps; tables without a part are removed.
+    """Make ``target`` (``campaign/tables``) from the parts in the ``folders`` of finished steps;
+    tables without a part are removed.
 
     ``inside``: where the parts are in each folder.
 

@@ -1,4 +1,5 @@
-"""``magus-anharmonic``: parse, call, print. Every library is imported inside the command that needs it."""
+"""``magus-anharmonic``: parse, call, print. Every library is imported inside the command that needs
+it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import typer
 from magus_anharmonic.cli.common import app
 
 COMMANDS = ("search", "physics", "study")
-"""The modules of this package, in the order in which ``--help`` lists their commands; importing one registers it."""
+"""The modules of this package, in the order in which ``--help`` lists their commands; importing one
+registers it."""
 
 for _name in COMMANDS:
     import_module(f"magus_anharmonic.cli.{_name}")

@@ -13,12 +13,22 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError, Terminated, is_trouble, printable, reason_of
+from magus_anharmonic.errors import (
+    InputError,
+    LostLock,
+    MagusAnharmonicError,
+    Terminated,
+    is_machine_error,
+    printable,
+    reason_of,
+)
 from magus_anharmonic.report.screen import console as console
 
 app = typer.Typer(
     name="magus-anharmonic",
-    help="Crystal structure prediction with moving ions: MAGUS, MatterSim and the SSCHA in one loop.",
+    help=(
+        "Crystal structure prediction with quantum ions: MAGUS, MatterSim and SSCHA in one loop."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,7 +50,8 @@ class _Printable(logging.Formatter):
 
 @contextlib.contextmanager
 def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
-    """Turn errors meant for the user into one clear message and an exit code (2 = the input is wrong); ``go_on``: how, after a stop."""
+    """Turn errors meant for the user into one clear message and an exit code (2 = the input is
+    wrong); ``go_on``: how, after a stop."""
     try:
         with _terminating():
             yield
@@ -49,25 +60,32 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
             say(f"input error: {problem}", err=True)
         raise typer.Exit(INPUT_ERROR) from None
     except MagusAnharmonicError as error:
-        say(f"error: {error}{f'; finished work is kept, mend it and {go_on} to go on' if is_trouble(error) else ''}", err=True)
+        resume = f"; finished work is kept, mend it and {go_on} to go on"
+        say(f"error: {error}{resume if is_machine_error(error) else ''}", err=True)
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Terminated) as error:
         say(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
-        raise typer.Exit(128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)) from None
+        raise typer.Exit(
+            128 + (signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+        ) from None
     except LostLock as error:
         say(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except Exception as error:
-        if not (isinstance(error, OSError) or is_trouble(error)):
+        if not (isinstance(error, OSError) or is_machine_error(error)):
             raise
         logging.getLogger(__name__).debug("stopped", exc_info=True)
-        say(f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on", err=True)
+        say(
+            f"error: {reason_of(error)}; finished work is kept, mend it and {go_on} to go on",
+            err=True,
+        )
         raise typer.Exit(1) from None
 
 
 @contextlib.contextmanager
 def _terminating() -> Iterator[None]:
-    """Let SIGTERM end the block as an exception, so that locks are given back and child processes end; a second one ends at once."""
+    """Let SIGTERM end the block as an exception, so that locks are given back and child processes
+    end; a second one ends at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,12 +102,15 @@ def _terminating() -> Iterator[None]:
 
 
 def configure_logging(verbose: bool) -> None:
-    """Log lines to standard error: coloured on a terminal, plain with a time stamp when redirected."""
+    """Log lines to standard error: coloured on a terminal, plain with a time stamp when
+    redirected."""
     handler: logging.Handler
     if sys.stderr.isatty():
         from rich.logging import RichHandler
 
-        handler = RichHandler(console=console(stderr=True), show_path=False, log_time_format="%H:%M:%S")
+        handler = RichHandler(
+            console=console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+        )
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
@@ -101,5 +122,7 @@ def configure_logging(verbose: bool) -> None:
     logging.getLogger("magus_anharmonic").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-InputFile = Annotated[Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")]
+InputFile = Annotated[
+    Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show debugging lines too.")]

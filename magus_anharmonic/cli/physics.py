@@ -21,28 +21,54 @@ from magus_anharmonic.cli.common import Verbose, app, configure_logging, console
 @app.command()
 def hessian(
     source: Annotated[
-        Path, typer.Argument(help="A structure that ASE reads, or the folder of a finished SSCHA run (with its result.json).")
+        Path,
+        typer.Argument(
+            help=(
+                "A structure that ASE reads, or the folder of a finished SSCHA run (with its"
+                " result.json)."
+            )
+        ),
     ],
     pressure: Annotated[float, typer.Option(help="GPa; for a structure.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="K; for a structure.")] = 0.0,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="A MatterSim name, a path, or a shipped checkpoint; a folder needs none unless it lacks configurations."),
+        typer.Option(
+            help=(
+                "A MatterSim name, a path, or a shipped checkpoint; a folder needs none unless it"
+                " lacks configurations."
+            )
+        ),
     ] = None,
-    supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell; for a structure.")] = (2, 2, 2),
-    n_configs: Annotated[int | None, typer.Option(help="Configurations, even. [default: 1000, or what the folder holds]")] = None,
+    supercell: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Repetitions of the primitive cell; for a structure."),
+    ] = (2, 2, 2),
+    n_configs: Annotated[
+        int | None,
+        typer.Option(help="Configurations, even. [default: 1000, or what the folder holds]"),
+    ] = None,
     max_populations: Annotated[int, typer.Option(help="Most populations; for a structure.")] = 30,
-    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")] = False,
+    fixed_cell: Annotated[
+        bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")
+    ] = False,
     v4: Annotated[bool, typer.Option("--v4", help="Add the fourth-order term.")] = False,
     seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path("hessian"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
+        "hessian"
+    ),
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Physical phonons from the free-energy Hessian: is the structure a minimum of the free energy or a saddle point?"""
+    """Physical phonons from the free-energy Hessian: is the structure a minimum of the free energy
+    or a saddle point?"""
     configure_logging(verbose)
     with user_errors():
-        from magus_anharmonic.sscha.hessian_command import check_source, hessian_of_run, hessian_of_structure
+        from magus_anharmonic.sscha.hessian_command import (
+            check_source,
+            hessian_of_run,
+            hessian_of_structure,
+        )
 
         is_run = check_source(source, checkpoint, n_configs)
         evaluator = None
@@ -51,7 +77,9 @@ def hessian(
 
             evaluator = load(checkpoint, device=device)
         if is_run:
-            report = hessian_of_run(source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed)
+            report = hessian_of_run(
+                source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed
+            )
         else:
             report = hessian_of_structure(
                 source,
@@ -85,7 +113,10 @@ def _show_hessian(report: Any) -> None:
     for line in report.sentences():
         screen.print(f"* {line}", highlight=False)
     screen.print(
-        f"\nPicture: {report.folder / 'dispersion.png'}\nEverything else: {report.folder.resolve()}", highlight=False, soft_wrap=True
+        f"\nPicture: {report.folder / 'dispersion.png'}\nEverything else:"
+        f" {report.folder.resolve()}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -94,39 +125,89 @@ def phase_diagram(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help="phase-diagram.yaml; or a CSV of free energies (gibbs.csv); or a folder of finished SSCHA runs; or structure files, one "
-            "per phase, with --pressure, --temperature and --checkpoint."
+            help=(
+                "phase-diagram.yaml; or a CSV of free energies (gibbs.csv); or a folder of finished"
+                " SSCHA runs; or structure files, one "
+                "per phase, with --pressure, --temperature and --checkpoint."
+            )
         ),
     ],
-    pressure: Annotated[list[float] | None, typer.Option(help="GPa, rising; more than once. With structure files.")] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="K, rising; more than once. With structure files. [default: 0]")] = None,
-    checkpoint: Annotated[str | None, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint. With structure files.")] = None,
+    pressure: Annotated[
+        list[float] | None, typer.Option(help="GPa, rising; more than once. With structure files.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None,
+        typer.Option(help="K, rising; more than once. With structure files. [default: 0]"),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="A MatterSim name, a path, or a shipped checkpoint. With structure files."
+        ),
+    ] = None,
     isotope: Annotated[
-        list[str] | None, typer.Option(help="Masses beside the natural ones, e.g. D3S:H=2.014; more than once. With structure files.")
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Masses beside the natural ones, e.g. D3S:H=2.014; more than once. With structure"
+                " files."
+            )
+        ),
     ] = None,
-    supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell. With structure files.")] = (2, 2, 2),
-    n_configs: Annotated[int, typer.Option(help="Configurations per population, even. With structure files.")] = 1000,
+    supercell: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Repetitions of the primitive cell. With structure files."),
+    ] = (2, 2, 2),
+    n_configs: Annotated[
+        int, typer.Option(help="Configurations per population, even. With structure files.")
+    ] = 1000,
     end_member: Annotated[
-        list[str] | None, typer.Option(help="Formula or phase that formation energies count from; more than once. [default: the elements]")
+        list[str] | None,
+        typer.Option(
+            help=(
+                "Formula or phase that formation energies count from; more than once. [default: the"
+                " elements]"
+            )
+        ),
     ] = None,
-    model_error: Annotated[float | None, typer.Option(help="eV/atom, error of the potential in G of each phase; widens the bands.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same input and seed, same result. [default: 0, or what the input says]")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results; again: go on.")] = Path("phase-diagram"),
+    model_error: Annotated[
+        float | None,
+        typer.Option(help="eV/atom, error of the potential in G of each phase; widens the bands."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Same input and seed, same result. [default: 0, or what the input says]"),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Folder for all results; again: go on.")
+    ] = Path("phase-diagram"),
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """P-T phase diagram from SSCHA free energies: boundaries with confidence bands, isotope shifts, hull over composition.
+    """P-T phase diagram from SSCHA free energies: boundaries with confidence bands, isotope shifts,
+    hull over composition.
 
-    One smooth G(P,T) per phase is fitted to the free energies, volumes and entropies of the same ensembles, so that V = dG/dP and
-    S = -dG/dT hold. Writes gibbs.csv, boundaries.csv, stability.csv, summary.json, phase-diagram.svg and .png;
-    with several compositions hull.csv, hull.svg and hull.png.
+    One smooth G(P,T) per phase is fitted to the free energies, volumes and entropies of the same
+    ensembles, so that V = dG/dP and S = -dG/dT hold. Writes gibbs.csv, boundaries.csv,
+    stability.csv, summary.json, phase-diagram.svg and .png; with several compositions hull.csv,
+    hull.svg and hull.png.
     """
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.phase_diagram.command import GridOptions, phase_diagram_command
 
-        grid = GridOptions(tuple(pressure or ()), tuple(temperature or ()), checkpoint, tuple(isotope or ()), supercell, n_configs, device)
-        lines, pictures = phase_diagram_command(sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed)
+        grid = GridOptions(
+            tuple(pressure or ()),
+            tuple(temperature or ()),
+            checkpoint,
+            tuple(isotope or ()),
+            supercell,
+            n_configs,
+            device,
+        )
+        lines, pictures = phase_diagram_command(
+            sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed
+        )
         for line in lines:
             say(f"* {line}")
         hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
@@ -137,29 +218,67 @@ def phase_diagram(
 def errors(
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of a finished SSCHA run, prefix of dynamical matrices (.../dyn_pop5_), or a structure that ASE reads."),
+        typer.Argument(
+            help=(
+                "Folder of a finished SSCHA run, prefix of dynamical matrices (.../dyn_pop5_), or a"
+                " structure that ASE reads."
+            )
+        ),
     ],
     reference: Annotated[
-        Path, typer.Option("-r", "--reference", help="YAML file with the block labeler: the DFT code and settings to compare with.")
+        Path,
+        typer.Option(
+            "-r",
+            "--reference",
+            help="YAML file with the block labeler: the DFT code and settings to compare with.",
+        ),
     ],
-    checkpoint: Annotated[str, typer.Option(help="The model: a MatterSim name, a path, or a shipped checkpoint.")],
-    n_configs: Annotated[int, typer.Option("-n", "--n-configs", help="Configurations to label, in pairs +u, -u: even.")] = 60,
+    checkpoint: Annotated[
+        str, typer.Option(help="The model: a MatterSim name, a path, or a shipped checkpoint.")
+    ],
+    n_configs: Annotated[
+        int,
+        typer.Option("-n", "--n-configs", help="Configurations to label, in pairs +u, -u: even."),
+    ] = 60,
     ensemble: Annotated[
-        Path | None, typer.Option(help="Configurations instead of new ones: population_NNN.npz, or a file that ASE reads, in pairs.")
+        Path | None,
+        typer.Option(
+            help=(
+                "Configurations instead of new ones: population_NNN.npz, or a file that ASE reads,"
+                " in pairs."
+            )
+        ),
     ] = None,
-    phase: Annotated[str, typer.Option(help="Name of the phase in the tables. [default: its space group]")] = "",
-    pressure: Annotated[float | None, typer.Option(help="GPa; for a structure or dynamical matrices.")] = None,
-    temperature: Annotated[float, typer.Option(help="K; for a structure or dynamical matrices.")] = 0.0,
-    supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell; for a structure.")] = (2, 2, 2),
+    phase: Annotated[
+        str, typer.Option(help="Name of the phase in the tables. [default: its space group]")
+    ] = "",
+    pressure: Annotated[
+        float | None, typer.Option(help="GPa; for a structure or dynamical matrices.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="K; for a structure or dynamical matrices.")
+    ] = 0.0,
+    supercell: Annotated[
+        tuple[int, int, int],
+        typer.Option(help="Repetitions of the primitive cell; for a structure."),
+    ] = (2, 2, 2),
     seed: Annotated[int, typer.Option(help="Same input and seed, same configurations.")] = 0,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder for labels, tables and figures; run again there, it goes on.")
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for labels, tables and figures; run again there, it goes on.",
+        ),
     ] = Path("errors"),
-    tables: Annotated[Path | None, typer.Option(help="campaign/tables of a campaign, to add the results to.")] = None,
+    tables: Annotated[
+        Path | None, typer.Option(help="campaign/tables of a campaign, to add the results to.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Errors of forces and of free-energy gradients against DFT, and the correction of G by first-order perturbation."""
+    """Errors of forces and of free-energy gradients against DFT, and the correction of G by
+    first-order perturbation."""
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.analysis.errors_run import (
@@ -168,7 +287,7 @@ def errors(
             find_source,
             given_displacements,
             load_labeler_settings,
-            measure_held,
+            measure_locked,
         )
         from magus_anharmonic.analysis.labelled_ensemble import WHAT, check_number
         from magus_anharmonic.labelers import get_labeler
@@ -177,13 +296,33 @@ def errors(
 
         check_number(n_configs)
         settings = load_labeler_settings(reference)
-        with locked(output, WHAT), contextlib.closing(get_labeler(settings, output / "labeling")) as labeler:
+        with (
+            locked(output, WHAT),
+            contextlib.closing(get_labeler(settings, output / "labeling")) as labeler,
+        ):
             model = load(checkpoint, device=device)
             found = find_source(
-                source, model, output / "sscha", phase=phase, pressure=pressure, temperature=temperature, supercell=supercell, seed=seed
+                source,
+                model,
+                output / "sscha",
+                phase=phase,
+                pressure=pressure,
+                temperature=temperature,
+                supercell=supercell,
+                seed=seed,
             )
-            displacements = None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
-            report = measure_held(found, model, labeler, output, n_configs=n_configs, seed=seed, displacements=displacements)
+            displacements = (
+                None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
+            )
+            report = measure_locked(
+                found,
+                model,
+                labeler,
+                output,
+                n_configs=n_configs,
+                seed=seed,
+                displacements=displacements,
+            )
             draw_report(report)
         if tables is not None:
             add_to_tables(report, tables)
@@ -196,9 +335,20 @@ def _show(report: Any) -> None:
 
     found = report.errors
     shown = Table(
-        title=f"{report.source.phase} at {report.source.pressure:g} GPa: model against reference, {found.n_configs} configurations"
+        title=(
+            f"{report.source.phase} at {report.source.pressure:g} GPa: model against reference,"
+            f" {found.n_configs} configurations"
+        )
     )
-    for name in ("quantity", "unit", "one configuration", "average", "systematic", "statistical", "floor"):
+    for name in (
+        "quantity",
+        "unit",
+        "one configuration",
+        "average",
+        "systematic",
+        "statistical",
+        "floor",
+    ):
         shown.add_column(name, justify="left" if name in ("quantity", "unit") else "right")
     shown.add_row("force", "meV/A", f"{1e3 * found.force:.1f}", "", "", "", "")
     for name, unit, parts in (
@@ -209,19 +359,37 @@ def _show(report: Any) -> None:
     ):
         systematic = f"{1e3 * parts.systematic:.2f} +- {1e3 * parts.systematic_error:.2f}"
         numbers = (f"{1e3 * value:.2f}" for value in (parts.statistical, parts.floor))
-        shown.add_row(name, unit, f"{1e3 * parts.single:.1f}", f"{1e3 * parts.mean:.2f}", systematic, *numbers)
+        shown.add_row(
+            name, unit, f"{1e3 * parts.single:.1f}", f"{1e3 * parts.mean:.2f}", systematic, *numbers
+        )
     if found.bo_centroid is not None:
-        shown.add_row("force at the centroids", "meV/A", f"{1e3 * found.bo_centroid:.2f}", "", "", "", "")
+        shown.add_row(
+            "force at the centroids", "meV/A", f"{1e3 * found.bo_centroid:.2f}", "", "", "", ""
+        )
     screen = console()
     screen.print(shown)
     first, error, second = (
-        1e3 * value for value in (report.correction.first_order, report.correction.first_order_error, report.correction.second_order)
+        1e3 * value
+        for value in (
+            report.correction.first_order,
+            report.correction.first_order_error,
+            report.correction.second_order,
+        )
     )
-    screen.print(f"* G by the reference minus G by the model: {first:.2f} +- {error:.2f} meV/atom (first order, an upper bound),")
+    screen.print(
+        f"* G by the reference minus G by the model: {first:.2f} +- {error:.2f} meV/atom (first"
+        " order, an upper bound),"
+    )
     screen.print(f"  {second:.2f} meV/atom more when the state follows (second order).")
     if report.corrected_gibbs is not None:
         value, spread = report.corrected_gibbs
-        screen.print(f"* G by the reference to first order: {value:.5f} +- {spread:.5f} eV/atom.", highlight=False)
+        screen.print(
+            f"* G by the reference to first order: {value:.5f} +- {spread:.5f} eV/atom.",
+            highlight=False,
+        )
     if report.n_failed:
-        screen.print(f"* {report.n_failed} configurations have no label (failures.jsonl says why); their pairs are left out.")
+        screen.print(
+            f"* {report.n_failed} configurations have no label (failures.jsonl says why); their"
+            " pairs are left out."
+        )
     screen.print(f"\nEverything else: {report.folder.resolve()}", highlight=False, soft_wrap=True)

@@ -29,16 +29,26 @@ class Host(StrEnum):
 @app.command()
 def search(
     input_file: InputFile = Path("input.yaml"),
-    host: Annotated[Host, typer.Option(help="Stock MAGUS, the embedded host, or MAGUS when it is installed.")] = Host.auto,
-    restart: Annotated[bool, typer.Option("-r", "--restart", help="Go on with the search in this folder.")] = False,
-    use_ml: Annotated[bool, typer.Option("-m", "--use-ml", help="MAGUS's own learning loop (host magus only).")] = False,
-    keys: Annotated[bool, typer.Option("--keys", help="List MAGUS's keys that the embedded host knows, and stop.")] = False,
+    host: Annotated[
+        Host, typer.Option(help="Stock MAGUS, the embedded host, or MAGUS when it is installed.")
+    ] = Host.auto,
+    restart: Annotated[
+        bool, typer.Option("-r", "--restart", help="Go on with the search in this folder.")
+    ] = False,
+    use_ml: Annotated[
+        bool, typer.Option("-m", "--use-ml", help="MAGUS's own learning loop (host magus only).")
+    ] = False,
+    keys: Annotated[
+        bool,
+        typer.Option("--keys", help="List MAGUS's keys that the embedded host knows, and stop."),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Search for structures and rank them by the SSCHA free energy.
 
     Runs in the current folder and leaves MAGUS's [bold]results/[/bold] there, with ours in
-    [bold]results/anharmonic/[/bold]. The same input.yaml works with stock [bold]magus search[/bold].
+    [bold]results/anharmonic/[/bold]. The same input.yaml works with stock [bold]magus
+    search[/bold].
     """
     configure_logging(verbose)
     with user_errors("run the same command with -r"):
@@ -51,14 +61,20 @@ def search(
 
         found = magus_version()
         if host is Host.magus and found is None:
-            raise InputError("--host magus: MAGUS is not installed (pip install git+https://gitlab.com/bigd4/magus.git)")
+            raise InputError(
+                "--host magus: MAGUS is not installed (pip install"
+                " git+https://gitlab.com/bigd4/magus.git)"
+            )
         if found is not None and host is not Host.embedded:
             from magus_anharmonic.plugins.run import run_stock_magus
 
             run_stock_magus(input_file, restart=restart, use_ml=use_ml)
         else:
             if use_ml:
-                raise InputError("-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the block learning:")
+                raise InputError(
+                    "-m: MAGUS's own learning loop needs MAGUS; the embedded host learns with the"
+                    " block learning:"
+                )
             _embedded(input_file, restart)
             show_ranking(Path("results/anharmonic"))
             require_free_energy(Path("results/anharmonic"))
@@ -73,37 +89,78 @@ def _embedded(input_file: Path, restart: bool) -> None:
 
 @app.command()
 def rank(
-    structures: Annotated[Path | None, typer.Argument(help="Any file that ASE reads, one structure or many.")] = None,
+    structures: Annotated[
+        Path | None, typer.Argument(help="Any file that ASE reads, one structure or many.")
+    ] = None,
     pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
-    temperature: Annotated[list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")] = None,
-    checkpoint: Annotated[str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")] = "mattersim-v1.0.0-1M",
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")
+    ] = "mattersim-v1.0.0-1M",
     start_dyn: Annotated[
-        str | None, typer.Option(help="Instead of structures: prefix of Quantum ESPRESSO dynamical matrices; their supercell is taken.")
+        str | None,
+        typer.Option(
+            help=(
+                "Instead of structures: prefix of Quantum ESPRESSO dynamical matrices; their"
+                " supercell is taken."
+            )
+        ),
     ] = None,
     load_ensemble: Annotated[
         Path | None,
-        typer.Option(help="Instead of structures: python-sscha's ensemble (save_bin or data_dir); the start is minimised on it."),
+        typer.Option(
+            help=(
+                "Instead of structures: python-sscha's ensemble (save_bin or data_dir); the start"
+                " is minimised on it."
+            )
+        ),
     ] = None,
-    supercell: Annotated[tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell.")] = (2, 2, 2),
-    min_length: Annotated[float | None, typer.Option(help="Angstrom between images, instead of --supercell.")] = None,
+    supercell: Annotated[
+        tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell.")
+    ] = (2, 2, 2),
+    min_length: Annotated[
+        float | None, typer.Option(help="Angstrom between images, instead of --supercell.")
+    ] = None,
     n_configs: Annotated[int, typer.Option(help="Configurations per population, even.")] = 1000,
     max_populations: Annotated[int, typer.Option(help="Most populations per structure.")] = 30,
-    max_candidates: Annotated[int, typer.Option(help="Only this many of the lowest distinct structures.")] = 100,
+    max_candidates: Annotated[
+        int, typer.Option(help="Only this many of the lowest distinct structures.")
+    ] = 100,
     window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
-    confidence: Annotated[float, typer.Option(help="That nobody who belongs to the best is stopped early.")] = 0.95,
-    keep_best: Annotated[int, typer.Option(help="So many of the lowest are run to the end and put in order.")] = 3,
-    budget: Annotated[int | None, typer.Option(help="Most force evaluations of all structures together.")] = None,
-    check_hessian: Annotated[int, typer.Option("--hessian", help="So many of the lowest are checked for saddle points; 0: none.")] = 3,
-    everybody: Annotated[bool, typer.Option("--everybody", help="Nobody is stopped early.")] = False,
-    fixed_cell: Annotated[bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")] = False,
+    confidence: Annotated[
+        float, typer.Option(help="That nobody who belongs to the best is stopped early.")
+    ] = 0.95,
+    keep_best: Annotated[
+        int, typer.Option(help="So many of the lowest are run to the end and put in order.")
+    ] = 3,
+    budget: Annotated[
+        int | None, typer.Option(help="Most force evaluations of all structures together.")
+    ] = None,
+    check_hessian: Annotated[
+        int,
+        typer.Option(
+            "--hessian", help="So many of the lowest are checked for saddle points; 0: none."
+        ),
+    ] = 3,
+    everybody: Annotated[
+        bool, typer.Option("--everybody", help="Nobody is stopped early.")
+    ] = False,
+    fixed_cell: Annotated[
+        bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path("ranking"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
+        "ranking"
+    ),
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Rank structures by their SSCHA free energy at a pressure and temperature.
 
-    Several compositions are ranked each by itself, and placed above the hull that their free energies make.
+    Several compositions are ranked each by itself, and placed above the hull that their free
+    energies make.
     """
     configure_logging(verbose)
     with user_errors():
@@ -118,10 +175,16 @@ def rank(
                 "pressure": pressure,
                 "seed": seed,
                 "Fitness": ["SSCHA"],
-                "MainCalculator": {"calculator": "mattersim", "checkpoint": absolute_file(checkpoint), "device": device},
+                "MainCalculator": {
+                    "calculator": "mattersim",
+                    "checkpoint": absolute_file(checkpoint),
+                    "device": device,
+                },
                 "sscha": {
                     "temperature": temperature or [0.0],
-                    "supercell": {"min_length": min_length} if min_length is not None else list(supercell),
+                    "supercell": (
+                        {"min_length": min_length} if min_length is not None else list(supercell)
+                    ),
                     "cell": "fixed" if fixed_cell else "variable",
                     "n_configs": n_configs,
                     "max_populations": max_populations,
@@ -146,17 +209,31 @@ def rank(
 
 @app.command()
 def train(
-    labels: Annotated[list[Path], typer.Argument(help="Labelled structures: extxyz with energy, forces and stress.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The checkpoint to write, in MatterSim's format.")] = Path("finetuned.pth"),
-    checkpoint: Annotated[str | None, typer.Option(help="What to start from; left out: what the recipe says.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with architecture, stages, split and loss.")] = None,
+    labels: Annotated[
+        list[Path],
+        typer.Argument(help="Labelled structures: extxyz with energy, forces and stress."),
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The checkpoint to write, in MatterSim's format.")
+    ] = Path("finetuned.pth"),
+    checkpoint: Annotated[
+        str | None, typer.Option(help="What to start from; left out: what the recipe says.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with architecture, stages, split and loss.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's, one stage.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Instead of the recipe's, one stage.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same labels, recipe and seed, same checkpoint.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Instead of the recipe's, one stage.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Same labels, recipe and seed, same checkpoint.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Finetune a MatterSim model on labels, or train a small one from nothing; report errors per kind of structure."""
+    """Finetune a MatterSim model on labels, or train a small one from nothing; report errors per
+    kind of structure."""
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.potential.train import train_command

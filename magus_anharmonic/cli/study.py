@@ -24,16 +24,30 @@ from magus_anharmonic.errors import InputError
 
 @app.command()
 def campaign(
-    source: Annotated[str, typer.Argument(help="campaign.yaml, or the word [bold]status[/bold].", metavar="FILE")],
-    file: Annotated[Path | None, typer.Argument(help="After [bold]status[/bold]: campaign.yaml, or its folder.", metavar="[FILE]")] = None,
-    show: Annotated[bool, typer.Option("--status", help="Show the steps, their counts, times and cost, and stop.")] = False,
-    only: Annotated[str | None, typer.Option(help="Run this step alone, again if it is done.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="campaign.yaml, or the word [bold]status[/bold].", metavar="FILE")
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            help="After [bold]status[/bold]: campaign.yaml, or its folder.", metavar="[FILE]"
+        ),
+    ] = None,
+    show: Annotated[
+        bool,
+        typer.Option("--status", help="Show the steps, their counts, times and cost, and stop."),
+    ] = False,
+    only: Annotated[
+        str | None, typer.Option(help="Run this step alone, again if it is done.")
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run a whole campaign, or go on with it: learning searches, final model, production, SSCHA, checks, figures, report.
+    """Run a whole campaign, or go on with it: learning searches, final model, production, SSCHA,
+    checks, figures, report.
 
-    Works in the folder of the file and leaves everything in [bold]campaign/[/bold] there. Finished steps are skipped; a step whose
-    settings have changed runs again, and so does what depends on it.
+    Works in the folder of the file and leaves everything in [bold]campaign/[/bold] there. Finished
+    steps are skipped; a step whose settings have changed runs again, and so does what depends on
+    it.
     """
     configure_logging(verbose)
     with user_errors():
@@ -41,7 +55,10 @@ def campaign(
 
         asked = source == "status"
         if file is not None and not asked:
-            raise InputError(f"campaign: {file}: one campaign file at a time (campaign status FILE shows the steps)")
+            raise InputError(
+                f"campaign: {file}: one campaign file at a time (campaign status FILE shows the"
+                " steps)"
+            )
         if asked and file is None:
             raise InputError("campaign status: give campaign.yaml, or its folder")
         path = campaign_file(file if asked and file is not None else source)
@@ -64,7 +81,11 @@ def _show(path: Path) -> None:
     found = status(path)
     table = Table(title=str(path))
     for name in found.columns:
-        table.add_column(name, justify="left" if name in ("step", "status", "remark") else "right", overflow="fold")
+        table.add_column(
+            name,
+            justify="left" if name in ("step", "status", "remark") else "right",
+            overflow="fold",
+        )
     for row in found.rows:
         table.add_row(*row)
     screen = console(140)
@@ -72,14 +93,24 @@ def _show(path: Path) -> None:
     for line in found.missing:
         screen.print(f"* {line}", highlight=False, soft_wrap=True)
     if not found.missing:
-        screen.print(f"Everything is done: {path.resolve().parent / 'campaign'}", highlight=False, soft_wrap=True)
+        screen.print(
+            f"Everything is done: {path.resolve().parent / 'campaign'}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()
 def status(
-    folder: Annotated[Path, typer.Argument(help="Folder of a search (with results/) or of a campaign (with campaign/).")] = Path("."),
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a search (with results/) or of a campaign (with campaign/)."
+        ),
+    ] = Path("."),
 ) -> None:
-    """Say where a search or campaign is, what it waits for, how fast it goes, and what failed last. Only reads."""
+    """Say where a search or campaign is, what it waits for, how fast it goes, and what failed last.
+    Only reads."""
     configure_logging(False)
     with user_errors():
         from magus_anharmonic.status import status as status_of
@@ -90,10 +121,13 @@ def status(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Where a campaign or a search was run, or the output of rank.")] = Path("."),
+    folder: Annotated[
+        Path, typer.Argument(help="Where a campaign or a search was run, or the output of rank.")
+    ] = Path("."),
     verbose: Verbose = False,
 ) -> None:
-    """Write one self-contained page, report.html, and the structures as CIF, POSCAR and extxyz beside it.
+    """Write one self-contained page, report.html, and the structures as CIF, POSCAR and extxyz
+    beside it.
 
     Works at any moment of a run: the page says what is missing.
     """
@@ -108,15 +142,26 @@ def report(
 @app.command()
 def validate(
     campaign: Annotated[Path | None, typer.Argument(help="The folder of a campaign.")] = None,
-    expected: Annotated[Path | None, typer.Argument(help="Expected values: YAML as inputs/h3s-paper/expected.yaml.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder for validation.csv and validation.json. [default: beside the tables]")
+    expected: Annotated[
+        Path | None, typer.Argument(help="Expected values: YAML as inputs/h3s-paper/expected.yaml.")
     ] = None,
-    names: Annotated[bool, typer.Option("--names", help="List the values that can be validated, and stop.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder for validation.csv and validation.json. [default: beside the tables]",
+        ),
+    ] = None,
+    names: Annotated[
+        bool, typer.Option("--names", help="List the values that can be validated, and stop.")
+    ] = False,
 ) -> None:
-    """Compare a campaign with expected values: found, expected, difference, agrees or not, and what could explain a difference.
+    """Compare a campaign with expected values: found, expected, difference, agrees or not, and what
+    could explain a difference.
 
-    Exit code 0 when everything that was found agrees, 1 when something disagrees, 2 for a wrong input.
+    Exit code 0 when everything that was found agrees, 1 when something disagrees, 2 for a wrong
+    input.
     """
     with user_errors():
         if names:
@@ -138,7 +183,10 @@ def validate(
             for reason in row.could_explain:
                 say(f"{'':17s}could explain it: {reason}")
         words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
-        counts = [f"{sum(row.verdict == verdict for row in rows)} {word}" for verdict, word in words.items()]
+        counts = [
+            f"{sum(row.verdict == verdict for row in rows)} {word}"
+            for verdict, word in words.items()
+        ]
         say(f"\n{', '.join(counts)}")
         if any(row.verdict == "disagrees" for row in rows):
             raise typer.Exit(1)
@@ -146,9 +194,12 @@ def validate(
 
 @app.command()
 def doctor(
-    input_file: Annotated[Path | None, typer.Option("-i", "--input-file", help="Check what this input needs.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("-i", "--input-file", help="Check what this input needs.")
+    ] = None,
 ) -> None:
-    """Say what is installed, what is registered, and what is missing; exit code 1 when the input needs it."""
+    """Say what is installed, what is registered, and what is missing; exit code 1 when the input
+    needs it."""
     with user_errors():
         from rich.table import Table
         from rich.text import Text

@@ -1,6 +1,7 @@
 """DFT labels: GPAW, VASP, Quantum ESPRESSO, any ASE calculator.
 
-A code is one module with ``available``, ``recipe``, ``calculator``, ``check`` and ``default_workers``, and one line in `REGISTRY`.
+A code is one module with ``available``, ``recipe``, ``calculator``, ``check`` and
+``default_workers``, and one line in `REGISTRY`.
 """
 
 from __future__ import annotations
@@ -8,37 +9,59 @@ from __future__ import annotations
 from pathlib import Path
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import REGISTRY, Failure, Label, Labeler, Relaxed, code_module, settings_hash
+from magus_anharmonic.labelers.base import (
+    REGISTRY,
+    Failure,
+    Label,
+    Labeler,
+    Relaxed,
+    code_module,
+    settings_hash,
+)
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 
 __all__ = [
-    "REGISTRY", "CallableLabeler", "Failure", "Label", "Labeler", "Relaxed", "available", "code_module", "get_labeler", "settings_hash",
-]  # fmt: skip
+    "REGISTRY",
+    "CallableLabeler",
+    "Failure",
+    "Label",
+    "Labeler",
+    "Relaxed",
+    "available",
+    "code_module",
+    "get_labeler",
+    "settings_hash",
+]
 
 
 def available(name: str) -> tuple[bool, str]:
-    """Whether labels of ``name`` can be made here, and one sentence that says why or what to install."""
+    """Whether labels of ``name`` can be made here, and one sentence that says why or what to
+    install."""
     if name == "main":
         return True, "MAGUS's MainCalculator makes the labels (magus search -m)"
     return code_module(name).available(name)
 
 
-def get_labeler(settings: LabelerSettings, directory: str | Path, scheduling: Scheduling | None = None) -> Labeler:
+def get_labeler(
+    settings: LabelerSettings, directory: str | Path, scheduling: Scheduling | None = None
+) -> Labeler:
     """The labeler for ``learning.labeler``; its scratch files and logs go below ``directory``.
 
-    ``scheduling``: what has the keys ``scheduler`` and ``workers`` (a `Settings`); None labels on this machine. Whether the DFT code
-    is there is not asked where the labels are made on workers elsewhere: they have their own environment.
+    ``scheduling``: what has the keys ``scheduler`` and ``workers`` (a `Settings`); None labels on
+    this machine. Whether the DFT code is there is not asked where the labels are made on workers
+    elsewhere: they have their own environment.
 
-    Raises ``InputError`` when its settings contradict each other, ``LabelerNotInstalled`` (also an ``InputError``) when it is not here.
+    Raises ``InputError`` when its settings contradict each other, ``LabelerNotInstalled`` (also an
+    ``InputError``) when it is not here.
     """
     from magus_anharmonic.labelers.pool import WorkerLabeler
 
     name = settings.calculator
     if name == "main":
         raise InputError(
-            "learning.labeler.calculator: main: MAGUS's MainCalculator makes labels only under `magus search -m`; "
-            "give gpaw, vasp, espresso or the import path of an ASE calculator"
+            "learning.labeler.calculator: main: MAGUS's MainCalculator makes labels only under"
+            " `magus search -m`; give gpaw, vasp, espresso or the import path of an ASE calculator"
         )
     module = code_module(name)
     try:
@@ -51,7 +74,9 @@ def get_labeler(settings: LabelerSettings, directory: str | Path, scheduling: Sc
         return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
     usable, message = module.available(name, recipe.execution)
     if not usable:
-        raise LabelerNotInstalled(f"learning.labeler.calculator: {name}: labeler not installed: {message}")
+        raise LabelerNotInstalled(
+            f"learning.labeler.calculator: {name}: labeler not installed: {message}"
+        )
     if scheduling is not None and scheduling.scheduler == "serial":
         return WorkerLabeler(recipe, Path(directory), n_workers=1, timeout=settings.timeout)
     count = None if scheduling is None else scheduling.workers.count

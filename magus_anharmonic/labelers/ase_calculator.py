@@ -22,29 +22,41 @@ from magus_anharmonic.settings import LabelerSettings
 log = logging.getLogger(__name__)
 
 ALLOW = "MAGUS_ANHARMONIC_ALLOW"
-"""Environment variable: modules, separated by commas, of which an input may call functions that make calculators."""
+"""Environment variable: modules, separated by commas, of which an input may call functions that
+make calculators."""
 ENTRY_POINTS = "magus_anharmonic.calculators"
 """Group in which an installed package names such functions (module:function)."""
 EXECUTION_KEYS = frozenset({"command", "profile"})
 METHODS = ("get_potential_energy", "get_forces", "get_stress")
-NO_CALCULATOR = f"is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g. ase.calculators.emt.EMT"
+NO_CALCULATOR = (
+    f"is no ASE calculator; needed is a class with {', '.join(METHODS)}, e.g."
+    " ase.calculators.emt.EMT"
+)
 
 
 def allowed_modules() -> list[str]:
-    """Modules of which an input may call what is no subclass of ASE's Calculator: of the user's environment, and of installed packages.
+    """Modules of which an input may call what is no subclass of ASE's Calculator: of the user's
+    environment, and of installed packages.
 
     An input file comes from anywhere, and must not name them itself.
     """
     installed = [point.value.partition(":")[0] for point in entry_points(group=ENTRY_POINTS)]
-    return [*(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip()), *installed]
+    return [
+        *(name.strip() for name in os.environ.get(ALLOW, "").split(",") if name.strip()),
+        *installed,
+    ]
 
 
 def may_call(found: Any, module_name: str) -> bool:
-    """Whether an input may call ``found`` of a module: a subclass of ASE's calculators, or anything of an allowed module."""
+    """Whether an input may call ``found`` of a module: a subclass of ASE's calculators, or anything
+    of an allowed module."""
     if isinstance(found, type) and issubclass(found, BaseCalculator):
         return True
     if any(module_name == name or module_name.startswith(f"{name}.") for name in allowed_modules()):
-        log.info("%s is called although it is no subclass of ASE's Calculator: its module is allowed", found)
+        log.info(
+            "%s is called although it is no subclass of ASE's Calculator: its module is allowed",
+            found,
+        )
         return True
     return False
 
@@ -58,15 +70,16 @@ def starts_programs(found: Any) -> bool:
 
 
 def load_class(path: str) -> Callable[..., Any]:
-    """The subclass of ASE's Calculator at an import path, or what makes a calculator in a module that the user has allowed.
+    """The subclass of ASE's Calculator at an import path, or what makes a calculator in a module
+    that the user has allowed.
 
     Raises ``LabelerError`` that says which part is missing, or that it is no ASE calculator.
     """
     module_name, _, name = path.rpartition(".")
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path):
         raise LabelerError(
-            f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, or the import path of an ASE calculator, "
-            "e.g. ase.calculators.emt.EMT"
+            f"{path!r} is no labeler; allowed: gpaw, vasp, espresso, main, or the import path of an"
+            " ASE calculator, e.g. ase.calculators.emt.EMT"
         )
     try:
         module = importlib.import_module(module_name)
@@ -82,8 +95,10 @@ def load_class(path: str) -> Callable[..., Any]:
         raise LabelerError(f"{module_name} has no calculator {name!r}")
     if not may_call(found, module_name):
         raise LabelerError(
-            f"{path} is no ASE calculator (a subclass of ASE's Calculator, e.g. ase.calculators.emt.EMT), and an input cannot call "
-            f"anything else; if you trust it and what it does, allow its module outside of the input: export {ALLOW}={module_name}"
+            f"{path} is no ASE calculator (a subclass of ASE's Calculator, e.g."
+            " ase.calculators.emt.EMT), and an input cannot call anything else; if you trust it"
+            " and what it does, allow its module outside of the input: export"
+            f" {ALLOW}={module_name}"
         )
     if not inspect.isfunction(found) and not (isinstance(found, type) and _calculates(found)):
         raise LabelerError(f"{path} {NO_CALCULATOR}")
@@ -92,7 +107,9 @@ def load_class(path: str) -> Callable[..., Any]:
 
 def _calculates(found: Any) -> bool:
     own = found if isinstance(found, type) else type(found)
-    return not issubclass(own, Atoms) and all(callable(getattr(found, method, None)) for method in METHODS)
+    return not issubclass(own, Atoms) and all(
+        callable(getattr(found, method, None)) for method in METHODS
+    )
 
 
 def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
@@ -105,17 +122,27 @@ def available(name: str, execution: Mapping[str, Any] | None = None) -> tuple[bo
 
 
 def recipe(settings: LabelerSettings) -> Recipe:
-    """Arguments as given; raises ``LabelerError`` for ``k_spacing``, which has no general meaning here."""
+    """Arguments as given; raises ``LabelerError`` for ``k_spacing``, which has no general meaning
+    here."""
     if settings.k_spacing is not None:
-        raise LabelerError(f"learning.labeler.k_spacing: is not known to {settings.calculator}; give its own keyword under arguments")
-    return make_recipe(settings.calculator, settings, defaults={}, k_spacing=None, execution_keys=EXECUTION_KEYS)
+        raise LabelerError(
+            f"learning.labeler.k_spacing: is not known to {settings.calculator}; give its own"
+            " keyword under arguments"
+        )
+    return make_recipe(
+        settings.calculator, settings, defaults={}, k_spacing=None, execution_keys=EXECUTION_KEYS
+    )
 
 
 def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
     """An instance with the user's arguments; calculators that write files get ``directory``."""
     found = load_class(recipe.code)
     arguments = {**recipe.arguments, **recipe.execution}
-    if starts_programs(found) or "directory" in inspect.signature(found.__init__ if isinstance(found, type) else found).parameters:
+    if (
+        starts_programs(found)
+        or "directory"
+        in inspect.signature(found.__init__ if isinstance(found, type) else found).parameters
+    ):
         arguments["directory"] = str(directory)
     made = found(**arguments)
     if not _calculates(made):

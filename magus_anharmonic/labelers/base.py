@@ -1,9 +1,11 @@
 """What a labeler is, its recipe, and commands without a shell.
 
-Commands of DFT codes without a shell: what is split here, and the calculators' own ``shell=True`` taken away.
+Commands of DFT codes without a shell: what is split here, and the calculators' own ``shell=True``
+taken away.
 
-A command is a program, its arguments in quotes or not, variables of the environment, and plain redirections. Nothing else is understood,
-and nothing is carried out of what only a shell understands.
+A command is a program, its arguments in quotes or not, variables of the environment, and plain
+redirections. Nothing else is understood, and nothing is carried out of what only a shell
+understands.
 
 What every labeler is and returns, and what identifies an energy surface.
 """
@@ -36,7 +38,8 @@ from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 
 ALLOWED = (
-    "a program, its arguments, quotes, $NAME and the redirections > >> < 2> 2>> 2>&1; what needs a shell goes into a script of your own"
+    "a program, its arguments, quotes, $NAME and the redirections > >> < 2> 2>> 2>&1; what needs a"
+    " shell goes into a script of your own"
 )
 
 _VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
@@ -44,7 +47,8 @@ _VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
 _TOKEN = re.compile(
     rf"""[ \t]*(?:
         (?P<sign> 2>&1(?![^\s]) | [12]?>>(?![>&|]) | [12]?>(?![>&|]) | 0?<(?![<&>]) )
-      | (?P<word> (?![#~]) (?: [^\s'"\\<>;&|`$()*?] | '[^']*' | "(?:[^"\\$`]|\\[^$`]|{_VARIABLE})*" | \\. | {_VARIABLE} )+ )
+      | (?P<word> (?![#~]) (?: [^\s'"\\<>;&|`$()*?] | '[^']*'
+                              | "(?:[^"\\$`]|\\[^$`]|{_VARIABLE})*" | \\. | {_VARIABLE} )+ )
     )""",
     re.VERBOSE,
 )
@@ -53,7 +57,8 @@ _PIECE = re.compile(rf"""'[^']*'|"(?:[^"\\]|\\.)*"|\\.|{_VARIABLE}|[^'"\\$]+""")
 
 @dataclass(frozen=True)
 class Command:
-    """``words``: program and arguments; files (None: not redirected) as name and mode, ``2>&1`` as ``joined``."""
+    """``words``: program and arguments; files (None: not redirected) as name and mode, ``2>&1`` as
+    ``joined``."""
 
     words: tuple[str, ...]
     stdin: tuple[str, str] | None = None
@@ -68,9 +73,11 @@ class Command:
 
 
 def read_command(text: Any, environment: Mapping[str, str] | None = None) -> Command:
-    """Split a command as a shell would, a variable being one word or a part of one; None leaves ``$NAME`` as it is.
+    """Split a command as a shell would, a variable being one word or a part of one; None leaves
+    ``$NAME`` as it is.
 
-    Raises ``LabelerError`` for what is empty, no text, or more than `ALLOWED`, and for a variable that is not set.
+    Raises ``LabelerError`` for what is empty, no text, or more than `ALLOWED`, and for a variable
+    that is not set.
     """
     if not isinstance(text, str):
         raise LabelerError(f"{text!r}: must be text, e.g. 'mpirun -n 16 vasp_std'")
@@ -84,7 +91,10 @@ def read_command(text: Any, environment: Mapping[str, str] | None = None) -> Com
             continue
         stream = "stdin" if sign.endswith("<") else "stderr" if sign.startswith("2") else "stdout"
         if stream in files or (stream == "stdout" and files.get("joined")):
-            raise LabelerError(f"{text!r}: {sign}: redirects what is redirected already; give each once, 2>&1 at the end")
+            raise LabelerError(
+                f"{text!r}: {sign}: redirects what is redirected already; give each once, 2>&1 at"
+                " the end"
+            )
         if sign == "2>&1":
             files |= {"stderr": None, "joined": True}
             continue
@@ -94,7 +104,9 @@ def read_command(text: Any, environment: Mapping[str, str] | None = None) -> Com
     if not words or not words[0]:
         raise LabelerError(f"{text!r}: must name a program, e.g. 'mpirun -n 16 vasp_std'")
     if re.match(r"\w+=", words[0]):
-        raise LabelerError(f"{text!r}: {words[0]}: variables are set by the program env: env {words[0]} ...")
+        raise LabelerError(
+            f"{text!r}: {words[0]}: variables are set by the program env: env {words[0]} ..."
+        )
     return Command(tuple(words), **files)
 
 
@@ -141,15 +153,18 @@ def _why(rest: str) -> str:
 
 
 def program_of(text: Any) -> str:
-    """The program of a command, variables that are set here replaced; raises ``LabelerError`` as `read_command` does."""
+    """The program of a command, variables that are set here replaced; raises ``LabelerError`` as
+    `read_command` does."""
     return os.path.expandvars(read_command(text).words[0])
 
 
 @contextlib.contextmanager
 def no_shell() -> Iterator[None]:
-    """Within it this process starts no shell: the text of ``shell=True`` and of ``os.system`` is read by `read_command`.
+    """Within it this process starts no shell: the text of ``shell=True`` and of ``os.system`` is
+    read by `read_command`.
 
-    ASE's calculators start their programs with ``shell=True``. What is refused raises ``LabelerError`` where the program would start.
+    ASE's calculators start their programs with ``shell=True``. What is refused raises
+    ``LabelerError`` where the program would start.
     """
     start, system = subprocess.Popen.__init__, os.system
     signature = inspect.signature(start)
@@ -180,12 +195,15 @@ def _start(start: Any, given: dict[str, Any]) -> None:
     with contextlib.ExitStack() as files:
         for name in ("stdin", "stdout", "stderr"):
             if target := getattr(command, name):
-                given[name] = files.enter_context(open(Path(given.get("cwd") or ".") / target[0], target[1]))
+                given[name] = files.enter_context(
+                    open(Path(given.get("cwd") or ".") / target[0], target[1])
+                )
         if command.joined:
             given["stderr"] = subprocess.STDOUT
         start(**given)
     for name, stream in asked.items():
-        # Who asked for a pipe reads it: as from a shell, whose redirected program writes nothing into it.
+        # Who asked for a pipe reads it: as from a shell, whose redirected program writes nothing
+        # into it.
         if stream == subprocess.PIPE and getattr(process, name) is None:
             setattr(process, name, open(os.devnull, "r" if given.get("errors") else "rb"))
 
@@ -197,7 +215,8 @@ REGISTRY: dict[str, str] = {
     "vasp": "magus_anharmonic.labelers.vasp",
     "espresso": "magus_anharmonic.labelers.espresso",
 }
-"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE calculator."""
+"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE
+calculator."""
 
 OTHERS = "magus_anharmonic.labelers.ase_calculator"
 
@@ -211,8 +230,9 @@ def code_module(name: str) -> ModuleType:
 class Label:
     """One DFT single point.
 
-    energy : eV, extrapolated to zero smearing; free_energy : eV, with the electronic entropy, None when the code gives none;
-    forces : (N, 3) eV/A; stress : (3, 3) eV/A^3, ASE's sign; seconds : wall time of this label.
+    energy : eV, extrapolated to zero smearing; free_energy : eV, with the electronic entropy, None
+    when the code gives none; forces : (N, 3) eV/A; stress : (3, 3) eV/A^3, ASE's sign; seconds :
+    wall time of this label.
     """
 
     structure: Atoms
@@ -237,7 +257,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class Relaxed:
-    """Result of a DFT relaxation: final structure, energy in eV, enthalpy in eV/atom, forces eV/A, stress (3, 3) eV/A^3."""
+    """Result of a DFT relaxation: final structure, energy in eV, enthalpy in eV/atom, forces eV/A,
+    stress (3, 3) eV/A^3."""
 
     atoms: Atoms
     energy: float
@@ -254,7 +275,8 @@ OnResult = Callable[[int, "Label | Failure"], None]
 
 
 class Labeler(Protocol):
-    """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy surface."""
+    """DFT single points and relaxations; ``settings_hash`` (12 hex digits) names the energy
+    surface."""
 
     @property
     def settings_hash(self) -> str: ...
@@ -262,10 +284,17 @@ class Labeler(Protocol):
     @property
     def description(self) -> str: ...
 
-    def label(self, structures: Sequence[Atoms], on_result: OnResult | None = None) -> list[Label | Failure]: ...
+    def label(
+        self, structures: Sequence[Atoms], on_result: OnResult | None = None
+    ) -> list[Label | Failure]: ...
 
     def relax(
-        self, structures: Sequence[Atoms], pressure: float = 0.0, *, force_tolerance: float = 0.05, max_steps: int = 300
+        self,
+        structures: Sequence[Atoms],
+        pressure: float = 0.0,
+        *,
+        force_tolerance: float = 0.05,
+        max_steps: int = 300,
     ) -> list[Relaxed]: ...
 
     def close(self) -> None: ...
@@ -276,9 +305,10 @@ class Recipe:
     """Everything that a worker needs to make a calculator, as plain data.
 
     code : name in the registry; arguments : keyword arguments that define the energy surface;
-    k_spacing : Gamma-centred k-point spacing in 2 pi / A, None when ``arguments`` say it;
-    execution : arguments that only say how the code is run (command, parallelisation); not hashed;
-    files : digest of every file that defines the energy surface (pseudopotentials, ...), as far as they lie on this machine.
+    k_spacing : Gamma-centred k-point spacing in 2 pi / A, None when ``arguments`` say it; execution
+    : arguments that only say how the code is run (command, parallelisation); not hashed; files :
+    digest of every file that defines the energy surface (pseudopotentials, ...), as far as they lie
+    on this machine.
     """
 
     code: str
@@ -289,7 +319,8 @@ class Recipe:
 
     @property
     def settings_hash(self) -> str:
-        """Twelve hex digits of code, arguments, k-point rule, energy convention, and the content of files."""
+        """Twelve hex digits of code, arguments, k-point rule, energy convention, and the content of
+        files."""
         return settings_hash(self.code, self.arguments, self.k_spacing, self.files)
 
     def as_json(self) -> dict[str, Any]:
@@ -302,8 +333,14 @@ class Recipe:
         }
 
 
-def settings_hash(code: str, arguments: Mapping[str, Any], k_spacing: float | None, files: Mapping[str, str] | None = None) -> str:
-    """Hash of what defines the energy surface; independent of the order of keys and of 500 or 500.0."""
+def settings_hash(
+    code: str,
+    arguments: Mapping[str, Any],
+    k_spacing: float | None,
+    files: Mapping[str, str] | None = None,
+) -> str:
+    """Hash of what defines the energy surface; independent of the order of keys and of 500 or
+    500.0."""
     content = {
         "code": code,
         "arguments": canonical(arguments),
@@ -334,7 +371,8 @@ def canonical(value: Any) -> Any:
 
 
 def yaml_numbers(value: Any) -> Any:
-    """Turn strings like ``2e-5`` into numbers: YAML 1.1 reads them as text unless written ``2.0e-5``."""
+    """Turn strings like ``2e-5`` into numbers: YAML 1.1 reads them as text unless written
+    ``2.0e-5``."""
     if isinstance(value, Mapping):
         return {key: yaml_numbers(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -355,8 +393,8 @@ def make_recipe(
 ) -> Recipe:
     """Merge the user's arguments over the defaults and separate what only says how the code runs.
 
-    Raises ``LabelerError`` when k-points are given in two ways, an argument belongs to the labeler itself or leaves the project folder,
-    or the command cannot be started without a shell.
+    Raises ``LabelerError`` when k-points are given in two ways, an argument belongs to the labeler
+    itself or leaves the project folder, or the command cannot be started without a shell.
     """
     try:
         given = yaml_numbers(settings.arguments)
@@ -365,14 +403,25 @@ def make_recipe(
     _check_texts(given, execution_keys)
     reserved = sorted({"directory", "atoms", "restart", "label", "txt"} & set(given))
     if reserved:
-        raise LabelerError(f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it out")
+        raise LabelerError(
+            f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it out"
+        )
     named = [key for key in fixes_kpoints if key in given]
     if named and settings.k_spacing is not None:
-        raise LabelerError(f"learning.labeler: both k_spacing and arguments.{named[0]} are given; keep one")
-    arguments = {**defaults, **{key: value for key, value in given.items() if key not in execution_keys}}
+        raise LabelerError(
+            f"learning.labeler: both k_spacing and arguments.{named[0]} are given; keep one"
+        )
+    arguments = {
+        **defaults,
+        **{key: value for key, value in given.items() if key not in execution_keys},
+    }
     execution = {key: value for key, value in given.items() if key in execution_keys}
     spacing = None if named else settings.k_spacing if settings.k_spacing is not None else k_spacing
-    named_files = [(where, Path(text)) for where, text in _texts(arguments, "arguments") if re.search(r"[./]", text)]
+    named_files = [
+        (where, Path(text))
+        for where, text in _texts(arguments, "arguments")
+        if re.search(r"[./]", text)
+    ]
     files = {where: file_digest(path) for where, path in named_files if path.is_file()}
     return Recipe(code, arguments, spacing, execution, files)
 
@@ -423,7 +472,8 @@ def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
 
 
 def make_readable(file: Path) -> None:
-    """Replace bytes that are no UTF-8 in the output of a code, which ASE reads strictly; nothing where the file is not there."""
+    """Replace bytes that are no UTF-8 in the output of a code, which ASE reads strictly; nothing
+    where the file is not there."""
     if file.is_file():
         content = file.read_bytes()
         try:
@@ -433,5 +483,8 @@ def make_readable(file: Path) -> None:
 
 
 def k_points(atoms: Atoms, spacing: float) -> list[int]:
-    """Gamma-centred grid with at most ``spacing`` (2 pi / A) between points along each reciprocal axis."""
-    return [max(1, math.ceil(np.linalg.norm(vector) / spacing)) for vector in atoms.cell.reciprocal()]
+    """Gamma-centred grid with at most ``spacing`` (2 pi / A) between points along each reciprocal
+    axis."""
+    return [
+        max(1, math.ceil(np.linalg.norm(vector) / spacing)) for vector in atoms.cell.reciprocal()
+    ]

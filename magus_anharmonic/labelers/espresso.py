@@ -1,7 +1,7 @@
 """Labels from Quantum ESPRESSO's pw.x through ASE. Program and pseudopotentials are the user's.
 
-``arguments`` needs ``pseudopotentials`` (symbol -> UPF file); ``command`` (default ``pw.x``) and ``pseudo_dir`` may stand there or in
-ASE's configuration; ``input_data`` holds pw.x's own keys.
+``arguments`` needs ``pseudopotentials`` (symbol -> UPF file); ``command`` (default ``pw.x``) and
+``pseudo_dir`` may stand there or in ASE's configuration; ``input_data`` holds pw.x's own keys.
 """
 
 from __future__ import annotations
@@ -17,16 +17,31 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, file_digest, k_points, make_readable, make_recipe, program_of, read_command
+from magus_anharmonic.labelers.base import (
+    Recipe,
+    file_digest,
+    k_points,
+    make_readable,
+    make_recipe,
+    program_of,
+    read_command,
+)
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.units import RYDBERG
 
-SYSTEM: Mapping[str, Any] = {"ecutwfc": 60, "ecutrho": 480, "occupations": "smearing", "smearing": "gaussian", "degauss": 0.01}
+SYSTEM: Mapping[str, Any] = {
+    "ecutwfc": 60,
+    "ecutrho": 480,
+    "occupations": "smearing",
+    "smearing": "gaussian",
+    "degauss": 0.01,
+}
 ELECTRONS: Mapping[str, Any] = {"conv_thr": 1e-8}
 K_SPACING = 0.03
 EXECUTION_KEYS = frozenset({"command", "pseudo_dir"})
 
-# Where the energy at zero smearing lies between F and E = F + TS: E0 = F + fraction * TS (Methfessel-Paxton of order 1).
+# Where the energy at zero smearing lies between F and E = F + TS: E0 = F + fraction * TS
+# (Methfessel-Paxton of order 1).
 _TOWARDS_ZERO = {
     "gaussian": 0.5, "gauss": 0.5, "fermi-dirac": 0.5, "f-d": 0.5, "fd": 0.5,
     "methfessel-paxton": 1.0 / 3.0, "m-p": 1.0 / 3.0, "mp": 1.0 / 3.0,
@@ -37,17 +52,29 @@ _TOWARDS_ZERO = {
 def _configured(name: str) -> str | None:
     from ase.config import cfg
 
-    return cfg.parser.get("espresso", name, fallback=None) if cfg.parser.has_section("espresso") else None
+    return (
+        cfg.parser.get("espresso", name, fallback=None)
+        if cfg.parser.has_section("espresso")
+        else None
+    )
 
 
-def available(name: str = "espresso", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+def available(
+    name: str = "espresso", execution: Mapping[str, Any] | None = None
+) -> tuple[bool, str]:
     """Whether the command (``execution``, ASE's configuration, or pw.x) is found."""
     try:
         command = _command(execution or {})
     except LabelerError as error:
         return False, f"the command {error}"
     if shutil.which(program_of(command)) is None:
-        return False, f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g. mpirun -n 8 /path/to/pw.x)"
+        return (
+            False,
+            (
+                f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g."
+                " mpirun -n 8 /path/to/pw.x)"
+            ),
+        )
     return True, f"{command} is found"
 
 
@@ -55,15 +82,20 @@ def _command(execution: Mapping[str, Any], environment: Mapping[str, str] | None
     text = execution.get("command") or _configured("command") or "pw.x"
     command = read_command(text, environment)
     if command.redirected:
-        raise LabelerError(f"{text!r}: redirects what pw.x reads or prints, which goes through espresso.pwi and .pwo; leave that out")
+        raise LabelerError(
+            f"{text!r}: redirects what pw.x reads or prints, which goes through espresso.pwi and"
+            " .pwo; leave that out"
+        )
     return shlex.join(command.words)
 
 
 def recipe(settings: LabelerSettings) -> Recipe:
-    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials, or for what pw.x does not take."""
+    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials, or for what
+    pw.x does not take."""
     if not isinstance(settings.arguments.get("pseudopotentials"), Mapping):
         raise LabelerError(
-            "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per element, e.g. {H: H.upf, S: S.upf}"
+            "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per element,"
+            " e.g. {H: H.upf, S: S.upf}"
         )
     made = make_recipe(
         "espresso",
@@ -81,30 +113,55 @@ def recipe(settings: LabelerSettings) -> Recipe:
     arguments = {**made.arguments, "input_data": _input_data(made.arguments.get("input_data", {}))}
     folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
     names = sorted({str(name) for name in made.arguments["pseudopotentials"].values()})
-    pseudopotentials = {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
-    return Recipe(made.code, arguments, made.k_spacing, made.execution, {**made.files, **pseudopotentials})
+    pseudopotentials = {
+        name: file_digest(folder / name) for name in names if (folder / name).is_file()
+    }
+    return Recipe(
+        made.code, arguments, made.k_spacing, made.execution, {**made.files, **pseudopotentials}
+    )
 
 
 def _input_data(given: Any) -> dict[str, Any]:
     from ase.io.espresso import Namelist
 
     if not isinstance(given, Mapping):
-        raise LabelerError(f"learning.labeler.arguments.input_data: {given!r}: must be pw.x's keys, e.g. {{system: {{ecutwfc: 80}}}}")
+        raise LabelerError(
+            f"learning.labeler.arguments.input_data: {given!r}: must be pw.x's keys, e.g. {{system:"
+            " {ecutwfc: 80}}"
+        )
     nested = Namelist(dict(given))
     nested.to_nested("pw")
     data = {section: dict(keys) for section, keys in nested.items() if keys}
     control = data.get("control", {})
     if control.get("calculation", "scf") != "scf":
-        raise LabelerError("learning.labeler.arguments.input_data.control.calculation: labels are single points (scf); leave it out")
-    data["control"] = {"disk_io": "none", **control, "calculation": "scf", "tprnfor": True, "tstress": True}
+        raise LabelerError(
+            "learning.labeler.arguments.input_data.control.calculation: labels are single points"
+            " (scf); leave it out"
+        )
+    data["control"] = {
+        "disk_io": "none",
+        **control,
+        "calculation": "scf",
+        "tprnfor": True,
+        "tstress": True,
+    }
     given_system = data.get("system", {})
-    smearing = {} if "occupations" in given_system else {key: SYSTEM[key] for key in ("occupations", "smearing", "degauss")}
-    cutoffs = {key: SYSTEM[key] for key in (() if "ecutwfc" in given_system else ("ecutwfc", "ecutrho"))}
+    smearing = (
+        {}
+        if "occupations" in given_system
+        else {key: SYSTEM[key] for key in ("occupations", "smearing", "degauss")}
+    )
+    cutoffs = {
+        key: SYSTEM[key] for key in (() if "ecutwfc" in given_system else ("ecutwfc", "ecutrho"))
+    }
     data["system"] = {**cutoffs, **smearing, **given_system}
     data["electrons"] = {**ELECTRONS, **data.get("electrons", {})}
     name = str(data["system"].get("smearing", "gaussian")).lower()
     if data["system"].get("occupations") == "smearing" and name not in _TOWARDS_ZERO:
-        raise LabelerError(f"learning.labeler.arguments.input_data.system.smearing: {name!r}: allowed: {', '.join(sorted(_TOWARDS_ZERO))}")
+        raise LabelerError(
+            f"learning.labeler.arguments.input_data.system.smearing: {name!r}: allowed:"
+            f" {', '.join(sorted(_TOWARDS_ZERO))}"
+        )
     return data
 
 
@@ -126,7 +183,9 @@ def _lenient_profile() -> type:
     class LenientProfile(EspressoProfile):
         """ASE's profile, whose output may have bytes that are no UTF-8."""
 
-        def run(self, directory: Path, inputfile: str | None, outputfile: str, *args: Any, **kwargs: Any) -> None:
+        def run(
+            self, directory: Path, inputfile: str | None, outputfile: str, *args: Any, **kwargs: Any
+        ) -> None:
             super().run(directory, inputfile, outputfile, *args, **kwargs)
             make_readable(Path(directory) / outputfile)
 
@@ -137,20 +196,24 @@ def _extrapolating() -> type:
     from ase.calculators.espresso import Espresso
 
     class ExtrapolatedEspresso(Espresso):
-        """ASE's Espresso, whose ``energy`` is extrapolated to zero smearing (ASE returns the free energy under both names)."""
+        """ASE's Espresso, whose ``energy`` is extrapolated to zero smearing (ASE returns the free
+        energy under both names)."""
 
         def calculate(self, atoms: Atoms, properties: Any, system_changes: Any) -> None:
             super().calculate(atoms, properties, system_changes)
             text = (self.directory / self.template.outputname).read_text(errors="replace")
             require_converged(text)
             system = self.parameters["input_data"].get("system", {})
-            self.results["energy"] = zero_smearing_energy(self.results["free_energy"], text, str(system.get("smearing", "gaussian")))
+            self.results["energy"] = zero_smearing_energy(
+                self.results["free_energy"], text, str(system.get("smearing", "gaussian"))
+            )
 
     return ExtrapolatedEspresso
 
 
 def zero_smearing_energy(free_energy: float, output: str, smearing: str) -> float:
-    """Energy (eV) at zero smearing from the free energy F (eV) and the line ``smearing contrib. (-TS)`` (Ry) of pw.x's output."""
+    """Energy (eV) at zero smearing from the free energy F (eV) and the line ``smearing contrib.
+    (-TS)`` (Ry) of pw.x's output."""
     found = re.findall(r"smearing contrib\. \(-TS\)\s*=\s*([-+\d.Ee]+)\s*Ry", output)
     if not found:
         return free_energy

@@ -1,6 +1,7 @@
 """Labels from GPAW, the open default (plane waves, PBE).
 
-The default arguments are those of the H3S label set that this package ships: labels of the two may be mixed.
+The default arguments are those of the H3S label set that this package ships: labels of the two may
+be mixed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ DEFAULTS: Mapping[str, Any] = {
 }
 K_SPACING = 0.08
 STANDARD_SETUPS = "53e985d27c5e"
-"""Digest of the PBE set-ups that GPAW's data package brings: the shipped labels were made with them, and their hash names none."""
+"""Digest of the PBE set-ups that GPAW's data package brings: the shipped labels were made with
+them, and their hash names none."""
 EXECUTION_KEYS = frozenset({"parallel", "communicator", "verbose", "maxiter"})
 
 
@@ -38,17 +40,28 @@ def available(name: str = "gpaw", execution: Mapping[str, Any] | None = None) ->
 
 def recipe(settings: LabelerSettings) -> Recipe:
     """Arguments and k-point rule for these settings."""
-    made = make_recipe("gpaw", settings, defaults=DEFAULTS, k_spacing=K_SPACING, execution_keys=EXECUTION_KEYS)
+    made = make_recipe(
+        "gpaw", settings, defaults=DEFAULTS, k_spacing=K_SPACING, execution_keys=EXECUTION_KEYS
+    )
     xc = made.arguments.get("xc")
     found = _setups(str(xc.get("name") if isinstance(xc, Mapping) else xc))
     digest = folder_digest(found) if found else STANDARD_SETUPS
-    return made if digest == STANDARD_SETUPS else replace(made, files={**made.files, "set-ups": digest})
+    return (
+        made
+        if digest == STANDARD_SETUPS
+        else replace(made, files={**made.files, "set-ups": digest})
+    )
 
 
 def _setups(functional: str) -> dict[str, Path]:
-    """The set-ups of a functional by name (those of PBE where it has none of its own): of GPAW_SETUP_PATH, then of GPAW's data package."""
+    """The set-ups of a functional by name (those of PBE where it has none of its own): of
+    GPAW_SETUP_PATH, then of GPAW's data package."""
     package = importlib.util.find_spec("gpaw_data")
-    own = [str(Path(package.origin).parent / "setups")] if package is not None and package.origin else []
+    own = (
+        [str(Path(package.origin).parent / "setups")]
+        if package is not None and package.origin
+        else []
+    )
     found: dict[str, Path] = {}
     for folder in filter(None, [*os.environ.get("GPAW_SETUP_PATH", "").split(os.pathsep), *own]):
         for file in sorted(Path(folder).glob("[A-Z]*")):

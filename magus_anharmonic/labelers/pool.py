@@ -1,4 +1,5 @@
-"""One worker process per slot: labels run side by side, and no crash or hang of a DFT code reaches the search."""
+"""One worker process per slot: labels run side by side, and no crash or hang of a DFT code reaches
+the search."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineTrouble
+from magus_anharmonic.errors import MachineError
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
@@ -33,22 +34,37 @@ from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
-# The parent's module search path travels as an argument: no environment variable that the DFT code would inherit.
-_BOOTSTRAP = "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from magus_anharmonic.labelers.worker import main; main()"
+# The parent's module search path travels as an argument: no environment variable that the DFT code
+# would inherit.
+_BOOTSTRAP = (
+    "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from"
+    " magus_anharmonic.labelers.worker import main; main()"
+)
 START_TIMEOUT = 300.0
-"""Seconds for a worker to import what it needs (a busy file system can be slow); not part of a label's own time."""
+"""Seconds for a worker to import what it needs (a busy file system can be slow); not part of a
+label's own time."""
 LOG_LIMIT = 1 << 20
-"""Bytes of a worker's log above which the next job begins a new one; as much of the end of one earlier log is kept."""
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")}
+"""Bytes of a worker's log above which the next job begins a new one; as much of the end of one
+earlier log is kept."""
+_ONE_THREAD = {
+    name: "1"
+    for name in (
+        "OMP_NUM_THREADS",
+        "OPENBLAS_NUM_THREADS",
+        "MKL_NUM_THREADS",
+        "NUMEXPR_NUM_THREADS",
+    )
+}
 
 
 class WorkerDied(Exception):
     """The worker process ended or was ended before it answered; the message is the reason.
 
-    ``trouble`` : it was killed, as the kernel does where memory runs out, and not by its own fault or a time limit of ours.
+    ``trouble`` : it was killed, as the kernel does where memory runs out, and not by its own fault
+    or a time limit of ours.
     """
 
-    trouble = False
+    machine_error = False
 
 
 class Worker:
@@ -62,7 +78,8 @@ class Worker:
         self._closed = False
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after ``timeout`` seconds."""
+        """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after
+        ``timeout`` seconds."""
         bound_log(self.log_file)
         process = self._start()
         assert process.stdin is not None
@@ -98,8 +115,11 @@ class Worker:
         self._read_reply(self._process, READY, START_TIMEOUT, "the labeler's process did not start")
         return self._process
 
-    def _read_reply(self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str) -> dict[str, Any]:
-        """The answer to the job ``number``; whatever else comes through the pipe (from the code, from a copy of the process) is dropped."""
+    def _read_reply(
+        self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str
+    ) -> dict[str, Any]:
+        """The answer to the job ``number``; whatever else comes through the pipe (from the code,
+        from a copy of the process) is dropped."""
         deadline = time.monotonic() + timeout
         while True:
             line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
@@ -107,10 +127,17 @@ class Worker:
                 answer = json.loads(line) if line else None
             except ValueError:
                 answer = None
-            if isinstance(answer, dict) and answer.get("job") == number and isinstance(answer.get("ok"), bool):
+            if (
+                isinstance(answer, dict)
+                and answer.get("job") == number
+                and isinstance(answer.get("ok"), bool)
+            ):
                 return answer
             if line:
-                log.warning("a line that answers no job came from the labeler's process and is dropped: %s", ascii(line[:60])[2:-1])
+                log.warning(
+                    "a line that answers no job came from the labeler's process and is dropped: %s",
+                    ascii(line[:60])[2:-1],
+                )
 
     def _read_line(self, process: subprocess.Popen[bytes], deadline: float, what: str) -> bytes:
         assert process.stdout is not None
@@ -134,7 +161,7 @@ class Worker:
             return WorkerDied("the labeler was closed")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
-        died.trouble = code == -signal.SIGKILL
+        died.machine_error = code == -signal.SIGKILL
         return died
 
     def stop(self) -> None:
@@ -158,7 +185,8 @@ class Worker:
 
 
 def bound_log(file: Path, limit: int = LOG_LIMIT) -> None:
-    """Empty a log longer than ``limit`` bytes, its end kept in ``NAME.earlier.log``; whoever appends to it goes on."""
+    """Empty a log longer than ``limit`` bytes, its end kept in ``NAME.earlier.log``; whoever
+    appends to it goes on."""
     if not file.is_file() or file.stat().st_size <= limit:
         return
     with file.open("rb+") as log_file, replacing(file.with_suffix(".earlier.log")) as temporary:
@@ -185,7 +213,11 @@ class JobLabeler:
     def description(self) -> str:
         """One line: code, arguments, k-point spacing."""
         arguments = ", ".join(f"{key}={value}" for key, value in self.recipe.arguments.items())
-        spacing = "" if self.recipe.k_spacing is None else f", k spacing 2 pi x {self.recipe.k_spacing:g} / A"
+        spacing = (
+            ""
+            if self.recipe.k_spacing is None
+            else f", k spacing 2 pi x {self.recipe.k_spacing:g} / A"
+        )
         return f"{self.recipe.code} ({arguments}{spacing})"
 
     def __enter__(self) -> Self:
@@ -194,8 +226,11 @@ class JobLabeler:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def label(self, structures: Sequence[Atoms], on_result: OnResult | None = None) -> list[Label | Failure]:
-        """Single points in the order of the input; ``on_result(index, result)`` is called here as each one finishes."""
+    def label(
+        self, structures: Sequence[Atoms], on_result: OnResult | None = None
+    ) -> list[Label | Failure]:
+        """Single points in the order of the input; ``on_result(index, result)`` is called here as
+        each one finishes."""
         jobs = [{"task": "label", "atoms": atoms_to_json(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
         progress = _Progress("label", len(jobs))
@@ -210,13 +245,25 @@ class JobLabeler:
         return results
 
     def relax(
-        self, structures: Sequence[Atoms], pressure: float = 0.0, *, force_tolerance: float = 0.05, max_steps: int = 300
+        self,
+        structures: Sequence[Atoms],
+        pressure: float = 0.0,
+        *,
+        force_tolerance: float = 0.05,
+        max_steps: int = 300,
     ) -> list[Relaxed]:
-        """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below ``force_tolerance`` (eV/A).
+        """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below
+        ``force_tolerance`` (eV/A).
 
-        A structure that fails comes back as it was given, with ``failed=True`` and the reason. ``timeout`` is per structure.
+        A structure that fails comes back as it was given, with ``failed=True`` and the reason.
+        ``timeout`` is per structure.
         """
-        common = {"task": "relax", "pressure": pressure, "force_tolerance": force_tolerance, "max_steps": max_steps}
+        common = {
+            "task": "relax",
+            "pressure": pressure,
+            "force_tolerance": force_tolerance,
+            "max_steps": max_steps,
+        }
         jobs = [{**common, "atoms": atoms_to_json(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
         progress = _Progress("relaxation", len(jobs))
@@ -242,7 +289,12 @@ class JobLabeler:
             answer["seconds"],
         )
 
-    def _run(self, jobs: list[dict[str, Any]], structures: Sequence[Atoms], accept: Callable[[int, dict[str, Any]], None]) -> None:
+    def _run(
+        self,
+        jobs: list[dict[str, Any]],
+        structures: Sequence[Atoms],
+        accept: Callable[[int, dict[str, Any]], None],
+    ) -> None:
         raise NotImplementedError
 
     def close(self) -> None:
@@ -253,11 +305,14 @@ class JobLabeler:
 class WorkerLabeler(JobLabeler):
     """Labeler that runs one `Recipe` in ``n_workers`` processes.
 
-    Scratch folders ``slot0``, ... and ``worker0.log``, ... (of bounded length) are below ``directory``; the folder of a failed label is
-    kept as ``failed/<structure id>``. Call `close` (or use it in a ``with`` block) to end the processes; they also end with the search.
+    Scratch folders ``slot0``, ... and ``worker0.log``, ... (of bounded length) are below
+    ``directory``; the folder of a failed label is kept as ``failed/<structure id>``. Call `close`
+    (or use it in a ``with`` block) to end the processes; they also end with the search.
     """
 
-    def __init__(self, recipe: Recipe, directory: Path, *, n_workers: int, timeout: float = 3600.0) -> None:
+    def __init__(
+        self, recipe: Recipe, directory: Path, *, n_workers: int, timeout: float = 3600.0
+    ) -> None:
         super().__init__(recipe, directory, timeout=timeout)
         self.n_workers = n_workers
         self._workers = [Worker(self.directory / f"worker{slot}.log") for slot in range(n_workers)]
@@ -267,7 +322,12 @@ class WorkerLabeler(JobLabeler):
         """End all worker processes; the labeler cannot be used afterwards."""
         self._finalizer()
 
-    def _run(self, jobs: list[dict[str, Any]], structures: Sequence[Atoms], accept: Callable[[int, dict[str, Any]], None]) -> None:
+    def _run(
+        self,
+        jobs: list[dict[str, Any]],
+        structures: Sequence[Atoms],
+        accept: Callable[[int, dict[str, Any]], None],
+    ) -> None:
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(jobs)):
             waiting.put(index)
@@ -286,7 +346,10 @@ class WorkerLabeler(JobLabeler):
                     answers.put((index, error))
                     return
 
-        threads = [threading.Thread(target=serve, args=(slot,), daemon=True) for slot in range(min(self.n_workers, len(jobs)))]
+        threads = [
+            threading.Thread(target=serve, args=(slot,), daemon=True)
+            for slot in range(min(self.n_workers, len(jobs)))
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -309,7 +372,7 @@ class WorkerLabeler(JobLabeler):
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
+            answer = {"ok": False, "reason": str(error), "machine_error": error.machine_error}
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -324,17 +387,28 @@ def _close_all(workers: list[Worker]) -> None:
 
 
 def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
-    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one. Raises ``MachineTrouble`` where that was the reason."""
-    if answer.get("trouble"):
-        raise MachineTrouble(f"a labeler's process: {answer['reason']}")
+    """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one. Raises
+    ``MachineError`` where that was the reason."""
+    if answer.get("machine_error"):
+        raise MachineError(f"a labeler's process: {answer['reason']}")
     if not answer["ok"]:
         return answer["reason"]
-    forces, stress = np.asarray(answer["forces"], dtype=float), np.asarray(answer["stress"], dtype=float)
+    forces, stress = (
+        np.asarray(answer["forces"], dtype=float),
+        np.asarray(answer["stress"], dtype=float),
+    )
     if forces.shape != (n_atoms, 3):
-        return f"wrong number of atoms: forces of shape {forces.shape} for a structure of {n_atoms} atoms"
+        return (
+            f"wrong number of atoms: forces of shape {forces.shape} for a structure of {n_atoms}"
+            " atoms"
+        )
     if stress.shape != (3, 3):
         return f"stress of shape {stress.shape} instead of (3, 3)"
-    for name, values in (("energy", np.asarray(answer["energy"])), ("forces", forces), ("stress", stress)):
+    for name, values in (
+        ("energy", np.asarray(answer["energy"])),
+        ("forces", forces),
+        ("stress", stress),
+    ):
         if not np.isfinite(values).all():
             return f"NaN or infinite {name}"
     return None
@@ -367,4 +441,11 @@ class _Progress:
         self.done += 1
         self.failed += not ok
         left = time_left(time.monotonic() - self.started, self.done, self.total - self.done)
-        log.info("%s %d of %d, %d failed%s", self.what, self.done, self.total, self.failed, f", {left}" if left else "")
+        log.info(
+            "%s %d of %d, %d failed%s",
+            self.what,
+            self.done,
+            self.total,
+            self.failed,
+            f", {left}" if left else "",
+        )

@@ -1,6 +1,8 @@
-"""Labels from VASP through ASE. VASP and its POTCAR files are the user's (VASP_PP_PATH, ASE_VASP_COMMAND or ``command``).
+"""Labels from VASP through ASE. VASP and its POTCAR files are the user's (VASP_PP_PATH,
+ASE_VASP_COMMAND or ``command``).
 
-Cutoff and k-point spacing are the paper's (Sec. IV: 500 eV, 2 pi x 0.03 / A); it names no smearing, ours is Gaussian, 0.05 eV.
+Cutoff and k-point spacing are the paper's (Sec. IV: 500 eV, 2 pi x 0.03 / A); it names no smearing,
+ours is Gaussian, 0.05 eV.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Recipe, folder_digest, k_points, make_readable, make_recipe, program_of
+from magus_anharmonic.labelers.base import (
+    Recipe,
+    folder_digest,
+    k_points,
+    make_readable,
+    make_recipe,
+    program_of,
+)
 from magus_anharmonic.settings import LabelerSettings
 
 DEFAULTS: Mapping[str, Any] = {
@@ -29,13 +38,28 @@ DEFAULTS: Mapping[str, Any] = {
     "lreal": False,
 }
 K_SPACING = 0.03
-EXECUTION_KEYS = frozenset({"command", "ncore", "npar", "kpar", "lplane", "nsim", "lwave", "lcharg", "lvtot", "lvhar", "nelm"})
+EXECUTION_KEYS = frozenset(
+    {
+        "command",
+        "ncore",
+        "npar",
+        "kpar",
+        "lplane",
+        "nsim",
+        "lwave",
+        "lcharg",
+        "lvtot",
+        "lvhar",
+        "nelm",
+    }
+)
 _OURS = frozenset({"nsw", "ibrion", "isif", "pstress", "potim"})
 _COMMANDS = ("ASE_VASP_COMMAND", "VASP_COMMAND")
 
 
 def available(name: str = "vasp", execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
-    """Whether the command and the POTCAR folder are known, in ``execution``, the environment or ASE's configuration."""
+    """Whether the command and the POTCAR folder are known, in ``execution``, the environment or
+    ASE's configuration."""
     command = _command(execution or {})
     missing = []
     try:
@@ -48,12 +72,20 @@ def available(name: str = "vasp", execution: Mapping[str, Any] | None = None) ->
     if not _configured("VASP_PP_PATH"):
         missing.append("VASP_PP_PATH (folder of the POTCAR files)")
     if missing:
-        return False, f"set {' and '.join(missing)} in the environment or in ~/.config/ase/config.ini; VASP itself needs a licence"
+        return (
+            False,
+            (
+                f"set {' and '.join(missing)} in the environment or in ~/.config/ase/config.ini;"
+                " VASP itself needs a licence"
+            ),
+        )
     return True, f"command {command!r} and POTCAR folder are set"
 
 
 def _command(execution: Mapping[str, Any]) -> str | None:
-    return execution.get("command") or next((value for name in _COMMANDS if (value := _configured(name))), None)
+    return execution.get("command") or next(
+        (value for name in _COMMANDS if (value := _configured(name))), None
+    )
 
 
 def _configured(name: str) -> str | None:
@@ -63,10 +95,13 @@ def _configured(name: str) -> str | None:
 
 
 def recipe(settings: LabelerSettings) -> Recipe:
-    """Arguments and k-point rule; raises ``LabelerError`` for keys that would make it more than a single point."""
+    """Arguments and k-point rule; raises ``LabelerError`` for keys that would make it more than a
+    single point."""
     wrong = sorted(_OURS & {str(key).lower() for key in settings.arguments})
     if wrong:
-        raise LabelerError(f"learning.labeler.arguments.{wrong[0]}: labels are single points; leave it out")
+        raise LabelerError(
+            f"learning.labeler.arguments.{wrong[0]}: labels are single points; leave it out"
+        )
     made = make_recipe(
         "vasp",
         settings,
@@ -76,16 +111,21 @@ def recipe(settings: LabelerSettings) -> Recipe:
         fixes_kpoints=("kpts", "kspacing", "reciprocal"),
     )
     potcars = _potcars(str(made.arguments.get("pp") or made.arguments.get("xc") or "PBE"))
-    return replace(made, files={**made.files, "POTCAR": folder_digest(potcars)}) if potcars else made
+    return (
+        replace(made, files={**made.files, "POTCAR": folder_digest(potcars)}) if potcars else made
+    )
 
 
 def _potcars(functional: str) -> dict[str, Path]:
-    """The POTCAR files of a functional's folders below VASP_PP_PATH, by their path there; none where it is not set."""
+    """The POTCAR files of a functional's folders below VASP_PP_PATH, by their path there; none
+    where it is not set."""
     folders = {"lda": "potpaw", "pw91": "potpaw_GGA"}
     wanted = folders.get(functional.lower(), "potpaw_PBE")
     found: dict[str, Path] = {}
     for root in filter(None, (_configured("VASP_PP_PATH") or "").split(os.pathsep)):
-        for folder in sorted(path for path in Path(root).glob("potpaw*") if path.name.split(".")[0] == wanted):
+        for folder in sorted(
+            path for path in Path(root).glob("potpaw*") if path.name.split(".")[0] == wanted
+        ):
             for file in sorted(folder.rglob("POTCAR*")):
                 if file.is_file():
                     found.setdefault(str(file.relative_to(root)), file)
@@ -118,7 +158,10 @@ def check(calculator: Any, directory: Path) -> None:
     """Raise ``LabelerError`` unless VASP's electronic loop ended because EDIFF was reached."""
     if not calculator.converged:
         steps = calculator.exp_params.get("ediff")
-        raise LabelerError(f"SCF did not converge: VASP's electronic loop ended before EDIFF = {steps:g} eV was reached")
+        raise LabelerError(
+            f"SCF did not converge: VASP's electronic loop ended before EDIFF = {steps:g} eV was"
+            " reached"
+        )
 
 
 def default_workers(cores: int) -> int:

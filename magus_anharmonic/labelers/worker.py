@@ -18,7 +18,13 @@ from typing import Any, TextIO
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import LabelerError, MagusAnharmonicError, is_trouble, one_line, typed_line
+from magus_anharmonic.errors import (
+    LabelerError,
+    MagusAnharmonicError,
+    is_machine_error,
+    one_line,
+    typed_line,
+)
 from magus_anharmonic.labelers.base import Recipe, code_module, no_shell
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
 from magus_anharmonic.structures import change_of
@@ -40,14 +46,17 @@ def atoms_to_json(atoms: Atoms) -> dict[str, Any]:
 
 def atoms_from_json(data: dict[str, Any]) -> Atoms:
     """Inverse of `atoms_to_json`."""
-    return Atoms(numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=data["pbc"])
+    return Atoms(
+        numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=data["pbc"]
+    )
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job (``task``: label or relax) and return its result as plain data.
 
-    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes ``{"ok": False, "reason": ...}``,
-    with ``trouble`` where it speaks of the machine and not of the structure.
+    No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes
+    ``{"ok": False, "reason": ...}``, with ``trouble`` where it speaks of the machine and not of the
+    structure.
     """
     started = time.monotonic()
     try:
@@ -56,12 +65,13 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         directory = Path(job["directory"]).absolute()
         directory.mkdir(parents=True, exist_ok=True)
         task = {"label": _label, "relax": _relax}[job["task"]]
-        # What a code writes beside its own files (restart files, cores) belongs to the label, not to the user's folder.
+        # What a code writes beside its own files (restart files, cores) belongs to the label, not
+        # to the user's folder.
         with no_shell(), contextlib.chdir(directory):
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error), "trouble": is_trouble(error)}
+        result = {"ok": False, "reason": _reason(error), "machine_error": is_machine_error(error)}
     result["seconds"] = time.monotonic() - started
     return result
 
@@ -71,7 +81,8 @@ OUTPUTS = ("txt", "log", "out")
 
 
 def _absolute(value: Any, key: str = "") -> Any:
-    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of the folder of pseudopotentials hold anywhere."""
+    """Arguments in which the names of files here (``my.model``, ``./Si.upf``) and of the folder of
+    pseudopotentials hold anywhere."""
     if isinstance(value, dict):
         return {name: _absolute(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
@@ -79,7 +90,9 @@ def _absolute(value: Any, key: str = "") -> Any:
     if not isinstance(value, str) or "\0" in value or key.startswith(OUTPUTS):
         return value
     named = os.path.isfile(value) if "." in value or "/" in value else False
-    return os.path.abspath(value) if named or (key == "pseudo_dir" and os.path.isdir(value)) else value
+    return (
+        os.path.abspath(value) if named or (key == "pseudo_dir" and os.path.isdir(value)) else value
+    )
 
 
 def _absolute_variables() -> None:
@@ -106,12 +119,16 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
     try:
         stress = np.asarray(atoms.get_stress(voigt=False, apply_constraint=False))
     except PropertyNotImplementedError:
-        raise LabelerError("the calculator gives no stress; choose one that does (for GPAW: a plane-wave mode)") from None
+        raise LabelerError(
+            "the calculator gives no stress; choose one that does (for GPAW: a plane-wave mode)"
+        ) from None
     free_energy = getattr(atoms.calc, "results", {}).get("free_energy")
     module.check(atoms.calc, directory)
     changed = change_of(given, atoms, getattr(atoms.calc, "atoms", None))
     if changed:
-        raise LabelerError(f"the calculator {changed}: its forces and stress are those of another structure")
+        raise LabelerError(
+            f"the calculator {changed}: its forces and stress are those of another structure"
+        )
     return {
         "energy": energy,
         "free_energy": None if free_energy is None else float(free_energy),
@@ -150,13 +167,17 @@ def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -
 def main() -> None:
     """Serve jobs from standard input until it is closed.
 
-    The first answer says that the process is ready; every other one carries the number of its job. Standard input and output are taken
-    away from the DFT code (its prints go to standard error, a log file), so that only jobs and results travel on the pipes.
+    The first answer says that the process is ready; every other one carries the number of its job.
+    Standard input and output are taken away from the DFT code (its prints go to standard error, a
+    log file), so that only jobs and results travel on the pipes.
     """
     adopt_orphans()
     myself = os.getpid()
     _absolute_variables()
-    replies, given = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.fdopen(os.dup(0), encoding="utf-8")
+    replies, given = (
+        os.fdopen(os.dup(1), "w", encoding="utf-8"),
+        os.fdopen(os.dup(0), encoding="utf-8"),
+    )
     os.dup2(2, 1)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -4,10 +4,12 @@ Which structures of a population are labelled.
 
 ``learning.select: sscha``: labels from the SSCHA ensembles of candidates whose order is undecided.
 
-What a label is worth is how much it narrows the differences of G that are undecided. G_DFT - G_model of a phase is the average of
-(E_DFT - E_model)/N over its ensemble (`magus_anharmonic.analysis.gradient_errors`), so that the squared error of its difference to the
-lowest phase b is s_b^2/n_b + s_j^2/n_j for n pairs +u/-u with the spread s. Pairs are given out one by one to the phase in which one
-more lowers sum_j p_j (s_b^2/n_b + s_j^2/n_j) most, p_j being the odds that phase j is the lowest after all.
+What a label is worth is how much it narrows the differences of G that are undecided. G_DFT -
+G_model of a phase is the average of (E_DFT - E_model)/N over its ensemble
+(`magus_anharmonic.analysis.gradient_errors`), so that the squared error of its difference to the
+lowest phase b is s_b^2/n_b + s_j^2/n_j for n pairs +u/-u with the spread s. Pairs are given out one
+by one to the phase in which one more lowers sum_j p_j (s_b^2/n_b + s_j^2/n_j) most, p_j being the
+probability that phase j is the lowest after all.
 """
 
 from __future__ import annotations
@@ -27,9 +29,16 @@ from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.files import read_whole, replacing
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
-from magus_anharmonic.learning.families import SIDES, Families, Fingerprint, fingerprint, parent_name, sides_of_families
+from magus_anharmonic.learning.families import (
+    SIDES,
+    Families,
+    Fingerprint,
+    fingerprint,
+    parent_name,
+    sides_of_families,
+)
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -38,55 +47,78 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POOL = 10
-"""``uncertain`` and ``diverse`` choose among the lowest distinct structures, this many times as many as they choose."""
+"""``uncertain`` and ``diverse`` choose among the lowest distinct structures, this many times as
+many as they choose."""
 
 
 def choose(population: Sequence[Any], n: int, rng: np.random.Generator) -> list[int]:
-    """Indices of ``n`` individuals, drawn uniformly without replacement; all of them when there are fewer.
+    """Indices of ``n`` individuals, drawn uniformly without replacement; all of them when there are
+    fewer.
 
-    The population keeps its duplicates ("simple random selection while retaining duplicates in the population", Sec. III A):
-    a phase found k times is k times as likely to be drawn, and may be drawn up to k times.
+    The population keeps its duplicates ("simple random selection while retaining duplicates in the
+    population", Sec. III A): a phase found k times is k times as likely to be drawn, and may be
+    drawn up to k times.
     """
     return [int(index) for index in rng.permutation(len(population))[:n]]
 
 
 def select(
-    population: Sequence[Atoms], n: int, rng: np.random.Generator, rule: str, potential: Potential, known: Sequence[Atoms] = ()
+    population: Sequence[Atoms],
+    n: int,
+    rng: np.random.Generator,
+    rule: str,
+    potential: Potential,
+    known: Sequence[Atoms] = (),
 ) -> list[int]:
     """Indices of the ``n`` individuals that ``rule`` (``learning.select``) chooses.
 
     random
         `choose`, as in the paper.
     uncertain
-        Of the lowest distinct structures (`lowest_distinct`) those with the largest expected error of the forces, which
-        ranks true errors better than that of the energy does. A model without an estimate, as a downloaded one in the first
-        round, makes this round's choice random, with a line in the log.
+        Of the lowest distinct structures (`lowest_distinct`) those with the largest expected error
+        of the forces, which ranks true errors better than that of the energy does. A model without
+        an estimate, as a downloaded one in the first round, makes this round's choice random, with
+        a line in the log.
     diverse
-        Of the same structures those farthest from one another and from the labels ``known`` in the model's features.
+        Of the same structures those farthest from one another and from the labels ``known`` in the
+        model's features.
     sscha
-        At random: only asked for where no two candidates are undecided (`choose_ensembles` takes SSCHA ensembles then).
+        At random: only asked for where no two candidates are undecided (`choose_ensembles` takes
+        SSCHA ensembles then).
 
-    A population that is not larger than ``n`` is taken whole. Same generator state, population and model: same choice.
+    A population that is not larger than ``n`` is taken whole. Same generator state, population and
+    model: same choice.
     """
     if rule in ("random", "sscha") or len(population) <= n:
         return choose(population, n, rng)
     if rule == "uncertain" and potential.error_model is None:
-        log.info("learning.select: uncertain: model %s has no error estimate yet; this choice is random", potential.model_id)
+        log.info(
+            "learning.select: uncertain: model %s has no error estimate yet; this choice is random",
+            potential.model_id,
+        )
         return choose(population, n, rng)
     pool = lowest_distinct(population, POOL * n)
-    structures = [bare(population[index]) for index in pool]
+    structures = [stripped(population[index]) for index in pool]
     if rule == "diverse":
-        picked = farthest_points(potential.mean_features(structures), n, rng, potential.mean_features(known))
+        picked = farthest_points(
+            potential.mean_features(structures), n, rng, potential.mean_features(known)
+        )
     else:
         found = potential.uncertainty(structures)
         errors = np.empty(0) if found is None else found.force_error
-        picked = [int(place) for place in np.argsort(-errors, kind="stable")[:n]]
-        log.info("the %d most uncertain of %d structures: %.3f to %.3f eV/A", len(picked), len(pool), *errors[picked][[-1, 0]])
-    return [pool[place] for place in picked]
+        picked = [int(position) for position in np.argsort(-errors, kind="stable")[:n]]
+        log.info(
+            "the %d most uncertain of %d structures: %.3f to %.3f eV/A",
+            len(picked),
+            len(pool),
+            *errors[picked][[-1, 0]],
+        )
+    return [pool[position] for position in picked]
 
 
 def quotas(n: int, split: Sequence[int]) -> dict[str, int]:
-    """How many of ``n`` chosen structures the validation and the test side get at least: their share, one if there are so many.
+    """How many of ``n`` chosen structures the validation and the test side get at least: their
+    share, one if there are so many.
 
     At least half of the structures trains; validation goes before test.
     """
@@ -105,14 +137,16 @@ def hold_back(
     split: Sequence[int],
     rng: np.random.Generator,
 ) -> list[int]:
-    """``chosen``, in which others of the ``population`` take the place of the last ones of a side that has more than enough, where
-    validation or test would have less than their quota or training less than half.
+    """``chosen``, in which others of the ``population`` take the place of the last ones of a side
+    that has more than enough, where validation or test would have less than their quota or training
+    less than half.
 
-    A structure can be held back when its family never trained (``known``: side of every family that has labels), so that no phase is on
-    two sides. Where there are too few such structures, the sides stay short.
+    A structure can be held back when its family never trained (``known``: side of every family that
+    has labels), so that no phase is on two sides. Where there are too few such structures, the
+    sides stay short.
     """
     wanted = {**quotas(len(chosen), split), "train": len(chosen) - len(chosen) // 2}
-    names = families.would_be([bare(atoms) for atoms in population])
+    names = families.would_be([stripped(atoms) for atoms in population])
     picked, waiting = list(chosen), list(wanted)
     for _ in range(2 * len(chosen)):
         sides = sides_of_families([names[index] for index in picked], split, known)
@@ -121,17 +155,24 @@ def hold_back(
         spare = max(wanted, key=lambda side: counts[side] - wanted[side])
         if short is None or counts[spare] <= wanted[spare]:
             break
-        others = [i for i, name in enumerate(names) if i not in picked and known.get(name, sides.get(name, short)) == short]
+        others = [
+            i
+            for i, name in enumerate(names)
+            if i not in picked and known.get(name, sides.get(name, short)) == short
+        ]
         if not others:
             waiting.remove(short)
             continue
-        last = max(place for place, index in enumerate(picked) if sides[names[index]] == spare)
+        last = max(
+            position for position, index in enumerate(picked) if sides[names[index]] == spare
+        )
         picked[last] = others[int(rng.integers(len(others)))]
     return picked
 
 
 def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
-    """Indices of the ``n`` structures of lowest ``info['enthalpy']`` (unknown: last) no two of which are one phase.
+    """Indices of the ``n`` structures of lowest ``info['enthalpy']`` (unknown: last) no two of
+    which are one phase.
 
     Of several compositions those nearest to the hull of the enthalpies.
     """
@@ -140,7 +181,7 @@ def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
     chosen: list[int] = []
     prints: list[Fingerprint] = []
     for index in np.argsort(heights, kind="stable"):
-        mine = fingerprint(bare(population[index]))
+        mine = fingerprint(stripped(population[index]))
         if not any(mine.similar(other) for other in prints):
             chosen.append(int(index))
             prints.append(mine)
@@ -149,10 +190,14 @@ def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
     return chosen
 
 
-def farthest_points(points: np.ndarray, n: int, rng: np.random.Generator, known: np.ndarray) -> list[int]:
-    """Indices of ``n`` of the ``points`` (m, u), each the farthest from those before it and from ``known`` (k, u).
+def farthest_points(
+    points: np.ndarray, n: int, rng: np.random.Generator, known: np.ndarray
+) -> list[int]:
+    """Indices of ``n`` of the ``points`` (m, u), each the farthest from those before it and from
+    ``known`` (k, u).
 
-    Without known points the first is drawn. Euclidean distances; Gonzalez, doi:10.1016/0304-3975(85)90224-5.
+    Without known points the first is drawn. Euclidean distances; Gonzalez,
+    doi:10.1016/0304-3975(85)90224-5.
     """
     if len(points) == 0:
         return []
@@ -161,7 +206,9 @@ def farthest_points(points: np.ndarray, n: int, rng: np.random.Generator, known:
         distance = np.minimum(distance, np.linalg.norm(points - point, axis=1))
     chosen: list[int] = []
     while len(chosen) < min(n, len(points)):
-        index = int(rng.integers(len(points))) if np.isinf(distance).all() else int(distance.argmax())
+        index = (
+            int(rng.integers(len(points))) if np.isinf(distance).all() else int(distance.argmax())
+        )
         chosen.append(index)
         distance = np.minimum(distance, np.linalg.norm(points - points[index], axis=1))
         distance[chosen] = -1.0
@@ -169,33 +216,44 @@ def farthest_points(points: np.ndarray, n: int, rng: np.random.Generator, known:
 
 
 TOTAL = "n_planned"
-"""In every structure of the file of a plan, how many it holds: a file that is cut between two of them is noticed."""
+"""In every structure of the file of a plan, how many it holds: a file that is cut between two of
+them is noticed."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate that may be the lowest, as its SSCHA run left it; the first of a list is the lowest one so far.
+    """A candidate that may be the lowest, as its SSCHA run left it; the first of a list is the
+    lowest one so far.
 
-    centroids : one primitive cell, the parent of its configurations. configurations : of the supercell, +u and -u next to each other, of
-    which the first pairs are taken. odds : probability to be the lowest. spread : eV/atom, expected standard deviation of the model's
-    energy error among the pairs of the ensemble.
+    centroids : one primitive cell, the parent of its configurations. configurations : of the
+    supercell, +u and -u next to each other, of which the first pairs are taken. probability : of
+    being the lowest. spread : eV/atom, expected standard deviation of the model's energy error
+    among the pairs of the ensemble.
     """
 
     id: str
     centroids: Atoms
     configurations: Sequence[Atoms]
-    odds: float
+    probability: float
     spread: float
 
 
-def allocate(spreads: Sequence[float], odds: Sequence[float], n_pairs: int, most: Sequence[int] | None = None) -> list[int]:
+def allocate(
+    spreads: Sequence[float],
+    probability: Sequence[float],
+    n_pairs: int,
+    most: Sequence[int] | None = None,
+) -> list[int]:
     """Pairs for every contender, the first being the lowest; at most ``most`` of each.
 
-    Each gets one before any gets two (in the order of their worth, when there are fewer pairs than contenders).
+    Each gets one before any gets two (in the order of their worth, when there are fewer pairs than
+    contenders).
     """
-    weights = np.array(odds, dtype=float)
+    weights = np.array(probability, dtype=float)
     weights[0] = weights[1:].sum()
-    worth = np.maximum(weights, 1e-12) * np.maximum(np.square(np.asarray(spreads, dtype=float)), 1e-24)
+    worth = np.maximum(weights, 1e-12) * np.maximum(
+        np.square(np.asarray(spreads, dtype=float)), 1e-24
+    )
     room = np.full(len(worth), n_pairs) if most is None else np.array(most)
     given = np.zeros(len(worth), dtype=int)
     for _ in range(min(n_pairs, int(room.sum()))):
@@ -207,13 +265,18 @@ def allocate(spreads: Sequence[float], odds: Sequence[float], n_pairs: int, most
 
 
 def plan_ensembles(
-    contenders: Sequence[Contender], generation: int, settings: LearningSettings, store: LabelStore, folder: str | Path
+    contenders: Sequence[Contender],
+    generation: int,
+    settings: LearningSettings,
+    store: LabelStore,
+    folder: str | Path,
 ) -> list[Atoms]:
-    """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about them in ``info``. A phase that has no
-    labels yet trains.
+    """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about
+    them in ``info``. A phase that has no labels yet trains.
 
-    The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken up again (a damaged one is set aside and
-    made anew); without contenders and without such a file it is empty.
+    The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken
+    up again (a damaged one is set aside and made anew); without contenders and without such a file
+    it is empty.
     """
     file = plan_file(folder, generation)
     if (kept := read_whole(file, read_plan)) is not None:
@@ -223,19 +286,26 @@ def plan_ensembles(
     n_pairs = max(1, settings.n_sample * settings.n_perturb // 2)
     known = store.sides(settings.split, before=generation)
     shares = allocate(
-        [c.spread for c in contenders], [c.odds for c in contenders], n_pairs, [len(c.configurations) // 2 for c in contenders]
+        [c.spread for c in contenders],
+        [c.probability for c in contenders],
+        n_pairs,
+        [len(c.configurations) // 2 for c in contenders],
     )
     planned = []
     for contender, share in zip(contenders, shares, strict=True):
         log.info(
-            "%s (odds to be lowest %.2f, spread of the energy error %.2g eV/atom): %d pairs of its ensemble are labelled",
-            contender.id, contender.odds, contender.spread, share,
-        )  # fmt: skip
-        parent = bare(contender.centroids)
+            "%s (probability of being lowest %.2f, spread of the energy error %.2g eV/atom): %d"
+            " pairs of its ensemble are labelled",
+            contender.id,
+            contender.probability,
+            contender.spread,
+            share,
+        )
+        parent = stripped(contender.centroids)
         name = parent_name(parent)
         family = store.families.family(name, parent)
         for number, configuration in enumerate(contender.configurations[: 2 * share]):
-            atoms = bare(configuration)
+            atoms = stripped(configuration)
             plan_label(
                 atoms,
                 generation=generation,

@@ -1,7 +1,9 @@
-"""Which chosen structures are one and the same phase, so that their labels stay on one side of the split.
+"""Which chosen structures are one and the same phase, so that their labels stay on one side of the
+split.
 
-A search finds the same phase again and again, in other settings and cells and with every new model. Were each find hashed by
-itself, distortions of one phase would be both in training and in validation.
+A search finds the same phase again and again, in other settings and cells and with every new model.
+Were each find hashed by itself, distortions of one phase would be both in training and in
+validation.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ _GRID = np.arange(0.3, _REACH, _WIDTH)
 class Fingerprint:
     """Invariant under rotation, choice of the cell and number of formula units.
 
-    formula : reduced; volume : A^3/atom; density : smeared pair density per pair of species over distances in units of volume^(1/3),
-    flattened and of norm 1.
+    formula : reduced; volume : A^3/atom; density : smeared pair density per pair of species over
+    distances in units of volume^(1/3), flattened and of norm 1.
     """
 
     formula: str
@@ -41,7 +43,8 @@ class Fingerprint:
     density: np.ndarray
 
     def similar(self, other: Fingerprint) -> bool:
-        """Whether the two are taken for one phase (scalar product above 0.985, volumes within 5 %)."""
+        """Whether the two are taken for one phase (scalar product above 0.985, volumes within 5
+        %)."""
         return (
             self.formula == other.formula
             and self.density.shape == other.density.shape
@@ -56,7 +59,10 @@ def fingerprint(atoms: Atoms) -> Fingerprint:
     length = volume ** (1 / 3)
     first, second, distance = neighbor_list("ijd", atoms, _REACH * length)
     numbers = atoms.numbers
-    low, high = np.minimum(numbers[first], numbers[second]), np.maximum(numbers[first], numbers[second])
+    low, high = (
+        np.minimum(numbers[first], numbers[second]),
+        np.maximum(numbers[first], numbers[second]),
+    )
     species = sorted(set(numbers.tolist()))
     parts = []
     for index, a in enumerate(species):
@@ -66,7 +72,11 @@ def fingerprint(atoms: Atoms) -> Fingerprint:
             parts.append(smeared @ (1 / np.maximum(reduced, 0.1) ** 2) / len(atoms))
     density = np.concatenate(parts)
     norm = np.linalg.norm(density)
-    return Fingerprint(atoms.symbols.formula.reduce()[0].format("hill"), float(volume), density / norm if norm else density)
+    return Fingerprint(
+        atoms.symbols.formula.reduce()[0].format("hill"),
+        float(volume),
+        density / norm if norm else density,
+    )
 
 
 class Families:
@@ -79,7 +89,8 @@ class Families:
         ]
 
     def family(self, parent: str, atoms: Atoms) -> str:
-        """Family of the structure ``parent``: that of the first similar structure chosen before, else its own name."""
+        """Family of the structure ``parent``: that of the first similar structure chosen before,
+        else its own name."""
         known = next((family for name, family, _ in self._members if name == parent), None)
         if known is not None:
             return known
@@ -96,7 +107,9 @@ class Families:
         found = []
         for atoms in structures:
             mine = fingerprint(atoms)
-            family = next((family for family, other in known if mine.similar(other)), parent_name(atoms))
+            family = next(
+                (family for family, other in known if mine.similar(other)), parent_name(atoms)
+            )
             known.append((family, mine))
             found.append(family)
         return found
@@ -111,16 +124,23 @@ def parent_name(atoms: Atoms) -> str:
     return f"p-{structure_id(atoms)}"
 
 
-def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Side of every family of a batch: as near to the ratio ``split`` of its labels as whole families allow.
+def sides_of_families(
+    family_of_label: Sequence[str], split: Sequence[int], known: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Side of every family of a batch: as near to the ratio ``split`` of its labels as whole
+    families allow.
 
-    Families in ``known`` keep their side, and count for it. While families are left, no side that ``split`` asks for stays empty; the
-    largest one trains when none else does, or when it is more than half of the batch. The order is by a hash of the name, so that the
-    same families give the same sides.
+    Families in ``known`` keep their side, and count for it. While families are left, no side that
+    ``split`` asks for stays empty; the largest one trains when none else does, or when it is more
+    than half of the batch. The order is by a hash of the name, so that the same families give the
+    same sides.
     """
     sizes, before = Counter(family_of_label), known or {}
     sides = {family: before.get(family, "") for family in sizes}
-    free = sorted((f for f in sizes if not sides[f]), key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    free = sorted(
+        (f for f in sizes if not sides[f]),
+        key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
+    )
     largest = max(free, key=lambda name: sizes[name], default="")
     if free and ("train" not in sides.values() or 2 * sizes[largest] > sizes.total()):
         free.remove(largest)
@@ -139,7 +159,13 @@ def sides_of_families(family_of_label: Sequence[str], split: Sequence[int], know
 
 def _to_record(parent: str, family: str, found: Fingerprint) -> dict[str, Any]:
     density = np.round(found.density, 5)
-    return {"parent": parent, "family": family, "formula": found.formula, "volume": round(found.volume, 5), "density": density}
+    return {
+        "parent": parent,
+        "family": family,
+        "formula": found.formula,
+        "volume": round(found.volume, 5),
+        "density": density,
+    }
 
 
 def _is_whole(record: dict[str, Any]) -> bool:
@@ -149,4 +175,8 @@ def _is_whole(record: dict[str, Any]) -> bool:
 
 
 def _from_record(record: dict[str, Any]) -> tuple[str, str, Fingerprint]:
-    return record["parent"], record["family"], Fingerprint(record["formula"], record["volume"], np.array(record["density"]))
+    return (
+        record["parent"],
+        record["family"],
+        Fingerprint(record["formula"], record["volume"], np.array(record["density"])),
+    )

@@ -1,4 +1,5 @@
-"""Where phases change places: boundaries P(T) with confidence bands, their slopes, and who is lowest with which odds."""
+"""Where the order of phases changes: boundaries P(T) with confidence bands, their slopes, and who
+is lowest with which probability."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.phase_diagram.points import GibbsPoint
-from magus_anharmonic.phase_diagram.surface import GibbsSurface, SurfaceDraws, fit_surface
+from magus_anharmonic.phase_diagram.surface import GibbsSurface, SurfaceSamples, fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 N_PRESSURES = 241
@@ -20,19 +21,20 @@ INF = math.inf
 RESOLVED = 0.5
 """Part of the samples that must cross where the best fit does."""
 SIGNIFICANT = 2.0
-"""Standard errors by which G must differ somewhere between a crossing and the next one, on one side at least: surfaces of two phases that
-have become one cross wherever the noise makes them."""
+"""Standard errors by which G must differ somewhere between a crossing and the next one, on one side
+at least: surfaces of two phases that have become one cross wherever the noise makes them."""
 
 
 @dataclass(frozen=True)
 class BoundaryPoint:
     """Where ``below`` (stable at lower pressure) and ``above`` have the same G, at one temperature.
 
-    pressure : GPa, the median of the sampled fits (that of the best fit where the median is open). The quantiles are those of the sampled
-    fits; a sample in which the phases do not cross inside the points counts as beyond their last pressure, and a quantile that lies there
-    is infinite ("open"). inside : part of the samples that cross here.
-    error : half the 68 % band, infinite when it is open. slope : dP/dT = dS/dV, GPa/K. entropy_change (eV/K per atom) and
-    volume_change (A^3/atom) : above minus below. stable : no third phase is lower there.
+    pressure : GPa, the median of the sampled fits (that of the best fit where the median is open).
+    The quantiles are those of the sampled fits; a sample in which the phases do not cross inside
+    the points counts as beyond their last pressure, and a quantile that lies there is infinite
+    ("open"). inside : part of the samples that cross here. error : half the 68 % band, infinite
+    when it is open. slope : dP/dT = dS/dV, GPa/K. entropy_change (eV/K per atom) and volume_change
+    (A^3/atom) : above minus below. stable : no third phase is lower there.
     """
 
     isotopes: str
@@ -55,9 +57,11 @@ class BoundaryPoint:
 
 @dataclass(frozen=True)
 class SlopeCheck:
-    """Clausius-Clapeyron with independent data: dP/dT of the boundary by G alone, and dS/dV by the entropies and volumes alone.
+    """Clausius-Clapeyron with independent data: dP/dT of the boundary by G alone, and dS/dV by the
+    entropies and volumes alone.
 
-    GPa/K at ``temperature`` K; deviation : of the two in standard errors. reason : why there is no check, else empty.
+    GPa/K at ``temperature`` K; deviation : of the two in standard errors. reason : why there is no
+    check, else empty.
     """
 
     isotopes: str
@@ -72,39 +76,53 @@ class SlopeCheck:
 
     @property
     def deviation(self) -> float:
-        return abs(self.by_gibbs - self.by_entropy_volume) / math.hypot(self.by_gibbs_error, self.by_entropy_volume_error)
+        return abs(self.by_gibbs - self.by_entropy_volume) / math.hypot(
+            self.by_gibbs_error, self.by_entropy_volume_error
+        )
 
 
 @dataclass(frozen=True)
 class PhaseSet:
-    """Surfaces of the phases of one composition and one set of isotopes, with as many draws of each."""
+    """Surfaces of the phases of one composition and one set of isotopes, with as many samples of
+    each."""
 
     isotopes: str
     surfaces: Mapping[str, GibbsSurface]
-    draws: Mapping[str, SurfaceDraws]
+    samples: Mapping[str, SurfaceSamples]
 
 
-def phase_set(points: Sequence[GibbsPoint], isotopes: str, *, n_samples: int = 1000, seed: int = 0, offset_error: float = 0.0) -> PhaseSet:
-    """Fit every phase that has usable points; draws are seeded by phase, so that adding a phase changes no other.
+def phase_set(
+    points: Sequence[GibbsPoint],
+    isotopes: str,
+    *,
+    n_samples: int = 1000,
+    seed: int = 0,
+    offset_error: float = 0.0,
+) -> PhaseSet:
+    """Fit every phase that has usable points; samples are seeded by phase, so that adding a phase
+    changes no other.
 
-    ``offset_error``: eV/atom, error of G of a phase as a whole (the potential's), independent between phases. It is drawn once for all
-    isotopes of a phase, because they share the potential.
+    ``offset_error``: eV/atom, error of G of a phase as a whole (the potential's), independent
+    between phases. It is drawn once for all isotopes of a phase, because they share the potential.
     """
-    surfaces, draws = {}, {}
+    surfaces, samples = {}, {}
     for phase in dict.fromkeys(point.phase for point in points):
         mine = [point for point in points if point.phase == phase and point.isotopes == isotopes]
         if not any(point.usable for point in mine):
             continue
         surfaces[phase] = fit_surface(mine)
         tag = [seed, *phase.encode(), 0, *isotopes.encode()]
-        drawn = surfaces[phase].draw(n_samples, np.random.default_rng(tag))
-        offsets = offset_error * np.random.default_rng([seed, *phase.encode()]).standard_normal(n_samples)
-        draws[phase] = SurfaceDraws(drawn.parts, drawn.extra, offsets, drawn.order)
-    return PhaseSet(isotopes, surfaces, draws)
+        sampled = surfaces[phase].sample(n_samples, np.random.default_rng(tag))
+        offsets = offset_error * np.random.default_rng([seed, *phase.encode()]).standard_normal(
+            n_samples
+        )
+        samples[phase] = SurfaceSamples(sampled.parts, sampled.extra, offsets, sampled.order)
+    return PhaseSet(isotopes, surfaces, samples)
 
 
 def temperature_range(surfaces: Sequence[GibbsSurface], n: int = N_TEMPERATURES) -> np.ndarray:
-    """Temperatures (K) that all surfaces have in common, their points among them; empty when there are none."""
+    """Temperatures (K) that all surfaces have in common, their points among them; empty when there
+    are none."""
     lows = max(surface.domain[:, 1].min() for surface in surfaces)
     highs = min(surface.domain[:, 1].max() for surface in surfaces)
     if lows > highs:
@@ -113,17 +131,27 @@ def temperature_range(surfaces: Sequence[GibbsSurface], n: int = N_TEMPERATURES)
     return np.unique(np.concatenate([np.linspace(lows, highs, n if highs > lows else 1), own]))
 
 
-def common_pressures(surfaces: Sequence[GibbsSurface], temperature: float, n: int = N_PRESSURES) -> np.ndarray:
-    """Pressures (GPa) inside the points of all surfaces at one temperature; empty when there are none."""
+def common_pressures(
+    surfaces: Sequence[GibbsSurface], temperature: float, n: int = N_PRESSURES
+) -> np.ndarray:
+    """Pressures (GPa) inside the points of all surfaces at one temperature; empty when there are
+    none."""
     lowest = min(surface.domain[:, 0].min() for surface in surfaces)
     highest = max(surface.domain[:, 0].max() for surface in surfaces)
-    grid = np.unique(np.concatenate([np.linspace(lowest, highest, n), *(surface.domain[:, 0] for surface in surfaces)]))
+    grid = np.unique(
+        np.concatenate(
+            [np.linspace(lowest, highest, n), *(surface.domain[:, 0] for surface in surfaces)]
+        )
+    )
     keep = np.all([surface.inside(grid, temperature) for surface in surfaces], axis=0)
     return grid[keep]
 
 
-def pair_boundary(phases: PhaseSet, first: str, second: str, temperatures: np.ndarray) -> list[BoundaryPoint]:
-    """The crossings of two phases at the given temperatures (K) that at least half of the samples have too."""
+def pair_boundary(
+    phases: PhaseSet, first: str, second: str, temperatures: np.ndarray
+) -> list[BoundaryPoint]:
+    """The crossings of two phases at the given temperatures (K) that at least half of the samples
+    have too."""
     a, b = phases.surfaces[first], phases.surfaces[second]
     found = []
     for temperature in temperatures:
@@ -134,33 +162,57 @@ def pair_boundary(phases: PhaseSet, first: str, second: str, temperatures: np.nd
         crossings = _crossings(grid, difference)
         if not crossings:
             continue
-        samples = phases.draws[second].values(grid, temperature) - phases.draws[first].values(grid, temperature)
+        samples = phases.samples[second].values(grid, temperature) - phases.samples[first].values(
+            grid, temperature
+        )
         crossings = _significant(crossings, grid, difference, samples.std(axis=0))
         here: list[BoundaryPoint] = []
         for falling in (True, False):
             below, above = (first, second) if falling else (second, first)
-            places = np.array([pressure for pressure, falls in crossings if falls == falling])
-            for number, pressure in enumerate(places):
-                drawn = _sampled_crossings(grid, samples if falling else -samples, float(pressure))
-                inside = np.isfinite(drawn) & (np.abs(drawn[:, None] - places).argmin(axis=1) == number)
+            crossing_pressures = np.array(
+                [pressure for pressure, falls in crossings if falls == falling]
+            )
+            for number, pressure in enumerate(crossing_pressures):
+                sampled = _sampled_crossings(
+                    grid, samples if falling else -samples, float(pressure)
+                )
+                inside = np.isfinite(sampled) & (
+                    np.abs(sampled[:, None] - crossing_pressures).argmin(axis=1) == number
+                )
                 if inside.mean() >= RESOLVED:
-                    here.append(_point(phases, below, above, float(temperature), float(pressure), drawn, float(inside.mean())))
+                    here.append(
+                        _point(
+                            phases,
+                            below,
+                            above,
+                            float(temperature),
+                            float(pressure),
+                            sampled,
+                            float(inside.mean()),
+                        )
+                    )
         found += _alternating(here)
     return found
 
 
 def _significant(
-    crossings: Sequence[tuple[float, bool]], grid: np.ndarray, difference: np.ndarray, errors: np.ndarray
+    crossings: Sequence[tuple[float, bool]],
+    grid: np.ndarray,
+    difference: np.ndarray,
+    errors: np.ndarray,
 ) -> list[tuple[float, bool]]:
     """Those beside which the difference is more than noise."""
     inside = np.searchsorted([pressure for pressure, _ in crossings], grid)
     apart = np.abs(difference) > SIGNIFICANT * errors
     known = [bool(apart[inside == number].any()) for number in range(len(crossings) + 1)]
-    return [crossing for number, crossing in enumerate(crossings) if known[number] or known[number + 1]]
+    return [
+        crossing for number, crossing in enumerate(crossings) if known[number] or known[number + 1]
+    ]
 
 
 def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
-    """Of neighbours in the same sense, between which no way back was resolved, the surest; by pressure."""
+    """Of neighbouring crossings in the same sense, with none in the other between them, the most
+    certain; by pressure."""
     kept: list[BoundaryPoint] = []
     for one in sorted(crossings, key=lambda crossing: crossing.pressure):
         if not kept or kept[-1].below != one.below:
@@ -171,28 +223,36 @@ def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
 
 
 def _crossings(grid: np.ndarray, difference: np.ndarray) -> list[tuple[float, bool]]:
-    """Pressures where ``difference`` changes sign, and whether it falls there (the second phase takes over)."""
+    """Pressures where ``difference`` changes sign, and whether it falls there (the second phase
+    takes over)."""
     signs = np.sign(difference)
-    places = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
+    crossing_pressures = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
     return [
-        (float(grid[i] - difference[i] * (grid[i + 1] - grid[i]) / (difference[i + 1] - difference[i])), bool(difference[i] > 0))
-        for i in places
+        (
+            float(
+                grid[i]
+                - difference[i] * (grid[i + 1] - grid[i]) / (difference[i + 1] - difference[i])
+            ),
+            bool(difference[i] > 0),
+        )
+        for i in crossing_pressures
     ]
 
 
 def _sampled_crossings(grid: np.ndarray, samples: np.ndarray, near: float) -> np.ndarray:
-    """(n,) the falling crossing of each sample nearest to ``near``; -inf (inf) where the sample is below (above) zero all along.
+    """(n,) the falling crossing of each sample nearest to ``near``; -inf (inf) where the sample is
+    below (above) zero all along.
 
     A sample that only rises counts by its sign at ``near``.
     """
     left, right = samples[:, :-1], samples[:, 1:]
     falling = (left > 0) & (right <= 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        places = grid[:-1] + np.diff(grid) * left / (left - right)
-    distance = np.where(falling, np.abs(places - near), INF)
+        crossing_pressures = grid[:-1] + np.diff(grid) * left / (left - right)
+    distance = np.where(falling, np.abs(crossing_pressures - near), INF)
     best = np.argmin(distance, axis=1)
     rows = np.arange(len(samples))
-    crossing = np.where(falling[rows, best], places[rows, best], 0.0)
+    crossing = np.where(falling[rows, best], crossing_pressures[rows, best], 0.0)
     at_near = samples[:, int(np.argmin(np.abs(grid - near)))]
     return np.where(falling.any(axis=1), crossing, np.where(at_near > 0, INF, -INF))
 
@@ -200,25 +260,43 @@ def _sampled_crossings(grid: np.ndarray, samples: np.ndarray, near: float) -> np
 def quantile(values: np.ndarray, level: float) -> float:
     """Quantile of numbers that may be infinite (by order, no interpolation across infinity)."""
     ordered = np.sort(values)
-    place = level * (len(ordered) - 1)
-    low, high = ordered[int(np.floor(place))], ordered[int(np.ceil(place))]
+    position = level * (len(ordered) - 1)
+    low, high = ordered[int(np.floor(position))], ordered[int(np.ceil(position))]
     if not (np.isfinite(low) and np.isfinite(high)):
         return float(low if level < 0.5 else high)
-    return float(low + (high - low) * (place - np.floor(place)))
+    return float(low + (high - low) * (position - np.floor(position)))
 
 
-def _point(phases: PhaseSet, below: str, above: str, temperature: float, best: float, drawn: np.ndarray, inside: float) -> BoundaryPoint:
-    middle = quantile(drawn, 0.5)
+def _point(
+    phases: PhaseSet,
+    below: str,
+    above: str,
+    temperature: float,
+    best: float,
+    sampled: np.ndarray,
+    inside: float,
+) -> BoundaryPoint:
+    middle = quantile(sampled, 0.5)
     pressure = middle if math.isfinite(middle) else best
-    bands = {name: quantile(drawn, level) for name, level in LEVELS.items()}
+    bands = {name: quantile(sampled, level) for name, level in LEVELS.items()}
     a, b = phases.surfaces[below], phases.surfaces[above]
     entropy = float(b.entropy(pressure, temperature) - a.entropy(pressure, temperature))
     volume = float(b.volume(pressure, temperature) - a.volume(pressure, temperature))
-    others = [s for name, s in phases.surfaces.items() if name not in (below, above) and bool(s.inside(pressure, temperature))]
+    others = [
+        s
+        for name, s in phases.surfaces.items()
+        if name not in (below, above) and bool(s.inside(pressure, temperature))
+    ]
     here = float(a.gibbs(pressure, temperature))
     return BoundaryPoint(
-        phases.isotopes, below, above, temperature, pressure,
-        error=0.5 * (bands["upper_68"] - bands["lower_68"]) if np.isfinite([bands["upper_68"], bands["lower_68"]]).all() else INF,
+        phases.isotopes,
+        below,
+        above,
+        temperature,
+        pressure,
+        error=0.5 * (bands["upper_68"] - bands["lower_68"])
+        if np.isfinite([bands["upper_68"], bands["lower_68"]]).all()
+        else INF,
         **bands,
         inside=inside,
         slope=entropy / volume * EV_PER_A3_IN_GPA,
@@ -226,12 +304,14 @@ def _point(phases: PhaseSet, below: str, above: str, temperature: float, best: f
         entropy_change=entropy,
         volume_change=volume,
         stable=all(float(other.gibbs(pressure, temperature)) >= here for other in others),
-    )  # fmt: skip
+    )
 
 
-def _slope_error(phases: PhaseSet, below: str, above: str, temperature: float, pressure: float) -> float:
-    """Half the 68 % range of dS/dV over the draws at one point, GPa/K."""
-    a, b = phases.draws[below], phases.draws[above]
+def _slope_error(
+    phases: PhaseSet, below: str, above: str, temperature: float, pressure: float
+) -> float:
+    """Half the 68 % range of dS/dV over the samples at one point, GPa/K."""
+    a, b = phases.samples[below], phases.samples[above]
     entropy = a.values(pressure, temperature, "T") - b.values(pressure, temperature, "T")
     volume = b.values(pressure, temperature, "P") - a.values(pressure, temperature, "P")
     slopes = (entropy / volume)[:, 0] * EV_PER_A3_IN_GPA
@@ -242,55 +322,84 @@ def all_boundaries(phases: PhaseSet) -> list[BoundaryPoint]:
     """Every crossing of every pair of phases, over the temperatures that the two have in common."""
     names = list(phases.surfaces)
     found = []
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
             temperatures = temperature_range([phases.surfaces[first], phases.surfaces[second]])
             found += pair_boundary(phases, first, second, temperatures)
     return found
 
 
-def lowest_odds(phases: PhaseSet, pressure: float, temperature: float) -> dict[str, float]:
-    """Part of the draws in which each phase is lowest at (GPa, K), among those whose points reach there."""
-    names = [name for name, surface in phases.surfaces.items() if bool(surface.inside(pressure, temperature))]
+def lowest_probabilities(phases: PhaseSet, pressure: float, temperature: float) -> dict[str, float]:
+    """Fraction of the samples in which each phase is lowest at (GPa, K), among those whose points
+    reach there."""
+    names = [
+        name
+        for name, surface in phases.surfaces.items()
+        if bool(surface.inside(pressure, temperature))
+    ]
     if not names:
         return {}
-    drawn = np.stack([phases.draws[name].values(pressure, temperature)[:, 0] for name in names])
-    counts = np.bincount(np.argmin(drawn, axis=0), minlength=len(names)) / drawn.shape[1]
+    sampled = np.stack([phases.samples[name].values(pressure, temperature)[:, 0] for name in names])
+    counts = np.bincount(np.argmin(sampled, axis=0), minlength=len(names)) / sampled.shape[1]
     return dict(zip(names, counts.tolist(), strict=True))
 
 
 def slope_check(
-    points: Sequence[GibbsPoint], boundary: Sequence[BoundaryPoint], *, n_samples: int = 400, seed: int = 0
+    points: Sequence[GibbsPoint],
+    boundary: Sequence[BoundaryPoint],
+    *,
+    n_samples: int = 400,
+    seed: int = 0,
 ) -> SlopeCheck | None:
-    """Compare the two sides of Clausius-Clapeyron in the middle of one boundary; None for a boundary at one temperature."""
+    """Compare the two sides of Clausius-Clapeyron in the middle of one boundary; None for a
+    boundary at one temperature."""
     temperatures = [one.temperature for one in boundary]
     if not boundary or max(temperatures) - min(temperatures) <= 0:
         return None
     middle = 0.5 * (min(temperatures) + max(temperatures))
     one = min(boundary, key=lambda point: abs(point.temperature - middle))
-    pairs = [[p for p in points if p.phase == name and p.isotopes == one.isotopes] for name in (one.below, one.above)]
+    pairs = [
+        [p for p in points if p.phase == name and p.isotopes == one.isotopes]
+        for name in (one.below, one.above)
+    ]
 
-    def drawn(kinds: tuple[str, ...]) -> list[SurfaceDraws]:
-        return [fit_surface(mine, kinds).draw(n_samples, np.random.default_rng([seed, k])) for k, mine in enumerate(pairs)]
+    def sampled(kinds: tuple[str, ...]) -> list[SurfaceSamples]:
+        return [
+            fit_surface(mine, kinds).sample(n_samples, np.random.default_rng([seed, k]))
+            for k, mine in enumerate(pairs)
+        ]
 
     nan = math.nan
     warm = [p for mine in pairs for p in mine if p.usable and p.temperature_K > 0]
-    if not all(p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm):
+    if not all(
+        p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm
+    ):
         reason = "not every point has a volume and an entropy with their errors"
-        return SlopeCheck(one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, reason)
+        return SlopeCheck(
+            one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, reason
+        )
     try:
-        a, b = drawn(("G",))
+        a, b = sampled(("G",))
         by_gibbs = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
-        a, b = drawn(("V", "S"))
+        a, b = sampled(("V", "S"))
         by_both = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
     except InputError as error:
-        return SlopeCheck(one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, str(error))
+        return SlopeCheck(
+            one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, str(error)
+        )
     (left, left_error), (right, right_error) = (_middle(values) for values in (by_gibbs, by_both))
-    return SlopeCheck(one.isotopes, one.below, one.above, one.temperature, left, left_error, right, right_error)
+    return SlopeCheck(
+        one.isotopes, one.below, one.above, one.temperature, left, left_error, right, right_error
+    )
 
 
-def _difference(a: SurfaceDraws, b: SurfaceDraws, at: BoundaryPoint, derivative: str) -> np.ndarray:
-    return (b.values(at.pressure, at.temperature, derivative) - a.values(at.pressure, at.temperature, derivative))[:, 0]
+def _difference(
+    a: SurfaceSamples, b: SurfaceSamples, at: BoundaryPoint, derivative: str
+) -> np.ndarray:
+    return (
+        b.values(at.pressure, at.temperature, derivative)
+        - a.values(at.pressure, at.temperature, derivative)
+    )[:, 0]
 
 
 def _middle(values: np.ndarray) -> tuple[float, float]:
@@ -299,9 +408,16 @@ def _middle(values: np.ndarray) -> tuple[float, float]:
     return float(middle), float(0.5 * (high - low))
 
 
-def isotope_shifts(boundary: Sequence[BoundaryPoint], reference: str) -> list[dict[str, float | str]]:
-    """Pressure of each boundary minus that of the isotopes ``reference`` at the same temperature, GPa, with its error."""
-    base = {(one.below, one.above, round(one.temperature, 6)): one for one in boundary if one.isotopes == reference}
+def isotope_shifts(
+    boundary: Sequence[BoundaryPoint], reference: str
+) -> list[dict[str, float | str]]:
+    """Pressure of each boundary minus that of the isotopes ``reference`` at the same temperature,
+    GPa, with its error."""
+    base = {
+        (one.below, one.above, round(one.temperature, 6)): one
+        for one in boundary
+        if one.isotopes == reference
+    }
     shifts: list[dict[str, float | str]] = []
     for one in boundary:
         other = base.get((one.below, one.above, round(one.temperature, 6)))
@@ -309,9 +425,13 @@ def isotope_shifts(boundary: Sequence[BoundaryPoint], reference: str) -> list[di
             continue
         shifts.append(
             {
-                "isotopes": one.isotopes, "reference": reference, "below": one.below, "above": one.above,
-                "temperature_K": one.temperature, "shift_GPa": one.pressure - other.pressure,
+                "isotopes": one.isotopes,
+                "reference": reference,
+                "below": one.below,
+                "above": one.above,
+                "temperature_K": one.temperature,
+                "shift_GPa": one.pressure - other.pressure,
                 "error_GPa": math.hypot(one.error, other.error),
             }
-        )  # fmt: skip
+        )
     return shifts

@@ -1,4 +1,5 @@
-"""What ``magus-anharmonic phase-diagram`` does: from its sources to points, and from points to the files of the diagram."""
+"""What ``magus-anharmonic phase-diagram`` does: from its sources to points, and from points to the
+files of the diagram."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ WHAT = "magus-anharmonic phase-diagram"
 
 @dataclass(frozen=True)
 class GridOptions:
-    """What the command line says about a grid of structure files; empty where the source is another one."""
+    """What the command line says about a grid of structure files; empty where the source is another
+    one."""
 
     pressures: tuple[float, ...] = ()
     temperatures: tuple[float, ...] = ()
@@ -56,10 +58,12 @@ def phase_diagram_command(
     Raises ``InputError``, also where another process works in ``output``.
     """
     with locked(output, WHAT):
-        return _held_command(sources, output, grid or GridOptions(), end_members, model_error, seed)
+        return _locked_command(
+            sources, output, grid or GridOptions(), end_members, model_error, seed
+        )
 
 
-def _held_command(
+def _locked_command(
     sources: Sequence[Path],
     output: Path,
     grid: GridOptions,
@@ -74,7 +78,9 @@ def _held_command(
     given = {"end_members": end_members, "model_error": model_error, "seed": seed}
     options.update({name: value for name, value in given.items() if value is not None})
     if options["model_error"] < 0:
-        raise InputError(f"--model-error: {options['model_error']:g}: must not be negative (eV/atom)")
+        raise InputError(
+            f"--model-error: {options['model_error']:g}: must not be negative (eV/atom)"
+        )
     diagram = phase_diagram(points, **options)
     pictures = write_diagram(diagram, output)
     return sentences(diagram), pictures
@@ -83,11 +89,15 @@ def _held_command(
 def read_source(
     sources: Sequence[Path], output: Path, grid: GridOptions, seed: int | None = None
 ) -> tuple[list[GibbsPoint], PhaseDiagramSettings | None]:
-    """The points that the sources hold, or that SSCHA gives in ``output``, whose lock the caller holds; with the settings of a grid."""
+    """The points that the sources hold, or that SSCHA gives in ``output``, whose lock the caller
+    holds; with the settings of a grid."""
     first = Path(sources[0])
     alone = first.is_dir() or first.suffix.lower() in (".yaml", ".yml", ".csv")
     if alone and (len(sources) > 1 or grid.given):
-        raise InputError(f"{first}: holds everything; give it alone, without --pressure, --temperature, --checkpoint and --isotope")
+        raise InputError(
+            f"{first}: holds everything; give it alone, without --pressure, --temperature,"
+            " --checkpoint and --isotope"
+        )
     if first.is_dir():
         from magus_anharmonic.phase_diagram.grid import collect_runs
 
@@ -98,7 +108,7 @@ def read_source(
     settings = load_phase_diagram(first) if alone else _from_options(sources, grid)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
-    return run_held(settings, output), settings
+    return run_locked(settings, output), settings
 
 
 def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSettings:
@@ -108,7 +118,10 @@ def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSet
     phases: dict[str, str] = {}
     for path in sources:
         if path.stem in phases:
-            raise InputError(f"{path}: a phase is named as its file, and {path.stem} is there already; use a phase-diagram.yaml")
+            raise InputError(
+                f"{path}: a phase is named as its file, and {path.stem} is there already; use a"
+                " phase-diagram.yaml"
+            )
         phases[path.stem] = str(Path(path).resolve())
     data = {
         "phases": phases,
@@ -127,15 +140,26 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
     """``"D3S:H=2.014"``."""
     name, colon, rest = text.partition(":")
     pairs = re.findall(r"([A-Z][a-z]?)=([0-9.]+)", rest)
-    if not colon or not name or ",".join(f"{symbol}={mass}" for symbol, mass in pairs) != rest.replace(" ", ""):
-        raise InputError(f"--isotope: {text!r}: must be NAME:SYMBOL=MASS, e.g. D3S:H=2.014 (more masses after a comma)")
+    if (
+        not colon
+        or not name
+        or ",".join(f"{symbol}={mass}" for symbol, mass in pairs) != rest.replace(" ", "")
+    ):
+        raise InputError(
+            f"--isotope: {text!r}: must be NAME:SYMBOL=MASS, e.g. D3S:H=2.014 (more masses after a"
+            " comma)"
+        )
     return name, {symbol: float(mass) for symbol, mass in pairs}
 
 
-def run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None) -> list[GibbsPoint]:
-    """Run or resume the grid in ``output``, whose lock the caller holds; ``gibbs.csv`` is up to date after every point.
+def run_locked(
+    settings: PhaseDiagramSettings, output: Path, evaluator: Any = None
+) -> list[GibbsPoint]:
+    """Run or resume the grid in ``output``, whose lock the caller holds; ``gibbs.csv`` is up to
+    date after every point.
 
-    ``evaluator``: instead of the checkpoint. Raises ``InputError`` for another version's or another grid's folder.
+    ``evaluator``: instead of the checkpoint. Raises ``InputError`` for another version's or another
+        grid's folder.
     """
     from magus_anharmonic.phase_diagram.grid import read_phase, run_grid
     from magus_anharmonic.run_record import check_results_version, write_run_record
@@ -156,32 +180,79 @@ def run_held(settings: PhaseDiagramSettings, output: Path, evaluator: Any = None
 
 
 def write_diagram(diagram: PhaseDiagram, folder: str | Path) -> dict[str, Path]:
-    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``summary.json`` and the picture as SVG and PNG; with a hull that too.
+    """``gibbs.csv``, ``boundaries.csv``, ``stability.csv``, ``summary.json`` and the picture as SVG
+    and PNG; with a hull that too.
 
-    Returns the pictures: ``png``, ``svg`` and, with a hull, ``hull`` (PNG; ``hull.svg`` lies beside it).
+    Returns the pictures: ``png``, ``svg`` and, with a hull, ``hull`` (PNG; ``hull.svg`` lies beside
+    it).
     """
     target = Path(folder)
     write_points(target / "gibbs.csv", diagram.points)
-    _write_rows(target / "boundaries.csv", BOUNDARY_COLUMNS, [_boundary_row(one) for one in diagram.boundaries])
-    _write_rows(target / "stability.csv", STABLE_COLUMNS, [_stable_row(one) for one in diagram.stable])
-    pictures = {"png": draw(diagram, target / "phase-diagram.png"), "svg": draw(diagram, target / "phase-diagram.svg")}
+    _write_rows(
+        target / "boundaries.csv",
+        BOUNDARY_COLUMNS,
+        [_boundary_row(one) for one in diagram.boundaries],
+    )
+    _write_rows(
+        target / "stability.csv", STABLE_COLUMNS, [_stable_row(one) for one in diagram.stable]
+    )
+    pictures = {
+        "png": draw(diagram, target / "phase-diagram.png"),
+        "svg": draw(diagram, target / "phase-diagram.svg"),
+    }
     if diagram.hull:
         _write_rows(target / "hull.csv", HULL_COLUMNS, [_hull_row(row) for row in diagram.hull])
-        pictures["hull"] = next(path for path in draw_hull(diagram.hull, diagram.end_members, target) if path.suffix == ".png")
+        pictures["hull"] = next(
+            path
+            for path in draw_hull(diagram.hull, diagram.end_members, target)
+            if path.suffix == ".png"
+        )
     write_json(target / "summary.json", summary(diagram, sentences(diagram)))
     return pictures
 
 
 BOUNDARY_COLUMNS = (
-    "isotopes", "below", "above", "temperature_K", "pressure_GPa", "error_GPa", "lower_95_GPa", "lower_68_GPa", "upper_68_GPa",
-    "upper_95_GPa", "odds_inside", "slope_GPa_per_K", "slope_error_GPa_per_K", "entropy_change_eV_per_K_per_atom",
-    "volume_change_A3_per_atom", "stable",
-)  # fmt: skip
-STABLE_COLUMNS = ("isotopes", "formula", "pressure_GPa", "temperature_K", "phase", "odds", "gap_eV_per_atom", "gap_error_eV_per_atom")
+    "isotopes",
+    "below",
+    "above",
+    "temperature_K",
+    "pressure_GPa",
+    "error_GPa",
+    "lower_95_GPa",
+    "lower_68_GPa",
+    "upper_68_GPa",
+    "upper_95_GPa",
+    "probability_inside",
+    "slope_GPa_per_K",
+    "slope_error_GPa_per_K",
+    "entropy_change_eV_per_K_per_atom",
+    "volume_change_A3_per_atom",
+    "stable",
+)
+STABLE_COLUMNS = (
+    "isotopes",
+    "formula",
+    "pressure_GPa",
+    "temperature_K",
+    "phase",
+    "probability",
+    "gap_eV_per_atom",
+    "gap_error_eV_per_atom",
+)
 HULL_COLUMNS = (
-    "isotopes", "pressure_GPa", "temperature_K", "phase", "formula", "fractions", "formation_eV_per_atom", "formation_error_eV_per_atom",
-    "distance_eV_per_atom", "margin_eV_per_atom", "error_eV_per_atom", "p_on_hull",
-)  # fmt: skip
+    "isotopes",
+    "pressure_GPa",
+    "temperature_K",
+    "phase",
+    "formula",
+    "fractions",
+    "formation_eV_per_atom",
+    "formation_error_eV_per_atom",
+    "distance_eV_per_atom",
+    "margin_eV_per_atom",
+    "error_eV_per_atom",
+    "p_on_hull",
+)
 
 
 def _write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -207,19 +278,43 @@ def _stable_row(one: Stable) -> list[Any]:
 def _hull_row(row: HullRow) -> list[Any]:
     one = row.entry
     shares = " ".join(f"{x:.6g}" for x in one.fractions)
-    numbers = [one.formation, one.formation_error, one.distance, one.margin, one.error, one.p_on_hull]
+    numbers = [
+        one.formation,
+        one.formation_error,
+        one.distance,
+        one.margin,
+        one.error,
+        one.p_on_hull,
+    ]
     return [row.isotopes, row.pressure, row.temperature, one.name, one.formula, shares, *numbers]
 
 
 def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
-    """Everything in one dictionary ready for JSON: words, boundaries, quality of the fits, checks; infinite numbers as null."""
+    """Everything in one dictionary ready for JSON: words, boundaries, quality of the fits, checks;
+    infinite numbers as null."""
     fits = [
-        {"isotopes": isotopes, "formula": formula, "phase": name, "chi2": surface.quality.chi2, "degrees_of_freedom": surface.quality.dof,
-         "covariance_inflation": surface.quality.inflation, "n": surface.quality.n, "rms_of_residuals_over_errors": surface.quality.rms,
-         "terms": [{"weight": m.weight, "powers_of_P": m.basis.cold, "powers_of_P_thermal": m.basis.thermal,
-                    "einstein_K": list(m.basis.thetas)} for m in surface.models]}
-        for (isotopes, formula), phases in diagram.sets.items() for name, surface in phases.surfaces.items()
-    ]  # fmt: skip
+        {
+            "isotopes": isotopes,
+            "formula": formula,
+            "phase": name,
+            "chi2": surface.quality.chi2,
+            "degrees_of_freedom": surface.quality.dof,
+            "covariance_inflation": surface.quality.inflation,
+            "n": surface.quality.n,
+            "rms_of_residuals_over_errors": surface.quality.rms,
+            "terms": [
+                {
+                    "weight": m.weight,
+                    "powers_of_P": m.basis.cold,
+                    "powers_of_P_thermal": m.basis.thermal,
+                    "einstein_K": list(m.basis.thetas),
+                }
+                for m in surface.models
+            ],
+        }
+        for (isotopes, formula), phases in diagram.sets.items()
+        for name, surface in phases.surfaces.items()
+    ]
     return _finite(
         {
             "sentences": list(sentences),
@@ -227,9 +322,15 @@ def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
             "n_usable": sum(point.usable for point in diagram.points),
             "models": sorted({point.model for point in diagram.points if point.model}),
             "model_error_eV_per_atom": diagram.model_error,
-            "boundaries": [dict(zip(BOUNDARY_COLUMNS, _boundary_row(one), strict=True)) for one in diagram.boundaries],
-            "continuous_transitions": [asdict(one) for one in diagram.meetings],
-            "clausius_clapeyron": [{**asdict(one), "deviation": None if one.reason else one.deviation} for one in diagram.checks],
+            "boundaries": [
+                dict(zip(BOUNDARY_COLUMNS, _boundary_row(one), strict=True))
+                for one in diagram.boundaries
+            ],
+            "continuous_transitions": [asdict(one) for one in diagram.continuous_transitions],
+            "clausius_clapeyron": [
+                {**asdict(one), "deviation": None if one.reason else one.deviation}
+                for one in diagram.checks
+            ],
             "isotope_shifts": list(diagram.shifts),
             "fits": fits,
             "notes": list(diagram.notes),

@@ -1,4 +1,5 @@
-"""SSCHA free energies of phases on a grid of pressures and temperatures, each point starting from its neighbour; stored and resumed."""
+"""SSCHA free energies of phases on a grid of pressures and temperatures, each point starting from
+its neighbour; stored and resumed."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import read_json, safe_name
 from magus_anharmonic.gate import read_structures
-from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_twins
+from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_same_phase
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble, read_start_file
-from magus_anharmonic.structures import bare, space_group, symbol_of
 from magus_anharmonic.structures import isotopes as isotopes_of
+from magus_anharmonic.structures import space_group, stripped, symbol_of
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -31,21 +32,24 @@ OF_A_RUN = (
     "pressure_tolerance", "strain_tolerance", "centroid_tolerance", "free_energy_tolerance",
     "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
 )  # fmt: skip
-Place = tuple[str, int, int]
+GridIndex = tuple[str, int, int]
 """Isotopes, number of the pressure, number of the temperature."""
 RESPONSE_ERROR = 0.2
-"""Relative error of the bulk modulus at the start of a run, with which volumes are brought to the target pressure."""
+"""Relative error of the bulk modulus at the start of a run, with which volumes are brought to the
+target pressure."""
 
 
 def read_phase(name: str, phase: PhaseSettings) -> Atoms:
     """The structure of one phase; raises ``InputError`` that names phase and file."""
     try:
-        return bare(read_structures(phase.structure, index=phase.index)[0])
+        return stripped(read_structures(phase.structure, index=phase.index)[0])
     except InputError as error:
         raise InputError(*(f"phases.{name}: {problem}" for problem in error.problems)) from None
 
 
-def point_folder(root: Path, phase: str, isotopes: str, pressure: float, temperature: float) -> Path:
+def point_folder(
+    root: Path, phase: str, isotopes: str, pressure: float, temperature: float
+) -> Path:
     """Where one run is stored."""
     return root / safe_name(phase) / safe_name(isotopes) / f"{pressure:g}GPa-{temperature:g}K"
 
@@ -59,50 +63,73 @@ def run_grid(
     free_energy: Callable[..., SschaResult] | None = None,
     on_point: Callable[[list[GibbsPoint]], None] = lambda points: None,
 ) -> list[GibbsPoint]:
-    """Every phase, set of isotopes, pressure and temperature; finished runs below ``root`` are taken as they are.
+    """Every phase, set of isotopes, pressure and temperature; finished runs below ``root`` are
+    taken as they are.
 
-    The isotopes after the first start from the folder of those before them, which are reweighted where that is enough
-    (`isotopes`). ``on_point`` gets the points so far after each run. Raises ``InputError`` (a folder that holds other runs).
+    The isotopes after the first start from the folder of those before them, which are reweighted
+    where that is enough (`isotopes`). ``on_point`` gets the points so far after each run. Raises
+    ``InputError`` (a folder that holds other runs).
     """
     if free_energy is None:
         from magus_anharmonic.sscha.gibbs import free_energy
     points: list[GibbsPoint] = []
-    total = len(structures) * len(settings.isotopes) * len(settings.pressures) * len(settings.temperatures)
+    total = (
+        len(structures)
+        * len(settings.isotopes)
+        * len(settings.pressures)
+        * len(settings.temperatures)
+    )
     for name, atoms in structures.items():
-        found: dict[Place, tuple[Path, SschaResult]] = {}
+        found: dict[GridIndex, tuple[Path, SschaResult]] = {}
         for isotopes in settings.isotopes:
             for i, pressure in enumerate(settings.pressures):
                 for j, temperature in enumerate(settings.temperatures):
                     folder = point_folder(root, name, isotopes, pressure, temperature)
                     start = _start(found, list(settings.isotopes), (isotopes, i, j))
                     result = free_energy(
-                        atoms, evaluator, pressure=pressure, temperature=temperature, seed=settings.seed, start=start, directory=folder,
-                        any_start=True, masses=_masses(settings.isotopes[isotopes], atoms), **_options(settings),
-                    )  # fmt: skip
-                    point = point_of(name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start)
+                        atoms,
+                        evaluator,
+                        pressure=pressure,
+                        temperature=temperature,
+                        seed=settings.seed,
+                        start=start,
+                        directory=folder,
+                        any_start=True,
+                        masses=_masses(settings.isotopes[isotopes], atoms),
+                        **_options(settings),
+                    )
+                    point = point_of(
+                        name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start
+                    )
                     points.append(point)
                     if point.usable or point.bound:
                         found[isotopes, i, j] = folder, result
                     _log(point, len(points), total)
-                    on_point(with_twins(points))
-    return with_twins(points)
+                    on_point(with_same_phase(points))
+    return with_same_phase(points)
 
 
 def _options(settings: PhaseDiagramSettings) -> dict[str, Any]:
-    return {name: value for name in OF_A_RUN if (value := getattr(settings.sscha, name)) is not None}
+    return {
+        name: value for name in OF_A_RUN if (value := getattr(settings.sscha, name)) is not None
+    }
 
 
 def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | None:
     """Those of the elements that are there (pure sulphur has no deuterium)."""
-    return {symbol: mass for symbol, mass in masses.items() if symbol in atoms.get_chemical_symbols()} or None
+    return {
+        symbol: mass for symbol, mass in masses.items() if symbol in atoms.get_chemical_symbols()
+    } or None
 
 
-def _start(found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], place: Place) -> Path | SschaResult | None:
+def _start(
+    found: Mapping[GridIndex, tuple[Path, SschaResult]], order: list[str], grid_index: GridIndex
+) -> Path | SschaResult | None:
     """Where a run starts: the nearest finished point that is still this phase.
 
     That of other masses, else of the temperature before, else of the pressure before.
     """
-    isotopes, i, j = place
+    isotopes, i, j = grid_index
     for name in order[: order.index(isotopes)]:
         if (name, i, j) in found:
             return found[name, i, j][0]
@@ -113,14 +140,22 @@ def _start(found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], pl
 
 
 def _log(point: GibbsPoint, number: int, total: int) -> None:
-    what = f"{point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
+    what = (
+        f"{point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K"
+    )
     if point.status == "failed":
         log.warning("point %d of %d: %s failed: %s", number, total, what, point.reason)
     else:
         log.info(
-            "point %d of %d: %s: G = %.5f +- %.5f eV/atom, %s%s", number, total, what, point.gibbs_eV_per_atom,
-            point.gibbs_error_eV_per_atom, point.status, f" {point.space_group}" if point.status == "became" else "",
-        )  # fmt: skip
+            "point %d of %d: %s: G = %.5f +- %.5f eV/atom, %s%s",
+            number,
+            total,
+            what,
+            point.gibbs_eV_per_atom,
+            point.gibbs_error_eV_per_atom,
+            point.status,
+            f" {point.space_group}" if point.status == "transformed" else "",
+        )
 
 
 def point_of(
@@ -132,27 +167,53 @@ def point_of(
     symprec: float = 0.05,
     source: Path | SschaResult | None = None,
 ) -> GibbsPoint:
-    """G, V and S with their errors from one run; V at the target pressure by the bulk modulus, S as `entropy_with_error`.
+    """G, V and S with their errors from one run; V at the target pressure by the bulk modulus, S as
+    `entropy_with_error`.
 
-    ``atoms``: the structure of the phase; its space group tells whether the run still is the phase (None: that of the run's start).
-    ``source``: the run that it started from, whose configurations are its own where it was reweighted.
+    ``atoms``: the structure of the phase; its space group tells whether the run still is the phase
+        (None: that of the run's start).
+    ``source``: the run that it started from, whose configurations are its own where it was
+        reweighted.
     """
     own = space_group(atoms, symprec) if atoms is not None else result.space_group_start
     status, reason = result.status, result.reason
     if status != "failed" and result.space_group != own:
-        status, reason = "became", f"the structure was {own} and is {result.space_group}" + (f"; {reason}" if reason else "")
+        status, reason = (
+            "transformed",
+            f"the structure was {own} and is {result.space_group}"
+            + (f"; {reason}" if reason else ""),
+        )
     volume, volume_error = _volume(result, folder)
-    s, s_error = _entropy(result, folder, source if isinstance(source, Path) and result.n_populations == 0 else None)
+    s, s_error = _entropy(
+        result, folder, source if isinstance(source, Path) and result.n_populations == 0 else None
+    )
     return GibbsPoint(
-        phase, isotopes, result.centroids.get_chemical_formula(mode="metal", empirical=True), result.target_pressure, result.temperature,
-        result.gibbs, result.gibbs_error, volume, volume_error, s, s_error, result.finite_size,
-        abs(result.decrease) if status == "unconverged" else 0.0, status, result.space_group, "",
-        result.n_evaluations, result.n_atoms_supercell, result.model_id, reason,
-    )  # fmt: skip
+        phase,
+        isotopes,
+        result.centroids.get_chemical_formula(mode="metal", empirical=True),
+        result.target_pressure,
+        result.temperature,
+        result.gibbs,
+        result.gibbs_error,
+        volume,
+        volume_error,
+        s,
+        s_error,
+        result.finite_size,
+        abs(result.predicted_decrease) if status == "unconverged" else 0.0,
+        status,
+        result.space_group,
+        "",
+        result.n_evaluations,
+        result.n_atoms_supercell,
+        result.model_id,
+        reason,
+    )
 
 
 def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
-    """Volume per atom at the target pressure and its error (A^3): V (1 + (P - P_target) / B) with B of the run's start."""
+    """Volume per atom at the target pressure and its error (A^3): V (1 + (P - P_target) / B) with B
+    of the run's start."""
     bulk = _bulk_modulus(folder)
     if bulk is None or not np.isfinite(result.stress).all():
         return math.nan, math.nan
@@ -161,7 +222,9 @@ def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
     error = float(np.trace(result.stress_error)) / 3.0 * EV_PER_A3_IN_GPA
     if not math.isfinite(error):
         return math.nan, math.nan
-    return result.volume * (1.0 + excess / bulk), result.volume / bulk * math.hypot(error, RESPONSE_ERROR * excess, 1e-3)
+    return result.volume * (1.0 + excess / bulk), result.volume / bulk * math.hypot(
+        error, RESPONSE_ERROR * excess, 1e-3
+    )
 
 
 def _bulk_modulus(folder: Path | None) -> float | None:
@@ -177,7 +240,8 @@ def _bulk_modulus(folder: Path | None) -> float | None:
 
 
 def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> tuple[float, float]:
-    """Entropy and error, eV/K per atom; NaN without force constants, and without the configurations that give the error."""
+    """Entropy and error, eV/K per atom; NaN without force constants, and without the configurations
+    that give the error."""
     if result.force_constants is None:
         return math.nan, math.nan
     state = result.state
@@ -191,9 +255,11 @@ def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> t
 
 
 def collect_runs(root: Path) -> list[GibbsPoint]:
-    """Points from finished runs anywhere below ``root``: phases by the space group at the start, isotopes by their masses.
+    """Points from finished runs anywhere below ``root``: phases by the space group at the start,
+    isotopes by their masses.
 
-    Raises ``InputError`` when there is no finished run, or when two runs are the same point (two models, supercells or seeds).
+    Raises ``InputError`` when there is no finished run, or when two runs are the same point (two
+    models, supercells or seeds).
     """
     folders = sorted(path.parent for path in root.rglob("result.json"))
     if not folders:
@@ -203,26 +269,36 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
         result = SschaResult.read(folder)
         group = symbol_of(result.space_group_start).replace("/", "_")
         formula = result.centroids.get_chemical_formula(mode="metal", empirical=True)
-        point = point_of(f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder)
+        point = point_of(
+            f"{formula} {group}", _isotope_name(folder, result.centroids), result, folder
+        )
         key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
         if key in found:
             raise InputError(
-                f"{folder}: the same point as {found[key][0]} ({point.phase}, {point.pressure_GPa:g} GPa, {point.temperature_K:g} K); "
-                "give a folder that holds each point once, or a CSV"
+                f"{folder}: the same point as {found[key][0]} ({point.phase},"
+                f" {point.pressure_GPa:g} GPa, {point.temperature_K:g} K); give a folder that holds"
+                " each point once, or a CSV"
             )
         found[key] = (folder, point)
     models = {point.model for _, point in found.values()}
     if len(models) > 1:
-        raise InputError(f"{root}: runs of several models ({', '.join(sorted(models))}); their free energies cannot be compared")
-    return with_twins([point for _, point in found.values()])
+        raise InputError(
+            f"{root}: runs of several models ({', '.join(sorted(models))}); their free energies"
+            " cannot be compared"
+        )
+    return with_same_phase([point for _, point in found.values()])
 
 
 def _isotope_name(folder: Path, centroids: Atoms) -> str:
-    """``natural``, or the isotopes of the centroids and the masses of ``settings.json`` in words; raises ``DamagedFile``."""
+    """``natural``, or the isotopes of the centroids and the masses of ``settings.json`` in words;
+    raises ``DamagedFile``."""
     path = folder / "settings.json"
     masses = (read_json(path).get("masses") or {}) if path.is_file() else {}
     try:
         carried = isotopes_of(centroids)
-        return " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted({**carried, **masses}.items())) or NATURAL
+        return (
+            " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted({**carried, **masses}.items()))
+            or NATURAL
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path}: damaged: masses ({error})") from None

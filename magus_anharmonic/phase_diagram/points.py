@@ -2,7 +2,8 @@
 
 The functions of pressure and temperature that a `GibbsSurface` is made of, with their derivatives.
 
-G, V and S of one phase at one pressure and temperature: the data of a phase diagram, and its table ``gibbs.csv``.
+G, V and S of one phase at one pressure and temperature: the data of a phase diagram, and its table
+``gibbs.csv``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
 
 
 def einstein(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """k T ln(1 - exp(-theta/T)) in eV and its derivative with respect to T in eV/K; both zero at 0 K."""
+    """k T ln(1 - exp(-theta/T)) in eV and its derivative with respect to T in eV/K; both zero at 0
+    K."""
     t = np.asarray(temperature, dtype=float)
     x = theta / np.where(t > 0, t, 1.0)
     value = np.where(t > 0, KELVIN * t * np.log1p(-np.exp(-x)), 0.0)
@@ -33,18 +35,23 @@ def einstein(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def einstein_shift(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Derivatives of `einstein` with respect to ln(theta): k theta / (exp(x) - 1), and k x^2 exp(x) / (exp(x) - 1)^2, x = theta / T."""
+    """Derivatives of `einstein` with respect to ln(theta): k theta / (exp(x) - 1), and k x^2 exp(x)
+    / (exp(x) - 1)^2, x = theta / T."""
     t = np.asarray(temperature, dtype=float)
     x = theta / np.where(t > 0, t, 1.0)
     number = np.exp(-x) / -np.expm1(-x)
-    return np.where(t > 0, KELVIN * theta * number, 0.0), np.where(t > 0, KELVIN * x**2 * number * (1.0 + number), 0.0)
+    return np.where(t > 0, KELVIN * theta * number, 0.0), np.where(
+        t > 0, KELVIN * x**2 * number * (1.0 + number), 0.0
+    )
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Functions of (P, T). centre, half : GPa; thetas : K, or a single 0 for a term linear in T about ``zero`` (K).
+    """Functions of (P, T). centre, half : GPa; thetas : K, or a single 0 for a term linear in T
+    about ``zero`` (K).
 
-    bends : for each theta that was fitted too the coefficients of its term; adds the derivative of that term with respect to ln(theta).
+    bends : for each theta that was fitted too the coefficients of its term; adds the derivative of
+    that term with respect to ln(theta).
     """
 
     centre: float
@@ -59,23 +66,37 @@ class Basis:
     def size(self) -> int:
         return self.cold + 1 + len(self.thetas) * (self.thermal + 1) + len(self.bends)
 
-    def values(self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = "") -> np.ndarray:
-        """(n, size) values in eV; their derivatives with respect to ``"P"`` in A^3 or ``"T"`` in eV/K. Pressures in GPa."""
+    def values(
+        self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = ""
+    ) -> np.ndarray:
+        """(n, size) values in eV; their derivatives with respect to ``"P"`` in A^3 or ``"T"`` in
+        eV/K. Pressures in GPa."""
         u = (np.asarray(pressure, dtype=float) - self.centre) / self.half
         degree = max(self.cold, self.thermal)
         powers = chebyshev.chebvander(u, degree)
         if derivative == "P":
             unit = np.eye(degree + 1)
-            powers = np.stack([chebyshev.chebval(u, chebyshev.chebder(unit[k])) for k in range(degree + 1)], axis=-1)
+            powers = np.stack(
+                [chebyshev.chebval(u, chebyshev.chebder(unit[k])) for k in range(degree + 1)],
+                axis=-1,
+            )
             powers = powers * (EV_PER_A3_IN_GPA / self.half)
         cold = powers[:, : self.cold + 1]
         parts = [np.zeros_like(cold) if derivative == "T" else cold]
         for theta in self.thetas:
             value, slope = self._thermal(theta, np.asarray(temperature, dtype=float))
-            parts.append(powers[:, : self.thermal + 1] * (slope if derivative == "T" else value)[:, None])
+            parts.append(
+                powers[:, : self.thermal + 1] * (slope if derivative == "T" else value)[:, None]
+            )
         for theta, bend in zip(self.thetas, self.bends, strict=False):
             value, slope = einstein_shift(theta, np.asarray(temperature, dtype=float))
-            parts.append((powers[:, : self.thermal + 1] @ np.array(bend) * (slope if derivative == "T" else value))[:, None])
+            parts.append(
+                (
+                    powers[:, : self.thermal + 1]
+                    @ np.array(bend)
+                    * (slope if derivative == "T" else value)
+                )[:, None]
+            )
         return np.concatenate(parts, axis=1)
 
     def _thermal(self, theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -87,21 +108,26 @@ class Basis:
 NAN = float("nan")
 NATURAL = "natural"
 """Name of the isotopes of the natural elements."""
-STATES = ("converged", "unconverged", "failed", "became")
+STATES = ("converged", "unconverged", "failed", "transformed")
+OLD_STATES = {"became": "transformed"}
+"""Of files of earlier versions."""
 LARGEST_ERROR = 0.1
-"""eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are those of a run that went astray."""
+"""eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are
+those of a diverged run."""
 
 
 @dataclass(frozen=True)
 class GibbsPoint:
-    """One SSCHA free energy (or one of another method) with its errors; NaN where there is no number.
+    """One SSCHA free energy (or one of another method) with its errors; NaN where there is no
+    number.
 
-    gibbs : finite-size term included, gibbs_error : sampling alone; decrease : what the minimisation may still gain; finite_size : part
-    of gibbs that the identities below do not hold for (it is not stationary). eV/atom.
-    volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per atom; without finite-size term V = dG/dP and S = -dG/dT.
-    status : "converged"; "unconverged", with a G that is an upper bound and counts for nothing, because no error bar says how far it is
-    off; "failed"; or "became": the structure is another phase now, ``space_group`` says which, ``same_as`` is the phase of the diagram
-    that it is.
+    gibbs : finite-size term included, gibbs_error : sampling alone; predicted_decrease : what the
+    minimisation may still gain; finite_size : part of gibbs that the identities below do not hold
+    for (it is not stationary). eV/atom. volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per
+    atom; without finite-size term V = dG/dP and S = -dG/dT. status : "converged"; "unconverged",
+    with a G that is an upper bound and counts for nothing, because no error bar says how far it is
+    off; "failed"; or "transformed": the structure is another phase now, ``space_group`` says which,
+    ``same_as`` is the phase of the diagram that it is.
     """
 
     phase: str
@@ -116,7 +142,7 @@ class GibbsPoint:
     entropy_eV_per_K_per_atom: float = NAN  # noqa: N815
     entropy_error_eV_per_K_per_atom: float = NAN  # noqa: N815
     finite_size_eV_per_atom: float = 0.0  # noqa: N815
-    decrease_eV_per_atom: float = 0.0  # noqa: N815
+    predicted_decrease_eV_per_atom: float = 0.0  # noqa: N815
     status: str = "converged"
     space_group: str = ""
     same_as: str = ""
@@ -128,11 +154,16 @@ class GibbsPoint:
     @property
     def usable(self) -> bool:
         """True with a free energy of the phase itself that is known at all."""
-        return self.status == "converged" and math.isfinite(self.gibbs_eV_per_atom) and self.error <= LARGEST_ERROR
+        return (
+            self.status == "converged"
+            and math.isfinite(self.gibbs_eV_per_atom)
+            and self.error <= LARGEST_ERROR
+        )
 
     @property
     def useless(self) -> bool:
-        """True where there should be a free energy and is none, or one so uncertain that it says nothing."""
+        """True where there should be a free energy and is none, or one so uncertain that it says
+        nothing."""
         return self.status == "failed" or (self.status == "converged" and not self.usable)
 
     @property
@@ -148,11 +179,17 @@ class GibbsPoint:
     @property
     def error(self) -> float:
         """Sampling error and what the minimisation may still gain, eV/atom."""
-        return math.hypot(self.gibbs_error_eV_per_atom, self.decrease_eV_per_atom)
+        return math.hypot(self.gibbs_error_eV_per_atom, self.predicted_decrease_eV_per_atom)
 
 
 COLUMNS = tuple(field.name for field in fields(GibbsPoint))
-REQUIRED = ("phase", "pressure_GPa", "temperature_K", "gibbs_eV_per_atom", "gibbs_error_eV_per_atom")
+REQUIRED = (
+    "phase",
+    "pressure_GPa",
+    "temperature_K",
+    "gibbs_eV_per_atom",
+    "gibbs_error_eV_per_atom",
+)
 WHOLE = ("n_evaluations", "natoms_supercell")
 WITH_ERRORS = (
     ("volume_A3_per_atom", "volume_error_A3_per_atom"),
@@ -169,8 +206,9 @@ def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
 def read_points(path: str | Path) -> list[GibbsPoint]:
     """Read ``gibbs.csv``; only `REQUIRED` columns must be there.
 
-    Raises ``InputError`` that names file, line and column: a column without its unit or with another one, a cell that is no number, a
-    free energy without an error, a pressure that is no pressure, the same point twice.
+    Raises ``InputError`` that names file, line and column: a column without its unit or with
+    another one, a cell that is no number, a free energy without an error, a pressure that is no
+    pressure, the same point twice.
     """
     file = Path(path)
     if not file.is_file():
@@ -185,8 +223,8 @@ def read_points(path: str | Path) -> list[GibbsPoint]:
         key = (point.phase, point.isotopes, point.pressure_GPa, point.temperature_K)
         if key in seen:
             raise InputError(
-                f"{file}: {point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa, {point.temperature_K:g} K is given twice "
-                f"(rows {seen[key]} and {row})"
+                f"{file}: {point.phase} ({point.isotopes}) at {point.pressure_GPa:g} GPa,"
+                f" {point.temperature_K:g} K is given twice (rows {seen[key]} and {row})"
             )
         seen[key] = row
     return points
@@ -196,7 +234,11 @@ def _check_columns(file: Path, found: Sequence[str]) -> None:
     missing = [name for name in REQUIRED if name not in found]
     strange = [name for name in found if name and name not in COLUMNS]
     problems = [f"{file}: column {name} is missing" for name in missing]
-    problems += [f"{file}: unknown column {name}{nearest(name, COLUMNS)} (units are part of the names: convert first)" for name in strange]
+    problems += [
+        f"{file}: unknown column {name}{nearest(name, COLUMNS)} (units are part of the names:"
+        " convert first)"
+        for name in strange
+    ]
     if problems:
         raise InputError(*problems)
 
@@ -211,9 +253,16 @@ def _point(file: Path, line: int, cells: dict[str, str | None]) -> GibbsPoint:
         elif text == "":
             if name in REQUIRED[1:3]:
                 raise InputError(f"{where}: is empty")
-            values[name] = 0 if name in WHOLE else 0.0 if name in ("finite_size_eV_per_atom", "decrease_eV_per_atom") else NAN
+            values[name] = (
+                0
+                if name in WHOLE
+                else 0.0
+                if name in ("finite_size_eV_per_atom", "predicted_decrease_eV_per_atom")
+                else NAN
+            )
         else:
             values[name] = _number(where, text, whole=name in WHOLE)
+    values["status"] = OLD_STATES.get(values["status"], values["status"])
     point = GibbsPoint(**values)
     _check_point(f"{file}: line {line}", point)
     return point
@@ -235,27 +284,43 @@ def _check_point(where: str, point: GibbsPoint) -> None:
     except ValueError as error:
         raise InputError(f"{where}: pressure_GPa: {point.pressure_GPa:g}: {error}") from None
     if not 0 <= point.temperature_K < math.inf:
-        raise InputError(f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0")
+        raise InputError(
+            f"{where}: temperature_K: {point.temperature_K:g}: must be in K, not below 0"
+        )
     if point.status not in STATES:
-        raise InputError(f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became")
+        raise InputError(
+            f"{where}: status: {point.status!r}: must be {', '.join(STATES[:-1])} or {STATES[-1]}"
+        )
     given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs_eV_per_atom)
     if given and not point.gibbs_error_eV_per_atom > 0:
-        raise InputError(f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)")
+        raise InputError(
+            f"{where}: gibbs_error_eV_per_atom: must be above 0 (its standard error in eV/atom)"
+        )
     for value, error in WITH_ERRORS:
         at_rest = value.startswith("entropy") and point.temperature_K == 0
         if math.isfinite(getattr(point, value)) and not at_rest and not getattr(point, error) > 0:
             raise InputError(f"{where}: {error}: must be above 0, because {value} is given")
 
 
-def with_twins(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
-    """Fill in ``same_as`` of the points that became another phase: the phase of this diagram with that space group, there and then."""
+def with_same_phase(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
+    """Fill in ``same_as`` of the points that transformed into another phase: the phase of this
+    diagram with that space group, there and then."""
     found = []
     for point in points:
-        twins = [
-            other.phase for other in points
-            if other.usable and other.phase != point.phase and other.space_group == point.space_group and other.formula == point.formula
-            and (other.isotopes, other.pressure_GPa, other.temperature_K) == (point.isotopes, point.pressure_GPa, point.temperature_K)
-        ]  # fmt: skip
-        same = twins[0] if point.status == "became" and not point.same_as and twins else point.same_as
+        duplicates = [
+            other.phase
+            for other in points
+            if other.usable
+            and other.phase != point.phase
+            and other.space_group == point.space_group
+            and other.formula == point.formula
+            and (other.isotopes, other.pressure_GPa, other.temperature_K)
+            == (point.isotopes, point.pressure_GPa, point.temperature_K)
+        ]
+        same = (
+            duplicates[0]
+            if point.status == "transformed" and not point.same_as and duplicates
+            else point.same_as
+        )
         found.append(replace(point, same_as=same))
     return found

@@ -1,12 +1,16 @@
-"""One smooth G(P, T) per phase from its G, V and S together, so that V = dG/dP and S = -dG/dT hold by construction.
+"""One smooth G(P, T) per phase from its G, V and S together, so that V = dG/dP and S = -dG/dT hold
+by construction.
 
-G(P, T) = sum_k a_k C_k(u) + sum_jk b_jk t_j(T) C_k(u), C_k Chebyshev polynomials of the pressure u scaled to [-1, 1], t_j free energies
-of Einstein oscillators without their zero-point energy, k T ln(1 - exp(-theta_j / T)): any quasi-harmonic spectrum is a sum of such
-terms, and the third law holds. With one temperature above zero there is one term, linear in T. Least squares with the errors of the data as
-weights; how many terms the data support is decided by Akaike's criterion for known errors, chi^2 + 2 k (Mallows' C_p), and the terms that
-compete are averaged with Akaike weights, exp(-delta/2) (Burnham, Anderson, Model Selection and Multimodel Inference, 2nd ed., 2002,
-doi:10.1007/b97636), so that the choice is part of the error. If the best fit leaves more than the errors explain, its covariance grows by
-chi^2 / degrees of freedom. Outside of the points there is no value: `GibbsSurface.inside`.
+G(P, T) = sum_k a_k C_k(u) + sum_jk b_jk t_j(T) C_k(u), C_k Chebyshev polynomials of the pressure u
+scaled to [-1, 1], t_j free energies of Einstein oscillators without their zero-point energy, k T
+ln(1 - exp(-theta_j / T)): any quasi-harmonic spectrum is a sum of such terms, and the third law
+holds. With one temperature above zero there is one term, linear in T. Least squares with the errors
+of the data as weights; how many terms the data support is decided by Akaike's criterion for known
+errors, chi^2 + 2 k (Mallows' C_p), and the terms that compete are averaged with Akaike weights,
+exp(-delta/2) (Burnham, Anderson, Model Selection and Multimodel Inference, 2nd ed., 2002,
+doi:10.1007/b97636), so that the choice is part of the error. If the best fit leaves more than the
+errors explain, its covariance grows by chi^2 / degrees of freedom. Outside of the points there is
+no value: `GibbsSurface.inside`.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ MAX_COLD = 5
 MAX_THERMAL = 2
 """Highest power of P of a thermal term."""
 MAX_OSCILLATORS = 3
-LADDER = 9
-"""Einstein temperatures to choose from, from half the lowest temperature to six times the highest; no two neighbours at once."""
+N_TRIAL_TEMPERATURES = 9
+"""Einstein temperatures to choose from, from half the lowest temperature to six times the highest;
+no two neighbours at once."""
 WANDER = 1.5
-"""How far a fitted Einstein temperature may go from the ladder, natural logarithm."""
+"""How far a fitted Einstein temperature may go from the trial temperatures, natural logarithm."""
 KNOWN = 0.3
-"""Largest error of a fitted Einstein temperature, natural logarithm: beyond it the fit is no longer linear in it."""
+"""Largest error of a fitted Einstein temperature, natural logarithm: beyond it the fit is no longer
+linear in it."""
 GAUSS_NEWTON = 8
 SETTLED = 0.02
 """Largest step of an Einstein temperature (natural logarithm) that a fit may still want."""
@@ -54,14 +60,15 @@ class Model:
         """Of ``rows`` (n, size) times the coefficients, (n,)."""
         return ((rows @ self.root) ** 2).sum(axis=1)
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """(n, size) coefficients."""
         return self.coefficients + rng.standard_normal((n, self.root.shape[1])) @ self.root.T
 
 
 @dataclass(frozen=True)
 class Quality:
-    """chi2, dof of the best model; n : how many data of each kind; rms : of their residuals over their errors, by kind (G, V, S)."""
+    """chi2, dof of the best model; n : how many data of each kind; rms : of their residuals over
+    their errors, by kind (G, V, S)."""
 
     chi2: float
     dof: int
@@ -111,7 +118,9 @@ class GibbsSurface:
         p, t = _flat(pressure, temperature)
         total = self._extra(p, t, derivative)
         for model in self.models:
-            total = total + model.weight * (model.basis.values(p, t, derivative) @ model.coefficients)
+            total = total + model.weight * (
+                model.basis.values(p, t, derivative) @ model.coefficients
+            )
         return total.reshape(np.broadcast(pressure, temperature).shape)
 
     def _extra(self, p: np.ndarray, t: np.ndarray, derivative: str) -> np.ndarray:
@@ -122,38 +131,58 @@ class GibbsSurface:
     def inside(self, pressure: np.ndarray, temperature: np.ndarray) -> np.ndarray:
         """Whether (GPa, K) lie in the convex hull of the points: elsewhere the fit says nothing."""
         p, t = _flat(pressure, temperature)
-        return _inside(self.domain, np.stack([p, t], axis=1)).reshape(np.broadcast(pressure, temperature).shape)
+        return _inside(self.domain, np.stack([p, t], axis=1)).reshape(
+            np.broadcast(pressure, temperature).shape
+        )
 
-    def draw(self, n: int, rng: np.random.Generator, offset_error: float = 0.0) -> SurfaceDraws:
-        """``n`` surfaces from the distribution of the fit; ``offset_error`` (eV/atom): of G as a whole, e.g. the model's."""
+    def sample(self, n: int, rng: np.random.Generator, offset_error: float = 0.0) -> SurfaceSamples:
+        """``n`` surfaces from the distribution of the fit; ``offset_error`` (eV/atom): of G as a
+        whole, e.g. the model's."""
         weights = np.array([model.weight for model in self.models])
         counts = rng.multinomial(n, weights / weights.sum())
-        parts = [(model.basis, model.draw(count, rng)) for model, count in zip(self.models, counts, strict=True) if count]
-        extra = None if self.finite_size is None else (self.finite_size.basis, self.finite_size.draw(n, rng))
-        return SurfaceDraws(tuple(parts), extra, offset_error * rng.standard_normal(n), rng.permutation(n))
+        parts = [
+            (model.basis, model.sample(count, rng))
+            for model, count in zip(self.models, counts, strict=True)
+            if count
+        ]
+        extra = (
+            None
+            if self.finite_size is None
+            else (self.finite_size.basis, self.finite_size.sample(n, rng))
+        )
+        return SurfaceSamples(
+            tuple(parts), extra, offset_error * rng.standard_normal(n), rng.permutation(n)
+        )
 
 
 @dataclass(frozen=True)
-class SurfaceDraws:
-    """Sampled surfaces; all methods return (n_draws, n_points). ``order`` shuffles the models, so that draws of phases are independent."""
+class SurfaceSamples:
+    """Sampled surfaces; all methods return (n_samples, n_points). ``order`` shuffles the models, so
+    that samples of phases are independent."""
 
     parts: tuple[tuple[Basis, np.ndarray], ...]
     extra: tuple[Basis, np.ndarray] | None
     offsets: np.ndarray
     order: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=int))
 
-    def values(self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = "") -> np.ndarray:
+    def values(
+        self, pressure: np.ndarray, temperature: np.ndarray, derivative: str = ""
+    ) -> np.ndarray:
         """G in eV/atom, or dG/dP in A^3 ("P"), dG/dT in eV/K ("T"), at points (GPa, K)."""
         p, t = _flat(pressure, temperature)
-        found = np.concatenate([drawn @ basis.values(p, t, derivative).T for basis, drawn in self.parts])[self.order]
+        found = np.concatenate(
+            [sampled @ basis.values(p, t, derivative).T for basis, sampled in self.parts]
+        )[self.order]
         if self.extra is not None:
-            basis, drawn = self.extra
-            found = found + drawn @ basis.values(p, t, derivative).T
+            basis, sampled = self.extra
+            found = found + sampled @ basis.values(p, t, derivative).T
         return found if derivative else found + self.offsets[:, None]
 
 
 def _flat(pressure: np.ndarray, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    p, t = np.broadcast_arrays(np.asarray(pressure, dtype=float), np.asarray(temperature, dtype=float))
+    p, t = np.broadcast_arrays(
+        np.asarray(pressure, dtype=float), np.asarray(temperature, dtype=float)
+    )
     return p.ravel(), t.ravel()
 
 
@@ -161,21 +190,28 @@ def _inside(points: np.ndarray, asked: np.ndarray) -> np.ndarray:
     from scipy.spatial import ConvexHull
 
     lower, span = points.min(axis=0), np.ptp(points, axis=0)
-    box = np.all((asked >= lower - 1e-9 * (1 + span)) & (asked <= lower + span + 1e-9 * (1 + span)), axis=1)
+    box = np.all(
+        (asked >= lower - 1e-9 * (1 + span)) & (asked <= lower + span + 1e-9 * (1 + span)), axis=1
+    )
     scaled = (points - lower) / np.where(span > 0, span, 1.0)
     if np.linalg.matrix_rank(scaled - scaled.mean(axis=0), tol=1e-9) < 2:
         if np.all(span > 0):  # points on a slanted line, which rises or falls
             along = (asked - lower) / span
             rises = (scaled[np.argmax(scaled[:, 0]), 1]) > 0.5
-            return box & (np.abs(along[:, 1] - (along[:, 0] if rises else 1.0 - along[:, 0])) < 1e-9)
+            return box & (
+                np.abs(along[:, 1] - (along[:, 0] if rises else 1.0 - along[:, 0])) < 1e-9
+            )
         return box
     equations = ConvexHull(scaled).equations
-    return box & np.all(((asked - lower) / span) @ equations[:, :2].T + equations[:, 2] <= 1e-9, axis=1)
+    return box & np.all(
+        ((asked - lower) / span) @ equations[:, :2].T + equations[:, 2] <= 1e-9, axis=1
+    )
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What is fitted: pressure (GPa), temperature (K), value, error and kind ("G", "V", "S") of every datum."""
+    """What is fitted: pressure (GPa), temperature (K), value, error and kind ("G", "V", "S") of
+    every datum."""
 
     pressure: np.ndarray
     temperature: np.ndarray
@@ -188,12 +224,17 @@ class _Data:
         for kind, derivative, sign in (("G", "", 1.0), ("V", "P", 1.0), ("S", "T", -1.0)):
             mine = self.kind == kind
             if mine.any():
-                rows[mine] = sign * basis.values(self.pressure[mine], self.temperature[mine], derivative)
+                rows[mine] = sign * basis.values(
+                    self.pressure[mine], self.temperature[mine], derivative
+                )
         return rows / self.error[:, None]
 
 
-def fit_surface(points: Sequence[GibbsPoint], kinds: Sequence[str] = ("G", "V", "S")) -> GibbsSurface:
-    """Fit the usable ``points`` of one phase; ``kinds`` leaves out data for a test of the identities ("V", "S": no constant).
+def fit_surface(
+    points: Sequence[GibbsPoint], kinds: Sequence[str] = ("G", "V", "S")
+) -> GibbsSurface:
+    """Fit the usable ``points`` of one phase; ``kinds`` leaves out data for a test of the
+    identities ("V", "S": no constant).
 
     Raises ``InputError`` when there is no usable point.
     """
@@ -206,36 +247,62 @@ def fit_surface(points: Sequence[GibbsPoint], kinds: Sequence[str] = ("G", "V", 
     fits = _fit_all(bases, data)
     fits += _refined(fits, data)
     if not fits:
-        raise InputError(f"{chosen[0].phase}: {len(data.value)} numbers do not determine a surface; add pressures, volumes or entropies")
+        raise InputError(
+            f"{chosen[0].phase}: {len(data.value)} numbers do not determine a surface; add"
+            " pressures, volumes or entropies"
+        )
     best = min(fits, key=lambda fit: fit[0] + 2 * fit[1].basis.size)
     dof = len(data.value) - best[1].basis.size
     inflation = max(1.0, best[0] / dof) if dof > 0 else 1.0
     models = _weighted(fits, inflation, Counter(len(basis.thetas) for basis in bases))
     first = chosen[0]
     quality = _quality(models, data, best[0], dof, inflation)
-    return GibbsSurface(models, _finite_size(chosen), domain, quality, first.phase, first.isotopes, first.formula)
+    return GibbsSurface(
+        models, _finite_size(chosen), domain, quality, first.phase, first.isotopes, first.formula
+    )
 
 
 def _fit_all(bases: Sequence[Basis], data: _Data) -> list[tuple[float, Model]]:
-    """chi^2 and fit for every basis that the data determine, those with a negative number of oscillators left out."""
+    """chi^2 and fit for every basis that the data determine, those with a negative number of
+    oscillators left out."""
     every = tuple(sorted({theta for basis in bases for theta in basis.thetas}))
     rows = data.rows(replace(bases[0], cold=MAX_COLD, thermal=MAX_THERMAL, thetas=every))
     chosen: dict[int, list[tuple[Basis, list[int]]]] = {}
     for basis in bases:
-        thermal = [MAX_COLD + 1 + every.index(theta) * (MAX_THERMAL + 1) + k for theta in basis.thetas for k in range(basis.thermal + 1)]
+        thermal = [
+            MAX_COLD + 1 + every.index(theta) * (MAX_THERMAL + 1) + k
+            for theta in basis.thetas
+            for k in range(basis.thermal + 1)
+        ]
         chosen.setdefault(basis.size, []).append((basis, [*range(basis.cold + 1), *thermal]))
     fits: list[tuple[float, Model]] = []
     for group in chosen.values():
-        fits += _least_squares([basis for basis, _ in group], np.stack([rows[:, columns] for _, columns in group]), data)
-    return [fit for fit in fits if fit[1].basis.thetas in ((), (0.0,)) or _oscillators(fit[1]).min() >= 0]
+        fits += _least_squares(
+            [basis for basis, _ in group],
+            np.stack([rows[:, columns] for _, columns in group]),
+            data,
+        )
+    return [
+        fit
+        for fit in fits
+        if fit[1].basis.thetas in ((), (0.0,)) or _oscillators(fit[1]).min() >= 0
+    ]
 
 
 def _refined(fits: Sequence[tuple[float, Model]], data: _Data) -> list[tuple[float, Model]]:
-    """For every number of oscillators the best fit again with its Einstein temperatures fitted too, where the data determine them."""
+    """For every number of oscillators the best fit again with its Einstein temperatures fitted too,
+    where the data determine them."""
     found = []
     for n_terms in sorted({len(model.basis.thetas) for _, model in fits}):
-        chi2, model = min((fit for fit in fits if len(fit[1].basis.thetas) == n_terms), key=lambda fit: fit[0] + 2 * fit[1].basis.size)
-        if n_terms and model.basis.thetas != (0.0,) and model.basis.size + n_terms < len(data.value):
+        chi2, model = min(
+            (fit for fit in fits if len(fit[1].basis.thetas) == n_terms),
+            key=lambda fit: fit[0] + 2 * fit[1].basis.size,
+        )
+        if (
+            n_terms
+            and model.basis.thetas != (0.0,)
+            and model.basis.size + n_terms < len(data.value)
+        ):
             found += _with_bends(chi2, model, data)
     return found
 
@@ -243,7 +310,8 @@ def _refined(fits: Sequence[tuple[float, Model]], data: _Data) -> list[tuple[flo
 def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Model]]:
     """Gauss-Newton steps of the Einstein temperatures, then the fit with them as linear parameters.
 
-    None where a temperature leaves the neighbourhood of where it started, is known worse than that, or does not settle.
+    None where a temperature leaves the neighbourhood of where it started, is known worse than that,
+    or does not settle.
     """
     start, n = np.log(model.basis.thetas), model.basis.size
     for _ in range(GAUSS_NEWTON):
@@ -257,7 +325,12 @@ def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Mod
         logs = np.log(model.basis.thetas) + np.clip(step, -0.3, 0.3)
         moved = replace(model.basis, thetas=tuple(np.exp(logs).tolist()))
         again = _least_squares([moved], data.rows(moved)[None], data)
-        if not again or np.abs(logs - start).max() > WANDER or _oscillators(again[0][1]).min() < 0 or again[0][0] > chi2 + 1.0:
+        if (
+            not again
+            or np.abs(logs - start).max() > WANDER
+            or _oscillators(again[0][1]).min() < 0
+            or again[0][0] > chi2 + 1.0
+        ):
             return []
         chi2, model = again[0]
     return []
@@ -267,7 +340,9 @@ def _terms(model: Model) -> np.ndarray:
     """(n_thetas, thermal + 1) coefficients of the thermal terms."""
     basis = model.basis
     first = basis.cold + 1
-    return model.coefficients[first : first + len(basis.thetas) * (basis.thermal + 1)].reshape(len(basis.thetas), -1)
+    return model.coefficients[first : first + len(basis.thetas) * (basis.thermal + 1)].reshape(
+        len(basis.thetas), -1
+    )
 
 
 def _oscillators(model: Model) -> np.ndarray:
@@ -278,13 +353,20 @@ def _oscillators(model: Model) -> np.ndarray:
 def _data(points: Sequence[GibbsPoint], kinds: Sequence[str]) -> _Data:
     rows: list[tuple[float, float, float, float, str]] = []
     for point in points:
-        place = (point.pressure_GPa, point.temperature_K)
+        condition = (point.pressure_GPa, point.temperature_K)
         if "G" in kinds:
-            rows.append((*place, point.raw, max(point.error, 1e-7), "G"))
+            rows.append((*condition, point.raw, max(point.error, 1e-7), "G"))
         if "V" in kinds and point.volume_error_A3_per_atom > 0:
-            rows.append((*place, point.volume_A3_per_atom, point.volume_error_A3_per_atom, "V"))
+            rows.append((*condition, point.volume_A3_per_atom, point.volume_error_A3_per_atom, "V"))
         if "S" in kinds and point.temperature_K > 0 and point.entropy_error_eV_per_K_per_atom > 0:
-            rows.append((*place, point.entropy_eV_per_K_per_atom, point.entropy_error_eV_per_K_per_atom, "S"))
+            rows.append(
+                (
+                    *condition,
+                    point.entropy_eV_per_K_per_atom,
+                    point.entropy_error_eV_per_K_per_atom,
+                    "S",
+                )
+            )
     if not rows:
         return _Data(*(np.zeros(0) for _ in range(4)), np.zeros(0, dtype="<U1"))
     return _Data(*(np.array(column) for column in zip(*rows, strict=True)))
@@ -297,7 +379,9 @@ def _candidates(points: Sequence[GibbsPoint], n_data: int, kinds: Sequence[str])
     centre = 0.5 * (pressures[0] + pressures[-1])
     half = max(0.5 * (pressures[-1] - pressures[0]), 1.0)
     volumes = "V" in kinds and any(point.volume_error_A3_per_atom > 0 for point in points)
-    entropies = "S" in kinds and any(point.entropy_error_eV_per_K_per_atom > 0 for point in points if point.temperature_K > 0)
+    entropies = "S" in kinds and any(
+        point.entropy_error_eV_per_K_per_atom > 0 for point in points if point.temperature_K > 0
+    )
     per_row = len(pressures) * (("G" in kinds) + volumes)
     cold = range(min(2, per_row - 1), min(MAX_COLD, per_row - 1) + 1)
     thermal = range(min(MAX_THERMAL, len(pressures) - 1 + volumes) + 1)
@@ -310,21 +394,32 @@ def _candidates(points: Sequence[GibbsPoint], n_data: int, kinds: Sequence[str])
     return found
 
 
-def _thermal_terms(temperatures: Sequence[float], entropies: bool, along: bool) -> list[tuple[tuple[float, ...], float]]:
-    """Sets of Einstein temperatures; with one temperature a linear term (if there are entropies), else none."""
+def _thermal_terms(
+    temperatures: Sequence[float], entropies: bool, along: bool
+) -> list[tuple[tuple[float, ...], float]]:
+    """Sets of Einstein temperatures; with one temperature a linear term (if there are entropies),
+    else none."""
     warm = [t for t in temperatures if t > 0]
     if not warm:
         return [((), 0.0)]
     if len(temperatures) == 1:
         return [((0.0,), warm[0])] if entropies else [((), 0.0)]
-    ladder = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], LADDER)
+    trial_temperatures = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], N_TRIAL_TEMPERATURES)
     n_terms = min(MAX_OSCILLATORS, (len(temperatures) - 1) * along + len(warm) * entropies)
-    places = [c for m in range(1, n_terms + 1) for c in itertools.combinations(range(LADDER), m) if np.diff(c).min(initial=2) > 1]
-    return [(tuple(ladder[list(c)].tolist()), 0.0) for c in places]
+    choices = [
+        c
+        for m in range(1, n_terms + 1)
+        for c in itertools.combinations(range(N_TRIAL_TEMPERATURES), m)
+        if np.diff(c).min(initial=2) > 1
+    ]
+    return [(tuple(trial_temperatures[list(c)].tolist()), 0.0) for c in choices]
 
 
-def _least_squares(bases: Sequence[Basis], rows: np.ndarray, data: _Data) -> list[tuple[float, Model]]:
-    """chi^2 and fit of bases of one size at once, ``rows`` (n_bases, n_data, size); those that the data do not determine are left out.
+def _least_squares(
+    bases: Sequence[Basis], rows: np.ndarray, data: _Data
+) -> list[tuple[float, Model]]:
+    """chi^2 and fit of bases of one size at once, ``rows`` (n_bases, n_data, size); those that the
+    data do not determine are left out.
 
     A constant that no datum sees (there are only derivatives) is set to zero.
     """
@@ -347,41 +442,85 @@ def _least_squares(bases: Sequence[Basis], rows: np.ndarray, data: _Data) -> lis
     return found
 
 
-def _weighted(fits: Sequence[tuple[float, Model]], inflation: float, rivals: Counter[int]) -> tuple[Model, ...]:
-    """The models that compete, with Akaike weights; those with the same number of oscillators (``rivals``) share one vote."""
-    votes = np.array([1 if model.basis.bends else rivals[len(model.basis.thetas)] for _, model in fits])
-    scores = np.array([chi2 / inflation + 2.0 * model.basis.size for chi2, model in fits]) + 2.0 * np.log(votes)
+def _weighted(
+    fits: Sequence[tuple[float, Model]], inflation: float, rivals: Counter[int]
+) -> tuple[Model, ...]:
+    """The models that compete, with Akaike weights; those with the same number of oscillators
+    (``rivals``) share one vote."""
+    votes = np.array(
+        [1 if model.basis.bends else rivals[len(model.basis.thetas)] for _, model in fits]
+    )
+    scores = np.array(
+        [chi2 / inflation + 2.0 * model.basis.size for chi2, model in fits]
+    ) + 2.0 * np.log(votes)
     weights = np.exp(-0.5 * (scores - scores.min()))
-    order = [int(i) for i in np.argsort(-weights, kind="stable")[:MAX_MODELS] if weights[i] >= LEAST_WEIGHT * weights.max()]
+    order = [
+        int(i)
+        for i in np.argsort(-weights, kind="stable")[:MAX_MODELS]
+        if weights[i] >= LEAST_WEIGHT * weights.max()
+    ]
     total = weights[order].sum()
-    return tuple(replace(fits[i][1], root=fits[i][1].root * np.sqrt(inflation), weight=float(weights[i] / total)) for i in order)
+    return tuple(
+        replace(
+            fits[i][1], root=fits[i][1].root * np.sqrt(inflation), weight=float(weights[i] / total)
+        )
+        for i in order
+    )
 
 
-def _quality(models: Sequence[Model], data: _Data, chi2: float, dof: int, inflation: float) -> Quality:
-    predicted = sum(model.weight * (data.rows(model.basis) @ model.coefficients) for model in models)
+def _quality(
+    models: Sequence[Model], data: _Data, chi2: float, dof: int, inflation: float
+) -> Quality:
+    predicted = sum(
+        model.weight * (data.rows(model.basis) @ model.coefficients) for model in models
+    )
     residual = data.value / data.error - predicted
     kinds = [kind for kind in ("G", "V", "S") if (data.kind == kind).any()]
     n = {kind: int((data.kind == kind).sum()) for kind in kinds}
-    return Quality(chi2, dof, inflation, n, {kind: float(np.sqrt(np.mean(residual[data.kind == kind] ** 2))) for kind in kinds})
+    return Quality(
+        chi2,
+        dof,
+        inflation,
+        n,
+        {kind: float(np.sqrt(np.mean(residual[data.kind == kind] ** 2))) for kind in kinds},
+    )
 
 
 def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
-    """The finite-size term as a smooth function of its own: a parabola in P, one Einstein term in T; errors from what is left over."""
+    """The finite-size term as a smooth function of its own: a parabola in P, one Einstein term in
+    T; errors from what is left over."""
     values = np.array([point.finite_size_eV_per_atom for point in points])
     if not np.isfinite(values).all() or not values.any():
         return None
     n = len(points)
     data = _Data(
-        np.array([point.pressure_GPa for point in points]), np.array([point.temperature_K for point in points]),
-        values, np.full(n, 1e-4), np.full(n, "G"),
-    )  # fmt: skip
+        np.array([point.pressure_GPa for point in points]),
+        np.array([point.temperature_K for point in points]),
+        values,
+        np.full(n, 1e-4),
+        np.full(n, "G"),
+    )
     pressures = sorted({point.pressure_GPa for point in points})
     temperatures = sorted({point.temperature_K for point in points})
-    centre, half = 0.5 * (pressures[0] + pressures[-1]), max(0.5 * (pressures[-1] - pressures[0]), 1.0)
+    centre, half = (
+        0.5 * (pressures[0] + pressures[-1]),
+        max(0.5 * (pressures[-1] - pressures[0]), 1.0),
+    )
     cold = min(2, len(pressures) - 1)
-    terms = [()] if len(temperatures) == 1 else [(theta,) for theta in np.geomspace(0.5 * temperatures[1], 6.0 * temperatures[-1], LADDER)]
+    terms = (
+        [()]
+        if len(temperatures) == 1
+        else [
+            (theta,)
+            for theta in np.geomspace(
+                0.5 * temperatures[1], 6.0 * temperatures[-1], N_TRIAL_TEMPERATURES
+            )
+        ]
+    )
     thermal = min(1, cold)
-    bases = [Basis(centre, half, cold, power, term) for term in terms for power in sorted({0, thermal})]
+    bases = [
+        Basis(centre, half, cold, power, term) for term in terms for power in sorted({0, thermal})
+    ]
     fits = [fit for basis in bases for fit in _least_squares([basis], data.rows(basis)[None], data)]
     if not fits:
         return None

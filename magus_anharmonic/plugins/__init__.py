@@ -1,4 +1,5 @@
-"""The only code that imports MAGUS: calculator, learning and ranking hook, fitness, and their registration."""
+"""The only code that imports MAGUS: calculator, learning and ranking hook, fitness, and their
+registration."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ FITNESS = "SSCHA"
 
 
 def register() -> None:
-    """Entry point of the group ``magus.plugins``: make MAGUS know calculator, fitness and hook; repeated calls are harmless."""
+    """Entry point of the group ``magus.plugins``: make MAGUS know calculator, fitness and hook;
+    repeated calls are harmless."""
     import magus.calculators
     from magus.fitness import fit_dict
 
@@ -26,7 +28,8 @@ def register() -> None:
 
 
 def mattersim(**parameters: Any) -> Any:
-    """What MAGUS builds for ``calculator: mattersim``: with learning for ``MLCalculator``, which alone gets ``query_calculator``."""
+    """What MAGUS builds for ``calculator: mattersim``: with learning for ``MLCalculator``, which
+    alone gets ``query_calculator``."""
     if "query_calculator" in parameters:
         from magus_anharmonic.plugins.learner import MatterSimLearner
 
@@ -41,12 +44,15 @@ def _register_calculator() -> None:
 
     if CALCULATOR in CALCULATOR_PLUGIN and CALCULATOR_PLUGIN[CALCULATOR] is not mattersim:
         other = getattr(CALCULATOR_PLUGIN[CALCULATOR], "__module__", "elsewhere")
-        logger.warning("calculator %s of %s is replaced by the one of magus-anharmonic", CALCULATOR, other)
+        logger.warning(
+            "calculator %s of %s is replaced by the one of magus-anharmonic", CALCULATOR, other
+        )
     CALCULATOR_PLUGIN.register(CALCULATOR)(mattersim)
 
 
 def _register_again_after_magus(calculators: Any) -> None:
-    # MAGUS imports every file of magus/calculators before each look-up, and a file with our name would overwrite us.
+    # MAGUS imports every file of magus/calculators before each look-up, and a file with our name
+    # would overwrite us.
     original = calculators.load_plugins
     if getattr(original, "by_magus_anharmonic", False):
         return

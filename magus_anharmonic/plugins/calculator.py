@@ -1,6 +1,7 @@
 """The calculator and the fitness that MAGUS knows by name.
 
-The calculator ``mattersim`` of MAGUS: relaxes and evaluates a population in batches at the pressure of the search.
+The calculator ``mattersim`` of MAGUS: relaxes and evaluates a population in batches at the pressure
+of the search.
 
 The fitness ``SSCHA`` of MAGUS: reads what the hook stored, computes nothing.
 """
@@ -21,11 +22,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 from magus.fitness import FitnessCalculator
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What an earlier calculation left in ``info``: it belongs to another structure or another model once this one starts.
+# What an earlier calculation left in ``info``: it belongs to another structure or another model
+# once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
 FREE_ENERGY_KEYS = (
     "gibbs",
@@ -51,10 +53,11 @@ FREE_ENERGY_KEYS = (
 class MatterSimCalculator(Calculator):
     """``MainCalculator`` with ``calculator: mattersim``.
 
-    Results in ``info``: ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) eV/A^3 in ASE's sign and Voigt order,
-    ``enthalpy`` (eV/atom, at ``pressure``), ``model`` (id of the weights), after a relaxation ``trajs`` (first and last frame).
-    A structure without a result is left out of what is returned; the reason is in the log.
-    The model is loaded at first use and left out of pickles.
+    Results in ``info``: ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) eV/A^3 in ASE's
+    sign and Voigt order, ``enthalpy`` (eV/atom, at ``pressure``), ``model`` (id of the weights),
+    after a relaxation ``trajs`` (first and last frame). A structure without a result is left out of
+    what is returned; the reason is in the log. The model is loaded at first use and left out of
+    pickles.
     """
 
     is_learner = False
@@ -70,13 +73,23 @@ class MatterSimCalculator(Calculator):
             self.checkpoint = self._find_checkpoint()
         except InputError as error:
             stop(error)
-        super().__init__(**{**parameters, "job_prefix": self.options.job_prefix, "pressure": self.settings.pressure})
-        self.work_dir, self.calc_dir = os.path.abspath(self.work_dir), os.path.abspath(self.calc_dir)
+        super().__init__(
+            **{
+                **parameters,
+                "job_prefix": self.options.job_prefix,
+                "pressure": self.settings.pressure,
+            }
+        )
+        self.work_dir, self.calc_dir = (
+            os.path.abspath(self.work_dir),
+            os.path.abspath(self.calc_dir),
+        )
         self.main_info.extend(["checkpoint", "options"])
         self._potential: Potential | None = None
 
     def _find_checkpoint(self) -> str:
-        # Other calculators of MAGUS change the working directory, so a relative path is made absolute here.
+        # Other calculators of MAGUS change the working directory, so a relative path is made
+        # absolute here.
         from magus_anharmonic.potential import checkpoint
 
         return str(checkpoint.resolve(self.options.checkpoint).absolute())
@@ -91,7 +104,8 @@ class MatterSimCalculator(Calculator):
 
     @property
     def potential(self) -> Potential:
-        """The model in use; loaded when it is first needed: what this search learned last, else ``checkpoint``."""
+        """The model in use; loaded when it is first needed: what this search learned last, else
+        ``checkpoint``."""
         if self._potential is None:
             from magus_anharmonic.potential import load
 
@@ -102,9 +116,11 @@ class MatterSimCalculator(Calculator):
         return self._potential
 
     def begin_round(self, generation: int) -> None:
-        """Everything up to the next call belongs to this round, which begins with the model that the one before has left.
+        """Everything up to the next call belongs to this round, which begins with the model that
+        the one before has left.
 
-        MAGUS's restart repeats its last round: relaxed with the model that this round learned already, it would find other structures.
+        MAGUS's restart repeats its last round: relaxed with the model that this round learned
+        already, it would find other structures.
         """
         self.generation, self.learned_until = generation, generation - 1
 
@@ -123,11 +139,12 @@ class MatterSimCalculator(Calculator):
         return None if newest is None else str(newest)
 
     def relax_(self, calcPop: Sequence[Atoms], *args: Any, **kwargs: Any) -> list[Atoms]:  # noqa: N803 (MAGUS's name)
-        """Relax ``calcPop`` in place; MAGUS's ``logfile`` and ``trajname`` are accepted and not needed."""
+        """Relax ``calcPop`` in place; MAGUS's ``logfile`` and ``trajname`` are accepted and not
+        needed."""
         individuals = list(calcPop)
         if not individuals:
             return []
-        starts = [bare(atoms, constraints=True) for atoms in individuals]
+        starts = [stripped(atoms, constraints=True) for atoms in individuals]
         self._clear(individuals)
         results = self._relaxed(starts)
         relaxed, failed = [], []
@@ -143,7 +160,7 @@ class MatterSimCalculator(Calculator):
         return relaxed
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        from magus_anharmonic.potential.portable import relax_on, relax_options
+        from magus_anharmonic.potential.remote import relax_on, relax_options
 
         options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):
@@ -156,7 +173,9 @@ class MatterSimCalculator(Calculator):
         individuals = list(calcPop)
         self._clear(individuals)
         done, failed = [], []
-        for atoms, outcome in zip(individuals, evaluate_each(self.potential, individuals), strict=True):
+        for atoms, outcome in zip(
+            individuals, evaluate_each(self.potential, individuals), strict=True
+        ):
             if isinstance(outcome, str):
                 failed.append(_dropped(atoms, outcome, "single point"))
                 continue
@@ -172,10 +191,12 @@ class MatterSimCalculator(Calculator):
         atoms.positions = result.atoms.positions
         self._store_result(atoms, result.energy, result.forces, result.stress)
         atoms.wrap()
-        atoms.info["trajs"] = [bare(start), bare(atoms)]
+        atoms.info["trajs"] = [stripped(start), stripped(atoms)]
         atoms.info["n_evaluations"] = int(result.n_steps)
 
-    def _store_result(self, atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray) -> None:
+    def _store_result(
+        self, atoms: Atoms, energy: float, forces: np.ndarray, stress: np.ndarray
+    ) -> None:
         volume_term = gpa_to_ev_per_a3(self.pressure) * atoms.get_volume()
         atoms.calc = None
         atoms.info.update(
@@ -194,24 +215,35 @@ class MatterSimCalculator(Calculator):
                 atoms.info.pop(key, None)
 
     def _report(self, what: str, done: Sequence[Atoms], failed: Sequence[Atoms]) -> None:
-        logger.info("%s %d structures with model %s, %d failed", what, len(done), self.potential.model_id, len(failed))
+        logger.info(
+            "%s %d structures with model %s, %d failed",
+            what,
+            len(done),
+            self.potential.model_id,
+            len(failed),
+        )
         if failed:
             write(os.path.join(self.calc_dir, "errorTraj.traj"), failed)
 
 
-def evaluate_each(potential: Any, structures: Sequence[Atoms]) -> list[tuple[float, np.ndarray, np.ndarray] | str]:
-    """Energy, forces, stress (3, 3) of each structure, or the reason why it has none: one bad structure spoils no batch."""
+def evaluate_each(
+    potential: Any, structures: Sequence[Atoms]
+) -> list[tuple[float, np.ndarray, np.ndarray] | str]:
+    """Energy, forces, stress (3, 3) of each structure, or the reason why it has none: one bad
+    structure spoils no batch."""
     if not structures:
         return []
     try:
-        found = potential.evaluate([bare(atoms) for atoms in structures])
+        found = potential.evaluate([stripped(atoms) for atoms in structures])
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         if len(structures) == 1:
             return [str(error)]
         return [outcome for atoms in structures for outcome in evaluate_each(potential, [atoms])]
-    return [(float(e), f, s) for e, f, s in zip(found.energy, found.forces, found.stress, strict=True)]
+    return [
+        (float(e), f, s) for e, f, s in zip(found.energy, found.forces, found.stress, strict=True)
+    ]
 
 
 def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
@@ -222,30 +254,35 @@ def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
         atoms.get_chemical_formula(),
         reason,
     )
-    copy = bare(atoms)
+    copy = stripped(atoms)
     copy.info["reason"] = reason
     return copy
 
 
 def _effort(results: Sequence[Relaxation]) -> tuple[int, int]:
-    return sum(result.n_steps for result in results), sum(bool(result.converged) for result in results)
+    return sum(result.n_steps for result in results), sum(
+        bool(result.converged) for result in results
+    )
 
 
 def _refuse_forked_cuda(device: str | None) -> None:
     torch = sys.modules.get("torch")
     if device != "cpu" and torch is not None and torch.cuda._is_in_bad_fork():
         raise MagusAnharmonicError(
-            "calculator mattersim: CUDA cannot be used in the forked workers of `magus search -p`; run without -p "
-            "(structures are relaxed in batches in one process), or set device: cpu"
+            "calculator mattersim: CUDA cannot be used in the forked workers of `magus search -p`;"
+            " run without -p (structures are relaxed in batches in one process), or set device: cpu"
         )
 
 
 class SschaFitness(FitnessCalculator):
-    """``Fitness: [SSCHA]``: minus the free energy in eV/atom, an estimate where SSCHA has not run; always finite.
+    """``Fitness: [SSCHA]``: minus the free energy in eV/atom, an estimate where SSCHA has not run;
+    always finite.
 
-    With ``formulaType: var`` minus its distance above the hull of the population, as MAGUS's ``Ehull`` for enthalpies.
+    With ``formulaType: var`` minus its distance above the hull of the population, as MAGUS's
+    ``Ehull`` for enthalpies.
 
-    MAGUS asks 5 to 10 times per search round, on duplicates and in forked workers, so this must stay cheap.
+    MAGUS asks 5 to 10 times per search round, on duplicates and in forked workers, so this must
+    stay cheap.
     """
 
     def __init__(self, parameters: Any) -> None:

@@ -2,12 +2,15 @@
 
 SSCHA centroids as seeds of the next round, in the file where MAGUS looks for seeds.
 
-What this package does between two rounds of MAGUS: hand the population over, take it back, seed the next round.
+What this package does between two rounds of MAGUS: hand the population over, take it back, seed the
+next round.
 
-The hook around MAGUS's search: checks the input first, and after each round learns, re-evaluates and ranks.
+The hook around MAGUS's search: checks the input first, and after each round learns, re-evaluates
+and ranks.
 
-``Magus.set_good_pop`` is the one place that every mode (plain, ``-m``, ``-p``) passes once per round in the main process, with the
-relaxed and deduplicated population. Class attributes are wrapped, because the classes' names are bound elsewhere already.
+``Magus.set_good_pop`` is the one place that every mode (plain, ``-m``, ``-p``) passes once per
+round in the main process, with the relaxed and deduplicated population. Class attributes are
+wrapped, because the classes' names are bound elsewhere already.
 """
 
 from __future__ import annotations
@@ -32,17 +35,30 @@ from magus.search.search import Magus
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.generation import SearchState, after_generation, start
-from magus_anharmonic.lock import Held, check_free, read_owner
+from magus_anharmonic.lock import FolderLock, check_free, read_owner
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.logs import check_restart, tame
-from magus_anharmonic.plugins.modes import check_input, check_installation, is_mode, is_ours, single_thread
-from magus_anharmonic.plugins.parameters import CALCULATOR_BLOCKS, OURS, concerns_us, fitness_names, misspelt_blocks, stop
+from magus_anharmonic.plugins.modes import (
+    check_input,
+    check_installation,
+    is_mode,
+    is_ours,
+    single_thread,
+)
+from magus_anharmonic.plugins.parameters import (
+    CALCULATOR_BLOCKS,
+    OURS,
+    concerns_us,
+    fitness_names,
+    misspelt_blocks,
+    stop,
+)
 from magus_anharmonic.ranking.fitness import copy_order
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.run_record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +74,9 @@ def seed_file(folder: str | Path, generation: int) -> Path:
 def write_seeds(folder: str | Path, generation: int, structures: Sequence[Atoms]) -> int:
     """Put ``structures`` into the seed file of ``generation``; the info they carry is kept.
 
-    The user's own frames stay, first and unchanged (the file as it was is kept beside it as ``.user``); frames of an
-    earlier, interrupted attempt are replaced; a structure that an earlier generation was given already is left out.
-    Returns how many seeds of ours the file holds.
+    The user's own frames stay, first and unchanged (the file as it was is kept beside it as
+    ``.user``); frames of an earlier, interrupted attempt are replaced; a structure that an earlier
+    generation was given already is left out. Returns how many seeds of ours the file holds.
     """
     file = seed_file(folder, generation)
     known = _earlier(Path(folder), generation)
@@ -79,7 +95,8 @@ def write_seeds(folder: str | Path, generation: int, structures: Sequence[Atoms]
 
 
 def clear_seeds(folder: str | Path) -> None:
-    """Take the seeds of an earlier search out of every seed file; a new search starts without them, the user's own stay."""
+    """Take the seeds of an earlier search out of every seed file; a new search starts without them,
+    the user's own stay."""
     for file in sorted(Path(folder).glob("seeds_*.traj")):
         present = _frames(file)
         users = [atoms for atoms in present if atoms.info.get(MARK) != OWN]
@@ -96,7 +113,7 @@ def _replace(file: Path, frames: list[Atoms]) -> None:
 
 
 def _seed(atoms: Atoms) -> Atoms:
-    seed = bare(atoms)
+    seed = stripped(atoms)
     seed.info = {**atoms.info, MARK: OWN}
     return seed
 
@@ -123,7 +140,8 @@ _DERIVED = ("compare_info", "fingerprint")
 
 @dataclass
 class Rounds:
-    """One search of MAGUS with our keys: its settings, the calculator it relaxes with, and what its rounds share."""
+    """One search of MAGUS with our keys: its settings, the calculator it relaxes with, and what its
+    rounds share."""
 
     settings: Settings
     ml: bool
@@ -140,7 +158,8 @@ class Rounds:
 
     @classmethod
     def begin(cls, search: Any, settings: Settings, run_dir: Path, *, restart: bool) -> Rounds:
-        """After MAGUS has set up its folders and before its first step: load the model and write ``run.json``.
+        """After MAGUS has set up its folders and before its first step: load the model and write
+        ``run.json``.
 
         Raises InputError (checkpoint, labeler, results of another version).
         """
@@ -151,8 +170,20 @@ class Rounds:
         if not restart:
             clear_seeds(search.seed_dir)
         calculator.begin_round(search.curgen)
-        described = {"host": "magus", "command": "magus search" + (" -m" if ml else " -p" if is_mode(search, "PaMagus") else "")}
-        state = start(settings, run_dir, restart=restart, learn=not ml, potential=calculator.potential, described=described)
+        described = {
+            "host": "magus",
+            "command": (
+                "magus search" + (" -m" if ml else " -p" if is_mode(search, "PaMagus") else "")
+            ),
+        }
+        state = start(
+            settings,
+            run_dir,
+            restart=restart,
+            learn=not ml,
+            potential=calculator.potential,
+            described=described,
+        )
         calculator.use(state.potential)
         calculator.seed = state.seed
         if ml:
@@ -165,9 +196,14 @@ class Rounds:
             self.calculator.begin_round(search.curgen)
 
     def finish(self, search: Any) -> None:
-        """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next round."""
+        """Before MAGUS builds its good population: learn, re-evaluate, rank, and seed the next
+        round."""
         calculator, state = self.calculator, self.state
-        if calculator is None or state is None or (self.settings.learning is None and self.settings.sscha is None):
+        if (
+            calculator is None
+            or state is None
+            or (self.settings.learning is None and self.settings.sscha is None)
+        ):
             return
         if self.ml:
             state.potential, state.energy_rmse = calculator.potential, calculator.energy_rmse
@@ -185,12 +221,17 @@ class Rounds:
         self.finished, self.n_best = search.curgen, len(search.best_pop)
 
     def conclude(self, search: Any) -> None:
-        """After MAGUS has left its loop: rank the last round as the last one, whatever ended it, and show what was found."""
+        """After MAGUS has left its loop: rank the last round as the last one, whatever ended it,
+        and show what was found."""
         state = self.state
         if state is None or (self.settings.learning is None and self.settings.sscha is None):
             return
         if self.finished and not self.ending:
-            logger.warning("the search ended in round %d of %s: its structures are ranked now", self.finished, state.n_generations)
+            logger.warning(
+                "the search ended in round %d of %s: its structures are ranked now",
+                self.finished,
+                state.n_generations,
+            )
             after_last, search.curgen, self.ending = search.curgen, self.finished, True
             del search.best_pop.pop[self.n_best :]
             search.analysis()
@@ -200,10 +241,13 @@ class Rounds:
 
     @staticmethod
     def _relaxed(search: Any) -> list[Atoms]:
-        """This round's structures as they were relaxed, duplicates included: ``cur_pop`` has lost them."""
+        """This round's structures as they were relaxed, duplicates included: ``cur_pop`` has lost
+        them."""
         file = Path(search.Population.results_dir) / f"raw{search.curgen}.traj"
         if not file.exists():
-            logger.warning("%s is missing: labels are chosen among the structures without duplicates", file)
+            logger.warning(
+                "%s is missing: labels are chosen among the structures without duplicates", file
+            )
             return list(search.cur_pop)
         population = search.Population(read(file, index=":"), "raw", search.curgen)
         population.check()
@@ -213,11 +257,12 @@ class Rounds:
 def keep_better(known: Any, current: Sequence[Any]) -> None:
     """Put a better copy in ``current`` in the place of every ``known`` structure that it equals.
 
-    MAGUS replaces every current structure that equals a known one by the known one, and would lose the better copy.
+    MAGUS replaces every current structure that equals a known one by the known one, and would lose
+    the better copy.
     """
-    for place, individual in enumerate(known):
+    for index, individual in enumerate(known):
         copies = [other for other in current if other == individual]
-        known[place] = min([individual, *copies], key=lambda item: copy_order(item.info))
+        known[index] = min([individual, *copies], key=lambda item: copy_order(item.info))
 
 
 def _renew_derived(individuals: Iterable[Any]) -> None:
@@ -227,13 +272,19 @@ def _renew_derived(individuals: Iterable[Any]) -> None:
         individual.find_spg()
 
 
-# Beside the search objects, not on them: `magus search -p` pickles the whole object for its workers.
+# Beside the search objects, not on them: `magus search -p` pickles the whole object for its
+# workers.
 _ROUNDS: WeakKeyDictionary[Magus, Rounds] = WeakKeyDictionary()
 
 
 def attach() -> None:
     """Wrap the methods of ``Magus``; once, however often it is called."""
-    methods = (("__init__", _start), ("run", _to_the_end), ("update_volume_ratio", _before_round), ("set_good_pop", _after_round))
+    methods = (
+        ("__init__", _start),
+        ("run", _to_the_end),
+        ("update_volume_ratio", _before_round),
+        ("set_good_pop", _after_round),
+    )
     for name, around in methods:
         original = Magus.__dict__[name]
         if not hasattr(original, "by_magus_anharmonic"):
@@ -241,9 +292,12 @@ def attach() -> None:
 
 
 def _attach_to_miner() -> None:
-    """``-smfr`` gives a search a step of its own, which begins with another function than ours is around."""
+    """``-smfr`` gives a search a step of its own, which begins with another function than ours is
+    around."""
     fly = sys.modules.get("magus.reconstruct.fly_interface")
-    if fly is not None and not hasattr(fly.smfr_patch_to_Magus.update_volume_ratio, "by_magus_anharmonic"):
+    if fly is not None and not hasattr(
+        fly.smfr_patch_to_Magus.update_volume_ratio, "by_magus_anharmonic"
+    ):
         step = _wrapped(fly.smfr_patch_to_Magus.update_volume_ratio, _before_round)
         fly.smfr_patch_to_Magus.update_volume_ratio = staticmethod(step)
 
@@ -257,7 +311,9 @@ def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callab
     return method
 
 
-def _start(original: Callable[..., None], search: Magus, parameters: Any, restart: bool = False) -> None:
+def _start(
+    original: Callable[..., None], search: Magus, parameters: Any, restart: bool = False
+) -> None:
     keys = parameters.p_dict
     if not concerns_us(keys) and not misspelt_blocks(keys):
         original(parameters, restart=restart)
@@ -265,9 +321,13 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
     tame()
     ml = is_mode(search, "MLMagus")
     if "SSCHA" in fitness_names(keys) and "Comparator" not in keys:
-        # MAGUS's own default looks at shapes alone, and would throw away what SSCHA is to tell apart.
+        # MAGUS's own default looks at shapes alone, and would throw away what SSCHA is to tell
+        # apart.
         keys["Comparator"] = {"comparator_list": ["naive"]}
-        logger.info("Comparator: naive (of equal structures: space group, volume within dV, energy within dE), because of Fitness: [SSCHA]")
+        logger.info(
+            "Comparator: naive (of equal structures: space group, volume within dV, energy within"
+            " dE), because of Fitness: [SSCHA]"
+        )
     try:
         settings = check_input(keys, ml=ml, parallel=is_mode(search, "PaMagus"))
         for name in CALCULATOR_BLOCKS:
@@ -296,9 +356,11 @@ def _start(original: Callable[..., None], search: Magus, parameters: Any, restar
 
 
 def _lock(search: Magus, run_dir: Path, *, only_check: bool = False) -> None:
-    """Hold the lock of the results folder as long as ``search`` lives; raises ``InputError`` when another process holds it.
+    """Hold the lock of the results folder as long as ``search`` lives; raises ``InputError`` when
+    another process holds it.
 
-    First looked at before MAGUS moves an earlier ``results`` away, taken once the new folder is there.
+    First looked at before MAGUS moves an earlier ``results`` away, taken once the new folder is
+    there.
     """
     owner = read_owner(run_dir)
     if owner is not None and owner.alive and owner.pid == os.getpid():
@@ -306,8 +368,8 @@ def _lock(search: Magus, run_dir: Path, *, only_check: bool = False) -> None:
     if only_check:
         check_free(run_dir)
         return
-    held = Held(run_dir, "magus search")
-    finalize(search, held.release)
+    lock = FolderLock(run_dir, "magus search")
+    finalize(search, lock.release)
 
 
 def _run_dir(keys: Mapping[str, Any]) -> Path:
@@ -317,7 +379,12 @@ def _run_dir(keys: Mapping[str, Any]) -> Path:
 def _to_the_end(original: Callable[..., None], search: Magus, *args: Any) -> None:
     _attach_to_miner()
     if search in _ROUNDS and is_mode(search, "MLMagus") and "one_step" in vars(search):
-        stop(InputError("-m -smfr: the miner's step relaxes with MainCalculator and never trains; search with -m or with -smfr"))
+        stop(
+            InputError(
+                "-m -smfr: the miner's step relaxes with MainCalculator and never trains; search"
+                " with -m or with -smfr"
+            )
+        )
     original(*args)
     rounds = _ROUNDS.get(search)
     if rounds is not None:
@@ -333,14 +400,16 @@ def _before_round(original: Callable[..., None], search: Magus) -> None:
         _seed_generators(rounds.settings, search.curgen)
         rounds.prepare(search)
         if rounds.repeats:
-            # MAGUS reads the ratio with which this round began from its log, and would mix the volumes of the round before in once more.
+            # MAGUS reads the ratio with which this round began from its log, and would mix the
+            # volumes of the round before in once more.
             rounds.repeats = False
             return
     original()
 
 
 def _seed_generators(settings: Settings, generation: int) -> None:
-    # MAGUS draws from the global generators; seeded per round, a restarted search draws what it would have drawn.
+    # MAGUS draws from the global generators; seeded per round, a restarted search draws what it
+    # would have drawn.
     if settings.seed is not None:
         random.seed(f"{settings.seed} {generation}")
         np.random.seed([settings.seed % 2**32, generation])

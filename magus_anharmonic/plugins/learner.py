@@ -1,4 +1,5 @@
-"""``MLCalculator`` with ``calculator: mattersim``: what ``magus search -m`` calls to choose, distort, keep labels and train."""
+"""``MLCalculator`` with ``calculator: mattersim``: what ``magus search -m`` calls to choose,
+distort, keep labels and train."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.learning.learn import finished, held_back, keep_label, learn, plan
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
 from magus_anharmonic.settings import LearningSettings, snake_case
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +32,25 @@ _HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_
 
 # Keys of MainCalculator that say how a code is run, not which energy surface it gives.
 _EXECUTION = frozenset(
-    "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time wait_params verbose kill_time memory "
-    "mem_per_cpu exe_cmd eps max_step max_move max_force optimizer relax_lattice fix_symmetry kicks fix_volume connect".split()
+    "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time"
+    " wait_params verbose kill_time memory mem_per_cpu exe_cmd eps max_step max_move max_force"
+    " optimizer relax_lattice fix_symmetry kicks perturbations fix_volume connect".split()
 )
 
 
 class MatterSimLearner(MatterSimCalculator):
     """The learning calculator; the labels come from MAGUS's own ``MainCalculator``.
 
-    Per round MAGUS calls ``relax``, ``select``, ``expand_perturb``, (``MainCalculator.scf``), ``updatedataset``, ``train``
-    (``SelectDFTScf``), or ``get_loss`` and ``calc_efs`` around its own choice (``DFTScf``, ``DFTRelax``).
+    Per round MAGUS calls ``relax``, ``select``, ``expand_perturb``, (``MainCalculator.scf``),
+    ``updatedataset``, ``train`` (``SelectDFTScf``), or ``get_loss`` and ``calc_efs`` around its own
+    choice (``DFTScf``, ``DFTRelax``).
     """
 
     is_learner = True
 
     init_times = 0
-    """Trainings on random structures before the first round: none, because the checkpoint is a trained model already."""
+    """Trainings on random structures before the first round: none, because the checkpoint is a
+    trained model already."""
 
     def __init__(self, **parameters: Any) -> None:
         super().__init__(**parameters)
@@ -62,8 +66,11 @@ class MatterSimLearner(MatterSimCalculator):
 
     @property
     def learning(self) -> LearningSettings:
-        """The block ``learning``; the input check has made sure that a search that trains has it."""
-        return self.settings.learning or LearningSettings.model_validate({"labeler": {"calculator": "main"}})
+        """The block ``learning``; the input check has made sure that a search that trains has
+        it."""
+        return self.settings.learning or LearningSettings.model_validate(
+            {"labeler": {"calculator": "main"}}
+        )
 
     @property
     def store(self) -> LabelStore:
@@ -71,45 +78,64 @@ class MatterSimLearner(MatterSimCalculator):
         if self._labels is None:
             self._labels = LabelStore(self.run_dir / "labels")
             if self.learning.dataset:
-                self._labels.adopt(read_dataset(self.learning.dataset, self.labeler.settings_hash), self.learning.split)
+                self._labels.adopt(
+                    read_dataset(self.learning.dataset, self.labeler.settings_hash),
+                    self.learning.split,
+                )
         return self._labels
 
     @property
     def labeler(self) -> CallableLabeler:
         """Reads the results that ``MainCalculator`` left in ``info``."""
-        return CallableLabeler(self._results, description=f"MainCalculator ({type(self._main).__name__})", settings=self._main_settings)
+        return CallableLabeler(
+            self._results,
+            description=f"MainCalculator ({type(self._main).__name__})",
+            settings=self._main_settings,
+        )
 
     def _results(self, structures: Sequence[Atoms]) -> list[Mapping[str, Any] | str]:
-        return [_result(atoms) or self._reasons.get(str(atoms.info.get("id")), "MainCalculator gave no result") for atoms in structures]
+        return [
+            _result(atoms)
+            or self._reasons.get(str(atoms.info.get("id")), "MainCalculator gave no result")
+            for atoms in structures
+        ]
 
     @property
     def trainset(self) -> list[Atoms]:
-        """The labelled structures of the training side, energy, forces and stress in ``info`` too."""
+        """The labelled structures of the training side, energy, forces and stress in ``info``
+        too."""
         frames = []
         for atoms in on_side(self.store.labels(), "train", self.learning.split):
             copy = atoms.copy()
-            copy.info.update({key: atoms.calc.results[key] for key in ("energy", "forces", "stress")})
+            copy.info.update(
+                {key: atoms.calc.results[key] for key in ("energy", "forces", "stress")}
+            )
             frames.append(copy)
         return frames
 
     def select(self, pop: Any) -> Any:
-        """``n_sample`` members by ``learning.select``; copies, of the same kind (Population or list)."""
+        """``n_sample`` members by ``learning.select``; copies, of the same kind (Population or
+        list)."""
         individuals = list(pop)
         rng = np.random.default_rng([self.seed, self.generation, _SELECT])
         rule = self.learning.select
         known = self.store.labels(before=self.generation) if rule == "diverse" else []
         picked = select(individuals, self.learning.n_sample, rng, rule, self.potential, known)
-        picked = held_back(individuals, picked, self.generation, self.learning, self.store, self.seed)
+        picked = held_back(
+            individuals, picked, self.generation, self.learning, self.store, self.seed
+        )
         chosen = [individuals[index].copy() for index in picked]
         logger.info("%d of %d structures are chosen for labels", len(chosen), len(individuals))
         return _like(pop, chosen)
 
     def expand_perturb(self, pop: Any) -> Any:
-        """``n_perturb`` distortions of each chosen structure, without old results, with their history in ``info``.
+        """``n_perturb`` distortions of each chosen structure, without old results, with their
+        history in ``info``.
 
-        Those that have their label are left out, and all of them when this round has learned: MAGUS's restart repeats its last round.
+        Those that have their label are left out, and all of them when this round has learned:
+        MAGUS's restart repeats its last round.
         """
-        self._selected = [bare(individual) for individual in pop]
+        self._selected = [stripped(individual) for individual in pop]
         if finished(self.run_dir, self.generation, self.potential) is not None:
             return _like(pop, [])
         planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
@@ -117,17 +143,24 @@ class MatterSimLearner(MatterSimCalculator):
 
     def updatedataset(self, frames: Iterable[Atoms]) -> None:
         """Save the labels that ``MainCalculator`` has put into ``info``."""
-        asked = {atoms.info["id"] for atoms in plan(self._selected, self.generation, self.learning, self.store, self.seed)}
+        asked = {
+            atoms.info["id"]
+            for atoms in plan(self._selected, self.generation, self.learning, self.store, self.seed)
+        }
         self._reasons = {}
         labelled = []
         given = list(frames)
-        relaxed = [bare(atoms) for atoms in given if "id" not in atoms.info]
+        relaxed = [stripped(atoms) for atoms in given if "id" not in atoms.info]
         families = [self.store.families.family(parent_name(atoms), atoms) for atoms in relaxed]
-        sides = sides_of_families(families, self.learning.split, self.store.sides(self.learning.split))
+        sides = sides_of_families(
+            families, self.learning.split, self.store.sides(self.learning.split)
+        )
         for atoms in given:
             if "id" in atoms.info and atoms.info["id"] not in asked:
                 # MAGUS's cluster calculators hand the previous file back when a job fails.
-                logger.warning("a label of an earlier batch (%s) came back and is not taken", atoms.info["id"])
+                logger.warning(
+                    "a label of an earlier batch (%s) came back and is not taken", atoms.info["id"]
+                )
             else:
                 labelled.append(self._with_history(atoms, sides))
         clean = [_only(atoms, _HISTORY) for atoms in labelled]
@@ -135,13 +168,15 @@ class MatterSimLearner(MatterSimCalculator):
             reason = keep_label(atoms, result, self.store)
             if reason is not None:
                 self._reasons[str(atoms.info["id"])] = reason
-        logger.info("%d labels from MainCalculator, %d of them unusable", len(clean), len(self._reasons))
+        logger.info(
+            "%d labels from MainCalculator, %d of them unusable", len(clean), len(self._reasons)
+        )
 
     def _with_history(self, atoms: Atoms, sides: Mapping[str, str]) -> Atoms:
         if "id" in atoms.info:
             return atoms
         copy, name = atoms.copy(), parent_name(atoms)
-        family = self.store.families.family(name, bare(atoms))
+        family = self.store.families.family(name, stripped(atoms))
         copy.info.update(
             id=f"g{self.generation}-{structure_id(atoms)}",
             generation=self.generation,
@@ -154,7 +189,8 @@ class MatterSimLearner(MatterSimCalculator):
         return copy
 
     def train(self) -> None:
-        """Finetune on the labels of this round and a replay of earlier ones; the better of old and new model is used from now on."""
+        """Finetune on the labels of this round and a replay of earlier ones; the better of old and
+        new model is used from now on."""
         learned = learn(
             self._selected,
             generation=self.generation,
@@ -168,12 +204,21 @@ class MatterSimLearner(MatterSimCalculator):
         self._selected = []
         self.use(learned.potential)
         self.energy_rmse = validation_rmse(learned.metrics)
-        logger.info("round %d: model %s, %d labels, %d failed", self.generation, learned.model_id, learned.n_labels, learned.n_failures)
+        logger.info(
+            "round %d: model %s, %d labels, %d failed",
+            self.generation,
+            learned.model_id,
+            learned.n_labels,
+            learned.n_failures,
+        )
 
     def calc_efs(self, frames: Any) -> list[Atoms]:
-        """Copies with the model's energy, forces and stress, one per frame and in order; NaN where the model has no result."""
+        """Copies with the model's energy, forces and stress, one per frame and in order; NaN where
+        the model has no result."""
         given = [frames] if isinstance(frames, Atoms) else list(frames)
-        copies = [_only(atoms, [key for key in atoms.info if key not in RESULT_KEYS]) for atoms in given]
+        copies = [
+            _only(atoms, [key for key in atoms.info if key not in RESULT_KEYS]) for atoms in given
+        ]
         for copy, outcome in zip(copies, evaluate_each(self.potential, copies), strict=True):
             if isinstance(outcome, str):
                 copy.info["energy"] = np.nan
@@ -182,7 +227,8 @@ class MatterSimLearner(MatterSimCalculator):
         return copies
 
     def get_loss(self, frames: Any) -> list[float]:
-        """Mean absolute error of the energy (eV/atom) on labelled frames, in a list as MAGUS expects; 0 without frames."""
+        """Mean absolute error of the energy (eV/atom) on labelled frames, in a list as MAGUS
+        expects; 0 without frames."""
         given = list(frames)
         errors = [
             abs(_energy(target) - predicted.info["energy"]) / len(target)
@@ -193,13 +239,21 @@ class MatterSimLearner(MatterSimCalculator):
 
 
 def main_settings(parameters: Mapping[str, Any], main: Any) -> dict[str, Any]:
-    """What defines the energy surface of ``MainCalculator``: its block without the keys of execution, and its input files."""
+    """What defines the energy surface of ``MainCalculator``: its block without the keys of
+    execution, and its input files."""
     block = parameters.get("MainCalculator") or {}
     chosen = {key: value for key, value in block.items() if snake_case(str(key)) not in _EXECUTION}
     last = getattr(main, "calclist", [main])[-1]
     folder = Path(getattr(last, "input_dir", "."))
-    files = sorted(file for file in folder.glob("*") if file.is_file()) if hasattr(last, "input_dir") else []
-    return {**chosen, "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
+    files = (
+        sorted(file for file in folder.glob("*") if file.is_file())
+        if hasattr(last, "input_dir")
+        else []
+    )
+    return {
+        **chosen,
+        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
+    }
 
 
 def _result(atoms: Atoms) -> dict[str, Any] | None:
@@ -213,7 +267,7 @@ def _energy(atoms: Atoms) -> float:
 
 
 def _only(atoms: Atoms, keys: Iterable[str]) -> Atoms:
-    copy = bare(atoms)
+    copy = stripped(atoms)
     copy.info = {key: atoms.info[key] for key in keys if key in atoms.info}
     return copy
 

@@ -20,8 +20,11 @@ logger = logging.getLogger(__name__)
 # The loops of `magus search -m` in which MAGUS trains.
 ML_LOOPS = ("SelectDFTScf", "DFTScf", "DFTRelax")
 
-# Read by MAGUS in this spelling alone; in snake_case they would be zero, or the default, without a word.
-_CAMEL_ONLY = "numGen popSize saveGood initSize structureType formulaType molMode initNum minNum poolSize".split()
+# Read by MAGUS in this spelling alone; in snake_case they would be zero, or the default, without a
+# word.
+_CAMEL_ONLY = (
+    "numGen popSize saveGood initSize structureType formulaType molMode initNum minNum poolSize"
+).split()
 
 _OF_OTHER_FILES = ("Ercs", "Age")
 """Fitnesses that MAGUS registers for surfaces and for ``-smfr``."""
@@ -30,27 +33,35 @@ _NEEDED_BY = {"XRD": ("waveLength", "targetXrd")}
 
 
 def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> Settings:
-    """Settings of a search that concerns us; raises InputError with every problem of keys, values and combinations.
+    """Settings of a search that concerns us; raises InputError with every problem of keys, values
+    and combinations.
 
     ml : the search is ``magus search -m``; parallel : ``magus search -p``.
     """
     problems = [*misspelt_blocks(parameters), *_spelling_problems(parameters)]
     try:
         settings = settings_of(parameters)
-        options = [calculator_settings(settings, learner=learner) for learner in (False, True) if is_ours(settings, learner=learner)]
+        options = [
+            calculator_settings(settings, learner=learner)
+            for learner in (False, True)
+            if is_ours(settings, learner=learner)
+        ]
     except InputError as error:
         raise InputError(*problems, *error.problems) from None
     problems += _calculator_problems(settings, ml) + _learning_problems(settings, parameters, ml)
-    problems += _structure_problems(settings, parameters) + _fitness_problems(settings, parameters, ours=bool(options))
+    problems += _structure_problems(settings, parameters) + _fitness_problems(
+        settings, parameters, ours=bool(options)
+    )
     if parallel and any(_uses_cuda(option.device) for option in options):
         problems.append(
-            "MainCalculator.device: cuda cannot be used by the forked workers of `magus search -p`; run without -p "
-            "(structures are relaxed in batches in one process), or set device: cpu"
+            "MainCalculator.device: cuda cannot be used by the forked workers of `magus search -p`;"
+            " run without -p (structures are relaxed in batches in one process), or set device: cpu"
         )
     if parallel and is_remote(settings.scheduler):
         problems.append(
-            f"scheduler: {settings.scheduler} does not go with `magus search -p`, whose forked workers cannot share a connection; "
-            "run without -p (relaxations are sent to the workers)"
+            f"scheduler: {settings.scheduler} does not go with `magus search -p`, whose forked"
+            " workers cannot share a connection; run without -p (relaxations are sent to the"
+            " workers)"
         )
     if problems:
         raise InputError(*problems)
@@ -60,7 +71,11 @@ def check_input(parameters: Mapping[str, Any], *, ml: bool, parallel: bool) -> S
 
 def _spelling_problems(parameters: Mapping[str, Any]) -> list[str]:
     wanted = {snake_case(name): name for name in _CAMEL_ONLY}
-    return [f"{key}: MAGUS reads {wanted[key]} only" for key in map(str, parameters) if key in wanted and key != wanted[key]]
+    return [
+        f"{key}: MAGUS reads {wanted[key]} only"
+        for key in map(str, parameters)
+        if key in wanted and key != wanted[key]
+    ]
 
 
 def _structure_problems(settings: Settings, parameters: Mapping[str, Any]) -> list[str]:
@@ -73,22 +88,29 @@ def _structure_problems(settings: Settings, parameters: Mapping[str, Any]) -> li
     problems = []
     if settings.sscha is not None or "SSCHA" in settings.fitness:
         problems.append(
-            f"{named}: SSCHA needs crystals, periodic in three directions (structureType: bulk, dimension: 3); "
-            "take out sscha: and Fitness: [SSCHA]"
+            f"{named}: SSCHA needs crystals, periodic in three directions (structureType: bulk,"
+            " dimension: 3); take out sscha: and Fitness: [SSCHA]"
         )
     if settings.learning is not None:
-        problems.append(f"{named}: learning needs structureType: bulk and dimension: 3; take out learning:")
+        problems.append(
+            f"{named}: learning needs structureType: bulk and dimension: 3; take out learning:"
+        )
     return problems
 
 
-def _fitness_problems(settings: Settings, parameters: Mapping[str, Any], *, ours: bool) -> list[str]:
+def _fitness_problems(
+    settings: Settings, parameters: Mapping[str, Any], *, ours: bool
+) -> list[str]:
     problems = []
     for name in settings.fitness:
         missing = [key for key in _NEEDED_BY.get(name, ()) if key not in parameters]
         if name not in fit_dict and name not in _OF_OTHER_FILES:
             problems.append(f"Fitness: {name}: unknown fitness; MAGUS has {', '.join(fit_dict)}")
         elif name == "Gap" and ours:
-            problems.append("Fitness: Gap: MatterSim gives no band gap, and MAGUS keeps what it relaxed; take Gap out")
+            problems.append(
+                "Fitness: Gap: MatterSim gives no band gap, and MAGUS keeps what it relaxed; take"
+                " Gap out"
+            )
         elif missing:
             problems.append(f"Fitness: {name}: needs {' and '.join(missing)}")
     return problems
@@ -104,12 +126,15 @@ def _calculator_problems(settings: Settings, ml: bool) -> list[str]:
     if settings.learning is None and settings.sscha is None:
         return []
     if ml and not is_ours(settings, learner=True):
-        return ["MLCalculator.calculator: learning and sscha under `magus search -m` need calculator: mattersim here"]
+        return [
+            "MLCalculator.calculator: learning and sscha under `magus search -m` need calculator:"
+            " mattersim here"
+        ]
     if not ml and not is_ours(settings, learner=False):
         named = settings.main_calculator.get("calculator", "nothing")
         return [
-            f"MainCalculator.calculator: is {named}; learning and sscha need calculator: mattersim here, "
-            "or in MLCalculator with `magus search -m`"
+            f"MainCalculator.calculator: is {named}; learning and sscha need calculator: mattersim"
+            " here, or in MLCalculator with `magus search -m`"
         ]
     return []
 
@@ -118,27 +143,39 @@ def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bo
     loops = [key for key in ML_LOOPS if parameters.get(key)]
     if settings.learning is None:
         if ml and loops and is_ours(settings, learner=True):
-            return [f"{loops[0]}: needs the block learning: (labeler: {{calculator: main}} and the paper's values)"]
+            return [
+                f"{loops[0]}: needs the block learning: (labeler: {{calculator: main}} and the"
+                " paper's values)"
+            ]
         return []
     labeler = settings.learning.labeler.calculator
     if not ml:
         advice = "give gpaw, vasp, espresso or the import path of an ASE calculator"
-        return [f"learning.labeler.calculator: main is for `magus search -m`; {advice}"] if labeler == "main" else []
+        return (
+            [f"learning.labeler.calculator: main is for `magus search -m`; {advice}"]
+            if labeler == "main"
+            else []
+        )
     problems = []
     if labeler != "main":
         problems.append(
-            f"learning.labeler.calculator: is {labeler}; under `magus search -m` MAGUS takes the labels from MainCalculator: "
-            "give main, or search without -m"
+            f"learning.labeler.calculator: is {labeler}; under `magus search -m` MAGUS takes the"
+            " labels from MainCalculator: give main, or search without -m"
         )
     if is_ours(settings, learner=False):
-        problems.append("MainCalculator.calculator: is mattersim; under `magus search -m` it makes the DFT labels: give a DFT code")
+        problems.append(
+            "MainCalculator.calculator: is mattersim; under `magus search -m` it makes the DFT"
+            " labels: give a DFT code"
+        )
     if stages(settings.main_calculator)[-1:] == ["espresso"]:
         problems.append(
-            "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single point would be lost; "
-            "search without -m, with learning.labeler: {calculator: espresso}"
+            "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single"
+            " point would be lost; search without -m, with learning.labeler: {calculator: espresso}"
         )
     if not loops:
-        problems.append("SelectDFTScf: is missing; learning under `magus search -m` needs SelectDFTScf: True")
+        problems.append(
+            "SelectDFTScf: is missing; learning under `magus search -m` needs SelectDFTScf: True"
+        )
     return problems
 
 
@@ -151,7 +188,8 @@ def _uses_cuda(device: str | None) -> bool:
 
 
 def single_thread() -> None:
-    """Keep torch at one thread: workers forked from a process whose threads have run would wait for ever."""
+    """Keep torch at one thread: workers forked from a process whose threads have run would wait for
+    ever."""
     import torch
 
     torch.set_num_threads(1)
@@ -166,12 +204,23 @@ def _warn(settings: Settings, parameters: Mapping[str, Any]) -> None:
     """What would be ignored without a word, or merge what SSCHA is to tell apart."""
     for line in unknown_to_magus(settings):
         logger.warning("%s (MAGUS ignores it)", line)
-    added = {"goodSize": parameters.get("popSize"), "volRatio": 2, "diffE": 0.01, "diffV": 0.05, "chkSeed": True}  # by magusParameters
+    added = {
+        "goodSize": parameters.get("popSize"),
+        "volRatio": 2,
+        "diffE": 0.01,
+        "diffV": 0.05,
+        "chkSeed": True,
+    }  # by magusParameters
     for key, value in settings.host.items():
         if fold(key) in WITHOUT_EFFECT and (key not in added or value != added[key]):
-            logger.warning("%s: has no effect: MAGUS never reads it; %s", key, WITHOUT_EFFECT[fold(key)])
+            logger.warning(
+                "%s: has no effect: MAGUS never reads it; %s", key, WITHOUT_EFFECT[fold(key)]
+            )
     if settings.sscha is not None and "SSCHA" not in settings.fitness:
-        logger.warning("sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search does not go by them")
+        logger.warning(
+            "sscha: without Fitness: [SSCHA]: free energies are computed and listed, but the search"
+            " does not go by them"
+        )
     if "SSCHA" in settings.fitness and (why := merges_near_phases(parameters)):
         logger.warning(
             "%s, which merges near-degenerate phases before SSCHA can tell them apart; "
@@ -181,7 +230,8 @@ def _warn(settings: Settings, parameters: Mapping[str, Any]) -> None:
 
 
 def check_installation(settings: Settings, run_dir: Path) -> Settings:
-    """Read the checkpoints and look for labeler and data set before MAGUS touches a folder; raises InputError.
+    """Read the checkpoints and look for labeler and data set before MAGUS touches a folder; raises
+    InputError.
 
     Returns the settings, without ``learning`` where its labeler is not installed and not required.
     """
@@ -190,7 +240,9 @@ def check_installation(settings: Settings, run_dir: Path) -> Settings:
 
     for learner in (False, True):
         if is_ours(settings, learner=learner):
-            checkpoint.describe(checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint))
+            checkpoint.describe(
+                checkpoint.resolve(calculator_settings(settings, learner=learner).checkpoint)
+            )
     if settings.learning is None or settings.learning.labeler.calculator == "main":
         return settings
     return checked_learning(settings, run_dir)

@@ -11,7 +11,15 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings import CalculatorSettings, Settings, as_magus_reads, parse, parse_settings, snake_case, stages
+from magus_anharmonic.settings import (
+    CalculatorSettings,
+    Settings,
+    as_magus_reads,
+    parse,
+    parse_settings,
+    snake_case,
+    stages,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +27,8 @@ BLOCKS = ("learning", "sscha")
 CALCULATOR_BLOCKS = ("MainCalculator", "MLCalculator")
 OURS = ["mattersim"]
 
-# MAGUS merges a calculator's block over the top level, so these may stand there too, as for MAGUS's own calculators.
+# MAGUS merges a calculator's block over the top level, so these may stand there too, as for MAGUS's
+# own calculators.
 _SHARED_KEYS = ("eps", "max_step", "max_move", "relax_lattice", "fix_symmetry", "optimizer")
 
 # Keys of MAGUS's own calculators without a counterpart here, and the value that asks for nothing.
@@ -30,11 +39,14 @@ _ADDED = ("workDir", "resultsDir", "calcDir", "mlDir")
 
 
 def concerns_us(parameters: Mapping[str, Any]) -> bool:
-    """Whether the input has any key of this package; everybody else's search must run exactly as without it."""
+    """Whether the input has any key of this package; everybody else's search must run exactly as
+    without it."""
     if any(snake_case(str(key)) in BLOCKS for key in parameters):
         return True
     blocks = [parameters[name] for name in CALCULATOR_BLOCKS if name in parameters]
-    return any("mattersim" in stages(as_magus_reads(block)) for block in blocks) or "SSCHA" in fitness_names(parameters)
+    return any(
+        "mattersim" in stages(as_magus_reads(block)) for block in blocks
+    ) or "SSCHA" in fitness_names(parameters)
 
 
 def fitness_names(parameters: Mapping[str, Any]) -> list[str]:
@@ -44,7 +56,8 @@ def fitness_names(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def misspelt_blocks(parameters: Mapping[str, Any]) -> list[str]:
-    """One line for each name that is nearly ``learning``, ``sscha`` or ``SSCHA``: MAGUS would ignore it, or end in a traceback."""
+    """One line for each name that is nearly ``learning``, ``sscha`` or ``SSCHA``: MAGUS would
+    ignore it, or end in a traceback."""
     lines = []
     for key, value in parameters.items():
         name = snake_case(str(key))
@@ -58,9 +71,11 @@ def misspelt_blocks(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def settings_of(parameters: Mapping[str, Any]) -> Settings:
-    """Settings from the whole parameter dictionary of MAGUS, with the defaults that MAGUS adds; raises InputError.
+    """Settings from the whole parameter dictionary of MAGUS, with the defaults that MAGUS adds;
+    raises InputError.
 
-    The values are copies as YAML knows them: MAGUS replaces some of its own as it goes (the files of ``inputMols`` by molecules).
+    The values are copies as YAML knows them: MAGUS replaces some of its own as it goes (the files
+    of ``inputMols`` by molecules).
     """
     data = {key: _plain(value) for key, value in parameters.items() if key not in _ADDED}
     if "formula_type" in data:
@@ -71,10 +86,16 @@ def settings_of(parameters: Mapping[str, Any]) -> Settings:
         block = as_magus_reads(data.get(name))
         if stages(block) != OURS:
             continue
-        data[name] = {**_shared(data, block), **{key: value for key, value in block.items() if snake_case(str(key)) not in _NOT_OURS}}
+        data[name] = {
+            **_shared(data, block),
+            **{key: value for key, value in block.items() if snake_case(str(key)) not in _NOT_OURS},
+        }
         for key, value in {**data, **block}.items():
             if snake_case(str(key)) in _NOT_OURS and value != _NOT_OURS[snake_case(str(key))]:
-                problems.append(f"{name}: {key}: {value}: calculator: mattersim does not know this key of MAGUS's calculators; take it out")
+                problems.append(
+                    f"{name}: {key}: {value}: calculator: mattersim does not know this key of"
+                    " MAGUS's calculators; take it out"
+                )
     try:
         settings = parse_settings(data)
     except InputError as error:
@@ -96,17 +117,24 @@ def _plain(value: Any) -> Any:
 
 def _shared(data: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
     wanted = set(_SHARED_KEYS) - {snake_case(str(key)) for key in block}
-    return {snake_case(str(key)): value for key, value in data.items() if snake_case(str(key)) in wanted}
+    return {
+        snake_case(str(key)): value for key, value in data.items() if snake_case(str(key)) in wanted
+    }
 
 
 def calculator_settings(settings: Settings, *, learner: bool) -> CalculatorSettings:
     """The validated ``MLCalculator`` (learner) or ``MainCalculator`` block; raises InputError."""
-    name, block = ("MLCalculator", settings.ml_calculator) if learner else ("MainCalculator", settings.main_calculator)
+    name, block = (
+        ("MLCalculator", settings.ml_calculator)
+        if learner
+        else ("MainCalculator", settings.main_calculator)
+    )
     return parse(CalculatorSettings, block, name)
 
 
 def stop(error: InputError) -> NoReturn:
-    """End the program with exit code 2 and one line per problem: stock MAGUS would print a traceback instead."""
+    """End the program with exit code 2 and one line per problem: stock MAGUS would print a
+    traceback instead."""
     for problem in error.problems or (str(error),):
         logger.error("input error: %s", problem)
     raise SystemExit(2)

@@ -1,6 +1,8 @@
-"""MatterSim potentials: load a checkpoint, evaluate and relax structures in batches, finetune, score.
+"""MatterSim potentials: load a checkpoint, evaluate and relax structures in batches, finetune,
+score.
 
-The names below are loaded at first use (PEP 562), so that importing this package does not import torch.
+The names below are loaded at first use (PEP 562), so that importing this package does not import
+torch.
 """
 
 from __future__ import annotations

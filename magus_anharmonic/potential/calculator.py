@@ -22,18 +22,24 @@ SETTINGS = ("checkpoint", "device", "dtype")
 
 
 def check_names(given: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError that names a keyword which ``MatterSim`` does not have: ignored, it would stand for the foundation model."""
+    """Raise TypeError that names a keyword which ``MatterSim`` does not have: ignored, it would
+    stand for the foundation model."""
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(name, SETTINGS, n=1) or ["checkpoint"]
-            raise TypeError(f"MatterSim: unknown keyword {name}; did you mean {near[0]}? It takes {', '.join(SETTINGS)}")
+            raise TypeError(
+                f"MatterSim: unknown keyword {name}; did you mean {near[0]}? It takes"
+                f" {', '.join(SETTINGS)}"
+            )
 
 
 class MatterSim(Calculator):
-    """Energy (eV), free energy (the same), forces (eV/A) and stress (Voigt, eV/A^3) of a MatterSim checkpoint.
+    """Energy (eV), free energy (the same), forces (eV/A) and stress (Voigt, eV/A^3) of a MatterSim
+    checkpoint.
 
-    `energy_error` is the expected error of that energy. There is no stress without a cell that has a volume.
-    The checkpoint is loaded at the first calculation. Pickles and copies hold its name and settings, not the weights.
+    `energy_error` is the expected error of that energy. There is no stress without a cell that has
+    a volume. The checkpoint is loaded at the first calculation. Pickles and copies hold its name
+    and settings, not the weights.
 
     checkpoint
         A name MatterSim knows, one that this package ships, or a path.
@@ -43,12 +49,18 @@ class MatterSim(Calculator):
         ``float32`` or ``float64``.
     """
 
-    # Not one of ``results``: ASE's Properties and SinglePointCalculator refuse names that they do not know.
+    # Not one of ``results``: ASE's Properties and SinglePointCalculator refuse names that they do
+    # not know.
     _energy_error: float | None = None
     implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
 
     def __init__(
-        self, checkpoint: str | Path = "mattersim-v1.0.0-1M", device: str | None = None, *, dtype: str = "float32", **kwargs: Any
+        self,
+        checkpoint: str | Path = "mattersim-v1.0.0-1M",
+        device: str | None = None,
+        *,
+        dtype: str = "float32",
+        **kwargs: Any,
     ) -> None:
         check_names(kwargs, {"atoms", "directory", "label", "restart"})
         super().__init__(**kwargs)
@@ -62,9 +74,12 @@ class MatterSim(Calculator):
             self.reset()
 
     def set(self, **kwargs: Any) -> dict[str, Any]:
-        """Change checkpoint, device or dtype, and forget what was computed; returns what changed. Raises TypeError for other names."""
+        """Change checkpoint, device or dtype, and forget what was computed; returns what changed.
+        Raises TypeError for other names."""
         check_names(kwargs, SETTINGS)
-        given = {name: str(value) if name == "checkpoint" else value for name, value in kwargs.items()}
+        given = {
+            name: str(value) if name == "checkpoint" else value for name, value in kwargs.items()
+        }
         changed = {name: value for name, value in given.items() if value != getattr(self, name)}
         for name, value in changed.items():
             setattr(self, name, value)
@@ -90,7 +105,8 @@ class MatterSim(Calculator):
 
     @property
     def energy_error(self) -> float | None:
-        """Expected error of the last energy against the DFT that the model learned, in eV per ATOM; None before, and without an estimate.
+        """Expected error of the last energy against the DFT that the model learned, in eV per ATOM;
+        None before, and without an estimate.
 
         See `magus_anharmonic.potential.uncertainty`.
         """
@@ -104,7 +120,9 @@ class MatterSim(Calculator):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_potential": None}
 
-    def calculate(self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes) -> None:
+    def calculate(
+        self, atoms: Atoms | None = None, properties: Any = None, system_changes: Any = all_changes
+    ) -> None:
         """ASE's entry point; all properties come from one evaluation."""
         super().calculate(atoms, properties or ["energy"], system_changes)
         found = self.potential.evaluate([self.atoms])

@@ -12,11 +12,13 @@ from magus_anharmonic.errors import InputError
 DEPENDENT = 1e-6
 """Of the volume that non-periodic vectors would span at right angles; below, they are no cell."""
 SKEWED = 0.02
-"""Volume by the product of the vectors' lengths; below, neighbours are searched in the reduced cell."""
+"""Volume by the product of the vectors' lengths; below, neighbours are searched in the reduced
+cell."""
 
 
 def complete_cell(atoms: Atoms) -> Cell:
-    """The cell with unit vectors along missing *non-periodic* directions; missing or dependent periodic ones leave it flat.
+    """The cell with unit vectors along missing *non-periodic* directions; missing or dependent
+    periodic ones leave it flat.
 
     Non-periodic vectors that depend on the others mean nothing either and count as missing.
     """
@@ -24,18 +26,25 @@ def complete_cell(atoms: Atoms) -> Cell:
     if atoms.pbc.all() or (missing & atoms.pbc).any():
         return atoms.cell
     completed = _completed(atoms.cell) if missing.any() else atoms.cell
-    return completed if _spans(completed.array, atoms.pbc) else _completed(Cell(atoms.cell.array * atoms.pbc[:, None]))
+    return (
+        completed
+        if _spans(completed.array, atoms.pbc)
+        else _completed(Cell(atoms.cell.array * atoms.pbc[:, None]))
+    )
 
 
 def _completed(cell: Cell) -> Cell:
-    """With unit vectors for the missing ones; the cell itself where those that are there depend on each other."""
+    """With unit vectors for the missing ones; the cell itself where those that are there depend on
+    each other."""
     return cell.complete() if np.linalg.matrix_rank(cell.array) == cell.any(axis=1).sum() else cell
 
 
 def _spans(cell: np.ndarray, pbc: np.ndarray) -> bool:
     """Whether the non-periodic vectors leave the space of the periodic ones."""
     periodic = np.linalg.svd(cell[pbc], compute_uv=False).prod()
-    return bool(abs(np.linalg.det(cell)) > DEPENDENT * periodic * np.linalg.norm(cell[~pbc], axis=1).prod())
+    return bool(
+        abs(np.linalg.det(cell)) > DEPENDENT * periodic * np.linalg.norm(cell[~pbc], axis=1).prod()
+    )
 
 
 def cell_volume(atoms: Atoms) -> float:
@@ -47,16 +56,18 @@ def cell_volume(atoms: Atoms) -> float:
 
 
 def search_cell(atoms: Atoms, where: str = "the structure") -> np.ndarray:
-    """Vectors (3, 3) of the same lattice in which neighbours are quickly found: those of the cell, unless it is very skewed.
+    """Vectors (3, 3) of the same lattice in which neighbours are quickly found: those of the cell,
+    unless it is very skewed.
 
-    Vectors between atoms and their images do not depend on the choice. Raises InputError, naming ``where``, for a cell so skewed
-    that its volume is lost in rounding.
+    Vectors between atoms and their images do not depend on the choice. Raises InputError, naming
+    ``where``, for a cell so skewed that its volume is lost in rounding.
     """
     cell = complete_cell(atoms).array
     if not atoms.pbc.any() or not is_skewed(cell):
         return cell
     refused = InputError(
-        f"{where}: the cell is too skewed (volume by product of its vectors' lengths {_shape(cell):.0e}); give a reduced one"
+        f"{where}: the cell is too skewed (volume by product of its vectors' lengths"
+        f" {_shape(cell):.0e}); give a reduced one"
     )
     # what is not periodic is no part of the lattice, and a unit vector at right angles is as good
     lattice = cell if atoms.pbc.all() else _completed(Cell(cell * atoms.pbc[:, None])).array
@@ -71,7 +82,8 @@ def search_cell(atoms: Atoms, where: str = "the structure") -> np.ndarray:
 
 
 def is_skewed(cell: np.ndarray) -> bool:
-    """Whether vectors (3, 3) are so skewed that neither searches nor inverse matrices can be trusted with them."""
+    """Whether vectors (3, 3) are so skewed that neither searches nor inverse matrices can be
+    trusted with them."""
     return _shape(cell) < SKEWED
 
 

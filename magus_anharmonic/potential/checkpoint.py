@@ -1,7 +1,7 @@
 """Checkpoints in MatterSim's format: find, read, check, identify and save them.
 
-A checkpoint written here is one of MatterSim's with additional keys (``model_id``, ``parent_id``, ``metrics``,
-``species``, ``provenance``), which stock ``mattersim`` ignores.
+A checkpoint written here is one of MatterSim's with additional keys (``model_id``, ``parent_id``,
+``metrics``, ``species``, ``provenance``), which stock ``mattersim`` ignores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MATTERSIM_FILES = {"mattersim-v1.0.0-1m": "mattersim-v1.0.0-1M.pth", "mattersim-v1.0.0-5m": "mattersim-v1.0.0-5M.pth"}
+MATTERSIM_FILES = {
+    "mattersim-v1.0.0-1m": "mattersim-v1.0.0-1M.pth",
+    "mattersim-v1.0.0-5m": "mattersim-v1.0.0-5M.pth",
+}
 MATTERSIM_URL = "https://raw.githubusercontent.com/microsoft/mattersim/main/pretrained_models/"
 SHIPPED_FOLDER = Path(__file__).resolve().parent.parent / "data"
 FALLBACK = "h3s-gpaw-small"
@@ -35,7 +38,10 @@ FALLBACK = "h3s-gpaw-small"
 _REQUIRED_KEYS = ("model_name", "model", "model_args")
 _SUPPORTED_BASIS = {"max_l": 4, "max_n": 4, "max_z": 94}
 _DEFAULT_CUTOFFS = {"cutoff": 5.0, "threebody_cutoff": 4.0}
-_SHORTEST_CUTOFF, _LONGEST_CUTOFF = 1.2, 20.0  # Angstrom; below, no atom of any matter has two neighbours
+_SHORTEST_CUTOFF, _LONGEST_CUTOFF = (
+    1.2,
+    20.0,
+)  # Angstrom; below, no atom of any matter has two neighbours
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ def shipped() -> list[str]:
 def resolve(name_or_path: str | Path) -> Path:
     """File of a checkpoint: a name MatterSim knows, a name this package ships, or a path.
 
-    MatterSim's checkpoints are downloaded by MatterSim when they are not there yet. Raises CheckpointError.
+    MatterSim's checkpoints are downloaded by MatterSim when they are not there yet. Raises
+    CheckpointError.
     """
     text = str(name_or_path)
     file_name = MATTERSIM_FILES.get(text.lower().removesuffix(".pth"))
@@ -85,8 +92,14 @@ def resolve(name_or_path: str | Path) -> Path:
 
 
 def _download(file_name: str, target: Path) -> Path:
-    """MatterSim's own downloader, into a temporary folder first: a broken download leaves no file behind."""
-    logger.info("checkpoint %s is not in %s: downloading it from %s", file_name, target.parent, MATTERSIM_URL)
+    """MatterSim's own downloader, into a temporary folder first: a broken download leaves no file
+    behind."""
+    logger.info(
+        "checkpoint %s is not in %s: downloading it from %s",
+        file_name,
+        target.parent,
+        MATTERSIM_URL,
+    )
     try:
         if not urllib.request.getproxies():
             socket.create_connection(("raw.githubusercontent.com", 443), timeout=10).close()
@@ -98,17 +111,20 @@ def _download(file_name: str, target: Path) -> Path:
             (Path(folder) / file_name).replace(target)
     except Exception as error:
         raise CheckpointError(
-            f"checkpoint {file_name} could not be downloaded ({type(error).__name__}): fetch {MATTERSIM_URL}{file_name} by hand "
-            f"and put it into {target.parent}, or use the checkpoint that is shipped here: {FALLBACK}"
+            f"checkpoint {file_name} could not be downloaded ({type(error).__name__}): fetch"
+            f" {MATTERSIM_URL}{file_name} by hand and put it into {target.parent}, or use the"
+            f" checkpoint that is shipped here: {FALLBACK}"
         ) from error
     return target
 
 
 def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Read a checkpoint: MatterSim's ``M3Gnet`` module with its weights, in evaluation mode, and the whole dictionary.
+    """Read a checkpoint: MatterSim's ``M3Gnet`` module with its weights, in evaluation mode, and
+    the whole dictionary.
 
-    Raises CheckpointError with the file and the reason when it is missing, truncated, of another architecture, not finite, or
-    when its weights are not those that its own ``model_id`` was made of.
+    Raises CheckpointError with the file and the reason when it is missing, truncated, of another
+    architecture, not finite, or when its weights are not those that its own ``model_id`` was made
+    of.
     """
     content = _load(Path(path), device)
     try:
@@ -118,33 +134,63 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
-    from magus_anharmonic.potential.resources import raise_trouble_of_torch
+    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 
     try:
         module = M3Gnet(device=device, **content["model_args"]).to(device)
         module.load_state_dict(content["model"], strict=True)
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-        raise_trouble_of_torch(error, path)
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise_machine_error_of_torch(error, path)
         reason = one_line(error, 200)
-        raise CheckpointError(f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}") from error
-    broken = [name for name, value in module.state_dict().items() if not bool(value.isfinite().all())]
+        raise CheckpointError(
+            f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}"
+        ) from error
+    broken = [
+        name for name, value in module.state_dict().items() if not bool(value.isfinite().all())
+    ]
     if broken:
-        raise CheckpointError(f"checkpoint {path} holds weights that are not finite ({broken[0]} and {len(broken) - 1} more)")
+        raise CheckpointError(
+            f"checkpoint {path} holds weights that are not finite ({broken[0]} and"
+            f" {len(broken) - 1} more)"
+        )
     _check_identity(path, module, content)
     return module.eval(), content
 
 
 def _check_entries(content: Mapping[str, Any]) -> None:
     """Raise ValueError that names the entry which is not what MatterSim or `save` writes there."""
-    kinds = {"model": Mapping, "model_args": Mapping, "metrics": Mapping, "provenance": Mapping, "model_id": str, "parent_id": str}
+    kinds = {
+        "model": Mapping,
+        "model_args": Mapping,
+        "metrics": Mapping,
+        "provenance": Mapping,
+        "model_id": str,
+        "parent_id": str,
+    }
     for key, kind in kinds.items():
         value = content.get(key)
         if not (isinstance(value, kind) or (value is None and key not in _REQUIRED_KEYS)):
             wanted = "a text" if kind is str else "a table of names and values"
             raise ValueError(f"{key} = {one_line(repr(value), 40)} is not {wanted}")
     species = content.get("species")
-    if not (species is None or (isinstance(species, list | tuple | set | frozenset) and all(map(_is_atomic_number, species)))):
-        raise ValueError(f"species = {one_line(repr(species), 60)} are not atomic numbers from 1 to {_SUPPORTED_BASIS['max_z']}")
+    if not (
+        species is None
+        or (
+            isinstance(species, list | tuple | set | frozenset)
+            and all(map(_is_atomic_number, species))
+        )
+    ):
+        raise ValueError(
+            f"species = {one_line(repr(species), 60)} are not atomic numbers from 1 to"
+            f" {_SUPPORTED_BASIS['max_z']}"
+        )
 
 
 def _is_atomic_number(value: Any) -> bool:
@@ -152,48 +198,72 @@ def _is_atomic_number(value: Any) -> bool:
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ValueError that names the argument of the architecture with which nothing can be evaluated here."""
+    """Raise ValueError that names the argument of the architecture with which nothing can be
+    evaluated here."""
     for key, supported in _SUPPORTED_BASIS.items():
         if arguments.get(key, supported) != supported:
             raise ValueError(f"{key} = {arguments[key]} is not supported, only {supported}")
     for key in ("units", "num_blocks"):
         if key in arguments and not (type(arguments[key]) is int and arguments[key] > 0):
-            raise ValueError(f"{key} = {arguments[key]} is not supported, only whole numbers above 0")
-    cutoff, threebody_cutoff = (arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items())
-    for key, value, largest in (("cutoff", cutoff, _LONGEST_CUTOFF), ("threebody_cutoff", threebody_cutoff, cutoff)):
+            raise ValueError(
+                f"{key} = {arguments[key]} is not supported, only whole numbers above 0"
+            )
+    cutoff, threebody_cutoff = (
+        arguments.get(key, value) for key, value in _DEFAULT_CUTOFFS.items()
+    )
+    for key, value, largest in (
+        ("cutoff", cutoff, _LONGEST_CUTOFF),
+        ("threebody_cutoff", threebody_cutoff, cutoff),
+    ):
         if not (type(value) in (int, float) and _SHORTEST_CUTOFF <= value <= largest):
-            raise ValueError(f"{key} = {value} is not supported, only {_SHORTEST_CUTOFF} up to {largest} Angstrom")
+            raise ValueError(
+                f"{key} = {value} is not supported, only {_SHORTEST_CUTOFF} up to {largest}"
+                " Angstrom"
+            )
 
 
 def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[str, Any]) -> None:
-    """Weights that changed after they were saved still load, and give other numbers: only the stored id tells."""
+    """Weights that changed after they were saved still load, and give other numbers: only the
+    stored id tells."""
     stored, found = content.get("model_id"), model_id(module)
     # Another version of MatterSim may tell more arguments than the one that saved the file.
     if stored is not None and stored not in (found, model_id(module, content["model_args"])):
         raise CheckpointError(
-            f"checkpoint {path}: its weights or cutoffs are those of model {found}, not of model {stored} as it says itself: damaged or "
-            f"changed since it was saved; take another copy. If they were changed on purpose, delete its keys model_id and error_model"
+            f"checkpoint {path}: its weights or cutoffs are those of model {found}, not of model"
+            f" {stored} as it says itself: damaged or changed since it was saved; take another"
+            " copy. If they were changed on purpose, delete its keys model_id and error_model"
         )
 
 
 def _load(path: Path, device: str) -> dict[str, Any]:
     import torch
 
-    from magus_anharmonic.potential.resources import raise_trouble_of_torch
+    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         reason = one_line(error, 160)
-        raise CheckpointError(f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}") from error
-    missing = _REQUIRED_KEYS if not isinstance(content, dict) else [key for key in _REQUIRED_KEYS if key not in content]
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}"
+        ) from error
+    missing = (
+        _REQUIRED_KEYS
+        if not isinstance(content, dict)
+        else [key for key in _REQUIRED_KEYS if key not in content]
+    )
     if missing:
-        raise CheckpointError(f"checkpoint {path} is not in MatterSim's format: no {', '.join(missing)} in it")
+        raise CheckpointError(
+            f"checkpoint {path} is not in MatterSim's format: no {', '.join(missing)} in it"
+        )
     if str(content["model_name"]).lower() != "m3gnet":
-        raise CheckpointError(f"checkpoint {path} is of the architecture {content['model_name']}; only m3gnet is supported")
+        raise CheckpointError(
+            f"checkpoint {path} is of the architecture {content['model_name']}; only m3gnet is"
+            " supported"
+        )
     return content
 
 
@@ -211,17 +281,21 @@ def describe(path: str | Path) -> Model:
 
 
 def species_of(content: Mapping[str, Any]) -> frozenset[int] | None:
-    """Atomic numbers of the data behind a checkpoint that `read` returned, or None when it does not say."""
+    """Atomic numbers of the data behind a checkpoint that `read` returned, or None when it does not
+    say."""
     species = content.get("species")
     return None if not species else frozenset(species)
 
 
 def model_id(module: torch.nn.Module, arguments: Mapping[str, Any] | None = None) -> str:
-    """Twelve hex digits of the weights and the architecture; the same on every device and in float64.
+    """Twelve hex digits of the weights and the architecture; the same on every device and in
+    float64.
 
     arguments : of the architecture, instead of those that the installed MatterSim tells.
     """
-    digest = hashlib.sha256(json.dumps(dict(arguments or _arguments(module)), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(dict(arguments or _arguments(module)), sort_keys=True).encode()
+    )
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().to("cpu").float().numpy().tobytes())
@@ -246,24 +320,30 @@ def save(
     """Write a checkpoint in MatterSim's format, whole or not at all.
 
     module
-        MatterSim's ``M3Gnet``. ``metrics``, ``provenance`` and ``extra`` may hold plain Python values and tensors only.
+        MatterSim's ``M3Gnet``. ``metrics``, ``provenance`` and ``extra`` may hold plain Python
+        values and tensors only.
     species
         Atomic numbers that the training data hold, of the parent's too.
     """
     import torch
     from torch_ema import ExponentialMovingAverage
 
-    # last_epoch stays -1: stock MatterSim continues counting there, and would train no epoch at all otherwise.
+    # last_epoch stays -1: stock MatterSim continues counting there, and would train no epoch at all
+    # otherwise.
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3, eps=1e-7)
     identity = model_id(module)
     numbers = None if species is None else sorted(int(number) for number in species)
     content = {
         "model_name": "m3gnet",
-        "model": {name: value.detach().to("cpu").float() for name, value in module.state_dict().items()},
+        "model": {
+            name: value.detach().to("cpu").float() for name, value in module.state_dict().items()
+        },
         "model_args": _arguments(module),
         "optimizer": optimizer.state_dict(),
         "ema": ExponentialMovingAverage(module.parameters(), decay=0.99).state_dict(),
-        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.95).state_dict(),
+        "scheduler": (
+            torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.95).state_dict()
+        ),
         "last_epoch": -1,
         "validation_metrics": {"loss": 10000000.0},
         "description": description,
@@ -275,14 +355,23 @@ def save(
         **{key: _plain(value) for key, value in extra.items()},
     }
     write_torch(path, content)
-    return Model(Path(path), identity, parent_id, content["metrics"], species_of(content), content["provenance"])
+    return Model(
+        Path(path),
+        identity,
+        parent_id,
+        content["metrics"],
+        species_of(content),
+        content["provenance"],
+    )
 
 
 def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
-    """``torch.save`` whole or not at all; the same content gives the same bytes. Raises OSError where the disk is full."""
+    """``torch.save`` whole or not at all; the same content gives the same bytes. Raises OSError
+    where the disk is full."""
     import torch
 
-    # Through memory: torch's own writer hides the disk's error and puts the name of the temporary file into the archive.
+    # Through memory: torch's own writer hides the disk's error and puts the name of the temporary
+    # file into the archive.
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with replacing(path) as temporary:

@@ -16,12 +16,27 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import InputError, MachineTrouble, NotFinite, is_out_of_memory
+from magus_anharmonic.errors import InputError, MachineError, NotFinite, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
-from magus_anharmonic.potential.graph import Graph, Neighbours, Topology, build_graph, check, expected_pairs, find_neighbours, find_topology
+from magus_anharmonic.potential.graph import (
+    Graph,
+    Neighbours,
+    Topology,
+    build_graph,
+    check,
+    expected_pairs,
+    find_neighbours,
+    find_topology,
+)
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.resources import SHARE, MemoryModel, available_bytes, measure, run_side_by_side
+from magus_anharmonic.potential.resources import (
+    SHARE,
+    MemoryModel,
+    available_bytes,
+    measure,
+    run_side_by_side,
+)
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
 
 if TYPE_CHECKING:
@@ -29,8 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Edges times units of a batch: large enough to spread the cost of calling torch. On a CPU a larger batch gains nothing; on CUDA
-# the free memory decides.
+# Edges times units of a batch: large enough to spread the cost of calling torch. On a CPU a larger
+# batch gains nothing; on CUDA the free memory decides.
 EDGE_UNITS_PER_BATCH = {"cpu": 1_500_000, "cuda": 500_000_000}
 MAX_EDGES_PER_BATCH = {"cpu": 24_000, "cuda": 10_000_000}
 SHARED_FROM = 4
@@ -46,10 +61,12 @@ class Potential:
     """A MatterSim checkpoint: an `Evaluator` for batches of structures of any size and species.
 
     Directions without ``pbc`` are not periodic; the stress of a structure without a cell is zero.
-    ``module`` is MatterSim's own ``M3Gnet``, ``model`` the factorised form that shares its parameters.
+    ``module`` is MatterSim's own ``M3Gnet``, ``model`` the factorised form that shares its
+    parameters.
 
     edges_per_batch
-        Left out, the processor's cache (CPU) and the free memory decide; either way memory that runs out halves it.
+        Left out, the processor's cache (CPU) and the free memory decide; either way memory that
+        runs out halves it.
     memory_probe, available
         Replace `magus_anharmonic.potential.resources.peak_bytes` and `available_bytes`, for tests.
     """
@@ -86,9 +103,11 @@ class Potential:
         return f"Potential({self.model_id}, {self.path}, {self.device}, {self.dtype})"
 
     def double(self) -> Potential:
-        """The same model in float64, for finite differences: itself if it is, else a copy, made once.
+        """The same model in float64, for finite differences: itself if it is, else a copy, made
+        once.
 
-        Every SSCHA run begins with it, and to measure its memory takes as long as fifty evaluations of a small cell.
+        Every SSCHA run begins with it, and to measure its memory takes as long as fifty evaluations
+        of a small cell.
         """
         return self if self.dtype == torch.float64 else self._in_double
 
@@ -115,7 +134,9 @@ class Potential:
         """Edges that one batch may have."""
         if self._edges_per_batch is None:
             kind = "cuda" if self.device.startswith("cuda") else "cpu"
-            efficient = min(MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units)
+            efficient = min(
+                MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units
+            )
             at_once = torch.get_num_threads() if kind == "cpu" else 1
             fitting = SHARE * self._available(self.device) / (at_once * self.memory.per_edge)
             self._edges_per_batch = max(1, int(min(efficient, fitting)))
@@ -123,15 +144,20 @@ class Potential:
 
     @property
     def atoms_per_batch(self) -> int:
-        """Atoms that one batch may have: where there are few edges, they are what fills the memory."""
-        return max(1, int(self.edges_per_batch * max(1.0, self.memory.per_edge / self.memory.per_atom)))
+        """Atoms that one batch may have: where there are few edges, they are what fills the
+        memory."""
+        return max(
+            1, int(self.edges_per_batch * max(1.0, self.memory.per_edge / self.memory.per_atom))
+        )
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
-        """Energies, forces and stresses in the order of the input, with ``energy_error`` where the model has an estimate.
+        """Energies, forces and stresses in the order of the input, with ``energy_error`` where the
+        model has an estimate.
 
-        The structures are not changed. Those that are displaced or strained copies of one supercell share one neighbour list; that
-        changes no result. Raises InputError (no atoms, unknown species, coincident atoms) and MagusAnharmonicError (result
-        not finite, or a structure that does not fit the memory), all with the index of the structure.
+        The structures are not changed. Those that are displaced or strained copies of one supercell
+        share one neighbour list; that changes no result. Raises InputError (no atoms, unknown
+        species, coincident atoms) and MagusAnharmonicError (result not finite, or a structure that
+        does not fit the memory), all with the index of the structure.
         """
         structures = self._checked(structures)
         results = _Results(len(structures), self.error_model)
@@ -141,7 +167,10 @@ class Potential:
         if share is None:
             n_threads, share = 1, self.edges_per_batch
         tasks = itertools.chain(
-            *(self._shared_batches(structures, topology, indices, share, results) for topology, indices in shared),
+            *(
+                self._shared_batches(structures, topology, indices, share, results)
+                for topology, indices in shared
+            ),
             self._lone_batches(structures, lone, share, results),
         )
         run_side_by_side(tasks, n_threads)
@@ -149,37 +178,56 @@ class Potential:
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
         if isinstance(structures, Atoms):
-            raise InputError("a list of structures is evaluated, and this is one structure: [atoms] instead of atoms")
+            raise InputError(
+                "a list of structures is evaluated, and this is one structure: [atoms] instead of"
+                " atoms"
+            )
         structures = list(structures)
         for index, atoms in enumerate(structures):
             if not isinstance(atoms, Atoms):
-                raise InputError(f"structure {index} is of the type {type(atoms).__name__}, not ASE's Atoms")
+                raise InputError(
+                    f"structure {index} is of the type {type(atoms).__name__}, not ASE's Atoms"
+                )
             check(atoms, f"structure {index}")
             self._warn_unseen(atoms)
         return structures
 
     def uncertainty(self, structures: Sequence[Atoms]) -> Uncertainty | None:
-        """Expected errors against the model's DFT, without evaluating energies and forces; None when it has no estimate.
+        """Expected errors against the model's DFT, without evaluating energies and forces; None
+        when it has no estimate.
 
         Raises InputError as `evaluate` does.
         """
         if self.error_model is None:
             self._say_once_that_there_is_no_estimate()
             return None
-        found = [self.error_model.predict(self.model.atom_features(graph), graph) for graph in self._graphs(structures)]
+        found = [
+            self.error_model.predict(self.model.atom_features(graph), graph)
+            for graph in self._graphs(structures)
+        ]
         nothing = Uncertainty(np.empty((0, len(self.error_model.whitening))), np.empty(0))
-        vectors, force = ([getattr(part, name) for part in (nothing, *found)] for name in ("vectors", "force_error"))
+        vectors, force = (
+            [getattr(part, name) for part in (nothing, *found)]
+            for name in ("vectors", "force_error")
+        )
         return Uncertainty(np.concatenate(vectors), np.concatenate(force))
 
-    def energy_error_spread(self, structures: Sequence[Atoms], together: int = 1) -> float | None:
-        """How much the energy error is expected to vary among ``structures``, eV/atom (`ErrorModel.spread`); None without an estimate.
+    def energy_error_spread(self, structures: Sequence[Atoms], group_size: int = 1) -> float | None:
+        """How much the energy error is expected to vary among ``structures``, eV/atom
+        (`ErrorModel.spread`); None without an estimate.
 
-        Raises InputError as `evaluate` does, and ValueError for fewer than two structures (groups of ``together``).
+        Raises InputError as `evaluate` does, and ValueError for fewer than two structures (groups
+        of ``together``).
         """
-        return None if self.error_model is None else self.error_model.spread(self.mean_features(structures), together)
+        return (
+            None
+            if self.error_model is None
+            else self.error_model.spread(self.mean_features(structures), group_size)
+        )
 
     def mean_features(self, structures: Sequence[Atoms]) -> np.ndarray:
-        """(n, u): features before the readout, means over the atoms of each structure; alike structures have alike ones."""
+        """(n, u): features before the readout, means over the atoms of each structure; alike
+        structures have alike ones."""
         found = [uncertainty.mean_features(self.model, graph) for graph in self._graphs(structures)]
         return np.concatenate([np.empty((0, self.model.units)), *found])
 
@@ -187,7 +235,11 @@ class Potential:
         if not self._said_no_estimate:
             self._said_no_estimate = True
             where = self.path or f"model {self.model_id}"
-            logger.info("%s comes without an error estimate; one is made when the model is trained or finetuned here", where)
+            logger.info(
+                "%s comes without an error estimate; one is made when the model is trained or"
+                " finetuned here",
+                where,
+            )
 
     def _graphs(self, structures: Sequence[Atoms]) -> Iterator[Graph]:
         """Batches in the order of the input."""
@@ -195,7 +247,9 @@ class Potential:
         for indices, neighbours in self._batches(structures, range(len(structures))):
             yield self._join(structures, indices, dict(zip(indices, neighbours, strict=True)))
 
-    def _share(self, structures: Sequence[Atoms]) -> tuple[list[int], list[tuple[Topology, list[int]]]]:
+    def _share(
+        self, structures: Sequence[Atoms]
+    ) -> tuple[list[int], list[tuple[Topology, list[int]]]]:
         """Indices of the structures on their own, and those that share a neighbour list."""
         groups: dict[tuple[bytes, bytes], list[int]] = {}
         for index, atoms in enumerate(structures):
@@ -204,7 +258,8 @@ class Potential:
         shared: list[tuple[Topology, list[int]]] = []
         for indices in groups.values():
             members = [structures[index] for index in indices]
-            # Found anew in each call: what is computed must not depend on what was computed before, or a restart would change it.
+            # Found anew in each call: what is computed must not depend on what was computed before,
+            # or a restart would change it.
             topology = find_topology(members, self.cutoff) if len(indices) >= SHARED_FROM else None
             if topology is None:
                 lone += indices
@@ -213,7 +268,8 @@ class Potential:
         return sorted(lone), shared
 
     def _edges_of_a_thread(self, structures: Sequence[Atoms], n_threads: int) -> int | None:
-        """Edges of a batch such that there is one for each thread; None where that would be too little to be worth it."""
+        """Edges of a batch such that there is one for each thread; None where that would be too
+        little to be worth it."""
         if n_threads == 1:
             return None
         share = int(sum(expected_pairs(atoms, self.cutoff) for atoms in structures)) // n_threads
@@ -228,28 +284,56 @@ class Potential:
             found = dict(zip(indices, neighbours, strict=True))
             n_edges = sum(len(edges.length) for edges in neighbours)
             yield functools.partial(
-                self._evaluate_batch, structures, indices, n_edges, lambda part, found=found: self._join(structures, part, found), results
+                self._evaluate_batch,
+                structures,
+                indices,
+                n_edges,
+                lambda part, found=found: self._join(structures, part, found),
+                results,
             )
 
     def _shared_batches(
-        self, structures: Sequence[Atoms], topology: Topology, indices: list[int], limit: int, results: _Results
+        self,
+        structures: Sequence[Atoms],
+        topology: Topology,
+        indices: list[int],
+        limit: int,
+        results: _Results,
     ) -> Iterator[Callable[[], None]]:
         """Evaluations of batches of structures with common neighbours."""
 
         def graph(part: list[int]) -> Graph:
-            members, names = [structures[index] for index in part], [f"structure {index}" for index in part]
-            return topology.graph(members, self.model.threebody_cutoff, self.dtype, self.device, names)
+            members, names = (
+                [structures[index] for index in part],
+                [f"structure {index}" for index in part],
+            )
+            return topology.graph(
+                members, self.model.threebody_cutoff, self.dtype, self.device, names
+            )
 
         n_edges = max(1, topology.n_inside)
         start = 0
         while start < len(indices):
-            size = max(1, min(min(limit, self.edges_per_batch) // n_edges, self.atoms_per_batch // len(topology.numbers)))
+            size = max(
+                1,
+                min(
+                    min(limit, self.edges_per_batch) // n_edges,
+                    self.atoms_per_batch // len(topology.numbers),
+                ),
+            )
             part = indices[start : start + size]
-            yield functools.partial(self._evaluate_batch, structures, part, n_edges * len(part), graph, results)
+            yield functools.partial(
+                self._evaluate_batch, structures, part, n_edges * len(part), graph, results
+            )
             start += size
 
     def _evaluate_batch(
-        self, structures: Sequence[Atoms], indices: list[int], n_edges: int, graph_of: Callable[[list[int]], Graph], results: _Results
+        self,
+        structures: Sequence[Atoms],
+        indices: list[int],
+        n_edges: int,
+        graph_of: Callable[[list[int]], Graph],
+        results: _Results,
     ) -> None:
         """Evaluate a batch; memory that runs out halves it and all batches after it."""
         try:
@@ -258,29 +342,39 @@ class Potential:
                 raise MemoryError(f"{needed:.1e} bytes are not free")
             graph = graph_of(indices)
             *values, features = self.model.evaluate(graph)
-            results.store(indices, graph, *(value.cpu().numpy().astype(float) for value in values), features)
+            results.store(
+                indices, graph, *(value.cpu().numpy().astype(float) for value in values), features
+            )
             return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if len(indices) == 1:
                 size = self.memory.bytes(n_edges, len(structures[indices[0]])) / 1e9
-                raise MachineTrouble(
-                    f"structure {indices[0]} ({len(structures[indices[0]])} atoms, {n_edges} neighbour pairs) does not fit the memory of "
-                    f"{self.device}: it needs {size:.1f} GB; take a smaller cell or "
-                    f"supercell, or a machine with more memory"
+                raise MachineError(
+                    f"structure {indices[0]} ({len(structures[indices[0]])} atoms, {n_edges}"
+                    f" neighbour pairs) does not fit the memory of {self.device}: it needs"
+                    f" {size:.1f} GB; take a smaller cell or supercell, or a machine with more"
+                    " memory"
                 ) from error
         self._edges_per_batch = max(1, min(self.edges_per_batch, n_edges) // 2)
         logger.warning(
-            "memory of %s ran out with %d structures: batches of %d edges from now", self.device, len(indices), self._edges_per_batch
+            "memory of %s ran out with %d structures: batches of %d edges from now",
+            self.device,
+            len(indices),
+            self._edges_per_batch,
         )
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
         middle = len(indices) // 2
         for part in (indices[:middle], indices[middle:]):
-            self._evaluate_batch(structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results)
+            self._evaluate_batch(
+                structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results
+            )
 
-    def _join(self, structures: Sequence[Atoms], indices: list[int], found: dict[int, Neighbours]) -> Graph:
+    def _join(
+        self, structures: Sequence[Atoms], indices: list[int], found: dict[int, Neighbours]
+    ) -> Graph:
         return build_graph(
             [structures[index] for index in indices],
             self.cutoff,
@@ -293,13 +387,17 @@ class Potential:
     def _batches(
         self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float = float("inf")
     ) -> Iterator[tuple[list[int], list[Neighbours]]]:
-        """Chosen structures in their order whose edges and atoms fit one batch together; at least one structure each."""
+        """Chosen structures in their order whose edges and atoms fit one batch together; at least
+        one structure each."""
         indices: list[int] = []
         neighbours: list[Neighbours] = []
         n_edges = n_atoms = 0
         for index in chosen:
             found = find_neighbours(structures[index], self.cutoff, f"structure {index}")
-            full = n_edges + len(found.length) > min(limit, self.edges_per_batch) or n_atoms + len(structures[index]) > self.atoms_per_batch
+            full = (
+                n_edges + len(found.length) > min(limit, self.edges_per_batch)
+                or n_atoms + len(structures[index]) > self.atoms_per_batch
+            )
             if indices and full:
                 yield indices, neighbours
                 indices, neighbours, n_edges, n_atoms = [], [], 0, 0
@@ -318,10 +416,19 @@ class Potential:
             self._warned |= unseen
             names = ", ".join(chemical_symbols[number] for number in sorted(unseen))
             seen = ", ".join(chemical_symbols[number] for number in sorted(self.species_seen))
-            logger.warning("checkpoint %s was never trained on %s (only on %s): its numbers mean nothing there", self.path, names, seen)
+            logger.warning(
+                "checkpoint %s was never trained on %s (only on %s): its numbers mean nothing"
+                " there",
+                self.path,
+                names,
+                seen,
+            )
 
-    def relax(self, structures: Sequence[Atoms], pressure: float = 0.0, **options: Any) -> list[Relaxation]:
-        """Relax structures at ``pressure`` (GPa), all at once; see `magus_anharmonic.potential.relax.relax`."""
+    def relax(
+        self, structures: Sequence[Atoms], pressure: float = 0.0, **options: Any
+    ) -> list[Relaxation]:
+        """Relax structures at ``pressure`` (GPa), all at once; see
+        `magus_anharmonic.potential.relax.relax`."""
         from magus_anharmonic.potential.relax import relax
 
         return relax(self, structures, pressure, **options)
@@ -338,13 +445,30 @@ class _Results:
         self.forces: list[np.ndarray] = [np.empty((0, 3))] * count
 
     def store(
-        self, indices: Sequence[int], graph: Graph, energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, features: torch.Tensor
+        self,
+        indices: Sequence[int],
+        graph: Graph,
+        energy: np.ndarray,
+        forces: np.ndarray,
+        stress: np.ndarray,
+        features: torch.Tensor,
     ) -> None:
         """Raises NotFinite, with the index, for a result that is not finite."""
         by_structure = np.split(forces, np.cumsum(graph.n_atoms)[:-1])
         for position, index in enumerate(indices):
-            if not (np.isfinite(energy[position]) and np.isfinite(by_structure[position]).all() and np.isfinite(stress[position]).all()):
-                raise NotFinite(f"structure {index}: the potential gives an energy, force or stress that is not finite")
-            self.energy[index], self.stress[index], self.forces[index] = energy[position], stress[position], by_structure[position]
+            if not (
+                np.isfinite(energy[position])
+                and np.isfinite(by_structure[position]).all()
+                and np.isfinite(stress[position]).all()
+            ):
+                raise NotFinite(
+                    f"structure {index}: the potential gives an energy, force or stress that is not"
+                    " finite"
+                )
+            self.energy[index], self.stress[index], self.forces[index] = (
+                energy[position],
+                stress[position],
+                by_structure[position],
+            )
         if self.error_model is not None and self.energy_error is not None:
             self.energy_error[indices] = self.error_model.predict(features, graph).energy_error

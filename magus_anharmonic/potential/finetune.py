@@ -1,8 +1,9 @@
 """Training of a MatterSim (M3GNet) model through the factorised form, with second derivatives.
 
-Same loss, optimiser, clipping and averaging as ``Potential.train_model`` of mattersim 1.2.3, step for step; different are what is kept
-(the best of start and training on the validation set, by exact averages instead of means of batch means), the
-epoch counter (always from zero: a restored counter must not end training before it began) and the restart.
+Same loss, optimiser, clipping and averaging as ``Potential.train_model`` of mattersim 1.2.3, step
+for step; different are what is kept (the best of start and training on the validation set, by exact
+averages instead of means of batch means), the epoch counter (always from zero: a restored counter
+must not end training before it began) and the restart.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of
 from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.resources import threads_for_training
-from magus_anharmonic.potential.trainer import Epoch, FinetuneSettings, Trainer, TrainingState, copy_state, read_state, write_state
+from magus_anharmonic.potential.trainer import (
+    Epoch,
+    FinetuneSettings,
+    Trainer,
+    TrainingState,
+    copy_state,
+    read_state,
+    write_state,
+)
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import time_left
 
@@ -41,8 +50,9 @@ LOG_INTERVAL = 10.0
 class FinetuneResult:
     """The model that was kept (file, id and module in memory), and how it came about.
 
-    improved : whether training lowered the validation loss; if not, the kept weights are the initial ones.
-    before, after : validation scores of the initial and of the kept model; stopped : why training ended.
+    improved : whether training lowered the validation loss; if not, the kept weights are the
+    initial ones. before, after : validation scores of the initial and of the kept model; stopped :
+    why training ended.
     """
 
     path: Path
@@ -64,7 +74,12 @@ class FinetuneResult:
         """Everything but module, history and error model, for JSON."""
         left_out = ("module", "history", "error_model", "before", "after")
         plain = {name: value for name, value in vars(self).items() if name not in left_out}
-        return {**plain, "path": str(self.path), "before": self.before.as_dict(), "after": self.after.as_dict()}
+        return {
+            **plain,
+            "path": str(self.path),
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+        }
 
 
 def finetune(
@@ -82,22 +97,26 @@ def finetune(
     progress: Callable[[Epoch], None] | None = None,
     error_estimate: bool = True,
 ) -> FinetuneResult:
-    """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better of old and new to ``out``.
+    """Train ``start`` (a checkpoint, or a stock module, which is not changed) and write the better
+    of old and new to ``out``.
 
-    Labels are Atoms that carry energy (eV), forces (eV/A) and stress (eV/A^3, ASE's sign). ``settings`` is a
-    `FinetuneSettings`, a mapping of its keys, or has some of its attributes (``LearningSettings``). Better means the lower
-    validation loss; without validation structures the training set decides. After every epoch the whole state goes to
-    ``<out>.state``; a run with the same start, labels, settings and seed resumes from it (a damaged one is set aside), and one that
-    had finished returns what is in ``out``.
-    For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None: unknown, as for MatterSim's own)
-    may be given; a checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on average
-    (default: once). ``progress`` is called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
-    one follows does not need it).
+    Labels are Atoms that carry energy (eV), forces (eV/A) and stress (eV/A^3, ASE's sign).
+    ``settings`` is a `FinetuneSettings`, a mapping of its keys, or has some of its attributes
+    (``LearningSettings``). Better means the lower validation loss; without validation structures
+    the training set decides. After every epoch the whole state goes to ``<out>.state``; a run with
+    the same start, labels, settings and seed resumes from it (a damaged one is set aside), and one
+    that had finished returns what is in ``out``. For a module, ``parent_id`` and ``species``
+    (atomic numbers it was trained on; None: unknown, as for MatterSim's own) may be given; a
+    checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on
+    average (default: once). ``progress`` is called after every epoch. Without ``error_estimate``
+    the model gets none (a stage that another one follows does not need it).
 
-    What comes out is compared with stock MatterSim, alone and in a batch, as by `load` (`magus_anharmonic.potential.loading`).
+    What comes out is compared with stock MatterSim, alone and in a batch, as by `load`
+    (`magus_anharmonic.potential.loading`).
 
-    Raises InputError (no training structure, a label missing or not finite, wrong settings or weights, ``out`` is a folder),
-    CheckpointError, and MagusAnharmonicError when that comparison fails.
+    Raises InputError (no training structure, a label missing or not finite, wrong settings or
+    weights, ``out`` is a folder), CheckpointError, and MagusAnharmonicError when that comparison
+    fails.
     """
     settings = FinetuneSettings.of(settings)
     _check_arguments(train, validation, weights, Path(out))
@@ -107,18 +126,31 @@ def finetune(
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
     labels = list(train)
     run = _Run(module, labels, list(validation) or labels, settings, Path(out), seed, weights)
-    run.parent_id, run.species, run.error_estimate = parent_id or checkpoint.model_id(module), species, error_estimate
+    run.parent_id, run.species, run.error_estimate = (
+        parent_id or checkpoint.model_id(module),
+        species,
+        error_estimate,
+    )
     if not validation:
-        logger.warning("no validation structures: the best of %d epochs is chosen on the training set", settings.epochs)
+        logger.warning(
+            "no validation structures: the best of %d epochs is chosen on the training set",
+            settings.epochs,
+        )
     result = run.finished() or run.train(progress)
     _check_result(result, species)
     return result
 
 
-def _check_arguments(train: Sequence[Atoms], validation: Sequence[Atoms], weights: Sequence[float] | None, out: Path) -> None:
-    """Raise InputError for what would otherwise show only after epochs of training, or not at all."""
+def _check_arguments(
+    train: Sequence[Atoms], validation: Sequence[Atoms], weights: Sequence[float] | None, out: Path
+) -> None:
+    """Raise InputError for what would otherwise show only after epochs of training, or not at
+    all."""
     if isinstance(train, Atoms) or isinstance(validation, Atoms):
-        raise InputError("training and validation structures are lists, and this is one structure: [atoms] instead of atoms")
+        raise InputError(
+            "training and validation structures are lists, and this is one structure: [atoms]"
+            " instead of atoms"
+        )
     if not train:
         raise InputError("no training structures: at least one label is needed")
     if out.is_dir():
@@ -127,22 +159,39 @@ def _check_arguments(train: Sequence[Atoms], validation: Sequence[Atoms], weight
         return
     if len(weights) != len(train):
         raise InputError(f"{len(weights)} weights for {len(train)} training structures")
-    wrong = [weight for weight in weights if not (isinstance(weight, int | float | np.number) and 0 <= weight < np.inf)]
+    wrong = [
+        weight
+        for weight in weights
+        if not (isinstance(weight, int | float | np.number) and 0 <= weight < np.inf)
+    ]
     if wrong:
-        raise InputError(f"weights: {wrong[0]!r} is not allowed, only finite numbers that are not negative")
+        raise InputError(
+            f"weights: {wrong[0]!r} is not allowed, only finite numbers that are not negative"
+        )
 
 
 def _check_result(result: FinetuneResult, species: Iterable[int] | None) -> None:
     seen = None if species is None else frozenset(species)
     # A copy, because in other precision a Potential changes its module.
-    check_once(Potential(copy.deepcopy(result.module), path=result.path, species=seen, device=str(_device(result.module))))
+    check_once(
+        Potential(
+            copy.deepcopy(result.module),
+            path=result.path,
+            species=seen,
+            device=str(_device(result.module)),
+        )
+    )
 
 
-def _start(start: torch.nn.Module | str | Path, device: str | None) -> tuple[torch.nn.Module, Iterable[int] | None]:
+def _start(
+    start: torch.nn.Module | str | Path, device: str | None
+) -> tuple[torch.nn.Module, Iterable[int] | None]:
     if isinstance(start, torch.nn.Module):
         module = copy.deepcopy(start)
         return (module if device is None else module.to(device)), None
-    module, content = checkpoint.read(checkpoint.resolve(start), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    module, content = checkpoint.read(
+        checkpoint.resolve(start), device or ("cuda" if torch.cuda.is_available() else "cpu")
+    )
     return module, checkpoint.species_of(content)
 
 
@@ -172,7 +221,10 @@ class _Run:
         self.best_state = copy_state(module)
 
     def _key(self) -> str:
-        digest = hashlib.sha256(f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()} {self.seed}".encode())
+        digest = hashlib.sha256(
+            f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()}"
+            f" {self.seed}".encode()
+        )
         for part in (self.train_set, self.validation_set):
             digest.update(f"{len(part)} structures".encode())
             for atoms in part:
@@ -198,15 +250,22 @@ class _Run:
         try:
             found = self._recorded(metrics, module)
         except (KeyError, TypeError) as error:
-            logger.warning("%s lacks a part of its record (%s): training starts anew", self.out, error)
+            logger.warning(
+                "%s lacks a part of its record (%s): training starts anew", self.out, error
+            )
             return None
         logger.info("%s was trained from the same inputs: nothing to do", self.out)
         remove(self.state_file)  # of a run that was killed just before it did this
-        found.error_model = uncertainty.error_model_of(record, module.model_args["units"]) or self._error_model(module)
+        found.error_model = uncertainty.error_model_of(
+            record, module.model_args["units"]
+        ) or self._error_model(module)
         return found
 
     def _recorded(self, metrics: dict[str, Any], module: Any) -> FinetuneResult:
-        known = {name: metrics[name] for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")}
+        known = {
+            name: metrics[name]
+            for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")
+        }
         return FinetuneResult(
             path=self.out,
             model_id=checkpoint.model_id(module),
@@ -225,21 +284,40 @@ class _Run:
 
     def _train(self, progress: Callable[[Epoch], None] | None) -> FinetuneResult:
         began = time.perf_counter()
-        data, held_out = LabelledGraphs(self.train_set, self.module), LabelledGraphs(self.validation_set, self.module)
+        data, held_out = (
+            LabelledGraphs(self.train_set, self.module),
+            LabelledGraphs(self.validation_set, self.module),
+        )
         trainer = Trainer(self.module, self.settings)
         if not self._restore(trainer):
             scores = trainer.scores(held_out)
-            self.history = [Epoch(0, self.settings.learning_rate, None, scores, time.perf_counter() - began)]
-            logger.info("before training on %d structures: validation loss %.4g (%s)", len(data), scores.loss, scores)
+            self.history = [
+                Epoch(0, self.settings.learning_rate, None, scores, time.perf_counter() - began)
+            ]
+            logger.info(
+                "before training on %d structures: validation loss %.4g (%s)",
+                len(data),
+                scores.loss,
+                scores,
+            )
         stopped = self._epochs(trainer, data, held_out, progress)
         if self.settings.keep == "last" and np.isfinite(self.history[-1].validation.loss):
             self.best_epoch, self.best_state = len(self.history) - 1, trainer.averaged_state()
         return self._keep_best(stopped)
 
-    def _epochs(self, trainer: Trainer, data: LabelledGraphs, held_out: LabelledGraphs, progress: Callable[[Epoch], None] | None) -> str:
+    def _epochs(
+        self,
+        trainer: Trainer,
+        data: LabelledGraphs,
+        held_out: LabelledGraphs,
+        progress: Callable[[Epoch], None] | None,
+    ) -> str:
         ticker = _Ticker(self.settings.epochs, len(self.history) - 1)
         for number in range(len(self.history), self.settings.epochs + 1):
-            if self.settings.patience is not None and number - 1 - self.best_epoch >= self.settings.patience:
+            if (
+                self.settings.patience is not None
+                and number - 1 - self.best_epoch >= self.settings.patience
+            ):
                 return f"no improvement in {self.settings.patience} epochs"
             began, rate = time.perf_counter(), trainer.scheduler.get_last_lr()[0]
             loss = self._one_epoch(trainer, data, number, ticker)
@@ -250,7 +328,10 @@ class _Run:
             trainer.scheduler.step()
             epoch = Epoch(number, rate, loss, scores, time.perf_counter() - began)
             self.history.append(epoch)
-            if np.isfinite(scores.loss) and not scores.loss >= self.history[self.best_epoch].validation.loss:
+            if (
+                np.isfinite(scores.loss)
+                and not scores.loss >= self.history[self.best_epoch].validation.loss
+            ):
                 self.best_epoch, self.best_state = number, trainer.averaged_state()
             self._save(trainer)
             ticker.epoch(epoch)
@@ -258,7 +339,9 @@ class _Run:
                 progress(epoch)
         return "all epochs done"
 
-    def _one_epoch(self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: _Ticker) -> float:
+    def _one_epoch(
+        self, trainer: Trainer, data: LabelledGraphs, number: int, ticker: _Ticker
+    ) -> float:
         """Mean loss per structure over one shuffled pass."""
         order = self._order(len(data), number)
         total, seen = 0.0, 0
@@ -271,7 +354,8 @@ class _Run:
         return total / seen
 
     def _order(self, count: int, number: int) -> np.ndarray:
-        """Indices of the structures of epoch ``number``: each once, or as often as its weight says (chance rounds it)."""
+        """Indices of the structures of epoch ``number``: each once, or as often as its weight says
+        (chance rounds it)."""
         rng = np.random.default_rng([self.seed, number])
         if self.weights is None:
             return rng.permutation(count)
@@ -298,12 +382,27 @@ class _Run:
             module=self.module,
             history=self.history,
         )
-        metrics = {**result.as_dict(), "training_key": self.key, "history": [epoch.as_dict() for epoch in self.history]}
+        metrics = {
+            **result.as_dict(),
+            "training_key": self.key,
+            "history": [epoch.as_dict() for epoch in self.history],
+        }
         result.error_model = self._error_model(self.module)
         extra = uncertainty.for_checkpoint(result.error_model)
-        checkpoint.save(self.module, self.out, parent_id=self.parent_id, metrics=metrics, species=self.species, **extra)
+        checkpoint.save(
+            self.module,
+            self.out,
+            parent_id=self.parent_id,
+            metrics=metrics,
+            species=self.species,
+            **extra,
+        )
         remove(self.state_file)
-        kept = f"epoch {self.best_epoch} kept" if result.improved else "training did not lower it: the weights from before are kept"
+        kept = (
+            f"epoch {self.best_epoch} kept"
+            if result.improved
+            else "training did not lower it: the weights from before are kept"
+        )
         logger.info(
             "%s; validation loss %.4g before, %.4g after (%s); %s; model %s in %s",
             stopped, before.loss, after.loss, after, kept, result.model_id, self.out,
@@ -315,7 +414,12 @@ class _Run:
         return uncertainty.fit(module, self.train_set, held_out) if self.error_estimate else None
 
     def _save(self, trainer: Trainer) -> None:
-        write_state(self.state_file, TrainingState(self.key, trainer.state(), self.best_epoch, self.best_state, self.history))
+        write_state(
+            self.state_file,
+            TrainingState(
+                self.key, trainer.state(), self.best_epoch, self.best_state, self.history
+            ),
+        )
 
     def _restore(self, trainer: Trainer) -> bool:
         if not self.state_file.is_file():
@@ -329,8 +433,14 @@ class _Run:
             logger.info("%s belongs to other inputs; training starts anew", self.state_file)
             return False
         trainer.restore(state.trainer)
-        self.best_epoch, self.best_state, self.history = state.best_epoch, state.best_state, state.history
-        logger.info("training resumes after epoch %d from %s", len(self.history) - 1, self.state_file)
+        self.best_epoch, self.best_state, self.history = (
+            state.best_epoch,
+            state.best_state,
+            state.history,
+        )
+        logger.info(
+            "training resumes after epoch %d from %s", len(self.history) - 1, self.state_file
+        )
         return True
 
 
@@ -355,14 +465,28 @@ class _Ticker:
     def batch(self, number: int, fraction: float, loss: float) -> None:
         """Within epoch ``number``, of which ``fraction`` is done."""
         if self._due():
-            logger.info("epoch %d/%d, %.0f %%: loss %.4g%s", number, self.epochs, 100 * fraction, loss, self._left(number - 1 + fraction))
+            logger.info(
+                "epoch %d/%d, %.0f %%: loss %.4g%s",
+                number,
+                self.epochs,
+                100 * fraction,
+                loss,
+                self._left(number - 1 + fraction),
+            )
 
     def epoch(self, epoch: Epoch) -> None:
         """At the end of an epoch; the last one is always shown."""
         if self._due() or epoch.epoch == self.epochs:
             found, left = epoch.validation, self._left(epoch.epoch)
             progress = f"epoch {epoch.epoch}/{self.epochs}"
-            logger.info("%s: loss %.4g, validation %.4g (%s)%s", progress, epoch.train_loss, found.loss, found, left)
+            logger.info(
+                "%s: loss %.4g, validation %.4g (%s)%s",
+                progress,
+                epoch.train_loss,
+                found.loss,
+                found,
+                left,
+            )
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -2,15 +2,20 @@
 
 Neighbours of a batch of structures as arrays of edges, found by vesin (compiled).
 
-Neighbours that configurations of one supercell share: found once, with a skin, instead of once per configuration.
+Neighbours that configurations of one supercell share: found once, with a skin, instead of once per
+configuration.
 
-Let x0, h be positions and cell of a reference and v0_ij the vectors of its pairs. A configuration x' with the cell h' = h F^T is
-described by the strain F and the rest u_i = x'_i - F x0_i, taken to the nearest image. Its pairs are
+Let x0, h be positions and cell of a reference and v0_ij the vectors of its pairs. A configuration
+x' with the cell h' = h F^T is described by the strain F and the rest u_i = x'_i - F x0_i, taken to
+the nearest image. Its pairs are
 
-    v_ij = F v0_ij + u_j - u_i,    |v_ij| >= s |v0_ij| - |u_i| - |u_j|,    s = smallest singular value of F,
+    v_ij = F v0_ij + u_j - u_i,    |v_ij| >= s |v0_ij| - |u_i| - |u_j|,
 
-so that all pairs within the cutoff are among those of the reference with s |v0_ij| <= cutoff + rho_i + rho_j as long as
-|u_i| <= rho_i for all atoms. Pairs of the list beyond the cutoff are dropped, so the list changes no result.
+with s the smallest singular value of F,
+
+so that all pairs within the cutoff are among those of the reference with s |v0_ij| <= cutoff +
+rho_i + rho_j as long as |u_i| <= rho_i for all atoms. Pairs of the list beyond the cutoff are
+dropped, so the list changes no result.
 """
 
 from __future__ import annotations
@@ -33,7 +38,8 @@ MIN_VOLUME = 0.05  # A^3 per atom, a tenth of hydrogen's at 10 TPa
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Edges of one structure: centre i, neighbour j, the vector from i to j (Angstrom) and its length; float64."""
+    """Edges of one structure: centre i, neighbour j, the vector from i to j (Angstrom) and its
+    length; float64."""
 
     centre: np.ndarray
     neighbour: np.ndarray
@@ -45,9 +51,10 @@ class Neighbours:
 class Graph:
     """Edges of n structures with N atoms and E edges together, as tensors.
 
-    The first ``n_near`` edges are those within the three-body cutoff, so that they are a slice of every edge array.
-    centre, neighbour, edge_structure : (E,); vector : (E, 3) from centre to neighbour, Angstrom; numbers, structure : (N,);
-    volume : (n,) A^3, infinite where the structure has no cell; n_atoms : tuple of n.
+    The first ``n_near`` edges are those within the three-body cutoff, so that they are a slice of
+    every edge array. centre, neighbour, edge_structure : (E,); vector : (E, 3) from centre to
+    neighbour, Angstrom; numbers, structure : (N,); volume : (n,) A^3, infinite where the structure
+    has no cell; n_atoms : tuple of n.
     """
 
     centre: torch.Tensor
@@ -65,36 +72,55 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
     """Raise InputError, naming ``where``, for a structure that no M3GNet model can evaluate."""
     if len(atoms) == 0:
         raise InputError(f"{where} has no atoms")
-    wrong = sorted(set(atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)].tolist()))
+    wrong = sorted(
+        set(atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)].tolist())
+    )
     if wrong:
-        raise InputError(f"{where}: atomic number {wrong[0]} is outside 1 to {MAX_ATOMIC_NUMBER}, which MatterSim knows")
+        raise InputError(
+            f"{where}: atomic number {wrong[0]} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
+            " MatterSim knows"
+        )
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         raise InputError(f"{where}: positions or cell are not finite")
     if any(atoms.pbc) and abs(complete_cell(atoms).volume) < 1e-3:
-        raise InputError(f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic")
+        raise InputError(
+            f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic"
+        )
     if atoms.pbc.all() and atoms.cell.volume < MIN_VOLUME * len(atoms):
-        raise InputError(f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no matter is like that")
+        raise InputError(
+            f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no"
+            " matter is like that"
+        )
 
 
 def expected_pairs(atoms: Atoms, cutoff: float) -> float:
-    """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them without periodicity."""
+    """About how many pairs are closer than ``cutoff`` (Angstrom), from the density; all of them
+    without periodicity."""
     n_atoms = len(atoms)
     if not atoms.pbc.all():
         return float(n_atoms**2)
     return n_atoms**2 * 4.0 / 3.0 * np.pi * cutoff**3 / abs(atoms.cell.volume)
 
 
-def find_neighbours(atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT) -> Neighbours:
-    """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both directions, sorted by centre.
+def find_neighbours(
+    atoms: Atoms, cutoff: float, where: str = "structure 0", *, coincident: float = COINCIDENT
+) -> Neighbours:
+    """All pairs closer than ``cutoff`` (Angstrom), every periodic image on its own; both
+    directions, sorted by centre.
 
-    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer than ``coincident``, or the cell is
-    too skewed to be searched.
+    Only the directions with ``pbc`` set are periodic. Raises InputError when two atoms are closer
+    than ``coincident``, or the cell is too skewed to be searched.
     """
     finder = NeighborList(cutoff=cutoff, full_list=True, sorted=True, n_threads=1)
-    centre, neighbour, vector, length = finder.compute(atoms.positions, search_cell(atoms, where), atoms.pbc, "ijDd")
+    centre, neighbour, vector, length = finder.compute(
+        atoms.positions, search_cell(atoms, where), atoms.pbc, "ijDd"
+    )
     if len(length) and length.min() < coincident:
         pair = int(length.argmin())
-        raise InputError(f"{where}: atoms {centre[pair]} and {neighbour[pair]} coincide (distance {length[pair]:.1e} A)")
+        raise InputError(
+            f"{where}: atoms {centre[pair]} and {neighbour[pair]} coincide (distance"
+            f" {length[pair]:.1e} A)"
+        )
     return Neighbours(centre.astype(np.int64), neighbour.astype(np.int64), vector, length)
 
 
@@ -107,11 +133,15 @@ def build_graph(
     threebody_cutoff: float = 4.0,
     neighbours: Sequence[Neighbours] | None = None,
 ) -> Graph:
-    """Join structures to one graph; ``neighbours`` saves finding them again. Raises InputError with the structure's index."""
+    """Join structures to one graph; ``neighbours`` saves finding them again. Raises InputError with
+    the structure's index."""
     if neighbours is None:
         for index, atoms in enumerate(structures):
             check(atoms, f"structure {index}")
-        neighbours = [find_neighbours(atoms, cutoff, f"structure {index}") for index, atoms in enumerate(structures)]
+        neighbours = [
+            find_neighbours(atoms, cutoff, f"structure {index}")
+            for index, atoms in enumerate(structures)
+        ]
     n_atoms = np.array([len(atoms) for atoms in structures], dtype=np.int64)
     n_edges = np.array([len(edges.length) for edges in neighbours], dtype=np.int64)
     first = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)
@@ -123,13 +153,21 @@ def build_graph(
 
     volume = [cell_volume(atoms) for atoms in structures]
     return Graph(
-        centre=edge_tensor(_concatenate([edges.centre for edges in neighbours], (0,)) + first, torch.long),
-        neighbour=edge_tensor(_concatenate([edges.neighbour for edges in neighbours], (0,)) + first, torch.long),
+        centre=edge_tensor(
+            _concatenate([edges.centre for edges in neighbours], (0,)) + first, torch.long
+        ),
+        neighbour=edge_tensor(
+            _concatenate([edges.neighbour for edges in neighbours], (0,)) + first, torch.long
+        ),
         vector=edge_tensor(_concatenate([edges.vector for edges in neighbours], (0, 3)), dtype),
         n_near=int(near.sum()),
         edge_structure=edge_tensor(np.repeat(np.arange(len(n_atoms)), n_edges), torch.long),
-        numbers=torch.as_tensor(np.concatenate([atoms.numbers for atoms in structures]), dtype=torch.long, device=device),
-        structure=torch.as_tensor(np.repeat(np.arange(len(n_atoms)), n_atoms), dtype=torch.long, device=device),
+        numbers=torch.as_tensor(
+            np.concatenate([atoms.numbers for atoms in structures]), dtype=torch.long, device=device
+        ),
+        structure=torch.as_tensor(
+            np.repeat(np.arange(len(n_atoms)), n_atoms), dtype=torch.long, device=device
+        ),
         volume=torch.as_tensor(volume, dtype=dtype, device=device),
         n_atoms=tuple(n_atoms.tolist()),
     )
@@ -151,9 +189,10 @@ MAX_GROWTH = 2.5
 class Topology:
     """Pairs of a reference structure, with room for displacements and strain.
 
-    positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom; stretch: smallest singular
-    value of the strain that is allowed; centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of
-    them are within the cutoff in the reference, about as many as each configuration has.
+    positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom;
+    stretch: smallest singular value of the strain that is allowed; centre, neighbour (E,), vector
+    (E, 3): the pairs, sorted by centre; n_inside: how many of them are within the cutoff in the
+    reference, about as many as each configuration has.
     """
 
     numbers: np.ndarray
@@ -176,7 +215,8 @@ class Topology:
         device: str | torch.device,
         names: Sequence[str] | None = None,
     ) -> Graph:
-        """The graph of configurations that the list covers; InputError, with the name, when two atoms coincide."""
+        """The graph of configurations that the list covers; InputError, with the name, when two
+        atoms coincide."""
         names = names or [f"structure {index}" for index in range(len(structures))]
         strain, displacement = displacements(self, structures)
         n, n_atoms = len(structures), len(self.numbers)
@@ -188,7 +228,8 @@ class Topology:
         if length.numel() and length.min() < COINCIDENT:
             structure, pair = divmod(int(length.argmin()), length.shape[1])
             raise InputError(
-                f"{names[structure]}: atoms {int(centre[pair])} and {int(neighbour[pair])} coincide (distance {float(length.min()):.1e} A)"
+                f"{names[structure]}: atoms {int(centre[pair])} and {int(neighbour[pair])} coincide"
+                f" (distance {float(length.min()):.1e} A)"
             )
         near, inside = (length <= threebody_cutoff).view(-1), (length <= self.cutoff).view(-1)
         first, second = torch.nonzero(near).view(-1), torch.nonzero(inside & ~near).view(-1)
@@ -209,8 +250,11 @@ class Topology:
         )
 
 
-def displacements(reference: Topology | Atoms, structures: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
-    """Strain F (n, 3, 3) and rest u (n, N, 3) of the module's docstring, without the common shift of all atoms (Angstrom)."""
+def displacements(
+    reference: Topology | Atoms, structures: Sequence[Atoms]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Strain F (n, 3, 3) and rest u (n, N, 3) of the module's docstring, without the common shift
+    of all atoms (Angstrom)."""
     if isinstance(reference, Atoms):
         origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
     else:
@@ -219,7 +263,8 @@ def displacements(reference: Topology | Atoms, structures: Sequence[Atoms]) -> t
     # rows of the cell are its vectors: h' = h F^T
     strain = (np.linalg.inv(cell) @ cells).transpose(0, 2, 1)
     rest = np.array([atoms.positions for atoms in structures]) - origin @ strain.transpose(0, 2, 1)
-    # The shift is that of the first atom until all are in the nearest image; an atom at a border would spoil their average.
+    # The shift is that of the first atom until all are in the nearest image; an atom at a border
+    # would spoil their average.
     rest -= rest[:, :1]
     fractional = rest @ np.linalg.inv(cells)
     rest -= (np.rint(fractional) * pbc) @ cells
@@ -227,8 +272,8 @@ def displacements(reference: Topology | Atoms, structures: Sequence[Atoms]) -> t
 
 
 def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None:
-    """A list that covers all ``structures`` (same species and pbc); None where it would be longer than it is worth, or
-    where rounding in a very skewed cell would count.
+    """A list that covers all ``structures`` (same species and pbc); None where it would be longer
+    than it is worth, or where rounding in a very skewed cell would count.
 
     The first structure is the reference, moved to the average of all.
     """
@@ -237,7 +282,9 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
         return None
     strain, rest = displacements(first, structures)
     average = rest.mean(axis=0)
-    reference = Atoms(first.numbers, positions=first.positions + average, cell=complete_cell(first), pbc=first.pbc)
+    reference = Atoms(
+        first.numbers, positions=first.positions + average, cell=complete_cell(first), pbc=first.pbc
+    )
     strain, rest = displacements(reference, structures)
     radius = np.maximum(np.linalg.norm(rest, axis=2).max(axis=0), SKIN / 2)
     stretch = min(float(np.linalg.svd(strain, compute_uv=False).min()), 1.0) * (1 - 1e-9)
@@ -250,7 +297,17 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
     n_inside = int((found.length <= cutoff).sum())
     if kept.sum() > MAX_GROWTH * n_inside:
         return None
-    arrays = (torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector))
+    arrays = (
+        torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector)
+    )
     return Topology(
-        first.numbers.copy(), first.pbc.copy(), reference.positions, reference.cell.array, radius, stretch, cutoff, *arrays, n_inside
+        first.numbers.copy(),
+        first.pbc.copy(),
+        reference.positions,
+        reference.cell.array,
+        radius,
+        stretch,
+        cutoff,
+        *arrays,
+        n_inside,
     )

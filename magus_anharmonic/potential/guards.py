@@ -1,4 +1,5 @@
-"""What must not come out of a relaxation: overlapping or lost atoms, runaway cells; and what cannot go in."""
+"""What must not come out of a relaxation: overlapping or lost atoms, diverging cells; and what
+cannot go in."""
 
 from __future__ import annotations
 
@@ -27,13 +28,15 @@ def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     vesin searches a little farther, because it divides the cell into boxes of that size.
     """
     cell = search_cell(atoms)
-    finder = NeighborList(cutoff=max(cutoff, 0.2 * abs(np.linalg.det(cell)) ** (1 / 3)), full_list=True, n_threads=1)
+    finder = NeighborList(
+        cutoff=max(cutoff, 0.2 * abs(np.linalg.det(cell)) ** (1 / 3)), full_list=True, n_threads=1
+    )
     first, second, distance, shift = finder.compute(atoms.positions, cell, atoms.pbc, "ijdS")
     close = distance < cutoff
     return first[close], second[close], distance[close], shift[close]
 
 
-def senseless(atoms: Atoms) -> str:
+def why_invalid(atoms: Atoms) -> str:
     """Why a structure cannot be evaluated at all, or an empty string."""
     if len(atoms) == 0:
         return "no atoms"
@@ -43,9 +46,14 @@ def senseless(atoms: Atoms) -> str:
     if atoms.pbc.any() and volume < 1e-3:
         return "the cell is flat"
     if atoms.pbc.all() and volume < MIN_VOLUME * len(atoms):
-        return f"the cell is too small: {volume / len(atoms):.2g} A^3/atom, at least {MIN_VOLUME:g} are needed"
+        return (
+            f"the cell is too small: {volume / len(atoms):.2g} A^3/atom, at least {MIN_VOLUME:g}"
+            " are needed"
+        )
     first, second, distance, _ = _pairs(atoms, COINCIDENT)
-    return f"atoms {first[0]} and {second[0]} coincide ({distance[0]:.3f} A)" if len(distance) else ""
+    return (
+        f"atoms {first[0]} and {second[0]} coincide ({distance[0]:.3f} A)" if len(distance) else ""
+    )
 
 
 def overlap(atoms: Atoms) -> str:
@@ -53,7 +61,11 @@ def overlap(atoms: Atoms) -> str:
     radii = covalent_radii[atoms.numbers]
     first, second, distance, _ = _pairs(atoms, max(2.0 * OVERLAP * float(radii.max()), COINCIDENT))
     close = np.flatnonzero(distance < OVERLAP * (radii[first] + radii[second]))
-    return f"atoms {first[close[0]]} and {second[close[0]]} overlap ({distance[close[0]]:.2f} A)" if len(close) else ""
+    return (
+        f"atoms {first[close[0]]} and {second[close[0]]} overlap ({distance[close[0]]:.2f} A)"
+        if len(close)
+        else ""
+    )
 
 
 def isolated(atoms: Atoms) -> set[int]:
@@ -62,7 +74,8 @@ def isolated(atoms: Atoms) -> set[int]:
 
 
 def n_pieces(atoms: Atoms, distance: float) -> int:
-    """Pieces that are farther from each other than ``distance`` (Angstrom), in the structure repeated twice along its periods.
+    """Pieces that are farther from each other than ``distance`` (Angstrom), in the structure
+    repeated twice along its periods.
 
     So layers, chains and molecules of which a cell holds one count as two, four and eight.
     """
@@ -73,31 +86,39 @@ def n_pieces(atoms: Atoms, distance: float) -> int:
     image = second + len(atoms) * ((corners[:, None] + shift) % 2 @ weights)
     size = 8 * len(atoms)
     nodes = (len(atoms) * (corners @ weights)[:, None] + np.arange(len(atoms))).ravel()
-    bonds = coo_array((np.ones(origin.size, dtype=np.int8), (origin.ravel(), image.ravel())), shape=(size, size))
+    bonds = coo_array(
+        (np.ones(origin.size, dtype=np.int8), (origin.ravel(), image.ravel())), shape=(size, size)
+    )
     return len(np.unique(connected_components(bonds, directed=False)[1][nodes]))
 
 
 class CellGuard:
-    """Remembers volume and shape of a cell at the start, and tells when it has run away from them."""
+    """Remembers volume and shape of a cell at the start, and tells when it has run away from
+    them."""
 
     def __init__(self, lattice: np.ndarray, n_atoms: int) -> None:
         self.n_atoms = n_atoms
         self.volume, self.aspect, self.shape = _measures(lattice)
 
-    def astray(self, lattice: np.ndarray) -> str:
+    def diverged(self, lattice: np.ndarray) -> str:
         """What is wrong with cell vectors (3, 3), or an empty string."""
         volume, aspect, shape = _measures(lattice)
         if not volume <= MAX_EXPANSION * self.volume:
-            return f"runaway cell: the volume grew {volume / self.volume:.1f} times"
+            return f"diverging cell: the volume grew {volume / self.volume:.1f} times"
         if volume < MIN_VOLUME * self.n_atoms:
-            return f"runaway cell: collapsed to {volume / self.n_atoms:.2f} A^3/atom"
+            return f"diverging cell: collapsed to {volume / self.n_atoms:.2f} A^3/atom"
         if aspect > max(MAX_ASPECT, 1.5 * self.aspect) or shape < min(MIN_SHAPE, 0.7 * self.shape):
-            return f"runaway cell: needle or plate (longest by shortest vector {aspect:.0f})"
+            return f"diverging cell: needle or plate (longest by shortest vector {aspect:.0f})"
         return ""
 
 
 def _measures(lattice: np.ndarray) -> tuple[float, float, float]:
-    """Volume (A^3), longest by shortest vector, and volume by the product of the vectors' lengths."""
+    """Volume (A^3), longest by shortest vector, and volume by the product of the vectors'
+    lengths."""
     lengths = np.sqrt((lattice**2).sum(axis=1))
     volume = abs(float(np.linalg.det(lattice)))
-    return volume, float(lengths.max() / max(lengths.min(), 1e-9)), volume / max(float(lengths.prod()), 1e-9)
+    return (
+        volume,
+        float(lengths.max() / max(lengths.min(), 1e-9)),
+        volume / max(float(lengths.prod()), 1e-9),
+    )

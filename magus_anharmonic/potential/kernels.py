@@ -1,18 +1,23 @@
 """Elementwise kernels of the edges, compiled, with torch as the fallback.
 
-The elementwise parts of M3GNet's gated edge networks between two matrix products, for a block of edges.
+The elementwise parts of M3GNet's gated edge networks between two matrix products, for a block of
+edges.
 
-`Kernels` computes them with torch, for every device and precision; `magus_anharmonic.potential.kernels` with one compiled loop
-each (``edge_kernels.c``), for single precision on a CPU. Symbols: a gated network of u units has a first layer, whose sums
-``before`` (B, 2 u) hold both branches side by side, and a second, whose sums ``y`` (B, 2 u) are again (inner | gate); its output
-is silu(inner) * sigmoid(gate) * weight, with weight = e0 @ beside, or the silu of that for the network of the atoms.
-All arrays are contiguous; what ends in ``_`` in a signature's description is changed in place.
+`Kernels` computes them with torch, for every device and precision;
+`magus_anharmonic.potential.kernels` with one compiled loop each (``edge_kernels.c``), for single
+precision on a CPU. Symbols: a gated network of u units has a first layer, whose sums ``before`` (B,
+2 u) hold both branches side by side, and a second, whose sums ``y`` (B, 2 u) are again (inner |
+gate); its output is silu(inner) * sigmoid(gate) * weight, with weight = e0 @ beside, or the silu of
+that for the network of the atoms. All arrays are contiguous; what ends in ``_`` in a signature's
+description is changed in place.
 
-``edge_kernels.c``, compiled at first use with the C compiler of the machine, as a replacement for torch's elementwise operations.
+``edge_kernels.c``, compiled at first use with the C compiler of the machine, as a replacement for
+torch's elementwise operations.
 
-The library goes to the user's cache folder, under a name made of the source, the compiler and the processor, so that machines
-that share a home do not share it. Without a compiler, or where the compiled functions do not give torch's numbers, everything
-works with torch alone, only slower; the log says so once.
+The library goes to the user's cache folder, under a name made of the source, the compiler and the
+processor, so that machines that share a home do not share it. Without a compiler, or where the
+compiled functions do not give torch's numbers, everything works with torch alone, only slower; the
+log says so once.
 """
 
 from __future__ import annotations
@@ -67,21 +72,37 @@ class Kernels:
         by_own: torch.Tensor,
         by_other: torch.Tensor,
     ) -> None:
-        """by_hidden_ (gradient by silu(before)) becomes that by ``before``, and is added to by_own_[centre] and by_other_[neighbour]."""
+        """by_hidden_ (gradient by silu(before)) becomes that by ``before``, and is added to
+        by_own_[centre] and by_other_[neighbour]."""
         _silu_backward.grad_input(by_hidden, before, grad_input=by_hidden)
         add_rows(by_own, centre, by_hidden)
         add_rows(by_other, neighbour, by_hidden)
 
-    def edge_forward(self, basis: torch.Tensor, beside: torch.Tensor, y: torch.Tensor, edge: torch.Tensor) -> None:
+    def edge_forward(
+        self, basis: torch.Tensor, beside: torch.Tensor, y: torch.Tensor, edge: torch.Tensor
+    ) -> None:
         """edge_ (B, u) += the network's output; basis (B, 4), beside (4, u)."""
         edge.addcmul_(basis @ beside, _gated(y))
 
-    def atom_forward(self, basis: torch.Tensor, beside: torch.Tensor, y: torch.Tensor, centre: torch.Tensor, atom: torch.Tensor) -> None:
+    def atom_forward(
+        self,
+        basis: torch.Tensor,
+        beside: torch.Tensor,
+        y: torch.Tensor,
+        centre: torch.Tensor,
+        atom: torch.Tensor,
+    ) -> None:
         """atom_[centre] += the network's output; atom (N, u) is float64."""
         add_rows(atom, centre, silu(basis @ beside, inplace=True).mul_(_gated(y)).to(atom.dtype))
 
     def edge_backward(
-        self, basis: torch.Tensor, beside: torch.Tensor, y: torch.Tensor, gradient: torch.Tensor, by_y: torch.Tensor, by_basis: torch.Tensor
+        self,
+        basis: torch.Tensor,
+        beside: torch.Tensor,
+        y: torch.Tensor,
+        gradient: torch.Tensor,
+        by_y: torch.Tensor,
+        by_basis: torch.Tensor,
     ) -> None:
         """by_y_ (B, 2 u) from the gradient by the output (B, u); by_basis_ (B, 4) grows."""
         weight = basis @ beside
@@ -117,7 +138,9 @@ def _gated(y: torch.Tensor) -> torch.Tensor:
     return silu(inner).mul_(gate.sigmoid())
 
 
-def _gated_backward(y: torch.Tensor, weight: torch.Tensor | None, gradient: torch.Tensor, by_y: torch.Tensor) -> torch.Tensor:
+def _gated_backward(
+    y: torch.Tensor, weight: torch.Tensor | None, gradient: torch.Tensor, by_y: torch.Tensor
+) -> torch.Tensor:
     """Gradient by the weight (B, u); by_y is filled."""
     inner, gate = y.chunk(2, 1)
     by_inner, by_gate = by_y.chunk(2, 1)
@@ -130,7 +153,8 @@ def _gated_backward(y: torch.Tensor, weight: torch.Tensor | None, gradient: torc
 
 
 def add_rows(target: torch.Tensor, index: torch.Tensor, rows: torch.Tensor) -> None:
-    """``target[index] += rows``; with an expanded index scatter_add is faster than index_add on a CPU."""
+    """``target[index] += rows``; with an expanded index scatter_add is faster than index_add on a
+    CPU."""
     target.scatter_add_(0, index[:, None].expand_as(rows), rows)
 
 
@@ -138,7 +162,15 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("edge_kernels.c")
 COMPILERS = ("cc", "gcc", "clang")
-_FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_FLAGS = (
+    "-O3",
+    "-std=c11",
+    "-shared",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp",
+)
 _OPTIONAL = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
 _TIMEOUT = 60.0  # s
 _AGREEMENT = 1e-5
@@ -153,14 +185,27 @@ class NativeKernels(Kernels):
     def _call(self, name: str, rows: int, width: int, *arrays: torch.Tensor | None) -> None:
         if not all(array is None or array.is_contiguous() for array in arrays):
             raise ValueError(f"{name}: an array is not contiguous")
-        pointers = [None if array is None else ctypes.c_void_p(array.data_ptr()) for array in arrays]
-        getattr(self._library, name)(ctypes.c_long(rows), ctypes.c_long(width), *pointers, ctypes.c_long(torch.get_num_threads()))
+        pointers = [
+            None if array is None else ctypes.c_void_p(array.data_ptr()) for array in arrays
+        ]
+        getattr(self._library, name)(
+            ctypes.c_long(rows),
+            ctypes.c_long(width),
+            *pointers,
+            ctypes.c_long(torch.get_num_threads()),
+        )
 
-    def first_forward(self, centre: Any, neighbour: Any, own: Any, other: Any, before: Any, hidden: Any) -> None:
+    def first_forward(
+        self, centre: Any, neighbour: Any, own: Any, other: Any, before: Any, hidden: Any
+    ) -> None:
         self._call("first_forward", *before.shape, centre, neighbour, own, other, before, hidden)
 
-    def first_backward(self, centre: Any, neighbour: Any, before: Any, by_hidden: Any, by_own: Any, by_other: Any) -> None:
-        self._call("first_backward", *before.shape, centre, neighbour, before, by_hidden, by_own, by_other)
+    def first_backward(
+        self, centre: Any, neighbour: Any, before: Any, by_hidden: Any, by_own: Any, by_other: Any
+    ) -> None:
+        self._call(
+            "first_backward", *before.shape, centre, neighbour, before, by_hidden, by_own, by_other
+        )
 
     def edge_forward(self, basis: Any, beside: Any, y: Any, edge: Any) -> None:
         self._call("edge_forward", *edge.shape, basis, beside, y, edge)
@@ -168,11 +213,28 @@ class NativeKernels(Kernels):
     def atom_forward(self, basis: Any, beside: Any, y: Any, centre: Any, atom: Any) -> None:
         self._call("atom_forward", len(y), atom.shape[1], basis, beside, y, centre, atom)
 
-    def edge_backward(self, basis: Any, beside: Any, y: Any, gradient: Any, by_y: Any, by_basis: Any) -> None:
-        self._call("edge_backward", *gradient.shape, basis, beside, y, gradient, None, by_y, by_basis)
+    def edge_backward(
+        self, basis: Any, beside: Any, y: Any, gradient: Any, by_y: Any, by_basis: Any
+    ) -> None:
+        self._call(
+            "edge_backward", *gradient.shape, basis, beside, y, gradient, None, by_y, by_basis
+        )
 
-    def atom_backward(self, basis: Any, beside: Any, y: Any, by_atom: Any, centre: Any, by_y: Any, by_basis: Any) -> None:
-        self._call("atom_backward", len(y), by_atom.shape[1], basis, beside, y, by_atom, centre, by_y, by_basis)
+    def atom_backward(
+        self, basis: Any, beside: Any, y: Any, by_atom: Any, centre: Any, by_y: Any, by_basis: Any
+    ) -> None:
+        self._call(
+            "atom_backward",
+            len(y),
+            by_atom.shape[1],
+            basis,
+            beside,
+            y,
+            by_atom,
+            centre,
+            by_y,
+            by_basis,
+        )
 
     def three_forward(self, y: Any, edge: Any) -> None:
         self._call("three_forward", *edge.shape, y, edge)
@@ -194,11 +256,18 @@ def _native() -> NativeKernels | None:
     try:
         kernels = NativeKernels(ctypes.CDLL(str(compiled(cache_folder()))))
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("the evaluation works with torch alone, at half the speed or less: %s", one_line(error, 200))
+        logger.info(
+            "the evaluation works with torch alone, at half the speed or less: %s",
+            one_line(error, 200),
+        )
         return None
     difference = disagreement(kernels)
     if not difference < _AGREEMENT:
-        logger.warning("compiled kernels differ from torch by %.1e and are not used (compiler of this machine?)", difference)
+        logger.warning(
+            "compiled kernels differ from torch by %.1e and are not used (compiler of this"
+            " machine?)",
+            difference,
+        )
         return None
     return kernels
 
@@ -209,11 +278,14 @@ def cache_folder() -> Path:
 
 
 def compiled(folder: Path) -> Path:
-    """The shared library in ``folder``, compiled when it is not there; OSError or SubprocessError when that fails."""
+    """The shared library in ``folder``, compiled when it is not there; OSError or SubprocessError
+    when that fails."""
     compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
     if compiler is None:
         raise OSError(f"no C compiler ({', '.join(COMPILERS)}) in PATH")
-    identity = "\n".join([SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _processor(), *_FLAGS])
+    identity = "\n".join(
+        [SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _processor(), *_FLAGS]
+    )
     library = folder / f"edge_kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if not library.is_file():
         _compile(compiler, library)
@@ -246,7 +318,8 @@ def _processor() -> str:
 
 
 def disagreement(kernels: Kernels, seed: int = 0) -> float:
-    """Largest difference between ``kernels`` and the torch form on random blocks; NaN counts as infinite."""
+    """Largest difference between ``kernels`` and the torch form on random blocks; NaN counts as
+    infinite."""
     worst = 0.0
     for rows, units in ((5, 3), (40, 32)):
         results = [_exercise(form, rows, units, seed) for form in (kernels, Kernels())]
@@ -257,7 +330,8 @@ def disagreement(kernels: Kernels, seed: int = 0) -> float:
 
 
 def _exercise(kernels: Kernels, rows: int, units: int, seed: int) -> list[torch.Tensor]:
-    """All that the kernels write, from the same random numbers; some of them far out in the tails."""
+    """All that the kernels write, from the same random numbers; some of them far out in the
+    tails."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -267,11 +341,23 @@ def _exercise(kernels: Kernels, rows: int, units: int, seed: int) -> list[torch.
     centre = torch.arange(rows) * n_atoms // rows
     neighbour = torch.randint(0, n_atoms, (rows,), generator=generator)
     own, other = random(n_atoms, 2 * units), random(n_atoms, 2 * units)
-    before, hidden, y = random(rows, 2 * units), torch.zeros(rows, 2 * units), random(rows, 2 * units)
+    before, hidden, y = (
+        random(rows, 2 * units),
+        torch.zeros(rows, 2 * units),
+        random(rows, 2 * units),
+    )
     y[0, ::2], before[0, ::2], before[-1, 1::2] = -60.0, -100.0, 100.0
     basis, beside = random(rows, 4), random(4, units, scale=0.5)
-    edge, three, atom = random(rows, units), random(rows, units), torch.zeros(n_atoms, units, dtype=torch.float64)
-    gradient, by_atom, by_hidden = random(rows, units), random(n_atoms, units), random(rows, 2 * units)
+    edge, three, atom = (
+        random(rows, units),
+        random(rows, units),
+        torch.zeros(n_atoms, units, dtype=torch.float64),
+    )
+    gradient, by_atom, by_hidden = (
+        random(rows, units),
+        random(n_atoms, units),
+        random(rows, 2 * units),
+    )
     by_y = [torch.zeros(rows, 2 * units) for _ in range(3)]
     by_basis = [torch.zeros(rows, 4) for _ in range(2)]
     by_own, by_other = torch.zeros_like(own), torch.zeros_like(other)

@@ -28,8 +28,8 @@ class Coordinates:
     """How a relaxation writes a cell and when it refuses a step.
 
     cell_power
-        The coordinates of the cell are U times the number of atoms to this power, U the logarithm of the deformation. ASE has 1,
-        which makes cells needlessly stiff.
+        The coordinates of the cell are U times the number of atoms to this power, U the logarithm
+        of the deformation. ASE has 1, which makes cells needlessly stiff.
     turns
         U has nine components, as ASE's, and the cell may turn; else it is symmetric.
     largest_rise
@@ -50,7 +50,7 @@ class _Newton:
     def step(self, gradient: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def decrease(self, gradient: np.ndarray) -> float:
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
         """Half of what the Newton step gains at first order."""
         return -0.5 * float(gradient @ self.step(gradient))
 
@@ -59,10 +59,11 @@ class _Newton:
 
 
 class Bfgs(_Newton):
-    """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from saddles too.
+    """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from
+    saddles too.
 
-    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is then found by Cholesky's
-    decomposition, several times faster than by eigenvectors.
+    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is
+    then found by Cholesky's decomposition, several times faster than by eigenvectors.
     """
 
     coordinates: ClassVar[Coordinates] = Coordinates()
@@ -75,7 +76,9 @@ class Bfgs(_Newton):
             return -cho_solve(cho_factor(self.hessian), gradient)
         except LinAlgError:
             values, vectors = np.linalg.eigh(self.hessian)
-            return -vectors @ ((vectors.T @ gradient) / np.maximum(np.abs(values), SMALLEST_CURVATURE))
+            return -vectors @ (
+                (vectors.T @ gradient) / np.maximum(np.abs(values), SMALLEST_CURVATURE)
+            )
 
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
         """The BFGS update; left out where the curvature along the step is lost in rounding."""
@@ -83,17 +86,21 @@ class Bfgs(_Newton):
         predicted = self.hessian @ step
         along = float(step @ predicted)
         if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
-            self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+            self.hessian += (
+                np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+            )
 
 
 class AseBfgs(_Newton):
     """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``.
 
-    It follows ASE's path to the same minimum until rounding decides: where the curvature along a step vanishes, and at saddle
-    points, which a symmetric start reaches.
+    It follows ASE's path to the same minimum until rounding decides: where the curvature along a
+    step vanishes, and at saddle points, which a symmetric start reaches.
     """
 
-    coordinates: ClassVar[Coordinates] = Coordinates(cell_power=1.0, turns=True, largest_rise=np.inf, patience=np.inf)
+    coordinates: ClassVar[Coordinates] = Coordinates(
+        cell_power=1.0, turns=True, largest_rise=np.inf, patience=np.inf
+    )
     START_CURVATURE = 70.0  # eV/A^2
     SMALLEST_CURVATURE = 1e-9  # eV/A^2; ASE has no limit
     SHORTEST_STEP = 1e-7  # Angstrom
@@ -103,21 +110,25 @@ class AseBfgs(_Newton):
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(self.hessian)
-        return -vectors @ ((gradient @ vectors) / np.maximum(np.abs(values), self.SMALLEST_CURVATURE))
+        return -vectors @ (
+            (gradient @ vectors) / np.maximum(np.abs(values), self.SMALLEST_CURVATURE)
+        )
 
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
         """The BFGS update, also with a negative curvature along the step."""
         curvature, predicted = float(step @ change), self.hessian @ step
         along = float(step @ predicted)
         if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
-            self.hessian += np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+            self.hessian += (
+                np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
+            )
 
 
 class Fire:
     """The fast inertial relaxation engine: damped dynamics that stop whenever they go uphill.
 
-    E. Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006), doi:10.1103/PhysRevLett.97.170201, with ASE's order of operations and
-    values; all masses are 1.
+    E. Bitzek et al., Phys. Rev. Lett. 97, 170201 (2006), doi:10.1103/PhysRevLett.97.170201, with
+    ASE's order of operations and values; all masses are 1.
     """
 
     coordinates: ClassVar[Coordinates] = Coordinates()
@@ -132,7 +143,9 @@ class Fire:
     def step(self, gradient: np.ndarray) -> np.ndarray:
         force = -gradient
         if self.velocity @ force > 0:
-            along = force * (np.linalg.norm(self.velocity) / max(float(np.linalg.norm(force)), 1e-300))
+            along = force * (
+                np.linalg.norm(self.velocity) / max(float(np.linalg.norm(force)), 1e-300)
+            )
             self.velocity = (1.0 - self.mixing) * self.velocity + self.mixing * along
             if self.downhill > self.PATIENCE:
                 self.time_step = min(self.time_step * self.GROWTH, self.LONGEST_TIME_STEP)
@@ -146,7 +159,7 @@ class Fire:
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
         """Nothing to do: the velocity is all it knows."""
 
-    def decrease(self, gradient: np.ndarray) -> float:
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
         """Not known without curvatures."""
         return np.inf
 
@@ -156,7 +169,11 @@ class Fire:
         self.mixing, self.downhill = self.MIXING, 0
 
 
-OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {"bfgs": Bfgs, "ase": AseBfgs, "fire": Fire}
+OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {
+    "bfgs": Bfgs,
+    "ase": AseBfgs,
+    "fire": Fire,
+}
 
 
 @dataclass(frozen=True)
@@ -172,7 +189,7 @@ class Options:
     fix_symmetry: bool
     symprec: float
     optimizers: tuple[str, ...]
-    kicks: int
+    perturbations: int
 
 
 def checked(
@@ -186,27 +203,51 @@ def checked(
     fix_symmetry: bool,
     symprec: Any,
     optimizer: Any,
-    kicks: Any,
+    perturbations: Any,
     edges_in_flight: Any,
 ) -> Options:
-    """The options, pressures given in GPa; raises InputError with one line for each argument that makes no sense."""
-    positive = {"force_tolerance": force_tolerance, "stress_tolerance": stress_tolerance, "max_move": max_move, "symprec": symprec}
+    """The options, pressures given in GPa; raises InputError with one line for each argument that
+    makes no sense."""
+    positive = {
+        "force_tolerance": force_tolerance,
+        "stress_tolerance": stress_tolerance,
+        "max_move": max_move,
+        "symprec": symprec,
+    }
     problems = [
-        f"{name} = {value!r}: must be a positive number" for name, value in positive.items() if not _is_number(value) or not value > 0
+        f"{name} = {value!r}: must be a positive number"
+        for name, value in positive.items()
+        if not _is_number(value) or not value > 0
     ]
     if _is_number(symprec) and np.isposinf(symprec):
         problems.append(f"symprec = {symprec!r}: must be finite")
-    counts = {"max_steps": max_steps, "edges_in_flight": 1 if edges_in_flight is None else edges_in_flight}
+    counts = {
+        "max_steps": max_steps,
+        "edges_in_flight": 1 if edges_in_flight is None else edges_in_flight,
+    }
     for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             problems.append(f"{name} = {value!r}: must be a whole number, at least 1")
-    if not isinstance(kicks, Integral) or kicks < 0 or (kicks and fix_symmetry):
-        problems.append(f"kicks = {kicks!r}: must be a whole number, 0 or more, and 0 with fix_symmetry, because they break it")
+    if (
+        not isinstance(perturbations, Integral)
+        or perturbations < 0
+        or (perturbations and fix_symmetry)
+    ):
+        problems.append(
+            f"perturbations = {perturbations!r}: must be a whole number, 0 or more, and 0 with"
+            " fix_symmetry, because they break it"
+        )
     if not _is_number(pressure) or not abs(pressure) <= MAX_PRESSURE_GPA:
-        problems.append(f"pressure = {pressure!r}: must be a number in GPa between -{MAX_PRESSURE_GPA:g} and {MAX_PRESSURE_GPA:g}")
+        problems.append(
+            f"pressure = {pressure!r}: must be a number in GPa between -{MAX_PRESSURE_GPA:g} and"
+            f" {MAX_PRESSURE_GPA:g}"
+        )
     optimizers = _names(optimizer)
     if not optimizers:
-        problems.append(f"optimizer = {optimizer!r}: only {', '.join(OPTIMIZERS)}, or several of them, are possible")
+        problems.append(
+            f"optimizer = {optimizer!r}: only {', '.join(OPTIMIZERS)}, or several of them, are"
+            " possible"
+        )
     if problems:
         raise InputError(*problems)
     return Options(
@@ -219,7 +260,7 @@ def checked(
         fix_symmetry=fix_symmetry,
         symprec=symprec,
         optimizers=optimizers,
-        kicks=kicks,
+        perturbations=perturbations,
     )
 
 
@@ -229,5 +270,11 @@ def _is_number(value: Any) -> bool:
 
 def _names(optimizer: Any) -> tuple[str, ...]:
     """Names of optimisers; none where one is not known."""
-    names = (optimizer,) if isinstance(optimizer, str) else tuple(optimizer) if isinstance(optimizer, Sequence) else ()
+    names = (
+        (optimizer,)
+        if isinstance(optimizer, str)
+        else tuple(optimizer)
+        if isinstance(optimizer, Sequence)
+        else ()
+    )
     return names if all(isinstance(name, str) and name in OPTIMIZERS for name in names) else ()

@@ -12,13 +12,13 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import is_out_of_memory, is_trouble
+from magus_anharmonic.errors import is_machine_error, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluator, check_calculator
-from magus_anharmonic.potential.guards import senseless
+from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
+from magus_anharmonic.potential.relaxation import Relaxation as Relaxation
+from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.potential.way import Relaxation as Relaxation
-from magus_anharmonic.potential.way import Result, Way
 from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
@@ -42,38 +42,45 @@ def relax(
     fix_symmetry: bool = False,
     symprec: float = 0.01,
     optimizer: str | Sequence[str] = "ase",
-    kicks: int = 0,
+    perturbations: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
-    """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the order of the input.
+    """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the
+    order of the input.
 
-    Every round evaluates all structures in flight in one call; those that have finished leave, and waiting ones enter.
-    Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in it) and do not count for convergence; a structure with
-    another constraint fails. The given Atoms are not changed, and one that is not periodic in three directions keeps its cell. A
-    structure's path does not depend on the others, except for the rounding of their common batches.
+    Every round evaluates all structures in flight in one call; those that have finished leave, and
+    waiting ones enter. Atoms held by ASE's FixAtoms stay (where the cell relaxes: at their place in
+    it) and do not count for convergence; a structure with another constraint fails. The given Atoms
+    are not changed, and one that is not periodic in three directions keeps its cell. A structure's
+    path does not depend on the others, except for the rounding of their common batches.
 
     pressure, stress_tolerance
-        GPa, the pressure from -2000 to 2000; converged when the largest force is below ``force_tolerance`` (eV/A) and each component
-        of stress + P below this.
+        GPa, the pressure from -2000 to 2000; converged when the largest force is below
+        ``force_tolerance`` (eV/A) and each component of stress + P below this.
     max_move
         Longest step of an atom, Angstrom; also of each row of sqrt(N) times the strain.
     fix_symmetry
-        Keep the space group found at ``symprec`` (Angstrom); only of structures that are periodic in three directions.
+        Keep the space group found at ``symprec`` (Angstrom); only of structures that are periodic
+        in three directions.
     optimizer
-        ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2); ``bfgs``, quasi-Newton steps, a third
-        fewer but more often to a higher minimum; or ``fire``, damped dynamics: slower, and no harm where forces are rough. Several of
-        them: each goes its own way from the start, the lowest end is kept.
-    kicks
-        How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn, seeded by the structure) and relaxed
-        again, for each optimiser; the lowest is kept, and a relaxation ends as soon as it is not expected to get lower. Relaxations from
-        symmetric starts end on saddle points with every optimiser; this leaves them. The steps of all together count for ``max_steps``.
+        ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2);
+        ``bfgs``, quasi-Newton steps, a third fewer but more often to a higher minimum; or ``fire``,
+        damped dynamics: slower, and no harm where forces are rough. Several of
+        them: each relaxes from the start, the lowest end is kept.
+    perturbations
+        How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn,
+        seeded by the structure) and relaxed again, for each optimiser; the lowest is kept, and a
+        relaxation ends as soon as it is not expected to get lower. Relaxations from symmetric
+        starts end on saddle points with every optimiser; this leaves them. The steps of all
+        together count for ``max_steps``.
     edges_in_flight
-        Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more wait. Default: eight batches
-        of the evaluator.
+        Pairs within 5 Angstrom (estimated from the densities) of all structures in flight; more
+        wait. Default: eight batches of the evaluator.
 
-    One bad structure stops no other: it comes back with ``failed`` and a reason. A result with species that the model was never
-    trained on says so in its reason, even where it has converged. Raises InputError for senseless arguments, and for an ASE calculator
-    whose forces or stress do not belong to its energies (`calculator_check`).
+    One bad structure stops no other: it comes back with ``failed`` and a reason. A result with
+    species that the model was never trained on says so in its reason, even where it has converged.
+    Raises InputError for invalid arguments, and for an ASE calculator whose forces or stress do
+    not belong to its energies (`calculator_check`).
     """
     options = checked(
         pressure=pressure,
@@ -85,18 +92,20 @@ def relax(
         fix_symmetry=fix_symmetry,
         symprec=symprec,
         optimizer=optimizer,
-        kicks=kicks,
+        perturbations=perturbations,
         edges_in_flight=edges_in_flight,
     )
     _warn_of_open_ones(structures, fix_symmetry)
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
     with one_thread_for_small_matrices():
-        first = next((atoms for atoms in structures if not senseless(atoms)), None)
+        first = next((atoms for atoms in structures if not why_invalid(atoms)), None)
         if first is not None:
             check_calculator(evaluator, first, stress=relax_cell)
-        for index, way in _finished(evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress):
-            results[index] = _with_note(way.result(), evaluator)
+        for index, relaxation in _finished(
+            evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress
+        ):
+            results[index] = _with_note(relaxation.result(), evaluator)
     return [results[index] for index in range(len(structures))]
 
 
@@ -104,7 +113,10 @@ def _warn_of_open_ones(structures: Sequence[Atoms], fix_symmetry: bool) -> None:
     open_ones = sum(not atoms.pbc.all() for atoms in structures) if fix_symmetry else 0
     if open_ones:
         logger.warning(
-            "fix_symmetry: %d of %d structures are not periodic in three directions and relax without it", open_ones, len(structures)
+            "fix_symmetry: %d of %d structures are not periodic in three directions and relax"
+            " without it",
+            open_ones,
+            len(structures),
         )
 
 
@@ -114,7 +126,11 @@ def _with_note(result: Relaxation, evaluator: Evaluator) -> Relaxation:
     unseen = sorted(set(result.atoms.numbers.tolist()) - set(seen)) if seen is not None else []
     if not unseen:
         return result
-    note = f"the model was never trained on {', '.join(chemical_symbols[number] for number in unseen)}: its numbers mean nothing there"
+    note = (
+        "the model was never trained on"
+        f" {', '.join(chemical_symbols[number] for number in unseen)}: its numbers mean nothing"
+        " there"
+    )
     return replace(result, reason="; ".join(filter(None, (result.reason, note))))
 
 
@@ -124,55 +140,65 @@ def _capacity(evaluator: Evaluator) -> int:
 
 
 def _finished(
-    evaluator: Evaluator, structures: Sequence[Atoms], options: Options, capacity: int, progress: _Progress
-) -> Iterator[tuple[int, Way]]:
-    """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one structure, are in flight at a time."""
-    flying: dict[int, Way] = {}
+    evaluator: Evaluator,
+    structures: Sequence[Atoms],
+    options: Options,
+    capacity: int,
+    progress: _Progress,
+) -> Iterator[tuple[int, SingleRelaxation]]:
+    """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one
+    structure, are in flight at a time."""
+    flying: dict[int, SingleRelaxation] = {}
     waiting, entered = iter(enumerate(structures)), 0
     while flying or entered < len(structures):
-        edges = sum(way.n_edges() for way in flying.values())
+        edges = sum(relaxation.n_edges() for relaxation in flying.values())
         while entered < len(structures) and (edges < capacity or not flying):
             index, atoms = next(waiting)
             entered += 1
-            way = Way(atoms, options)
-            if way.done:
-                yield index, way
+            relaxation = SingleRelaxation(atoms, options)
+            if relaxation.done:
+                yield index, relaxation
                 continue
-            flying[index] = way
-            edges += way.n_edges()
+            flying[index] = relaxation
+            edges += relaxation.n_edges()
         _round(evaluator, list(flying.values()))
-        done = [index for index, way in flying.items() if way.done]
+        done = [index for index, relaxation in flying.items() if relaxation.done]
         progress.report(len(done))
         for index in done:
             yield index, flying.pop(index)
 
 
-def _round(evaluator: Evaluator, ways: list[Way]) -> None:
+def _round(evaluator: Evaluator, relaxations: list[SingleRelaxation]) -> None:
     """One step of every structure in flight."""
-    trials = [(way, way.attempt(way.propose)) for way in ways]
-    usable = [(way, atoms) for way, atoms in trials if atoms is not None]
-    for (way, _), result in zip(usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True):
-        way.attempt(way.receive, result)
-    for way in ways:
-        way.attempt(way.judge)
+    trials = [(relaxation, relaxation.attempt(relaxation.propose)) for relaxation in relaxations]
+    usable = [(relaxation, atoms) for relaxation, atoms in trials if atoms is not None]
+    for (relaxation, _), result in zip(
+        usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True
+    ):
+        relaxation.attempt(relaxation.receive, result)
+    for relaxation in relaxations:
+        relaxation.attempt(relaxation.judge)
 
 
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
     """Energy, forces and stress of each structure, or the reason why there is none.
 
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer. Trouble of the machine is raised.
+    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
+    Machine errors are raised.
     """
     if not structures:
         return []
     try:
         found = evaluator.evaluate(structures)
     except Exception as error:
-        if is_trouble(error) and not (len(structures) > 1 and is_out_of_memory(error)):
+        if is_machine_error(error) and not (len(structures) > 1 and is_out_of_memory(error)):
             raise
         if len(structures) == 1:
             logger.debug("evaluation of %s failed", structures[0], exc_info=True)
             # alone it is number 0, which is not its number among the structures of `relax`
-            text = re.sub(r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: "))
+            text = re.sub(
+                r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: ")
+            )
             return [" ".join(text.split()) or type(error).__name__]
         found = None
     if found is None:
@@ -180,12 +206,15 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result
         return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
     results: list[Result | str] = []
     for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
-        results.append(_senseless_numbers(energy, forces, stress) or (float(energy), forces, stress))
+        results.append(
+            _why_invalid_numbers(energy, forces, stress) or (float(energy), forces, stress)
+        )
     return results
 
 
-def _senseless_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
-    """What is wrong with a result, or an empty string; one without any stress will do while the cell is fixed (`Way.receive`)."""
+def _why_invalid_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
+    """What is wrong with a result, or an empty string; one without any stress will do while the
+    cell is fixed (`SingleRelaxation.receive`)."""
     largest = {"energy": abs(energy), "forces": np.abs(forces).max(initial=0.0)}
     largest |= {} if np.isnan(stress).all() else {"stress": np.abs(stress).max()}
     if not np.isfinite(list(largest.values())).all():
@@ -210,6 +239,17 @@ class _Progress:
             return
         self.last = now
         spent = now - self.begun
-        done, rest = (self.finished, remaining) if self.finished else (self.rounds, max(self.max_steps - self.rounds, 1))
+        done, rest = (
+            (self.finished, remaining)
+            if self.finished
+            else (self.rounds, max(self.max_steps - self.rounds, 1))
+        )
         left = time_left(spent, done, rest)
-        logger.info("relaxed %d of %d structures, %d rounds, %.0f s, %s", self.finished, self.total, self.rounds, spent, left)
+        logger.info(
+            "relaxed %d of %d structures, %d rounds, %.0f s, %s",
+            self.finished,
+            self.total,
+            self.rounds,
+            spent,
+            left,
+        )

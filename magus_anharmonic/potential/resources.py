@@ -4,8 +4,9 @@ How much memory an evaluation takes, how much there is, and what to do when it w
 
 Batches side by side, one per thread, instead of several threads within one small matrix product.
 
-The arrays of a batch are blocks that fit a core's cache; threads that share such a block wait for each other after every operation,
-and where another program has one of the cores that wait takes most of the time.
+The arrays of a batch are blocks that fit a core's cache; threads that share such a block wait for
+each other after every operation, and where another program has one of the cores that wait takes
+most of the time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import is_out_of_memory, one_line
-from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.files import raise_machine_error
 from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:
@@ -49,7 +50,12 @@ class MemoryModel:
         return self.per_edge * n_edges + self.per_atom * n_atoms
 
 
-def measure(model: FactorisedM3GNet, dtype: torch.dtype, device: str, probe: Callable[[Any], float] | None = None) -> MemoryModel:
+def measure(
+    model: FactorisedM3GNet,
+    dtype: torch.dtype,
+    device: str,
+    probe: Callable[[Any], float] | None = None,
+) -> MemoryModel:
     """The memory model of ``model``, from the peaks of three small evaluations.
 
     probe
@@ -58,10 +64,13 @@ def measure(model: FactorisedM3GNet, dtype: torch.dtype, device: str, probe: Cal
     probe = probe or (lambda graph: peak_bytes(model, graph))
 
     def graph(structures: list[Atoms]) -> Any:
-        return build_graph(structures, model.cutoff, dtype, device, threebody_cutoff=model.threebody_cutoff)
+        return build_graph(
+            structures, model.cutoff, dtype, device, threebody_cutoff=model.threebody_cutoff
+        )
 
     lone = Atoms("H", cell=[4 * model.cutoff] * 3, pbc=True)
-    # Twice the density of H3S at 150 GPa; most edges within the three-body cutoff, so that the estimate is a high one.
+    # Twice the density of H3S at 150 GPa; most edges within the three-body cutoff, so that the
+    # estimate is a high one.
     crowded = Atoms("H", cell=[model.threebody_cutoff / 2.9] * 3, pbc=True)
     few, many = probe(graph([lone] * 100)), probe(graph([lone] * 300))
     per_atom = max((many - few) / 200, 1.0)
@@ -85,7 +94,9 @@ class _Peak(TorchDispatchMode):
         self.live = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
@@ -111,7 +122,9 @@ def available_bytes(device: str) -> float:
     """Free memory of the device; infinite where the system does not say."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
-        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+        return float(
+            free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        )
     return min(_available_ram(), _control_group_rest())
 
 
@@ -130,7 +143,10 @@ def _available_ram() -> float:
 
 def _control_group_rest() -> float:
     """What a job of a queue or a container may still take."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         try:
             folder = Path("/sys/fs/cgroup")
             return float((folder / limit).read_text()) - float((folder / used).read_text())
@@ -139,21 +155,24 @@ def _control_group_rest() -> float:
     return float("inf")
 
 
-def raise_trouble_of_torch(error: BaseException, path: str | Path) -> None:
-    """As `raise_trouble`, for ``error`` met while a file of torch was read, whose own errors of memory become ``MemoryError``."""
+def raise_machine_error_of_torch(error: BaseException, path: str | Path) -> None:
+    """As `raise_machine_error`, for ``error`` met while a file of torch was read, whose own errors
+    of memory become ``MemoryError``."""
     text = one_line(str(error), 200)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         raise MemoryError(text) from None
-    raise_trouble(MemoryError(text) if is_out_of_memory(error) else error, path)
+    raise_machine_error(MemoryError(text) if is_out_of_memory(error) else error, path)
 
 
 SMALL = 128
-"""Units; the products of a training step of a narrower model are too small to be shared by threads."""
+"""Units; the products of a training step of a narrower model are too small to be shared by
+threads."""
 
 
 @contextlib.contextmanager
 def threads_for_training(module: torch.nn.Module) -> Iterator[None]:
-    """One thread while a small model is trained on the CPU: more gain little, and cost most of the time where others work."""
+    """One thread while a small model is trained on the CPU: more gain little, and cost most of the
+    time where others work."""
     before = torch.get_num_threads()
     small = int(module.model_args["units"]) < SMALL and not next(module.parameters()).is_cuda  # type: ignore[arg-type, index]
     torch.set_num_threads(1 if small else before)
@@ -166,17 +185,20 @@ def threads_for_training(module: torch.nn.Module) -> Iterator[None]:
 def one_thread_for_small_matrices() -> contextlib.AbstractContextManager[object]:
     """One thread for numpy's and scipy's linear algebra; torch keeps its own.
 
-    The Hessians and cells of a relaxation have less than a hundred rows: more threads only wait for each other, and while they
-    wait they take the cores from the evaluations (measured on two cores: 12.1 s with, 4.4 s without).
+    The Hessians and cells of a relaxation have less than a hundred rows: more threads only wait for
+    each other, and while they wait they take the cores from the evaluations (measured on two cores:
+    12.1 s with, 4.4 s without).
     """
     return threadpool_limits(1, user_api="blas")
 
 
 def run_side_by_side(tasks: Iterator[Callable[[], None]], n_threads: int) -> None:
-    """Run all tasks, each with a share of the ``n_threads`` that the caller may use; a task is drawn when a thread is free.
+    """Run all tasks, each with a share of the ``n_threads`` that the caller may use; a task is
+    drawn when a thread is free.
 
-    One thread is the caller's own, with all its threads for torch. After an exception no further task begins, and it is raised here.
-    Threads live as long as the call, so that a process may fork between calls.
+    One thread is the caller's own, with all its threads for torch. After an exception no further
+    task begins, and it is raised here. Threads live as long as the call, so that a process may fork
+    between calls.
     """
     if n_threads <= 1:
         for task in tasks:
@@ -199,7 +221,10 @@ def run_side_by_side(tasks: Iterator[Callable[[], None]], n_threads: int) -> Non
                     errors.append(error)
                 return
 
-    threads = [threading.Thread(target=work, name=f"evaluation {index}", daemon=True) for index in range(n_threads)]
+    threads = [
+        threading.Thread(target=work, name=f"evaluation {index}", daemon=True)
+        for index in range(n_threads)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

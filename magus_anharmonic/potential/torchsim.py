@@ -1,6 +1,7 @@
 """A `Potential` as a model of TorchSim, for whoever wants its integrators and optimisers.
 
-TorchSim: O. Cohen et al., doi:10.1088/3050-287X/ae1799. It is optional; nothing else in this package needs it.
+TorchSim: O. Cohen et al., doi:10.1088/3050-287X/ae1799. It is optional; nothing else in this
+    package needs it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ if TYPE_CHECKING:
 def torchsim_model(potential: Potential, dtype: torch.dtype = torch.float64) -> Any:
     """A TorchSim ``ModelInterface`` (0.3 to 0.6) that evaluates with ``potential``.
 
-    Energies in eV, forces in eV/A, stress in eV/A^3 in ASE's sign, as TorchSim has them. ``dtype`` is that of TorchSim's states, not
-    of the network: positions and cells are not rounded to the network's float32. Nothing can be differentiated through the result.
-    Raises InputError when TorchSim is not installed.
+    Energies in eV, forces in eV/A, stress in eV/A^3 in ASE's sign, as TorchSim has them. ``dtype``
+    is that of TorchSim's states, not of the network: positions and cells are not rounded to the
+    network's float32. Nothing can be differentiated through the result. Raises InputError when
+    TorchSim is not installed.
     """
     return _model_class()(potential, dtype)
 
@@ -33,7 +35,9 @@ def _model_class() -> type[Any]:
     try:
         from torch_sim.models.interface import ModelInterface
     except ImportError as error:
-        raise InputError(f"TorchSim cannot be imported ({error}): pip install 'magus-anharmonic[torchsim]'") from error
+        raise InputError(
+            f"TorchSim cannot be imported ({error}): pip install 'magus-anharmonic[torchsim]'"
+        ) from error
 
     class TorchSimModel(ModelInterface):  # type: ignore[misc]
         def __init__(self, potential: Potential, dtype: torch.dtype) -> None:
@@ -46,24 +50,39 @@ def _model_class() -> type[Any]:
 
         def forward(self, state: Any, **_: Any) -> dict[str, torch.Tensor]:
             found = self.potential.evaluate(structures(state))
-            arrays = {"energy": found.energy, "forces": np.concatenate(found.forces), "stress": found.stress}
-            return {name: torch.as_tensor(array, dtype=self._dtype, device=self._device) for name, array in arrays.items()}
+            arrays = {
+                "energy": found.energy,
+                "forces": np.concatenate(found.forces),
+                "stress": found.stress,
+            }
+            return {
+                name: torch.as_tensor(array, dtype=self._dtype, device=self._device)
+                for name, array in arrays.items()
+            }
 
     return TorchSimModel
 
 
 def structures(state: Any) -> list[Atoms]:
-    """The systems of a TorchSim state (or a dictionary of its fields), which keeps cell vectors as columns."""
+    """The systems of a TorchSim state (or a dictionary of its fields), which keeps cell vectors as
+    columns."""
 
     def array(name: str) -> np.ndarray:
         value = state.get(name) if isinstance(state, dict) else getattr(state, name)
-        return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        return (
+            value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        )
 
     numbers, positions = array("atomic_numbers"), array("positions")
     system = array("system_idx") if array("system_idx").ndim else np.zeros(len(numbers), dtype=int)
     cells = array("cell").reshape(-1, 3, 3)
     pbc = np.broadcast_to(array("pbc"), 3)
     return [
-        Atoms(numbers=numbers[system == index], positions=positions[system == index], cell=cell.T, pbc=pbc)
+        Atoms(
+            numbers=numbers[system == index],
+            positions=positions[system == index],
+            cell=cell.T,
+            pbc=pbc,
+        )
         for index, cell in enumerate(cells)
     ]

@@ -2,10 +2,12 @@
 
 Per-species energy shift: the constants in which two DFT codes differ.
 
-GPAW counts energies from spherical spin-paired atoms, VASP from its pseudo-atoms; a model of one code is off by a constant
-per species on labels of the other. Fitting the constants first saves the training from learning them, and forgetting the rest.
+GPAW counts energies from spherical spin-paired atoms, VASP from its pseudo-atoms; a model of one
+code is off by a constant per species on labels of the other. Fitting the constants first saves the
+training from learning them, and forgetting the rest.
 
-From files of labels and a recipe to a checkpoint and a report of its errors: the library behind ``magus-anharmonic train``.
+From files of labels and a recipe to a checkpoint and a report of its errors: the library behind
+``magus-anharmonic train``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,15 @@ from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
 from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.label_check import in_words, outliers
-from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of, parent_of, score, scores_by, split_by_parent
+from magus_anharmonic.potential.labelled import (
+    LabelledGraphs,
+    Scores,
+    labels_of,
+    parent_of,
+    score,
+    scores_by,
+    split_by_parent,
+)
 from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.trainer import FinetuneSettings
@@ -46,24 +56,33 @@ RELATIVE_RANK = 1e-6
 """Directions of composition space with a smaller relative singular value are left as they are."""
 
 
-def refit_shift(module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_size: int = 8) -> dict[str, float]:
-    """Add to ``module.normalizer.shift``, IN PLACE, the change that fits the energy residuals per atom best (least squares).
+def refit_shift(
+    module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_size: int = 8
+) -> dict[str, float]:
+    """Add to ``module.normalizer.shift``, IN PLACE, the change that fits the energy residuals per
+    atom best (least squares).
 
-    The change is the one of minimum norm: a single composition fixes one combination of the shifts only, and leaves the
-    others where they were. Returns symbol -> change in eV for the species in the labels. Pass a deep copy to keep the module.
-    Raises InputError when there are no labels or one is missing.
+    The change is the one of minimum norm: a single composition fixes one combination of the shifts
+    only, and leaves the others where they were. Returns symbol -> change in eV for the species in
+    the labels. Pass a deep copy to keep the module. Raises InputError when there are no labels or
+    one is missing.
     """
     if not labelled:
         raise InputError("no labels to refit the energy shift on")
     residual = _energy_residuals(module, labelled, batch_size)
     species = sorted({int(number) for atoms in labelled for number in atoms.numbers})
-    fractions = np.array([[np.mean(atoms.numbers == number) for number in species] for atoms in labelled])
+    fractions = np.array(
+        [[np.mean(atoms.numbers == number) for number in species] for atoms in labelled]
+    )
     change = np.linalg.lstsq(fractions, residual, rcond=RELATIVE_RANK)[0]
     normalizer: Any = module.normalizer
     shift = normalizer.shift
     with torch.no_grad():
         shift[species] += torch.as_tensor(change, dtype=shift.dtype, device=shift.device)
-    found = {chemical_symbols[number]: float(value) for number, value in zip(species, change, strict=True)}
+    found = {
+        chemical_symbols[number]: float(value)
+        for number, value in zip(species, change, strict=True)
+    }
     left = residual - fractions @ change
     logger.info(
         "energy shift refitted on %d labels: %s; energy RMSE %.1f -> %.1f meV/atom",
@@ -75,13 +94,17 @@ def refit_shift(module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_siz
     return found
 
 
-def _energy_residuals(module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int) -> np.ndarray:
+def _energy_residuals(
+    module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int
+) -> np.ndarray:
     """Label minus model, eV/atom (n,)."""
     model = FactorisedM3GNet(module)
     parts = []
     with torch.no_grad():
         for graph, targets in LabelledGraphs(labelled, module).batches(batch_size):
-            parts.append((targets.energy - model.energy(graph, graph.vector) / targets.n_atoms).cpu().numpy())
+            parts.append(
+                (targets.energy - model.energy(graph, graph.vector) / targets.n_atoms).cpu().numpy()
+            )
     return np.concatenate(parts)
 
 
@@ -91,20 +114,55 @@ Share = Annotated[int, Field(ge=0, strict=True)]
 class TrainRecipe(Section):
     """How a checkpoint is made; the keys of a recipe file."""
 
-    seed: int = Field(0, ge=0, description="of the weights and of the order of the batches; same labels, recipe and seed: same checkpoint")
-    checkpoint: InsidePath | None = Field(None, description="what to start from: a name or a path; left out: new weights of `architecture`")
+    seed: int = Field(
+        0,
+        ge=0,
+        description=(
+            "of the weights and of the order of the batches; same labels, recipe and seed: same"
+            " checkpoint"
+        ),
+    )
+    checkpoint: InsidePath | None = Field(
+        None,
+        description="what to start from: a name or a path; left out: new weights of `architecture`",
+    )
     architecture: Architecture | None = Field(None, description="shape of a new model")
-    refit_shift: bool = Field(True, description="fit the energy shift per species to the training labels first (checkpoint only)")
-    split: tuple[Share, Share, Share] = Field((8, 1, 1), description="train : validation : test, by a hash of info['parent']")
+    refit_shift: bool = Field(
+        True,
+        description=(
+            "fit the energy shift per species to the training labels first (checkpoint only)"
+        ),
+    )
+    split: tuple[Share, Share, Share] = Field(
+        (8, 1, 1), description="train : validation : test, by a hash of info['parent']"
+    )
     validation: InsidePath | None = Field(
-        None, description="extxyz of its own for validation, relative to the recipe; the split's share trains"
+        None,
+        description=(
+            "extxyz of its own for validation, relative to the recipe; the split's share trains"
+        ),
     )
-    test: InsidePath | None = Field(None, description="extxyz of its own for the test, relative to the recipe; the split's share trains")
-    kind: str = Field("kind", description="info key by which errors are reported, and to which `weights` refers")
+    test: InsidePath | None = Field(
+        None,
+        description=(
+            "extxyz of its own for the test, relative to the recipe; the split's share trains"
+        ),
+    )
+    kind: str = Field(
+        "kind", description="info key by which errors are reported, and to which `weights` refers"
+    )
     weights: dict[str, Annotated[float, Field(gt=0, le=10)]] = Field(
-        default_factory=dict, description="how often a training structure of a kind is seen per epoch, on average; 1 where not named"
+        default_factory=dict,
+        description=(
+            "how often a training structure of a kind is seen per epoch, on average; 1 where not"
+            " named"
+        ),
     )
-    stages: list[FinetuneSettings] = Field(default_factory=lambda: [FinetuneSettings()], min_length=1, description="one after the other")
+    stages: list[FinetuneSettings] = Field(
+        default_factory=lambda: [FinetuneSettings()],
+        min_length=1,
+        description="one after the other",
+    )
 
     @model_validator(mode="after")
     def _one_start(self) -> TrainRecipe:
@@ -117,7 +175,8 @@ class TrainRecipe(Section):
 
 @dataclass
 class TrainReport:
-    """What `train_file` made: the checkpoint, and errors by set ("train", "validation", "test") and kind ("all" first)."""
+    """What `train_file` made: the checkpoint, and errors by set ("train", "validation", "test") and
+    kind ("all" first)."""
 
     path: Path
     model_id: str
@@ -130,9 +189,20 @@ class TrainReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the history of every stage."""
-        stages = [{**stage.as_dict(), "history": [epoch.as_dict() for epoch in stage.history]} for stage in self.stages]
-        scores = {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in self.scores.items()}
-        plain = {"path": str(self.path), "model_id": self.model_id, "start": self.start, "seconds": self.seconds}
+        stages = [
+            {**stage.as_dict(), "history": [epoch.as_dict() for epoch in stage.history]}
+            for stage in self.stages
+        ]
+        scores = {
+            part: {kind: found.as_dict() for kind, found in kinds.items()}
+            for part, kinds in self.scores.items()
+        }
+        plain = {
+            "path": str(self.path),
+            "model_id": self.model_id,
+            "start": self.start,
+            "seconds": self.seconds,
+        }
         plain["excluded"] = self.excluded
         return {**plain, "shift_change": self.shift_change, "scores": scores, "stages": stages}
 
@@ -140,16 +210,33 @@ class TrainReport:
         lines = [f"model {self.model_id} in {self.path} (from {self.start})"]
         lines += [f"left out: {reason}" for reason in self.excluded]
         if self.shift_change:
-            lines.append("energy shift: " + ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in self.shift_change.items()))
+            lines.append(
+                "energy shift: "
+                + ", ".join(
+                    f"{symbol} {value:+.4f} eV" for symbol, value in self.shift_change.items()
+                )
+            )
         for number, stage in enumerate(self.stages, 1):
-            kept = f"epoch {stage.best_epoch}" if stage.improved else "the model from before (training did not lower the validation loss)"
-            lines.append(f"stage {number}: validation loss {stage.before.loss:.4g} -> {stage.after.loss:.4g}, kept {kept}; {stage.stopped}")
+            kept = (
+                f"epoch {stage.best_epoch}"
+                if stage.improved
+                else "the model from before (training did not lower the validation loss)"
+            )
+            lines.append(
+                f"stage {number}: validation loss {stage.before.loss:.4g} ->"
+                f" {stage.after.loss:.4g}, kept {kept}; {stage.stopped}"
+            )
         errors = self.stages[-1].error_model
         lines.append(f"error estimate: {'none' if errors is None else errors}")
-        lines.append(f"{'set':<12}{'kind':<12}{'n':>5}{'E meV/atom':>12}{'F eV/A':>9}{'S GPa':>8}   (RMSE)")
+        lines.append(
+            f"{'set':<12}{'kind':<12}{'n':>5}{'E meV/atom':>12}{'F eV/A':>9}{'S GPa':>8}   (RMSE)"
+        )
         for part, kinds in self.scores.items():
             for kind, found in kinds.items():
-                numbers = f"{found.n:>5}{1e3 * found.energy_rmse:>12.2f}{found.force_rmse:>9.4f}{found.stress_rmse:>8.3f}"
+                numbers = (
+                    f"{found.n:>5}{1e3 * found.energy_rmse:>12.2f}"
+                    f"{found.force_rmse:>9.4f}{found.stress_rmse:>8.3f}"
+                )
                 few = "" if found.energy_rmse_error is None else f"   few: {found}"
                 lines.append(f"{part:<12}{kind:<12}{numbers}{few}")
         return "\n".join(lines)
@@ -159,7 +246,11 @@ def load_recipe(path: str | Path) -> TrainRecipe:
     """Read a recipe; files in it are relative to it. Raises InputError with key paths."""
     folder = Path(path).resolve().parent
     recipe = parse(TrainRecipe, load_yaml(path), Path(path).name)
-    files = {name: str(folder / value) for name in ("validation", "test") if (value := getattr(recipe, name)) is not None}
+    files = {
+        name: str(folder / value)
+        for name in ("validation", "test")
+        if (value := getattr(recipe, name)) is not None
+    }
     start = recipe.checkpoint
     if start is not None and (folder / start).is_file():
         files["checkpoint"] = str(folder / start)
@@ -167,11 +258,14 @@ def load_recipe(path: str | Path) -> TrainRecipe:
 
 
 def read_labels(*paths: str | Path) -> list[Atoms]:
-    """All labelled structures of extended-XYZ (or other ASE) files; raises InputError naming the file and structure."""
+    """All labelled structures of extended-XYZ (or other ASE) files; raises InputError naming the
+    file and structure."""
     structures: list[Atoms] = []
     for path in paths:
         if not Path(path).is_file():
-            raise InputError(f"{path}: no such file (labels are extended XYZ with energy, forces and stress)")
+            raise InputError(
+                f"{path}: no such file (labels are extended XYZ with energy, forces and stress)"
+            )
         found = read_structures(path, crystal=False)
         for index, atoms in enumerate(found):
             atoms.info["_frame"] = f"{index} of {path}"
@@ -183,39 +277,69 @@ def read_labels(*paths: str | Path) -> list[Atoms]:
     return structures
 
 
-def train_file(labels: Sequence[str | Path], out: str | Path, recipe: TrainRecipe, *, device: str | None = None) -> TrainReport:
-    """Train by ``recipe`` on files of ``labels``; writes the checkpoint ``out`` and ``<out stem>.json`` beside it.
+def train_file(
+    labels: Sequence[str | Path], out: str | Path, recipe: TrainRecipe, *, device: str | None = None
+) -> TrainReport:
+    """Train by ``recipe`` on files of ``labels``; writes the checkpoint ``out`` and ``<out
+    stem>.json`` beside it.
 
-    Interrupted, it goes on where it was when called again with the same inputs (``<stem>.stageN.pth`` and ``*.state`` hold
-    what is done). Raises InputError (also while another process trains the same checkpoint) and CheckpointError.
+    Interrupted, it goes on where it was when called again with the same inputs
+    (``<stem>.stageN.pth`` and ``*.state`` hold what is done). Raises InputError (also while another
+    process trains the same checkpoint) and CheckpointError.
     """
     out = Path(out)
     with lock.locked(out.parent, "magus-anharmonic train", f"{out.stem}.{lock.NAME}"):
         return _train(labels, out, recipe, device)
 
 
-def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None) -> TrainReport:
+def _train(
+    labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None
+) -> TrainReport:
     began = time.perf_counter()
     train, validation, test, excluded = _sound(labels, recipe, device)
     module, start, change, species = _starting_model(train, recipe, device)
     parent_id = checkpoint.model_id(module)
-    provenance = {"labels": {Path(path).name: _sha256(path) for path in labels}, "start": start, "recipe": recipe.model_dump(mode="json")}
-    options = {"device": device, "parent_id": parent_id, "species": species, "weights": _weights(train, recipe)}
+    provenance = {
+        "labels": {Path(path).name: _sha256(path) for path in labels},
+        "start": start,
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    options = {
+        "device": device,
+        "parent_id": parent_id,
+        "species": species,
+        "weights": _weights(train, recipe),
+    }
     stages = _train_stages(module, train, validation, recipe, out, **options)
     module, errors = stages[-1].module, stages[-1].error_model
     parts = {"train": train, "validation": validation, "test": test}
-    potential = Potential(module, device=str(next(module.parameters()).device), species=None if species is None else frozenset(species))
+    potential = Potential(
+        module,
+        device=str(next(module.parameters()).device),
+        species=None if species is None else frozenset(species),
+    )
     check_once(potential)
     scores = {part: _scores(potential, found, recipe) for part, found in parts.items() if found}
     metrics = {
         "n_train": len(train),
         "n_validation": len(validation),
-        "scores": {part: {kind: found.as_dict() for kind, found in kinds.items()} for part, kinds in scores.items()},
+        "scores": {
+            part: {kind: found.as_dict() for kind, found in kinds.items()}
+            for part, kinds in scores.items()
+        },
     }
     model = checkpoint.save(
-        module, out, parent_id=parent_id, metrics=metrics, species=species, provenance=provenance, **for_checkpoint(errors)
+        module,
+        out,
+        parent_id=parent_id,
+        metrics=metrics,
+        species=species,
+        provenance=provenance,
+        **for_checkpoint(errors),
     )
-    report = TrainReport(out, model.model_id, start, change, scores, stages, time.perf_counter() - began, excluded)
+    report = TrainReport(
+        out, model.model_id, start, change, scores, stages, time.perf_counter() - began, excluded
+    )
     write_json(out.with_suffix(".json"), {**report.as_dict(), "provenance": provenance})
     for stage in stages:
         remove(stage.path)
@@ -223,32 +347,72 @@ def _train(labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device:
 
 
 def _train_stages(
-    module: torch.nn.Module, train: list[Atoms], validation: list[Atoms], recipe: TrainRecipe, out: Path, **options: Any
+    module: torch.nn.Module,
+    train: list[Atoms],
+    validation: list[Atoms],
+    recipe: TrainRecipe,
+    out: Path,
+    **options: Any,
 ) -> list[FinetuneResult]:
     stages: list[FinetuneResult] = []
     for number, settings in enumerate(recipe.stages, 1):
-        logger.info("stage %d of %d: %d epochs, learning rate %g", number, len(recipe.stages), settings.epochs, settings.learning_rate)
+        logger.info(
+            "stage %d of %d: %d epochs, learning rate %g",
+            number,
+            len(recipe.stages),
+            settings.epochs,
+            settings.learning_rate,
+        )
         target = out.with_name(f"{out.stem}.stage{number}.pth")
         last = number == len(recipe.stages)
-        stages.append(finetune(module, train, validation, settings, out=target, seed=recipe.seed, error_estimate=last, **options))
+        stages.append(
+            finetune(
+                module,
+                train,
+                validation,
+                settings,
+                out=target,
+                seed=recipe.seed,
+                error_estimate=last,
+                **options,
+            )
+        )
         module = stages[-1].module
     return stages
 
 
-def _sets(labels: Sequence[str | Path], recipe: TrainRecipe) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
+def _sets(
+    labels: Sequence[str | Path], recipe: TrainRecipe
+) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:
     labelled = read_labels(*labels)
-    own = {part: read_labels(file) for part in ("validation", "test") if (file := getattr(recipe, part)) is not None}
+    own = {
+        part: read_labels(file)
+        for part in ("validation", "test")
+        if (file := getattr(recipe, part)) is not None
+    }
     train, validation, test = split_by_parent(labelled, recipe.split)
     train += [*(validation if "validation" in own else []), *(test if "test" in own else [])]
     validation, test = own.get("validation", validation), own.get("test", test)
     if not train:
-        raise InputError(f"{', '.join(map(str, labels))}: no structure is left for training ({len(labelled)} labels, split {recipe.split})")
+        raise InputError(
+            f"{', '.join(map(str, labels))}: no structure is left for training ({len(labelled)}"
+            f" labels, split {recipe.split})"
+        )
     parents = {parent_of(atoms) for atoms in train}
     for part, found in (("validation", validation), ("test", test)):
         shared = parents.intersection(parent_of(atoms) for atoms in found)
         if shared:
-            logger.warning("%d parents are in both the training and the %s set: its errors are too low", len(shared), part)
-    logger.info("%d structures for training, %d for validation, %d for the test", len(train), len(validation), len(test))
+            logger.warning(
+                "%d parents are in both the training and the %s set: its errors are too low",
+                len(shared),
+                part,
+            )
+    logger.info(
+        "%d structures for training, %d for validation, %d for the test",
+        len(train),
+        len(validation),
+        len(test),
+    )
     return train, validation, test
 
 
@@ -259,19 +423,27 @@ def _sound(
     sets = _sets(labels, recipe)
     model = None
     if recipe.checkpoint is not None:
-        module, _ = checkpoint.read(checkpoint.resolve(recipe.checkpoint), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        module, _ = checkpoint.read(
+            checkpoint.resolve(recipe.checkpoint),
+            device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        )
         model = Potential(module, device=str(next(module.parameters()).device))
     everything = [atoms for part in sets for atoms in part]
     reasons = outliers(everything, model)
     wrong = {id(everything[i]) for i in reasons}
-    excluded = [in_words(everything[i], everything[i].info.get("_frame", i + 1), reason) for i, reason in reasons.items()]
+    excluded = [
+        in_words(everything[i], everything[i].info.get("_frame", i + 1), reason)
+        for i, reason in reasons.items()
+    ]
     for atoms in everything:
         atoms.info.pop("_frame", None)
     for line in excluded:
         logger.warning("a label that cannot be right is left out: %s", line)
     train, validation, test = ([atoms for atoms in part if id(atoms) not in wrong] for part in sets)
     if not train:
-        raise InputError(f"{', '.join(map(str, labels))}: no label for training is left: {excluded[0]}")
+        raise InputError(
+            f"{', '.join(map(str, labels))}: no label for training is left: {excluded[0]}"
+        )
     return train, validation, test, excluded
 
 
@@ -280,14 +452,18 @@ def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
     kinds = [str(atoms.info.get(recipe.kind, "other")) for atoms in train]
     unknown = sorted(set(recipe.weights) - set(kinds))
     if unknown:
-        raise InputError(f"weights: no training label is of the {recipe.kind} {unknown[0]} (there are {', '.join(sorted(set(kinds)))})")
+        raise InputError(
+            f"weights: no training label is of the {recipe.kind} {unknown[0]} (there are"
+            f" {', '.join(sorted(set(kinds)))})"
+        )
     return [recipe.weights.get(kind, 1.0) for kind in kinds] if recipe.weights else None
 
 
 def _starting_model(
     train: list[Atoms], recipe: TrainRecipe, device: str | None
 ) -> tuple[torch.nn.Module, str, dict[str, float], frozenset[int] | None]:
-    """The module, what it is in words, the change of its energy shift, and the species it will have seen (None: unknown)."""
+    """The module, what it is in words, the change of its energy shift, and the species it will have
+    seen (None: unknown)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     species = frozenset(number for atoms in train for number in atoms.numbers.tolist())
     if recipe.checkpoint is None:
@@ -320,10 +496,11 @@ def train_command(
     seed: int | None = None,
     device: str | None = None,
 ) -> str:
-    """`train_file` with the options of the command line laid over the recipe; returns the report as text.
+    """`train_file` with the options of the command line laid over the recipe; returns the report as
+    text.
 
-    ``checkpoint`` replaces the recipe's start; ``epochs`` or ``learning_rate`` make its first stage the only one.
-    Without recipe and checkpoint a small model is trained from new weights.
+    ``checkpoint`` replaces the recipe's start; ``epochs`` or ``learning_rate`` make its first stage
+    the only one. Without recipe and checkpoint a small model is trained from new weights.
     """
     chosen = load_recipe(recipe) if recipe is not None else TrainRecipe()
     update = chosen.model_dump()
@@ -332,6 +509,10 @@ def train_command(
     if seed is not None:
         update["seed"] = seed
     if epochs is not None or learning_rate is not None:
-        given = {name: value for name, value in (("epochs", epochs), ("learning_rate", learning_rate)) if value is not None}
+        given = {
+            name: value
+            for name, value in (("epochs", epochs), ("learning_rate", learning_rate))
+            if value is not None
+        }
         update["stages"] = [update["stages"][0] | given]
     return str(train_file(list(labels), output, parse(TrainRecipe, update, "train"), device=device))

@@ -1,6 +1,7 @@
 """One epoch after the other, and the state a killed training goes on from.
 
-The file ``<out>.state`` of a training that is under way: all that it needs to go on after an epoch, used whole or not at all.
+The file ``<out>.state`` of a training that is under way: all that it needs to go on after an epoch,
+used whole or not at all.
 
 One optimiser step after the other: the inner part of training.
 """
@@ -22,16 +23,24 @@ from torch_ema import ExponentialMovingAverage
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.potential.checkpoint import write_torch
 from magus_anharmonic.potential.graph import Graph
-from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, Targets, combine, scores_from_residuals, torch_loss
+from magus_anharmonic.potential.labelled import (
+    LabelledGraphs,
+    Scores,
+    Targets,
+    combine,
+    scores_from_residuals,
+    torch_loss,
+)
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.resources import raise_trouble_of_torch
+from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section, parse
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the history; ``epoch`` 0 is the model before training, and has no ``train_loss``."""
+    """One line of the history; ``epoch`` 0 is the model before training, and has no
+    ``train_loss``."""
 
     epoch: int
     learning_rate: float
@@ -51,7 +60,8 @@ class Epoch:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """``key`` names the inputs; ``trainer`` is `Trainer.state`, ``best_state`` the weights of ``best_epoch``."""
+    """``key`` names the inputs; ``trainer`` is `Trainer.state`, ``best_state`` the weights of
+    ``best_epoch``."""
 
     key: str
     trainer: dict[str, Any]
@@ -67,36 +77,48 @@ def write_state(path: Path, state: TrainingState) -> None:
 
 
 def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
-    """The state in a file, which ``trainer`` can surely restore; None when it belongs to other inputs than ``key``.
+    """The state in a file, which ``trainer`` can surely restore; None when it belongs to other
+    inputs than ``key``.
 
-    Raises DamagedFile when it is not readable, not what `write_state` wrote, or does not fit ``trainer``, which is never changed;
-    troubles of the disk and of memory as they are.
+    Raises DamagedFile when it is not readable, not what `write_state` wrote, or does not fit
+    ``trainer``, which is never changed; disk and memory errors as they are.
     """
     try:
-        content = torch.load(path, map_location=next(trainer.module.parameters()).device, weights_only=True)
+        content = torch.load(
+            path, map_location=next(trainer.module.parameters()).device, weights_only=True
+        )
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         raise DamagedFile(f"not readable: {error}") from None
     if not isinstance(content, dict) or "key" not in content:
         raise DamagedFile("it holds no state of a training")
     if content["key"] != key:
         return None
-    # torch restores halves of a state, and bits that changed, without a word
+    # torch loads half a state, or one with changed bits, without an error
     if content.pop("digest", None) != _digest(content):
         raise DamagedFile("it is not as it was written")
     try:
-        state = TrainingState(**{**content, "history": [Epoch.from_dict(epoch) for epoch in content["history"]]})
-        Trainer(copy.deepcopy(trainer.module), trainer.settings).restore(copy.deepcopy(state.trainer))
-    except Exception as error:  # of another version of this package or of torch, each part of which raises its own
-        raise_trouble_of_torch(error, path)
+        state = TrainingState(
+            **{**content, "history": [Epoch.from_dict(epoch) for epoch in content["history"]]}
+        )
+        Trainer(copy.deepcopy(trainer.module), trainer.settings).restore(
+            copy.deepcopy(state.trainer)
+        )
+    except (
+        Exception
+    ) as error:  # of another version of this package or of torch, each part of which raises its own
+        raise_machine_error_of_torch(error, path)
         raise DamagedFile(f"it does not fit: {type(error).__name__}: {error}") from None
     return state
 
 
 def _digest(value: Any) -> str:
-    """The same for equal contents, also after they were saved, loaded and brought to another device."""
+    """The same for equal contents, also after they were saved, loaded and brought to another
+    device."""
     if isinstance(value, Mapping):
-        text = "mapping " + "".join(sorted(f"{name!r}:{_digest(item)}" for name, item in value.items()))
+        text = "mapping " + "".join(
+            sorted(f"{name!r}:{_digest(item)}" for name, item in value.items())
+        )
     elif isinstance(value, list | tuple):
         text = "list " + "".join(map(_digest, value))
     elif isinstance(value, torch.Tensor):
@@ -121,32 +143,49 @@ class FinetuneSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     schedule: Schedule = "step"
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of the averaged weights that are validated and kept")
-    keep: Literal["best", "last"] = Field(
-        "best", description="best: the lowest validation loss, the start included; last: the averaged weights at the end, whatever they are"
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="of the averaged weights that are validated and kept"
     )
-    patience: Count | None = Field(None, description="stop after so many epochs without improvement; left out: never")
+    keep: Literal["best", "last"] = Field(
+        "best",
+        description=(
+            "best: the lowest validation loss, the start included; last: the averaged weights at"
+            " the end, whatever they are"
+        ),
+    )
+    patience: Count | None = Field(
+        None, description="stop after so many epochs without improvement; left out: never"
+    )
 
     @classmethod
     def of(cls, settings: Any) -> FinetuneSettings:
-        """From a mapping, or any object with some of the attributes, such as ``LearningSettings``; the rest are defaults.
+        """From a mapping, or any object with some of the attributes, such as ``LearningSettings``;
+        the rest are defaults.
 
-        Raises InputError for an unknown key, a wrong value, and an object that has none of the attributes.
+        Raises InputError for an unknown key, a wrong value, and an object that has none of the
+        attributes.
         """
         if isinstance(settings, cls):
             return settings
         if isinstance(settings, Mapping):
             return parse(cls, dict(settings), "settings")
-        found = {name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)}
+        found = {
+            name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)
+        }
         if not found:
-            raise InputError(f"settings: {settings!r} has none of {', '.join(cls.model_fields)}; FinetuneSettings() are the defaults")
+            raise InputError(
+                f"settings: {settings!r} has none of {', '.join(cls.model_fields)};"
+                " FinetuneSettings() are the defaults"
+            )
         return parse(cls, found, "settings")
 
 
 class Trainer:
-    """Optimiser, schedule and averaged weights around the parameters of one stock M3GNet ``module`` (changed in place).
+    """Optimiser, schedule and averaged weights around the parameters of one stock M3GNet ``module``
+    (changed in place).
 
-    Scale and shift of the energy are buffers in MatterSim and stay as they are, unless the module holds them as parameters.
+    Scale and shift of the energy are buffers in MatterSim and stay as they are, unless the module
+    holds them as parameters.
     """
 
     def __init__(self, module: torch.nn.Module, settings: FinetuneSettings) -> None:
@@ -157,17 +196,22 @@ class Trainer:
             parameter.requires_grad_(True)
         self.model = FactorisedM3GNet(module)
         self.loss = torch_loss(settings.loss)
-        self.optimizer = torch.optim.Adam(self.parameters, lr=settings.learning_rate, eps=ADAM_EPSILON)
+        self.optimizer = torch.optim.Adam(
+            self.parameters, lr=settings.learning_rate, eps=ADAM_EPSILON
+        )
         if settings.schedule == "cosine":
             self.scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(
                 self.optimizer, T_max=settings.epochs, eta_min=0.01 * settings.learning_rate
             )
         else:
-            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=10, gamma=0.95)
+            self.scheduler = torch.optim.lr_scheduler.StepLR(
+                self.optimizer, step_size=10, gamma=0.95
+            )
         self.ema = ExponentialMovingAverage(self.parameters, decay=settings.ema_decay)
 
     def step(self, graph: Graph, targets: Targets) -> float:
-        """One optimiser step; returns the loss before it (NaN or infinite: the weights are left as they were)."""
+        """One optimiser step; returns the loss before it (NaN or infinite: the weights are left as
+        they were)."""
         energy, forces, stress = self.model(graph, create_graph=True)
         loss = combine(
             self.loss(energy / targets.n_atoms, targets.energy),
@@ -190,7 +234,11 @@ class Trainer:
         parts: tuple[list[np.ndarray], ...] = ([], [], [])
         for graph, targets in data.batches(batch_size):
             energy, forces, stress = self.model(graph)
-            residuals = (energy / targets.n_atoms - targets.energy, forces - targets.forces, stress * EV_PER_A3_IN_GPA - targets.stress)
+            residuals = (
+                energy / targets.n_atoms - targets.energy,
+                forces - targets.forces,
+                stress * EV_PER_A3_IN_GPA - targets.stress,
+            )
             for part, residual in zip(parts, residuals, strict=True):
                 part.append(residual.detach().cpu().double().numpy())
         energies, force_parts, stresses = (np.concatenate(part) for part in parts)

@@ -1,18 +1,20 @@
-"""How far a model's energies and forces are expected to be from the DFT that it learned, structure by structure.
+"""How far a model's energies and forces are expected to be from the DFT that it learned, structure
+by structure.
 
-The variance of a linear readout fitted to features v of the training atoms (last-layer prediction rigidity, Bigi, Chong,
-Ceriotti and Grasselli, doi:10.1088/2632-2153/ad805f):
+The variance of a linear readout fitted to features v of the training atoms (last-layer prediction
+rigidity, Bigi, Chong, Ceriotti and Grasselli, doi:10.1088/2632-2153/ad805f):
 
     C = sum over the training atoms of v v^T,   sigma^2(v) = alpha^2 v^T (C + ridge)^-1 v
 
-with v the atom features after the last block, which MatterSim's readout takes in; the readout is treated as if it were linear.
-The energy per atom of a structure has v = the mean over its atoms; the error of its forces (root mean square over
-components) takes the mean over atoms of sigma^2, because forces are local. alpha is one number each, such that the squared
-errors of the validation labels are on average those predicted.
+with v the atom features after the last block, which MatterSim's readout takes in; the readout is
+treated as if it were linear. The energy per atom of a structure has v = the mean over its atoms;
+the error of its forces (root mean square over components) takes the mean over atoms of sigma^2,
+because forces are local. alpha is one number each, such that the squared errors of the validation
+labels are on average those predicted.
 
-What the estimate means: the model against its DFT, for structures drawn like the validation labels. It knows nothing of the
-error of DFT, of errors that all training labels share, or of effects beyond the cutoff. Far from the training data it says
-"far", not by how many eV.
+What the estimate means: the model against its DFT, for structures drawn like the validation labels.
+It knows nothing of the error of DFT, of errors that all training labels share, or of effects beyond
+the cutoff. Far from the training data it says "far", not by how many eV.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "error_model"
 RIDGE = 1e-6
-"""Of the largest eigenvalue of C; directions in which the training atoms do not vary at all stay finite."""
+"""Of the largest eigenvalue of C; directions in which the training atoms do not vary at all stay
+finite."""
 USUAL = 0.95
 """Part of the known structures whose estimates count as usual."""
 BATCH = 8
@@ -42,7 +45,8 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """Expected errors of n structures: vectors (n, u) eV/atom, see `ErrorModel.vectors`; force_error (n,) eV/A, rms over components."""
+    """Expected errors of n structures: vectors (n, u) eV/atom, see `ErrorModel.vectors`;
+    force_error (n,) eV/A, rms over components."""
 
     vectors: np.ndarray
     force_error: np.ndarray
@@ -57,9 +61,10 @@ class Uncertainty:
 class ErrorModel:
     """The estimate that belongs to one set of weights.
 
-    whitening : (u, u), with sigma = alpha |whitening v|; energy_scale (eV/atom), force_scale (eV/A) : the two alphas;
-    usual_energy_error, usual_force_error : what 95 % of the training and validation structures stay below;
-    calibrated_on : "validation" or "training"; n_training, n_calibration : structures.
+    whitening : (u, u), with sigma = alpha |whitening v|; energy_scale (eV/atom), force_scale (eV/A)
+    : the two alphas; usual_energy_error, usual_force_error : what 95 % of the training and
+    validation structures stay below; calibrated_on : "validation" or "training"; n_training,
+    n_calibration : structures.
     """
 
     whitening: torch.Tensor
@@ -79,20 +84,29 @@ class ErrorModel:
     def vectors(self, features: np.ndarray) -> np.ndarray:
         """Error vectors (n, u) in eV/atom of structures with mean ``features`` (n, u).
 
-        The covariance of the energy errors of two structures is the product of their vectors, alpha^2 v^T (C + ridge)^-1 v', so that the
-        error of an average is the length of the average vector and that of a difference the length of the difference.
+        The covariance of the energy errors of two structures is the product of their vectors,
+        alpha^2 v^T (C + ridge)^-1 v', so that the error of an average is the length of the average
+        vector and that of a difference the length of the difference.
         """
-        return self.energy_scale * np.asarray(features, dtype=float) @ self.whitening.double().cpu().numpy().T
+        return (
+            self.energy_scale
+            * np.asarray(features, dtype=float)
+            @ self.whitening.double().cpu().numpy().T
+        )
 
-    def spread(self, features: np.ndarray, together: int = 1) -> float:
-        """Expected standard deviation (eV/atom) of the energy error among structures with mean ``features`` (n, u).
+    def spread(self, features: np.ndarray, group_size: int = 1) -> float:
+        """Expected standard deviation (eV/atom) of the energy error among structures with mean
+        ``features`` (n, u).
 
-        Means over each ``together`` of them, next to each other, are compared (2: pairs +u/-u). An error that all share does not count, and
-        errors that cancel within a pair do not either. Raises ValueError for fewer than two means.
+        Means over each ``together`` of them, next to each other, are compared (2: pairs +u/-u). An
+        error that all share does not count, and errors that cancel within a pair do not either.
+        Raises ValueError for fewer than two means.
         """
-        means = self.vectors(features).reshape(-1, together, features.shape[1]).mean(axis=1)
+        means = self.vectors(features).reshape(-1, group_size, features.shape[1]).mean(axis=1)
         if len(means) < 2:
-            raise ValueError("the spread of the error needs at least two structures, or groups of structures")
+            raise ValueError(
+                "the spread of the error needs at least two structures, or groups of structures"
+            )
         return float(np.sqrt(np.square(means - means.mean(axis=0)).sum() / (len(means) - 1)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -102,61 +116,95 @@ class ErrorModel:
 
     def __str__(self) -> str:
         where = f"calibrated on {self.n_calibration} {self.calibrated_on} labels"
-        return f"expected errors up to {1e3 * self.usual_energy_error:.1f} meV/atom and {self.usual_force_error:.3f} eV/A ({where})"
+        return (
+            f"expected errors up to {1e3 * self.usual_energy_error:.1f} meV/atom and"
+            f" {self.usual_force_error:.3f} eV/A ({where})"
+        )
 
 
 def for_checkpoint(errors: ErrorModel | None) -> dict[str, Any]:
-    """Further keys of `checkpoint.save` that keep the estimate with the weights; empty without one."""
+    """Further keys of `checkpoint.save` that keep the estimate with the weights; empty without
+    one."""
     return {} if errors is None else {CHECKPOINT_KEY: errors.as_dict()}
 
 
 def error_model_of(content: Mapping[str, Any], units: int) -> ErrorModel | None:
     """The estimate stored in a checkpoint's dictionary; None when it has none (MatterSim's own).
 
-    One that does not fit or holds wrong numbers is left out with a warning and does not stop anything: energies and forces do not
-    depend on it, and whatever uses it can do without.
+    One that does not fit or holds wrong numbers is left out with a warning and does not stop
+    anything: energies and forces do not depend on it, and whatever uses it can do without.
     """
     stored = content.get(CHECKPOINT_KEY)
     if stored is None:
         return None
     try:
         found = ErrorModel(**stored)
-        usable = found.whitening.shape == (units, units) and bool(found.whitening.isfinite().all()) and _sensible(found)
+        usable = (
+            found.whitening.shape == (units, units)
+            and bool(found.whitening.isfinite().all())
+            and _sensible(found)
+        )
     except (TypeError, AttributeError):
         usable = False
     if not usable:
-        logger.warning("the error estimate in the checkpoint is not readable or holds wrong numbers: the model is used without one")
+        logger.warning(
+            "the error estimate in the checkpoint is not readable or holds wrong numbers: the model"
+            " is used without one"
+        )
         return None
     return found
 
 
 def _sensible(model: ErrorModel) -> bool:
     """Whether all numbers are such, finite and not negative."""
-    numbers = (getattr(model, item.name) for item in fields(model) if item.name not in ("whitening", "calibrated_on"))
+    numbers = (
+        getattr(model, item.name)
+        for item in fields(model)
+        if item.name not in ("whitening", "calibrated_on")
+    )
     real = all(type(value) in (int, float) and 0 <= value < float("inf") for value in numbers)
     return real and isinstance(model.calibrated_on, str)
 
 
-def fit(module: torch.nn.Module, train: Sequence[Atoms], validation: Sequence[Atoms] = ()) -> ErrorModel | None:
-    """The estimate for the weights of ``module`` from its labelled training and validation structures.
+def fit(
+    module: torch.nn.Module, train: Sequence[Atoms], validation: Sequence[Atoms] = ()
+) -> ErrorModel | None:
+    """The estimate for the weights of ``module`` from its labelled training and validation
+    structures.
 
-    Costs one forward pass over ``train`` and one evaluation of ``validation``; without validation structures the training
-    set calibrates, which makes the errors too small, and a warning says so. None (with a warning) when the model's numbers on
-    the labels are not finite. Raises InputError when a label is missing.
+    Costs one forward pass over ``train`` and one evaluation of ``validation``; without validation
+    structures the training set calibrates, which makes the errors too small, and a warning says so.
+    None (with a warning) when the model's numbers on the labels are not finite. Raises InputError
+    when a label is missing.
     """
     model = FactorisedM3GNet(module)
     known, labels = LabelledGraphs(train, module), LabelledGraphs(validation or train, module)
     if not validation:
-        logger.warning("no validation labels: the error estimate is calibrated on the training set, and too small")
+        logger.warning(
+            "no validation labels: the error estimate is calibrated on the training set, and too"
+            " small"
+        )
     features = [(graph, model.atom_features(graph)) for graph, _ in known.batches(BATCH)]
     whitening = _whitening(value for _, value in features)
-    parts = [_errors_and_distances(model, whitening, graph, targets) for graph, targets in labels.batches(BATCH)]
-    energy, forces, energy_distance, force_distance = (np.concatenate(part) for part in zip(*parts, strict=True))
+    parts = [
+        _errors_and_distances(model, whitening, graph, targets)
+        for graph, targets in labels.batches(BATCH)
+    ]
+    energy, forces, energy_distance, force_distance = (
+        np.concatenate(part) for part in zip(*parts, strict=True)
+    )
     scales = _scale(energy, energy_distance), _scale(forces, force_distance)
-    usual = [_usual(whitening, features, column, (energy_distance, force_distance)[column]) for column in (0, 1)]
-    numbers = np.array([*scales, *(scale * value for scale, value in zip(scales, usual, strict=True))])
+    usual = [
+        _usual(whitening, features, column, (energy_distance, force_distance)[column])
+        for column in (0, 1)
+    ]
+    numbers = np.array(
+        [*scales, *(scale * value for scale, value in zip(scales, usual, strict=True))]
+    )
     if not (np.isfinite(numbers).all() and bool(whitening.isfinite().all())):
-        logger.warning("no error estimate: the model's energies or forces of its labels are not finite")
+        logger.warning(
+            "no error estimate: the model's energies or forces of its labels are not finite"
+        )
         return None
     on = "validation" if validation else "training"
     return ErrorModel(whitening.float(), *numbers.tolist(), on, len(train), len(labels))
@@ -178,29 +226,40 @@ def _whitening(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def _means(values: torch.Tensor, graph: Graph) -> torch.Tensor:
-    total = values.new_zeros(len(graph.n_atoms), *values.shape[1:]).index_add(0, graph.structure, values)
+    total = values.new_zeros(len(graph.n_atoms), *values.shape[1:]).index_add(
+        0, graph.structure, values
+    )
     counts = torch.as_tensor(graph.n_atoms, dtype=values.dtype, device=values.device)
     return total / counts.view(-1, *[1] * (values.dim() - 1))
 
 
-def _distances(whitening: torch.Tensor, features: torch.Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+def _distances(
+    whitening: torch.Tensor, features: torch.Tensor, graph: Graph
+) -> tuple[np.ndarray, np.ndarray]:
     """(n,) |A mean(v)| and (n,) root mean square over the atoms of |A v|."""
     means, local = _whitened(whitening, features, graph)
     return np.linalg.norm(means, axis=1), local
 
 
-def _whitened(whitening: torch.Tensor, features: torch.Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+def _whitened(
+    whitening: torch.Tensor, features: torch.Tensor, graph: Graph
+) -> tuple[np.ndarray, np.ndarray]:
     """(n, u) A mean(v) and (n,) root mean square over the atoms of |A v|."""
     white = features.double() @ whitening.double().T
     local = _means(white.square().sum(dim=1), graph).sqrt()
     return _means(white, graph).cpu().numpy(), local.cpu().numpy()
 
 
-def _errors_and_distances(model: FactorisedM3GNet, whitening: torch.Tensor, graph: Graph, targets: Any) -> tuple[np.ndarray, ...]:
-    """(n,) error of the energy per atom, (n,) root mean square error of the forces, and both distances."""
+def _errors_and_distances(
+    model: FactorisedM3GNet, whitening: torch.Tensor, graph: Graph, targets: Any
+) -> tuple[np.ndarray, ...]:
+    """(n,) error of the energy per atom, (n,) root mean square error of the forces, and both
+    distances."""
     energy, forces, _, features = model.evaluate(graph)
     difference = (energy / targets.n_atoms - targets.energy).cpu().numpy()
-    square = _means((forces - targets.forces).double().square().mean(dim=1), graph).sqrt().cpu().numpy()
+    square = (
+        _means((forces - targets.forces).double().square().mean(dim=1), graph).sqrt().cpu().numpy()
+    )
     return difference, square, *_distances(whitening, features, graph)
 
 
@@ -209,6 +268,11 @@ def _scale(errors: np.ndarray, distances: np.ndarray) -> float:
     return float(np.sqrt(np.mean((errors / np.maximum(distances, 1e-12)) ** 2)))
 
 
-def _usual(whitening: torch.Tensor, known: Sequence[tuple[Graph, torch.Tensor]], column: int, further: np.ndarray) -> float:
+def _usual(
+    whitening: torch.Tensor,
+    known: Sequence[tuple[Graph, torch.Tensor]],
+    column: int,
+    further: np.ndarray,
+) -> float:
     of_training = [_distances(whitening, features, graph)[column] for graph, features in known]
     return float(np.quantile(np.concatenate([*of_training, further]), USUAL))

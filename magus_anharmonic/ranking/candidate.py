@@ -1,4 +1,5 @@
-"""One structure of a ranking, with everything the table, the fitness and the report say about it."""
+"""One structure of a ranking, with everything the table, the fitness and the report say about
+it."""
 
 from __future__ import annotations
 
@@ -12,17 +13,21 @@ from ase import Atoms
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.structures import formula
 
-Status = Literal["sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"]
-"""``unconverged``: the populations or the budget ran out before the relaxation came to its end; ``eliminated``: stopped early, because
-it cannot be among the best. The G of both is an upper bound. ``stable`` and ``saddle``: converged, and the Hessian of the free energy has
-no negative mode, or has one, beyond two standard errors (`stability`)."""
+Status = Literal[
+    "sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"
+]
+"""``unconverged``: the populations or the budget ran out before the relaxation came to its end;
+``eliminated``: stopped early, because it cannot be among the best. The G of both is an upper bound.
+``stable`` and ``saddle``: converged, and the Hessian of the free energy has no negative mode, or
+has one, beyond two standard errors (`stability`)."""
 
 CONVERGED: tuple[Status, ...] = ("sscha", "stable", "saddle")
 """States whose relaxation came to its end."""
 
 RANKED: tuple[Status, ...] = ("sscha", "eliminated", "stable")
-"""States whose free energy takes part in the ranking. Below a saddle point there is something lower, and where an unconverged run would
-have ended nobody knows; an eliminated one is known to end above the best."""
+"""States whose free energy takes part in the ranking. Below a saddle point there is something
+lower, and where an unconverged run would have ended nobody knows; an eliminated one is known to end
+above the best."""
 
 WITH_ERROR: tuple[Status, ...] = (*RANKED, "saddle", "unconverged")
 """States whose free energy is that of an ensemble of their own and has a standard error."""
@@ -30,19 +35,24 @@ WITH_ERROR: tuple[Status, ...] = (*RANKED, "saddle", "unconverged")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A distinct structure at one pressure and temperature; energies in eV/atom, ``None`` where there is no number.
+    """A distinct structure at one pressure and temperature; energies in eV/atom, ``None`` where
+    there is no number.
 
-    ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members`` are the positions
-    in the population of all structures that were found to be this one. ``same_as`` is the id of the candidate that stands
-    for the quantum phase in which this one ended too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of
-    the lowest phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with all three (`odds`).
-    ``model_correction`` is G by DFT minus G where labels of the ensemble say so (`model_errors.ModelTerm`).
-    ``model_error`` is the expected error of the static energy against the model's DFT, ``ensemble_error`` that of the forces in the
-    final ensemble (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases (`model_errors`). ``parent`` is the
-    structure whose saddle point was followed to this one, which is no member of the population then. ``pooled`` : folders of the runs
-    of which G is the mean, and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G of the
-    phase's runs in other supercells. ``hessian_lowest``, ``hessian_error``
-    (cm^-1) and ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions (`compositions`).
+    ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members``
+    are the positions in the population of all structures that were found to be this one.
+    ``same_as`` is the id of the candidate that stands for the quantum phase in which this one ended
+    too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of the lowest
+    phase with its three errors, ``p_lowest`` the probability by sampling alone, ``p_lowest_total``
+    with all three (`probabilities`). ``model_correction`` is G by DFT minus G where labels of the
+    ensemble say so (`model_errors.ModelTerm`). ``model_error`` is the expected error of the static
+    energy against the model's DFT, ``ensemble_error`` that of the forces in the final ensemble
+    (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases
+    (`model_errors`). ``parent`` is the structure whose saddle point was followed to this one, which
+    is no member of the population then. ``pooled`` : folders of the runs of which G is the mean,
+    and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G
+    of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error`` (cm^-1) and
+    ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions
+    (`compositions`).
     """
 
     id: str
@@ -96,7 +106,8 @@ class Candidate:
 
     @property
     def ranked(self) -> bool:
-        """True with a free energy that counts, also when another candidate stands for the same phase."""
+        """True with a free energy that counts, also when another candidate stands for the same
+        phase."""
         return self.status in RANKED and self.gibbs is not None
 
     @property
@@ -127,20 +138,29 @@ def _lowest(block: Sequence[Candidate]) -> tuple[float, float]:
 def numbered(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Order for the table, composition by composition, ranks filled in.
 
-    Of a composition first the ranked phases, by G; then those that are the same phase as one of them; then saddle points, unconverged,
-    estimated and failed ones by G or its estimate, and those without one by enthalpy; last what has none.
-    ``rank_static`` counts all candidates of the composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an
-    estimate is never the best.
+    Of a composition first the ranked phases, by G; then those that are the same phase as one of
+    them; then saddle points, unconverged, estimated and failed ones by G or its estimate, and those
+    without one by enthalpy; last what has none. ``rank_static`` counts all candidates of the
+    composition by enthalpy, ``rank_quantum`` the phases of the first kind alone: an estimate is
+    never the best.
     """
-    return [candidate for block in by_composition(candidates) for candidate in _numbered_block(block)]
+    return [
+        candidate for block in by_composition(candidates) for candidate in _numbered_block(block)
+    ]
 
 
 def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
-    by_enthalpy = sorted((c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id))
-    static = {c.id: place for place, c in enumerate(by_enthalpy, start=1)}
-    phases = sorted((c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id))
-    quantum = {c.id: place for place, c in enumerate(phases, start=1)}
-    ranked = [replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates]
+    by_enthalpy = sorted(
+        (c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id)
+    )
+    static = {c.id: index for index, c in enumerate(by_enthalpy, start=1)}
+    phases = sorted(
+        (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
+    )
+    quantum = {c.id: index for index, c in enumerate(phases, start=1)}
+    ranked = [
+        replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates
+    ]
     return sorted(ranked, key=_table_order)
 
 

@@ -2,15 +2,17 @@
 
 Free energies of structures that had no SSCHA: a line through those that had.
 
-Well above the ground state G is nearly linear in H (Fig. 6c of the paper), so
-``G_est = a + b H + margin`` with a margin of two standard deviations of the fit: an estimate never flatters.
+Well above the ground state G is nearly linear in H (Fig. 6c of the paper), so ``G_est = a + b H +
+margin`` with a margin of two standard deviations of the fit: an estimate never flatters.
 
 Rankings of several compositions: free energies above the hull of all, beside the order inside each.
 
-G per atom of two compositions cannot be compared; its distance above the lower convex hull can. The hull is that of the candidates
-themselves, so that the extreme compositions are on it. Only computed free energies make it; estimates are measured against it.
+G per atom of two compositions cannot be compared; its distance above the lower convex hull can. The
+hull is that of the candidates themselves, so that the extreme compositions are on it. Only computed
+free energies make it; estimates are measured against it.
 
-The fitness ``SSCHA``: flat ``info`` keys in, one finite number per structure out (larger is better).
+The fitness ``SSCHA``: flat ``info`` keys in, one finite number per structure out (larger is
+better).
 
 Pure, because MAGUS calls fitnesses 5-10 times per generation, on duplicates and in forked workers.
 """
@@ -25,13 +27,20 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.hull import above_hull, hull_odds, lower_hull, pool_fractions, reduced_formula
+from magus_anharmonic.hull import (
+    above_hull,
+    hull_probabilities,
+    lower_hull,
+    pool_fractions,
+    reduced_formula,
+)
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.structures import formula
 
 MIN_POINTS = 3
 SLOPE_RANGE = (0.5, 1.5)
-"""Slopes outside come from points too close in H or from a phase transition among them; then b = 1."""
+"""Slopes outside come from points too close in H or from a phase transition among them; then b =
+1."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +60,20 @@ class GibbsEstimate:
     def description(self) -> str:
         """The line in words, for the ranking's column ``reason``."""
         return (
-            f"{self.intercept:+.4f} + {self.slope:.3f} H + {1000 * self.margin:.1f} meV/atom margin, "
-            f"from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
+            f"{self.intercept:+.4f} + {self.slope:.3f} H + {1000 * self.margin:.1f} meV/atom"
+            f" margin, from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
         )
 
 
-def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Sequence[float] | None = None) -> GibbsEstimate | None:
-    """Least-squares line from SSCHA results of one model, pressure and temperature; None without results.
+def fit_estimate(
+    enthalpies: Sequence[float], gibbs: Sequence[float], errors: Sequence[float] | None = None
+) -> GibbsEstimate | None:
+    """Least-squares line from SSCHA results of one model, pressure and temperature; None without
+    results.
 
-    From three points on: the line, and two standard deviations of its residuals as margin. With fewer:
-    ``H + max(G - H)`` plus two statistical errors. All in eV/atom; ``errors`` are standard errors of G.
+    From three points on: the line, and two standard deviations of its residuals as margin. With
+    fewer: ``H + max(G - H)`` plus two statistical errors. All in eV/atom; ``errors`` are standard
+    errors of G.
     """
     h, g = np.asarray(enthalpies, dtype=float), np.asarray(gibbs, dtype=float)
     noise = np.zeros_like(g) if errors is None else np.asarray(errors, dtype=float)
@@ -76,18 +89,24 @@ def fit_estimate(enthalpies: Sequence[float], gibbs: Sequence[float], errors: Se
         slope, free = 1.0, h.size - 1
     intercept = float(g.mean() - slope * h.mean())
     residuals = g - intercept - slope * h
-    return GibbsEstimate(intercept, slope, 2.0 * float(np.sqrt(residuals @ residuals / free)), h.size)
+    return GibbsEstimate(
+        intercept, slope, 2.0 * float(np.sqrt(residuals @ residuals / free)), h.size
+    )
 
 
 def _largest_shift(h: np.ndarray, g: np.ndarray, noise: np.ndarray) -> GibbsEstimate:
     return GibbsEstimate(float(np.max(g - h)), 1.0, 2.0 * float(np.max(noise)), h.size)
 
 
-def fit_estimates(known: Sequence[tuple[str, float, float, float]], compositions: Iterable[str]) -> dict[str, GibbsEstimate]:
-    """An estimate for each of the ``compositions`` from results (composition, H, G, standard error of G), eV/atom.
+def fit_estimates(
+    known: Sequence[tuple[str, float, float, float]], compositions: Iterable[str]
+) -> dict[str, GibbsEstimate]:
+    """An estimate for each of the ``compositions`` from results (composition, H, G, standard error
+    of G), eV/atom.
 
-    A composition with results of its own has their line. Others have ``H + max(G - H)`` of all results plus two errors: energies per
-    atom of several compositions lie on no common line. Empty without results.
+    A composition with results of its own has their line. Others have ``H + max(G - H)`` of all
+    results plus two errors: energies per atom of several compositions lie on no common line. Empty
+    without results.
     """
     if not known:
         return {}
@@ -95,25 +114,30 @@ def fit_estimates(known: Sequence[tuple[str, float, float, float]], compositions
     for name in dict.fromkeys(compositions):
         own = [numbers for other, *numbers in known if other == name]
         fitted = fit_estimate(*zip(*own, strict=True)) if own else None
-        lines[name] = fitted or _largest_shift(*np.array([numbers for _, *numbers in known], dtype=float).T)
+        lines[name] = fitted or _largest_shift(
+            *np.array([numbers for _, *numbers in known], dtype=float).T
+        )
     return lines
 
 
-DRAWS = 400
-"""Hulls drawn for the error bars: odds to about 0.02."""
+N_SAMPLES = 400
+"""Hulls sampled for the error bars: probabilities to about 0.02."""
 _SEED = 108
 
 
 def composition(atoms: Atoms) -> str:
-    """Reduced formula with the metals first, e.g. ``'H3S'`` (``'D3S'`` with deuterium): one name for all cells of a composition."""
+    """Reduced formula with the metals first, e.g. ``'H3S'`` (``'D3S'`` with deuterium): one name
+    for all cells of a composition."""
     return reduced_formula(formula(atoms))
 
 
 def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
-    """Fill in the distances above the hulls of H and of G, with errors and odds; nothing where all are of one composition.
+    """Fill in the distances above the hulls of H and of G, with errors and probabilities; nothing
+    where all are of one composition.
 
-    ``p_on_hull`` is by sampling alone, ``p_on_hull_total`` with the expected error of each static energy (else ``model_error``,
-    eV/atom), taken as independent: between compositions little cancels. Both are None where a phase has no such number.
+    ``p_on_hull`` is by sampling alone, ``p_on_hull_total`` with the expected error of each static
+    energy (else ``model_error``, eV/atom), taken as independent: between compositions little
+    cancels. Both are None where a phase has no such number.
     """
     if len({c.composition for c in candidates}) < 2:
         return list(candidates)
@@ -125,22 +149,34 @@ def _with_static_heights(candidates: Sequence[Candidate]) -> list[Candidate]:
     if not known:
         return list(candidates)
     heights = above_hull([c.composition for c in known], np.array([c.enthalpy for c in known]))
-    filled = {c.id: replace(c, enthalpy_above_hull=float(height)) for c, height in zip(known, heights, strict=True)}
+    filled = {
+        c.id: replace(c, enthalpy_above_hull=float(height))
+        for c, height in zip(known, heights, strict=True)
+    }
     return [filled.get(c.id, c) for c in candidates]
 
 
-def _with_gibbs_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
+def _with_gibbs_heights(
+    candidates: Sequence[Candidate], model_error: float | None
+) -> list[Candidate]:
     phases = [c for c in candidates if c.ranked and not c.same_as]
     if not phases:
         return list(candidates)
     fractions = pool_fractions([c.composition for c in (*phases, *candidates)])
     corners, everywhere = fractions[: len(phases)], fractions[len(phases) :]
-    gibbs, sampling = np.array([c.gibbs for c in phases]), np.array([c.gibbs_error or 0.0 for c in phases])
-    noise = np.random.default_rng(_SEED).normal(size=(DRAWS, len(phases)))
-    found = hull_odds(corners, gibbs, gibbs + noise * sampling)
+    gibbs, sampling = (
+        np.array([c.gibbs for c in phases]),
+        np.array([c.gibbs_error or 0.0 for c in phases]),
+    )
+    noise = np.random.default_rng(_SEED).normal(size=(N_SAMPLES, len(phases)))
+    found = hull_probabilities(corners, gibbs, gibbs + noise * sampling)
     model = [model_error if c.model_error is None else c.model_error for c in phases]
     known = [value for value in model if value is not None]
-    total = hull_odds(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull if len(known) == len(phases) else None
+    total = (
+        hull_probabilities(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull
+        if len(known) == len(phases)
+        else None
+    )
     filled = {
         c.id: {
             "gibbs_above_hull_error": float(found.error[k]),
@@ -157,10 +193,15 @@ def _with_gibbs_heights(candidates: Sequence[Candidate], model_error: float | No
 
 
 def _above(candidate: Candidate, hull: float) -> float | None:
-    """Computed free energies cannot be below the hull of which they are part; None for failures and beyond the hull's ends."""
+    """Computed free energies cannot be below the hull of which they are part; None for failures and
+    beyond the hull's ends."""
     if candidate.gibbs is None or candidate.status == "failed" or not np.isfinite(hull):
         return None
-    return max(0.0, candidate.gibbs - hull) if candidate.ranked and not candidate.same_as else candidate.gibbs - hull
+    return (
+        max(0.0, candidate.gibbs - hull)
+        if candidate.ranked and not candidate.same_as
+        else candidate.gibbs - hull
+    )
 
 
 LARGEST = 1e6
@@ -168,10 +209,13 @@ LARGEST = 1e6
 
 
 def number(value: Any) -> float | None:
-    """``value`` as a finite float when it is a real number of sensible size, else None (bool and text are no numbers)."""
+    """``value`` as a finite float when it is a real number of sensible size, else None (bool and
+    text are no numbers)."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, int | float | np.integer | np.floating
+    ):
         return None
     energy = float(value) if abs(value) <= LARGEST else math.nan
     return energy if math.isfinite(energy) else None
@@ -182,7 +226,8 @@ def _text(value: Any) -> str:
 
 
 def computed_gibbs(info: Mapping[str, Any]) -> float | None:
-    """The SSCHA free energy (eV/atom) if there is one of the model that gave the enthalpy, else None."""
+    """The SSCHA free energy (eV/atom) if there is one of the model that gave the enthalpy, else
+    None."""
     return _gibbs(info, RANKED)
 
 
@@ -196,33 +241,50 @@ def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
 
 
 def copy_order(info: Mapping[str, Any]) -> tuple[bool, float, float]:
-    """Sorts copies of one structure, the best first: a computed free energy before none, then the lower G, then the lower enthalpy."""
+    """Sorts copies of one structure, the best first: a computed free energy before none, then the
+    lower G, then the lower enthalpy."""
     gibbs, enthalpy = computed_gibbs(info), number(info.get("enthalpy"))
     return gibbs is None, gibbs or 0.0, math.inf if enthalpy is None else enthalpy
 
 
 def population_fitness(structures: Sequence[Atoms]) -> list[float]:
     """`fitness_values` of structures with ``info`` and their own compositions."""
-    return fitness_values([atoms.info for atoms in structures], [composition(atoms) for atoms in structures])
+    return fitness_values(
+        [atoms.info for atoms in structures], [composition(atoms) for atoms in structures]
+    )
 
 
-def fitness_values(infos: Sequence[Mapping[str, Any]], compositions: Sequence[str] | None = None) -> list[float]:
+def fitness_values(
+    infos: Sequence[Mapping[str, Any]], compositions: Sequence[str] | None = None
+) -> list[float]:
     """Minus the free energy per atom of every structure, finite whatever the ``info`` holds.
 
     * a computed G counts when it belongs to the model of the enthalpy (``gibbs_model == model``);
-    * a stale or missing one is replaced by the estimate from those present (`fit_estimates`), in the order of the
-      enthalpies, and never above the best computed one of its composition; without any computed G the enthalpy itself counts;
-    * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it counts, above it speaks against nobody;
-    * so is that of a run that failed, or whose worker died: a result that is not there speaks against nobody;
+    * a stale or missing one is replaced by the estimate from those present (`fit_estimates`), in
+      the order of the enthalpies, and never above the best computed one of its composition; without
+      any computed G the enthalpy itself counts;
+    * so is that of an unconverged run, but it is an upper bound: where it is below the estimate it
+      counts, above it speaks against nobody;
+    * so is that of a run that failed, or whose worker died: a result that is not there speaks
+      against nobody;
     * below all others come structures without a usable enthalpy.
 
-    With several ``compositions`` (reduced formulas; None: all the same) it is minus the distance above the hull of those numbers.
+    With several ``compositions`` (reduced formulas; None: all the same) it is minus the distance
+    above the hull of those numbers.
     """
     names = ["" for _ in infos] if compositions is None else list(compositions)
     values = _free_energies(infos, names)
     if len({names[i] for i in values}) > 1:
         order = sorted(values)
-        values = dict(zip(order, above_hull([names[i] for i in order], np.array([values[i] for i in order])).tolist(), strict=True))
+        values = dict(
+            zip(
+                order,
+                above_hull(
+                    [names[i] for i in order], np.array([values[i] for i in order])
+                ).tolist(),
+                strict=True,
+            )
+        )
     worst = max(values.values(), default=0.0)
     return [-values.get(i, worst + 1.0) for i in range(len(infos))]
 
@@ -232,20 +294,41 @@ def _free_energies(infos: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     enthalpies = [number(info.get("enthalpy")) for info in infos]
     gibbs = [computed_gibbs(info) for info in infos]
     errors = [number(info.get("gibbs_error")) or 0.0 for info in infos]
-    known = [(n, h, g, e) for n, h, g, e in zip(names, enthalpies, gibbs, errors, strict=True) if g is not None and h is not None]
+    known = [
+        (n, h, g, e)
+        for n, h, g, e in zip(names, enthalpies, gibbs, errors, strict=True)
+        if g is not None and h is not None
+    ]
     estimates = fit_estimates(known, names)
     values = {i: g for i, g in enumerate(gibbs) if g is not None}
     for name in dict.fromkeys(names):
-        best = min((g for i, g in enumerate(gibbs) if g is not None and names[i] == name), default=None)
-        others = {i: h for i, h in enumerate(enthalpies) if names[i] == name and h is not None and gibbs[i] is None}
+        best = min(
+            (g for i, g in enumerate(gibbs) if g is not None and names[i] == name), default=None
+        )
+        others = {
+            i: h
+            for i, h in enumerate(enthalpies)
+            if names[i] == name and h is not None and gibbs[i] is None
+        }
         values.update(_estimated(others, estimates.get(name), best))
         if best is not None:
-            bounds = {i: bound for i in others if (bound := _gibbs(infos[i], ("unconverged",))) is not None}
-            values.update({i: max(min(values[i], bound), math.nextafter(best, math.inf)) for i, bound in bounds.items()})
+            bounds = {
+                i: bound
+                for i in others
+                if (bound := _gibbs(infos[i], ("unconverged",))) is not None
+            }
+            values.update(
+                {
+                    i: max(min(values[i], bound), math.nextafter(best, math.inf))
+                    for i, bound in bounds.items()
+                }
+            )
     return values
 
 
-def _estimated(enthalpies: dict[int, float], estimate: GibbsEstimate | None, best: float | None) -> dict[int, float]:
+def _estimated(
+    enthalpies: dict[int, float], estimate: GibbsEstimate | None, best: float | None
+) -> dict[int, float]:
     """Estimates that keep the order of the enthalpies strictly and stay above ``best``."""
     result: dict[int, float] = {}
     floor = -math.inf if best is None else best

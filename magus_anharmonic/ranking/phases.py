@@ -1,20 +1,26 @@
 """Which runs are of one phase, and what they say together.
 
-Several runs of one phase: their free energies together where the supercell is the same, else the spread as a finite-size error.
+Several runs of one phase: their free energies together where the supercell is the same, else the
+spread as a finite-size error.
 
-Runs of one ranking have the same model, pressure, temperature and settings (`store.Key`). Their free energies G_i are pooled when
-supercell and masses are the same too:
+Runs of one ranking have the same model, pressure, temperature and settings (`store.Key`). Their
+free energies G_i are pooled when supercell and masses are the same too:
 
-    G = sum_i w_i G_i,    sum_i w_i = 1,  w_i >= 0,    error^2 = w C w    (the smallest there is with such weights)
+    G = sum_i w_i G_i,    sum_i w_i = 1,  w_i >= 0,    error^2 = w C w
 
-C holds the squares of the errors and the measured covariances of the pairs of configurations that came from the same random numbers
-(`common_numbers`). Independent runs get the weights 1/error_i^2; what a run shares with a better one adds nothing, and a weight that
-would be negative is zero, so that G lies between the G_i and its error is never above the smallest of theirs. Runs that scatter more
-than C says (and than their relaxations may still fall) widen the error by the Birge ratio (Birge, Phys. Rev. 40, 207 (1932),
-doi:10.1103/PhysRev.40.207), here the root of the mean of (G_i - G_j)^2 over its expectation.
+(the smallest error that such weights allow).
 
-A run of the phase in another supercell, or one that ended more than three errors away (in another minimum of the free energy), is no
-sample of the same number: it leaves G alone, and its distance is the spread.
+C holds the squares of the errors and the measured covariances of the pairs of configurations that
+came from the same random numbers (`common_numbers`). Independent runs get the weights 1/error_i^2;
+what a run shares with a better one adds nothing, and a weight that would be negative is zero, so
+that G lies between the G_i and its error is never above the smallest of theirs. Runs that scatter
+more than C says (and than their relaxations may still fall) widen the error by the Birge ratio
+(Birge, Phys. Rev. 40, 207 (1932), doi:10.1103/PhysRev.40.207), here the root of the mean of (G_i -
+G_j)^2 over its expectation.
+
+A run of the phase in another supercell, or one that ended more than three errors away (in another
+minimum of the free energy), is no sample of the same number: it leaves G alone, and its distance is
+the spread.
 
 Quantum phases: which SSCHA results are the same phase, and their primitive cells.
 """
@@ -32,7 +38,13 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.ranking.candidate import CONVERGED, RANKED, Candidate
-from magus_anharmonic.ranking.matcher import PHASE_TOLERANCE, Fingerprint, pointwise_distances, same_phase, table_difference
+from magus_anharmonic.ranking.matcher import (
+    PHASE_TOLERANCE,
+    Fingerprint,
+    pointwise_distances,
+    same_phase,
+    table_difference,
+)
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
@@ -64,14 +76,21 @@ class Combination:
     error: float
 
 
-def combined(values: Sequence[float], covariance: np.ndarray, remaining: Sequence[float] | None = None) -> Combination:
-    """The values (n,) with ``covariance`` (n, n) as one, as the module says; ``remaining`` (n,): how far each may still fall."""
+def combined(
+    values: Sequence[float], covariance: np.ndarray, remaining: Sequence[float] | None = None
+) -> Combination:
+    """The values (n,) with ``covariance`` (n, n) as one, as the module says; ``remaining`` (n,):
+    how far each may still fall."""
     found, matrix = np.asarray(values, dtype=float), np.asarray(covariance, dtype=float)
     weights = _weights(matrix)
     error = float(np.sqrt(max(weights @ matrix @ weights, 0.0)))
     used = np.flatnonzero(weights)
     left = np.zeros(len(found)) if remaining is None else np.asarray(remaining, dtype=float)
-    return Combination(weights, float(weights @ found), error * max(1.0, _birge(found[used], matrix[np.ix_(used, used)], left[used])))
+    return Combination(
+        weights,
+        float(weights @ found),
+        error * max(1.0, _birge(found[used], matrix[np.ix_(used, used)], left[used])),
+    )
 
 
 def _weights(matrix: np.ndarray) -> np.ndarray:
@@ -94,54 +113,97 @@ def _weights(matrix: np.ndarray) -> np.ndarray:
 
 def _birge(values: np.ndarray, matrix: np.ndarray, remaining: np.ndarray) -> float:
     first, second = np.triu_indices(len(values), 1)
-    return float(np.sqrt(np.mean(_distances(values, matrix, remaining)[first, second] ** 2))) if len(first) else 1.0
+    return (
+        float(np.sqrt(np.mean(_distances(values, matrix, remaining)[first, second] ** 2)))
+        if len(first)
+        else 1.0
+    )
 
 
 def _distances(values: np.ndarray, matrix: np.ndarray, remaining: np.ndarray) -> np.ndarray:
-    """(n, n) differences over their expected sizes: the errors, and what each run may still fall."""
+    """(n, n) differences over their expected sizes: the errors, and what each run may still
+    fall."""
     variances = np.diag(matrix) + remaining**2
     expected = variances[:, None] + variances[None, :] - 2.0 * matrix
     return np.abs(values[:, None] - values[None, :]) / np.sqrt(np.maximum(expected, SMALLEST**2))
 
 
 def same_supercell(one: SschaState, other: SschaState) -> bool:
-    """Whether two states of one phase have the same supercell: one motion brings crystal onto crystal and supercell onto supercell.
+    """Whether two states of one phase have the same supercell: one motion brings crystal onto
+    crystal and supercell onto supercell.
 
-    Masses must agree too. The lattice of the supercell is marked by an atom on one site; crystals so marked are compared by all
-    their distances (`matcher`), at the same volume, which two relaxations at one pressure meet within noise.
+    Masses must agree too. The lattice of the supercell is marked by an atom on one site; crystals
+    so marked are compared by all their distances (`matcher`), at the same volume, which two
+    relaxations at one pressure meet within noise.
     """
     if len(one.supercell) != len(other.supercell) or one.temperature != other.temperature:
         return False
-    if not np.allclose(sorted(one.atoms.get_masses()), sorted(other.atoms.get_masses()), atol=MASS_TOLERANCE, rtol=0.0):
+    if not np.allclose(
+        sorted(one.atoms.get_masses()),
+        sorted(other.atoms.get_masses()),
+        atol=MASS_TOLERANCE,
+        rtol=0.0,
+    ):
         return False
     scale = (one.supercell.get_volume() / other.supercell.get_volume()) ** (1.0 / 3.0)
     reference = _marked(one, 0, 1.0)
-    sites = [site for site in range(len(other.atoms)) if other.atoms.numbers[site] == one.atoms.numbers[0]]
-    return any(table_difference(reference, _marked(other, site, scale)) <= PHASE_TOLERANCE for site in sites)
+    sites = [
+        site
+        for site in range(len(other.atoms))
+        if other.atoms.numbers[site] == one.atoms.numbers[0]
+    ]
+    return any(
+        table_difference(reference, _marked(other, site, scale)) <= PHASE_TOLERANCE
+        for site in sites
+    )
 
 
 def _marked(state: SschaState, site: int, scale: float) -> list[tuple[int, np.ndarray]]:
-    atoms = Atoms(numbers=state.supercell.numbers, positions=state.supercell.positions, cell=state.supercell.cell.array, pbc=True)
+    atoms = Atoms(
+        numbers=state.supercell.numbers,
+        positions=state.supercell.positions,
+        cell=state.supercell.cell.array,
+        pbc=True,
+    )
     atoms.set_cell(scale * atoms.cell.array, scale_atoms=True)
     atoms.numbers[site] = MARKER
     numbers, counts = np.unique(atoms.numbers, return_counts=True)
-    return pointwise_distances(atoms, [(int(z), int(count)) for z, count in zip(numbers, counts, strict=True)])
+    return pointwise_distances(
+        atoms, [(int(z), int(count)) for z, count in zip(numbers, counts, strict=True)]
+    )
 
 
 def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[Record]:
-    """Converged runs at ``key`` that are, or led to, the runs ``names`` and ended in the phase of the first of them; that one first."""
+    """Converged runs at ``key`` that are, or led to, the runs ``names`` and ended in the phase of
+    the first of them; that one first."""
     first, *others = dict.fromkeys(names)
     leader = store.get(first, key)
     if leader is None or not _usable(leader):
         return []
-    found = [record for record in store.records(key) if _usable(record) and store.final(record).structure in (first, *others)]
+    found = [
+        record
+        for record in store.records(key)
+        if _usable(record) and store.final(record).structure in (first, *others)
+    ]
     own = _fingerprint(leader)
-    return [leader, *(record for record in found if record.structure != first and one_phase(own, _fingerprint(record)))]
+    return [
+        leader,
+        *(
+            record
+            for record in found
+            if record.structure != first and one_phase(own, _fingerprint(record))
+        ),
+    ]
 
 
 def _usable(record: Record) -> bool:
     converged = record.status in CONVERGED and record.status in RANKED
-    return converged and record.centroids is not None and record.gibbs is not None and bool(record.gibbs_error)
+    return (
+        converged
+        and record.centroids is not None
+        and record.gibbs is not None
+        and bool(record.gibbs_error)
+    )
 
 
 def _fingerprint(record: Record) -> Fingerprint:
@@ -149,12 +211,17 @@ def _fingerprint(record: Record) -> Fingerprint:
 
 
 def merge_duplicates(
-    candidates: Sequence[Candidate], store: FreeEnergyStore, key: Key, root: Path, covariance: Covariance
+    candidates: Sequence[Candidate],
+    store: FreeEnergyStore,
+    key: Key,
+    root: Path,
+    covariance: Covariance,
 ) -> list[Candidate]:
-    """The candidates that stand for a phase with the G of all its runs, and with the spread of those in other supercells.
+    """The candidates that stand for a phase with the G of all its runs, and with the spread of
+    those in other supercells.
 
-    ``root`` holds the folders of the runs. A run whose folder is gone cannot be shown to have the same supercell, and counts as one of
-    another.
+    ``root`` holds the folders of the runs. A run whose folder is gone cannot be shown to have the
+    same supercell, and counts as one of another.
     """
     members: dict[str, list[str]] = {}
     for candidate in candidates:
@@ -169,20 +236,35 @@ def merge_duplicates(
     return merged
 
 
-def _merged(candidate: Candidate, runs: Sequence[Record], root: Path, covariance: Covariance) -> Candidate:
+def _merged(
+    candidate: Candidate, runs: Sequence[Record], root: Path, covariance: Covariance
+) -> Candidate:
     """``runs``: that of the candidate first."""
-    gibbs, left = np.array([run.gibbs for run in runs]), np.array([run.decrease or 0.0 for run in runs])
+    gibbs, left = (
+        np.array([run.gibbs for run in runs]),
+        np.array([run.predicted_decrease or 0.0 for run in runs]),
+    )
     matrix = np.diag([(run.gibbs_error or 0.0) ** 2 for run in runs])
     for i in range(len(runs)):
         for j in range(i):
             matrix[i, j] = matrix[j, i] = covariance(runs[i].folder, runs[j].folder)
     states = [_state(root / run.folder) for run in runs]
     near = _distances(gibbs, matrix, left)[0] <= AGREEMENT
-    alike = [place for place in range(len(runs)) if place == 0 or (near[place] and _alike(states[0], states[place]))]
+    alike = [
+        index
+        for index in range(len(runs))
+        if index == 0 or (near[index] and _alike(states[0], states[index]))
+    ]
     found = combined(gibbs[alike], matrix[np.ix_(alike, alike)], left[alike])
-    shares = [(runs[place], float(weight)) for place, weight in zip(alike, found.weights, strict=True) if weight > 0.0]
+    shares = [
+        (runs[index], float(weight))
+        for index, weight in zip(alike, found.weights, strict=True)
+        if weight > 0.0
+    ]
     apart = np.delete(gibbs, alike) - found.value
-    candidate = replace(candidate, duplicate_spread=float(np.abs(apart).max()) if len(apart) else None)
+    candidate = replace(
+        candidate, duplicate_spread=float(np.abs(apart).max()) if len(apart) else None
+    )
     if shares == [(runs[0], 1.0)]:
         return candidate
     note = f"G pooled from {len(shares)} runs with the same supercell"
@@ -218,7 +300,12 @@ def _alike(one: SschaState | None, other: SschaState | None) -> bool:
 def common_error(one: Candidate, other: Candidate, covariance: Covariance) -> float:
     """Covariance of two candidates' G, eV^2/atom^2, each perhaps pooled from several runs."""
     shares = [candidate.pooled or ((candidate.folder, 1.0),) for candidate in (one, other)]
-    return sum(a * b * covariance(mine, its) for mine, a in shares[0] for its, b in shares[1] if mine and its)
+    return sum(
+        a * b * covariance(mine, its)
+        for mine, a in shares[0]
+        for its, b in shares[1]
+        if mine and its
+    )
 
 
 VOLUME_TOLERANCE = 0.02
@@ -228,7 +315,8 @@ GIBBS_TOLERANCE = 5e-3
 
 
 def reduced_centroids(record: Record) -> Atoms | None:
-    """The primitive cell of a result whose symmetry made it smaller than the cell that was run, else None."""
+    """The primitive cell of a result whose symmetry made it smaller than the cell that was run,
+    else None."""
     smaller = symmetric_primitive(record.phase, record.symmetry_tolerance)
     return smaller if len(smaller) < len(record.phase) else None
 
@@ -245,36 +333,59 @@ def primitive_fingerprint(atoms: Atoms, tolerance: float) -> Fingerprint:
 
 def one_phase(a: Fingerprint, b: Fingerprint) -> bool:
     """True when two results at one pressure are one phase, nearly equal volumes included."""
-    return abs(a.volume - b.volume) <= VOLUME_TOLERANCE * min(a.volume, b.volume) and same_phase(a, b)
+    return abs(a.volume - b.volume) <= VOLUME_TOLERANCE * min(a.volume, b.volume) and same_phase(
+        a, b
+    )
 
 
 def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Fill in ``same_as``: of the candidates that ended in one quantum phase one stands for all.
 
-    That is a converged one if there is any, whose space group is decided (what another of its phase could not decide, it did), at
-    the reference supercell (its cell is the phase's primitive one) rather than at another, with more rather than fewer atoms in
-    the supercell; among equals the one of lowest G.
+    That is a converged one if there is any, whose space group is decided (what another of its phase
+    could not decide, it did), at the reference supercell (its cell is the phase's primitive one)
+    rather than at another, with more rather than fewer atoms in the supercell; among equals the one
+    of lowest G.
     """
-    prints = {c.id: primitive_fingerprint(c.centroids, c.symmetry_tolerance) for c in candidates if c.ranked and c.centroids is not None}
-    order = sorted((c for c in candidates if c.id in prints), key=lambda c: _standing(c, len(prints[c.id].atoms)))
+    prints = {
+        c.id: primitive_fingerprint(c.centroids, c.symmetry_tolerance)
+        for c in candidates
+        if c.ranked and c.centroids is not None
+    }
+    order = sorted(
+        (c for c in candidates if c.id in prints),
+        key=lambda c: _standing(c, len(prints[c.id].atoms)),
+    )
     phases: list[tuple[Candidate, Fingerprint]] = []
-    twins: dict[str, str] = {}
+    same_as: dict[str, str] = {}
     for candidate in order:
         fingerprint = prints[candidate.id]
-        twin = next((c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None)
-        if twin is None:
+        duplicate = next(
+            (c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None
+        )
+        if duplicate is None:
             phases.append((candidate, fingerprint))
         else:
-            twins[candidate.id] = twin.id
-    if twins:
-        log.info("%d of %d results are quantum phases that others lead to as well", len(twins), len(order))
-    return [replace(c, same_as=twins.get(c.id, "")) for c in candidates]
+            same_as[candidate.id] = duplicate.id
+    if same_as:
+        log.info(
+            "%d of %d results are quantum phases that others lead to as well",
+            len(same_as),
+            len(order),
+        )
+    return [replace(c, same_as=same_as.get(c.id, "")) for c in candidates]
 
 
 def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool, int, float, str]:
     undecided = UNDECIDED in candidate.spg_quantum
     larger = len(candidate.centroids or ()) > n_primitive
-    return candidate.status not in CONVERGED, undecided, larger, -candidate.n_supercell, candidate.gibbs or 0.0, candidate.id
+    return (
+        candidate.status not in CONVERGED,
+        undecided,
+        larger,
+        -candidate.n_supercell,
+        candidate.gibbs or 0.0,
+        candidate.id,
+    )
 
 
 def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Fingerprint) -> bool:

@@ -4,7 +4,8 @@ Who gets an SSCHA run, and in which round of a search.
 
 Results that gained symmetry are run again from their primitive cell.
 
-Then Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference supercell and one G.
+Then Im-3m that came from an 8-atom cell and from a 4-atom cell has one reference supercell and one
+G.
 
 Successive elimination with SSCHA runs: who gets the next population, until the order is decided.
 """
@@ -22,7 +23,15 @@ from ase import Atoms
 from magus_anharmonic.ranking.candidate import RANKED
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.fitness import composition
-from magus_anharmonic.ranking.jobs import Job, Outcome, Workers, record_of, run_jobs, standing_of, stopped_record
+from magus_anharmonic.ranking.jobs import (
+    Job,
+    Outcome,
+    Workers,
+    record_of,
+    run_jobs,
+    standing_of,
+    stopped_record,
+)
 from magus_anharmonic.ranking.phases import reduced_centroids, same_records
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.settings import Settings, SschaSettings
@@ -35,8 +44,11 @@ if TYPE_CHECKING:
 RMSE_FACTOR = 3.0
 
 
-def sscha_is_due(settings: Settings, generation: int | None, n_generations: int | None, energy_rmse: float | None) -> bool:
-    """``sscha.when``: every time without learning; else in the last round, or once the model is good enough."""
+def sscha_is_due(
+    settings: Settings, generation: int | None, n_generations: int | None, energy_rmse: float | None
+) -> bool:
+    """``sscha.when``: every time without learning; else in the last round, or once the model is
+    good enough."""
     if settings.sscha is None:
         return False
     if settings.sscha.when == "every_generation" or settings.learning is None or generation is None:
@@ -51,18 +63,28 @@ def why_not(settings: Settings, energy_rmse: float | None) -> str:
     """Why there is no SSCHA in this round, for the log."""
     target = settings.learning.target_rmse if settings.learning else None
     if target is None:
-        return "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the last round"
+        return (
+            "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the"
+            " last round"
+        )
     known = "unknown" if energy_rmse is None else f"{1000 * energy_rmse:.1f} meV/atom"
-    return f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
+    return (
+        f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
+    )
 
 
 def chosen_groups(
-    groups: Sequence[Sequence[int]], energies: Sequence[float], settings: SschaSettings, energy_rmse: float | None
+    groups: Sequence[Sequence[int]],
+    energies: Sequence[float],
+    settings: SschaSettings,
+    energy_rmse: float | None,
 ) -> list[int]:
-    """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones within the window.
+    """Positions in ``groups`` of the structures that get a free energy: the lowest distinct ones
+    within the window.
 
-    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull (`hull.comparable`). The window is widened to
-    three times the model's validation RMSE: closer structures are not told apart by it.
+    ``energies`` (eV/atom) are the enthalpies, or the distances above their hull
+    (`hull.comparable`). The window is widened to three times the model's validation RMSE: closer
+    structures are not told apart by it.
     """
     if not groups:
         return []
@@ -99,17 +121,28 @@ def reductions(records: Sequence[Record]) -> list[Reduction]:
     return found
 
 
-def run_reduced(ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: Workers) -> None:
+def run_reduced(
+    ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: Workers
+) -> None:
     """Run the reductions of ``records`` again, once per phase, and let them take over."""
     jobs: dict[str, Job] = {}
     waiting: list[tuple[Reduction, str]] = []
     for reduction in reductions(records):
         key = reduction.record.key
-        known = ranking.store.get(reduction.structure, key) or ranking.store.find_phase(reduction.atoms, key)
+        known = ranking.store.get(reduction.structure, key) or ranking.store.find_phase(
+            reduction.atoms, key
+        )
         if known is not None:
             ranking.put(replace(reduction.record, reduced=known.structure))
             continue
-        like = next((s for other, s in waiting if other.record.key == key and same_records(other.atoms, reduction.atoms)), None)
+        like = next(
+            (
+                s
+                for other, s in waiting
+                if other.record.key == key and same_records(other.atoms, reduction.atoms)
+            ),
+            None,
+        )
         if like is None:
             like = reduction.structure
             job = ranking.job(reduction.atoms, [key])
@@ -134,13 +167,20 @@ def run_reduced(ranking: Ranking, records: Sequence[Record], free_energy: Callab
 
 
 START = 100
-"""Force evaluations that the harmonic start of a run is taken to need at most, when the budget is dealt out."""
+"""Force evaluations that the harmonic start of a run is taken to need at most, when the budget is
+dealt out."""
 
 
 def run_race(
-    ranking: Ranking, todo: Sequence[int], out: Sequence[int], chosen: Sequence[int], free_energy: Callable[..., Any], workers: Workers
+    ranking: Ranking,
+    todo: Sequence[int],
+    out: Sequence[int],
+    chosen: Sequence[int],
+    free_energy: Callable[..., Any],
+    workers: Workers,
 ) -> None:
-    """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was eliminated before."""
+    """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was
+    eliminated before."""
     key = ranking.keys[0]
     groups = {structure_id(ranking.leader(g)): g for g in (*todo, *out)}
     sscha = ranking.sscha
@@ -148,9 +188,20 @@ def run_race(
     def cost(standing: Standing | None) -> int:
         if standing is None:
             return sscha.ranking_start + START
-        return sscha.n_configs if standing.converged else sscha.configurations(standing.n_populations + 1, sscha.ranking_start)
+        return (
+            sscha.n_configs
+            if standing.converged
+            else sscha.configurations(standing.n_populations + 1, sscha.ranking_start)
+        )
 
-    rules = Rules(sscha.confidence, sscha.keep_best, sscha.max_populations, ranking.error_tolerance(), sscha.budget, cost)
+    rules = Rules(
+        sscha.confidence,
+        sscha.keep_best,
+        sscha.max_populations,
+        ranking.error_tolerance(),
+        sscha.budget,
+        cost,
+    )
     latest: dict[str, tuple[Job, Outcome, Record]] = {}
 
     def enthalpy_of(name: str) -> float:
@@ -169,19 +220,28 @@ def run_race(
                 assert outcome.result is not None
                 standing = standing_of(record, before)
                 # a run whose phase is open has not come to its end, though its G has
-                found[job.structure] = replace(standing, converged=standing.converged and not outcome.result.reason)
+                found[job.structure] = replace(
+                    standing, converged=standing.converged and not outcome.result.reason
+                )
                 latest[job.structure] = job, outcome, record
 
-        jobs = [ranking.job(ranking.leader(groups[name]), [key], max_populations=count) for name, count in wanted.items()]
+        jobs = [
+            ranking.job(ranking.leader(groups[name]), [key], max_populations=count)
+            for name, count in wanted.items()
+        ]
         run_jobs(jobs, ranking.evaluator, free_energy, done, workers)
         return found
 
     known = {
         str(g): standing_of(record, None)
         for g in chosen
-        if g not in (*todo, *out) and (record := ranking.records[g, key]).gibbs is not None and record.status in RANKED
+        if g not in (*todo, *out)
+        and (record := ranking.records[g, key]).gibbs is not None
+        and record.status in RANKED
     }
-    dormant = {structure_id(ranking.leader(g)): standing_of(ranking.records[g, key], None) for g in out}
+    eliminated_before = {
+        structure_id(ranking.leader(g)): standing_of(ranking.records[g, key], None) for g in out
+    }
     again = [g for g in todo if (g, key) not in ranking.records]
     names = [structure_id(ranking.leader(g)) for g in again]
 
@@ -196,22 +256,31 @@ def run_race(
     def composition_of(name: str) -> str:
         return composition(ranking.leader(groups[name] if name in groups else int(name)))
 
-    stops = race(names, advance, rules, known, dormant, common, composition_of)
+    stops = race(names, advance, rules, known, eliminated_before, common, composition_of)
     for name, stop in stops.items():
         job, outcome, record = latest[name]
         # Only now: what the model says about an ensemble is asked once, of the last one.
         final = ranking.recorded(job, key, outcome, enthalpy_of(name)) or record
         ranking.keep(groups[name], key, stopped_record(final, stop))
     waiting = sum(
-        name not in stops and (groups[name], key) not in ranking.records and (groups[name], key) not in ranking.failures for name in names
+        name not in stops
+        and (groups[name], key) not in ranking.records
+        and (groups[name], key) not in ranking.failures
+        for name in names
     )
     if waiting:
         log.warning(
-            "SSCHA: the budget of %s force evaluations was spent before %d candidates began: they keep their estimate",
+            "SSCHA: the budget of %s force evaluations was spent before %d candidates began: they"
+            " keep their estimate",
             rules.budget,
             waiting,
         )
     spent = sum(record.n_evaluations for _, _, record in latest.values())
     early = sum(stop.eliminated for stop in stops.values())
     if stops:
-        log.info("SSCHA: %d candidates, %d of them stopped early; %d force evaluations", len(stops), early, spent)
+        log.info(
+            "SSCHA: %d candidates, %d of them stopped early; %d force evaluations",
+            len(stops),
+            early,
+            spent,
+        )

@@ -1,4 +1,5 @@
-"""``free_energies.db`` (ase.db, SQLite): every SSCHA result, so that none is worked out twice. Only the main process writes."""
+"""``free_energies.db`` (ase.db, SQLite): every SSCHA result, so that none is worked out twice. Only
+the main process writes."""
 
 from __future__ import annotations
 
@@ -15,12 +16,22 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import digest, raise_trouble, read_json, read_whole, replacing, set_aside, versions, write_json
+from magus_anharmonic.files import (
+    digest,
+    raise_machine_error,
+    read_json,
+    read_whole,
+    renamed,
+    replacing,
+    set_aside,
+    versions,
+    write_json,
+)
 from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +39,30 @@ NAME = "free_energies.db"
 RECORD = "record.json"
 """In the folder of a run: what the database holds of it."""
 NOT_PHYSICS = (
-    "when", "max_candidates", "window", "seed_back", "temperature", "allocation", "confidence", "keep_best", "budget", "hessian"
-)  # fmt: skip
+    "when",
+    "max_candidates",
+    "window",
+    "seed_back",
+    "temperature",
+    "allocation",
+    "confidence",
+    "keep_best",
+    "budget",
+    "hessian",
+)
 """Keys of ``sscha`` that decide who gets a free energy, not which one."""
 
-NO_DAMAGE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_NOMEM")
-"""What SQLite calls troubles of the disk or the machine, not of the file: an unfinished change cannot be taken back on a full disk, say."""
+NO_DAMAGE = (
+    "SQLITE_FULL",
+    "SQLITE_IOERR",
+    "SQLITE_READONLY",
+    "SQLITE_CANTOPEN",
+    "SQLITE_BUSY",
+    "SQLITE_LOCKED",
+    "SQLITE_NOMEM",
+)
+"""What SQLite calls errors of the disk or the machine, not of the file: an unfinished change
+cannot be taken back on a full disk, say."""
 
 READ_TIMEOUT = 2.0
 """Seconds that a reader waits for the process that writes: one record takes milliseconds."""
@@ -58,29 +87,37 @@ class Key:
 
 
 def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
-    """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures (K) run before."""
-    physics = {**settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)), "n_configs_start": settings.ranking_start}
+    """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures
+    (K) run before."""
+    physics = {
+        **settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)),
+        "n_configs_start": settings.ranking_start,
+    }
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
     return digest(json.dumps(data, sort_keys=True))
 
 
 @dataclass(frozen=True)
 class Record:
-    """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom, volume in A^3/atom.
+    """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom,
+    volume in A^3/atom.
 
-    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A, and ``error_vector`` : of its mean energy,
-    eV/atom (`ErrorModel.vectors`); None where the model has no estimate.
+    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A, and
+    ``error_vector`` : of its mean energy, eV/atom (`ErrorModel.vectors`); None where the model has
+    no estimate.
 
-    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell, or a saddle point that was
-    followed), ``reduced`` the run that took over from this one in the first case, ``followed`` the one in the second.
+    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell,
+    or a saddle point that was followed), ``reduced`` the run that took over from this one in the
+    first case, ``followed`` the one in the second.
 
-    ``hessian_lowest``, ``hessian_error`` (cm^-1, negative: imaginary) : the mode that decides about stability; ``p_stable`` : the
-    probability that there is no negative one; all None where the Hessian was not computed.
+    ``hessian_lowest``, ``hessian_error`` (cm^-1, negative: imaginary) : the mode that decides about
+    stability; ``p_stable`` : the probability that there is no negative one; all None where the
+    Hessian was not computed.
 
-    ``budget_spent`` : the budget of a race, in force evaluations, that ended the run; None where something else did.
+    ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
 
-    ``generation`` : of a search, that last changed the record (None: not part of one), and ``before`` : what earlier ones left, oldest
-    first.
+    ``generation`` : of a search, that last changed the record (None: not part of one), and
+    ``before`` : what earlier ones left, oldest first.
     """
 
     structure: str
@@ -102,7 +139,7 @@ class Record:
     centroids: Atoms | None = None
     parent: str = ""
     reduced: str = ""
-    decrease: float | None = None
+    predicted_decrease: float | None = None
     n_populations: int = 0
     ensemble_error: float | None = None
     error_vector: tuple[float, ...] | None = None
@@ -127,14 +164,24 @@ class Record:
         return self.centroids
 
     def as_of(self, generation: int | None) -> Record | None:
-        """The record as this generation of a search left it, None before there was one; ``generation`` None: as it is."""
+        """The record as this generation of a search left it, None before there was one;
+        ``generation`` None: as it is."""
         versions = [*self.before, self]
         while generation is not None and versions and (versions[-1].generation or 0) > generation:
             versions.pop()
         return replace(versions[-1], before=tuple(versions[:-1])) if versions else None
 
 
-TEXTS = ("structure", "status", "reason", "spg_static", "spg_quantum", "parent", "reduced", "followed")
+TEXTS = (
+    "structure",
+    "status",
+    "reason",
+    "spg_static",
+    "spg_quantum",
+    "parent",
+    "reduced",
+    "followed",
+)
 NUMBERS = (
     "enthalpy",
     "gibbs",
@@ -146,7 +193,7 @@ NUMBERS = (
     "n_evaluations",
     "n_supercell",
     "symmetry_tolerance",
-    "decrease",
+    "predicted_decrease",
     "n_populations",
     "hessian_lowest",
     "hessian_error",
@@ -155,14 +202,16 @@ NUMBERS = (
     "generation",
 )
 QUERIED = ("enthalpy", "gibbs", "gibbs_error")
-"""For `ase db` queries, where they are known; ase.db has a ``volume`` of its own, so what is read back is elsewhere."""
+"""For `ase db` queries, where they are known; ase.db has a ``volume`` of its own, so what is read
+back is elsewhere."""
 
 
 class FreeEnergyStore:
     """All records of one run folder, in memory and on disk.
 
-    ``generation`` : of a search, whose ranking this is. When it is done again, as its files were damaged, what later ones found and
-    changed is not seen: it would change the estimates, and with them the search. None: everything is seen.
+    ``generation`` : of a search, whose ranking this is. When it is done again, as its files were
+    damaged, what later ones found and changed is not seen: it would change the estimates, and with
+    them the search. None: everything is seen.
     """
 
     def __init__(self, path: str | Path, generation: int | None = None) -> None:
@@ -177,10 +226,19 @@ class FreeEnergyStore:
             rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
-            raise_trouble(error, self.path)
-            if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorname", "").startswith(NO_DAMAGE):
-                raise MagusAnharmonicError(f"{self.path}: cannot be read ({error}); free space or mend the folder, then go on") from None
-            set_aside(self.path, f"{type(error).__name__}: {error}; free energies are taken from the folders of the runs again")
+            raise_machine_error(error, self.path)
+            if isinstance(error, sqlite3.Error) and getattr(
+                error, "sqlite_errorname", ""
+            ).startswith(NO_DAMAGE):
+                raise MagusAnharmonicError(
+                    f"{self.path}: cannot be read ({error}); free space or mend the folder, then"
+                    " go on"
+                ) from None
+            set_aside(
+                self.path,
+                f"{type(error).__name__}: {error}; free energies are taken from the folders of the"
+                " runs again",
+            )
             found = []
         for record, row_id in found:
             self._rows[record.structure, record.key] = row_id
@@ -188,7 +246,8 @@ class FreeEnergyStore:
         self._take_back()
 
     def _take_back(self) -> None:
-        """Put what the folders of the runs hold and the database does not (lost, cut, changed) into it again."""
+        """Put what the folders of the runs hold and the database does not (lost, cut, changed) into
+        it again."""
         lost = []
         for file in sorted(self.path.parent.glob(f"sscha/*/{RECORD}")):
             record = read_whole(file, _read_record)
@@ -198,7 +257,11 @@ class FreeEnergyStore:
             self._write(record)
             self._remember(record.as_of(self.generation))
         if lost:
-            log.warning("%s: %d free energies were missing; they are taken from the folders of their runs", self.path, len(lost))
+            log.warning(
+                "%s: %d free energies were missing; they are taken from the folders of their runs",
+                self.path,
+                len(lost),
+            )
 
     def __len__(self) -> int:
         return len(self._records)
@@ -208,7 +271,8 @@ class FreeEnergyStore:
         return (record for record in self._records.values() if key is None or record.key == key)
 
     def put(self, record: Record) -> None:
-        """Add the record, or replace the one of the same structure and key; on disk when this returns."""
+        """Add the record, or replace the one of the same structure and key; on disk when this
+        returns."""
         if self.generation is not None:
             known = self.get(record.structure, record.key)
             before = () if known is None else known.before
@@ -222,22 +286,35 @@ class FreeEnergyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
         pairs, data = _to_row(record)
-        atoms = bare(record.start)
+        atoms = stripped(record.start)
         try:
             if identity in self._rows:
                 with still_ours(self.path):
                     gone = [name for name in QUERIED if name not in pairs]
-                    _connect(self.path).update(self._rows[identity], atoms=atoms, delete_keys=gone, data=data, **pairs)
+                    _connect(self.path).update(
+                        self._rows[identity], atoms=atoms, delete_keys=gone, data=data, **pairs
+                    )
             elif self.path.exists():
                 with still_ours(self.path):
-                    self._rows[identity] = _connect(self.path).write(atoms, key_value_pairs=pairs, data=data)
+                    self._rows[identity] = _connect(self.path).write(
+                        atoms, key_value_pairs=pairs, data=data
+                    )
             else:
-                # ASE makes one table after the other: cut short, as by a full disk, that is a file which nobody can read
+                # ASE makes one table after the other: cut short, as by a full disk, that is a file
+                # which nobody can read
                 with replacing(self.path) as temporary:
-                    self._rows[identity] = _connect(temporary).write(atoms, key_value_pairs=pairs, data=data)
-            write_json(self.path.parent / "sscha" / record.folder / RECORD, {"pairs": pairs, "data": data, "start": atoms.todict()})
+                    self._rows[identity] = _connect(temporary).write(
+                        atoms, key_value_pairs=pairs, data=data
+                    )
+            write_json(
+                self.path.parent / "sscha" / record.folder / RECORD,
+                {"pairs": pairs, "data": data, "start": atoms.todict()},
+            )
         except (sqlite3.Error, OSError) as error:  # a full disk, a folder that became read-only
-            raise MagusAnharmonicError(f"{self.path}: cannot be written ({error}); free space or mend the folder, then go on") from None
+            raise MagusAnharmonicError(
+                f"{self.path}: cannot be written ({error}); free space or mend the folder, then"
+                " go on"
+            ) from None
 
     def _remember(self, record: Record | None) -> None:
         if record is None:
@@ -250,11 +327,14 @@ class FreeEnergyStore:
         """The record of a run that started from the structure with this id."""
         return self._records.get((structure, key))
 
-    def find(self, atoms: Atoms, key: Key, enthalpy: float | None, tolerance: float, seed: str = "") -> Record | None:
+    def find(
+        self, atoms: Atoms, key: Key, enthalpy: float | None, tolerance: float, seed: str = ""
+    ) -> Record | None:
         """The record that holds for ``atoms``, or None.
 
-        By its hash (as a start or as a centroid); as a seed, when it still is the phase of the centroid of run ``seed``;
-        else by the matcher among the starts with an enthalpy (eV/atom) within ``tolerance``.
+        By its hash (as a start or as a centroid); as a seed, when it still is the phase of the
+        centroid of run ``seed``; else by the matcher among the starts with an enthalpy (eV/atom)
+        within ``tolerance``.
         """
         name = structure_id(atoms)
         if record := self.get(name, key):
@@ -263,10 +343,18 @@ class FreeEnergyStore:
             return self.get(self._by_centroids[name, key], key)
         fingerprint = Fingerprint(atoms)
         origin = self.get(seed, key) if seed else None
-        if origin is not None and origin.centroids is not None and same_phase(fingerprint, self._print(origin, "centroids")):
+        if (
+            origin is not None
+            and origin.centroids is not None
+            and same_phase(fingerprint, self._print(origin, "centroids"))
+        ):
             return origin
         for record in self.records(key):
-            if enthalpy is None or record.enthalpy is None or abs(enthalpy - record.enthalpy) > tolerance:
+            if (
+                enthalpy is None
+                or record.enthalpy is None
+                or abs(enthalpy - record.enthalpy) > tolerance
+            ):
                 continue
             if same(fingerprint, self._print(record, "start")):
                 log.info("%s is %s, whose free energy is known", name, record.structure)
@@ -274,24 +362,32 @@ class FreeEnergyStore:
         return None
 
     def earlier(self, atoms: Atoms, key: Key, seed: str = "") -> Record | None:
-        """The newest free energy of the same start by another model, at the same pressure, temperature and settings, or None.
+        """The newest free energy of the same start by another model, at the same pressure,
+        temperature and settings, or None.
 
-        The start is the same by its hash, as a centroid of run ``seed``, or as a phase: the two models relax it to other volumes.
+        The start is the same by its hash, as a centroid of run ``seed``, or as a phase: the two
+        models relax it to other volumes.
         """
         name, fingerprint = structure_id(atoms), Fingerprint(atoms)
         where = (key.pressure, key.temperature, key.settings_hash)
         for record in reversed(list(self._records.values())):
             other = record.key
-            if other.model == key.model or (other.pressure, other.temperature, other.settings_hash) != where:
+            if (
+                other.model == key.model
+                or (other.pressure, other.temperature, other.settings_hash) != where
+            ):
                 continue
             if record.status not in (*RANKED, "unconverged") or record.gibbs is None:
                 continue
-            if record.structure in (name, seed) or same_phase(fingerprint, self._print(record, "start")):
+            if record.structure in (name, seed) or same_phase(
+                fingerprint, self._print(record, "start")
+            ):
                 return self.final(record)
         return None
 
     def find_phase(self, atoms: Atoms, key: Key) -> Record | None:
-        """A final record whose centroids are the phase ``atoms`` in a primitive cell of the same size, or None."""
+        """A final record whose centroids are the phase ``atoms`` in a primitive cell of the same
+        size, or None."""
         fingerprint = Fingerprint(atoms)
         for record in self.records(key):
             if record.centroids is None or record.reduced or len(record.centroids) != len(atoms):
@@ -301,7 +397,8 @@ class FreeEnergyStore:
         return None
 
     def final(self, record: Record) -> Record:
-        """The run that took over from ``record`` after a reduction to a smaller cell, or ``record`` itself."""
+        """The run that took over from ``record`` after a reduction to a smaller cell, or ``record``
+        itself."""
         seen = {record.structure}
         while record.reduced and record.reduced not in seen:
             successor = self.get(record.reduced, record.key)
@@ -315,23 +412,32 @@ class FreeEnergyStore:
         name = (record.folder, which)
         if name not in self._prints:
             start = which == "start"
-            self._prints[name] = Fingerprint(record.start) if start else Fingerprint(record.phase, record.symmetry_tolerance)
+            self._prints[name] = (
+                Fingerprint(record.start)
+                if start
+                else Fingerprint(record.phase, record.symmetry_tolerance)
+            )
         return self._prints[name]
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """All records of a database that another process may be writing: nothing is written, renamed or long waited for.
+    """All records of a database that another process may be writing: nothing is written, renamed or
+    long waited for.
 
     Raises ``MagusAnharmonicError`` that says why it cannot be read now.
     """
     file = Path(path)
     database = _connect(file)
-    database._connect = lambda: sqlite3.connect(f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=READ_TIMEOUT)
+    database._connect = lambda: sqlite3.connect(
+        f"{file.absolute().as_uri()}?mode=ro", uri=True, timeout=READ_TIMEOUT
+    )
     try:
         with database:
             return [_from_row(row) for row in database.select()]
     except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
-        raise MagusAnharmonicError(f"{file.name}: cannot be read now ({type(error).__name__}: {error})") from None
+        raise MagusAnharmonicError(
+            f"{file.name}: cannot be read now ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _connect(path: Path) -> Any:
@@ -350,18 +456,32 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
         "temperature_K": record.key.temperature,
         "status": record.status,
     }
-    pairs.update({name: getattr(record, name) for name in QUERIED if getattr(record, name) is not None})
+    pairs.update(
+        {name: getattr(record, name) for name in QUERIED if getattr(record, name) is not None}
+    )
     values = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
     values["error_vector"] = None if record.error_vector is None else np.array(record.error_vector)
     centroids = record.centroids
-    before = [dict(zip(("pairs", "data"), _to_row(earlier), strict=True)) for earlier in record.before]
-    data = {"values": values, "centroids": None if centroids is None else bare(centroids).todict(), "before": before}
-    data["digest"] = _digest(pairs, data, bare(record.start))
+    before = [
+        dict(zip(("pairs", "data"), _to_row(earlier), strict=True)) for earlier in record.before
+    ]
+    data = {
+        "values": values,
+        "centroids": None if centroids is None else stripped(centroids).todict(),
+        "before": before,
+    }
+    data["digest"] = _digest(pairs, data, stripped(record.start))
     return pairs, data
 
 
 def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> str:
-    shown = [dict(sorted(pairs.items())), data["values"], data["centroids"], start.todict(), *data.get("before", ())]
+    shown = [
+        dict(sorted(pairs.items())),
+        data["values"],
+        data["centroids"],
+        start.todict(),
+        *data.get("before", ()),
+    ]
     text = json.dumps(shown, sort_keys=True, default=lambda value: value.tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -381,7 +501,7 @@ def _atoms(stored: Mapping[str, Any]) -> Atoms:
 
 
 def _from_row(row: Any) -> Record:
-    pairs, data, start = row.key_value_pairs, row.data, bare(row.toatoms())
+    pairs, data, start = row.key_value_pairs, row.data, stripped(row.toatoms())
     if data.get("digest", "") != _digest(pairs, data, start):
         raise DamagedFile(f"the record of {pairs.get('structure')} was changed")
     return _record(pairs, data, start)
@@ -396,8 +516,16 @@ def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     )
     stored = data["centroids"]
     known = {field.name for field in fields(Record)}
-    values = {name: value for name, value in data["values"].items() if name in known}
+    values = {name: value for name, value in renamed(data["values"]).items() if name in known}
     if values.get("error_vector") is not None:
         values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-    before = tuple(_record(earlier["pairs"], earlier["data"], start) for earlier in data.get("before", ()))
-    return Record(key=key, start=bare(start), centroids=None if stored is None else _atoms(stored), before=before, **values)
+    before = tuple(
+        _record(earlier["pairs"], earlier["data"], start) for earlier in data.get("before", ())
+    )
+    return Record(
+        key=key,
+        start=stripped(start),
+        centroids=None if stored is None else _atoms(stored),
+        before=before,
+        **values,
+    )

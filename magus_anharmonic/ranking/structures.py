@@ -2,9 +2,11 @@
 
 Static energies of structures: evaluation with the newest model, and relaxation towards its minima.
 
-``magus-anharmonic rank --start-dyn PREFIX --load-ensemble FOLDER``: one candidate that SSCHA users bring with them.
+``magus-anharmonic rank --start-dyn PREFIX --load-ensemble FOLDER``: one candidate that SSCHA users
+bring with them.
 
-Ranking of structures from anywhere: ``magus-anharmonic rank FILE``, or `rank_structures` in a script.
+Ranking of structures from anywhere: ``magus-anharmonic rank FILE``, or `rank_structures` in a
+script.
 """
 
 from __future__ import annotations
@@ -18,8 +20,20 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, is_trouble, one_line
-from magus_anharmonic.evaluator import Evaluation, Evaluator, as_evaluator, has_stress, set_energy_error
+from magus_anharmonic.errors import (
+    InputError,
+    MagusAnharmonicError,
+    SschaError,
+    is_machine_error,
+    one_line,
+)
+from magus_anharmonic.evaluator import (
+    Evaluation,
+    Evaluator,
+    as_evaluator,
+    has_stress,
+    set_energy_error,
+)
 from magus_anharmonic.gate import check_structures, read_structures
 from magus_anharmonic.lock import locked
 from magus_anharmonic.ranking.candidate import Candidate
@@ -29,30 +43,34 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
-from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.reweight import effective_number
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
 
-def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0) -> None:
-    """Energy (eV), its expected error and enthalpy (eV/atom), forces, stress (Voigt) and model into the ``info`` of each structure.
+def reevaluate(
+    structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, relaxation_steps: int = 0
+) -> None:
+    """Energy (eV), its expected error and enthalpy (eV/atom), forces, stress (Voigt) and model into
+    the ``info`` of each structure.
 
-    Structures that another model relaxed are first brought nearer to the minimum of this one, ``relaxation_steps`` at
-    most. One that cannot be evaluated gets an infinite enthalpy and the reason: it is out of every ranking.
+    Structures that another model relaxed are first brought nearer to the minimum of this one,
+    ``relaxation_steps`` at most. One that cannot be evaluated gets an infinite enthalpy and the
+    reason: it is out of every ranking.
     """
     foreign = [atoms for atoms in structures if atoms.info.get("model") != evaluator.model_id]
     if foreign and relaxation_steps > 0:
-        for reason in relax_in_place(foreign, evaluator, settings, relaxation_steps):
+        for reason in relax_inplace(foreign, evaluator, settings, relaxation_steps):
             if reason:
                 log.info("a survivor stays as it was, the new model does not relax it: %s", reason)
     for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
@@ -65,7 +83,12 @@ def reevaluate(structures: Sequence[Atoms], evaluator: Evaluator, settings: Sett
         energy, forces, stress = float(found.energy[0]), found.forces[0], found.stress[0]
         work = gpa_to_ev_per_a3(settings.pressure) * atoms.get_volume()
         voigt = stress[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
-        atoms.info.update(energy=energy, enthalpy=(energy + work) / len(atoms), forces=np.array(forces), stress=np.array(voigt))
+        atoms.info.update(
+            energy=energy,
+            enthalpy=(energy + work) / len(atoms),
+            forces=np.array(forces),
+            stress=np.array(voigt),
+        )
         if atoms.calc is not None:
             _renew_results(atoms, energy, forces, voigt)
 
@@ -77,21 +100,26 @@ def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.n
 
 
 def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
-    """One evaluation per structure, or the reason why there is none; the batch is split only when it fails as a whole."""
-    inputs = [bare(atoms) for atoms in structures]
+    """One evaluation per structure, or the reason why there is none; the batch is split only when
+    it fails as a whole."""
+    inputs = [stripped(atoms) for atoms in structures]
     try:
         batch = evaluator.evaluate(inputs)
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         if len(inputs) == 1:
             return [str(error)]
         return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
     stress = has_stress(batch)
     return [
-        _one(batch, i)
-        if np.isfinite(batch.energy[i]) and np.isfinite(batch.forces[i]).all() and (not stress or np.isfinite(batch.stress[i]).all())
-        else "energy, forces or stress are not finite"
+        (
+            _one(batch, i)
+            if np.isfinite(batch.energy[i])
+            and np.isfinite(batch.forces[i]).all()
+            and (not stress or np.isfinite(batch.stress[i]).all())
+            else "energy, forces or stress are not finite"
+        )
         for i in range(len(inputs))
     ]
 
@@ -101,24 +129,38 @@ def _one(batch: Evaluation, i: int) -> Evaluation:
     return Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1], errors)
 
 
-def relax_in_place(structures: Sequence[Atoms], evaluator: Evaluator, settings: Settings, max_steps: int | None = None) -> list[str]:
-    """Relax cell and positions at the target pressure as the block of the calculator says, in ``max_steps`` at most (None: the block's).
+def relax_inplace(
+    structures: Sequence[Atoms],
+    evaluator: Evaluator,
+    settings: Settings,
+    max_steps: int | None = None,
+) -> list[str]:
+    """Relax cell and positions at the target pressure as the block of the calculator says, in
+    ``max_steps`` at most (None: the block's).
 
-    Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps or runs away stays
-    as it was.
+    Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
+    or runs away stays as it was.
     """
-    from magus_anharmonic.potential.portable import relax_on, relax_options
+    from magus_anharmonic.potential.remote import relax_on, relax_options
 
     options = relax_options(settings.calculator or parse(CalculatorSettings, {}))
     if max_steps is not None:
         options["max_steps"] = max_steps
     with open_scheduler(settings) as scheduler:
-        relaxed = relax_on(scheduler, evaluator, [bare(atoms, constraints=True) for atoms in structures], settings.pressure, **options)
+        relaxed = relax_on(
+            scheduler,
+            evaluator,
+            [stripped(atoms, constraints=True) for atoms in structures],
+            settings.pressure,
+            **options,
+        )
     for atoms, result in zip(structures, relaxed, strict=True):
         if not result.failed:
             atoms.set_cell(result.atoms.cell.array, scale_atoms=False)
             atoms.positions = result.atoms.positions
-    return [(result.reason or "the relaxation failed") if result.failed else "" for result in relaxed]
+    return [
+        (result.reason or "the relaxation failed") if result.failed else "" for result in relaxed
+    ]
 
 
 SMALLEST = 4
@@ -126,68 +168,116 @@ SMALLEST = 4
 
 
 def check_sources(structures: Path | None, dyn: str | None, ensemble: Path | None) -> None:
-    """Raise ``InputError`` unless there is either a file of structures or a start of one candidate."""
+    """Raise ``InputError`` unless there is either a file of structures or a start of one
+    candidate."""
     given = dyn is not None or ensemble is not None
     if structures is None and not given:
-        raise InputError("structures: give a file of structures, or the start of one candidate with --start-dyn or --load-ensemble")
+        raise InputError(
+            "structures: give a file of structures, or the start of one candidate with --start-dyn"
+            " or --load-ensemble"
+        )
     if structures is not None and given:
-        raise InputError(f"{structures}: --start-dyn and --load-ensemble bring their structure with them; leave the file out")
+        raise InputError(
+            f"{structures}: --start-dyn and --load-ensemble bring their structure with them; leave"
+            " the file out"
+        )
 
 
-def rank_start(dyn: str | None, ensemble: Path | None, settings: Settings, output: str | Path) -> list[Candidate]:
-    """SSCHA of one candidate from the state of ``dyn`` (prefix of dynamical matrices), or of ``ensemble`` after minimising on it.
+def rank_start(
+    dyn: str | None, ensemble: Path | None, settings: Settings, output: str | Path
+) -> list[Candidate]:
+    """SSCHA of one candidate from the state of ``dyn`` (prefix of dynamical matrices), or of
+    ``ensemble`` after minimising on it.
 
-    The structure is not relaxed statically before, and the supercell is that of the files unless ``sscha.supercell`` is a length.
-    Raises ``InputError`` (files that are missing, damaged or do not fit, a folder of another start or process) before any work.
+    The structure is not relaxed statically before, and the supercell is that of the files unless
+    ``sscha.supercell`` is a length. Raises ``InputError`` (files that are missing, damaged or do
+    not fit, a folder of another start or process) before any work.
     """
     if settings.sscha is None or settings.calculator is None:
         raise InputError("MainCalculator, sscha: --start-dyn and --load-ensemble need both blocks")
     sscha = settings.sscha
-    state = read_start(dyn, ensemble, sscha.temperatures[0], settings.pressure, sscha.min_effective_sample)
+    state = read_start(
+        dyn, ensemble, sscha.temperatures[0], settings.pressure, sscha.min_effective_sample
+    )
     if not isinstance(sscha.supercell, dict):
-        settings = settings.model_copy(update={"sscha": sscha.model_copy(update={"supercell": state.repeats})})
-    sources = {"start_dyn": dyn and str(dyn), "load_ensemble": ensemble and str(ensemble), "start": state_digest(state)}
-    structure = bare(state.atoms)
-    return rank_alone([structure], settings, settings.calculator, output, sources, relax=False, starts={structure_id(structure): state})
+        settings = settings.model_copy(
+            update={"sscha": sscha.model_copy(update={"supercell": state.supercell_matrix})}
+        )
+    sources = {
+        "start_dyn": dyn and str(dyn),
+        "load_ensemble": ensemble and str(ensemble),
+        "start": state_digest(state),
+    }
+    structure = stripped(state.atoms)
+    return rank_alone(
+        [structure],
+        settings,
+        settings.calculator,
+        output,
+        sources,
+        relax=False,
+        starts={structure_id(structure): state},
+    )
 
 
-def read_start(dyn: str | None, ensemble: Path | None, temperature: float, pressure: float, min_effective_sample: float) -> SschaState:
-    """The state to start from at ``temperature`` (K); with an ensemble the one that minimising on it leads to (cell fixed).
+def read_start(
+    dyn: str | None,
+    ensemble: Path | None,
+    temperature: float,
+    pressure: float,
+    min_effective_sample: float,
+) -> SschaState:
+    """The state to start from at ``temperature`` (K); with an ensemble the one that minimising on
+    it leads to (cell fixed).
 
-    With both the ensemble is reweighted from the matrices that drew it, which its folder holds, to ``dyn``, and minimised from there. What
-    it says about that state, at ``pressure`` (GPa), is logged. Raises ``InputError``.
+    With both the ensemble is reweighted from the matrices that drew it, which its folder holds, to
+    ``dyn``, and minimised from there. What it says about that state, at ``pressure`` (GPa), is
+    logged. Raises ``InputError``.
     """
     if ensemble is None:
         if dyn is None:
             raise InputError("start: neither dynamical matrices nor an ensemble")
         return state_from_dyn(dyn, temperature)
-    own, drawn = read_ensemble(ensemble, temperature, dyn=None if generating_matrices(ensemble) else dyn)
-    count = len(drawn.energies)
+    own, sampled = read_ensemble(
+        ensemble, temperature, dyn=None if generating_matrices(ensemble) else dyn
+    )
+    count = len(sampled.energies)
     if count < SMALLEST:
-        raise InputError(f"--load-ensemble: {ensemble}: {count} configurations; must be at least {SMALLEST}")
-    begin = own if dyn is None else state_from_dyn(dyn, temperature)
-    _require_reweightable(own, begin, f"--start-dyn {dyn}, --load-ensemble {ensemble}")
-    symmetry = Symmetry(begin.atoms, begin.repeats)
-    begin = replace(begin, force_constants=symmetry.force_constants(begin.force_constants))
+        raise InputError(
+            f"--load-ensemble: {ensemble}: {count} configurations; must be at least {SMALLEST}"
+        )
+    start_state = own if dyn is None else state_from_dyn(dyn, temperature)
+    _require_reweightable(own, start_state, f"--start-dyn {dyn}, --load-ensemble {ensemble}")
+    symmetry = Symmetry(start_state.atoms, start_state.supercell_matrix)
+    start_state = replace(
+        start_state, force_constants=symmetry.force_constants(start_state.force_constants)
+    )
     try:
-        about, weights = reweighted(own, drawn, begin)
+        about, weights = reweighted(own, sampled, start_state)
         sample = effective_number(weights) / count
         if sample < min_effective_sample:
             raise InputError(
-                f"--load-ensemble: {ensemble}: of its configurations {100 * sample:.0f} per cent count for {dyn} (at least "
-                f"{100 * min_effective_sample:.0f} are needed): give one of the two alone"
+                f"--load-ensemble: {ensemble}: of its configurations {100 * sample:.0f} per cent"
+                f" count for {dyn} (at least {100 * min_effective_sample:.0f} are needed): give one"
+                " of the two alone"
             )
-        log.info("%s: %s", ensemble, what_it_says(begin, about, weights, symmetry, pressure))
-        better = minimise([(own, drawn)], symmetry, min_effective_sample=min_effective_sample, target=begin).state
+        log.info("%s: %s", ensemble, what_it_says(start_state, about, weights, symmetry, pressure))
+        better = minimise(
+            [(own, sampled)],
+            symmetry,
+            min_effective_sample=min_effective_sample,
+            target=start_state,
+        ).state
     except (SschaError, np.linalg.LinAlgError) as error:
         raise InputError(f"--load-ensemble: {ensemble}: {one_line(error)}") from None
     return floor_modes(better, symmetry, LARGEST_AMPLITUDE_LATER)
 
 
 def _require_reweightable(own: SschaState, other: SschaState, where: str) -> None:
-    """Raise ``InputError`` unless an ensemble of ``own`` can be averaged for ``other``: one crystal, cell, supercell and set of masses."""
+    """Raise ``InputError`` unless an ensemble of ``own`` can be averaged for ``other``: one
+    crystal, cell, supercell and set of masses."""
     pairs = {
-        "supercell": (np.array(own.repeats), np.array(other.repeats)),
+        "supercell": (np.array(own.supercell_matrix), np.array(other.supercell_matrix)),
         "species or their order": (own.atoms.numbers, other.atoms.numbers),
         "masses": (own.atoms.get_masses(), other.atoms.get_masses()),
         "cell": (own.atoms.cell.array, other.atoms.cell.array),
@@ -195,27 +285,36 @@ def _require_reweightable(own: SschaState, other: SschaState, where: str) -> Non
     for name, (one, two) in pairs.items():
         if one.shape != two.shape or not np.allclose(one, two, rtol=0.0, atol=1e-4):
             raise InputError(
-                f"{where}: the {name} of the matrices is another one than that of the ensemble's own; give one of the two alone"
+                f"{where}: the {name} of the matrices is another one than that of the ensemble's"
+                " own; give one of the two alone"
             )
 
 
-def what_it_says(state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: float) -> str:
-    """F, error and pressure of the state by an ensemble about its centroids; energies are those of whatever surface made it."""
+def what_it_says(
+    state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: float
+) -> str:
+    """F, error and pressure of the state by an ensemble about its centroids; energies are those of
+    whatever surface made it."""
     averages, n = average(state, ensemble, symmetry, weights), len(state.atoms)
     found = -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA
-    stress = f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
+    stress = (
+        f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
+    )
     return (
-        f"{len(weights)} configurations, F = {averages.helmholtz / n:.5f} +- {averages.helmholtz_error / n:.5f} eV/atom (energy surface "
-        f"and zero of that ensemble, ESS/N = {effective_number(weights) / len(weights):.2f}), {stress}; it improves the start, G comes "
-        "from fresh ensembles of the model"
+        f"{len(weights)} configurations, F = {averages.helmholtz / n:.5f} +-"
+        f" {averages.helmholtz_error / n:.5f} eV/atom (energy surface and zero of that ensemble,"
+        f" ESS/N = {effective_number(weights) / len(weights):.2f}), {stress}; it improves the"
+        " start, G comes from fresh ensembles of the model"
     )
 
 
 def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[Candidate]:
-    """Rank the structures of any file that ASE reads with the model that ``settings`` name; everything goes to ``output``.
+    """Rank the structures of any file that ASE reads with the model that ``settings`` name;
+    everything goes to ``output``.
 
-    The same call again takes up what is finished. Raises ``InputError`` (file, structure, checkpoint, a folder of another version, or
-    one in which another process works); nothing is written then.
+    The same call again takes up what is finished. Raises ``InputError`` (file, structure,
+    checkpoint, a folder of another version, or one in which another process works); nothing is
+    written then.
     """
     structures = read_structures(path)
     if settings.calculator is None:
@@ -231,15 +330,20 @@ def rank_alone(
     sources: dict[str, Any],
     **options: Any,
 ) -> list[Candidate]:
-    """Rank with the checkpoint of ``calculator`` while no other process works in ``output``; ``sources`` go into its run record.
+    """Rank with the checkpoint of ``calculator`` while no other process works in ``output``;
+    ``sources`` go into its run record.
 
-    ``options`` are those of `rank_structures`. Raises ``InputError`` (also where ``output`` holds a ranking of another ``start`` than
-    that of ``sources``).
+    ``options`` are those of `rank_structures`. Raises ``InputError`` (also where ``output`` holds a
+    ranking of another ``start`` than that of ``sources``).
     """
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
         begun = (Path(output) / "run.json").is_file()
-        if "start" in sources and begun and read_run_record(output).get("start") != sources["start"]:
+        if (
+            "start" in sources
+            and begun
+            and read_run_record(output).get("start") != sources["start"]
+        ):
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         from magus_anharmonic.potential import load
 
@@ -262,18 +366,24 @@ def rank_structures(
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
 ) -> list[Candidate]:
-    """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see `rank` for the files.
+    """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see
+    `rank` for the files.
 
-    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the structures as they are.
-    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed is in the table as failed, with
-    the reason.
+    ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the
+        structures as they are.
+    ``starts``, ``measured``: see `rank`. The structures are not changed; one that cannot be relaxed
+    is in the table as failed, with the reason.
     """
     check_structures(structures)
     source = as_evaluator(evaluator, structures)
     if constrained := sum(bool(atoms.constraints) for atoms in structures):
-        log.warning("constraints of %d of %d structures do not hold here: SSCHA moves every atom", constrained, len(structures))
-    copies = [bare(atoms) for atoms in structures]
-    reasons = relax_in_place(copies, source, settings) if relax else [""] * len(copies)
+        log.warning(
+            "constraints of %d of %d structures do not hold here: SSCHA moves every atom",
+            constrained,
+            len(structures),
+        )
+    copies = [stripped(atoms) for atoms in structures]
+    reasons = relax_inplace(copies, source, settings) if relax else [""] * len(copies)
     good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]
     reevaluate(good, source, settings)
     for index, (atoms, reason) in enumerate(zip(copies, reasons, strict=True)):

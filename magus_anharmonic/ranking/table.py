@@ -11,7 +11,7 @@ from ase import Atoms
 from magus_anharmonic.files import remove, replacing, write_table
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.ranking.store import Record
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 COLUMNS = (
     "id",
@@ -63,7 +63,8 @@ COLUMNS = (
 
 
 def row(candidate: Candidate) -> dict[str, Any]:
-    """The columns of one candidate; energies in eV/atom with six digits, empty where there is no number."""
+    """The columns of one candidate; energies in eV/atom with six digits, empty where there is no
+    number."""
     c = candidate
     values = (
         c.id,
@@ -125,10 +126,15 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
 
 
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
-    """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle points; those that have a table."""
+    """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle
+    points; those that have a table."""
     from magus_anharmonic.sscha.convergence_figure import draw_convergence
 
-    best = [c for c in candidates if c.folder and (c.status == "saddle" or (c.rank_quantum or n_best + 1) <= n_best)]
+    best = [
+        c
+        for c in candidates
+        if c.folder and (c.status == "saddle" or (c.rank_quantum or n_best + 1) <= n_best)
+    ]
     found = []
     for c in best:
         title = f"{c.formula}, {c.spg_quantum}, {c.pressure:g} GPa, {c.temperature:g} K"
@@ -137,14 +143,20 @@ def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> li
 
 
 def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
-    """Write the centroids of all records that have a G, lowest first, ``info`` as known; no file without any; returns how many.
+    """Write the centroids of all records that have a G, lowest first, ``info`` as known; no file
+    without any; returns how many.
 
-    ``parent_id`` is the structure whose run led here, ``candidate_id`` the one this run started from.
+    ``parent_id`` is the structure whose run led here, ``candidate_id`` the one this run started
+    from.
     """
     from ase.io import write
 
     found = sorted(
-        (r for r in records if r.status in RANKED and r.centroids is not None and r.gibbs is not None),
+        (
+            r
+            for r in records
+            if r.status in RANKED and r.centroids is not None and r.gibbs is not None
+        ),
         key=lambda r: (r.key.model, r.key.temperature, r.gibbs),
     )
     if not found:
@@ -156,7 +168,7 @@ def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
 
 
 def _frame(record: Record) -> Atoms:
-    atoms = bare(record.phase)
+    atoms = stripped(record.phase)
     atoms.info = {
         "candidate_id": record.structure,
         "parent_id": record.parent or record.structure,

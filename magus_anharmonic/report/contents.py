@@ -1,4 +1,5 @@
-"""Everything that the page of a report says, gathered from a folder; whatever is absent or unreadable is named, never fatal."""
+"""Everything that the page of a report says, gathered from a folder; whatever is absent or
+unreadable is named, never fatal."""
 
 from __future__ import annotations
 
@@ -16,7 +17,14 @@ from magus_anharmonic.files import digest
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.sheets import Sheet, lines_of, number, read_json, read_records, read_sheet
+from magus_anharmonic.report.raw_tables import (
+    RawTable,
+    lines_of,
+    number,
+    read_json,
+    read_raw_table,
+    read_records,
+)
 from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
@@ -30,7 +38,7 @@ EXPECTED = (
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
     (RANKINGS, "rankings by free energy (Fig. 6)"),
-    ("space_groups.csv", "space groups as found, after DFT, and with moving ions"),
+    ("space_groups.csv", "space groups as found, after DFT, and with quantum ions (SSCHA)"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
     (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
@@ -64,9 +72,9 @@ class Contents:
     rankings: list[RankingView] = field(default_factory=list)
     crystals: list[Crystal] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    tables: list[tuple[str, Sheet]] = field(default_factory=list)
+    tables: list[tuple[str, RawTable]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
-    failures: Sheet = field(default_factory=lambda: Sheet("failures"))
+    failures: RawTable = field(default_factory=lambda: RawTable("failures"))
     reasons: list[tuple[str, int]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -75,7 +83,8 @@ class Contents:
     hashes: list[tuple[str, str]] = field(default_factory=list)
 
     def attempt(self, work: Callable[[], Result], otherwise: Result) -> Result:
-        """``work()``, or ``otherwise`` and a line in ``problems`` when a file is not what it should be or cannot be read now."""
+        """``work()``, or ``otherwise`` and a line in ``problems`` when a file is not what it should
+        be or cannot be read now."""
         try:
             return work()
         except InputError as error:
@@ -86,7 +95,8 @@ class Contents:
 
 
 def gather(folder: str | Path) -> Contents:
-    """Contents of a campaign (``folder``, ``folder/campaign``), a search (``folder``, ``results``, ``results/anharmonic``) or a ranking.
+    """Contents of a campaign (``folder``, ``folder/campaign``), a search (``folder``, ``results``,
+    ``results/anharmonic``) or a ranking.
 
     Raises ``InputError``: no such folder, or nothing of ours in it.
     """
@@ -100,8 +110,9 @@ def gather(folder: str | Path) -> Contents:
         if (anharmonic / "run.json").is_file() or (anharmonic / "ranking.csv").is_file():
             return search_contents(anharmonic)
     raise InputError(
-        f"{root}: neither a campaign (campaign/steps.json, campaign/tables) nor a search (results/anharmonic/run.json) nor a ranking "
-        "(ranking.csv); give the folder in which one of them was run"
+        f"{root}: neither a campaign (campaign/steps.json, campaign/tables) nor a search"
+        " (results/anharmonic/run.json) nor a ranking (ranking.csv); give the folder in which one"
+        " of them was run"
     )
 
 
@@ -111,58 +122,94 @@ def campaign_contents(folder: Path) -> Contents:
     tables = folder / "tables"
     contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
     steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
-    steps = present_steps(folder, {name: step for name, step in steps.items() if isinstance(step, dict) and not _writes_this(name, step)})
-    contents.steps = _steps(steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv")))
+    steps = present_steps(
+        folder,
+        {
+            name: step
+            for name, step in steps.items()
+            if isinstance(step, dict) and not _writes_this(name, step)
+        },
+    )
+    contents.steps = _steps(
+        steps, contents.attempt(lambda: read_raw_table(tables / "cost.csv"), RawTable("cost.csv"))
+    )
     for path in ranking_files(tables):
-        contents.rankings += contents.attempt(lambda path=path: ranking_views(path.name, read_ranking(path)), [])
+        contents.rankings += contents.attempt(
+            lambda path=path: ranking_views(path.name, read_ranking(path)), []
+        )
     contents.rankings.sort(key=lambda view: (view.pressure, view.temperature))
-    sheets = {}
+    raw_tables = {}
     for name, title in TABLES:
-        sheets[name] = contents.attempt(lambda name=name: read_sheet(tables / name, ROWS), Sheet(name))
-        if sheets[name]:
-            contents.tables.append((title, sheets[name]))
-    contents.crystals = contents.attempt(lambda: found_crystals.campaign_crystals(tables / "structures.extxyz", contents.rankings), [])
+        raw_tables[name] = contents.attempt(
+            lambda name=name: read_raw_table(tables / name, ROWS), RawTable(name)
+        )
+        if raw_tables[name]:
+            contents.tables.append((title, raw_tables[name]))
+    contents.crystals = contents.attempt(
+        lambda: found_crystals.campaign_crystals(tables / "structures.extxyz", contents.rankings),
+        [],
+    )
     _failures(contents, tables / "failures.csv")
-    contents.summary = _campaign_summary(contents, tables, steps, sheets)
+    contents.summary = _campaign_summary(contents, tables, steps, raw_tables)
     contents.pictures = _campaign_pictures(contents, folder)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
-    contents.models = _models(contents, sheets["model_errors.csv"])
+    contents.models = _models(contents, raw_tables["model_errors.csv"])
     contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
     return contents
 
 
 def _writes_this(name: str, step: dict[str, Any]) -> bool:
-    """The step that writes the page, which cannot be done before the page is: with everything else done nothing is missing."""
+    """The step that writes the page, which cannot be done before the page is: with everything else
+    done nothing is missing."""
     return name == "report" and step.get("status") == "running"
 
 
-def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]]:
+def _steps(steps: dict[str, dict[str, Any]], cost: RawTable) -> list[dict[str, Any]]:
     """One row per step: its state from steps.json, its numbers from there or from cost.csv."""
     spent = {row.get("step", ""): row for row in cost.rows}
     rows = []
     for name in [*steps, *(name for name in spent if name not in steps)]:
         step, paid = steps.get(name, {}), spent.get(name, {})
-        row: dict[str, Any] = {"step": name, "status": step.get("status", "done"), "reason": step.get("reason") or ""}
+        row: dict[str, Any] = {
+            "step": name,
+            "status": step.get("status", "done"),
+            "reason": step.get("reason") or "",
+        }
         for key in ("n_structures", "n_evaluations", "n_labels", "wall_s"):
-            row[key] = number(str(step.get(key))) if number(str(step.get(key))) is not None else number(paid.get(key))
+            row[key] = (
+                number(str(step.get(key)))
+                if number(str(step.get(key))) is not None
+                else number(paid.get(key))
+            )
         rows.append(row)
     return rows
 
 
-def _campaign_summary(contents: Contents, tables: Path, steps: dict[str, Any], sheets: dict[str, Sheet]) -> list[tuple[str, list[str]]]:
+def _campaign_summary(
+    contents: Contents, tables: Path, steps: dict[str, Any], raw_tables: dict[str, RawTable]
+) -> list[tuple[str, list[str]]]:
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
-        contents.attempt(lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None)
+        contents.attempt(
+            lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None
+        )
     parts = [
-        ("", [*text.step_sentence(steps), *tally.sentences(), *text.model_sentence(sheets["model_errors.csv"])]),
+        (
+            "",
+            [
+                *text.step_sentence(steps),
+                *tally.sentences(),
+                *text.model_sentence(raw_tables["model_errors.csv"]),
+            ],
+        ),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
         (
             "Checks",
             [
-                *text.space_group_sentence(sheets["space_groups.csv"]),
-                *text.mode_sentences(sheets["modes.csv"]),
-                *text.gradient_sentences(sheets["gradient_errors.csv"]),
-                *text.correction_sentences(sheets["gibbs_correction.csv"]),
+                *text.space_group_sentence(raw_tables["space_groups.csv"]),
+                *text.mode_sentences(raw_tables["modes.csv"]),
+                *text.gradient_sentences(raw_tables["gradient_errors.csv"]),
+                *text.correction_sentences(raw_tables["gibbs_correction.csv"]),
             ],
         ),
         ("Cost", text.cost_sentence(contents.steps)),
@@ -173,10 +220,16 @@ def _campaign_summary(contents: Contents, tables: Path, steps: dict[str, Any], s
 def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
     pictures = _analysed(contents, folder)
     drawn = {picture.name for picture in pictures}
-    pictures += [picture for picture in figures.stored_pictures(folder / "figures") if picture.name not in drawn]
+    pictures += [
+        picture
+        for picture in figures.stored_pictures(folder / "figures")
+        if picture.name not in drawn
+    ]
     names = " ".join(picture.name for picture in pictures)
     if "learning" not in names:
-        sheet = contents.attempt(lambda: read_sheet(folder / "tables" / "learning.csv"), Sheet("learning.csv"))
+        raw = contents.attempt(
+            lambda: read_raw_table(folder / "tables" / "learning.csv"), RawTable("learning.csv")
+        )
         points = [
             {
                 "step": row.get("step", ""),
@@ -184,7 +237,7 @@ def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
                 "energy": number(row.get("energy_rmse_eV_per_atom")),
                 "force": number(row.get("force_rmse_eV_per_A")),
             }
-            for row in sheet.rows
+            for row in raw.rows
             if row.get("set") == "validation"
         ]
         learning = figures.learning_picture(points, "tables/learning.csv")
@@ -193,17 +246,24 @@ def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
 
 
 def _analysed(contents: Contents, folder: Path) -> list[Picture]:
-    """Have the analysis draw every figure that the tables allow; what it cannot draw is missing, with its reason (once: not for a
-    table that is said to be missing anyway)."""
+    """Have the analysis draw every figure that the tables allow; what it cannot draw is missing,
+    with its reason (once: not for a table that is said to be missing anyway)."""
     if not (folder / "tables").is_dir():
         return []
     from magus_anharmonic.analysis import make_figures
 
     figures_made, figures_missing = make_figures(folder)
     named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
-    told = [one for one in figures_missing if not any(one.reason.startswith(f"{name} is not there") for name in named)]
+    told = [
+        one
+        for one in figures_missing
+        if not any(one.reason.startswith(f"{name} is not there") for name in named)
+    ]
     contents.missing += [f"Figure {one.name}: {one.reason}." for one in told]
-    pictures = [figures.stored_picture(folder / "figures", one.name, title=one.title, alt=one.alt) for one in figures_made]
+    pictures = [
+        figures.stored_picture(folder / "figures", one.name, title=one.title, alt=one.alt)
+        for one in figures_made
+    ]
     return [picture for picture in pictures if picture is not None]
 
 
@@ -214,12 +274,16 @@ def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -
         if status != "done":
             reason = f": {step['reason']}" if step.get("reason") else ""
             lines.append(f"Step {name} is {'not begun' if status == 'open' else status}{reason}.")
-    absent = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
-    lines += [f"Not there yet: {what}." for what in absent]
+    missing = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
+    lines += [f"Not there yet: {what}." for what in missing]
     shown = {crystal.line.id for crystal in contents.crystals}
-    lacking = {line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]} - shown
+    lacking = {
+        line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]
+    } - shown
     if contents.rankings and lacking and any(tables.glob("structures.extxyz")):
-        lines.append(f"{len(lacking)} of the lowest structures of the rankings are not in structures.extxyz.")
+        lines.append(
+            f"{len(lacking)} of the lowest structures of the rankings are not in structures.extxyz."
+        )
     return lines
 
 
@@ -232,14 +296,20 @@ def search_contents(folder: Path) -> Contents:
     contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
     ranking = folder / "ranking.csv"
     if ranking.is_file():
-        contents.rankings = contents.attempt(lambda: ranking_views(ranking.name, read_ranking(ranking)), [])
+        contents.rankings = contents.attempt(
+            lambda: ranking_views(ranking.name, read_ranking(ranking)), []
+        )
     else:
-        contents.missing.append("No ranking yet: ranking.csv is written at the end of the first generation.")
+        contents.missing.append(
+            "No ranking yet: ranking.csv is written at the end of the first generation."
+        )
 
     def starts() -> dict[str, Atoms]:
         return contents.attempt(lambda: found_crystals.stored_starts(folder), {})
 
-    contents.crystals = contents.attempt(lambda: found_crystals.search_crystals(folder, contents.rankings, starts), [])
+    contents.crystals = contents.attempt(
+        lambda: found_crystals.search_crystals(folder, contents.rankings, starts), []
+    )
     _failures(contents, folder / "failures.jsonl")
     progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
     contents.summary = [
@@ -248,8 +318,14 @@ def search_contents(folder: Path) -> Contents:
         *text.hull_parts(contents.rankings),
     ]
     contents.pictures = _search_pictures(contents, folder)
-    contents.models = _models(contents, Sheet(""))
-    contents.hashes = _hashes([path for path in (ranking, folder / "metrics.jsonl", folder / "quantum.traj") if path.is_file()])
+    contents.models = _models(contents, RawTable(""))
+    contents.hashes = _hashes(
+        [
+            path
+            for path in (ranking, folder / "metrics.jsonl", folder / "quantum.traj")
+            if path.is_file()
+        ]
+    )
     return contents
 
 
@@ -258,7 +334,10 @@ def _progress(contents: Contents, progress: dict[str, Any]) -> list[tuple[str, l
     if not isinstance(finished, int) or not isinstance(planned, int):
         return []
     if finished < planned:
-        contents.missing.append(f"Generations {finished + 1} to {planned}: the search is not finished (start it again with -r).")
+        contents.missing.append(
+            f"Generations {finished + 1} to {planned}: the search is not finished (start it again"
+            " with -r)."
+        )
     return [("", [f"{finished} of {planned} generations are finished."])]
 
 
@@ -268,33 +347,63 @@ def _setting(record: dict[str, Any], key: str) -> Any:
 
 
 def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
-    ladders = [figures.ladder_picture(view.rows, view.title, view.file) for view in contents.rankings]
+    slope_chart = [
+        figures.slope_chart_picture(view.rows, view.title, view.file) for view in contents.rankings
+    ]
     records, _ = read_records(folder / "metrics.jsonl", ROWS)
     points = []
     for record in records:
         scores = (record.get("new") or {}).get("validation") or {}
         if isinstance(record.get("generation"), int):
             energy, force = scores.get("energy_rmse"), scores.get("force_rmse")
-            points.append({"step": "search", "generation": record["generation"], "energy": energy, "force": force})
-    pictures = [*ladders, figures.learning_picture(points, "metrics.jsonl")]
-    best = {line.folder: line for view in contents.rankings for line in view.lines[:3] if line.folder and line.rank}
+            points.append(
+                {
+                    "step": "search",
+                    "generation": record["generation"],
+                    "energy": energy,
+                    "force": force,
+                }
+            )
+    pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
+    best = {
+        line.folder: line
+        for view in contents.rankings
+        for line in view.lines[:3]
+        if line.folder and line.rank
+    }
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
             title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
-            pictures.append(Picture(f"convergence-{line.id}", title, alt, convergence.uri, f"sscha/{name}/convergence.csv"))
+            pictures.append(
+                Picture(
+                    f"convergence-{line.id}",
+                    title,
+                    alt,
+                    convergence.uri,
+                    f"sscha/{name}/convergence.csv",
+                )
+            )
     return [picture for picture in pictures if picture is not None]
 
 
 def _failures(contents: Contents, path: Path) -> None:
-    """Failures of a file (CSV or JSON lines) and of the rankings, and how often each reason occurs."""
+    """Failures of a file (CSV or JSON lines) and of the rankings, and how often each reason
+    occurs."""
     reasons: Counter[str] = Counter()
     rows: list[dict[str, str]] = []
     total = 0
     if path.suffix == ".jsonl":
         records, total = read_records(path, 100_000)
-        lines = [{"step": str(r.get("stage", "")), "id": str(r.get("id", "")), "reason": str(r.get("reason", ""))} for r in records]
+        lines = [
+            {
+                "step": str(r.get("stage", "")),
+                "id": str(r.get("id", "")),
+                "reason": str(r.get("reason", "")),
+            }
+            for r in records
+        ]
         reasons.update(line["reason"] for line in lines)
         rows = lines[:ROWS]
     elif path.is_file():
@@ -313,12 +422,15 @@ def _failures(contents: Contents, path: Path) -> None:
         failed = [row for row in view.rows if row.status == "failed" and row.id not in listed]
         total += len(failed)
         reasons.update(row.reason for row in failed)
-        rows += [{"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason} for row in failed[:ROWS]]
-    contents.failures = Sheet(path.name, ("step", "id", "reason"), rows[:ROWS], total)
+        rows += [
+            {"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason}
+            for row in failed[:ROWS]
+        ]
+    contents.failures = RawTable(path.name, ("step", "id", "reason"), rows[:ROWS], total)
     contents.reasons = reasons.most_common(10)
 
 
-def _models(contents: Contents, errors: Sheet) -> list[str]:
+def _models(contents: Contents, errors: RawTable) -> list[str]:
     """Ids of all models of which numbers are shown, in the order in which they appear."""
     named = [row.get("model_id", "") for row in errors.rows]
     named += [row.model for view in contents.rankings for row in view.rows]

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.sheets import lines_of, number
+from magus_anharmonic.report.raw_tables import lines_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LARGEST_SVG = 400_000
-"""Bytes; a larger vector picture is replaced by the PNG beside it, so that the page fits into a mail."""
+"""Bytes; a larger vector picture is replaced by the PNG beside it, so that the page fits into a
+mail."""
 
 LARGEST = 1_500_000
 
@@ -43,7 +44,8 @@ TITLES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure: ``uri`` is the picture itself, ``alt`` what it shows in words, ``data`` the file with its numbers."""
+    """One figure: ``uri`` is the picture itself, ``alt`` what it shows in words, ``data`` the file
+    with its numbers."""
 
     name: str
     title: str
@@ -54,36 +56,51 @@ class Picture:
 
 
 def stored_pictures(folder: Path) -> list[Picture]:
-    """Every figure of ``figures/``: ``NAME.svg`` or, when that is large or absent, ``NAME.png``; described from its own text or CSV."""
+    """Every figure of ``figures/``: ``NAME.svg`` or, when that is large or absent, ``NAME.png``;
+    described from its own text or CSV."""
     names = sorted({path.stem for path in (*folder.glob("*.svg"), *folder.glob("*.png"))})
     found = (stored_picture(folder, name) for name in names)
     return [picture for picture in found if picture is not None]
 
 
 def stored_picture(folder: Path, name: str, *, title: str = "", alt: str = "") -> Picture | None:
-    """One figure of a folder; None when its file is empty or too large for a page. ``title``, ``alt``: instead of its own words."""
+    """One figure of a folder; None when its file is empty or too large for a page. ``title``,
+    ``alt``: instead of its own words."""
     vector, pixels, table = (folder / f"{name}{suffix}" for suffix in (".svg", ".png", ".csv"))
-    choice = vector if vector.is_file() and (vector.stat().st_size <= LARGEST_SVG or not pixels.is_file()) else pixels
+    choice = (
+        vector
+        if vector.is_file() and (vector.stat().st_size <= LARGEST_SVG or not pixels.is_file())
+        else pixels
+    )
     if not choice.is_file() or not 0 < choice.stat().st_size <= LARGEST:
         return None
     content = choice.read_bytes()
     own_title, own_alt = _own_words(vector) if vector.is_file() else ("", "")
     title = title or own_title or title_of(name)
     alt = alt or own_alt or described(title, table)
-    return Picture(name, title, alt, _uri(content, choice.suffix), table.name if table.is_file() else "", _wide(content))
+    return Picture(
+        name,
+        title,
+        alt,
+        _uri(content, choice.suffix),
+        table.name if table.is_file() else "",
+        _wide(content),
+    )
 
 
 def title_of(name: str) -> str:
-    """What a figure shows, from its file name, with whatever the name says besides: ``dispersion-Im-3m-60GPa``."""
-    for begin, words in TITLES:
-        if name.lower().startswith(begin):
-            rest = re.sub(r"^[A-Za-z_]*[-_]?", "", name[len(begin) :]).replace("_", " ").strip()
+    """What a figure shows, from its file name, with whatever the name says besides:
+    ``dispersion-Im-3m-60GPa``."""
+    for prefix, words in TITLES:
+        if name.lower().startswith(prefix):
+            rest = re.sub(r"^[A-Za-z_]*[-_]?", "", name[len(prefix) :]).replace("_", " ").strip()
             return f"{words}: {rest}" if rest else words
     return name.replace("_", " ").replace("-", " ").capitalize()
 
 
 def _own_words(path: Path) -> tuple[str, str]:
-    """Title and description that the SVG carries as Dublin Core metadata (matplotlib: ``metadata={"Title": ..., "Description": ...}``)."""
+    """Title and description that the SVG carries as Dublin Core metadata (matplotlib:
+    ``metadata={"Title": ..., "Description": ...}``)."""
     try:
         head = path.read_text(encoding="utf-8", errors="replace")[:8000]
         block = re.search(r"<metadata>.*?</metadata>", head, re.DOTALL)
@@ -92,8 +109,13 @@ def _own_words(path: Path) -> tuple[str, str]:
         return "", ""
     if root is None:
         return "", ""
-    work = root.find(".//{*}Work")  # its children alone: the program that made the picture has a title too
-    words = {element.tag.rsplit("}", 1)[-1]: (element.text or "").strip() for element in (work if work is not None else ())}
+    work = root.find(
+        ".//{*}Work"
+    )  # its children alone: the program that made the picture has a title too
+    words = {
+        element.tag.rsplit("}", 1)[-1]: (element.text or "").strip()
+        for element in (work if work is not None else ())
+    }
     return words.get("title", ""), words.get("description", "")
 
 
@@ -113,7 +135,9 @@ def described(title: str, table: Path) -> str:
                     spans[column] = (min(low, value), max(high, value))
     except InputError:
         return f"{title}. Its numbers in {table.name} cannot be read."
-    told = "; ".join(f"{column} from {low:.4g} to {high:.4g}" for column, (low, high) in list(spans.items())[:6])
+    told = "; ".join(
+        f"{column} from {low:.4g} to {high:.4g}" for column, (low, high) in list(spans.items())[:6]
+    )
     return f"{title}, {count} {'point' if count == 1 else 'points'}. {told}.".replace(". .", ".")
 
 
@@ -123,12 +147,17 @@ def drawn(figure: Figure, name: str, title: str, alt: str, data: str = "") -> Pi
 
     buffer = io.BytesIO()
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": title, "Description": alt})
-    return Picture(name, title, alt, _uri(buffer.getvalue(), ".svg"), data, _wide(buffer.getvalue()))
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Title": title, "Description": alt}
+        )
+    return Picture(
+        name, title, alt, _uri(buffer.getvalue(), ".svg"), data, _wide(buffer.getvalue())
+    )
 
 
 def _wide(content: bytes) -> bool:
-    """Several panels side by side: wider than 1.8 times the height, by the view box of an SVG or the header of a PNG."""
+    """Several panels side by side: wider than 1.8 times the height, by the view box of an SVG or
+    the header of a PNG."""
     if content.startswith(b"\x89PNG"):
         width, height = struct.unpack(">II", content[16:24].ljust(8, b"\0"))
     else:
@@ -142,24 +171,31 @@ def _uri(content: bytes, suffix: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def ladder_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None:
-    """Enthalpies against free energies as two ladders; None without a free energy."""
-    from magus_anharmonic.report.summary import ladders, quantum_ranks, static_ranks
+def slope_chart_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None:
+    """Slope chart of enthalpies and free energies; None without a free energy."""
+    from magus_anharmonic.report.summary import quantum_ranks, slope_chart, static_ranks
 
     best = {rank: row for row in rows if (rank := quantum_ranks(rows).get(row.id))}
     if not best:
         return None
     static = static_ranks([row for row in rows if row.ranked])
     order = ", ".join(
-        f"{rank}. {best[rank].spg_quantum or best[rank].spg_static} (place {static.get(best[rank].id, '-')} by enthalpy)"
+        f"{rank}. {best[rank].spg_quantum or best[rank].spg_static} (place"
+        f" {static.get(best[rank].id, '-')} by enthalpy)"
         for rank in sorted(best)[:5]
     )
-    alt = f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right, joined by lines. By free energy: {order}."
-    return drawn(ladders(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data)
+    alt = (
+        f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right,"
+        f" joined by lines. By free energy: {order}."
+    )
+    return drawn(
+        slope_chart(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data
+    )
 
 
 def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | None:
-    """Errors of energy (meV/atom) and forces (meV/A) on the validation labels against the number of labels; None without a point."""
+    """Errors of energy (meV/atom) and forces (meV/A) on the validation labels against the number of
+    labels; None without a point."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -168,10 +204,20 @@ def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | N
     figure = Figure(figsize=(6.4, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
     steps = list(dict.fromkeys(point["step"] for point in points))
-    for axes, key, label in zip(panels, ("energy", "force"), ("energy RMSE (meV/atom)", "force RMSE (meV/Å)"), strict=True):
+    for axes, key, label in zip(
+        panels, ("energy", "force"), ("energy RMSE (meV/atom)", "force RMSE (meV/Å)"), strict=True
+    ):
         for index, step in enumerate(steps):
             mine = [point for point in points if point["step"] == step and point[key] is not None]
-            axes.plot([p["generation"] for p in mine], [1000 * p[key] for p in mine], "o-", color=f"C{index}", ms=4, lw=1.3, label=step)
+            axes.plot(
+                [p["generation"] for p in mine],
+                [1000 * p[key] for p in mine],
+                "o-",
+                color=f"C{index}",
+                ms=4,
+                lw=1.3,
+                label=step,
+            )
         axes.set_xlabel("generation")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
@@ -180,7 +226,13 @@ def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | N
             axes.spines[side].set_visible(False)
     if len(steps) > 1:
         panels[0].legend(fontsize=7, frameon=False)
-    return drawn(figure, "learning", "Learning curves", f"Errors on the validation labels after each generation. {_learned(points)}", data)
+    return drawn(
+        figure,
+        "learning",
+        "Learning curves",
+        f"Errors on the validation labels after each generation. {_learned(points)}",
+        data,
+    )
 
 
 def _learned(points: Iterable[dict[str, Any]]) -> str:
@@ -191,5 +243,7 @@ def _learned(points: Iterable[dict[str, Any]]) -> str:
     for step, mine in by_step.items():
         energies = [1000 * point["energy"] for point in mine if point["energy"] is not None]
         if energies:
-            told.append(f"{step}: energy {energies[0]:.3g} meV/atom at first, {energies[-1]:.3g} at the end")
+            told.append(
+                f"{step}: energy {energies[0]:.3g} meV/atom at first, {energies[-1]:.3g} at the end"
+            )
     return "; ".join(told) + "." if told else ""

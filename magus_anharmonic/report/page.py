@@ -1,6 +1,7 @@
 """``report.html``: one page that holds all it needs, and the structures beside it.
 
-The page works from a mail attachment: no request leaves it. Its content security policy allows only the scripts whose hashes it names.
+The page works from a mail attachment: no request leaves it. Its content security policy allows only
+the scripts whose hashes it names.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from markupsafe import Markup
 import magus_anharmonic
 from magus_anharmonic.files import write_text
 from magus_anharmonic.report.contents import Contents, gather
-from magus_anharmonic.report.sheets import number
+from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.structures import Crystal, as_json, scene, still, write_structures
 from magus_anharmonic.units import duration
 
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 NAME = "report.html"
 VIEWED = 8
-"""Structures of one ranking that the viewer offers, each at rest and with moving ions."""
+"""Structures of one ranking that the viewer offers, each static and with SSCHA."""
 
 MOST_VIEWED = 60
 
@@ -47,26 +48,44 @@ UNITS = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` and ``structures/`` (CIF, POSCAR, extxyz) for a campaign, a search or a ranking; returns the page.
+    """Write ``report.html`` and ``structures/`` (CIF, POSCAR, extxyz) for a campaign, a search or a
+    ranking; returns the page.
 
-    ``folder``: where the campaign or search was run, or what it left (``campaign/``, ``results/anharmonic/``, the output of ``rank``).
-    A half-finished run gives a page that says what is missing. Raises ``InputError`` when there is nothing of ours in ``folder``.
+    ``folder``: where the campaign or search was run, or what it left (``campaign/``,
+    ``results/anharmonic/``, the output of ``rank``). A half-finished run gives a page that says
+    what is missing. Raises ``InputError`` when there is nothing of ours in ``folder``.
     """
     contents = gather(folder)
     written = write_structures(contents.folder / "structures", contents.crystals)
     target = contents.folder / NAME
     write_text(target, render(contents))
-    log.info("%s: %d rankings, %d figures, %d structures", target, len(contents.rankings), len(contents.pictures), written)
+    log.info(
+        "%s: %d rankings, %d figures, %d structures",
+        target,
+        len(contents.rankings),
+        len(contents.pictures),
+        written,
+    )
     return target
 
 
 def render(contents: Contents) -> str:
     """The page as text; everything that comes from files is escaped."""
     environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(
-        heading=heading, cell=cell, duration=duration, thousands=thousands, milli=milli, anchor=anchor, moment=moment
+        heading=heading,
+        cell=cell,
+        duration=duration,
+        thousands=thousands,
+        milli=milli,
+        anchor=anchor,
+        moment=moment,
     )
     viewed = chosen(contents.crystals)
     scenes = [scene(crystal.atoms) for crystal in viewed]
@@ -76,16 +95,29 @@ def render(contents: Contents) -> str:
     return environment.get_template("report.html").render(
         c=contents,
         record=contents.record,
-        settings=yaml.safe_dump(contents.record.get("settings", {}), sort_keys=False, allow_unicode=True),
+        settings=yaml.safe_dump(
+            contents.record.get("settings", {}), sort_keys=False, allow_unicode=True
+        ),
         packages=contents.record.get("packages") or {},
         made=moment(datetime.now(UTC)),
         version=magus_anharmonic.__version__,
         viewed=[
-            {"label": crystal.label, "still": Markup(still(drawn, crystal.label)), "crystal": crystal, "conventional": drawn.conventional}
+            {
+                "label": crystal.label,
+                "still": Markup(still(drawn, crystal.label)),
+                "crystal": crystal,
+                "conventional": drawn.conventional,
+            }
             for crystal, drawn in zip(viewed, scenes, strict=True)
         ],
-        scenes=[{"label": crystal.label, **as_json(drawn)} for crystal, drawn in zip(viewed, scenes, strict=True)],
-        view_of={(c.line.id, c.pressure, c.temperature): index for index, c in reversed(list(enumerate(viewed)))},
+        scenes=[
+            {"label": crystal.label, **as_json(drawn)}
+            for crystal, drawn in zip(viewed, scenes, strict=True)
+        ],
+        view_of={
+            (c.line.id, c.pressure, c.temperature): index
+            for index, c in reversed(list(enumerate(viewed)))
+        },
         style=Markup(_text("templates/report.css")),
         scripts={name: Markup(text) for name, text in scripts.items()},
         policy=policy(list(scripts.values())),
@@ -101,20 +133,30 @@ def moment(text: object) -> str:
 
 
 def policy(scripts: list[str]) -> str:
-    """Content security policy: no network, pictures from the page itself, and only these scripts."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
-    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    """Content security policy: no network, pictures from the page itself, and only these
+    scripts."""
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:;"
+        " base-uri 'none'; form-action 'none'"
+    )
 
 
 def chosen(crystals: list[Crystal]) -> list[Crystal]:
-    """What the viewer offers: the lowest of every ranking in turn, both kinds of a structure together."""
+    """What the viewer offers: the lowest of every ranking in turn, both kinds of a structure
+    together."""
     groups: dict[tuple[float, float], dict[str, list[Crystal]]] = {}
     for crystal in crystals:
-        groups.setdefault((crystal.pressure, crystal.temperature), {}).setdefault(crystal.line.id, []).append(crystal)
+        groups.setdefault((crystal.pressure, crystal.temperature), {}).setdefault(
+            crystal.line.id, []
+        ).append(crystal)
     kept: set[int] = set()
-    for place in range(VIEWED):
+    for index in range(VIEWED):
         for structures in groups.values():
-            both = list(structures.values())[place] if place < len(structures) else []
+            both = list(structures.values())[index] if index < len(structures) else []
             if len(kept) + len(both) <= MOST_VIEWED:
                 kept.update(id(crystal) for crystal in both)
     return [crystal for crystal in crystals if id(crystal) in kept]
@@ -133,7 +175,11 @@ def heading(column: str) -> str:
 def cell(text: str) -> str:
     """A number with five digits, anything else as it is."""
     value = number(text)
-    return text if value is None or text.lstrip("-").isdigit() or re.fullmatch(r"[0-9a-f]{12}", text) else f"{value:.5g}"
+    return (
+        text
+        if value is None or text.lstrip("-").isdigit() or re.fullmatch(r"[0-9a-f]{12}", text)
+        else f"{value:.5g}"
+    )
 
 
 def milli(value: float | None, digits: int = 1) -> str:

@@ -1,4 +1,5 @@
-"""What a finished run shows in the terminal: a table, plain words, a picture, and where the files are."""
+"""What a finished run shows in the terminal: a table, plain words, a picture, and where the files
+are."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
-    """Where tables and sentences go; brackets and colons in names of files and phases are text there, not markup or emoji.
+    """Where tables and sentences go; brackets and colons in names of files and phases are text
+    there, not markup or emoji.
 
     What comes from files of others (labels, names of isotopes) cannot control the terminal.
     """
@@ -26,7 +28,9 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
 
         def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
             for segment in super().render(*args, **kwargs):
-                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+                yield (
+                    segment if segment.control else Segment(printable(segment.text), segment.style)
+                )
 
     if stderr:
         return Screen(stderr=True, markup=False, emoji=False)
@@ -34,8 +38,16 @@ def console(width_in_files: int = 120, *, stderr: bool = False) -> Console:
 
 
 def show_ranking(folder: Path) -> None:
-    """Print what a finished run found: a table and plain words for each composition, picture and folder."""
-    from magus_anharmonic.report.summary import by_composition, hull_sentences, picture, read_ranking, sentences, table
+    """Print what a finished run found: a table and plain words for each composition, picture and
+    folder."""
+    from magus_anharmonic.report.summary import (
+        by_composition,
+        hull_sentences,
+        picture,
+        read_ranking,
+        sentences,
+        table,
+    )
 
     ranking = folder / "ranking.csv"
     if not ranking.exists():
@@ -47,10 +59,19 @@ def show_ranking(folder: Path) -> None:
     for block in blocks or [rows]:
         several = len(blocks) > 1
         screen.print()
-        screen.print(table(block, title=f"{block[0].composition}: ranking by free energy") if several else table(block))
+        screen.print(
+            table(block, title=f"{block[0].composition}: ranking by free energy")
+            if several
+            else table(block)
+        )
         for line in sentences(block):
             screen.print(f"* {line}", highlight=False)
-        pictures.append(picture(block, folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png")))
+        pictures.append(
+            picture(
+                block,
+                folder / (f"ranking-{block[0].composition}.png" if several else "ranking.png"),
+            )
+        )
     if hull := hull_sentences(rows):
         screen.print()
         for line in hull:
@@ -58,11 +79,16 @@ def show_ranking(folder: Path) -> None:
     page = folder / "report.html"
     report = f"\nReport: {page}" if page.is_file() else ""
     drawn = ", ".join(map(str, pictures))
-    screen.print(f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}", highlight=False, soft_wrap=True)
+    screen.print(
+        f"\nPicture: {drawn}{report}\nEverything else: {folder.resolve()}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def require_free_energy(folder: Path) -> None:
-    """Raise ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a job script sees it."""
+    """Raise ``MagusAnharmonicError`` where SSCHA ran and no structure has a free energy, so that a
+    job script sees it."""
     from magus_anharmonic.ranking.candidate import WITH_ERROR
     from magus_anharmonic.report.summary import read_ranking
 
@@ -70,4 +96,7 @@ def require_free_energy(folder: Path) -> None:
     rows = read_ranking(ranking) if ranking.exists() else []
     failed = [row for row in rows if row.status == "failed"]
     if failed and not any(row.status in WITH_ERROR and row.gibbs is not None for row in rows):
-        raise MagusAnharmonicError(f"no structure has a free energy; the first of {len(failed)} reasons in {ranking}: {failed[0].reason}")
+        raise MagusAnharmonicError(
+            f"no structure has a free energy; the first of {len(failed)} reasons in {ranking}:"
+            f" {failed[0].reason}"
+        )

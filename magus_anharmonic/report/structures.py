@@ -1,8 +1,10 @@
 """Structures of the report: files and pictures.
 
-A crystal as balls and sticks: the scene that the viewer turns, and the still picture for paper and for browsers without WebGL.
+A crystal as balls and sticks: the scene that the viewer turns, and the still picture for paper and
+for browsers without WebGL.
 
-The structures of a report: found among all that a run stored, and written as CIF, POSCAR and extxyz beside the page.
+The structures of a report: found among all that a run stored, and written as CIF, POSCAR and extxyz
+beside the page.
 """
 
 from __future__ import annotations
@@ -23,16 +25,17 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY, raise_trouble, reading_table, safe_name
+from magus_anharmonic.files import TEMPORARY, raise_machine_error, reading_table, safe_name
 from magus_anharmonic.report.text import Line, RankingView
-from magus_anharmonic.structures import bare, space_group, standardized
+from magus_anharmonic.structures import space_group, standardized, stripped
 
 MAX_ATOMS = 64
 """Cells above this size are drawn as they are given, not as conventional cells."""
 
 MAX_BALLS = 600
 BOND_FACTOR = 1.2
-"""Two atoms are joined within this factor times the sum of their covalent radii (Cordero et al., doi:10.1039/b801115j)."""
+"""Two atoms are joined within this factor times the sum of their covalent radii (Cordero et al.,
+doi:10.1039/b801115j)."""
 
 EDGES = [(i, j) for i, j in product(range(8), repeat=2) if i < j and (i ^ j) in (1, 2, 4)]
 
@@ -41,8 +44,10 @@ EDGES = [(i, j) for i, j in product(range(8), repeat=2) if i < j and (i ^ j) in 
 class Scene:
     """What is drawn; positions in Angstrom around the middle of the cell.
 
-    ``numbers`` (n,), ``positions`` (n, 3): the atoms with their images on the faces; ``bonds``: pairs of indices;
-    ``corners`` (8, 3): of the cell, in the order of the three bits of the index; ``conventional``: not the cell that was given.
+    ``numbers`` (n,), ``positions`` (n, 3): the atoms with their images on the faces; ``bonds``:
+    pairs of indices;
+    ``corners`` (8, 3): of the cell, in the order of the three bits of the index; ``conventional``:
+        not the cell that was given.
     """
 
     numbers: np.ndarray
@@ -53,7 +58,8 @@ class Scene:
 
 
 def scene(atoms: Atoms, symprec: float = 0.05) -> Scene:
-    """The conventional cell (unless larger than `MAX_ATOMS`) with everything that lies on its faces, and bonds within it."""
+    """The conventional cell (unless larger than `MAX_ATOMS`) with everything that lies on its
+    faces, and bonds within it."""
     shown = _conventional(atoms, symprec)
     conventional = shown is not None
     shown = shown if shown is not None else atoms
@@ -69,8 +75,16 @@ def scene(atoms: Atoms, symprec: float = 0.05) -> Scene:
                 points.append(image)
     positions = (np.array(points[:MAX_BALLS]) - 0.5) @ cell
     kinds = np.array(numbers[:MAX_BALLS])
-    corners = (np.array([[(index >> bit) & 1 for bit in range(3)] for index in range(8)]) - 0.5) @ cell
-    return Scene(kinds, positions, _bonds(kinds, positions), corners, conventional and len(shown) != len(atoms))
+    corners = (
+        np.array([[(index >> bit) & 1 for bit in range(3)] for index in range(8)]) - 0.5
+    ) @ cell
+    return Scene(
+        kinds,
+        positions,
+        _bonds(kinds, positions),
+        corners,
+        conventional and len(shown) != len(atoms),
+    )
 
 
 def _conventional(atoms: Atoms, symprec: float) -> Atoms | None:
@@ -86,7 +100,8 @@ def _bonds(numbers: np.ndarray, positions: np.ndarray) -> list[tuple[int, int]]:
 
 
 def color(number: int) -> str:
-    """Jmol's colour of an element, ``#rrggbb``; pure white (hydrogen) a little darker, to be seen on white paper."""
+    """Jmol's colour of an element, ``#rrggbb``; pure white (hydrogen) a little darker, to be seen
+    on white paper."""
     red, green, blue = (int(round(255 * min(value, 0.94))) for value in jmol_colors[number])
     return f"#{red:02x}{green:02x}{blue:02x}"
 
@@ -100,7 +115,14 @@ def as_json(drawn: Scene) -> dict[str, object]:
     """The scene for the viewer, coordinates with two digits."""
     kinds = sorted({int(number) for number in drawn.numbers})
     return {
-        "kinds": [{"symbol": chemical_symbols[number], "color": color(number), "radius": round(radius(number), 3)} for number in kinds],
+        "kinds": [
+            {
+                "symbol": chemical_symbols[number],
+                "color": color(number),
+                "radius": round(radius(number), 3),
+            }
+            for number in kinds
+        ],
         "atoms": [
             [kinds.index(int(number)), *(round(float(value), 2) for value in position)]
             for number, position in zip(drawn.numbers, drawn.positions, strict=True)
@@ -111,7 +133,8 @@ def as_json(drawn: Scene) -> dict[str, object]:
 
 
 def still(drawn: Scene, label: str, size: int = 240) -> str:
-    """The scene as an SVG of ``size`` x ``size`` pixels seen from the front, a little above and from the side; ``label`` is its name."""
+    """The scene as an SVG of ``size`` x ``size`` pixels seen from the front, a little above and
+    from the side; ``label`` is its name."""
     view = _rotation(np.radians(-72.0), np.radians(0.0), np.radians(-18.0))
     points, corners = drawn.positions @ view.T, drawn.corners @ view.T
     everything = np.vstack([points, corners])
@@ -129,13 +152,29 @@ def still(drawn: Scene, label: str, size: int = 240) -> str:
         shapes.append((depth, f'<line class="cell" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'))
     for i, j in drawn.bonds:
         (x1, y1), (x2, y2) = at(points[i]), at(points[j])
-        shapes.append(((points[i][2] + points[j][2]) / 2, f'<line class="bond" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>'))
+        shapes.append(
+            (
+                (points[i][2] + points[j][2]) / 2,
+                f'<line class="bond" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>',
+            )
+        )
     for number, point in zip(drawn.numbers, points, strict=True):
         x, y = at(point)
-        shapes.append((point[2], f'<circle cx="{x}" cy="{y}" r="{scale * radius(int(number)):.1f}" fill="{color(int(number))}"/>'))
+        shapes.append(
+            (
+                point[2],
+                (
+                    f'<circle cx="{x}" cy="{y}" r="{scale * radius(int(number)):.1f}"'
+                    f' fill="{color(int(number))}"/>'
+                ),
+            )
+        )
     body = "".join(text for _, text in sorted(shapes, key=lambda shape: shape[0]))
     name = escape(label)
-    return f'<svg class="still" viewBox="0 0 {size} {size}" role="img" aria-label="{name}"><title>{name}</title>{body}</svg>'
+    return (
+        f'<svg class="still" viewBox="0 0 {size} {size}" role="img"'
+        f' aria-label="{name}"><title>{name}</title>{body}</svg>'
+    )
 
 
 def _rotation(x: float, y: float, z: float) -> np.ndarray:
@@ -156,7 +195,7 @@ ALL = "structures.extxyz"
 OWN = re.compile(r"[^.].*GPa-.*-(static|centroids)\.(cif|vasp)")
 """Names of the files that `write_structures` makes."""
 
-WORDS: dict[Kind, str] = {"static": "ions at rest", "centroids": "mean positions of the moving ions"}
+WORDS: dict[Kind, str] = {"static": "static", "centroids": "SSCHA centroids"}
 
 
 @dataclass(frozen=True)
@@ -185,10 +224,11 @@ class Crystal:
 
 
 def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Crystal]:
-    """Structures of the rankings' first lines from ``structures.extxyz``, in the order of the rankings.
+    """Structures of the rankings' first lines from ``structures.extxyz``, in the order of the
+    rankings.
 
-    The file is read frame by frame, and only frames that are wanted become structures. Raises ``InputError``: not extxyz, or
-    changed since it was written.
+    The file is read frame by frame, and only frames that are wanted become structures. Raises
+    ``InputError``: not extxyz, or changed since it was written.
     """
     if not path.is_file():
         return []
@@ -202,7 +242,9 @@ def campaign_crystals(path: Path, rankings: Iterable[RankingView]) -> list[Cryst
     return _in_order(found, rankings)
 
 
-def _in_order(found: dict[tuple[str, float, str], Atoms], rankings: Iterable[RankingView]) -> list[Crystal]:
+def _in_order(
+    found: dict[tuple[str, float, str], Atoms], rankings: Iterable[RankingView]
+) -> list[Crystal]:
     crystals = []
     for ranking in rankings:
         for line in ranking.lines[:FILES]:
@@ -215,12 +257,15 @@ def _in_order(found: dict[tuple[str, float, str], Atoms], rankings: Iterable[Ran
 
 def _crystal(line: Line, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
     group = (line.static if kind == "static" else line.quantum) or space_group(atoms)
-    return Crystal(line, ranking.pressure, ranking.temperature, kind, group, bare(atoms))
+    return Crystal(line, ranking.pressure, ranking.temperature, kind, group, stripped(atoms))
 
 
 def _frames(path: Path) -> Iterator[tuple[str, str]]:
     """(comment line, whole text) of every frame of an extxyz file, none of them parsed."""
-    with reading_table(path) as content, io.TextIOWrapper(content, encoding="utf-8", errors="replace") as file:
+    with (
+        reading_table(path) as content,
+        io.TextIOWrapper(content, encoding="utf-8", errors="replace") as file,
+    ):
         number = 0
         for first in file:
             number += 1
@@ -229,7 +274,10 @@ def _frames(path: Path) -> Iterator[tuple[str, str]]:
             try:
                 natoms = int(first)
             except ValueError:
-                raise InputError(f"{path.name}: line {number}: {first.strip()[:40]!r} should be a number of atoms (extxyz)") from None
+                raise InputError(
+                    f"{path.name}: line {number}: {first.strip()[:40]!r} should be a number of"
+                    " atoms (extxyz)"
+                ) from None
             body = list(islice(file, natoms + 1))
             number += len(body)
             if len(body) < natoms + 1:
@@ -238,7 +286,8 @@ def _frames(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _info(comment: str, key: str) -> str:
-    """The text of one key of an extxyz comment line, as written: ASE would read an id such as 12345e678901 as a number."""
+    """The text of one key of an extxyz comment line, as written: ASE would read an id such as
+    12345e678901 as a number."""
     match = re.search(rf'(?:^|\s){key}=(?:"((?:[^"\\]|\\.)*)"|(\S+))', comment)
     return "" if match is None else (match[1] or match[2] or "").replace('\\"', '"')
 
@@ -256,20 +305,31 @@ def _parsed(path: Path, text: str) -> Atoms:
     try:
         return read(io.StringIO(text), format="extxyz")
     except Exception as error:  # ASE raises whatever its parser trips over
-        raise InputError(f"{path.name}: a frame is not readable as extxyz ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{path.name}: a frame is not readable as extxyz ({type(error).__name__}: {error})"
+        ) from None
 
 
-def search_crystals(anharmonic: Path, rankings: Iterable[RankingView], starts: Callable[[], Mapping[str, Atoms]]) -> list[Crystal]:
-    """Structures of the rankings' first lines from what a search or ``rank`` leaves: the populations and ``quantum.traj``.
+def search_crystals(
+    anharmonic: Path, rankings: Iterable[RankingView], starts: Callable[[], Mapping[str, Atoms]]
+) -> list[Crystal]:
+    """Structures of the rankings' first lines from what a search or ``rank`` leaves: the
+    populations and ``quantum.traj``.
 
     ``starts`` : asked (see `stored_starts`) when these hold not all.
     """
     statics: dict[str, Atoms] = {}
     results = anharmonic.parent
-    for path in [results / "good.traj", *sorted(results.glob("gen*.traj"), key=_generation, reverse=True)[:1]]:
+    for path in [
+        results / "good.traj",
+        *sorted(results.glob("gen*.traj"), key=_generation, reverse=True)[:1],
+    ]:
         for atoms in _traj(path):
             statics.setdefault(str(atoms.info.get("candidate_id", "")), atoms)
-    centroids = {str(atoms.info.get("sscha_folder", "")): atoms for atoms in _traj(anharmonic / "quantum.traj")}
+    centroids = {
+        str(atoms.info.get("sscha_folder", "")): atoms
+        for atoms in _traj(anharmonic / "quantum.traj")
+    }
     if any(line.id not in statics for ranking in rankings for line in ranking.lines[:FILES]):
         for name, atoms in starts().items():
             statics.setdefault(name, atoms)
@@ -296,23 +356,28 @@ def _traj(path: Path) -> list[Atoms]:
     try:
         return list(iread(path, index=":", format="traj"))
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, path)
+        raise_machine_error(error, path)
         raise InputError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
 
 def stored_starts(anharmonic: Path) -> dict[str, Atoms]:
-    """Structures of the database by their ids; raises ``MagusAnharmonicError`` when it cannot be read now."""
+    """Structures of the database by their ids; raises ``MagusAnharmonicError`` when it cannot be
+    read now."""
     from magus_anharmonic.ranking.store import NAME, read_records
 
     path = anharmonic / NAME
-    return {record.structure: record.start for record in read_records(path)} if path.is_file() else {}
+    return (
+        {record.structure: record.start for record in read_records(path)} if path.is_file() else {}
+    )
 
 
 def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
-    """``NAME.cif`` and ``NAME.vasp`` (a POSCAR) for each and all of them in ``structures.extxyz``; returns how many.
+    """``NAME.cif`` and ``NAME.vasp`` (a POSCAR) for each and all of them in ``structures.extxyz``;
+    returns how many.
 
-    Files of an earlier report that this one does not write are removed, others in ``folder`` are left alone. Each file is whole or
-    absent; none is flushed to disk by itself, since all can be made again.
+    Files of an earlier report that this one does not write are removed, others in ``folder`` are
+    left alone. Each file is whole or absent; none is flushed to disk by itself, since all can be
+    made again.
     """
     from ase.io import write
 
@@ -321,7 +386,13 @@ def write_structures(folder: Path, crystals: Iterable[Crystal]) -> int:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".making-", suffix=TEMPORARY) as making:
         for crystal in crystals:
             write(Path(making) / f"{crystal.stem}.cif", crystal.atoms, format="cif")
-            write(Path(making) / f"{crystal.stem}.vasp", crystal.atoms, format="vasp", direct=True, sort=True)
+            write(
+                Path(making) / f"{crystal.stem}.vasp",
+                crystal.atoms,
+                format="vasp",
+                direct=True,
+                sort=True,
+            )
             frames.append(_frame(crystal))
         if frames:
             write(Path(making) / ALL, frames, format="extxyz")

@@ -14,7 +14,7 @@ from rich.table import Table
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
-from magus_anharmonic.report.sheets import lines_of, number
+from magus_anharmonic.report.raw_tables import lines_of, number
 from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class Row:
 
     @property
     def composition(self) -> str:
-        """One name for all cells of a composition; the formula itself where it is none (a table from elsewhere)."""
+        """One name for all cells of a composition; the formula itself where it is none (a table
+        from elsewhere)."""
         try:
             return reduced_formula(self.formula)
         except InputError:
@@ -60,26 +61,40 @@ class Row:
 
     @property
     def ranked(self) -> bool:
-        """True for a structure with a free energy of its own that counts (not unconverged, estimated, failed, or found twice)."""
+        """True for a structure with a free energy of its own that counts (not unconverged,
+        estimated, failed, or found twice)."""
         return self.status in RANKED and self.gibbs is not None and not self.same_as
 
 
 NEEDED = (
-    "id", "formula", "natoms", "pressure_GPa", "temperature_K", "spg_static", "spg_quantum", "enthalpy_eV_per_atom",
-    "gibbs_eV_per_atom", "gibbs_error_eV_per_atom", "status", "reason",
-)  # fmt: skip
+    "id",
+    "formula",
+    "natoms",
+    "pressure_GPa",
+    "temperature_K",
+    "spg_static",
+    "spg_quantum",
+    "enthalpy_eV_per_atom",
+    "gibbs_eV_per_atom",
+    "gibbs_error_eV_per_atom",
+    "status",
+    "reason",
+)
 """Columns of ``ranking.csv`` without which there is nothing to say."""
 
 
 def read_ranking(path: str | Path) -> list[Row]:
-    """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line, column)."""
+    """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line,
+    column)."""
     name = Path(path).name
     rows = []
     for index, line in enumerate(lines_of(Path(path), needed=NEEDED), start=2):
         try:
             natoms, pressure = int(line["natoms"]), float(line["pressure_GPa"])
         except ValueError:
-            raise InputError(f"{name}: line {index}: natoms must be a whole number and pressure_GPa a number") from None
+            raise InputError(
+                f"{name}: line {index}: natoms must be a whole number and pressure_GPa a number"
+            ) from None
         rows.append(
             Row(
                 id=line["id"],
@@ -109,7 +124,8 @@ def read_ranking(path: str | Path) -> list[Row]:
 
 
 def by_composition(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each composition, in the order of the file; nothing else of a ranking compares structures of several."""
+    """The rows of each composition, in the order of the file; nothing else of a ranking compares
+    structures of several."""
     blocks: dict[str, list[Row]] = {}
     for row in rows:
         blocks.setdefault(row.composition, []).append(row)
@@ -117,23 +133,47 @@ def by_composition(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def hull_sentences(rows: Sequence[Row]) -> list[str]:
-    """Who is on the hull of free energies, and how far above it the lowest of the other compositions are; empty for one composition."""
+    """Who is on the hull of free energies, and how far above it the lowest of the other
+    compositions are; empty for one composition."""
     blocks = by_composition(rows)
-    lowest = [min((row for row in block if row.ranked), key=lambda row: row.gibbs, default=None) for block in blocks]
+    lowest = [
+        min((row for row in block if row.ranked), key=lambda row: row.gibbs, default=None)
+        for block in blocks
+    ]
     known = [row for row in lowest if row is not None and row.above_hull is not None]
     if len(blocks) < 2 or not known:
         return []
-    on = [f"{row.composition} {row.id[:8]}{_odds_in_words(row)}" for row in known if row.above_hull == 0.0]
-    above = [
-        f"{row.composition} {1000 * row.above_hull:.1f} +- {1000 * (row.above_hull_error or 0.0):.1f}" for row in known if row.above_hull
+    on = [
+        f"{row.composition} {row.id[:8]}{_probability_in_words(row)}"
+        for row in known
+        if row.above_hull == 0.0
     ]
-    lines = [f"On the hull of the free energies of these structures (odds by sampling): {', '.join(on)}."]
-    lines += [f"Above it (meV/atom), the lowest of each composition: {', '.join(above)}."] if above else []
-    without = [block[0].composition for block, row in zip(blocks, lowest, strict=True) if row is None]
-    return [*lines, f"Without a computed free energy, and no part of the hull: {', '.join(without)}."] if without else lines
+    above = [
+        f"{row.composition} {1000 * row.above_hull:.1f} +-"
+        f" {1000 * (row.above_hull_error or 0.0):.1f}"
+        for row in known
+        if row.above_hull
+    ]
+    lines = [
+        f"On the hull of the free energies of these structures (probability by sampling):"
+        f" {', '.join(on)}."
+    ]
+    lines += (
+        [f"Above it (meV/atom), the lowest of each composition: {', '.join(above)}."]
+        if above
+        else []
+    )
+    without = [
+        block[0].composition for block, row in zip(blocks, lowest, strict=True) if row is None
+    ]
+    return (
+        [*lines, f"Without a computed free energy, and no part of the hull: {', '.join(without)}."]
+        if without
+        else lines
+    )
 
 
-def _odds_in_words(row: Row) -> str:
+def _probability_in_words(row: Row) -> str:
     return "" if row.p_on_hull is None else f" ({row.p_on_hull:.0%})"
 
 
@@ -150,17 +190,37 @@ def quantum_ranks(rows: Sequence[Row]) -> dict[str, int]:
 
 
 def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free energy") -> Table:
-    """The ranking of one composition as a rich table: ranked structures by G, then the rest by enthalpy."""
+    """The ranking of one composition as a rich table: ranked structures by G, then the rest by
+    enthalpy."""
     static, quantum = static_ranks(rows), quantum_ranks(rows)
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     shown = {row.id: row.gibbs for row in rows if row.gibbs is not None and row.status != "failed"}
     # where nothing is ranked, the lowest of what is shown: absolute energies are no heights
-    lowest = min((row.gibbs for row in rows if row.ranked), default=min(shown.values(), default=0.0))
+    lowest = min(
+        (row.gibbs for row in rows if row.ranked), default=min(shown.values(), default=0.0)
+    )
     result = Table(title=f"{title} (energies in meV/atom above the lowest)")
-    for name in ("rank", "id", "atoms", "space group", "static H", "G", "+-", "rank by H", "change", "status"):
-        result.add_column(name, justify="left" if name in ("id", "space group", "status") else "right", no_wrap=True)
+    for name in (
+        "rank",
+        "id",
+        "atoms",
+        "space group",
+        "static H",
+        "G",
+        "+-",
+        "rank by H",
+        "change",
+        "status",
+    ):
+        result.add_column(
+            name,
+            justify="left" if name in ("id", "space group", "status") else "right",
+            no_wrap=True,
+        )
     last = len(rows) + 1
-    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), not row.same_as, static.get(row.id, last)))
+    order = sorted(
+        rows, key=lambda row: (quantum.get(row.id, last), not row.same_as, static.get(row.id, last))
+    )
     for row in order[:limit]:
         rank = quantum.get(row.id)
         result.add_row(
@@ -195,61 +255,81 @@ def _change(row: Row, rows: Sequence[Row]) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the moving ions changed, in plain words, from the numbers in ``rows`` alone."""
-    done = sorted((row for row in rows if row.status in RANKED and row.gibbs is not None), key=lambda row: row.gibbs)
+    """What SSCHA changed, in plain words, from the numbers in ``rows`` alone."""
+    done = sorted(
+        (row for row in rows if row.status in RANKED and row.gibbs is not None),
+        key=lambda row: row.gibbs,
+    )
     ranked = [row for row in done if row.ranked]
     static = [row for row in done if row.enthalpy is not None]
     if not ranked:
         unfinished = _unconverged(rows)
         nothing = "No free energy has converged" if unfinished else "No structure has a free energy"
-        return [*_saddles(rows), *unfinished, f"{nothing}; the order is that of the static enthalpy."]
+        return [
+            *_saddles(rows),
+            *unfinished,
+            f"{nothing}; the order is that of the static enthalpy.",
+        ]
     lines = []
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
     moved = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
     for row in moved:
-        lines.append(f"{row.id[:8]}: {row.spg_static} while the ions stand still, {row.spg_quantum} once they move.")
+        lines.append(f"{row.id[:8]}: static {row.spg_static}, quantum (SSCHA) {row.spg_quantum}.")
     if not moved:
         surely = " for certain" if any(UNDECIDED in row.spg_quantum for row in done) else ""
-        lines.append(f"None of the {len(done)} structures changed its space group{surely} when the ions moved.")
+        lines.append(
+            f"None of the {len(done)} structures changed its space group{surely} when the ions"
+            " moved."
+        )
     shifts = [1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
     if shifts:
         span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
-        lines.append(f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}.")
+        lines.append(
+            f"The motion of the ions adds {span} meV/atom to the static enthalpy {condition}."
+        )
     best = ranked[0]
     static_best = min(static, key=lambda row: row.enthalpy) if static else best
-    lines.extend(_meeting(done))
+    lines.extend(_continuous_transitions(done))
     lines.extend(_saddles(rows))
     if best.parent:
-        lines.append(f"{best.id[:8]} ({best.spg_quantum}) is lowest; it was found below the saddle point {best.parent[:8]}.")
+        lines.append(
+            f"{best.id[:8]} ({best.spg_quantum}) is lowest; it was found below the saddle point"
+            f" {best.parent[:8]}."
+        )
     elif static_best is best:
         same = best.spg_quantum in ("", best.spg_static)
-        phase = f"{best.spg_static} both times" if same else f"as {best.spg_static} without and as {best.spg_quantum} with it"
+        phase = (
+            f"{best.spg_static} both times"
+            if same
+            else f"as {best.spg_static} without and as {best.spg_quantum} with it"
+        )
         lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
     elif static_best.same_as == best.id:
         lines.append(
-            f"{static_best.id[:8]} ({static_best.spg_static}) has the lowest enthalpy, and becomes the phase of the lowest free energy, "
-            f"{best.spg_quantum or best.spg_static}."
+            f"{static_best.id[:8]} ({static_best.spg_static}) has the lowest enthalpy, and becomes"
+            f" the phase of the lowest free energy, {best.spg_quantum or best.spg_static}."
         )
     else:
         gain = 1000 * (static_best.gibbs - best.gibbs)
         error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
         lines.append(
-            f"The order changed: {static_best.id[:8]} has the lowest enthalpy, {best.id[:8]} "
-            f"({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +- {error:.1f} meV/atom."
+            f"The order changed: {static_best.id[:8]} has the lowest enthalpy, {best.id[:8]}"
+            f" ({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +-"
+            f" {error:.1f} meV/atom."
         )
     lines.extend(_undecided(ranked))
     lines.extend(_unconverged(rows))
     return lines
 
 
-def _meeting(done: Sequence[Row]) -> list[str]:
+def _continuous_transitions(done: Sequence[Row]) -> list[str]:
     """Which structures ended in one phase."""
     lines = []
     for row in done:
-        twins = [other for other in done if other.same_as == row.id]
-        if twins:
-            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *twins])
-            lines.append(f"{names} are one and the same phase once the ions move: {row.spg_quantum}.")
+        duplicates = [other for other in done if other.same_as == row.id]
+        if duplicates:
+            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *duplicates])
+            lines.append(f"{names} are one and the same phase with SSCHA: {row.spg_quantum}.")
     return lines
 
 
@@ -260,11 +340,22 @@ def _saddles(rows: Sequence[Row]) -> list[str]:
         if row.status != "saddle":
             continue
         below = next((other for other in rows if other.parent == row.id), None)
-        mode = "" if row.hessian is None else f" (a mode at {row.hessian:.0f} +- {row.hessian_error or 0.0:.0f} cm^-1)"
-        found = "what lies below it was not found" if below is None else f"below it lies {below.id[:8]} ({below.spg_quantum})"
+        mode = (
+            ""
+            if row.hessian is None
+            else f" (a mode at {row.hessian:.0f} +- {row.hessian_error or 0.0:.0f} cm^-1)"
+        )
+        found = (
+            "what lies below it was not found"
+            if below is None
+            else f"below it lies {below.id[:8]} ({below.spg_quantum})"
+        )
         if below is not None and below.status == "unconverged":
             found = f"{below.id[:8]}, which started below it, is not converged"
-        lines.append(f"{row.id[:8]} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not ranked: {found}.")
+        lines.append(
+            f"{row.id[:8]} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not"
+            f" ranked: {found}."
+        )
     return lines
 
 
@@ -275,8 +366,9 @@ def _unconverged(rows: Sequence[Row]) -> list[str]:
         return []
     them = "it is" if len(names) == 1 else "they are"
     return [
-        f"Not converged within the budget: {', '.join(names)}. Where {them} in the order is not known (G in the table is an upper bound): "
-        "raise max_populations, n_configs or the budget."
+        f"Not converged within the budget: {', '.join(names)}. Where {them} in the order is not"
+        " known (G in the table is an upper bound): raise max_populations, n_configs or the"
+        " budget."
     ]
 
 
@@ -288,18 +380,22 @@ def _undecided(ranked: Sequence[Row]) -> list[str]:
     error = 1000 * math.hypot(best.gibbs_error or 0.0, second.gibbs_error or 0.0)
     if gap >= 2 * error:
         return []
-    return [f"The first two ({gap:.1f} meV/atom apart) are not told apart: the statistical error of the difference is {error:.1f}."]
+    return [
+        f"The first two ({gap:.1f} meV/atom apart) are not told apart: the statistical error of the"
+        f" difference is {error:.1f}."
+    ]
 
 
 def picture(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw static enthalpy against free energy order of one composition as two ladders joined by lines; PNG or SVG by suffix."""
+    """Draw static enthalpy against free energy order of one composition as a slope chart; PNG or
+    SVG by suffix."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    ladders(rows).savefig(target, dpi=160)
+    slope_chart(rows).savefig(target, dpi=160)
     return target
 
 
-def ladders(rows: Sequence[Row]) -> Figure:
+def slope_chart(rows: Sequence[Row]) -> Figure:
     """The figure of `picture`."""
     from matplotlib.figure import Figure
 
@@ -310,7 +406,7 @@ def ladders(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_ylabel("meV/atom above the lowest")
-    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (ions move)"])
+    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (SSCHA)"])
     axes.set_xlim(-0.55, 1.55)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -318,8 +414,12 @@ def ladders(rows: Sequence[Row]) -> Figure:
         axes.text(0.5, 0.5, "no free energies", ha="center", transform=axes.transAxes)
     lowest_h = min((row.enthalpy for row in done if row.enthalpy is not None), default=0.0)
     lowest_g = min((row.gibbs for row in done), default=0.0)
-    # what was found below a saddle point has no static enthalpy of its own and stands on the right alone
-    heights = [(1000 * ((row.enthalpy or lowest_h) - lowest_h), 1000 * (row.gibbs - lowest_g)) for row in done]
+    # what was found below a saddle point has no static enthalpy of its own and stands on the right
+    # alone
+    heights = [
+        (1000 * ((row.enthalpy or lowest_h) - lowest_h), 1000 * (row.gibbs - lowest_g))
+        for row in done
+    ]
     span = max((max(pair) for pair in heights), default=1.0) or 1.0
     left = _spread([h for h, _ in heights], span)
     right = _spread([g for _, g in heights], span)
@@ -328,11 +428,31 @@ def ladders(rows: Sequence[Row]) -> Figure:
         if row.enthalpy is not None:
             axes.plot([0, 1], [h, g], color=color, lw=1.2, alpha=0.8)
             axes.plot([0], [h], "o", color=color)
-            axes.text(-0.06, left[index], f"{row.spg_static}  {row.id[:6]}", ha="right", va="center", fontsize=8, color=color)
-        axes.errorbar([1], [g], yerr=[1000 * (row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3)
-        axes.text(1.06, right[index], row.spg_quantum or row.spg_static, ha="left", va="center", fontsize=8, color=color)
+            axes.text(
+                -0.06,
+                left[index],
+                f"{row.spg_static}  {row.id[:6]}",
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=color,
+            )
+        axes.errorbar(
+            [1], [g], yerr=[1000 * (row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3
+        )
+        axes.text(
+            1.06,
+            right[index],
+            row.spg_quantum or row.spg_static,
+            ha="left",
+            va="center",
+            fontsize=8,
+            color=color,
+        )
     if done:
-        axes.set_title(f"{done[0].formula} at {done[0].pressure:g} GPa, {done[0].temperature:g} K", fontsize=10)
+        axes.set_title(
+            f"{done[0].formula} at {done[0].pressure:g} GPa, {done[0].temperature:g} K", fontsize=10
+        )
     return figure
 
 

@@ -11,10 +11,18 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.analysis.reordering import COMPUTED, became, critical_pressure
+from magus_anharmonic.analysis.reordering import COMPUTED, critical_pressure, new_space_group
 from magus_anharmonic.ranking.candidate import WITH_ERROR
-from magus_anharmonic.report.sheets import Sheet, number
-from magus_anharmonic.report.summary import WORDS, Row, by_composition, hull_sentences, quantum_ranks, sentences, static_ranks
+from magus_anharmonic.report.raw_tables import RawTable, number
+from magus_anharmonic.report.summary import (
+    WORDS,
+    Row,
+    by_composition,
+    hull_sentences,
+    quantum_ranks,
+    sentences,
+    static_ranks,
+)
 from magus_anharmonic.units import duration
 
 SHOWN = 200
@@ -23,7 +31,8 @@ SHOWN = 200
 
 @dataclass(frozen=True)
 class Line:
-    """One structure; energies in meV/atom above the lowest of the ranking, ``None`` where there is no number."""
+    """One structure; energies in meV/atom above the lowest of the ranking, ``None`` where there is
+    no number."""
 
     id: str
     formula: str
@@ -41,13 +50,14 @@ class Line:
 
     @property
     def changed(self) -> bool:
-        """The space group is another one once the ions move."""
+        """The space group with SSCHA is not the static one."""
         return bool(self.quantum) and self.quantum != self.static
 
 
 @dataclass(frozen=True)
 class RankingView:
-    """The first `SHOWN` lines of one ranking at one pressure (GPa) and temperature (K), the lowest first."""
+    """The first `SHOWN` lines of one ranking at one pressure (GPa) and temperature (K), the lowest
+    first."""
 
     file: str
     pressure: float
@@ -75,14 +85,24 @@ class RankingView:
 
 
 def ranking_views(file: str, rows: Sequence[Row]) -> list[RankingView]:
-    """One view per pressure, temperature and composition of a ranking's file, the first two in rising order."""
-    places: dict[tuple[float, float], list[Row]] = {}
+    """One view per pressure, temperature and composition of a ranking's file, the first two in
+    rising order."""
+    conditions: dict[tuple[float, float], list[Row]] = {}
     for row in rows:
-        places.setdefault((row.pressure, row.temperature), []).append(row)
+        conditions.setdefault((row.pressure, row.temperature), []).append(row)
     views = []
-    for place, group in sorted(places.items()):
+    for condition, group in sorted(conditions.items()):
         blocks = by_composition(group)
-        views += [RankingView(file, *place, block, _lines(block), block[0].composition if len(blocks) > 1 else "") for block in blocks]
+        views += [
+            RankingView(
+                file,
+                *condition,
+                block,
+                _lines(block),
+                block[0].composition if len(blocks) > 1 else "",
+            )
+            for block in blocks
+        ]
     return views
 
 
@@ -91,13 +111,29 @@ def _lines(rows: Sequence[Row]) -> list[Line]:
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     lowest = min((row.gibbs for row in rows if row.ranked), default=None)
     last = len(rows) + 1
-    order = sorted(rows, key=lambda row: (quantum.get(row.id, last), row.enthalpy is None, not row.same_as, static.get(row.id, last)))
+    order = sorted(
+        rows,
+        key=lambda row: (
+            quantum.get(row.id, last),
+            row.enthalpy is None,
+            not row.same_as,
+            static.get(row.id, last),
+        ),
+    )
     return [_line(row, static, quantum, reference, lowest) for row in order[:SHOWN]]
 
 
-def _line(row: Row, static: dict[str, int], quantum: dict[str, int], reference: float, lowest: float | None) -> Line:
+def _line(
+    row: Row,
+    static: dict[str, int],
+    quantum: dict[str, int],
+    reference: float,
+    lowest: float | None,
+) -> Line:
     computed = row.status in WITH_ERROR
-    status = f"same phase as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status)
+    status = (
+        f"same phase as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status)
+    )
     return Line(
         id=row.id,
         formula=row.formula,
@@ -107,7 +143,11 @@ def _line(row: Row, static: dict[str, int], quantum: dict[str, int], reference: 
         rank=quantum.get(row.id),
         rank_static=static.get(row.id),
         enthalpy=None if row.enthalpy is None else 1000 * (row.enthalpy - reference),
-        gibbs=None if row.gibbs is None or lowest is None or row.status == "failed" else 1000 * (row.gibbs - lowest),
+        gibbs=(
+            None
+            if row.gibbs is None or lowest is None or row.status == "failed"
+            else 1000 * (row.gibbs - lowest)
+        ),
         error=None if row.gibbs_error is None or not computed else 1000 * row.gibbs_error,
         status=status,
         reason=row.reason,
@@ -126,27 +166,46 @@ def ranking_sentences(view: RankingView) -> list[str]:
     done = [row for row in view.rows if row.status in COMPUTED and row.gibbs is not None]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
-    changed = [row for row in done if became(row)]
-    lines = [f"{len(changed)} of {len(done)} structures changed their space group when the ions moved."]
+    changed = [row for row in done if new_space_group(row)]
+    lines = [f"{len(changed)} of {len(done)} structures changed their space group with SSCHA."]
     if changed:
-        group, count = Counter(became(row) for row in changed).most_common(1)[0]
+        group, count = Counter(new_space_group(row) for row in changed).most_common(1)[0]
         lines.append(f"{count} of them became {group}, the most frequent.")
-    shifts = sorted(1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None and row.gibbs is not None)
+    shifts = sorted(
+        1000 * (row.gibbs - row.enthalpy)
+        for row in done
+        if row.enthalpy is not None and row.gibbs is not None
+    )
     if shifts:
         middle = shifts[len(shifts) // 2]
         lines.append(
-            f"The motion of the ions adds {shifts[0]:.0f} to {shifts[-1]:.0f} meV/atom (median {middle:.0f}) to the static enthalpy."
+            f"The motion of the ions adds {shifts[0]:.0f} to {shifts[-1]:.0f} meV/atom (median"
+            f" {middle:.0f}) to the static enthalpy."
         )
     ranked = sorted((row for row in done if row.ranked), key=lambda row: row.gibbs or 0.0)
     if ranked:
         best = ranked[0]
-        at_rest = min((row for row in done if row.enthalpy is not None), key=lambda row: row.enthalpy or 0.0, default=best)
+        at_rest = min(
+            (row for row in done if row.enthalpy is not None),
+            key=lambda row: row.enthalpy or 0.0,
+            default=best,
+        )
         same = ", which becomes the same phase" if at_rest.same_as == best.id else ""
-        tail = "as with ions at rest" if at_rest is best else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with ions at rest{same}"
-        lines.append(f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy, {tail}.")
+        tail = (
+            "as with static ions"
+            if at_rest is best
+            else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with static ions{same}"
+        )
+        lines.append(
+            f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy,"
+            f" {tail}."
+        )
     unconverged = sum(row.status == "unconverged" for row in view.rows)
     if unconverged:
-        lines.append(f"{unconverged} more did not converge within the budget and are not ranked: their free energies are upper bounds.")
+        lines.append(
+            f"{unconverged} more did not converge within the budget and are not ranked: their free"
+            " energies are upper bounds."
+        )
     return lines
 
 
@@ -155,19 +214,31 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
     if not steps:
         return []
     counts = Counter(str(step.get("status", "open")) for step in steps.values())
-    words = {"failed": "failed", "running": "running", "interrupted": "interrupted", "open": "not begun"}
+    words = {
+        "failed": "failed",
+        "running": "running",
+        "interrupted": "interrupted",
+        "open": "not begun",
+    }
     rest = [f"{counts[status]} {word}" for status, word in words.items() if counts[status]]
     if not rest:
         return [f"All {len(steps)} steps of the campaign are done."]
-    return [f"{counts['done']} of {len(steps)} steps of the campaign are done ({', '.join(rest)}): what follows is what there is so far."]
+    return [
+        f"{counts['done']} of {len(steps)} steps of the campaign are done ({', '.join(rest)}): what"
+        " follows is what there is so far."
+    ]
 
 
 def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
-    """Titled sentences on the hull of each pressure and temperature at which there are several compositions."""
-    places: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
+    """Titled sentences on the hull of each pressure and temperature at which there are several
+    compositions."""
+    conditions: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
     for view in views:
-        places[view.file, view.pressure, view.temperature].extend(view.rows)
-    parts = [(f"Hull at {pressure:g} GPa, {heat:g} K", hull_sentences(rows)) for (_, pressure, heat), rows in places.items()]
+        conditions[view.file, view.pressure, view.temperature].extend(view.rows)
+    parts = [
+        (f"Hull at {pressure:g} GPa, {heat:g} K", hull_sentences(rows))
+        for (_, pressure, heat), rows in conditions.items()
+    ]
     return [(title, lines) for title, lines in parts if lines]
 
 
@@ -180,9 +251,13 @@ class EnthalpyTally:
         self.groups: dict[float, set[str]] = defaultdict(set)
 
     def add(self, row: dict[str, str]) -> None:
-        """Take up one row; one without pressure or enthalpy is only counted. The foundation model's are another energy scale."""
+        """Take up one row; one without pressure or enthalpy is only counted. The foundation model's
+        are another energy scale."""
         self.count += 1
-        pressure, enthalpy = number(row.get("pressure_GPa")), number(row.get("enthalpy_eV_per_atom"))
+        pressure, enthalpy = (
+            number(row.get("pressure_GPa")),
+            number(row.get("enthalpy_eV_per_atom")),
+        )
         if pressure is None or enthalpy is None or row.get("source") == "foundation":
             return
         self.groups[pressure].add(row.get("space_group", ""))
@@ -191,7 +266,7 @@ class EnthalpyTally:
             self.lowest[pressure] = (enthalpy, name)
 
     def sentences(self) -> list[str]:
-        """How many structures at which pressures, and what is lowest with ions at rest."""
+        """How many structures at which pressures, and what is lowest in static enthalpy."""
         if not self.lowest:
             return []
         pressures = sorted(self.lowest)
@@ -205,11 +280,14 @@ class EnthalpyTally:
                 runs[-1] = (name, runs[-1][1], pressure)
             else:
                 runs.append((name, pressure, pressure))
-        told = [f"{name} at {low:g} GPa" if low == high else f"{name} from {low:g} to {high:g} GPa" for name, low, high in runs]
-        return [*lines, f"Lowest in enthalpy with ions at rest: {', '.join(told)}."]
+        told = [
+            f"{name} at {low:g} GPa" if low == high else f"{name} from {low:g} to {high:g} GPa"
+            for name, low, high in runs
+        ]
+        return [*lines, f"Lowest in static enthalpy: {', '.join(told)}."]
 
 
-def model_sentence(errors: Sheet) -> list[str]:
+def model_sentence(errors: RawTable) -> list[str]:
     """What finetuning did to the error on the test set."""
     test = {row["model"]: row for row in errors.rows if row.get("set") == "test"}
     if not {"foundation", "finetuned"} <= set(test):
@@ -225,25 +303,45 @@ def model_sentence(errors: Sheet) -> list[str]:
         if old is not None and new is not None:
             parts.append(f"{name} {factor * old:.3g} to {factor * new:.3g} {unit}")
     said = ", ".join(parts)
-    return [f"Finetuning changed the root-mean-square errors on the {after.get('n', '')} test labels: {said}."] if parts else []
+    return (
+        [
+            f"Finetuning changed the root-mean-square errors on the {after.get('n', '')} test"
+            f" labels: {said}."
+        ]
+        if parts
+        else []
+    )
 
 
-def space_group_sentence(sheet: Sheet) -> list[str]:
-    """How many candidates that changed with moving ions are minima of DFT at rest."""
-    checked = [row for row in sheet.rows if row.get("spg_dft")]
+def space_group_sentence(raw: RawTable) -> list[str]:
+    """How many candidates that changed with SSCHA are static minima of DFT."""
+    checked = [row for row in raw.rows if row.get("spg_dft")]
     if not checked:
         return []
     kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
-    return [f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them: real minima while the ions rest."]
+    return [
+        f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them:"
+        " real static minima."
+    ]
 
 
-def mode_sentences(sheet: Sheet) -> list[str]:
+def mode_sentences(raw: RawTable) -> list[str]:
     """Where each mode turns stable: the critical pressures of figure 4a."""
-    curves: dict[tuple[str, str, str, str], dict[float, tuple[float, float | None]]] = defaultdict(dict)
-    for row in sheet.rows:
-        pressure, squared = number(row.get("pressure_GPa")), number(row.get("frequency_squared_cm2"))
+    curves: dict[tuple[str, str, str, str], dict[float, tuple[float, float | None]]] = defaultdict(
+        dict
+    )
+    for row in raw.rows:
+        pressure, squared = (
+            number(row.get("pressure_GPa")),
+            number(row.get("frequency_squared_cm2")),
+        )
         if pressure is not None and squared is not None:
-            key = (row.get("phase", ""), row.get("irrep", ""), row.get("method", ""), row.get("energies_by", ""))
+            key = (
+                row.get("phase", ""),
+                row.get("irrep", ""),
+                row.get("method", ""),
+                row.get("energies_by", ""),
+            )
             curves[key][pressure] = squared, number(row.get("error_cm2"))
     lines = []
     for (phase, irrep, method, by), found in sorted(curves.items()):
@@ -255,19 +353,35 @@ def mode_sentences(sheet: Sheet) -> list[str]:
             spread = "" if error is None else f" ± {error:.1f}"
             lines.append(f"{head} turns from imaginary to real at {critical:.1f}{spread} GPa.")
         else:
-            state = "imaginary" if all(value < 0 for value in squares) else "real" if all(value >= 0 for value in squares) else None
-            span = f"{pressures[0]:g}" if len(pressures) == 1 else f"{pressures[0]:g} to {pressures[-1]:g}"
-            lines.append(f"{head} is {state} at {span} GPa." if state else f"{head} changes its sign, never from imaginary to real.")
+            state = (
+                "imaginary"
+                if all(value < 0 for value in squares)
+                else "real"
+                if all(value >= 0 for value in squares)
+                else None
+            )
+            span = (
+                f"{pressures[0]:g}"
+                if len(pressures) == 1
+                else f"{pressures[0]:g} to {pressures[-1]:g}"
+            )
+            lines.append(
+                f"{head} is {state} at {span} GPa."
+                if state
+                else f"{head} changes its sign, never from imaginary to real."
+            )
     return lines
 
 
-def gradient_sentences(sheet: Sheet) -> list[str]:
+def gradient_sentences(raw: RawTable) -> list[str]:
     """What averaging over the ensemble leaves of the error of the forces."""
     cases: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in sheet.rows:
+    for row in raw.rows:
         case = cases[row.get("phase", ""), row.get("pressure_GPa", "")]
         known = case.get(row.get("quantity", ""))
-        if known is None or (number(row.get("n_configs")) or 0) > (number(known.get("n_configs")) or 0):
+        if known is None or (number(row.get("n_configs")) or 0) > (
+            number(known.get("n_configs")) or 0
+        ):
             case[row.get("quantity", "")] = row
     lines = []
     for (phase, pressure), case in cases.items():
@@ -278,22 +392,26 @@ def gradient_sentences(sheet: Sheet) -> list[str]:
         floor = number(mean.get("floor"))
         beside = "" if floor is None else f"; averaging alone would leave {1000 * floor:.2g}"
         lines.append(
-            f"{phase} at {pressure} GPa: averaging over {mean.get('n_configs')} configurations leaves {1000 * many:.3g} of "
-            f"{1000 * one:.3g} meV/Å error of the forces{beside}."
+            f"{phase} at {pressure} GPa: averaging over {mean.get('n_configs')} configurations"
+            f" leaves {1000 * many:.3g} of {1000 * one:.3g} meV/Å error of the forces{beside}."
         )
     return lines
 
 
-def correction_sentences(sheet: Sheet) -> list[str]:
+def correction_sentences(raw: RawTable) -> list[str]:
     """What DFT labels in the ensemble add to the free energies."""
     lines = []
-    for row in sheet.rows:
-        value, error = number(row.get("correction_eV_per_atom")), number(row.get("correction_error_eV_per_atom"))
+    for row in raw.rows:
+        value, error = (
+            number(row.get("correction_eV_per_atom")),
+            number(row.get("correction_error_eV_per_atom")),
+        )
         if value is not None:
             margin = "" if error is None else f" +- {1000 * error:.2g}"
             lines.append(
-                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa: {row.get('n_labels', '')} DFT labels of its ensemble "
-                f"change G by {1000 * value:.3g}{margin} meV/atom."
+                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa:"
+                f" {row.get('n_labels', '')} DFT labels of its ensemble change G by"
+                f" {1000 * value:.3g}{margin} meV/atom."
             )
     return lines
 
@@ -302,8 +420,13 @@ def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:
     """What everything took together."""
     if not rows:
         return []
-    evaluations, labels, seconds = (_total(rows, name) for name in ("n_evaluations", "n_labels", "wall_s"))
-    return [f"All of it took {evaluations:,.0f} force evaluations, {labels:,.0f} DFT labels and {duration(seconds)}."]
+    evaluations, labels, seconds = (
+        _total(rows, name) for name in ("n_evaluations", "n_labels", "wall_s")
+    )
+    return [
+        f"All of it took {evaluations:,.0f} force evaluations, {labels:,.0f} DFT labels and"
+        f" {duration(seconds)}."
+    ]
 
 
 def _total(rows: Iterable[dict[str, str]], column: str) -> float:

@@ -1,6 +1,8 @@
-"""Who runs the independent pieces of a step: this process, processes of this machine, or Dask workers anywhere.
+"""Who runs the independent pieces of a step: this process, processes of this machine, or Dask
+workers anywhere.
 
-A piece is a *task*, a function of one item that returns data. Only the process that calls `map` writes tables and databases.
+A piece is a *task*, a function of one item that returns data. Only the process that calls `map`
+writes tables and databases.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ from typing import Protocol
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Scheduler, Shared, available_cores
 from magus_anharmonic.settings import WorkerSettings
 
-__all__ = ["MAX_DEATHS", "Done", "Scheduler", "Scheduling", "Shared", "available_cores", "close_clusters", "open_scheduler"]
+__all__ = [
+    "MAX_DEATHS",
+    "Done",
+    "Scheduler",
+    "Scheduling",
+    "Shared",
+    "available_cores",
+    "close_clusters",
+    "open_scheduler",
+]
 
 _CLUSTERS: dict[str, Scheduler] = {}
 
@@ -30,10 +41,11 @@ class Scheduling(Protocol):
 
 @contextlib.contextmanager
 def open_scheduler(scheduling: Scheduling, *, device: str = "cpu") -> Iterator[Scheduler]:
-    """The scheduler that the settings name. Local processes end with the block; a cluster stays for the next one, until this process ends.
+    """The scheduler that the settings name. Local processes end with the block; a cluster stays for
+    the next one, until this process ends.
 
-    ``device`` (cpu or cuda) is where local processes will compute: they share the GPU.
-    Raises ``InputError``: no scheduler at that address, package or command of the queue system missing.
+    ``device`` (cpu or cuda) is where local processes will compute: they share the GPU. Raises
+    ``InputError``: no scheduler at that address, package or command of the queue system missing.
     """
     name, workers = scheduling.scheduler, scheduling.workers
     if is_remote(name):
@@ -46,7 +58,9 @@ def open_scheduler(scheduling: Scheduling, *, device: str = "cpu") -> Iterator[S
         return
     from magus_anharmonic.scheduler.local import LocalScheduler
 
-    with contextlib.closing(LocalScheduler(workers.count, threads=workers.cores, device=device)) as local:
+    with contextlib.closing(
+        LocalScheduler(workers.count, threads=workers.cores, device=device)
+    ) as local:
         yield local
 
 
@@ -65,7 +79,8 @@ def _cluster(name: str, workers: WorkerSettings) -> Scheduler:
 
 
 def close_clusters() -> None:
-    """Leave every Dask scheduler and end the jobs that were sent for one; called when the process ends."""
+    """Leave every Dask scheduler and end the jobs that were sent for one; called when the process
+    ends."""
     while _CLUSTERS:
         _CLUSTERS.popitem()[1].close()
 

@@ -2,7 +2,8 @@
 
 What every scheduler is, what it hands back, and what a worker does with a task.
 
-Folders as bytes: workers return what they wrote, and only the process that asked writes it where it belongs.
+Folders as bytes: workers return what they wrote, and only the process that asked writes it where it
+belongs.
 
 One task after the other in this process.
 """
@@ -18,7 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from magus_anharmonic.errors import LostLock, MachineTrouble, MagusAnharmonicError, is_trouble, reason_of, typed_line
+from magus_anharmonic.errors import (
+    LostLock,
+    MachineError,
+    MagusAnharmonicError,
+    is_machine_error,
+    reason_of,
+    typed_line,
+)
 from magus_anharmonic.files import replacing
 
 log = logging.getLogger(__name__)
@@ -31,7 +39,8 @@ KEPT = 2
 
 
 def available_cores() -> int:
-    """Cores that this process may use (a job's share of the machine), not those that the machine has."""
+    """Cores that this process may use (a job's share of the machine), not those that the machine
+    has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -39,9 +48,10 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of one task: what it returned, or why it returned nothing; ``died``: because its worker did.
+    """The end of one task: what it returned, or why it returned nothing; ``died``: because its
+    worker did.
 
-    Raises ``MachineTrouble`` where that is what the worker met (see `attempt`).
+    Raises ``MachineError`` where that is what the worker met (see `attempt`).
     """
 
     index: int
@@ -50,12 +60,13 @@ class Done:
     died: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, MachineTrouble):
+        if isinstance(self.value, MachineError):
             raise self.value
 
 
 class Shared(Protocol):
-    """What all tasks of a call need, e.g. a model: travels once to each worker, which makes the object once and keeps it."""
+    """What all tasks of a call need, e.g. a model: travels once to each worker, which makes the
+    object once and keeps it."""
 
     @property
     def key(self) -> str:
@@ -68,11 +79,13 @@ class Shared(Protocol):
 
 
 Task = Callable[[Any, Any], Any]
-"""``task(item, shared object or None) -> data``; a function of a module, so that another process finds it."""
+"""``task(item, shared object or None) -> data``; a function of a module, so that another process
+finds it."""
 
 
 class Scheduler(Protocol):
-    """Runs tasks. ``remote``: the workers need not see this process's folders; ``device``: where they compute, cpu or cuda."""
+    """Runs tasks. ``remote``: the workers need not see this process's folders; ``device``: where
+    they compute, cpu or cuda."""
 
     remote: bool
 
@@ -86,9 +99,10 @@ class Scheduler(Protocol):
     def device(self) -> str: ...
 
     def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
-        """One `Done` per item, in the order in which they end; items are taken as workers become free.
+        """One `Done` per item, in the order in which they end; items are taken as workers become
+        free.
 
-        Raises ``MachineTrouble`` when the memory, the disk or the GPU of a worker gave out.
+        Raises ``MachineError`` when the memory, the disk or the GPU of a worker gave out.
         """
         ...
 
@@ -99,7 +113,8 @@ _MADE: OrderedDict[str, Any] = OrderedDict()
 
 
 def made(shared: Shared | None) -> Any:
-    """The object of ``shared`` in this process, made at its first use and kept while it is among the last `KEPT`."""
+    """The object of ``shared`` in this process, made at its first use and kept while it is among
+    the last `KEPT`."""
     if shared is None:
         return None
     if shared.key not in _MADE:
@@ -112,14 +127,17 @@ def made(shared: Shared | None) -> Any:
 
 
 def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
-    """Value and empty reason, or None and why: an error of one task stops no other. Trouble of the machine comes back as the value."""
+    """Value and empty reason, or None and why: an error of one task stops no other. A machine error
+    comes back as the value."""
     try:
         return task(item, made(shared)), ""
     except LostLock as error:
-        return MachineTrouble(str(error)), ""
+        return MachineError(str(error)), ""
     except Exception as error:
-        if is_trouble(error):
-            return MachineTrouble(f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"), ""
+        if is_machine_error(error):
+            return MachineError(
+                f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"
+            ), ""
         log.warning("a task failed", exc_info=True)
         return None, typed_line(error)
 
@@ -132,9 +150,18 @@ LAST = "result.json"
 
 
 def packed(folder: Path, *, largest: int | None = None) -> dict[str, bytes]:
-    """Every plain file below ``folder`` (none when there is no folder), except temporary ones and those above ``largest`` bytes."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink() and path.suffix != ".tmp")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found if largest is None or path.stat().st_size <= largest}
+    """Every plain file below ``folder`` (none when there is no folder), except temporary ones and
+    those above ``largest`` bytes."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.suffix != ".tmp"
+    )
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in found
+        if largest is None or path.stat().st_size <= largest
+    }
 
 
 def changed(before: Files, after: Files) -> dict[str, bytes]:
@@ -143,7 +170,8 @@ def changed(before: Files, after: Files) -> dict[str, bytes]:
 
 
 def unpack(files: Files, folder: Path) -> None:
-    """Write the files below ``folder``, each whole or not at all; raises ``MagusAnharmonicError`` for a name that leads out of it."""
+    """Write the files below ``folder``, each whole or not at all; raises ``MagusAnharmonicError``
+    for a name that leads out of it."""
     root = folder.resolve()
     for name in sorted(files, key=lambda name: (Path(name).name == LAST, name)):
         target = (root / name).resolve()

@@ -1,4 +1,5 @@
-"""Dask workers on this or other machines: at an address, or started by jobs of SLURM, LSF or PBS."""
+"""Dask workers on this or other machines: at an address, or started by jobs of SLURM, LSF or
+PBS."""
 
 from __future__ import annotations
 
@@ -7,7 +8,6 @@ import itertools
 import logging
 import os
 import queue
-import shutil
 import time
 import uuid
 from collections import deque
@@ -30,43 +30,63 @@ DIED = "its worker died {} times while running it (crash, out of memory, or the 
 
 
 class DaskScheduler:
-    """A connection to a Dask scheduler; at most ``AHEAD`` tasks per worker are with it, so that its memory and ours stay bounded."""
+    """A connection to a Dask scheduler; at most ``AHEAD`` tasks per worker are with it, so that its
+    memory and ours stay bounded."""
 
     remote = True
 
-    def __init__(self, client: Any, *, description: str, device: str | None = None, cluster: Any = None) -> None:
+    def __init__(
+        self, client: Any, *, description: str, device: str | None = None, cluster: Any = None
+    ) -> None:
         self._client, self._cluster, self.description = client, cluster, description
         self._device = device
         self._workers, self._asked = 0, 0.0
 
     @classmethod
     def connect(cls, name: str, workers: WorkerSettings) -> DaskScheduler:
-        """Connect to the address ``name``, or start a scheduler here and send jobs of the queue system ``name``.
+        """Connect to the address ``name``, or start a scheduler here and send jobs of the queue
+        system ``name``.
 
-        Raises ``InputError`` when nobody answers within ``workers.timeout`` seconds, or something is not installed.
+        Raises ``InputError`` when nobody answers within ``workers.timeout`` seconds, or something
+        is not installed.
         """
         try:
             from distributed import Client
         except ImportError as error:
-            raise InputError(f"scheduler: {name}: {error}; pip install 'magus-anharmonic[dask]'") from None
+            raise InputError(
+                f"scheduler: {name}: {error}; pip install 'magus-anharmonic[dask]'"
+            ) from None
         if "://" not in name:
             from magus_anharmonic.scheduler.queues import start_cluster
 
             cluster = start_cluster(name, workers)
             client = Client(cluster, set_as_default=False)
-            return cls(client, description=f"{workers.count or 1} {name} jobs", device="cuda" if workers.gpus else "cpu", cluster=cluster)
+            return cls(
+                client,
+                description=f"{workers.count or 1} {name} jobs",
+                device="cuda" if workers.gpus else "cpu",
+                cluster=cluster,
+            )
         if name.startswith("tls://") and not _has_certificates():
-            raise InputError(f"scheduler: {name}: Dask's configuration names no certificates for TLS; docs/clusters.md says how")
+            raise InputError(
+                f"scheduler: {name}: Dask's configuration names no certificates for TLS;"
+                " docs/clusters.md says how"
+            )
         try:
             with _silent("distributed"):
                 client = Client(name, timeout=workers.timeout, set_as_default=False)
         except (OSError, TimeoutError, ValueError, RuntimeError) as error:
             raise InputError(
-                f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s ({one_line(error)}); "
-                "start one with `dask scheduler` and workers with `dask worker ADDRESS --nthreads 1`"
+                f"scheduler: {name}: no Dask scheduler answers within {workers.timeout:g} s"
+                f" ({one_line(error)}); start one with `dask scheduler` and workers with `dask"
+                " worker ADDRESS --nthreads 1`"
             ) from None
         if name.startswith("tcp://") and not _is_here(name):
-            log.warning("%s: without TLS everybody who reaches it can run programs as you; docs/clusters.md says how to use tls://", name)
+            log.warning(
+                "%s: without TLS everybody who reaches it can run programs as you; docs/clusters.md"
+                " says how to use tls://",
+                name,
+            )
         return cls(client, description=f"the Dask workers at {name}")
 
     @property
@@ -87,7 +107,8 @@ class DaskScheduler:
         return self._device
 
     def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
-        """See `Scheduler`; raises ``MagusAnharmonicError`` when the scheduler is lost or its workers lack this package."""
+        """See `Scheduler`; raises ``MagusAnharmonicError`` when the scheduler is lost or its
+        workers lack this package."""
         yield from _Call(self, self._client, task, items, shared).results()
 
     def refusal(self) -> str:
@@ -100,13 +121,20 @@ class DaskScheduler:
             self._client.close()
             if self._cluster is not None:
                 self._cluster.close(timeout=10)
-                shutil.rmtree(self._cluster.certificates)
+                self._cluster.certificates.remove()
 
 
 class _Call:
     """One `map`: which items wait, which are with the scheduler, whose workers died."""
 
-    def __init__(self, scheduler: DaskScheduler, client: Any, task: Task, items: Iterable[Any], shared: Shared | None) -> None:
+    def __init__(
+        self,
+        scheduler: DaskScheduler,
+        client: Any,
+        task: Task,
+        items: Iterable[Any],
+        shared: Shared | None,
+    ) -> None:
         self.scheduler, self.client, self.task, self.shared = scheduler, client, task, shared
         self.waiting = enumerate(items)
         self.again: deque[tuple[int, Any]] = deque()
@@ -136,7 +164,8 @@ class _Call:
                 self.client.cancel([future for future, _, _ in self.running.values()], force=True)
 
     def _feed(self) -> bool:
-        """Submit while there is room. A task whose worker died runs again with no other beside it: its deaths are its own then."""
+        """Submit while there is room. A task whose worker died runs again with no other beside it:
+        its deaths are its own then."""
         if self.alone in self.running or (self.again and self.running):
             return True
         if self.again:
@@ -154,7 +183,14 @@ class _Call:
         key = f"task-{self.token}-{next(self.numbers)}"
         carried = None if self.shared is None else self.shared.key
         future = self.client.submit(
-            run_on_worker, self.task, item, carried, magus_anharmonic.__version__, key=key, pure=False, priority=-index
+            run_on_worker,
+            self.task,
+            item,
+            carried,
+            magus_anharmonic.__version__,
+            key=key,
+            pure=False,
+            priority=-index,
         )
         self.running[key] = future, index, item
         future.add_done_callback(lambda future: self.ended.put(future.key))
@@ -195,17 +231,21 @@ class _Call:
             self.again.append((index, item))
             return None
         raise MagusAnharmonicError(
-            f"{self.scheduler.description}: a worker cannot run this package's tasks: {typed_line(error)}; "
-            "install the same version of magus-anharmonic and Dask there"
+            f"{self.scheduler.description}: a worker cannot run this package's tasks:"
+            f" {typed_line(error)}; install the same version of magus-anharmonic and Dask there"
         )
 
     def _connected(self) -> None:
-        """Wait for a broken connection; raises ``MagusAnharmonicError`` when it does not come back."""
+        """Wait for a broken connection; raises ``MagusAnharmonicError`` when it does not come
+        back."""
         end = time.monotonic() + PATIENCE
         while self.client.status == "connecting" and time.monotonic() < end:
             time.sleep(0.1)
         if self.client.status != "running":
-            raise MagusAnharmonicError(f"{self.scheduler.description}: the connection to the Dask scheduler is lost; finished work is kept")
+            raise MagusAnharmonicError(
+                f"{self.scheduler.description}: the connection to the Dask scheduler is lost;"
+                " finished work is kept"
+            )
 
     def _complain(self) -> None:
         self._connected()
@@ -213,7 +253,8 @@ class _Call:
             return
         if reason := self.scheduler.refusal():
             raise MagusAnharmonicError(
-                f"{self.scheduler.description}: {reason}; finished work is kept, run the same command again to go on"
+                f"{self.scheduler.description}: {reason}; finished work is kept, run the same"
+                " command again to go on"
             )
         if time.monotonic() - self.quiet_since > PATIENCE:
             self.quiet_since = time.monotonic()
@@ -228,9 +269,13 @@ _CARRIED: dict[str, Shared] = {}
 
 
 def run_on_worker(task: Task, item: Any, key: str | None, version: str) -> tuple[Any, str]:
-    """Runs on the worker: value and reason, as `attempt`; raises what says that no task can run here."""
+    """Runs on the worker: value and reason, as `attempt`; raises what says that no task can run
+    here."""
     if version != magus_anharmonic.__version__:
-        raise RuntimeError(f"magus-anharmonic {magus_anharmonic.__version__} on the worker, {version} where the search runs")
+        raise RuntimeError(
+            f"magus-anharmonic {magus_anharmonic.__version__} on the worker, {version} where the"
+            " search runs"
+        )
     if key is not None and key not in _CARRIED:
         raise NotCarried(key)
     _threads()
@@ -238,7 +283,8 @@ def run_on_worker(task: Task, item: Any, key: str | None, version: str) -> tuple
 
 
 def _fetched(future: Any) -> tuple[Any, str] | None:
-    """Value and reason of a finished future, however long they travel; None when the worker that held them has died since."""
+    """Value and reason of a finished future, however long they travel; None when the worker that
+    held them has died since."""
     while True:
         try:
             value, reason = future.result(timeout=REFRESH)
@@ -263,7 +309,8 @@ def _device_of_worker() -> str:
 
 @contextlib.contextmanager
 def _carried(client: Any, shared: Shared | None) -> Iterator[None]:
-    """Bring ``shared`` to every worker, those of later too: the scheduler hands it to each one before its first task."""
+    """Bring ``shared`` to every worker, those of later too: the scheduler hands it to each one
+    before its first task."""
     if shared is None:
         yield
         return
@@ -299,7 +346,9 @@ def _has_certificates() -> bool:
     from distributed.security import Security
 
     made_elsewhere = dask.config.get("distributed.client.security-loader", None)
-    return bool(made_elsewhere) or Security().get_connection_args("client")["ssl_context"] is not None
+    return (
+        bool(made_elsewhere) or Security().get_connection_args("client")["ssl_context"] is not None
+    )
 
 
 def _is_here(address: str) -> bool:

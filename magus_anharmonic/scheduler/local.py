@@ -1,4 +1,5 @@
-"""Processes of this machine, one task at a time each; one that dies takes only its own task with it."""
+"""Processes of this machine, one task at a time each; one that dies takes only its own task with
+it."""
 
 from __future__ import annotations
 
@@ -25,18 +26,25 @@ MAX_PER_GPU = 4
 GOODBYE = 5.0
 """Seconds that an idle process may take to end by itself."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-DIED = "its process died {} times (crash, or out of memory); a script of your own needs `if __name__ == '__main__':`"
+DIED = (
+    "its process died {} times (crash, or out of memory); a script of your own needs `if __name__"
+    " == '__main__':`"
+)
 
 
 class LocalScheduler:
-    """``n_workers`` fresh interpreters (torch and CUDA do not survive a fork), started when first needed and kept until `close`.
+    """``n_workers`` fresh interpreters (torch and CUDA do not survive a fork), started when first
+    needed and kept until `close`.
 
-    n_workers : None takes one per core, at most four where they share a GPU; threads : of each, None shares the cores.
+    n_workers : None takes one per core, at most four where they share a GPU; threads : of each,
+    None shares the cores.
     """
 
     remote = False
 
-    def __init__(self, n_workers: int | None = None, *, threads: int | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, n_workers: int | None = None, *, threads: int | None = None, device: str = "cpu"
+    ) -> None:
         cores = available_cores()
         fitting = min(cores, MAX_PER_GPU) if device == "cuda" else cores
         self.n_workers = n_workers or max(1, fitting // (threads or 1))
@@ -81,7 +89,15 @@ class LocalScheduler:
                 self._processes.remove(process)
                 process.end()
 
-    def _feed(self, task: Task, shared: Shared | None, again: deque, waiting: Iterator, busy: dict, free: list[_Process]) -> None:
+    def _feed(
+        self,
+        task: Task,
+        shared: Shared | None,
+        again: deque,
+        waiting: Iterator,
+        busy: dict,
+        free: list[_Process],
+    ) -> None:
         while len(busy) < self.n_workers:
             job = again.popleft() if again else next(waiting, None)
             if job is None:
@@ -94,7 +110,8 @@ class LocalScheduler:
             busy[process.connection] = process
 
     def close(self) -> None:
-        """End the processes: each is told to go, and killed only where it does not, so that it can give back what it holds."""
+        """End the processes: each is told to go, and killed only where it does not, so that it can
+        give back what it holds."""
         for process in self._processes:
             process.connection.close()
         while self._processes:
@@ -111,7 +128,8 @@ class _Process:
         self.job: tuple[int, Any] = (-1, None)
         self._mark = new_mark()
         self._process = context.Process(target=_serve, args=(other, threads), daemon=True)
-        resource_tracker.ensure_running()  # which would take the mark of the first process that is started, and its end
+        # which would take the mark of the first process that is started, and its end
+        resource_tracker.ensure_running()
         with _variables({**dict.fromkeys(THREAD_VARIABLES, str(threads)), MARK: self._mark}):
             self._process.start()
         other.close()
@@ -121,7 +139,8 @@ class _Process:
         return self._process.is_alive()
 
     def send(self, task: Task, job: tuple[int, Any], shared: Shared | None) -> None:
-        """Hand over a job; what is shared goes along the first time only. A dead process shows in `answer`."""
+        """Hand over a job; what is shared goes along the first time only. A dead process shows in
+        `answer`."""
         self.job = job
         key = None if shared is None else shared.key
         new = shared if key not in self._known else None
@@ -141,13 +160,21 @@ class _Process:
         """End the process, if it has not ended within ``patience`` seconds; how it ended."""
         if self._process.exitcode is None:
             self._process.join(patience)
-        known = descendants(self._process.pid) if self._process.pid and self._process.exitcode is None else []
+        known = (
+            descendants(self._process.pid)
+            if self._process.pid and self._process.exitcode is None
+            else []
+        )
         self._process.kill()
         self._process.join()
         end_processes(known, self._mark)
         self.connection.close()
         code = self._process.exitcode
-        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        return (
+            f"killed by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"exit code {code}"
+        )
 
 
 def _serve(connection: Connection, threads: int) -> None:
@@ -157,12 +184,12 @@ def _serve(connection: Connection, threads: int) -> None:
     known: dict[str, Shared] = {}
     while True:
         try:
-            task, item, key, new, held = connection.recv()
+            task, item, key, new, locks = connection.recv()
         except EOFError:
             return
         if new is not None:
             known[key] = new
-        adopt(held)
+        adopt(locks)
         limit_torch(threads)
         connection.send(attempt(task, item, known.get(key)))
 
@@ -185,7 +212,8 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def _variables(wanted: dict[str, str]) -> Iterator[None]:
-    """The environment in which workers start: BLAS and torch read their number of threads when they are loaded."""
+    """The environment in which workers start: BLAS and torch read their number of threads when they
+    are loaded."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

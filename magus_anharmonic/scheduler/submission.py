@@ -52,7 +52,8 @@ class Submissions:
         self._refused.pop(name, None)
 
     def refusal(self) -> str:
-        """Why no job will ever run; empty while there is hope: a job in the queue, or refusals for less than `GIVE_UP`."""
+        """Why no job will ever run; empty while there is hope: a job in the queue, or refusals for
+        less than `GIVE_UP`."""
         if self._unreadable:
             return f"{self.command} was not understood: {self._unreadable}"
         since = min(self._refused.copy().values(), default=None)
@@ -62,7 +63,8 @@ class Submissions:
 
 
 def patient(job_class: type, submissions: Submissions) -> type:
-    """A job class of dask-jobqueue whose jobs are sent in the background, again and again until the queue system takes them.
+    """A job class of dask-jobqueue whose jobs are sent in the background, again and again until the
+    queue system takes them.
 
     dask-jobqueue sends each once: one refusal, and its worker is waited for without an end.
     """
@@ -95,7 +97,9 @@ def patient(job_class: type, submissions: Submissions) -> type:
             if not getattr(self, "use_stdin", False):
                 return await super()._submit_job(script_filename)
             # As the class of LSF does it, which throws the reason of a refusal away.
-            return await self._call([f"{self.submit_command} < {shlex.quote(script_filename)}"], shell=True)
+            return await self._call(
+                [f"{self.submit_command} < {shlex.quote(script_filename)}"], shell=True
+            )
 
         async def close(self) -> None:
             self._ending.set()
@@ -109,5 +113,8 @@ def patient(job_class: type, submissions: Submissions) -> type:
 
 def _words(error: BaseException) -> str:
     """What the command itself said."""
-    said = str(error).partition("stderr:\n")[2].strip() or str(error).partition("output is:\n")[2].strip()
+    said = (
+        str(error).partition("stderr:\n")[2].strip()
+        or str(error).partition("output is:\n")[2].strip()
+    )
     return one_line(said or str(error)) or type(error).__name__

@@ -1,4 +1,5 @@
-"""Embedded host: runs the same ``input.yaml`` and leaves the same ``results/`` as MAGUS, where MAGUS is not installed."""
+"""Embedded host: runs the same ``input.yaml`` and leaves the same ``results/`` as MAGUS, where
+MAGUS is not installed."""
 
 from __future__ import annotations
 

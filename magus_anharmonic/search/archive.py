@@ -14,7 +14,7 @@ from ase.io import Trajectory, read, write
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 from magus_anharmonic.files import (
     append_jsonl,
-    raise_trouble,
+    raise_machine_error,
     read_json,
     read_jsonl,
     read_whole,
@@ -25,7 +25,7 @@ from magus_anharmonic.files import (
     unsealed,
     write_json,
 )
-from magus_anharmonic.gate import check_structures
+from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
@@ -38,7 +38,8 @@ BEST = "best.traj"
 
 
 class Archive:
-    """``results/{init,raw,gen,good,keep}{g}.traj``, ``good.traj``, ``best.traj`` and ``results/anharmonic/``.
+    """``results/{init,raw,gen,good,keep}{g}.traj``, ``good.traj``, ``best.traj`` and
+    ``results/anharmonic/``.
 
     A generation counts as finished when ``search.json`` says so, which is the last file it writes;
     ``generations.jsonl`` has a line for each.
@@ -51,7 +52,8 @@ class Archive:
         self.seeds = directory / "Seeds"
 
     def start(self) -> None:
-        """Move an existing ``results`` to ``results1``, ``results2``, ... as MAGUS does, and make a new one."""
+        """Move an existing ``results`` to ``results1``, ``results2``, ... as MAGUS does, and make a
+        new one."""
         if self.results.exists():
             number = 1
             while (self.directory / f"results{number}").exists():
@@ -63,19 +65,30 @@ class Archive:
                 log.info("the earlier results are now in results%d", number)
         elif self.results.is_symlink():
             raise InputError(
-                f"{self.results}: a link to {self.results.readlink()}, which is not there; make that folder, or remove the link"
+                f"{self.results}: a link to {self.results.readlink()}, which is not there; make"
+                " that folder, or remove the link"
             )
         try:
             self.anharmonic.mkdir(parents=True)
         except FileExistsError:
-            raise InputError(f"{self.results}: another search was started here at the same moment; work in another folder") from None
+            raise InputError(
+                f"{self.results}: another search was started here at the same moment; work in"
+                " another folder"
+            ) from None
 
-    def save(self, name: str, generation: int | str, population: Sequence[Atoms], units: list[Atoms] | None = None) -> None:
+    def save(
+        self,
+        name: str,
+        generation: int | str,
+        population: Sequence[Atoms],
+        units: list[Atoms] | None = None,
+    ) -> None:
         """Write ``{name}{generation}.traj`` atomically; fitness is not kept, as in MAGUS."""
         write_frames(self.results / f"{name}{generation}.traj", _as_saved(population, units))
 
     def add_best(self, best: Sequence[Atoms], units: list[Atoms]) -> None:
-        """Append the best structures of a generation to ``best.traj`` atomically; those before stay on disk, out of memory."""
+        """Append the best structures of a generation to ``best.traj`` atomically; those before stay
+        on disk, out of memory."""
         file = self.results / BEST
         with replacing(file) as temporary:
             if file.exists():
@@ -86,8 +99,9 @@ class Archive:
     def restore_best(self, generation: int) -> None:
         """Make ``best.traj`` end with ``generation``, the last finished one, as it did then.
 
-        A kill between that file and ``search.json`` leaves an unfinished generation in it; a damaged one is made anew. Appended
-        generation by generation, as in a search that nobody killed, the bytes are the same.
+        A kill between that file and ``search.json`` leaves an unfinished generation in it; a
+        damaged one is made anew. Appended generation by generation, as in a search that nobody
+        killed, the bytes are the same.
         """
         file = self.results / BEST
         best = whole_frames(file)
@@ -111,11 +125,13 @@ class Archive:
         return read_frames(self.results / f"{name}{generation}.traj")
 
     def known(self, name: str, generation: int) -> list[Atoms] | None:
-        """The population of a file that can be made anew: None when it is not there, or is damaged and now set aside."""
+        """The population of a file that can be made anew: None when it is not there, or is damaged
+        and now set aside."""
         return whole_frames(self.results / f"{name}{generation}.traj")
 
     def finished(self) -> tuple[int, float]:
-        """Number of the last finished generation (0: none) and the volume ratio for the next (nan before the first)."""
+        """Number of the last finished generation (0: none) and the volume ratio for the next (nan
+        before the first)."""
         for generation, ratio in sorted(self._history().items(), reverse=True):
             try:
                 for name in ("gen", "good", "keep"):
@@ -129,7 +145,9 @@ class Archive:
     def _history(self) -> dict[int, float]:
         """Volume ratio after each finished generation."""
         file = self.anharmonic / STATE
-        lines = read_jsonl(self.anharmonic / HISTORY, {"generation": int, "volume_ratio": float | int})
+        lines = read_jsonl(
+            self.anharmonic / HISTORY, {"generation": int, "volume_ratio": float | int}
+        )
         found = {line["generation"]: float(line["volume_ratio"]) for line in lines}
         last = max(found, default=0)
         if file.exists():
@@ -138,37 +156,55 @@ class Archive:
                 last = int(state["finished"])
                 found.setdefault(last, float(state["volume_ratio"]))
             except (DamagedFile, KeyError, TypeError, ValueError) as error:
-                log.warning("%s is damaged (%s); %s says how far the search came", file, error, HISTORY)
+                log.warning(
+                    "%s is damaged (%s); %s says how far the search came", file, error, HISTORY
+                )
         return {generation: ratio for generation, ratio in found.items() if generation <= last}
 
     def finish(self, generation: int, volume_ratio: float, seconds: float = 0.0) -> None:
         """Record that every file of ``generation`` is there."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"generation": generation, "volume_ratio": volume_ratio, "seconds": round(seconds, 1), "finished": now}
+        line = {
+            "generation": generation,
+            "volume_ratio": volume_ratio,
+            "seconds": round(seconds, 1),
+            "finished": now,
+        }
         append_jsonl(self.anharmonic / HISTORY, line)
         write_json(self.anharmonic / STATE, {"finished": generation, "volume_ratio": volume_ratio})
 
     def read_seeds(self, generation: int) -> list[Atoms]:
-        """``Seeds/POSCARS_{g}`` (several structures, XDATCAR-like) and ``Seeds/seeds_{g}.traj``, as MAGUS reads them."""
+        """``Seeds/POSCARS_{g}`` (several structures, XDATCAR-like) and ``Seeds/seeds_{g}.traj``, as
+        MAGUS reads them."""
         frames: list[Atoms] = []
         own = self._own_seeds(generation)
         if own.exists():
             frames.extend(read_frames(own))
-        for name, form in ((f"POSCARS_{generation}", "vasp-xdatcar"), (f"seeds_{generation}.traj", "traj")):
+        for name, form in (
+            (f"POSCARS_{generation}", "vasp-xdatcar"),
+            (f"seeds_{generation}.traj", "traj"),
+        ):
             file = self.seeds / name
             if file.exists() and file.stat().st_size > 0:
                 try:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
-                    raise_trouble(error, file)
-                    raise InputError(f"{file}: not readable as seeds ({form}): {error}") from None
+                    raise_machine_error(error, file)
+                    raise InputError(
+                        f"{file}: not readable as seeds ({form}):"
+                        f" {typed_line(error)}{isotope_hint(error)}"
+                    ) from None
         check_structures(frames, f"{self.seeds}: seeds of generation {generation}: ")
         return frames
 
     def write_seeds(self, generation: int, structures: Sequence[Atoms]) -> None:
-        """Keep SSCHA centroids as seeds of ``generation``; those that an earlier one was given are left out."""
+        """Keep SSCHA centroids as seeds of ``generation``; those that an earlier one was given are
+        left out."""
         earlier = {
-            structure_id(atoms) for g in range(generation) if self._own_seeds(g).exists() for atoms in read_frames(self._own_seeds(g))
+            structure_id(atoms)
+            for g in range(generation)
+            if self._own_seeds(g).exists()
+            for atoms in read_frames(self._own_seeds(g))
         }
         new = [atoms for atoms in structures if structure_id(atoms) not in earlier]
         if new:
@@ -215,9 +251,10 @@ def append_frames(file: Path, frames: Sequence[Atoms]) -> None:
 
 
 def read_frames(file: Path) -> list[Atoms]:
-    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays. Raises ``DamagedFile``.
+    """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays.
+    Raises ``DamagedFile``.
 
-    Troubles of the machine or the disk are raised as they are.
+    Machine and disk errors are raised as they are.
     """
     try:
         unsealed(file)
@@ -225,7 +262,7 @@ def read_frames(file: Path) -> list[Atoms]:
     except DamagedFile:
         raise
     except Exception as error:  # ASE's reader raises many types for a file that is cut
-        raise_trouble(error, file)
+        raise_machine_error(error, file)
         why = typed_line(error, 120)
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:
@@ -237,5 +274,6 @@ def read_frames(file: Path) -> list[Atoms]:
 
 
 def whole_frames(file: Path) -> list[Atoms] | None:
-    """Structures of a .traj file; None when it is not there, or is damaged and now set aside to be made anew."""
+    """Structures of a .traj file; None when it is not there, or is damaged and now set aside to be
+    made anew."""
     return read_whole(file, read_frames)

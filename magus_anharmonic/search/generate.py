@@ -1,6 +1,7 @@
 """Random crystals by PyXtal, under MAGUS's keys.
 
-PyXtal: S. Fredericks, K. Parrish, D. Sayre, Q. Zhu, Comput. Phys. Commun. 261, 107810 (2021), doi:10.1016/j.cpc.2020.107810.
+PyXtal: S. Fredericks, K. Parrish, D. Sayre, Q. Zhu, Comput. Phys. Commun. 261, 107810 (2021),
+    doi:10.1016/j.cpc.2020.107810.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COORDINATE_ATTEMPTS = 10
-"""Placements tried in one random lattice; more of them cost seconds where another lattice succeeds at once."""
+"""Placements tried in one random lattice; more of them cost seconds where another lattice succeeds
+at once."""
 
 ROUNDS = 10
 """Rounds of ``max_n_try`` attempts without one structure after which the generator gives up."""
@@ -40,7 +42,8 @@ PRIMITIVE = {
     "F": np.array([[0, 1, 1], [1, 0, 1], [1, 1, 0]]) / 2,
     "R": np.array([[2, 1, 1], [-1, 1, 1], [-1, -2, 1]]) / 3,
 }
-"""Rows: primitive vectors in the conventional ones, by centring letter (International Tables A, obverse setting for R)."""
+"""Rows: primitive vectors in the conventional ones, by centring letter (International Tables A,
+obverse setting for R)."""
 
 
 class Geometry:
@@ -51,11 +54,15 @@ class Geometry:
 
     def __init__(self, keys: HostKeys, symbols: list[str]) -> None:
         self.keys, self.symbols = keys, symbols
-        self.radius = np.array(keys.radius or [covalent_radii[atomic_numbers[symbol]] for symbol in symbols])
+        self.radius = np.array(
+            keys.radius or [covalent_radii[atomic_numbers[symbol]] for symbol in symbols]
+        )
         self.distances: dict[tuple[str, str], float] = {}
         for (i, a), (j, b) in itertools.product(enumerate(symbols), repeat=2):
             matrix = keys.distance_matrix
-            self.distances[a, b] = matrix[i][j] if matrix else keys.d_ratio * float(self.radius[i] + self.radius[j])
+            self.distances[a, b] = (
+                matrix[i][j] if matrix else keys.d_ratio * float(self.radius[i] + self.radius[j])
+            )
 
     def counts(self, atoms: Atoms) -> np.ndarray:
         """(n_symbols,) atoms of each element."""
@@ -73,11 +80,18 @@ class Geometry:
         return min(low, high), high
 
     def lattice_fits(self, cellpar: np.ndarray, counts: np.ndarray, largest_volume: float) -> bool:
-        """Whether a, b, c (Angstrom) and the angles (degrees) lie within min_lattice and max_lattice."""
+        """Whether a, b, c (Angstrom) and the angles (degrees) lie within min_lattice and
+        max_lattice."""
         low = [2 * self.radius[counts > 0].max()] * 3 + [45.0] * 3
         high = [3 * largest_volume ** (1 / 3)] * 3 + [135.0] * 3
-        low = [given if given > 0 else default for given, default in zip(self.keys.min_lattice, low, strict=True)]
-        high = [given if given > 0 else default for given, default in zip(self.keys.max_lattice, high, strict=True)]
+        low = [
+            given if given > 0 else default
+            for given, default in zip(self.keys.min_lattice, low, strict=True)
+        ]
+        high = [
+            given if given > 0 else default
+            for given, default in zip(self.keys.max_lattice, high, strict=True)
+        ]
         return bool((cellpar >= low).all() and (cellpar <= high).all())
 
     def too_close(self, atoms: Atoms) -> bool:
@@ -95,7 +109,8 @@ class RandomGenerator:
         self._fits: dict[tuple[int, bool], np.ndarray] = {}
 
     def generate(self, n: int, volume_ratio: float, rng: np.random.Generator) -> list[Atoms]:
-        """``n`` random structures; ``volume_ratio`` is the mean cell volume in units of the balls' volume.
+        """``n`` random structures; ``volume_ratio`` is the mean cell volume in units of the balls'
+        volume.
 
         Raises
         ------
@@ -115,36 +130,48 @@ class RandomGenerator:
                 continue
             reasons[found] += 1
             if reasons.total() % self.keys.max_n_try == 0:
-                counted = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+                counted = ", ".join(
+                    f"{count} x {reason}" for reason, count in reasons.most_common()
+                )
                 message = f"no random structure in {reasons.total()} attempts ({counted})"
                 if reasons.total() >= ROUNDS * self.keys.max_n_try:
                     raise MagusAnharmonicError(
-                        f"{message}; raise volume_ratio or max_n_try, lower d_ratio, or allow more space groups or atoms"
+                        f"{message}; raise volume_ratio or max_n_try, lower d_ratio, or allow more"
+                        " space groups or atoms"
                     )
                 log.warning("%s; still trying", message)
         return structures
 
     def _draw(self, rng: np.random.Generator) -> tuple[int, bool, np.ndarray]:
-        """Space group, whether the atoms are counted in its primitive cell, and a composition that its sites can hold."""
+        """Space group, whether the atoms are counted in its primitive cell, and a composition that
+        its sites can hold."""
         while self._open:
-            number, primitive = self._open[rng.integers(len(self._open))], bool(rng.random() < self.keys.p_pri)
+            number, primitive = (
+                self._open[rng.integers(len(self._open))],
+                bool(rng.random() < self.keys.p_pri),
+            )
             fitting = self._fitting(number, primitive)
             if len(fitting):
                 return number, primitive, fitting[rng.integers(len(fitting))]
             if not any(
-                len(self._fitting(number, mode)) for mode, wanted in ((False, self.keys.p_pri < 1), (True, self.keys.p_pri > 0)) if wanted
+                len(self._fitting(number, mode))
+                for mode, wanted in ((False, self.keys.p_pri < 1), (True, self.keys.p_pri > 0))
+                if wanted
             ):
                 self._open.remove(number)
         sizes = sorted({int(counts.sum()) for counts in self.pool})
         raise InputError(
-            f"spacegroup: none of the {len(self.keys.spacegroup)} given space groups can hold {sizes} atoms of formula {self.keys.formula}"
+            f"spacegroup: none of the {len(self.keys.spacegroup)} given space groups can hold"
+            f" {sizes} atoms of formula {self.keys.formula}"
         )
 
     def _fitting(self, number: int, primitive: bool) -> np.ndarray:
         if (number, primitive) not in self._fits:
             group = _group(number)
             repeat = group.cellsize() if primitive else 1
-            keep = [bool(group.check_compatible(counts[counts > 0] * repeat)[0]) for counts in self.pool]
+            keep = [
+                bool(group.check_compatible(counts[counts > 0] * repeat)[0]) for counts in self.pool
+            ]
             self._fits[number, primitive] = self.pool[keep]
         return self._fits[number, primitive]
 
@@ -165,18 +192,28 @@ class RandomGenerator:
             return "primitive cell with other atoms"
         return "atoms too close" if self.geometry.too_close(atoms) else atoms
 
-    def _crystal(self, group: Group, counts: np.ndarray, repeat: int, volume: float, rng: np.random.Generator) -> Atoms | str:
+    def _crystal(
+        self, group: Group, counts: np.ndarray, repeat: int, volume: float, rng: np.random.Generator
+    ) -> Atoms | str:
         from pyxtal.lattice import Lattice
         from pyxtal.msg import VolumeError
 
         present = counts > 0
-        symbols = [symbol for symbol, there in zip(self.geometry.symbols, present, strict=True) if there]
+        symbols = [
+            symbol for symbol, there in zip(self.geometry.symbols, present, strict=True) if there
+        ]
         try:
             lattice = Lattice(group.lattice_type, repeat * volume, PBC=[1, 1, 1], random_state=rng)
         except VolumeError:
             return "no lattice of this volume"
         crystal = _one_lattice_crystal()(
-            dim=3, group=group, species=symbols, numIons=counts[present] * repeat, lattice=lattice, tm=self._tolerances, random_state=rng
+            dim=3,
+            group=group,
+            species=symbols,
+            numIons=counts[present] * repeat,
+            lattice=lattice,
+            tm=self._tolerances,
+            random_state=rng,
         )
         if not crystal.valid:
             return "atoms too close or no free sites"
@@ -205,7 +242,8 @@ def _group(number: int) -> Group:
 
 @functools.cache
 def _one_lattice_crystal() -> type[Any]:
-    """PyXtal's random crystal, tried in the given lattice alone: the caller draws a new lattice, PyXtal would try 40."""
+    """PyXtal's random crystal, tried in the given lattice alone: the caller draws a new lattice,
+    PyXtal would try 40."""
     from pyxtal.crystal import random_crystal
 
     class OneLatticeCrystal(random_crystal):
@@ -223,7 +261,8 @@ def _one_lattice_crystal() -> type[Any]:
 
 
 def _primitive(atoms: Atoms, centring: str) -> Atoms:
-    """The primitive cell of a conventional one, with the symmetry that was asked for (spglib might find more)."""
+    """The primitive cell of a conventional one, with the symmetry that was asked for (spglib might
+    find more)."""
     atoms = atoms.copy()
     atoms.set_cell(PRIMITIVE[centring] @ atoms.cell.array, scale_atoms=False)
     atoms.wrap()

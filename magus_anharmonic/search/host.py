@@ -1,7 +1,8 @@
 """The main loop of the embedded host: one step as MAGUS's, restartable at any moment.
 
-Every random draw comes from a generator seeded with (seed, generation, purpose), and every stage ends in a file that is read
-back before it is used: a search that was killed and restarted is the search that was not.
+Every random draw comes from a generator seeded with (seed, generation, purpose), and every stage
+ends in a file that is read back before it is used: a search that was killed and restarted is the
+search that was not.
 """
 
 from __future__ import annotations
@@ -25,12 +26,23 @@ from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import InputError, reason_of
 from magus_anharmonic.failures import record_failure
 from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.generation import SearchState, after_generation, checked_learning, newest_checkpoint, start
+from magus_anharmonic.generation import (
+    SearchState,
+    after_generation,
+    checked_learning,
+    newest_checkpoint,
+    start,
+)
 from magus_anharmonic.host_keys import HostKeys, parse_host_keys
 from magus_anharmonic.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.report import report_at_end
-from magus_anharmonic.run_record import check_continues, check_results_version, read_run_record, write_run_record
+from magus_anharmonic.run_record import (
+    check_continues,
+    check_results_version,
+    read_run_record,
+    write_run_record,
+)
 from magus_anharmonic.search import population as pops
 from magus_anharmonic.search.archive import Archive, best_of
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -52,7 +64,8 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """What a search found: ``good`` is sorted, best first; ``best`` holds the best of every generation."""
+    """What a search found: ``good`` is sorted, best first; ``best`` holds the best of every
+    generation."""
 
     results: Path
     n_generations: int
@@ -68,7 +81,8 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
     Parameters
     ----------
     restart
-        Go on with the search in ``directory``; without it an existing ``results`` is moved to ``results1``, ...
+        Go on with the search in ``directory``; without it an existing ``results`` is moved to
+        ``results1``, ...
 
     Raises
     ------
@@ -85,17 +99,24 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
     with contextlib.ExitStack() as stack:
         if restart:
             if not (archive.anharmonic / "run.json").exists():
-                raise InputError(f"-r: no search to go on with in {archive.results}; start without -r")
+                raise InputError(
+                    f"-r: no search to go on with in {archive.results}; start without -r"
+                )
             check_results_version(archive.anharmonic)
             check_continues(archive.anharmonic, settings, "embedded")
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
-            remove_unfinished(archive.results, held=archive.anharmonic)
+            remove_unfinished(archive.results, locked_folder=archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
-        relaxer = build_relaxer(settings, newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None)
+        relaxer = build_relaxer(
+            settings,
+            newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None,
+        )
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
-            with guarded(archive.directory):  # of two starts at once the second finds the first at work and moves nothing
+            with guarded(
+                archive.directory
+            ):  # of two starts at once the second finds the first at work and moves nothing
                 check_free(archive.anharmonic)
                 archive.start()
                 stack.enter_context(locked(archive.anharmonic, WHAT))
@@ -103,18 +124,33 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
         settings, known = _open(archive, settings, relaxer, restart)
         state = None
         if settings.learning is not None or settings.sscha is not None:
-            state = start(settings, archive.anharmonic, restart=restart, potential=relaxer.evaluator, seed=settings.seed, record=False)
+            state = start(
+                settings,
+                archive.anharmonic,
+                restart=restart,
+                potential=relaxer.evaluator,
+                seed=settings.seed,
+                record=False,
+            )
         relaxer.run_dir = archive.anharmonic
         search = Search(settings, keys, relaxer, archive, state)
         search.run(known)
         if state is not None:
             report_at_end(archive.anharmonic)
-    return SearchOutcome(archive.results, search.num_gen, search.good, archive.load("best", ""), search.seed, time.perf_counter() - began)
+    return SearchOutcome(
+        archive.results,
+        search.num_gen,
+        search.good,
+        archive.load("best", ""),
+        search.seed,
+        time.perf_counter() - began,
+    )
 
 
 @contextlib.contextmanager
 def _recording(folder: Path) -> Iterator[None]:
-    """Leave the reason in ``failures.jsonl`` when a search stops before its end (a killed one cannot)."""
+    """Leave the reason in ``failures.jsonl`` when a search stops before its end (a killed one
+    cannot)."""
     try:
         yield
     except BaseException as error:
@@ -123,8 +159,11 @@ def _recording(folder: Path) -> Iterator[None]:
         raise
 
 
-def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool) -> tuple[Settings, bool]:
-    """Check or describe the results folder; returns the settings with the seed, and whether the energies in it are this model's."""
+def _open(
+    archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool
+) -> tuple[Settings, bool]:
+    """Check or describe the results folder; returns the settings with the seed, and whether the
+    energies in it are this model's."""
     known = True
     if restart:
         record = read_run_record(archive.anharmonic)
@@ -134,13 +173,20 @@ def _open(archive: Archive, settings: Settings, relaxer: Relaxer, restart: bool)
     else:
         seed = secrets.randbits(31) if settings.seed is None else settings.seed
         settings = settings.model_copy(update={"seed": seed})
-    write_run_record(archive.anharmonic, settings, seed=seed, model_id=relaxer.evaluator.model_id, extra={"host": "embedded"})
+    write_run_record(
+        archive.anharmonic,
+        settings,
+        seed=seed,
+        model_id=relaxer.evaluator.model_id,
+        extra={"host": "embedded"},
+    )
     log.info("seed %d", seed)
     return settings, known
 
 
 def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> bool:
-    """Refuse to go on with another model than the one that the search had: a checkpoint or a parameter was replaced meanwhile.
+    """Refuse to go on with another model than the one that the search had: a checkpoint or a
+    parameter was replaced meanwhile.
 
     False where one of the two has no id: its energies are worked out again.
     """
@@ -152,32 +198,70 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         models = {f"gen{line['generation']}": line["new_model"] for line in lines}
         file, known = str(own), models.get(own.stem)
     else:
-        starts = [start.get("model") for start in [*(record.get("earlier_starts") or ()), record] if isinstance(start, dict)]
-        # a search that learns records later starts with the models that it made; one with another calculator has one model
-        known = next((starts[place] for place in (0, -1) if starts and starts[place] and not is_unnamed(starts[place])), starts[0])
-        file = "MainCalculator.checkpoint" if isinstance(relaxer.settings, CalculatorSettings) else "MainCalculator"
+        starts = [
+            start.get("model")
+            for start in [*(record.get("earlier_starts") or ()), record]
+            if isinstance(start, dict)
+        ]
+        # a search that learns records later starts with the models that it made; one with another
+        # calculator has one model
+        known = next(
+            (
+                starts[position]
+                for position in (0, -1)
+                if starts and starts[position] and not is_unnamed(starts[position])
+            ),
+            starts[0],
+        )
+        file = (
+            "MainCalculator.checkpoint"
+            if isinstance(relaxer.settings, CalculatorSettings)
+            else "MainCalculator"
+        )
     if known is None or known == found:
         return True
     if is_unnamed(known) or is_unnamed(found):
-        log.warning("-r: whether the stored energies are those of %s cannot be told: they are worked out again", file)
+        log.warning(
+            "-r: whether the stored energies are those of %s cannot be told: they are worked out"
+            " again",
+            file,
+        )
         return False
     raise InputError(
-        f"{file}: holds the model {found}, but the search went on with {known}: the file was replaced, or a parameter changed; "
-        "put the earlier one back, or start anew without -r"
+        f"{file}: holds the model {found}, but the search went on with {known}: the file was"
+        " replaced, or a parameter changed; put the earlier one back, or start anew without -r"
     )
 
 
 class Search:
     """The populations between two generations, and the step from one to the next."""
 
-    def __init__(self, settings: Settings, keys: HostKeys, relaxer: Relaxer, archive: Archive, state: SearchState | None) -> None:
-        self.settings, self.keys, self.relaxer, self.archive, self.state = settings, keys, relaxer, archive, state
-        self.fitness = settings.fitness or ["Enthalpy" if settings.formula_type == "fix" else "Ehull"]
+    def __init__(
+        self,
+        settings: Settings,
+        keys: HostKeys,
+        relaxer: Relaxer,
+        archive: Archive,
+        state: SearchState | None,
+    ) -> None:
+        self.settings, self.keys, self.relaxer, self.archive, self.state = (
+            settings,
+            keys,
+            relaxer,
+            archive,
+            state,
+        )
+        self.fitness = settings.fitness or [
+            "Enthalpy" if settings.formula_type == "fix" else "Ehull"
+        ]
         self.geometry = Geometry(keys, settings.symbols)
         self.checker = pops.Checker(keys, self.geometry)
         self.random = RandomGenerator(self.geometry)
         self.offspring = OffspringGenerator(keys, self.geometry, self.checker)
-        self.units = [Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)]) for row in keys.units]
+        self.units = [
+            Atoms([s for s, n in zip(settings.symbols, row, strict=True) for _ in range(n)])
+            for row in keys.units
+        ]
         self.num_gen, self.seed = settings.num_gen or 0, settings.seed or 0
         self.begun = time.perf_counter()
         self.good: list[Atoms] = []
@@ -188,7 +272,8 @@ class Search:
         """Whether what is there of the generation was made with this model."""
 
     def run(self, known: bool = True) -> None:
-        """All generations that are not finished yet; not ``known``: energies that are there are of another model."""
+        """All generations that are not finished yet; not ``known``: energies that are there are of
+        another model."""
         done, ratio = self.archive.finished()
         self.archive.restore_best(done)
         if done:
@@ -206,21 +291,37 @@ class Search:
             left = np.mean(times) * (self.num_gen - generation)
             best = self.good[0]
             log.info(
-                "generation %d of %d done in %.0f s: best %s, space group %d, %.4f eV/atom; about %.0f s left",
-                *(generation, self.num_gen, times[-1], best.get_chemical_formula(), best.info["spg"], best.info["enthalpy"], left),
+                "generation %d of %d done in %.0f s: best %s, space group %d, %.4f eV/atom; about"
+                " %.0f s left",
+                *(
+                    generation,
+                    self.num_gen,
+                    times[-1],
+                    best.get_chemical_formula(),
+                    best.info["spg"],
+                    best.info["enthalpy"],
+                    left,
+                ),
             )
 
     def _load(self, generation: int) -> None:
         known: dict[str, Atoms] = {}
         for name in ("good", "keep", "gen"):
             # one object per structure, so that nothing is evaluated or ranked twice
-            loaded = [known.setdefault(atoms.info["identity"], atoms) for atoms in self.archive.load(name, generation)]
+            loaded = [
+                known.setdefault(atoms.info["identity"], atoms)
+                for atoms in self.archive.load(name, generation)
+            ]
             setattr(self, "current" if name == "gen" else name, loaded)
 
     def _evaluate_again(self) -> None:
-        survivors = list({id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}.values())
+        survivors = list(
+            {id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}.values()
+        )
         reevaluate(survivors, self.relaxer.evaluator, self.settings)
-        self.good, self.keep, self.current = (self._usable(part) for part in (self.good, self.keep, self.current))
+        self.good, self.keep, self.current = (
+            self._usable(part) for part in (self.good, self.keep, self.current)
+        )
         require(self.current, "re-evaluation", "the calculator evaluates none of the structures")
 
     def _step(self, generation: int) -> None:
@@ -241,7 +342,11 @@ class Search:
             require(relaxed, "relaxation", "every relaxation failed; see the reasons above")
             raw = self.archive.load("raw", generation)
         relaxed = self._checked(raw, "after relaxation")
-        require(relaxed, "after relaxation", "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj")
+        require(
+            relaxed,
+            "after relaxation",
+            "raise max_step, popSize or max_enthalpy, or look at results/raw*.traj",
+        )
         self.current = self._distinct(relaxed)
         self._save("gen", generation, self.current)
         self._learn_and_rank(generation, [pops.copied(atoms) for atoms in relaxed])
@@ -249,7 +354,8 @@ class Search:
         self._finish(generation)
 
     def _initial(self, generation: int) -> list[Atoms]:
-        """Random structures, offspring of the last generation and the kept ones, and seeds; all checked."""
+        """Random structures, offspring of the last generation and the kept ones, and seeds; all
+        checked."""
         children: list[Atoms] = []
         n = self.keys.init_size or self.keys.pop_size
         if generation > 1:
@@ -261,7 +367,11 @@ class Search:
         rng = np.random.default_rng([self.seed, generation, Purpose.RANDOM])
         fresh = self.random.generate(n - len(children), self.volume_ratio, rng)
         for atoms in fresh:
-            atoms.info = {"symbols": list(self.settings.symbols), "parentE": 0.0, "origin": "random"}
+            atoms.info = {
+                "symbols": list(self.settings.symbols),
+                "parentE": 0.0,
+                "origin": "random",
+            }
         seeds = self.archive.read_seeds(generation)
         for atoms in seeds:
             atoms.info = {**atoms.info, "origin": "seed"}
@@ -269,9 +379,17 @@ class Search:
         counter = {"seed": itertools.count(), "init": itertools.count()}
         for atoms in population:
             name = "seed" if atoms.info["origin"] == "seed" else "init"
-            atoms.info |= {"identity": f"{name}{generation}-{next(counter[name])}", "gen": generation, "used": 0}
+            atoms.info |= {
+                "identity": f"{name}{generation}-{next(counter[name])}",
+                "gen": generation,
+                "used": 0,
+            }
         origins = Counter(atoms.info["origin"] for atoms in population)
-        log.info("%d new structures: %s", len(population), ", ".join(f"{n} {origin}" for origin, n in sorted(origins.items())))
+        log.info(
+            "%d new structures: %s",
+            len(population),
+            ", ".join(f"{n} {origin}" for origin, n in sorted(origins.items())),
+        )
         require(population, "generator", "raise volume_ratio or lower d_ratio")
         return population
 
@@ -279,8 +397,14 @@ class Search:
         problems = [self.checker.problem(atoms) for atoms in population]
         reasons = Counter(problem for problem in problems if problem)
         if reasons:
-            log.info("dropped %s: %s", when, ", ".join(f"{count} for {reason}" for reason, count in reasons.most_common()))
-        return [atoms for atoms, problem in zip(population, problems, strict=True) if problem is None]
+            log.info(
+                "dropped %s: %s",
+                when,
+                ", ".join(f"{count} for {reason}" for reason, count in reasons.most_common()),
+            )
+        return [
+            atoms for atoms, problem in zip(population, problems, strict=True) if problem is None
+        ]
 
     def _distinct(self, relaxed: list[Atoms]) -> list[Atoms]:
         for atoms in relaxed:
@@ -298,7 +422,9 @@ class Search:
         seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
         self.relaxer.evaluator = self.state.potential
         self.archive.write_seeds(generation + 1, seeds)
-        self.good, self.keep, self.current = (self._usable(part) for part in (self.good, self.keep, self.current))
+        self.good, self.keep, self.current = (
+            self._usable(part) for part in (self.good, self.keep, self.current)
+        )
         require(self.current, "re-evaluation", "the new model evaluates none of the structures")
 
     def _usable(self, population: list[Atoms]) -> list[Atoms]:
@@ -310,14 +436,18 @@ class Search:
 
     def _select(self, generation: int) -> None:
         known = [*self.good, *self.keep]
-        self.current = [pops.copied(atoms) for atoms in pops.replace_known(self.current, known, self.keys)]
+        self.current = [
+            pops.copied(atoms) for atoms in pops.replace_known(self.current, known, self.keys)
+        ]
         candidates = [pops.copied(atoms) for atoms in [*known, *self.current]]
         self.good = pops.select_good(candidates, self.fitness, self.keys)
         self.keep = pops.select_keep(self.good, self.keys.save_good)
 
     def _finish(self, generation: int) -> None:
         balls = [self.geometry.ball_volume(self.geometry.counts(atoms)) for atoms in self.current]
-        mean = np.mean([atoms.get_volume() / ball for atoms, ball in zip(self.current, balls, strict=True)])
+        mean = np.mean(
+            [atoms.get_volume() / ball for atoms, ball in zip(self.current, balls, strict=True)]
+        )
         self.volume_ratio = float(0.7 * mean + 0.3 * self.volume_ratio)
         self._save("gen", generation, self.current)
         for name in ("good", "keep"):

@@ -29,8 +29,15 @@ from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.hull import above_hull
 from magus_anharmonic.ranking.fitness import copy_order, population_fitness
 from magus_anharmonic.search.generate import Geometry
-from magus_anharmonic.structures import bare as without_results
-from magus_anharmonic.structures import isotopes, kinds, spglib_cell, spglib_or_none, standardized, with_isotopes
+from magus_anharmonic.structures import (
+    isotopes,
+    kinds,
+    spglib_cell,
+    spglib_or_none,
+    standardized,
+    with_isotopes,
+)
+from magus_anharmonic.structures import stripped as without_results
 
 FINGERPRINT_CUTOFF = 6.0
 """Angstrom, range of the radial fingerprint that keep structures are clustered by."""
@@ -54,20 +61,28 @@ class Checker:
             return "cell shape"
         if self.geometry.too_close(atoms):
             return "distance"
-        if "forces" in atoms.info and not np.max(np.abs(atoms.info["forces"])) < self.keys.max_forces:
+        if (
+            "forces" in atoms.info
+            and not np.max(np.abs(atoms.info["forces"])) < self.keys.max_forces
+        ):
             return "forces"
         if "enthalpy" in atoms.info and not atoms.info["enthalpy"] < self.keys.max_enthalpy:
             return "enthalpy"
         return None
 
     def _cell_fits(self, atoms: Atoms) -> bool:
-        """Edge ratio, angles between edges, and angles between edges and faces (30 to 150 degrees) of the Niggli cell."""
+        """Edge ratio, angles between edges, and angles between edges and faces (30 to 150 degrees)
+        of the Niggli cell."""
         cell = atoms.copy()
         reduce_cell(cell)
         lengths, cosines = cell.cell.lengths(), np.cos(np.radians(cell.cell.angles()))
         edges = np.degrees(np.arccos(cosines))
         squared = np.sum(cosines**2) - 2 * np.prod(cosines) - cosines**2
-        faces = np.degrees(np.arccos(np.sqrt(np.clip(squared, 0, None) / np.clip(1 - cosines**2, 1e-12, None)).clip(0, 1)))
+        faces = np.degrees(
+            np.arccos(
+                np.sqrt(np.clip(squared, 0, None) / np.clip(1 - cosines**2, 1e-12, None)).clip(0, 1)
+            )
+        )
         return bool(
             lengths.max() / lengths.min() < self.keys.max_length_ratio
             and (edges >= 30).all()
@@ -77,7 +92,8 @@ class Checker:
 
 
 def reduce_cell(atoms: Atoms) -> None:
-    """Niggli-reduce the cell in place; a cell on which the reduction does not converge stays as it is."""
+    """Niggli-reduce the cell in place; a cell on which the reduction does not converge stays as it
+    is."""
     try:
         reduced = atoms.copy()
         niggli_reduce(reduced)
@@ -88,19 +104,24 @@ def reduce_cell(atoms: Atoms) -> None:
 
 
 def find_space_group(atoms: Atoms, symprec: float) -> None:
-    """Set ``spg`` (number, 1 when spglib finds none), ``priNum`` and ``priVol`` (A^3) as MAGUS does."""
+    """Set ``spg`` (number, 1 when spglib finds none), ``priNum`` and ``priVol`` (A^3) as MAGUS
+    does."""
     data = spglib_or_none(spglib.get_symmetry_dataset, spglib_cell(atoms), symprec=symprec)
     atoms.info["spg"] = int(data.number) if data is not None else 1
-    primitive = spglib_or_none(spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, symprec=symprec)
+    primitive = spglib_or_none(
+        spglib.standardize_cell, spglib_cell(atoms), to_primitive=True, symprec=symprec
+    )
     lattice, _, numbers = primitive if primitive is not None else spglib_cell(atoms)
     atoms.info["priNum"] = np.array(numbers) % 1000
     atoms.info["priVol"] = float(abs(np.linalg.det(lattice)))
 
 
 def same(a: Atoms, b: Atoms, keys: HostKeys) -> bool:
-    """MAGUS's naive comparator: space group, primitive volume (relative, dV), one composition, and enthalpy per atom (eV, dE).
+    """MAGUS's naive comparator: space group, primitive volume (relative, dV), one composition, and
+    enthalpy per atom (eV, dE).
 
-    MAGUS compares energies, which at 150 GPa differ by 1 meV for 0.001 A^3 that a relaxation leaves; enthalpies do not.
+    MAGUS compares energies, which at 150 GPa differ by 1 meV for 0.001 A^3 that a relaxation
+    leaves; enthalpies do not.
     """
     if a.info["spg"] != b.info["spg"] or _composition(a) != _composition(b):
         return False
@@ -110,18 +131,26 @@ def same(a: Atoms, b: Atoms, keys: HostKeys) -> bool:
 
 
 def set_dominators(population: Sequence[Atoms], fitness: Sequence[str]) -> None:
-    """Set ``fitness`` (larger is better) and ``dominators``: how many others are at least as good in every fitness."""
-    values = np.array([_FITNESS[name](population) for name in fitness]).reshape(len(fitness), len(population))
+    """Set ``fitness`` (larger is better) and ``dominators``: how many others are at least as good
+    in every fitness."""
+    values = np.array([_FITNESS[name](population) for name in fitness]).reshape(
+        len(fitness), len(population)
+    )
     for index, atoms in enumerate(population):
         at_least = (values >= values[:, index : index + 1]).all(axis=0)
-        atoms.info["fitness"] = {name.lower(): float(values[row, index]) for row, name in enumerate(fitness)}
+        atoms.info["fitness"] = {
+            name.lower(): float(values[row, index]) for row, name in enumerate(fitness)
+        }
         atoms.info["dominators"] = int(at_least.sum()) - 1
         atoms.info["MOGArank"] = int(at_least.sum())
         atoms.info["sclDom"] = (int(at_least.sum()) - 1) / len(population)
 
 
-def remove_duplicates(population: Sequence[Atoms], fitness: Sequence[str], keys: HostKeys) -> list[Atoms]:
-    """The best copy of each structure (`copy_order`, of equals the oldest), sorted by dominators and age."""
+def remove_duplicates(
+    population: Sequence[Atoms], fitness: Sequence[str], keys: HostKeys
+) -> list[Atoms]:
+    """The best copy of each structure (`copy_order`, of equals the oldest), sorted by dominators
+    and age."""
     set_dominators(population, fitness)
     kept: list[Atoms] = []
     for atoms in sorted(population, key=lambda item: (copy_order(item.info), item.info["gen"])):
@@ -131,10 +160,11 @@ def remove_duplicates(population: Sequence[Atoms], fitness: Sequence[str], keys:
 
 
 def replace_known(current: list[Atoms], known: Sequence[Atoms], keys: HostKeys) -> list[Atoms]:
-    """``current`` with every structure that equals a known one, and is no better copy of it, replaced by that one.
+    """``current`` with every structure that equals a known one, and is no better copy of it,
+    replaced by that one.
 
-    A child that relaxed back is its parent. One that got lower, or has a free energy where the known one has none, stays: MAGUS would
-    throw it away.
+    A child that relaxed back is its parent. One that got lower, or has a free energy where the
+    known one has none, stays: MAGUS would throw it away.
     """
 
     def kept(atoms: Atoms) -> Atoms:
@@ -169,13 +199,14 @@ def select_keep(good: Sequence[Atoms], n: int) -> list[Atoms]:
 
 def copied(atoms: Atoms) -> Atoms:
     """A copy that shares nothing with the original, ``info`` included."""
-    twin = atoms.copy()
-    twin.info = copy.deepcopy(atoms.info)
-    return twin
+    duplicate = atoms.copy()
+    duplicate.info = copy.deepcopy(atoms.info)
+    return duplicate
 
 
 def cluster(population: Sequence[Atoms], n: int) -> np.ndarray:
-    """(len(population),) cluster labels, at most ``n`` clusters of similar structures (average linkage, no randomness)."""
+    """(len(population),) cluster labels, at most ``n`` clusters of similar structures (average
+    linkage, no randomness)."""
     if n >= len(population):
         return np.arange(len(population))
     elements = sorted({number for atoms in population for number in atoms.numbers})
@@ -184,7 +215,8 @@ def cluster(population: Sequence[Atoms], n: int) -> np.ndarray:
 
 
 def fingerprint(atoms: Atoms, elements: Sequence[int]) -> np.ndarray:
-    """Radial distribution (broadened by 0.2 A, per atom, divided by r^2) of every pair of elements, one after the other."""
+    """Radial distribution (broadened by 0.2 A, per atom, divided by r^2) of every pair of elements,
+    one after the other."""
     grid = np.arange(0.5, FINGERPRINT_CUTOFF, 0.1)
     i, j, d = neighbor_list("ijd", atoms, FINGERPRINT_CUTOFF)
     parts = []
@@ -197,8 +229,12 @@ def fingerprint(atoms: Atoms, elements: Sequence[int]) -> np.ndarray:
 
 
 def hull_distance(population: Sequence[Atoms]) -> np.ndarray:
-    """(n,) eV/atom above the lower convex hull of the population's own enthalpies over composition."""
-    return above_hull([atoms.get_chemical_formula() for atoms in population], np.array([atoms.info["enthalpy"] for atoms in population]))
+    """(n,) eV/atom above the lower convex hull of the population's own enthalpies over
+    composition."""
+    return above_hull(
+        [atoms.get_chemical_formula() for atoms in population],
+        np.array([atoms.info["enthalpy"] for atoms in population]),
+    )
 
 
 def _ehull(population: Sequence[Atoms]) -> list[float]:
@@ -240,10 +276,14 @@ class OffspringGenerator:
     def __init__(self, keys: HostKeys, geometry: Geometry, checker: Checker) -> None:
         self.keys, self.geometry, self.checker = keys, geometry, checker
         self.probabilities = keys.offspring_creator.probabilities(len(geometry.symbols))
-        self.shortest = {(atomic_numbers[a], atomic_numbers[b]): distance for (a, b), distance in geometry.distances.items()}
+        self.shortest = {
+            (atomic_numbers[a], atomic_numbers[b]): distance
+            for (a, b), distance in geometry.distances.items()
+        }
 
     def generate(self, parents: Sequence[Atoms], n: int, rng: np.random.Generator) -> list[Atoms]:
-        """At most ``n`` checked children; fewer when the operators fail ``ATTEMPTS_PER_CHILD`` times in a row."""
+        """At most ``n`` checked children; fewer when the operators fail ``ATTEMPTS_PER_CHILD``
+        times in a row."""
         if not parents or n < 1:
             return []
         # ase-ga calls RandomState methods (randint) that Generator lacks
@@ -260,7 +300,12 @@ class OffspringGenerator:
             failed = failed + 1 if child is None else 0
             if child is not None:
                 children.append(child)
-        log.info("made %d of %d children (tried %s)", len(children), n, ", ".join(f"{k} {v}" for k, v in sorted(tried.items())))
+        log.info(
+            "made %d of %d children (tried %s)",
+            len(children),
+            n,
+            ", ".join(f"{k} {v}" for k, v in sorted(tried.items())),
+        )
         return children
 
     def _prepared(self, atoms: Atoms) -> Atoms:
@@ -282,14 +327,16 @@ class OffspringGenerator:
             if sizes[0] != sizes[1]:
                 small, large = np.argsort(sizes)
                 parents[small] = repeated(parents[small], sizes[large] // sizes[small])
-            bare = self._operator(name, len(parents[0]), state).cross(*parents)
+            stripped = self._operator(name, len(parents[0]), state).cross(*parents)
         elif name == "perm" and len(set(first.numbers)) < 2:
             return None
         else:
-            bare = self._operator(name, len(first), state).mutate(first)
-        if bare is None:
+            stripped = self._operator(name, len(first), state).mutate(first)
+        if stripped is None:
             return None
-        child = Atoms(numbers=bare.numbers, positions=bare.positions, cell=bare.cell, pbc=True)
+        child = Atoms(
+            numbers=stripped.numbers, positions=stripped.positions, cell=stripped.cell, pbc=True
+        )
         child = with_isotopes(child, isotopes(first))
         child.wrap()
         child.info = {
@@ -307,14 +354,22 @@ class OffspringGenerator:
         from ase_ga.utilities import CellBounds
 
         keys = self.keys.offspring_creator
-        # the Niggli cell is judged by the checker; here only flat cells, whose periodic images ase-ga would miss
+        # the Niggli cell is judged by the checker; here only flat cells, whose periodic images
+        # ase-ga would miss
         bounds = CellBounds({angle: [20, 160] for angle in ("phi", "chi", "psi")})
         if name == "cutandsplice":
             return CutAndSplicePairing(
-                Atoms(pbc=True), n_atoms, self.shortest, number_of_variable_cell_vectors=3, cellbounds=bounds, rng=state
+                Atoms(pbc=True),
+                n_atoms,
+                self.shortest,
+                number_of_variable_cell_vectors=3,
+                cellbounds=bounds,
+                rng=state,
             )
         if name == "lattice":
-            return StrainMutation(self.shortest, cellbounds=bounds, stddev=keys.lattice.sigma, rng=state)
+            return StrainMutation(
+                self.shortest, cellbounds=bounds, stddev=keys.lattice.sigma, rng=state
+            )
         if name == "rattle":
             return RattleMutation(
                 self.shortest,
@@ -324,11 +379,18 @@ class OffspringGenerator:
                 test_dist_to_slab=False,
                 rng=state,
             )
-        return PermutationMutation(n_atoms, probability=keys.perm.frac_swaps, test_dist_to_slab=False, blmin=self.shortest, rng=state)
+        return PermutationMutation(
+            n_atoms,
+            probability=keys.perm.frac_swaps,
+            test_dist_to_slab=False,
+            blmin=self.shortest,
+            rng=state,
+        )
 
 
 class _Pool:
-    """Parents and their probabilities: exp(-k dominators) x history_punish^(times used); pairs come from one cluster."""
+    """Parents and their probabilities: exp(-k dominators) x history_punish^(times used); pairs come
+    from one cluster."""
 
     def __init__(self, parents: list[Atoms], keys: HostKeys, rng: np.random.Generator) -> None:
         self.parents, self.keys, self.rng = parents, keys, rng
@@ -340,7 +402,8 @@ class _Pool:
         return self._draw(np.arange(len(self.parents)))
 
     def partner(self, first: Atoms) -> Atoms:
-        """A parent of the same composition whose size divides or is a multiple of the first one's, if possible of its cluster."""
+        """A parent of the same composition whose size divides or is a multiple of the first one's,
+        if possible of its cluster."""
         index = next(i for i, atoms in enumerate(self.parents) if atoms is first)
         fitting = np.array([i for i, atoms in enumerate(self.parents) if self._pairs(first, atoms)])
         if not self.keys.allow_self_cross and len(fitting) > 1:
@@ -350,7 +413,9 @@ class _Pool:
 
     def _draw(self, indices: np.ndarray) -> Atoms:
         weights = np.exp(-self.keys.k * (self.dominators[indices] - self.dominators[indices].min()))
-        weights = weights * self.keys.history_punish ** (self.used[indices] - self.used[indices].min())
+        weights = weights * self.keys.history_punish ** (
+            self.used[indices] - self.used[indices].min()
+        )
         index = int(self.rng.choice(indices, p=weights / weights.sum()))
         self.used[index] += 1
         return self.parents[index]
@@ -359,11 +424,14 @@ class _Pool:
     def _pairs(a: Atoms, b: Atoms) -> bool:
         small, large = sorted((a, b), key=len)
         factor, rest = divmod(len(large), len(small))
-        return rest == 0 and np.array_equal(np.sort(np.tile(small.numbers, factor)), np.sort(large.numbers))
+        return rest == 0 and np.array_equal(
+            np.sort(np.tile(small.numbers, factor)), np.sort(large.numbers)
+        )
 
 
 def symmetrised(atoms: Atoms, symprec: float) -> Atoms:
-    """The standardised cell with as many atoms as before; the structure itself when spglib finds none of that size."""
+    """The standardised cell with as many atoms as before; the structure itself when spglib finds
+    none of that size."""
     for primitive in (False, True):
         standard = standardized(atoms, symprec, to_primitive=primitive)
         if standard is not None and len(atoms) % len(standard) == 0:
@@ -372,7 +440,8 @@ def symmetrised(atoms: Atoms, symprec: float) -> Atoms:
 
 
 def repeated(atoms: Atoms, n: int) -> Atoms:
-    """The ``n``-fold cell, doubled, tripled ... along the shortest vector each time; atoms sorted by element."""
+    """The ``n``-fold cell, doubled, tripled ... along the shortest vector each time; atoms sorted
+    by element."""
     large = atoms.copy()
     while n > 1:
         factor = next(i for i in range(2, n + 1) if n % i == 0)

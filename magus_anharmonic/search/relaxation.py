@@ -16,21 +16,37 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.files import remove
-from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules, load_class, starts_programs
+from magus_anharmonic.labelers.ase_calculator import (
+    ALLOW,
+    allowed_modules,
+    load_class,
+    starts_programs,
+)
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
-from magus_anharmonic.settings import OPTIMIZER_DESCRIPTION, CalculatorSettings, Count, Optimizers, Positive, Section, Settings, parse
-from magus_anharmonic.structures import bare
+from magus_anharmonic.settings import (
+    OPTIMIZER_DESCRIPTION,
+    CalculatorSettings,
+    Count,
+    Optimizers,
+    Positive,
+    Section,
+    Settings,
+    parse,
+)
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
-PROGRAMS = re.compile(r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE)
+PROGRAMS = re.compile(
+    r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE
+)
 """Names of arguments in which calculators expect the program to start, or commands for it."""
 SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
@@ -38,21 +54,36 @@ SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.Lenna
 class AseCalculatorSettings(Section):
     """``MainCalculator`` with any other ASE calculator; names and defaults as in MAGUS."""
 
-    calculator: str = Field(description="mattersim, emt, lj or the import path of an ASE calculator")
-    job_prefix: str | list[str] = Field("ASE", description="MAGUS's folder name; the embedded host makes no such folder")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
+    old_names = {"kicks": "perturbations"}
+
+    calculator: str = Field(
+        description="mattersim, emt, lj or the import path of an ASE calculator"
+    )
+    job_prefix: str | list[str] = Field(
+        "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the calculator"
+    )
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
     optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    kicks: int = Field(0, ge=0, description="times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off")
+    perturbations: int = Field(
+        0,
+        ge=0,
+        description=(
+            "times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off"
+        ),
+    )
 
 
 @dataclass(kw_only=True)
 class Relaxer:
-    """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new model.
+    """An evaluator and how to relax with it; ``evaluator`` is replaced when learning makes a new
+    model.
 
     Failures are recorded in ``run_dir``.
     """
@@ -64,13 +95,16 @@ class Relaxer:
     scheduling: Scheduling | None = None
 
     def relax(self, population: Sequence[Atoms], folder: Path) -> list[Atoms]:
-        """Relaxed copies at ``pressure`` (GPa) with MAGUS's ``info`` keys; failures are dropped with their reason in the log.
+        """Relaxed copies at ``pressure`` (GPa) with MAGUS's ``info`` keys; failures are dropped
+        with their reason in the log.
 
         Finished chunks lie in ``folder`` (removed by `forget`) and are not computed again.
         """
-        from magus_anharmonic.potential.portable import CHUNK
+        from magus_anharmonic.potential.remote import CHUNK
 
-        size = CHUNK["cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"]
+        size = CHUNK[
+            "cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"
+        ]
         relaxed: list[Atoms] = []
         begun, computed = time.perf_counter(), 0
         if self.scheduling is not None and is_remote(self.scheduling.scheduler):
@@ -87,7 +121,14 @@ class Relaxer:
             _report(relaxed, len(population), computed, time.perf_counter() - begun)
         failed = [atoms.info for atoms in relaxed if "failure" in atoms.info]
         if self.run_dir is not None:
-            what = [{"generation": info.get("gen"), "id": info.get("identity"), "reason": info["failure"]} for info in failed]
+            what = [
+                {
+                    "generation": info.get("gen"),
+                    "id": info.get("identity"),
+                    "reason": info["failure"],
+                }
+                for info in failed
+            ]
             record_failures(self.run_dir, "relaxation", what)
         reasons = Counter(info["failure"] for info in failed)
         for reason, count in reasons.most_common():
@@ -95,43 +136,63 @@ class Relaxer:
         return [atoms for atoms in relaxed if "failure" not in atoms.info]
 
     def _relax_elsewhere(self, population: Sequence[Atoms], folder: Path, size: int) -> None:
-        """Write the chunks that are missing, each as its last structure comes back from the workers."""
+        """Write the chunks that are missing, each as its last structure comes back from the
+        workers."""
         assert self.scheduling is not None
         files = {index: folder / f"chunk-{index // size}.traj" for index in range(len(population))}
         wanted = [index for index, file in files.items() if not file.exists()]
         left = Counter(files[index] for index in wanted)
         found: dict[int, Any] = {}
 
-        def keep(place: int, result: Any) -> None:
-            index = wanted[place]
+        def keep(position: int, result: Any) -> None:
+            index = wanted[position]
             found[index] = result
             left[files[index]] -= 1
             if left[files[index]] == 0:
                 members = [i for i in wanted if files[i] == files[index]]
                 chunk = [population[i] for i in members]
-                write_frames(files[index], self._described_all(chunk, [found.pop(i) for i in members]))
+                write_frames(
+                    files[index], self._described_all(chunk, [found.pop(i) for i in members])
+                )
 
-        from magus_anharmonic.potential.portable import relax_on, relax_options
+        from magus_anharmonic.potential.remote import relax_on, relax_options
 
         with open_scheduler(self.scheduling) as scheduler:
             starts = [_start(population[index]) for index in wanted]
-            relax_on(scheduler, self.evaluator, starts, self.pressure, keep, **relax_options(self.settings))
+            relax_on(
+                scheduler,
+                self.evaluator,
+                starts,
+                self.pressure,
+                keep,
+                **relax_options(self.settings),
+            )
 
     def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
-        from magus_anharmonic.potential.portable import relax_options
         from magus_anharmonic.potential.relax import relax
+        from magus_anharmonic.potential.remote import relax_options
 
         return self._described_all(
-            chunk, relax(self.evaluator, [_start(atoms) for atoms in chunk], self.pressure, **relax_options(self.settings))
+            chunk,
+            relax(
+                self.evaluator,
+                [_start(atoms) for atoms in chunk],
+                self.pressure,
+                **relax_options(self.settings),
+            ),
         )
 
     def _described_all(self, chunk: Sequence[Atoms], results: Sequence[Any]) -> list[Atoms]:
-        described = [self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)]
-        set_energy_errors(self.evaluator, [atoms for atoms in described if "failure" not in atoms.info])
+        described = [
+            self._described(atoms, result) for atoms, result in zip(chunk, results, strict=True)
+        ]
+        set_energy_errors(
+            self.evaluator, [atoms for atoms in described if "failure" not in atoms.info]
+        )
         return described
 
     def _described(self, before: Atoms, result: Any) -> Atoms:
-        atoms = bare(result.atoms)
+        atoms = stripped(result.atoms)
         atoms.info = dict(before.info)
         if result.failed:
             atoms.info["failure"] = result.reason
@@ -150,7 +211,7 @@ class Relaxer:
 
 
 def _start(atoms: Atoms) -> Atoms:
-    start = bare(atoms)
+    start = stripped(atoms)
     reduce_cell(start)
     return start
 
@@ -163,7 +224,8 @@ def forget(folder: Path) -> None:
 
 
 def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer:
-    """The calculator of ``MLCalculator`` or ``MainCalculator``, with ``checkpoint`` when learning made one.
+    """The calculator of ``MLCalculator`` or ``MainCalculator``, with ``checkpoint`` when learning
+    made one.
 
     Raises ``InputError`` when it cannot be used.
     """
@@ -172,10 +234,16 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
         from magus_anharmonic.potential import load
 
         return Relaxer(
-            evaluator=load(checkpoint or own.checkpoint, device=own.device), settings=own, pressure=settings.pressure, scheduling=settings
+            evaluator=load(checkpoint or own.checkpoint, device=own.device),
+            settings=own,
+            pressure=settings.pressure,
+            scheduling=settings,
         )
     if settings.ml_calculator:
-        raise InputError(f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded host knows mattersim only")
+        raise InputError(
+            f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded"
+            " host knows mattersim only"
+        )
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
     made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
     return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
@@ -186,36 +254,48 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
     module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
     if not module:
         raise InputError(
-            f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE calculators; vasp and others need MAGUS"
+            f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE"
+            " calculators; vasp and others need MAGUS"
         )
     try:
         calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
     except LabelerError as error:
         raise InputError(f"{where}: {error}") from None
     commands = sorted(f"arguments.{key}" for key in block.arguments if PROGRAMS.search(str(key)))
-    # they build the line that starts their program from any argument (infile of Amber, label of others)
+    # they build the line that starts their program from any argument (infile of Amber, label of
+    # others)
     commands += ["calculator"] if starts_programs(calculator) else []
     if commands and module not in allowed_modules():
         raise InputError(
-            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it, allow the calculator's module "
-            f"outside of the input: export {ALLOW}={module}"
+            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
+            f" allow the calculator's module outside of the input: export {ALLOW}={module}"
         )
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
-        raise InputError(f"{where}: cannot be made with arguments {block.arguments}: {error}") from None
+        raise InputError(
+            f"{where}: cannot be made with arguments {block.arguments}: {error}"
+        ) from None
 
 
 def _report(relaxed: Sequence[Atoms], total: int, computed: int, seconds: float) -> None:
     enthalpies = [atoms.info["enthalpy"] for atoms in relaxed if "enthalpy" in atoms.info]
     best = f"best enthalpy {min(enthalpies):.4f} eV/atom" if enthalpies else "none succeeded yet"
     left = time_left(seconds, computed, total - len(relaxed))
-    log.info("relaxed %d of %d structures, %s, %.0f s%s", len(relaxed), total, best, seconds, f", {left}" if left else "")
+    log.info(
+        "relaxed %d of %d structures, %s, %.0f s%s",
+        len(relaxed),
+        total,
+        best,
+        seconds,
+        f", {left}" if left else "",
+    )
 
 
 def require(population: Sequence[Atoms], what: str, hint: str) -> None:
-    """Raise ``MagusAnharmonicError`` for an empty population instead of going on without structures."""
+    """Raise ``MagusAnharmonicError`` for an empty population instead of going on without
+    structures."""
     if not population:
         raise MagusAnharmonicError(f"{what}: no structure is left; {hint}")

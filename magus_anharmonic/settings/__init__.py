@@ -1,4 +1,5 @@
-"""Every key of ``input.yaml`` and ``campaign.yaml``: the one place that knows names, units, defaults and limits."""
+"""Every key of ``input.yaml`` and ``campaign.yaml``: the one place that knows names, units,
+defaults and limits."""
 
 from __future__ import annotations
 

@@ -8,11 +8,29 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.settings.search import SschaSettings
-from magus_anharmonic.settings.section import Count, InsidePath, NonNegative, Positive, PressureGPa, Section, load_yaml, parse
+from magus_anharmonic.settings.section import (
+    Count,
+    InsidePath,
+    NonNegative,
+    Positive,
+    PressureGPa,
+    Section,
+    load_yaml,
+    parse,
+)
 
 OTHERS = (
-    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian",
-)  # fmt: skip
+    "temperature",
+    "when",
+    "max_candidates",
+    "window",
+    "seed_back",
+    "allocation",
+    "confidence",
+    "keep_best",
+    "budget",
+    "hessian",
+)
 """Keys of ``sscha`` that belong to a ranking, not to a grid."""
 
 
@@ -26,22 +44,50 @@ class PhaseSettings(Section):
 class PhaseDiagramSettings(Section):
     """``phase-diagram.yaml``: G of the phases on a grid of pressures and temperatures."""
 
-    phases: dict[str, PhaseSettings] = Field(description="name: structure file, or {structure, index}")
-    checkpoint: InsidePath = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
-    device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
-    pressures: list[PressureGPa] = Field(min_length=1, description="GPa, rising; the diagram ends at the first and the last")
-    temperatures: list[NonNegative] = Field([0.0], min_length=1, description="K, rising; each point starts from its neighbour")
-    isotopes: dict[str, dict[str, Positive]] = Field(
-        {"natural": {}}, description="name: masses in amu by symbol, e.g. {H3S: {}, D3S: {H: 2.014}}; the first is the reference"
+    phases: dict[str, PhaseSettings] = Field(
+        description="name: structure file, or {structure, index}"
     )
-    sscha: SschaSettings = Field(SschaSettings.model_validate({}), description="as in a search; keys of a ranking are refused")
+    checkpoint: InsidePath = Field(
+        "mattersim-v1.0.0-1M",
+        description="a name MatterSim knows, a path, or a checkpoint this package ships",
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="cpu or cuda; left out: cuda when there is one"
+    )
+    pressures: list[PressureGPa] = Field(
+        min_length=1, description="GPa, rising; the diagram ends at the first and the last"
+    )
+    temperatures: list[NonNegative] = Field(
+        [0.0], min_length=1, description="K, rising; each point starts from its neighbour"
+    )
+    isotopes: dict[str, dict[str, Positive]] = Field(
+        {"natural": {}},
+        description=(
+            "name: masses in amu by symbol, e.g. {H3S: {}, D3S: {H: 2.014}}; the first is the"
+            " reference"
+        ),
+    )
+    sscha: SschaSettings = Field(
+        SschaSettings.model_validate({}),
+        description="as in a search; keys of a ranking are refused",
+    )
     end_members: list[str] = Field(
-        [], description="phases or formulas against which formation energies count, e.g. [H2S, H2]; left out: the elements"
+        [],
+        description=(
+            "phases or formulas against which formation energies count, e.g. [H2S, H2]; left out:"
+            " the elements"
+        ),
     )
     model_error: NonNegative = Field(
-        0.0, description="eV/atom, error of the potential in G of a phase, independent between phases; widens the bands"
+        0.0,
+        description=(
+            "eV/atom, error of the potential in G of a phase, independent between phases; widens"
+            " the bands"
+        ),
     )
-    n_samples: Count = Field(1000, ge=100, description="draws of the fits behind bands and odds")
+    n_samples: Count = Field(
+        1000, ge=100, description="samples of the fits behind bands and probabilities"
+    )
     seed: int = Field(0, ge=0, description="same input and seed, same result")
 
     @field_validator("phases", mode="before")
@@ -52,13 +98,18 @@ class PhaseDiagramSettings(Section):
         for name in value:
             if not str(name).strip() or "/" in str(name):
                 raise ValueError(f"{name!r}: a phase needs a name without slashes")
-        return {str(name): {"structure": item} if isinstance(item, str) else item for name, item in value.items()}
+        return {
+            str(name): {"structure": item} if isinstance(item, str) else item
+            for name, item in value.items()
+        }
 
     @field_validator("isotopes", mode="before")
     @classmethod
     def _empty_is_natural(cls, value: Any) -> Any:
         if not isinstance(value, dict) or not value:
-            raise ValueError("must name at least one set of masses, e.g. {H3S: {}, D3S: {H: 2.014}}")
+            raise ValueError(
+                "must name at least one set of masses, e.g. {H3S: {}, D3S: {H: 2.014}}"
+            )
         return {str(name): {} if masses is None else masses for name, masses in value.items()}
 
     @field_validator("isotopes")
@@ -92,7 +143,8 @@ class PhaseDiagramSettings(Section):
 
 
 def load_phase_diagram(path: str | Path) -> PhaseDiagramSettings:
-    """Read ``phase-diagram.yaml``; structure files become absolute paths. Raises ``InputError`` with every problem."""
+    """Read ``phase-diagram.yaml``; structure files become absolute paths. Raises ``InputError``
+    with every problem."""
     file = Path(path)
     settings = parse(PhaseDiagramSettings, load_yaml(file))
     phases = {

@@ -1,8 +1,8 @@
 """Every key that this package adds to ``input.yaml``: names, units, defaults, limits.
 
-The tree is pydantic; camelCase and snake_case are both accepted; a wrong key, type, unit or combination
-raises ``InputError`` with one line per problem (key path, value, what is allowed, nearest valid key).
-MAGUS's own keys are in ``host_keys``.
+The tree is pydantic; camelCase and snake_case are both accepted; a wrong key, type, unit or
+combination raises ``InputError`` with one line per problem (key path, value, what is allowed,
+nearest valid key). MAGUS's own keys are in ``host_keys``.
 """
 
 from __future__ import annotations
@@ -31,76 +31,115 @@ Row = tuple[int, int, int]
 Optimizer = Literal["bfgs", "ase", "fire"]
 Optimizers = Optimizer | Annotated[list[Optimizer], Field(min_length=1)]
 OPTIMIZER_DESCRIPTION = (
-    "ase: ASE's BFGS with FrechetCellFilter, step for step; bfgs: quasi-Newton steps, a third fewer but more often to a higher minimum; "
-    "fire: damped dynamics, slower; "
-    "a list of them: each from the start, the lowest end is kept"
+    "ase: ASE's BFGS with FrechetCellFilter, step for step; bfgs: quasi-Newton steps, a third fewer"
+    " but more often to a higher minimum; fire: damped dynamics, slower; a list of them: each from"
+    " the start, the lowest end is kept"
 )
 
 
 class CalculatorSettings(Section):
     """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
 
-    calculator: Literal["mattersim"] = Field("mattersim", description="name under which MAGUS finds this calculator")
-    job_prefix: InsidePath = Field("MatterSim", description="folder name under calcFold/ and mlFold/")
-    checkpoint: InsidePath = Field("mattersim-v1.0.0-1M", description="a name MatterSim knows, a path, or a checkpoint this package ships")
-    device: Literal["cpu", "cuda"] | None = Field(None, description="cpu or cuda; left out: cuda when there is one")
+    old_names = {"kicks": "perturbations"}
+
+    calculator: Literal["mattersim"] = Field(
+        "mattersim", description="name under which MAGUS finds this calculator"
+    )
+    job_prefix: InsidePath = Field(
+        "MatterSim", description="folder name under calcFold/ and mlFold/"
+    )
+    checkpoint: InsidePath = Field(
+        "mattersim-v1.0.0-1M",
+        description="a name MatterSim knows, a path, or a checkpoint this package ships",
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="cpu or cuda; left out: cuda when there is one"
+    )
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
     max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
     optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    kicks: int = Field(
+    perturbations: int = Field(
         0,
         ge=0,
-        description="times that a relaxed structure is displaced at random and relaxed again, for each optimizer, the lowest being kept; "
-        "off saddle points, at about a third of the cost of a relaxation each. All steps count for max_step",
+        description=(
+            "times that a relaxed structure is displaced at random and relaxed again, for each"
+            " optimizer, the lowest being kept; off saddle points, at about a third of the cost of"
+            " a relaxation each. All steps count for max_step"
+        ),
     )
 
     @model_validator(mode="after")
-    def _kicks_break_symmetry(self) -> CalculatorSettings:
-        if self.kicks and self.fix_symmetry:
-            raise ValueError("kicks must be 0 with fix_symmetry, because they break it")
+    def _perturbations_break_symmetry(self) -> CalculatorSettings:
+        if self.perturbations and self.fix_symmetry:
+            raise ValueError("perturbations must be 0 with fix_symmetry, because they break it")
         return self
 
 
-_PER_STAGE = frozenset(("calculator", "job_prefix", "eps", "max_step", "max_move", "optimizer", "relax_lattice"))
+_PER_STAGE = frozenset(
+    ("calculator", "job_prefix", "eps", "max_step", "max_move", "optimizer", "relax_lattice")
+)
 
 
 def as_magus_reads(block: Any) -> Any:
-    """A calculator's block as MAGUS takes it: lists of one stage are that stage, and without ``calculator`` the ``jobPrefix`` names it."""
+    """A calculator's block as MAGUS takes it: lists of one stage are that stage, and without
+    ``calculator`` the ``jobPrefix`` names it."""
     if not isinstance(block, dict):
         return block
     by_name = {snake_case(str(key)): value for key, value in block.items()}
     prefix = by_name.get("job_prefix")
     if isinstance(prefix, list) and len(prefix) == 1:
         single = {
-            key: value[0] for key, value in block.items() if isinstance(value, list) and len(value) == 1 and snake_case(key) in _PER_STAGE
+            key: value[0]
+            for key, value in block.items()
+            if isinstance(value, list) and len(value) == 1 and snake_case(key) in _PER_STAGE
         }
         return as_magus_reads({**block, **single})
     if by_name.get("calculator") is not None or not prefix:
         return block
-    guess = [re.sub(r"\d", "", str(name)).lower() for name in (prefix if isinstance(prefix, list) else [prefix])]
+    guess = [
+        re.sub(r"\d", "", str(name)).lower()
+        for name in (prefix if isinstance(prefix, list) else [prefix])
+    ]
     return {**block, "calculator": guess if isinstance(prefix, list) else guess[0]}
 
 
 def stages(block: Any) -> list[str]:
-    """Names of the calculators of a block of `as_magus_reads`: one, or one for each stage of a chain."""
+    """Names of the calculators of a block of `as_magus_reads`: one, or one for each stage of a
+    chain."""
     named = block.get("calculator") if isinstance(block, dict) else None
-    return [str(name) for name in named] if isinstance(named, list) else [] if named is None else [str(named)]
+    return (
+        [str(name) for name in named]
+        if isinstance(named, list)
+        else []
+        if named is None
+        else [str(named)]
+    )
 
 
 class LabelerSettings(Section):
     """Where DFT labels come from."""
 
     calculator: str = Field(
-        description="gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
-        "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+        description=(
+            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
+            "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
+        )
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of the calculator")
-    k_spacing: Positive | None = Field(None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler")
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of the calculator"
+    )
+    k_spacing: Positive | None = Field(
+        None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler"
+    )
     n_workers: Count | None = Field(
-        None, description="labels at the same time with scheduler: local; left out: workers.count, or one per core"
+        None,
+        description=(
+            "labels at the same time with scheduler: local; left out: workers.count, or one per"
+            " core"
+        ),
     )
     timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
 
@@ -110,26 +149,48 @@ QUEUES = ("slurm", "lsf", "pbs")
 
 
 class WorkerSettings(Section):
-    """``workers``: who runs labels, relaxations and SSCHA; what only jobs of a queue system need is ignored by ``scheduler: local``."""
+    """``workers``: who runs labels, relaxations and SSCHA; what only jobs of a queue system need is
+    ignored by ``scheduler: local``."""
 
-    count: Count | None = Field(None, description="workers (jobs) at the same time; left out: one per core (local), or one job")
-    cores: Count | None = Field(None, description="cores, hence threads, of each; left out: a share of the machine (local), or 1")
+    count: Count | None = Field(
+        None,
+        description="workers (jobs) at the same time; left out: one per core (local), or one job",
+    )
+    cores: Count | None = Field(
+        None,
+        description="cores, hence threads, of each; left out: a share of the machine (local), or 1",
+    )
     gpus: int = Field(0, ge=0, description="GPUs of each job; more than one needs dask-cuda")
     memory: str = Field("8 GB", description="of each job")
-    walltime: int = Field(86400, ge=600, description="of each job: hh:mm:ss, or seconds; jobs that end are sent again")
+    walltime: int = Field(
+        86400, ge=600, description="of each job: hh:mm:ss, or seconds; jobs that end are sent again"
+    )
     queue: str | None = Field(None, description="queue or partition")
     account: str | None = Field(None, description="account or project")
-    directives: list[str] = Field(default_factory=list, description="further lines of the job script, without #SBATCH, #BSUB or #PBS")
-    prologue: list[str] = Field(
-        default_factory=list, description="shell lines before the worker starts, e.g. module load, source .../activate"
+    directives: list[str] = Field(
+        default_factory=list,
+        description="further lines of the job script, without #SBATCH, #BSUB or #PBS",
     )
-    python: InsidePath | None = Field(None, description="Python on the nodes; left out: the one that runs the search")
-    interface: str | None = Field(None, description="network interface, e.g. ib0; left out: the default route")
+    prologue: list[str] = Field(
+        default_factory=list,
+        description="shell lines before the worker starts, e.g. module load, source .../activate",
+    )
+    python: InsidePath | None = Field(
+        None, description="Python on the nodes; left out: the one that runs the search"
+    )
+    interface: str | None = Field(
+        None, description="network interface, e.g. ib0; left out: the default route"
+    )
     scratch: InsidePath | None = Field(
-        None, description="folder for temporary files on the nodes; left out: the working directory of the job"
+        None,
+        description=(
+            "folder for temporary files on the nodes; left out: the working directory of the job"
+        ),
     )
     logs: InsidePath = Field("worker-logs", description="folder for the output of the jobs")
-    timeout: Positive = Field(30.0, description="seconds in which a Dask scheduler at an address must answer")
+    timeout: Positive = Field(
+        30.0, description="seconds in which a Dask scheduler at an address must answer"
+    )
 
     @field_validator("memory")
     @classmethod
@@ -154,27 +215,43 @@ class WorkerSettings(Section):
 
 
 class LearningSettings(Section):
-    """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of the paper)."""
+    """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of
+    the paper)."""
 
     labeler: LabelerSettings = Field(description="the DFT code and its settings")
-    required: bool = Field(True, description="false: where the labeler is not installed, run without learning and say so")
+    required: bool = Field(
+        True,
+        description="false: where the labeler is not installed, run without learning and say so",
+    )
     select: Literal["random", "uncertain", "diverse", "sscha"] = Field(
         "random",
-        description="how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the lowest distinct ones "
-        "(10 n_sample) those with the largest expected error, at random while the model has no error estimate; "
-        "diverse: those farthest from one another and from the labels in the model's features; "
-        "sscha: configurations (n_sample x n_perturb) of the SSCHA ensembles of the candidates whose order is undecided, where they narrow "
-        "the differences of G most, and distorted structures for validation and test; at random while there are none "
-        "(needs sscha.when: every_generation)",
+        description=(
+            "how structures are chosen. random: duplicates kept, as in the paper; uncertain: of the"
+            " lowest distinct ones (10 n_sample) those with the largest expected error, at random"
+            " while the model has no error estimate; diverse: those farthest from one another and"
+            " from the labels in the model's features; sscha: configurations (n_sample x n_perturb)"
+            " of the SSCHA ensembles of the candidates whose order is undecided, where they narrow"
+            " the differences of G most, and distorted structures for validation and test; at"
+            " random while there are none (needs sscha.when: every_generation)"
+        ),
     )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
-    atom_displacement: NonNegative = Field(0.05, le=1.0, description="Angstrom, random direction, fixed length")
-    strain: NonNegative = Field(0.05, le=0.3, description="six components uniform in [-strain, +strain]")
-    n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(100, description="structures drawn from the previous training set")
+    atom_displacement: NonNegative = Field(
+        0.05, le=1.0, description="Angstrom, random direction, fixed length"
+    )
+    strain: NonNegative = Field(
+        0.05, le=0.3, description="six components uniform in [-strain, +strain]"
+    )
+    n_replay: Annotated[int, Field(ge=0, strict=True)] = Field(
+        100, description="structures drawn from the previous training set"
+    )
     split: tuple[Count, Count, Count] = Field(
         (8, 1, 1),
-        description="train : validation : test in every generation, by whole phases, at least one structure each",
+        description=(
+            "train : validation : test in every generation, by whole phases, at least one structure"
+            " each"
+        ),
     )
     epochs: Count = Field(50, description="finetuning epochs per generation")
     learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
@@ -183,10 +260,17 @@ class LearningSettings(Section):
     force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
     stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(
-        None, description="eV/atom on the search's own validation labels: the model counts as converged below it"
+        None,
+        description=(
+            "eV/atom on the search's own validation labels: the model counts as converged below it"
+        ),
     )
     dataset: InsidePath | None = Field(
-        None, description="earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's name"
+        None,
+        description=(
+            "earlier labels of the same DFT settings, for replay: extxyz, or a shipped checkpoint's"
+            " name"
+        ),
     )
 
     @field_validator("split", mode="before")
@@ -200,52 +284,113 @@ class LearningSettings(Section):
 class SschaSettings(Section):
     """``sscha``: free energies of the low-enthalpy structures (Secs. II and IV B of the paper)."""
 
-    temperature: NonNegative | list[NonNegative] = Field(0.0, description="K; a list runs one after the other")
+    temperature: NonNegative | list[NonNegative] = Field(
+        0.0, description="K; a list runs one after the other"
+    )
     when: Literal["converged_model", "every_generation"] = Field(
         "converged_model",
-        description="converged_model: last generation, or once validation RMSE is below learning.target_rmse; "
-        "without learning: every generation",
+        description=(
+            "converged_model: last generation, or once validation RMSE is below"
+            " learning.target_rmse; without learning: every generation"
+        ),
     )
-    max_candidates: Count = Field(100, description="the lowest distinct structures, counted per model")
+    max_candidates: Count = Field(
+        100, description="the lowest distinct structures, counted per model"
+    )
     window: Positive | None = Field(
-        None, description="only structures this far (eV/atom) above the best enthalpy, or above the hull of several compositions"
+        None,
+        description=(
+            "only structures this far (eV/atom) above the best enthalpy, or above the hull of"
+            " several compositions"
+        ),
     )
-    supercell: tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive] = Field(
+    supercell: (
+        tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive]
+    ) = Field(
         (2, 2, 2),
-        description="three repetitions of the primitive cell, three rows of whole numbers (its vectors in those of the primitive cell), "
-        "or {min_length: Angstrom between images}: the fewest cells, not always repetitions",
+        description=(
+            "three repetitions of the primitive cell, three rows of whole numbers (its vectors in"
+            " those of the primitive cell), or {min_length: Angstrom between images}: the fewest"
+            " cells, not always repetitions"
+        ),
     )
-    cell: Literal["variable", "fixed"] = Field("variable", description="relax the cell at the target pressure, or keep it")
-    n_configs: Count = Field(1000, description="most configurations of a population, even (+u/-u pairs); fewer far from the minimum")
+    cell: Literal["variable", "fixed"] = Field(
+        "variable", description="relax the cell at the target pressure, or keep it"
+    )
+    n_configs: Count = Field(
+        1000,
+        description=(
+            "most configurations of a population, even (+u/-u pairs); fewer far from the minimum"
+        ),
+    )
     max_populations: Count = Field(30, description="most populations of one relaxation")
-    engine: Literal["native", "python-sscha"] = Field("native", description="who minimises on an ensemble")
-    strain_tolerance: Positive = Field(0.005, description="what the cell may still be strained by, or twice its error")
-    centroid_tolerance: Positive = Field(0.005, description="Angstrom, what centroids may still have to move, or twice their error")
-    pressure_tolerance: Positive | None = Field(
-        None, description="GPa, largest component of stress minus target; left out: energy and strain decide alone"
+    engine: Literal["native", "python-sscha"] = Field(
+        "native", description="who minimises on an ensemble"
     )
-    free_energy_tolerance: Positive = Field(0.2e-3, description="eV/atom, predicted remaining decrease of G")
-    min_effective_sample: Positive = Field(0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation")
+    strain_tolerance: Positive = Field(
+        0.005, description="what the cell may still be strained by, or twice its error"
+    )
+    centroid_tolerance: Positive = Field(
+        0.005, description="Angstrom, what centroids may still have to move, or twice their error"
+    )
+    pressure_tolerance: Positive | None = Field(
+        None,
+        description=(
+            "GPa, largest component of stress minus target; left out: energy and strain decide"
+            " alone"
+        ),
+    )
+    free_energy_tolerance: Positive = Field(
+        0.2e-3, description="eV/atom, predicted remaining decrease of G"
+    )
+    min_effective_sample: Positive = Field(
+        0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation"
+    )
     symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
-    reference_spacing: Positive = Field(0.02, description="2 pi / A: q spacing to which the free energy is interpolated")
+    reference_spacing: Positive = Field(
+        0.02, description="2 pi / A: q spacing to which the free energy is interpolated"
+    )
     error_tolerance: Positive | None = Field(
-        None, description="eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's validation RMSE in a ranking"
+        None,
+        description=(
+            "eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's"
+            " validation RMSE in a ranking"
+        ),
     )
     n_configs_start: Count | None = Field(
         None,
-        description="of the first population, doubled up to n_configs; left out: n_configs; with elimination an eighth of it, at least 100",
+        description=(
+            "of the first population, doubled up to n_configs; left out: n_configs; with"
+            " elimination an eighth of it, at least 100"
+        ),
     )
     allocation: Literal["elimination", "fixed"] = Field(
-        "elimination", description="elimination: who cannot be among the best stops early; fixed: everybody runs to the end"
+        "elimination",
+        description=(
+            "elimination: who cannot be among the best stops early; fixed: everybody runs to"
+            " the end"
+        ),
     )
-    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(0.95, description="that no stopped candidate belongs to the best")
-    keep_best: Count = Field(3, description="so many of the lowest candidates (of each composition) are run to the end and put in order")
-    budget: Count | None = Field(None, description="most force evaluations of the race of one ranking; left out: no limit")
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
+        0.95, description="that no stopped candidate belongs to the best"
+    )
+    keep_best: Count = Field(
+        3,
+        description=(
+            "so many of the lowest candidates (of each composition) are run to the end and put in"
+            " order"
+        ),
+    )
+    budget: Count | None = Field(
+        None, description="most force evaluations of the race of one ranking; left out: no limit"
+    )
     hessian: int = Field(
         3,
         ge=0,
-        description="so many of the lowest phases (of each composition) are checked for saddle points (free-energy Hessian), which are "
-        "followed; 0: none",
+        description=(
+            "so many of the lowest phases (of each composition) are checked for saddle points"
+            " (free-energy Hessian), which are followed; 0: none"
+        ),
     )
     seed_back: bool = Field(True, description="hand SSCHA centroids back to the search as seeds")
 
@@ -265,14 +410,20 @@ class SschaSettings(Section):
     @field_validator("supercell", mode="before")
     @classmethod
     def _repetitions(cls, value: Any) -> Any:
-        problem = ValueError("must be three whole numbers >= 1, three rows of three whole numbers, or {min_length: Angstrom}")
+        problem = ValueError(
+            "must be three whole numbers >= 1, three rows of three whole numbers, or {min_length:"
+            " Angstrom}"
+        )
         if isinstance(value, dict):
             if set(value) != {"min_length"}:
                 raise problem
             return value
         if not isinstance(value, list | tuple) or len(value) != 3:
             raise problem
-        if all(isinstance(row, list | tuple) and len(row) == 3 and all(type(n) is int for n in row) for row in value):
+        if all(
+            isinstance(row, list | tuple) and len(row) == 3 and all(type(n) is int for n in row)
+            for row in value
+        ):
             (a, b, c), (d, e, f), (g, h, i) = value
             if a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g) == 0:
                 raise ValueError("its three rows lie in one plane")
@@ -293,48 +444,77 @@ class SschaSettings(Section):
         """Configurations of the first population in a ranking."""
         if self.n_configs_start is not None:
             return self.n_configs_start
-        return self.n_configs if self.allocation == "fixed" else min(self.n_configs, max(100, self.n_configs // 16 * 2))
+        return (
+            self.n_configs
+            if self.allocation == "fixed"
+            else min(self.n_configs, max(100, self.n_configs // 16 * 2))
+        )
 
     def configurations(self, population: int, start: int | None = None) -> int:
-        """How many configurations the population with this number (from 1) has; ``start``: the first, where the settings do not say."""
+        """How many configurations the population with this number (from 1) has; ``start``: the
+        first, where the settings do not say."""
         first = self.n_configs_start or start or self.n_configs
         return min(self.n_configs, first * 2 ** min(population - 1, 20))
 
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperatures in K, in the order in which they run."""
-        return tuple(self.temperature) if isinstance(self.temperature, list) else (self.temperature,)
+        return (
+            tuple(self.temperature) if isinstance(self.temperature, list) else (self.temperature,)
+        )
 
 
 class Settings(Section):
-    """Everything of one search that this package acts on; MAGUS's remaining keys are in ``host``."""
+    """Everything of one search that this package acts on; MAGUS's remaining keys are in
+    ``host``."""
 
     pressure: PressureGPa = Field(0.0, description="GPa (MAGUS's key)")
-    seed: int | None = Field(None, ge=0, description="same input and seed, same result; left out: drawn once and recorded")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description="same input and seed, same result; left out: drawn once and recorded",
+    )
     symbols: list[str] = Field(default_factory=list, description="MAGUS's key: the elements")
     formula_type: Literal["fix", "var"] = Field("fix", description="MAGUS's key")
     fitness: list[str] = Field(
-        default_factory=list, description="MAGUS's key; [SSCHA] ranks by free energy, above its hull with formulaType: var"
+        default_factory=list,
+        description=(
+            "MAGUS's key; [SSCHA] ranks by free energy, above its hull with formulaType: var"
+        ),
     )
     num_gen: Count | None = Field(None, description="MAGUS's key: the number of generations")
-    main_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block; ours with calculator: mattersim")
-    ml_calculator: dict[str, Any] = Field(default_factory=dict, description="MAGUS's block under magus search -m")
+    main_calculator: dict[str, Any] = Field(
+        default_factory=dict, description="MAGUS's block; ours with calculator: mattersim"
+    )
+    ml_calculator: dict[str, Any] = Field(
+        default_factory=dict, description="MAGUS's block under magus search -m"
+    )
     learning: LearningSettings | None = Field(None, description="left out: no learning")
     sscha: SschaSettings | None = Field(None, description="left out: static enthalpies")
     scheduler: str = Field(
         "local",
-        description="who runs labels, relaxations and SSCHA: local (processes of this machine), serial, the address of a Dask scheduler "
-        "(tcp://host:port), or jobs of slurm, lsf or pbs: see [clusters.md](clusters.md)",
+        description=(
+            "who runs labels, relaxations and SSCHA: local (processes of this machine), serial, the"
+            " address of a Dask scheduler (tcp://host:port), or jobs of slurm, lsf or pbs: see"
+            " [clusters.md](clusters.md)"
+        ),
     )
-    workers: WorkerSettings = Field(default_factory=WorkerSettings, description="how many workers, and what each has")
+    workers: WorkerSettings = Field(
+        default_factory=WorkerSettings, description="how many workers, and what each has"
+    )
     host: dict[str, Any] = Field(default_factory=dict, description="every other key: MAGUS's own")
 
     @field_validator("scheduler")
     @classmethod
     def _known_scheduler(cls, value: str) -> str:
-        if value in ("local", "serial", *QUEUES) or re.fullmatch(r"(tcp|tls)://(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", value):
+        if value in ("local", "serial", *QUEUES) or re.fullmatch(
+            r"(tcp|tls)://(\[[0-9a-fA-F:]+\]|[\w.-]+):\d{1,5}", value
+        ):
             return value
-        raise ValueError(f"must be local, serial, {', '.join(QUEUES)}, or the address of a Dask scheduler, e.g. tcp://10.0.0.1:8786")
+        raise ValueError(
+            f"must be local, serial, {', '.join(QUEUES)}, or the address of a Dask scheduler, e.g."
+            " tcp://10.0.0.1:8786"
+        )
 
     @field_validator("main_calculator", "ml_calculator", mode="before")
     @classmethod
@@ -342,7 +522,10 @@ class Settings(Section):
         block = as_magus_reads(value)
         chain = stages(block)
         if "mattersim" in chain[1:] or (len(chain) > 1 and chain[0] == "mattersim"):
-            raise ValueError(f"jobPrefix: mattersim cannot be a stage of a chain ({', '.join(chain)}); give one name")
+            raise ValueError(
+                f"jobPrefix: mattersim cannot be a stage of a chain ({', '.join(chain)}); give one"
+                " name"
+            )
         return block
 
     @field_validator("symbols")
@@ -358,23 +541,40 @@ class Settings(Section):
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
         if "SSCHA" in self.fitness and self.sscha is None:
-            raise ValueError("Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the paper's values)")
-        if len(self.fitness) > 1 and "SSCHA" in self.fitness:
-            raise ValueError(f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front); give [SSCHA]")
-        if self.learning is not None and self.learning.select == "sscha" and self.sscha is None:
-            raise ValueError("learning.select: sscha takes labels from SSCHA ensembles: it needs the block sscha: (when: every_generation)")
-        if self.learning is not None and self.learning.select == "sscha" and self.formula_type == "var":
             raise ValueError(
-                "learning.select: sscha with formulaType: var: it labels what decides between phases of one composition; "
-                "choose another learning.select, or formulaType: fix"
+                "Fitness: [SSCHA] needs the block sscha: (an empty one, sscha: {}, takes the"
+                " paper's values)"
+            )
+        if len(self.fitness) > 1 and "SSCHA" in self.fitness:
+            raise ValueError(
+                f"Fitness: {self.fitness}: SSCHA ranks alone (two fitnesses make a Pareto front);"
+                " give [SSCHA]"
+            )
+        if self.learning is not None and self.learning.select == "sscha" and self.sscha is None:
+            raise ValueError(
+                "learning.select: sscha takes labels from SSCHA ensembles: it needs the block"
+                " sscha: (when: every_generation)"
+            )
+        if (
+            self.learning is not None
+            and self.learning.select == "sscha"
+            and self.formula_type == "var"
+        ):
+            raise ValueError(
+                "learning.select: sscha with formulaType: var: it labels what decides between"
+                " phases of one composition; choose another learning.select, or formulaType: fix"
             )
         _ = self.calculator
         return self
 
     @property
     def calculator(self) -> CalculatorSettings | None:
-        """The block with ``calculator: mattersim``: MLCalculator first, else MainCalculator, else None."""
-        for name, block in (("MLCalculator", self.ml_calculator), ("MainCalculator", self.main_calculator)):
+        """The block with ``calculator: mattersim``: MLCalculator first, else MainCalculator, else
+        None."""
+        for name, block in (
+            ("MLCalculator", self.ml_calculator),
+            ("MainCalculator", self.main_calculator),
+        ):
             if block.get("calculator") == "mattersim":
                 return parse(CalculatorSettings, block, name)
         return None
@@ -386,7 +586,8 @@ def load_settings(path: str | Path) -> Settings:
 
 
 def parse_settings(data: dict[str, Any]) -> Settings:
-    """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in ``Settings.host``."""
+    """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in
+    ``Settings.host``."""
     ours: dict[str, Any] = {}
     host: dict[str, Any] = {}
     problems: list[str] = []

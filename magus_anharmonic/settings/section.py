@@ -1,4 +1,5 @@
-"""What every block of keys is made of: types with units, folding of names, reading, and errors that name the key path."""
+"""What every block of keys is made of: types with units, folding of names, reading, and errors that
+name the key path."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -19,10 +20,17 @@ from magus_anharmonic.errors import InputError, one_line
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
-Loss = Annotated[Literal["huber", "mse"], Field(description="Huber with delta 0.01, or mean square")]
+Loss = Annotated[
+    Literal["huber", "mse"], Field(description="Huber with delta 0.01, or mean square")
+]
 Schedule = Annotated[
     Literal["step", "cosine"],
-    Field(description="step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the last epoch"),
+    Field(
+        description=(
+            "step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the"
+            " last epoch"
+        )
+    ),
 ]
 
 MAX_PRESSURE_GPA = 2000.0
@@ -42,7 +50,10 @@ def check_pressure(value: Any) -> float:
     if value >= 1e6:
         raise ValueError(f"looks like Pa: {value:g} Pa = {value / 1e9:g} GPa; give GPa")
     if value > MAX_PRESSURE_GPA:
-        raise ValueError(f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({value:g} kbar = {value / 10:g} GPa)")
+        raise ValueError(
+            f"looks like kbar or MPa; give GPa, at most {MAX_PRESSURE_GPA:g} ({value:g} kbar ="
+            f" {value / 10:g} GPa)"
+        )
     return float(value)
 
 
@@ -51,7 +62,9 @@ PressureGPa = Annotated[float, BeforeValidator(check_pressure)]
 
 def check_path(value: Any) -> Any:
     """A path (or name) that stays below the project folder, or is absolute; raises ValueError."""
-    if isinstance(value, str) and (os.path.normpath(value).split(os.sep)[0] == ".." or "\0" in value):
+    if isinstance(value, str) and (
+        os.path.normpath(value).split(os.sep)[0] == ".." or "\0" in value
+    ):
         raise ValueError("leaves the project folder; give an absolute path if that is meant")
     return value
 
@@ -60,12 +73,18 @@ InsidePath = Annotated[str, BeforeValidator(check_path)]
 
 
 def absolute_file(typed: str) -> str:
-    """What was typed on the command line, which may lie anywhere: an absolute path when it is a file, else the name as it is."""
+    """What was typed on the command line, which may lie anywhere: an absolute path when it is a
+    file, else the name as it is."""
     return os.path.abspath(typed) if os.path.isfile(typed) else typed
 
 
 class Section(BaseModel):
-    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case."""
+    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case.
+
+    ``old_names``: keys that earlier versions had, and what they are called now; both are read.
+    """
+
+    old_names: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -77,9 +96,10 @@ class Section(BaseModel):
         folded: dict[str, Any] = {}
         for key, value in data.items():
             name = snake_case(str(key)) if str(key) not in cls.model_fields else str(key)
+            name = cls.old_names.get(name, name)
             name = name if name in cls.model_fields else str(key)
             if name in folded:
-                raise ValueError(f"{key} is given twice (camelCase and snake_case)")
+                raise ValueError(f"{key} is given twice (camelCase and snake_case, or an old name)")
             folded[name] = value
         return folded
 
@@ -96,10 +116,15 @@ def parse(model: type[T], data: Any, path: str = "") -> T:
 
 
 def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
-    # of a union pydantic names the member that was tried: literal['a','b'], list[int]; a key may hold a bracket too
+    # of a union pydantic names the member that was tried: literal['a','b'], list[int]; a key may
+    # hold a bracket too
     about_a_key = item["type"] in ("extra_forbidden", "missing")
     last = len(item["loc"]) - 1
-    location = [str(part) for place, part in enumerate(item["loc"]) if "[" not in str(part) or (about_a_key and place == last)]
+    location = [
+        str(part)
+        for index, part in enumerate(item["loc"])
+        if "[" not in str(part) or (about_a_key and index == last)
+    ]
     where = ".".join([path, *location] if path else location) or "input"
     value = item.get("input")
     if item["type"] == "extra_forbidden":
@@ -116,7 +141,11 @@ def fields_at(model: type[BaseModel], location: list[str]) -> dict[str, str]:
     for part in location:
         if part in model.model_fields:
             annotation = model.model_fields[part].annotation
-            inner = [a for a in getattr(annotation, "__args__", (annotation,)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            inner = [
+                a
+                for a in getattr(annotation, "__args__", (annotation,))
+                if isinstance(a, type) and issubclass(a, BaseModel)
+            ]
             model = inner[0] if inner else model
     return {name: field.description or "" for name, field in model.model_fields.items()}
 
@@ -124,14 +153,17 @@ def fields_at(model: type[BaseModel], location: list[str]) -> dict[str, str]:
 def nearest(key: str, names: Any) -> str:
     """``'; did you mean n_sample?'`` when a valid name is close, else the list of valid names."""
     names = list(names)
-    close = difflib.get_close_matches(snake_case(key), names, n=1, cutoff=0.6) or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(
+        snake_case(key), names, n=1, cutoff=0.6
+    ) or difflib.get_close_matches(key, names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
     return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
 
 
 LARGEST_BY_ALIASES = 1e5
-"""Characters to which a short file may grow by its aliases: a kilobyte of them can stand for more than any memory holds."""
+"""Characters to which a short file may grow by its aliases: a kilobyte of them can stand for more
+than any memory holds."""
 
 
 LARGEST_NUMBER, LONGEST_NUMBER = 2**63, 400
@@ -139,7 +171,8 @@ LARGEST_NUMBER, LONGEST_NUMBER = 2**63, 400
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, which makes whole numbers of any size, at a cost that grows with the square of their digits."""
+    """PyYAML's, which makes whole numbers of any size, at a cost that grows with the square of
+    their digits."""
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         integer = node.tag.endswith(":int")
@@ -147,7 +180,9 @@ class _Loader(yaml.SafeLoader):
             value = self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
             if not integer or abs(value) < LARGEST_NUMBER:
                 return value
-        raise yaml.constructor.ConstructorError(None, None, f"{node.value[:20]}...: a number too large or too long", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{node.value[:20]}...: a number too large or too long", node.start_mark
+        )
 
 
 for _kind in ("int", "float"):
@@ -164,7 +199,10 @@ def _safe_load(file: Path) -> Any:
             raise InputError(*(f"{file}: {problem}" for problem in problems))
         size = _written_out(node, {})
         if size > LARGEST_BY_ALIASES + 10 * loader.index:
-            raise InputError(f"{file}: its aliases (*) stand for more than {size:.1e} characters; write out what is meant")
+            raise InputError(
+                f"{file}: its aliases (*) stand for more than {size:.1e} characters; write out what"
+                " is meant"
+            )
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -173,15 +211,27 @@ def _safe_load(file: Path) -> Any:
 def _written_out(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
     """Characters of a block in which every alias is replaced by what it stands for."""
     if node not in known:
-        parts = chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
-        known[node] = 1.0 + (len(node.value) if isinstance(node, yaml.ScalarNode) else sum(_written_out(part, known) for part in parts))
+        parts = (
+            chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        )
+        known[node] = 1.0 + (
+            len(node.value)
+            if isinstance(node, yaml.ScalarNode)
+            else sum(_written_out(part, known) for part in parts)
+        )
     return known[node]
 
 
-def _misuses(node: yaml.Node, path: str, seen: set[yaml.Node], outer: frozenset[yaml.Node]) -> Iterator[str]:
-    """Keys that are given twice in one block, of which YAML would silently take the last, and blocks that hold themselves."""
+def _misuses(
+    node: yaml.Node, path: str, seen: set[yaml.Node], outer: frozenset[yaml.Node]
+) -> Iterator[str]:
+    """Keys that are given twice in one block, of which YAML would silently take the last, and
+    blocks that hold themselves."""
     if node in outer:
-        yield f"{path}: holds itself (line {node.start_mark.line + 1}, by an alias *); write out what is meant"
+        yield (
+            f"{path}: holds itself (line {node.start_mark.line + 1}, by an alias *); write out what"
+            " is meant"
+        )
     if node in seen or not isinstance(node.value, list):
         return
     seen.add(node)
@@ -191,13 +241,17 @@ def _misuses(node: yaml.Node, path: str, seen: set[yaml.Node], outer: frozenset[
         if isinstance(key, yaml.ScalarNode):
             line = key.start_mark.line + 1
             if (key.tag, key.value) in lines and not key.tag.endswith(":merge"):
-                yield f"{where}: is given twice, in lines {lines[key.tag, key.value]} and {line}; keep one"
+                yield (
+                    f"{where}: is given twice, in lines {lines[key.tag, key.value]} and {line};"
+                    " keep one"
+                )
             lines[key.tag, key.value] = line
         yield from _misuses(item, where, seen, outer | {node})
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping safely; raises ``InputError`` that names file and line, also for a key given twice and for what holds itself."""
+    """Read a YAML mapping safely; raises ``InputError`` that names file and line, also for a key
+    given twice and for what holds itself."""
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file (give the input with -i FILE)")

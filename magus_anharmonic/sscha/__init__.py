@@ -1,4 +1,5 @@
-"""Free energies with quantum, thermal and anharmonic ions by the stochastic self-consistent harmonic approximation."""
+"""Free energies with quantum, thermal and anharmonic ions by the stochastic self-consistent
+harmonic approximation."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SschaResult", "free_energy"]
 
-_HOME = {"free_energy": "magus_anharmonic.sscha.gibbs", "SschaResult": "magus_anharmonic.sscha.result"}
+_HOME = {
+    "free_energy": "magus_anharmonic.sscha.gibbs",
+    "SschaResult": "magus_anharmonic.sscha.result",
+}
 
 
 def __getattr__(name: str) -> Any:

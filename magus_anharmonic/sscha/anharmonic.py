@@ -2,14 +2,16 @@
 
 The third-order tensor <d3V> of an SSCHA state, by wave vector.
 
-D(x, y, z) = < (Y_yz - v_y v_z) f_x >, symmetric in all three, with v = Y u, Y = <uu>^-1 and f the residual force
-(Bianco, Errea, Paulatto, Calandra, Mauri, PRB 96, 014111 (2017), Eq. 21, doi:10.1103/PhysRevB.96.014111). Only triples
-of wave vectors that add up to zero are computed, one for each set of equal permutations and complex conjugates.
+D(x, y, z) = < (Y_yz - v_y v_z) f_x >, symmetric in all three, with v = Y u, Y = <uu>^-1 and f the
+residual force (Bianco, Errea, Paulatto, Calandra, Mauri, PRB 96, 014111 (2017), Eq. 21,
+doi:10.1103/PhysRevB.96.014111). Only triples of wave vectors that add up to zero are computed, one
+for each set of equal permutations and complex conjugates.
 
 The fourth-order term of the free-energy Hessian, without the fourth-order tensor.
 
-R = L (1 - D4 L)^-1 D3 (Bianco et al., PRB 96, 014111 (2017), Eq. 20) is solved for iteratively; D4 = <d4V> acts on a
-matrix as an average over the ensemble, which costs N n^2 instead of the n^4 numbers of the tensor.
+R = L (1 - D4 L)^-1 D3 (Bianco et al., PRB 96, 014111 (2017), Eq. 20) is solved for iteratively; D4
+= <d4V> acts on a matrix as an average over the ensemble, which costs N n^2 instead of the n^4
+numbers of the tensor.
 """
 
 from __future__ import annotations
@@ -31,14 +33,16 @@ Triple = tuple[int, int, int]
 
 
 class ThirdOrder:
-    """D in modes, eV/A^3/amu^1.5: ``block(q1, q2)`` is (3n, 3n, 3n) for the modes at q1, q2 and -(q1 + q2)."""
+    """D in modes, eV/A^3/amu^1.5: ``block(q1, q2)`` is (3n, 3n, 3n) for the modes at q1, q2 and
+    -(q1 + q2)."""
 
     def __init__(self, modes: Wavevectors, blocks: dict[Triple, np.ndarray]) -> None:
         self.modes = modes
         self.blocks = blocks
 
     def block(self, first: int, second: int) -> np.ndarray:
-        """(3n, 3n, 3n) for the modes at q ``first``, ``second`` and the third that makes the sum zero."""
+        """(3n, 3n, 3n) for the modes at q ``first``, ``second`` and the third that makes the sum
+        zero."""
         return self.of((first, second, self.modes.third(first, second)))
 
     def of(self, triple: Triple) -> np.ndarray:
@@ -57,7 +61,9 @@ class ThirdOrder:
         for key in self.blocks:
             if key in done:
                 continue
-            images: list[Triple] = [tuple(row) for row in representation.images[:, list(key)].tolist()]
+            images: list[Triple] = [
+                tuple(row) for row in representation.images[:, list(key)].tolist()
+            ]
             average = np.zeros_like(self.blocks[key])
             for operation, image in enumerate(images):
                 back = [representation.matrix(operation, q).conj().T for q in key]
@@ -66,27 +72,39 @@ class ThirdOrder:
             for operation, image in enumerate(images):
                 name, conjugate = canonical(image, self.modes)
                 if name not in done:
-                    turned = transformed(average, [representation.matrix(operation, q) for q in key])
+                    turned = transformed(
+                        average, [representation.matrix(operation, q) for q in key]
+                    )
                     wanted = [int(self.modes.minus[q]) for q in image] if conjugate else image
-                    done[name] = (turned.conj() if conjugate else turned).transpose(np.argsort(wanted, kind="stable"))
+                    done[name] = (turned.conj() if conjugate else turned).transpose(
+                        np.argsort(wanted, kind="stable")
+                    )
         return ThirdOrder(self.modes, done)
 
     def mixed(self, other: ThirdOrder, own: float, others: float) -> ThirdOrder:
         """own * self + others * other."""
-        return ThirdOrder(self.modes, {key: own * block + others * other.blocks[key] for key, block in self.blocks.items()})
+        return ThirdOrder(
+            self.modes,
+            {key: own * block + others * other.blocks[key] for key, block in self.blocks.items()},
+        )
 
     def rows(self) -> np.ndarray:
-        """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the first cell."""
+        """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the
+        first cell."""
         modes = self.modes
-        n_q, size = modes.quantum.shape
-        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.repeats).T)
+        n_q, size = modes.hbar_omega.shape
+        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.supercell_matrix).T)
         weights = modes.vectors * modes.root_mass[:, None]
         rows = np.zeros((size, n_q, size, n_q, size))
         for first in range(n_q):
             for second in range(n_q):
                 third = modes.third(first, second)
-                block = transformed(self.block(first, second), [weights[first], weights[second], weights[third]])
-                rows += np.einsum("r,s,xyz->xrysz", wave[second], wave[third], block, optimize=True).real
+                block = transformed(
+                    self.block(first, second), [weights[first], weights[second], weights[third]]
+                )
+                rows += np.einsum(
+                    "r,s,xyz->xrysz", wave[second], wave[third], block, optimize=True
+                ).real
         return rows.reshape(size, n_q * size, n_q * size) / n_q**1.5
 
 
@@ -114,20 +132,22 @@ def triples(modes: Wavevectors) -> Iterator[Triple]:
 
 
 def third_order(modes: Wavevectors, ensemble: Samples) -> ThirdOrder:
-    """The tensor of an ensemble, symmetric in its indices and under translations; see `ThirdOrder.symmetrised`."""
+    """The tensor of an ensemble, symmetric in its indices and under translations; see
+    `ThirdOrder.symmetrised`."""
     return ThirdOrder(modes, {triple: _block(modes, ensemble, triple) for triple in triples(modes)})
 
 
 def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
-    """Minus the average of (f v v + v f v + v v f) / 3 plus the Y terms, by matrix products over slices of the second index."""
+    """Minus the average of (f v v + v f v + v v f) / 3 plus the Y terms, by matrix products over
+    slices of the second index."""
     v1, v2, v3 = (ensemble.scaled[q] for q in triple)
     f1, f2, f3 = (ensemble.even[q] for q in triple)
     count, size = v1.shape
     left = np.concatenate([f1, v1]).T / (-3.0 * count)
     block = np.empty((size, size, size), dtype=v1.dtype)
     step = max(1, CHUNK // (2 * count * size))
-    for begin in range(0, size, step):
-        part = slice(begin, begin + step)
+    for offset in range(0, size, step):
+        part = slice(offset, offset + step)
         pairs = v2[:, part, None] * v3[:, None, :]
         crossed = f2[:, part, None] * v3[:, None, :]
         crossed += v2[:, part, None] * f3[:, None, :]
@@ -136,7 +156,9 @@ def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
     return _add_mean_force(block, modes, ensemble, triple)
 
 
-def _add_mean_force(block: np.ndarray, modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
+def _add_mean_force(
+    block: np.ndarray, modes: Wavevectors, ensemble: Samples, triple: Triple
+) -> np.ndarray:
     """Add <Y_yz f_x> / 3 for each index at q = 0, where Y is diagonal."""
     force = ensemble.even[0].mean(axis=0) / 3.0
     for axis, q in enumerate(triple):
@@ -155,9 +177,11 @@ ITERATIONS = 400
 
 @dataclass(frozen=True)
 class FourthOrder:
-    """<d4V>, symmetric in its indices, under translations and under the space group, as an action on matrices.
+    """<d4V>, symmetric in its indices, under translations and under the space group, as an action
+    on matrices.
 
-    < (v_a v_b v_c - Y_ab v_c - Y_ac v_b - Y_bc v_a) f_d > with a minus sign, averaged over the places of f.
+    < (v_a v_b v_c - Y_ab v_c - Y_ac v_b - Y_bc v_a) f_d > with a minus sign, averaged over the
+    places of f.
     """
 
     modes: Wavevectors
@@ -165,7 +189,8 @@ class FourthOrder:
     representation: Representation
 
     def apply(self, q: int, matrix: np.ndarray) -> np.ndarray:
-        """D4 on ``matrix`` (n_q, 3n, 3n): entry q1 couples the modes at q1 and at -(q + q1); symmetric as a whole."""
+        """D4 on ``matrix`` (n_q, 3n, 3n): entry q1 couples the modes at q1 and at -(q + q1);
+        symmetric as a whole."""
         representation = self.representation
         if len(representation) == 1:
             return self._raw(q, matrix)
@@ -188,8 +213,12 @@ class FourthOrder:
         count = len(self.data)
         seconds = [modes.third(q, first) for first in range(len(matrix))]
         stiffness = np.where(modes.moving, 1.0 / modes.variance, 0.0)
-        with_v = np.stack([v[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)])
-        with_f = np.stack([f[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)])
+        with_v = np.stack(
+            [v[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)]
+        )
+        with_f = np.stack(
+            [f[second].conj() @ block.T for second, block in zip(seconds, matrix, strict=True)]
+        )
         vv = np.einsum("qci,qci->c", v.conj(), with_v, optimize=True)[:, None]
         vf = np.einsum("qci,qci->c", v.conj(), with_f, optimize=True)[:, None]
         if q == 0:
@@ -203,21 +232,28 @@ class FourthOrder:
                 continue
             left = 2.0 * vf * v[first] - 2.0 * with_f[first] + vv * f[first]
             right = vv * f[second] - 2.0 * with_f[second]
-            block = left.T @ v[second] + v[first].T @ right - 2.0 * (f[first].T @ with_v[second] + with_v[first].T @ f[second])
+            block = (
+                left.T @ v[second]
+                + v[first].T @ right
+                - 2.0 * (f[first].T @ with_v[second] + with_v[first].T @ f[second])
+            )
             if q == 0:
                 block -= 2.0 * vf.sum() * np.diag(stiffness[first])
             result[first] = block / (-4.0 * count)
         return result
 
 
-def dressed_rows(fourth: FourthOrder, tensor: ThirdOrder, response: np.ndarray, q: int) -> np.ndarray:
-    """R (3n, n_q, 3n, 3n) at one q: row, second q, modes there, modes at the third q; in the units of L D.
+def dressed_rows(
+    fourth: FourthOrder, tensor: ThirdOrder, response: np.ndarray, q: int
+) -> np.ndarray:
+    """R (3n, n_q, 3n, 3n) at one q: row, second q, modes there, modes at the third q; in the units
+    of L D.
 
-    Solved in the symmetric form (1 + S D4 S) y = S D3, S = sqrt(-L), R = -S y. Raises ``SschaError`` when that does not
-    converge, which noise in D4 can cause.
+    Solved in the symmetric form (1 + S D4 S) y = S D3, S = sqrt(-L), R = -S y. Raises
+    ``SschaError`` when that does not converge, which noise in D4 can cause.
     """
     modes = tensor.modes
-    n_q, size = modes.quantum.shape
+    n_q, size = modes.hbar_omega.shape
     root = np.stack([np.sqrt(-response[first, modes.third(q, first)]) for first in range(n_q)])
     shape, dtype = root.shape, modes.vectors.dtype
 
@@ -232,9 +268,14 @@ def dressed_rows(fourth: FourthOrder, tensor: ThirdOrder, response: np.ndarray, 
         right = (root * blocks[row]).ravel()
         if not np.any(right):
             continue
-        solution, failed = gmres(operator, right, rtol=TOLERANCE, atol=0.0, restart=60, maxiter=max(1, ITERATIONS // 60))
+        solution, failed = gmres(
+            operator, right, rtol=TOLERANCE, atol=0.0, restart=60, maxiter=max(1, ITERATIONS // 60)
+        )
         if failed:
             residual = float(np.linalg.norm(action(solution) - right) / np.linalg.norm(right))
-            raise SschaError(f"include_v4: the equation of fourth order is not solved (residual {residual:.1e}); take more configurations")
+            raise SschaError(
+                f"include_v4: the equation of fourth order is not solved (residual {residual:.1e});"
+                " take more configurations"
+            )
         rows[row] = -root * solution.reshape(shape)
     return rows

@@ -1,4 +1,5 @@
-"""The picture of ``convergence.csv``: how an SSCHA run came to its end, population by population."""
+"""The picture of ``convergence.csv``: how an SSCHA run came to its end, population by
+population."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ def read_convergence(path: Path) -> dict[str, list[float]]:
 
 
 def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
-    """Draw F and G, pressure, effective sample and gradients against population into ``folder/convergence.png``.
+    """Draw F and G, pressure, effective sample and gradients against population into
+    ``folder/convergence.png``.
 
-    Returns the picture, also one that is as new as the table; None without a table. Error bars are one standard error.
+    Returns the picture, also one that is as new as the table; None without a table. Error bars are
+    one standard error.
     """
     table, picture = Path(folder) / "convergence.csv", Path(folder) / NAME
     if not table.is_file():
@@ -52,19 +55,54 @@ def _figure(columns: dict[str, list[float]], title: str) -> Figure:
     energy, pressure, sample, gradient = figure.subplots(2, 2, sharex=True).ravel()
     x = columns["population"]
     error = [1000 * value for value in columns["error_eV_per_atom"]]
-    for name, letter, style in (("gibbs_eV_per_atom", "G", "o-"), ("free_energy_eV_per_atom", "F", "s--")):
+    for name, letter, style in (
+        ("gibbs_eV_per_atom", "G", "o-"),
+        ("free_energy_eV_per_atom", "F", "s--"),
+    ):
         last = columns[name][-1]
         heights = [1000 * (value - last) for value in columns[name]]
-        energy.errorbar(x, heights, yerr=error, fmt=style, mfc="none", capsize=3, label=f"{letter} - ({last:.4f} eV/atom)")
+        energy.errorbar(
+            x,
+            heights,
+            yerr=error,
+            fmt=style,
+            mfc="none",
+            capsize=3,
+            label=f"{letter} - ({last:.4f} eV/atom)",
+        )
     energy.set_ylabel("meV/atom")
-    pressure.errorbar(x, columns["pressure_GPa"], yerr=columns.get("pressure_error_GPa"), fmt="o-", capsize=3, color="C2")
+    pressure.errorbar(
+        x,
+        columns["pressure_GPa"],
+        yerr=columns.get("pressure_error_GPa"),
+        fmt="o-",
+        capsize=3,
+        color="C2",
+    )
     pressure.set_ylabel("pressure (GPa)")
     sample.plot(x, columns["effective_sample"], "o-", color="C3")
     sample.set_ylabel("effective sample / configurations")
     sample.set_ylim(bottom=0.0)
-    gradient.plot(x, columns["centroid_force_eV_per_A"], "o-", color="C4", label="largest force on a centroid (eV/A)")
-    gradient.plot(x, columns["fc_gradient_eV_per_A2"], "s--", color="C5", mfc="none", label="force constants, at the end (eV/A$^2$)")
-    if any(value > 0 for name in ("centroid_force_eV_per_A", "fc_gradient_eV_per_A2") for value in columns[name]):
+    gradient.plot(
+        x,
+        columns["centroid_force_eV_per_A"],
+        "o-",
+        color="C4",
+        label="largest force on a centroid (eV/A)",
+    )
+    gradient.plot(
+        x,
+        columns["fc_gradient_eV_per_A2"],
+        "s--",
+        color="C5",
+        mfc="none",
+        label="force constants, at the end (eV/A$^2$)",
+    )
+    if any(
+        value > 0
+        for name in ("centroid_force_eV_per_A", "fc_gradient_eV_per_A2")
+        for value in columns[name]
+    ):
         gradient.set_yscale("log", nonpositive="mask")
     gradient.set_ylabel("gradient")
     for axes in (energy, gradient):

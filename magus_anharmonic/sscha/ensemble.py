@@ -1,20 +1,24 @@
 """Averages over samples of a state, and its entropy.
 
-Entropy of an SSCHA state: that of its Gaussian density matrix, which is what -dG/dT is at the minimum.
+Entropy of an SSCHA state: that of its Gaussian density matrix, which is what -dG/dT is at the
+minimum.
 
-F[rho; T] = <K + V>_rho - T S[rho] is stationary in rho, so that dF/dT = -S[rho] (Hellmann-Feynman; Errea, Calandra, Mauri, PRB 89,
-064302 (2014), doi:10.1103/PhysRevB.89.064302), and at the relaxed cell dG/dT at constant P is the same.
+F[rho; T] = <K + V>_rho - T S[rho] is stationary in rho, so that dF/dT = -S[rho] (Hellmann-Feynman;
+Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302), and at the relaxed
+cell dG/dT at constant P is the same.
 
 Averages over an ensemble that was drawn from the very state they describe: no weights, no bias.
 
-Formulas: Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302; stress: Monacelli et al.,
-PRB 98, 024106 (2018), doi:10.1103/PhysRevB.98.024106. Error bars are standard errors of +u/-u pair means, because
-the two members of a pair are correlated; they do not contain the error of the energy surface or of the supercell.
+Formulas: Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302; stress:
+Monacelli et al., PRB 98, 024106 (2018), doi:10.1103/PhysRevB.98.024106. Error bars are standard
+errors of +u/-u pair means, because the two members of a pair are correlated; they do not contain
+the error of the energy surface or of the supercell.
 
-Not used, because it was measured not to pay (AnharmonicCell of the tests, at its minimum): the harmonic energy as control
-variate (V - V_0 is uncorrelated with every quadratic form there; (V_0 - <V_0>)^2 promises a tenth off the error bar, but the
-scatter of 80 ensembles of 200 stays, so that it would only spoil the error bar); scrambled Sobol' numbers (from 8 scrambles,
-which an error bar needs, the error of 256 pairs in 24 dimensions falls by 3 to 7 per cent, of 512 in 96 by 13).
+Not used, because it was measured not to pay (AnharmonicCell of the tests, at its minimum): the
+harmonic energy as control variate (V - V_0 is uncorrelated with every quadratic form there; (V_0 -
+<V_0>)^2 promises a tenth off the error bar, but the scatter of 80 ensembles of 200 stays, so that
+it would only spoil the error bar); scrambled Sobol' numbers (from 8 scrambles, which an error bar
+needs, the error of 256 pairs in 24 dimensions falls by 3 to 7 per cent, of 512 in 96 by 13).
 """
 
 from __future__ import annotations
@@ -30,52 +34,61 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 
 
-def oscillator_entropy(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def oscillator_entropy(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """k [x / (e^x - 1) - ln(1 - e^-x)] with x = hbar omega / kT, eV/K; zero at 0 K."""
-    quantum = np.asarray(quantum, dtype=float)
+    hbar_omega = np.asarray(hbar_omega, dtype=float)
     if temperature == 0:
-        return np.zeros_like(quantum)
-    x = quantum / (KELVIN * temperature)
+        return np.zeros_like(hbar_omega)
+    x = hbar_omega / (KELVIN * temperature)
     decay = np.exp(-x)
     return KELVIN * (x * decay / (-np.expm1(-x)) - np.log1p(-decay))
 
 
-def entropy_slope(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def entropy_slope(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """dS/d(omega^2) = -k x^2 / (8 omega^2 sinh^2(x/2)), eV/K per (eV/A^2/amu); zero at 0 K."""
-    quantum = np.asarray(quantum, dtype=float)
+    hbar_omega = np.asarray(hbar_omega, dtype=float)
     if temperature == 0:
-        return np.zeros_like(quantum)
-    half = quantum / (2.0 * KELVIN * temperature)
+        return np.zeros_like(hbar_omega)
+    half = hbar_omega / (2.0 * KELVIN * temperature)
     with np.errstate(over="ignore"):
-        return -KELVIN * (half / np.sinh(half)) ** 2 / (2.0 * (quantum / HBAR) ** 2)
+        return -KELVIN * (half / np.sinh(half)) ** 2 / (2.0 * (hbar_omega / HBAR) ** 2)
 
 
 def entropy(state: SschaState) -> float:
     """Entropy of the auxiliary oscillators of the supercell, eV/K per atom; no finite-size term."""
-    return float(oscillator_entropy(state.modes.quantum, state.temperature).sum()) / len(state.supercell)
+    return float(oscillator_entropy(state.modes.hbar_omega, state.temperature).sum()) / len(
+        state.supercell
+    )
 
 
-def entropy_with_error(state: SschaState, ensemble: Ensemble, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Entropy (eV/K per atom) of the self-consistent force constants that an ensemble of ``state`` points to, and its standard error.
+def entropy_with_error(
+    state: SschaState, ensemble: Ensemble, weights: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Entropy (eV/K per atom) of the self-consistent force constants that an ensemble of ``state``
+    points to, and its standard error.
 
-    The force constants of a state carry the noise of the ensembles it was minimised on. A fresh ensemble estimates what is left to the
-    self-consistent ones, K = <d2V> - Phi (Eq. 7 of the paper), without that noise; to first order S changes by sum_m S'(omega_m^2) K_mm
-    over the modes. One value per +u/-u pair gives mean and error. Left out: the answer of K to its own step, and the shift of the
-    centroids, which is of second order. ``weights`` (n,): see `averages.average`.
+    The force constants of a state carry the noise of the ensembles it was minimised on. A fresh
+    ensemble estimates what is left to the self-consistent ones, K = <d2V> - Phi (Eq. 7 of the
+    paper), without that noise; to first order S changes by sum_m S'(omega_m^2) K_mm over the modes.
+    One value per +u/-u pair gives mean and error. Left out: the answer of K to its own step, and
+    the shift of the centroids, which is of second order. ``weights`` (n,): see `averages.average`.
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
     residual = ensemble.forces.reshape(n_configs, -1) + u @ state.full
     vectors = state.modes.vectors / np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
     curvature = -((u @ state.precision) @ vectors) * (residual @ vectors)
-    changes = pair_means(curvature @ entropy_slope(state.modes.quantum, state.temperature), weights) / len(state.supercell)
+    changes = pair_means(
+        curvature @ entropy_slope(state.modes.hbar_omega, state.temperature), weights
+    ) / len(state.supercell)
     return entropy(state) + float(changes.mean()), float(standard_error(changes))
 
 
 BLOCKS = 10
 """Parts of an ensemble between which the square of a noisy matrix is taken."""
 MISFIT = 0.2
-"""Standard error of the predicted decrease by centroids and force constants, in parts of it: it leaves out <d4V>."""
+"""Standard error of the predicted decrease by centroids and force constants, in parts of it: it
+leaves out <d4V>."""
 STIFFEST_REDUCTION = 0.9
 """Most of the auxiliary stiffness of a centroid that the third order takes away."""
 
@@ -84,7 +97,8 @@ STIFFEST_REDUCTION = 0.9
 class Ensemble:
     """n configurations of the supercell, +u and -u next to each other.
 
-    displacements (n, N, 3) A; energies (n,) eV; forces (n, N, 3) eV/A; stresses (n, 3, 3) eV/A^3, ASE's sign.
+    displacements (n, N, 3) A; energies (n,) eV; forces (n, N, 3) eV/A; stresses (n, 3, 3) eV/A^3,
+    ASE's sign.
     """
 
     displacements: np.ndarray
@@ -97,19 +111,21 @@ class Ensemble:
 class Averages:
     """What one fresh ensemble says about its state, and about the minimum that the state is near.
 
-    helmholtz, helmholtz_error : eV per primitive cell, of the state.
-    decrease : eV per primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an unbiased estimate, below
-    zero by noise alone. minimum_error : standard error of helmholtz - decrease, what is not known of the stiffness included.
-    stress, stress_error : (3, 3), eV/A^3, ASE's sign, symmetrised.
-    force : (n, 3), on the centroids, eV/A. shift, position_error : (n, 3) A, from the centroids to the minimum, and its standard error;
-    shift_covariance : (3n, 3n) A^2.
-    excess, noise : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids relaxed, and its covariance
-    (k, k); strain, strain_error : (k,) the strain that removes it; empty without one.
+    helmholtz, helmholtz_error : eV per primitive cell, of the state. predicted_decrease : eV per
+    primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an
+    unbiased estimate, below zero by noise alone. minimum_error : standard error of helmholtz -
+    predicted_decrease, what is not known of the stiffness included. stress, stress_error : (3, 3),
+    eV/A^3, ASE's sign, symmetrised. force : (n, 3), on the centroids, eV/A. shift, position_error :
+    (n, 3) A, from the centroids to the minimum, and its standard error; shift_covariance : (3n, 3n)
+    A^2. excess, noise
+    : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids
+    relaxed, and its covariance (k, k); strain, strain_error : (k,) the strain that removes it;
+    empty without one.
     """
 
     helmholtz: float
     helmholtz_error: float
-    decrease: float
+    predicted_decrease: float
     minimum_error: float
     stress: np.ndarray
     stress_error: np.ndarray
@@ -132,7 +148,8 @@ def joined(ensembles: Sequence[Ensemble]) -> Ensemble:
 def pair_means(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """(n, ...) to (n/2, ...): the mean of each +u/-u pair.
 
-    With ``weights`` (n,): numbers whose mean is sum(w x) / sum(w), and whose scatter is that of this ratio to first order.
+    With ``weights`` (n,): numbers whose mean is sum(w x) / sum(w), and whose scatter is that of
+    this ratio to first order.
     """
     if weights is None:
         return 0.5 * (values[0::2] + values[1::2])
@@ -158,11 +175,17 @@ def covariance_of_mean(pairs: np.ndarray) -> np.ndarray:
 
 
 def average(
-    state: SschaState, ensemble: Ensemble, symmetry: Symmetry, weights: np.ndarray | None = None, cell: CellStiffness | None = None
+    state: SschaState,
+    ensemble: Ensemble,
+    symmetry: Symmetry,
+    weights: np.ndarray | None = None,
+    cell: CellStiffness | None = None,
 ) -> Averages:
-    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper), what they leave to fall, and the errors.
+    """F = F_0 + <V - V_0>, stress = <sigma + f u / Omega>, gradients (Eqs. 5-8 of the paper), what
+    they leave to fall, and the errors.
 
-    ``weights`` (n,): density of the state over that from which the configurations were drawn; None: they were drawn from the state.
+    ``weights`` (n,): density of the state over that from which the configurations were drawn; None:
+        they were drawn from the state.
     ``cell``: how stiff the cell is, where it may change.
     """
     n_configs = len(ensemble.energies)
@@ -172,7 +195,9 @@ def average(
     excess = pair_means(ensemble.energies - harmonic_energies, weights) / state.n_cells
     volume = state.supercell.get_volume()
     virial = np.einsum("cai,caj->cij", ensemble.forces, ensemble.displacements) / volume
-    stresses = symmetry.tensor(pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights))
+    stresses = symmetry.tensor(
+        pair_means(ensemble.stresses + 0.5 * (virial + virial.transpose(0, 2, 1)), weights)
+    )
     residual = ensemble.forces.reshape(n_configs, -1) - harmonic_forces
     centroid = residual.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     forces = symmetry.vectors(pair_means(centroid, weights)).reshape(len(excess), -1)
@@ -180,7 +205,14 @@ def average(
     by_matrix, matrix_influence = matrix_decrease(state, u, residual, symmetry, weights)
     by_centroids, centroid_influence = quadratic_decrease(forces, compliance)
     inner, influence = by_matrix + by_centroids, matrix_influence + centroid_influence
-    by_cell, misfit, parts, noise, strain, strain_error = 0.0, 0.0, np.zeros((1, 0)), np.zeros((0, 0)), np.zeros(0), np.zeros(0)
+    by_cell, misfit, parts, noise, strain, strain_error = (
+        0.0,
+        0.0,
+        np.zeros((1, 0)),
+        np.zeros((0, 0)),
+        np.zeros(0),
+        np.zeros(0),
+    )
     if cell is not None:
         size = state.atoms.get_volume()
         parts = cell.relaxed_excess(stresses, forces @ compliance, size)
@@ -194,7 +226,7 @@ def average(
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
         helmholtz_error=float(standard_error(excess)),
-        decrease=inner + by_cell,
+        predicted_decrease=inner + by_cell,
         minimum_error=float(error),
         stress=stresses.mean(axis=0),
         stress_error=standard_error(stresses),
@@ -216,7 +248,8 @@ def gamma_matrix(state: SschaState) -> np.ndarray:
 
 
 def quadratic_decrease(gradients: np.ndarray, compliance: np.ndarray) -> tuple[float, np.ndarray]:
-    """1/2 g C g of the true gradient g from the pairs' (n_pairs, k), and how each pair moves it, (n_pairs,).
+    """1/2 g C g of the true gradient g from the pairs' (n_pairs, k), and how each pair moves it,
+    (n_pairs,).
 
     The mean over all products of two different pairs, so that noise does not add up to a decrease.
     """
@@ -225,17 +258,23 @@ def quadratic_decrease(gradients: np.ndarray, compliance: np.ndarray) -> tuple[f
         return np.inf, np.zeros(n_pairs)
     total = gradients.sum(axis=0)
     own = np.einsum("pi,ij,pj->", gradients, compliance, gradients, optimize=True)
-    decrease = 0.5 * float(total @ compliance @ total - own) / (n_pairs * (n_pairs - 1))
-    return decrease, (gradients - total / n_pairs) @ (compliance @ total) / n_pairs
+    predicted_decrease = 0.5 * float(total @ compliance @ total - own) / (n_pairs * (n_pairs - 1))
+    return predicted_decrease, (gradients - total / n_pairs) @ (compliance @ total) / n_pairs
 
 
 def centroid_compliance(
-    state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None
+    state: SschaState,
+    u: np.ndarray,
+    residual: np.ndarray,
+    symmetry: Symmetry,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Inverse curvature of F along the centroid displacements that keep the symmetry, force constants relaxed, (3n, 3n) A^2/eV.
+    """Inverse curvature of F along the centroid displacements that keep the symmetry, force
+    constants relaxed, (3n, 3n) A^2/eV.
 
-    The curvature is Phi + D L D (Bianco et al., PRB 96, 014111 (2017), Eq. 20, doi:10.1103/PhysRevB.96.014111): along a soft mode
-    much less than Phi. D comes from the two halves of the ensemble, so that noise does not soften; no direction is taken for softer than
+    The curvature is Phi + D L D (Bianco et al., PRB 96, 014111 (2017), Eq. 20,
+    doi:10.1103/PhysRevB.96.014111): along a soft mode much less than Phi. D comes from the two
+    halves of the ensemble, so that noise does not soften; no direction is taken for softer than
     `STIFFEST_REDUCTION` of its Phi leaves.
     """
     basis = symmetry.centroids()
@@ -252,9 +291,11 @@ def centroid_compliance(
 
 
 def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> tuple[float, float]:
-    """Curvature of F, force constants relaxed, along a displacement ``unit`` (n, 3) of norm 1 of all cells; and its standard error.
+    """Curvature of F, force constants relaxed, along a displacement ``unit`` (n, 3) of norm 1 of
+    all cells; and its standard error.
 
-    eV/A^2 per primitive cell. The error is that of the mean over `BLOCKS` parts of the ensemble, each against the others.
+    eV/A^2 per primitive cell. The error is that of the mean over `BLOCKS` parts of the ensemble,
+    each against the others.
     """
     n_configs = len(ensemble.energies)
     u = ensemble.displacements.reshape(n_configs, -1)
@@ -262,37 +303,56 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
     stiffness = float(unit.ravel() @ gamma_matrix(state) @ unit.ravel())
     direction = np.tile(unit.reshape(-1, 1) / np.sqrt(stiffness), (state.n_cells, 1))
     parts = _third_orders(state, u, residual, direction, None, BLOCKS)[:, 0]
-    response = static_response(state.modes.quantum, state.temperature)
+    response = static_response(state.modes.hbar_omega, state.temperature)
     # <d2V> of this very ensemble instead of the force constants, which come from another one
     own = -(u @ (state.precision @ direction))[:, 0] * (residual @ direction)[:, 0] / state.n_cells
     total = parts.sum(axis=0)
-    against = np.array([np.sum(part * (total - part) * response) for part in parts]) / (len(parts) - 1) / state.n_cells
+    against = (
+        np.array([np.sum(part * (total - part) * response) for part in parts])
+        / (len(parts) - 1)
+        / state.n_cells
+    )
     chosen = np.arange(n_configs) // 2 % len(parts)
     linear = np.array([own[chosen == part].mean() for part in range(len(parts))])
-    return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(standard_error(linear + 2.0 * against))
+    return stiffness * float(1.0 + linear.mean() + against.mean()), stiffness * float(
+        standard_error(linear + 2.0 * against)
+    )
 
 
-def _bubble(state: SschaState, u: np.ndarray, residual: np.ndarray, directions: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """-x (D L D) y for the columns of ``directions`` (3 n_supercell, k), eV per primitive cell, from the two halves of the ensemble."""
+def _bubble(
+    state: SschaState,
+    u: np.ndarray,
+    residual: np.ndarray,
+    directions: np.ndarray,
+    weights: np.ndarray | None,
+) -> np.ndarray:
+    """-x (D L D) y for the columns of ``directions`` (3 n_supercell, k), eV per primitive cell,
+    from the two halves of the ensemble."""
     if len(u) < 4:
         return np.zeros((directions.shape[1],) * 2)
     halves = _third_orders(state, u, residual, directions, weights, 2)
-    response = static_response(state.modes.quantum, state.temperature)
+    response = static_response(state.modes.hbar_omega, state.temperature)
     product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
     return -0.5 * (product + product.T) / state.n_cells
 
 
 def _third_orders(
-    state: SschaState, u: np.ndarray, residual: np.ndarray, directions: np.ndarray, weights: np.ndarray | None, n_parts: int
+    state: SschaState,
+    u: np.ndarray,
+    residual: np.ndarray,
+    directions: np.ndarray,
+    weights: np.ndarray | None,
+    n_parts: int,
 ) -> np.ndarray:
-    """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by parts of the ensemble."""
+    """(n_parts, k, m, m): the third order along the columns of ``directions`` in modes, by parts of
+    the ensemble."""
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
     inside = u @ (state.precision @ vectors)
     forces = residual @ vectors
     along, along_u = residual @ directions, u @ (state.precision @ directions)
     share = np.ones(len(u)) if weights is None else weights
-    stiffness = 1.0 / variance(state.modes.quantum, state.temperature)
+    stiffness = 1.0 / variance(state.modes.hbar_omega, state.temperature)
     metric = vectors.T @ state.precision @ directions
     parts = []
     for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
@@ -304,18 +364,26 @@ def _third_orders(
             crossed = -(part * along_u[chosen, k, None] * f).T @ v
             third[k] = (own + crossed + crossed.T) / 3.0
             mean = np.outer(metric[:, k], part[:, 0] @ f)
-            third[k] += (np.diag(stiffness) * float(part[:, 0] @ along[chosen, k]) + mean + mean.T) / 3.0
+            third[k] += (
+                np.diag(stiffness) * float(part[:, 0] @ along[chosen, k]) + mean + mean.T
+            ) / 3.0
         parts.append(third)
     return np.array(parts)
 
 
 def matrix_decrease(
-    state: SschaState, u: np.ndarray, residual: np.ndarray, symmetry: Symmetry, weights: np.ndarray | None = None
+    state: SschaState,
+    u: np.ndarray,
+    residual: np.ndarray,
+    symmetry: Symmetry,
+    weights: np.ndarray | None = None,
 ) -> tuple[float, np.ndarray]:
-    """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants, and how each pair moves it.
+    """Decrease of F, eV per primitive cell, by a full self-consistent step of the force constants,
+    and how each pair moves it.
 
-    With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the divided difference of
-    the variance with respect to omega^2; K^2 is the mean over the products of different blocks of the ensemble (`quadratic_decrease`).
+    With K = <d2V> - Phi in mass-weighted modes, dF = -1/4 sum K_mn^2 w_mn, where w is minus the
+    divided difference of the variance with respect to omega^2; K^2 is the mean over the products of
+    different blocks of the ensemble (`quadratic_decrease`).
     """
     n_pairs = len(u) // 2
     if n_pairs < 2:
@@ -324,39 +392,48 @@ def matrix_decrease(
     share = (np.ones(len(u)) if weights is None else weights / weights.mean()) / len(u)
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
-    response = variance_response(state.modes.quantum, state.temperature)
+    response = variance_response(state.modes.hbar_omega, state.temperature)
     scaled = u @ state.precision
     total, own, shares = np.zeros((vectors.shape[1],) * 2), 0.0, 0.0
     for block in range(n_blocks):
         chosen = np.arange(len(u)) // 2 % n_blocks == block
         curvature = -(share[chosen, None] * scaled[chosen]).T @ residual[chosen]
-        compact = symmetry.force_constants(fold(0.5 * (curvature + curvature.T), state.repeats))
-        inside = vectors.T @ expand(compact, state.repeats) @ vectors
+        compact = symmetry.force_constants(
+            fold(0.5 * (curvature + curvature.T), state.supercell_matrix)
+        )
+        inside = vectors.T @ expand(compact, state.supercell_matrix) @ vectors
         total += inside
         own += float(np.sum(inside**2 * response))
         shares += float(share[chosen].sum()) ** 2
     weighted = total * response
-    decrease = 0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
+    predicted_decrease = (
+        0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
+    )
     slope = vectors @ weighted @ vectors.T
-    influence = -0.5 * pair_means(np.einsum("ci,ci->c", scaled @ slope, residual), weights) / state.n_cells
-    return decrease, influence - influence.mean()
+    influence = (
+        -0.5 * pair_means(np.einsum("ci,ci->c", scaled @ slope, residual), weights) / state.n_cells
+    )
+    return predicted_decrease, influence - influence.mean()
 
 
-def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes (..., m), in A^2 amu / (eV/A^2/amu); the limit for equal ones."""
-    first, second = np.broadcast_arrays(quantum[..., :, None], quantum[..., None, :])
+def variance_response(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
+    """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes (..., m), in A^2 amu / (eV/A^2/amu);
+    the limit for equal ones."""
+    first, second = np.broadcast_arrays(hbar_omega[..., :, None], hbar_omega[..., None, :])
     close = np.abs(first - second) < 1e-4 * first
     first = np.where(close, second * (1.0 + 1e-4), first)
     difference = variance(first, temperature) - variance(second, temperature)
     return -difference / ((first**2 - second**2) / HBAR**2)
 
 
-def static_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in eV, Bose numbers n.
+def static_response(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
+    """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in
+    eV, Bose numbers n.
 
-    Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b = w/2kT, x = a - b.
+    Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b =
+    w/2kT, x = a - b.
     """
-    w1, w2 = quantum[:, None], quantum[None, :]
+    w1, w2 = hbar_omega[:, None], hbar_omega[None, :]
     if temperature == 0:
         return -(HBAR**4) / (4.0 * w1 * w2 * (w1 + w2))
     thermal = 2.0 * KELVIN * temperature

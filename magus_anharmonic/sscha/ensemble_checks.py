@@ -1,7 +1,9 @@
-"""Whether an ensemble from elsewhere is what it claims: finite, of pairs, drawn from its state at its temperature, of one piece.
+"""Whether an ensemble from elsewhere is what it claims: finite, of pairs, drawn from its state at
+its temperature, of one piece.
 
-A sample tells its state: in every mode <Q^2> is the variance that quantum and temperature give, u Psi^-1 u = 1 per mode, to 1/sqrt(pairs).
-So another temperature, other masses, or the matrices that a minimisation led to instead of those that it began with, are seen.
+A sample tells its state: in every mode <Q^2> is the variance that phonon energy and temperature
+give, u Psi^-1 u = 1 per mode, to 1/sqrt(pairs). So another temperature, other masses, or the
+matrices that a minimisation led to instead of those that it began with, are seen.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from magus_anharmonic.sscha.state import SschaState, variance
 log = logging.getLogger(__name__)
 
 DOUBTFUL, SURE, SURE_OF_ONE = 1e-2, 1e-4, 1e-6
-"""Probabilities below which a deviation is told, is none of chance over all modes, and is none of chance in one mode."""
+"""Probabilities below which a deviation is told, is none of chance over all modes, and is none of
+chance in one mode."""
 ENOUGH = 0.03
-"""Part of the expected <u Psi^-1 u> by which it must be off to matter: it changes F by as small a part of the anharmonic energy."""
+"""Part of the expected <u Psi^-1 u> by which it must be off to matter: it changes F by as small a
+part of the anharmonic energy."""
 SAME_POSITION = 1e-4
 """A."""
 TEMPERATURES = np.concatenate([[0.0], np.geomspace(1.0, 2e4, 600)])
@@ -34,15 +38,22 @@ STRANGE, IMPOSSIBLE = 1.6, 5.0
 
 
 def checked_ensemble(state: SschaState, ensemble: Ensemble, where: str) -> Ensemble:
-    """The ensemble unwrapped, without drift, +u and -u next to each other; ``state`` is the one that drew it.
+    """The ensemble unwrapped, without drift, +u and -u next to each other; ``state`` is the one
+    that drew it.
 
-    Raises ``InputError`` that begins with ``where`` and says what is wrong, with the numbers (from 1) of the configurations that are.
+    Raises ``InputError`` that begins with ``where`` and says what is wrong, with the numbers (from
+    1) of the configurations that are.
     """
     _require_finite(ensemble, where)
-    ensemble = Ensemble(_at_home(state, ensemble.displacements, where), ensemble.energies, ensemble.forces, ensemble.stresses)
+    ensemble = Ensemble(
+        _at_home(state, ensemble.displacements, where),
+        ensemble.energies,
+        ensemble.forces,
+        ensemble.stresses,
+    )
     order = _pairs(ensemble.displacements, where)
     ensemble = Ensemble(*(values[order] for values in vars(ensemble).values()))
-    require_drawn_from(state, ensemble.displacements, where)
+    require_sampled_from(state, ensemble.displacements, where)
     _require_one_surface(state, ensemble, order, where)
     return ensemble
 
@@ -57,12 +68,17 @@ def _require_finite(ensemble: Ensemble, where: str) -> None:
 
 
 def _at_home(state: SschaState, displacements: np.ndarray, where: str) -> np.ndarray:
-    """Displacements (n, N, 3) without the lattice vectors of wrapped atoms and without a shift of everything."""
+    """Displacements (n, N, 3) without the lattice vectors of wrapped atoms and without a shift of
+    everything."""
     cell = state.supercell.cell.array
     shifts = np.round(displacements @ np.linalg.inv(cell))
     moved = np.flatnonzero(shifts.any(axis=(1, 2)))
     if len(moved):
-        log.info("%s: atoms of %d configurations were wrapped into the cell; taken back to their sites", where, len(moved))
+        log.info(
+            "%s: atoms of %d configurations were wrapped into the cell; taken back to their sites",
+            where,
+            len(moved),
+        )
     masses = state.supercell.get_masses()
     u = displacements - shifts @ cell
     return u - (np.einsum("a,caj->cj", masses, u) / masses.sum())[:, None]
@@ -73,55 +89,80 @@ def _pairs(displacements: np.ndarray, where: str) -> np.ndarray:
     flat = displacements.reshape(len(displacements), -1)
     points = flat @ np.random.default_rng(0).standard_normal((flat.shape[1], 3))
     tree = cKDTree(points)
-    twins = tree.query(points, k=2)[1][:, 1] if len(points) > 1 else np.zeros(0, dtype=int)
-    double = np.flatnonzero(np.abs(flat[twins] - flat).max(axis=1) < SAME_POSITION) if len(twins) else twins
+    duplicates = tree.query(points, k=2)[1][:, 1] if len(points) > 1 else np.zeros(0, dtype=int)
+    double = (
+        np.flatnonzero(np.abs(flat[duplicates] - flat).max(axis=1) < SAME_POSITION)
+        if len(duplicates)
+        else duplicates
+    )
     if len(double):
         raise InputError(f"{where}: {_listed(double)} are the same configuration")
     partner = tree.query(-points)[1]
     alone = np.flatnonzero(np.abs(flat[partner] + flat).max(axis=1) > SAME_POSITION)
     if len(alone):
         raise InputError(
-            f"{where}: no mirror image -u (about the centroids of these dynamical matrices) of {_listed(alone)}; averages are over pairs "
-            "(python-sscha: generate(evenodd=True)), and a missing partner or another centroid spoils them"
+            f"{where}: no mirror image -u (about the centroids of these dynamical matrices) of"
+            f" {_listed(alone)}; averages are over pairs (python-sscha: generate(evenodd=True)),"
+            " and a missing partner or another centroid spoils them"
         )
     first = np.flatnonzero(np.arange(len(partner)) < partner)
     return np.stack([first, partner[first]], axis=1).ravel()
 
 
-def require_drawn_from(state: SschaState, displacements: np.ndarray, where: str) -> None:
-    """Raise ``InputError`` unless pairs of displacements (n, N, 3) A have, mode by mode, the variances of ``state``.
+def require_sampled_from(state: SschaState, displacements: np.ndarray, where: str) -> None:
+    """Raise ``InputError`` unless pairs of displacements (n, N, 3) A have, mode by mode, the
+    variances of ``state``.
 
     The message has the temperature that fits where one does.
     """
-    if np.any(state.modes.quantum <= 0):
-        raise InputError(f"{where}: the dynamical matrices have imaginary modes; no ensemble can have been drawn from them")
+    if np.any(state.modes.hbar_omega <= 0):
+        raise InputError(
+            f"{where}: the dynamical matrices have imaginary modes; no ensemble can have been drawn"
+            " from them"
+        )
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
-    squares = np.square((displacements[0::2].reshape(len(displacements) // 2, -1) * root) @ state.modes.vectors).mean(axis=0)
+    squares = np.square(
+        (displacements[0::2].reshape(len(displacements) // 2, -1) * root) @ state.modes.vectors
+    ).mean(axis=0)
     n = len(displacements) // 2
-    if _belongs(state.modes.quantum, squares, n, state.temperature):
+    if _belongs(state.modes.hbar_omega, squares, n, state.temperature):
         _doubt(state, squares, n, where)
         return
-    ratios = squares / variance(state.modes.quantum, state.temperature)
-    likelihood = [np.sum(np.log(v := variance(state.modes.quantum, t)) + squares / v) for t in TEMPERATURES]
+    ratios = squares / variance(state.modes.hbar_omega, state.temperature)
+    likelihood = [
+        np.sum(np.log(v := variance(state.modes.hbar_omega, t)) + squares / v) for t in TEMPERATURES
+    ]
     best = float(TEMPERATURES[int(np.argmin(likelihood))])
     said = (
-        f"{where}: was not drawn from these dynamical matrices at {state.temperature:g} K: <u Psi^-1 u> is {ratios.mean():.2f} of what it "
-        f"should be, mode by mode {ratios.min():.2f} to {ratios.max():.2f}"
+        f"{where}: was not drawn from these dynamical matrices at {state.temperature:g} K: <u"
+        f" Psi^-1 u> is {ratios.mean():.2f} of what it should be, mode by mode {ratios.min():.2f}"
+        f" to {ratios.max():.2f}"
     )
-    if _belongs(state.modes.quantum, squares, n, best):
-        said = f"{said}. {best:.0f} K would fit: give the temperature at which it was made (--temperature), if these matrices drew it"
+    if _belongs(state.modes.hbar_omega, squares, n, best):
+        said = (
+            f"{said}. {best:.0f} K would fit: give the temperature at which it was made"
+            " (--temperature), if these matrices drew it"
+        )
     else:
-        said = f"{said}. No temperature fits: these are not the matrices (or the masses) that drew it"
-    raise InputError(f"{said}; python-sscha draws ensemble N from dyn_gen_popN_, and dyn_popN_ is where it led to")
+        said = (
+            f"{said}. No temperature fits: these are not the matrices (or the masses) that drew it"
+        )
+    raise InputError(
+        f"{said}; python-sscha draws ensemble N from dyn_gen_popN_, and dyn_popN_ is where it"
+        " led to"
+    )
 
 
 def _doubt(state: SschaState, squares: np.ndarray, n: int, where: str) -> None:
-    ratios = squares / variance(state.modes.quantum, state.temperature)
+    ratios = squares / variance(state.modes.hbar_omega, state.temperature)
     if _chance(n * ratios.sum(), n * len(ratios)) < DOUBTFUL and abs(ratios.mean() - 1.0) > ENOUGH:
         log.warning(
-            "%s: <u Psi^-1 u> is %.2f of what it should be at %g K, hardly by chance: was it made at this temperature?",
-            where, ratios.mean(), state.temperature,
-        )  # fmt: skip
+            "%s: <u Psi^-1 u> is %.2f of what it should be at %g K, hardly by chance: was it made"
+            " at this temperature?",
+            where,
+            ratios.mean(),
+            state.temperature,
+        )
 
 
 def _chance(value: float, degrees: int) -> float:
@@ -129,32 +170,43 @@ def _chance(value: float, degrees: int) -> float:
     return float(2.0 * min(chi2.sf(value, degrees), chi2.cdf(value, degrees)))
 
 
-def _belongs(quantum: np.ndarray, squares: np.ndarray, n: int, temperature: float) -> bool:
-    """Whether ``squares``, means over n independent configurations, are those of oscillators at ``temperature`` (K)."""
-    ratios = squares / variance(quantum, temperature)
+def _belongs(hbar_omega: np.ndarray, squares: np.ndarray, n: int, temperature: float) -> bool:
+    """Whether ``squares``, means over n independent configurations, are those of oscillators at
+    ``temperature`` (K)."""
+    ratios = squares / variance(hbar_omega, temperature)
     by_mode = 2.0 * len(ratios) * np.minimum(chi2.sf(n * ratios, n), chi2.cdf(n * ratios, n))
     off = _chance(n * ratios.sum(), n * len(ratios)) < SURE and abs(ratios.mean() - 1.0) > ENOUGH
     return not off and not np.any((by_mode < SURE_OF_ONE) & (np.abs(ratios - 1.0) > 2.0 * ENOUGH))
 
 
-def _require_one_surface(state: SschaState, ensemble: Ensemble, order: np.ndarray, where: str) -> None:
-    """Energies, forces and stresses that belong to the displacements, to each other, and to one energy surface in one unit."""
+def _require_one_surface(
+    state: SschaState, ensemble: Ensemble, order: np.ndarray, where: str
+) -> None:
+    """Energies, forces and stresses that belong to the displacements, to each other, and to one
+    energy surface in one unit."""
     u = ensemble.displacements.reshape(len(order), -1)
     work = -0.5 * np.einsum("ci,ci->c", ensemble.forces.reshape(len(order), -1), u)
     rest = ensemble.energies - work
     scale = max(_robust(rest), 0.05 * _robust(ensemble.energies), 1e-9)
     outside = np.flatnonzero(np.abs(rest - np.median(rest)) > OUTLIER * scale)
     if len(outside):
-        raise InputError(f"{where}: energy and forces of {_listed(order[outside])} do not belong to the others")
+        raise InputError(
+            f"{where}: energy and forces of {_listed(order[outside])} do not belong to the others"
+        )
     strained = np.linalg.norm(ensemble.stresses - np.median(ensemble.stresses, axis=0), axis=(1, 2))
     outside = np.flatnonzero(strained > OUTLIER * max(float(np.median(strained)), 1e-9))
     if len(outside):
-        raise InputError(f"{where}: the stresses of {_listed(order[outside])} do not belong to the others")
-    curvature = work.mean() / (0.5 * np.einsum("ci,ij,cj->c", u, state.full, u, optimize=True).mean())
+        raise InputError(
+            f"{where}: the stresses of {_listed(order[outside])} do not belong to the others"
+        )
+    curvature = work.mean() / (
+        0.5 * np.einsum("ci,ij,cj->c", u, state.full, u, optimize=True).mean()
+    )
     if not 0.08 < curvature < 12.0:
         raise InputError(
-            f"{where}: the forces are {curvature:.3g} times those of the dynamical matrices: another sign, another unit "
-            "(they must be Ry/A, in text files Ry/bohr), or another order of atoms"
+            f"{where}: the forces are {curvature:.3g} times those of the dynamical matrices:"
+            " another sign, another unit (they must be Ry/A, in text files Ry/bohr), or another"
+            " order of atoms"
         )
     energies = ensemble.energies - ensemble.energies.mean()
     work = work - work.mean()
@@ -162,12 +214,16 @@ def _require_one_surface(state: SschaState, ensemble: Ensemble, order: np.ndarra
     slope = float(energies @ work / max(work @ work, 1e-300))
     if len(order) >= 20 and (alike < 0.1 or not 1 / IMPOSSIBLE < slope < IMPOSSIBLE):
         raise InputError(
-            f"{where}: the energies do not belong to the forces (they change by {slope:.3g} of -f u/2, correlation {alike:.2f}): another "
-            "order, another unit (Ry per supercell, Ry/A), or per cell instead of per supercell"
+            f"{where}: the energies do not belong to the forces (they change by {slope:.3g} of -f"
+            f" u/2, correlation {alike:.2f}): another order, another unit (Ry per supercell, Ry/A),"
+            " or per cell instead of per supercell"
         )
     if len(order) >= 20 and not 1 / STRANGE < slope < STRANGE:
         log.warning(
-            "%s: the energies change by %.2f of -f u/2 (1 if harmonic): strongly anharmonic, or forces in another unit", where, slope
+            "%s: the energies change by %.2f of -f u/2 (1 if harmonic): strongly anharmonic, or"
+            " forces in another unit",
+            where,
+            slope,
         )
 
 
@@ -180,4 +236,6 @@ def _listed(indices: Iterable[int]) -> str:
     """``configurations 3, 8, 9 ... (12 in all)``, counted from 1."""
     numbers = sorted(int(index) + 1 for index in indices)
     more = f" ... ({len(numbers)} in all)" if len(numbers) > 4 else ""
-    return f"configuration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:4]))}{more}"
+    return (
+        f"configuration{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:4]))}{more}"
+    )

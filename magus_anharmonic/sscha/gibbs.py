@@ -1,4 +1,5 @@
-"""``free_energy``: SSCHA relaxation of centroids, force constants and cell of one structure; F, V, stress, G = (F + PV)/N."""
+"""``free_energy``: SSCHA relaxation of centroids, force constants and cell of one structure; F, V,
+stress, G = (F + PV)/N."""
 
 from __future__ import annotations
 
@@ -12,10 +13,16 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, SschaError, is_trouble, typed_line
+from magus_anharmonic.errors import (
+    InputError,
+    MagusAnharmonicError,
+    SschaError,
+    is_machine_error,
+    typed_line,
+)
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.begin import check_crystal, configurations_of, read_state
+from magus_anharmonic.sscha.initial_state import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.isotopes import reweighted_result
 from magus_anharmonic.sscha.result import NoFolder, RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
@@ -53,25 +60,30 @@ def free_energy(
     cell
         ``"variable"`` relaxes the cell at the pressure, ``"fixed"`` keeps it.
     n_configs, max_populations
-        Configurations per ensemble (even: +u/-u pairs; a quarter, at least 20 to 100, while far from the minimum), and most ensembles.
+        Configurations per ensemble (even: +u/-u pairs; a quarter, at least 20 to 100, while far
+        from the minimum), and most ensembles.
     engine
-        ``"native"``, or ``"python-sscha"``: who minimises on an ensemble. Ensembles and results are ours either way.
+        ``"native"``, or ``"python-sscha"``: who minimises on an ensemble. Ensembles and results are
+        ours either way.
     masses
-        Isotopes, amu by symbol, e.g. ``{"H": 2.014}``; in place of those that ``atoms`` carries (natural elements where it has none).
+        Isotopes, amu by symbol, e.g. ``{"H": 2.014}``; in place of those that ``atoms`` carries
+        (natural elements where it has none).
     start
-        Cell, centroids and force constants to start from instead of harmonic ones: an `SschaResult`, the folder of a
-        finished run, or the prefix of Quantum ESPRESSO dynamical matrices (``.../dyn_pop5_``). Of the folder of another model's run
-        the configurations of the last state are evaluated again, before any is drawn. Of the folder of a run with other masses
-        they are reweighted, without any evaluation, where that is enough (`isotopes`).
+        Cell, centroids and force constants to start from instead of harmonic ones: an
+        `SschaResult`, the folder of a finished run, or the prefix of Quantum ESPRESSO dynamical
+        matrices (``.../dyn_pop5_``). Of the folder of another model's run the configurations of the
+        last state are evaluated again, before any is drawn. Of the folder of a run with other
+        masses they are reweighted, without any evaluation, where that is enough (`isotopes`).
     directory
-        Where the files of the run go; the same run started again there continues. None: nothing is kept.
+        Where the files of the run go; the same run started again there continues. None: nothing is
+        kept.
     any_start
-        A run in ``directory`` that differs in its start alone is the same run (its minimum does not depend on where it began): it
-        is taken as it is, or goes on. Else it is refused.
+        A run in ``directory`` that differs in its start alone is the same run (its minimum does not
+        depend on where it began): it is taken as it is, or goes on. Else it is refused.
     tolerances
-        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom), ``n_configs_start``,
-        ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi / A);
-        defaults and meaning as in the block ``sscha`` of the input.
+        ``pressure_tolerance`` (GPa), ``free_energy_tolerance`` and ``error_tolerance`` (eV/atom),
+        ``n_configs_start``, ``min_effective_sample``, ``symprec`` (A), ``reference_spacing`` (2 pi
+        / A); defaults and meaning as in the block ``sscha`` of the input.
 
     Returns
     -------
@@ -85,7 +97,14 @@ def free_energy(
     """
     settings = parse(
         SschaSettings,
-        dict(supercell=supercell, cell=cell, n_configs=n_configs, max_populations=max_populations, engine=engine, **tolerances),
+        dict(
+            supercell=supercell,
+            cell=cell,
+            n_configs=n_configs,
+            max_populations=max_populations,
+            engine=engine,
+            **tolerances,
+        ),
         "sscha",
     )
     check_crystal(atoms, masses)
@@ -93,31 +112,65 @@ def free_energy(
         pressure = check_pressure(pressure)
         source = as_evaluator(evaluator, [atoms])
     except (ValueError, TypeError) as error:
-        raise InputError(f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}") from None
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature < np.inf:
-        raise InputError(f"sscha.temperature: {temperature!r}: must be one number in K, not below 0")
+        raise InputError(
+            f"pressure: {error}" if isinstance(error, ValueError) else f"evaluator: {error}"
+        ) from None
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 <= temperature < np.inf
+    ):
+        raise InputError(
+            f"sscha.temperature: {temperature!r}: must be one number in K, not below 0"
+        )
     with tempfile.TemporaryDirectory(prefix="sscha-") as scratch:
         state = None if start is None else read_state(start, float(temperature))
         configurations = configurations_of(start, source.model_id)
-        task = Task(atoms, pressure, float(temperature), settings, int(seed), masses, state, source.model_id, configurations)
-        folder = NoFolder(scratch) if directory is None else RunFolder(directory, task.identity(), any_start=any_start)
-        return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(task, source, folder, start)
+        task = Task(
+            atoms,
+            pressure,
+            float(temperature),
+            settings,
+            int(seed),
+            masses,
+            state,
+            source.model_id,
+            configurations,
+        )
+        folder = (
+            NoFolder(scratch)
+            if directory is None
+            else RunFolder(directory, task.identity(), any_start=any_start)
+        )
+        return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(
+            task, source, folder, start
+        )
 
 
 def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) -> SschaResult:
-    """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator may be repaired.
+    """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator
+    may be repaired.
 
-    Trouble of the machine is raised, and the run goes on from its last population when it is called again.
+    Machine errors are raised, and the run goes on from its last population when it is called
+    again.
     """
     began = time.perf_counter()
     progress = Progress()
     try:
-        if folder.read_progress() is None and (found := reweighted_result(task, start, folder)) is not None:
+        if (
+            folder.read_progress() is None
+            and (found := reweighted_result(task, start, folder)) is not None
+        ):
             return found
         run = SschaRun(task, evaluator, folder, progress)
-        while not (run.converged and run.precise) and run.n_populations < task.settings.max_populations:
+        while (
+            not (run.converged and run.precise)
+            and run.n_populations < task.settings.max_populations
+        ):
             run.advance()
-        if warning := image_warning(run.state.supercell.cell.array, getattr(evaluator, "cutoff", None)):
+        if warning := image_warning(
+            run.state.supercell.cell.array, getattr(evaluator, "cutoff", None)
+        ):
             log.warning("%s: %s", task.atoms.get_chemical_formula(), warning)
         return run.finish()
     except InputError:
@@ -126,9 +179,14 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
         result = failed_result(task, str(error), progress, began)
         folder.write_result(result)
     except (MagusAnharmonicError, RuntimeError, ArithmeticError, np.linalg.LinAlgError) as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         result = failed_result(task, typed_line(error), progress, began)
     if result.status == "failed":
-        log.warning("%s at %g GPa: SSCHA failed: %s", task.atoms.get_chemical_formula(), task.pressure, result.reason)
+        log.warning(
+            "%s at %g GPa: SSCHA failed: %s",
+            task.atoms.get_chemical_formula(),
+            task.pressure,
+            result.reason,
+        )
     return result

@@ -1,8 +1,10 @@
-"""The Hessian of the SSCHA free energy: is the structure a minimum, and what are its physical phonons.
+"""The Hessian of the SSCHA free energy: is the structure a minimum, and what are its physical
+phonons.
 
-H = Phi + D L D [+ fourth order], Bianco et al., PRB 96, 014111 (2017), Eqs. 20-22, doi:10.1103/PhysRevB.96.014111: Phi the
-auxiliary force constants, D the third-order tensor of `third_order`, L = -1/2 of the response of the variances. The noise
-of D enters squared and always softens; by default it is removed by taking the two D from the two halves of the ensemble.
+H = Phi + D L D [+ fourth order], Bianco et al., PRB 96, 014111 (2017), Eqs. 20-22,
+doi:10.1103/PhysRevB.96.014111: Phi the auxiliary force constants, D the third-order tensor of
+`third_order`, L = -1/2 of the response of the variances. The noise of D enters squared and always
+softens; by default it is removed by taking the two D from the two halves of the ensemble.
 """
 
 from __future__ import annotations
@@ -15,9 +17,22 @@ import numpy as np
 from scipy.special import ndtr
 
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.anharmonic import CHUNK, FourthOrder, ThirdOrder, dressed_rows, third_order, transformed
+from magus_anharmonic.sscha.anharmonic import (
+    CHUNK,
+    FourthOrder,
+    ThirdOrder,
+    dressed_rows,
+    third_order,
+    transformed,
+)
 from magus_anharmonic.sscha.ensemble import Ensemble, standard_error, static_response
-from magus_anharmonic.sscha.reciprocal import Representation, Samples, Wavevectors, samples, wavevectors
+from magus_anharmonic.sscha.reciprocal import (
+    Representation,
+    Samples,
+    Wavevectors,
+    samples,
+    wavevectors,
+)
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -34,10 +49,11 @@ DEGENERATE = 1e-6
 class Hessian:
     """Free-energy Hessian on the q points of the supercell.
 
-    force_constants : compact, eV/A^2. points : (n_q, 3) fractional q. squares, errors : (n_q, 3n) squared frequencies
-    in eV^2 (hbar omega)^2, ascending at each q, and their standard errors (None when not asked for); the three translations are
-    zero. vectors : (n_q, 3n, 3n) columns, mass weighted. star : (n_q,) number of the star of each q, -q included. fourth_order :
-    whether <d4V> is in it. unbiased : whether the squared noise of D was removed.
+    force_constants : compact, eV/A^2. points : (n_q, 3) fractional q. squares, errors : (n_q, 3n)
+    squared frequencies in eV^2 (hbar omega)^2, ascending at each q, and their standard errors (None
+    when not asked for); the three translations are zero. vectors : (n_q, 3n, 3n) columns, mass
+    weighted. star : (n_q,) number of the star of each q, -q included. fourth_order : whether <d4V>
+    is in it. unbiased : whether the squared noise of D was removed.
     """
 
     state: SschaState
@@ -52,27 +68,33 @@ class Hessian:
     unbiased: bool
 
     @property
-    def quantum(self) -> np.ndarray:
+    def hbar_omega(self) -> np.ndarray:
         """(n_q, 3n) hbar omega in eV, negative for imaginary modes."""
         return np.sign(self.squares) * np.sqrt(np.abs(self.squares))
 
     @property
-    def quantum_error(self) -> np.ndarray | None:
-        """Standard errors in eV; for a mode within its error of zero, the frequency whose square is the error."""
+    def hbar_omega_error(self) -> np.ndarray | None:
+        """Standard errors in eV; for a mode within its error of zero, the frequency whose square is
+        the error."""
         if self.errors is None:
             return None
-        return self.errors / np.maximum(2.0 * np.abs(self.quantum), np.sqrt(np.maximum(self.errors, 1e-30)))
+        return self.errors / np.maximum(
+            2.0 * np.abs(self.hbar_omega), np.sqrt(np.maximum(self.errors, 1e-30))
+        )
 
     @cached_property
     def lowest(self) -> tuple[int, int]:
         """q and mode that are most surely negative, or else least surely positive."""
-        score = self._moving(self.squares if self.errors is None else self.squares / np.maximum(self.errors, 1e-30))
+        score = self._moving(
+            self.squares if self.errors is None else self.squares / np.maximum(self.errors, 1e-30)
+        )
         q, mode = np.unravel_index(int(np.argmin(score)), score.shape)
         return int(q), int(mode)
 
     @property
     def status(self) -> str:
-        """``saddle`` (a mode negative beyond two standard errors), ``stable`` (all positive beyond two), or ``undecided``."""
+        """``saddle`` (a mode negative beyond two standard errors), ``stable`` (all positive beyond
+        two), or ``undecided``."""
         errors = np.zeros_like(self.squares) if self.errors is None else self.errors
         if np.any(self._moving(self.squares + SIGMAS * errors) < 0):
             return "saddle"
@@ -80,12 +102,17 @@ class Hessian:
 
     @property
     def probability_stable(self) -> float:
-        """Probability that no mode is negative, the sets of equivalent modes taken as independent; sampling errors alone."""
+        """Probability that no mode is negative, the sets of equivalent modes taken as independent;
+        sampling errors alone."""
         if self.errors is None:
             return float(np.all(self._moving(self.squares) > 0))
         score = self._moving(self.squares / np.maximum(self.errors, 1e-30))
         first = [int(np.argmax(self.star == star)) for star in np.unique(self.star)]
-        return float(np.prod([ndtr(score[q][level].min()) for q in first for level in levels(self.squares[q])]))
+        return float(
+            np.prod(
+                [ndtr(score[q][level].min()) for q in first for level in levels(self.squares[q])]
+            )
+        )
 
     def _moving(self, values: np.ndarray) -> np.ndarray:
         """``values`` with the translations at q = 0 replaced by plus infinity."""
@@ -105,9 +132,10 @@ def free_energy_hessian(
 ) -> Hessian:
     """The Hessian of ``state`` from an ensemble drawn from it.
 
-    ``unbiased=False`` is the estimate of python-sscha. Error bars (first order in the noise, pairs as units) hold the
-    sampling of D and of Phi; not the error of the energy surface or of the supercell. Raises ``SschaError`` for
-    imaginary auxiliary modes, and with ``include_v4`` when the equation of fourth order does not converge.
+    ``unbiased=False`` is the estimate of python-sscha. Error bars (first order in the noise, pairs
+    as units) hold the sampling of D and of Phi; not the error of the energy surface or of the
+    supercell. Raises ``SschaError`` for imaginary auxiliary modes, and with ``include_v4`` when the
+    equation of fourth order does not converge.
     """
     modes = wavevectors(state)
     data = samples(state, ensemble, modes)
@@ -125,23 +153,35 @@ def free_energy_hessian(
             corrections[q] = turn @ corrections[first] @ turn.conj().T
     weights = modes.vectors * modes.root_mass[:, None]
     q = modes.q
-    matrices = fourier(state.force_constants, state.repeats, q) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
-    compact = symmetry.force_constants(inverse_fourier(matrices, state.repeats, q))
-    found = _diagonalised(state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None)
+    matrices = fourier(
+        state.force_constants, state.supercell_matrix, q
+    ) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
+    compact = symmetry.force_constants(inverse_fourier(matrices, state.supercell_matrix, q))
+    found = _diagonalised(
+        state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None
+    )
     if not errors or len(data) < 2:
         return found
-    return replace(found, errors=square_errors(found, modes, data, lambda q: rows.everywhere(tensor, q)))
+    return replace(
+        found, errors=square_errors(found, modes, data, lambda q: rows.everywhere(tensor, q))
+    )
 
 
 def harmonic_hessian(state: SschaState, evaluator: Evaluator) -> Hessian:
-    """Of the static energy at the centroids of ``state``, as if nothing moved; evaluates the displacements that symmetry does not tell."""
-    symmetry, modes = Symmetry(state.atoms, state.repeats), wavevectors(state)
-    compact = harmonic_force_constants(state.atoms, state.repeats, symmetry, evaluator)
-    return _diagonalised(state, modes, compact, Representation(modes, symmetry).stars(), 0, False, False)
+    """Of the static energy at the centroids of ``state``, as if nothing moved; evaluates the
+    displacements that symmetry does not tell."""
+    symmetry, modes = Symmetry(state.atoms, state.supercell_matrix), wavevectors(state)
+    compact = harmonic_force_constants(state.atoms, state.supercell_matrix, symmetry, evaluator)
+    return _diagonalised(
+        state, modes, compact, Representation(modes, symmetry).stars(), 0, False, False
+    )
 
 
-def tensors(modes: Wavevectors, data: Samples, representation: Representation, halves: bool) -> tuple[ThirdOrder, ThirdOrder | None]:
-    """The symmetrised tensor, and half the difference between those of the two halves of the ensemble (or None)."""
+def tensors(
+    modes: Wavevectors, data: Samples, representation: Representation, halves: bool
+) -> tuple[ThirdOrder, ThirdOrder | None]:
+    """The symmetrised tensor, and half the difference between those of the two halves of the
+    ensemble (or None)."""
     if not halves:
         return third_order(modes, data).symmetrised(representation), None
     first, second = data.part(slice(0, None, 2)), data.part(slice(1, None, 2))
@@ -152,17 +192,27 @@ def tensors(modes: Wavevectors, data: Samples, representation: Representation, h
 
 
 def bubble_response(modes: Wavevectors, temperature: float) -> np.ndarray:
-    """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the translations."""
-    quantum = modes.quantum.ravel()
-    response = np.where(np.outer(modes.moving, modes.moving), static_response(quantum, temperature), 0.0)
-    n_q, size = modes.quantum.shape
+    """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the
+    translations."""
+    hbar_omega = modes.hbar_omega.ravel()
+    response = np.where(
+        np.outer(modes.moving, modes.moving), static_response(hbar_omega, temperature), 0.0
+    )
+    n_q, size = modes.hbar_omega.shape
     return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
 
 
 class Rows:
     """R of H = Phi + D R at any q: L D, or with the fourth order L (1 - D4 L)^-1 D."""
 
-    def __init__(self, modes: Wavevectors, data: Samples, representation: Representation, temperature: float, include_v4: bool) -> None:
+    def __init__(
+        self,
+        modes: Wavevectors,
+        data: Samples,
+        representation: Representation,
+        temperature: float,
+        include_v4: bool,
+    ) -> None:
         self.modes = modes
         self.representation = representation
         self.response = bubble_response(modes, temperature)
@@ -174,7 +224,13 @@ class Rows:
         """(3n, n_q, 3n, 3n): row, second q, modes there, modes at the third q."""
         n_q = len(self.modes.points)
         if self.fourth is None:
-            return np.stack([tensor.block(q, second) * self.response[second, self.modes.third(q, second)] for second in range(n_q)], axis=1)
+            return np.stack(
+                [
+                    tensor.block(q, second) * self.response[second, self.modes.third(q, second)]
+                    for second in range(n_q)
+                ],
+                axis=1,
+            )
         key = (id(tensor), q)
         if key not in self._solved:
             self._solved[key] = dressed_rows(self.fourth, tensor, self.response, q)
@@ -191,7 +247,9 @@ class Rows:
         rows = np.empty_like(known)
         for second in range(len(image)):
             triple = (first, second, self.modes.third(first, second))
-            rows[:, image[second]] = transformed(known[:, second], [self.representation.matrix(operation, index) for index in triple])
+            rows[:, image[second]] = transformed(
+                known[:, second], [self.representation.matrix(operation, index) for index in triple]
+            )
         return rows
 
 
@@ -205,10 +263,18 @@ def contracted(tensor: ThirdOrder, rows: np.ndarray, q: int) -> np.ndarray:
 
 
 def _diagonalised(
-    state: SschaState, modes: Wavevectors, compact: np.ndarray, stars: list[dict[int, int]], n_configs: int, fourth: bool, unbiased: bool
+    state: SschaState,
+    modes: Wavevectors,
+    compact: np.ndarray,
+    stars: list[dict[int, int]],
+    n_configs: int,
+    fourth: bool,
+    unbiased: bool,
 ) -> Hessian:
     q = modes.q
-    matrices = fourier(compact, state.repeats, q) / np.outer(modes.root_mass, modes.root_mass)
+    matrices = fourier(compact, state.supercell_matrix, q) / np.outer(
+        modes.root_mass, modes.root_mass
+    )
     matrices = matrices if np.iscomplexobj(modes.vectors) else matrices.real
     squares, vectors = np.linalg.eigh(0.5 * (matrices + matrices.conj().transpose(0, 2, 1)))
     star = np.zeros(len(q), dtype=int)
@@ -216,15 +282,21 @@ def _diagonalised(
         star[list(members)] = number
     # where no operation turns q around, -q is a star of its own with the same modes
     star = np.unique(np.minimum(star, star[modes.minus]), return_inverse=True)[1]
-    return Hessian(state, compact, q, squares * HBAR**2, None, vectors, star, n_configs, fourth, unbiased)
+    return Hessian(
+        state, compact, q, squares * HBAR**2, None, vectors, star, n_configs, fourth, unbiased
+    )
 
 
-def square_errors(found: Hessian, modes: Wavevectors, data: Samples, rows: Callable[[int], np.ndarray]) -> np.ndarray:
-    """(n_q, 3n) standard errors in eV^2 of ``found.squares``, to first order in the noise of the averages.
+def square_errors(
+    found: Hessian, modes: Wavevectors, data: Samples, rows: Callable[[int], np.ndarray]
+) -> np.ndarray:
+    """(n_q, 3n) standard errors in eV^2 of ``found.squares``, to first order in the noise of the
+    averages.
 
-    ``rows``: q -> R (3n, n_q, 3n, 3n) in auxiliary modes. A squared frequency is l = e+ (Phi + D R) e; a configuration c moves it by
-    2 Re(D_c R) (+ R D4_c R), averaged over the q points and modes that symmetry makes equal. The auxiliary Phi is as uncertain as the
-    curvature of an ensemble of this size.
+    ``rows``: q -> R (3n, n_q, 3n, 3n) in auxiliary modes. A squared frequency is l = e+ (Phi + D R)
+    e; a configuration c moves it by 2 Re(D_c R) (+ R D4_c R), averaged over the q points and modes
+    that symmetry makes equal. The auxiliary Phi is as uncertain as the curvature of an ensemble of
+    this size.
     """
     errors = np.zeros_like(found.squares)
     for star in np.unique(found.star):
@@ -247,24 +319,44 @@ def levels(squares: np.ndarray) -> list[np.ndarray]:
     return np.split(np.arange(len(squares)), np.flatnonzero(steps) + 1)
 
 
-def contributions(found: Hessian, modes: Wavevectors, data: Samples, q: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What every configuration says about every squared frequency at q: through D (and D4), and through Phi; (n, 3n) each."""
+def contributions(
+    found: Hessian, modes: Wavevectors, data: Samples, q: int, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What every configuration says about every squared frequency at q: through D (and D4), and
+    through Phi; (n, 3n) each."""
     into = modes.vectors[q].conj().T @ found.vectors[q]
     v, even, odd = (values[q] @ into.conj() for values in (data.scaled, data.even, data.odd))
     turned = np.tensordot(into.conj(), rows, axes=(0, 0))
     size = turned.shape[0]
     cubic = np.empty((len(data), size))
     step = max(1, CHUNK // (len(data) * size))
-    for begin in range(0, size, step):
-        part = slice(begin, begin + step)
-        cubic[:, part] = _cubic(modes, data, q, turned[part], v[:, part], even[:, part], into[:, part], found.fourth_order)
+    for offset in range(0, size, step):
+        part = slice(offset, offset + step)
+        cubic[:, part] = _cubic(
+            modes,
+            data,
+            q,
+            turned[part],
+            v[:, part],
+            even[:, part],
+            into[:, part],
+            found.fourth_order,
+        )
     return cubic, -(v * odd.conj()).real
 
 
 def _cubic(
-    modes: Wavevectors, data: Samples, q: int, rows: np.ndarray, v: np.ndarray, even: np.ndarray, into: np.ndarray, fourth: bool
+    modes: Wavevectors,
+    data: Samples,
+    q: int,
+    rows: np.ndarray,
+    v: np.ndarray,
+    even: np.ndarray,
+    into: np.ndarray,
+    fourth: bool,
 ) -> np.ndarray:
-    """-2/3 Re[f (vRv - YR)* + 2 v (fRv)* - 2 (Y f R)*], and -Re[(vRv - YR)* fRv - 2 (Rv)* Y (Rf)] for the fourth order."""
+    """-2/3 Re[f (vRv - YR)* + 2 v (fRv)* - 2 (Y f R)*], and -Re[(vRv - YR)* fRv - 2 (Rv)* Y (Rf)]
+    for the fourth order."""
     stiffness = np.where(modes.moving, 1.0 / modes.variance, 0.0)
     shape = (len(data), len(rows))
     vv, fv, odd_v, fourth_part = (np.zeros(shape, dtype=data.scaled.dtype) for _ in range(4))
@@ -277,10 +369,14 @@ def _cubic(
         if fourth:
             with_f = (data.odd[second].conj() @ block).reshape(*shape, -1)
             odd_v += np.einsum("cm,clm->cl", data.odd[first].conj(), with_v)
-            fourth_part += np.einsum("clm,clm,m->cl", with_v.conj(), with_f, stiffness[first], optimize=True)
+            fourth_part += np.einsum(
+                "clm,clm,m->cl", with_v.conj(), with_f, stiffness[first], optimize=True
+            )
     if q == 0:
         vv = vv - np.einsum("lqii,qi->l", rows, stiffness)
-    mean = data.even[0] @ np.einsum("lmn,nl,n->ml", rows[:, 0].conj(), into.conj(), stiffness[q], optimize=True)
+    mean = data.even[0] @ np.einsum(
+        "lmn,nl,n->ml", rows[:, 0].conj(), into.conj(), stiffness[q], optimize=True
+    )
     result = (even * vv.conj() + 2.0 * v * fv.conj() - 2.0 * mean).real * (-2.0 / 3.0)
     if fourth:
         result -= (vv.conj() * odd_v - 2.0 * fourth_part).real

@@ -1,9 +1,11 @@
-"""Which phase a run has come to: is the distance of its centroids from a higher symmetry real, or noise?
+"""Which phase a run has come to: is the distance of its centroids from a higher symmetry real, or
+noise?
 
-A tolerance decides nothing: at 0.1 A everything is cubic. A higher symmetry, found at any tolerance up to `LOOSEST`, is left alone where
-the centroids (or the cell) lie beyond `SIGMAS` of their standard errors from it, the step that they still have to make counted.
-Else the structure is moved onto it, and one more population there tells from the curvature of the free energy along the way back
-whether it is a minimum.
+A tolerance decides nothing: at 0.1 A everything is cubic. A higher symmetry, found at any tolerance
+up to `LOOSEST`, is left alone where the centroids (or the cell) lie beyond `SIGMAS` of their
+standard errors from it, the step that they still have to make counted. Else the structure is moved
+onto it, and one more population there tells from the curvature of the free energy along the way
+back whether it is a minimum.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from magus_anharmonic.sscha.ensemble import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import TOLERANCES, move_onto
-from magus_anharmonic.structures import UNDECIDED, bare, space_group
+from magus_anharmonic.structures import UNDECIDED, space_group, stripped
 
 SIGMAS = 2.5
-"""Standard errors beyond which a distance from a higher symmetry is real, and a curvature has a sign."""
+"""Standard errors beyond which a distance from a higher symmetry is real, and a curvature has a
+sign."""
 SURE = 2.0 * SIGMAS
 """A distance this many standard errors long needs no second population to be believed."""
 LOOSEST = 0.3
@@ -34,7 +37,8 @@ SAME_CELL = 1e-5
 
 @dataclass(frozen=True)
 class Higher:
-    """A symmetry above that of a state. atoms : moved onto it; toward : (n, 3) A, the way there; sigmas : its length in standard errors."""
+    """A symmetry above that of a state. atoms : moved onto it; toward : (n, 3) A, the way there;
+    sigmas : its length in standard errors."""
 
     group: str
     atoms: Atoms
@@ -43,8 +47,11 @@ class Higher:
     n_operations: int
 
 
-def higher_symmetries(state: SschaState, averages: Averages, cell: CellStiffness | None) -> list[Higher]:
-    """From the nearest to the furthest; those that a fixed cell, or atoms of the same kind in one place, rule out are left out."""
+def higher_symmetries(
+    state: SschaState, averages: Averages, cell: CellStiffness | None
+) -> list[Higher]:
+    """From the nearest to the furthest; those that a fixed cell, or atoms of the same kind in one
+    place, rule out are left out."""
     own = move_onto(state.atoms, EXACT)[0]
     found: list[Higher] = []
     for tolerance in TOLERANCES[TOLERANCES <= LOOSEST]:
@@ -57,16 +64,20 @@ def higher_symmetries(state: SschaState, averages: Averages, cell: CellStiffness
         if atoms is None:
             continue
         deformation = np.linalg.solve(state.atoms.cell.array, atoms.cell.array) - np.eye(3)
-        sigmas = max(_by_centroids(averages, toward), _by_cell(averages, cell, 0.5 * (deformation + deformation.T)))
+        sigmas = max(
+            _by_centroids(averages, toward),
+            _by_cell(averages, cell, 0.5 * (deformation + deformation.T)),
+        )
         found.append(Higher(space_group(atoms, EXACT), atoms, toward, sigmas, count))
     return found
 
 
 def moved_onto(atoms: Atoms, tolerance: float) -> Atoms | None:
-    """The cell with the symmetry that it has within ``tolerance`` A made exact; None where that puts atoms on each other."""
+    """The cell with the symmetry that it has within ``tolerance`` A made exact; None where that
+    puts atoms on each other."""
     from ase.spacegroup.symmetrize import refine_symmetry
 
-    copy = bare(atoms)
+    copy = stripped(atoms)
     refine_symmetry(copy, symprec=tolerance)
     apart = copy.get_all_distances(mic=True)[np.triu_indices(len(copy), 1)]
     return copy if np.min(apart, initial=np.inf) > LOOSEST else None
@@ -99,13 +110,16 @@ def symmetrised(state: SschaState, higher: Higher) -> tuple[SschaState, Symmetry
     """The state on the higher symmetry, its force constants averaged over the new operations."""
     atoms = higher.atoms.copy()
     atoms.set_masses(state.atoms.get_masses())
-    symmetry = Symmetry(atoms, state.repeats, EXACT)
-    return replace(state, atoms=atoms, force_constants=symmetry.force_constants(state.force_constants)), symmetry
+    symmetry = Symmetry(atoms, state.supercell_matrix, EXACT)
+    return replace(
+        state, atoms=atoms, force_constants=symmetry.force_constants(state.force_constants)
+    ), symmetry
 
 
 @dataclass(frozen=True)
 class Question:
-    """A run that was moved from ``lower``, of the group ``group``, against ``toward`` (n, 3) A onto a higher symmetry."""
+    """A run that was moved from ``lower``, of the group ``group``, against ``toward`` (n, 3) A onto
+    a higher symmetry."""
 
     lower: SschaState
     symmetry: Symmetry
@@ -113,7 +127,8 @@ class Question:
     toward: np.ndarray
 
     def sigmas(self, state: SschaState, ensemble: Ensemble) -> float:
-        """Curvature of the free energy of the symmetric ``state`` along the way back, in standard errors; above zero: a minimum.
+        """Curvature of the free energy of the symmetric ``state`` along the way back, in standard
+        errors; above zero: a minimum.
 
         Infinite where the way is one of the cell alone, whose stiffness is positive.
         """

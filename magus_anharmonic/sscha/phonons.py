@@ -1,14 +1,17 @@
 """Dispersions and irreducible representations.
 
-Phonon dispersions along the standard path of the crystal: points, interpolated bands, table and picture.
+Phonon dispersions along the standard path of the crystal: points, interpolated bands, table and
+picture.
 
-Path: Hinuma, Pizzi, Kumagai, Oba, Tanaka, Comp. Mater. Sci. 128, 140 (2017), doi:10.1016/j.commatsci.2016.10.015, by
-seekpath. Long-range dipoles (LO-TO splitting) are not added.
+Path: Hinuma, Pizzi, Kumagai, Oba, Tanaka, Comp. Mater. Sci. 128, 140 (2017),
+doi:10.1016/j.commatsci.2016.10.015, by seekpath. Long-range dipoles (LO-TO splitting) are not
+added.
 
 Modes at Gamma by irreducible representation: which squared frequencies belong to T1u of Im-3m.
 
-Projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the primitive cell; the characters, under the names of
-Mulliken, are phonopy's tables. Projecting the dynamical matrix needs no degenerate levels to be recognised in noisy frequencies.
+Projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the primitive cell;
+the characters, under the names of Mulliken, are phonopy's tables. Projecting the dynamical matrix
+needs no degenerate levels to be recognised in noisy frequencies.
 """
 
 from __future__ import annotations
@@ -32,9 +35,9 @@ from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.supercells import q_index, supercell_matrix
+from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
-from magus_anharmonic.structures import bare, spglib_cell, spglib_or_none
+from magus_anharmonic.structures import spglib_cell, spglib_or_none, stripped
 from magus_anharmonic.units import EV_IN_CM1, HBAR
 
 SPACING = 0.01
@@ -45,8 +48,8 @@ SPACING = 0.01
 class BandPath:
     """Points of a path in the reciprocal lattice of the given cell.
 
-    q : (m, 3) fractional; distance : (m,) 2 pi / A along the path, without the jumps; ticks : (distance, label) of the
-    special points; segments : (first, last) index of every straight piece.
+    q : (m, 3) fractional; distance : (m,) 2 pi / A along the path, without the jumps; ticks :
+    (distance, label) of the special points; segments : (first, last) index of every straight piece.
     """
 
     q: np.ndarray
@@ -57,8 +60,9 @@ class BandPath:
 
 @dataclass(frozen=True)
 class Dispersion:
-    """Bands along a path. bands : name -> (m, 3n) eV, imaginary as negative; marks : `Hessian` frequencies where the path
-    meets a q point of the supercell, (distance, quantum, standard error or NaN) in eV."""
+    """Bands along a path. bands : name -> (m, 3n) eV, imaginary as negative; marks : `Hessian`
+    frequencies where the path meets a q point of the supercell, (distance, phonon energy, standard
+    error or NaN) in eV."""
 
     path: BandPath
     bands: dict[str, np.ndarray]
@@ -88,7 +92,9 @@ def band_path(atoms: Atoms, spacing: float = SPACING, symprec: float = 1e-3) -> 
 
 
 def _plain(label: str) -> str:
-    return "Γ" if label == "GAMMA" else label.replace("_0", "₀").replace("_1", "₁").replace("_2", "₂")
+    return (
+        "Γ" if label == "GAMMA" else label.replace("_0", "₀").replace("_1", "₁").replace("_2", "₂")
+    )
 
 
 def _joined(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
@@ -104,14 +110,18 @@ def _joined(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
 
 
 def bands(state: SschaState, force_constants: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """(m, 3n) hbar omega in eV at fractional ``q`` by Fourier interpolation, imaginary as negative."""
+    """(m, 3n) hbar omega in eV at fractional ``q`` by Fourier interpolation, imaginary as
+    negative."""
     changed = replace(state, force_constants=force_constants)
     squares = interpolated_squares(changed, *nearest_images(changed), q)
     return np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
 
 
-def dispersion(hessian: Hessian, harmonic: np.ndarray | None = None, spacing: float = SPACING) -> Dispersion:
-    """Harmonic (if given), auxiliary and free-energy Hessian bands; error bars at the q points of the supercell."""
+def dispersion(
+    hessian: Hessian, harmonic: np.ndarray | None = None, spacing: float = SPACING
+) -> Dispersion:
+    """Harmonic (if given), auxiliary and free-energy Hessian bands; error bars at the q points of
+    the supercell."""
     state = hessian.state
     path = band_path(state.atoms, spacing)
     curves: Mapping[str, np.ndarray | None] = {
@@ -119,26 +129,34 @@ def dispersion(hessian: Hessian, harmonic: np.ndarray | None = None, spacing: fl
         "auxiliary": state.force_constants,
         "hessian": hessian.force_constants,
     }
-    found = {name: bands(state, matrix, path.q) for name, matrix in curves.items() if matrix is not None}
+    found = {
+        name: bands(state, matrix, path.q) for name, matrix in curves.items() if matrix is not None
+    }
     return Dispersion(path, found, _marks(hessian, path))
 
 
 def _marks(hessian: Hessian, path: BandPath) -> list[tuple[float, float, float]]:
-    matrix = supercell_matrix(hessian.state.repeats)
-    errors = hessian.quantum_error
+    matrix = shape_supercell_matrix(hessian.state.supercell_matrix)
+    errors = hessian.hbar_omega_error
     marks = []
     for first, last in path.segments:
         start, along = path.q[first], path.q[last] - path.q[first]
         lengths = path.distance[first], path.distance[last]
-        for fraction in _meetings(start @ matrix.T, along @ matrix.T):
-            index = int(q_index(start + fraction * along, hessian.state.repeats))
+        for fraction in _commensurate_fractions(start @ matrix.T, along @ matrix.T):
+            index = int(q_index(start + fraction * along, hessian.state.supercell_matrix))
             where = lengths[0] + fraction * (lengths[1] - lengths[0])
-            for mode, quantum in enumerate(hessian.quantum[index]):
-                marks.append((float(where), float(quantum), float("nan") if errors is None else float(errors[index, mode])))
+            for mode, hbar_omega in enumerate(hessian.hbar_omega[index]):
+                marks.append(
+                    (
+                        float(where),
+                        float(hbar_omega),
+                        float("nan") if errors is None else float(errors[index, mode]),
+                    )
+                )
     return sorted(set(marks))
 
 
-def _meetings(start: np.ndarray, along: np.ndarray) -> list[float]:
+def _commensurate_fractions(start: np.ndarray, along: np.ndarray) -> list[float]:
     """Fractions of a straight piece at which all three coordinates are whole numbers."""
     axis = int(np.argmax(np.abs(along)))
     low, high = sorted((start[axis], start[axis] + along[axis]))
@@ -155,11 +173,21 @@ def write_dispersion(found: Dispersion, path: Path) -> None:
     """Write the bands as CSV: distance, fractional q, then one column per band in meV."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{mode + 1}_meV" for name, values in found.bands.items() for mode in range(values.shape[1])]
+    columns = [
+        f"{name}_{mode + 1}_meV"
+        for name, values in found.bands.items()
+        for mode in range(values.shape[1])
+    ]
     writer.writerow(["distance_2pi_per_A", "q1", "q2", "q3", *columns])
     table = np.concatenate(list(found.bands.values()), axis=1) * 1e3
     for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True):
-        writer.writerow([f"{distance:.6f}", *(f"{value:.8f}" for value in q), *(f"{value:.6f}" for value in row)])
+        writer.writerow(
+            [
+                f"{distance:.6f}",
+                *(f"{value:.8f}" for value in q),
+                *(f"{value:.6f}" for value in row),
+            ]
+        )
     write_text(path, text.getvalue())
 
 
@@ -168,11 +196,16 @@ STYLES = {
     "auxiliary": dict(color="C0", lw=1.0, ls="-"),
     "hessian": dict(color="C3", lw=1.4, ls="-"),
 }
-NAMES = {"harmonic": "harmonic", "auxiliary": "SSCHA auxiliary", "hessian": "free-energy Hessian (physical phonons)"}
+NAMES = {
+    "harmonic": "harmonic",
+    "auxiliary": "SSCHA auxiliary",
+    "hessian": "free-energy Hessian (physical phonons)",
+}
 
 
 def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
-    """Draw the bands; PNG or SVG by the suffix of ``path``. Imaginary frequencies are shown as negative."""
+    """Draw the bands; PNG or SVG by the suffix of ``path``. Imaginary frequencies are shown as
+    negative."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
@@ -184,17 +217,33 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
             if number == 0:
                 lines[0].set_label(NAMES[name])
     if found.marks:
-        where, quantum, error = np.array(found.marks).T
+        where, hbar_omega, error = np.array(found.marks).T
         bars = None if np.isnan(error).all() else np.nan_to_num(error) * 1e3
-        label = "at the q points of the supercell" + ("" if bars is None else ", with standard error")
-        axes.errorbar(where, quantum * 1e3, yerr=bars, fmt="o", ms=3, color=STYLES["hessian"]["color"], capsize=2, lw=0.8, label=label)
-    for place, _ in found.path.ticks:
-        axes.axvline(place, color="0.85", lw=0.8, zorder=0)
+        label = "at the q points of the supercell" + (
+            "" if bars is None else ", with standard error"
+        )
+        axes.errorbar(
+            where,
+            hbar_omega * 1e3,
+            yerr=bars,
+            fmt="o",
+            ms=3,
+            color=STYLES["hessian"]["color"],
+            capsize=2,
+            lw=0.8,
+            label=label,
+        )
+    for tick, _ in found.path.ticks:
+        axes.axvline(tick, color="0.85", lw=0.8, zorder=0)
     axes.axhline(0.0, color="k", lw=0.8)
-    axes.set_xticks([place for place, _ in found.path.ticks], [label for _, label in found.path.ticks])
+    axes.set_xticks(
+        [tick for tick, _ in found.path.ticks], [label for _, label in found.path.ticks]
+    )
     axes.set_xlim(found.path.distance[0], found.path.distance[-1])
     axes.set_ylabel("ħω (meV; imaginary shown as negative)")
-    right = axes.secondary_yaxis("right", functions=(lambda mev: mev * 1e-3 * EV_IN_CM1, lambda cm1: cm1 / EV_IN_CM1 * 1e3))
+    right = axes.secondary_yaxis(
+        "right", functions=(lambda mev: mev * 1e-3 * EV_IN_CM1, lambda cm1: cm1 / EV_IN_CM1 * 1e3)
+    )
     right.set_ylabel("wave number (cm$^{-1}$)")
     axes.set_title(title, fontsize=10, parse_math=False)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
@@ -204,7 +253,8 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
 
 @dataclass(frozen=True)
 class Level:
-    """One level of an irreducible representation: squared frequency in the unit of the matrix, and its (3n, d) vectors."""
+    """One level of an irreducible representation: squared frequency in the unit of the matrix, and
+    its (3n, d) vectors."""
 
     irrep: str
     square: float
@@ -213,7 +263,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Space:
-    """The optical displacements of one irreducible representation: basis (3n, m d), mass weighted; dimension d."""
+    """The optical displacements of one irreducible representation: basis (3n, m d), mass weighted;
+    dimension d."""
 
     irrep: str
     dimension: int
@@ -223,12 +274,15 @@ class Space:
         """Levels of a matrix given in this basis, ascending."""
         squares, vectors = np.linalg.eigh(0.5 * (inside + inside.T))
         vectors = self.basis @ vectors
-        parts = [slice(first, first + self.dimension) for first in range(0, len(squares), self.dimension)]
+        parts = [
+            slice(first, first + self.dimension) for first in range(0, len(squares), self.dimension)
+        ]
         return [Level(self.irrep, float(squares[part].mean()), vectors[:, part]) for part in parts]
 
 
 def spaces(atoms: Atoms, symprec: float = 1e-3) -> tuple[list[Space], np.ndarray]:
-    """The spaces of all representations that ``atoms`` (a primitive cell) has at Gamma, and the operations (m, 3n, 3n).
+    """The spaces of all representations that ``atoms`` (a primitive cell) has at Gamma, and the
+    operations (m, 3n, 3n).
 
     Raises ``InputError`` where the point group has no table.
     """
@@ -248,16 +302,26 @@ def spaces(atoms: Atoms, symprec: float = 1e-3) -> tuple[list[Space], np.ndarray
 
 
 def levels_by_irrep(matrix: np.ndarray, atoms: Atoms, symprec: float = 1e-3) -> list[Level]:
-    """Levels of the mass-weighted matrix (3n, 3n) at Gamma of ``atoms`` (a primitive cell), translations left out."""
-    return [level for space in spaces(atoms, symprec)[0] for level in space.levels(space.basis.T @ matrix @ space.basis)]
+    """Levels of the mass-weighted matrix (3n, 3n) at Gamma of ``atoms`` (a primitive cell),
+    translations left out."""
+    return [
+        level
+        for space in spaces(atoms, symprec)[0]
+        for level in space.levels(space.basis.T @ matrix @ space.basis)
+    ]
 
 
-def levels_by_displacing(atoms: Atoms, evaluator: Evaluator, wanted: Sequence[str], symprec: float = 1e-3) -> list[Level]:
-    """Levels (eV/A^2/amu) of the wanted representations from as few evaluations as their symmetry allows.
+def levels_by_displacing(
+    atoms: Atoms, evaluator: Evaluator, wanted: Sequence[str], symprec: float = 1e-3
+) -> list[Level]:
+    """Levels (eV/A^2/amu) of the wanted representations from as few evaluations as their symmetry
+    allows.
 
-    D commutes with the operations: D (g w) = g (D w). A displacement w in general position within the space of a representation that occurs
-    m times with dimension d has images that span d of its m copies, so that m/d of them, rounded up, each with both signs, are enough (T1u
-    of Im-3m H3S: two evaluations instead of the twelve of all force constants). Raises ``InputError`` for a representation that is absent.
+    D commutes with the operations: D (g w) = g (D w). A displacement w in general position within
+    the space of a representation that occurs m times with dimension d has images that span d of its
+    m copies, so that m/d of them, rounded up, each with both signs, are enough (T1u of Im-3m H3S:
+    two evaluations instead of the twelve of all force constants). Raises ``InputError`` for a
+    representation that is absent.
     """
     present, operations = spaces(atoms, symprec)
     lowest_levels([Level(space.irrep, 0.0, space.basis) for space in present], wanted)
@@ -269,7 +333,7 @@ def levels_by_displacing(atoms: Atoms, evaluator: Evaluator, wanted: Sequence[st
         length = DISPLACEMENT / np.abs(direction / root).max()
         lengths.append(length)
         for sign in (1, -1):
-            structure = bare(atoms)
+            structure = stripped(atoms)
             structure.positions += sign * length * (direction / root).reshape(-1, 3)
             moved.append(structure)
     forces = np.array(evaluator.evaluate(moved).forces, dtype=float).reshape(len(moved), -1)
@@ -277,23 +341,29 @@ def levels_by_displacing(atoms: Atoms, evaluator: Evaluator, wanted: Sequence[st
     levels: list[Level] = []
     for space, found in zip(chosen, directions, strict=True):
         mine, responses = responses[: found.shape[1]], responses[found.shape[1] :]
-        inside = [space.basis.T @ np.einsum("gij,jk->igk", operations, columns).reshape(len(root), -1) for columns in (found, mine.T)]
+        inside = [
+            space.basis.T @ np.einsum("gij,jk->igk", operations, columns).reshape(len(root), -1)
+            for columns in (found, mine.T)
+        ]
         levels += space.levels(inside[1] @ np.linalg.pinv(inside[0]))
     return levels
 
 
 def _in_general_position(space: Space, operations: np.ndarray) -> np.ndarray:
-    """(3n, k) displacements whose images span the space: the best conditioned of some drawn at random."""
+    """(3n, k) displacements whose images span the space: the best conditioned of some drawn at
+    random."""
     size = space.basis.shape[1]
     n = -(-size // space.dimension**2)
     rng, best, found = np.random.default_rng(0), 0.0, space.basis[:, :n]
     for _ in range(50):
-        drawn = space.basis @ rng.normal(size=(size, n))
-        drawn /= np.linalg.norm(drawn, axis=0)
-        images = space.basis.T @ np.einsum("gij,jk->igk", operations, drawn).reshape(len(drawn), -1)
+        sampled = space.basis @ rng.normal(size=(size, n))
+        sampled /= np.linalg.norm(sampled, axis=0)
+        images = space.basis.T @ np.einsum("gij,jk->igk", operations, sampled).reshape(
+            len(sampled), -1
+        )
         weakest = np.linalg.svd(images, compute_uv=False)[-1]
         if weakest > best:
-            best, found = float(weakest), drawn
+            best, found = float(weakest), sampled
     return found
 
 
@@ -301,7 +371,9 @@ def _representation(symmetry: Symmetry) -> np.ndarray:
     """(m, 3n, 3n): what every operation does to displacements."""
     n = symmetry.permutations.shape[1]
     matrices = np.zeros((len(symmetry), n, 3, n, 3))
-    for g, (rotation, permutation) in enumerate(zip(symmetry.rotations, symmetry.permutations, strict=True)):
+    for g, (rotation, permutation) in enumerate(
+        zip(symmetry.rotations, symmetry.permutations, strict=True)
+    ):
         matrices[g, permutation, :, np.arange(n), :] = rotation
     return matrices.reshape(len(symmetry), 3 * n, 3 * n)
 
@@ -312,28 +384,47 @@ def _translations(atoms: Atoms) -> np.ndarray:
     return np.kron((root / np.linalg.norm(root))[:, None], np.eye(3))
 
 
-def _characters(atoms: Atoms, symmetry: Symmetry, symprec: float) -> tuple[list[str], np.ndarray, list[int]]:
+def _characters(
+    atoms: Atoms, symmetry: Symmetry, symprec: float
+) -> tuple[list[str], np.ndarray, list[int]]:
     """Names, characters (irreps, operations) in the order of the operations, and dimensions."""
     from phonopy.phonon.character_table import character_table
 
     data = spglib_or_none(spglib.get_symmetry_dataset, spglib_cell(atoms), symprec=symprec)
     group = "1" if data is None else str(data.pointgroup)
     change = np.eye(3) if data is None else np.asarray(data.transformation_matrix)
-    rotations = [np.rint(change @ w @ np.linalg.inv(change)).astype(int) for w in symmetry.fractional]
+    rotations = [
+        np.rint(change @ w @ np.linalg.inv(change)).astype(int) for w in symmetry.fractional
+    ]
     for table in character_table.get(group) or []:
         classes = [_class_of(rotation, table["mapping_table"]) for rotation in rotations]
         if None not in classes:
             order = list(table["rotation_list"])
             names = list(table["character_table"])
-            rows = [[table["character_table"][name][order.index(c)] for c in classes] for name in names]
+            rows = [
+                [table["character_table"][name][order.index(c)] for c in classes] for name in names
+            ]
             if np.iscomplexobj(np.array(rows)):
                 rows = np.real(rows).tolist()
-            return names, np.array(rows, dtype=float), [round(abs(table["character_table"][name][order.index("E")])) for name in names]
-    raise InputError(f"hessian: no character table for the point group {group} of {atoms.get_chemical_formula()}")
+            return (
+                names,
+                np.array(rows, dtype=float),
+                [round(abs(table["character_table"][name][order.index("E")])) for name in names],
+            )
+    raise InputError(
+        f"hessian: no character table for the point group {group} of {atoms.get_chemical_formula()}"
+    )
 
 
 def _class_of(rotation: np.ndarray, mapping: Any) -> str | None:
-    return next((name for name, matrices in mapping.items() if any((np.array(m) == rotation).all() for m in matrices)), None)
+    return next(
+        (
+            name
+            for name, matrices in mapping.items()
+            if any((np.array(m) == rotation).all() for m in matrices)
+        ),
+        None,
+    )
 
 
 def lowest_levels(levels: Sequence[Level], wanted: Sequence[str]) -> list[Level]:
@@ -344,12 +435,19 @@ def lowest_levels(levels: Sequence[Level], wanted: Sequence[str]) -> list[Level]
     present = sorted({level.irrep for level in levels})
     missing = [name for name in wanted if name not in present]
     if missing:
-        raise InputError(f"hessian.phases.irreps: {missing[0]}: this phase has no such optical mode at Gamma; it has {', '.join(present)}")
-    return [min((level for level in levels if level.irrep == name), key=lambda level: level.square) for name in wanted or present]
+        raise InputError(
+            f"hessian.phases.irreps: {missing[0]}: this phase has no such optical mode at Gamma; it"
+            f" has {', '.join(present)}"
+        )
+    return [
+        min((level for level in levels if level.irrep == name), key=lambda level: level.square)
+        for name in wanted or present
+    ]
 
 
 def check_irreps(atoms: Atoms | None, wanted: Sequence[str], symprec: float = 0.05) -> None:
-    """Raise ``InputError`` for a representation that ``atoms`` does not have; a structure that is not known yet passes."""
+    """Raise ``InputError`` for a representation that ``atoms`` does not have; a structure that is
+    not known yet passes."""
     if atoms is None or not wanted:
         return
     present, _ = spaces(symmetric_primitive(atoms, symprec))

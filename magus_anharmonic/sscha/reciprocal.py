@@ -1,15 +1,19 @@
 """Force constants, modes and ensembles by wave vector, and interpolation between them.
 
-Normal modes, ensembles and symmetry operations by wave vector: what the translations of the supercell make of them.
+Normal modes, ensembles and symmetry operations by wave vector: what the translations of the
+supercell make of them.
 
-A covector c of the supercell (a force, for example) has the components c(q, mode) = sum over cells and atoms of
-exp(-2 pi i q.R) conj(e_q) c / sqrt(n_cells mass); averages of products are zero unless the wave vectors add up to a
-reciprocal lattice vector. Where every q is its own negative (no repetition above 2), everything is real.
+A covector c of the supercell (a force, for example) has the components c(q, mode) = sum over cells
+and atoms of exp(-2 pi i q.R) conj(e_q) c / sqrt(n_cells mass); averages of products are zero unless
+the wave vectors add up to a reciprocal lattice vector. Where every q is its own negative (no
+repetition above 2), everything is real.
 
-Force constants and displacements in reciprocal space, where the translations of the supercell make them block diagonal.
+Force constants and displacements in reciprocal space, where the translations of the supercell make
+them block diagonal.
 
-One block of size 3n for every q point of the supercell, one of each pair q, -q: n_cells times less work per step than on
-the supercell, and exact lattice symmetry. Supercells of one or two cells along each axis need no complex numbers.
+One block of size 3n for every q point of the supercell, one of each pair q, -q: n_cells times less
+work per step than on the supercell, and exact lattice symmetry. Supercells of one or two cells
+along each axis need no complex numbers.
 
 Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell.
 """
@@ -25,9 +29,15 @@ from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.sscha.ensemble import Ensemble, gamma_matrix
-from magus_anharmonic.sscha.state import SschaState, fourier, normal_modes, oscillator_free_energy, variance
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    fourier,
+    normal_modes,
+    oscillator_free_energy,
+    variance,
+)
 from magus_anharmonic.sscha.supercells import (
-    Repeats,
+    SupercellMatrix,
     Three,
     cell_index,
     cell_offsets,
@@ -36,7 +46,7 @@ from magus_anharmonic.sscha.supercells import (
     fractional_points,
     q_index,
     q_points,
-    supercell_matrix,
+    shape_supercell_matrix,
     three,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -47,40 +57,45 @@ from magus_anharmonic.units import HBAR
 class Wavevectors:
     """Modes of a state on the q points of its supercell.
 
-    points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus : (n_q,) index of -q; vectors :
-    (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted, zero for the three translations; quantum,
-    variance : (n_q, 3n) in eV and A^2 amu, one for the translations; root_mass : (3n,).
+    points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus :
+    (n_q,) index of -q; vectors : (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted,
+    zero for the three translations; hbar_omega, variance : (n_q, 3n) in eV and A^2 amu, one for the
+    translations; root_mass : (3n,).
     """
 
-    repeats: Repeats
+    supercell_matrix: SupercellMatrix
     points: np.ndarray
     minus: np.ndarray
     vectors: np.ndarray
-    quantum: np.ndarray
+    hbar_omega: np.ndarray
     variance: np.ndarray
     root_mass: np.ndarray
 
     @cached_property
     def q(self) -> np.ndarray:
         """(n_q, 3) the points in fractions of the reciprocal vectors."""
-        return fractional_points(self.points, self.repeats)
+        return fractional_points(self.points, self.supercell_matrix)
 
     @property
     def moving(self) -> np.ndarray:
         """(n_q, 3n) False for the three translations."""
-        moving = np.ones(self.quantum.shape, dtype=bool)
+        moving = np.ones(self.hbar_omega.shape, dtype=bool)
         moving[0, :3] = False
         return moving
 
     def third(self, first: int, second: int) -> int:
         """Index of the q that makes the sum of three zero."""
-        return int(cell_index(-(self.points[first] + self.points[second]), dual(self.repeats)))
+        return int(
+            cell_index(-(self.points[first] + self.points[second]), dual(self.supercell_matrix))
+        )
 
     def covectors(self, values: np.ndarray) -> np.ndarray:
         """Components (n_q, n_configs, 3n) of covectors (n_configs, n_supercell, 3)."""
         n_cells = len(self.points)
         cells = values.reshape(len(values), n_cells, -1)
-        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.repeats).T) / np.sqrt(n_cells)
+        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.supercell_matrix).T) / np.sqrt(
+            n_cells
+        )
         phase = phase if np.iscomplexobj(self.vectors) else phase.real
         waves = np.einsum("qr,cra->qca", phase, cells, optimize=True)
         return waves @ (self.vectors.conj() / self.root_mass[:, None])
@@ -88,35 +103,54 @@ class Wavevectors:
 
 def wavevectors(state: SschaState) -> Wavevectors:
     """Diagonalise the state at every q; raises ``SschaError`` for imaginary auxiliary modes."""
-    points = cell_offsets(dual(state.repeats))
-    minus = cell_index(-points, dual(state.repeats))
+    points = cell_offsets(dual(state.supercell_matrix))
+    minus = cell_index(-points, dual(state.supercell_matrix))
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
     size = len(root)
     real = bool(np.all(minus == np.arange(len(points))))
-    matrices = fourier(state.force_constants, state.repeats, fractional_points(points, state.repeats))
+    matrices = fourier(
+        state.force_constants,
+        state.supercell_matrix,
+        fractional_points(points, state.supercell_matrix),
+    )
     vectors = np.zeros((len(points), size, size), dtype=float if real else complex)
-    quantum = np.ones((len(points), size))
+    hbar_omega = np.ones((len(points), size))
     gamma = normal_modes(gamma_matrix(state), state.atoms.get_masses())
-    vectors[0, :, 3:], quantum[0, 3:] = gamma.vectors, gamma.quantum
+    vectors[0, :, 3:], hbar_omega[0, 3:] = gamma.vectors, gamma.hbar_omega
     for index in range(1, len(points)):
         if minus[index] < index:
-            vectors[index], quantum[index] = vectors[minus[index]].conj(), quantum[minus[index]]
+            vectors[index], hbar_omega[index] = (
+                vectors[minus[index]].conj(),
+                hbar_omega[minus[index]],
+            )
             continue
         matrix = matrices[index] / np.outer(root, root)
         matrix = matrix.real if minus[index] == index else matrix
         squares, vectors[index] = np.linalg.eigh(0.5 * (matrix + matrix.conj().T))
-        quantum[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
-    if np.any(quantum <= 0):
-        raise SschaError(f"the auxiliary force constants have {int((quantum <= 0).sum())} imaginary modes: the state is no SSCHA state")
-    return Wavevectors(state.repeats, points, minus, vectors, quantum, variance(quantum, state.temperature), root)
+        hbar_omega[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
+    if np.any(hbar_omega <= 0):
+        raise SschaError(
+            f"the auxiliary force constants have {int((hbar_omega <= 0).sum())} imaginary modes:"
+            " the state is no SSCHA state"
+        )
+    return Wavevectors(
+        state.supercell_matrix,
+        points,
+        minus,
+        vectors,
+        hbar_omega,
+        variance(hbar_omega, state.temperature),
+        root,
+    )
 
 
 @dataclass(frozen=True)
 class Samples:
     """An ensemble in modes, the two members of a pair taken together.
 
-    scaled : (n_q, n, 3n), <uu>^-1 u; even, odd : residual forces (f + harmonic pull) that go with an even and an odd
-    number of displacements: mean and half difference of a pair; the same array twice where there are no pairs.
+    scaled : (n_q, n, 3n), <uu>^-1 u; even, odd : residual forces (f + harmonic pull) that go with
+    an even and an odd number of displacements: mean and half difference of a pair; the same array
+    twice where there are no pairs.
     """
 
     scaled: np.ndarray
@@ -139,7 +173,11 @@ def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Sample
     paired = n_configs % 2 == 0 and np.allclose(u[0::2], -u[1::2], rtol=0.0, atol=1e-6)
     even = odd = residual
     if paired:
-        u, even, odd = u[0::2], 0.5 * (residual[0::2] + residual[1::2]), 0.5 * (residual[0::2] - residual[1::2])
+        u, even, odd = (
+            u[0::2],
+            0.5 * (residual[0::2] + residual[1::2]),
+            0.5 * (residual[0::2] - residual[1::2]),
+        )
     masses = np.repeat(state.supercell.get_masses(), 3).reshape(-1, 3)
     scaled = modes.covectors(u * masses) / modes.variance[:, None, :]
     components = modes.covectors(even)
@@ -147,14 +185,16 @@ def samples(state: SschaState, ensemble: Ensemble, modes: Wavevectors) -> Sample
 
 
 class Representation:
-    """Operations of a space group on mode components: c(g q) = matrix(g, q) c(q), up to a phase that triples lose."""
+    """Operations of a space group on mode components: c(g q) = matrix(g, q) c(q), up to a phase
+    that triples lose."""
 
     def __init__(self, modes: Wavevectors, symmetry: Symmetry) -> None:
         self._modes = modes
         self._symmetry = symmetry
         inverse = np.array([np.rint(np.linalg.inv(w)).astype(int) for w in symmetry.fractional])
-        # q turns with the inverse transpose; it stays one of the points because the supercell is kept
-        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.repeats)
+        # q turns with the inverse transpose; it stays one of the points because the supercell is
+        # kept
+        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.supercell_matrix)
         """(n_operations, n_q) index of the q to which an operation takes a q."""
         self._known: dict[tuple[int, int], np.ndarray] = {}
 
@@ -171,13 +211,20 @@ class Representation:
             phase = np.exp(-2j * np.pi * shifts @ modes.q[image])
             n = len(permutation)
             turned = np.zeros((n, 3, n, 3), dtype=complex)
-            turned[permutation, :, np.arange(n), :] = phase[:, None, None] * self._symmetry.rotations[operation]
-            turned = turned.reshape(3 * n, 3 * n) if np.iscomplexobj(modes.vectors) else turned.real.reshape(3 * n, 3 * n)
+            turned[permutation, :, np.arange(n), :] = (
+                phase[:, None, None] * self._symmetry.rotations[operation]
+            )
+            turned = (
+                turned.reshape(3 * n, 3 * n)
+                if np.iscomplexobj(modes.vectors)
+                else turned.real.reshape(3 * n, 3 * n)
+            )
             self._known[key] = modes.vectors[image].conj().T @ turned @ modes.vectors[q]
         return self._known[key]
 
     def stars(self) -> list[dict[int, int]]:
-        """One dictionary for every set of equivalent q, the representative first: q -> an operation that leads there."""
+        """One dictionary for every set of equivalent q, the representative first: q -> an operation
+        that leads there."""
         stars: list[dict[int, int]] = []
         seen: set[int] = set()
         for q in range(self.images.shape[1]):
@@ -192,14 +239,15 @@ class Representation:
 
 @dataclass(frozen=True)
 class Reciprocal:
-    """The q points of a supercell, Gamma first, one of each pair q, -q (weight 2; weight 1 where q = -q)."""
+    """The q points of a supercell, Gamma first, one of each pair q, -q (weight 2; weight 1 where q
+    = -q)."""
 
-    repeats: Repeats
+    supercell_matrix: SupercellMatrix
 
     @cached_property
     def _partner(self) -> np.ndarray:
         """(n_cells,) index of -q."""
-        return cell_index(-cell_offsets(dual(self.repeats)), dual(self.repeats))
+        return cell_index(-cell_offsets(dual(self.supercell_matrix)), dual(self.supercell_matrix))
 
     @cached_property
     def _chosen(self) -> np.ndarray:
@@ -207,13 +255,19 @@ class Reciprocal:
 
     @cached_property
     def weights(self) -> np.ndarray:
-        """(n_q,) how many q points each of the kept ones stands for; they add up to the number of cells."""
+        """(n_q,) how many q points each of the kept ones stands for; they add up to the number of
+        cells."""
         return np.where(self._partner[self._chosen] == self._chosen, 1.0, 2.0)
 
     @cached_property
     def phase(self) -> np.ndarray:
         """(n_q, n_cells) exp(2 pi i q.R); real where every q equals -q."""
-        phase = np.exp(2j * np.pi * q_points(self.repeats)[self._chosen] @ cell_offsets(self.repeats).T)
+        phase = np.exp(
+            2j
+            * np.pi
+            * q_points(self.supercell_matrix)[self._chosen]
+            @ cell_offsets(self.supercell_matrix).T
+        )
         return np.ascontiguousarray(phase.real) if np.all(self.weights == 1.0) else phase
 
     @property
@@ -221,7 +275,8 @@ class Reciprocal:
         return self.phase.shape[1]
 
     def matrices(self, compact: np.ndarray) -> np.ndarray:
-        """Compact force constants (n_cells, n, n, 3, 3) as D(q) = sum_R C(R) exp(2 pi i q.R), (n_q, 3n, 3n)."""
+        """Compact force constants (n_cells, n, n, 3, 3) as D(q) = sum_R C(R) exp(2 pi i q.R), (n_q,
+        3n, 3n)."""
         n_cells, n = compact.shape[:2]
         flat = compact.transpose(0, 1, 3, 2, 4).reshape(n_cells, -1)
         return (self.phase @ flat).reshape(-1, 3 * n, 3 * n)
@@ -229,18 +284,24 @@ class Reciprocal:
     def compact(self, matrices: np.ndarray) -> np.ndarray:
         """The inverse of `matrices`."""
         n = matrices.shape[1] // 3
-        back = (self.phase.conj() * self.weights[:, None]).T @ matrices.reshape(len(matrices), -1) / self.n_cells
+        back = (
+            (self.phase.conj() * self.weights[:, None]).T
+            @ matrices.reshape(len(matrices), -1)
+            / self.n_cells
+        )
         return back.real.reshape(-1, n, 3, n, 3).transpose(0, 1, 3, 2, 4)
 
     def amplitudes(self, vectors: np.ndarray) -> np.ndarray:
-        """Vectors of the supercell (m, n_cells n, 3) as sum_S x_S exp(-2 pi i q.S) / sqrt(n_cells), (n_q, m, 3n)."""
+        """Vectors of the supercell (m, n_cells n, 3) as sum_S x_S exp(-2 pi i q.S) / sqrt(n_cells),
+        (n_q, m, 3n)."""
         rows = vectors.reshape(len(vectors), self.n_cells, -1)
         moved = np.tensordot(self.phase.conj(), rows, axes=(1, 1)) / np.sqrt(self.n_cells)
         return np.ascontiguousarray(moved)
 
 
 def without_translations(matrices: np.ndarray) -> np.ndarray:
-    """The Hermitian part of D(q), with the translations of the crystal taken out of Gamma (the first block)."""
+    """The Hermitian part of D(q), with the translations of the crystal taken out of Gamma (the
+    first block)."""
     size = matrices.shape[1]
     projector = np.eye(size) - np.tile(np.eye(3), (size // 3, size // 3)) * (3.0 / size)
     hermitian = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1))
@@ -253,11 +314,12 @@ def without_translations(matrices: np.ndarray) -> np.ndarray:
 class Spectrum:
     """Auxiliary modes of D(q), and the Gaussian that follows from them.
 
-    quantum : (n_q, 3n) eV; negative where the force constant is. vectors : (n_q, 3n, 3n) mass weighted. real : (n_q, 3n)
-    False for the three translations, which are no modes (their quantum is a placeholder).
+    hbar_omega : (n_q, 3n) eV; negative where the force constant is. vectors : (n_q, 3n, 3n) mass
+    weighted. real : (n_q, 3n) False for the three translations, which are no modes (their phonon
+    energy is a placeholder).
     """
 
-    quantum: np.ndarray
+    hbar_omega: np.ndarray
     vectors: np.ndarray
     real: np.ndarray
     root_mass: np.ndarray
@@ -265,52 +327,73 @@ class Spectrum:
     temperature: float
 
     @classmethod
-    def of(cls, matrices: np.ndarray, masses: np.ndarray, reciprocal: Reciprocal, temperature: float) -> Spectrum:
-        """Diagonalise D(q) (eV/A^2, acoustic sum rule obeyed) of one cell with ``masses`` (n,) in amu."""
+    def of(
+        cls, matrices: np.ndarray, masses: np.ndarray, reciprocal: Reciprocal, temperature: float
+    ) -> Spectrum:
+        """Diagonalise D(q) (eV/A^2, acoustic sum rule obeyed) of one cell with ``masses`` (n,) in
+        amu."""
         root = np.sqrt(np.repeat(masses, 3))
         dynamical = matrices / np.outer(root, root)
         translations = np.zeros((len(root), 3))
         for axis in range(3):
             translations[axis::3, axis] = root[axis::3]
         translations /= np.linalg.norm(translations, axis=0)
-        dynamical[0] += translations @ translations.T * (10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root))
+        dynamical[0] += (
+            translations @ translations.T * (10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root))
+        )
         squares, vectors = np.linalg.eigh(dynamical)
         real = np.ones(squares.shape, dtype=bool)
         real[0, -3:] = False
         squares = np.where(real, squares, 1.0)
-        return cls(np.sign(squares) * HBAR * np.sqrt(np.abs(squares)), vectors, real, root, reciprocal, temperature)
+        return cls(
+            np.sign(squares) * HBAR * np.sqrt(np.abs(squares)),
+            vectors,
+            real,
+            root,
+            reciprocal,
+            temperature,
+        )
 
     @property
     def lowest(self) -> float:
-        """Smallest quantum, eV."""
-        return float(self.quantum[self.real].min(initial=np.inf))
+        """Smallest phonon energy, eV."""
+        return float(self.hbar_omega[self.real].min(initial=np.inf))
 
     @cached_property
     def variances(self) -> np.ndarray:
         """(n_q, 3n) <|Q|^2> in A^2 amu."""
-        return variance(self.quantum, self.temperature)
+        return variance(self.hbar_omega, self.temperature)
 
     @cached_property
     def precision(self) -> np.ndarray:
         """(n_q, 3n, 3n) inverse covariance, 1/A^2."""
         scaled = self.vectors * self.root_mass[:, None]
-        return (scaled * np.where(self.real, 1.0 / self.variances, 0.0)[:, None, :]) @ scaled.conj().transpose(0, 2, 1)
+        return (
+            scaled * np.where(self.real, 1.0 / self.variances, 0.0)[:, None, :]
+        ) @ scaled.conj().transpose(0, 2, 1)
 
     @cached_property
     def log_volume(self) -> float:
-        """Half the logarithm of the determinant of the covariance, up to a constant that the masses give."""
-        return 0.5 * float(self.reciprocal.weights @ np.where(self.real, np.log(self.variances), 0.0).sum(axis=1))
+        """Half the logarithm of the determinant of the covariance, up to a constant that the masses
+        give."""
+        return 0.5 * float(
+            self.reciprocal.weights @ np.where(self.real, np.log(self.variances), 0.0).sum(axis=1)
+        )
 
     @cached_property
     def free_energy(self) -> float:
         """Free energy of the auxiliary oscillators, eV per primitive cell."""
-        each = np.where(self.real, oscillator_free_energy(self.quantum, self.temperature), 0.0).sum(axis=1)
+        each = np.where(
+            self.real, oscillator_free_energy(self.hbar_omega, self.temperature), 0.0
+        ).sum(axis=1)
         return float(self.reciprocal.weights @ each) / self.reciprocal.n_cells
 
     def in_modes(self, matrices: np.ndarray) -> np.ndarray:
         """A matrix per q (eV/A^2) between the mass-weighted modes, zero for the translations."""
         scaled = self.vectors / self.root_mass[:, None]
-        return (scaled.conj().transpose(0, 2, 1) @ matrices @ scaled) * (self.real[:, :, None] & self.real[:, None, :])
+        return (scaled.conj().transpose(0, 2, 1) @ matrices @ scaled) * (
+            self.real[:, :, None] & self.real[:, None, :]
+        )
 
 
 CHUNK = 2048
@@ -318,47 +401,59 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class FiniteSize:
-    """term : eV per primitive cell, added to F; mesh : q points; imaginary : part of interpolated modes below zero."""
+    """term : eV per primitive cell, added to F; mesh : q points; imaginary : part of interpolated
+    modes below zero."""
 
     term: float
     mesh: Three
     imaginary: float
 
 
-def reference_mesh(atoms: Atoms, spacing: float, repeats: Repeats) -> Three:
-    """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the supercell's."""
+def reference_mesh(atoms: Atoms, spacing: float, supercell_matrix: SupercellMatrix) -> Three:
+    """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the
+    supercell's."""
     lengths = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
-    return three(max(np.ceil(length / spacing - 1e-6), n) for length, n in zip(lengths, containing_mesh(repeats), strict=True))
+    return three(
+        max(np.ceil(length / spacing - 1e-6), n)
+        for length, n in zip(lengths, containing_mesh(supercell_matrix), strict=True)
+    )
 
 
 def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
-    """Fourier interpolation of the force constants with shared nearest images (Wigner-Seitz cell of the supercell).
+    """Fourier interpolation of the force constants with shared nearest images (Wigner-Seitz cell of
+    the supercell).
 
-    An imaginary interpolated mode enters with the size of its frequency, and is counted. The three translations at
-    Gamma are left out, as in the supercell. Long-range dipoles (LO-TO splitting) are not added.
+    An imaginary interpolated mode enters with the size of its frequency, and is counted. The three
+    translations at Gamma are left out, as in the supercell. Long-range dipoles (LO-TO splitting)
+    are not added.
     """
-    mesh = reference_mesh(state.atoms, spacing, state.repeats)
+    mesh = reference_mesh(state.atoms, spacing, state.supercell_matrix)
     grid = np.array(list(np.ndindex(*mesh))) / np.array(mesh)
     vectors, blocks = nearest_images(state)
     total, imaginary = 0.0, 0
-    for begin in range(0, len(grid), CHUNK):
-        squares = interpolated_squares(state, vectors, blocks, grid[begin : begin + CHUNK]).ravel()
-        if begin == 0:
+    for offset in range(0, len(grid), CHUNK):
+        squares = interpolated_squares(
+            state, vectors, blocks, grid[offset : offset + CHUNK]
+        ).ravel()
+        if offset == 0:
             squares = squares[3:]
         imaginary += int((squares <= 0).sum())
-        quantum = HBAR * np.sqrt(np.abs(squares))
-        total += float(oscillator_free_energy(quantum[quantum > 1e-6], state.temperature).sum())
+        hbar_omega = HBAR * np.sqrt(np.abs(squares))
+        total += float(
+            oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
+        )
     n_modes = len(grid) * 3 * len(state.atoms) - 3
     return FiniteSize(total / len(grid) - state.harmonic_free_energy, mesh, imaginary / n_modes)
 
 
 def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
-    """Lattice vectors (m, 3) and blocks (m, n, n, 3, 3): every pair's block shared among its nearest images."""
+    """Lattice vectors (m, 3) and blocks (m, n, n, 3, 3): every pair's block shared among its
+    nearest images."""
     cell = state.atoms.cell.array
     # of a reduced basis, whose nearest images are within two shells
-    periods = supercell_matrix(state.repeats)
+    periods = shape_supercell_matrix(state.supercell_matrix)
     periods = np.rint(minkowski_reduce(periods @ cell)[1] @ periods).astype(int)
-    offsets = cell_offsets(state.repeats)
+    offsets = cell_offsets(state.supercell_matrix)
     shells = np.array(list(np.ndindex(5, 5, 5))) - 2
     candidates = offsets[:, None] + (shells @ periods)[None]
     between = state.atoms.positions[None] - state.atoms.positions[:, None]
@@ -366,12 +461,16 @@ def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     near = distances < distances.min(axis=1, keepdims=True) + 1e-3
     weights = near / near.sum(axis=1, keepdims=True)
     flat = candidates.reshape(-1, 3)
-    blocks = (weights[..., None, None] * state.force_constants[:, None]).reshape(len(flat), *state.force_constants.shape[1:])
+    blocks = (weights[..., None, None] * state.force_constants[:, None]).reshape(
+        len(flat), *state.force_constants.shape[1:]
+    )
     used = weights.reshape(len(flat), -1).any(axis=1)
     return flat[used], blocks[used]
 
 
-def interpolated_squares(state: SschaState, vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
+def interpolated_squares(
+    state: SschaState, vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray
+) -> np.ndarray:
     """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu."""
     size = 3 * len(state.atoms)
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))

@@ -2,7 +2,8 @@
 
 The result of one SSCHA run, and its files.
 
-The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run starts again.
+The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run
+starts again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,33 +22,44 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import load_arrays, read_json, read_whole, replacing, safe_name, versions, write_json, write_text
+from magus_anharmonic.files import (
+    load_arrays,
+    read_json,
+    read_whole,
+    renamed,
+    replacing,
+    safe_name,
+    versions,
+    write_json,
+    write_text,
+)
 from magus_anharmonic.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.supercells import Repeats, as_repeats
+from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
 @dataclass(frozen=True)
 class SschaResult:
     """Free energy of one structure at one pressure and temperature.
 
-    All numbers describe one state, and come from one ensemble that no minimisation has seen. Numbers that do not
-    exist (a run that failed early) are NaN.
+    All numbers describe one state, and come from one ensemble that no minimisation has seen.
+    Numbers that do not exist (a run that failed early) are NaN.
 
-    status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound), or "failed".
-    reason : why not converged; of a converged run what its populations did not suffice to say about its phase, else empty.
-    gibbs, gibbs_raw : (F + P V) / N with and without the finite-size term, eV/atom; gibbs_error : standard error of
-    the sampling alone; finite_size, helmholtz (with the finite-size term), decrease (predicted remaining decrease of
-    G) : eV/atom; volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =
-    compressed; target_pressure : GPa; temperature : K.
-    centroids : average positions, one primitive cell; position_error : A, of the least certain centroid; space_group
-    is that of the centroids at ``symmetry_tolerance`` A, space_group_start the one before.
-    n_evaluations : energies and forces evaluated, start included; interpolated_imaginary : part of the modes of the
-    finite-size mesh that are imaginary (0 where the interpolation can be trusted).
-    force_constants : compact, see `state`; None when there is no state.
+    status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
+    or "failed". reason : why not converged; of a converged run what its populations did not suffice
+    to say about its phase, else empty. gibbs, gibbs_raw : (F + P V) / N with and without the
+    finite-size term, eV/atom; gibbs_error : standard error of the sampling alone; finite_size,
+    helmholtz (with the finite-size term), predicted_decrease (of G) : eV/atom;
+    volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =
+    compressed; target_pressure : GPa; temperature : K. centroids : average positions, one primitive
+    cell; position_error : A, of the least certain centroid; space_group is that of the centroids at
+    ``symmetry_tolerance`` A, space_group_start the one before. n_evaluations : energies and forces
+    evaluated, start included; interpolated_imaginary : part of the modes of the finite-size mesh
+    that are imaginary (0 where the interpolation can be trusted). force_constants : compact, see
+    `state`; None when there is no state.
     """
 
     status: str
@@ -63,7 +76,7 @@ class SschaResult:
     pressure: float
     target_pressure: float
     temperature: float
-    decrease: float
+    predicted_decrease: float
     centroids: Atoms
     position_error: float
     space_group_start: str
@@ -73,7 +86,7 @@ class SschaResult:
     n_populations: int
     n_configs: int
     n_atoms_supercell: int
-    supercell: Repeats
+    supercell: SupercellMatrix
     interpolated_imaginary: float
     model_id: str
     seconds: float
@@ -87,7 +100,8 @@ class SschaResult:
         return SschaState(self.centroids, self.supercell, self.force_constants, self.temperature)
 
     def write(self, directory: Path) -> None:
-        """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when that exists."""
+        """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
+        that exists."""
         if self.force_constants is not None:
             with replacing(directory / "result.npz") as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, force_constants=self.force_constants)
@@ -100,7 +114,9 @@ class SschaResult:
             if field.name not in ("centroids", "force_constants"):
                 value = getattr(self, field.name)
                 value = value.tolist() if isinstance(value, np.ndarray) else value
-                data[field.name] = None if isinstance(value, float) and not math.isfinite(value) else value
+                data[field.name] = (
+                    None if isinstance(value, float) and not math.isfinite(value) else value
+                )
         for name in ("stress", "stress_error"):
             data[name] = data[name] if np.isfinite(getattr(self, name)).all() else None
         data["centroids"] = {
@@ -113,32 +129,37 @@ class SschaResult:
 
     @classmethod
     def read(cls, directory: str | Path) -> SschaResult:
-        """Read a finished run; raises ``InputError`` when there is none or it is of another version."""
+        """Read a finished run; raises ``InputError`` when there is none or it is of another
+        version."""
         path = Path(directory) / "result.json"
         if not path.is_file():
             raise InputError(f"{path}: no such file (not the folder of a finished SSCHA run)")
         data = read_json(path)
         if {name: data.pop(name, None) for name in versions()} != versions():
             raise InputError(
-                f"{path}: a result of another version of this package, whose numbers are not those of now; use an empty folder"
+                f"{path}: a result of another version of this package, whose numbers are not those"
+                " of now; use an empty folder"
             )
         arrays = path.with_name("result.npz")
         try:
             result = cls._from_json(data)
             found = load_arrays(arrays)["force_constants"] if arrays.is_file() else None
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise DamagedFile(f"{path}: not the result of an SSCHA run ({type(error).__name__}: {error})") from None
+            raise DamagedFile(
+                f"{path}: not the result of an SSCHA run ({type(error).__name__}: {error})"
+            ) from None
         return replace(result, force_constants=found)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:
         nan = float("nan")
+        data = renamed(data)
         for name, value in data.items():
             if value is None:
                 data[name] = np.full((3, 3), nan) if name.startswith("stress") else nan
             elif name.startswith("stress"):
                 data[name] = np.array(value)
-        data["supercell"] = as_repeats(data["supercell"])
+        data["supercell"] = as_supercell_matrix(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)
 
@@ -156,7 +177,9 @@ PROGRESS = "progress.json"
 class RunFolder:
     """Files of a run in ``directory``; every file is written whole or not at all."""
 
-    def __init__(self, directory: str | Path, identity: dict[str, Any], *, any_start: bool = False) -> None:
+    def __init__(
+        self, directory: str | Path, identity: dict[str, Any], *, any_start: bool = False
+    ) -> None:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
@@ -164,35 +187,56 @@ class RunFolder:
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
         if stored is not None:
-            different = sorted(key for key in {*stored, *identity} if stored.get(key) != identity.get(key))
+            different = sorted(
+                key for key in {*stored, *identity} if stored.get(key) != identity.get(key)
+            )
             if any_start and different and set(different) <= OF_THE_START:
                 log.info("%s: goes on from the start that it had", self.directory)
             elif set(different) & versions().keys():
-                raise InputError(f"{self.directory}: holds an SSCHA run of another version of this package; give another folder")
+                raise InputError(
+                    f"{self.directory}: holds an SSCHA run of another version of this package; give"
+                    " another folder"
+                )
             elif different == ["model"]:
                 self._give_way(str(stored["model"]))
                 write_json(path, identity)
             elif different:
                 raise InputError(
-                    f"{self.directory}: holds another SSCHA run (different: {', '.join(different)}); "
-                    "give another folder, or the settings of settings.json"
+                    f"{self.directory}: holds another SSCHA run (different:"
+                    f" {', '.join(different)}); give another folder, or the settings of"
+                    " settings.json"
                 )
         else:
             write_json(path, identity)
 
     def _give_way(self, model: str) -> None:
-        """The files of another model's run move to a folder in this one: its numbers are no numbers of this model."""
-        place = self.directory / safe_name("of", model)
-        place.mkdir(exist_ok=True)
-        files = [path for path in self.directory.iterdir() if path.is_file() and not path.name.endswith(LOCK)]
+        """The files of another model's run move to a folder in this one: its numbers are no numbers
+        of this model."""
+        aside = self.directory / safe_name("of", model)
+        aside.mkdir(exist_ok=True)
+        files = [
+            path
+            for path in self.directory.iterdir()
+            if path.is_file() and not path.name.endswith(LOCK)
+        ]
         # what makes the folder a run goes last: a move that was interrupted is done again
         for path in sorted(files, key=lambda path: path.name == "settings.json"):
-            path.replace(place / path.name)
-        log.warning("%s: held the run of another model, %s, which is now in %s; computed anew", self.directory, model, place.name)
+            path.replace(aside / path.name)
+        log.warning(
+            "%s: held the run of another model, %s, which is now in %s; computed anew",
+            self.directory,
+            model,
+            aside.name,
+        )
 
-    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
-        """The stored result, unless it is unconverged, its phase open or less precise than wanted, and more populations are allowed now."""
-        result = read_whole(self.directory / "result.json", lambda path: SschaResult.read(path.parent))
+    def finished(
+        self, max_populations: int, error_tolerance: float | None = None
+    ) -> SschaResult | None:
+        """The stored result, unless it is unconverged, its phase open or less precise than wanted,
+        and more populations are allowed now."""
+        result = read_whole(
+            self.directory / "result.json", lambda path: SschaResult.read(path.parent)
+        )
         if result is None:
             return None
         precise = error_tolerance is None or result.gibbs_error <= error_tolerance
@@ -209,7 +253,14 @@ class RunFolder:
         return read_whole(self.directory / "start.npz", read_start_file)
 
     def write_start(self, start: Start) -> None:
-        response = {} if start.response is None else {"response_stress": start.response.stress, "response_forces": start.response.forces}
+        response = (
+            {}
+            if start.response is None
+            else {
+                "response_stress": start.response.stress,
+                "response_forces": start.response.forces,
+            }
+        )
         self._write("start.npz", start.state, n_evaluations=start.n_evaluations, **response)
 
     def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
@@ -219,7 +270,7 @@ class RunFolder:
         if found is None:
             return None
         known, ensemble = found
-        if known.repeats != state.repeats:
+        if known.supercell_matrix != state.supercell_matrix:
             raise InputError(f"{path}: another supercell than this run's; give another folder")
         log.info("population %d: taken from %s", number, path)
         return replace(known, temperature=state.temperature), ensemble
@@ -239,16 +290,21 @@ class RunFolder:
         )
         write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
 
-    def read_together(self, numbers: list[int], state: SschaState) -> tuple[SschaState, Ensemble] | None:
-        """Populations of one state as one; None when one of them is missing."""
+    def read_pooled(
+        self, numbers: list[int], state: SschaState
+    ) -> tuple[SschaState, Ensemble] | None:
+        """Populations of one state pooled; None when one of them is missing."""
         found = [self.read_population(number, state) for number in numbers]
         if None in found or not found:
             return None
         parts = [population for population in found if population is not None]
-        return parts[-1][0], joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
+        return parts[-1][0], (
+            joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
+        )
 
     def read_progress(self) -> dict[str, Any] | None:
-        """What `write_progress` left; None without it, and when it is damaged: the run then goes over its populations again."""
+        """What `write_progress` left; None without it, and when it is damaged: the run then goes
+        over its populations again."""
         return read_whole(self.directory / PROGRESS, read_progress_file)
 
     def write_progress(self, progress: dict[str, Any]) -> None:
@@ -269,14 +325,15 @@ class RunFolder:
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
         with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            # not compressed: random numbers shrink by a few per cent, and it would take longer than all the algebra
+            # not compressed: random numbers shrink by a few per cent, and it would take longer than
+            # all the algebra
             np.savez(
                 file,
                 numbers=state.atoms.numbers,
                 masses=state.atoms.get_masses(),
                 cell=state.atoms.cell.array,
                 centroids=state.atoms.positions,
-                repeats=state.repeats,
+                supercell_matrix=state.supercell_matrix,
                 force_constants=state.force_constants,
                 temperature=state.temperature,
                 **arrays,
@@ -288,9 +345,15 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     stored = load_arrays(path)
     try:
         state = _state(stored)
-        ensemble = Ensemble(*(stored[name] for name in ("displacements", "energies", "forces", "stresses")))
+        ensemble = Ensemble(
+            *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
+        )
         n, atoms = len(ensemble.energies), len(state.atoms) * state.n_cells
-        fits = ensemble.displacements.shape == ensemble.forces.shape == (n, atoms, 3) and ensemble.stresses.shape == (n, 3, 3)
+        fits = ensemble.displacements.shape == ensemble.forces.shape == (
+            n,
+            atoms,
+            3,
+        ) and ensemble.stresses.shape == (n, 3, 3)
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
     if not fits:
@@ -300,11 +363,13 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
 
 def read_progress_file(path: Path) -> dict[str, Any]:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
-    found = read_json(path)
+    found = renamed(read_json(path))
     try:
         fits = _is_progress(found)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise DamagedFile(f"{path}: not the progress of an SSCHA run ({type(error).__name__}: {error})") from None
+        raise DamagedFile(
+            f"{path}: not the progress of an SSCHA run ({type(error).__name__}: {error})"
+        ) from None
     if not fits:
         raise DamagedFile(f"{path}: not the progress of an SSCHA run")
     return found
@@ -312,15 +377,17 @@ def read_progress_file(path: Path) -> dict[str, Any]:
 
 def _is_progress(found: dict[str, Any]) -> bool:
     """Whether everything is there that a run goes on from; raises what the conversions raise."""
-    rows, together, cell = found["rows"], found["together"], found["cell"]
-    numbers = [number for numbers in together for number in numbers]
+    rows, pooled, cell = found["rows"], found["pooled"], found["cell"]
+    numbers = [number for numbers in pooled for number in numbers]
     matrix = np.asarray(cell[0], dtype=float) if cell is not None else np.zeros((0, 0))
     return (
-        bool(rows and together and all(together))
+        bool(rows and pooled and all(pooled))
         and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
         and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
-        and all(type(number) is int for number in [*numbers, found["n_evaluations"], found["asked"]])
-        and isinstance(found["far"], bool)
+        and all(
+            type(number) is int for number in [*numbers, found["n_evaluations"], found["asked"]]
+        )
+        and isinstance(found["burn_in"], bool)
         and isinstance(found["limited"], bool)
         and isinstance(found["moved"], bool)
         and all(request is None or type(request) is int for request in found["requests"])
@@ -335,26 +402,40 @@ def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
     try:
-        response = StaticResponse(stored["response_stress"], stored["response_forces"]) if "response_stress" in stored else None
+        response = (
+            StaticResponse(stored["response_stress"], stored["response_forces"])
+            if "response_stress" in stored
+            else None
+        )
         return Start(_state(stored), response, int(stored["n_evaluations"]))
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
 
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
-    """All populations that were drawn from the state in which a run ended, as one ensemble; None when the folder keeps none."""
+    """All populations that were drawn from the state in which a run ended, as one ensemble; None
+    when the folder keeps none."""
     found = [ensemble for _, ensemble in final_populations(run, result).values()]
     return joined(found) if found else None
 
 
 def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
-    """The populations that were drawn from the state in which a run ended, by their numbers; raises ``DamagedFile``."""
+    """The populations that were drawn from the state in which a run ended, by their numbers; raises
+    ``DamagedFile``."""
     read = ((path, read_population_file(path)) for path in sorted(run.glob("population_*.npz")))
-    return {int(path.stem.removeprefix("population_")): one for path, one in read if _is_state_of(result, one[0])}
+    return {
+        int(path.stem.removeprefix("population_")): one
+        for path, one in read
+        if _is_state_of(result, one[0])
+    }
 
 
 def _is_state_of(result: SschaResult, state: SschaState) -> bool:
-    if result.force_constants is None or state.repeats != result.supercell or len(state.atoms) != len(result.centroids):
+    if (
+        result.force_constants is None
+        or state.supercell_matrix != result.supercell
+        or len(state.atoms) != len(result.centroids)
+    ):
         return False
     pairs = (
         (state.force_constants, result.force_constants),
@@ -365,13 +446,16 @@ def _is_state_of(result: SschaResult, state: SschaState) -> bool:
 
 
 class NoFolder(RunFolder):
-    """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an engine that chatters."""
+    """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an
+    engine that chatters."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.log = self.directory / "sscha.log"
 
-    def finished(self, max_populations: int, error_tolerance: float | None = None) -> SschaResult | None:
+    def finished(
+        self, max_populations: int, error_tolerance: float | None = None
+    ) -> SschaResult | None:
         return None
 
     def read_start(self) -> Start | None:
@@ -399,6 +483,18 @@ class NoFolder(RunFolder):
         """Nothing to write."""
 
 
-def _state(stored: Any) -> SschaState:
-    atoms = Atoms(numbers=stored["numbers"], positions=stored["centroids"], cell=stored["cell"], masses=stored["masses"], pbc=True)
-    return SschaState(atoms, as_repeats(stored["repeats"]), stored["force_constants"], float(stored["temperature"]))
+def _state(arrays: Mapping[str, Any]) -> SschaState:
+    stored = renamed(arrays)
+    atoms = Atoms(
+        numbers=stored["numbers"],
+        positions=stored["centroids"],
+        cell=stored["cell"],
+        masses=stored["masses"],
+        pbc=True,
+    )
+    return SschaState(
+        atoms,
+        as_supercell_matrix(stored["supercell_matrix"]),
+        stored["force_constants"],
+        float(stored["temperature"]),
+    )

@@ -1,6 +1,7 @@
-"""One SSCHA run, population by population: for whoever decides after each one whether it deserves more.
+"""One SSCHA run, population by population: the caller decides after each whether to go on.
 
-Every population is a fresh ensemble of the state it was drawn from, so that its averages are free of the bias of the
+Every population is a fresh ensemble of the state it was drawn from, so that its averages are free
+of the bias of the
 minimisation: that bias (low, by about free parameters over configurations) shows in no error bar.
 """
 
@@ -15,17 +16,38 @@ import numpy as np
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.begin import begin_run, same_gaussian
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
-from magus_anharmonic.sscha.identity import EXACT, SIGMAS, SURE, Higher, Question, higher_symmetries, symmetrised, undecided
+from magus_anharmonic.sscha.identity import (
+    EXACT,
+    SIGMAS,
+    SURE,
+    Higher,
+    Question,
+    higher_symmetries,
+    symmetrised,
+    undecided,
+)
+from magus_anharmonic.sscha.initial_state import same_gaussian, start_run
 from magus_anharmonic.sscha.result import RunFolder, SschaResult
-from magus_anharmonic.sscha.sampling import draw, evaluated
-from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, Start, floor_modes, nearest_neighbour
+from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
+from magus_anharmonic.sscha.start import (
+    LARGEST_AMPLITUDE_LATER,
+    Start,
+    floor_modes,
+    nearest_neighbour,
+)
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import SIGNIFICANT, Progress, Task, finished_result, gibbs_energy, unconverged
+from magus_anharmonic.sscha.task import (
+    SIGNIFICANT,
+    Progress,
+    Task,
+    finished_result,
+    gibbs_energy,
+    unconverged,
+)
 from magus_anharmonic.sscha.warnings import MELTED, lindemann_ratios, melted
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
@@ -37,43 +59,51 @@ SAMPLING_TAG = 7319
 VOLUME_LIMITS = (0.5, 2.0)
 """Volume over that of the start, outside of which a run has failed."""
 NEIGHBOUR_LIMITS = (0.55, 1.6)
-"""Nearest-neighbour distance of an atom over that at the start, outside of which a run has failed."""
-TOGETHER = 8
-"""Most populations of one cell that a minimisation uses."""
+"""Nearest-neighbour distance of an atom over that at the start, outside of which a run has
+failed."""
+MAX_POOLED = 8
+"""Most populations of one cell that a minimisation pools."""
 KEEP_CELL = 0.5
-"""Part of the tolerances of energy and strain: with less than that left, or less than noise, the cell stays, so that the populations
-can be used together."""
-APPROACH = 0.25
-"""Part of ``n_configs`` of a population that only shows the way: the first, and those after a minimisation that used its
-sample up before it got to the minimum."""
-SMALLEST_APPROACH = (20, 100)
-"""Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the cell without symmetry (a
-force component has to determine an eighth of a force constant), divided by the operations; not outside of these two."""
+"""Part of the tolerances of energy and strain: with less than that left, or less than noise, the
+cell stays, so that the populations can be pooled."""
+BURN_IN_FRACTION = 0.25
+"""Fraction of ``n_configs`` in a burn-in population: the first, and those after a minimisation that
+used its sample up before it got to the minimum."""
+SMALLEST_BURN_IN = (20, 100)
+"""Least configurations of a burn-in population, where ``n_configs`` allows: 12 for every atom of
+the cell without symmetry (a force component has to determine an eighth of a force constant),
+divided by the operations; not outside of these two."""
 QUESTIONS = 4
 """Most populations that decide between two phases."""
 RATIO = "lindemann_ratio"
 """Column of ``convergence.csv``: the largest of the state's."""
 USED_UP = 1.2
-"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its sample."""
+"""Times ``min_effective_sample``: a minimisation that ended below it ended because of its
+sample."""
 
 
 class SschaRun:
-    """A run that can be stopped after any population and finished, or left and taken up again from its folder.
+    """A run that can be stopped after any population and finished, or left and taken up again from
+    its folder.
 
-    state : that of the last population (before the first: the start). averages : of the last population. reason : why the
-    last population does not end the run, empty when it does. progress : the table and the free energies so far.
+    state : that of the last population (before the first: the start). averages : of the last
+    population. reason : why the last population does not end the run, empty when it does. progress
+    : the table and the free energies so far.
     """
 
-    def __init__(self, task: Task, evaluator: Evaluator, folder: RunFolder, progress: Progress | None = None) -> None:
-        """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError`` as `begin_run` does."""
+    def __init__(
+        self, task: Task, evaluator: Evaluator, folder: RunFolder, progress: Progress | None = None
+    ) -> None:
+        """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError``
+        as `start_run` does."""
         self._began = time.perf_counter()
         self.task, self.folder = task, folder
         self._evaluator = evaluator
         self.progress = progress if progress is not None else Progress()
-        self.start = self._begin()
+        self.start = self._read_or_make_start()
         self.progress.n_evaluations = self.start.n_evaluations
         self.state = self.start.state
-        self.symmetry = Symmetry(self.state.atoms, self.state.repeats)
+        self.symmetry = Symmetry(self.state.atoms, self.state.supercell_matrix)
         self.averages: Averages | None = None
         self.reason = "no population yet"
         self._cell = self.start.stiffness(self.symmetry, task.pressure)
@@ -81,9 +111,10 @@ class SschaRun:
         self._numbers: list[list[int]] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
         self._limited = False
-        # another model's minimum is near, but not this one's: its first population only shows the way too
-        self._far = task.start is None or task.configurations is not None
-        self._approach = False
+        # another model's minimum is near, but not this one's: its first population only shows the
+        # way too
+        self._burn_in_next = task.start is None or task.configurations is not None
+        self._burn_in = False
         self._size = 0
         self._group = ""
         self._nearest: Higher | None = None
@@ -96,11 +127,15 @@ class SschaRun:
         self._restore()
 
     def _usual_size(self) -> int:
-        """Configurations of the next population: fewer while they only show the way."""
+        """Configurations of the next population: fewer in burn-in."""
         settings = self.task.settings
         full, most = settings.configurations(self.n_populations + 1), settings.n_configs
-        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_APPROACH))
-        return 2 * (min(full, max(int(APPROACH * most), least)) // 2) if self._approach else full
+        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
+        return (
+            2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
+            if self._burn_in
+            else full
+        )
 
     @property
     def n_populations(self) -> int:
@@ -115,15 +150,19 @@ class SschaRun:
     def precise(self) -> bool:
         """Whether the sampling error of G is as small as ``error_tolerance`` asks."""
         tolerance = self.task.settings.error_tolerance
-        return tolerance is None or (bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance)
+        return tolerance is None or (
+            bool(self.progress.gibbs) and self.progress.gibbs[-1][1] <= tolerance
+        )
 
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
-        """Minimise on the populations so far, then draw and average the next one, of ``n_configs`` (default: as many as the settings say).
+        """Minimise on the populations so far, then sample and average the next one, of
+        ``n_configs`` (default: as many as the settings say).
 
-        A run that has converged, but for the question which phase it is, stays where it is: the next population is one more of the
-        same state, and is averaged with the last, so that the error of G falls. Returns its row of ``convergence.csv``. Raises
-        ``SschaError`` when the crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are not finite;
-        what was done before stays in ``progress``.
+        A run that has converged, but for the question which phase it is, stays where it is: the
+        next population is one more of the same state, and is averaged with the last, so that the
+        error of G falls. Returns its row of ``convergence.csv``. Raises ``SschaError`` when the
+        crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are
+        not finite; what was done before stays in ``progress``.
         """
         self._requests.append(n_configs)
         if self.averages is not None and (self.converged or self._once_more):
@@ -134,15 +173,16 @@ class SschaRun:
             self._return(self._back)
         elif self._populations:
             self._minimise()
-        self._approach = n_configs is None and self._far
+        self._burn_in = n_configs is None and self._burn_in_next
         self._size = n_configs or self._usual_size()
-        ensemble = self._draw(self._size)
-        self._populations = [*self._populations, (self.state, ensemble)][-TOGETHER:]
-        self._numbers = [*self._numbers, [self.n_populations + 1]][-TOGETHER:]
+        ensemble = self._sample(self._size)
+        self._populations = [*self._populations, (self.state, ensemble)][-MAX_POOLED:]
+        self._numbers = [*self._numbers, [self.n_populations + 1]][-MAX_POOLED:]
         return self._average(ensemble)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
-        """The result. With ``n_configs`` one more ensemble first: of the same state, and both together where the run has converged."""
+        """The result. With ``n_configs`` one more ensemble first: of the same state, and both
+        together where the run has converged."""
         if n_configs is not None or self.averages is None:
             self.advance(n_configs)
         assert self.averages is not None
@@ -151,35 +191,47 @@ class SschaRun:
             raise SschaError(loose)
         reason = "; ".join(filter(None, ("" if self._open else self.reason, loose)))
         group = self._open or self._group
-        result = finished_result(self.task, self.state, self.averages, self.progress, self.start, reason, group, self._began)
+        result = finished_result(
+            self.task,
+            self.state,
+            self.averages,
+            self.progress,
+            self.start,
+            reason,
+            group,
+            self._began,
+        )
         if self._open and result.converged:
             result = replace(result, reason=self.reason)
         self.folder.write_result(result)
         return result
 
     def _missing(self) -> int:
-        """Configurations that bring the error of G below ``error_tolerance``, as far as ``n_configs`` allows."""
+        """Configurations that bring the error of G below ``error_tolerance``, as far as
+        ``n_configs`` allows."""
         tolerance, most = self.task.settings.error_tolerance, self.task.settings.n_configs
         if tolerance is None:
             return most
-        wanted = len(self._populations[-1][1].energies) * (1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0)
-        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH[0], most), most)) // 2)
+        wanted = len(self._populations[-1][1].energies) * (
+            1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0
+        )
+        return 2 * (int(np.clip(wanted, min(SMALLEST_BURN_IN[0], most), most)) // 2)
 
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
         state, last = self._populations[-1]
-        more = self._draw(n_configs)
-        together = joined([last, more])
-        self._populations[-1] = (state, together)
+        more = self._sample(n_configs)
+        pooled = joined([last, more])
+        self._populations[-1] = (state, pooled)
         self._numbers[-1] = [*self._numbers[-1], self.n_populations + 1]
         self._predicted = None
-        return self._average(together)
+        return self._average(pooled)
 
-    def _begin(self) -> Start:
-        begin = self.folder.read_start()
-        if begin is None:
+    def _read_or_make_start(self) -> Start:
+        start = self.folder.read_start()
+        if start is None:
             task = self.task
-            begin = begin_run(
+            start = start_run(
                 task.atoms,
                 self._evaluator,
                 task.settings,
@@ -188,44 +240,61 @@ class SschaRun:
                 masses=task.masses,
                 start=task.start,
             )
-            self.folder.write_start(begin)
-        return begin
+            self.folder.write_start(start)
+        return start
 
     def _minimise(self) -> None:
-        """Move the state: centroids and force constants by the engine, the cell by the stress response."""
+        """Move the state: centroids and force constants by the engine, the cell by the stress
+        response."""
         settings = self.task.settings
         minimised = engine(settings.engine)(
-            self._populations, self.symmetry, min_effective_sample=settings.min_effective_sample, log=self.folder.log
+            self._populations,
+            self.symmetry,
+            min_effective_sample=settings.min_effective_sample,
+            log=self.folder.log,
         )
         self.progress.rows[-1].update(_of_minimisation(minimised))
         self.folder.write_convergence(self.progress.rows)
-        log.debug("%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample)
+        log.debug(
+            "%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample
+        )
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         self._limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
-        self._far = used_up and self.n_populations < settings.max_populations // 2
+        self._burn_in_next = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
         if self._cell is not None:
             self._strain(self._cell, minimised.stress)
 
     def _strain(self, cell: CellStiffness, stress: np.ndarray) -> None:
-        """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is noise or not worth a new sample."""
+        """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is
+        noise or not worth a new sample."""
         assert self.averages is not None
         settings, n = self.task.settings, len(self.state.atoms)
         excess = cell.excess(stress)
         left = cell.compliance @ excess
-        gain = 0.5 * self.state.atoms.get_volume() * (excess @ left - np.sum(cell.compliance * self.averages.noise)) / n
+        gain = (
+            0.5
+            * self.state.atoms.get_volume()
+            * (excess @ left - np.sum(cell.compliance * self.averages.noise))
+            / n
+        )
         worth = gain > KEEP_CELL * max(settings.free_energy_tolerance, self.progress.gibbs[-1][1])
-        far = np.abs(left) > np.maximum(KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error)
+        far = np.abs(left) > np.maximum(
+            KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error
+        )
         step = cell.step(excess)
         if worth or np.any(far):
             self._predicted = (excess, step)
             compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
-            self.state = self.state.strained(cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3))
+            self.state = self.state.strained(
+                cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3)
+            )
             self._populations, self._numbers = [], []
 
-    def _draw(self, n_configs: int) -> Ensemble:
-        """The next ensemble of the state: from the folder if it is there, else drawn and evaluated in one call."""
+    def _sample(self, n_configs: int) -> Ensemble:
+        """The next ensemble of the state: from the folder if it is there, else drawn and evaluated
+        in one call."""
         number = self.n_populations + 1
         stored = self.folder.read_population(number, self.state)
         if stored is not None:
@@ -237,18 +306,27 @@ class SschaRun:
         return ensemble
 
     def _fresh(self, number: int, n_configs: int) -> Ensemble:
-        """An ensemble of the state: the first one from the configurations that another model left, as far as they go."""
+        """An ensemble of the state: the first one from the configurations that another model left,
+        as far as they go."""
         seed, what = [self.task.seed, number, SAMPLING_TAG], f"population {number}"
-        earlier, begin = self.task.configurations, self.task.start
-        if number > 1 or earlier is None or begin is None or not same_gaussian(begin, self.state):
-            return draw(self.state, n_configs, seed, self._evaluator, what)
+        earlier, start = self.task.configurations, self.task.start
+        if number > 1 or earlier is None or start is None or not same_gaussian(start, self.state):
+            return sample_ensemble(self.state, n_configs, seed, self._evaluator, what)
         first = evaluated(self.state, earlier[:n_configs], self._evaluator, what)
-        log.info("population 1: %d configurations of another model's run, evaluated again", len(first.energies))
+        log.info(
+            "population 1: %d configurations of another model's run, evaluated again",
+            len(first.energies),
+        )
         missing = n_configs - len(first.energies)
-        return joined([first, draw(self.state, missing, seed, self._evaluator, what)]) if missing else first
+        return (
+            joined([first, sample_ensemble(self.state, missing, seed, self._evaluator, what)])
+            if missing
+            else first
+        )
 
     def _remember(self) -> None:
-        """What `_restore` needs besides the populations; the run goes on from here without going over them again."""
+        """What `_restore` needs besides the populations; the run goes on from here without going
+        over them again."""
         assert self.averages is not None
         cell = self._cell
         self.folder.write_progress(
@@ -256,7 +334,7 @@ class SschaRun:
                 "rows": self.progress.rows,
                 "gibbs": self.progress.gibbs,
                 "n_evaluations": self.progress.n_evaluations,
-                "together": self._numbers,
+                "pooled": self._numbers,
                 "cell": None if cell is None else [cell.matrix.tolist(), cell.covariance.tolist()],
                 "limited": self._limited,
                 "asked": self._asked,
@@ -264,33 +342,45 @@ class SschaRun:
                 "open": self._open,
                 "moved": self._moved,
                 "requests": self._requests,
-                "far": self._far,
+                "burn_in": self._burn_in_next,
                 "reason": self.reason,
             }
         )
 
     def _restore(self) -> None:
-        """Take up a run after its last population; one that was kept in another way begins anew, on the populations it left."""
+        """Take up a run after its last population; one that was kept in another way begins anew, on
+        the populations it left."""
         stored = self.folder.read_progress()
         if stored is None or len(stored["rows"]) > self.task.settings.max_populations:
             return
         if stored["moved"]:
-            # the few runs that were moved onto another symmetry go over their populations again: there are two states to keep
+            # the few runs that were moved onto another symmetry go over their populations again:
+            # there are two states to keep
             for request in stored["requests"]:
                 self.advance(request)
             return
-        populations = [self.folder.read_together(numbers, self.state) for numbers in stored["together"]]
+        populations = [self.folder.read_pooled(numbers, self.state) for numbers in stored["pooled"]]
         if not populations or None in populations:
             return
-        self._numbers, self._populations = stored["together"], [found for found in populations if found is not None]
-        self.progress.rows, self.progress.gibbs = stored["rows"], [(gibbs, error) for gibbs, error in stored["gibbs"]]
+        self._numbers, self._populations = (
+            stored["pooled"],
+            [found for found in populations if found is not None],
+        )
+        self.progress.rows, self.progress.gibbs = (
+            stored["rows"],
+            [(gibbs, error) for gibbs, error in stored["gibbs"]],
+        )
         self.progress.n_evaluations = stored["n_evaluations"]
         self.state, ensemble = self._populations[-1]
         if stored["cell"] is not None and self._cell is not None:
             matrix, covariance = (np.array(array) for array in stored["cell"])
             self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
         self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
-        self._limited, self._far, self.reason = stored["limited"], stored["far"], stored["reason"]
+        self._limited, self._burn_in_next, self.reason = (
+            stored["limited"],
+            stored["burn_in"],
+            stored["reason"],
+        )
         self._asked, self._group, self._open = stored["asked"], stored["group"], stored["open"]
         self._requests = stored["requests"]
 
@@ -304,20 +394,32 @@ class SschaRun:
         self.progress.rows.append(row)
         self.folder.write_convergence(self.progress.rows)
         log.info(
-            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by %.2f meV/atom; ESS on the way %.2f",
-            number, self.task.settings.max_populations, row["gibbs_eV_per_atom"], row["error_eV_per_atom"],
-            row["pressure_GPa"], 1e3 * row["predicted_decrease_eV_per_atom"],
+            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by"
+            " %.2f meV/atom; ESS on the way %.2f",
+            number,
+            self.task.settings.max_populations,
+            row["gibbs_eV_per_atom"],
+            row["error_eV_per_atom"],
+            row["pressure_GPa"],
+            1e3 * row["predicted_decrease_eV_per_atom"],
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
-        )  # fmt: skip
+        )
         _require_crystal(self.state, self.start.state)
-        # a state on the way may be too wide; two in a row are where the run goes
-        if number > 1 and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
+        # a state before convergence may be too wide; two in a row are where the run goes
+        if (
+            number > 1
+            and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED
+            and (reason := melted(self.state))
+        ):
             raise SschaError(reason)
         self.reason = unconverged(self.averages, self.progress, len(self.state.atoms), self.task)
         if self._limited:
-            limit = f"soft modes were kept from moving neighbours by more than {LARGEST_AMPLITUDE_LATER:g} of their distance"
+            limit = (
+                "soft modes were kept from moving neighbours by more than"
+                f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
+            )
             self.reason = "; ".join(filter(None, (self.reason, limit)))
-        if self._approach and self._size < self.task.settings.n_configs and not self.reason:
+        if self._burn_in and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
         self._once_more, self._open = False, ""
         self.reason = self.reason or self._identity(ensemble)
@@ -325,7 +427,8 @@ class SschaRun:
         return row
 
     def _identity(self, ensemble: Ensemble) -> str:
-        """What is open about the phase that a relaxed run is in, both answers in ``self._open``; empty once ``self._group`` is known."""
+        """What is open about the phase that a relaxed run is in, both answers in ``self._open``;
+        empty once ``self._group`` is known."""
         assert self.averages is not None
         if self._group:
             return ""
@@ -338,18 +441,30 @@ class SschaRun:
         if near:
             self._nearest, self._moved = near[-1], True
             self._open = undecided(mine, near[-1].group, near[-1].sigmas)
-            return f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be looked at"
+            return (
+                f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be"
+                " looked at"
+            )
         unsure = [one for one in higher if SIGMAS <= one.sigmas < SURE]
         if unsure and self._asked == 1:
             self._open = undecided(mine, unsure[0].group, unsure[0].sigmas)
-            return f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is to be seen again"
+            return (
+                f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is"
+                " to be seen again"
+            )
         self._group = mine
         return ""
 
     def _answer(self, question: Question, ensemble: Ensemble, mine: str) -> str:
-        """Whether the higher symmetry that the run was moved onto is a minimum of the free energy."""
+        """Whether the higher symmetry that the run was moved onto is a minimum of the free
+        energy."""
         sigmas = question.sigmas(self.state, ensemble)
-        log.info("%s: curvature towards %s is %.1f standard errors above zero", mine, question.group, sigmas)
+        log.info(
+            "%s: curvature towards %s is %.1f standard errors above zero",
+            mine,
+            question.group,
+            sigmas,
+        )
         self._open = undecided(question.group, mine, sigmas)
         if sigmas < -SIGMAS:
             self._back = question
@@ -367,7 +482,7 @@ class SschaRun:
         state, self.symmetry = symmetrised(lower, higher)
         self._question = Question(lower, symmetry, space_group(lower.atoms, EXACT), higher.toward)
         self.state = floor_modes(state, self.symmetry, LARGEST_AMPLITUDE_LATER)
-        self._limited, self._nearest, self._far = False, None, False
+        self._limited, self._nearest, self._burn_in_next = False, None, False
         self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
         self._populations, self._numbers = [], []
 
@@ -377,7 +492,9 @@ class SschaRun:
         self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
         self._populations, self._numbers, self._question, self._back = [], [], None, None
 
-    def _learn(self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray) -> None:
+    def _learn(
+        self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray
+    ) -> None:
         """What the last step of the cell did to the stress, into the stiffness; once for a step."""
         found = average(self.state, ensemble, self.symmetry, cell=cell)
         # the stress before the step was an average over a population of about this size too
@@ -385,22 +502,23 @@ class SschaRun:
         self._predicted = None
 
 
-def _require_crystal(state: SschaState, begin: SschaState) -> None:
+def _require_crystal(state: SschaState, start: SschaState) -> None:
     """Raise ``SschaError`` when the crystal has come apart."""
-    ratio = state.atoms.get_volume() / begin.atoms.get_volume()
+    ratio = state.atoms.get_volume() / start.atoms.get_volume()
     if not VOLUME_LIMITS[0] < ratio < VOLUME_LIMITS[1]:
         raise SschaError(f"dissociated: the volume is {ratio:.2f} times that of the start")
-    neighbours = nearest_neighbour(state.atoms) / nearest_neighbour(begin.atoms)
+    neighbours = nearest_neighbour(state.atoms) / nearest_neighbour(start.atoms)
     worst = int(np.argmax(np.abs(np.log(neighbours))))
     if not NEIGHBOUR_LIMITS[0] < neighbours[worst] < NEIGHBOUR_LIMITS[1]:
         raise SschaError(
-            f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]}) "
-            f"is at {neighbours[worst]:.2f} times its distance at the start"
+            f"dissociated: the nearest neighbour of atom {worst + 1} ({state.atoms.symbols[worst]})"
+            f" is at {neighbours[worst]:.2f} times its distance at the start"
         )
 
 
 def _row(number: int, state: SschaState, averages: Averages, progress: Progress) -> dict[str, Any]:
-    """One line of ``convergence.csv``; the four columns from ``effective_sample`` on are of the minimisation on this population, if any."""
+    """One line of ``convergence.csv``; the four columns from ``effective_sample`` on are of the
+    minimisation on this population, if any."""
     n = len(state.atoms)
     gibbs, error = progress.gibbs[-1]
     return {
@@ -412,7 +530,7 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         # the diagonal components taken as wholly correlated: an upper bound
         "pressure_error_GPa": float(np.trace(averages.stress_error)) / 3.0 * EV_PER_A3_IN_GPA,
         "volume_A3_per_atom": state.atoms.get_volume() / n,
-        "predicted_decrease_eV_per_atom": averages.decrease / n,
+        "predicted_decrease_eV_per_atom": averages.predicted_decrease / n,
         "centroid_force_eV_per_A": float(np.abs(averages.force).max()),
         "effective_sample": 1.0,
         "fc_gradient_eV_per_A2": None,

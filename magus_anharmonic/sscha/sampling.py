@@ -11,13 +11,19 @@ from magus_anharmonic.sscha.start import CountingEvaluator
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
 
 
-def draw(state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, what: str) -> Ensemble:
-    """``n_configs`` configurations drawn from the state with ``seed`` and evaluated; ``what`` is for the messages."""
+def sample_ensemble(
+    state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, what: str
+) -> Ensemble:
+    """``n_configs`` configurations drawn from the state with ``seed`` and evaluated; ``what`` is
+    for the messages."""
     return evaluated(state, sample(state, n_configs, np.random.default_rng(seed)), evaluator, what)
 
 
-def evaluated(state: SschaState, displacements: np.ndarray, evaluator: Evaluator, what: str) -> Ensemble:
-    """The ensemble of ``displacements`` (n_configs, n_supercell, 3), A. Raises ``SschaError`` for numbers that are not finite, or none."""
+def evaluated(
+    state: SschaState, displacements: np.ndarray, evaluator: Evaluator, what: str
+) -> Ensemble:
+    """The ensemble of ``displacements`` (n_configs, n_supercell, 3), A. Raises ``SschaError`` for
+    numbers that are not finite, or none."""
     try:
         found = CountingEvaluator(evaluator).evaluate(displaced(state, displacements))
     except InputError as error:

@@ -18,19 +18,28 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.ensemble import Averages
+from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
-from magus_anharmonic.structures import bare, space_group, structure_id
+from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 NOT_OF_A_RUN = (
-    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence", "keep_best", "budget", "hessian"
-)  # fmt: skip
+    "temperature",
+    "when",
+    "max_candidates",
+    "window",
+    "seed_back",
+    "allocation",
+    "confidence",
+    "keep_best",
+    "budget",
+    "hessian",
+)
 """Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 
 
@@ -38,8 +47,9 @@ NOT_OF_A_RUN = (
 class Task:
     """What to compute: a validated, immutable request.
 
-    configurations : displacements (n, n_supercell, 3) in A that another model's run drew from ``start``: evaluated again, they are
-    as good as new ones, because what they were drawn from does not depend on the model.
+    configurations : displacements (n, n_supercell, 3) in A that another model's run drew from
+    ``start``: evaluated again, they are as good as new ones, because what they were drawn from does
+    not depend on the model.
     """
 
     atoms: Atoms
@@ -53,7 +63,8 @@ class Task:
     configurations: np.ndarray | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Everything on which the numbers depend; two runs with the same identity are the same run."""
+        """Everything on which the numbers depend; two runs with the same identity are the same
+        run."""
         ignored = {*NOT_OF_A_RUN, "max_populations", "error_tolerance"}
         return {
             "structure": structure_id(self.atoms),
@@ -81,22 +92,28 @@ class Progress:
 SIGNIFICANT = 2.0
 """Standard errors beyond which something left of the relaxation counts."""
 LARGEST_CORRECTION = 5e-3
-"""eV/atom: further from the minimum, or less well known, its height cannot be told by the gradients."""
+"""eV/atom: further from the minimum, or less well known, its height cannot be told by the
+gradients."""
 LARGEST_POSITION_ERROR = 0.1
 """Angstrom: centroids that are known less well are not known at all."""
 LARGEST_STRAIN_ERROR = 0.1
 
 
 def correctable(averages: Averages, n: int) -> bool:
-    """Whether what a state of ``n`` atoms lies above the minimum is small enough, and known well enough, to be taken off."""
-    height, error = averages.decrease / n, (averages.minimum_error - averages.helmholtz_error) / n
+    """Whether what a state of ``n`` atoms lies above the minimum is small enough, and known well
+    enough, to be taken off."""
+    height, error = (
+        averages.predicted_decrease / n,
+        (averages.minimum_error - averages.helmholtz_error) / n,
+    )
     return bool(abs(height) < LARGEST_CORRECTION and error < LARGEST_CORRECTION)
 
 
 def unconverged(averages: Averages, progress: Progress, n: int, task: Task) -> str:
     """Why the run of a cell of ``n`` atoms has to go on; empty when it has converged.
 
-    The last two populations agree when their G, each an estimate of the same minimum, differ by no more than their errors.
+    The last two populations agree when their G, each an estimate of the same minimum, differ by no
+    more than their errors.
     """
     gibbs, error = progress.gibbs[-1]
     issues = open_issues(averages, error, n, task)
@@ -105,34 +122,48 @@ def unconverged(averages: Averages, progress: Progress, n: int, task: Task) -> s
     else:
         before, error_before = progress.gibbs[-2]
         if not abs(gibbs - before) <= SIGNIFICANT * np.hypot(error, error_before) + 1e-6:
-            issues.append(f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population")
+            issues.append(
+                f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population"
+            )
     return "; ".join(issues)
 
 
 def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[str]:
-    """What one ensemble of a cell of ``n`` atoms says against the end of the run; ``error`` : of G, eV/atom.
+    """What one ensemble of a cell of ``n`` atoms says against the end of the run; ``error`` : of G,
+    eV/atom.
 
-    What is left is measured in energy and in the parameter itself, each by its own stiffness; noise is not left to relax, but so
-    much of it that nothing is known is no end either.
+    What is left is measured in energy and in the parameter itself, each by its own stiffness; noise
+    is not left to relax, but so much of it that nothing is known is no end either.
     """
     settings, issues = task.settings, []
     strain = np.abs(averages.strain)
     off = np.abs(averages.stress * EV_PER_A3_IN_GPA + np.eye(3) * task.pressure).max()
     if np.any(strain > np.maximum(settings.strain_tolerance, SIGNIFICANT * averages.strain_error)):
-        issues.append(f"stress {off:.2f} GPa off the target, a strain of {100 * strain.max():.2g} %")
-    elif settings.cell == "variable" and settings.pressure_tolerance is not None and off >= settings.pressure_tolerance:
+        issues.append(
+            f"stress {off:.2f} GPa off the target, a strain of {100 * strain.max():.2g} %"
+        )
+    elif (
+        settings.cell == "variable"
+        and settings.pressure_tolerance is not None
+        and off >= settings.pressure_tolerance
+    ):
         issues.append(f"stress {off:.2f} GPa off the target")
     shift = np.abs(averages.shift)
-    if np.any(shift > np.maximum(settings.centroid_tolerance, SIGNIFICANT * averages.position_error)):
+    if np.any(
+        shift > np.maximum(settings.centroid_tolerance, SIGNIFICANT * averages.position_error)
+    ):
         issues.append(f"centroids are still to move by {shift.max():.3f} A")
     if not np.all(averages.position_error < LARGEST_POSITION_ERROR):
         issues.append(f"centroids are known to {averages.position_error.max():.2f} A only")
     if not np.all(averages.strain_error < LARGEST_STRAIN_ERROR):
         issues.append(f"the cell is known to {100 * averages.strain_error.max():.0f} % only")
-    if averages.decrease / n >= max(settings.free_energy_tolerance, error):
-        issues.append(f"G may still fall by {averages.decrease / n * 1e3:.2f} meV/atom")
+    if averages.predicted_decrease / n >= max(settings.free_energy_tolerance, error):
+        issues.append(f"G may still fall by {averages.predicted_decrease / n * 1e3:.2f} meV/atom")
     elif not correctable(averages, n):
-        issues.append(f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f} meV/atom only")
+        issues.append(
+            f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f}"
+            " meV/atom only"
+        )
     return issues
 
 
@@ -142,29 +173,39 @@ NAN = float("nan")
 def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
-    Of the minimum that the state is near: what it lies above that is known from the gradients (`Averages.decrease`) and taken off. Of the
-    state itself, an upper bound, where that is not `correctable`.
+    Of the minimum that the state is near: what it lies above that is known from the gradients
+    (`Averages.predicted_decrease`) and taken off. Of the state itself, an upper bound, where that
+    is not `correctable`.
     """
     n = len(state.atoms)
     plain = (averages.helmholtz + pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()) / n
     if not correctable(averages, n):
         return float(plain), averages.helmholtz_error / n
-    return float(plain - averages.decrease / n), averages.minimum_error / n
+    return float(plain - averages.predicted_decrease / n), averages.minimum_error / n
 
 
 def centroid_tolerance(state: SschaState, averages: Averages) -> float:
-    """Tolerance in A for the space group of the centroids, from their error and what is left of the relaxation."""
+    """Tolerance in A for the space group of the centroids, from their error and what is left of the
+    relaxation."""
     strain = float(np.max(np.abs(averages.strain) + 2.0 * averages.strain_error, initial=0.0))
     error = averages.position_error + np.abs(averages.shift) / 3.0
     return statistical_tolerance(error, strain, float(state.atoms.cell.lengths().max()))
 
 
 def finished_result(
-    task: Task, state: SschaState, averages: Averages, progress: Progress, begin: Start, reason: str, group: str, began: float
+    task: Task,
+    state: SschaState,
+    averages: Averages,
+    progress: Progress,
+    start: Start,
+    reason: str,
+    group: str,
+    began: float,
 ) -> SschaResult:
     """The result of a run with a usable last state; ``reason`` is empty when it has converged.
 
-    ``group`` : its space group, where that was decided (`identity`); else that of the centroids within their error.
+    ``group`` : its space group, where that was decided (`identity`); else that of the centroids
+    within their error.
     """
     n = len(state.atoms)
     finite = finite_size_term(state, task.settings.reference_spacing)
@@ -186,17 +227,17 @@ def finished_result(
         pressure=float(-np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        decrease=max(0.0, averages.decrease) / n,
+        predicted_decrease=max(0.0, averages.predicted_decrease) / n,
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
-        space_group_start=space_group(begin.state.atoms, 0.01),
+        space_group_start=space_group(start.state.atoms, 0.01),
         space_group=group or space_group(state.atoms, tolerance),
         symmetry_tolerance=tolerance,
         n_evaluations=progress.n_evaluations,
         n_populations=len(progress.gibbs),
         n_configs=task.settings.n_configs,
         n_atoms_supercell=n * state.n_cells,
-        supercell=state.repeats,
+        supercell=state.supercell_matrix,
         interpolated_imaginary=finite.imaginary,
         model_id=task.model_id,
         seconds=time.perf_counter() - began,
@@ -205,10 +246,11 @@ def finished_result(
 
 
 def failed_result(task: Task, reason: str, progress: Progress, began: float) -> SschaResult:
-    """The result of a run without a usable state, with the numbers of its last population (finite-size term left out)."""
+    """The result of a run without a usable state, with the numbers of its last population
+    (finite-size term left out)."""
     gibbs, error = progress.gibbs[-1] if progress.gibbs else (NAN, NAN)
     last = progress.rows[-1] if progress.rows else {}
-    atoms: Atoms = bare(task.atoms)
+    atoms: Atoms = stripped(task.atoms)
     found = space_group(atoms, task.settings.symprec)
     return SschaResult(
         status="failed",
@@ -225,7 +267,7 @@ def failed_result(task: Task, reason: str, progress: Progress, began: float) -> 
         pressure=last.get("pressure_GPa", NAN),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        decrease=last.get("predicted_decrease_eV_per_atom", NAN),
+        predicted_decrease=last.get("predicted_decrease_eV_per_atom", NAN),
         centroids=atoms,
         position_error=NAN,
         space_group_start=found,

@@ -1,18 +1,21 @@
 """Space groups of centroids, and the way down an unstable mode.
 
-The space group of SSCHA centroids: what their statistical error supports, and the group against the tolerance.
+The space group of SSCHA centroids: what their statistical error supports, and the group against the
+tolerance.
 
-A tolerance alone decides nothing: at 0.1 A everything is cubic. For every group that spglib finds at some tolerance, the
-structure is moved onto that symmetry; a group is supported when no atom has to move by more than three of its standard
-errors, and the cell by no more than its own.
+A tolerance alone decides nothing: at 0.1 A everything is cubic. For every group that spglib finds
+at some tolerance, the structure is moved onto that symmetry; a group is supported when no atom has
+to move by more than three of its standard errors, and the cell by no more than its own.
 
 From a saddle point of the free energy down its unstable mode: the start of a run in the subgroup.
 
-The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of the new primitive cell. Where
-the mode is degenerate, the direction is the one of lowest static energy among the simple ones, and of those the most symmetric.
+The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of
+the new primitive cell. Where the mode is degenerate, the direction is the one of lowest static
+energy among the simple ones, and of those the most symmetric.
 
-The run below starts harmonic, as any other. From the force constants of the saddle it would go back: at fixed force constants the
-free energy of SSCHA is convex in the centroids, and the saddle's wide Gaussian hides the well that a narrow one falls into.
+The run below starts harmonic, as any other. From the force constants of the saddle it would go
+back: at fixed force constants the free energy of SSCHA is convex in the centroids, and the saddle's
+wide Gaussian hides the well that a narrow one falls into.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from magus_anharmonic.sscha.hessian import Hessian, levels
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import nearest_neighbour
 from magus_anharmonic.sscha.state import fourier, variance
-from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, supercell_matrix
+from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, shape_supercell_matrix
 from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
 from magus_anharmonic.units import HBAR
 
@@ -40,15 +43,16 @@ SIGMAS = 3.0
 TOLERANCES = np.geomspace(1e-3, 0.5, 55)
 """Angstrom."""
 STRAIN_ERROR = 1e-3
-"""Standard error of the cell where none is known: 0.5 GPa over the bulk modulus of a crystal at high pressure."""
+"""Standard error of the cell where none is known: 0.5 GPa over the bulk modulus of a crystal at
+high pressure."""
 
 
 @dataclass(frozen=True)
 class GroupStep:
     """One space group and the tolerances (A) at which it is found.
 
-    shift : largest move of an atom onto the symmetry, A; pull : the same in standard errors; strain : largest
-    component of the strain onto the symmetry; n_operations : of the cell as given.
+    shift : largest move of an atom onto the symmetry, A; pull : the same in standard errors; strain
+    : largest component of the strain onto the symmetry; n_operations : of the cell as given.
     """
 
     group: str
@@ -63,7 +67,8 @@ class GroupStep:
 
 @dataclass(frozen=True)
 class SupportedGroup:
-    """group : the highest supported one, at ``tolerance`` A; steps : from the finest to the coarsest tolerance."""
+    """group : the highest supported one, at ``tolerance`` A; steps : from the finest to the
+    coarsest tolerance."""
 
     group: str
     tolerance: float
@@ -71,19 +76,33 @@ class SupportedGroup:
 
     def curve(self) -> list[tuple[float, str]]:
         """(tolerance in A, space group) for a table or a figure."""
-        return [(float(t), step.group) for step in self.steps for t in TOLERANCES if step.first <= t <= step.last]
+        return [
+            (float(t), step.group)
+            for step in self.steps
+            for t in TOLERANCES
+            if step.first <= t <= step.last
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        return {"group": self.group, "tolerance_A": self.tolerance, "steps": [vars(step) for step in self.steps]}
+        return {
+            "group": self.group,
+            "tolerance_A": self.tolerance,
+            "steps": [vars(step) for step in self.steps],
+        }
 
 
-def supported_group(atoms: Atoms, position_error: np.ndarray | float, strain_error: float = STRAIN_ERROR) -> SupportedGroup:
+def supported_group(
+    atoms: Atoms, position_error: np.ndarray | float, strain_error: float = STRAIN_ERROR
+) -> SupportedGroup:
     """The group that the errors of the centroids support.
 
-    position_error : standard error of each coordinate in A, (n, 3), (n, 1) or one number; strain_error : of the cell.
+    position_error : standard error of each coordinate in A, (n, 3), (n, 1) or one number;
+    strain_error : of the cell.
     """
-    error = np.broadcast_to(np.maximum(np.asarray(position_error, dtype=float), 1e-6), (len(atoms), 3))
+    error = np.broadcast_to(
+        np.maximum(np.asarray(position_error, dtype=float), 1e-6), (len(atoms), 3)
+    )
     steps: list[GroupStep] = []
     for tolerance in TOLERANCES:
         group = space_group(atoms, float(tolerance))
@@ -93,8 +112,23 @@ def supported_group(atoms: Atoms, position_error: np.ndarray | float, strain_err
         count, shifts, strain = move_onto(atoms, float(tolerance))
         pull = float((np.abs(shifts) / error).max())
         supported = pull <= SIGMAS and strain <= SIGMAS * strain_error + 1e-6
-        steps.append(GroupStep(group, float(tolerance), float(tolerance), count, float(np.abs(shifts).max()), pull, strain, supported))
-    best = max((step for step in steps if step.supported), key=lambda step: step.n_operations, default=steps[0])
+        steps.append(
+            GroupStep(
+                group,
+                float(tolerance),
+                float(tolerance),
+                count,
+                float(np.abs(shifts).max()),
+                pull,
+                strain,
+                supported,
+            )
+        )
+    best = max(
+        (step for step in steps if step.supported),
+        key=lambda step: step.n_operations,
+        default=steps[0],
+    )
     return SupportedGroup(best.group, best.first, tuple(steps))
 
 
@@ -104,9 +138,11 @@ def group_of_result(result: SschaResult) -> SupportedGroup:
 
 
 def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
-    """Number of operations at ``tolerance``, moves (n, 3) in A of the atoms onto that symmetry, and the largest strain of the cell.
+    """Number of operations at ``tolerance``, moves (n, 3) in A of the atoms onto that symmetry, and
+    the largest strain of the cell.
 
-    A shift of the whole crystal is no move: the mean over the atoms is taken out operation by operation.
+    A shift of the whole crystal is no move: the mean over the atoms is taken out operation by
+    operation.
     """
     found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=tolerance)
     if not found:
@@ -140,9 +176,11 @@ SYMPREC = 1e-3
 
 @dataclass(frozen=True)
 class Sublattice:
-    """The lattice vectors R of a crystal with q.R a whole number: those that the unstable mode leaves a period.
+    """The lattice vectors R of a crystal with q.R a whole number: those that the unstable mode
+    leaves a period.
 
-    matrix : (3, 3) whole numbers, rows are the new lattice vectors in units of the old; offsets : (n, 3) the old cells in one new.
+    matrix : (3, 3) whole numbers, rows are the new lattice vectors in units of the old; offsets :
+    (n, 3) the old cells in one new.
     """
 
     matrix: np.ndarray
@@ -150,13 +188,15 @@ class Sublattice:
 
     @classmethod
     def of(cls, point: np.ndarray, cell: np.ndarray) -> Sublattice:
-        """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact choice of the new."""
-        repeats = commensurate(np.asarray(point)[None], cell)
-        return cls(supercell_matrix(repeats), cell_offsets(repeats))
+        """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact
+        choice of the new."""
+        supercell_matrix = commensurate(np.asarray(point)[None], cell)
+        return cls(shape_supercell_matrix(supercell_matrix), cell_offsets(supercell_matrix))
 
 
 def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
-    """The crystal in the sublattice's cell; atoms ordered by old cell, in the order of ``offsets``."""
+    """The crystal in the sublattice's cell; atoms ordered by old cell, in the order of
+    ``offsets``."""
     shifts = sublattice.offsets @ atoms.cell.array
     return Atoms(
         numbers=np.tile(atoms.numbers, len(shifts)),
@@ -168,10 +208,12 @@ def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
 
 
 def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Atoms:
-    """The centroids of a saddle displaced along its most surely negative mode, in the primitive cell that the mode leaves.
+    """The centroids of a saddle displaced along its most surely negative mode, in the primitive
+    cell that the mode leaves.
 
-    The amplitude is the mode's root mean square in the auxiliary state, no atom further than 0.15 of the nearest-neighbour
-    distance; more only where a search for symmetry with ``symprec`` (A) would not see it. Raises ``SschaError`` where it never does.
+    The amplitude is the mode's root mean square in the auxiliary state, no atom further than 0.15
+    of the nearest-neighbour distance; more only where a search for symmetry with ``symprec`` (A)
+    would not see it. Raises ``SschaError`` where it never does.
     """
     state = hessian.state
     q, mode = hessian.lowest
@@ -189,12 +231,16 @@ def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Ato
         if moved is not None:
             displaced.append(moved)
     if not displaced:
-        raise SschaError(f"the displacements along the unstable mode are not told from noise at symprec {symprec:g} A")
+        raise SschaError(
+            "the displacements along the unstable mode are not told from noise at symprec"
+            f" {symprec:g} A"
+        )
     return _best(displaced, evaluator)
 
 
 def _visible(cell: Atoms, shift: np.ndarray, symprec: float) -> Atoms | None:
-    """``cell`` displaced by ``shift``, or by up to twice that, so that its symmetry is the same at ``symprec`` as exactly."""
+    """``cell`` displaced by ``shift``, or by up to twice that, so that its symmetry is the same at
+    ``symprec`` as exactly."""
     for factor in (1.0, 1.25, 1.5, 2.0):
         moved = cell.copy()
         moved.positions += factor * shift
@@ -212,22 +258,28 @@ def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
     """<|Q|^2> in A^2 amu of a mode in the auxiliary state, as if all q points had its frequency."""
     state = hessian.state
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    matrix = fourier(state.force_constants, state.repeats, hessian.points[q : q + 1])[0] / np.outer(root, root)
+    matrix = fourier(state.force_constants, state.supercell_matrix, hessian.points[q : q + 1])[
+        0
+    ] / np.outer(root, root)
     square = float((vector.conj() @ matrix @ vector).real)
     return float(variance(np.array([HBAR * np.sqrt(square)]), state.temperature)[0])
 
 
 def real_patterns(vectors: np.ndarray, point: np.ndarray, sublattice: Sublattice) -> np.ndarray:
-    """Orthonormal mass-weighted displacement patterns (m, n_new, 3) that the modes (3n, k) at fractional q span."""
+    """Orthonormal mass-weighted displacement patterns (m, n_new, 3) that the modes (3n, k) at
+    fractional q span."""
     phases = np.exp(2j * np.pi * sublattice.offsets @ point)
     waves = (phases[:, None, None] * vectors[None]).reshape(-1, vectors.shape[1])
-    left, sizes, _ = np.linalg.svd(np.concatenate([waves.real, waves.imag], axis=1), full_matrices=False)
+    left, sizes, _ = np.linalg.svd(
+        np.concatenate([waves.real, waves.imag], axis=1), full_matrices=False
+    )
     kept = left[:, sizes > 1e-6 * sizes.max()]
     return kept.T.reshape(kept.shape[1], -1, 3)
 
 
 def simple_directions(patterns: np.ndarray) -> list[np.ndarray]:
-    """Unit patterns (n, 3): the projections of Cartesian moves of each atom, and their sums and differences."""
+    """Unit patterns (n, 3): the projections of Cartesian moves of each atom, and their sums and
+    differences."""
     flat = patterns.reshape(len(patterns), -1)
     if len(flat) == 1:
         return [patterns[0]]
@@ -243,12 +295,17 @@ def simple_directions(patterns: np.ndarray) -> list[np.ndarray]:
 
 
 def _best(displaced: list[Atoms], evaluator: Evaluator) -> Atoms:
-    """One of every space group is evaluated; the lowest, and among equals the most symmetric, is taken."""
+    """One of every space group is evaluated; the lowest, and among equals the most symmetric, is
+    taken."""
     kinds: dict[tuple[str, int], Atoms] = {}
     for atoms in displaced:
         kinds.setdefault(_kind(atoms, SYMPREC), atoms)
     if len(kinds) == 1:
         return displaced[0]
-    energies = np.asarray(evaluator.evaluate(list(kinds.values())).energy, dtype=float) / len(displaced[0])
-    equal = [kind for kind, energy in zip(kinds, energies, strict=True) if energy <= energies.min() + TIE]
+    energies = np.asarray(evaluator.evaluate(list(kinds.values())).energy, dtype=float) / len(
+        displaced[0]
+    )
+    equal = [
+        kind for kind, energy in zip(kinds, energies, strict=True) if energy <= energies.min() + TIE
+    ]
     return kinds[max(equal, key=lambda kind: kind[1])]

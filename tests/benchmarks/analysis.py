@@ -25,18 +25,28 @@ def main(n: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         campaign = write_campaign(Path(scratch), n_structures=n)
         folder = campaign / tables.TABLES_FOLDER
-        rows = [replace(row, id=f"{row.id}-{k}") for k in range(max(1, n // 20)) for row in ranking()]
+        rows = [
+            replace(row, id=f"{row.id}-{k}") for k in range(max(1, n // 20)) for row in ranking()
+        ]
         tables.write(tables.Ranked, folder / tables.ranking_file(100), rows)
         pairs = tables.read(tables.Parity, folder / "parity.csv")
-        tables.write(tables.Parity, folder / "parity.csv", (pairs * (20_000 // len(pairs) + 1))[:20_000])
+        tables.write(
+            tables.Parity, folder / "parity.csv", (pairs * (20_000 // len(pairs) + 1))[:20_000]
+        )
         wall, processor = time.perf_counter(), time.process_time()
         made, missing = make_figures(campaign)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         size = sum(path.stat().st_size for path in (campaign / "figures").iterdir())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{len(made)} figures ({len(missing)} missing) from {n} structures: {wall:.1f} s wall, {processor:.1f} s processor")
+    print(
+        f"{len(made)} figures ({len(missing)} missing) from {n} structures: {wall:.1f} s wall,"
+        f" {processor:.1f} s processor"
+    )
     print(f"largest memory {memory:.2f} GiB, files {size / 2**20:.1f} MiB")
-    print(f"part of the limits ({LIMIT_SECONDS:g} s, {LIMIT_GIB:g} GiB): {processor / LIMIT_SECONDS:.2f}, {memory / LIMIT_GIB:.2f}")
+    print(
+        f"part of the limits ({LIMIT_SECONDS:g} s, {LIMIT_GIB:g} GiB):"
+        f" {processor / LIMIT_SECONDS:.2f}, {memory / LIMIT_GIB:.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 python tests/benchmarks/archive.py [--structures 100000]
 
-The search is real in its first generation (embedded host, EMT); the populations after it are that one displaced at random and written by
-the search's own code. Each command then runs in a process of its own, for a quarter of the generations and for all, so that one sees what
-grows.
+The search is real in its first generation (embedded host, EMT); the populations after it are that
+one displaced at random and written by the search's own code. Each command then runs in a process of
+its own, for a quarter of the generations and for all, so that one sees what grows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ def fill(folder: Path, generations: int) -> None:
     first = archive.load("gen", 1)
     good, keep = archive.load("good", 1), archive.load("keep", 1)
     for generation in range(2, generations + 1):
-        population = [displaced(first[n % len(first)], f"init{generation}-{n}", generation, rng) for n in range(POPULATION)]
+        population = [
+            displaced(first[n % len(first)], f"init{generation}-{n}", generation, rng)
+            for n in range(POPULATION)
+        ]
         for name in ("init", "raw", "gen"):
             archive.save(name, generation, population)
         archive.save("good", generation, good)
@@ -62,7 +65,12 @@ def fill(folder: Path, generations: int) -> None:
 def displaced(atoms: Atoms, identity: str, generation: int, rng: np.random.Generator) -> Atoms:
     """A distinct structure with an enthalpy above that of ``atoms``."""
     other = atoms.copy()
-    other.info = {**atoms.info, "identity": identity, "gen": generation, "enthalpy": atoms.info["enthalpy"] + rng.exponential(0.2)}
+    other.info = {
+        **atoms.info,
+        "identity": identity,
+        "gen": generation,
+        "enthalpy": atoms.info["enthalpy"] + rng.exponential(0.2),
+    }
     other.positions += rng.normal(0.0, 0.05, (len(atoms), 3))
     return other
 
@@ -75,7 +83,9 @@ def one_more(folder: Path) -> object:
 
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "status": lambda folder: status(folder).state,
-    "the 100 lowest distinct (campaign)": lambda folder: len(lowest_distinct(relaxed_structures(folder, "search"), 100)),
+    "the 100 lowest distinct (campaign)": lambda folder: len(
+        lowest_distinct(relaxed_structures(folder, "search"), 100)
+    ),
     "relaxations counted (campaign)": lambda folder: n_relaxed(folder)[0],
     "report": lambda folder: write_report(folder).name,
     "search -r, one generation": one_more,
@@ -94,7 +104,9 @@ def peak() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--structures", type=int, default=100_000)
     given = parser.parse_args()
     generations = given.structures // POPULATION
@@ -105,7 +117,10 @@ def main() -> None:
             folder.mkdir()
             fill(folder, number)
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            print(f"{number} generations of {POPULATION} structures, {size / 1e6:.0f} MB of files", flush=True)
+            print(
+                f"{number} generations of {POPULATION} structures, {size / 1e6:.0f} MB of files",
+                flush=True,
+            )
             for name in COMMANDS:
                 within &= show(name, folder)
             shutil.rmtree(folder)
@@ -121,7 +136,10 @@ def show(name: str, folder: Path) -> bool:
     child.start()
     seconds, before, after, found = answer.get()
     child.join()
-    took = f"{seconds:.1f} s of processor time, peak {after / 1e6:.0f} MB ({before / 1e6:.0f} before it began)"
+    took = (
+        f"{seconds:.1f} s of processor time, peak {after / 1e6:.0f} MB ({before / 1e6:.0f} before"
+        " it began)"
+    )
     print(f"  {name}: {took}; {found}", flush=True)
     return bool(after < BYTES)
 

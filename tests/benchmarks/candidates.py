@@ -1,9 +1,11 @@
-"""What a race costs besides its free energies: seconds for 50, 100, 200 and 400 candidates, and how they grow.
+"""What a race costs besides its free energies: seconds for 50, 100, 200 and 400 candidates, and how
+they grow.
 
 Usage: python tests/benchmarks/candidates.py
 
-Free energies are made up (`ranking_fakes.shifted`, four populations each), so that the rest is what is measured: bounds, the store,
-tables. Ends with 0 when twice the candidates take at most 2.5 times the processor time.
+Free energies are made up (`ranking_fakes.shifted`, four populations each), so that the rest is what
+is measured: bounds, the store, tables. Ends with 0 when twice the candidates take at most 2.5 times
+the processor time.
 """
 
 from __future__ import annotations
@@ -33,7 +35,14 @@ def crystals(n: int) -> list[Atoms]:
     found = []
     for number in range(n):
         cell = [4.0 + 0.01 * number, 4.1 + 0.003 * number, 4.3]
-        found.append(Atoms("AlCu", positions=[[0, 0, 0], [2, 2, 2]] + rng.normal(0, 0.15, (2, 3)), cell=cell, pbc=True))
+        found.append(
+            Atoms(
+                "AlCu",
+                positions=[[0, 0, 0], [2, 2, 2]] + rng.normal(0, 0.15, (2, 3)),
+                cell=cell,
+                pbc=True,
+            )
+        )
     return found
 
 
@@ -48,13 +57,26 @@ def four_populations(atoms: Atoms, evaluator: Any, **options: Any) -> Any:
 
 def seconds(n: int) -> float:
     """Processor time of one ranking of ``n`` candidates."""
-    keys = parse_settings({"pressure": 0, "Fitness": ["SSCHA"], "sscha": {"max_candidates": n, "keep_best": 3, "hessian": 0}})
+    keys = parse_settings(
+        {
+            "pressure": 0,
+            "Fitness": ["SSCHA"],
+            "sscha": {"max_candidates": n, "keep_best": 3, "hessian": 0},
+        }
+    )
     structures = crystals(n)
     for atoms, energy in zip(structures, fakes.Emt().evaluate(structures).energy, strict=True):
         atoms.info |= {"energy": float(energy), "enthalpy": float(energy) / len(atoms)}
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        table = rank(structures, evaluator=fakes.Emt(), settings=keys, run_dir=Path(folder), free_energy=four_populations, workers=1)
+        table = rank(
+            structures,
+            evaluator=fakes.Emt(),
+            settings=keys,
+            run_dir=Path(folder),
+            free_energy=four_populations,
+            workers=1,
+        )
     if sum(candidate.n_evaluations > 0 for candidate in table) != n:
         raise SystemExit("not every candidate ran")
     return time.process_time() - begun
@@ -67,7 +89,10 @@ def main() -> int:
         print(f"{n:4d} candidates: {spent:6.2f} s, {1e3 * spent / n:5.1f} ms each")
     growth = max(found[2 * n] / found[n] for n in (50, 100, 200))
     sound = growth <= LARGEST_GROWTH
-    print(f"{'holds ' if sound else 'FAILS '} twice the candidates take at most {growth:.2f} times as long (bar {LARGEST_GROWTH})")
+    print(
+        f"{'holds ' if sound else 'FAILS '} twice the candidates take at most {growth:.2f} times as"
+        f" long (bar {LARGEST_GROWTH})"
+    )
     return int(not sound)
 
 

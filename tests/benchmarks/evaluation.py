@@ -1,8 +1,10 @@
-"""Evaluation against stock MatterSim on the same structures: the rows of ``tests/benchmarks/potential.py`` that are about it.
+"""Evaluation against stock MatterSim on the same structures: the rows of
+``tests/benchmarks/potential.py`` that are about it.
 
-H3S supercells of 32 atoms at about 150 GPa, displaced by 0.1 Angstrom per component; random weights (the time does not depend on
-them). Stock and ours take turns, and medians are compared. On one core the time is that of the process, so that other work on
-the machine does not count; on a GPU it is the wall clock after synchronising.
+H3S supercells of 32 atoms at about 150 GPa, displaced by 0.1 Angstrom per component; random weights
+(the time does not depend on them). Stock and ours take turns, and medians are compared. On one core
+the time is that of the process, so that other work on the machine does not count; on a GPU it is
+the wall clock after synchronising.
 """
 
 from __future__ import annotations
@@ -59,14 +61,21 @@ def model(size: str, device: str = "cpu") -> tuple[Potential, StockPotential]:
         path = Path(folder) / "model.pth"
         checkpoint.save(M3Gnet(num_blocks=blocks, units=units, device="cpu"), path)
         ours = Potential(checkpoint.read(path, device)[0], device=device)
-        return ours, StockPotential.from_checkpoint(str(path), device=device, load_training_state=False)
+        return ours, StockPotential.from_checkpoint(
+            str(path), device=device, load_training_state=False
+        )
 
 
 def stock_call(stock: StockPotential, batch: int | None = None) -> Evaluate:
-    """Stock's batched evaluation, its graphs included; all structures in one batch unless ``batch`` is given."""
+    """Stock's batched evaluation, its graphs included; all structures in one batch unless ``batch``
+    is given."""
 
     def call(structures: Sequence[Atoms]) -> object:
-        loader = build_dataloader([atoms.copy() for atoms in structures], batch_size=batch or len(structures), only_inference=True)
+        loader = build_dataloader(
+            [atoms.copy() for atoms in structures],
+            batch_size=batch or len(structures),
+            only_inference=True,
+        )
         return stock.predict_properties(loader, include_forces=True, include_stresses=True)
 
     return call
@@ -76,7 +85,11 @@ def seconds(function: Evaluate, structures: Sequence[Atoms]) -> float:
     """Per structure."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    clock = time.perf_counter if torch.cuda.is_available() or torch.get_num_threads() > 1 else time.process_time
+    clock = (
+        time.perf_counter
+        if torch.cuda.is_available() or torch.get_num_threads() > 1
+        else time.process_time
+    )
     begun = clock()
     function(structures)
     if torch.cuda.is_available():
@@ -84,7 +97,9 @@ def seconds(function: Evaluate, structures: Sequence[Atoms]) -> float:
     return (clock() - begun) / len(structures)
 
 
-def interleaved(calls: dict[str, tuple[Evaluate, Sequence[Atoms]]], rounds: int) -> dict[str, float]:
+def interleaved(
+    calls: dict[str, tuple[Evaluate, Sequence[Atoms]]], rounds: int
+) -> dict[str, float]:
     """Medians of seconds per structure; the calls take turns."""
     for function, structures in calls.values():
         function(structures[:1])
@@ -105,7 +120,10 @@ def best_against_best(size: str, rounds: int) -> Measured:
     for batch in (1, 4, 16):
         calls[f"ours {batch}"] = (ours.evaluate, structures[:batch])
     found = interleaved(calls, rounds)
-    best = {side: min(value for name, value in found.items() if name.startswith(side)) for side in ("stock", "ours")}
+    best = {
+        side: min(value for name, value in found.items() if name.startswith(side))
+        for side in ("stock", "ours")
+    }
     return best["stock"] / best["ours"], "ms per structure at batch: " + _milliseconds(found)
 
 
@@ -113,12 +131,15 @@ def batch_sixteen(rounds: int) -> Measured:
     """Both with 16 structures in one batch."""
     ours, stock = model("890k")
     structures = supercells(16)
-    found = interleaved({"stock": (stock_call(stock), structures), "ours": (ours.evaluate, structures)}, rounds)
+    found = interleaved(
+        {"stock": (stock_call(stock), structures), "ours": (ours.evaluate, structures)}, rounds
+    )
     return found["stock"] / found["ours"], "ms per structure: " + _milliseconds(found)
 
 
 def many_supercells(rounds: int) -> Measured:
-    """64 configurations in one call of ours; stock at its best batch size, on every fourth of them."""
+    """64 configurations in one call of ours; stock at its best batch size, on every fourth of
+    them."""
     ours, stock = model("44k")
     structures = supercells(64)
     calls = {"stock": (stock_call(stock, 1), structures[::4]), "ours": (ours.evaluate, structures)}
@@ -131,12 +152,18 @@ def _milliseconds(found: dict[str, float]) -> str:
 
 
 def memory(rounds: int) -> Measured:
-    """Growth of the peak memory of a process of its own from a loaded model to 16 structures of 32 atoms in one batch."""
+    """Growth of the peak memory of a process of its own from a loaded model to 16 structures of 32
+    atoms in one batch."""
     grown = {}
     for side in ("stock", "ours"):
-        run = subprocess.run([sys.executable, __file__, side], capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, __file__, side], capture_output=True, text=True, check=True
+        )
         grown[side] = json.loads(run.stdout.splitlines()[-1])
-    return grown["stock"] / grown["ours"], f"MB: stock {grown['stock']:.0f}, ours {grown['ours']:.0f}"
+    return (
+        grown["stock"] / grown["ours"],
+        f"MB: stock {grown['stock']:.0f}, ours {grown['ours']:.0f}",
+    )
 
 
 def _grow(side: str) -> None:
@@ -147,22 +174,30 @@ def _grow(side: str) -> None:
     tiny = supercells(1, repeat=1)
     call(tiny)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far, which is that of importing
+    Path("/proc/self/clear_refs").write_text(
+        "5"
+    )  # forget the peak so far, which is that of importing
     call(supercells(16))
     print(json.dumps(_resident("VmHWM") - before))
 
 
 def _resident(key: str) -> float:
     """MB, from Linux."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)
+    )
     return float(line.split()[1]) / 1024
 
 
-def gemm_rate(rows: int, columns: int, inner: int, device: str = "cpu", duration: float = 0.3) -> float:
+def gemm_rate(
+    rows: int, columns: int, inner: int, device: str = "cpu", duration: float = 0.3
+) -> float:
     """flop/s of single-precision products of these sizes."""
     a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     out = torch.empty(rows, columns, device=device)
-    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    )
     torch.mm(a, b, out=out)
     count, begun = 0, clock()
     while clock() - begun < duration:
@@ -174,7 +209,8 @@ def gemm_rate(rows: int, columns: int, inner: int, device: str = "cpu", duration
 
 
 def edge_flops(size: str) -> float:
-    """Of the edge networks for one edge, forward and gradient: per block two networks of (u -> 2 u) and twice (u -> u)."""
+    """Of the edge networks for one edge, forward and gradient: per block two networks of (u -> 2 u)
+    and twice (u -> u)."""
     blocks, units = SIZES[size]
     return 2 * blocks * 2 * (2 * units * 2 * units + 2 * 2 * units * units)
 
@@ -192,12 +228,24 @@ def gpu(rounds: int) -> Measured:
         "ours, 64 atoms": (ours.evaluate, wide),
     }
     found = interleaved(calls, rounds)
-    n_edges = np.mean([len(ours._join([atoms], [0], {0: neighbours(atoms, ours.cutoff)}).centre) for atoms in structures[:4]])
+    n_edges = np.mean(
+        [
+            len(ours._join([atoms], [0], {0: neighbours(atoms, ours.cutoff)}).centre)
+            for atoms in structures[:4]
+        ]
+    )
     share = n_edges * edge_flops("890k") / found["ours"] / gemm_rate(200_000, 256, 128, "cuda")
     text = (
-        f"ms per structure: {_milliseconds(found)}; {32 / found['ours']:.0f} atoms/s on {torch.cuda.get_device_name()}, {100 * share:.0f} %"
+        f"ms per structure: {_milliseconds(found)}; {32 / found['ours']:.0f} atoms/s on"
+        f" {torch.cuda.get_device_name()}, {100 * share:.0f} %"
     )
-    return found["stock"] / found["ours"], f"{text} of the card's rate for such products; at most 1 ms per 64 atoms is the aim on an H200"
+    return (
+        found["stock"] / found["ours"],
+        (
+            f"{text} of the card's rate for such products; at most 1 ms per 64 atoms is the aim on"
+            " an H200"
+        ),
+    )
 
 
 def neighbours(atoms: Atoms, cutoff: float) -> object:
@@ -208,16 +256,28 @@ def neighbours(atoms: Atoms, cutoff: float) -> object:
 
 
 def limit(rounds: int) -> Measured:
-    """How far the evaluation is from its matrix products alone, in the same run: 1 would be the limit, 2 is the aim."""
+    """How far the evaluation is from its matrix products alone, in the same run: 1 would be the
+    limit, 2 is the aim."""
     parts, worst = [], 0.0
     structures = supercells(4)
     for size, (_, units) in SIZES.items():
         ours, _ = model(size)
-        n_edges = len(ours._join(structures, [0, 1, 2, 3], {k: neighbours(a, 5.0) for k, a in enumerate(structures)}).centre) / 4
+        n_edges = (
+            len(
+                ours._join(
+                    structures,
+                    [0, 1, 2, 3],
+                    {k: neighbours(a, 5.0) for k, a in enumerate(structures)},
+                ).centre
+            )
+            / 4
+        )
         distances = []
         for _ in range(max(rounds, 3)):
             rate = gemm_rate(1024, 2 * units, units, duration=0.1)
-            distances.append(seconds(ours.evaluate, structures) / (n_edges * edge_flops(size) / rate))
+            distances.append(
+                seconds(ours.evaluate, structures) / (n_edges * edge_flops(size) / rate)
+            )
         worst = max(worst, float(np.median(distances)))
         parts.append(f"{size} {np.median(distances):.2f}")
     return 2.0 / worst, "time by that of the products: " + ", ".join(parts)

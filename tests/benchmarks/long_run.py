@@ -1,4 +1,5 @@
-"""Many generations of the embedded host on a cheap potential: does memory stay flat, and do files stay bounded?
+"""Many generations of the embedded host on a cheap potential: does memory stay flat, and do files
+stay bounded?
 
 python tests/benchmarks/long_run.py --generations 500
 """
@@ -73,16 +74,28 @@ def report(memory: Memory, folder: Path, n: int, cpu: float) -> None:
     warm = numbers[int(WARM_UP * len(numbers)) :]
     slope = np.polyfit(warm[:, 0], warm[:, 1], 1)[0] * 100
     print(f"{n} generations, {cpu:.0f} s of CPU ({cpu / n:.2f} s each)")
-    print(f"memory after warm-up {warm[0, 1]:.1f} MB, at the end {warm[-1, 1]:.1f} MB, slope {slope:+.2f} MB per 100 generations (bar: 1)")
+    print(
+        f"memory after warm-up {warm[0, 1]:.1f} MB, at the end {warm[-1, 1]:.1f} MB, slope"
+        f" {slope:+.2f} MB per 100 generations (bar: 1)"
+    )
     steps = np.diff(numbers[:, 2])
     tenth = max(1, len(steps) // 10)
-    print(f"seconds per generation: first tenth {steps[:tenth].mean():.2f}, last tenth {steps[-tenth:].mean():.2f}")
+    print(
+        f"seconds per generation: first tenth {steps[:tenth].mean():.2f}, last tenth"
+        f" {steps[-tenth:].mean():.2f}"
+    )
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.txt"]
     size = sum(path.stat().st_size for path in files)
     best = (folder / "results/best.traj").stat().st_size
     lines = (folder / "log.txt").read_text().count("\n")
-    print(f"files: {len(files)} ({len(files) / n:.1f} per generation), {size / 1e6:.2f} MB, of which best.traj {best / 1e6:.2f} MB")
-    print(f"log: {lines} lines ({lines / n:.1f} per generation), {(folder / 'log.txt').stat().st_size / 1e6:.2f} MB")
+    print(
+        f"files: {len(files)} ({len(files) / n:.1f} per generation), {size / 1e6:.2f} MB, of which"
+        f" best.traj {best / 1e6:.2f} MB"
+    )
+    print(
+        f"log: {lines} lines ({lines / n:.1f} per generation),"
+        f" {(folder / 'log.txt').stat().st_size / 1e6:.2f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The speed table of the potential, stock MatterSim against this package in one run: ``python tests/benchmarks/potential.py``.
+"""The speed table of the potential, stock MatterSim against this package in one run: ``python
+tests/benchmarks/potential.py``.
 
-Each row is a ratio with its bar. Rows live in `evaluation`, `relaxation` and `training` beside this file, each with a table ``ROWS``
-of name -> (least ratio, function of the number of rounds -> (ratio or None, text)). The last line says how many bars hold; the exit
-code is 1 when one does not. ``--rows`` picks some, ``--list`` names them, ``--limit`` adds the distance to the matrix products.
+Each row is a ratio with its bar. Rows live in `evaluation`, `relaxation` and `training` beside this
+file, each with a table ``ROWS`` of name -> (least ratio, function of the number of rounds -> (ratio
+or None, text)). The last line says how many bars hold; the exit code is 1 when one does not.
+``--rows`` picks some, ``--list`` names them, ``--limit`` adds the distance to the matrix products.
 """
 
 from __future__ import annotations
@@ -32,12 +34,18 @@ def rows() -> dict[str, tuple[float, Measure]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of which the median counts")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of which the median counts"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
-    parser.add_argument("--limit", action="store_true", help="also: how far from the matrix products alone")
+    parser.add_argument(
+        "--limit", action="store_true", help="also: how far from the matrix products alone"
+    )
     options = parser.parse_args()
     table = rows()
     unknown = [name for name in options.rows or () if name not in table]
@@ -56,12 +64,19 @@ def main() -> int:
             continue
         measured += 1
         held += ratio >= bar
-        print(f"{name:14s} {ratio:5.1f}x, at least {bar:g}x: {'holds' if ratio >= bar else 'DOES NOT HOLD'} ({text})", flush=True)
+        print(
+            f"{name:14s} {ratio:5.1f}x, at least {bar:g}x:"
+            f" {'holds' if ratio >= bar else 'DOES NOT HOLD'} ({text})",
+            flush=True,
+        )
     if options.limit:
         from evaluation import limit
 
         print(f"limit          {limit(options.rounds)[1]}", flush=True)
-    print(f"{held} of {measured} measured bars hold, {len(options.rows or table) - measured} not measured")
+    print(
+        f"{held} of {measured} measured bars hold, {len(options.rows or table) - measured} not"
+        " measured"
+    )
     return 0 if held == measured else 1
 
 

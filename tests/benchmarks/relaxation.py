@@ -1,14 +1,18 @@
 """Relaxation against the stock tools, in one run: ``python tests/benchmarks/relaxation.py``.
 
-Random H3S cells of 4 to 16 atoms (PyXtal) at 100 GPa with the shipped checkpoint, every side to 0.05 eV/A:
+Random H3S cells of 4 to 16 atoms (PyXtal) at 100 GPa with the shipped checkpoint, every side to
+0.05 eV/A:
 
-* MAGUS's way: ASE's BFGS with FrechetCellFilter, one structure after the other, MatterSimCalculator;
-* TorchSim's batched frechet_cell_fire with its own wrapper of stock MatterSim, where TorchSim 0.3 can be imported;
+* MAGUS's way: ASE's BFGS with FrechetCellFilter, one structure after the other,
+  MatterSimCalculator;
+* TorchSim's batched frechet_cell_fire with its own wrapper of stock MatterSim, where TorchSim 0.3
+  can be imported;
 * ours: `Potential.relax`, all structures in one call.
 
-All of them relax the same structures: stock the first half, ours all in one call, stock the second half. ``--stock 16`` takes every
-fourth structure alone, because stock takes minutes. ``--minima 100`` instead counts in how many of 100 starts ours, to ``--tolerance``,
-ends within 0.1 meV/atom of ASE's minimum (to 0.01 eV/A), or lower; stock's enthalpies are kept in the file ``--references``.
+All of them relax the same structures: stock the first half, ours all in one call, stock the second
+half. ``--stock 16`` takes every fourth structure alone, because stock takes minutes. ``--minima
+100`` instead counts in how many of 100 starts ours, to ``--tolerance``, ends within 0.1 meV/atom of
+ASE's minimum (to 0.01 eV/A), or lower; stock's enthalpies are kept in the file ``--references``.
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ from magus_anharmonic.structures import structure_id
 CHECKPOINT = Path(magus_anharmonic.__file__).parent / "data" / "h3s-gpaw-small.pth"
 PRESSURE = 100.0  # GPa
 FORCE = 0.05  # eV/A
-STRESS = 1.0  # GPa; with 4 A^3/atom three such components are within ASE's 0.05 eV per row of the cell
+STRESS = (
+    1.0  # GPa; with 4 A^3/atom three such components are within ASE's 0.05 eV per row of the cell
+)
 MAX_STEPS = 300  # our default, three times MAGUS's
 MAX_MOVE = 0.2  # Angstrom, ASE's default
 SAME = 1e-4  # eV/atom
@@ -52,7 +58,7 @@ MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft direc
 MINIMUM_STEPS = 600
 OURS = 0.005  # eV/A; the last tenths of a meV/atom in soft directions
 OPTIMIZERS = ("ase", "bfgs", "fire")
-KICKS = 12
+PERTURBATION_SIZES = 12
 COUNT = 64
 
 
@@ -67,7 +73,8 @@ class Stock:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by the clock and of the processor (of all threads); on a shared machine the second is the fairer one."""
+    """Seconds by the clock and of the processor (of all threads); on a shared machine the second is
+    the fairer one."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -79,7 +86,8 @@ class Spent:
         return f"{self.wall:.1f} s, {self.cpu:.1f} s of the processor"
 
     def over(self, other: Spent) -> float:
-        """By how much ``other`` is faster; the smaller one of the two ratios, so that waiting for the machine favours nobody."""
+        """By how much ``other`` is faster; the smaller one of the two ratios, so that waiting for
+        the machine favours nobody."""
         return min(self.wall / other.wall, self.cpu / other.cpu)
 
 
@@ -103,7 +111,13 @@ class Side:
     enthalpy: float = 0.0
     n_converged: int = 0
 
-    def add(self, spent: Spent, steps: Sequence[int], enthalpies: Sequence[float], converged: Sequence[bool]) -> None:
+    def add(
+        self,
+        spent: Spent,
+        steps: Sequence[int],
+        enthalpies: Sequence[float],
+        converged: Sequence[bool],
+    ) -> None:
         """The results of one piece."""
         self.spent += spent
         self.n_structures += len(steps)
@@ -114,8 +128,9 @@ class Side:
     def __str__(self) -> str:
         count = self.n_structures
         return (
-            f"{self.name}: {self.spent}, {self.n_steps / count:.0f} evaluations each, {self.n_converged} of {count} converged, "
-            f"mean enthalpy {1e3 * self.enthalpy / count:.0f} meV/atom"
+            f"{self.name}: {self.spent}, {self.n_steps / count:.0f} evaluations each,"
+            f" {self.n_converged} of {count} converged, mean enthalpy"
+            f" {1e3 * self.enthalpy / count:.0f} meV/atom"
         )
 
 
@@ -141,18 +156,23 @@ def starts(count: int, seed: int) -> list[Atoms]:
     return generator.generate(count, 3.0, np.random.default_rng(seed))
 
 
-def relax_with_ase(atoms: Atoms, calculator: MatterSimCalculator, force_tolerance: float, max_steps: int) -> Stock:
+def relax_with_ase(
+    atoms: Atoms, calculator: MatterSimCalculator, force_tolerance: float, max_steps: int
+) -> Stock:
     """MAGUS's way."""
     atoms = atoms.copy()
     atoms.calc = calculator
-    optimizer = BFGS(FrechetCellFilter(atoms, scalar_pressure=PRESSURE * GPa), logfile=None, maxstep=MAX_MOVE)
+    optimizer = BFGS(
+        FrechetCellFilter(atoms, scalar_pressure=PRESSURE * GPa), logfile=None, maxstep=MAX_MOVE
+    )
     converged = optimizer.run(fmax=force_tolerance, steps=max_steps)
     enthalpy = (atoms.get_potential_energy() + PRESSURE * GPa * atoms.get_volume()) / len(atoms)
     return Stock(enthalpy, optimizer.nsteps + 1, bool(converged))
 
 
 def relax_with_torchsim(structures: Sequence[Atoms], model: Any, side: Side) -> None:
-    """TorchSim's batched FIRE, all structures in one batch, which they leave as they converge; evaluations are an average."""
+    """TorchSim's batched FIRE, all structures in one batch, which they leave as they converge;
+    evaluations are an average."""
     import torch_sim as ts
 
     evaluations = 0
@@ -176,14 +196,20 @@ def relax_with_torchsim(structures: Sequence[Atoms], model: Any, side: Side) -> 
     model.forward = forward
     ends = ts.io.state_to_atoms(end)
     volumes = [atoms.get_volume() for atoms in ends]
-    enthalpies = [(float(e) + PRESSURE * GPa * v) / len(a) for e, v, a in zip(end.energy, volumes, ends, strict=True)]
-    largest = [float(end.forces[end.system_idx == index].norm(dim=1).max()) for index in range(len(ends))]
+    enthalpies = [
+        (float(e) + PRESSURE * GPa * v) / len(a)
+        for e, v, a in zip(end.energy, volumes, ends, strict=True)
+    ]
+    largest = [
+        float(end.forces[end.system_idx == index].norm(dim=1).max()) for index in range(len(ends))
+    ]
     each = evaluations // len(structures)
     side.add(clock[0], len(structures) * [each], enthalpies, [force < FORCE for force in largest])
 
 
 def torchsim_model() -> Any:
-    """TorchSim's own wrapper of stock MatterSim; in 0.3 it puts the batch on a GPU, also where there is none."""
+    """TorchSim's own wrapper of stock MatterSim; in 0.3 it puts the batch on a GPU, also where
+    there is none."""
     from torch_sim.models import mattersim
 
     mattersim.batch_to_dict = functools.partial(mattersim.batch_to_dict, device="cpu")
@@ -194,17 +220,30 @@ def torchsim_model() -> Any:
 def _ase(structures: Sequence[Atoms], calculator: MatterSimCalculator, side: Side) -> None:
     with stopwatch() as clock:
         found = [relax_with_ase(atoms, calculator, FORCE, MAX_STEPS) for atoms in structures]
-    side.add(clock[0], [one.n_steps for one in found], [one.enthalpy for one in found], [one.converged for one in found])
+    side.add(
+        clock[0],
+        [one.n_steps for one in found],
+        [one.enthalpy for one in found],
+        [one.converged for one in found],
+    )
 
 
 def _ours(structures: Sequence[Atoms], potential: Potential, side: Side, **options: Any) -> None:
     with stopwatch() as clock:
         found = potential.relax(structures, PRESSURE, **_options(FORCE, MAX_STEPS), **options)
-    side.add(clock[0], [one.n_steps for one in found], [one.enthalpy for one in found], [one.converged for one in found])
+    side.add(
+        clock[0],
+        [one.n_steps for one in found],
+        [one.enthalpy for one in found],
+        [one.converged for one in found],
+    )
 
 
-def against(stock: str, structures: Sequence[Atoms], threads: int, **options: Any) -> tuple[Side, Side]:
-    """``stock`` ("ase" or "torchsim") and ours with ``options``, in the order of the docstring. Raises ImportError without TorchSim."""
+def against(
+    stock: str, structures: Sequence[Atoms], threads: int, **options: Any
+) -> tuple[Side, Side]:
+    """``stock`` ("ase" or "torchsim") and ours with ``options``, in the order of the docstring.
+    Raises ImportError without TorchSim."""
     potential = load(CHECKPOINT, device="cpu")
     potential.evaluate(structures[:1])
     if stock == "ase":
@@ -228,13 +267,20 @@ def against(stock: str, structures: Sequence[Atoms], threads: int, **options: An
 
 
 def row(stock: str, rounds: int) -> tuple[float | None, str]:
-    """Ratio of the times on 16 structures per round of the 64, so that four rounds take all of them; two threads."""
+    """Ratio of the times on 16 structures per round of the 64, so that four rounds take all of
+    them; two threads."""
     structures = starts(COUNT, seed=7)
     chosen = [atoms for offset in range(min(rounds, 4)) for atoms in structures[offset::4]]
     try:
         theirs, ours = against(stock, chosen, threads=2)
     except ImportError as error:
-        return None, f"relaxing against TorchSim's FIRE: not measured, TorchSim 0.3 cannot be imported ({error})"
+        return (
+            None,
+            (
+                "relaxing against TorchSim's FIRE: not measured, TorchSim 0.3 cannot be imported"
+                f" ({error})"
+            ),
+        )
     return theirs.spent.over(ours.spent), f"{theirs}; {ours}"
 
 
@@ -246,7 +292,12 @@ ROWS: dict[str, tuple[float, Callable[[int], tuple[float | None, str]]]] = {
 
 
 def _options(force_tolerance: float, max_steps: int) -> dict[str, float]:
-    return {"force_tolerance": force_tolerance, "stress_tolerance": STRESS, "max_steps": max_steps, "max_move": MAX_MOVE}
+    return {
+        "force_tolerance": force_tolerance,
+        "stress_tolerance": STRESS,
+        "max_steps": max_steps,
+        "max_move": MAX_MOVE,
+    }
 
 
 def reference(atoms: Atoms, calculator: MatterSimCalculator, known: Path | None) -> float:
@@ -268,59 +319,116 @@ def minima(
     count: int,
     seed: int,
     optimizers: Sequence[str] = OPTIMIZERS,
-    kicks: int = KICKS,
+    perturbations: int = PERTURBATION_SIZES,
     known: Path | None = None,
     tolerance: float = OURS,
 ) -> tuple[int, list[str]]:
-    """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a line for each other one.
+    """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a
+    line for each other one.
 
-    Further paths and kicks never end higher: those that are as low after the first path alone are spared them, the others start anew.
+    Further paths and perturbations never end higher: those that are as low after the first path alone are
+    spared them, the others start anew.
     """
     structures = starts(count, seed)
     potential = load(CHECKPOINT, device="cpu")
     calculator = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
     left = {index: "" for index in range(count)}
-    for paths, n_kicks in ((tuple(optimizers[:1]), 0), (tuple(optimizers), kicks)):
+    for paths, n_perturbations in ((tuple(optimizers[:1]), 0), (tuple(optimizers), perturbations)):
         indices = list(left)
-        options = _options(tolerance, len(paths) * (1 + n_kicks) * MINIMUM_STEPS) | {"stress_tolerance": 20.0 * tolerance}
+        options = _options(tolerance, len(paths) * (1 + n_perturbations) * MINIMUM_STEPS) | {
+            "stress_tolerance": 20.0 * tolerance
+        }
         begun = time.process_time()
-        ours = potential.relax([structures[index] for index in indices], PRESSURE, optimizer=paths, kicks=n_kicks, **options)
+        ours = potential.relax(
+            [structures[index] for index in indices],
+            PRESSURE,
+            optimizer=paths,
+            perturbations=n_perturbations,
+            **options,
+        )
         used, spent = sum(result.n_steps for result in ours), time.process_time() - begun
         for index, result in zip(indices, ours, strict=True):
             above = result.enthalpy - reference(structures[index], calculator, known)
             if not result.failed and above < SAME:
                 del left[index]
             else:
-                left[index] = f"start {index} ({len(structures[index])} atoms): {1e3 * above:.2f} meV/atom above ASE {result.reason}"
-        each = f"{used / len(indices):.0f} evaluations for each of {len(indices)}, {spent:.0f} s of the processor"
-        print(f"{', '.join(paths)} with {n_kicks} kicks: {count - len(left)} of {count} as low; {each}", flush=True)
+                left[index] = (
+                    f"start {index} ({len(structures[index])} atoms): {1e3 * above:.2f} meV/atom"
+                    f" above ASE {result.reason}"
+                )
+        each = (
+            f"{used / len(indices):.0f} evaluations for each of {len(indices)}, {spent:.0f} s of"
+            " the processor"
+        )
+        print(
+            f"{', '.join(paths)} with {n_perturbations} perturbations: {count - len(left)} of {count} as low;"
+            f" {each}",
+            flush=True,
+        )
         if not left:
             break
     return count - len(left), list(left.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--structures", type=int, default=COUNT)
-    parser.add_argument("--stock", type=int, default=COUNT, help="structures of these that are relaxed")
+    parser.add_argument(
+        "--stock", type=int, default=COUNT, help="structures of these that are relaxed"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--optimizer", nargs="+", help="ours; default: bfgs, and of --minima " + " ".join(OPTIMIZERS))
-    parser.add_argument("--against", nargs="+", choices=["ase", "torchsim"], default=["ase", "torchsim"])
-    parser.add_argument("--minima", type=int, default=0, metavar="COUNT", help="compare the minima of so many starts instead")
-    parser.add_argument("--kicks", type=int, default=KICKS, help="of --minima")
+    parser.add_argument(
+        "--optimizer",
+        nargs="+",
+        help="ours; default: bfgs, and of --minima " + " ".join(OPTIMIZERS),
+    )
+    parser.add_argument(
+        "--against", nargs="+", choices=["ase", "torchsim"], default=["ase", "torchsim"]
+    )
+    parser.add_argument(
+        "--minima",
+        type=int,
+        default=0,
+        metavar="COUNT",
+        help="compare the minima of so many starts instead",
+    )
+    parser.add_argument("--perturbations", type=int, default=PERTURBATION_SIZES, help="of --minima")
     parser.add_argument("--tolerance", type=float, default=OURS, help="of ours in --minima, eV/A")
-    parser.add_argument("--references", type=Path, metavar="FILE", help="of --minima: stock's enthalpies, read and added to")
+    parser.add_argument(
+        "--references",
+        type=Path,
+        metavar="FILE",
+        help="of --minima: stock's enthalpies, read and added to",
+    )
     options = parser.parse_args()
     logger.remove()
     if options.minima:
         paths = options.optimizer or OPTIMIZERS
-        same, lines = minima(options.minima, options.seed, paths, options.kicks, options.references, options.tolerance)
-        print(*lines, f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS with the stock calculator", sep="\n")
+        same, lines = minima(
+            options.minima,
+            options.seed,
+            paths,
+            options.perturbations,
+            options.references,
+            options.tolerance,
+        )
+        print(
+            *lines,
+            f"{same} of {options.minima} starts end within 0.1 meV/atom of ASE's BFGS with the"
+            " stock calculator",
+            sep="\n",
+        )
         return
-    structures = starts(options.structures, options.seed)[:: max(options.structures // options.stock, 1)][: options.stock]
+    structures = starts(options.structures, options.seed)[
+        :: max(options.structures // options.stock, 1)
+    ][: options.stock]
     for stock in options.against:
-        theirs, ours = against(stock, structures, options.threads, optimizer=options.optimizer or "bfgs")
+        theirs, ours = against(
+            stock, structures, options.threads, optimizer=options.optimizer or "bfgs"
+        )
         print(theirs, ours, f"{theirs.spent.over(ours.spent):.1f}x", sep="\n", flush=True)
 
 

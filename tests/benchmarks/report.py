@@ -1,6 +1,8 @@
-"""Time and memory of a report on a large campaign with made-up numbers, in a process of its own: python tests/benchmarks/report.py [n]
+"""Time and memory of a report on a large campaign with made-up numbers, in a process of its own:
+python tests/benchmarks/report.py [n]
 
-Twice, with n and 4 n structures, to show what grows with their number. The issue's bounds: 10,000 structures in 60 s and 2 GiB.
+Twice, with n and 4 n structures, to show what grows with their number. The issue's bounds: 10,000
+structures in 60 s and 2 GiB.
 """
 
 from __future__ import annotations
@@ -26,9 +28,15 @@ def measure(folder: str) -> None:
     seconds = time.perf_counter() - begun
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     own = time.process_time()
-    print(f"{seconds:.1f} s ({own:.1f} s of processor time), peak {peak / 1024**2:.0f} MiB, page {page.stat().st_size / 1024**2:.2f} MiB")
+    print(
+        f"{seconds:.1f} s ({own:.1f} s of processor time), peak {peak / 1024**2:.0f} MiB, page"
+        f" {page.stat().st_size / 1024**2:.2f} MiB"
+    )
     bounds = "within" if own < SECONDS and peak < BYTES else "OUTSIDE"
-    print(f"  {bounds} the bounds of {SECONDS:.0f} s and {BYTES / 1024**3:.0f} GiB for 10,000 structures")
+    print(
+        f"  {bounds} the bounds of {SECONDS:.0f} s and {BYTES / 1024**3:.0f} GiB for 10,000"
+        " structures"
+    )
 
 
 def main(n: int) -> None:
@@ -38,7 +46,9 @@ def main(n: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             synthetic_campaign(Path(folder) / "large", size)
             print(f"{size} structures at 5 pressures:", flush=True)
-            subprocess.run([sys.executable, __file__, "--measure", str(Path(folder) / "large")], check=True)
+            subprocess.run(
+                [sys.executable, __file__, "--measure", str(Path(folder) / "large")], check=True
+            )
 
 
 if __name__ == "__main__":

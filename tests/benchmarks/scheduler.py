@@ -1,11 +1,13 @@
-"""How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory cost]`` (all of them without names).
+"""How well tasks fill the workers: ``python tests/benchmarks/scheduler.py [labels sscha many memory
+cost]`` (all of them without names).
 
-labels, sscha : one worker against two, taking turns. "speed-up" is the ratio of wall times, "busy" the seconds spent inside tasks over the
-wall time. "processor" is twice the share of all processor time (client, scheduler and workers) that is spent inside tasks with two workers:
-what the scheduler costs, however many other programs share the cores; it does not see time lost by waiting.
-many : 256 places that sleep.
-memory : resident memory of the process that holds client and Dask scheduler, over 100,000 tasks.
-cost : hours of the paper's campaign at ``--atoms-per-second`` (``potential.py`` prints that number), and of one ten times its size.
+labels, sscha : one worker against two, taking turns. "speed-up" is the ratio of wall times, "busy"
+the seconds spent inside tasks over the wall time. "processor" is twice the share of all processor
+time (client, scheduler and workers) that is spent inside tasks with two workers: what the scheduler
+costs, however many other programs share the cores; it does not see time lost by waiting. many : 256
+places that sleep. memory : resident memory of the process that holds client and Dask scheduler,
+over 100,000 tasks. cost : hours of the paper's campaign at ``--atoms-per-second`` (``potential.py``
+prints that number), and of one ten times its size.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from distributed import LocalCluster
 from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.scheduled import label_on_worker
 from magus_anharmonic.labelers.worker import atoms_to_json
-from magus_anharmonic.potential.portable import portable
-from magus_anharmonic.ranking.jobs import Job, _parcel, _run_elsewhere
+from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
 from magus_anharmonic.scheduler.local import LocalScheduler
@@ -56,10 +58,24 @@ def processor_seconds() -> float:
 
 @contextlib.contextmanager
 def dask(n_workers: int, **options: Any) -> Iterator[DaskScheduler]:
-    """``n_workers`` Dask workers on this machine, one thread each, configured as in the jobs of a queue system."""
-    options = {"threads_per_worker": 1, "host": "127.0.0.1", "dashboard_address": ":0", "silence_logs": 50, **options}
-    with config.set(QUIET), LocalCluster(n_workers=n_workers, scheduler_kwargs={"extensions": extensions()}, **options) as cluster:
-        with contextlib.closing(DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())) as scheduler:
+    """``n_workers`` Dask workers on this machine, one thread each, configured as in the jobs of a
+    queue system."""
+    options = {
+        "threads_per_worker": 1,
+        "host": "127.0.0.1",
+        "dashboard_address": ":0",
+        "silence_logs": 50,
+        **options,
+    }
+    with (
+        config.set(QUIET),
+        LocalCluster(
+            n_workers=n_workers, scheduler_kwargs={"extensions": extensions()}, **options
+        ) as cluster,
+    ):
+        with contextlib.closing(
+            DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
+        ) as scheduler:
             yield scheduler
 
 
@@ -67,7 +83,9 @@ def load() -> str:
     return f"load average {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores"
 
 
-def one_against_two(name: str, task: Callable[..., Any], items: list[Any], shared: Any, rounds: int) -> None:
+def one_against_two(
+    name: str, task: Callable[..., Any], items: list[Any], shared: Any, rounds: int
+) -> None:
     """Print speed-up and busy share for local processes and Dask."""
     kinds: dict[str, Callable[[int], Any]] = {
         "local": lambda n: contextlib.closing(LocalScheduler(n, threads=1)),
@@ -77,20 +95,30 @@ def one_against_two(name: str, task: Callable[..., Any], items: list[Any], share
         with make(1) as one, make(2) as two:
             for scheduler in (one, two):
                 spend(scheduler, task, items[:2], shared)
-            found = [(spend(one, task, items, shared), spend(two, task, items, shared)) for _ in range(rounds)]
+            found = [
+                (spend(one, task, items, shared), spend(two, task, items, shared))
+                for _ in range(rounds)
+            ]
         for (wall_1, busy_1, used_1, _), (wall_2, busy_2, used_2, all_2) in found:
             print(
-                f"{name:7s} {kind:5s} {len(items)} tasks of {used_1 / len(items):.2f} s: one worker {wall_1:.1f} s, two {wall_2:.1f} s, "
-                f"speed-up {wall_1 / wall_2:.2f} of 2, busy {busy_1 / wall_1:.2f} of 1 and {busy_2 / wall_2:.2f} of 2, "
-                f"processor {2 * used_2 / all_2:.2f} of 2; {load()}",
+                f"{name:7s} {kind:5s} {len(items)} tasks of {used_1 / len(items):.2f} s: one worker"
+                f" {wall_1:.1f} s, two {wall_2:.1f} s, speed-up {wall_1 / wall_2:.2f} of 2, busy"
+                f" {busy_1 / wall_1:.2f} of 1 and {busy_2 / wall_2:.2f} of 2, processor"
+                f" {2 * used_2 / all_2:.2f} of 2; {load()}",
                 flush=True,
             )
         middle = np.median([one[0] / two[0] for one, two in found])
-        print(f"{name:7s} {kind:5s} median of {rounds} rounds: speed-up {middle:.2f} of 2 (bar 1.7)", flush=True)
+        print(
+            f"{name:7s} {kind:5s} median of {rounds} rounds: speed-up {middle:.2f} of 2 (bar 1.7)",
+            flush=True,
+        )
 
 
-def spend(scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shared: Any) -> tuple[float, float, float, float]:
-    """Wall time of a run, wall and processor seconds in its tasks, and processor seconds of everything."""
+def spend(
+    scheduler: Scheduler, task: Callable[..., Any], items: list[Any], shared: Any
+) -> tuple[float, float, float, float]:
+    """Wall time of a run, wall and processor seconds in its tasks, and processor seconds of
+    everything."""
     begun, before, busy, used = time.perf_counter(), processor_seconds(), 0.0, 0.0
     for done in scheduler.map(timed, [(task, item) for item in items], shared):
         if done.reason:
@@ -117,10 +145,25 @@ def sscha(rounds: int) -> None:
 
     potential = load_model("h3s-gpaw-small", device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        options = {"pressure": 150.0, "supercell": (2, 2, 2), "cell": "fixed", "n_configs": 50, "max_populations": 1}
-        jobs = [Job(str(n), h3s(3.0 + 0.01 * n), (0.0,), (Path(folder) / str(n),), {**options, "seed": n}) for n in range(8)]
-        items = [(_parcel(job), free_energy) for job in jobs]
-        one_against_two("sscha", _run_elsewhere, items, portable(potential, remote=True), rounds)
+        options = {
+            "pressure": 150.0,
+            "supercell": (2, 2, 2),
+            "cell": "fixed",
+            "n_configs": 50,
+            "max_populations": 1,
+        }
+        jobs = [
+            Job(
+                str(n),
+                h3s(3.0 + 0.01 * n),
+                (0.0,),
+                (Path(folder) / str(n),),
+                {**options, "seed": n},
+            )
+            for n in range(8)
+        ]
+        items = [(_remote_job(job), free_energy) for job in jobs]
+        one_against_two("sscha", _run_elsewhere, items, serialised(potential, remote=True), rounds)
 
 
 def h3s(a: float) -> Atoms:
@@ -142,15 +185,17 @@ def many(seconds: float, waves: int, workers: int = 256) -> None:
         begun, used = time.perf_counter(), processor_seconds()
         wall_of_end = [time.perf_counter() - begun for _ in scheduler.map(pause, times)]
         used = processor_seconds() - used
-    # The tail, where there are fewer tasks than workers, belongs to the tasks and not to the scheduler. At any moment before it
-    # each worker has, on average, half of a task behind it that has not ended.
+    # The tail, where there are fewer tasks than workers, belongs to the tasks and not to the
+    # scheduler. At any moment before it each worker has, on average, half of a task behind it that
+    # has not ended.
     until = len(times) - 2 * workers
     ideal = times.mean() * (until + workers / 2) / workers
     overhead = wall_of_end[until - 1] / ideal - 1
     print(
-        f"many    {len(times)} tasks of {seconds:g} s (+-30 %) in {workers} places: {wall_of_end[-1]:.1f} s; overhead before the tail "
-        f"{overhead:.1%} (bar 5 %), with the tail {wall_of_end[-1] / (times.sum() / workers) - 1:.1%}; "
-        f"{1000 * used / len(times):.1f} ms of processor time a task, client, scheduler and workers; {load()}",
+        f"many    {len(times)} tasks of {seconds:g} s (+-30 %) in {workers} places:"
+        f" {wall_of_end[-1]:.1f} s; overhead before the tail {overhead:.1%} (bar 5 %), with the"
+        f" tail {wall_of_end[-1] / (times.sum() / workers) - 1:.1%}; {1000 * used / len(times):.1f}"
+        f" ms of processor time a task, client, scheduler and workers; {load()}",
         flush=True,
     )
 
@@ -166,16 +211,22 @@ def memory(total: int) -> None:
                 sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * page / 1e6)
     shown = " ".join(f"{size:.0f}" for size in sizes)
     rate = total / (time.perf_counter() - begun)
-    print(f"memory  {total} tasks, client and Dask scheduler: {shown} MB after each tenth; {rate:.0f} tasks/s; {load()}", flush=True)
+    print(
+        f"memory  {total} tasks, client and Dask scheduler: {shown} MB after each tenth; {rate:.0f}"
+        f" tasks/s; {load()}",
+        flush=True,
+    )
 
 
 MEAN_ATOMS = 18  # of 4 to 32
 STEPS = 30  # evaluations of a relaxation: docs/performance.md, "Which path, and which minimum"
-ELIMINATION = 35  # times fewer evaluations than 30 populations of 1,000 for everybody: docs/performance.md, "Ranking"
+# times fewer evaluations than 30 populations of 1,000 for everybody: docs/performance.md, "Ranking"
+ELIMINATION = 35
 
 
 def cost(rate: float, label_seconds: float) -> None:
-    """Hours of one core or GPU that evaluates ``rate`` atoms per second, by step of the paper (Secs. IV A and B)."""
+    """Hours of one core or GPU that evaluates ``rate`` atoms per second, by step of the paper
+    (Secs. IV A and B)."""
     evaluations = {  # atoms times evaluations
         "two searches that learn: 2 x 10 x 1,000 relaxations": 20_000 * STEPS * MEAN_ATOMS,
         "three searches: 3 x 10,000 relaxations": 30_000 * STEPS * MEAN_ATOMS,
@@ -188,11 +239,22 @@ def cost(rate: float, label_seconds: float) -> None:
     raced = everybody - sscha_hours + sscha_hours / ELIMINATION
     for name, value in hours.items():
         print(f"cost    {name}: {value:.1f} h")
-    print(f"cost    with elimination instead of 30 x 1,000 for everybody: {sscha_hours / ELIMINATION:.1f} h instead of {sscha_hours:.1f} h")
-    print(f"cost    the campaign at {rate:g} atoms/s: {everybody:.0f} h, with elimination {raced:.0f} h")
-    print(f"cost    ten times its size: {10 * everybody:.0f} h, with elimination {10 * raced:.0f} h")
+    print(
+        "cost    with elimination instead of 30 x 1,000 for everybody:"
+        f" {sscha_hours / ELIMINATION:.1f} h instead of {sscha_hours:.1f} h"
+    )
+    print(
+        f"cost    the campaign at {rate:g} atoms/s: {everybody:.0f} h, with elimination"
+        f" {raced:.0f} h"
+    )
+    print(
+        f"cost    ten times its size: {10 * everybody:.0f} h, with elimination {10 * raced:.0f} h"
+    )
     labels = 2_000 * label_seconds / 3600
-    print(f"cost    2,000 labels of {label_seconds:g} core seconds: {labels:.0f} core hours; ten times: {10 * labels:.0f} core hours")
+    print(
+        f"cost    2,000 labels of {label_seconds:g} core seconds: {labels:.0f} core hours; ten"
+        f" times: {10 * labels:.0f} core hours"
+    )
 
 
 def main() -> None:
@@ -204,7 +266,9 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100_000, help="of row memory")
     parser.add_argument("--n-labels", type=int, default=30, help="of row labels")
     parser.add_argument("--atoms-per-second", type=float, default=193.0, help="of row cost")
-    parser.add_argument("--label-seconds", type=float, default=65.0, help="core seconds of a label, of row cost")
+    parser.add_argument(
+        "--label-seconds", type=float, default=65.0, help="core seconds of a label, of row cost"
+    )
     given = parser.parse_args()
     rows: dict[str, Callable[[], None]] = {
         "labels": lambda: labels(given.rounds, given.n_labels),

@@ -1,7 +1,9 @@
-"""Time of a finetuning epoch, stock MatterSim against this package, in one run on one core: ``python tests/benchmarks/training.py``.
+"""Time of a finetuning epoch, stock MatterSim against this package, in one run on one core:
+``python tests/benchmarks/training.py``.
 
-H3S supercells of 4 to 32 atoms with made-up labels (the time does not depend on them). Pieces of the epoch are timed alternately on
-either side, each at its best batch size, in processor time, because other programs may run; ``--structures`` says how many are used.
+H3S supercells of 4 to 32 atoms with made-up labels (the time does not depend on them). Pieces of
+the epoch are timed alternately on either side, each at its best batch size, in processor time,
+because other programs may run; ``--structures`` says how many are used.
 """
 
 from __future__ import annotations
@@ -29,38 +31,61 @@ BARS = {(3, 128): 3.0, (2, 32): 8.0}
 """Blocks and units of the model, and the ratio that is claimed at least."""
 
 BATCH_SIZES = (4, 8, 16)
-REPEATS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
+SUPERCELL_MATRIX = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
 
 
 def labelled_supercells(count: int, rng: np.random.Generator) -> list[Atoms]:
-    """``count`` displaced Im-3m H3S supercells of 4, 8, 16 and 32 atoms in turn, with random labels."""
+    """``count`` displaced Im-3m H3S supercells of 4, 8, 16 and 32 atoms in turn, with random
+    labels."""
     half = 1.5
     cell = half * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
     unit = Atoms("SH3", positions=np.vstack([np.zeros(3), half * np.eye(3)]), cell=cell, pbc=True)
     result = []
     for index in range(count):
-        atoms = unit.repeat(REPEATS[index % len(REPEATS)])
+        atoms = unit.repeat(SUPERCELL_MATRIX[index % len(SUPERCELL_MATRIX)])
         atoms.positions += rng.normal(0, 0.1, atoms.positions.shape)
         forces = rng.normal(0, 1.0, atoms.positions.shape)
-        atoms.calc = SinglePointCalculator(atoms, energy=-2.5 * len(atoms), forces=forces, stress=rng.normal(0, 0.1, 6))
+        atoms.calc = SinglePointCalculator(
+            atoms, energy=-2.5 * len(atoms), forces=forces, stress=rng.normal(0, 0.1, 6)
+        )
         result.append(atoms)
     return result
 
 
-def stock_epoch(module: torch.nn.Module, structures: list[Atoms], batch_size: int) -> Callable[[], object]:
-    """A call that does the steps of one stock epoch; graphs are made beforehand, as ``train_model`` does."""
+def stock_epoch(
+    module: torch.nn.Module, structures: list[Atoms], batch_size: int
+) -> Callable[[], object]:
+    """A call that does the steps of one stock epoch; graphs are made beforehand, as ``train_model``
+    does."""
     stock = StockPotential(copy.deepcopy(module), device="cpu", lr=2e-4)
     stresses = [atoms.get_stress(voigt=False) / GPa for atoms in structures]
-    energies, forces = [atoms.get_potential_energy() for atoms in structures], [atoms.get_forces() for atoms in structures]
-    loader = build_dataloader([atoms.copy() for atoms in structures], energies, forces, stresses, batch_size=batch_size, shuffle=True)
+    energies, forces = (
+        [atoms.get_potential_energy() for atoms in structures],
+        [atoms.get_forces() for atoms in structures],
+    )
+    loader = build_dataloader(
+        [atoms.copy() for atoms in structures],
+        energies,
+        forces,
+        stresses,
+        batch_size=batch_size,
+        shuffle=True,
+    )
     loss = torch.nn.HuberLoss(delta=0.01)
-    return lambda: stock.train_one_epoch(loader, 0, loss, True, True, True, 1.0, 0.1, None, mode="train", log=False)
+    return lambda: stock.train_one_epoch(
+        loader, 0, loss, True, True, True, 1.0, 0.1, None, mode="train", log=False
+    )
 
 
-def our_epoch(module: torch.nn.Module, structures: list[Atoms], batch_size: int) -> Callable[[], object]:
+def our_epoch(
+    module: torch.nn.Module, structures: list[Atoms], batch_size: int
+) -> Callable[[], object]:
     """The same by this package."""
     own = copy.deepcopy(module)
-    data, trainer = LabelledGraphs(structures, own), Trainer(own, FinetuneSettings(batch_size=batch_size))
+    data, trainer = (
+        LabelledGraphs(structures, own),
+        Trainer(own, FinetuneSettings(batch_size=batch_size)),
+    )
     return lambda: [trainer.step(*batch) for batch in data.batches(batch_size)]
 
 
@@ -83,8 +108,14 @@ def measure(blocks: int, units: int, n_structures: int, piece: int, seed: int) -
     best = {name: min(times.values()) for name, times in seconds.items()}
     ratio = best["stock"] / best["ours"]
     parameters = sum(value.numel() for value in module.parameters())
-    detail = "; ".join(f"batch {size}: {seconds['stock'][size]:.1f} / {seconds['ours'][size]:.1f} s" for size in BATCH_SIZES)
-    line = f"training epoch, {n_structures} structures, {parameters / 1e3:.0f} k parameters: {ratio:.1f}x (stock / ours: {detail})"
+    detail = "; ".join(
+        f"batch {size}: {seconds['stock'][size]:.1f} / {seconds['ours'][size]:.1f} s"
+        for size in BATCH_SIZES
+    )
+    line = (
+        f"training epoch, {n_structures} structures, {parameters / 1e3:.0f} k parameters:"
+        f" {ratio:.1f}x (stock / ours: {detail})"
+    )
     return ratio, line
 
 
@@ -103,7 +134,12 @@ ROWS: dict[str, tuple[float, Callable[[int], tuple[float | None, str]]]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--structures", type=int, default=48, help="200 for the whole epoch of the claim (half an hour)")
+    parser.add_argument(
+        "--structures",
+        type=int,
+        default=48,
+        help="200 for the whole epoch of the claim (half an hour)",
+    )
     options = parser.parse_args()
     logger.remove()
     torch.set_num_threads(1)

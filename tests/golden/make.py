@@ -43,7 +43,7 @@ from magus_anharmonic.settings import parse_settings
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 LEFT_OUT = {
-    "could_explain", "directory", "line", "packages", "path", "reason", "seconds", "seconds_labels", "seconds_training", "settings_hash",
+    "could_explain", "directory", "line", "packages", "path", "reason", "seconds", "seconds_labels", "seconds_training", "sentences", "settings_hash",
     "sha256", "sscha_folder", "started", "version", "wall_s",
 }  # fmt: skip
 """Columns and keys that are no numbers of the physics."""
@@ -52,20 +52,30 @@ Numbers = dict[str, Any]
 """File or quantity -> columns or keys -> values."""
 
 
-# --- reading files ----------------------------------------------------------------------------------------------------------
+# --- reading files --------------------------------------------------------------------------------
 
 
 def read(path: Path) -> Any:
-    """Columns of a CSV file, keys of a JSON file, records of a JSONL file, and of arrays the shape, norm and extremes."""
+    """Columns of a CSV file, keys of a JSON file, records of a JSONL file, and of arrays the
+    shape, norm and a weighed sum.
+    """
     if path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-        return {name: [word(row[name]) for row in rows] for name in (rows[0] if rows else {}) if name not in LEFT_OUT}
+        return {
+            name: [word(row[name]) for row in rows]
+            for name in (rows[0] if rows else {})
+            if name not in LEFT_OUT
+        }
     if path.suffix == ".jsonl":
         return [plain(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return {name: moments(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "fi"}
+            return {
+                name: moments(arrays[name])
+                for name in arrays.files
+                if arrays[name].dtype.kind in "fi"
+            }
     return plain(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -85,15 +95,25 @@ def plain(value: Any) -> Any:
 
 
 def moments(array: np.ndarray) -> dict[str, Any]:
-    """An array in few numbers; the last one weighs each element by its place, so that none may change places."""
+    """An array in few numbers; the last one weighs each element by its place, so that none may
+    change places.
+    """
     flat = np.asarray(array, dtype=float).ravel()
     weights = np.cos(np.arange(flat.size))
-    return {"shape": list(array.shape), "norm": float(np.linalg.norm(flat)), "by_place": float(flat @ weights)}
+    return {
+        "shape": list(array.shape),
+        "norm": float(np.linalg.norm(flat)),
+        "by_place": float(flat @ weights),
+    }
 
 
 def tables(folder: Path, *patterns: str) -> Numbers:
     """Every file of the patterns by its path in the folder."""
-    found = {str(path.relative_to(folder)): read(path) for pattern in patterns for path in sorted(folder.glob(pattern))}
+    found = {
+        str(path.relative_to(folder)): read(path)
+        for pattern in patterns
+        for path in sorted(folder.glob(pattern))
+    }
     assert found, f"{folder}: no file {' '.join(patterns)}"
     return found
 
@@ -104,14 +124,27 @@ def command(*words: object, codes: tuple[int, ...] = (0,)) -> None:
     assert result.exit_code in codes, result.output
 
 
-# --- the cases --------------------------------------------------------------------------------------------------------------
+# --- the cases ------------------------------------------------------------------------------------
 
 
 def rankings(folder: Path) -> Numbers:
-    """EMT; a race in which four of five are eliminated; a saddle that is followed; two starts that end in one phase and are pooled."""
-    metals = [bulk("Al", "fcc", a=4.0), bulk("Al", "fcc", a=4.02, cubic=True), bulk("Al", "hcp", a=2.85, c=4.66), bulk("Al", "bcc", a=3.2)]
+    """EMT; a race in which four of five are eliminated; a saddle that is followed; two starts
+    that end in one phase and are pooled.
+    """
+    metals = [
+        bulk("Al", "fcc", a=4.0),
+        bulk("Al", "fcc", a=4.02, cubic=True),
+        bulk("Al", "hcp", a=2.85, c=4.66),
+        bulk("Al", "bcc", a=3.2),
+    ]
     plain_crystal = crystal((3.0,) * 3, 1.0, 0.2, -0.3, 1.0)
-    rivals = [plain_crystal, *(crystal((3.0 * 0.94**k,) * 3, 1.0, 0.2, -0.3, 1.0, depth=0.1 + 0.02 * k) for k in range(1, 5))]
+    rivals = [
+        plain_crystal,
+        *(
+            crystal((3.0 * 0.94**k,) * 3, 1.0, 0.2, -0.3, 1.0, depth=0.1 + 0.02 * k)
+            for k in range(1, 5)
+        ),
+    ]
     well = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0, shift=(0.0, 0.0, 0.25))
     centred = crystal((3.0, 3.0, 3.3), 1.0, 0.2, -0.3, 1.0, well=5.5, wall=3.0)
     small = {"reference_spacing": 0.1, "hessian": 0}
@@ -127,7 +160,9 @@ def rankings(folder: Path) -> Numbers:
     found: Numbers = {}
     for name, (evaluator, structures, keys, block) in cases.items():
         settings = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block, **keys})
-        rank_structures(structures, evaluator, settings, folder / name, relax=name == "emt", workers=1)
+        rank_structures(
+            structures, evaluator, settings, folder / name, relax=name == "emt", workers=1
+        )
         found |= tables(folder, f"{name}/*.csv")
     return found
 
@@ -135,24 +170,50 @@ def rankings(folder: Path) -> Numbers:
 def sscha(folder: Path) -> Numbers:
     """One run at fixed volume, one at fixed pressure."""
     pair = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
-    free_energy(pair, QuarticPair(), 0.0, 100.0, (1, 1, 1), "fixed", n_configs=60, max_populations=6, directory=folder / "fixed")
-    free_energy(bulk("Al", "fcc", a=4.0), EMT(), 20.0, 300.0, n_configs=40, max_populations=2, seed=1, directory=folder / "variable")
+    free_energy(
+        pair,
+        QuarticPair(),
+        0.0,
+        100.0,
+        (1, 1, 1),
+        "fixed",
+        n_configs=60,
+        max_populations=6,
+        directory=folder / "fixed",
+    )
+    free_energy(
+        bulk("Al", "fcc", a=4.0),
+        EMT(),
+        20.0,
+        300.0,
+        n_configs=40,
+        max_populations=2,
+        seed=1,
+        directory=folder / "variable",
+    )
     return tables(folder, "*/result.json", "*/convergence.csv", "*/*.npz")
 
 
 def end_of(one: Relaxation) -> dict[str, Any]:
     """The atoms by their volume."""
     names = ("energy", "enthalpy", "converged", "failed", "n_steps")
-    return {name: getattr(one, name) for name in names} | {"volume": one.atoms.get_volume(), "why": one.reason}
+    return {name: getattr(one, name) for name in names} | {
+        "volume": one.atoms.get_volume(),
+        "why": one.reason,
+    }
 
 
 def relaxations(folder: Path) -> Numbers:
-    """Thirteen on EMT: by each optimiser, with the symmetry kept, with a short budget, and one that fails."""
+    """Thirteen on EMT: by each optimiser, with the symmetry kept, with a short budget, and one
+    that fails.
+    """
     rng = np.random.default_rng(5)
 
     def strained(symbol: str, repeat: tuple[int, int, int]) -> Atoms:
         atoms = bulk(symbol).repeat(repeat)
-        atoms.set_cell(atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.05, (3, 3))), scale_atoms=True)
+        atoms.set_cell(
+            atoms.cell.array @ (np.eye(3) + rng.normal(0, 0.05, (3, 3))), scale_atoms=True
+        )
         atoms.rattle(0.1, rng=rng)
         return atoms
 
@@ -171,7 +232,12 @@ def relaxations(folder: Path) -> Numbers:
 def model_relaxations(folder: Path) -> Numbers:
     """Three on the shipped model, in single precision."""
     structures = [h3s(3.1), h3s(3.0, 0.05), h3s(2.9, 0.1)]
-    return {"ends": [end_of(one) for one in relax(load("h3s-gpaw-small", "cpu"), structures, 150.0, force_tolerance=0.02)]}
+    return {
+        "ends": [
+            end_of(one)
+            for one in relax(load("h3s-gpaw-small", "cpu"), structures, 150.0, force_tolerance=0.02)
+        ]
+    }
 
 
 def finetuning(folder: Path) -> Numbers:
@@ -182,20 +248,44 @@ def finetuning(folder: Path) -> Numbers:
     for index, atoms in enumerate(structures):
         atoms.positions += 0.05 * rng.normal(size=(4, 3))
         found = model.evaluate([atoms])
-        atoms.calc = SinglePointCalculator(atoms, energy=found.energy[0] + 0.4, forces=1.2 * found.forces[0], stress=found.stress[0])
+        atoms.calc = SinglePointCalculator(
+            atoms,
+            energy=found.energy[0] + 0.4,
+            forces=1.2 * found.forces[0],
+            stress=found.stress[0],
+        )
         atoms.info.update(id=f"s{index}", parent=f"p{index}")
     settings = FinetuneSettings(epochs=3, learning_rate=3e-4, batch_size=3)
-    result = finetune("h3s-gpaw-small", structures[:6], structures[6:], settings, out=folder / "new.pth", seed=0, device="cpu")
-    return {"result": plain(result.as_dict()), "history": plain([epoch.as_dict() for epoch in result.history])}
+    result = finetune(
+        "h3s-gpaw-small",
+        structures[:6],
+        structures[6:],
+        settings,
+        out=folder / "new.pth",
+        seed=0,
+        device="cpu",
+    )
+    return {
+        "result": plain(result.as_dict()),
+        "history": plain([epoch.as_dict() for epoch in result.history]),
+    }
 
 
 def phase_diagram(folder: Path) -> Numbers:
     """Two phases of H3S with noise, and three compositions."""
-    sulphur, hydrogen, compound = Phase(0.0, 5.0, 400.0), Phase(0.0, 1.5, 1500.0), Phase(-0.02, 2.2, 1100.0)
+    sulphur, hydrogen, compound = (
+        Phase(0.0, 5.0, 400.0),
+        Phase(0.0, 1.5, 1500.0),
+        Phase(-0.02, 2.2, 1100.0),
+    )
     elements = [("S", sulphur, "S"), ("H2", hydrogen, "H2"), ("Im-3m", compound, "H3S")]
     points = {
         "two": data({"low": LOW, "high": HIGH}, 7),
-        "hull": [point for i, (name, phase, formula) in enumerate(elements) for point in data({name: phase}, i, formula=formula)],
+        "hull": [
+            point
+            for i, (name, phase, formula) in enumerate(elements)
+            for point in data({name: phase}, i, formula=formula)
+        ],
     }
     found: Numbers = {}
     for name, values in points.items():
@@ -208,12 +298,16 @@ def phase_diagram(folder: Path) -> Numbers:
 
 
 def campaign(folder: Path) -> Numbers:
-    """Two made-up campaigns, which have every figure between them: the figures' numbers, and validation against the paper's values."""
+    """Two made-up campaigns, which have every figure between them: the figures' numbers, and
+    validation against the paper's values.
+    """
     synthetic_campaign(folder / "large", n_structures=20)
     write_campaign(folder / "known" / "campaign", n_structures=20)
     for name in ("large", "known"):
         make_figures(folder / name)
-        command("validate", folder / name, ROOT / "inputs" / "h3s-paper" / "expected.yaml", codes=(0, 1))
+        command(
+            "validate", folder / name, ROOT / "inputs" / "h3s-paper" / "expected.yaml", codes=(0, 1)
+        )
     return tables(folder, "*/campaign/figures/*.csv", "*/campaign/validation.csv")
 
 
@@ -230,15 +324,27 @@ CASES: dict[str, Callable[[Path], Numbers]] = {
 
 def demonstration() -> dict[str, Any]:
     """The quick start with fewer structures and configurations, and without DFT."""
-    keys = yaml.safe_load((ROOT / "inputs" / "h3s-quickstart" / "input.yaml").read_text(encoding="utf-8"))
+    keys = yaml.safe_load(
+        (ROOT / "inputs" / "h3s-quickstart" / "input.yaml").read_text(encoding="utf-8")
+    )
     del keys["learning"]
     keys |= {"popSize": 3, "initSize": 4, "saveGood": 2}
-    keys["sscha"] |= {"max_candidates": 2, "supercell": [1, 1, 1], "n_configs": 20, "max_populations": 3}
+    keys["sscha"] |= {
+        "max_candidates": 2,
+        "supercell": [1, 1, 1],
+        "n_configs": 20,
+        "max_populations": 3,
+    }
     return keys
 
 
-SEARCHES: dict[str, Callable[[], dict[str, Any]]] = {"demonstration": demonstration, "learning": lambda: INPUT}
-"""By the command line, in processes of their own; ``learning`` is the search that test_kill.py kills."""
+SEARCHES: dict[str, Callable[[], dict[str, Any]]] = {
+    "demonstration": demonstration,
+    "learning": lambda: INPUT,
+}
+"""By the command line, in processes of their own; ``learning`` is the search that test_kill.py
+kills.
+"""
 
 
 def searched(folder: Path) -> Numbers:
@@ -254,7 +360,7 @@ def search(name: str, folder: Path, server: Server) -> Numbers:
     return searched(folder)
 
 
-# --- the stored numbers -----------------------------------------------------------------------------------------------------
+# --- the stored numbers ---------------------------------------------------------------------------
 
 
 def machine() -> str:
@@ -262,8 +368,21 @@ def machine() -> str:
     import torch
 
     path = Path("/proc/cpuinfo")
-    told = dict(line.split("\t", 1) for line in path.read_text().split("\n\n")[0].splitlines() if "\t" in line) if path.exists() else {}
-    model = " ".join(told.get(name, "").strip("\t: ") for name in ("model name", "cpu family", "model")).strip() or platform.processor()
+    told = (
+        dict(
+            line.split("\t", 1)
+            for line in path.read_text().split("\n\n")[0].splitlines()
+            if "\t" in line
+        )
+        if path.exists()
+        else {}
+    )
+    model = (
+        " ".join(
+            told.get(name, "").strip("\t: ") for name in ("model name", "cpu family", "model")
+        ).strip()
+        or platform.processor()
+    )
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}, numpy {np.__version__}, torch {torch.__version__}"
 
 
@@ -272,7 +391,9 @@ def stored(name: str) -> dict[str, Any]:
 
 
 def write(name: str, numbers: Numbers) -> None:
-    text = json.dumps({"machine": machine(), "numbers": numbers}, indent=0, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        {"machine": machine(), "numbers": numbers}, indent=0, sort_keys=True, ensure_ascii=False
+    )
     (HERE / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-"""The folder in which MAGUS runs, programs that play queue systems, and the list of what was run."""
+"""The folder in which MAGUS runs, programs that play queue systems, and the list of what was
+run."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ esac
 
 @pytest.fixture
 def queue(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The commands of LSF, SLURM and PBS first in PATH; returns the file in which each leaves a line per call."""
+    """The commands of LSF, SLURM and PBS first in PATH; returns the file in which each leaves a
+    line per call."""
     folder = work.parent / "queue"
     folder.mkdir()
     for name in ("bsub", "bwait", "sbatch", "salloc", "squeue", "qsub", "qstat"):
@@ -57,8 +59,22 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Say which MAGUS ran what, with which versions."""
     terminalreporter.section("with MAGUS")
     terminalreporter.line(find_magus()[1])
-    names = ("ase", "numpy", "scipy", "spglib", "scikit-learn", "pandas", "networkx", "torch", "mattersim")
-    known = {name: next(iter(metadata.metadata(name).get_all("Version") or ["?"])) for name in names if _installed(name)}
+    names = (
+        "ase",
+        "numpy",
+        "scipy",
+        "spglib",
+        "scikit-learn",
+        "pandas",
+        "networkx",
+        "torch",
+        "mattersim",
+    )
+    known = {
+        name: next(iter(metadata.metadata(name).get_all("Version") or ["?"]))
+        for name in names
+        if _installed(name)
+    }
     terminalreporter.line(", ".join(f"{name} {version}" for name, version in known.items()))
     for line in magus_run.RAN or ["nothing was run"]:
         terminalreporter.line(line)

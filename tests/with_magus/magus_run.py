@@ -1,4 +1,5 @@
-"""How the tests run MAGUS: as its users do, in a process and a folder of its own. What was run is listed at the end of the tests."""
+"""How the tests run MAGUS: as its users do, in a process and a folder of its own. What was run is
+listed at the end of the tests."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 needs_magus = [
     pytest.mark.slow,
-    pytest.mark.skipif(not is_magus(), reason="skipped: MAGUS is not installed (no package magus with magus.entrypoints)"),
+    pytest.mark.skipif(
+        not is_magus(),
+        reason="skipped: MAGUS is not installed (no package magus with magus.entrypoints)",
+    ),
 ]
 """Marks of every test here."""
 
@@ -59,7 +63,13 @@ LEARNING = {"n_sample": 2, "n_perturb": 2, "epochs": 1}
 
 
 def ours(prefix: str | list[str] = "MatterSim", **more: Any) -> dict[str, Any]:
-    return {"calculator": "mattersim", "jobPrefix": prefix, "checkpoint": "model.pth", "max_step": 5, **more}
+    return {
+        "calculator": "mattersim",
+        "jobPrefix": prefix,
+        "checkpoint": "model.pth",
+        "max_step": 5,
+        **more,
+    }
 
 
 def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
@@ -71,7 +81,13 @@ def command(folder: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
     ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     call = [sys.executable, "-W", "ignore", "-m", "magus.entrypoints.main", *arguments]
-    return call, {"cwd": folder, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return call, {
+        "cwd": folder,
+        "env": environment,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
 
 
 def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,7 +100,8 @@ def magus(folder: Path, *arguments: str, **environment: str) -> subprocess.Compl
 
 
 def campaign(file: Path) -> subprocess.CompletedProcess[str]:
-    """``magus-anharmonic campaign FILE`` in a process that finds MAGUS and the plug-ins as those of `magus` do."""
+    """``magus-anharmonic campaign FILE`` in a process that finds MAGUS and the plug-ins as those of
+    `magus` do."""
     _, options = command(file.parent.parent, "search")
     call = [sys.executable, "-W", "ignore", "-m", "magus_anharmonic.cli", "campaign", str(file)]
     result = subprocess.run(call, timeout=900, stdin=subprocess.DEVNULL, **options)

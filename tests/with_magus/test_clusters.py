@@ -1,4 +1,5 @@
-"""`magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs play."""
+"""`magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
+play."""
 
 from __future__ import annotations
 
@@ -14,7 +15,14 @@ from magus_anharmonic.files import read_jsonl
 
 pytestmark = needs_magus
 
-CLUSTER = {"calculator": "toy-cluster", "jobPrefix": "Toy", "queueName": "normal", "numCore": 1, "numParallel": 2, "waitTime": 1}
+CLUSTER = {
+    "calculator": "toy-cluster",
+    "jobPrefix": "Toy",
+    "queueName": "normal",
+    "numCore": 1,
+    "numParallel": 2,
+    "waitTime": 1,
+}
 
 
 @pytest.fixture
@@ -39,8 +47,13 @@ def cluster_search(work: Path, queue: Path) -> Path:
     return work
 
 
-@pytest.mark.parametrize(("system", "commands"), [("LSF", {"bsub", "bwait"}), ("SLURM", {"sbatch", "salloc"}), ("PBS", {"qsub", "qstat"})])
-def test_labels_come_back_through_the_queue_system(cluster_search: Path, queue: Path, system: str, commands: set[str]) -> None:
+@pytest.mark.parametrize(
+    ("system", "commands"),
+    [("LSF", {"bsub", "bwait"}), ("SLURM", {"sbatch", "salloc"}), ("PBS", {"qsub", "qstat"})],
+)
+def test_labels_come_back_through_the_queue_system(
+    cluster_search: Path, queue: Path, system: str, commands: set[str]
+) -> None:
     result = magus(cluster_search, "search", "-m", JOB_SYSTEM=system)
     assert result.returncode == 0, result.stdout[-3000:]
     assert {line.split()[0] for line in queue.read_text().splitlines()} == commands
@@ -50,10 +63,14 @@ def test_labels_come_back_through_the_queue_system(cluster_search: Path, queue: 
         copy = atoms.copy()
         copy.calc = EMT()
         assert atoms.get_potential_energy() == pytest.approx(copy.get_potential_energy(), abs=1e-5)
-        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), "MAGUS's cluster calculators change the order"
+        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), (
+            "MAGUS's cluster calculators change the order"
+        )
 
 
-def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search: Path, queue: Path) -> None:
+def test_a_repeated_round_sends_no_job_for_labels_that_it_has(
+    cluster_search: Path, queue: Path
+) -> None:
     """MAGUS's restart repeats its last round; each label is hours of a cluster."""
     file = cluster_search / "input.yaml"
     file.write_text(file.read_text().replace("numGen: 1", "numGen: 2"))
@@ -68,7 +85,8 @@ def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search: Pa
 
 
 def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search: Path) -> None:
-    """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends without output."""
+    """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends
+    without output."""
     assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0
     folder = cluster_search / "calcFold/Toy"
     stale = [atoms for file in sorted(folder.glob("0?/optPop.traj")) for atoms in read(file, ":")]
@@ -77,10 +95,20 @@ def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_sea
     file = cluster_search / "input.yaml"
     file.write_text(file.read_text().replace("seed: 3", "seed: 4"))
     result = magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF")
-    back = [atoms.info["id"] for part in sorted(folder.glob("0?/optPop.traj")) for atoms in read(part, ":")]
+    back = [
+        atoms.info["id"]
+        for part in sorted(folder.glob("0?/optPop.traj"))
+        for atoms in read(part, ":")
+    ]
     assert back == [atoms.info["id"] for atoms in stale], "MAGUS does not remove it"
-    asked = {atoms.info["id"] for part in sorted(folder.glob("0?/initPop.traj")) for atoms in read(part, ":")}
+    asked = {
+        atoms.info["id"]
+        for part in sorted(folder.glob("0?/initPop.traj"))
+        for atoms in read(part, ":")
+    }
     assert asked.isdisjoint(back)
-    assert not (cluster_search / "results/anharmonic/labels/gen001.xyz").exists(), result.stdout[-2000:]
+    assert not (cluster_search / "results/anharmonic/labels/gen001.xyz").exists(), result.stdout[
+        -2000:
+    ]
     failed = read_jsonl(cluster_search / "results/anharmonic/failures.jsonl")
     assert len(failed) == 4, result.stdout[-2000:]

@@ -1,4 +1,5 @@
-"""A campaign whose searches are stock MAGUS's, and variable composition there; skipped where MAGUS is not installed."""
+"""A campaign whose searches are stock MAGUS's, and variable composition there; skipped where MAGUS
+is not installed."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) ->
         assert (folder / "log.txt").is_file(), "MAGUS writes log.txt, the embedded host does not"
         assert read(folder / "results/good.traj", ":")
     with (file.parent / "campaign/tables/enthalpies.csv").open(newline="") as table:
-        assert {"produce", "relax", "foundation"} == {row["source"] for row in csv.DictReader(table)}
+        assert {"produce", "relax", "foundation"} == {
+            row["source"] for row in csv.DictReader(table)
+        }
 
     again = campaign(file)
     assert again.returncode == 0
@@ -39,9 +42,23 @@ def test_a_campaign_searches_with_stock_magus_and_every_step_ends(work: Path) ->
 
 def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work: Path) -> None:
     write_input(
-        work, formulaType="var", symbols=["Al", "Cu"], formula=[[1, 0], [0, 1]], full_ele=False, max_n_atoms=3, popSize=6, numGen=1,
-        MainCalculator=ours(), sscha={"supercell": [2, 1, 1], "n_configs": 20, "max_populations": 8, "max_candidates": 6, "hessian": 0},
-    )  # fmt: skip
+        work,
+        formulaType="var",
+        symbols=["Al", "Cu"],
+        formula=[[1, 0], [0, 1]],
+        full_ele=False,
+        max_n_atoms=3,
+        popSize=6,
+        numGen=1,
+        MainCalculator=ours(),
+        sscha={
+            "supercell": [2, 1, 1],
+            "n_configs": 20,
+            "max_populations": 8,
+            "max_candidates": 6,
+            "hessian": 0,
+        },
+    )
     result = magus(work, "search")
     assert result.returncode == 0, result.stdout[-3000:]
     good = read(work / "results/good.traj", ":")
@@ -50,5 +67,11 @@ def test_variable_composition_is_ranked_by_the_hull_of_free_energies(work: Path)
     assert len({reduced_formula(formula) for formula in formulas}) > 1
     heights = above_hull(formulas, np.array([atoms.info["gibbs"] for atoms in known]))
     assert [atoms.info["gibbs_above_hull"] for atoms in known] == pytest.approx(heights, abs=1e-6)
-    order = [height for height, atoms in zip(heights, known, strict=True) if atoms.info["gibbs_model"] == atoms.info["model"]]
-    assert order == pytest.approx(sorted(order), abs=1e-9), "MAGUS sorts its good population by the fitness"
+    order = [
+        height
+        for height, atoms in zip(heights, known, strict=True)
+        if atoms.info["gibbs_model"] == atoms.info["model"]
+    ]
+    assert order == pytest.approx(sorted(order), abs=1e-9), (
+        "MAGUS sorts its good population by the fitness"
+    )

@@ -1,4 +1,5 @@
-"""Faults of MAGUS 2.0.1 that this package works round, each shown in MAGUS's own code, and what ours does instead."""
+"""Faults of MAGUS 2.0.1 that this package works round, each shown in MAGUS's own code, and what
+ours does instead."""
 
 from __future__ import annotations
 
@@ -33,25 +34,41 @@ def population(magus_folder: Path) -> Iterator[Any]:
     made.fit_calcs = calculators
 
 
-def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_not_here(magus_folder: Path) -> None:
+def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_not_here(
+    magus_folder: Path,
+) -> None:
     from magus.calculators.emt import EMTCalculator
 
     from magus_anharmonic.plugins.calculator import MatterSimCalculator
 
     wrong = bulk("Fe")
     wrong.info.update(energy=-99.0, forces=np.zeros((1, 3)), stress=np.zeros(6), enthalpy=-99.0)
-    stock = EMTCalculator(jobPrefix="EMT", job_prefix="EMT", workDir=str(magus_folder), work_dir=str(magus_folder), pressure=0)
+    stock = EMTCalculator(
+        jobPrefix="EMT",
+        job_prefix="EMT",
+        workDir=str(magus_folder),
+        work_dir=str(magus_folder),
+        pressure=0,
+    )
     (returned,) = stock.scf([wrong.copy()])
     assert returned.info["energy"] == -99.0, "EMT has no iron; MAGUS hands the old number back"
 
-    calculator = MatterSimCalculator(**ours(), MainCalculator=ours(), pressure=0, workDir=str(magus_folder), work_dir=str(magus_folder))
+    calculator = MatterSimCalculator(
+        **ours(),
+        MainCalculator=ours(),
+        pressure=0,
+        workDir=str(magus_folder),
+        work_dir=str(magus_folder),
+    )
     hopeless = bulk("Al")
     hopeless.info.update(energy=-99.0)
     hopeless.positions[:] = np.nan
     assert calculator.scf([hopeless]) == [] and "energy" not in hopeless.info
 
 
-def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(magus_folder: Path) -> None:
+def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(
+    magus_folder: Path,
+) -> None:
     import magus.calculators
     from magus.utils import CALCULATOR_PLUGIN
 
@@ -65,14 +82,21 @@ def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(m
 
 
 @pytest.mark.parametrize("name", ["gpmin", "scipyfminbfgs", "scipyfmincg"])
-def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(magus_folder: Path, name: str) -> None:
+def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(
+    magus_folder: Path, name: str
+) -> None:
     from magus.calculators.emt import EMTCalculator
 
     from magus_anharmonic.errors import InputError
     from magus_anharmonic.settings import parse_settings
 
     stock = EMTCalculator(
-        jobPrefix="EMT", job_prefix="EMT", workDir=str(magus_folder), work_dir=str(magus_folder), pressure=0, optimizer=name
+        jobPrefix="EMT",
+        job_prefix="EMT",
+        workDir=str(magus_folder),
+        work_dir=str(magus_folder),
+        pressure=0,
+        optimizer=name,
     )
     with pytest.raises(TypeError, match="maxstep"):
         stock.relax([bulk("Al", a=4.2)])
@@ -80,7 +104,9 @@ def test_optimisers_that_kill_a_search_there_are_refused_at_the_start_here(magus
         parse_settings({"MainCalculator": ours(optimizer=name)})
 
 
-def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_taken_apart_or_refused_here() -> None:
+def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_taken_apart_or_refused_here() -> (
+    None
+):
     from magus.calculators.base import AdjointCalculator
 
     from magus_anharmonic.errors import InputError
@@ -92,15 +118,20 @@ def test_a_list_of_prefixes_builds_a_calculator_that_cannot_learn_there_and_is_t
         parse_settings({"MLCalculator": {"jobPrefix": ["EMT", "MatterSim"]}})
 
 
-def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures_of_its_own(population: Any, tmp_path: Path) -> None:
-    """MAGUS's ``addSym`` standardises the parents in place, and those of the keep population share their arrays with the good one."""
+def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures_of_its_own(
+    population: Any, tmp_path: Path
+) -> None:
+    """MAGUS's ``addSym`` standardises the parents in place, and those of the keep population share
+    their arrays with the good one."""
     bent = bulk("Al", a=4.0, cubic=True)
     bent.positions[0] += [0.02, 0.01, 0.0]
     good = population([bent], "good")
     good[0].info["gibbs"] = -1.0
     before = good[0].copy()
     population(good.clustering(2)[1], "keep").add_symmetry()
-    assert not np.allclose(good[0].get_all_distances(mic=True), before.get_all_distances(mic=True), atol=1e-3)
+    assert not np.allclose(
+        good[0].get_all_distances(mic=True), before.get_all_distances(mic=True), atol=1e-3
+    )
     assert good[0].info["gibbs"] == -1.0, "moved, and its number stays"
 
     from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
@@ -108,13 +139,17 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
 
     start = bulk("Al", a=4.0)
     key = Key("m", 0.0, 0.0, "s")
-    FreeEnergyStore(tmp_path / "x.db").put(Record(structure_id(start), key, start, "sscha", "", gibbs=-1.0, centroids=start.copy()))
+    FreeEnergyStore(tmp_path / "x.db").put(
+        Record(structure_id(start), key, start, "sscha", "", gibbs=-1.0, centroids=start.copy())
+    )
     start.positions += 0.3
     stored = FreeEnergyStore(tmp_path / "x.db").get(structure_id(bulk("Al", a=4.0)), key)
     assert np.allclose(stored.start.positions, 0.0)
 
 
-def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(population: Any) -> None:
+def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(
+    population: Any,
+) -> None:
     from magus.fitness import FitnessCalculator
 
     from magus_anharmonic.plugins.calculator import SschaFitness
@@ -125,13 +160,17 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
                 individual.info["fitness"]["given"] = -individual.info.get("gibbs", np.nan)
 
     individuals = population([bulk("Al", a=a) for a in (4.0, 4.1, 4.2)])
-    for individual, enthalpy, free_energy in zip(individuals, (0.1, 0.0, 0.2), (-1.0, None, -2.0), strict=True):
+    for individual, enthalpy, free_energy in zip(
+        individuals, (0.1, 0.0, 0.2), (-1.0, None, -2.0), strict=True
+    ):
         individual.info.update(enthalpy=enthalpy, model="m", fitness={})
         if free_energy is not None:
             individual.info.update(gibbs=free_energy, status="sscha", gibbs_model="m")
     population.fit_calcs = [Given({})]
     individuals.calc_dominators()
-    assert [individual.info["dominators"] for individual in individuals] == [2, 2, 1], "the best one is dominated by what has no number"
+    assert [individual.info["dominators"] for individual in individuals] == [2, 2, 1], (
+        "the best one is dominated by what has no number"
+    )
     for individual in individuals:
         individual.info["fitness"] = {}
     population.fit_calcs = [SschaFitness({})]
@@ -142,10 +181,14 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
 
 
 def test_two_structures_of_one_identity_there_are_two_here(population: Any) -> None:
-    """MAGUS counts offspring anew after a restart; labels and candidates are named by what they are."""
+    """MAGUS counts offspring anew after a restart; labels and candidates are named by what they
+    are."""
     from magus_anharmonic.structures import structure_id
 
-    before, after = population([bulk("Al", a=4.0)], "init", 2)[0], population([bulk("Al", a=4.1)], "init", 2)[0]
+    before, after = (
+        population([bulk("Al", a=4.0)], "init", 2)[0],
+        population([bulk("Al", a=4.1)], "init", 2)[0],
+    )
     assert before.info["identity"] == after.info["identity"]
     assert structure_id(before) != structure_id(after)
 
@@ -158,17 +201,23 @@ def test_every_step_of_a_relaxation_is_kept_there_and_two_frames_here(magus_fold
     where = {"pressure": 0, "workDir": str(magus_folder), "work_dir": str(magus_folder)}
     (stock,) = EMTCalculator(jobPrefix="EMT", job_prefix="EMT", **where).relax([bulk("Al", a=4.4)])
     assert len(stock.info["trajs"]) > 3
-    (here,) = MatterSimCalculator(**ours(), MainCalculator=ours(), **where).relax([bulk("Al", a=4.4)])
+    (here,) = MatterSimCalculator(**ours(), MainCalculator=ours(), **where).relax(
+        [bulk("Al", a=4.4)]
+    )
     assert len(here.info["trajs"]) == 2
 
 
-def test_a_single_point_of_quantum_espresso_cannot_be_read_there_and_is_refused_here(tmp_path: Path) -> None:
+def test_a_single_point_of_quantum_espresso_cannot_be_read_there_and_is_refused_here(
+    tmp_path: Path,
+) -> None:
     from magus.formatting.espresso import load_espresso
 
     from magus_anharmonic.errors import InputError
     from magus_anharmonic.plugins.modes import check_input
 
-    (tmp_path / "output").write_text("!    total energy              =     -15.85 Ry\n     JOB DONE.\n")
+    (tmp_path / "output").write_text(
+        "!    total energy              =     -15.85 Ry\n     JOB DONE.\n"
+    )
     with pytest.raises(UnboundLocalError):
         load_espresso(tmp_path / "output")
     data = {

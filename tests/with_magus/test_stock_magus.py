@@ -33,11 +33,17 @@ def check_results(folder: Path) -> None:
 
 def test_checkpack_lists_the_calculator(work: Path) -> None:
     result = magus(work, "checkpack", "calculators")
-    assert any(line.split(":")[0].strip() == "mattersim" for line in result.stdout.splitlines()), result.stdout
+    assert any(line.split(":")[0].strip() == "mattersim" for line in result.stdout.splitlines()), (
+        result.stdout
+    )
 
 
 def test_a_wrong_key_ends_the_search_with_code_2_and_without_traceback(work: Path) -> None:
-    write_input(work, MainCalculator=ours(), learning={**LEARNING, "labeler": {"calculator": "gpaw"}, "n_sampel": 1})
+    write_input(
+        work,
+        MainCalculator=ours(),
+        learning={**LEARNING, "labeler": {"calculator": "gpaw"}, "n_sampel": 1},
+    )
     result = magus(work, "search")
     assert result.returncode == 2
     assert "did you mean n_sample?" in result.stdout and "Traceback" not in result.stdout
@@ -56,7 +62,9 @@ def test_a_plain_search_learns_ranks_and_can_be_summarised(work: Path) -> None:
     summary = magus(work, "summary", "results/good.traj", "-a", "gibbs", "status", "-sb", "gibbs")
     assert "status" in summary.stdout
     relaxed = magus(work, "calculate", "results/good.traj", "-m", "scf", "-o", "scf.traj")
-    assert relaxed.returncode == 0 and len(read(work / "scf.traj", ":")) == len(read(work / "results/good.traj", ":"))
+    assert relaxed.returncode == 0 and len(read(work / "scf.traj", ":")) == len(
+        read(work / "results/good.traj", ":")
+    )
 
 
 def test_the_ml_mode_learns_from_magus_s_own_calculator(work: Path) -> None:
@@ -78,24 +86,40 @@ def test_the_ml_mode_learns_from_magus_s_own_calculator(work: Path) -> None:
         copy = atoms.copy()
         copy.calc = EMT()
         assert atoms.get_potential_energy() == pytest.approx(copy.get_potential_energy(), abs=1e-5)
-        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), "forces belong to the structure they are stored with"
+        assert np.allclose(atoms.get_forces(), copy.get_forces(), atol=1e-5), (
+            "forces belong to the structure they are stored with"
+        )
 
 
 def test_a_killed_search_goes_on_with_its_labels_and_its_seed(work: Path) -> None:
     labeler = {"calculator": "ase.calculators.emt.EMT", "n_workers": 1}
     write_input(work, MainCalculator=ours(), learning={**LEARNING, "labeler": labeler})
     call, options = command(work, "search")
-    options |= {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    options |= {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "start_new_session": True,
+    }
     with subprocess.Popen(call, **options) as process:
         deadline = time.monotonic() + 200
-        while not (work / "results/anharmonic/checkpoints/gen2.pth").exists() and time.monotonic() < deadline and process.poll() is None:
+        while (
+            not (work / "results/anharmonic/checkpoints/gen2.pth").exists()
+            and time.monotonic() < deadline
+            and process.poll() is None
+        ):
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGKILL)
     before = (work / "results/anharmonic/labels/gen001.xyz").read_bytes()
     found = status(work)
-    assert found.state == "dead" and found.where.startswith("generation 2 of 2: ") and found.lines()[-1] == "to go on: magus search -r"
+    assert (
+        found.state == "dead"
+        and found.where.startswith("generation 2 of 2: ")
+        and found.lines()[-1] == "to go on: magus search -r"
+    )
     result = magus(work, "search", "-r")
     assert result.returncode == 0, result.stdout[-3000:]
     check_results(work)
     assert (work / "results/anharmonic/labels/gen001.xyz").read_bytes() == before
-    assert [record["generation"] for record in read_jsonl(work / "results/anharmonic/metrics.jsonl")] == [1, 2]
+    assert [
+        record["generation"] for record in read_jsonl(work / "results/anharmonic/metrics.jsonl")
+    ] == [1, 2]

@@ -1,6 +1,8 @@
-"""A calculator of MAGUS that sends EMT single points through MAGUS's own job manager; what VASP is to its users.
+"""A calculator of MAGUS that sends EMT single points through MAGUS's own job manager; what VASP is
+to its users.
 
-Structures of an element whose symbol stands in the file ``crash`` beside the jobs end the job without output, as a crashed code does.
+Structures of an element whose symbol stands in the file ``crash`` beside the jobs end the job
+without output, as a crashed code does.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ def main() -> None:
         sys.exit("the code crashed")
     for atoms in frames:
         atoms.calc = EMT()
-        atoms.info |= {"energy": atoms.get_potential_energy(), "forces": atoms.get_forces(), "stress": atoms.get_stress()}
+        atoms.info |= {
+            "energy": atoms.get_potential_energy(),
+            "forces": atoms.get_forces(),
+            "stress": atoms.get_stress(),
+        }
         atoms.info["enthalpy"] = atoms.info["energy"] / len(atoms)
     write("optPop.traj", frames)
 

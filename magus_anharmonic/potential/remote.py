@@ -13,22 +13,24 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError, one_line
+from magus_anharmonic.errors import MachineError, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import digest
 from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.scheduler import Done, Scheduler
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 log = logging.getLogger(__name__)
 
 CHUNK = {"cpu": 20, "cuda": 500}
-"""Structures that are relaxed together; a GPU needs many at once. Fixed, so that results do not depend on the number of workers."""
+"""Structures that are relaxed together; a GPU needs many at once. Fixed, so that results do not
+depend on the number of workers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a worker needs to make its own evaluator: a checkpoint to load (its bytes where folders are not shared), or the evaluator.
+    """What a worker needs to make its own evaluator: a checkpoint to load (its bytes where folders
+    are not shared), or the evaluator.
 
     Of a pickled evaluator ``digest`` tells two with one ``model_id`` apart.
     """
@@ -47,7 +49,8 @@ class Source:
         return "-".join(filter(None, (self.model_id, self.dtype, self.device, self.digest)))
 
     def make(self) -> Evaluator:
-        """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same model."""
+        """The evaluator; raises MagusAnharmonicError when the checkpoint is no longer the same
+        model."""
         if self.evaluator is not None:
             return self._checked(self.evaluator)
         from magus_anharmonic.potential import load
@@ -64,18 +67,27 @@ class Source:
     def _checked(self, evaluator: Evaluator) -> Evaluator:
         if evaluator.model_id != self.model_id:
             what = self.checkpoint or "the evaluator"
-            raise MagusAnharmonicError(f"{what}: holds model {evaluator.model_id}, not {self.model_id}: it was replaced")
+            raise MagusAnharmonicError(
+                f"{what}: holds model {evaluator.model_id}, not {self.model_id}: it was replaced"
+            )
         return evaluator
 
 
-def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
-    """None (with a line in the log) when the evaluator cannot be sent to another process; ``remote``: nor can it read our files."""
+def serialised(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
+    """None (with a line in the log) when the evaluator cannot be sent to another process;
+    ``remote``: nor can it read our files."""
     path = getattr(evaluator, "path", None)
     if path is not None and hasattr(evaluator, "dtype"):
         dtype = str(evaluator.dtype).removeprefix("torch.")
         content = Path(path).read_bytes() if remote else None
         device = None if remote else getattr(evaluator, "device", None)
-        return Source(evaluator.model_id, checkpoint=os.path.abspath(path), content=content, device=device, dtype=dtype)
+        return Source(
+            evaluator.model_id,
+            checkpoint=os.path.abspath(path),
+            content=content,
+            device=device,
+            dtype=dtype,
+        )
     try:
         identity = digest(pickle.dumps(evaluator))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -88,14 +100,15 @@ OnRelaxed = Callable[[int, Relaxation], None]
 
 
 def relax_options(keys: Any) -> dict[str, Any]:
-    """Arguments of `relax` and `relax_on` from the keys of a calculator's block, which have MAGUS's names."""
+    """Arguments of `relax` and `relax_on` from the keys of a calculator's block, which have MAGUS's
+    names."""
     return {
         "force_tolerance": keys.eps,
         "max_steps": keys.max_step,
         "max_move": keys.max_move,
         "optimizer": keys.optimizer,
         "fix_symmetry": keys.fix_symmetry,
-        "kicks": keys.kicks,
+        "perturbations": keys.perturbations,
         "relax_cell": keys.relax_lattice,
     }
 
@@ -108,20 +121,24 @@ def relax_on(
     on_relaxed: OnRelaxed | None = None,
     **options: Any,
 ) -> list[Relaxation]:
-    """As `relax`, on the workers of a remote scheduler; here, with all threads, when it is none or the evaluator cannot travel.
+    """As `relax`, on the workers of a remote scheduler; here, with all threads, when it is none or
+    the evaluator cannot travel.
 
-    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order. Raises ``MagusAnharmonicError`` for what is no
-    property of a structure: the workers cannot make the evaluator, or one structure alone has ended several of them.
+    ``on_relaxed(index, relaxation)`` is called here as structures end, in any order. Raises
+    ``MagusAnharmonicError`` for what is no property of a structure: the workers cannot make the
+    evaluator, or one structure alone has ended several of them.
     """
-    source = portable(evaluator, remote=True) if scheduler.remote and structures else None
+    source = serialised(evaluator, remote=True) if scheduler.remote and structures else None
     if source is None:
         results = relax(evaluator, structures, pressure, **options)
         for index, result in enumerate(results if on_relaxed is not None else ()):
             on_relaxed(index, result)  # type: ignore[misc]
         return results
     size = CHUNK[scheduler.device]
-    copies = [bare(atoms, constraints=True) for atoms in structures]
-    places = [list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)]
+    copies = [stripped(atoms, constraints=True) for atoms in structures]
+    chunks = [
+        list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)
+    ]
     found: dict[int, Relaxation] = {}
     lost: list[list[int]] = []
 
@@ -133,27 +150,35 @@ def relax_on(
                 on_relaxed(index, result)
         log.info("relaxed %d of %d structures", len(found), len(copies))
 
-    for done in scheduler.map(_relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in places), source):
-        chunk = places[done.index]
+    for done in scheduler.map(
+        _relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in chunks), source
+    ):
+        chunk = chunks[done.index]
         if done.died and len(chunk) > 1:
             lost.append(chunk)
         else:
             take(chunk, done)
     # Which structure of a chunk kills workers shows only when each is alone.
     alone = [index for chunk in lost for index in chunk]
-    for done in scheduler.map(_relax_chunk, (([copies[i]], pressure, options) for i in alone), source) if alone else ():
+    for done in (
+        scheduler.map(_relax_chunk, (([copies[i]], pressure, options) for i in alone), source)
+        if alone
+        else ()
+    ):
         take([alone[done.index]], done)
     return [found[index] for index in range(len(copies))]
 
 
-def _relax_chunk(item: tuple[list[Atoms], float, dict[str, Any]], evaluator: Evaluator) -> list[Relaxation]:
+def _relax_chunk(
+    item: tuple[list[Atoms], float, dict[str, Any]], evaluator: Evaluator
+) -> list[Relaxation]:
     structures, pressure, options = item
     return relax(evaluator, structures, pressure, **options)
 
 
 def _results(done: Done, names: str) -> list[Relaxation]:
     if done.died:
-        raise MachineTrouble(f"the workers that relax {names} die: {done.reason}")
+        raise MachineError(f"the workers that relax {names} die: {done.reason}")
     if done.reason:
         raise MagusAnharmonicError(f"no relaxation on the workers: {done.reason}")
     return done.value

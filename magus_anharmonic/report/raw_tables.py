@@ -1,4 +1,5 @@
-"""Tables as a report reads them: whatever the file holds is shown or named as a problem, and never ends the report."""
+"""Tables as a report reads them: whatever the file holds is shown or named as a problem, and never
+ends the report."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from magus_anharmonic.files import table_rows
 
 
 @dataclass(frozen=True)
-class Sheet:
+class RawTable:
     """The first rows of a table as text. ``total`` counts all rows of the file, shown or not."""
 
     name: str
@@ -36,26 +37,33 @@ class Sheet:
 def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
     """Rows of a CSV file one by one, every cell a text without surrounding spaces.
 
-    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of the ``needed`` ones.
+    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of
+    the ``needed`` ones.
     """
     with table_rows(path, shown=path.name, restkey="") as reader:
         if not reader.fieldnames:
             raise InputError(f"{path.name}: empty; the step that writes it has to run again")
         names = [name.strip() for name in reader.fieldnames]
-        absent = [name for name in needed if name not in names]
-        if absent:
-            raise InputError(f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}")
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise InputError(
+                f"{path.name}: no column {', '.join(missing)}; it has {', '.join(names)}"
+            )
         for line in reader:
-            yield {str(name).strip(): (line.get(name) or "").strip() for name in reader.fieldnames if name}
+            yield {
+                str(name).strip(): (line.get(name) or "").strip()
+                for name in reader.fieldnames
+                if name
+            }
 
 
-def read_sheet(path: Path, limit: int | None = None) -> Sheet:
+def read_raw_table(path: Path, limit: int | None = None) -> RawTable:
     """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
 
     Raises ``InputError``: see `lines_of`.
     """
     if not path.is_file():
-        return Sheet(path.name)
+        return RawTable(path.name)
     rows: list[dict[str, str]] = []
     total = 0
     columns: tuple[str, ...] = ()
@@ -64,7 +72,7 @@ def read_sheet(path: Path, limit: int | None = None) -> Sheet:
         total += 1
         if limit is None or len(rows) < limit:
             rows.append(line)
-    return Sheet(path.name, columns, rows, total)
+    return RawTable(path.name, columns, rows, total)
 
 
 def number(text: str | None) -> float | None:
@@ -77,7 +85,8 @@ def number(text: str | None) -> float | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is something else."""
+    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is
+    something else."""
     if not path.is_file():
         return {}
     try:
@@ -87,7 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_records(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut short by a kill do not count."""
+    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut
+    short by a kill do not count."""
     if not path.is_file():
         return [], 0
     last: deque[dict[str, Any]] = deque(maxlen=limit)
