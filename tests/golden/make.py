@@ -32,8 +32,8 @@ from two_phases import HIGH, LOW, Phase, data
 from typer.testing import CliRunner
 
 from magus_anharmonic import free_energy, load
-from magus_anharmonic.analysis import make_figures
 from magus_anharmonic.cli import app
+from magus_anharmonic.paper import make_figures
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
 from magus_anharmonic.potential.relax import Relaxation, relax
