@@ -24,6 +24,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from campaign_tables import write_campaign
 from crystal_models import Crystals, crystal
 from kill_harness import INPUT, Server
+from magus_anharmonic.paper.figures import make_figures
 from ranking_fakes import Emt, h3s
 from saddle_model import HydrogenBond
 from sscha_models import QuarticPair
@@ -33,7 +34,6 @@ from typer.testing import CliRunner
 
 from magus_anharmonic import free_energy, load
 from magus_anharmonic.cli import app
-from magus_anharmonic.paper import make_figures
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
 from magus_anharmonic.potential.relax import Relaxation, relax
