@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
-from magus_anharmonic.paper.figures import make_figures, mark_transitions
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import SUMS
-from magus_anharmonic.paper import enthalpies, quantities, tables
+from magus_anharmonic.paper import enthalpies, quantities, script, tables
 from magus_anharmonic.phase_diagram import style
+
+figures = script("figures")
+make_figures, mark_transitions = figures.make_figures, figures.mark_transitions
 
 NAMES = {
     "table_1",

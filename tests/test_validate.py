@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from magus_anharmonic.paper.expected import NAMES, ExpectedValue, load_expected
-from magus_anharmonic.paper.validate import FINDERS, validate
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.paper import enthalpies, quantities, tables
-from magus_anharmonic.paper.enthalpies import transitions
+from magus_anharmonic.paper import enthalpies, quantities, script, tables
 from magus_anharmonic.report.raw_tables import read_raw_table
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import mode_sentences, ranking_sentences, ranking_views
 from magus_anharmonic.typed_csv import TableFolder
+
+NAMES, ExpectedValue, load_expected = (
+    getattr(script("expected"), name) for name in ("NAMES", "ExpectedValue", "load_expected")
+)
+FINDERS, validate = script("validate").FINDERS, script("validate").validate
 
 PAPER = Path(__file__).parents[1] / "inputs" / "h3s-paper" / "expected.yaml"
 
@@ -435,7 +437,7 @@ def test_figure_and_validation_give_one_transition_pressure_where_the_lines_cros
     ]
     figure = [
         change.pressure_GPa
-        for change in transitions(rows)
+        for change in enthalpies.transitions(rows)
         if (change.below, change.above) == ("A", "B")
     ]
     wanted = ExpectedValue(

@@ -1,5 +1,4 @@
-"""What every figure of the paper is made of; imported as ``magus_anharmonic.paper.drawing`` (see
-there)."""
+"""What every figure of the paper is made of; loaded by ``magus_anharmonic.paper.script``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """``expected.yaml``: values that a campaign should reproduce, each with unit, error and source;
 checked and brought to our units.
 
-Lies beside the inputs of the paper; imported as ``magus_anharmonic.paper.expected`` (see there).
+Lies beside the inputs of the paper; loaded by ``magus_anharmonic.paper.script``.
 """
 
 from __future__ import annotations

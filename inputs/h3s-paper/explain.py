@@ -1,7 +1,7 @@
 """What of a run could explain that a value differs from the expected one, and why a value is not in
 it: one line each, with the run's own numbers.
 
-Lies beside the inputs of the paper; imported as ``magus_anharmonic.paper.explain`` (see there).
+Lies beside the inputs of the paper; loaded by ``magus_anharmonic.paper.script``.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from magus_anharmonic.paper.expected import NAMES, ExpectedValue
 
 from magus_anharmonic.files import read_json
 from magus_anharmonic.paper.quantities import NEAR
@@ -29,6 +27,8 @@ from magus_anharmonic.paper.tables import (
 from magus_anharmonic.status import present_steps
 from magus_anharmonic.structures import symbol_of
 from magus_anharmonic.typed_csv import TableFolder
+
+from .expected import NAMES, ExpectedValue
 
 
 @dataclass(frozen=True)

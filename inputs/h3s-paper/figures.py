@@ -1,7 +1,7 @@
 """Table I and the figures of the paper: every one that the tables of a campaign allow, each with
 its numbers as CSV; and what is missing, with the reason.
 
-Lies beside the inputs of the paper; imported as ``magus_anharmonic.paper.figures`` (see there). The
+Lies beside the inputs of the paper; loaded by ``magus_anharmonic.paper.script``. The
 numbers are those of ``magus_anharmonic.paper.quantities`` and ``enthalpies``.
 """
 
@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from magus_anharmonic.paper.drawing import MANY, Drawing, Missing, diagonal, rows_of_step
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import read_json, remove, safe_name
-from magus_anharmonic.paper import enthalpies, figures_sscha, quantities, tables
+from magus_anharmonic.paper import enthalpies, quantities, tables
 from magus_anharmonic.phase_diagram import style
+
+from . import figures_sscha
+from .drawing import MANY, Drawing, Missing, diagonal, rows_of_step
 
 log = logging.getLogger(__name__)
 

@@ -1,5 +1,5 @@
 """Figs. 4, 6, 7 and 8: modes and dispersions, what quantum ions (SSCHA) reorder, and errors of
-gradients; imported as ``magus_anharmonic.paper.figures_sscha`` (see there)."""
+gradients; loaded by ``magus_anharmonic.paper.script``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from magus_anharmonic.paper.drawing import MANY, Drawing, Missing, diagonal, later, rows_of_step
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import safe_name
 from magus_anharmonic.paper import quantities, tables
 from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.structures import decided_group, number_of, symbol_of
+
+from .drawing import MANY, Drawing, Missing, diagonal, later, rows_of_step
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """``magus-anharmonic validate``: a campaign's numbers beside expected ones.
 
-Lies beside the inputs of the paper; imported as ``magus_anharmonic.paper.validate`` (see there).
+Lies beside the inputs of the paper; loaded by ``magus_anharmonic.paper.script``.
 The numbers are those of ``magus_anharmonic.paper.quantities`` and ``enthalpies``.
 """
 
@@ -12,17 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-from magus_anharmonic.paper.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
-from magus_anharmonic.paper.explain import (
-    Context,
-    Found,
-    explanations,
-    near,
-    read_context,
-    sources_of,
-    why_absent,
-)
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
@@ -48,6 +37,9 @@ from magus_anharmonic.paper.tables import (
     ranking_files,
 )
 from magus_anharmonic.typed_csv import TableFolder, write
+
+from .expected import NAMES, ExpectedValue, ExpectedValues, load_expected
+from .explain import Context, Found, explanations, near, read_context, sources_of, why_absent
 
 # --- finding: expected value -> function of `quantities` or `enthalpies` ---
 

@@ -25,7 +25,7 @@ from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.lock import locked
 from magus_anharmonic.paper import gradient_errors as gibbs
 from magus_anharmonic.paper import gradient_errors as gradients
-from magus_anharmonic.paper import tables
+from magus_anharmonic.paper import script, tables
 from magus_anharmonic.paper.ensemble_labels import (
     WHAT,
     Labelled,
@@ -318,13 +318,12 @@ def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
 
 def draw_report(report: ErrorsReport) -> tuple[Path, Path]:
     """``gradient_errors.svg`` and ``.png`` beside the tables of a report."""
-    from magus_anharmonic.paper.figures_sscha import gradient_figure
-
     parts = (
         tables.read(table, report.folder / table.FILE)  # type: ignore[attr-defined]
         for table in (tables.GradientError, tables.GradientBin, tables.GradientParity)
     )
-    return gradient_figure("gradient_errors", *parts).save(report.folder)
+    drawing = script("figures_sscha").gradient_figure("gradient_errors", *parts)
+    return drawing.save(report.folder)
 
 
 def pressure_error(labelled: Labelled) -> tuple[float, float]:
