@@ -34,6 +34,7 @@ BASE = {
     "units",
     "files",
     "failures",
+    "typed_csv",
     "lock",
     "structures",
     "processes",
@@ -53,14 +54,14 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
-    "report": BASE | {"ranking", "analysis", "phase_diagram", "status"},
-    "phase_diagram": BASE
-    | {"potential", "sscha", "labelers", "learning", "run_record", "status", "analysis"},
-    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
+    "report": BASE | {"ranking", "paper", "phase_diagram", "status"},
+    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
+    "paper": BASE
+    | {"potential", "sscha", "labelers", "learning", "run_record", "status", "phase_diagram"},
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
+    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "paper"},
     "search": BASE
     | {
         "potential",
@@ -84,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "search",
         "doctor",
         "run_record",
-        "analysis",
+        "paper",
         "report",
         "status",
     },

@@ -17,7 +17,6 @@ from two_phases import HIGH, LOW, data
 from typer.testing import CliRunner
 
 from magus_anharmonic import files
-from magus_anharmonic.analysis import tables
 from magus_anharmonic.campaign.production import read_statics
 from magus_anharmonic.campaign.steps import structure_file
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
@@ -36,6 +35,7 @@ from magus_anharmonic.files import (
     write_table,
 )
 from magus_anharmonic.generation import measured_terms
+from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
