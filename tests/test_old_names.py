@@ -10,9 +10,9 @@ from ase import Atoms
 from sscha_models import QuarticPair
 
 from magus_anharmonic import free_energy
-from magus_anharmonic.analysis.expected import ExpectedValue
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import RENAMED, read_json, table_rows, write_json
+from magus_anharmonic.paper.expected import ExpectedValue
 from magus_anharmonic.phase_diagram.points import read_points
 from magus_anharmonic.search.relaxation import AseCalculatorSettings
 from magus_anharmonic.settings import CalculatorSettings
