@@ -1,4 +1,4 @@
-"""Figs. 4, 6, 7 and 8: modes and dispersions, what quantum ions (SSCHA) reorder, and errors of
+"""Figs. 4, 6, 7 and 8: modes and dispersions, what SSCHA reorders, and errors of
 gradients; loaded by ``magus_anharmonic.paper.script``."""
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _draw_bands(axes: Sequence[Any], methods: dict[str, list[tables.Band]]) -> N
     style.legend(panel, loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=3)
 
 
-# --- Fig. 6: what quantum ions (SSCHA) reorder ---
+# --- Fig. 6: what SSCHA reorders ---
 
 
 def reordering(folder: Path, problems: list[str]) -> Iterator[Drawing]:
@@ -186,10 +186,7 @@ def _draw_reordering(
             look = {"color": style.color(changed), "marker": style.marker(changed), "alpha": 0.7}
             sizes = [13.0 + 12.0 * count for count in shown.values()]
             groups.scatter(x, y, s=sizes, label=f"{word}: {sum(shown.values())}", **look)
-    labels = {
-        "xlabel": "space group number, static",
-        "ylabel": "space group number, quantum (SSCHA)",
-    }
+    labels = {"xlabel": "space group number, static", "ylabel": "space group number, SSCHA"}
     groups.set(xlim=(0, 235), ylim=(0, 235), **labels)
     style.legend(groups, loc="lower right")
     in_best = [symbol_of(decided_group(m.spg_quantum)) == n.best for m in moved]

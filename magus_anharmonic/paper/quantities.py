@@ -278,7 +278,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Reordering:
-    """What quantum ions (SSCHA) do to a ranking; energies in meV/atom.
+    """What SSCHA does to a ranking; energies in meV/atom.
 
     shift : mean of G - H; shift_error : its standard error, from the scatter. slope, offset,
     scatter : the line G = offset + slope H through the structures above ``linear_above`` (both
@@ -288,7 +288,7 @@ class Reordering:
     of the lowest G that is a minimum, empty without one; n_transformed_best : structures that had
     another space group and ended in that one; n_changed : that changed their space group at all,
     of n with a G. n_kept_by_dft : of the changed ones relaxed by DFT (n_checked_by_dft), those that
-    keep the static one there: they are minima, and only quantum ions (SSCHA) change them.
+    keep the static one there: they are minima, and only SSCHA changes them.
     """
 
     pressure_GPa: float
@@ -337,14 +337,14 @@ class _SpaceGroups(Protocol):
 
 
 def new_space_group(row: _SpaceGroups) -> str:
-    """Symbol of the space group that a structure took with quantum ions (SSCHA); empty where it
+    """Symbol of the space group that a structure took with SSCHA; empty where it
     kept its own, or noise leaves two."""
     symbol = symbol_of(decided_group(row.spg_quantum))
     return "" if symbol == symbol_of(row.spg_static) else symbol
 
 
 def kept_by_dft(rows: Sequence[SpaceGroups], space_group: str | None = None) -> tuple[int, int]:
-    """Of the structures that quantum ions bring to another space group (None: whichever) and that
+    """Of the structures that SSCHA brings to another space group (None: whichever) and that
     DFT relaxed: how many keep the static one there, of how many."""
     mine = [
         row
