@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 
 from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.potential.train import TrainRecipe
-from magus_anharmonic.potential.trainer import FinetuneSettings
 from magus_anharmonic.settings import (
     CalculatorSettings,
+    FinetuneSettings,
     LabelerSettings,
     LearningSettings,
     Settings,

@@ -21,7 +21,6 @@ STILL_LONGER = {
     "learning/learn.py",
     "lock.py",
     "phase_diagram/surface.py",
-    "potential/train.py",
     "ranking/rank.py",
     "ranking/store.py",
     "settings/campaign.py",

@@ -17,7 +17,6 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
-    Loss,
     NonNegative,
     Positive,
     PressureGPa,
@@ -26,6 +25,7 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
+from magus_anharmonic.settings.training import TrainingKeys
 
 Row = tuple[int, int, int]
 Optimizer = Literal["bfgs", "ase", "fire"]
@@ -214,7 +214,7 @@ class WorkerSettings(Section):
         return 3600 * hours + 60 * minutes + seconds
 
 
-class LearningSettings(Section):
+class LearningSettings(TrainingKeys):
     """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of
     the paper)."""
 
@@ -253,12 +253,6 @@ class LearningSettings(Section):
             " each"
         ),
     )
-    epochs: Count = Field(50, description="finetuning epochs per generation")
-    learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
-    batch_size: Count = Field(8, description="structures per training step")
-    loss: Loss = "huber"
-    force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
-    stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(
         None,
         description=(
