@@ -17,7 +17,7 @@ from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import engines, free_energy, python_sscha
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
-from magus_anharmonic.sscha.result import NoFolder
+from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.reweight import Pool, ratio_error
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.sampling import sample_ensemble
@@ -292,7 +292,7 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
     evaluator = as_evaluator(QuarticPair())
     settings = SschaSettings(cell="fixed", supercell=(1, 1, 1), n_configs=400)
     task = Task(atoms, 0.0, 0.0, settings, 0, None, None, evaluator.model_id)
-    run = SschaRun(task, evaluator, NoFolder(tmp_path))
+    run = SschaRun(task, evaluator, RunFolder(tmp_path, task.identity(), kept=False))
     assert not run.converged and run.n_populations == 0
     rows = [run.advance(20), run.advance(20)]
     assert [row["population"] for row in rows] == [1, 2]

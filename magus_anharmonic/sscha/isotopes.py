@@ -24,12 +24,18 @@ from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
 from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE, supercell_of, with_masses
-from magus_anharmonic.sscha.result import RunFolder, SschaResult, final_ensemble, read_start_file
+from magus_anharmonic.sscha.result import (
+    Progress,
+    RunFolder,
+    SschaResult,
+    final_ensemble,
+    read_start_file,
+)
 from magus_anharmonic.sscha.reweight import Pool, effective_number
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import Progress, Task, finished_result, gibbs_energy, open_issues
+from magus_anharmonic.sscha.task import Task, finished_result, gibbs_energy, open_issues
 
 log = logging.getLogger(__name__)
 
