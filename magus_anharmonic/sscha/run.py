@@ -307,9 +307,9 @@ class SschaRun:
             return None
         step = cell.step(excess)
         compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
-        self.state = self.state.strained(
-            cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3)
-        )
+        shift = (compliance @ (step @ cell.forces)).reshape(-1, 3)
+        # of a single atom the compliance is rounding alone
+        self.state = self.state.strained(cell.strain(step), shift - shift.mean(axis=0))
         self._populations, self.progress.pooled = [], []
         return excess, step
 
