@@ -210,7 +210,7 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     symmetry = Symmetry(state.atoms, state.supercell_matrix)
     ours = engines.minimise([(state, sampled)], symmetry, min_effective_sample=0.1)
     theirs = python_sscha.minimise(
-        state, sampled, symmetry, min_effective_sample=0.1, log=tmp_path / "log"
+        [(state, sampled)], symmetry, min_effective_sample=0.1, log=tmp_path / "log"
     )
     assert ours.converged
     assert ours.state.force_constants == pytest.approx(

@@ -306,7 +306,7 @@ class Engine(Protocol):
 
 ENGINES = {
     "native": "magus_anharmonic.sscha.engines:minimise",
-    "python-sscha": "magus_anharmonic.sscha.python_sscha:minimise_last",
+    "python-sscha": "magus_anharmonic.sscha.python_sscha:minimise",
 }
 """Name in the settings -> where it is; imported when it is used."""
 

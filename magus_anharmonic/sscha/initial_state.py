@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from magus_anharmonic.gate import check_structure
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
 from magus_anharmonic.sscha.qe_files import state_from_dyn
-from magus_anharmonic.sscha.reciprocal import nearest_images
+from magus_anharmonic.sscha.reciprocal import interpolated, nearest_images
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
@@ -30,7 +30,6 @@ from magus_anharmonic.sscha.start import (
     relaxed_primitive,
 )
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
-from magus_anharmonic.sscha.state import same_gaussian as same_gaussian
 from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix, symmetric_primitive
 from magus_anharmonic.structures import isotopes, kinds, stripped, with_isotopes
@@ -68,7 +67,7 @@ def with_masses(structure: Atoms, atoms: Atoms, masses: Mapping[str, float] | No
             chosen[symbol] = float(
                 atomic_masses[found[0]] if natural else atoms.get_masses()[symbols == symbol][0]
             )
-        elif composition(structure, kinds) != composition(atoms, kinds):
+        elif composition(kinds(structure)) != composition(kinds(atoms)):
             raise InputError(
                 f"start: has other isotopes of {symbol} than {atoms.get_chemical_formula()}, which"
                 f" has several ({isotopes(atoms)}): nothing says which atom is which; start"
@@ -166,7 +165,7 @@ def continue_from(
 ) -> Start:
     """Take cell, centroids and force constants of another run; supercell, masses and temperature
     may change."""
-    if composition(start.atoms, numbers_of) != composition(atoms, numbers_of):
+    if composition(start.atoms.numbers) != composition(atoms.numbers):
         raise InputError(
             f"start: is {start.atoms.get_chemical_formula()}, the structure is"
             f" {atoms.get_chemical_formula()}"
@@ -210,24 +209,14 @@ def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
     return supercell_matrix
 
 
-def numbers_of(atoms: Atoms) -> np.ndarray:
-    """(n,) atomic numbers, as `kinds` without the isotopes."""
-    return atoms.numbers
-
-
-def composition(atoms: Atoms, of: Callable[[Atoms], np.ndarray]) -> dict[int, float]:
+def composition(kinds_of_atoms: np.ndarray) -> dict[int, float]:
     """Fraction of every kind of atom."""
-    found, counts = np.unique(of(atoms), return_counts=True)
-    return {
-        int(kind): round(count / len(atoms), 6) for kind, count in zip(found, counts, strict=True)
-    }
+    found, counts = np.unique(kinds_of_atoms, return_counts=True)
+    shares = (counts / len(kinds_of_atoms)).round(6)
+    return dict(zip(found.tolist(), shares.tolist(), strict=True))
 
 
 def interpolate(state: SschaState, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """Compact force constants of another supercell by Fourier interpolation."""
-    vectors, blocks = nearest_images(state)
     q = q_points(supercell_matrix)
-    size = 3 * len(state.atoms)
-    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
-    matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
-    return inverse_fourier(matrices, supercell_matrix, q)
+    return inverse_fourier(interpolated(*nearest_images(state), q), supercell_matrix, q)

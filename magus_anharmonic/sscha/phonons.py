@@ -32,7 +32,7 @@ from magus_anharmonic.files import replacing, write_table
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, translations
 from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import spglib_cell, spglib_or_none, stripped
@@ -279,7 +279,7 @@ def spaces(atoms: Atoms, symprec: float = 1e-3) -> tuple[list[Space], np.ndarray
     """
     symmetry = Symmetry(atoms, (1, 1, 1), symprec)
     names, characters, sizes = _characters(atoms, symmetry, symprec)
-    still = _translations(atoms)
+    still = translations(atoms.get_masses())
     free = np.eye(3 * len(atoms)) - still @ still.T
     operations = _representation(symmetry)
     found = []
@@ -367,12 +367,6 @@ def _representation(symmetry: Symmetry) -> np.ndarray:
     ):
         matrices[g, permutation, :, np.arange(n), :] = rotation
     return matrices.reshape(len(symmetry), 3 * n, 3 * n)
-
-
-def _translations(atoms: Atoms) -> np.ndarray:
-    """(3n, 3) orthonormal mass-weighted translations."""
-    root = np.sqrt(atoms.get_masses())
-    return np.kron((root / np.linalg.norm(root))[:, None], np.eye(3))
 
 
 def _characters(

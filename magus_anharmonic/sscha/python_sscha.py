@@ -83,31 +83,18 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(saved)
 
 
-def minimise_last(
+def minimise(
     populations: Sequence[Population], symmetry: Symmetry, *, min_effective_sample: float, log: Path
 ) -> Minimised:
-    """`minimise` on the last population; python-sscha reweights one ensemble."""
-    state, ensemble = populations[-1]
-    return minimise(state, ensemble, symmetry, min_effective_sample=min_effective_sample, log=log)
-
-
-def minimise(
-    state: SschaState,
-    ensemble: Ensemble,
-    symmetry: Symmetry,
-    *,
-    min_effective_sample: float,
-    log: Path,
-) -> Minimised:
     """Minimise F in centroids and force constants at fixed cell, until the effective sample falls
-    below its minimum.
+    below its minimum; on the last population, because python-sscha reweights one ensemble.
 
     The symmetry is imposed on the gradients by ``symmetry``, because python-sscha finds only the
     operations of standard orientations. Where a step empties the sample or makes modes imaginary,
     the minimisation begins again with smaller steps. Raises ``SschaError`` with python-sscha's own
     reason when the smallest fail too.
     """
-    reason = ""
+    reason, (state, ensemble) = "", populations[-1]
     for step in STEP_SIZES:
         try:
             minimised = _minimise(state, ensemble, symmetry, min_effective_sample, step, log)

@@ -36,7 +36,7 @@ from magus_anharmonic.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
@@ -453,27 +453,14 @@ def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
 def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
     """The populations that were drawn from the state in which a run ended, by their numbers; raises
     ``DamagedFile``."""
+    if result.force_constants is None:
+        return {}
     read = ((path, read_population_file(path)) for path in sorted(run.glob("population_*.npz")))
     return {
         int(path.stem.removeprefix("population_")): one
         for path, one in read
-        if _is_state_of(result, one[0])
+        if agree(result.state, one[0], "force_constants", "positions", "cell", atol=1e-9)
     }
-
-
-def _is_state_of(result: SschaResult, state: SschaState) -> bool:
-    if (
-        result.force_constants is None
-        or state.supercell_matrix != result.supercell
-        or len(state.atoms) != len(result.centroids)
-    ):
-        return False
-    pairs = (
-        (state.force_constants, result.force_constants),
-        (state.atoms.positions, result.centroids.positions),
-        (state.atoms.cell.array, result.centroids.cell.array),
-    )
-    return all(np.allclose(a, b, rtol=0.0, atol=1e-9) for a, b in pairs)
 
 
 def _state(arrays: Mapping[str, Any]) -> SschaState:

@@ -28,7 +28,7 @@ from magus_anharmonic.sscha.identity import (
     ask,
     symmetrised,
 )
-from magus_anharmonic.sscha.initial_state import same_gaussian, start_run
+from magus_anharmonic.sscha.initial_state import start_run
 from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
 from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
 from magus_anharmonic.sscha.start import (
@@ -37,7 +37,7 @@ from magus_anharmonic.sscha.start import (
     floor_modes,
     nearest_neighbour,
 )
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, same_gaussian
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     SIGNIFICANT,
