@@ -97,8 +97,7 @@ class SschaRun:
         self.progress = progress if progress is not None else Progress()
         self.start = self._read_or_make_start()
         self.progress.n_evaluations = self.start.n_evaluations
-        # another model's minimum is near, but not this one's: its first population only shows the
-        # way too
+        # the minimum of another model is only near that of this one: burn-in here too
         self.progress.burn_in = task.start is None or task.configurations is not None
         self.averages: Averages | None = None
         self._phase = Answer()
@@ -368,8 +367,8 @@ class SschaRun:
         self.folder.write_convergence(progress.rows)
         before = progress.rows[-2] if number > 1 else {}
         log.info(
-            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by"
-            " %.2f meV/atom; ESS on the way %.2f",
+            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, predicted"
+            " decrease %.2f meV/atom; ESS of the minimisation %.2f",
             number,
             self.task.settings.max_populations,
             row["gibbs_eV_per_atom"],
