@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,6 +31,7 @@ from magus_anharmonic.sscha.start import (
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix, symmetric_primitive
+from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.structures import isotopes, kinds, stripped, with_isotopes
 
 log = logging.getLogger(__name__)
@@ -109,84 +109,54 @@ def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
     return None if ensemble is None else ensemble.displacements
 
 
-def state_digest(state: SschaState) -> str:
-    """Twelve hex digits that identify a state."""
-    digest = hashlib.sha256()
-    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
-        digest.update((np.round(array, 6) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
-
-
-def start_run(
-    atoms: Atoms,
-    evaluator: Evaluator,
-    settings: SschaSettings,
-    *,
-    pressure: float,
-    temperature: float,
-    masses: Mapping[str, float] | None,
-    start: SschaState | None,
-) -> Start:
+def start_run(task: Task, evaluator: Evaluator) -> Start:
     """First state of a run; evaluates forces (and stresses, if the cell may change)."""
-    check_calculator(evaluator, atoms, stress=settings.cell == "variable")
-    if start is not None:
-        return continue_from(
-            start, atoms, evaluator, settings, temperature=temperature, masses=masses
-        )
+    atoms, settings = task.atoms, task.settings
     variable_cell = settings.cell == "variable"
+    check_calculator(evaluator, atoms, stress=variable_cell)
+    if task.start is not None:
+        return continue_from(task.start, task, evaluator)
     reduced = symmetric_primitive(stripped(atoms), settings.symprec)
     supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
     relaxed = relaxed_primitive(
-        reduced, counting, pressure, symprec=settings.symprec, variable_cell=variable_cell
+        reduced, counting, task.pressure, symprec=settings.symprec, variable_cell=variable_cell
     )
-    structure = with_masses(relaxed, relaxed, masses)
+    structure = with_masses(relaxed, relaxed, task.masses)
     if heavy := isotopes(structure):
         log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
-    supercell_matrix = supercell_of(structure, settings)
     first = harmonic_start(
         structure,
         counting,
-        temperature=temperature,
-        supercell_matrix=supercell_matrix,
+        temperature=task.temperature,
+        supercell_matrix=supercell_of(structure, settings),
         variable_cell=variable_cell,
     )
     return replace(first, n_evaluations=counting.count)
 
 
-def continue_from(
-    start: SschaState,
-    atoms: Atoms,
-    evaluator: Evaluator,
-    settings: SschaSettings,
-    *,
-    temperature: float,
-    masses: Mapping[str, float] | None,
-) -> Start:
+def continue_from(start: SschaState, task: Task, evaluator: Evaluator) -> Start:
     """Take cell, centroids and force constants of another run; supercell, masses and temperature
     may change."""
-    if composition(start.atoms.numbers) != composition(atoms.numbers):
+    if composition(start.atoms.numbers) != composition(task.atoms.numbers):
         raise InputError(
             f"start: is {start.atoms.get_chemical_formula()}, the structure is"
-            f" {atoms.get_chemical_formula()}"
+            f" {task.atoms.get_chemical_formula()}"
         )
-    structure = with_masses(start.atoms, atoms, masses)
-    supercell_matrix = supercell_of(structure, settings)
-    symmetry = Symmetry(structure, supercell_matrix, SYMMETRY_OF_A_STATE)
-    compact = (
-        start.force_constants
-        if supercell_matrix == start.supercell_matrix
-        else interpolate(start, supercell_matrix)
+    structure = with_masses(start.atoms, task.atoms, task.masses)
+    matrix = supercell_of(structure, task.settings)
+    symmetry = Symmetry(structure, matrix, SYMMETRY_OF_A_STATE)
+    same = matrix == start.supercell_matrix
+    compact = symmetry.force_constants(
+        start.force_constants if same else interpolate(start, matrix)
     )
-    state = SschaState(structure, supercell_matrix, symmetry.force_constants(compact), temperature)
     # As a harmonic start: it may be one, with modes near zero on either side of it, and its sample
     # would be lost.
-    state = floor_modes(state, symmetry)
+    state = floor_modes(SschaState(structure, matrix, compact, task.temperature), symmetry)
+    if task.settings.cell != "variable":
+        return Start(state, None, 0)
     counting = CountingEvaluator(evaluator)
-    response = (
-        static_response_to_strain(structure, counting) if settings.cell == "variable" else None
-    )
-    return Start(state, response, counting.count)
+    return Start(state, static_response_to_strain(structure, counting), counting.count)
 
 
 def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:

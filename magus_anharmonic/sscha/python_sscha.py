@@ -230,14 +230,12 @@ def to_phonons(state: SschaState) -> Any:
 def labels_of(atoms: Atoms) -> list[str]:
     """Type labels as pw.x takes them: the symbols, with a number where an element has several
     masses (``H1``, ``H2``)."""
-    masses: dict[str, list[int]] = {}
-    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
-        masses.setdefault(symbol, []).append(kind)
-    labels = []
-    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
-        several = sorted(set(masses[symbol]))
-        labels.append(f"{symbol}{several.index(kind) + 1}" if len(several) > 1 else symbol)
-    return labels
+    pairs = list(zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True))
+    own = {symbol: sorted({kind for name, kind in pairs if name == symbol}) for symbol, _ in pairs}
+    return [
+        f"{symbol}{own[symbol].index(kind) + 1}" if len(own[symbol]) > 1 else symbol
+        for symbol, kind in pairs
+    ]
 
 
 def element_of(label: str, mass: float) -> str:

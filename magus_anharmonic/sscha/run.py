@@ -107,17 +107,9 @@ class SschaRun:
         self._resume()
 
     def _read_or_make_start(self) -> Start:
-        start, task = self.folder.read_start(), self.task
+        start = self.folder.read_start()
         if start is None:
-            start = start_run(
-                task.atoms,
-                self._evaluator,
-                task.settings,
-                pressure=task.pressure,
-                temperature=task.temperature,
-                masses=task.masses,
-                start=task.start,
-            )
+            start = start_run(self.task, self._evaluator)
             self.folder.write_start(start)
         return start
 

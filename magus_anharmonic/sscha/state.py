@@ -8,6 +8,7 @@ index = R * n_atoms + a.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -187,6 +188,14 @@ class SschaState:
         atoms.set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
         atoms.positions += shift
         return replace(self, atoms=atoms)
+
+
+def state_digest(state: SschaState) -> str:
+    """Twelve hex digits that identify a state."""
+    digest = hashlib.sha256()
+    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
+        digest.update((np.round(array, 6) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
 
 
 def agree(one: SschaState, other: SschaState, *names: str, atol: float) -> bool:

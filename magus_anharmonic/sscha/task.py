@@ -19,11 +19,10 @@ from ase import Atoms
 
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.ensemble import Averages
-from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
