@@ -1,17 +1,13 @@
-"""Dispersions and irreducible representations.
-
-Phonon dispersions along the standard path of the crystal: points, interpolated bands, table and
-picture.
+"""Phonon dispersions along the standard path of the crystal, and modes at Gamma by irreducible
+representation: which squared frequencies belong to T1u of Im-3m.
 
 Path: Hinuma, Pizzi, Kumagai, Oba, Tanaka, Comp. Mater. Sci. 128, 140 (2017),
 doi:10.1016/j.commatsci.2016.10.015, by seekpath. Long-range dipoles (LO-TO splitting) are not
 added.
 
-Modes at Gamma by irreducible representation: which squared frequencies belong to T1u of Im-3m.
-
-Projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the primitive cell;
-the characters, under the names of Mulliken, are phonopy's tables. Projecting the dynamical matrix
-needs no degenerate levels to be recognised in noisy frequencies.
+Representations: projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the
+primitive cell; the characters, under the names of Mulliken, are phonopy's tables. Projecting the
+dynamical matrix needs no degenerate levels to be recognised in noisy frequencies.
 """
 
 from __future__ import annotations

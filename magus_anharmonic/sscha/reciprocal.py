@@ -1,19 +1,14 @@
-"""Force constants, modes and ensembles by wave vector, and interpolation between them.
-
-Normal modes, ensembles and symmetry operations by wave vector: what the translations of the
-supercell make of them.
+"""Force constants, modes and ensembles by wave vector, where the translations of the supercell make
+them block diagonal, and interpolation between wave vectors (finite-size term, bands).
 
 A covector c of the supercell (a force, for example) has the components c(q, mode) = sum over cells
 and atoms of exp(-2 pi i q.R) conj(e_q) c / sqrt(n_cells mass); averages of products are zero unless
 the wave vectors add up to a reciprocal lattice vector. Where every q is its own negative (no
 repetition above 2), everything is real.
 
-Force constants and displacements in reciprocal space, where the translations of the supercell make
-them block diagonal.
-
-One block of size 3n for every q point of the supercell, one of each pair q, -q: n_cells times less
-work per step than on the supercell, and exact lattice symmetry. Supercells of one or two cells
-along each axis need no complex numbers.
+The Hessian needs all q (`Wavevectors`, `Samples`, `Representation`); the minimisation keeps one of
+each pair q, -q (`Reciprocal`, `Spectrum`): n_cells times less work per step than on the supercell,
+and exact lattice symmetry.
 
 Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell.
 """

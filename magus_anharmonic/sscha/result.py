@@ -1,9 +1,5 @@
-"""The result of a run and the files that it lies in.
-
-The result of one SSCHA run, and its files.
-
-The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run
-starts again.
+"""The result of an SSCHA run, and the folder of the run: identity, start, populations, progress,
+convergence table; reused when the run starts again.
 """
 
 from __future__ import annotations

@@ -1,10 +1,5 @@
-"""What a run is asked, when it ends, and what it says.
-
-What an SSCHA run is to compute, and how far it has come.
-
-When an SSCHA run has converged, and why it has not.
-
-From the last state and its averages to a `SschaResult`.
+"""What an SSCHA run is to compute, when it has converged and why it has not, and the result that
+its last state and averages make.
 """
 
 from __future__ import annotations
