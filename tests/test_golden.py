@@ -48,7 +48,7 @@ RENAMED: dict[str, str | None] = {
 TIGHT = (1e-9, 1e-12)
 """Relative and absolute, on the machine that wrote the numbers."""
 ELSEWHERE = {
-    "finetuning": (0.1, 1e-5),
+    "finetuning": (1e-3, 1e-5),
     "model_relaxations": (1e-3, 1e-3),
     "phase_diagram": (0.15, 2e-6),
     "rankings": (0.1, 2e-4),
@@ -134,6 +134,11 @@ def robust_relaxations(numbers: make.Numbers) -> dict[str, Any]:
     }
 
 
+def robust_finetuning(numbers: make.Numbers) -> dict[str, Any]:
+    """The model before training; three epochs in single precision reach another best one there."""
+    return {"before": numbers["result"]["before"], "epoch 0": numbers["history"][0]}
+
+
 def robust_sscha(numbers: make.Numbers) -> dict[str, Any]:
     """With one atom per cell, where the crystal as a whole lies is decided by rounding."""
     names = {"centroids", "positions"}
@@ -144,6 +149,7 @@ def robust_sscha(numbers: make.Numbers) -> dict[str, Any]:
 
 
 ROBUST = {
+    "finetuning": robust_finetuning,
     "sscha": robust_sscha,
     "demonstration": robust_search,
     "learning": robust_search,
