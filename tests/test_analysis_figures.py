@@ -20,7 +20,7 @@ from magus_anharmonic.analysis import (
     tables,
 )
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import SUMS
+from magus_anharmonic.io.files import SUMS
 
 NAMES = {
     "table_1",

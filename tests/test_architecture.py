@@ -15,9 +15,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LONGEST = 500
 """Lines of a module."""
 STILL_LONGER = {
-    "host_keys.py",
+    "search/keys.py",
     "learning/learn.py",
-    "lock.py",
     "phase_diagram/surface.py",
     "potential/train.py",
     "ranking/rank.py",
@@ -32,9 +31,8 @@ BASE = {
     "settings",
     "errors",
     "units",
-    "files",
-    "failures",
-    "lock",
+    "io",
+    "runs",
     "structures",
     "processes",
     "gate",
@@ -52,15 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "sscha": BASE,
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
-    "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
-    "report": BASE | {"ranking", "analysis", "phase_diagram", "status"},
-    "phase_diagram": BASE
-    | {"potential", "sscha", "labelers", "learning", "run_record", "status", "analysis"},
-    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
-    "run_record": BASE,
-    "host_keys": BASE,
-    "generation": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
+    "ranking": BASE | {"potential", "sscha", "labelers", "scheduler"},
+    "report": BASE | {"ranking", "analysis", "phase_diagram"},
+    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning", "analysis"},
+    "analysis": BASE | {"potential", "sscha", "labelers", "learning"},
+    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "analysis"},
     "search": BASE
     | {
         "potential",
@@ -69,8 +63,6 @@ ALLOWED: dict[str, set[str]] = {
         "ranking",
         "sscha",
         "generation",
-        "host_keys",
-        "run_record",
         "report",
         "scheduler",
     },
@@ -83,12 +75,9 @@ ALLOWED: dict[str, set[str]] = {
         "sscha",
         "search",
         "doctor",
-        "run_record",
         "analysis",
         "report",
-        "status",
     },
-    "status": BASE,
     "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},
     "plugins": BASE
     | {
@@ -98,9 +87,8 @@ ALLOWED: dict[str, set[str]] = {
         "ranking",
         "sscha",
         "generation",
-        "run_record",
         "report",
-        "host_keys",
+        "search",
         "autoload",
         "scheduler",
     },

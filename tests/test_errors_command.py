@@ -22,9 +22,9 @@ from magus_anharmonic.analysis.errors_run import (
 )
 from magus_anharmonic.analysis.labelled_ensemble import sample_displacements
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import Failure, Label
 from magus_anharmonic.learning.dataset import read_labels
+from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import RunFolder
 

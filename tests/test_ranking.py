@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.matcher import (
@@ -45,7 +45,7 @@ from magus_anharmonic.ranking.structures import (
     reevaluate,
 )
 from magus_anharmonic.ranking.table import COLUMNS
-from magus_anharmonic.run_record import read_run_record
+from magus_anharmonic.runs.record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
 from magus_anharmonic.structures import primitive, space_group, structure_id
 

@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Failure, Label
 from magus_anharmonic.settings import LabelerSettings

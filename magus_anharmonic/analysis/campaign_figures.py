@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 from magus_anharmonic.analysis import enthalpies, model_table, reordering, style, tables
 from magus_anharmonic.analysis.tables import Band
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import remove, safe_name
+from magus_anharmonic.io.digests import safe_name
+from magus_anharmonic.io.files import remove
 
 
 def ticks(rows: Sequence[Band]) -> list[tuple[float, str]]:

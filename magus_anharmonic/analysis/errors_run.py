@@ -29,10 +29,11 @@ from magus_anharmonic.analysis.labelled_ensemble import (
 )
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import versions, write_json
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers.base import Labeler
-from magus_anharmonic.lock import locked
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha import free_energy

@@ -12,8 +12,8 @@ from typing import Any
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
 from magus_anharmonic.analysis.found_values import Found
 from magus_anharmonic.analysis.tables import Cost, ModelError, TableFolder
-from magus_anharmonic.files import read_json
-from magus_anharmonic.status import present_steps
+from magus_anharmonic.io.files import read_json
+from magus_anharmonic.runs.status import present_steps
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from magus_anharmonic.analysis.tables import (
     GradientParity,
     LearningPoint,
 )
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

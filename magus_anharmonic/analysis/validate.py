@@ -27,7 +27,8 @@ from magus_anharmonic.analysis.tables import (
     ranking_files,
 )
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json, write_table
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8

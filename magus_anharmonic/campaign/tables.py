@@ -21,7 +21,8 @@ from magus_anharmonic.analysis.tables import (
     cell,
     columns,
 )
-from magus_anharmonic.files import reading_table, remove, replacing_table, table_rows, write_table
+from magus_anharmonic.io.files import reading_table, remove, replacing_table
+from magus_anharmonic.io.tables import table_rows, write_table
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)

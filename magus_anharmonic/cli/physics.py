@@ -291,8 +291,8 @@ def errors(
         )
         from magus_anharmonic.analysis.labelled_ensemble import WHAT, check_number
         from magus_anharmonic.labelers import get_labeler
-        from magus_anharmonic.lock import locked
         from magus_anharmonic.potential import load
+        from magus_anharmonic.runs.lock import locked
 
         check_number(n_configs)
         settings = load_labeler_settings(reference)

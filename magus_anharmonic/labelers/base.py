@@ -33,7 +33,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.files import digest
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 

@@ -26,8 +26,8 @@ from ase import Atoms
 from ase.io import write
 
 from magus_anharmonic.errors import DamagedFile
-from magus_anharmonic.files import read_whole, replacing
 from magus_anharmonic.hull import comparable
+from magus_anharmonic.io.files import read_whole, replacing
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
 from magus_anharmonic.learning.families import (
     SIDES,

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.lock import guarded
+from magus_anharmonic.runs.lock import guarded
 from magus_anharmonic.scheduler.submission import Submissions, patient
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 

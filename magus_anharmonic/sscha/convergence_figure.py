@@ -8,7 +8,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

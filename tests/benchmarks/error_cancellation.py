@@ -31,7 +31,7 @@ from magus_anharmonic.analysis.errors_run import (
 )
 from magus_anharmonic.analysis.labelled_ensemble import label_locked, sample_displacements
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label, Labeler, k_points
 from magus_anharmonic.labelers.gpaw import K_SPACING
