@@ -341,7 +341,7 @@ def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]
 
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
-    from magus_anharmonic.analysis import tables
+    from magus_anharmonic.paper import tables
     from magus_anharmonic.ranking.uncertainty import ModelTerm
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)

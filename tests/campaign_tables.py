@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from magus_anharmonic.analysis import tables as t
+from magus_anharmonic.paper import tables as t
 
 
 def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Path:

@@ -51,10 +51,10 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "scheduler"},
-    "report": BASE | {"ranking", "analysis", "phase_diagram"},
-    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning", "analysis"},
-    "analysis": BASE | {"potential", "sscha", "labelers", "learning"},
-    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "analysis"},
+    "report": BASE | {"ranking", "paper", "phase_diagram"},
+    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning"},
+    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram"},
+    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "paper"},
     "search": BASE
     | {
         "potential",
@@ -75,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "sscha",
         "search",
         "doctor",
-        "analysis",
+        "paper",
         "report",
     },
     "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},

@@ -18,7 +18,6 @@ import pytest
 from campaign_inputs import changed, write_campaign
 from typer.testing import CliRunner
 
-from magus_anharmonic.analysis.explain import read_context
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.run import status
 from magus_anharmonic.campaign.steps import (
@@ -35,6 +34,7 @@ from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import write_json
+from magus_anharmonic.paper.explain import read_context
 from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.runs import status as folder_status
 from magus_anharmonic.runs.lock import locked
@@ -535,7 +535,7 @@ def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path: Path) -> None:
 
 
 def test_the_tables_are_the_ones_that_the_analysis_reads() -> None:
-    tables = pytest.importorskip("magus_anharmonic.analysis.tables")
+    tables = pytest.importorskip("magus_anharmonic.paper.tables")
     theirs = {
         table.FILE.split("-<")[0].removesuffix(".csv"): tables.columns(table)
         for table in tables.TABLES

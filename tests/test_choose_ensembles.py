@@ -238,7 +238,7 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
 
 
 def test_the_measured_terms_are_those_of_the_pressure(tmp_path: Path) -> None:
-    from magus_anharmonic.analysis import tables
+    from magus_anharmonic.paper import tables
 
     rows = [
         tables.GibbsCorrection("Im-3m", p, 20, 0.001 * p, error, None)

@@ -19,7 +19,6 @@ from ase.io import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.analysis.labelled_ensemble import claim
 from magus_anharmonic.campaign.closing import run_of_record
 from magus_anharmonic.campaign.learning import read_identity
 from magus_anharmonic.campaign.production import _read_relaxed, read_statics
@@ -30,6 +29,7 @@ from magus_anharmonic.io.files import SUMS, load_arrays, read_json, read_jsonl, 
 from magus_anharmonic.learning.choose import read_plan
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
 from magus_anharmonic.learning.families import Families
+from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.ranking.structures import read_structures

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from magus_anharmonic.analysis.errors_run import load_labeler_settings
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, code_module
+from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
 from magus_anharmonic.potential.train import load_recipe
 from magus_anharmonic.settings import load_settings, load_yaml
 from magus_anharmonic.settings.campaign import load_campaign
@@ -240,6 +240,22 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
     assert load_yaml(tmp_path / "input.yaml") == {
         "a": [1000, 31, -3, 0.0015, float("inf"), 90, 2**63 - 1]
     }
+
+
+def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
+    """The fault: 20 MB were read for minutes before a word was said."""
+    monkeypatch.chdir(tmp_path)
+    Path("input.yaml").write_text("pressure: 1\nnotes:\n" + "  - a line of some length\n" * 800_000)
+    begun = time.monotonic()
+    result = CliRunner().invoke(app, ["search", "-i", "input.yaml"])
+    assert result.exit_code == 2, result.output
+    words = "input.yaml: has 20.8 MB, and settings at most 1"
+    assert words in " ".join(result.output.split())
+    loaders = (load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings)
+    for load in loaders:
+        with pytest.raises(InputError, match=words):
+            load("input.yaml")
+    assert time.monotonic() - begun < 30.0
 
 
 def test_aliases_as_people_use_them_are_read(tmp_path):

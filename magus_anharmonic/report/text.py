@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.analysis.reordering import COMPUTED, critical_pressure, new_space_group
+from magus_anharmonic.paper.reordering import COMPUTED, critical_pressure, new_space_group
 from magus_anharmonic.ranking.candidate import WITH_ERROR
 from magus_anharmonic.report.raw_tables import RawTable, number
 from magus_anharmonic.report.summary import (

@@ -23,8 +23,8 @@ from typing import Protocol
 
 import numpy as np
 
-from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.tables import Mode, Ranked, SpaceGroups
+from magus_anharmonic.paper.tables import Mode, Ranked, SpaceGroups
+from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 RESAMPLES = 400

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from magus_anharmonic.analysis import enthalpies, model_table, reordering, style, tables
-from magus_anharmonic.analysis.tables import Band
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import remove
+from magus_anharmonic.paper import enthalpies, model_table, reordering, small_figures, tables
+from magus_anharmonic.paper.tables import Band
+from magus_anharmonic.phase_diagram import style
 
 
 def ticks(rows: Sequence[Band]) -> list[tuple[float, str]]:
@@ -439,10 +440,11 @@ def _gradients(folder: Path) -> Iterator[Drawing]:
         name = f"fig_7_gradient_errors-{safe_name(phase)}-{pressure:g}GPa"
         title = f"Errors of forces and of free-energy gradients in {phase} at {pressure:g} GPa"
         alt = "; ".join(
-            f"{style.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}" for row in mine[0]
+            f"{small_figures.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}"
+            for row in mine[0]
         )
         yield Drawing(
-            name, title, alt, mine[0], _later(style.draw_gradient_errors, *mine, name=name)
+            name, title, alt, mine[0], _later(small_figures.draw_gradient_errors, *mine, name=name)
         )
 
 
@@ -460,7 +462,7 @@ def _learning(folder: Path) -> Iterator[Drawing]:
         "Errors of the models while they learn",
         alt,
         rows,
-        _later(style.draw_learning, rows),
+        _later(small_figures.draw_learning, rows),
     )
 
 

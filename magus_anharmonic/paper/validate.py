@@ -15,10 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
-from magus_anharmonic.analysis.explain import Context, explanations, read_context, undone_steps
-from magus_anharmonic.analysis.found_values import FINDERS, Found, near, sources_of
-from magus_anharmonic.analysis.tables import (
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.paper.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
+from magus_anharmonic.paper.explain import Context, explanations, read_context, undone_steps
+from magus_anharmonic.paper.found_values import FINDERS, Found, near, sources_of
+from magus_anharmonic.paper.tables import (
     TABLES,
     Enthalpy,
     Ranked,
@@ -26,9 +29,6 @@ from magus_anharmonic.analysis.tables import (
     pressure_of_file,
     ranking_files,
 )
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.files import write_json
-from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8

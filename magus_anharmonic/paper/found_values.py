@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, transformed_into
-from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.analysis.reordering import (
+from magus_anharmonic.paper.enthalpies import distinct, lowest_of_phases, transformed_into
+from magus_anharmonic.paper.expected import PRESSURE_TOLERANCE, ExpectedValue
+from magus_anharmonic.paper.reordering import (
     COMPUTED,
     computed,
     critical_pressures,
@@ -20,7 +20,7 @@ from magus_anharmonic.analysis.reordering import (
     reordering,
     series,
 )
-from magus_anharmonic.analysis.tables import (
+from magus_anharmonic.paper.tables import (
     Enthalpy,
     GradientError,
     Mode,
