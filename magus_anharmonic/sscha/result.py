@@ -21,14 +21,8 @@ from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.io.digests import renamed, safe_name, versions
-from magus_anharmonic.io.files import (
-    load_arrays,
-    read_json,
-    read_whole,
-    replacing,
-    write_json,
-    write_table,
-)
+from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
