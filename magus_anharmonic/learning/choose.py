@@ -23,12 +23,7 @@ from ase import Atoms
 from ase.io import write
 from ase.neighborlist import neighbor_list
 
-<<<<<<< HEAD
-from magus_anharmonic.errors import DamagedFile
-=======
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.io.files import read_whole, replacing
->>>>>>> main
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.io.files import read_whole, replacing
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
