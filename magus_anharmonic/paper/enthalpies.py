@@ -171,7 +171,7 @@ def _ordinal(number: int) -> str:
 @dataclass(frozen=True)
 class RelativeEnthalpy:
     """Enthalpy of a phase minus that of the reference phase at one pressure; ``same_as``: the phase
-    that it has turned into there."""
+    that it has transformed into there."""
 
     phase: str
     reference: str

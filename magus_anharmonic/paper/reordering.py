@@ -270,7 +270,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Reordering:
-    """What quantum ions (SSCHA) do to a ranking; energies in meV/atom.
+    """What SSCHA does to a ranking; energies in meV/atom.
 
     shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the
     structures above ``linear_above`` (both above their lowest) and the spread about it, None with
@@ -279,7 +279,7 @@ class Reordering:
     lowest G; n_transformed_best : structures that had another space group and ended in that one;
     n_changed : that changed their space group at all, of n with a G. n_kept_by_dft : of the changed
     ones relaxed by DFT (n_checked_by_dft), those that keep the static one there: they are minima,
-    and only quantum ions (SSCHA) change them.
+    and only SSCHA changes them.
     """
 
     pressure_GPa: float

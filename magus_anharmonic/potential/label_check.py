@@ -173,7 +173,7 @@ def _misfits(pairs: Pairs) -> np.ndarray:
 
 
 def outlying(values: np.ndarray, least: float) -> list[int]:
-    """Places of ``values`` farther from their median than `OUTLIER_SIGMAS` robust standard
+    """Indices of ``values`` farther from their median than `OUTLIER_SIGMAS` robust standard
     deviations and than ``least``."""
     if len(values) < FEWEST:
         return []

@@ -38,7 +38,7 @@ EXPECTED = (
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
     (RANKINGS, "rankings by free energy (Fig. 6)"),
-    ("space_groups.csv", "space groups as found, after DFT, and with quantum ions (SSCHA)"),
+    ("space_groups.csv", "space groups as found, after DFT, and with SSCHA"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
     (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),

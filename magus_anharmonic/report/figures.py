@@ -186,7 +186,7 @@ def slope_chart_picture(rows: Sequence[Any], where: str, data: str) -> Picture |
         for rank in sorted(best)[:5]
     )
     alt = (
-        f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right,"
+        f"Slope chart at {where}: enthalpy on the left, free energy on the right,"
         f" joined by lines. By free energy: {order}."
     )
     return drawn(

@@ -34,7 +34,7 @@ class RawTable:
 
 
 def read_raw_table(path: Path, limit: int | None = None) -> RawTable:
-    """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
+    """The first ``limit`` rows (None: all) of a CSV file; a missing file is an empty table.
 
     Raises ``InputError``: see `text_rows`.
     """
