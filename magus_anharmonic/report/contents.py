@@ -254,9 +254,9 @@ def _analysed(contents: Contents, folder: Path) -> list[Picture]:
     with its reason (once: not for a table that is said to be missing anyway)."""
     if not (folder / "tables").is_dir():
         return []
-    from magus_anharmonic.paper import make_figures
+    from magus_anharmonic.paper import script
 
-    figures_made, figures_missing = make_figures(folder)
+    figures_made, figures_missing = script("figures").make_figures(folder)
     named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
     told = [
         one
