@@ -32,7 +32,8 @@ from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
-from magus_anharmonic.runs.lock import _born, check_free, locked
+from magus_anharmonic.runs.lock import check_free, locked
+from magus_anharmonic.runs.owner import born
 from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -286,7 +287,7 @@ def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(
     ours = tmp_path / "results/anharmonic"
     ours.mkdir(parents=True)
     with locked(ours, "magus-anharmonic search") as owner:
-        lock = asdict(owner) | {"pid": process.pid, "born": _born(process.pid)}
+        lock = asdict(owner) | {"pid": process.pid, "born": born(process.pid)}
     process.kill()
     process.wait()
     ours.mkdir(parents=True, exist_ok=True)

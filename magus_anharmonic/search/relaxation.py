@@ -19,12 +19,7 @@ from pydantic import Field
 from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.io.files import remove
-from magus_anharmonic.labelers.ase_calculator import (
-    ALLOW,
-    allowed_modules,
-    load_class,
-    starts_programs,
-)
+from magus_anharmonic.labelers.codes import ALLOW, allowed_modules, load_class, starts_programs
 from magus_anharmonic.runs.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
