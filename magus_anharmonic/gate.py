@@ -22,7 +22,7 @@ from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_machine_error
+from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")

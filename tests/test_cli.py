@@ -410,7 +410,7 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     assert record["settings"]["pressure"] == 5
     assert record["settings"]["sscha"]["n_configs"] == 10
     assert record["settings"]["sscha"]["supercell"] == [1, 1, 1]
-    assert record["model_id"].startswith("emt-")
+    assert record["model"].startswith("emt-")
     assert record["structures"] == ["copper-fcc.vasp", "copper-hcp.vasp"]
 
 

@@ -28,14 +28,16 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
-from magus_anharmonic.host_keys import parse_host_keys
-from magus_anharmonic.lock import _born, check_free, locked
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+from magus_anharmonic.runs.lock import check_free, locked
+from magus_anharmonic.runs.owner import born
 from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.search.population import DESCRIPTORS, OffspringGenerator
 from magus_anharmonic.settings import AseCalculatorSettings, Settings, parse_settings
 
@@ -283,7 +285,7 @@ def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(
     ours = tmp_path / "results/anharmonic"
     ours.mkdir(parents=True)
     with locked(ours, "magus-anharmonic search") as owner:
-        lock = asdict(owner) | {"pid": process.pid, "born": _born(process.pid)}
+        lock = asdict(owner) | {"pid": process.pid, "born": born(process.pid)}
     process.kill()
     process.wait()
     ours.mkdir(parents=True, exist_ok=True)

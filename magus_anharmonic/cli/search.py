@@ -53,7 +53,7 @@ def search(
     configure_logging(verbose)
     with user_errors("run the same command with -r"):
         if keys:
-            from magus_anharmonic.host_keys import keys_table
+            from magus_anharmonic.search.keys import keys_table
 
             say(keys_table())
             return

@@ -36,13 +36,13 @@ from magus_anharmonic.evaluator import (
     set_energy_error,
 )
 from magus_anharmonic.gate import check_structures, read_sources
-from magus_anharmonic.labelers.ase_calculator import make_calculator
-from magus_anharmonic.lock import locked
+from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
-from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.runs.lock import locked
+from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings, parse
 from magus_anharmonic.sscha.engines import minimise
