@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from magus_anharmonic.files import replacing
 from magus_anharmonic.hull import lower_hull
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint, PhaseSet, common_pressures
 from magus_anharmonic.phase_diagram.diagram import PhaseDiagram, Stable, lines
@@ -111,7 +111,7 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
 
 
 def _compared(diagram: PhaseDiagram, one: Stable) -> bool:
-    """Whether another phase has a free energy there, or has turned into this one."""
+    """Whether another phase has a free energy there, or has transformed into this one."""
     here = (one.isotopes, one.pressure, one.temperature)
     merged = any(
         (p.isotopes, p.pressure_GPa, p.temperature_K) == here and p.same_as == one.phase

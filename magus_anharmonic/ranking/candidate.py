@@ -44,10 +44,10 @@ class Candidate:
     too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of the lowest
     phase with its three errors, ``p_lowest`` the probability by sampling alone, ``p_lowest_total``
     with all three (`probabilities`). ``model_correction`` is G by DFT minus G where labels of the
-    ensemble say so (`model_errors.ModelTerm`). ``model_error`` is the expected error of the static
+    ensemble say so (`uncertainty.ModelTerm`). ``model_error`` is the expected error of the static
     energy against the model's DFT, ``ensemble_error`` that of the forces in the final ensemble
     (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases
-    (`model_errors`). ``parent`` is the structure whose saddle point was followed to this one, which
+    (`uncertainty`). ``parent`` is the structure whose saddle point was followed to this one, which
     is no member of the population then. ``pooled`` : folders of the runs of which G is the mean,
     and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G
     of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error`` (cm^-1) and

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
-from magus_anharmonic.files import digest
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
 from magus_anharmonic.report.raw_tables import (
     RawTable,
-    lines_of,
     number,
     read_json,
     read_raw_table,
@@ -28,7 +28,7 @@ from magus_anharmonic.report.raw_tables import (
 from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
-from magus_anharmonic.status import present_steps
+from magus_anharmonic.runs.status import present_steps
 
 ROWS = 200
 """Most rows of a table on the page; the file holds all."""
@@ -38,7 +38,7 @@ EXPECTED = (
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
     (RANKINGS, "rankings by free energy (Fig. 6)"),
-    ("space_groups.csv", "space groups as found, after DFT, and with quantum ions (SSCHA)"),
+    ("space_groups.csv", "space groups as found, after DFT, and with SSCHA"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
     (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
@@ -191,7 +191,11 @@ def _campaign_summary(
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
         contents.attempt(
-            lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None
+            lambda: [
+                tally.add(row)
+                for row in text_rows(tables / "enthalpies.csv", shown="enthalpies.csv")
+            ].clear(),
+            None,
         )
     parts = [
         (
@@ -250,9 +254,9 @@ def _analysed(contents: Contents, folder: Path) -> list[Picture]:
     with its reason (once: not for a table that is said to be missing anyway)."""
     if not (folder / "tables").is_dir():
         return []
-    from magus_anharmonic.paper import make_figures
+    from magus_anharmonic.paper import script
 
-    figures_made, figures_missing = make_figures(folder)
+    figures_made, figures_missing = script("figures").make_figures(folder)
     named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
     told = [
         one
@@ -410,7 +414,7 @@ def _failures(contents: Contents, path: Path) -> None:
 
         def count() -> None:
             nonlocal total
-            for line in lines_of(path):
+            for line in text_rows(path, shown=path.name):
                 total += 1
                 reasons[line.get("reason", "")] += 1
                 if total <= ROWS:

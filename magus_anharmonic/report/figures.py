@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.raw_tables import lines_of, number
+from magus_anharmonic.io.tables import text_rows
+from magus_anharmonic.report.raw_tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,7 +127,7 @@ def described(title: str, table: Path) -> str:
     spans: dict[str, tuple[float, float]] = {}
     count = 0
     try:
-        for row in lines_of(table):
+        for row in text_rows(table, shown=table.name):
             count += 1
             for column, text in row.items():
                 value = number(text)
@@ -185,7 +186,7 @@ def slope_chart_picture(rows: Sequence[Any], where: str, data: str) -> Picture |
         for rank in sorted(best)[:5]
     )
     alt = (
-        f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right,"
+        f"Slope chart at {where}: enthalpy on the left, free energy on the right,"
         f" joined by lines. By free energy: {order}."
     )
     return drawn(
