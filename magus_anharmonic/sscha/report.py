@@ -13,8 +13,10 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
-from magus_anharmonic.files import versions, write_json, write_table
-from magus_anharmonic.lock import locked
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
