@@ -32,7 +32,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.files import digest
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 

@@ -27,7 +27,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MachineError
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark

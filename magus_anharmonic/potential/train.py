@@ -15,10 +15,9 @@ import torch
 from ase import Atoms
 from pydantic import Field, model_validator
 
-from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import remove, write_json
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.files import remove, write_json
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -35,6 +34,7 @@ from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.resources import chosen_device
 from magus_anharmonic.potential.trainer import Architecture, from_scratch, refit_shift
 from magus_anharmonic.potential.uncertainty import for_checkpoint
+from magus_anharmonic.runs import lock
 from magus_anharmonic.settings import (
     FinetuneSettings,
     InsidePath,

@@ -24,7 +24,7 @@ from ase import Atoms
 from ase.io import read
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label, Labeler, k_points
 from magus_anharmonic.labelers.codes import Gpaw
