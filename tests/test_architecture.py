@@ -17,16 +17,13 @@ MODULES = [*sorted(PACKAGE.rglob("*.py")), *SCRIPTS]
 LONGEST = 500
 """Lines of a module."""
 STILL_LONGER = {
-    "host_keys.py",
+    "search/keys.py",
     "learning/learn.py",
-    "lock.py",
     "phase_diagram/surface.py",
-    "potential/train.py",
     "ranking/rank.py",
     "ranking/store.py",
     "settings/campaign.py",
     "settings/search.py",
-    "sscha/run.py",
     "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
@@ -34,10 +31,8 @@ BASE = {
     "settings",
     "errors",
     "units",
-    "files",
-    "failures",
-    "typed_csv",
-    "lock",
+    "io",
+    "runs",
     "structures",
     "processes",
     "gate",
@@ -55,15 +50,11 @@ ALLOWED: dict[str, set[str]] = {
     "sscha": BASE,
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
-    "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
-    "report": BASE | {"ranking", "paper", "phase_diagram", "status"},
-    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
-    "paper": BASE
-    | {"potential", "sscha", "labelers", "learning", "run_record", "status", "phase_diagram"},
-    "run_record": BASE,
-    "host_keys": BASE,
-    "generation": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "paper"},
+    "ranking": BASE | {"potential", "sscha", "labelers", "scheduler"},
+    "report": BASE | {"ranking", "paper", "phase_diagram"},
+    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning"},
+    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram"},
+    "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "paper"},
     "search": BASE
     | {
         "potential",
@@ -72,8 +63,6 @@ ALLOWED: dict[str, set[str]] = {
         "ranking",
         "sscha",
         "generation",
-        "host_keys",
-        "run_record",
         "report",
         "scheduler",
     },
@@ -86,12 +75,9 @@ ALLOWED: dict[str, set[str]] = {
         "sscha",
         "search",
         "doctor",
-        "run_record",
         "paper",
         "report",
-        "status",
     },
-    "status": BASE,
     "doctor": BASE | {"potential", "labelers", "sscha", "scheduler"},
     "plugins": BASE
     | {
@@ -101,9 +87,8 @@ ALLOWED: dict[str, set[str]] = {
         "ranking",
         "sscha",
         "generation",
-        "run_record",
         "report",
-        "host_keys",
+        "search",
         "autoload",
         "scheduler",
     },

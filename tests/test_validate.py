@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper import enthalpies, findings, quantities, script, tables
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import ranking_sentences, ranking_views
-from magus_anharmonic.typed_csv import TableFolder
 
 NAMES, ExpectedValue, load_expected = (
     getattr(script("expected"), name) for name in ("NAMES", "ExpectedValue", "load_expected")

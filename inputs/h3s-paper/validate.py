@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import TableFolder, write
 from magus_anharmonic.paper.enthalpies import ranks, stability_sequence, transition
 from magus_anharmonic.paper.quantities import (
     Reordering,
@@ -36,7 +37,6 @@ from magus_anharmonic.paper.tables import (
     SpaceGroups,
     ranking_files,
 )
-from magus_anharmonic.typed_csv import TableFolder, write
 
 from .expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from .explain import Context, Found, explanations, near, read_context, sources_of, why_absent

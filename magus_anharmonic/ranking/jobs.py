@@ -154,7 +154,7 @@ def _partial_numbers(result: Any) -> dict[str, Any]:
         "gibbs_raw": result.gibbs_raw,
         "gibbs_error": result.gibbs_error,
         "volume": result.volume,
-        "decrease": result.predicted_decrease,
+        "predicted_decrease": result.predicted_decrease,
     }
     known = {
         name: float(value)

@@ -16,7 +16,6 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
-from magus_anharmonic.failures import record_failure
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.elimination import resolution
@@ -50,6 +49,7 @@ from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, sscha_hash
 from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, ModelTerm, ensemble_trust
+from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState

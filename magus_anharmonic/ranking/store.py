@@ -16,20 +16,18 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import (
-    digest,
+from magus_anharmonic.io.digests import digest, renamed, versions
+from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
     read_whole,
-    renamed,
     replacing,
     set_aside,
-    versions,
     write_json,
 )
-from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
+from magus_anharmonic.runs.lock import still_ours
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.structures import stripped, structure_id
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.files import remove, replacing, write_table
+from magus_anharmonic.io.files import remove, replacing
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.ranking.store import Record
 from magus_anharmonic.structures import stripped

@@ -32,7 +32,7 @@ import numpy as np
 
 from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import read_whole
+from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.ensemble import Ensemble, pair_means
 from magus_anharmonic.sscha.result import (
@@ -139,9 +139,7 @@ def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
     state of the result."""
     progress = read_whole(folder / PROGRESS, read_progress_file)
     if progress is not None:
-        files = {
-            number: folder / f"population_{number:03d}.npz" for number in progress["pooled"][-1]
-        }
+        files = {number: folder / f"population_{number:03d}.npz" for number in progress.pooled[-1]}
         there = all(file.is_file() for file in files.values())
         return (
             {number: read_population_file(file) for number, file in files.items()} if there else {}

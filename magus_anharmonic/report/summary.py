@@ -13,8 +13,9 @@ from rich.table import Table
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
+from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
-from magus_anharmonic.report.raw_tables import lines_of, number
+from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def read_ranking(path: str | Path) -> list[Row]:
     column)."""
     name = Path(path).name
     rows = []
-    for index, line in enumerate(lines_of(Path(path), needed=NEEDED), start=2):
+    for index, line in enumerate(text_rows(path, NEEDED, name), start=2):
         try:
             natoms, pressure = int(line["natoms"]), float(line["pressure_GPa"])
         except ValueError:

@@ -3,29 +3,31 @@ defaults and limits."""
 
 from __future__ import annotations
 
-from magus_anharmonic.settings.search import (
+from magus_anharmonic.settings.calculators import (
     OPTIMIZER_DESCRIPTION,
     QUEUES,
+    AseCalculatorSettings,
     CalculatorSettings,
     LabelerSettings,
-    LearningSettings,
     Optimizers,
-    Settings,
-    SschaSettings,
     WorkerSettings,
     as_magus_reads,
+    stages,
+)
+from magus_anharmonic.settings.search import (
+    LearningSettings,
+    Settings,
+    SschaSettings,
     load_settings,
     parse_settings,
-    stages,
+    rank_settings,
 )
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
-    Loss,
     NonNegative,
     Positive,
     PressureGPa,
-    Schedule,
     Section,
     absolute_file,
     check_pressure,
@@ -35,24 +37,26 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
+from magus_anharmonic.settings.training import FinetuneSettings, TrainingKeys
 
 __all__ = [
     "OPTIMIZER_DESCRIPTION",
     "QUEUES",
+    "AseCalculatorSettings",
     "CalculatorSettings",
     "Count",
+    "FinetuneSettings",
     "InsidePath",
     "LabelerSettings",
     "LearningSettings",
-    "Loss",
     "NonNegative",
     "Optimizers",
     "Positive",
     "PressureGPa",
-    "Schedule",
     "Section",
     "Settings",
     "SschaSettings",
+    "TrainingKeys",
     "WorkerSettings",
     "absolute_file",
     "as_magus_reads",
@@ -63,6 +67,7 @@ __all__ = [
     "nearest",
     "parse",
     "parse_settings",
+    "rank_settings",
     "snake_case",
     "stages",
 ]
