@@ -412,23 +412,22 @@ def write_errors(
 
 
 def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> Iterator[Parity]:
-    """Energy per atom, every force component and the six stress components of every label, by
-    DFT and by the model."""
+    """Energy per atom, every component of forces and stress of every label, by DFT and by the
+    model: what the errors of Table I are over."""
     from magus_anharmonic.potential.labelled import labels_of
     from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
     if not labels:
         return
     found = model.evaluate(list(labels))
-    upper = np.triu_indices(3)
     for index, atoms in enumerate(labels):
         energy, forces, stress = labels_of(atoms)
         pairs = {
             "energy": (energy / len(atoms), float(found.energy[index]) / len(atoms)),
             "force": (forces, found.forces[index]),
             "stress": (
-                EV_PER_A3_IN_GPA * stress[upper],
-                EV_PER_A3_IN_GPA * np.asarray(found.stress[index], dtype=float)[upper],
+                EV_PER_A3_IN_GPA * stress,
+                EV_PER_A3_IN_GPA * np.asarray(found.stress[index], dtype=float),
             ),
         }
         for quantity, values in pairs.items():
