@@ -275,6 +275,7 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
     assert "Stable" in text and "cm^-1" in text and "Probability" in text
     names = {path.name for path in tmp_path.iterdir()}
     files = {
+        ".sha256sums",
         "dyn_auxiliary1",
         "dyn_hessian1",
         "frequencies.csv",
