@@ -5,9 +5,9 @@ imports ``ase.io`` first of all. Ours is `ase_format`; asking for it installs th
 ``magus.calculators`` has been imported, and the package really is MAGUS, the entry points of the
 group ``magus.plugins`` are called. Where ``magus.calculators`` itself is what imports ASE, it is
 too late to be around it, and the next module that every use of it imports takes its place. The
-module that prepares surfaces and interfaces gets a check of ours before its minutes of work. Nothing
-heavier than the standard library is imported
-here: every process that uses ASE runs this module.
+module that prepares surfaces and interfaces gets a check of ours before its minutes of work.
+Nothing heavier than the standard library is imported here: every process that uses ASE runs this
+module.
 """
 
 from __future__ import annotations
