@@ -20,8 +20,8 @@ from ase import Atoms
 from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
-from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.io.files import raise_machine_error
+from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.io.files import readable
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
@@ -60,18 +60,11 @@ def read_structures(
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    try:
+    with readable(file, "structures by ASE", InputError, isotope_hint):
         _require_elements(file, format or filetype(str(file)))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found: Any = read(file, index=index, format=format)
-    except InputError:
-        raise
-    except Exception as error:  # ASE raises whatever its parsers stumble over
-        raise_machine_error(error, file)
-        raise InputError(
-            f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}"
-        ) from None
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])

@@ -37,7 +37,7 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
-from magus_anharmonic.io.files import read_json, set_aside
+from magus_anharmonic.io.files import read_json, readable, set_aside
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
     check_results_version,
@@ -494,13 +494,9 @@ def validation_rmse(file: Path) -> float | None:
     if not file.is_file():
         return None
     scores = read_json(file)
-    try:
+    with readable(file, "the errors of a model"):
         found = scores["finetuned"].get("validation")
         return None if not found else float(found["energy_rmse"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(
-            f"{file}: not the errors of a model ({type(error).__name__}: {error})"
-        ) from None
 
 
 def counts(record: StepRecord) -> str:

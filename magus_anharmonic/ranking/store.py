@@ -3,8 +3,6 @@ the main process writes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
     read_whole,
+    readable,
     replacing,
     set_aside,
     write_json,
@@ -92,7 +91,7 @@ def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] 
         "n_configs_start": settings.ranking_start,
     }
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
-    return digest(json.dumps(data, sort_keys=True))
+    return digest(data)
 
 
 @dataclass(frozen=True)
@@ -480,17 +479,14 @@ def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
         start.todict(),
         *data.get("before", ()),
     ]
-    text = json.dumps(shown, sort_keys=True, default=lambda value: value.tolist())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(shown, length=16)
 
 
 def _read_record(path: Path) -> Record:
     """What `FreeEnergyStore.put` left in the folder of a run; raises ``DamagedFile``."""
     content = read_json(path)
-    try:
+    with readable(path, "the record of a free energy"):
         return _record(content["pairs"], content["data"], _atoms(content["start"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{path}: not the record of a free energy ({error})") from None
 
 
 def _atoms(stored: Mapping[str, Any]) -> Atoms:

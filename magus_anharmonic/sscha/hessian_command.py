@@ -3,9 +3,8 @@ to phonons and a verdict."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import versions
-from magus_anharmonic.io.files import write_json, write_text
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
@@ -285,7 +285,7 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
-    write_text(folder / "frequencies.csv", frequency_table(hessian))
+    write_table(folder / "frequencies.csv", FREQUENCIES, frequency_rows(hessian))
     found = dispersion(hessian, harmonic)
     write_dispersion(found, folder / "dispersion.csv")
     title = (
@@ -297,28 +297,26 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_json(folder / "hessian.json", summary(report))
 
 
-def frequency_table(hessian: Hessian) -> str:
-    """CSV: one line per q point of the supercell and mode, imaginary frequencies negative; empty
-    errors where there are none."""
+FREQUENCIES = (
+    "q1",
+    "q2",
+    "q3",
+    "star",
+    "mode",
+    "auxiliary_meV",
+    "hessian_meV",
+    "error_meV",
+    "hessian_per_cm",
+    "error_per_cm",
+)
+
+
+def frequency_rows(hessian: Hessian) -> Iterator[list[Any]]:
+    """One row of `FREQUENCIES` per q point of the supercell and mode, imaginary frequencies
+    negative; empty errors where there are none."""
     from magus_anharmonic.sscha.phonons import bands
 
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "q1",
-            "q2",
-            "q3",
-            "star",
-            "mode",
-            "auxiliary_meV",
-            "hessian_meV",
-            "error_meV",
-            "hessian_per_cm",
-            "error_per_cm",
-        ]
-    )
     errors = (
         np.full(hessian.squares.shape, np.nan)
         if hessian.hbar_omega_error is None
@@ -334,10 +332,7 @@ def frequency_table(hessian: Hessian) -> str:
                 errors[q, mode] * EV_IN_CM1,
             ]
             shown = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
-            writer.writerow(
-                [*(f"{value:.8f}" for value in point), hessian.star[q] + 1, mode + 1, *shown]
-            )
-    return text.getvalue()
+            yield [*(f"{value:.8f}" for value in point), hessian.star[q] + 1, mode + 1, *shown]
 
 
 def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ase.data import atomic_masses, atomic_numbers
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, check_calculator
 from magus_anharmonic.gate import check_structure
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
 from magus_anharmonic.sscha.qe_files import state_from_dyn
@@ -112,10 +112,8 @@ def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
 
 def state_digest(state: SschaState) -> str:
     """Twelve hex digits that identify a state."""
-    digest = hashlib.sha256()
-    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
-        digest.update((np.round(array, 6) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
+    arrays = (state.atoms.cell.array, state.atoms.positions, state.force_constants)
+    return digest(*(np.round(array, 6) + 0.0 for array in arrays))
 
 
 def start_run(

@@ -16,8 +16,6 @@ needs no degenerate levels to be recognised in noisy frequencies.
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +28,8 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.io.files import replacing, write_text
+from magus_anharmonic.io.files import replacing
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT
@@ -171,24 +170,17 @@ def _commensurate_fractions(start: np.ndarray, along: np.ndarray) -> list[float]
 
 def write_dispersion(found: Dispersion, path: Path) -> None:
     """Write the bands as CSV: distance, fractional q, then one column per band in meV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = [
         f"{name}_{mode + 1}_meV"
         for name, values in found.bands.items()
         for mode in range(values.shape[1])
     ]
-    writer.writerow(["distance_2pi_per_A", "q1", "q2", "q3", *columns])
     table = np.concatenate(list(found.bands.values()), axis=1) * 1e3
-    for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True):
-        writer.writerow(
-            [
-                f"{distance:.6f}",
-                *(f"{value:.8f}" for value in q),
-                *(f"{value:.6f}" for value in row),
-            ]
-        )
-    write_text(path, text.getvalue())
+    rows = (
+        [f"{distance:.6f}", *(f"{value:.8f}" for value in q), *(f"{value:.6f}" for value in row)]
+        for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True)
+    )
+    write_table(path, ["distance_2pi_per_A", "q1", "q2", "q3", *columns], rows)
 
 
 STYLES = {

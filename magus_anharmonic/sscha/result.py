@@ -8,7 +8,6 @@ starts again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -20,8 +19,8 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.io.digests import renamed, safe_name, versions
-from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
+from magus_anharmonic.io.digests import as_stored, renamed, safe_name, versions
+from magus_anharmonic.io.files import load_arrays, read_json, read_whole, write_arrays, write_json
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
@@ -93,8 +92,9 @@ class SschaResult:
         """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
         that exists."""
         if self.force_constants is not None:
-            with replacing(directory / "result.npz") as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, force_constants=self.force_constants)
+            write_arrays(
+                directory / "result.npz", compressed=True, force_constants=self.force_constants
+            )
         write_json(directory / "result.json", self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class RunFolder:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
-        identity = json.loads(json.dumps({**versions(), **identity}))
+        identity = as_stored({**versions(), **identity})
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
         if stored is not None:
@@ -312,20 +312,17 @@ class RunFolder:
         result.write(self.directory)
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
-        with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            # not compressed: random numbers shrink by a few per cent, and it would take longer than
-            # all the algebra
-            np.savez(
-                file,
-                numbers=state.atoms.numbers,
-                masses=state.atoms.get_masses(),
-                cell=state.atoms.cell.array,
-                centroids=state.atoms.positions,
-                supercell_matrix=state.supercell_matrix,
-                force_constants=state.force_constants,
-                temperature=state.temperature,
-                **arrays,
-            )
+        write_arrays(
+            self.directory / name,
+            numbers=state.atoms.numbers,
+            masses=state.atoms.get_masses(),
+            cell=state.atoms.cell.array,
+            centroids=state.atoms.positions,
+            supercell_matrix=state.supercell_matrix,
+            force_constants=state.force_constants,
+            temperature=state.temperature,
+            **arrays,
+        )
 
 
 def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
