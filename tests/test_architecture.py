@@ -25,7 +25,6 @@ STILL_LONGER = {
     "ranking/store.py",
     "settings/campaign.py",
     "settings/search.py",
-    "sscha/run.py",
     "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""

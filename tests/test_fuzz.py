@@ -25,6 +25,7 @@ from magus_anharmonic.campaign.production import _read_relaxed, read_statics
 from magus_anharmonic.campaign.run import validation_rmse
 from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.files import SUMS, load_arrays, read_json, read_jsonl, write_json
 from magus_anharmonic.learning.choose import read_plan
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
@@ -32,7 +33,6 @@ from magus_anharmonic.learning.families import Families
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
-from magus_anharmonic.ranking.structures import read_structures
 from magus_anharmonic.ranking.uncertainty import samples_of
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.runs.failures import read_failures

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
@@ -38,12 +39,7 @@ from magus_anharmonic.ranking.matcher import (
 from magus_anharmonic.ranking.racing import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
-from magus_anharmonic.ranking.structures import (
-    rank_file,
-    rank_structures,
-    read_structures,
-    reevaluate,
-)
+from magus_anharmonic.ranking.structures import rank_file, rank_structures, reevaluate
 from magus_anharmonic.ranking.table import COLUMNS
 from magus_anharmonic.runs.record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings

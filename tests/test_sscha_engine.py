@@ -94,7 +94,7 @@ def test_gradient_in_q_space_is_python_sschas_own(hcp, tmp_path):
 def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_path):
     state, ensemble, symmetry = hcp
     found = python_sscha.minimise(
-        state, ensemble, symmetry, min_effective_sample=0.3, log=tmp_path / "log"
+        [(state, ensemble)], symmetry, min_effective_sample=0.3, log=tmp_path / "log"
     )
     assert found.decrease > 0.0
     assert found.converged
@@ -134,7 +134,7 @@ def test_an_effective_sample_below_its_minimum_ends_the_minimisation(hcp, tmp_pa
     soft = replace(state, force_constants=0.5 * state.force_constants)
     ensemble = evaluated(soft, as_evaluator(EMT()), 100)
     found = python_sscha.minimise(
-        soft, ensemble, symmetry, min_effective_sample=0.8, log=tmp_path / "log"
+        [(soft, ensemble)], symmetry, min_effective_sample=0.8, log=tmp_path / "log"
     )
     assert not found.converged
     assert found.effective_sample > 0.5
@@ -146,7 +146,7 @@ def test_a_state_with_imaginary_modes_is_refused_with_a_reason(hcp, tmp_path, mo
     broken = replace(state, force_constants=-state.force_constants)
     with pytest.raises(SschaError, match="python-sscha"):
         python_sscha.minimise(
-            broken, ensemble, symmetry, min_effective_sample=0.5, log=tmp_path / "log"
+            [(broken, ensemble)], symmetry, min_effective_sample=0.5, log=tmp_path / "log"
         )
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 

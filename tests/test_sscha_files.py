@@ -22,9 +22,9 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha import free_energy, python_sscha
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.hessian import free_energy_hessian
-from magus_anharmonic.sscha.hessian_command import hessian_of_run
 from magus_anharmonic.sscha.phonons import band_path, bands, dispersion
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
+from magus_anharmonic.sscha.report import hessian_of_run
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -24,7 +24,6 @@ from magus_anharmonic.paper.tables import dispersion_file
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
-from magus_anharmonic.sscha.hessian_command import hessian_of_run
 from magus_anharmonic.sscha.phonons import (
     Dispersion,
     Level,
@@ -33,6 +32,7 @@ from magus_anharmonic.sscha.phonons import (
     levels_by_irrep,
     lowest_levels,
 )
+from magus_anharmonic.sscha.report import hessian_of_run
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
     harmonic_force_constants,

@@ -23,7 +23,7 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.io.digests import digest, from_json, to_json
+from magus_anharmonic.io.digests import digest, from_json, renamed, to_json
 from magus_anharmonic.runs.lock import TEMPORARY as TEMPORARY
 from magus_anharmonic.runs.lock import still_ours
 
@@ -318,16 +318,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
         return data
 
 
-def read_as(kind: type[T], path: str | Path, mend: str = "") -> T:
+def read_as(kind: type[T], path: str | Path, mend: str = "", *, whole: bool = False) -> T:
     """A JSON file as an object of the ``kind`` that wrote it, a dataclass or a model of pydantic.
 
-    Raises ``DamagedFile`` that names file and field and says how to ``mend`` it.
+    Raises ``DamagedFile`` that names file and field and says how to ``mend`` it; ``whole``: also
+    where a field is missing that has a default.
     """
     from pydantic import ValidationError
 
     then = f"; {mend}" if mend else ""
     try:
-        return _adapter(kind).validate_python(read_json(path))
+        data = renamed(read_json(path))
+        missing = {*getattr(kind, "__dataclass_fields__", ())} - data.keys() if whole else ()
+        if missing:
+            raise DamagedFile(f"{path}: damaged: no {', '.join(sorted(missing))}")
+        # as JSON, so that lists are tuples also where a kind is strict
+        return _adapter(kind).validate_json(to_json(data))
     except ValidationError as error:
         first = error.errors()[0]
         why = ": ".join([*map(str, first["loc"]), first["msg"]])

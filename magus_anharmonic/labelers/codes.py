@@ -18,7 +18,7 @@ from typing import Any
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
-from magus_anharmonic.errors import LabelerError, typed_line
+from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, typed_line
 from magus_anharmonic.labelers.base import (
     Code,
     Recipe,
@@ -28,9 +28,15 @@ from magus_anharmonic.labelers.base import (
     program_of,
 )
 from magus_anharmonic.labelers.espresso import Espresso
-from magus_anharmonic.settings import LabelerSettings
+from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings
 
 log = logging.getLogger(__name__)
+
+PROGRAMS = re.compile(
+    r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE
+)
+"""Names of arguments in which calculators expect the program to start, or commands for it."""
+SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
 
 class Gpaw(Code):
@@ -325,6 +331,39 @@ def load_class(path: str) -> Callable[..., Any]:
     if not inspect.isfunction(found) and not _calculates(found):
         raise LabelerError(f"{path} {NO_CALCULATOR}")
     return found
+
+
+def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
+    """The calculator of ``MainCalculator``; raises ``InputError`` that names its key where an input
+    may not make it or cannot."""
+    where = f"MainCalculator.calculator: {block.calculator!r}"
+    module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
+    if not module:
+        raise InputError(
+            f"{where}: without MAGUS, calculator is mattersim, emt, lj or the"
+            " import path of an ASE calculator; vasp and others need MAGUS"
+        )
+    try:
+        calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
+    except LabelerError as error:
+        raise InputError(f"{where}: {error}") from None
+    commands = sorted(f"arguments.{key}" for key in block.arguments if PROGRAMS.search(str(key)))
+    # they build the line that starts their program from any argument (infile of Amber, label of
+    # others)
+    commands += ["calculator"] if starts_programs(calculator) else []
+    if commands and module not in allowed_modules():
+        raise InputError(
+            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
+            f" allow the calculator's module outside of the input: export {ALLOW}={module}"
+        )
+    try:
+        return calculator(**block.arguments)
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if is_machine_error(error):
+            raise
+        raise InputError(
+            f"{where}: cannot be made with arguments {block.arguments}: {error}"
+        ) from None
 
 
 def _calculates(found: Any) -> bool:
