@@ -12,10 +12,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from magus_anharmonic.potential.train import TrainRecipe
-from magus_anharmonic.potential.trainer import FinetuneSettings
 from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.settings import (
     CalculatorSettings,
+    FinetuneSettings,
     LabelerSettings,
     LearningSettings,
     Settings,

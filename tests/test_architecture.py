@@ -20,7 +20,6 @@ STILL_LONGER = {
     "search/keys.py",
     "learning/learn.py",
     "phase_diagram/surface.py",
-    "potential/train.py",
     "ranking/rank.py",
     "ranking/store.py",
     "settings/campaign.py",

@@ -321,7 +321,7 @@ def _train(
 ) -> list[Any]:
     """One `FinetuneResult` per stage; a stage that was finished before is read from its file."""
     from magus_anharmonic.potential.finetune import finetune
-    from magus_anharmonic.potential.train import refit_shift
+    from magus_anharmonic.potential.trainer import refit_shift
 
     folder, foundation = context.folder(step), context.foundation
     module = copy.deepcopy(foundation.module)
@@ -340,7 +340,7 @@ def _train(
             module,
             training,
             validation,
-            _finetune_settings(stage),
+            stage,
             out=folder / f"cycle{step.cycle}.stage{number}.pth",
             seed=context.settings.seed + number,
             parent_id=foundation.model_id,
@@ -349,12 +349,6 @@ def _train(
         stages.append(result)
         module = result.module
     return stages
-
-
-def _finetune_settings(stage: Any) -> Any:
-    from magus_anharmonic.potential.trainer import FinetuneSettings
-
-    return FinetuneSettings(**stage.model_dump())
 
 
 def write_errors(

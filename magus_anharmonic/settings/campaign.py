@@ -21,15 +21,14 @@ from magus_anharmonic.settings.search import (
 )
 from magus_anharmonic.settings.section import (
     Count,
-    Loss,
     NonNegative,
     Positive,
     PressureGPa,
-    Schedule,
     Section,
     load_yaml,
     parse,
 )
+from magus_anharmonic.settings.training import FinetuneSettings
 
 PressuresGPa = Annotated[list[PressureGPa], Field(min_length=1)]
 Share = Annotated[int, Field(ge=0, strict=True)]
@@ -124,19 +123,12 @@ class CampaignLearning(Pressures):
         return self
 
 
-class StageSettings(Section):
+class StageSettings(FinetuneSettings):
     """One entry of ``final.stages``."""
 
     epochs: Count = Field(100, description="passes through the training set")
-    learning_rate: Positive = Field(1.0e-3, lt=1.0, description="of Adam")
-    force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
+    learning_rate: Positive = Field(1.0e-3, lt=1.0, description="of Adam, at the start")
     stress_loss_ratio: NonNegative = Field(1.0, description="weight of the stress loss (GPa)")
-    batch_size: Count = Field(8, description="structures per step")
-    loss: Loss = "huber"
-    schedule: Schedule = "step"
-    patience: Count | None = Field(
-        None, description="stop after so many epochs without improvement; left out: never"
-    )
 
 
 def _paper_stages() -> list[StageSettings]:
