@@ -22,9 +22,7 @@ STILL_LONGER = {
     "phase_diagram/surface.py",
     "ranking/rank.py",
     "ranking/store.py",
-    "settings/campaign.py",
     "settings/search.py",
-    "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
 BASE = {
