@@ -22,7 +22,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 
-from magus_anharmonic.errors import MagusAnharmonicError, is_trouble, one_line
+from magus_anharmonic.errors import MagusAnharmonicError, is_machine_error, one_line
 
 OUTPUT_KEYS = {
     "directory",
@@ -99,7 +99,7 @@ def probes(elements: Sequence[str]) -> list[Atoms]:
         cell = spacing * np.array(
             [[1.0, 0.05, 0.0], [0.0, 1.02, 0.04], [0.03, 0.0, 0.98 * len(sites)]]
         )
-        scaled = np.array([[0.0, 0.0, place / len(sites)] for place in range(len(sites))])
+        scaled = np.array([[0.0, 0.0, index / len(sites)] for index in range(len(sites))])
         found.append(Atoms(sites, positions=scaled @ cell + spacing * shifts, cell=cell, pbc=True))
     return found
 
@@ -109,16 +109,16 @@ def _numbers(calculator: Any, structures: Sequence[Atoms]) -> np.ndarray:
     along fixed directions."""
     energies, forces = [], []
     try:
-        with _apart(calculator) as twin:
+        with _apart(calculator) as duplicate:
             for atoms in structures:
-                atoms.calc = twin
+                atoms.calc = duplicate
                 energies.append(float(atoms.get_potential_energy()))
                 pattern = np.cos(np.arange(2 * 3 * len(atoms))).reshape(2, -1)
                 forces.extend(pattern @ np.asarray(atoms.get_forces(), dtype=float).ravel())
     except (
         Exception
     ) as error:  # a calculator may raise anything for structures that it was not made for
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         raise NoIdError(one_line(f"{type(error).__name__}: {error}", 160)) from error
     numbers = np.array([*energies, *np.diff(energies), *forces])
@@ -131,17 +131,17 @@ def _numbers(calculator: Any, structures: Sequence[Atoms]) -> np.ndarray:
 def _apart(calculator: Any) -> Iterator[Any]:
     """A copy of the calculator that writes its files, if any, into a folder of its own."""
     try:
-        twin = copy.deepcopy(calculator)
+        duplicate = copy.deepcopy(calculator)
     except (TypeError, AttributeError, RuntimeError, NotImplementedError, ValueError):
-        twin = copy.copy(
+        duplicate = copy.copy(
             calculator
         )  # handles of files, libraries and devices are shared, results and parameters are not
-    if callable(getattr(twin, "reset", None)):
-        twin.reset()
+    if callable(getattr(duplicate, "reset", None)):
+        duplicate.reset()
     with tempfile.TemporaryDirectory(prefix="probe-") as folder:
-        if isinstance(getattr(twin, "directory", None), str | Path):
-            twin.directory = folder
-        yield twin
+        if isinstance(getattr(duplicate, "directory", None), str | Path):
+            duplicate.directory = folder
+        yield duplicate
 
 
 def _parameters(calculator: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class SschaError(MagusAnharmonicError):
     """An SSCHA run ended without a usable state; the message is the reason shown in the ranking."""
 
 
-class MachineTrouble(MagusAnharmonicError):
+class MachineError(MagusAnharmonicError):
     """Memory, disk or a process gave out: says nothing about the structure at work, and the run
     stops where it can go on."""
 
@@ -121,7 +121,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def is_trouble(error: BaseException | None) -> bool:
+def is_machine_error(error: BaseException | None) -> bool:
     """Whether ``error``, or one that led to it, speaks of the machine: never a property of a
     structure, a label or a setting.
 
@@ -131,7 +131,7 @@ def is_trouble(error: BaseException | None) -> bool:
     if error is None:
         return False
     if isinstance(
-        error, MachineTrouble | KeyboardInterrupt | Terminated | BrokenExecutor
+        error, MachineError | KeyboardInterrupt | Terminated | BrokenExecutor
     ) or is_out_of_memory(error):
         return True
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
@@ -142,7 +142,7 @@ def is_trouble(error: BaseException | None) -> bool:
         wording in str(error).lower() for wording in _OF_A_GPU
     ):
         return True
-    return is_trouble(
+    return is_machine_error(
         error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     )
 
@@ -211,8 +211,6 @@ def _full_disk() -> str:
     """Which disk has no room: what is written through a library or to a terminal may fail without a
     name."""
     full = [
-        place
-        for place in (os.getcwd(), tempfile.gettempdir())
-        if shutil.disk_usage(place).free == 0
+        path for path in (os.getcwd(), tempfile.gettempdir()) if shutil.disk_usage(path).free == 0
     ]
     return f"the disk of {full[0]}" if full else ""

@@ -23,8 +23,8 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 
 from magus_anharmonic.calculator_id import NoIdError, calculator_id, parameters_digest, unnamed
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
-from magus_anharmonic.structures import bare, change_of
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
+from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
 
 log = logging.getLogger(__name__)
@@ -135,13 +135,13 @@ class CalculatorEvaluator:
         """Itself, or where it knows no elements one that knows those of ``structures``."""
         if self.elements:
             return self
-        twin = CalculatorEvaluator(
+        duplicate = CalculatorEvaluator(
             self.calculator,
             self._model_id,
             {symbol for atoms in structures for symbol in atoms.symbols},
         )
-        twin.checked = self.checked
-        return twin
+        duplicate.checked = self.checked
+        return duplicate
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation:
         """See `Evaluator`; the given structures are not changed."""
@@ -250,7 +250,11 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     }:
         return 0
     name = type(evaluator.calculator).__name__
-    probe = bare(atoms).repeat((2, 1, 1)) if len(atoms) == 1 and atoms.pbc.all() else bare(atoms)
+    probe = (
+        stripped(atoms).repeat((2, 1, 1))
+        if len(atoms) == 1 and atoms.pbc.all()
+        else stripped(atoms)
+    )
     rng = np.random.default_rng(20240)
     moves = rng.normal(0.0, DISPLACEMENT, (len(probe), 3))
     moves -= moves.mean(axis=0)
@@ -276,7 +280,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     except InputError:
         raise
     except Exception as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         log.debug(
             "the calculator was not checked: it fails for %s",

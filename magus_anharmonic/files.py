@@ -33,6 +33,24 @@ PHYSICS = 1
 notices); old ones are not reused."""
 
 
+RENAMED = {
+    "decrease": "predicted_decrease",
+    "decrease_eV_per_atom": "predicted_decrease_eV_per_atom",
+    "far": "burn_in",
+    "n_became_best": "n_transformed_best",
+    "odds": "probability",
+    "odds_inside": "probability_inside",
+    "repeats": "supercell_matrix",
+    "together": "pooled",
+}
+"""Names of columns and keys in files of earlier versions, and what they are called now."""
+
+
+def renamed(stored: Mapping[str, T]) -> dict[str, T]:
+    """``stored`` under the names of now, see `RENAMED`."""
+    return {RENAMED.get(name, name): value for name, value in stored.items()}
+
+
 def versions() -> dict[str, int]:
     """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
     return {"schema": SCHEMA, "physics": PHYSICS}
@@ -98,7 +116,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the system says to who writes."""
 
 
-def raise_trouble(error: BaseException, path: str | Path) -> None:
+def raise_machine_error(error: BaseException, path: str | Path) -> None:
     """Raise ``error``, met while ``path`` was read, again when it speaks of the machine or the disk
     and not of what the file holds.
 
@@ -126,8 +144,8 @@ def _has_room_for(path: str | Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: str | Path, temporary: Path | None = None) -> Iterator[None]:
-    """Give the troubles of the system that are met within the name of the file that is written: a
-    full disk is told without one."""
+    """Give OS errors met within the name of the file that is written: a full disk is told without
+    one."""
     try:
         yield
     except OSError as error:
@@ -232,7 +250,10 @@ def table_rows(
             reading_table(file, shown) as content,
             io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as handle,
         ):
-            yield csv.DictReader(handle, restkey=restkey)
+            rows = csv.DictReader(handle, restkey=restkey)
+            if rows.fieldnames:
+                rows.fieldnames = [RENAMED.get(name, name) for name in rows.fieldnames]
+            yield rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(
             f"{shown or file}: not readable as a table ({error}); the step that writes it has to"
@@ -378,12 +399,12 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none, and troubles
-    of the disk as they are."""
+    """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none, and disk
+    errors as they are."""
     try:
         data = json.loads(Path(path).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise_trouble(error, path)
+        raise_machine_error(error, path)
         raise DamagedFile(f"{path}: damaged or not readable ({error})") from None
     if not isinstance(data, dict):
         raise DamagedFile(
@@ -395,8 +416,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def load_arrays(path: str | Path) -> dict[str, Any]:
-    """All arrays of an .npz file of ours; raises ``DamagedFile``, and troubles of the disk as they
-    are. Pickles are never loaded."""
+    """All arrays of an .npz file of ours; raises ``DamagedFile``, and disk errors as they are.
+    Pickles are never loaded."""
     import numpy as np
 
     try:
@@ -408,7 +429,7 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{damaged} was changed since it was written")
             return {name: stored[name] for name in stored.files}
     except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
-        raise_trouble(error, path)
+        raise_machine_error(error, path)
         raise DamagedFile(f"{path}: damaged or not readable ({typed_line(error, 120)})") from None
 
 

@@ -21,7 +21,7 @@ from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.files import raise_machine_error
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
@@ -68,7 +68,7 @@ def read_structures(
     except InputError:
         raise
     except Exception as error:  # ASE raises whatever its parsers stumble over
-        raise_trouble(error, file)
+        raise_machine_error(error, file)
         raise InputError(
             f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}"
         ) from None

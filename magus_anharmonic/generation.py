@@ -281,7 +281,8 @@ def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> 
 
 
 UNDECIDED = 0.01
-"""A candidate whose odds to be the lowest are larger is undecided against the lowest one."""
+"""A candidate whose probability of being the lowest is larger is undecided against the lowest
+one."""
 
 _ENSEMBLE = 107
 
@@ -304,9 +305,11 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
     )
     found: list[Contender] = []
     for candidate in phases:
-        odds = candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+        probability = (
+            candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+        )
         folder = state.run_dir / "sscha" / candidate.folder
-        if (found and (odds or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
+        if (found and (probability or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
             continue
         result = SschaResult.read(folder)
         if result.force_constants is None:
@@ -317,7 +320,9 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
         )
         configurations = displaced(result.state, sample(result.state, n_configs, rng))
         spread = expected_spread(state.potential, configurations)
-        found.append(Contender(candidate.id, result.centroids, configurations, odds or 0.0, spread))
+        found.append(
+            Contender(candidate.id, result.centroids, configurations, probability or 0.0, spread)
+        )
     return found if len(found) > 1 else []
 
 
@@ -326,7 +331,7 @@ def expected_spread(potential: Any, configurations: Sequence[Atoms], most: int =
     eV/atom; 1 where there is no estimate."""
     estimate = getattr(potential, "energy_error_spread", None)
     enough = estimate is not None and len(configurations) >= 4
-    spread = estimate(list(configurations[:most]), together=2) if enough else None
+    spread = estimate(list(configurations[:most]), group_size=2) if enough else None
     return 1.0 if spread is None else spread
 
 

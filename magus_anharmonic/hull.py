@@ -1,7 +1,7 @@
 """Compositions, and convex hulls over them: formation energies, distance above the hull, and the
-odds of being on it.
+probability of being on it.
 
-Errors are sampled: every draw of the free energies has a hull of its own. The margin is the
+Errors are sampled: every sample of the free energies has a hull of its own. The margin is the
 distance to the hull of all *other* entries (negative: how far below it); it has no wall at zero, so
 that its standard error means what it says.
 """
@@ -29,7 +29,7 @@ class HullEntry:
 
     fractions : (n_end_members,) atoms of each end member's kind, sum 1. formation : against the end
     members. distance : above the hull, 0 on it. margin : to the hull of the others; error : its
-    standard error. p_on_hull : part of the draws.
+    standard error. p_on_hull : fraction of the samples.
     """
 
     name: str
@@ -66,8 +66,8 @@ def parse_formula(formula: str) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class HullOdds:
-    """What draws say about the places of n entries; see `HullEntry` for the four arrays (n,)."""
+class HullStatistics:
+    """What samples say about n entries; see `HullEntry` for the four arrays (n,)."""
 
     distance: np.ndarray
     margin: np.ndarray
@@ -226,8 +226,8 @@ def comparable(formulas: Sequence[str], energies: Sequence[float]) -> list[float
     if len({_ratio(formulas[i]) for i in known}) < 2:
         return list(energies)
     heights = above_hull([formulas[i] for i in known], np.array([energies[i] for i in known]))
-    by_place = dict(zip(known, heights.tolist(), strict=True))
-    return [by_place.get(i, np.inf) for i in range(len(energies))]
+    by_index = dict(zip(known, heights.tolist(), strict=True))
+    return [by_index.get(i, np.inf) for i in range(len(energies))]
 
 
 def pool_fractions(formulas: Sequence[str]) -> np.ndarray:
@@ -236,17 +236,19 @@ def pool_fractions(formulas: Sequence[str]) -> np.ndarray:
     return np.array([atom_fractions(formula, elements) for formula in formulas])
 
 
-def hull_odds(fractions: np.ndarray, energies: np.ndarray, draws: np.ndarray) -> HullOdds:
-    """Places of ``energies`` (n,) at compositions (n, d), with errors from ``draws`` (n_draws, n),
-    eV/atom."""
+def hull_probabilities(
+    fractions: np.ndarray, energies: np.ndarray, samples: np.ndarray
+) -> HullStatistics:
+    """Places of ``energies`` (n,) at compositions (n, d), with errors from ``samples`` (n_samples,
+    n), eV/atom."""
     distance, margin = margins(fractions, energies)
-    sampled = [margins(fractions, row) for row in draws]
-    drawn_margin = np.array([one[1] for one in sampled])
+    sampled = [margins(fractions, row) for row in samples]
+    sampled_margin = np.array([one[1] for one in sampled])
     with np.errstate(invalid="ignore"):
         error = np.where(
-            np.isfinite(drawn_margin).all(axis=0), drawn_margin.std(axis=0, ddof=1), 0.0
+            np.isfinite(sampled_margin).all(axis=0), sampled_margin.std(axis=0, ddof=1), 0.0
         )
-    return HullOdds(
+    return HullStatistics(
         distance, margin, error, np.array([one[0] <= ON_HULL for one in sampled]).mean(axis=0)
     )
 
@@ -255,26 +257,26 @@ def hull_entries(
     names: Sequence[str],
     formulas: Sequence[str],
     energies: np.ndarray,
-    draws: np.ndarray,
+    samples: np.ndarray,
     end_members: Sequence[str],
 ) -> list[HullEntry]:
-    """Hull of ``energies`` (n,) with errors from ``draws`` (n_draws, n), eV/atom; the end members
-    are formulas among ``formulas``.
+    """Hull of ``energies`` (n,) with errors from ``samples`` (n_samples, n), eV/atom; the end
+    members are formulas among ``formulas``.
 
     Raises ``InputError`` as `choose_end_members` and `end_member_fractions` do.
     """
     corners = choose_end_members(formulas, end_members)
     fractions = end_member_fractions(formulas, corners)
     formation = energies - fractions @ _corner_energies(fractions, energies[None], len(corners))[0]
-    drawn_formation = draws - _corner_energies(fractions, draws, len(corners)) @ fractions.T
-    found = hull_odds(fractions, formation, drawn_formation)
+    sampled_formation = samples - _corner_energies(fractions, samples, len(corners)) @ fractions.T
+    found = hull_probabilities(fractions, formation, sampled_formation)
     return [
         HullEntry(
             name,
             formula,
             tuple(fractions[i].tolist()),
             float(formation[i]),
-            float(drawn_formation[:, i].std(ddof=1)),
+            float(sampled_formation[:, i].std(ddof=1)),
             float(found.distance[i]),
             float(found.margin[i]),
             float(found.error[i]),
@@ -285,7 +287,7 @@ def hull_entries(
 
 
 def _corner_energies(fractions: np.ndarray, energies: np.ndarray, n_corners: int) -> np.ndarray:
-    """(n_draws, n_corners) energy of the lowest phase of each end member."""
+    """(n_samples, n_corners) energy of the lowest phase of each end member."""
     return np.stack(
         [energies[:, fractions[:, k] > 1.0 - 1e-9].min(axis=1) for k in range(n_corners)], axis=1
     )

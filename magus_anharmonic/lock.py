@@ -30,7 +30,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.errors import InputError, LostLock, MachineTrouble, one_line
+from magus_anharmonic.errors import InputError, LostLock, MachineError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ PATIENCE = 45.0
 ATTEMPTS, PAUSE = 4, 0.2
 """How often, and seconds apart, a lock that is there and cannot be read is read before it counts as
 damaged: network file systems have moments in which a file that is being replaced cannot be read."""
-BEGIN, GRACE, GUARD = 20.0, 5.0, 5.0
+HEARTBEAT_START, GRACE, GUARD = 20.0, 5.0, 5.0
 """Seconds that the heartbeat may take to begin, that a process which lost its lock has to end by
 itself, and that a start waits for a process which is writing."""
 
@@ -126,7 +126,7 @@ def check_free(folder: str | Path, name: str = NAME) -> Owner | None:
     return owner
 
 
-def remove_unfinished(folder: str | Path, held: str | Path | None = None) -> int:
+def remove_unfinished(folder: str | Path, locked_folder: str | Path | None = None) -> int:
     """Remove the temporary files and folders that killed processes of ours left below ``folder``;
     returns how many.
 
@@ -134,7 +134,7 @@ def remove_unfinished(folder: str | Path, held: str | Path | None = None) -> int
     else who lives is left alone: folders below with a lock of their own, and the files that a
     search (above ``anharmonic``, where its lock is) or a training has beside its own.
     """
-    mine, n_removed = Path(folder if held is None else held).absolute(), 0
+    mine, n_removed = Path(folder if locked_folder is None else locked_folder).absolute(), 0
     for root, folders, files in os.walk(Path(folder).absolute()):
         here = Path(root)
         if here != mine and _somebody(here, NAME):
@@ -179,14 +179,14 @@ def locked(folder: str | Path, what: str, name: str = NAME) -> Iterator[Owner]:
     ``what`` names this command for whoever comes second. Raises ``InputError`` (exit code 2) that
     names the living owner.
     """
-    held = Held(folder, what, name)
+    lock = FolderLock(folder, what, name)
     try:
-        yield held.owner
+        yield lock.owner
     finally:
-        held.release()
+        lock.release()
 
 
-class Held:
+class FolderLock:
     """A lock that this process holds until `release`; prefer `locked` where there is a block to
     hold it for."""
 
@@ -220,7 +220,7 @@ class Held:
             )
             if name == NAME:
                 remove_unfinished(self.folder)
-        self._of, self._place = threading.get_ident(), self.folder.stat().st_ino
+        self._of, self._inode = threading.get_ident(), self.folder.stat().st_ino
         self._begun, self._ended, self._finished = (
             threading.Event(),
             threading.Event(),
@@ -234,13 +234,13 @@ class Held:
         why = "it did not begin"
         try:
             _thread.start_new_thread(self._beat, ())
-            if self._begun.wait(BEGIN):
+            if self._begun.wait(HEARTBEAT_START):
                 return
         except (RuntimeError, MemoryError) as error:
             why = str(error) or "memory exhausted"
         self._finished.set()
         self.release()
-        raise MachineTrouble(
+        raise MachineError(
             f"{self.folder}: no thread for the heartbeat of its lock ({why}); allow more memory or"
             " processes (ulimit -v, -u)"
         )
@@ -257,7 +257,7 @@ class Held:
         del _CLAIMS[self.folder, self.name]
         with contextlib.suppress(OSError):
             with guarded(self.folder, shared=True):
-                if not _is_held(self.folder, self.name, self.owner.token):
+                if not _is_locked_by(self.folder, self.name, self.owner.token):
                     return
                 (self.folder / self.name).unlink()
             for path in self._made:
@@ -277,12 +277,12 @@ class Held:
                 # reason to end who works elsewhere.
                 with contextlib.suppress(OSError), guarded(self.folder, shared=True):
                     beat += 1
-                    if _is_held(self.folder, self.name, self.owner.token):
+                    if _is_locked_by(self.folder, self.name, self.owner.token):
                         _write(self.folder, self.name, self.owner, beat)
                     else:
                         lost = (
                             read_owner(self.folder, self.name) is not None
-                            or self.folder.stat().st_ino == self._place
+                            or self.folder.stat().st_ino == self._inode
                         )
             if lost:
                 self._end_process()
@@ -324,7 +324,7 @@ def still_ours(path: str | Path) -> Iterator[None]:
             if _covers(folder, name, target):
                 with contextlib.suppress(FileNotFoundError):
                     stack.enter_context(guarded(folder, shared=True))
-                if not _is_held(folder, name, token):
+                if not _is_locked_by(folder, name, token):
                     raise LostLock(_lost(folder, name))
         yield
 
@@ -339,7 +339,7 @@ def _covers(folder: Path, name: str, target: Path) -> bool:
     return (folder.parent if folder.name == "anharmonic" else folder) in target.parents
 
 
-def _is_held(folder: Path, name: str, token: str) -> bool:
+def _is_locked_by(folder: Path, name: str, token: str) -> bool:
     """Whether the lock has this token; given up as gone or damaged, or its error raised, after
     several attempts only."""
     for attempt in range(ATTEMPTS):

@@ -84,17 +84,17 @@ def status(folder: str | Path) -> Status:
 
     Raises ``InputError`` when it holds neither.
     """
-    place = Path(folder)
-    if not place.is_dir():
-        raise InputError(f"{place}: no such folder")
-    for steps in (place / "steps.json", place / "campaign" / "steps.json"):
+    root = Path(folder)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    for steps in (root / "steps.json", root / "campaign" / "steps.json"):
         if steps.is_file():
             return _campaign(steps)
-    for ours in (place, place / "anharmonic", place / "results" / "anharmonic"):
+    for ours in (root, root / "anharmonic", root / "results" / "anharmonic"):
         if (ours / "run.json").is_file() and ours.name == "anharmonic":
             return _search(ours)
     raise InputError(
-        f"{place}: holds neither a search (results/anharmonic/run.json) nor a campaign"
+        f"{root}: holds neither a search (results/anharmonic/run.json) nor a campaign"
         " (campaign/steps.json)"
     )
 

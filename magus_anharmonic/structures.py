@@ -68,9 +68,9 @@ def formula(atoms: Atoms) -> str:
 
 
 def with_isotopes(atoms: Atoms, masses: Mapping[str, float]) -> Atoms:
-    """A copy (`bare`) with ``masses`` (amu by symbol) for those of its atoms, in place of what they
-    have."""
-    copy = bare(atoms)
+    """A copy (`stripped`) with ``masses`` (amu by symbol) for those of its atoms, in place of what
+    they have."""
+    copy = stripped(atoms)
     if any(symbol in masses for symbol in atoms.get_chemical_symbols()):
         own = zip(atoms.get_chemical_symbols(), atoms.get_masses(), strict=True)
         copy.set_masses([float(masses.get(symbol, mass)) for symbol, mass in own])
@@ -102,7 +102,7 @@ def structure_id(atoms: Atoms) -> str:
     return digest.hexdigest()[:12]
 
 
-def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
+def stripped(atoms: Atoms, *, constraints: bool = False) -> Atoms:
     """Species, cell, positions and masses (and ``constraints``) alone: no calculator, info or other
     arrays."""
     copy = Atoms(
@@ -115,18 +115,18 @@ def bare(atoms: Atoms, *, constraints: bool = False) -> Atoms:
     return copy
 
 
-def held_atoms(atoms: Atoms) -> np.ndarray:
+def fixed_atoms(atoms: Atoms) -> np.ndarray:
     """(N,) bool: the atoms that ASE's FixAtoms holds; raises MagusAnharmonicError for every other
     constraint."""
-    held = np.zeros(len(atoms), dtype=bool)
+    fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
         if type(constraint) is not FixAtoms:
             raise MagusAnharmonicError(
                 f"the constraint {type(constraint).__name__} cannot be kept, only FixAtoms can;"
                 " take it out"
             )
-        held[constraint.index] = True
-    return held
+        fixed[constraint.index] = True
+    return fixed
 
 
 def spglib_cell(atoms: Atoms) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -183,10 +183,10 @@ def primitive(atoms: Atoms, symprec: float = 0.05) -> Atoms:
     """Symmetrised primitive cell in the orientation of the input; the input itself when spglib
     finds none."""
     found = standardized(atoms, symprec, to_primitive=True, no_idealize=True)
-    return bare(atoms) if found is None else found
+    return stripped(atoms) if found is None else found
 
 
-SAME_PLACE = 1e-4
+SAME_POSITION_TOLERANCE = 1e-4
 """Angstrom, and relative change of a cell, below which a structure is what it was."""
 
 
@@ -202,9 +202,9 @@ def change_of(given: Atoms, after: Atoms, own: Atoms | None = None) -> str:
     if not np.array_equal(after.numbers, given.numbers):
         return "sorted the atoms"
     size = max(1.0, float(np.abs(given.cell.array).max()))
-    if np.abs(after.cell.array - given.cell.array).max() > SAME_PLACE * size:
+    if np.abs(after.cell.array - given.cell.array).max() > SAME_POSITION_TOLERANCE * size:
         return "strained the cell"
-    if _apart(given, after).max(initial=0.0) > SAME_PLACE:
+    if _apart(given, after).max(initial=0.0) > SAME_POSITION_TOLERANCE:
         return "moved or reordered the atoms"
     if not isinstance(own, Atoms) or own is after or len(own) != len(given):
         return ""
@@ -214,11 +214,13 @@ def change_of(given: Atoms, after: Atoms, own: Atoms | None = None) -> str:
     if (
         given.pbc.all()
         and np.abs(own.cell.array @ own.cell.array.T - metric).max()
-        > 2 * SAME_PLACE * np.abs(metric).max()
+        > 2 * SAME_POSITION_TOLERANCE * np.abs(metric).max()
     ):
         return "strained the cell"
     apart = _apart(given, own) if given.pbc.all() else np.zeros(1)
-    return "moved or reordered the atoms" if apart.max(initial=0.0) > SAME_PLACE else ""
+    return (
+        "moved or reordered the atoms" if apart.max(initial=0.0) > SAME_POSITION_TOLERANCE else ""
+    )
 
 
 def _apart(given: Atoms, other: Atoms) -> np.ndarray:

@@ -89,7 +89,7 @@ def foundation(n: int, rng: np.random.Generator) -> list[t.Enthalpy]:
         )
         for i, h in enumerate(heights)
     ]
-    twins = [
+    duplicates = [
         t.Enthalpy(
             f"twin{k}",
             "",
@@ -106,7 +106,7 @@ def foundation(n: int, rng: np.random.Generator) -> list[t.Enthalpy]:
     ]
     return [
         *rows,
-        *twins,
+        *duplicates,
         t.Enthalpy(
             "r3m",
             "R3m",

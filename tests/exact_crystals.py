@@ -212,7 +212,7 @@ class Scha:
     def __init__(
         self,
         crystal: ExactCrystal,
-        repeats: tuple[int, int, int],
+        supercell_matrix: tuple[int, int, int],
         temperature: float = 0.0,
         pressure: float = 0.0,
         cell: str = "fixed",
@@ -224,7 +224,7 @@ class Scha:
             cell,
         )
         self.n = len(crystal.atoms)
-        supercell = crystal.atoms.repeat(repeats)
+        supercell = crystal.atoms.repeat(supercell_matrix)
         index, coefficients, _ = crystal._incidence(supercell)
         self.n_cells = len(supercell) // self.n
         directions = np.tile(crystal.directions, (self.n_cells, 1))
@@ -252,26 +252,26 @@ class Scha:
             :, None
         ]
 
-    def variance(self, quantum: np.ndarray) -> np.ndarray:
+    def variance(self, hbar_omega: np.ndarray) -> np.ndarray:
         """<Q^2> of oscillators, A^2 amu."""
         thermal = (
             1.0
             if self.temperature == 0
-            else 1.0 / np.tanh(quantum / (2.0 * KELVIN * self.temperature))
+            else 1.0 / np.tanh(hbar_omega / (2.0 * KELVIN * self.temperature))
         )
-        return HBAR**2 / (2.0 * quantum) * thermal
+        return HBAR**2 / (2.0 * hbar_omega) * thermal
 
     def at(self, atoms: Atoms, matrix: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         """F in eV per cell, <p'> and <p''> (n_cells, links) of centroids and force constants
         (eV/A^2, of the supercell)."""
-        quantum, vectors = self.modes(matrix)
-        amplitude = self.variance(quantum)
+        hbar_omega, vectors = self.modes(matrix)
+        amplitude = self.variance(hbar_omega)
         spread = ((self.incidence @ vectors) ** 2 @ amplitude).reshape(self.n_cells, -1)
         value, slope, curvature = self.crystal.averages(self.crystal.mean(atoms)[None], spread)
         own = 0.5 * float(np.sum((matrix @ vectors) * vectors * amplitude))
         thermal = KELVIN * self.temperature
-        free = quantum.sum() / 2.0 + (
-            thermal * np.log1p(-np.exp(-quantum / thermal)).sum() if thermal else 0.0
+        free = hbar_omega.sum() / 2.0 + (
+            thermal * np.log1p(-np.exp(-hbar_omega / thermal)).sum() if thermal else 0.0
         )
         return (
             (free + float(value.sum()) - own) / self.n_cells + self.crystal.offset,
@@ -490,7 +490,7 @@ class Case:
     """A crystal with a supercell and a pressure (GPa) for the tests of coverage."""
 
     make: Callable[[], ExactCrystal]
-    repeats: tuple[int, int, int]
+    supercell_matrix: tuple[int, int, int]
     pressure: float
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.analysis.labelled_ensemble import Labelled, draw
+from magus_anharmonic.analysis.labelled_ensemble import Labelled, sample_displacements
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, expand, fold
@@ -31,7 +31,7 @@ class HarmonicCrystal:
     model_id: str = "harmonic-crystal"
 
     def evaluate(self, structures: list[Atoms]) -> Evaluation:
-        matrix = expand(self.state.force_constants, self.state.repeats)
+        matrix = expand(self.state.force_constants, self.state.supercell_matrix)
         u = (
             np.array([atoms.positions for atoms in structures])
             - self.state.supercell.positions
@@ -51,7 +51,7 @@ class HarmonicCrystal:
 
 
 def crystal(
-    repeats: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1
+    supercell_matrix: tuple[int, int, int] = (2, 1, 1), temperature: float = 0.0, seed: int = 1
 ) -> SschaState:
     """Three atoms without symmetry on random, stable springs that obey the acoustic sum rule."""
     atoms = Atoms(
@@ -61,20 +61,20 @@ def crystal(
         pbc=True,
     )
     return replace(
-        SschaState(atoms, repeats, np.zeros((2, 3, 3, 3, 3)), temperature),
-        force_constants=springs(atoms, repeats, seed),
+        SschaState(atoms, supercell_matrix, np.zeros((2, 3, 3, 3, 3)), temperature),
+        force_constants=springs(atoms, supercell_matrix, seed),
     )
 
 
 def springs(
-    atoms: Atoms, repeats: tuple[int, int, int], seed: int, scale: float = 1.0
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], seed: int, scale: float = 1.0
 ) -> np.ndarray:
     """Compact force constants of random positive springs, translations free."""
     rng = np.random.default_rng(seed)
-    n_cells, n = int(np.prod(repeats)), len(atoms)
+    n_cells, n = int(np.prod(supercell_matrix)), len(atoms)
     root = rng.normal(size=(3 * n * n_cells, 3 * n * n_cells))
     full = root @ root.T / (3 * n * n_cells) + 2.0 * np.eye(3 * n * n_cells)
-    return scale * Symmetry(atoms, repeats).force_constants(fold(full, repeats))
+    return scale * Symmetry(atoms, supercell_matrix).force_constants(fold(full, supercell_matrix))
 
 
 def labelled(
@@ -82,7 +82,7 @@ def labelled(
 ) -> Labelled:
     """Both evaluated on an ensemble of the model's own state."""
     state = model.state
-    u = draw(state, n_configs, seed)
+    u = sample_displacements(state, n_configs, seed)
 
     def ensemble(source: HarmonicCrystal) -> Ensemble:
         found = source.evaluate(displaced(state, u))
@@ -93,14 +93,14 @@ def labelled(
 
 
 def pair(
-    strength: float, *, repeats: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0
+    strength: float, *, supercell_matrix: tuple[int, int, int] = (2, 1, 1), noise: float = 0.0
 ) -> tuple[HarmonicCrystal, HarmonicCrystal]:
     """A model, and a reference whose minimum is shifted and whose springs differ, both in
     proportion to ``strength``."""
-    state = crystal(repeats)
+    state = crystal(supercell_matrix)
     rng = np.random.default_rng(7)
     shift = 0.05 * strength * rng.normal(size=(len(state.atoms), 3))
-    other = springs(state.atoms, repeats, seed=9) - 0.9 * state.force_constants
+    other = springs(state.atoms, supercell_matrix, seed=9) - 0.9 * state.force_constants
     softer = replace(state, force_constants=state.force_constants + strength * other)
     model = HarmonicCrystal(state, np.zeros_like(shift), constant=-3.0)
     return model, HarmonicCrystal(softer, shift - shift.mean(axis=0), constant=-3.1, noise=noise)

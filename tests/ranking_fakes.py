@@ -16,7 +16,7 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.files import append_jsonl
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare, primitive, space_group
+from magus_anharmonic.structures import primitive, space_group, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 ZERO_POINT = 0.2
@@ -63,7 +63,7 @@ def h3s(lattice: float = 3.1, shift: float = 0.0) -> Atoms:
 def centred(atoms: Atoms) -> Atoms:
     """R3m H3S of `h3s` (or a supercell of it) with the hydrogens moved to the nearest bond centres:
     Im-3m."""
-    result = bare(atoms)
+    result = stripped(atoms)
     symbols = np.array(result.get_chemical_symbols())
     sulphur = result.positions[symbols == "S"]
     from itertools import product
@@ -98,7 +98,7 @@ def sscha_result(
         symmetry_tolerance=0.05,
         temperature=temperature,
         force_constants=None,
-        decrease=0.0,
+        predicted_decrease=0.0,
         n_populations=2,
     )
     return SimpleNamespace(**{**values, **changes})
@@ -200,7 +200,7 @@ def falling(
     n = next((n for n in range(2, max_populations + 1) if 0.08 * 0.5**n < 2e-4), max_populations)
     rest = 0.08 * 0.5**n
     sizes = [min(n_configs, n_configs_start * 2**k) for k in range(n)]
-    result.gibbs, result.decrease, result.gibbs_error = (
+    result.gibbs, result.predicted_decrease, result.gibbs_error = (
         result.gibbs + rest,
         rest,
         1e-3 / np.sqrt(sizes[-1] / 100),

@@ -92,12 +92,12 @@ class HydrogenBond:
             factor = np.array([[x[2], 0.0], [0.0 if symmetric else x[3], x[4]]])
             matrix = factor @ factor.T + 1e-6 * np.eye(2)
             squares, vectors = np.linalg.eigh(matrix / np.outer(root, root))
-            quantum = HBAR * np.sqrt(squares)
-            covariance = (vectors * (HBAR**2 / (2 * quantum))) @ vectors.T / np.outer(root, root)
+            hbar_omega = HBAR * np.sqrt(squares)
+            covariance = (vectors * (HBAR**2 / (2 * hbar_omega))) @ vectors.T / np.outer(root, root)
             a, b, ab = covariance[0, 0], covariance[1, 1], covariance[0, 1]
             mean = 0.5 * self.k * (d**2 + a) + self.c * (d**4 + 6 * d**2 * a + 3 * a**2)
             mean += self.g * ((d**2 + a) * s + 2 * d * ab) + 0.5 * STRETCH * (s**2 + b)
-            return float(quantum.sum() / 2.0 + mean - 0.5 * np.sum(matrix * covariance))
+            return float(hbar_omega.sum() / 2.0 + mean - 0.5 * np.sum(matrix * covariance))
 
         begin = [0.3, 0.0, 2.0, 0.0, 5.0]
         found = minimize(
@@ -154,10 +154,10 @@ class RockSaltWells:
 
         def value(x: np.ndarray) -> float:
             d, spring = (0.0 if symmetric else x[0]), np.exp(x[1])
-            quantum = HBAR * np.sqrt(spring / mass)
-            a = HBAR**2 / (2.0 * quantum * mass)
+            hbar_omega = HBAR * np.sqrt(spring / mass)
+            a = HBAR**2 / (2.0 * hbar_omega * mass)
             mean = 0.5 * self.k * (d**2 + a) + self.c * (d**4 + 6.0 * d**2 * a + 3.0 * a**2)
-            return float(quantum / 2.0 + mean - 0.5 * spring * a)
+            return float(hbar_omega / 2.0 + mean - 0.5 * spring * a)
 
         begin = [np.sqrt(-self.k / (4.0 * self.c)), np.log(-2.0 * self.k)]
         found = minimize(

@@ -50,7 +50,7 @@ def who(item: float, shared: Any = None) -> tuple[int, Any]:
     return os.getpid(), shared
 
 
-def troubled(item: str, shared: Any = None) -> str:
+def with_machine_error(item: str, shared: Any = None) -> str:
     """``raise`` raises, ``die`` kills its worker, anything else takes a while and is returned."""
     if item == "raise":
         raise ValueError("negative\ndensity")

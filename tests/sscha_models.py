@@ -34,10 +34,10 @@ class LatticeSprings(Calculator):
     ) -> None:
         super().calculate(atoms, properties, system_changes)
         self.n_structures += 1
-        repeats = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
+        supercell_matrix = np.rint(self.atoms.cell.lengths() / self.a).astype(int)
         sites = np.rint(self.atoms.positions / self.a).astype(int)
-        u = np.zeros((*repeats, 3))
-        index = tuple(np.mod(sites, repeats).T)
+        u = np.zeros((*supercell_matrix, 3))
+        index = tuple(np.mod(sites, supercell_matrix).T)
         u[index] = self.atoms.positions - sites * self.a
         energy, forces = 0.0, np.zeros_like(u)
         for axis in range(3):
@@ -91,15 +91,15 @@ class QuarticPair(Calculator):
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
         weights = weights / weights.sum()
 
-        def free_energy(log_quantum: float) -> float:
-            quantum = np.exp(log_quantum)
-            spring = reduced_mass * (quantum / HBAR) ** 2
-            variance = HBAR**2 / (2.0 * reduced_mass * quantum)
-            f0 = quantum / 2.0
+        def free_energy(log_hbar_omega: float) -> float:
+            hbar_omega = np.exp(log_hbar_omega)
+            spring = reduced_mass * (hbar_omega / HBAR) ** 2
+            variance = HBAR**2 / (2.0 * reduced_mass * hbar_omega)
+            f0 = hbar_omega / 2.0
             if temperature > 0:
                 thermal = KELVIN * temperature
-                variance /= np.tanh(quantum / (2.0 * thermal))
-                f0 += thermal * np.log1p(-np.exp(-quantum / thermal))
+                variance /= np.tanh(hbar_omega / (2.0 * thermal))
+                f0 += thermal * np.log1p(-np.exp(-hbar_omega / thermal))
             d = np.sqrt(variance) * nodes
             return float(f0 + weights @ (0.5 * self.k * d**2 + self.c * d**4 - 0.5 * spring * d**2))
 

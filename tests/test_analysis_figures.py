@@ -141,7 +141,7 @@ def test_a_phase_that_relaxes_into_another_is_that_one_and_its_noise_is_no_cross
         "R3m",
         "Im-3m",
         "100 to 150 GPa",
-        "turns into",
+        "continuous",
     )
     found = {
         (row.phase, row.pressure_GPa): row.same_as for row in enthalpies.relative_enthalpies(rows)
@@ -244,7 +244,7 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
         for i in range(1, 5)
     ]
     numbers, moved = reordering.reordering(ranking(), checked)
-    assert (numbers.n, numbers.n_changed, numbers.best, numbers.n_became_best) == (
+    assert (numbers.n, numbers.n_changed, numbers.best, numbers.n_transformed_best) == (
         20,
         4,
         "Im-3m",

@@ -16,12 +16,7 @@ from ase.build import bulk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magus_anharmonic.errors import (
-    InputError,
-    MachineTrouble,
-    MagusAnharmonicError,
-    is_out_of_memory,
-)
+from magus_anharmonic.errors import InputError, MachineError, MagusAnharmonicError, is_out_of_memory
 from magus_anharmonic.potential import checkpoint, evaluate, kernels, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.graph import build_graph, find_topology
@@ -248,7 +243,7 @@ def test_a_structure_that_is_larger_than_the_memory_alone_is_named(tiny_checkpoi
     narrow = Potential(checkpoint.read(tiny_checkpoint)[0])
     fails_above(narrow, 0, MemoryError())
     with pytest.raises(
-        MachineTrouble,
+        MachineError,
         match=r"structure 0 \(4 atoms, \d+ neighbour pairs\) does not fit the memory of cpu",
     ):
         narrow.evaluate([h3s(3.0), h3s(3.1)])

@@ -55,13 +55,13 @@ def test_the_calculator_is_lazy_pickles_and_copies(tiny_checkpoint, h3s):
     atoms = h3s(3.0, 0.05)
     atoms.calc = MatterSim(tiny_checkpoint, device="cpu")
     energy = atoms.get_potential_energy()
-    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+    for duplicate in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
         fresh = atoms.copy()
-        fresh.calc = twin
+        fresh.calc = duplicate
         fresh.positions[0] += 0.0
-        assert twin._potential is None
-        assert twin.get_property("energy", h3s(3.0, 0.05)) == energy
-        assert twin.model_id == atoms.calc.model_id
+        assert duplicate._potential is None
+        assert duplicate.get_property("energy", h3s(3.0, 0.05)) == energy
+        assert duplicate.model_id == atoms.calc.model_id
     assert len(pickle.dumps(atoms.calc)) < 5000
 
 
@@ -100,8 +100,8 @@ def test_the_calculator_tells_the_expected_error_and_all_of_ase_still_takes_its_
         write(tmp_path / name, atoms)
         assert read(tmp_path / name).get_potential_energy() == pytest.approx(energy, abs=1e-6)
     error = atoms.calc.energy_error
-    for twin in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
-        assert twin.energy_error == error
+    for duplicate in (pickle.loads(pickle.dumps(atoms.calc)), copy.deepcopy(atoms.calc)):
+        assert duplicate.energy_error == error
     atoms.positions[1] += 0.05
     BFGS(atoms, trajectory=str(tmp_path / "relax.traj"), logfile=None).run(fmax=1e-3, steps=2)
     assert len(read(tmp_path / "relax.traj", ":")) == 3

@@ -20,7 +20,7 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.calculator_id import is_unnamed, probes
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
-from magus_anharmonic.potential.portable import Source, portable
+from magus_anharmonic.potential.remote import Source, serialised
 
 COPPER = bulk("Cu")
 
@@ -126,7 +126,7 @@ def test_what_cannot_be_probed_has_no_id_and_nothing_is_reused(tmp_path, caplog)
     assert ids(calculator) == {"mine"}
 
 
-def test_trouble_of_the_machine_is_no_missing_id():
+def test_a_machine_error_is_no_missing_id():
     class Full(Hidden):
         def calculate(self, *arguments, **more) -> None:
             raise OSError(28, "No space left on device")
@@ -189,7 +189,7 @@ def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_chec
 def test_a_worker_notices_a_checkpoint_that_was_replaced(tiny_checkpoint):
     from magus_anharmonic import MatterSim
 
-    source = portable(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
+    source = serialised(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
     assert source.make().model_id == source.model_id
     with pytest.raises(MagusAnharmonicError, match="replaced"):
         Source("another", evaluator=source.evaluator).make()

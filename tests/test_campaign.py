@@ -258,7 +258,7 @@ def test_one_step_alone_needs_those_before_it(tmp_path: Path, fakes: Fakes) -> N
     )
 
 
-def test_trouble_of_the_machine_stops_the_campaign_at_its_step_which_is_not_failed(
+def test_a_machine_error_stops_the_campaign_at_its_step_which_is_not_failed(
     tmp_path: Path, fakes: Fakes
 ) -> None:
     def full() -> None:

@@ -17,7 +17,7 @@ from campaign_inputs import write_campaign
 
 from magus_anharmonic.campaign import closing, learning, modes, production, structures
 from magus_anharmonic.campaign.production import _read_relaxed
-from magus_anharmonic.campaign.steps import Context, Step, at, place, plan, structure_file
+from magus_anharmonic.campaign.steps import Context, Step, at, phase_folder, plan, structure_file
 from magus_anharmonic.campaign.structures import (
     Found,
     Phase,
@@ -530,8 +530,8 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
 
 def test_names_of_phases_make_folders_that_exist_everywhere() -> None:
     assert (
-        place("Im-3m", 60) == "Im-3m-060GPa"
-        and place("C2/c", 60) != place("C2_c", 60)
+        phase_folder("Im-3m", 60) == "Im-3m-060GPa"
+        and phase_folder("C2/c", 60) != phase_folder("C2_c", 60)
         and at("learn", 112.5) == "learn-112.5GPa"
     )
 

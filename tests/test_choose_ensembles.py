@@ -93,13 +93,13 @@ def test_fewer_labels_than_random_choice_for_the_same_error_of_the_difference() 
     assert np.var(random) / np.var(ours) > 1.8
 
 
-def contender(name: str, odds: float, spread: float, seed: int, n: int = 20) -> Contender:
+def contender(name: str, probability: float, spread: float, seed: int, n: int = 20) -> Contender:
     state = crystal(seed=seed)
     return Contender(
         name,
         state.atoms,
         displaced(state, sample(state, n, np.random.default_rng(seed))),
-        odds,
+        probability,
         spread,
     )
 
@@ -143,8 +143,8 @@ class Lottery:
 
     model_id = "lottery"
 
-    def energy_error_spread(self, structures: list[Atoms], together: int = 1) -> float:
-        assert together == 2 and len(structures) % 2 == 0
+    def energy_error_spread(self, structures: list[Atoms], group_size: int = 1) -> float:
+        assert group_size == 2 and len(structures) % 2 == 0
         return 0.002
 
 
@@ -176,7 +176,7 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
             "target_pressure",
             "temperature",
         )
-        + ("decrease", "position_error", "interpolated_imaginary", "seconds"),
+        + ("predicted_decrease", "position_error", "interpolated_imaginary", "seconds"),
         0.0,
     )
     counts = dict.fromkeys(("n_evaluations", "n_populations", "n_configs", "n_atoms_supercell"), 1)
@@ -192,7 +192,7 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
         stress_error=np.zeros((3, 3)),
         centroids=state.atoms,
         symmetry_tolerance=0.05,
-        supercell=state.repeats,
+        supercell=state.supercell_matrix,
         model_id="m",
         force_constants=state.force_constants,
     )
@@ -216,9 +216,10 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
     from dataclasses import replace
 
     rows = [finished(tmp_path, f"{seed:012x}", seed) for seed in (1, 2, 3)]
-    odds = [0.7, 0.299, 0.001]
+    probability = [0.7, 0.299, 0.001]
     candidates = [
-        replace(row, p_lowest=1.0 - p, p_lowest_total=p) for row, p in zip(rows, odds, strict=True)
+        replace(row, p_lowest=1.0 - p, p_lowest_total=p)
+        for row, p in zip(rows, probability, strict=True)
     ]
     candidates += [
         replace(candidates[1], id="failed", status="failed"),
@@ -226,7 +227,7 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
     ]
     state = search(tmp_path, candidates[::-1])
     found = rounds.undecided(state, 2)
-    assert [(c.id, c.odds, c.spread) for c in found] == [
+    assert [(c.id, c.probability, c.spread) for c in found] == [
         (rows[0].id, 0.7, 0.002),
         (rows[1].id, 0.299, 0.002),
     ]

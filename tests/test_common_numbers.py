@@ -12,11 +12,16 @@ from crystal_models import Crystals, crystal
 
 from magus_anharmonic.ranking.elimination import Rules, Standing, Stop, verdicts
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.ranking.uncertainty import CommonNumbers, Draws, covariance, difference_error
+from magus_anharmonic.ranking.uncertainty import (
+    CommonNumbers,
+    Samples,
+    covariance,
+    difference_error,
+)
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import average, pair_means
-from magus_anharmonic.sscha.sampling import draw
+from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -35,15 +40,15 @@ def states() -> list[SschaState]:
     ]
 
 
-def helmholtz(state: SschaState, seed: int, n_configs: int = 60) -> tuple[float, float, Draws]:
+def helmholtz(state: SschaState, seed: int, n_configs: int = 60) -> tuple[float, float, Samples]:
     """F and its error in eV/atom, and the draws, of one ensemble."""
-    ensemble = draw(state, n_configs, [seed], MODEL, "test")
-    found = average(state, ensemble, Symmetry(state.atoms, state.repeats))
+    ensemble = sample_ensemble(state, n_configs, [seed], MODEL, "test")
+    found = average(state, ensemble, Symmetry(state.atoms, state.supercell_matrix))
     u = ensemble.displacements.reshape(n_configs, -1)
     excess = pair_means(ensemble.energies - 0.5 * np.einsum("ci,ci->c", u @ state.full, u)) / len(
         state.supercell
     )
-    return found.helmholtz / 2.0, found.helmholtz_error / 2.0, Draws({1: excess}, u.shape[1])
+    return found.helmholtz / 2.0, found.helmholtz_error / 2.0, Samples({1: excess}, u.shape[1])
 
 
 def test_the_scatter_of_a_difference_is_what_its_error_bar_says(states):
@@ -94,9 +99,9 @@ def test_runs_without_common_numbers_share_nothing(states):
         covariance(helmholtz(states[0], k)[2], helmholtz(states[1], 500 + k)[2]) for k in range(20)
     ]
     assert sum(value > 0 for value in shared) <= 3, "a correlation within the noise counts as none"
-    assert covariance(one, Draws(one.excess, one.size + 3)) == 0.0 == covariance(one, None)
-    assert covariance(one, Draws({2: other.excess[1]}, other.size)) == 0.0, (
-        "another population is another draw"
+    assert covariance(one, Samples(one.excess, one.size + 3)) == 0.0 == covariance(one, None)
+    assert covariance(one, Samples({2: other.excess[1]}, other.size)) == 0.0, (
+        "another population is another sample"
     )
     assert covariance(one, one) == pytest.approx(helmholtz(states[0], 1)[1] ** 2, rel=1e-6), (
         "with itself: the square of the error"

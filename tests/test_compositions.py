@@ -1,4 +1,4 @@
-"""Variable composition: order and odds inside each composition, free energies above the hull of
+"""Variable composition: order and probabilities inside each composition, free energies above the hull of
 all."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from magus_anharmonic.ranking.fitness import (
     population_fitness,
     with_heights,
 )
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ModelTerm
@@ -114,8 +114,10 @@ def test_one_composition_has_no_hull() -> None:
     assert comparable(["H3S", "S2H6"], [-1.2, np.inf]) == [-1.2, np.inf]
 
 
-def test_ranks_and_odds_are_those_inside_of_a_composition() -> None:
-    found = with_odds(ROWS, 0.02, {"Im-3m": ModelTerm(0.5, 0.1), "low": ModelTerm(0.03, 0.001)})
+def test_ranks_and_probabilities_are_those_inside_of_a_composition() -> None:
+    found = with_probabilities(
+        ROWS, 0.02, {"Im-3m": ModelTerm(0.5, 0.1), "low": ModelTerm(0.03, 0.001)}
+    )
     table = numbered(with_heights(found, 0.02))
     assert [c.composition for c in table] == ["H", "H2S", "H2S", "S", "H3S"]
     assert [c.rank_quantum for c in table] == [1, 1, 2, 1, 1]

@@ -1,4 +1,4 @@
-"""Successive elimination: the best are never thrown out, the hopeless stop early, and the odds are
+"""Successive elimination: the best are never thrown out, the hopeless stop early, and the probabilities are
 those of a simulation."""
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RULES = Rules(confidence=0.95, keep_best=1, max_populations=30)
 def standing(
     gibbs: float,
     error: float = 1e-3,
-    decrease: float = 0.0,
+    predicted_decrease: float = 0.0,
     fallen: float | None = 0.0,
     **more: object,
 ) -> Standing:
     return Standing(
-        gibbs, error, decrease, fallen, **{"converged": False, "n_populations": 3, **more}
+        gibbs, error, predicted_decrease, fallen, **{"converged": False, "n_populations": 3, **more}
     )
 
 
@@ -43,19 +43,19 @@ def test_a_candidate_far_above_stops_and_one_within_the_noise_goes_on() -> None:
     )
 
 
-def test_a_candidate_that_is_still_falling_is_never_thrown_out() -> None:
-    far = {"a": standing(0.0, converged=True), "b": standing(0.1, decrease=0.04)}
+def test_a_candidate_that_is_still_falling_is_never_eliminated() -> None:
+    far = {"a": standing(0.0, converged=True), "b": standing(0.1, predicted_decrease=0.04)}
     assert "b" not in verdicts(far, RULES), "three times the predicted decrease reaches the best"
-    far["b"] = standing(0.1, decrease=0.001, fallen=0.2)
+    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.2)
     assert "b" not in verdicts(far, RULES), "it fell by 0.2 with the last population"
     far["b"] = standing(5.0, fallen=None, n_populations=1)
     assert "b" not in verdicts(far, RULES), "one population says nothing about how far it falls"
-    far["b"] = standing(0.1, decrease=0.001, fallen=0.01)
+    far["b"] = standing(0.1, predicted_decrease=0.001, fallen=0.01)
     assert "b" in verdicts(far, RULES)
 
 
 def test_the_best_goes_on_until_it_has_converged() -> None:
-    relaxing = {"a": standing(0.0, decrease=1e-3), "b": standing(0.5)}
+    relaxing = {"a": standing(0.0, predicted_decrease=1e-3), "b": standing(0.5)}
     assert "a" not in verdicts(relaxing, RULES)
     assert verdicts(relaxing | {"a": standing(0.0, converged=True)}, RULES)["a"] == Stop()
 
@@ -79,7 +79,7 @@ def test_only_those_that_are_not_told_apart_are_sampled_further() -> None:
     assert set(verdicts(apart, rules)) == set(apart)
     close = apart | {"c": standing(0.0505, converged=True)}
     assert set(verdicts(close, rules)) == {"a", "d", "e"}
-    relaxing = apart | {"c": standing(0.052, decrease=0.02)}
+    relaxing = apart | {"c": standing(0.052, predicted_decrease=0.02)}
     assert "b" in verdicts(relaxing, rules), "where c ends decides, not the error of b"
     assert "c" not in verdicts(relaxing, rules)
     beyond = apart | {"d": standing(0.2, converged=True), "e": standing(0.1995, converged=True)}
@@ -116,10 +116,10 @@ def test_the_bounds_hold_with_the_wanted_confidence() -> None:
     assert len(alive) < 30, "most of the others must have been stopped"
 
 
-def test_odds_are_those_of_a_simulation() -> None:
+def test_probabilities_are_those_of_a_simulation() -> None:
     gibbs, errors = np.array([0.0, 0.5, 0.4, 3.0]), np.array([1.0, 0.3, 2.0, 1.0])
-    draws = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
-    expected = np.bincount(draws.argmin(axis=1), minlength=4) / len(draws)
+    samples = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
+    expected = np.bincount(samples.argmin(axis=1), minlength=4) / len(samples)
     assert np.allclose(probability_lowest(gibbs, errors), expected, atol=4e-3)
 
 
@@ -127,7 +127,7 @@ def test_odds_are_those_of_a_simulation() -> None:
     ("gibbs", "expected"),
     [([], []), ([1.0], [1.0]), ([0.0, 1.0], [1.0, 0.0]), ([0.0, 0.0], [0.5, 0.5])],
 )
-def test_odds_without_noise(gibbs: list[float], expected: list[float]) -> None:
+def test_probabilities_without_noise(gibbs: list[float], expected: list[float]) -> None:
     assert np.allclose(probability_lowest(gibbs, [0.0] * len(gibbs)), expected)
 
 
@@ -215,7 +215,7 @@ def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
     stops = race(
         ["a", "b", "far", "hopeless"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {}
     )
-    assert field.calls["far"] == 2, "it was thrown out"
+    assert field.calls["far"] == 2, "it was eliminated"
     assert stops["hopeless"].eliminated, "by the one whose relaxation has ended"
     assert all(
         "budget of 1000" in stops[name].reason and not stops[name].eliminated
@@ -223,7 +223,7 @@ def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
     )
 
 
-def test_one_that_never_converges_throws_nobody_out() -> None:
+def test_one_that_never_converges_eliminates_nobody() -> None:
     """The lowest spends its 30 populations without coming to its end: the next one is the winner,
     and must be relaxed."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
@@ -240,10 +240,10 @@ def test_one_that_never_converges_throws_nobody_out() -> None:
     assert stops["third"].eliminated and field.calls["third"] == 2
 
 
-def test_one_that_was_eliminated_among_others_is_woken_when_it_could_win() -> None:
+def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_win() -> None:
     field = Relaxations({"new": 0.1, "old": 0.0, "hopeless": 0.5})
-    dormant = {name: field.standing(name, 2) for name in ("old", "hopeless")}
-    stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, dormant)
+    eliminated_before = {name: field.standing(name, 2) for name in ("old", "hopeless")}
+    stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, eliminated_before)
     assert field.calls["old"] > 2 and "hopeless" not in field.calls
     assert not stops["old"].eliminated
 

@@ -20,7 +20,7 @@ from magus_anharmonic.analysis.errors_run import (
     load_labeler_settings,
     measure_errors,
 )
-from magus_anharmonic.analysis.labelled_ensemble import draw
+from magus_anharmonic.analysis.labelled_ensemble import sample_displacements
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import Failure, Label
@@ -221,7 +221,7 @@ def test_labels_of_other_settings_or_of_another_state_are_refused(tmp_path: Path
     run(tmp_path)
     with pytest.raises(InputError, match="other DFT settings"):
         run(tmp_path, settings="finer")
-    model, reference = pair(0.2, repeats=(1, 1, 2))
+    model, reference = pair(0.2, supercell_matrix=(1, 1, 2))
     with pytest.raises(InputError, match="another SSCHA state"):
         measure_errors(
             Source(model.state, "P1", 50.0), model, Reference(reference), tmp_path, n_configs=8
@@ -243,7 +243,7 @@ def test_results_join_the_tables_of_a_campaign_in_place_of_earlier_ones(tmp_path
 
 def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None:
     model, _ = pair(0.2)
-    u = draw(model.state, 8, seed=5)
+    u = sample_displacements(model.state, 8, seed=5)
     folder = RunFolder(tmp_path, {})
     folder._write(
         "population_001.npz",
@@ -286,7 +286,7 @@ def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "ref.yaml").write_text("labeler: {calculator: gpaw, k_spacing: 0.05}\n")
     assert load_labeler_settings(tmp_path / "ref.yaml").k_spacing == 0.05
     with pytest.raises(InputError, match="must be even"):
-        draw(model.state, 7, 0)
+        sample_displacements(model.state, 7, 0)
 
 
 def finished_run(folder: Path) -> Path:

@@ -28,7 +28,7 @@ a hundred."""
 @cache
 def exact(name: str, temperature: float, cell: str) -> Scha:
     case = CASES[name]
-    return Scha(case.make(), case.repeats, temperature, case.pressure, cell).solve()
+    return Scha(case.make(), case.supercell_matrix, temperature, case.pressure, cell).solve()
 
 
 @cache
@@ -40,7 +40,7 @@ def run_of(
     options = dict(
         pressure=case.pressure,
         temperature=temperature,
-        supercell=case.repeats,
+        supercell=case.supercell_matrix,
         cell=cell,
         n_configs=n_configs,
         engine=engine,
@@ -86,8 +86,8 @@ def test_the_oracle_is_exact_for_a_harmonic_crystal_and_lies_lowest_at_its_minim
     bond = ((1.0, 1, (0, 0, 0)), (-1.0, 0, (0, 0, 0)))
     springs = ExactCrystal("oscillator", atoms, [Link(bond, axis, k2=3.0) for axis in np.eye(3)])
     masses = atoms.get_masses()
-    quantum = HBAR * np.sqrt(3.0 / (masses.prod() / masses.sum()))
-    assert Scha(springs, (1, 1, 1)).solve().gibbs == pytest.approx(3 * quantum / 2 / 2, abs=1e-9)
+    hbar_omega = HBAR * np.sqrt(3.0 / (masses.prod() / masses.sum()))
+    assert Scha(springs, (1, 1, 1)).solve().gibbs == pytest.approx(3 * hbar_omega / 2 / 2, abs=1e-9)
     found = Scha(CASES["triclinic"].make(), (1, 1, 1), 300.0).solve()
     lowest = found.at(found.minimum, found.matrix)[0]
     rng = np.random.default_rng(0)
@@ -158,7 +158,7 @@ def test_lattice_modes_of_a_molecular_crystal_are_not_stiffened_by_its_short_bon
     )[:3]
     found = np.mean(
         [
-            np.sort(result.state.modes.quantum)[:3]
+            np.sort(result.state.modes.hbar_omega)[:3]
             for result in runs(4, "molecular", 0.0, "fixed", 200)
         ],
         axis=0,
@@ -249,7 +249,7 @@ def test_a_budget_given_out_population_by_population_decides_the_phase_too(tmp_p
 @pytest.mark.parametrize(
     ("noise", "said"),
     [
-        ({"decrease": -1.7}, "the height above the minimum is known to"),
+        ({"predicted_decrease": -1.7}, "the height above the minimum is known to"),
         ({"minimum_error": 2.0}, "the height above the minimum is known to"),
         ({"position_error": np.full((2, 3), 1.5)}, "centroids are known to 1.50 A only"),
         (
@@ -267,7 +267,7 @@ def test_noise_that_hides_everything_is_no_convergence_and_no_correction(tmp_pat
         crystal.atoms,
         case.pressure,
         300.0,
-        SschaSettings(cell="fixed", supercell=case.repeats, n_configs=400),
+        SschaSettings(cell="fixed", supercell=case.supercell_matrix, n_configs=400),
         5,
         None,
         None,

@@ -39,9 +39,9 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import (
     DamagedFile,
     InputError,
-    MachineTrouble,
+    MachineError,
     MagusAnharmonicError,
-    is_trouble,
+    is_machine_error,
 )
 from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
 from magus_anharmonic.failures import read_failures
@@ -197,7 +197,7 @@ def evaluator_raising(error: Exception) -> CalculatorEvaluator:
     return CalculatorEvaluator(Raising(error))
 
 
-TROUBLES = [
+MACHINE_ERRORS = [
     OSError(errno.ENOSPC, "No space left on device", "scratch/pw.in"),
     OSError(errno.EMFILE, "Too many open files"),
     MemoryError("Unable to allocate 2.10 GiB"),
@@ -207,7 +207,7 @@ TROUBLES = [
     caused(RuntimeError("the calculator failed"), OSError(errno.EIO, "Input/output error")),
     full_database(),
 ]
-NO_TROUBLES = [
+OTHER_ERRORS = [
     OSError('Failed to execute "no-such-code > log"'),
     caused(
         OSError('Failed to execute "no-such-code"'),
@@ -220,11 +220,11 @@ NO_TROUBLES = [
 ]
 
 
-@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
-def test_trouble_of_the_machine_stops_a_search_and_is_no_property_of_a_structure(
+@pytest.mark.parametrize("error", MACHINE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_machine_error_stops_a_search_and_is_no_property_of_a_structure(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    assert is_trouble(error)
+    assert is_machine_error(error)
     (tmp_path / "input.yaml").write_text(yaml.safe_dump(INPUT))
     calculate, calls = EMT.calculate, iter(range(1_000_000))
 
@@ -248,19 +248,17 @@ def test_trouble_of_the_machine_stops_a_search_and_is_no_property_of_a_structure
     assert code == 0 and results(tmp_path) == results(finished)
 
 
-@pytest.mark.parametrize("error", NO_TROUBLES, ids=lambda error: type(error).__name__)
-def test_what_a_calculator_says_of_a_structure_or_of_its_own_files_is_no_trouble_of_the_machine(
+@pytest.mark.parametrize("error", OTHER_ERRORS, ids=lambda error: type(error).__name__)
+def test_what_a_calculator_says_of_a_structure_or_of_its_own_files_is_no_machine_error(
     error: Exception,
 ) -> None:
-    assert not is_trouble(error)
+    assert not is_machine_error(error)
     (result,) = relax(evaluator_raising(error), [bulk("Cu")])
     assert result.failed and (str(error) or type(error).__name__) in result.reason
 
 
-@pytest.mark.parametrize("error", TROUBLES, ids=lambda error: type(error).__name__)
-def test_trouble_of_the_machine_ends_whatever_asks_for_numbers(
-    error: Exception, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("error", MACHINE_ERRORS, ids=lambda error: type(error).__name__)
+def test_a_machine_error_ends_whatever_asks_for_numbers(error: Exception, tmp_path: Path) -> None:
     source, settings = evaluator_raising(error), parse_settings(INPUT)
     job = Job("Cu", bulk("Cu"), (0.0,), (tmp_path / "job",))
     for action in (
@@ -273,7 +271,7 @@ def test_trouble_of_the_machine_ends_whatever_asks_for_numbers(
         lambda: reevaluate([bulk("Cu")], source, settings),
         lambda: list(SerialScheduler().map(raises, [error])),
     ):
-        with pytest.raises((type(error), MachineTrouble)):
+        with pytest.raises((type(error), MachineError)):
             action()
     assert not list(tmp_path.rglob("result.json"))
 
@@ -296,9 +294,7 @@ def test_a_batch_too_large_for_the_memory_is_no_trouble_while_its_structures_fit
     assert fine.converged and failed.failed and failed.reason == "no aluminium here"
 
 
-def test_trouble_of_the_machine_in_the_process_of_a_labeler_stops_the_labels(
-    tmp_path: Path,
-) -> None:
+def test_a_machine_error_in_the_process_of_a_labeler_stops_the_labels(tmp_path: Path) -> None:
     for behaviour in ("disk full", "killed"):
         settings = LabelerSettings(
             calculator="misbehaving.Misbehaving",
@@ -307,7 +303,7 @@ def test_trouble_of_the_machine_in_the_process_of_a_labeler_stops_the_labels(
         )
         with get_labeler(settings, tmp_path / behaviour) as labeler:
             for action in (labeler.label, labeler.relax):
-                with pytest.raises(MachineTrouble, match="No space left|SIGKILL"):
+                with pytest.raises(MachineError, match="No space left|SIGKILL"):
                     action([bulk("Cu")])
 
 
@@ -583,25 +579,25 @@ def test_a_file_that_cannot_be_read_at_the_moment_is_not_called_damaged(
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "machine_error",
     [
         OSError(errno.EIO, "Input/output error"),
         PermissionError(errno.EACCES, "denied"),
         MemoryError(),
     ],
 )
-def test_a_label_behind_a_trouble_of_disk_or_memory_is_kept(
-    trouble: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_label_behind_a_machine_error_of_disk_or_memory_is_kept(
+    machine_error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*_: Any, **__: Any) -> None:
-        raise trouble
+        raise machine_error
 
     n_labels = len(store_with_labels(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(dataset, "read", read)
-    if isinstance(trouble, MemoryError):
+    if isinstance(machine_error, MemoryError):
         monkeypatch.setattr(files, "_has_room_for", lambda path: False)
-    with pytest.raises(type(trouble)):
+    with pytest.raises(type(machine_error)):
         LabelStore(tmp_path)
     monkeypatch.undo()
     assert sorted(tmp_path.rglob("*")) == before and len(LabelStore(tmp_path)) == n_labels

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magus_anharmonic.analysis import style, tables
-from magus_anharmonic.campaign.steps import place
+from magus_anharmonic.campaign.steps import phase_folder
 from magus_anharmonic.errors import one_line, reason_of, typed_line
 from magus_anharmonic.files import (
     append_jsonl,
@@ -109,7 +109,7 @@ def test_two_texts_have_two_names(one: str, other: str) -> None:
 
 def test_folders_and_tables_of_two_phases_are_two_and_inside(tmp_path: Path) -> None:
     for make in (
-        lambda name: tmp_path / place(name, 100.0),
+        lambda name: tmp_path / phase_folder(name, 100.0),
         lambda name: tmp_path / tables.dispersion_file(name, 100.0),
         lambda name: point_folder(tmp_path, name, "natural", 100.0, 0.0),
         lambda name: point_folder(tmp_path, "Im-3m", name, 100.0, 0.0),

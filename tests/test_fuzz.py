@@ -35,7 +35,7 @@ from magus_anharmonic.lock import read_owner
 from magus_anharmonic.phase_diagram.grid import _isotope_name
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
 from magus_anharmonic.ranking.structures import read_structures
-from magus_anharmonic.ranking.uncertainty import draws_of
+from magus_anharmonic.ranking.uncertainty import samples_of
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.run_record import read_run_record
 from magus_anharmonic.search.archive import Archive, read_frames
@@ -150,7 +150,7 @@ def make_progress(file: Path) -> None:
         "rows": [{"population": 1, "effective_sample": 1.0}],
         "gibbs": [[-1.0, 0.1]],
         "n_evaluations": 42,
-        "together": [[1]],
+        "pooled": [[1]],
     }
     progress |= {
         "cell": [np.eye(2), np.zeros((2, 2, 2, 2))],
@@ -161,7 +161,7 @@ def make_progress(file: Path) -> None:
         "moved": False,
         "requests": [None],
     }
-    progress |= {"far": True, "reason": "x"}
+    progress |= {"burn_in": True, "reason": "x"}
     write_json(file, progress)
 
 
@@ -330,7 +330,7 @@ READERS: dict[str, tuple[str, Callable[[Path], None], list[Callable[[Path], Any]
     "progress.json": (
         "progress.json",
         make_progress,
-        [read_progress_file, lambda f: draws_of(f.parent)],
+        [read_progress_file, lambda f: samples_of(f.parent)],
     ),
     "dyn": ("dyn1", make_dyn, [lambda f: state_from_dyn(f.with_name("dyn"))]),
     "json": ("run.json", make_json, [read_json, read_run_record, search_status, campaign_status]),

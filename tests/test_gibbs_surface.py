@@ -10,7 +10,7 @@ import pytest
 from two_phases import LOW, Phase, data
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.phase_diagram.points import read_points, with_twins, write_points
+from magus_anharmonic.phase_diagram.points import read_points, with_same_phase, write_points
 from magus_anharmonic.phase_diagram.surface import fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -38,9 +38,9 @@ def test_points_come_back_within_their_errors_and_the_error_bars_cover_the_truth
     z_gibbs, z_volume = [], []
     for seed in range(12):
         surface = fit_surface(data({"A": LOW}, seed))
-        draws = surface.draw(300, np.random.default_rng(seed)).values(P, T, "P")
+        samples = surface.sample(300, np.random.default_rng(seed)).values(P, T, "P")
         z_gibbs += list((surface.gibbs(P, T) - LOW.gibbs(P, T)) / surface.error(P, T))
-        z_volume += list((surface.volume(P, T) - LOW.v(P)) / draws.std(axis=0))
+        z_volume += list((surface.volume(P, T) - LOW.v(P)) / samples.std(axis=0))
     for z in (z_gibbs, z_volume):
         assert 0.55 < np.sqrt(np.mean(np.square(z))) < 1.5
         assert np.mean(np.abs(z) < 2) > 0.85
@@ -55,9 +55,9 @@ def test_volumes_and_entropies_make_the_error_of_the_free_energy_smaller_between
 
 def test_draws_scatter_as_the_error_says():
     surface = fit_surface(data({"A": LOW}, 2))
-    drawn = surface.draw(4000, np.random.default_rng(0)).values(P, T)
-    np.testing.assert_allclose(drawn.std(axis=0), surface.error(P, T), rtol=0.1)
-    np.testing.assert_allclose(drawn.mean(axis=0), surface.gibbs(P, T), atol=5e-5)
+    sampled = surface.sample(4000, np.random.default_rng(0)).values(P, T)
+    np.testing.assert_allclose(sampled.std(axis=0), surface.error(P, T), rtol=0.1)
+    np.testing.assert_allclose(sampled.mean(axis=0), surface.gibbs(P, T), atol=5e-5)
 
 
 def test_errors_that_are_too_small_are_found_out_and_made_larger():
@@ -138,7 +138,7 @@ def test_points_that_failed_or_became_another_phase_do_not_enter():
             points[0],
             pressure_GPa=200.0,
             gibbs_eV_per_atom=99.0,
-            status="became",
+            status="transformed",
             space_group="Im-3m (229)",
         ),
     ]
@@ -216,6 +216,6 @@ def test_a_wrong_table_is_explained(tmp_path, text, words):
 def test_a_point_that_became_another_phase_of_the_diagram_says_which():
     cubic = [replace(p, space_group="Im-3m (229)") for p in data({"Im-3m": LOW}, 1)]
     rhombic = [replace(p, phase="R3m", space_group="R3m (160)") for p in cubic]
-    rhombic[-1] = replace(rhombic[-1], status="became", space_group="Im-3m (229)")
-    found = with_twins([*cubic, *rhombic])
+    rhombic[-1] = replace(rhombic[-1], status="transformed", space_group="Im-3m (229)")
+    found = with_same_phase([*cubic, *rhombic])
     assert found[-1].same_as == "Im-3m" and not any(p.same_as for p in found[:-1])

@@ -48,7 +48,7 @@ def answers(folder: Path) -> dict[str, list[float]]:
     ensemble = final_ensemble(folder / "pair", pair)
     assert ensemble is not None
     hessian = free_energy_hessian(
-        pair.state, ensemble, Symmetry(pair.state.atoms, pair.state.repeats)
+        pair.state, ensemble, Symmetry(pair.state.atoms, pair.state.supercell_matrix)
     )
     metal = free_energy(
         bulk("Al", "fcc", a=4.0), EMT(), 20.0, 300.0, n_configs=40, max_populations=2, seed=1
@@ -77,7 +77,7 @@ def answers(folder: Path) -> dict[str, list[float]]:
             metal.finite_size,
             metal.volume,
             metal.pressure,
-            metal.decrease,
+            metal.predicted_decrease,
         ],
         "Hessian": np.sort(hessian.squares[0])[-3:].tolist(),
         "relaxation": [relaxed.energy, relaxed.enthalpy, relaxed.atoms.get_volume()],

@@ -149,15 +149,15 @@ def test_both_gradients_are_those_of_python_sscha_on_the_same_ensemble(tmp_path:
             gradients.append(np.array(loaded.get_preconditioned_gradient(True)) * RYDBERG / BOHR**2)
             forces.append(np.array(loaded.get_average_forces(False)) * RYDBERG)
             q = python_sscha.fractional_q(loaded.dyn_0)
-    symmetry = Symmetry(state.atoms, state.repeats)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     theirs = symmetry.force_constants(
-        inverse_fourier(gradients[0] - gradients[1], state.repeats, q)
+        inverse_fourier(gradients[0] - gradients[1], state.supercell_matrix, q)
     )
     mine = [
         ge.mean_force_constant_gradient(errors, ensemble.forces)
         for ensemble in (errors.model, errors.reference)
     ]
-    ours = symmetry.force_constants(fold(mine[0] - mine[1], state.repeats))
+    ours = symmetry.force_constants(fold(mine[0] - mine[1], state.supercell_matrix))
     assert np.abs(theirs).max() > 0.1
     assert ours == pytest.approx(theirs, abs=1e-5 * np.abs(theirs).max())
     cells = ge.force_differences(errors).reshape(60, state.n_cells, -1, 3).mean(axis=(0, 1))

@@ -181,7 +181,9 @@ def test_a_run_that_does_not_converge_keeps_its_numbers_says_what_is_open_and_is
         allocation=allocation,
     )
     check_that_the_search_goes_on(rows)
-    assert rows["sound"]["p_lowest_sampling"] == "1.000000", "nobody shares the odds with it"
+    assert rows["sound"]["p_lowest_sampling"] == "1.000000", (
+        "no other shares the probability with it"
+    )
     check_that_it_did_not_converge(rows["hard"])
     assert read_jsonl(tmp_path / "failures.jsonl") == []
 
@@ -282,10 +284,10 @@ def test_the_ratio_is_that_of_the_sampled_displacements(temperature: float) -> N
 def test_the_thermal_part_is_what_is_above_zero_point_motion() -> None:
     state = pair(0.5, 800.0)
     mass = state.atoms.get_masses()[0] / 2.0
-    quantum = HBAR * np.sqrt(0.5 / mass)
+    hbar_omega = HBAR * np.sqrt(0.5 / mass)
     # each of the two atoms has half of the relative displacement
     warm, cold = (
-        np.sqrt(3.0 * variance(np.array([quantum]), t)[0] / mass) / 2.0 for t in (800.0, 0.0)
+        np.sqrt(3.0 * variance(np.array([hbar_omega]), t)[0] / mass) / 2.0 for t in (800.0, 0.0)
     )
     distance = CLOSE_PACKING * 32.0 ** (1 / 3)
     total, thermal = lindemann_ratios(state)
@@ -306,11 +308,11 @@ def test_a_liquid_is_named_and_a_quantum_crystal_is_not() -> None:
     superheated = pair(0.2, 1.1 * warmest[THERMAL], 100.0)
     assert "H strays by 0.1" in melting_warning(superheated) and not melted(superheated)
     assert melted(pair(0.2, 1.1 * warmest[MELTED], 100.0)).startswith("melted: atom ")
-    quantum = pair(0.01, 0.0)
+    hbar_omega = pair(0.01, 0.0)
     assert (
-        THERMAL < lindemann_ratios(quantum)[0][0] < MELTED
-        and not melted(quantum)
-        and not melting_warning(quantum)
+        THERMAL < lindemann_ratios(hbar_omega)[0][0] < MELTED
+        and not melted(hbar_omega)
+        and not melting_warning(hbar_omega)
     )
 
 

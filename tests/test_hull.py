@@ -1,4 +1,4 @@
-"""The hull of free energies over composition: geometry with known answers, odds from sampling, end
+"""The hull of free energies over composition: geometry with known answers, probabilities from sampling, end
 members that fit."""
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def test_compounds_can_be_end_members():
     assert found["H3S"].distance == 0.0 and found["H2S"].formation == pytest.approx(0.0, abs=1e-12)
 
 
-def test_the_odds_of_being_on_the_hull_are_those_of_the_normal_distribution():
+def test_the_probabilities_of_being_on_the_hull_are_those_of_the_normal_distribution():
     """One compound between two end members: the margin is Gaussian with variance s^2 (1 + 1/4 +
     1/4)."""
     sigma, margin = 4e-3, 3e-3

@@ -18,7 +18,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.units import GPa
 
-from magus_anharmonic.errors import InputError, MachineTrouble
+from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
@@ -231,7 +231,7 @@ def test_a_label_that_fails_leaves_no_program_running(tmp_path, how, launcher):
     ) as labeler:
         if how == "crash":
             with pytest.raises(
-                MachineTrouble, match="SIGKILL"
+                MachineError, match="SIGKILL"
             ):  # as the kernel does where memory runs out
                 labeler.label([chain(2), chain(1)])
             assert not _alive(int(child_file.read_text()), patience=0.0)

@@ -485,7 +485,7 @@ def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_r
 ):
     from magus_anharmonic.learning.choose import Contender
 
-    def contender(name, odds, seed):
+    def contender(name, probability, seed):
         cell = h3s(3.1).repeat((2, 1, 1))
         u = 0.02 * np.random.default_rng(seed).normal(size=(8, len(cell), 3))
         configurations = []
@@ -493,7 +493,7 @@ def test_labels_come_from_ensembles_where_candidates_are_undecided_and_else_at_r
             for sign in (1, -1):
                 configurations.append(cell.copy())
                 configurations[-1].positions += sign * one
-        return Contender(name, h3s(3.1), configurations, odds, 0.001)
+        return Contender(name, h3s(3.1), configurations, probability, 0.001)
 
     settings, store = (
         learning(select="sscha", n_sample=4, n_perturb=2, epochs=2),

@@ -340,9 +340,9 @@ def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobod
 ) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     monkeypatch.setattr(lock, "GRACE", 60.0)
-    first = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    first = lock.FolderLock(tmp_path / "results/anharmonic", "magus search")
     (tmp_path / "results").rename(tmp_path / "results1")
-    second = lock.Held(tmp_path / "results/anharmonic", "magus search")
+    second = lock.FolderLock(tmp_path / "results/anharmonic", "magus search")
     time.sleep(0.3)
     write_text(tmp_path / "results/gen1.traj", "second")
     first.release()
@@ -430,13 +430,13 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(
 TIGHT = """
 import resource, sys
 from magus_anharmonic import lock
-from magus_anharmonic.errors import MachineTrouble
+from magus_anharmonic.errors import MachineError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)
 try:
     with lock.locked(sys.argv[1], "a search"):
         print("held")
-except (MachineTrouble, MemoryError) as error:
+except (MachineError, MemoryError) as error:
     print("refused", error)
 """
 
@@ -469,7 +469,7 @@ def test_no_thread_for_the_heart_gives_the_lock_back_with_one_clear_error(
     ):
         locked(tmp_path / "run", "a search").__enter__()
     monkeypatch.setattr("_thread.start_new_thread", lambda *arguments: 0)
-    monkeypatch.setattr(lock, "BEGIN", 0.1)
+    monkeypatch.setattr(lock, "HEARTBEAT_START", 0.1)
     with pytest.raises(MagusAnharmonicError, match="it did not begin"):
         locked(tmp_path / "run", "a search").__enter__()
     assert not (tmp_path / "run").exists() and not lock.claims()

@@ -10,7 +10,7 @@ from ase.build import fcc111, molecule
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.potential.cells import is_skewed, search_cell
 from magus_anharmonic.potential.graph import find_neighbours
-from magus_anharmonic.potential.guards import isolated, overlap, senseless
+from magus_anharmonic.potential.guards import isolated, overlap, why_invalid
 
 TURNS = {
     "modest": [[1, 0, 0], [2, 1, 0], [-1, 1, 1]],
@@ -59,7 +59,7 @@ def test_a_skewed_slab_has_its_energy_and_forces_whatever_its_third_vector(poten
 
 def test_a_skewed_crystal_relaxes_and_keeps_its_cell_vectors(potential, h3s) -> None:
     skewed = described(h3s(3.1, 0.1), TURNS["strong"])
-    assert senseless(skewed) == overlap(skewed) == "" and not isolated(skewed)
+    assert why_invalid(skewed) == overlap(skewed) == "" and not isolated(skewed)
     straight, (result,) = (
         potential.relax([h3s(3.1, 0.1)], 100.0, max_steps=3)[0],
         potential.relax([skewed], 100.0, max_steps=3),

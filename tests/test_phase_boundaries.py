@@ -14,7 +14,7 @@ from two_phases import HIGH, LOW, Phase, boundary, data, slope
 from magus_anharmonic.phase_diagram.boundaries import (
     all_boundaries,
     isotope_shifts,
-    lowest_odds,
+    lowest_probabilities,
     pair_boundary,
     phase_set,
     quantile,
@@ -70,7 +70,7 @@ def test_data_without_noise_give_the_boundary_and_its_slope():
 
 @pytest.mark.full
 def test_the_bands_cover_the_truth_as_often_as_they_claim():
-    """30 data sets at three temperatures; counts outside of these limits have odds below a few per
+    """30 data sets at three temperatures; counts outside of these limits have probabilities below a few per
     thousand for an honest band."""
     inside_68 = inside_95 = total = 0
     slopes = []
@@ -132,13 +132,13 @@ def test_a_boundary_below_a_third_phase_is_called_metastable():
     assert mine and not any(one.stable for one in mine)
 
 
-def test_the_odds_say_who_is_lowest_and_how_surely():
+def test_the_probabilities_say_who_is_lowest_and_how_surely():
     phases = phase_set(data({"low": LOW, "high": HIGH}, 3), "natural", n_samples=400)
-    assert lowest_odds(phases, 60.0, 0.0) == {"low": 1.0, "high": 0.0}
-    assert lowest_odds(phases, 160.0, 0.0) == {"low": 0.0, "high": 1.0}
+    assert lowest_probabilities(phases, 60.0, 0.0) == {"low": 1.0, "high": 0.0}
+    assert lowest_probabilities(phases, 160.0, 0.0) == {"low": 0.0, "high": 1.0}
     middle = found(3, [0.0])[0].pressure
-    assert 0.4 < lowest_odds(phases, middle, 0.0)["low"] < 0.6
-    assert lowest_odds(phases, 300.0, 0.0) == {}
+    assert 0.4 < lowest_probabilities(phases, middle, 0.0)["low"] < 0.6
+    assert lowest_probabilities(phases, 300.0, 0.0) == {}
 
 
 def test_clausius_and_clapeyron_agree_where_the_data_do_and_disagree_where_an_entropy_is_wrong():
@@ -209,7 +209,7 @@ def test_two_phases_that_become_one_have_no_boundaries_where_only_noise_tells_th
     wanted, further = 0, 0
     for seed in range(8):
         low = data({"low": LOW}, seed, pressures=(60.0, 80.0, 100.0, 120.0))
-        twin = data({"high": LOW}, 100 + seed, pressures=(60.0, 80.0, 100.0, 120.0))
+        duplicate = data({"high": LOW}, 100 + seed, pressures=(60.0, 80.0, 100.0, 120.0))
         slope = -2 * 0.006 / 20.0 * EV_PER_A3_IN_GPA
         high = [
             (
@@ -221,7 +221,7 @@ def test_two_phases_that_become_one_have_no_boundaries_where_only_noise_tells_th
                 if p.pressure_GPa == 60.0
                 else p
             )
-            for p in twin
+            for p in duplicate
         ]
         boundaries = pair_boundary(
             phase_set([*low, *high], "natural", n_samples=200), "low", "high", T

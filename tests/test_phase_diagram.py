@@ -26,7 +26,7 @@ from magus_anharmonic.phase_diagram.command import (
     GridOptions,
     phase_diagram_command,
     read_source,
-    run_held,
+    run_locked,
     write_diagram,
 )
 from magus_anharmonic.phase_diagram.diagram import phase_diagram
@@ -68,7 +68,7 @@ def grid(tmp_path_factory):
     )
     settings = load_phase_diagram(folder / "phase-diagram.yaml")
     evaluator = Crystals([SOFT, HARD])
-    points = run_held(settings, folder / "out", evaluator)
+    points = run_locked(settings, folder / "out", evaluator)
     return folder, settings, evaluator, points
 
 
@@ -77,22 +77,22 @@ def test_the_grid_holds_every_point_and_its_volumes_and_entropies_fit_its_free_e
     _, settings, _, points = grid
     assert len(points) == 2 * 2 * 2 * 2 and all(p.usable for p in points)
     assert {p.isotopes for p in points} == {"LiH", "LiD"}
-    by_place = {(p.phase, p.isotopes, p.pressure_GPa, p.temperature_K): p for p in points}
+    by_point = {(p.phase, p.isotopes, p.pressure_GPa, p.temperature_K): p for p in points}
     for phase in ("soft", "hard"):
         for isotopes in settings.isotopes:
             for t in (0.0, 300.0):
-                a, b = by_place[phase, isotopes, 0.0, t], by_place[phase, isotopes, 4.0, t]
+                a, b = by_point[phase, isotopes, 0.0, t], by_point[phase, isotopes, 4.0, t]
                 mean = 0.5 * (a.volume_A3_per_atom + b.volume_A3_per_atom)
                 rise, error = (
                     (b.raw - a.raw) / 4.0 * EV_PER_A3_IN_GPA,
                     math.hypot(a.error, b.error) / 4.0 * EV_PER_A3_IN_GPA,
                 )
                 assert rise == pytest.approx(mean, abs=4.0 * error + 0.02 * mean)
-            a, b = (by_place[phase, isotopes, 0.0, t] for t in (0.0, 300.0))
+            a, b = (by_point[phase, isotopes, 0.0, t] for t in (0.0, 300.0))
             assert (
                 a.entropy_eV_per_K_per_atom == 0.0 < b.entropy_eV_per_K_per_atom and a.raw > b.raw
             )
-    heavy, light = (by_place["soft", name, 0.0, 0.0] for name in ("LiD", "LiH"))
+    heavy, light = (by_point["soft", name, 0.0, 0.0] for name in ("LiD", "LiH"))
     assert heavy.gibbs_eV_per_atom < light.gibbs_eV_per_atom, (
         "heavier nuclei have less zero-point energy"
     )
@@ -217,7 +217,7 @@ def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(gr
         stored = json.loads((run / "settings.json").read_text())
         assert (stored["start"] is None) == (p in firsts)
     before = evaluator.n_structures
-    assert run_held(settings, folder / "out", evaluator) == points
+    assert run_locked(settings, folder / "out", evaluator) == points
     assert evaluator.n_structures == before
     assert (
         read_points(folder / "out" / "gibbs.csv")
@@ -229,7 +229,7 @@ def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(gr
 def test_a_folder_of_other_runs_is_refused_and_finished_runs_are_collected(grid):
     folder, settings, evaluator, points = grid
     with pytest.raises(InputError, match="another SSCHA run"):
-        run_held(settings.model_copy(update={"seed": 5}), folder / "out", evaluator)
+        run_locked(settings.model_copy(update={"seed": 5}), folder / "out", evaluator)
     collected = collect_runs(folder / "out" / "sscha")
     assert {p.isotopes for p in collected} == {"natural", "H=2.014"} and len(collected) == len(
         points
@@ -247,7 +247,7 @@ def test_a_run_that_ends_in_another_symmetry_is_said_to_have_become_it(grid):
     run = point_folder(folder / "out" / "sscha", "hard", "LiH", 0.0, 0.0)
     result = SschaResult.read(run)
     point = point_of("hard", "LiH", replace(result, space_group="Pm-3m (221)"), run, HARD.atoms)
-    assert point.status == "became" and "Pm-3m" in point.reason and not point.usable
+    assert point.status == "transformed" and "Pm-3m" in point.reason and not point.usable
 
 
 def two_isotopes(seed=11):
@@ -307,16 +307,16 @@ def test_a_phase_that_turns_into_another_is_bracketed_and_called_one_phase():
     ]
     gone = [
         (
-            replace(p, status="became", space_group="Im-3m (229)", same_as="Im-3m")
+            replace(p, status="transformed", space_group="Im-3m (229)", same_as="Im-3m")
             if p.phase == "R3m" and p.pressure_GPa > 100
             else p
         )
         for p in points
     ]
     diagram = phase_diagram(gone, n_samples=200)
-    assert [(m.phase, m.other, m.last, m.first, m.temperature) for m in diagram.meetings] == [
-        ("R3m", "Im-3m", 60.0, 110.0, t) for t in (0.0, 300.0, 600.0)
-    ]
+    assert [
+        (m.phase, m.other, m.last, m.first, m.temperature) for m in diagram.continuous_transitions
+    ] == [("R3m", "Im-3m", 60.0, 110.0, t) for t in (0.0, 300.0, 600.0)]
     words = " ".join(sentences(diagram))
     assert (
         "between 60 and 110 GPa at 0 K" in words
@@ -398,7 +398,7 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
         "sscha": sscha,
     }
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(keys))
-    points = run_held(load_phase_diagram(tmp_path / "p.yaml"), tmp_path / "out", Emt())
+    points = run_locked(load_phase_diagram(tmp_path / "p.yaml"), tmp_path / "out", Emt())
     gibbs = {p.phase: p.gibbs_eV_per_atom for p in points}
 
     write_diagram(phase_diagram(points, n_samples=200), tmp_path / "elements")
@@ -437,7 +437,10 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
 def test_a_free_energy_of_a_run_that_went_astray_counts_for_nothing_and_is_named():
     points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if p.temperature_K == 0]
     astray = replace(
-        points[0], decrease_eV_per_atom=15.9, gibbs_eV_per_atom=9.0, reason="stress 11.61 GPa off"
+        points[0],
+        predicted_decrease_eV_per_atom=15.9,
+        gibbs_eV_per_atom=9.0,
+        reason="stress 11.61 GPa off",
     )
     with_it, without = (
         phase_diagram([*points[1:], *more], n_samples=100) for more in ([astray], [])
@@ -595,7 +598,7 @@ def test_phases_that_agree_in_free_energy_and_volume_are_said_to_be_perhaps_one(
         for line in sentences(phase_diagram(points, n_samples=200))
     )
     last = [p for p in points if p.pressure_GPa == 160.0 and p.phase == "Im-3m"][0]
-    twins = [
+    duplicates = [
         (
             replace(last, phase="R3m", gibbs_eV_per_atom=last.gibbs_eV_per_atom + 5e-4)
             if p.pressure_GPa == 160.0
@@ -603,13 +606,13 @@ def test_phases_that_agree_in_free_energy_and_volume_are_said_to_be_perhaps_one(
         )
         for p in points
     ]
-    twins = [
+    duplicates = [
         last if p.pressure_GPa == 160.0 and points[k].phase == "Im-3m" else p
-        for k, p in enumerate(twins)
+        for k, p in enumerate(duplicates)
     ]
     words = [
         line
-        for line in sentences(phase_diagram(twins, n_samples=200))
+        for line in sentences(phase_diagram(duplicates, n_samples=200))
         if "perhaps they are one phase" in line
     ]
     assert len(words) == 1 and "At 160 GPa, 0 K" in words[0]

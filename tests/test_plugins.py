@@ -657,7 +657,7 @@ def test_keys_of_the_relaxation_reach_it(
         "calculator": "mattersim",
         "checkpoint": str(tiny_checkpoint),
         "max_step": 7,
-        "kicks": 2,
+        "perturbations": 2,
         "optimizer": "fire",
     }
     calculator = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
@@ -669,21 +669,21 @@ def test_keys_of_the_relaxation_reach_it(
         lambda *a, **options: given.update(options) or relax(*a, **options),
     )
     calculator.relax([h3s(bond_shift=0.0)])
-    assert (given["max_steps"], given["kicks"], given["optimizer"]) == (7, 2, "fire")
+    assert (given["max_steps"], given["perturbations"], given["optimizer"]) == (7, 2, "fire")
 
 
-def test_kicks_and_fix_symmetry_exclude_each_other(
+def test_perturbations_and_fix_symmetry_exclude_each_other(
     magus: SimpleNamespace, tiny_checkpoint: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     block = {
         "calculator": "mattersim",
         "checkpoint": str(tiny_checkpoint),
-        "kicks": 1,
+        "perturbations": 1,
         "fix_symmetry": True,
     }
     with pytest.raises(SystemExit):
         _ = magus.Parameters(keys(tiny_checkpoint, MainCalculator=block)).MainCalculator
-    assert "kicks must be 0 with fix_symmetry" in caplog.text
+    assert "perturbations must be 0 with fix_symmetry" in caplog.text
 
 
 def test_a_list_comes_back_as_a_list_and_nothing_as_nothing(
@@ -945,7 +945,7 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
             n_atoms_supercell=len(atoms),
             symmetry_tolerance=0.05,
             force_constants=None,
-            decrease=0.0,
+            predicted_decrease=0.0,
         )
 
     return free_energy

@@ -24,14 +24,14 @@ from magus_anharmonic.ranking.phases import (
     merge_duplicates,
     same_supercell,
 )
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 PHASE = crystal((3.0,) * 3, 1.0, 0.2, -0.3, 1.0)
 MODEL = Crystals([PHASE])
@@ -60,11 +60,11 @@ def test_the_scatter_of_the_pooled_value_is_its_error_bar() -> None:
     """10,000 times three runs, two of them with common numbers; the Birge factor is left out (it
     looks at each draw)."""
     matrix = np.array([[1.0, 0.6, 0.0], [0.6, 1.5, 0.0], [0.0, 0.0, 2.0]])
-    draws = np.random.default_rng(3).multivariate_normal(np.zeros(3), matrix, size=10_000)
+    samples = np.random.default_rng(3).multivariate_normal(np.zeros(3), matrix, size=10_000)
     found = combined(np.zeros(3), matrix)
-    assert np.std(draws @ found.weights) == pytest.approx(found.error, rel=0.03)
-    assert np.std(draws @ found.weights) < 0.95 * min(
-        np.std(draws @ weights) for weights in np.eye(3)
+    assert np.std(samples @ found.weights) == pytest.approx(found.error, rel=0.03)
+    assert np.std(samples @ found.weights) < 0.95 * min(
+        np.std(samples @ weights) for weights in np.eye(3)
     )
 
 
@@ -97,7 +97,7 @@ def test_runs_that_disagree_widen_the_error() -> None:
 
 
 def state(
-    repeats: object,
+    supercell_matrix: object,
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0),
     edges: tuple[float, ...] = (3.0, 3.0, 3.0),
 ) -> SschaState:
@@ -105,9 +105,17 @@ def state(
         "LiH", positions=[np.zeros(3), np.array(edges) / 2.0 + shift], cell=edges, pbc=True
     )
     n = int(
-        round(abs(np.linalg.det(np.diag(repeats) if np.ndim(repeats) == 1 else np.array(repeats))))
+        round(
+            abs(
+                np.linalg.det(
+                    np.diag(supercell_matrix)
+                    if np.ndim(supercell_matrix) == 1
+                    else np.array(supercell_matrix)
+                )
+            )
+        )
     )
-    return SschaState(atoms, repeats, np.zeros((n, 2, 2, 3, 3)), 0.0)
+    return SschaState(atoms, supercell_matrix, np.zeros((n, 2, 2, 3, 3)), 0.0)
 
 
 def turned(one: SschaState, order: tuple[int, int, int] = (1, 2, 0)) -> SschaState:
@@ -121,8 +129,10 @@ def turned(one: SschaState, order: tuple[int, int, int] = (1, 2, 0)) -> SschaSta
         cell=change @ one.atoms.cell.array @ rotation,
         pbc=True,
     )[::-1]
-    matrix = np.diag(one.repeats) @ np.rint(np.linalg.inv(change)).astype(int)
-    return replace(one, atoms=atoms, repeats=tuple(tuple(int(x) for x in row) for row in matrix))
+    matrix = np.diag(one.supercell_matrix) @ np.rint(np.linalg.inv(change)).astype(int)
+    return replace(
+        one, atoms=atoms, supercell_matrix=tuple(tuple(int(x) for x in row) for row in matrix)
+    )
 
 
 def test_a_supercell_is_the_same_however_it_is_described() -> None:
@@ -203,10 +213,10 @@ class Runs:
             gibbs_raw=result.gibbs_raw,
             finite_size=result.finite_size,
             n_supercell=result.n_atoms_supercell,
-            decrease=result.decrease,
+            predicted_decrease=result.predicted_decrease,
             spg_quantum=result.space_group,
             symmetry_tolerance=result.symmetry_tolerance,
-            centroids=bare(result.centroids),
+            centroids=stripped(result.centroids),
         )
         record = replace(record, **changes)
         self.store.put(record)
@@ -246,8 +256,10 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
         and "pooled from 2 runs" in leader.reason
         and leader.duplicate_spread is None
     )
-    twin = next(c for c in table.values() if c.same_as)
-    assert twin.gibbs == high and not twin.pooled, "the row of the other one keeps its own number"
+    duplicate = next(c for c in table.values() if c.same_as)
+    assert duplicate.gibbs == high and not duplicate.pooled, (
+        "the row of the other one keeps its own number"
+    )
 
 
 def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) -> None:
@@ -271,19 +283,21 @@ def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_e
     runs: Runs,
 ) -> None:
     small, large = runs.add("aaaa", seed=1, supercell=FEWER), runs.add("bbbb", seed=2)
-    twins = runs.table()
-    assert twins["aaaa"].same_as == "bbbb", "the one with more atoms stands for the phase"
+    duplicates = runs.table()
+    assert duplicates["aaaa"].same_as == "bbbb", "the one with more atoms stands for the phase"
     assert (
-        twins["bbbb"].gibbs == large.gibbs
-        and twins["bbbb"].gibbs_error == large.gibbs_error
-        and not twins["bbbb"].pooled
+        duplicates["bbbb"].gibbs == large.gibbs
+        and duplicates["bbbb"].gibbs_error == large.gibbs_error
+        and not duplicates["bbbb"].pooled
     )
-    assert twins["bbbb"].duplicate_spread == pytest.approx(abs(small.gibbs - large.gibbs))
+    assert duplicates["bbbb"].duplicate_spread == pytest.approx(abs(small.gibbs - large.gibbs))
     rival = replace(
-        twins["bbbb"], id="cccc", gibbs=large.gibbs + 0.02, duplicate_spread=None, same_as=""
+        duplicates["bbbb"], id="cccc", gibbs=large.gibbs + 0.02, duplicate_spread=None, same_as=""
     )
-    found = {c.id: c for c in with_odds([*twins.values(), rival], 0.001)}
-    assert found["cccc"].difference_finite_size == pytest.approx(twins["bbbb"].duplicate_spread)
+    found = {c.id: c for c in with_probabilities([*duplicates.values(), rival], 0.001)}
+    assert found["cccc"].difference_finite_size == pytest.approx(
+        duplicates["bbbb"].duplicate_spread
+    )
     assert found["bbbb"].difference_finite_size == 0.0
 
 

@@ -1,4 +1,4 @@
-"""The race on the real SSCHA engine: nobody who is still relaxing is thrown out, isotopes,
+"""The race on the real SSCHA engine: none that is still relaxing is eliminated, isotopes,
 temperatures, workers and kills."""
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def test_nothing_of_the_light_mass_is_left_in_the_heavy_crystal(tmp_path):
         assert sorted(set(masses)) == [2.014, 6.94]
         root = np.repeat(np.sqrt(masses), 3)
         squares = np.linalg.eigvalsh(heavy.state.full / np.outer(root, root))[3:]
-        assert np.allclose(np.sort(heavy.state.modes.quantum), HBAR * np.sqrt(squares))
+        assert np.allclose(np.sort(heavy.state.modes.hbar_omega), HBAR * np.sqrt(squares))
         variance = (
             np.diag(heavy.state.covariance)[3:6].mean()
             / np.diag(light.state.covariance)[3:6].mean()

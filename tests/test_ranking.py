@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.potential.portable import portable
+from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.matcher import (
     Fingerprint,
@@ -461,7 +461,9 @@ def test_rotating_molecules_are_named_in_the_table_and_in_the_structure(tmp_path
     assert "rotating H2 units" in structures[0].info["reason"]
 
 
-def test_hopeless_candidates_stop_early_and_the_best_keep_their_order(tmp_path: Path) -> None:
+def test_candidates_without_a_chance_stop_early_and_the_best_keep_their_order(
+    tmp_path: Path,
+) -> None:
     everything = ranked(
         copper(8), tmp_path / "fixed", search_settings(allocation="fixed"), fake=fakes.falling
     )
@@ -535,7 +537,7 @@ def test_a_budget_that_ends_after_the_relaxations_leaves_them_in_the_ranking_wit
     )
     assert [(c.status, c.rank_quantum) for c in found] == [("sscha", 1), ("sscha", 2)]
     assert all(
-        f"the budget of {whole} force evaluations is spent before its place was known" in c.reason
+        f"the budget of {whole} force evaluations is spent before its rank was known" in c.reason
         for c in found
     )
     assert 0.0 < found[1].p_lowest < found[0].p_lowest < 1.0
@@ -807,7 +809,7 @@ def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(
 def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magus_anharmonic.potential import portable as relaxations
+    from magus_anharmonic.potential import remote as relaxations
 
     square = Atoms(
         "Cu4",
@@ -830,8 +832,8 @@ def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(
         )
 
     saddle = enthalpy()
-    assert enthalpy(kicks=2, optimizer="bfgs") < saddle - 1e-3
-    assert [(options["kicks"], options["optimizer"]) for options in used] == [
+    assert enthalpy(perturbations=2, optimizer="bfgs") < saddle - 1e-3
+    assert [(options["perturbations"], options["optimizer"]) for options in used] == [
         (0, "ase"),
         (2, "bfgs"),
     ]
@@ -888,7 +890,7 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(
 def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(
     potential: Potential, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    source = portable(potential)
+    source = serialised(potential)
     assert source.evaluator is None
     assert source.make().model_id == potential.model_id
     with pytest.raises(MagusAnharmonicError, match="was replaced"):

@@ -47,7 +47,7 @@ class Loud:
         {"optimizer": None}, {"optimizer": [["ase"]]}, {"optimizer": ""}, {"optimizer": []}, {"optimizer": 3},
         {"pressure": None}, {"pressure": "100"}, {"pressure": [100.0]}, {"pressure": 1e300}, {"pressure": -1e300}, {"pressure": 2001},
         {"max_steps": np.nan}, {"max_steps": np.inf}, {"max_steps": 2.5}, {"max_steps": None},
-        {"kicks": np.nan}, {"kicks": 1.5}, {"kicks": -1}, {"kicks": None},
+        {"perturbations": np.nan}, {"perturbations": 1.5}, {"perturbations": -1}, {"perturbations": None},
         {"force_tolerance": "0.1"}, {"force_tolerance": np.nan}, {"stress_tolerance": None}, {"max_move": [1]}, {"edges_in_flight": 0.5},
     ],
     ids=str,
@@ -98,7 +98,7 @@ def test_absurd_forces_or_stress_fail_one_structure_only(
     assert results[0].converged and results[2].converged
 
 
-@pytest.mark.parametrize("method", ["step", "learn", "decrease"])
+@pytest.mark.parametrize("method", ["step", "learn", "predicted_decrease"])
 def test_a_step_rule_that_raises_fails_its_structure_only(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,17 +111,20 @@ def test_a_step_rule_that_raises_fails_its_structure_only(
     monkeypatch.setattr(optimizers.Bfgs, method, raises)
     two = bulk("Cu", a=3.65).repeat((2, 1, 1))
     two.rattle(0.1, seed=1)
-    kicks = int(method == "decrease")
+    perturbations = int(method == "predicted_decrease")
     results = relax(
-        CalculatorEvaluator(EMT()), [bulk("Cu"), two, bulk("Al")], optimizer="bfgs", kicks=kicks
+        CalculatorEvaluator(EMT()),
+        [bulk("Cu"), two, bulk("Al")],
+        optimizer="bfgs",
+        perturbations=perturbations,
     )
     assert (
-        [result.failed for result in results] == [False, not kicks, False]
+        [result.failed for result in results] == [False, not perturbations, False]
         and results[0].converged
         and results[2].converged
     )
-    if kicks:
-        assert results[1].converged, "the minimum before the kick is kept"
+    if perturbations:
+        assert results[1].converged, "the minimum before the perturbation is kept"
     else:
         assert results[1].reason == "the next step fails: Eigenvalues did not converge"
         assert not results[1].converged and np.isfinite(results[1].enthalpy)

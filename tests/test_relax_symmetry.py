@@ -102,7 +102,7 @@ def test_a_structure_whose_symmetry_cannot_be_set_up_fails_alone(
                 raise ValueError("no operation closes the group")
             super().__init__(atoms, symprec)
 
-    monkeypatch.setattr("magus_anharmonic.potential.way.SymmetryProjector", Costly)
+    monkeypatch.setattr("magus_anharmonic.potential.relaxation.SymmetryProjector", Costly)
     results = relax(
         CalculatorEvaluator(EMT()),
         [bulk("Cu"), bulk("Cu").repeat(2), bulk("Al")],

@@ -79,7 +79,7 @@ def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
     assert static_ranks(found) == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
-    assert "R3m (160) while the ions stand still, Im-3m (229) once they move" in said
+    assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in said
     assert (
         "bbbbbbbb has the lowest enthalpy, aaaaaaaa (Im-3m (229)) the lowest free energy, by 10.0"
         " +- 1.4 meV/atom" in said
@@ -100,10 +100,10 @@ def test_a_difference_within_two_errors_is_called_undecided(rows):
 
 
 def test_a_phase_found_twice_counts_once(rows):
-    twin = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
-    found = rows(R3M, twin)
+    duplicate = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
+    found = rows(R3M, duplicate)
     assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
-    shown = text_of(rows(R3M, twin, ESTIMATED))
+    shown = text_of(rows(R3M, duplicate, ESTIMATED))
     assert shown.index("same as aaaaaaaa") < shown.index("estimated"), (
         "what was computed comes before what was estimated"
     )
@@ -155,15 +155,15 @@ def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
 
 
 def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
-    """R3m, I4mm and Im-3m of H3S are one phase with moving ions; which of them stands for it says
+    """R3m, I4mm and Im-3m of H3S are one phase with quantum ions (SSCHA); which of them stands for it says
     nothing about their enthalpies."""
-    twin = {
+    duplicate = {
         **CCCM,
         "enthalpy_eV_per_atom": "-1.02",
         "spg_quantum": R3M["spg_quantum"],
         "same_as": R3M["id"],
     }
-    said = sentences(rows(R3M, twin))
+    said = sentences(rows(R3M, duplicate))
     assert any(
         "bbbbbbbb" in line
         and "has the lowest enthalpy, and becomes the phase of the lowest free energy" in line
@@ -243,7 +243,7 @@ def test_a_phase_that_noise_leaves_open_is_no_finding(rows):
     }
     found = rows(open_)
     said = " ".join(sentences(found))
-    assert "both times" not in said and "once they move" not in said and "for certain" in said
+    assert "both times" not in said and "quantum (SSCHA)" not in said and "for certain" in said
     assert (
         "as R3m (160) without and as R3m (160) or Im-3m (229): not decided, 2.3 sigma with it"
         in said

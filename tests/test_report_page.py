@@ -24,7 +24,7 @@ from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, r
 from magus_anharmonic.ranking.table import COLUMNS
 from magus_anharmonic.report import report_at_end, structures, text, write_report
 from magus_anharmonic.report.figures import stored_picture
-from magus_anharmonic.report.sheets import Sheet
+from magus_anharmonic.report.raw_tables import RawTable
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -136,7 +136,7 @@ def test_the_page_of_a_search_holds_ranking_structures_figures_failures_settings
 ) -> None:
     page = Page(write_report(search))
     assert "2 of 2 generations are finished" in page.words
-    assert "R3m (160) while the ions stand still, Im-3m (229) once they move" in page.words
+    assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in page.words
     assert (
         "1 × dissociated" in page.words
         and "639d0585f6b8" in page.words
@@ -498,7 +498,7 @@ def test_a_mode_is_told_stable_only_where_it_is(values: list[tuple[int, int]], s
         {"phase": "Im-3m", "irrep": "T1u", "pressure_GPa": str(p), "frequency_squared_cm2": str(v)}
         for p, v in values
     ]
-    assert said in text.mode_sentences(Sheet("modes.csv", (), rows, len(rows)))[0]
+    assert said in text.mode_sentences(RawTable("modes.csv", (), rows, len(rows)))[0]
 
 
 def test_a_figure_is_described_by_its_own_words_else_by_its_numbers(tmp_path: Path) -> None:
@@ -512,12 +512,12 @@ def test_a_figure_is_described_by_its_own_words_else_by_its_numbers(tmp_path: Pa
         figure.add_subplot().plot([1, 2])
         figure.savefig(tmp_path / f"{name}.svg", metadata=metadata)
         table(tmp_path / f"{name}.csv", "pressure_GPa value", [(50, -1.5), (200, 2)])
-    bare, own = stored_picture(tmp_path, "parity"), stored_picture(tmp_path, "modes-T1u")
-    assert bare is not None and own is not None
+    stripped, own = stored_picture(tmp_path, "parity"), stored_picture(tmp_path, "modes-T1u")
+    assert stripped is not None and own is not None
     assert (
-        bare.alt
+        stripped.alt
         == "Model against DFT, 2 points. pressure_GPa from 50 to 200; value from -1.5 to 2."
-        and bare.data == "parity.csv"
+        and stripped.data == "parity.csv"
     )
     assert (own.title, own.alt) == ("T1u", "It softens.")
 

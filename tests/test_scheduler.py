@@ -26,8 +26,8 @@ from ase.calculators.emt import EMT
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.scheduled import ScheduledLabeler
-from magus_anharmonic.potential.portable import portable, relax_on
 from magus_anharmonic.potential.relax import relax
+from magus_anharmonic.potential.remote import relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
@@ -109,7 +109,9 @@ def test_every_item_comes_back_once_with_its_own_result(scheduler):
 
 @pytest.mark.slow
 def test_an_error_is_the_reason_of_its_item_alone(scheduler):
-    found = {done.index: done for done in scheduler.map(tasks.troubled, ["a", "raise", "b"])}
+    found = {
+        done.index: done for done in scheduler.map(tasks.with_machine_error, ["a", "raise", "b"])
+    }
     assert [found[index].value for index in range(3)] == ["a", None, "b"]
     assert found[1].reason == "ValueError: negative density" and not found[1].died
 
@@ -131,7 +133,7 @@ def test_two_workers_work_at_the_same_time_and_make_the_shared_object_once_each(
 @pytest.mark.slow
 def test_a_task_that_kills_its_worker_is_given_up_and_the_others_end(parallel):
     items = ["a", "b", "die", "c", "d", "e"]
-    found = {done.index: done for done in parallel.map(tasks.troubled, items)}
+    found = {done.index: done for done in parallel.map(tasks.with_machine_error, items)}
     assert sorted(found) == list(range(6))
     assert found[2].died and "died" in found[2].reason
     assert [found[index].value for index in (0, 1, 3, 4, 5)] == ["a", "b", "c", "d", "e"]
@@ -168,7 +170,7 @@ def test_a_worker_killed_from_outside_costs_no_task_and_doubles_none(parallel, t
 
 @pytest.mark.slow
 def test_a_local_task_is_tried_three_times(local, caplog):
-    (done,) = local.map(tasks.troubled, ["die"])
+    (done,) = local.map(tasks.with_machine_error, ["die"])
     assert done.died and f"died {MAX_DEATHS} times" in done.reason
     assert (
         sum("a worker process died (killed by SIGKILL)" in line for line in caplog.messages)
@@ -537,7 +539,7 @@ def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(
 
 def relax_in_both_places(dask, potential, structures, monkeypatch):
     options = {"pressure": 100.0, "max_steps": 5}
-    monkeypatch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
     seen = []
     found = relax_on(
         dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options
@@ -558,7 +560,7 @@ def relax_in_both_places(dask, potential, structures, monkeypatch):
 def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, tmp_path):
     import dataclasses
 
-    source = portable(potential, remote=True)
+    source = serialised(potential, remote=True)
     elsewhere = dataclasses.replace(source, checkpoint=str(tmp_path / "not-mounted" / "tiny.pth"))
     made = elsewhere.make()
     atoms = copper(1.0)

@@ -83,7 +83,7 @@ def dataset(atoms: Atoms, symprec: float) -> spglib.SpglibDataset:
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("magus_anharmonic.potential.portable.CHUNK", {"cpu": 2, "cuda": 2})
+        patch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
         yield
 
 
@@ -204,7 +204,7 @@ def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> 
     assert {225, 194} & {atoms.info["spg"] for atoms in outcome.good}
 
 
-def test_kicks_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
+def test_perturbations_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
     square = Atoms(
         "Cu4",
         scaled_positions=[[0, 0, 0], [0.5, 0.5, 0], [0, 0, 0.5], [0.5, 0.5, 0.5]],
@@ -212,9 +212,13 @@ def test_kicks_of_the_input_reach_the_relaxation(tmp_path: Path) -> None:
         pbc=True,
     )
 
-    def enthalpy(kicks: int) -> float:
-        keys = relaxation.AseCalculatorSettings(calculator="emt", max_step=300, kicks=kicks)
-        return float(relaxer(keys, 0.0).relax([square], tmp_path / str(kicks))[0].info["enthalpy"])
+    def enthalpy(perturbations: int) -> float:
+        keys = relaxation.AseCalculatorSettings(
+            calculator="emt", max_step=300, perturbations=perturbations
+        )
+        return float(
+            relaxer(keys, 0.0).relax([square], tmp_path / str(perturbations))[0].info["enthalpy"]
+        )
 
     assert enthalpy(2) < enthalpy(0) - 1e-3
 

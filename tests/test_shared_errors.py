@@ -18,7 +18,7 @@ from magus_anharmonic.potential import Potential, load
 from magus_anharmonic.potential.labelled import split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
 from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
 
@@ -68,10 +68,10 @@ def test_an_error_that_all_share_is_no_spread_and_one_that_changes_sign_in_a_pai
     one, other = rng.normal(size=(2, error_model.whitening.shape[0]))
     assert error_model.spread(np.tile(one, (6, 1))) == pytest.approx(0.0, abs=1e-9)
     opposite = np.array([one + sign * size * other for size in (0.1, 0.2, 0.3) for sign in (1, -1)])
-    assert error_model.spread(opposite, together=2) == pytest.approx(0.0, abs=1e-9)
+    assert error_model.spread(opposite, group_size=2) == pytest.approx(0.0, abs=1e-9)
     assert error_model.spread(opposite) > 0.0
     with pytest.raises(ValueError, match="at least two"):
-        error_model.spread(opposite[:2], together=2)
+        error_model.spread(opposite[:2], group_size=2)
 
 
 def test_without_an_estimate_all_ensembles_are_alike() -> None:
@@ -146,25 +146,25 @@ def candidate(
 def test_what_two_phases_share_leaves_their_order_certain() -> None:
     """Both errors are 50 meV/atom, of which 3 are not shared."""
     rows = [candidate("a", 0.0, (0.050, 0.0)), candidate("b", 0.010, (0.050, 0.003))]
-    best, other = with_odds(rows, model_error=0.05)
+    best, other = with_probabilities(rows, model_error=0.05)
     assert best.difference_model == 0.0
     assert other.difference_model == pytest.approx(0.003)
     assert (
         best.p_lowest_total > 0.998
         and best.p_lowest_total + other.p_lowest_total == pytest.approx(1.0)
     )
-    apart = with_odds(
+    apart = with_probabilities(
         [candidate("a", 0.0, (0.050, 0.0)), candidate("b", 0.010, (0.0, 0.050))], model_error=0.05
     )
     assert apart[1].difference_model == pytest.approx(0.05 * np.sqrt(2))
     assert 0.5 < apart[0].p_lowest_total < 0.6
 
 
-def test_the_odds_of_phases_that_share_errors_are_those_of_the_joint_gaussian() -> None:
-    """Two phases: the odds are one normal distribution of the difference."""
+def test_the_probabilities_of_phases_that_share_errors_are_those_of_the_joint_gaussian() -> None:
+    """Two phases: the probabilities are one normal distribution of the difference."""
     from scipy.stats import norm
 
-    first, _ = with_odds(
+    first, _ = with_probabilities(
         [candidate("a", 0.0, (0.03, 0.01)), candidate("b", 0.005, (0.03, -0.002))], model_error=None
     )
     expected = norm.cdf(0.005 / np.sqrt(0.012**2 + 2 * 1e-4**2))
@@ -172,12 +172,12 @@ def test_the_odds_of_phases_that_share_errors_are_those_of_the_joint_gaussian() 
 
 
 def test_a_phase_without_an_estimate_is_independent_of_the_others() -> None:
-    _, other = with_odds(
+    _, other = with_probabilities(
         [candidate("a", 0.0, (0.03,)), candidate("b", 0.01, None, model_error=0.04)],
         model_error=None,
     )
     assert other.difference_model == pytest.approx(0.05)
-    unknown = with_odds(
+    unknown = with_probabilities(
         [candidate("a", 0.0, (0.03,)), candidate("b", 0.01, None)], model_error=None
     )
     assert [c.p_lowest_total for c in unknown] == [None, None] and unknown[
@@ -191,7 +191,7 @@ def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_i
     rows = [candidate("a", 0.0, (0.05, 0.0)), candidate("b", 0.01, (0.05, 0.004))]
     errors = model_errors(rows, [ModelTerm(0.04, 0.001), None], None)
     assert errors.of_difference(1, 0) == pytest.approx(np.hypot(0.004, 0.001))
-    _, other = with_odds(rows, None, {"a": ModelTerm(0.04, 0.001)})
+    _, other = with_probabilities(rows, None, {"a": ModelTerm(0.04, 0.001)})
     assert other.difference_model == pytest.approx(np.hypot(0.004, 0.001))
 
 

@@ -47,7 +47,7 @@ def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
 
 def test_free_energy_stress_and_error_equal_python_sscha(hcp, tmp_path):
     state, ensemble, _ = hcp
-    nothing = Symmetry(state.atoms, state.repeats)
+    nothing = Symmetry(state.atoms, state.supercell_matrix)
     nothing.rotations, nothing.permutations, nothing.targets = (
         np.eye(3)[None],
         np.arange(2)[None],
@@ -124,8 +124,8 @@ def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_
         min_effective_sample=0.1,
         log=tmp_path / "log",
     )
-    assert found.converged and found.state.modes.quantum == pytest.approx(
-        exact.modes.quantum, rel=1e-3
+    assert found.converged and found.state.modes.hbar_omega == pytest.approx(
+        exact.modes.hbar_omega, rel=1e-3
     )
 
 
@@ -158,7 +158,7 @@ def test_dynamical_matrices_come_back_from_their_files(hcp, tmp_path):
     state = replace(state, atoms=heavy)
     python_sscha.write_dynamical_matrices(state, tmp_path / "dyn_pop3_", tmp_path / "log")
     back = python_sscha.read_dynamical_matrices(tmp_path / "dyn_pop3_", 300.0, tmp_path / "log")
-    assert back.repeats == state.repeats
+    assert back.supercell_matrix == state.supercell_matrix
     assert back.force_constants == pytest.approx(state.force_constants, abs=1e-6)
     assert back.atoms.positions == pytest.approx(state.atoms.positions, abs=1e-6)
     assert back.atoms.get_masses() == pytest.approx([65.0, 65.0], rel=1e-6)
@@ -223,12 +223,14 @@ def test_a_mode_that_a_noisy_minimisation_drove_to_zero_is_raised_before_the_nex
     soft = normal_modes(state.full, masses)
     root = np.sqrt(np.repeat(masses, 3))
     vector = soft.vectors[:, 0] * root
-    emptied = state.full - 0.999999 * np.outer(vector, vector) * (soft.quantum[0] / HBAR) ** 2
-    lost = replace(state, force_constants=symmetry.force_constants(fold(emptied, state.repeats)))
-    assert lost.modes.quantum[0] < 0.9 * state.modes.quantum[0]
+    emptied = state.full - 0.999999 * np.outer(vector, vector) * (soft.hbar_omega[0] / HBAR) ** 2
+    lost = replace(
+        state, force_constants=symmetry.force_constants(fold(emptied, state.supercell_matrix))
+    )
+    assert lost.modes.hbar_omega[0] < 0.9 * state.modes.hbar_omega[0]
     kept = floor_modes(lost, symmetry, LARGEST_AMPLITUDE_LATER)
     apart = relative_motion(kept, kept.modes.vectors / root[:, None]) * variance(
-        kept.modes.quantum, state.temperature
+        kept.modes.hbar_omega, state.temperature
     )
     assert np.sqrt(apart.max()) <= LARGEST_AMPLITUDE_LATER * (1 + 1e-4)
     assert floor_modes(state, symmetry, LARGEST_AMPLITUDE_LATER) is state, "firm modes stay"

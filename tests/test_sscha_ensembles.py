@@ -18,7 +18,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.ranking.structures import read_start
 from magus_anharmonic.sscha.ensemble import Ensemble, average
-from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
+from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, displaced, fold, sample, sum_rule
@@ -61,16 +61,18 @@ def test_an_ensemble_is_reweighted_from_what_drew_it_to_the_matrices_it_led_to(
     helmholtz, error = (float(said.split("F = ")[1].split(" ")[index]) for index in (0, 2))
     target = led_to(state)
     fresh = average(
-        target, evaluated(target, EV, 2000, seed=5), Symmetry(target.atoms, target.repeats)
+        target, evaluated(target, EV, 2000, seed=5), Symmetry(target.atoms, target.supercell_matrix)
     )
     assert helmholtz == pytest.approx(
         fresh.helmholtz, abs=4.0 * np.hypot(error, fresh.helmholtz_error)
     )
-    own = average(state, evaluated(state, EV, 2000, seed=6), Symmetry(state.atoms, state.repeats))
+    own = average(
+        state, evaluated(state, EV, 2000, seed=6), Symmetry(state.atoms, state.supercell_matrix)
+    )
     assert own.helmholtz - fresh.helmholtz > 5.0 * error, "the two states are told apart"
     assert "ESS/N = 1.00" not in said
     alone = read_start(None, folder / "data_dir", 300.0, 0.0, 0.3)
-    assert found.modes.quantum == pytest.approx(alone.modes.quantum, rel=0.05), (
+    assert found.modes.hbar_omega == pytest.approx(alone.modes.hbar_omega, rel=0.05), (
         "both minimise on one ensemble"
     )
 
@@ -96,27 +98,27 @@ def test_an_ensemble_that_does_not_reach_the_matrices_is_refused(folder, alumini
 
 def test_the_sample_tells_its_temperature(aluminium, tmp_path):
     state, _ = aluminium
-    for drawn_at in (50.0, 300.0, 900.0):
+    for sampled_at in (50.0, 300.0, 900.0):
         write_ensemble(
-            replace(state, temperature=drawn_at),
-            evaluated(replace(state, temperature=drawn_at), EV, 60),
+            replace(state, temperature=sampled_at),
+            evaluated(replace(state, temperature=sampled_at), EV, 60),
             tmp_path / "data",
         )
-        read_ensemble(tmp_path / "data", drawn_at)
-        for wrong in {0.0, 300.0, 900.0} - {drawn_at, 0.0 if drawn_at < 100 else drawn_at}:
+        read_ensemble(tmp_path / "data", sampled_at)
+        for wrong in {0.0, 300.0, 900.0} - {sampled_at, 0.0 if sampled_at < 100 else sampled_at}:
             with pytest.raises(
                 InputError, match=f"drawn from these dynamical matrices at {wrong:g} K.*would fit"
             ) as error:
                 read_ensemble(tmp_path / "data", wrong)
             told = float(str(error.value).split(" K would fit")[0].rsplit(" ", 1)[1])
-            assert told == pytest.approx(drawn_at, rel=0.2, abs=60.0)
+            assert told == pytest.approx(sampled_at, rel=0.2, abs=60.0)
 
 
 def test_chance_alone_refuses_none(aluminium):
     state, _ = aluminium
     rng = np.random.default_rng(1)
     for number in range(300):
-        require_drawn_from(state, sample(state, 10 + 2 * (number % 40), rng), "ensemble")
+        require_sampled_from(state, sample(state, 10 + 2 * (number % 40), rng), "ensemble")
 
 
 def test_other_masses_and_softer_matrices_are_seen(aluminium):
@@ -129,7 +131,7 @@ def test_other_masses_and_softer_matrices_are_seen(aluminium):
         replace(state, temperature=0.0),
     ):
         with pytest.raises(InputError, match="was not drawn"):
-            require_drawn_from(other, ensemble.displacements, "ensemble")
+            require_sampled_from(other, ensemble.displacements, "ensemble")
 
 
 def nan(values, index):
@@ -221,7 +223,7 @@ def test_wrapped_atoms_are_taken_back_and_the_order_of_configurations_is_free(fo
         np.save(file, values)
     _, again = read_ensemble(folder / "data_dir", 300.0)
     assert again.displacements[0::2] == pytest.approx(-again.displacements[1::2], abs=1e-9)
-    symmetry = Symmetry(state.atoms, state.repeats)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     assert average(state, again, symmetry).helmholtz == pytest.approx(
         average(state, ensemble, symmetry).helmholtz, abs=1e-7
     )
@@ -281,8 +283,8 @@ def test_type_labels_of_pw_are_elements(folder, label):
     )
     state = state_from_dyn(prefix, 300.0)
     assert state.atoms.get_chemical_symbols() == ["Al"]
-    assert state.modes.quantum == pytest.approx(
-        state_from_dyn(folder / "dyn_pop1_", 300.0).modes.quantum, rel=1e-9
+    assert state.modes.hbar_omega == pytest.approx(
+        state_from_dyn(folder / "dyn_pop1_", 300.0).modes.hbar_omega, rel=1e-9
     )
 
 
@@ -333,10 +335,10 @@ def test_matrices_come_with_the_symmetry_of_their_crystal(aluminium, tmp_path, c
         * 0.003
         * np.abs(state.force_constants).max()
     )
-    noise = fold(sum_rule(noise), state.repeats)
+    noise = fold(sum_rule(noise), state.supercell_matrix)
     write_dyn(replace(state, force_constants=state.force_constants + noise), tmp_path / "noisy")
     found = state_from_dyn(tmp_path / "noisy", 300.0)
-    assert Symmetry(found.atoms, found.repeats).force_constants(
+    assert Symmetry(found.atoms, found.supercell_matrix).force_constants(
         found.force_constants
     ) == pytest.approx(found.force_constants, abs=1e-12)
     assert found.force_constants.sum(axis=(0, 2)) == pytest.approx(0.0, abs=1e-10)

@@ -25,13 +25,13 @@ from magus_anharmonic.units import HBAR
 
 @pytest.mark.parametrize("temperature", [10.0, 300.0, 3000.0])
 def test_the_entropy_of_an_oscillator_is_minus_the_slope_of_its_free_energy(temperature):
-    quantum, step = np.array([0.001, 0.02, 0.3]), 1e-3 * temperature
+    hbar_omega, step = np.array([0.001, 0.02, 0.3]), 1e-3 * temperature
     slope = (
-        oscillator_free_energy(quantum, temperature + step)
-        - oscillator_free_energy(quantum, temperature - step)
+        oscillator_free_energy(hbar_omega, temperature + step)
+        - oscillator_free_energy(hbar_omega, temperature - step)
     ) / (2 * step)
     np.testing.assert_allclose(
-        oscillator_entropy(quantum, temperature), -slope, rtol=1e-5, atol=1e-12
+        oscillator_entropy(hbar_omega, temperature), -slope, rtol=1e-5, atol=1e-12
     )
 
 
@@ -55,14 +55,14 @@ def test_phonopy_finds_the_same_entropy():
 
     springs = LatticeSprings()
     cell = Atoms("Al", cell=[springs.a] * 3, pbc=True)
-    repeats = (2, 2, 2)
+    supercell_matrix = (2, 2, 2)
     compact = harmonic_force_constants(
-        cell, repeats, Symmetry(cell, repeats), CalculatorEvaluator(springs)
+        cell, supercell_matrix, Symmetry(cell, supercell_matrix), CalculatorEvaluator(springs)
     )
-    state = SschaState(cell, repeats, compact, 250.0)
+    state = SschaState(cell, supercell_matrix, compact, 250.0)
     theirs = phonopy.Phonopy(
         PhonopyAtoms(symbols=["Al"], cell=cell.cell.array, scaled_positions=[[0, 0, 0]]),
-        np.diag(repeats),
+        np.diag(supercell_matrix),
     )
     order = [
         int(np.argmin(np.linalg.norm(state.supercell.positions - p, axis=1)))
@@ -70,7 +70,7 @@ def test_phonopy_finds_the_same_entropy():
     ]
     full = state.full.reshape(8, 3, 8, 3).transpose(0, 2, 1, 3)
     theirs.force_constants = full[np.ix_(order, order)]
-    theirs.run_mesh(repeats, is_gamma_center=True)
+    theirs.run_mesh(supercell_matrix, is_gamma_center=True)
     theirs.run_thermal_properties(t_min=250, t_max=250, t_step=1)
     in_joule = 96485.33212 * entropy(state)
     assert in_joule == pytest.approx(

@@ -35,11 +35,13 @@ from magus_anharmonic.units import HBAR, RYDBERG
 EV = as_evaluator(EMT())
 
 
-def state_of(atoms: Atoms, repeats: tuple[int, int, int], temperature: float = 100.0) -> SschaState:
+def state_of(
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float = 100.0
+) -> SschaState:
     return SschaState(
         atoms,
-        repeats,
-        harmonic_force_constants(atoms, repeats, Symmetry(atoms, repeats), EV),
+        supercell_matrix,
+        harmonic_force_constants(atoms, supercell_matrix, Symmetry(atoms, supercell_matrix), EV),
         temperature,
     )
 
@@ -65,7 +67,7 @@ def test_dynamical_matrices_load_in_cellconstructor_with_the_same_phonons(hcp, t
         before = np.array(dyn.dynmats)
         dyn.Symmetrize()
     assert tuple(dyn.GetSupercell()) == (3, 3, 1)
-    assert np.sort(quanta)[3:] == pytest.approx(np.sort(state.modes.quantum), abs=1e-8)
+    assert np.sort(quanta)[3:] == pytest.approx(np.sort(state.modes.hbar_omega), abs=1e-8)
     assert np.array(dyn.dynmats) == pytest.approx(before, abs=1e-7 * np.abs(before).max()), (
         "they have the symmetry of the crystal"
     )
@@ -114,14 +116,14 @@ def test_python_sschas_ensembles_load_here(hcp, tmp_path, monkeypatch, text):
         theirs = python_sscha.to_ensemble(state, ensemble)
         theirs.save("data", 3) if text else theirs.save_bin("data", 3)
     back, again = read_ensemble("data", 100.0, 3)
-    assert back.repeats == state.repeats
+    assert back.supercell_matrix == state.supercell_matrix
     assert again.displacements == pytest.approx(ensemble.displacements, abs=1e-6)
     assert again.forces == pytest.approx(ensemble.forces, abs=1e-6)
     assert again.stresses == pytest.approx(ensemble.stresses, abs=1e-8)
     assert again.energies - again.energies.mean() == pytest.approx(
         ensemble.energies - ensemble.energies.mean(), abs=1e-6
     )
-    symmetry = Symmetry(state.atoms, state.repeats)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     ours, own = (
         free_energy_hessian(state, ensemble, symmetry),
         free_energy_hessian(back, again, symmetry),
@@ -171,7 +173,9 @@ def test_harmonic_bands_equal_phonopy_on_the_same_force_constants():
         positions=atoms.positions,
         masses=atoms.get_masses(),
     )
-    phonopy = Phonopy(cell, supercell_matrix=np.diag(state.repeats), primitive_matrix=np.eye(3))
+    phonopy = Phonopy(
+        cell, supercell_matrix=np.diag(state.supercell_matrix), primitive_matrix=np.eye(3)
+    )
     ours = state.supercell.get_scaled_positions()
     difference = phonopy.supercell.scaled_positions[:, None] - ours[None]
     order = np.abs(difference - np.round(difference)).max(axis=2).argmin(axis=1)
@@ -213,9 +217,9 @@ def test_bands_meet_the_frequencies_at_the_q_points_of_the_supercell():
     assert set(shown.bands) == {"harmonic", "auxiliary", "hessian"}
     places = sorted({round(where, 9) for where, _, _ in shown.marks})
     assert len(places) == 5, "Gamma twice, X twice and L"
-    for where, quantum, error in shown.marks:
+    for where, hbar_omega, error in shown.marks:
         nearest = np.abs(shown.path.distance - where) < 1e-9
-        assert np.abs(shown.bands["hessian"][nearest] - quantum).min() < 1e-5
+        assert np.abs(shown.bands["hessian"][nearest] - hbar_omega).min() < 1e-5
         assert error >= 0.0
 
 
@@ -307,7 +311,7 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
         "by symmetry there is no bubble"
     )
     back = state_from_dyn(tmp_path / "dyn_hessian")
-    assert back.modes.quantum * 1e3 == pytest.approx(np.sort(optical), rel=1e-6)
+    assert back.modes.hbar_omega * 1e3 == pytest.approx(np.sort(optical), rel=1e-6)
 
 
 def test_more_configurations_are_drawn_from_the_final_state(run, tmp_path):

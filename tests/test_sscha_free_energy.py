@@ -155,11 +155,13 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
         assert stored["cell"] == pytest.approx(result.centroids.cell.array, abs=1e-12)
     again = evaluated(state, as_evaluator(EMT()), 100, seed=[0, number, SAMPLING_TAG])
     assert energies == pytest.approx(again.energies, abs=1e-8)
-    averages = average(state, again, Symmetry(state.atoms, state.repeats))
-    assert 0.0 <= result.decrease < 2e-4, (
+    averages = average(state, again, Symmetry(state.atoms, state.supercell_matrix))
+    assert 0.0 <= result.predicted_decrease < 2e-4, (
         "what the state still lies above the minimum is small, and taken off"
     )
-    assert averages.helmholtz + work == pytest.approx(result.gibbs_raw + result.decrease, abs=1e-6)
+    assert averages.helmholtz + work == pytest.approx(
+        result.gibbs_raw + result.predicted_decrease, abs=1e-6
+    )
     assert averages.stress == pytest.approx(result.stress, abs=1e-8)
 
 
@@ -170,7 +172,7 @@ def test_error_bar_of_the_fresh_ensemble_covers_a_much_larger_one(compressed):
     large = average(
         state,
         evaluated(state, as_evaluator(EMT()), 1200, seed=99),
-        Symmetry(state.atoms, state.repeats),
+        Symmetry(state.atoms, state.supercell_matrix),
     )
     assert result.gibbs_raw - gpa_to_ev_per_a3(20.0) * result.volume == pytest.approx(
         large.helmholtz, abs=4.0 * result.gibbs_error
@@ -185,7 +187,7 @@ def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
         averages = average(
             state,
             evaluated(state, as_evaluator(EMT()), 200, seed=3),
-            Symmetry(state.atoms, state.repeats),
+            Symmetry(state.atoms, state.supercell_matrix),
         )
         gibbs = averages.helmholtz + gpa_to_ev_per_a3(20.0) * state.atoms.get_volume()
         assert gibbs > result.gibbs_raw - 3.0 * np.hypot(
@@ -272,7 +274,7 @@ def test_a_finished_run_is_returned_without_work(tmp_path):
         first.as_dict(), default=lambda value: value.tolist()
     )
     assert np.array_equal(again.force_constants, first.force_constants)
-    assert again.state.modes.quantum == pytest.approx(first.state.modes.quantum)
+    assert again.state.modes.hbar_omega == pytest.approx(first.state.modes.hbar_omega)
 
 
 def test_more_populations_continue_an_unconverged_run(tmp_path):
@@ -534,7 +536,7 @@ def test_a_new_model_evaluates_the_old_configurations_before_it_draws_new_ones(t
     ), "the very same configurations"
     assert found.converged and found.model_id == "new"
     assert found.n_evaluations == len(new.positions) == 20 + 60, (
-        "no harmonic start; a few old ones show the way, one new population"
+        "no harmonic start; a few old ones for burn-in, one new population"
     )
     masses = PAIR.get_masses()
     exact = QuarticPair(c=9.0).scha_free_energy(masses.prod() / masses.sum(), 0.0) / 2.0
@@ -598,16 +600,16 @@ def test_a_start_with_modes_near_zero_does_as_well_on_either_side_of_it():
         "seed": 3,
     }
     state = free_energy(ALUMINIUM, EMT(), 20.0, 0.0, **options).state
-    symmetry, modes = Symmetry(state.atoms, state.repeats), state.modes
+    symmetry, modes = Symmetry(state.atoms, state.supercell_matrix), state.modes
     vectors = modes.vectors * np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
-    lowest, found = np.isclose(modes.quantum, modes.quantum[0], rtol=1e-3), []
+    lowest, found = np.isclose(modes.hbar_omega, modes.hbar_omega[0], rtol=1e-3), []
     for wavenumber in (0.5, -0.5, 1e-3, -1e-3, 3.0, -3.0):
-        quantum = np.where(lowest, wavenumber * invcm, modes.quantum)
-        change = (np.sign(quantum) * quantum**2 - modes.quantum**2) / HBAR**2
+        hbar_omega = np.where(lowest, wavenumber * invcm, modes.hbar_omega)
+        change = (np.sign(hbar_omega) * hbar_omega**2 - modes.hbar_omega**2) / HBAR**2
         softened = symmetry.force_constants(
-            fold(state.full + (vectors * change) @ vectors.T, state.repeats)
+            fold(state.full + (vectors * change) @ vectors.T, state.supercell_matrix)
         )
         start = replace(state, force_constants=softened)
-        assert start.modes.quantum[0] == pytest.approx(wavenumber * invcm, rel=1e-3, abs=1e-7)
+        assert start.modes.hbar_omega[0] == pytest.approx(wavenumber * invcm, rel=1e-3, abs=1e-7)
         found.append(free_energy(state.atoms, EMT(), 20.0, 0.0, start=start, **options).gibbs)
     assert np.isfinite(found).all() and np.ptp(found) < 0.01

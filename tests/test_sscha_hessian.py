@@ -65,12 +65,15 @@ def no_symmetry() -> Atoms:
     )
 
 
-def start(atoms: Atoms, repeats: tuple[int, int, int], temperature: float) -> SschaState:
+def start(atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
     """Harmonic state of EMT, imaginary modes raised."""
-    symmetry = Symmetry(atoms, repeats)
+    symmetry = Symmetry(atoms, supercell_matrix)
     return floor_modes(
         SschaState(
-            atoms, repeats, harmonic_force_constants(atoms, repeats, symmetry, EV), temperature
+            atoms,
+            supercell_matrix,
+            harmonic_force_constants(atoms, supercell_matrix, symmetry, EV),
+            temperature,
         ),
         symmetry,
     )
@@ -104,7 +107,9 @@ def python_sschas(
         q = python_sscha.fractional_q(found)
     columns = (3 * np.argsort(order)[:, None] + np.arange(3)).ravel()
     tensor = d3[np.ix_(columns, columns, columns)] * RYDBERG / BOHR**3
-    return inverse_fourier(np.array(found.dynmats) * RYDBERG / BOHR**2, state.repeats, q), tensor
+    return inverse_fourier(
+        np.array(found.dynmats) * RYDBERG / BOHR**2, state.supercell_matrix, q
+    ), tensor
 
 
 def third_order_of(state: SschaState, ensemble: Ensemble, symmetry: Symmetry) -> np.ndarray:
@@ -130,7 +135,7 @@ def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
     """v3 and Hessian against python-sscha, to 1e-10 of the largest element of the tensor and of the
     correction."""
     theirs, their_tensor = python_sschas(state, ensemble, log)
-    symmetry, own = Symmetry(state.atoms, state.repeats), with_their_constant(state)
+    symmetry, own = Symmetry(state.atoms, state.supercell_matrix), with_their_constant(state)
     rows = third_order_of(own, ensemble, symmetry)
     assert rows == pytest.approx(their_tensor[: len(rows)], abs=1e-10 * np.abs(their_tensor).max())
     ours = free_energy_hessian(own, ensemble, symmetry, unbiased=False, errors=False)
@@ -141,24 +146,26 @@ def compare(state: SschaState, ensemble: Ensemble, log: Path) -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
 @pytest.mark.parametrize(
-    ("atoms", "repeats"),
+    ("atoms", "supercell_matrix"),
     [(no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1))],
 )
-def test_third_order_and_hessian_equal_python_sscha(atoms, repeats, temperature, tmp_path):
-    state = start(atoms, repeats, temperature)
+def test_third_order_and_hessian_equal_python_sscha(atoms, supercell_matrix, temperature, tmp_path):
+    state = start(atoms, supercell_matrix, temperature)
     compare(state, evaluated(state, EV, 40), tmp_path / "log")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
 def test_third_order_and_hessian_equal_python_sscha_for_cubic_h3s(h3s, temperature, tmp_path):
-    atoms, repeats = h3s(), (2, 2, 2)
-    symmetry = Symmetry(atoms, repeats)
+    atoms, supercell_matrix = h3s(), (2, 2, 2)
+    symmetry = Symmetry(atoms, supercell_matrix)
     assert len(symmetry) == 48
     noise = np.random.default_rng(0).normal(0, 0.5, (8, 4, 4, 3, 3))
-    full = expand(symmetry.force_constants(noise), repeats)
+    full = expand(symmetry.force_constants(noise), supercell_matrix)
     full += (4.0 - np.linalg.eigvalsh(full)[0]) * sum_rule(np.eye(96))
-    state = SschaState(atoms, repeats, symmetry.force_constants(fold(full, repeats)), temperature)
+    state = SschaState(
+        atoms, supercell_matrix, symmetry.force_constants(fold(full, supercell_matrix)), temperature
+    )
     compare(state, cubic_forces(state, 20), tmp_path / "log")
 
 
@@ -180,14 +187,17 @@ def at_its_minimum(state: SschaState, ensemble: Ensemble) -> Ensemble:
 
 @pytest.mark.parametrize("temperature", [0.0, 300.0])
 @pytest.mark.parametrize(
-    ("atoms", "repeats"), [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))]
+    ("atoms", "supercell_matrix"),
+    [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))],
 )
-def test_fourth_order_equals_python_sscha_without_its_tensor(atoms, repeats, temperature, tmp_path):
-    state = start(atoms, repeats, temperature)
+def test_fourth_order_equals_python_sscha_without_its_tensor(
+    atoms, supercell_matrix, temperature, tmp_path
+):
+    state = start(atoms, supercell_matrix, temperature)
     own = with_their_constant(state)
     ensemble = at_its_minimum(own, evaluated(state, EV, 400))
     theirs, _ = python_sschas(state, ensemble, tmp_path / "log", include_v4=True)
-    symmetry = Symmetry(atoms, repeats)
+    symmetry = Symmetry(atoms, supercell_matrix)
     ours = free_energy_hessian(
         own, ensemble, symmetry, include_v4=True, unbiased=False, errors=False
     )
@@ -218,12 +228,12 @@ class SkewPair:
         that spring."""
 
         def value(log_spring: float) -> float:
-            quantum = HBAR * np.sqrt(np.exp(log_spring) / mass)
-            a = variance(np.array([quantum]), temperature)[0] / mass
+            hbar_omega = HBAR * np.sqrt(np.exp(log_spring) / mass)
+            a = variance(np.array([hbar_omega]), temperature)[0] / mass
             mean = 0.5 * self.k * (centroid**2 + a) + self.b * (centroid**3 + 3 * centroid * a)
             mean += self.c * (centroid**4 + 6 * centroid**2 * a + 3 * a**2)
             return float(
-                oscillator_free_energy(np.array([quantum]), temperature)[0]
+                oscillator_free_energy(np.array([hbar_omega]), temperature)[0]
                 + mean
                 - 0.5 * np.exp(log_spring) * a
             )
@@ -288,10 +298,11 @@ def test_full_hessian_is_the_curvature_of_the_free_energy(temperature):
     assert abs(bubble.squares[0, 3:].mean() - exact) > 4.0 * bubble.errors[0, 3:].max(), (
         "the fourth order matters here"
     )
-    quantum = state.modes.quantum[:1]
+    hbar_omega = state.modes.hbar_omega[:1]
     d3 = 6 * model.b + 24 * model.c * centroid
     expected = (
-        quantum[0] ** 2 + HBAR**2 * d3**2 / mass**3 * static_response(quantum, temperature)[0, 0]
+        hbar_omega[0] ** 2
+        + HBAR**2 * d3**2 / mass**3 * static_response(hbar_omega, temperature)[0, 0]
     )
     assert bubble.squares[0, 3:] == pytest.approx(
         np.full(3, expected), abs=4.0 * bubble.errors[0, 3:].max()
@@ -381,7 +392,7 @@ def test_a_harmonic_crystal_has_its_own_frequencies_and_is_stable():
     )
     found = free_energy_hessian(state, evaluated(state, calculator, 20), symmetry)
     assert found.force_constants == pytest.approx(state.force_constants, abs=1e-9)
-    assert found.quantum == pytest.approx(
+    assert found.hbar_omega == pytest.approx(
         np.sort(LatticeSprings().quanta(found.points, atoms.get_masses()[0]), axis=1), abs=2e-7
     )
     assert (found.status, found.probability_stable) == ("stable", 1.0)
@@ -391,7 +402,7 @@ def test_a_harmonic_crystal_has_its_own_frequencies_and_is_stable():
 def test_symmetry_makes_equal_what_is_equal():
     state = start(hcp(), (3, 3, 1), 300.0)
     found = free_energy_hessian(
-        state, evaluated(state, EV, 40), Symmetry(state.atoms, state.repeats)
+        state, evaluated(state, EV, 40), Symmetry(state.atoms, state.supercell_matrix)
     )
     for star in np.unique(found.star):
         members = np.flatnonzero(found.star == star)
@@ -407,7 +418,7 @@ def test_symmetry_makes_equal_what_is_equal():
 def test_without_symmetry_a_mode_at_minus_q_is_the_one_at_q():
     state = start(no_symmetry(), (3, 1, 1), 300.0)
     found = free_energy_hessian(
-        state, evaluated(state, EV, 20), Symmetry(state.atoms, state.repeats)
+        state, evaluated(state, EV, 20), Symmetry(state.atoms, state.supercell_matrix)
     )
     assert found.star.tolist() == [0, 1, 1]
     assert np.all(found.errors[1] > 0)
@@ -461,15 +472,17 @@ def test_a_state_with_imaginary_modes_is_refused():
 
 
 def test_response_of_equal_and_of_nearly_equal_quanta_is_the_derivative_of_the_variance():
-    quantum = np.array([0.03, 0.03 * (1 + 1e-9), 0.05])
+    hbar_omega = np.array([0.03, 0.03 * (1 + 1e-9), 0.05])
     for temperature in (0.0, 20.0, 3000.0):
-        response = static_response(quantum, temperature)
-        step = 1e-4 * quantum[0]
-        a, b = (variance(np.array([quantum[0] + shift]), temperature)[0] for shift in (-step, step))
-        slope = (b - a) / (((quantum[0] + step) ** 2 - (quantum[0] - step) ** 2) / HBAR**2)
+        response = static_response(hbar_omega, temperature)
+        step = 1e-4 * hbar_omega[0]
+        a, b = (
+            variance(np.array([hbar_omega[0] + shift]), temperature)[0] for shift in (-step, step)
+        )
+        slope = (b - a) / (((hbar_omega[0] + step) ** 2 - (hbar_omega[0] - step) ** 2) / HBAR**2)
         assert response[0, 0] == pytest.approx(0.5 * slope, rel=1e-6)
         assert response[0, 1] == pytest.approx(response[0, 0], rel=1e-7)
-        one, other = variance(quantum[[0, 2]], temperature)
+        one, other = variance(hbar_omega[[0, 2]], temperature)
         assert response[0, 2] == pytest.approx(
-            0.5 * (one - other) / ((quantum[0] ** 2 - quantum[2] ** 2) / HBAR**2), rel=1e-9
+            0.5 * (one - other) / ((hbar_omega[0] ** 2 - hbar_omega[2] ** 2) / HBAR**2), rel=1e-9
         )

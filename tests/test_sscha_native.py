@@ -20,7 +20,7 @@ from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_tran
 from magus_anharmonic.sscha.result import NoFolder
 from magus_anharmonic.sscha.reweight import Pool, ratio_error
 from magus_anharmonic.sscha.run import SschaRun
-from magus_anharmonic.sscha.sampling import draw
+from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -33,7 +33,7 @@ SAMPLING_BOLTZMANN = 6.336857346553283e-06
 energy."""
 
 
-def low_symmetry(repeats: tuple[int, int, int], temperature: float) -> SschaState:
+def low_symmetry(supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
     """Three atoms of two elements without symmetry, with force constants that fit them roughly."""
     atoms = Atoms(
         "CuAu2",
@@ -41,10 +41,10 @@ def low_symmetry(repeats: tuple[int, int, int], temperature: float) -> SschaStat
         cell=[[3.8, 0, 0], [0.3, 3.9, 0], [0, 0.4, 4.0]],
         pbc=True,
     )
-    symmetry = Symmetry(atoms, repeats)
-    harmonic = harmonic_force_constants(atoms, repeats, symmetry, EV)
+    symmetry = Symmetry(atoms, supercell_matrix)
+    harmonic = harmonic_force_constants(atoms, supercell_matrix, symmetry, EV)
     harmonic[0] += 4.0 * np.einsum("ab,ij->abij", np.eye(3), np.eye(3))
-    return SschaState(atoms, repeats, symmetry.force_constants(harmonic), temperature)
+    return SschaState(atoms, supercell_matrix, symmetry.force_constants(harmonic), temperature)
 
 
 def moved(state: SschaState) -> SschaState:
@@ -60,24 +60,24 @@ def trial_of(pool: Pool, state: SschaState):
     return pool.trial(shift, pool.reciprocal.matrices(state.force_constants))
 
 
-@pytest.mark.parametrize("repeats", [(2, 2, 1), (1, 3, 2)], ids=["real", "complex"])
-def test_modes_and_gaussian_in_reciprocal_space_are_those_of_the_supercell(repeats):
-    state = low_symmetry(repeats, 300.0)
-    reciprocal = Reciprocal(repeats)
+@pytest.mark.parametrize("supercell_matrix", [(2, 2, 1), (1, 3, 2)], ids=["real", "complex"])
+def test_modes_and_gaussian_in_reciprocal_space_are_those_of_the_supercell(supercell_matrix):
+    state = low_symmetry(supercell_matrix, 300.0)
+    reciprocal = Reciprocal(supercell_matrix)
     matrices = reciprocal.matrices(state.force_constants)
     spectrum = Spectrum.of(matrices, state.atoms.get_masses(), reciprocal, 300.0)
     each = np.repeat(
-        spectrum.quantum[spectrum.real],
+        spectrum.hbar_omega[spectrum.real],
         np.broadcast_to(reciprocal.weights[:, None], spectrum.real.shape)[spectrum.real].astype(
             int
         ),
     )
-    assert reciprocal.weights.sum() == np.prod(repeats)
-    assert np.sort(each) == pytest.approx(state.modes.quantum, rel=1e-10)
+    assert reciprocal.weights.sum() == np.prod(supercell_matrix)
+    assert np.sort(each) == pytest.approx(state.modes.hbar_omega, rel=1e-10)
     assert reciprocal.compact(matrices) == pytest.approx(state.force_constants, abs=1e-12)
     from magus_anharmonic.sscha.state import expand
 
-    assert expand(reciprocal.compact(spectrum.precision), repeats) == pytest.approx(
+    assert expand(reciprocal.compact(spectrum.precision), supercell_matrix) == pytest.approx(
         state.precision, abs=1e-9 * np.abs(state.precision).max()
     )
     assert spectrum.free_energy == pytest.approx(state.harmonic_free_energy, rel=1e-12)
@@ -97,14 +97,14 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
     monkeypatch.setattr(python_sscha, "AMU_IN_RYDBERG_MASS", RYDBERG * bohr**2 / HBAR**2)
     sampling = temperature * SAMPLING_BOLTZMANN * RYDBERG / KELVIN
     harmonic = temperature * CC.Units.K_B / CC.Units.RY_TO_EV * RYDBERG / KELVIN
-    repeats = (2, 1, 2)
-    state = low_symmetry(repeats, temperature)
-    drawn = evaluated(state, EV, 60)
+    supercell_matrix = (2, 1, 2)
+    state = low_symmetry(supercell_matrix, temperature)
+    sampled = evaluated(state, EV, 60)
     target = moved(state)
-    pool = Pool([(replace(state, temperature=sampling), drawn)])
+    pool = Pool([(replace(state, temperature=sampling), sampled)])
     ours = pool.at(trial_of(pool, target))
     with python_sscha.quiet(tmp_path / "log"):
-        loaded = python_sscha.to_ensemble(state, drawn)
+        loaded = python_sscha.to_ensemble(state, sampled)
         loaded.update_weights(python_sscha.to_phonons(target), temperature)
         energy, error = loaded.get_free_energy(return_error=True)
         gradient = np.array(loaded.get_preconditioned_gradient(True))
@@ -119,33 +119,36 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
         replace(target, temperature=harmonic).harmonic_free_energy
         - replace(target, temperature=sampling).harmonic_free_energy
     )
-    expected = energy * RYDBERG / 4 + drawn.energies.mean() / 4
+    expected = energy * RYDBERG / 4 + sampled.energies.mean() / 4
     assert ours.helmholtz + exchanged == pytest.approx(expected, abs=1e-10)
-    excess = (drawn.energies - drawn.energies.mean()) - 0.5 * np.einsum(
-        "ci,ij,cj->c", *(_about(state, target, drawn), target.full, _about(state, target, drawn))
+    excess = (sampled.energies - sampled.energies.mean()) - 0.5 * np.einsum(
+        "ci,ij,cj->c",
+        *(_about(state, target, sampled), target.full, _about(state, target, sampled)),
     )
     assert ratio_error(ours.weights, excess, pairs=False) == pytest.approx(
         error * RYDBERG, rel=1e-8
     )
     assert force * RYDBERG == pytest.approx(ours.force, abs=1e-10)
     assert ours.stress == pytest.approx(stress, abs=1e-10)
-    symmetry = Symmetry(state.atoms, repeats)
-    theirs = symmetry.force_constants(inverse_fourier(gradient * RYDBERG / bohr**2, repeats, q))
+    symmetry = Symmetry(state.atoms, supercell_matrix)
+    theirs = symmetry.force_constants(
+        inverse_fourier(gradient * RYDBERG / bohr**2, supercell_matrix, q)
+    )
     mine = pool.reciprocal.compact(without_translations(ours.curvature))
     assert -mine == pytest.approx(theirs, abs=1e-10 * np.abs(theirs).max())
 
 
-def _about(state: SschaState, target: SschaState, drawn: Ensemble) -> np.ndarray:
+def _about(state: SschaState, target: SschaState, sampled: Ensemble) -> np.ndarray:
     shift = np.tile(target.atoms.positions - state.atoms.positions, (state.n_cells, 1))
-    return (drawn.displacements - shift).reshape(len(drawn.energies), -1)
+    return (sampled.displacements - shift).reshape(len(sampled.energies), -1)
 
 
 def test_reweighting_to_the_state_that_was_sampled_gives_the_plain_averages():
     state = low_symmetry((1, 3, 1), 300.0)
-    drawn = evaluated(state, EV, 40)
-    symmetry = Symmetry(state.atoms, state.repeats)
-    pool = Pool([(state, drawn)])
-    found, plain = pool.at(pool.own), average(state, drawn, symmetry)
+    sampled = evaluated(state, EV, 40)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    pool = Pool([(state, sampled)])
+    found, plain = pool.at(pool.own), average(state, sampled, symmetry)
     assert found.effective_sample == pytest.approx(40.0, rel=1e-10)
     assert found.helmholtz == pytest.approx(plain.helmholtz, abs=1e-11)
     assert found.helmholtz_error == pytest.approx(plain.helmholtz_error, rel=1e-9)
@@ -160,7 +163,8 @@ def test_two_populations_are_one_sample_of_their_mixture():
     first = model.start(0.0)
     second = moved(replace(first, force_constants=0.8 * first.force_constants))
     populations = [
-        (state, draw(state, 4000, [1, k], model, "test")) for k, state in enumerate((first, second))
+        (state, sample_ensemble(state, 4000, [1, k], model, "test"))
+        for k, state in enumerate((first, second))
     ]
     middle = replace(second, force_constants=0.9 * first.force_constants)
     pool = Pool(populations)
@@ -181,7 +185,7 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
     state, populations = model.start(temperature), []
     symmetry = Symmetry(model.atoms, (1, 1, 1))
     for number in range(4):
-        populations.append((state, draw(state, 400, [3, number], model, "test")))
+        populations.append((state, sample_ensemble(state, 400, [3, number], model, "test")))
         found = engines.minimise(populations, symmetry, min_effective_sample=0.4)
         state = found.state
     assert found.converged and found.n_steps < 10
@@ -193,7 +197,7 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
         < 0.02
         < model.free_energy(model.start(temperature)) - exact + 0.015
     )
-    assert state.modes.quantum == pytest.approx(best.modes.quantum, rel=0.1)
+    assert state.modes.hbar_omega == pytest.approx(best.modes.hbar_omega, rel=0.1)
     assert symmetry.force_constants(state.force_constants) == pytest.approx(
         state.force_constants, abs=1e-10
     )
@@ -202,11 +206,11 @@ def test_minimisation_ends_at_the_exact_minimum(cubic, temperature):
 def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = draw(state, 600, [9], model, "test")
-    symmetry = Symmetry(state.atoms, state.repeats)
-    ours = engines.minimise([(state, drawn)], symmetry, min_effective_sample=0.1)
+    sampled = sample_ensemble(state, 600, [9], model, "test")
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
+    ours = engines.minimise([(state, sampled)], symmetry, min_effective_sample=0.1)
     theirs = python_sscha.minimise(
-        state, drawn, symmetry, min_effective_sample=0.1, log=tmp_path / "log"
+        state, sampled, symmetry, min_effective_sample=0.1, log=tmp_path / "log"
     )
     assert ours.converged
     assert ours.state.force_constants == pytest.approx(
@@ -219,9 +223,9 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
 def test_a_minimisation_goes_as_far_as_its_sample_reaches():
     model = AnharmonicCell()
     far = replace(model.start(0.0), force_constants=3.0 * model.start(0.0).force_constants)
-    drawn = draw(far, 200, [2], model, "test")
+    sampled = sample_ensemble(far, 200, [2], model, "test")
     found = engines.minimise(
-        [(far, drawn)], Symmetry(far.atoms, far.repeats), min_effective_sample=0.5
+        [(far, sampled)], Symmetry(far.atoms, far.supercell_matrix), min_effective_sample=0.5
     )
     assert not found.converged
     assert 0.5 <= found.effective_sample < 0.62
@@ -231,16 +235,18 @@ def test_a_minimisation_goes_as_far_as_its_sample_reaches():
 def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
     model = AnharmonicCell()
     state = model.start(0.0)
-    drawn = draw(state, 4, [2], model, "test")
-    hopeless = replace(drawn, forces=1e5 * drawn.forces)
+    sampled = sample_ensemble(state, 4, [2], model, "test")
+    hopeless = replace(sampled, forces=1e5 * sampled.forces)
     with pytest.raises(SschaError, match="sample size collapses"):
         engines.minimise(
-            [(state, hopeless)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.9
+            [(state, hopeless)],
+            Symmetry(state.atoms, state.supercell_matrix),
+            min_effective_sample=0.9,
         )
-    nan = replace(drawn, energies=drawn.energies, forces=np.full_like(drawn.forces, np.nan))
+    nan = replace(sampled, energies=sampled.energies, forces=np.full_like(sampled.forces, np.nan))
     with pytest.raises(SschaError, match="not a usable number"):
         engines.minimise(
-            [(state, nan)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.5
+            [(state, nan)], Symmetry(state.atoms, state.supercell_matrix), min_effective_sample=0.5
         )
 
 
@@ -272,11 +278,11 @@ def test_the_true_value_lies_within_one_sigma_in_two_runs_of_three(cubic):
 
 def _own_ensemble(model: AnharmonicCell, state: SschaState, exact: float, seed: int) -> float:
     """(F - exact) / sigma as a minimisation reports it that begins at the exact minimum."""
-    drawn = draw(state, 400, [seed, 5], model, "test")
+    sampled = sample_ensemble(state, 400, [seed, 5], model, "test")
     found = engines.minimise(
-        [(state, drawn)], Symmetry(state.atoms, state.repeats), min_effective_sample=0.3
+        [(state, sampled)], Symmetry(state.atoms, state.supercell_matrix), min_effective_sample=0.3
     )
-    pool = Pool([(state, drawn)])
+    pool = Pool([(state, sampled)])
     averages = pool.at(trial_of(pool, found.state))
     return (averages.helmholtz - exact) / averages.helmholtz_error
 

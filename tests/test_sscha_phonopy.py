@@ -13,7 +13,7 @@ from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 
-REPEATS = (2, 2, 2)
+SUPERCELL_MATRIX = (2, 2, 2)
 CRYSTAL = crystal((3.0,) * 3, 0.6, 0.1, -0.3, 1.5)
 MODEL = Crystals([CRYSTAL])
 POINTS = np.array([[0, 0, 0], [0.5, 0, 0], [0.5, 0.5, 0], [0.5, 0.5, 0.5]])
@@ -43,7 +43,7 @@ def phonopys(n_snapshots: int, n_iterations: int):
         positions=atoms.positions,
         masses=atoms.get_masses(),
     )
-    start = Phonopy(cell, supercell_matrix=np.diag(REPEATS), primitive_matrix=np.eye(3))
+    start = Phonopy(cell, supercell_matrix=np.diag(SUPERCELL_MATRIX), primitive_matrix=np.eye(3))
     return MLPSSCHA(
         start,
         AsMlp(),
@@ -74,7 +74,7 @@ def our_squares(force_constants: np.ndarray) -> np.ndarray:
     return np.array(
         [
             np.linalg.eigvalsh(matrix / np.outer(root, root))
-            for matrix in fourier(force_constants, REPEATS, POINTS)
+            for matrix in fourier(force_constants, SUPERCELL_MATRIX, POINTS)
         ]
     )
 
@@ -85,7 +85,7 @@ def ours(seed: int, n_configs: int = 400) -> SschaResult:
         MODEL,
         0.0,
         TEMPERATURE,
-        supercell=REPEATS,
+        supercell=SUPERCELL_MATRIX,
         cell="fixed",
         n_configs=n_configs,
         seed=seed,
@@ -107,9 +107,11 @@ def test_self_consistent_force_constants_and_free_energy_equal_phonopys():
     assert error.max() < 0.01 * scale
     assert np.abs(difference[0, :3]).max() < 1e-6 * scale, "acoustic modes at Gamma"
     assert np.all(np.abs(difference) <= 4.5 * error + 1e-6 * scale)
-    bare = SschaState(CRYSTAL.atoms, REPEATS, np.zeros((8, 2, 2, 3, 3)), 0.0)
+    stripped = SschaState(CRYSTAL.atoms, SUPERCELL_MATRIX, np.zeros((8, 2, 2, 3, 3)), 0.0)
     harmonic = our_squares(
-        harmonic_force_constants(bare.atoms, REPEATS, Symmetry(bare.atoms, REPEATS), MODEL)
+        harmonic_force_constants(
+            stripped.atoms, SUPERCELL_MATRIX, Symmetry(stripped.atoms, SUPERCELL_MATRIX), MODEL
+        )
     )
     assert np.abs(mine.mean(axis=0) - harmonic).max() > 20.0 * error.max(), (
         "anharmonicity is what is compared"

@@ -14,9 +14,9 @@ from harmonic_pair import HarmonicCrystal, springs
 from sscha_models import LatticeSprings, QuarticPair, cu3au, evaluated
 
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.sscha.begin import interpolate
 from magus_anharmonic.sscha.cell import LARGEST_STRAIN, CellStiffness, static_response_to_strain
 from magus_anharmonic.sscha.ensemble import average, gamma_matrix
+from magus_anharmonic.sscha.initial_state import interpolate
 from magus_anharmonic.sscha.reciprocal import (
     finite_size_term,
     interpolated_squares,
@@ -25,11 +25,11 @@ from magus_anharmonic.sscha.reciprocal import (
 )
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE,
+    displacements_of,
     floor_modes,
     harmonic_force_constants,
     harmonic_start,
     nearest_neighbour,
-    probes_of,
     relax_in_symmetry,
     relaxed_primitive,
 )
@@ -44,7 +44,7 @@ from magus_anharmonic.sscha.state import (
 )
 from magus_anharmonic.sscha.symmetry import (
     Symmetry,
-    choose_repeats,
+    choose_supercell_matrix,
     statistical_tolerance,
     symmetric_primitive,
 )
@@ -55,11 +55,14 @@ EV = as_evaluator(EMT())
 
 
 def harmonic_state(
-    atoms: Atoms, repeats: tuple[int, int, int], evaluator=EV, temperature: float = 0.0
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], evaluator=EV, temperature: float = 0.0
 ) -> SschaState:
-    symmetry = Symmetry(atoms, repeats)
+    symmetry = Symmetry(atoms, supercell_matrix)
     return SschaState(
-        atoms, repeats, harmonic_force_constants(atoms, repeats, symmetry, evaluator), temperature
+        atoms,
+        supercell_matrix,
+        harmonic_force_constants(atoms, supercell_matrix, symmetry, evaluator),
+        temperature,
     )
 
 
@@ -113,25 +116,31 @@ SITES = {
 def test_what_symmetry_tells_is_not_evaluated_and_nothing_is_lost(name):
     """Random springs of the crystal's symmetry come back from the forces of few displacements."""
     atoms, count = SITES[name]
-    repeats = (2, 2, 2)
-    symmetry = Symmetry(atoms, repeats)
-    probes = [probe for atom in symmetry.representatives() for probe in probes_of(symmetry, atom)]
+    supercell_matrix = (2, 2, 2)
+    symmetry = Symmetry(atoms, supercell_matrix)
+    probes = [
+        probe for atom in symmetry.representatives() for probe in displacements_of(symmetry, atom)
+    ]
     assert sum(2 if probe.both else 1 for probe in probes) == count
-    springs_ = springs(atoms, repeats, seed=1)
-    crystal = HarmonicCrystal(SschaState(atoms, repeats, springs_, 0.0), np.zeros((len(atoms), 3)))
-    found = harmonic_force_constants(atoms, repeats, symmetry, crystal)
+    springs_ = springs(atoms, supercell_matrix, seed=1)
+    crystal = HarmonicCrystal(
+        SschaState(atoms, supercell_matrix, springs_, 0.0), np.zeros((len(atoms), 3))
+    )
+    found = harmonic_force_constants(atoms, supercell_matrix, symmetry, crystal)
     assert found == pytest.approx(springs_, abs=1e-9 * np.abs(springs_).max())
 
 
 def test_fourier_and_folding_are_inverses():
     rng = np.random.default_rng(0)
-    repeats = (2, 3, 1)
+    supercell_matrix = (2, 3, 1)
     compact = rng.normal(size=(6, 2, 2, 3, 3))
-    q = np.array(list(np.ndindex(*repeats))) / np.array(repeats)
-    assert fold(expand(compact, repeats), repeats) == pytest.approx(compact, abs=1e-14)
-    assert inverse_fourier(fourier(compact, repeats, q), repeats, q) == pytest.approx(
-        compact, abs=1e-13
+    q = np.array(list(np.ndindex(*supercell_matrix))) / np.array(supercell_matrix)
+    assert fold(expand(compact, supercell_matrix), supercell_matrix) == pytest.approx(
+        compact, abs=1e-14
     )
+    assert inverse_fourier(
+        fourier(compact, supercell_matrix, q), supercell_matrix, q
+    ) == pytest.approx(compact, abs=1e-13)
 
 
 def test_samples_are_pairs_with_the_covariance_of_the_state():
@@ -156,12 +165,12 @@ def test_sampling_the_same_state_with_the_same_seed_gives_the_same_numbers():
 def test_a_mode_of_low_frequency_is_raised_until_its_amplitude_is_small():
     atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     state = harmonic_state(atoms, (1, 1, 1), as_evaluator(QuarticPair(k=-0.005)))
-    assert np.all(state.modes.quantum < 0)
+    assert np.all(state.modes.hbar_omega < 0)
     floored = floor_modes(state, Symmetry(atoms, (1, 1, 1)))
-    assert np.all(floored.modes.quantum > 0)
+    assert np.all(floored.modes.hbar_omega > 0)
     patterns = floored.modes.vectors / np.sqrt(np.repeat(atoms.get_masses(), 3)[:, None])
     apart = np.linalg.norm((patterns[:3] - patterns[3:]), axis=0) * np.sqrt(
-        variance(floored.modes.quantum, 0.0)
+        variance(floored.modes.hbar_omega, 0.0)
     )
     assert apart.max() == pytest.approx(
         LARGEST_AMPLITUDE * nearest_neighbour(atoms).min(), rel=1e-3
@@ -189,7 +198,9 @@ def test_finite_size_term_of_a_crystal_with_short_range_forces_is_exact():
 
 
 def test_finite_size_term_makes_supercells_agree():
-    small, large = (harmonic_state(cu3au(), repeats) for repeats in ((2, 2, 2), (3, 3, 3)))
+    small, large = (
+        harmonic_state(cu3au(), supercell_matrix) for supercell_matrix in ((2, 2, 2), (3, 3, 3))
+    )
     raw = large.harmonic_free_energy - small.harmonic_free_energy
     corrected = raw + finite_size_term(large, 0.02).term - finite_size_term(small, 0.02).term
     assert abs(corrected) < 0.2 * abs(raw)
@@ -237,16 +248,14 @@ def test_symmetry_acts_on_real_forces_and_stresses_as_they_are():
 def test_a_supercell_that_breaks_the_symmetry_is_enlarged(caplog):
     caplog.set_level("INFO")
     atoms = cu3au()
-    assert choose_repeats(atoms, (2, 2, 2), 1e-3) == (2, 2, 2)
-    assert choose_repeats(atoms, (1, 1, 2), 1e-3) == (2, 2, 2)
+    assert choose_supercell_matrix(atoms, (2, 2, 2), 1e-3) == (2, 2, 2)
+    assert choose_supercell_matrix(atoms, (1, 1, 2), 1e-3) == (2, 2, 2)
     assert "(1, 1, 2)" in caplog.text
-    assert choose_repeats(distorted(), (1, 1, 2), 1e-3) == (1, 1, 2)
-    assert choose_repeats(atoms, {"min_length": 6.0}, 1e-3, diagonal=True) == (2, 2, 2)
-    assert choose_repeats(bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3, diagonal=True) == (
-        3,
-        3,
-        3,
-    )
+    assert choose_supercell_matrix(distorted(), (1, 1, 2), 1e-3) == (1, 1, 2)
+    assert choose_supercell_matrix(atoms, {"min_length": 6.0}, 1e-3, diagonal=True) == (2, 2, 2)
+    assert choose_supercell_matrix(
+        bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3, diagonal=True
+    ) == (3, 3, 3)
 
 
 def test_primitive_cell_is_exactly_symmetric_and_not_turned():
@@ -336,9 +345,13 @@ def test_the_stiffness_learns_from_what_a_step_did():
 def test_start_from_a_saddle_is_positive_definite_and_counts_its_evaluations():
     atoms = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
     begin = harmonic_start(
-        atoms, as_evaluator(QuarticPair()), temperature=0.0, repeats=(1, 1, 1), variable_cell=False
+        atoms,
+        as_evaluator(QuarticPair()),
+        temperature=0.0,
+        supercell_matrix=(1, 1, 1),
+        variable_cell=False,
     )
-    assert np.all(begin.state.modes.quantum > 0)
+    assert np.all(begin.state.modes.hbar_omega > 0)
     assert begin.n_evaluations == 2, "one direction for each of two cubic sites"
     assert begin.response is None
 
@@ -354,7 +367,7 @@ def test_averages_of_a_harmonic_crystal_are_exact_for_any_ensemble():
         calculator.free_energy((2, 2, 2), atoms.get_masses()[0], 100.0), abs=1e-8
     )
     assert found.helmholtz_error < 1e-8
-    assert abs(found.decrease) < 1e-8
+    assert abs(found.predicted_decrease) < 1e-8
 
 
 def test_predicted_decrease_is_what_is_gained_by_the_step():
@@ -365,7 +378,9 @@ def test_predicted_decrease_is_what_is_gained_by_the_step():
     soft = replace(exact, force_constants=0.8 * exact.force_constants)
     found = average(soft, evaluated(soft, as_evaluator(calculator), 1500), symmetry)
     # to second order they are equal; the next order is 12 per cent here, the rest is noise
-    assert found.decrease == pytest.approx(found.helmholtz - exact.harmonic_free_energy, rel=0.35)
+    assert found.predicted_decrease == pytest.approx(
+        found.helmholtz - exact.harmonic_free_energy, rel=0.35
+    )
 
 
 def test_error_bar_takes_the_two_of_a_pair_as_one():
@@ -390,9 +405,11 @@ def test_tolerance_of_the_space_group_follows_the_error():
 
 
 def test_zero_point_variance_is_the_textbook_value():
-    quantum = np.array([0.1])
-    assert variance(quantum, 0.0) == pytest.approx(HBAR**2 / 0.2)
-    assert variance(quantum, 1e5)[0] == pytest.approx(HBAR**2 * 8.617333e-5 * 1e5 / 0.01, rel=1e-3)
+    hbar_omega = np.array([0.1])
+    assert variance(hbar_omega, 0.0) == pytest.approx(HBAR**2 / 0.2)
+    assert variance(hbar_omega, 1e5)[0] == pytest.approx(
+        HBAR**2 * 8.617333e-5 * 1e5 / 0.01, rel=1e-3
+    )
 
 
 def test_finite_differences_use_float64_where_the_potential_has_it(potential, h3s):

@@ -27,7 +27,7 @@ from magus_anharmonic.sscha.result import read_population_file
 from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, expand, fold, fourier, inverse_fourier
 from magus_anharmonic.sscha.supercells import (
-    as_repeats,
+    as_supercell_matrix,
     cell_index,
     cell_offsets,
     compatible,
@@ -37,9 +37,9 @@ from magus_anharmonic.sscha.supercells import (
     n_cells,
     q_index,
     q_points,
-    supercell_matrix,
+    shape_supercell_matrix,
 )
-from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats
+from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix
 
 EV = as_evaluator(EMT())
 SLANTED = ((1, 1, 0), (-1, 2, 0), (0, 1, 1))
@@ -60,11 +60,14 @@ def pair(seed: int = 3) -> Atoms:
     return atoms
 
 
-def state_of(atoms: Atoms, repeats, temperature: float = 300.0) -> SschaState:
-    symmetry = Symmetry(atoms, repeats)
+def state_of(atoms: Atoms, supercell_matrix, temperature: float = 300.0) -> SschaState:
+    symmetry = Symmetry(atoms, supercell_matrix)
     return floor_modes(
         SschaState(
-            atoms, repeats, harmonic_force_constants(atoms, repeats, symmetry, EV), temperature
+            atoms,
+            supercell_matrix,
+            harmonic_force_constants(atoms, supercell_matrix, symmetry, EV),
+            temperature,
         ),
         symmetry,
     )
@@ -88,27 +91,27 @@ matrices = (
 @settings(deadline=None, max_examples=40)
 @given(matrices)
 def test_cells_and_q_points_of_any_matrix(matrix):
-    repeats = as_repeats(matrix)
-    offsets, q = cell_offsets(repeats), q_points(repeats)
-    assert len(offsets) == len(q) == n_cells(repeats) == round(abs(np.linalg.det(matrix)))
-    assert np.array_equal(cell_index(offsets, repeats), np.arange(len(offsets)))
-    assert np.array_equal(q_index(q + [3, -1, 2], repeats), np.arange(len(q)))
+    supercell_matrix = as_supercell_matrix(matrix)
+    offsets, q = cell_offsets(supercell_matrix), q_points(supercell_matrix)
+    assert len(offsets) == len(q) == n_cells(supercell_matrix) == round(abs(np.linalg.det(matrix)))
+    assert np.array_equal(cell_index(offsets, supercell_matrix), np.arange(len(offsets)))
+    assert np.array_equal(q_index(q + [3, -1, 2], supercell_matrix), np.arange(len(q)))
     for row in matrix:
-        assert np.array_equal(cell_index(offsets + row, repeats), np.arange(len(offsets))), (
-            "a vector of the supercell leads to the same cell"
-        )
+        assert np.array_equal(
+            cell_index(offsets + row, supercell_matrix), np.arange(len(offsets))
+        ), "a vector of the supercell leads to the same cell"
     assert q @ matrix.T == pytest.approx(np.rint(q @ matrix.T), abs=1e-9)
     wave = np.exp(2j * np.pi * q @ offsets.T)
     assert wave @ wave.conj().T == pytest.approx(len(q) * np.eye(len(q)), abs=1e-6), (
         "the waves are complete and orthogonal"
     )
-    mesh = q * containing_mesh(repeats)
+    mesh = q * containing_mesh(supercell_matrix)
     assert mesh == pytest.approx(np.rint(mesh), abs=1e-9)
-    assert n_cells(dual(repeats)) == len(q)
+    assert n_cells(dual(supercell_matrix)) == len(q)
 
 
 def test_a_diagonal_matrix_is_three_repetitions_and_a_flat_one_nothing():
-    assert as_repeats(np.diag([2, 3, 4])) == (2, 3, 4)
+    assert as_supercell_matrix(np.diag([2, 3, 4])) == (2, 3, 4)
     with pytest.raises(ValueError, match="span"):
         cell_offsets(((1, 0, 0), (0, 1, 0), (1, 1, 0)))
 
@@ -123,7 +126,7 @@ def test_fourier_and_folding_are_inverses_for_slanted_supercells():
 
 
 @pytest.mark.parametrize(
-    ("atoms", "repeats"),
+    ("atoms", "supercell_matrix"),
     [
         (pair(), SLANTED),
         (bulk("Cu", "fcc", a=3.55), CONVENTIONAL),
@@ -132,12 +135,15 @@ def test_fourier_and_folding_are_inverses_for_slanted_supercells():
     ],
     ids=["P1", "fcc", "along the axes", "turned"],
 )
-def test_harmonic_frequencies_equal_phonopy_with_the_same_matrix(atoms, repeats):
+def test_harmonic_frequencies_equal_phonopy_with_the_same_matrix(atoms, supercell_matrix):
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
 
     state = SschaState(
-        atoms, repeats, harmonic_force_constants(atoms, repeats, Symmetry(atoms, repeats), EV), 0.0
+        atoms,
+        supercell_matrix,
+        harmonic_force_constants(atoms, supercell_matrix, Symmetry(atoms, supercell_matrix), EV),
+        0.0,
     )
     cell = PhonopyAtoms(
         symbols=atoms.get_chemical_symbols(),
@@ -147,7 +153,9 @@ def test_harmonic_frequencies_equal_phonopy_with_the_same_matrix(atoms, repeats)
     )
     # phonopy's matrix has the new vectors as columns
     phonopy = Phonopy(
-        cell, supercell_matrix=supercell_matrix(repeats).T, primitive_matrix=np.eye(3)
+        cell,
+        supercell_matrix=shape_supercell_matrix(supercell_matrix).T,
+        primitive_matrix=np.eye(3),
     )
     phonopy.generate_displacements(distance=0.015, is_plusminus=True)
     displaced = [
@@ -158,24 +166,26 @@ def test_harmonic_frequencies_equal_phonopy_with_the_same_matrix(atoms, repeats)
     phonopy.produce_force_constants()
     phonopy.symmetrize_force_constants(level=3)
     root = np.sqrt(np.repeat(atoms.get_masses(), 3))
-    points = q_points(repeats)
+    points = q_points(supercell_matrix)
     ours = np.linalg.eigvalsh(
-        fourier(state.force_constants, repeats, points) / np.outer(root, root)
+        fourier(state.force_constants, supercell_matrix, points) / np.outer(root, root)
     )
     theirs = np.array([np.linalg.eigvalsh(phonopy.get_dynamical_matrix_at_q(q)) for q in points])
     assert ours == pytest.approx(theirs, abs=1e-3 * theirs.max())
 
 
 @pytest.mark.parametrize(
-    ("atoms", "repeats"),
+    ("atoms", "supercell_matrix"),
     [(pair(), SLANTED), (bulk("Cu", "fcc", a=3.7), CONVENTIONAL)],
     ids=["P1", "fcc"],
 )
-def test_averages_minimisation_and_hessian_are_those_of_the_same_atoms_in_one_cell(atoms, repeats):
-    state = state_of(atoms, repeats)
+def test_averages_minimisation_and_hessian_are_those_of_the_same_atoms_in_one_cell(
+    atoms, supercell_matrix
+):
+    state = state_of(atoms, supercell_matrix)
     ensemble = evaluated(state, EV, 80)
-    one, cells = as_one_cell(state), n_cells(repeats)
-    symmetry, other = Symmetry(atoms, repeats), Symmetry(one.atoms, (1, 1, 1))
+    one, cells = as_one_cell(state), n_cells(supercell_matrix)
+    symmetry, other = Symmetry(atoms, supercell_matrix), Symmetry(one.atoms, (1, 1, 1))
     assert len(other) == len(symmetry) * cells, "the one cell sees the lattice as operations"
     ours, theirs = average(state, ensemble, symmetry), average(one, ensemble, other)
     assert cells * ours.helmholtz == pytest.approx(theirs.helmholtz, abs=1e-9)
@@ -199,7 +209,7 @@ def test_averages_minimisation_and_hessian_are_those_of_the_same_atoms_in_one_ce
             free_energy_hessian(s, few, g, include_v4=include_v4)
             for s, g in ((state, symmetry), (one, other))
         )
-        assert expand(hessian.force_constants, repeats) == pytest.approx(
+        assert expand(hessian.force_constants, supercell_matrix) == pytest.approx(
             expand(flat.force_constants, (1, 1, 1)), abs=1e-7
         )
         assert np.sort(hessian.squares.ravel()) == pytest.approx(flat.squares[0], abs=1e-10)
@@ -213,7 +223,8 @@ def test_the_error_bars_of_a_hessian_do_not_depend_on_how_the_cell_is_described(
     other = SschaState(atoms, slanted, state.force_constants, state.temperature)
     ensemble = evaluated(state, EV, 40)
     one, two = (
-        free_energy_hessian(s, ensemble, Symmetry(atoms, s.repeats)) for s in (state, other)
+        free_energy_hessian(s, ensemble, Symmetry(atoms, s.supercell_matrix))
+        for s in (state, other)
     )
     assert two.squares == pytest.approx(one.squares, abs=1e-12) and two.errors == pytest.approx(
         one.errors, abs=1e-12
@@ -223,8 +234,11 @@ def test_the_error_bars_of_a_hessian_do_not_depend_on_how_the_cell_is_described(
 def test_the_finite_size_term_brings_supercells_of_any_shape_together():
     atoms = bulk("Cu", "fcc", a=3.6)
     states = [
-        state_of(atoms, repeats, 0.0)
-        for repeats in ((2, 2, 2), tuple(tuple(2 * n for n in row) for row in CONVENTIONAL))
+        state_of(atoms, supercell_matrix, 0.0)
+        for supercell_matrix in (
+            (2, 2, 2),
+            tuple(tuple(2 * n for n in row) for row in CONVENTIONAL),
+        )
     ]
     raw = [state.harmonic_free_energy for state in states]
     corrected = [
@@ -240,9 +254,9 @@ def test_bands_meet_the_frequencies_at_the_q_points_of_a_slanted_supercell():
     )
     shown = dispersion(found)
     assert len({round(place, 6) for place, _, _ in shown.marks}) >= 3, "X is reached several times"
-    for place, quantum, _ in shown.marks:
+    for place, hbar_omega, _ in shown.marks:
         near = np.flatnonzero(np.abs(shown.path.distance - place) < 1e-9)
-        assert np.abs(shown.bands["hessian"][near] - quantum).min() < 1e-8
+        assert np.abs(shown.bands["hessian"][near] - hbar_omega).min() < 1e-8
 
 
 def lattice_length(matrix: np.ndarray, cell: np.ndarray) -> float:
@@ -262,36 +276,38 @@ def lattice_length(matrix: np.ndarray, cell: np.ndarray) -> float:
     ids=["fcc", "hcp", "P1", "bcc"],
 )
 def test_a_length_takes_the_fewest_cells_that_keep_images_apart_and_the_symmetry(atoms, length):
-    repeats = choose_repeats(atoms, {"min_length": length}, 1e-3)
-    by_repetition = choose_repeats(atoms, {"min_length": length}, 1e-3, diagonal=True)
-    assert n_cells(repeats) < n_cells(by_repetition)
-    assert lattice_length(supercell_matrix(repeats), atoms.cell.array) >= length - 1e-6
+    supercell_matrix = choose_supercell_matrix(atoms, {"min_length": length}, 1e-3)
+    by_repetition = choose_supercell_matrix(atoms, {"min_length": length}, 1e-3, diagonal=True)
+    assert n_cells(supercell_matrix) < n_cells(by_repetition)
     assert (
-        len(Symmetry(atoms, repeats))
+        lattice_length(shape_supercell_matrix(supercell_matrix), atoms.cell.array) >= length - 1e-6
+    )
+    assert (
+        len(Symmetry(atoms, supercell_matrix))
         == len(Symmetry(atoms, by_repetition))
         == len(Symmetry(atoms, (1, 1, 1)))
     )
 
 
 def test_known_choices():
-    assert n_cells(choose_repeats(bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3)) == 16, (
-        "a body-centred cell of 7.2 A"
-    )
+    assert (
+        n_cells(choose_supercell_matrix(bulk("Cu", "fcc", a=3.6), {"min_length": 6.0}, 1e-3)) == 16
+    ), "a body-centred cell of 7.2 A"
     cubic = Atoms("Cu", cell=[3.0] * 3, pbc=True)
-    assert choose_repeats(cubic, {"min_length": 6.0}, 1e-3) == (2, 2, 2), (
+    assert choose_supercell_matrix(cubic, {"min_length": 6.0}, 1e-3) == (2, 2, 2), (
         "no centred cell is smaller"
     )
-    assert choose_repeats(cubic, {"min_length": 3.0}, 1e-3) == (1, 1, 1)
+    assert choose_supercell_matrix(cubic, {"min_length": 3.0}, 1e-3) == (1, 1, 1)
 
 
 def test_a_matrix_that_breaks_the_symmetry_is_enlarged_to_one_that_does_not():
     atoms = bulk("Cu", "fcc", a=3.6)
-    repeats = choose_repeats(atoms, ((1, 0, 0), (0, 1, 0), (0, 1, 2)), 1e-3)
+    supercell_matrix = choose_supercell_matrix(atoms, ((1, 0, 0), (0, 1, 0), (0, 1, 2)), 1e-3)
     group = Symmetry(atoms, (1, 1, 1)).fractional
-    assert all(compatible(rotation, repeats) for rotation in group)
+    assert all(compatible(rotation, supercell_matrix) for rotation in group)
     assert (
-        choose_repeats(atoms, CONVENTIONAL, 1e-3) != (1, 1, 1)
-        and n_cells(choose_repeats(atoms, CONVENTIONAL, 1e-3)) == 4
+        choose_supercell_matrix(atoms, CONVENTIONAL, 1e-3) != (1, 1, 1)
+        and n_cells(choose_supercell_matrix(atoms, CONVENTIONAL, 1e-3)) == 4
     )
 
 
@@ -299,12 +315,12 @@ def test_dynamical_matrices_of_a_slanted_supercell_come_back(tmp_path):
     state = state_of(pair(), SLANTED, 100.0)
     write_dyn(state, tmp_path / "dyn")
     back = state_from_dyn(tmp_path / "dyn", 100.0)
-    assert n_cells(back.repeats) == 3
+    assert n_cells(back.supercell_matrix) == 3
     q = q_points(SLANTED)
-    assert sorted(q_index(q, back.repeats).tolist()) == [0, 1, 2], (
+    assert sorted(q_index(q, back.supercell_matrix).tolist()) == [0, 1, 2], (
         "the same lattice, perhaps by other vectors"
     )
-    assert fourier(back.force_constants, back.repeats, q) == pytest.approx(
+    assert fourier(back.force_constants, back.supercell_matrix, q) == pytest.approx(
         fourier(state.force_constants, SLANTED, q), abs=1e-6
     )
 
@@ -317,7 +333,7 @@ def test_a_population_of_a_slanted_supercell_is_read_back(tmp_path):
     )
     found = free_energy(atoms, EMT(), 5.0, 300.0, **options)
     state, ensemble = read_population_file(tmp_path / "population_001.npz")
-    assert state.repeats == found.supercell and ensemble.forces.shape == (10, 4, 3)
+    assert state.supercell_matrix == found.supercell and ensemble.forces.shape == (10, 4, 3)
     onward = free_energy(atoms, EMT(), 5.0, 300.0, **{**options, "max_populations": 2})
     assert onward.n_populations == 2 and not list(tmp_path.glob("*.damaged"))
 
@@ -362,7 +378,7 @@ def test_python_sscha_repeats_cells_and_refuses_anything_else():
     atoms = bulk("Al", "fcc", a=4.0)
     with pytest.raises(InputError, match="not diagonal.*engine: native"):
         free_energy(atoms, EMT(), engine="python-sscha", supercell=CONVENTIONAL, n_configs=20)
-    assert choose_repeats(atoms, {"min_length": 5.0}, 1e-3, diagonal=True) == (3, 3, 3)
+    assert choose_supercell_matrix(atoms, {"min_length": 5.0}, 1e-3, diagonal=True) == (3, 3, 3)
 
 
 @pytest.mark.parametrize(

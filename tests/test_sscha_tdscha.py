@@ -91,19 +91,19 @@ def test_a_native_run_loads_in_tdscha_whose_static_limit_is_our_hessian(tmp_path
             )
             static[mode] = RYDBERG / np.sqrt(green[0].real)
     own, order = state.modes, np.argsort(quanta)
-    assert quanta[order] == pytest.approx(own.quantum, abs=1e-7), (
+    assert quanta[order] == pytest.approx(own.hbar_omega, abs=1e-7), (
         "the matrices are those of the state"
     )
     hessian = free_energy_hessian(
-        state, ensemble, Symmetry(state.atoms, state.repeats), unbiased=False, errors=False
+        state, ensemble, Symmetry(state.atoms, state.supercell_matrix), unbiased=False, errors=False
     )
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     inside = (
         own.vectors.T
-        @ (expand(hessian.force_constants, state.repeats) / np.outer(root, root))
+        @ (expand(hessian.force_constants, state.supercell_matrix) / np.outer(root, root))
         @ own.vectors
     )
     ours = HBAR / np.sqrt(np.diag(np.linalg.inv(inside)))
-    shift = np.abs(ours - own.quantum).max()
+    shift = np.abs(ours - own.hbar_omega).max()
     assert shift > 1e-4, "there is a third order to compare"
     assert static[order] == pytest.approx(ours, abs=1e-6 * shift)

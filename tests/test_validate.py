@@ -23,7 +23,7 @@ from magus_anharmonic.analysis.typed_csv import TableFolder
 from magus_anharmonic.analysis.validate import validate
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.sheets import read_sheet
+from magus_anharmonic.report.raw_tables import read_raw_table
 from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import mode_sentences, ranking_sentences, ranking_views
 
@@ -124,7 +124,7 @@ def one(campaign: Path, **entry):
     return validate(campaign, path)[0]
 
 
-BECAME = {"name": "n_became", "space_group": "Im-3m", "pressure_GPa": 100, "unit": "1"}
+TRANSFORMED = {"name": "n_transformed", "space_group": "Im-3m", "pressure_GPa": 100, "unit": "1"}
 
 
 @pytest.mark.parametrize(
@@ -151,8 +151,8 @@ BECAME = {"name": "n_became", "space_group": "Im-3m", "pressure_GPa": 100, "unit
           "unit": "GPa"}, ">160", "disagrees"),
         ({"name": "critical_pressure_difference", "phase": "Im-3m", "irrep": "T1u", "method": "sscha-hessian", "at_most": 10,
           "unit": "GPa"}, "2.256", "agrees"),
-        ({**BECAME, "value": 13, "out_of": 100, "error": 3.4}, "2 of 8", "agrees"),
-        ({**BECAME, "value": 90, "out_of": 100, "error": 3}, "2 of 8", "disagrees"),
+        ({**TRANSFORMED, "value": 13, "out_of": 100, "error": 3.4}, "2 of 8", "agrees"),
+        ({**TRANSFORMED, "value": 90, "out_of": 100, "error": 3}, "2 of 8", "disagrees"),
         ({"name": "n_with_free_energy", "pressure_GPa": 100, "at_least": 100, "unit": "1"}, "8", "disagrees"),
         ({"name": "lowest_space_group", "pressure_GPa": 100, "value": "Im-3m", "unit": "-"}, "Im-3m", "agrees"),
         ({"name": "share_kept_by_dft", "space_group": "Im-3m", "at_least": 0.5, "unit": "1"}, "1", "agrees"),
@@ -231,7 +231,7 @@ def test_a_difference_comes_with_what_the_run_itself_says(campaign):
         and "behind the expected value: vasp PBE" in words
         and "steps are not done: relax (interrupted)" in words
     )
-    row = one(campaign, **BECAME, value=90, out_of=100, error=3, supercell=[3, 3, 3])
+    row = one(campaign, **TRANSFORMED, value=90, out_of=100, error=3, supercell=[3, 3, 3])
     words = "; ".join(row.could_explain)
     assert (
         "only 8 structures" in words
@@ -326,8 +326,8 @@ def test_figure_validation_and_report_give_one_critical_pressure(
         assert 140.0 < found.value < 180.0, (
             "above the highest change of sign the structure is stable"
         )
-    sheet = read_sheet(tmp_path / "modes.csv")
-    (sentence,) = mode_sentences(sheet)
+    raw = read_raw_table(tmp_path / "modes.csv")
+    (sentence,) = mode_sentences(raw)
     assert f"{found.value:.1f}" in sentence and (
         error is None or f"± {found.error:.1f} GPa" in sentence
     )
@@ -402,19 +402,17 @@ def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_
     ]
     figure = reordering.reordering(rows)[0]
     wanted = ExpectedValue(
-        name="n_became", unit="1", value=5, source="x", space_group="Im-3m", pressure_GPa=100.0
+        name="n_transformed", unit="1", value=5, source="x", space_group="Im-3m", pressure_GPa=100.0
     )
-    found = FINDERS["n_became"](wanted, tables_of(tmp_path, rows, tables.ranking_file(100.0)))
+    found = FINDERS["n_transformed"](wanted, tables_of(tmp_path, rows, tables.ranking_file(100.0)))
     (view,) = ranking_views("ranking.csv", read_ranking(tmp_path / tables.ranking_file(100.0)))
     words = ranking_sentences(view)
     assert (
-        (figure.n, figure.n_changed, figure.best, figure.n_became_best) == (18, 8, "Im-3m", 5)
+        (figure.n, figure.n_changed, figure.best, figure.n_transformed_best) == (18, 8, "Im-3m", 5)
         and found is not None
         and found.value == 5
     )
-    assert words[
-        0
-    ] == "8 of 18 structures changed their space group when the ions moved." and words[
+    assert words[0] == "8 of 18 structures changed their space group with SSCHA." and words[
         1
     ].startswith("5 of them became Im-3m")
 

@@ -47,12 +47,12 @@ def draw_bands(rows: Sequence[Band], folder: Path, title: str, name: str) -> lis
             for row in rows:
                 if row.method == method:
                     curves.setdefault(row.branch, []).append(row)
-            for place, branch in enumerate(sorted(curves)):
+            for position, branch in enumerate(sorted(curves)):
                 _branch(
                     axes,
                     sorted(curves[branch], key=lambda row: row.distance),
                     index,
-                    method if place == 0 else "",
+                    method if position == 0 else "",
                 )
         for where, _ in ticks(rows):
             axes.axvline(where, color=style.GREY, lw=0.6)
@@ -408,8 +408,8 @@ def _reordering(folder: Path) -> Iterator[Drawing]:
 
 def _words(n: reordering.Reordering) -> str:
     text = (
-        f"{n.n_changed} of {n.n} structures changed their space group, {n.n_became_best} became"
-        f" {n.best}; G - H is {n.shift:.0f} meV/atom"
+        f"{n.n_changed} of {n.n} structures changed their space group,"
+        f" {n.n_transformed_best} became {n.best}; G - H is {n.shift:.0f} meV/atom"
     )
     if n.window is not None:
         text += (

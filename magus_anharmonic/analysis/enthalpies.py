@@ -47,21 +47,21 @@ def distinct(rows: Sequence[Enthalpy]) -> list[Enthalpy]:
     its like."""
     found: list[Enthalpy] = []
     for row in sorted(rows, key=lambda r: (r.enthalpy_eV_per_atom, not r.phase, r.id)):
-        twin = _place_of_twin(found, row)
-        if twin is None:
+        duplicate = _index_of_duplicate(found, row)
+        if duplicate is None:
             found.append(row)
-        elif row.phase and not found[twin].phase:
-            found[twin] = row
+        elif row.phase and not found[duplicate].phase:
+            found[duplicate] = row
     return found
 
 
-def _place_of_twin(found: Sequence[Enthalpy], row: Enthalpy) -> int | None:
+def _index_of_duplicate(found: Sequence[Enthalpy], row: Enthalpy) -> int | None:
     """Where in ``found``, sorted by enthalpy, the structure ``row`` is already."""
-    for place in range(len(found) - 1, -1, -1):
-        if not _close(found[place], row):
+    for position in range(len(found) - 1, -1, -1):
+        if not _close(found[position], row):
             return None
-        if _same(found[place], row):
-            return place
+        if _same(found[position], row):
+            return position
     return None
 
 
@@ -94,7 +94,7 @@ def ranks(rows: Sequence[Enthalpy], source: str | None = None) -> list[PhaseRank
     for (name, pressure, formula), members in sorted(groups.items()):
         order = distinct(members)
         seen: set[str] = set()
-        for place, row in enumerate(order, start=1):
+        for position, row in enumerate(order, start=1):
             if row.phase and row.phase not in seen:
                 seen.add(row.phase)
                 above = 1e3 * (row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
@@ -104,7 +104,7 @@ def ranks(rows: Sequence[Enthalpy], source: str | None = None) -> list[PhaseRank
                         formula,
                         pressure,
                         name,
-                        place,
+                        position,
                         len(order),
                         above,
                         row.volume_A3_per_atom,
@@ -185,7 +185,7 @@ class RelativeEnthalpy:
 class Transition:
     """Where the phase of lowest enthalpy changes with rising pressure.
 
-    By linear interpolation between two pressures; ``how`` "turns into": relaxed at the higher one,
+    By linear interpolation between two pressures; ``how`` "continuous": relaxed at the higher one,
     the first is the second, so that the two pressures are all that is known (``pressure_GPa`` is
     their middle).
     """
@@ -195,7 +195,7 @@ class Transition:
     pressure_GPa: float
     between_low_GPa: float
     between_high_GPa: float
-    how: Literal["crossing", "turns into"] = "crossing"
+    how: Literal["crossing", "continuous"] = "crossing"
 
     @property
     def where(self) -> str:
@@ -231,7 +231,7 @@ def lowest_of_phases(rows: Sequence[Enthalpy]) -> Phases:
     return found
 
 
-def turned_into(phases: Phases) -> dict[tuple[str, float], str]:
+def transformed_into(phases: Phases) -> dict[tuple[str, float], str]:
     """(name, pressure) -> another phase, where a structure that was relaxed as one is the other;
     the one that changes its space group."""
     constant = [
@@ -263,7 +263,7 @@ def relative_enthalpies(
     phases = phase_enthalpies(rows)
     if not phases:
         return []
-    name, gone = choose_reference(phases, reference), turned_into(phases)
+    name, gone = choose_reference(phases, reference), transformed_into(phases)
     return [
         RelativeEnthalpy(
             phase,
@@ -283,7 +283,7 @@ def transitions(rows: Sequence[Enthalpy]) -> list[Transition]:
     """Changes of the lowest named phase with pressure: between neighbouring pressures, all
     crossings of the lower envelope."""
     every = phase_enthalpies(rows)
-    gone = turned_into(every)
+    gone = transformed_into(every)
     phases = {
         name: {p: row for p, row in known.items() if (name, p) not in gone}
         for name, known in every.items()
@@ -297,7 +297,7 @@ def transitions(rows: Sequence[Enthalpy]) -> list[Transition]:
         )
         if (first, high) in gone:
             found.append(
-                Transition(first, gone[first, high], 0.5 * (low + high), low, high, "turns into")
+                Transition(first, gone[first, high], 0.5 * (low + high), low, high, "continuous")
             )
             continue
         lines = {
@@ -386,7 +386,7 @@ def _mark_transitions(axes: Axes, changes: Sequence[Transition]) -> None:
         height = LABEL_HEIGHT * (row + 1)
         axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
         left = change.pressure_GPa <= turn
-        place = {
+        position = {
             "xy": (change.pressure_GPa, 1.0),
             "xycoords": ("data", "axes fraction"),
             "textcoords": "offset points",
@@ -399,11 +399,11 @@ def _mark_transitions(axes: Axes, changes: Sequence[Transition]) -> None:
             "shrinkA": 0,
             "shrinkB": 0,
         }
-        axes.annotate("", xytext=(0, height), **place, arrowprops=line, zorder=2)
+        axes.annotate("", xytext=(0, height), **position, arrowprops=line, zorder=2)
         axes.annotate(
             f"{change.below} → {change.above}: {change.where}",
             xytext=(3 if left else -3, height),
-            **place,
+            **position,
             fontsize=8,
             ha="left" if left else "right",
             va="top",

@@ -23,9 +23,9 @@ from magus_anharmonic.analysis import tables
 from magus_anharmonic.analysis.labelled_ensemble import (
     WHAT,
     Labelled,
-    draw,
-    label_held,
+    label_locked,
     read_labelled,
+    sample_displacements,
 )
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
@@ -36,9 +36,9 @@ from magus_anharmonic.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.begin import read_state
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
-from magus_anharmonic.sscha.ensemble_checks import require_drawn_from
+from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
+from magus_anharmonic.sscha.initial_state import read_state
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group, symbol_of
@@ -93,8 +93,8 @@ def given_displacements(state: SschaState, path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     if path.suffix == ".npz":
-        drawn_from, ensemble = read_population_file(path)
-        structures = [drawn_from.supercell.copy() for _ in ensemble.displacements]
+        sampled_from, ensemble = read_population_file(path)
+        structures = [sampled_from.supercell.copy() for _ in ensemble.displacements]
         for atoms, displacement in zip(structures, ensemble.displacements, strict=True):
             atoms.positions += displacement
     else:
@@ -189,7 +189,7 @@ def displacements_of(state: SschaState, structures: Sequence[Atoms], where: str)
             f"{where}: {len(u)} configurations that are not pairs +u, -u next to each other; pairs"
             " are needed, at least two"
         )
-    require_drawn_from(state, u, where)
+    require_sampled_from(state, u, where)
     return u
 
 
@@ -230,7 +230,7 @@ def measure_errors(
     settings in the folder, another process that works there, no whole pairs).
     """
     with locked(folder, WHAT):
-        return measure_held(
+        return measure_locked(
             source,
             model,
             labeler,
@@ -241,7 +241,7 @@ def measure_errors(
         )
 
 
-def measure_held(
+def measure_locked(
     source: Source,
     model: Evaluator,
     labeler: Labeler,
@@ -252,8 +252,12 @@ def measure_held(
     displacements: np.ndarray | None = None,
 ) -> ErrorsReport:
     """`measure_errors` for a caller that holds the lock of ``folder``."""
-    u = draw(source.state, n_configs, seed) if displacements is None else displacements
-    label_held(source.state, u, labeler, folder)
+    u = (
+        sample_displacements(source.state, n_configs, seed)
+        if displacements is None
+        else displacements
+    )
+    label_locked(source.state, u, labeler, folder)
     return analyse_errors(source, model, u, folder)
 
 

@@ -78,11 +78,11 @@ NAMES: dict[str, Name] = {
         "between the model's critical pressure and that by DFT (Fig. 4a)",
         True,
     ),
-    "n_became": Name(
+    "n_transformed": Name(
         "number",
         "ranking-<P>GPa.csv",
         ("space_group", "pressure_GPa"),
-        "structures that SSCHA turned into a space group (Fig. 6a)",
+        "structures that SSCHA brought to a space group (Fig. 6a)",
     ),
     "n_with_free_energy": Name(
         "number", "ranking-<P>GPa.csv", ("pressure_GPa",), "structures relaxed by SSCHA"
@@ -117,6 +117,8 @@ NAMES: dict[str, Name] = {
     ),
 }
 """Every value that can be validated."""
+OLD_NAMES = {"n_became": "n_transformed"}
+"""Of files of earlier versions."""
 
 PRESSURE_TOLERANCE = 0.51
 """GPa, within which a table's pressure is the one asked for."""
@@ -157,7 +159,9 @@ class ExpectedValue(Section):
     )
     pressure_GPa: float | None = Field(None, ge=0, description="GPa")  # noqa: N815
     out_of: int | None = Field(
-        None, ge=1, description="structures among which the expected number was counted (n_became)"
+        None,
+        ge=1,
+        description="structures among which the expected number was counted (n_transformed)",
     )
     labels: str | None = Field(
         None, description="the DFT behind the expected value, e.g. vasp PBE 500 eV"
@@ -172,6 +176,7 @@ class ExpectedValue(Section):
     @field_validator("name")
     @classmethod
     def _known(cls, value: str) -> str:
+        value = OLD_NAMES.get(value, value)
         if value not in NAMES:
             raise ValueError(f"unknown value{nearest(value, NAMES)}")
         return value

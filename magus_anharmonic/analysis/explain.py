@@ -94,7 +94,7 @@ STEPS: dict[str, tuple[str, ...]] = {
     "modes.csv": (*LEARNING, "hessian"),
     "gradient_errors.csv": (*LEARNING, "hessian", "errors"),
 }
-"""Table -> beginnings of the names of the steps that its numbers rest on."""
+"""Table -> prefixes of the names of the steps that it is computed from."""
 
 
 def undone_steps(wanted: ExpectedValue, context: Context) -> list[str]:
@@ -189,7 +189,7 @@ def _structures(wanted: ExpectedValue, found: Found) -> list[str]:
     return []
 
 
-FAR = 200.0
+LARGEST_SHIFT_TOLD = 200.0
 """GPa; further than this a crossing moves out of any diagram."""
 
 
@@ -215,7 +215,7 @@ def _model(
         )
         far = (
             f"up to {shift:.1f} GPa{reach}"
-            if shift < FAR
+            if shift < LARGEST_SHIFT_TOLD
             else "more than 200 GPa if none of it cancels between the two: enough"
         )
         return [
@@ -241,7 +241,7 @@ def _model(
             "stability_sequence",
             "lowest_space_group",
             "enthalpy_rank",
-            "n_became",
+            "n_transformed",
         )
         and rmse is not None
     ):

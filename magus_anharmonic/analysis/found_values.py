@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, turned_into
+from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, transformed_into
 from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
 from magus_anharmonic.analysis.reordering import (
     COMPUTED,
-    became,
     computed,
     critical_pressures,
     lowest,
+    new_space_group,
     reordering,
     series,
 )
@@ -90,7 +90,7 @@ def stability_sequence(wanted: ExpectedValue, tables: TableFolder) -> Found | No
     """Named phases of lowest enthalpy with rising pressure, at pressures where two of them or more
     have one."""
     every = lowest_of_phases(_enthalpies(wanted, tables))
-    gone = turned_into(every)
+    gone = transformed_into(every)
     pressures = sorted({p for row in every.values() for p in row})
     sequence: list[str] = []
     for pressure in pressures:
@@ -116,7 +116,7 @@ def transition_pressure(wanted: ExpectedValue, tables: TableFolder) -> Found | N
     first relaxes into it."""
     below, above = wanted.phases or ("", "")
     every = lowest_of_phases(_enthalpies(wanted, tables))
-    gone, models = turned_into(every), _models(_enthalpies(wanted, tables))
+    gone, models = transformed_into(every), _models(_enthalpies(wanted, tables))
     common = sorted(set(every.get(below, {})) & set(every.get(above, {})))
     apart = [p for p in common if gone.get((below, p)) != above and gone.get((above, p)) != below]
     difference = np.array(
@@ -136,10 +136,10 @@ def zero_crossing(x: np.ndarray, y: np.ndarray) -> Found:
 
     Error: what a parabola through a third point would change (a tenth of the spacing without one).
     """
-    places = np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0))
-    if not len(places):
+    indices = np.flatnonzero((y[:-1] < 0) & (y[1:] >= 0))
+    if not len(indices):
         return Found(float(x[0]), None, "<") if y[-1] >= 0 else Found(float(x[-1]), None, ">")
-    i = int(places[-1])
+    i = int(indices[-1])
     slope = (y[i + 1] - y[i]) / (x[i + 1] - x[i])
     crossing = float(x[i] - y[i] / slope)
     others = [k for k in (i - 1, i + 2) if 0 <= k < len(x)]
@@ -157,12 +157,12 @@ def _at_pressure(wanted: ExpectedValue, tables: TableFolder) -> tuple[list[Entha
     """The distinct structures at the pressure by enthalpy, and the place of the phase among them,
     from 0."""
     order = distinct([row for row in _enthalpies(wanted, tables) if near(row.pressure_GPa, wanted)])
-    places = [
-        place
-        for place, row in enumerate(order)
+    indices = [
+        index
+        for index, row in enumerate(order)
         if wanted.phase in (row.phase, symbol_of(row.space_group))
     ]
-    return (order, places[0]) if places else None
+    return (order, indices[0]) if indices else None
 
 
 def enthalpy_above_lowest(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
@@ -170,9 +170,9 @@ def enthalpy_above_lowest(wanted: ExpectedValue, tables: TableFolder) -> Found |
     found = _at_pressure(wanted, tables)
     if found is None:
         return None
-    order, place = found
+    order, index = found
     return Found(
-        order[place].enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom,
+        order[index].enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom,
         n=len(order),
         models=_models(order),
     )
@@ -240,12 +240,12 @@ def n_with_free_energy(wanted: ExpectedValue, tables: TableFolder) -> Found | No
     )
 
 
-def n_became(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
+def n_transformed(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
     """Structures of another space group that ended in the wanted one, with the binomial error."""
     rows = _ranking(wanted, tables)
     if not rows:
         return None
-    n_there = sum(became(row) == wanted.space_group for row in rows)
+    n_there = sum(new_space_group(row) == wanted.space_group for row in rows)
     n = len(rows)
     error = math.sqrt(max(n_there, 1) * (1.0 - min(n_there, n - 1) / n)) if n > 1 else 1.0
     return Found(float(n_there), error, n=n, models=_ranked_by(rows))
@@ -357,7 +357,7 @@ FINDERS: dict[str, Callable[[ExpectedValue, TableFolder], Found | None]] = {
     "enthalpy_rank": enthalpy_rank,
     "critical_pressure": critical_pressure,
     "critical_pressure_difference": critical_pressure_difference,
-    "n_became": n_became,
+    "n_transformed": n_transformed,
     "n_with_free_energy": n_with_free_energy,
     "lowest_space_group": lowest_space_group,
     "share_kept_by_dft": share_kept_by_dft,

@@ -28,7 +28,6 @@ import numpy as np
 
 from magus_anharmonic.analysis.labelled_ensemble import Labelled
 from magus_anharmonic.analysis.tables import GRADIENT_UNITS, GibbsCorrection, GradientError
-from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.ensemble import (
     gamma_matrix,
     matrix_decrease,
@@ -36,6 +35,7 @@ from magus_anharmonic.sscha.ensemble import (
     quadratic_decrease,
     standard_error,
 )
+from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
 
@@ -60,7 +60,7 @@ def gibbs_correction(labelled: Labelled) -> Correction:
     state = labelled.state
     n_supercell = len(state.supercell)
     pairs = pair_means(energy_differences(labelled)) / n_supercell
-    symmetry = Symmetry(state.atoms, state.repeats, SYMMETRY_OF_A_STATE)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix, SYMMETRY_OF_A_STATE)
     difference = -force_differences(labelled)
     n_configs = len(difference)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
@@ -140,7 +140,7 @@ def gradient_errors(labelled: Labelled) -> GradientErrors:
     n_configs = len(difference)
     flat = difference.reshape(n_configs, -1)
     force = float(np.sqrt(np.mean(flat**2)))
-    symmetry = Symmetry(state.atoms, state.repeats, SYMMETRY_OF_A_STATE)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix, SYMMETRY_OF_A_STATE)
     cells = difference.reshape(n_configs, state.n_cells, -1, 3).mean(axis=1)
     symmetric = symmetry.vectors(cells).reshape(n_configs, -1)
     return GradientErrors(
@@ -192,7 +192,9 @@ def symmetric_force_constant_parts(
     for w, d in zip(weights, difference, strict=True):
         product = np.outer(w, d)
         compact.append(
-            symmetry.force_constants(fold(0.5 * (product + product.T), state.repeats)).ravel()
+            symmetry.force_constants(
+                fold(0.5 * (product + product.T), state.supercell_matrix)
+            ).ravel()
         )
     vectors = np.array(compact)
     return parts(gram(pair_means(vectors)), float(np.sqrt(np.mean(vectors**2))), n_configs)

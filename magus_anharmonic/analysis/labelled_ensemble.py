@@ -21,8 +21,8 @@ from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, wri
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
-from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.ensemble import Ensemble
+from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
 from magus_anharmonic.structures import structure_id
 
@@ -58,8 +58,8 @@ class Labelled:
         return len(self.reference.energies) // 2
 
 
-def draw(state: SschaState, n_configs: int, seed: int) -> np.ndarray:
-    """Displacements (n_configs, n_supercell, 3) in A, +u/-u pairs; a longer draw begins with the
+def sample_displacements(state: SschaState, n_configs: int, seed: int) -> np.ndarray:
+    """Displacements (n_configs, n_supercell, 3) in A, +u/-u pairs; a longer sample begins with the
     shorter one.
 
     Raises ``InputError`` for an odd or too small number.
@@ -74,7 +74,7 @@ def check_number(n_configs: int) -> None:
         raise InputError(f"--n-configs: {n_configs}: must be even (pairs +u, -u) and at least 4")
 
 
-def label_held(
+def label_locked(
     state: SschaState, displacements: np.ndarray, labeler: Labeler, folder: str | Path
 ) -> None:
     """Label the centroids and then the ``displacements``, in order, into ``folder/labels.xyz``;
@@ -138,7 +138,7 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
     identity = {
         "schema": SCHEMA,
         "state": state_digest(state),
-        "supercell": list(state.repeats),
+        "supercell": list(state.supercell_matrix),
         "masses_amu": state.atoms.get_masses().tolist(),
         "temperature_K": state.temperature,
         "settings_hash": settings_hash,

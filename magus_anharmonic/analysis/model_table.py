@@ -171,11 +171,11 @@ def draw_table_one(lines: Sequence[TableOne], folder: Path, name: str = "table_1
                     for line in lines
                     if line.model == model
                 ]
-                shown = [(place, value) for place, value in shown if value is not None]
+                shown = [(position, value) for position, value in shown if value is not None]
                 if shown:
-                    places = [place + 0.4 * (index - 0.5) for place, _ in shown]
+                    positions = [position + 0.4 * (index - 0.5) for position, _ in shown]
                     bars = axes.bar(
-                        places,
+                        positions,
                         [value for _, value in shown],
                         0.36,
                         color=style.color(index),

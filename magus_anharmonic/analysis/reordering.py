@@ -8,7 +8,7 @@ when it fits them), else from monotone interpolation (Fritsch and Carlson, doi:1
 error is the spread over 400 sets of points drawn from the error bars; points without error bars
 give a critical pressure without one.
 
-Fig. 6: space groups before and after the ions move, free energy against static enthalpy, and where
+Fig. 6: space groups, static and with SSCHA, free energy against static enthalpy, and where
 the order changes.
 """
 
@@ -124,8 +124,8 @@ def critical_pressure(
         )
     if not with_errors:
         return value, None, how, "" if np.isnan(known).all() else "some points have no error bar"
-    drawn = y + known * np.random.default_rng(seed).standard_normal((RESAMPLES, len(y)))
-    roots = [root for root in (find(x, one) for one in drawn) if root is not None]
+    sampled = y + known * np.random.default_rng(seed).standard_normal((RESAMPLES, len(y)))
+    roots = [root for root in (find(x, one) for one in sampled) if root is not None]
     lost = RESAMPLES - len(roots)
     reason = (
         ""
@@ -270,23 +270,23 @@ class Moved:
 
 @dataclass(frozen=True)
 class Reordering:
-    """What moving ions do to a ranking; energies in meV/atom.
+    """What quantum ions (SSCHA) do to a ranking; energies in meV/atom.
 
     shift : mean of G - H; slope, offset, scatter : the line G = offset + slope H through the
     structures above ``linear_above`` (both above their lowest) and the spread about it, None with
     fewer than three structures. window : highest enthalpy of a reordered structure (`SIGMAS`), 0
     without one, None with fewer than `LEAST_FOR_WINDOW` structures. best : space group of the
-    lowest G; n_became_best : structures that had another space group and ended in that one;
+    lowest G; n_transformed_best : structures that had another space group and ended in that one;
     n_changed : that changed their space group at all, of n with a G. n_kept_by_dft : of the changed
     ones relaxed by DFT (n_checked_by_dft), those that keep the static one there: they are minima,
-    and only moving ions change them.
+    and only quantum ions (SSCHA) change them.
     """
 
     pressure_GPa: float
     n: int
     n_changed: int
     best: str
-    n_became_best: int
+    n_transformed_best: int
     shift: float
     slope: float | None
     offset: float | None
@@ -316,7 +316,7 @@ def lowest(rows: Sequence[Ranked]) -> Ranked | None:
 
 
 class _Moving(Protocol):
-    """A row of a ranking: space groups while the ions rest and once they move."""
+    """A row of a ranking: space groups, static and with SSCHA."""
 
     @property
     def spg_static(self) -> str: ...
@@ -325,8 +325,8 @@ class _Moving(Protocol):
     def spg_quantum(self) -> str: ...
 
 
-def became(row: _Moving) -> str:
-    """Symbol of the space group that a structure took when its ions moved; empty where it kept its
+def new_space_group(row: _Moving) -> str:
+    """Symbol of the space group that a structure took with SSCHA; empty where it kept its
     own, or noise leaves two."""
     symbol = symbol_of(decided_group(row.spg_quantum))
     return "" if symbol == symbol_of(row.spg_static) else symbol
@@ -343,7 +343,7 @@ def reordering(
     best = phase or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line_fit(above_h, above_g)
-    changed = [r for r in shown if became(r)]
+    changed = [r for r in shown if new_space_group(r)]
     dft = {row.id: row for row in checked if row.spg_dft}
     in_dft = [dft[r.id] for r in changed if r.id in dft]
     window = None
@@ -368,7 +368,7 @@ def reordering(
         n=len(shown),
         n_changed=len(changed),
         best=best,
-        n_became_best=sum(became(r) == best for r in changed),
+        n_transformed_best=sum(new_space_group(r) == best for r in changed),
         shift=float(1e3 * np.mean(g - h)),
         slope=slope,
         offset=offset,
@@ -405,8 +405,8 @@ def draw_reordering(
 ) -> list[Path]:
     """Space group after against before; G against H with the line and the window."""
     title = (
-        f"{numbers.n} structures at {numbers.pressure_GPa:g} GPa: {numbers.n_became_best} became"
-        f" {numbers.best}"
+        f"{numbers.n} structures at {numbers.pressure_GPa:g} GPa:"
+        f" {numbers.n_transformed_best} became {numbers.best}"
     )
     with style.figure(2, title=title) as (made, (groups, energies)):
         _groups(groups, moved)
@@ -438,7 +438,7 @@ def _groups(axes, moved: Sequence[Moved]) -> None:  # type: ignore[no-untyped-de
             )
     axes.set_xlim(0, 235)
     axes.set_ylim(0, 235)
-    axes.set_xlabel("space group number, ions at rest")
+    axes.set_xlabel("static space group number")
     axes.set_ylabel("space group number, ions moving")
     style.legend(axes, loc="lower right")
 

@@ -255,13 +255,13 @@ def _bars(axes, rows: Sequence[GradientError]) -> None:  # type: ignore[no-untyp
             axes.axhline(1e3 * row.floor, color=GREY, ls="--", lw=1, label="floor RMSE/√n")
             axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.bar(range(len(shown := labels)), heights, color=colors, yerr=errors, capsize=3, width=0.65)
-    for place, (height, error) in enumerate(zip(heights, errors, strict=True)):
+    for position, (height, error) in enumerate(zip(heights, errors, strict=True)):
         text = (
             f"{height:.3g}" if height >= SMALLEST or max(heights) < SMALLEST else f"< {SMALLEST:g}"
         )
         axes.annotate(
             text,
-            (place, max(height + error, SMALLEST if max(heights) > SMALLEST else 0.0)),
+            (position, max(height + error, SMALLEST if max(heights) > SMALLEST else 0.0)),
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",

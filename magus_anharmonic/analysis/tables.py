@@ -108,8 +108,8 @@ class Ranked:
 
 @dataclass(frozen=True)
 class SpaceGroups:
-    """The space group of a candidate as it was found, after relaxation by DFT, and with moving
-    ions."""
+    """The space group of a candidate as it was found, after relaxation by DFT, and with quantum
+    ions (SSCHA)."""
 
     FILE: ClassVar[str] = "space_groups.csv"
     id: str

@@ -33,7 +33,7 @@ from magus_anharmonic.structures import symbol_of
 MOST_NAMED = 8
 
 
-def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
+def why_missing(wanted: ExpectedValue, tables: TableFolder) -> str:
     """One clause; the tables are read already."""
     name = NAMES[wanted.name].table
     if name == Ranked.FILE:
@@ -176,14 +176,14 @@ def compare_all(expected: ExpectedValues, tables: TableFolder, context: Context)
         rows.append(
             compare(wanted, found, context)
             if found is not None
-            else _absent(wanted, tables, context)
+            else _missing(wanted, tables, context)
         )
     return rows
 
 
-def _absent(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
+def _missing(wanted: ExpectedValue, tables: TableFolder, context: Context) -> Validated:
     undone = undone_steps(wanted, context)
-    why = why_absent(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
+    why = why_missing(wanted, tables) + (f"; not done: {', '.join(undone[:6])}" if undone else "")
     return replace(_row(wanted, None, "not in this run", (), None), remark=why)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.campaign.steps import Context, Outcome, Step, place
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder
 from magus_anharmonic.campaign.tables import assemble
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import read_json
@@ -48,8 +48,8 @@ def errors(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
-                run = run_of_record(context.folder("hessian") / place(phase, pressure))
-                own = folder / place(phase, pressure)
+                run = run_of_record(context.folder("hessian") / phase_folder(phase, pressure))
+                own = folder / phase_folder(phase, pressure)
                 source = source_of(SschaResult.read(run), phase)
                 log.info(
                     "errors: %s at %g GPa, %d configurations by DFT",

@@ -14,10 +14,10 @@ from ase import Atoms
 
 from magus_anharmonic.analysis.tables import dispersion_file
 from magus_anharmonic.campaign.production import phase_structure
-from magus_anharmonic.campaign.steps import Context, Outcome, Step, place, structure_file
+from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder, structure_file
 from magus_anharmonic.campaign.structures import SYMPREC, Phase, phases_of
 from magus_anharmonic.campaign.tables import write_part
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.files import append_jsonl, digest, read_jsonl, write_json
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
@@ -95,7 +95,7 @@ def hessian(context: Context, step: Step) -> Outcome:
                 except InputError:
                     raise
                 except MagusAnharmonicError as error:
-                    if is_trouble(error):
+                    if is_machine_error(error):
                         raise
                     log.warning("hessian: %s at %g GPa: %s", wanted.name, pressure, error)
                     tally.failures.append((wanted.name, f"{pressure:g} GPa: {error}"))
@@ -142,7 +142,7 @@ def _one(
             f"no structure of {phase.name} (space group {phase.number}) was found by the searches"
         )
     cell = symmetric_primitive(start, SYMPREC)
-    own = folder / place(wanted.name, pressure)
+    own = folder / phase_folder(wanted.name, pressure)
     if pressure in settings.pressures:
         atoms, levels = _harmonic(context.final_model, cell, pressure, tally)
         _add(
@@ -219,7 +219,8 @@ def gamma_matrix(found: Hessian) -> np.ndarray:
     """Mass-weighted Hessian at Gamma, (3n, 3n) eV/A^2/amu."""
     state = found.state
     return mass_weighted(
-        fourier(found.force_constants, state.repeats, np.zeros((1, 3)))[0].real, state.atoms
+        fourier(found.force_constants, state.supercell_matrix, np.zeros((1, 3)))[0].real,
+        state.atoms,
     )
 
 
@@ -265,9 +266,9 @@ def _sscha_hessian(
     state: SschaState = report.hessian.state
     harmonic = None
     if pressure in settings.dispersions:
-        symmetry = Symmetry(state.atoms, state.repeats)
+        symmetry = Symmetry(state.atoms, state.supercell_matrix)
         harmonic = harmonic_force_constants(
-            state.atoms, state.repeats, symmetry, in_double_precision(model)
+            state.atoms, state.supercell_matrix, symmetry, in_double_precision(model)
         )
     return report, harmonic
 
@@ -438,16 +439,18 @@ def dispersion_rows(found: Dispersion) -> list[tuple[object, ...]]:
     """Rows of ``dispersion-<phase>-<P>GPa.csv``: every point of the path; errors where it meets a q
     point of the supercell."""
     labels = {round(where, 9): label for where, label in found.path.ticks}
-    marks = {(round(where, 6), round(quantum, 9)): error for where, quantum, error in found.marks}
+    marks = {
+        (round(where, 6), round(hbar_omega, 9)): error for where, hbar_omega, error in found.marks
+    }
     rows: list[tuple[object, ...]] = []
     methods = {"harmonic": "harmonic", "hessian": "sscha-hessian"}
     for name, method in methods.items():
         if name not in found.bands:
             continue
         for distance, values in zip(found.path.distance, found.bands[name], strict=True):
-            for branch, quantum in enumerate(values):
+            for branch, hbar_omega in enumerate(values):
                 error = (
-                    marks.get((round(float(distance), 6), round(float(quantum), 9)))
+                    marks.get((round(float(distance), 6), round(float(hbar_omega), 9)))
                     if name == "hessian"
                     else None
                 )
@@ -456,7 +459,7 @@ def dispersion_rows(found: Dispersion) -> list[tuple[object, ...]]:
                     float(distance),
                     labels.get(round(float(distance), 9), ""),
                     branch + 1,
-                    float(quantum) * EV_IN_CM1,
+                    float(hbar_omega) * EV_IN_CM1,
                     error,
                     method,
                 )

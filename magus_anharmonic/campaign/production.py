@@ -36,7 +36,7 @@ from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import (
     append_jsonl,
     digest,
-    raise_trouble,
+    raise_machine_error,
     read_jsonl,
     read_whole,
     reading_table,
@@ -46,7 +46,7 @@ from magus_anharmonic.files import (
 )
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
-from magus_anharmonic.structures import bare, decided_group, space_group, structure_id
+from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def relax(context: Context, step: Step) -> Outcome:
     with structure_file(folder) as file:
         for number, pressure in enumerate(settings.pressures, start=1):
             free = _relaxed_at(context.final_model, context, folder, starts, pressure, fixed=False)
-            held = _relaxed_at(
+            symmetric = _relaxed_at(
                 context.final_model,
                 context,
                 folder,
@@ -75,17 +75,17 @@ def relax(context: Context, step: Step) -> Outcome:
                 pressure,
                 fixed=True,
             )
-            named = {id(result): phase for result, phase in zip(held, known, strict=True)}
+            named = {id(result): phase for result, phase in zip(symmetric, known, strict=True)}
             found: dict[str, tuple[Found, Any]] = {}
             for start, result in [
                 *zip(starts, free, strict=True),
-                *zip([phase.atoms for phase in known], held, strict=True),
+                *zip([phase.atoms for phase in known], symmetric, strict=True),
             ]:
                 evaluations += result.n_steps
                 if result.failed:
                     failures.append((structure_id(start), f"{pressure:g} GPa: {result.reason}"))
                 else:
-                    item = Found(bare(result.atoms), float(result.enthalpy), step.id)
+                    item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
                     found.setdefault(item.id, (item, named.get(id(result))))
             for item, phase in found.values():
                 rows.append(
@@ -151,8 +151,8 @@ def _relaxed_at(
 ) -> list[Relaxed]:
     """Relaxations in the order of ``structures``; kept on disk per pressure, so that a killed step
     goes on."""
-    from magus_anharmonic.potential.portable import relax_options
     from magus_anharmonic.potential.relax import relax as relax_all
+    from magus_anharmonic.potential.remote import relax_options
 
     if not structures:
         return []
@@ -177,9 +177,9 @@ def _relaxed_at(
         options = relax_options(keys) | {
             "fix_symmetry": fixed,
             "relax_cell": True,
-            "kicks": 0 if fixed else keys.kicks,
+            "perturbations": 0 if fixed else keys.perturbations,
         }
-        found = relax_all(model, [bare(atoms) for atoms in structures], pressure, **options)
+        found = relax_all(model, [stripped(atoms) for atoms in structures], pressure, **options)
         with replacing(stored) as temporary:
             write(temporary, [_frame(result) for result in found], format="traj")
         kept = _read_relaxed(stored, len(structures))
@@ -192,7 +192,8 @@ def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
     frames = read_frames(file)
     try:
         found = [
-            Relaxed(bare(frame), **{name: frame.info[name] for name in names}) for frame in frames
+            Relaxed(stripped(frame), **{name: frame.info[name] for name in names})
+            for frame in frames
         ]
     except (KeyError, TypeError) as error:
         raise DamagedFile(
@@ -204,7 +205,7 @@ def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
 
 
 def _frame(result: Any) -> Atoms:
-    frame = bare(result.atoms)
+    frame = stripped(result.atoms)
     frame.info = {
         "enthalpy": float(result.enthalpy),
         "n_steps": int(result.n_steps),
@@ -228,7 +229,7 @@ def foundation(context: Context, step: Step) -> Outcome:
     ]
     known = [phase for phase in phases if phase.atoms is not None]
     free = _relaxed_at(context.foundation, context, folder, starts, settings.pressure, fixed=False)
-    held = _relaxed_at(
+    symmetric = _relaxed_at(
         context.foundation,
         context,
         folder,
@@ -238,11 +239,14 @@ def foundation(context: Context, step: Step) -> Outcome:
     )
     rows, failures = [], []
     with structure_file(folder) as file:
-        for result, phase in [*((result, None) for result in free), *zip(held, known, strict=True)]:
+        for result, phase in [
+            *((result, None) for result in free),
+            *zip(symmetric, known, strict=True),
+        ]:
             if result.failed:
                 failures.append((structure_id(result.atoms), str(result.reason)))
                 continue
-            item = Found(bare(result.atoms), float(result.enthalpy), step.id)
+            item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
             rows.append(
                 _named(
                     enthalpy_row(
@@ -253,7 +257,7 @@ def foundation(context: Context, step: Step) -> Outcome:
             )
             file.add(item.atoms, item.id, str(rows[-1][4]), settings.pressure, "static")
     write_part(folder, "enthalpies", rows)
-    evaluations = sum(result.n_steps for result in [*free, *held])
+    evaluations = sum(result.n_steps for result in [*free, *symmetric])
     return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
 
 
@@ -403,7 +407,7 @@ def changed_candidates(
         for row in rows
         if row["status"] not in ("failed", "unconverged") and row["id"] in statics
     ]
-    return [(row, bare(statics[row["id"]])) for row in usable[:limit]]
+    return [(row, stripped(statics[row["id"]])) for row in usable[:limit]]
 
 
 def read_statics(folder: Path) -> list[Atoms]:
@@ -420,7 +424,7 @@ def read_statics(folder: Path) -> list[Atoms]:
     except DamagedFile:
         raise
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, file)
+        raise_machine_error(error, file)
         raise DamagedFile(
             f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})"
         ) from None

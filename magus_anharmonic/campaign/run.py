@@ -34,7 +34,7 @@ from magus_anharmonic.errors import (
     DamagedFile,
     InputError,
     MagusAnharmonicError,
-    is_trouble,
+    is_machine_error,
     typed_line,
 )
 from magus_anharmonic.files import read_json, set_aside
@@ -373,7 +373,7 @@ class Campaign:
         except (
             Exception
         ) as error:  # one step must not take the others with it, but all need the machine
-            if is_trouble(error):
+            if is_machine_error(error):
                 self._stopped(step, before, began)
                 raise
             reason = str(error) if isinstance(error, MagusAnharmonicError) else typed_line(error)

@@ -35,7 +35,7 @@ from magus_anharmonic.files import (
 )
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator
@@ -62,7 +62,7 @@ def at(name: str, pressure: float) -> str:
     return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
 
 
-def place(phase: str, pressure: float) -> str:
+def phase_folder(phase: str, pressure: float) -> str:
     """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
     return at(safe_name(phase), pressure)
 
@@ -401,7 +401,7 @@ class StructureFile:
         """One structure (``kind``: static or centroids)."""
         from ase.io import write
 
-        frame = bare(atoms)
+        frame = stripped(atoms)
         frame.info = {
             "id": name,
             "space_group": space_group,

@@ -21,7 +21,7 @@ from ase.io import iread, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
-from magus_anharmonic.files import digest, raise_trouble, replacing
+from magus_anharmonic.files import digest, raise_machine_error, replacing
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.learning.families import (
@@ -33,11 +33,11 @@ from magus_anharmonic.learning.families import (
 )
 from magus_anharmonic.settings.campaign import PhaseSettings
 from magus_anharmonic.structures import (
-    bare,
     formula,
     number_of,
     primitive,
     space_group,
+    stripped,
     structure_id,
 )
 
@@ -83,7 +83,7 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
             if enthalpy is None or not np.isfinite(enthalpy) or mark in seen:
                 continue
             seen.add(mark)
-            yield Found(bare(atoms), float(enthalpy), origin)
+            yield Found(stripped(atoms), float(enthalpy), origin)
 
 
 def _frames(file: Path) -> Iterator[Atoms]:
@@ -91,7 +91,7 @@ def _frames(file: Path) -> Iterator[Atoms]:
     try:
         yield from iread(file, index=":", format="traj")
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, file)
+        raise_machine_error(error, file)
         raise DamagedFile(
             f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})"
         ) from None

@@ -18,7 +18,7 @@ from magus_anharmonic.errors import (
     LostLock,
     MagusAnharmonicError,
     Terminated,
-    is_trouble,
+    is_machine_error,
     printable,
     reason_of,
 )
@@ -27,7 +27,7 @@ from magus_anharmonic.report.screen import console as console
 app = typer.Typer(
     name="magus-anharmonic",
     help=(
-        "Crystal structure prediction with moving ions: MAGUS, MatterSim and the SSCHA in one loop."
+        "Crystal structure prediction with quantum ions: MAGUS, MatterSim and SSCHA in one loop."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -61,7 +61,7 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
         raise typer.Exit(INPUT_ERROR) from None
     except MagusAnharmonicError as error:
         resume = f"; finished work is kept, mend it and {go_on} to go on"
-        say(f"error: {error}{resume if is_trouble(error) else ''}", err=True)
+        say(f"error: {error}{resume if is_machine_error(error) else ''}", err=True)
         raise typer.Exit(1) from None
     except (KeyboardInterrupt, Terminated) as error:
         say(f"{reason_of(error)}; finished work is kept, {go_on} to go on", err=True)
@@ -72,7 +72,7 @@ def user_errors(go_on: str = "run the same command again") -> Iterator[None]:
         say(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except Exception as error:
-        if not (isinstance(error, OSError) or is_trouble(error)):
+        if not (isinstance(error, OSError) or is_machine_error(error)):
             raise
         logging.getLogger(__name__).debug("stopped", exc_info=True)
         say(

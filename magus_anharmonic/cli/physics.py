@@ -287,7 +287,7 @@ def errors(
             find_source,
             given_displacements,
             load_labeler_settings,
-            measure_held,
+            measure_locked,
         )
         from magus_anharmonic.analysis.labelled_ensemble import WHAT, check_number
         from magus_anharmonic.labelers import get_labeler
@@ -314,7 +314,7 @@ def errors(
             displacements = (
                 None if ensemble is None else given_displacements(found.state, ensemble)[:n_configs]
             )
-            report = measure_held(
+            report = measure_locked(
                 found,
                 model,
                 labeler,

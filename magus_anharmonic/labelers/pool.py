@@ -24,7 +24,7 @@ from typing import Any, Self
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineTrouble
+from magus_anharmonic.errors import MachineError
 from magus_anharmonic.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
@@ -64,7 +64,7 @@ class WorkerDied(Exception):
     or a time limit of ours.
     """
 
-    trouble = False
+    machine_error = False
 
 
 class Worker:
@@ -161,7 +161,7 @@ class Worker:
             return WorkerDied("the labeler was closed")
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
-        died.trouble = code == -signal.SIGKILL
+        died.machine_error = code == -signal.SIGKILL
         return died
 
     def stop(self) -> None:
@@ -372,7 +372,7 @@ class WorkerLabeler(JobLabeler):
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
+            answer = {"ok": False, "reason": str(error), "machine_error": error.machine_error}
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -388,9 +388,9 @@ def _close_all(workers: list[Worker]) -> None:
 
 def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
     """Why an answer is no valid label for ``n_atoms`` atoms; None when it is one. Raises
-    ``MachineTrouble`` where that was the reason."""
-    if answer.get("trouble"):
-        raise MachineTrouble(f"a labeler's process: {answer['reason']}")
+    ``MachineError`` where that was the reason."""
+    if answer.get("machine_error"):
+        raise MachineError(f"a labeler's process: {answer['reason']}")
     if not answer["ok"]:
         return answer["reason"]
     forces, stress = (

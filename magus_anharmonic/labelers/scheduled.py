@@ -153,7 +153,7 @@ class ScheduledLabeler(JobLabeler):
         ):
             for end in ends:
                 answer, files = (
-                    ({"ok": False, "reason": end.reason, "trouble": end.died}, {})
+                    ({"ok": False, "reason": end.reason, "machine_error": end.died}, {})
                     if end.reason
                     else end.value
                 )
@@ -182,7 +182,7 @@ def label_on_worker(
         try:
             answer = worker.run({**job, "directory": str(folder)}, timeout)
         except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error), "trouble": error.trouble}
+            answer = {"ok": False, "reason": str(error), "machine_error": error.machine_error}
         files = {} if answer["ok"] else packed(folder, largest=LARGEST)
         if not answer["ok"] and worker.log_file.is_file():
             files["worker.log"] = worker.log_file.read_bytes()[-LARGEST:]

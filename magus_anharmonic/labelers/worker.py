@@ -21,7 +21,7 @@ from ase import Atoms
 from magus_anharmonic.errors import (
     LabelerError,
     MagusAnharmonicError,
-    is_trouble,
+    is_machine_error,
     one_line,
     typed_line,
 )
@@ -71,7 +71,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error), "trouble": is_trouble(error)}
+        result = {"ok": False, "reason": _reason(error), "machine_error": is_machine_error(error)}
     result["seconds"] = time.monotonic() - started
     return result
 

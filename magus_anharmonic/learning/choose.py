@@ -9,7 +9,7 @@ G_model of a phase is the average of (E_DFT - E_model)/N over its ensemble
 (`magus_anharmonic.analysis.gradient_errors`), so that the squared error of its difference to the
 lowest phase b is s_b^2/n_b + s_j^2/n_j for n pairs +u/-u with the spread s. Pairs are given out one
 by one to the phase in which one more lowers sum_j p_j (s_b^2/n_b + s_j^2/n_j) most, p_j being the
-odds that phase j is the lowest after all.
+probability that phase j is the lowest after all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from magus_anharmonic.learning.families import (
     sides_of_families,
 )
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -98,7 +98,7 @@ def select(
         )
         return choose(population, n, rng)
     pool = lowest_distinct(population, POOL * n)
-    structures = [bare(population[index]) for index in pool]
+    structures = [stripped(population[index]) for index in pool]
     if rule == "diverse":
         picked = farthest_points(
             potential.mean_features(structures), n, rng, potential.mean_features(known)
@@ -106,14 +106,14 @@ def select(
     else:
         found = potential.uncertainty(structures)
         errors = np.empty(0) if found is None else found.force_error
-        picked = [int(place) for place in np.argsort(-errors, kind="stable")[:n]]
+        picked = [int(position) for position in np.argsort(-errors, kind="stable")[:n]]
         log.info(
             "the %d most uncertain of %d structures: %.3f to %.3f eV/A",
             len(picked),
             len(pool),
             *errors[picked][[-1, 0]],
         )
-    return [pool[place] for place in picked]
+    return [pool[position] for position in picked]
 
 
 def quotas(n: int, split: Sequence[int]) -> dict[str, int]:
@@ -146,7 +146,7 @@ def hold_back(
     sides stay short.
     """
     wanted = {**quotas(len(chosen), split), "train": len(chosen) - len(chosen) // 2}
-    names = families.would_be([bare(atoms) for atoms in population])
+    names = families.would_be([stripped(atoms) for atoms in population])
     picked, waiting = list(chosen), list(wanted)
     for _ in range(2 * len(chosen)):
         sides = sides_of_families([names[index] for index in picked], split, known)
@@ -163,7 +163,9 @@ def hold_back(
         if not others:
             waiting.remove(short)
             continue
-        last = max(place for place, index in enumerate(picked) if sides[names[index]] == spare)
+        last = max(
+            position for position, index in enumerate(picked) if sides[names[index]] == spare
+        )
         picked[last] = others[int(rng.integers(len(others)))]
     return picked
 
@@ -179,7 +181,7 @@ def lowest_distinct(population: Sequence[Atoms], n: int) -> list[int]:
     chosen: list[int] = []
     prints: list[Fingerprint] = []
     for index in np.argsort(heights, kind="stable"):
-        mine = fingerprint(bare(population[index]))
+        mine = fingerprint(stripped(population[index]))
         if not any(mine.similar(other) for other in prints):
             chosen.append(int(index))
             prints.append(mine)
@@ -224,27 +226,30 @@ class Contender:
     lowest one so far.
 
     centroids : one primitive cell, the parent of its configurations. configurations : of the
-    supercell, +u and -u next to each other, of which the first pairs are taken. odds : probability
-    to be the lowest. spread : eV/atom, expected standard deviation of the model's energy error
+    supercell, +u and -u next to each other, of which the first pairs are taken. probability : of
+    being the lowest. spread : eV/atom, expected standard deviation of the model's energy error
     among the pairs of the ensemble.
     """
 
     id: str
     centroids: Atoms
     configurations: Sequence[Atoms]
-    odds: float
+    probability: float
     spread: float
 
 
 def allocate(
-    spreads: Sequence[float], odds: Sequence[float], n_pairs: int, most: Sequence[int] | None = None
+    spreads: Sequence[float],
+    probability: Sequence[float],
+    n_pairs: int,
+    most: Sequence[int] | None = None,
 ) -> list[int]:
     """Pairs for every contender, the first being the lowest; at most ``most`` of each.
 
     Each gets one before any gets two (in the order of their worth, when there are fewer pairs than
     contenders).
     """
-    weights = np.array(odds, dtype=float)
+    weights = np.array(probability, dtype=float)
     weights[0] = weights[1:].sum()
     worth = np.maximum(weights, 1e-12) * np.maximum(
         np.square(np.asarray(spreads, dtype=float)), 1e-24
@@ -282,25 +287,25 @@ def plan_ensembles(
     known = store.sides(settings.split, before=generation)
     shares = allocate(
         [c.spread for c in contenders],
-        [c.odds for c in contenders],
+        [c.probability for c in contenders],
         n_pairs,
         [len(c.configurations) // 2 for c in contenders],
     )
     planned = []
     for contender, share in zip(contenders, shares, strict=True):
         log.info(
-            "%s (odds to be lowest %.2f, spread of the energy error %.2g eV/atom): %d pairs of its"
-            " ensemble are labelled",
+            "%s (probability of being lowest %.2f, spread of the energy error %.2g eV/atom): %d"
+            " pairs of its ensemble are labelled",
             contender.id,
-            contender.odds,
+            contender.probability,
             contender.spread,
             share,
         )
-        parent = bare(contender.centroids)
+        parent = stripped(contender.centroids)
         name = parent_name(parent)
         family = store.families.family(name, parent)
         for number, configuration in enumerate(contender.configurations[: 2 * share]):
-            atoms = bare(configuration)
+            atoms = stripped(configuration)
             plan_label(
                 atoms,
                 generation=generation,

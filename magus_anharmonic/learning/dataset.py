@@ -18,7 +18,7 @@ from ase.io import read, write
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
 from magus_anharmonic.files import (
     append_jsonl,
-    raise_trouble,
+    raise_machine_error,
     read_jsonl,
     remove,
     replacing,
@@ -28,7 +28,7 @@ from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
 from magus_anharmonic.potential.labelled import side_of_name
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def plan_label(
 def labelled(structure: Atoms, label: Label, **info: Any) -> Atoms:
     """``structure`` with its label: energy, forces and stress attached; free energy, settings hash
     and ``info`` in ``info``."""
-    atoms = bare(structure)
+    atoms = stripped(structure)
     atoms.info.update(structure.info)
     atoms.info.update(info, settings_hash=label.settings_hash)
     if label.free_energy is not None:
@@ -285,7 +285,7 @@ class LabelStore:
             for atoms in dataset
         ]
         for parent, atoms in zip(parents, dataset, strict=True):
-            family = self.families.family(parent, bare(atoms))
+            family = self.families.family(parent, stripped(atoms))
             known.setdefault(family, side_of(atoms, split))
             atoms.info.update(family=family, side=known[family])
             self._sides_of_dataset[family] = known[family]
@@ -340,7 +340,7 @@ def read_labels(file: str | Path) -> list[Atoms]:
     try:
         frames: Any = read(path, index=":", format="extxyz")
     except Exception as error:  # ASE's reader raises many types for malformed text
-        raise_trouble(error, path)
+        raise_machine_error(error, path)
         raise DamagedFile(
             f"{path}: not readable as extended XYZ: {one_line(error, 200)}{isotope_hint(error)}"
         ) from None

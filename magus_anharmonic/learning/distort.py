@@ -7,7 +7,7 @@ from ase import Atoms
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 MAX_TRIES = 100
 CLOSEST = 0.6
@@ -35,7 +35,7 @@ def random_strain(limit: float, rng: np.random.Generator) -> np.ndarray:
 def distort(
     atoms: Atoms, rng: np.random.Generator, *, atom_displacement: float, strain: float
 ) -> Atoms:
-    """A copy (bare) with random strain and displacements; the structure given is not changed.
+    """A stripped copy with random strain and displacements; the structure given is not changed.
 
     First the cell and the atoms with it are strained, cell -> cell (1 + strain); then every atom
     moves by exactly ``atom_displacement`` (Angstrom) in a direction of its own. Raises
@@ -43,7 +43,7 @@ def distort(
     """
     shortest = shortest_distance(atoms)
     for _ in range(MAX_TRIES):
-        distorted = bare(atoms)
+        distorted = stripped(atoms)
         tensor = random_strain(strain, rng)
         distorted.set_cell(atoms.cell.array @ (np.eye(3) + tensor), scale_atoms=True)
         distorted.positions += atom_displacement * random_directions(len(atoms), rng)

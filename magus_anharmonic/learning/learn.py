@@ -38,7 +38,7 @@ from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_fami
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.labelled import FEW, Scores
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -275,7 +275,7 @@ def _plan_beside(
     known = store.sides(settings.split, before=generation) | {
         str(atoms.info["family"]): str(atoms.info["side"]) for atoms in planned
     }
-    names = store.families.would_be([bare(atoms) for atoms in population])
+    names = store.families.would_be([stripped(atoms) for atoms in population])
     order = (
         np.random.default_rng([seed, generation, _HOLD_BACK]).permutation(len(population)).tolist()
     )
@@ -286,7 +286,7 @@ def _plan_beside(
             for index in order
             if known.get(names[index], side) == side and index not in chosen
         ][:n]:
-            parent = bare(population[index])
+            parent = stripped(population[index])
             known[names[index]] = known[store.families.family(parent_name(parent), parent)] = side
             chosen.append(index)
     return plan(population, generation, settings, store, seed, chosen, known)
@@ -313,7 +313,7 @@ def plan(
         chosen = choose(
             population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE])
         )
-    parents = [bare(population[index]) for index in chosen]
+    parents = [stripped(population[index]) for index in chosen]
     families = [store.families.family(parent_name(parent), parent) for parent in parents]
     sides = sides_of_families(
         families,
@@ -442,8 +442,8 @@ def training_sets(
     split = settings.split
     new = on_side(labels, "train", split)
     previous = on_side([*dataset, *earlier], "train", split)
-    drawn = sorted(rng.permutation(len(previous))[: settings.n_replay])
-    replay = [previous[index] for index in drawn]
+    sampled = sorted(rng.permutation(len(previous))[: settings.n_replay])
+    replay = [previous[index] for index in sampled]
     sides: dict[str, list[Atoms]] = {}
     origin: dict[str, str] = {}
     for name in SIDES[1:]:

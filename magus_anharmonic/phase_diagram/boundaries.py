@@ -1,5 +1,5 @@
-"""Where phases change places: boundaries P(T) with confidence bands, their slopes, and who is
-lowest with which odds."""
+"""Where the order of phases changes: boundaries P(T) with confidence bands, their slopes, and who
+is lowest with which probability."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.phase_diagram.points import GibbsPoint
-from magus_anharmonic.phase_diagram.surface import GibbsSurface, SurfaceDraws, fit_surface
+from magus_anharmonic.phase_diagram.surface import GibbsSurface, SurfaceSamples, fit_surface
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 N_PRESSURES = 241
@@ -83,12 +83,12 @@ class SlopeCheck:
 
 @dataclass(frozen=True)
 class PhaseSet:
-    """Surfaces of the phases of one composition and one set of isotopes, with as many draws of
+    """Surfaces of the phases of one composition and one set of isotopes, with as many samples of
     each."""
 
     isotopes: str
     surfaces: Mapping[str, GibbsSurface]
-    draws: Mapping[str, SurfaceDraws]
+    samples: Mapping[str, SurfaceSamples]
 
 
 def phase_set(
@@ -99,25 +99,25 @@ def phase_set(
     seed: int = 0,
     offset_error: float = 0.0,
 ) -> PhaseSet:
-    """Fit every phase that has usable points; draws are seeded by phase, so that adding a phase
+    """Fit every phase that has usable points; samples are seeded by phase, so that adding a phase
     changes no other.
 
     ``offset_error``: eV/atom, error of G of a phase as a whole (the potential's), independent
     between phases. It is drawn once for all isotopes of a phase, because they share the potential.
     """
-    surfaces, draws = {}, {}
+    surfaces, samples = {}, {}
     for phase in dict.fromkeys(point.phase for point in points):
         mine = [point for point in points if point.phase == phase and point.isotopes == isotopes]
         if not any(point.usable for point in mine):
             continue
         surfaces[phase] = fit_surface(mine)
         tag = [seed, *phase.encode(), 0, *isotopes.encode()]
-        drawn = surfaces[phase].draw(n_samples, np.random.default_rng(tag))
+        sampled = surfaces[phase].sample(n_samples, np.random.default_rng(tag))
         offsets = offset_error * np.random.default_rng([seed, *phase.encode()]).standard_normal(
             n_samples
         )
-        draws[phase] = SurfaceDraws(drawn.parts, drawn.extra, offsets, drawn.order)
-    return PhaseSet(isotopes, surfaces, draws)
+        samples[phase] = SurfaceSamples(sampled.parts, sampled.extra, offsets, sampled.order)
+    return PhaseSet(isotopes, surfaces, samples)
 
 
 def temperature_range(surfaces: Sequence[GibbsSurface], n: int = N_TEMPERATURES) -> np.ndarray:
@@ -162,18 +162,22 @@ def pair_boundary(
         crossings = _crossings(grid, difference)
         if not crossings:
             continue
-        samples = phases.draws[second].values(grid, temperature) - phases.draws[first].values(
+        samples = phases.samples[second].values(grid, temperature) - phases.samples[first].values(
             grid, temperature
         )
         crossings = _significant(crossings, grid, difference, samples.std(axis=0))
         here: list[BoundaryPoint] = []
         for falling in (True, False):
             below, above = (first, second) if falling else (second, first)
-            places = np.array([pressure for pressure, falls in crossings if falls == falling])
-            for number, pressure in enumerate(places):
-                drawn = _sampled_crossings(grid, samples if falling else -samples, float(pressure))
-                inside = np.isfinite(drawn) & (
-                    np.abs(drawn[:, None] - places).argmin(axis=1) == number
+            crossing_pressures = np.array(
+                [pressure for pressure, falls in crossings if falls == falling]
+            )
+            for number, pressure in enumerate(crossing_pressures):
+                sampled = _sampled_crossings(
+                    grid, samples if falling else -samples, float(pressure)
+                )
+                inside = np.isfinite(sampled) & (
+                    np.abs(sampled[:, None] - crossing_pressures).argmin(axis=1) == number
                 )
                 if inside.mean() >= RESOLVED:
                     here.append(
@@ -183,7 +187,7 @@ def pair_boundary(
                             above,
                             float(temperature),
                             float(pressure),
-                            drawn,
+                            sampled,
                             float(inside.mean()),
                         )
                     )
@@ -207,8 +211,8 @@ def _significant(
 
 
 def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
-    """Of neighbours in the same sense, between which no way back was resolved, the surest; by
-    pressure."""
+    """Of neighbouring crossings in the same sense, with none in the other between them, the most
+    certain; by pressure."""
     kept: list[BoundaryPoint] = []
     for one in sorted(crossings, key=lambda crossing: crossing.pressure):
         if not kept or kept[-1].below != one.below:
@@ -222,7 +226,7 @@ def _crossings(grid: np.ndarray, difference: np.ndarray) -> list[tuple[float, bo
     """Pressures where ``difference`` changes sign, and whether it falls there (the second phase
     takes over)."""
     signs = np.sign(difference)
-    places = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
+    crossing_pressures = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
     return [
         (
             float(
@@ -231,7 +235,7 @@ def _crossings(grid: np.ndarray, difference: np.ndarray) -> list[tuple[float, bo
             ),
             bool(difference[i] > 0),
         )
-        for i in places
+        for i in crossing_pressures
     ]
 
 
@@ -244,11 +248,11 @@ def _sampled_crossings(grid: np.ndarray, samples: np.ndarray, near: float) -> np
     left, right = samples[:, :-1], samples[:, 1:]
     falling = (left > 0) & (right <= 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        places = grid[:-1] + np.diff(grid) * left / (left - right)
-    distance = np.where(falling, np.abs(places - near), INF)
+        crossing_pressures = grid[:-1] + np.diff(grid) * left / (left - right)
+    distance = np.where(falling, np.abs(crossing_pressures - near), INF)
     best = np.argmin(distance, axis=1)
     rows = np.arange(len(samples))
-    crossing = np.where(falling[rows, best], places[rows, best], 0.0)
+    crossing = np.where(falling[rows, best], crossing_pressures[rows, best], 0.0)
     at_near = samples[:, int(np.argmin(np.abs(grid - near)))]
     return np.where(falling.any(axis=1), crossing, np.where(at_near > 0, INF, -INF))
 
@@ -256,11 +260,11 @@ def _sampled_crossings(grid: np.ndarray, samples: np.ndarray, near: float) -> np
 def quantile(values: np.ndarray, level: float) -> float:
     """Quantile of numbers that may be infinite (by order, no interpolation across infinity)."""
     ordered = np.sort(values)
-    place = level * (len(ordered) - 1)
-    low, high = ordered[int(np.floor(place))], ordered[int(np.ceil(place))]
+    position = level * (len(ordered) - 1)
+    low, high = ordered[int(np.floor(position))], ordered[int(np.ceil(position))]
     if not (np.isfinite(low) and np.isfinite(high)):
         return float(low if level < 0.5 else high)
-    return float(low + (high - low) * (place - np.floor(place)))
+    return float(low + (high - low) * (position - np.floor(position)))
 
 
 def _point(
@@ -269,12 +273,12 @@ def _point(
     above: str,
     temperature: float,
     best: float,
-    drawn: np.ndarray,
+    sampled: np.ndarray,
     inside: float,
 ) -> BoundaryPoint:
-    middle = quantile(drawn, 0.5)
+    middle = quantile(sampled, 0.5)
     pressure = middle if math.isfinite(middle) else best
-    bands = {name: quantile(drawn, level) for name, level in LEVELS.items()}
+    bands = {name: quantile(sampled, level) for name, level in LEVELS.items()}
     a, b = phases.surfaces[below], phases.surfaces[above]
     entropy = float(b.entropy(pressure, temperature) - a.entropy(pressure, temperature))
     volume = float(b.volume(pressure, temperature) - a.volume(pressure, temperature))
@@ -306,8 +310,8 @@ def _point(
 def _slope_error(
     phases: PhaseSet, below: str, above: str, temperature: float, pressure: float
 ) -> float:
-    """Half the 68 % range of dS/dV over the draws at one point, GPa/K."""
-    a, b = phases.draws[below], phases.draws[above]
+    """Half the 68 % range of dS/dV over the samples at one point, GPa/K."""
+    a, b = phases.samples[below], phases.samples[above]
     entropy = a.values(pressure, temperature, "T") - b.values(pressure, temperature, "T")
     volume = b.values(pressure, temperature, "P") - a.values(pressure, temperature, "P")
     slopes = (entropy / volume)[:, 0] * EV_PER_A3_IN_GPA
@@ -318,16 +322,16 @@ def all_boundaries(phases: PhaseSet) -> list[BoundaryPoint]:
     """Every crossing of every pair of phases, over the temperatures that the two have in common."""
     names = list(phases.surfaces)
     found = []
-    for place, first in enumerate(names):
-        for second in names[place + 1 :]:
+    for position, first in enumerate(names):
+        for second in names[position + 1 :]:
             temperatures = temperature_range([phases.surfaces[first], phases.surfaces[second]])
             found += pair_boundary(phases, first, second, temperatures)
     return found
 
 
-def lowest_odds(phases: PhaseSet, pressure: float, temperature: float) -> dict[str, float]:
-    """Part of the draws in which each phase is lowest at (GPa, K), among those whose points reach
-    there."""
+def lowest_probabilities(phases: PhaseSet, pressure: float, temperature: float) -> dict[str, float]:
+    """Fraction of the samples in which each phase is lowest at (GPa, K), among those whose points
+    reach there."""
     names = [
         name
         for name, surface in phases.surfaces.items()
@@ -335,8 +339,8 @@ def lowest_odds(phases: PhaseSet, pressure: float, temperature: float) -> dict[s
     ]
     if not names:
         return {}
-    drawn = np.stack([phases.draws[name].values(pressure, temperature)[:, 0] for name in names])
-    counts = np.bincount(np.argmin(drawn, axis=0), minlength=len(names)) / drawn.shape[1]
+    sampled = np.stack([phases.samples[name].values(pressure, temperature)[:, 0] for name in names])
+    counts = np.bincount(np.argmin(sampled, axis=0), minlength=len(names)) / sampled.shape[1]
     return dict(zip(names, counts.tolist(), strict=True))
 
 
@@ -359,9 +363,9 @@ def slope_check(
         for name in (one.below, one.above)
     ]
 
-    def drawn(kinds: tuple[str, ...]) -> list[SurfaceDraws]:
+    def sampled(kinds: tuple[str, ...]) -> list[SurfaceSamples]:
         return [
-            fit_surface(mine, kinds).draw(n_samples, np.random.default_rng([seed, k]))
+            fit_surface(mine, kinds).sample(n_samples, np.random.default_rng([seed, k]))
             for k, mine in enumerate(pairs)
         ]
 
@@ -375,9 +379,9 @@ def slope_check(
             one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, reason
         )
     try:
-        a, b = drawn(("G",))
+        a, b = sampled(("G",))
         by_gibbs = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
-        a, b = drawn(("V", "S"))
+        a, b = sampled(("V", "S"))
         by_both = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
     except InputError as error:
         return SlopeCheck(
@@ -389,7 +393,9 @@ def slope_check(
     )
 
 
-def _difference(a: SurfaceDraws, b: SurfaceDraws, at: BoundaryPoint, derivative: str) -> np.ndarray:
+def _difference(
+    a: SurfaceSamples, b: SurfaceSamples, at: BoundaryPoint, derivative: str
+) -> np.ndarray:
     return (
         b.values(at.pressure, at.temperature, derivative)
         - a.values(at.pressure, at.temperature, derivative)

@@ -58,10 +58,12 @@ def phase_diagram_command(
     Raises ``InputError``, also where another process works in ``output``.
     """
     with locked(output, WHAT):
-        return _held_command(sources, output, grid or GridOptions(), end_members, model_error, seed)
+        return _locked_command(
+            sources, output, grid or GridOptions(), end_members, model_error, seed
+        )
 
 
-def _held_command(
+def _locked_command(
     sources: Sequence[Path],
     output: Path,
     grid: GridOptions,
@@ -106,7 +108,7 @@ def read_source(
     settings = load_phase_diagram(first) if alone else _from_options(sources, grid)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
-    return run_held(settings, output), settings
+    return run_locked(settings, output), settings
 
 
 def _from_options(sources: Sequence[Path], grid: GridOptions) -> PhaseDiagramSettings:
@@ -150,7 +152,7 @@ def _masses(text: str) -> tuple[str, dict[str, float]]:
     return name, {symbol: float(mass) for symbol, mass in pairs}
 
 
-def run_held(
+def run_locked(
     settings: PhaseDiagramSettings, output: Path, evaluator: Any = None
 ) -> list[GibbsPoint]:
     """Run or resume the grid in ``output``, whose lock the caller holds; ``gibbs.csv`` is up to
@@ -220,7 +222,7 @@ BOUNDARY_COLUMNS = (
     "lower_68_GPa",
     "upper_68_GPa",
     "upper_95_GPa",
-    "odds_inside",
+    "probability_inside",
     "slope_GPa_per_K",
     "slope_error_GPa_per_K",
     "entropy_change_eV_per_K_per_atom",
@@ -233,7 +235,7 @@ STABLE_COLUMNS = (
     "pressure_GPa",
     "temperature_K",
     "phase",
-    "odds",
+    "probability",
     "gap_eV_per_atom",
     "gap_error_eV_per_atom",
 )
@@ -324,7 +326,7 @@ def summary(diagram: PhaseDiagram, sentences: Sequence[str]) -> dict[str, Any]:
                 dict(zip(BOUNDARY_COLUMNS, _boundary_row(one), strict=True))
                 for one in diagram.boundaries
             ],
-            "continuous_transitions": [asdict(one) for one in diagram.meetings],
+            "continuous_transitions": [asdict(one) for one in diagram.continuous_transitions],
             "clausius_clapeyron": [
                 {**asdict(one), "deviation": None if one.reason else one.deviation}
                 for one in diagram.checks

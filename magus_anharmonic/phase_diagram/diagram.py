@@ -1,5 +1,5 @@
-"""From free energies on a grid to a phase diagram: fits, boundaries, odds, hull, isotope shifts,
-tables, picture, plain words."""
+"""From free energies on a grid to a phase diagram: fits, boundaries, probabilities, hull, isotope
+shifts, tables, picture, plain words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from magus_anharmonic.phase_diagram.boundaries import (
     SlopeCheck,
     all_boundaries,
     isotope_shifts,
-    lowest_odds,
+    lowest_probabilities,
     phase_set,
     slope_check,
 )
@@ -25,9 +25,9 @@ from magus_anharmonic.phase_diagram.points import GibbsPoint
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """``phase`` turns into another one (``space_group``, ``other`` when it is a phase of the
-    diagram) between two pressures, at T.
+class ContinuousTransition:
+    """``phase`` transforms continuously into another one (``space_group``, ``other`` when it is a
+    phase of the diagram) between two pressures, at T.
 
     GPa and K. last : the highest pressure below at which it is itself (None: nowhere), first : the
     lowest at which it is not. With ``rising`` False the other way round.
@@ -45,14 +45,14 @@ class Meeting:
 
 @dataclass(frozen=True)
 class Stable:
-    """Who is lowest at a point of the grid, and the odds of it."""
+    """Who is lowest at a point of the grid, and the probability of it."""
 
     isotopes: str
     formula: str
     pressure: float
     temperature: float
     phase: str
-    odds: float
+    probability: float
     gap: float
     """eV/atom to the second."""
     gap_error: float
@@ -76,7 +76,7 @@ class PhaseDiagram:
     sets: dict[tuple[str, str], PhaseSet]
     boundaries: tuple[BoundaryPoint, ...]
     checks: tuple[SlopeCheck, ...]
-    meetings: tuple[Meeting, ...]
+    continuous_transitions: tuple[ContinuousTransition, ...]
     stable: tuple[Stable, ...]
     hull: tuple[HullRow, ...]
     shifts: tuple[dict[str, float | str], ...]
@@ -134,7 +134,7 @@ def phase_diagram(
         sets,
         tuple(boundaries),
         tuple(checks),
-        tuple(_meetings(points)),
+        tuple(_continuous_transitions(points)),
         tuple(_stable(points, sets)),
         tuple(hull),
         tuple(isotope_shifts(boundaries, reference)),
@@ -154,16 +154,16 @@ def lines(boundaries: Sequence[BoundaryPoint]) -> list[list[BoundaryPoint]]:
     ]
 
 
-def _meetings(points: Sequence[GibbsPoint]) -> list[Meeting]:
+def _continuous_transitions(points: Sequence[GibbsPoint]) -> list[ContinuousTransition]:
     """Where along the pressure a phase stops being itself, per isotopes and temperature."""
     found = []
     rows: dict[tuple[str, str, float], list[GibbsPoint]] = {}
     for point in points:
-        if point.usable or point.status == "became":
+        if point.usable or point.status == "transformed":
             rows.setdefault((point.isotopes, point.phase, point.temperature_K), []).append(point)
     for (isotopes, phase, temperature), row in rows.items():
         row.sort(key=lambda point: point.pressure_GPa)
-        gone = [point for point in row if point.status == "became"]
+        gone = [point for point in row if point.status == "transformed"]
         kept = [point.pressure_GPa for point in row if point.usable]
         if not gone:
             continue
@@ -173,7 +173,9 @@ def _meetings(points: Sequence[GibbsPoint]) -> list[Meeting]:
         last = None if not beside else max(beside) if rising else min(beside)
         one = next(point for point in gone if point.pressure_GPa == first)
         found.append(
-            Meeting(isotopes, phase, one.same_as, one.space_group, temperature, last, first, rising)
+            ContinuousTransition(
+                isotopes, phase, one.same_as, one.space_group, temperature, last, first, rising
+            )
         )
     return found
 
@@ -186,25 +188,33 @@ def _stable(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet])
     found = []
     for (isotopes, formula), phases in sets.items():
         for pressure, temperature in _grid(points):
-            odds = lowest_odds(phases, pressure, temperature)
-            if not odds:
+            probability = lowest_probabilities(phases, pressure, temperature)
+            if not probability:
                 continue
             order = sorted(
-                odds, key=lambda name: float(phases.surfaces[name].gibbs(pressure, temperature))
+                probability,
+                key=lambda name: float(phases.surfaces[name].gibbs(pressure, temperature)),
             )
             gap, error = math.nan, math.nan
             if len(order) > 1:
-                drawn = [
-                    phases.draws[name].values(pressure, temperature)[:, 0] for name in order[:2]
+                sampled = [
+                    phases.samples[name].values(pressure, temperature)[:, 0] for name in order[:2]
                 ]
                 gap = float(
                     phases.surfaces[order[1]].gibbs(pressure, temperature)
                     - phases.surfaces[order[0]].gibbs(pressure, temperature)
                 )
-                error = float((drawn[1] - drawn[0]).std(ddof=1))
+                error = float((sampled[1] - sampled[0]).std(ddof=1))
             found.append(
                 Stable(
-                    isotopes, formula, pressure, temperature, order[0], odds[order[0]], gap, error
+                    isotopes,
+                    formula,
+                    pressure,
+                    temperature,
+                    order[0],
+                    probability[order[0]],
+                    gap,
+                    error,
                 )
             )
     return found
@@ -229,17 +239,17 @@ def _hull(
     rows, notes = [], []
     for isotopes in dict.fromkeys(isotopes for isotopes, _ in sets):
         for pressure, temperature in _grid(points):
-            names, formulas, energies, draws = [], [], [], []
+            names, formulas, energies, samples = [], [], [], []
             for (other, formula), phases in sets.items():
                 for name, surface in phases.surfaces.items() if other == isotopes else ():
                     if bool(surface.inside(pressure, temperature)):
                         names.append(name)
                         formulas.append(formula)
                         energies.append(float(surface.gibbs(pressure, temperature)))
-                        draws.append(phases.draws[name].values(pressure, temperature)[:, 0])
+                        samples.append(phases.samples[name].values(pressure, temperature)[:, 0])
             try:
                 entries = hull_entries(
-                    names, formulas, np.array(energies), np.array(draws).T, corners
+                    names, formulas, np.array(energies), np.array(samples).T, corners
                 )
             except InputError as error:
                 notes.append(

@@ -77,29 +77,29 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
     colors = _phase_colors(diagram)
     _limits(axes, diagram)
     for one in diagram.stable:
-        place = order.index(one.isotopes)
-        marker = MARKERS[place % 4] if _compared(diagram, one) else "x"
-        face = colors[one.phase] if one.odds >= SURE else "white"
+        index = order.index(one.isotopes)
+        marker = MARKERS[index % 4] if _compared(diagram, one) else "x"
+        face = colors[one.phase] if one.probability >= SURE else "white"
         axes.plot(
             [one.pressure],
             [one.temperature],
             marker,
-            ms=6 - 1.5 * place,
+            ms=6 - 1.5 * index,
             color=colors[one.phase],
             mfc=face,
             zorder=3,
         )
     for line in lines(diagram.boundaries):
         _boundary(axes, line, order)
-    for one in diagram.meetings:
+    for one in diagram.continuous_transitions:
         if one.last is not None:
-            place = order.index(one.isotopes)
+            index = order.index(one.isotopes)
             low, high = sorted((one.last, one.first))
             axes.plot(
                 [low, high],
                 [one.temperature] * 2,
                 color="0.35",
-                ls=STYLES[place % 4],
+                ls=STYLES[index % 4],
                 lw=1.5,
                 marker="|",
                 ms=9,
@@ -162,7 +162,7 @@ def _legend(axes: Any, diagram: PhaseDiagram, colors: dict[str, str]) -> None:
         handles.append(
             Line2D([], [], marker="x", ls="", color="0.3", label="no other phase to compare with")
         )
-    if any(one.odds < SURE for one in diagram.stable):
+    if any(one.probability < SURE for one in diagram.stable):
         handles.append(
             Line2D(
                 [],
@@ -171,15 +171,15 @@ def _legend(axes: Any, diagram: PhaseDiagram, colors: dict[str, str]) -> None:
                 ls="",
                 color="0.3",
                 mfc="white",
-                label="lowest with odds below 95 %",
+                label="lowest with a probability below 95 %",
             )
         )
-    if diagram.boundaries or diagram.meetings:
+    if diagram.boundaries or diagram.continuous_transitions:
         for i, name in enumerate(diagram.isotopes):
             color = "black" if i == 0 else "0.45"
             label = f"boundary, {name}" if len(diagram.isotopes) > 1 else "boundary"
             handles.append(Line2D([], [], ls=STYLES[i % 4], color=color, label=label))
-    if any(one.last is not None for one in diagram.meetings):
+    if any(one.last is not None for one in diagram.continuous_transitions):
         handles.append(
             Line2D(
                 [],
@@ -187,7 +187,7 @@ def _legend(axes: Any, diagram: PhaseDiagram, colors: dict[str, str]) -> None:
                 color="0.35",
                 marker="|",
                 ms=9,
-                label="one phase turns into the other between",
+                label="one phase transforms into the other between",
             )
         )
     axes.legend(
@@ -278,18 +278,18 @@ def _difference(
     shade = 0.45 if warm else 1.0
     if len(grid):
         samples = 1000.0 * (
-            phases.draws[name].values(grid, temperature)
-            - phases.draws[reference].values(grid, temperature)
+            phases.samples[name].values(grid, temperature)
+            - phases.samples[reference].values(grid, temperature)
         )
         middle = 1000.0 * (b.gibbs(grid, temperature) - a.gibbs(grid, temperature))
         low, high = np.quantile(samples, [0.025, 0.975], axis=0)
         axes.plot(grid, middle, style, color=color, alpha=shade, label=label)
         axes.fill_between(grid, low, high, color=color, alpha=0.15 * shade, lw=0)
-    by_place = {(p.phase, p.pressure_GPa): p for p in points if p.temperature_K == temperature}
+    by_point = {(p.phase, p.pressure_GPa): p for p in points if p.temperature_K == temperature}
     pairs = [
-        (p, by_place[name, p.pressure_GPa])
-        for p in by_place.values()
-        if p.phase == reference and (name, p.pressure_GPa) in by_place
+        (p, by_point[name, p.pressure_GPa])
+        for p in by_point.values()
+        if p.phase == reference and (name, p.pressure_GPa) in by_point
     ]
     for one, other in pairs:
         height, error = (
@@ -312,17 +312,17 @@ def _difference(
 
 
 FORMATION = "formation free energy (meV/atom)"
-Place = tuple[float, float]
+Condition = tuple[float, float]
 """GPa, K."""
 
 
-def corners(rows: Sequence[HullRow]) -> list[Place]:
+def corners(rows: Sequence[HullRow]) -> list[Condition]:
     """Lowest and highest pressure at the lowest and the highest temperature, of the points that
     have a hull."""
-    places = sorted({(row.temperature, row.pressure) for row in rows})
-    found: list[Place] = []
-    for temperature in (places[0][0], places[-1][0]):
-        mine = [pressure for t, pressure in places if t == temperature]
+    conditions = sorted({(row.temperature, row.pressure) for row in rows})
+    found: list[Condition] = []
+    for temperature in (conditions[0][0], conditions[-1][0]):
+        mine = [pressure for t, pressure in conditions if t == temperature]
         found += [(mine[0], temperature), (mine[-1], temperature)]
     return list(dict.fromkeys(found))
 
@@ -331,12 +331,12 @@ def draw_hull(
     rows: Sequence[HullRow], end_members: Sequence[str], folder: str | Path, name: str = "hull"
 ) -> list[Path]:
     """One panel per corner of the grid (`corners`); ``NAME.svg`` and ``NAME.png`` in ``folder``."""
-    places = corners(rows)
-    columns = min(2, len(places))
-    with style.figure(columns, -(-len(places) // columns)) as (made, panels):
-        for axes in panels[len(places) :]:
+    conditions = corners(rows)
+    columns = min(2, len(conditions))
+    with style.figure(columns, -(-len(conditions) // columns)) as (made, panels):
+        for axes in panels[len(conditions) :]:
             axes.set_axis_off()
-        for axes, (pressure, temperature) in zip(panels, places, strict=False):
+        for axes, (pressure, temperature) in zip(panels, conditions, strict=False):
             here = [
                 row for row in rows if (row.pressure, row.temperature) == (pressure, temperature)
             ]
@@ -409,11 +409,11 @@ def _binary_axes(axes: Axes, rows: Sequence[HullRow], end_members: Sequence[str]
 def _bars(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None:
     """Distance above the hull of every phase, nearest first."""
     order = sorted(rows, key=lambda row: row.entry.distance)
-    places = np.arange(len(order)) + 0.2 * index
+    heights = np.arange(len(order)) + 0.2 * index
     shown = [1e3 * row.entry.distance for row in order]
     axes.errorbar(
         shown,
-        places,
+        heights,
         xerr=[1e3 * row.entry.error for row in order],
         fmt=style.marker(index),
         color=style.color(index),

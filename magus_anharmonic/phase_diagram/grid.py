@@ -16,13 +16,13 @@ from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import read_json, safe_name
 from magus_anharmonic.gate import read_structures
-from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_twins
+from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_same_phase
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble, read_start_file
-from magus_anharmonic.structures import bare, space_group, symbol_of
 from magus_anharmonic.structures import isotopes as isotopes_of
+from magus_anharmonic.structures import space_group, stripped, symbol_of
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ OF_A_RUN = (
     "pressure_tolerance", "strain_tolerance", "centroid_tolerance", "free_energy_tolerance",
     "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
 )  # fmt: skip
-Place = tuple[str, int, int]
+GridIndex = tuple[str, int, int]
 """Isotopes, number of the pressure, number of the temperature."""
 RESPONSE_ERROR = 0.2
 """Relative error of the bulk modulus at the start of a run, with which volumes are brought to the
@@ -42,7 +42,7 @@ target pressure."""
 def read_phase(name: str, phase: PhaseSettings) -> Atoms:
     """The structure of one phase; raises ``InputError`` that names phase and file."""
     try:
-        return bare(read_structures(phase.structure, index=phase.index)[0])
+        return stripped(read_structures(phase.structure, index=phase.index)[0])
     except InputError as error:
         raise InputError(*(f"phases.{name}: {problem}" for problem in error.problems)) from None
 
@@ -80,7 +80,7 @@ def run_grid(
         * len(settings.temperatures)
     )
     for name, atoms in structures.items():
-        found: dict[Place, tuple[Path, SschaResult]] = {}
+        found: dict[GridIndex, tuple[Path, SschaResult]] = {}
         for isotopes in settings.isotopes:
             for i, pressure in enumerate(settings.pressures):
                 for j, temperature in enumerate(settings.temperatures):
@@ -105,8 +105,8 @@ def run_grid(
                     if point.usable or point.bound:
                         found[isotopes, i, j] = folder, result
                     _log(point, len(points), total)
-                    on_point(with_twins(points))
-    return with_twins(points)
+                    on_point(with_same_phase(points))
+    return with_same_phase(points)
 
 
 def _options(settings: PhaseDiagramSettings) -> dict[str, Any]:
@@ -123,13 +123,13 @@ def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | Non
 
 
 def _start(
-    found: Mapping[Place, tuple[Path, SschaResult]], order: list[str], place: Place
+    found: Mapping[GridIndex, tuple[Path, SschaResult]], order: list[str], grid_index: GridIndex
 ) -> Path | SschaResult | None:
     """Where a run starts: the nearest finished point that is still this phase.
 
     That of other masses, else of the temperature before, else of the pressure before.
     """
-    isotopes, i, j = place
+    isotopes, i, j = grid_index
     for name in order[: order.index(isotopes)]:
         if (name, i, j) in found:
             return found[name, i, j][0]
@@ -154,7 +154,7 @@ def _log(point: GibbsPoint, number: int, total: int) -> None:
             point.gibbs_eV_per_atom,
             point.gibbs_error_eV_per_atom,
             point.status,
-            f" {point.space_group}" if point.status == "became" else "",
+            f" {point.space_group}" if point.status == "transformed" else "",
         )
 
 
@@ -179,7 +179,7 @@ def point_of(
     status, reason = result.status, result.reason
     if status != "failed" and result.space_group != own:
         status, reason = (
-            "became",
+            "transformed",
             f"the structure was {own} and is {result.space_group}"
             + (f"; {reason}" if reason else ""),
         )
@@ -200,7 +200,7 @@ def point_of(
         s,
         s_error,
         result.finite_size,
-        abs(result.decrease) if status == "unconverged" else 0.0,
+        abs(result.predicted_decrease) if status == "unconverged" else 0.0,
         status,
         result.space_group,
         "",
@@ -286,7 +286,7 @@ def collect_runs(root: Path) -> list[GibbsPoint]:
             f"{root}: runs of several models ({', '.join(sorted(models))}); their free energies"
             " cannot be compared"
         )
-    return with_twins([point for _, point in found.values()])
+    return with_same_phase([point for _, point in found.values()])
 
 
 def _isotope_name(folder: Path, centroids: Atoms) -> str:

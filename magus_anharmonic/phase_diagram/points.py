@@ -108,10 +108,12 @@ class Basis:
 NAN = float("nan")
 NATURAL = "natural"
 """Name of the isotopes of the natural elements."""
-STATES = ("converged", "unconverged", "failed", "became")
+STATES = ("converged", "unconverged", "failed", "transformed")
+OLD_STATES = {"became": "transformed"}
+"""Of files of earlier versions."""
 LARGEST_ERROR = 0.1
 """eV/atom; a free energy known worse than that decides nothing, and its volume and entropy are
-those of a run that went astray."""
+those of a diverged run."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,12 @@ class GibbsPoint:
     """One SSCHA free energy (or one of another method) with its errors; NaN where there is no
     number.
 
-    gibbs : finite-size term included, gibbs_error : sampling alone; decrease : what the
+    gibbs : finite-size term included, gibbs_error : sampling alone; predicted_decrease : what the
     minimisation may still gain; finite_size : part of gibbs that the identities below do not hold
     for (it is not stationary). eV/atom. volume : A^3/atom at ``pressure_GPa``, entropy : eV/K per
     atom; without finite-size term V = dG/dP and S = -dG/dT. status : "converged"; "unconverged",
     with a G that is an upper bound and counts for nothing, because no error bar says how far it is
-    off; "failed"; or "became": the structure is another phase now, ``space_group`` says which,
+    off; "failed"; or "transformed": the structure is another phase now, ``space_group`` says which,
     ``same_as`` is the phase of the diagram that it is.
     """
 
@@ -140,7 +142,7 @@ class GibbsPoint:
     entropy_eV_per_K_per_atom: float = NAN  # noqa: N815
     entropy_error_eV_per_K_per_atom: float = NAN  # noqa: N815
     finite_size_eV_per_atom: float = 0.0  # noqa: N815
-    decrease_eV_per_atom: float = 0.0  # noqa: N815
+    predicted_decrease_eV_per_atom: float = 0.0  # noqa: N815
     status: str = "converged"
     space_group: str = ""
     same_as: str = ""
@@ -177,7 +179,7 @@ class GibbsPoint:
     @property
     def error(self) -> float:
         """Sampling error and what the minimisation may still gain, eV/atom."""
-        return math.hypot(self.gibbs_error_eV_per_atom, self.decrease_eV_per_atom)
+        return math.hypot(self.gibbs_error_eV_per_atom, self.predicted_decrease_eV_per_atom)
 
 
 COLUMNS = tuple(field.name for field in fields(GibbsPoint))
@@ -255,11 +257,12 @@ def _point(file: Path, line: int, cells: dict[str, str | None]) -> GibbsPoint:
                 0
                 if name in WHOLE
                 else 0.0
-                if name in ("finite_size_eV_per_atom", "decrease_eV_per_atom")
+                if name in ("finite_size_eV_per_atom", "predicted_decrease_eV_per_atom")
                 else NAN
             )
         else:
             values[name] = _number(where, text, whole=name in WHOLE)
+    values["status"] = OLD_STATES.get(values["status"], values["status"])
     point = GibbsPoint(**values)
     _check_point(f"{file}: line {line}", point)
     return point
@@ -286,7 +289,7 @@ def _check_point(where: str, point: GibbsPoint) -> None:
         )
     if point.status not in STATES:
         raise InputError(
-            f"{where}: status: {point.status!r}: must be converged, unconverged, failed or became"
+            f"{where}: status: {point.status!r}: must be {', '.join(STATES[:-1])} or {STATES[-1]}"
         )
     given = point.status in ("converged", "unconverged") and math.isfinite(point.gibbs_eV_per_atom)
     if given and not point.gibbs_error_eV_per_atom > 0:
@@ -299,12 +302,12 @@ def _check_point(where: str, point: GibbsPoint) -> None:
             raise InputError(f"{where}: {error}: must be above 0, because {value} is given")
 
 
-def with_twins(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
-    """Fill in ``same_as`` of the points that became another phase: the phase of this diagram with
-    that space group, there and then."""
+def with_same_phase(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
+    """Fill in ``same_as`` of the points that transformed into another phase: the phase of this
+    diagram with that space group, there and then."""
     found = []
     for point in points:
-        twins = [
+        duplicates = [
             other.phase
             for other in points
             if other.usable
@@ -315,7 +318,9 @@ def with_twins(points: Sequence[GibbsPoint]) -> list[GibbsPoint]:
             == (point.isotopes, point.pressure_GPa, point.temperature_K)
         ]
         same = (
-            twins[0] if point.status == "became" and not point.same_as and twins else point.same_as
+            duplicates[0]
+            if point.status == "transformed" and not point.same_as and duplicates
+            else point.same_as
         )
         found.append(replace(point, same_as=same))
     return found

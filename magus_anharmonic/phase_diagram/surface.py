@@ -31,11 +31,11 @@ MAX_COLD = 5
 MAX_THERMAL = 2
 """Highest power of P of a thermal term."""
 MAX_OSCILLATORS = 3
-LADDER = 9
+N_TRIAL_TEMPERATURES = 9
 """Einstein temperatures to choose from, from half the lowest temperature to six times the highest;
 no two neighbours at once."""
 WANDER = 1.5
-"""How far a fitted Einstein temperature may go from the ladder, natural logarithm."""
+"""How far a fitted Einstein temperature may go from the trial temperatures, natural logarithm."""
 KNOWN = 0.3
 """Largest error of a fitted Einstein temperature, natural logarithm: beyond it the fit is no longer
 linear in it."""
@@ -60,7 +60,7 @@ class Model:
         """Of ``rows`` (n, size) times the coefficients, (n,)."""
         return ((rows @ self.root) ** 2).sum(axis=1)
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
         """(n, size) coefficients."""
         return self.coefficients + rng.standard_normal((n, self.root.shape[1])) @ self.root.T
 
@@ -135,30 +135,30 @@ class GibbsSurface:
             np.broadcast(pressure, temperature).shape
         )
 
-    def draw(self, n: int, rng: np.random.Generator, offset_error: float = 0.0) -> SurfaceDraws:
+    def sample(self, n: int, rng: np.random.Generator, offset_error: float = 0.0) -> SurfaceSamples:
         """``n`` surfaces from the distribution of the fit; ``offset_error`` (eV/atom): of G as a
         whole, e.g. the model's."""
         weights = np.array([model.weight for model in self.models])
         counts = rng.multinomial(n, weights / weights.sum())
         parts = [
-            (model.basis, model.draw(count, rng))
+            (model.basis, model.sample(count, rng))
             for model, count in zip(self.models, counts, strict=True)
             if count
         ]
         extra = (
             None
             if self.finite_size is None
-            else (self.finite_size.basis, self.finite_size.draw(n, rng))
+            else (self.finite_size.basis, self.finite_size.sample(n, rng))
         )
-        return SurfaceDraws(
+        return SurfaceSamples(
             tuple(parts), extra, offset_error * rng.standard_normal(n), rng.permutation(n)
         )
 
 
 @dataclass(frozen=True)
-class SurfaceDraws:
-    """Sampled surfaces; all methods return (n_draws, n_points). ``order`` shuffles the models, so
-    that draws of phases are independent."""
+class SurfaceSamples:
+    """Sampled surfaces; all methods return (n_samples, n_points). ``order`` shuffles the models, so
+    that samples of phases are independent."""
 
     parts: tuple[tuple[Basis, np.ndarray], ...]
     extra: tuple[Basis, np.ndarray] | None
@@ -171,11 +171,11 @@ class SurfaceDraws:
         """G in eV/atom, or dG/dP in A^3 ("P"), dG/dT in eV/K ("T"), at points (GPa, K)."""
         p, t = _flat(pressure, temperature)
         found = np.concatenate(
-            [drawn @ basis.values(p, t, derivative).T for basis, drawn in self.parts]
+            [sampled @ basis.values(p, t, derivative).T for basis, sampled in self.parts]
         )[self.order]
         if self.extra is not None:
-            basis, drawn = self.extra
-            found = found + drawn @ basis.values(p, t, derivative).T
+            basis, sampled = self.extra
+            found = found + sampled @ basis.values(p, t, derivative).T
         return found if derivative else found + self.offsets[:, None]
 
 
@@ -353,15 +353,15 @@ def _oscillators(model: Model) -> np.ndarray:
 def _data(points: Sequence[GibbsPoint], kinds: Sequence[str]) -> _Data:
     rows: list[tuple[float, float, float, float, str]] = []
     for point in points:
-        place = (point.pressure_GPa, point.temperature_K)
+        condition = (point.pressure_GPa, point.temperature_K)
         if "G" in kinds:
-            rows.append((*place, point.raw, max(point.error, 1e-7), "G"))
+            rows.append((*condition, point.raw, max(point.error, 1e-7), "G"))
         if "V" in kinds and point.volume_error_A3_per_atom > 0:
-            rows.append((*place, point.volume_A3_per_atom, point.volume_error_A3_per_atom, "V"))
+            rows.append((*condition, point.volume_A3_per_atom, point.volume_error_A3_per_atom, "V"))
         if "S" in kinds and point.temperature_K > 0 and point.entropy_error_eV_per_K_per_atom > 0:
             rows.append(
                 (
-                    *place,
+                    *condition,
                     point.entropy_eV_per_K_per_atom,
                     point.entropy_error_eV_per_K_per_atom,
                     "S",
@@ -404,15 +404,15 @@ def _thermal_terms(
         return [((), 0.0)]
     if len(temperatures) == 1:
         return [((0.0,), warm[0])] if entropies else [((), 0.0)]
-    ladder = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], LADDER)
+    trial_temperatures = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], N_TRIAL_TEMPERATURES)
     n_terms = min(MAX_OSCILLATORS, (len(temperatures) - 1) * along + len(warm) * entropies)
-    places = [
+    choices = [
         c
         for m in range(1, n_terms + 1)
-        for c in itertools.combinations(range(LADDER), m)
+        for c in itertools.combinations(range(N_TRIAL_TEMPERATURES), m)
         if np.diff(c).min(initial=2) > 1
     ]
-    return [(tuple(ladder[list(c)].tolist()), 0.0) for c in places]
+    return [(tuple(trial_temperatures[list(c)].tolist()), 0.0) for c in choices]
 
 
 def _least_squares(
@@ -512,7 +512,9 @@ def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
         if len(temperatures) == 1
         else [
             (theta,)
-            for theta in np.geomspace(0.5 * temperatures[1], 6.0 * temperatures[-1], LADDER)
+            for theta in np.geomspace(
+                0.5 * temperatures[1], 6.0 * temperatures[-1], N_TRIAL_TEMPERATURES
+            )
         ]
     )
     thermal = min(1, cold)

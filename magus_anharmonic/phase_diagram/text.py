@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
-from magus_anharmonic.phase_diagram.diagram import Meeting, PhaseDiagram, lines
+from magus_anharmonic.phase_diagram.diagram import ContinuousTransition, PhaseDiagram, lines
 
 SURE = 0.95
 
@@ -15,7 +15,7 @@ def sentences(diagram: PhaseDiagram) -> list[str]:
     """What the diagram says, what it rests on, and what it does not say."""
     return [
         *_points(diagram),
-        *_meetings(diagram),
+        *_continuous_transitions(diagram),
         *_alike(diagram),
         *(line for boundary in lines(diagram.boundaries) for line in _boundary(diagram, boundary)),
         *_no_boundary(diagram),
@@ -66,18 +66,18 @@ def _points(diagram: PhaseDiagram) -> list[str]:
     return text
 
 
-def _meetings(diagram: PhaseDiagram) -> list[str]:
-    """Phases that turn into others, one sentence per isotopes and phase."""
-    groups: dict[tuple[str, str], list[Meeting]] = {}
-    for one in diagram.meetings:
+def _continuous_transitions(diagram: PhaseDiagram) -> list[str]:
+    """Phases that transform continuously into others, one sentence per isotopes and phase."""
+    groups: dict[tuple[str, str], list[ContinuousTransition]] = {}
+    for one in diagram.continuous_transitions:
         groups.setdefault((one.isotopes, one.phase), []).append(one)
     text = []
     for (isotopes, phase), found in groups.items():
         where = "; ".join(
-            f"{_place(one)} at {one.temperature:g} K"
+            f"{_pressure_range(one)} at {one.temperature:g} K"
             for one in sorted(found, key=lambda one: one.temperature)
         )
-        becomes = _unique(one.other or one.space_group for one in found)
+        targets = _unique(one.other or one.space_group for one in found)
         same = " and ".join(_unique(one.other for one in found if one.other))
         merged = (
             f" Beyond, {phase} and {same} are one and the same phase: the ions' motion removes the"
@@ -85,7 +85,7 @@ def _meetings(diagram: PhaseDiagram) -> list[str]:
             if same
             else ""
         )
-        text.append(f"{phase} ({isotopes}) turns into {' or '.join(becomes)} {where}.{merged}")
+        text.append(f"{phase} ({isotopes}) transforms into {' or '.join(targets)} {where}.{merged}")
     return text
 
 
@@ -96,11 +96,11 @@ def _alike(diagram: PhaseDiagram) -> list[str]:
     usable = [point for point in diagram.points if point.usable]
     for k, one in enumerate(usable):
         for other in usable[k + 1 :]:
-            same_place = all(
+            same_point = all(
                 getattr(one, name) == getattr(other, name)
                 for name in ("isotopes", "formula", "pressure_GPa", "temperature_K")
             )
-            if not same_place or one.phase == other.phase:
+            if not same_point or one.phase == other.phase:
                 continue
             gap, error = (
                 one.gibbs_eV_per_atom - other.gibbs_eV_per_atom,
@@ -120,7 +120,7 @@ def _alike(diagram: PhaseDiagram) -> list[str]:
     return text
 
 
-def _place(one: Meeting) -> str:
+def _pressure_range(one: ContinuousTransition) -> str:
     if one.last is None:
         return (
             f"at every pressure that was run (from {one.first:g} GPa)"
@@ -150,8 +150,9 @@ def _boundary(diagram: PhaseDiagram, boundary: Sequence[BoundaryPoint]) -> list[
     unsure = [one for one in ends if one.inside < SURE]
     for one in unsure:
         text.append(
-            f"At {one.temperature:g} K this boundary is not pinned down by the grid: with odds of"
-            f" {1 - one.inside:.0%} the two do not cross between the pressures that were run."
+            f"At {one.temperature:g} K this boundary is not pinned down by the grid: with a"
+            f" probability of {1 - one.inside:.0%} the two do not cross between the"
+            " pressures that were run."
         )
     return text
 
@@ -271,8 +272,8 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
     for isotopes in _unique(row.isotopes for row in diagram.hull):
         rows = [row for row in diagram.hull if row.isotopes == isotopes]
         coldest = min(row.temperature for row in rows)
-        places = sorted({row.pressure for row in rows if row.temperature == coldest})
-        for pressure in dict.fromkeys((places[0], places[-1])):
+        pressures = sorted({row.pressure for row in rows if row.temperature == coldest})
+        for pressure in dict.fromkeys((pressures[0], pressures[-1])):
             here = [
                 row.entry for row in rows if (row.pressure, row.temperature) == (pressure, coldest)
             ]
@@ -285,7 +286,7 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
             against = " and ".join(diagram.end_members)
             line = (
                 f"Hull against {against} at {pressure:g} GPa, {coldest:g} K ({isotopes}): on it"
-                f" (odds) {', '.join(on)}"
+                f" (probabilities) {', '.join(on)}"
             )
             text.append(line + (f"; above it (meV/atom) {', '.join(above)}." if above else "."))
     return text

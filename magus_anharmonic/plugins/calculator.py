@@ -22,11 +22,11 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 from magus.fitness import FitnessCalculator
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class MatterSimCalculator(Calculator):
         individuals = list(calcPop)
         if not individuals:
             return []
-        starts = [bare(atoms, constraints=True) for atoms in individuals]
+        starts = [stripped(atoms, constraints=True) for atoms in individuals]
         self._clear(individuals)
         results = self._relaxed(starts)
         relaxed, failed = [], []
@@ -160,7 +160,7 @@ class MatterSimCalculator(Calculator):
         return relaxed
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        from magus_anharmonic.potential.portable import relax_on, relax_options
+        from magus_anharmonic.potential.remote import relax_on, relax_options
 
         options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):
@@ -191,7 +191,7 @@ class MatterSimCalculator(Calculator):
         atoms.positions = result.atoms.positions
         self._store_result(atoms, result.energy, result.forces, result.stress)
         atoms.wrap()
-        atoms.info["trajs"] = [bare(start), bare(atoms)]
+        atoms.info["trajs"] = [stripped(start), stripped(atoms)]
         atoms.info["n_evaluations"] = int(result.n_steps)
 
     def _store_result(
@@ -234,9 +234,9 @@ def evaluate_each(
     if not structures:
         return []
     try:
-        found = potential.evaluate([bare(atoms) for atoms in structures])
+        found = potential.evaluate([stripped(atoms) for atoms in structures])
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         if len(structures) == 1:
             return [str(error)]
@@ -254,7 +254,7 @@ def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
         atoms.get_chemical_formula(),
         reason,
     )
-    copy = bare(atoms)
+    copy = stripped(atoms)
     copy.info["reason"] = reason
     return copy
 

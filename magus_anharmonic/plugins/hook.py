@@ -35,7 +35,7 @@ from magus.search.search import Magus
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.generation import SearchState, after_generation, start
-from magus_anharmonic.lock import Held, check_free, read_owner
+from magus_anharmonic.lock import FolderLock, check_free, read_owner
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.logs import check_restart, tame
 from magus_anharmonic.plugins.modes import (
@@ -58,7 +58,7 @@ from magus_anharmonic.report import report_at_end
 from magus_anharmonic.report.screen import show_ranking
 from magus_anharmonic.run_record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _replace(file: Path, frames: list[Atoms]) -> None:
 
 
 def _seed(atoms: Atoms) -> Atoms:
-    seed = bare(atoms)
+    seed = stripped(atoms)
     seed.info = {**atoms.info, MARK: OWN}
     return seed
 
@@ -260,9 +260,9 @@ def keep_better(known: Any, current: Sequence[Any]) -> None:
     MAGUS replaces every current structure that equals a known one by the known one, and would lose
     the better copy.
     """
-    for place, individual in enumerate(known):
+    for index, individual in enumerate(known):
         copies = [other for other in current if other == individual]
-        known[place] = min([individual, *copies], key=lambda item: copy_order(item.info))
+        known[index] = min([individual, *copies], key=lambda item: copy_order(item.info))
 
 
 def _renew_derived(individuals: Iterable[Any]) -> None:
@@ -368,8 +368,8 @@ def _lock(search: Magus, run_dir: Path, *, only_check: bool = False) -> None:
     if only_check:
         check_free(run_dir)
         return
-    held = Held(run_dir, "magus search")
-    finalize(search, held.release)
+    lock = FolderLock(run_dir, "magus search")
+    finalize(search, lock.release)
 
 
 def _run_dir(keys: Mapping[str, Any]) -> Path:

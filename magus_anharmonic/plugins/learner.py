@@ -21,7 +21,7 @@ from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.learning.learn import finished, held_back, keep_label, learn, plan
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
 from magus_anharmonic.settings import LearningSettings, snake_case
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_
 _EXECUTION = frozenset(
     "job_prefix mode queue_name num_core num_parallel pre_processing preprocessing wait_time"
     " wait_params verbose kill_time memory mem_per_cpu exe_cmd eps max_step max_move max_force"
-    " optimizer relax_lattice fix_symmetry kicks fix_volume connect".split()
+    " optimizer relax_lattice fix_symmetry kicks perturbations fix_volume connect".split()
 )
 
 
@@ -135,7 +135,7 @@ class MatterSimLearner(MatterSimCalculator):
         Those that have their label are left out, and all of them when this round has learned:
         MAGUS's restart repeats its last round.
         """
-        self._selected = [bare(individual) for individual in pop]
+        self._selected = [stripped(individual) for individual in pop]
         if finished(self.run_dir, self.generation, self.potential) is not None:
             return _like(pop, [])
         planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
@@ -150,7 +150,7 @@ class MatterSimLearner(MatterSimCalculator):
         self._reasons = {}
         labelled = []
         given = list(frames)
-        relaxed = [bare(atoms) for atoms in given if "id" not in atoms.info]
+        relaxed = [stripped(atoms) for atoms in given if "id" not in atoms.info]
         families = [self.store.families.family(parent_name(atoms), atoms) for atoms in relaxed]
         sides = sides_of_families(
             families, self.learning.split, self.store.sides(self.learning.split)
@@ -176,7 +176,7 @@ class MatterSimLearner(MatterSimCalculator):
         if "id" in atoms.info:
             return atoms
         copy, name = atoms.copy(), parent_name(atoms)
-        family = self.store.families.family(name, bare(atoms))
+        family = self.store.families.family(name, stripped(atoms))
         copy.info.update(
             id=f"g{self.generation}-{structure_id(atoms)}",
             generation=self.generation,
@@ -267,7 +267,7 @@ def _energy(atoms: Atoms) -> float:
 
 
 def _only(atoms: Atoms, keys: Iterable[str]) -> Atoms:
-    copy = bare(atoms)
+    copy = stripped(atoms)
     copy.info = {key: atoms.info[key] for key in keys if key in atoms.info}
     return copy
 

@@ -134,7 +134,7 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
-    from magus_anharmonic.potential.resources import raise_trouble_of_torch
+    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 
     try:
         module = M3Gnet(device=device, **content["model_args"]).to(device)
@@ -147,7 +147,7 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         AttributeError,
         ArithmeticError,
     ) as error:
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         reason = one_line(error, 200)
         raise CheckpointError(
             f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}"
@@ -238,14 +238,14 @@ def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[
 def _load(path: Path, device: str) -> dict[str, Any]:
     import torch
 
-    from magus_anharmonic.potential.resources import raise_trouble_of_torch
+    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         reason = one_line(error, 160)
         raise CheckpointError(
             f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}"

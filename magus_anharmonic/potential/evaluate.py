@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import InputError, MachineTrouble, NotFinite, is_out_of_memory
+from magus_anharmonic.errors import InputError, MachineError, NotFinite, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import (
@@ -212,7 +212,7 @@ class Potential:
         )
         return Uncertainty(np.concatenate(vectors), np.concatenate(force))
 
-    def energy_error_spread(self, structures: Sequence[Atoms], together: int = 1) -> float | None:
+    def energy_error_spread(self, structures: Sequence[Atoms], group_size: int = 1) -> float | None:
         """How much the energy error is expected to vary among ``structures``, eV/atom
         (`ErrorModel.spread`); None without an estimate.
 
@@ -222,7 +222,7 @@ class Potential:
         return (
             None
             if self.error_model is None
-            else self.error_model.spread(self.mean_features(structures), together)
+            else self.error_model.spread(self.mean_features(structures), group_size)
         )
 
     def mean_features(self, structures: Sequence[Atoms]) -> np.ndarray:
@@ -351,7 +351,7 @@ class Potential:
                 raise
             if len(indices) == 1:
                 size = self.memory.bytes(n_edges, len(structures[indices[0]])) / 1e9
-                raise MachineTrouble(
+                raise MachineError(
                     f"structure {indices[0]} ({len(structures[indices[0]])} atoms, {n_edges}"
                     f" neighbour pairs) does not fit the memory of {self.device}: it needs"
                     f" {size:.1f} GB; take a smaller cell or supercell, or a machine with more"

@@ -1,5 +1,5 @@
-"""What must not come out of a relaxation: overlapping or lost atoms, runaway cells; and what cannot
-go in."""
+"""What must not come out of a relaxation: overlapping or lost atoms, diverging cells; and what
+cannot go in."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndar
     return first[close], second[close], distance[close], shift[close]
 
 
-def senseless(atoms: Atoms) -> str:
+def why_invalid(atoms: Atoms) -> str:
     """Why a structure cannot be evaluated at all, or an empty string."""
     if len(atoms) == 0:
         return "no atoms"
@@ -100,15 +100,15 @@ class CellGuard:
         self.n_atoms = n_atoms
         self.volume, self.aspect, self.shape = _measures(lattice)
 
-    def astray(self, lattice: np.ndarray) -> str:
+    def diverged(self, lattice: np.ndarray) -> str:
         """What is wrong with cell vectors (3, 3), or an empty string."""
         volume, aspect, shape = _measures(lattice)
         if not volume <= MAX_EXPANSION * self.volume:
-            return f"runaway cell: the volume grew {volume / self.volume:.1f} times"
+            return f"diverging cell: the volume grew {volume / self.volume:.1f} times"
         if volume < MIN_VOLUME * self.n_atoms:
-            return f"runaway cell: collapsed to {volume / self.n_atoms:.2f} A^3/atom"
+            return f"diverging cell: collapsed to {volume / self.n_atoms:.2f} A^3/atom"
         if aspect > max(MAX_ASPECT, 1.5 * self.aspect) or shape < min(MIN_SHAPE, 0.7 * self.shape):
-            return f"runaway cell: needle or plate (longest by shortest vector {aspect:.0f})"
+            return f"diverging cell: needle or plate (longest by shortest vector {aspect:.0f})"
         return ""
 
 

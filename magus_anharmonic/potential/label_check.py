@@ -23,7 +23,7 @@ from magus_anharmonic.units import RYDBERG
 Pairs = Sequence[tuple[np.ndarray, np.ndarray]]
 """Label and model, one of each per structure."""
 
-FAR = 8.0
+OUTLIER_SIGMAS = 8.0
 """Robust standard deviations beyond which a label is an outlier."""
 LEAST_ENERGY, LEAST_FORCE, LEAST_STRESS = 0.3, 1.0, 0.1
 """eV/atom, eV/A (rms of a component) and eV/A^3: nearer than this to the others a label is never
@@ -92,7 +92,7 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
         labelled, (energy - (0.0 if numbers is None else np.asarray(numbers.energy))) / n_atoms
     )
     misfit = {"forces": _misfits(forces), "stress": _misfits(stress)}
-    for i in far(apart, LEAST_ENERGY if model is not None else ALONE_ENERGY):
+    for i in outlying(apart, LEAST_ENERGY if model is not None else ALONE_ENERGY):
         if model is None or abs(apart[i]) > LENGTH * misfit["forces"][i]:
             zeroed = "; the energy is 0, as where it was left out" if energy[i] == 0.0 else ""
             found.setdefault(
@@ -106,7 +106,7 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
     ):
         sizes = misfit[what]
         usual = float(np.median(sizes))
-        for i in far(sizes, least):
+        for i in outlying(sizes, least):
             cause = _cause([pairs[i]], unit, factors)
             wild = sizes[i] > (
                 WILD * least if model is not None else max(WILD * least, ALONE * usual)
@@ -172,14 +172,14 @@ def _misfits(pairs: Pairs) -> np.ndarray:
     return np.array([np.sqrt(np.mean((label - other) ** 2)) for label, other in pairs])
 
 
-def far(values: np.ndarray, least: float) -> list[int]:
-    """Places of ``values`` farther from their median than `FAR` robust standard deviations and than
-    ``least``."""
+def outlying(values: np.ndarray, least: float) -> list[int]:
+    """Places of ``values`` farther from their median than `OUTLIER_SIGMAS` robust standard
+    deviations and than ``least``."""
     if len(values) < FEWEST:
         return []
     away = values - np.median(values)
     scale = 1.4826 * np.median(np.abs(away))
-    return [int(i) for i in np.flatnonzero(np.abs(away) > max(FAR * scale, least))]
+    return [int(i) for i in np.flatnonzero(np.abs(away) > max(OUTLIER_SIGMAS * scale, least))]
 
 
 def _ratio(pairs: Pairs) -> float:

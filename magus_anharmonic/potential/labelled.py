@@ -318,8 +318,8 @@ def _scores_of(
         return_inverse=True,
     )[1]
     errors = [
-        rmse_error([np.ravel(residual[place]) for residual in residuals], groups)
-        for place in range(3)
+        rmse_error([np.ravel(residual[index]) for residual in residuals], groups)
+        for index in range(3)
     ]
     return replace(
         found, energy_rmse_error=errors[0], force_rmse_error=errors[1], stress_rmse_error=errors[2]

@@ -50,7 +50,7 @@ class _Newton:
     def step(self, gradient: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
-    def decrease(self, gradient: np.ndarray) -> float:
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
         """Half of what the Newton step gains at first order."""
         return -0.5 * float(gradient @ self.step(gradient))
 
@@ -159,7 +159,7 @@ class Fire:
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
         """Nothing to do: the velocity is all it knows."""
 
-    def decrease(self, gradient: np.ndarray) -> float:
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
         """Not known without curvatures."""
         return np.inf
 
@@ -189,7 +189,7 @@ class Options:
     fix_symmetry: bool
     symprec: float
     optimizers: tuple[str, ...]
-    kicks: int
+    perturbations: int
 
 
 def checked(
@@ -203,7 +203,7 @@ def checked(
     fix_symmetry: bool,
     symprec: Any,
     optimizer: Any,
-    kicks: Any,
+    perturbations: Any,
     edges_in_flight: Any,
 ) -> Options:
     """The options, pressures given in GPa; raises InputError with one line for each argument that
@@ -228,10 +228,14 @@ def checked(
     for name, value in counts.items():
         if not isinstance(value, Integral) or value < 1:
             problems.append(f"{name} = {value!r}: must be a whole number, at least 1")
-    if not isinstance(kicks, Integral) or kicks < 0 or (kicks and fix_symmetry):
+    if (
+        not isinstance(perturbations, Integral)
+        or perturbations < 0
+        or (perturbations and fix_symmetry)
+    ):
         problems.append(
-            f"kicks = {kicks!r}: must be a whole number, 0 or more, and 0 with fix_symmetry,"
-            " because they break it"
+            f"perturbations = {perturbations!r}: must be a whole number, 0 or more, and 0 with"
+            " fix_symmetry, because they break it"
         )
     if not _is_number(pressure) or not abs(pressure) <= MAX_PRESSURE_GPA:
         problems.append(
@@ -256,7 +260,7 @@ def checked(
         fix_symmetry=fix_symmetry,
         symprec=symprec,
         optimizers=optimizers,
-        kicks=kicks,
+        perturbations=perturbations,
     )
 
 

@@ -12,13 +12,13 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import is_out_of_memory, is_trouble
+from magus_anharmonic.errors import is_machine_error, is_out_of_memory
 from magus_anharmonic.evaluator import Evaluator, check_calculator
-from magus_anharmonic.potential.guards import senseless
+from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
+from magus_anharmonic.potential.relaxation import Relaxation as Relaxation
+from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.potential.way import Relaxation as Relaxation
-from magus_anharmonic.potential.way import Result, Way
 from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def relax(
     fix_symmetry: bool = False,
     symprec: float = 0.01,
     optimizer: str | Sequence[str] = "ase",
-    kicks: int = 0,
+    perturbations: int = 0,
     edges_in_flight: int | None = None,
 ) -> list[Relaxation]:
     """Relax positions and cell of each structure to the nearest minimum of E + P V; results in the
@@ -66,8 +66,8 @@ def relax(
         ``ase``, the path of ASE's BFGS with FrechetCellFilter (whose own ``max_move`` is 0.2);
         ``bfgs``, quasi-Newton steps, a third fewer but more often to a higher minimum; or ``fire``,
         damped dynamics: slower, and no harm where forces are rough. Several of
-        them: each goes its own way from the start, the lowest end is kept.
-    kicks
+        them: each relaxes from the start, the lowest end is kept.
+    perturbations
         How often a converged structure is displaced at random (0.2, 0.35 and 0.5 Angstrom in turn,
         seeded by the structure) and relaxed again, for each optimiser; the lowest is kept, and a
         relaxation ends as soon as it is not expected to get lower. Relaxations from symmetric
@@ -79,7 +79,7 @@ def relax(
 
     One bad structure stops no other: it comes back with ``failed`` and a reason. A result with
     species that the model was never trained on says so in its reason, even where it has converged.
-    Raises InputError for senseless arguments, and for an ASE calculator whose forces or stress do
+    Raises InputError for invalid arguments, and for an ASE calculator whose forces or stress do
     not belong to its energies (`calculator_check`).
     """
     options = checked(
@@ -92,20 +92,20 @@ def relax(
         fix_symmetry=fix_symmetry,
         symprec=symprec,
         optimizer=optimizer,
-        kicks=kicks,
+        perturbations=perturbations,
         edges_in_flight=edges_in_flight,
     )
     _warn_of_open_ones(structures, fix_symmetry)
     results: dict[int, Relaxation] = {}
     progress = _Progress(len(structures), max_steps)
     with one_thread_for_small_matrices():
-        first = next((atoms for atoms in structures if not senseless(atoms)), None)
+        first = next((atoms for atoms in structures if not why_invalid(atoms)), None)
         if first is not None:
             check_calculator(evaluator, first, stress=relax_cell)
-        for index, way in _finished(
+        for index, relaxation in _finished(
             evaluator, structures, options, edges_in_flight or _capacity(evaluator), progress
         ):
-            results[index] = _with_note(way.result(), evaluator)
+            results[index] = _with_note(relaxation.result(), evaluator)
     return [results[index] for index in range(len(structures))]
 
 
@@ -145,53 +145,53 @@ def _finished(
     options: Options,
     capacity: int,
     progress: _Progress,
-) -> Iterator[tuple[int, Way]]:
+) -> Iterator[tuple[int, SingleRelaxation]]:
     """Index and end of each relaxation as it finishes; at most ``capacity`` edges, or one
     structure, are in flight at a time."""
-    flying: dict[int, Way] = {}
+    flying: dict[int, SingleRelaxation] = {}
     waiting, entered = iter(enumerate(structures)), 0
     while flying or entered < len(structures):
-        edges = sum(way.n_edges() for way in flying.values())
+        edges = sum(relaxation.n_edges() for relaxation in flying.values())
         while entered < len(structures) and (edges < capacity or not flying):
             index, atoms = next(waiting)
             entered += 1
-            way = Way(atoms, options)
-            if way.done:
-                yield index, way
+            relaxation = SingleRelaxation(atoms, options)
+            if relaxation.done:
+                yield index, relaxation
                 continue
-            flying[index] = way
-            edges += way.n_edges()
+            flying[index] = relaxation
+            edges += relaxation.n_edges()
         _round(evaluator, list(flying.values()))
-        done = [index for index, way in flying.items() if way.done]
+        done = [index for index, relaxation in flying.items() if relaxation.done]
         progress.report(len(done))
         for index in done:
             yield index, flying.pop(index)
 
 
-def _round(evaluator: Evaluator, ways: list[Way]) -> None:
+def _round(evaluator: Evaluator, relaxations: list[SingleRelaxation]) -> None:
     """One step of every structure in flight."""
-    trials = [(way, way.attempt(way.propose)) for way in ways]
-    usable = [(way, atoms) for way, atoms in trials if atoms is not None]
-    for (way, _), result in zip(
+    trials = [(relaxation, relaxation.attempt(relaxation.propose)) for relaxation in relaxations]
+    usable = [(relaxation, atoms) for relaxation, atoms in trials if atoms is not None]
+    for (relaxation, _), result in zip(
         usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True
     ):
-        way.attempt(way.receive, result)
-    for way in ways:
-        way.attempt(way.judge)
+        relaxation.attempt(relaxation.receive, result)
+    for relaxation in relaxations:
+        relaxation.attempt(relaxation.judge)
 
 
 def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
     """Energy, forces and stress of each structure, or the reason why there is none.
 
     When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
-    Trouble of the machine is raised.
+    Machine errors are raised.
     """
     if not structures:
         return []
     try:
         found = evaluator.evaluate(structures)
     except Exception as error:
-        if is_trouble(error) and not (len(structures) > 1 and is_out_of_memory(error)):
+        if is_machine_error(error) and not (len(structures) > 1 and is_out_of_memory(error)):
             raise
         if len(structures) == 1:
             logger.debug("evaluation of %s failed", structures[0], exc_info=True)
@@ -207,14 +207,14 @@ def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result
     results: list[Result | str] = []
     for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
         results.append(
-            _senseless_numbers(energy, forces, stress) or (float(energy), forces, stress)
+            _why_invalid_numbers(energy, forces, stress) or (float(energy), forces, stress)
         )
     return results
 
 
-def _senseless_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
+def _why_invalid_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
     """What is wrong with a result, or an empty string; one without any stress will do while the
-    cell is fixed (`Way.receive`)."""
+    cell is fixed (`SingleRelaxation.receive`)."""
     largest = {"energy": abs(energy), "forces": np.abs(forces).max(initial=0.0)}
     largest |= {} if np.isnan(stress).all() else {"stress": np.abs(stress).max()}
     if not np.isfinite(list(largest.values())).all():

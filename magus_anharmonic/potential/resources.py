@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import is_out_of_memory, one_line
-from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.files import raise_machine_error
 from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:
@@ -155,13 +155,13 @@ def _control_group_rest() -> float:
     return float("inf")
 
 
-def raise_trouble_of_torch(error: BaseException, path: str | Path) -> None:
-    """As `raise_trouble`, for ``error`` met while a file of torch was read, whose own errors of
-    memory become ``MemoryError``."""
+def raise_machine_error_of_torch(error: BaseException, path: str | Path) -> None:
+    """As `raise_machine_error`, for ``error`` met while a file of torch was read, whose own errors
+    of memory become ``MemoryError``."""
     text = one_line(str(error), 200)
     if isinstance(error, torch.cuda.OutOfMemoryError):
         raise MemoryError(text) from None
-    raise_trouble(MemoryError(text) if is_out_of_memory(error) else error, path)
+    raise_machine_error(MemoryError(text) if is_out_of_memory(error) else error, path)
 
 
 SMALL = 128

@@ -32,7 +32,7 @@ from magus_anharmonic.potential.labelled import (
     torch_loss,
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.resources import raise_trouble_of_torch
+from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section, parse
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -81,20 +81,20 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     inputs than ``key``.
 
     Raises DamagedFile when it is not readable, not what `write_state` wrote, or does not fit
-    ``trainer``, which is never changed; troubles of the disk and of memory as they are.
+    ``trainer``, which is never changed; disk and memory errors as they are.
     """
     try:
         content = torch.load(
             path, map_location=next(trainer.module.parameters()).device, weights_only=True
         )
     except Exception as error:  # torch.load raises many types for a damaged file
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         raise DamagedFile(f"not readable: {error}") from None
     if not isinstance(content, dict) or "key" not in content:
         raise DamagedFile("it holds no state of a training")
     if content["key"] != key:
         return None
-    # torch restores halves of a state, and bits that changed, without a word
+    # torch loads half a state, or one with changed bits, without an error
     if content.pop("digest", None) != _digest(content):
         raise DamagedFile("it is not as it was written")
     try:
@@ -107,7 +107,7 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     except (
         Exception
     ) as error:  # of another version of this package or of torch, each part of which raises its own
-        raise_trouble_of_torch(error, path)
+        raise_machine_error_of_torch(error, path)
         raise DamagedFile(f"it does not fit: {type(error).__name__}: {error}") from None
     return state
 

@@ -94,7 +94,7 @@ class ErrorModel:
             @ self.whitening.double().cpu().numpy().T
         )
 
-    def spread(self, features: np.ndarray, together: int = 1) -> float:
+    def spread(self, features: np.ndarray, group_size: int = 1) -> float:
         """Expected standard deviation (eV/atom) of the energy error among structures with mean
         ``features`` (n, u).
 
@@ -102,7 +102,7 @@ class ErrorModel:
         error that all share does not count, and errors that cancel within a pair do not either.
         Raises ValueError for fewer than two means.
         """
-        means = self.vectors(features).reshape(-1, together, features.shape[1]).mean(axis=1)
+        means = self.vectors(features).reshape(-1, group_size, features.shape[1]).mean(axis=1)
         if len(means) < 2:
             raise ValueError(
                 "the spread of the error needs at least two structures, or groups of structures"

@@ -42,16 +42,17 @@ class Candidate:
     are the positions in the population of all structures that were found to be this one.
     ``same_as`` is the id of the candidate that stands for the quantum phase in which this one ended
     too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of the lowest
-    phase with its three errors, ``p_lowest`` the odds by sampling alone, ``p_lowest_total`` with
-    all three (`odds`). ``model_correction`` is G by DFT minus G where labels of the ensemble say so
-    (`model_errors.ModelTerm`). ``model_error`` is the expected error of the static energy against
-    the model's DFT, ``ensemble_error`` that of the forces in the final ensemble (eV/A),
-    ``error_vector`` (eV/atom) what its errors share with those of other phases (`model_errors`).
-    ``parent`` is the structure whose saddle point was followed to this one, which is no member of
-    the population then. ``pooled`` : folders of the runs of which G is the mean, and their weights
-    (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G of the phase's runs
-    in other supercells. ``hessian_lowest``, ``hessian_error`` (cm^-1) and ``p_stable``: see
-    `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions (`compositions`).
+    phase with its three errors, ``p_lowest`` the probability by sampling alone, ``p_lowest_total``
+    with all three (`probabilities`). ``model_correction`` is G by DFT minus G where labels of the
+    ensemble say so (`model_errors.ModelTerm`). ``model_error`` is the expected error of the static
+    energy against the model's DFT, ``ensemble_error`` that of the forces in the final ensemble
+    (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases
+    (`model_errors`). ``parent`` is the structure whose saddle point was followed to this one, which
+    is no member of the population then. ``pooled`` : folders of the runs of which G is the mean,
+    and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G
+    of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error`` (cm^-1) and
+    ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions
+    (`compositions`).
     """
 
     id: str
@@ -152,11 +153,11 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
     by_enthalpy = sorted(
         (c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id)
     )
-    static = {c.id: place for place, c in enumerate(by_enthalpy, start=1)}
+    static = {c.id: index for index, c in enumerate(by_enthalpy, start=1)}
     phases = sorted(
         (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
     )
-    quantum = {c.id: place for place, c in enumerate(phases, start=1)}
+    quantum = {c.id: index for index, c in enumerate(phases, start=1)}
     ranked = [
         replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates
     ]

@@ -19,7 +19,7 @@ from scipy.stats import norm
 from magus_anharmonic.ranking.uncertainty import difference_error
 
 DECREASE_FACTOR = 3.0
-"""Times the predicted remaining decrease of G: the prediction is of second order, and the way to a
+"""Times the predicted remaining decrease of G: the prediction is of second order, and the path to a
 minimum may be longer."""
 MIN_POPULATIONS = 2
 """Nobody is stopped on one population: how fast G falls shows only with the second."""
@@ -32,7 +32,7 @@ class Stop:
     """Why a candidate gets no more populations; ``eliminated`` when it is out of the race, not at
     its end.
 
-    budget_spent : the budget of force evaluations that ended the race before its place was known,
+    budget_spent : the budget of force evaluations that ended the race before its rank was known,
     else None.
     """
 
@@ -45,14 +45,15 @@ class Stop:
 class Standing:
     """What is known of one candidate after ``n_populations``.
 
-    gibbs, error : G and its standard error by sampling; decrease : predicted remaining decrease;
+    gibbs, error : G and its standard error by sampling; predicted_decrease : of G, by the rest of
+    the relaxation;
     fallen : by how much G fell with the last population (None with one); converged : every
     criterion of the relaxation is met; n_new : force evaluations of the last round.
     """
 
     gibbs: float
     error: float
-    decrease: float
+    predicted_decrease: float
     fallen: float | None
     converged: bool
     n_populations: int
@@ -63,13 +64,17 @@ class Standing:
         return self.gibbs + z * self.error
 
     def lower(self, z: float) -> float:
-        """G at the end is above this. It may fall by ``decrease`` times a factor, or once more by
-        as much as the last time."""
+        """G at the end is above this. It may fall by ``predicted_decrease`` times a factor, or once
+        more by as much as the last time."""
         if self.converged:
-            return self.gibbs - self.decrease - z * self.error
+            return self.gibbs - self.predicted_decrease - z * self.error
         if self.fallen is None:
             return -math.inf
-        return self.gibbs - max(DECREASE_FACTOR * self.decrease, self.fallen) - z * self.error
+        return (
+            self.gibbs
+            - max(DECREASE_FACTOR * self.predicted_decrease, self.fallen)
+            - z * self.error
+        )
 
 
 def last_cost(standing: Standing | None) -> int:
@@ -133,7 +138,7 @@ def verdicts(
     ``n_candidates`` is the number at the start of the ranking, for the correction of the bounds
     (default: those given); ``common`` knows what the errors of two candidates have in common
     (default: nothing). ``rules.keep_best`` counts in each field. One that has had its populations
-    and did not converge will not be ranked, so it throws nobody out and holds nobody up.
+    and did not converge is not ranked: it eliminates no other, and no other waits for it.
     """
     z = rules.z(n_candidates or len(standings))
     stopped: dict[str, Stop] = {}
@@ -166,13 +171,13 @@ def _verdicts_of_field(
             stopped[name] = Stop()
         elif standing.converged and (
             standing.error <= rules.tolerance
-            or place_is_known(name, field, z, rules.keep_best, common)
+            or rank_is_known(name, field, z, rules.keep_best, common)
         ):
             stopped[name] = Stop()
     return stopped
 
 
-def place_is_known(
+def rank_is_known(
     name: str,
     standings: Mapping[str, Standing],
     z: float,
@@ -214,20 +219,20 @@ def race(
     advance: Advance,
     rules: Rules,
     known: Mapping[str, Standing],
-    dormant: Mapping[str, Standing],
+    eliminated_before: Mapping[str, Standing],
     common: Common | None = None,
     field_of: FieldOf = one_field,
 ) -> dict[str, Stop]:
     """Give populations to ``names`` round by round until each has stopped.
 
     ``known`` are candidates whose G is final, ``dormant`` ones that an earlier ranking eliminated:
-    they, and those that were eliminated here, are woken when they could be among the best after all
-    and everybody else has stopped. Returns a `Stop` for everyone that ran and did not fail.
+    they, and those that were eliminated here, become active again when they could be among the best
+    after all and all others have stopped. Returns a `Stop` for everyone that ran and did not fail.
     ``common``, ``field_of``: see `verdicts`.
     """
-    total = len(names) + len(known) + len(dormant)
-    standings, asleep, spent = {**known, **dormant}, set(dormant), 0
-    field = dict.fromkeys([*names, *dormant])
+    total = len(names) + len(known) + len(eliminated_before)
+    standings, eliminated, spent = {**known, **eliminated_before}, set(eliminated_before), 0
+    field = dict.fromkeys([*names, *eliminated_before])
     ran: dict[str, None] = {}
     ended: set[str] = set()
     verdicts_of = functools.partial(
@@ -235,9 +240,9 @@ def race(
     )
     while True:
         stopped = verdicts_of(standings)
-        asleep |= {name for name in field if name in stopped and stopped[name].eliminated}
+        eliminated |= {name for name in field if name in stopped and stopped[name].eliminated}
         wanted = [name for name in field if name not in stopped and name not in ended]
-        running = _awake(wanted, asleep, field_of)
+        running = _active(wanted, eliminated, field_of)
         stops = {
             name: stopped.get(name, Stop()) for name in ran if name in stopped or name in ended
         }
@@ -246,7 +251,7 @@ def race(
         running = _affordable(running, standings, rules, spent)
         if not running:
             return _budget_spent(rules, standings, verdicts_of, stops, ran)
-        asleep -= set(running)
+        eliminated -= set(running)
         asked = {
             name: standings[name].n_populations + 1 if name in standings else 1 for name in running
         }
@@ -270,8 +275,8 @@ def _budget_spent(
     stops: Mapping[str, Stop],
     ran: Iterable[str],
 ) -> dict[str, Stop]:
-    """How the race ends without more evaluations: thrown out stays who is so by those that have
-    converged, everybody else waits."""
+    """How the race ends without more evaluations: what converged candidates eliminate stays
+    eliminated, all others are left open."""
     last = {
         name: (
             standing
@@ -297,11 +302,11 @@ def _affordable(
         return list(running)
     left, found = rules.budget - spent, set[str]()
 
-    def place(name: str) -> tuple[int, float]:
+    def order(name: str) -> tuple[int, float]:
         known = standings.get(name)
         return (0, 0.0) if known is None else (known.n_populations, known.gibbs)
 
-    for name in sorted(running, key=place):
+    for name in sorted(running, key=order):
         cost = rules.cost(standings.get(name))
         if left <= 0 or cost > left:
             break
@@ -310,11 +315,11 @@ def _affordable(
     return [name for name in running if name in found]
 
 
-def _awake(wanted: Sequence[str], asleep: set[str], field_of: FieldOf) -> list[str]:
-    """Those of ``wanted`` that are not asleep; of a field in which nobody else runs, the sleepers
+def _active(wanted: Sequence[str], eliminated: set[str], field_of: FieldOf) -> list[str]:
+    """The active ones of ``wanted``; of a field in which none is active, the eliminated ones
     too."""
-    busy = {field_of(name) for name in wanted if name not in asleep}
-    return [name for name in wanted if name not in asleep or field_of(name) not in busy]
+    busy = {field_of(name) for name in wanted if name not in eliminated}
+    return [name for name in wanted if name not in eliminated or field_of(name) not in busy]
 
 
 def probability_lowest(gibbs: Sequence[float], errors: Sequence[float]) -> np.ndarray:

@@ -27,7 +27,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.hull import above_hull, hull_odds, lower_hull, pool_fractions, reduced_formula
+from magus_anharmonic.hull import (
+    above_hull,
+    hull_probabilities,
+    lower_hull,
+    pool_fractions,
+    reduced_formula,
+)
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.structures import formula
 
@@ -114,8 +120,8 @@ def fit_estimates(
     return lines
 
 
-DRAWS = 400
-"""Hulls drawn for the error bars: odds to about 0.02."""
+N_SAMPLES = 400
+"""Hulls sampled for the error bars: probabilities to about 0.02."""
 _SEED = 108
 
 
@@ -126,8 +132,8 @@ def composition(atoms: Atoms) -> str:
 
 
 def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> list[Candidate]:
-    """Fill in the distances above the hulls of H and of G, with errors and odds; nothing where all
-    are of one composition.
+    """Fill in the distances above the hulls of H and of G, with errors and probabilities; nothing
+    where all are of one composition.
 
     ``p_on_hull`` is by sampling alone, ``p_on_hull_total`` with the expected error of each static
     energy (else ``model_error``, eV/atom), taken as independent: between compositions little
@@ -162,12 +168,12 @@ def _with_gibbs_heights(
         np.array([c.gibbs for c in phases]),
         np.array([c.gibbs_error or 0.0 for c in phases]),
     )
-    noise = np.random.default_rng(_SEED).normal(size=(DRAWS, len(phases)))
-    found = hull_odds(corners, gibbs, gibbs + noise * sampling)
+    noise = np.random.default_rng(_SEED).normal(size=(N_SAMPLES, len(phases)))
+    found = hull_probabilities(corners, gibbs, gibbs + noise * sampling)
     model = [model_error if c.model_error is None else c.model_error for c in phases]
     known = [value for value in model if value is not None]
     total = (
-        hull_odds(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull
+        hull_probabilities(corners, gibbs, gibbs + noise * np.hypot(sampling, known)).p_on_hull
         if len(known) == len(phases)
         else None
     )

@@ -29,12 +29,12 @@ from magus_anharmonic.errors import (
     InputError,
     MagusAnharmonicError,
     SschaError,
-    is_trouble,
+    is_machine_error,
     one_line,
     typed_line,
 )
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.potential.portable import portable
+from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.store import Key, Record
@@ -44,7 +44,7 @@ from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
-from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.structures import space_group, stripped
 from magus_anharmonic.units import time_left
 
 
@@ -105,9 +105,9 @@ def record_of(
         spg_static=result.space_group_start,
         spg_quantum=result.space_group,
         symmetry_tolerance=float(result.symmetry_tolerance),
-        centroids=bare(result.centroids),
+        centroids=stripped(result.centroids),
         parent=parent,
-        decrease=_float(result.decrease),
+        predicted_decrease=_float(result.predicted_decrease),
         n_populations=int(result.n_populations),
     )
 
@@ -119,13 +119,13 @@ def standing_of(record: Record, before: Record | None) -> Standing:
         None if before is None or before.gibbs is None else max(0.0, before.gibbs - record.gibbs)
     )
     if before is None and record.n_populations > 1:
-        fallen = record.decrease or 0.0
+        fallen = record.predicted_decrease or 0.0
     n_new = record.n_evaluations - (0 if before is None else before.n_evaluations)
     converged = record.status in CONVERGED
     return Standing(
         record.gibbs,
         record.gibbs_error or 0.0,
-        record.decrease or 0.0,
+        record.predicted_decrease or 0.0,
         fallen,
         converged,
         record.n_populations,
@@ -136,14 +136,14 @@ def standing_of(record: Record, before: Record | None) -> Standing:
 def stopped_record(record: Record, stop: Stop) -> Record:
     """The record with the reason why the race went on without it.
 
-    A converged one keeps its status: when the budget ended, its place may still be open, but its G
+    A converged one keeps its status: when the budget ended, its rank may still be open, but its G
     is that of the end of a relaxation, and its error bar says how well it is known.
     """
     converged = record.status in CONVERGED
     if not stop.reason or (converged and stop.eliminated):
         return record
     status = record.status if converged else "eliminated" if stop.eliminated else "unconverged"
-    reason = f"{stop.reason} before its place was known" if converged else stop.reason
+    reason = f"{stop.reason} before its rank was known" if converged else stop.reason
     reasons = "; ".join(filter(None, (reason, record.reason)))
     return replace(record, status=status, reason=reasons, budget_spent=stop.budget_spent)
 
@@ -154,7 +154,7 @@ def _partial_numbers(result: Any) -> dict[str, Any]:
         "gibbs_raw": result.gibbs_raw,
         "gibbs_error": result.gibbs_error,
         "volume": result.volume,
-        "decrease": result.decrease,
+        "decrease": result.predicted_decrease,
     }
     known = {
         name: float(value)
@@ -290,8 +290,8 @@ class Outcome:
 
 
 def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> list[Outcome]:
-    """One outcome per temperature; raises nothing but what ends the whole program, trouble of the
-    machine for one."""
+    """One outcome per temperature; raises nothing but what ends the whole program, a machine error
+    for one."""
     outcomes: list[Outcome] = []
     previous: Any = job.start
     for temperature, folder in zip(job.temperatures, job.folders, strict=True):
@@ -311,11 +311,11 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
         except (SschaError, InputError) as error:
             outcomes.append(Outcome(temperature, None, one_line(error)))
         except MagusAnharmonicError as error:
-            if is_trouble(error):
+            if is_machine_error(error):
                 raise
             outcomes.append(Outcome(temperature, None, one_line(error), lasting=False))
         except Exception as error:
-            if is_trouble(error):
+            if is_machine_error(error):
                 raise
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
             outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
@@ -365,7 +365,7 @@ def run_jobs(
 
     wanted = bool(jobs) and (workers.remote or count > 1)
     source = (
-        portable(evaluator, remote=workers.remote) if wanted and _travels(free_energy) else None
+        serialised(evaluator, remote=workers.remote) if wanted and _travels(free_energy) else None
     )
     if source is None:
         for job in jobs:
@@ -373,7 +373,7 @@ def run_jobs(
         return
     log.info("SSCHA of %d structures: %s", len(jobs), workers.description)
     run = _run_elsewhere if workers.remote else _run_in_process
-    items = ((_parcel(job) if workers.remote else job, free_energy) for job in jobs)
+    items = ((_remote_job(job) if workers.remote else job, free_energy) for job in jobs)
     for end in workers.map(run, items, source):
         job = jobs[end.index]
         outcomes = (
@@ -403,7 +403,7 @@ def _run_in_process(item: tuple[Job, Callable[..., Any]], evaluator: Evaluator) 
 
 
 @dataclass(frozen=True)
-class Parcel:
+class RemoteJob:
     """A job with the content of its folders, and of the one where it starts, for a worker that does
     not see them."""
 
@@ -412,33 +412,33 @@ class Parcel:
     start: dict[str, bytes] | None
 
 
-def _parcel(job: Job) -> Parcel:
+def _remote_job(job: Job) -> RemoteJob:
     start = packed(job.start) if isinstance(job.start, Path) else None
-    return Parcel(job, [packed(folder) for folder in job.folders], start)
+    return RemoteJob(job, [packed(folder) for folder in job.folders], start)
 
 
 def _run_elsewhere(
-    item: tuple[Parcel, Callable[..., Any]], evaluator: Evaluator
+    item: tuple[RemoteJob, Callable[..., Any]], evaluator: Evaluator
 ) -> tuple[list[Outcome], list[dict[str, bytes]]]:
     """Run the job in a temporary folder; its outcomes, and for each of its folders the files that
     are new or changed."""
-    parcel, free_energy = item
+    remote_job, free_energy = item
     with tempfile.TemporaryDirectory(prefix="sscha-job-") as scratch:
         # The folder's own name is kept: it is part of what the log says.
         folders = tuple(
-            Path(scratch) / str(place) / folder.name
-            for place, folder in enumerate(parcel.job.folders)
+            Path(scratch) / str(index) / folder.name
+            for index, folder in enumerate(remote_job.job.folders)
         )
-        for folder, files in zip(folders, parcel.files, strict=True):
+        for folder, files in zip(folders, remote_job.files, strict=True):
             unpack(files, folder)
-        job = replace(parcel.job, folders=folders)
-        if parcel.start is not None:
+        job = replace(remote_job.job, folders=folders)
+        if remote_job.start is not None:
             job = replace(job, start=Path(scratch) / "start")
-            unpack(parcel.start, job.start)
+            unpack(remote_job.start, job.start)
         outcomes = run_job(job, evaluator, free_energy)
         return outcomes, [
             changed(files, packed(folder))
-            for folder, files in zip(folders, parcel.files, strict=True)
+            for folder, files in zip(folders, remote_job.files, strict=True)
         ]
 
 

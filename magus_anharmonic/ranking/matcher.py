@@ -22,7 +22,7 @@ import vesin
 from ase import Atoms
 from scipy.optimize import linear_sum_assignment
 
-from magus_anharmonic.structures import bare, kinds, primitive, space_group, structure_id
+from magus_anharmonic.structures import kinds, primitive, space_group, stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Fingerprint:
     """What is compared of one structure; the expensive parts are worked out when first needed."""
 
     def __init__(self, atoms: Atoms, symprec: float = DISTANCE_TOLERANCE) -> None:
-        self.atoms = bare(atoms)
+        self.atoms = stripped(atoms)
         self.symprec = symprec
         self.volume = atoms.get_volume() / len(atoms)
         counts = Counter(kinds(atoms).tolist())

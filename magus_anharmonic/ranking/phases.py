@@ -242,7 +242,7 @@ def _merged(
     """``runs``: that of the candidate first."""
     gibbs, left = (
         np.array([run.gibbs for run in runs]),
-        np.array([run.decrease or 0.0 for run in runs]),
+        np.array([run.predicted_decrease or 0.0 for run in runs]),
     )
     matrix = np.diag([(run.gibbs_error or 0.0) ** 2 for run in runs])
     for i in range(len(runs)):
@@ -251,14 +251,14 @@ def _merged(
     states = [_state(root / run.folder) for run in runs]
     near = _distances(gibbs, matrix, left)[0] <= AGREEMENT
     alike = [
-        place
-        for place in range(len(runs))
-        if place == 0 or (near[place] and _alike(states[0], states[place]))
+        index
+        for index in range(len(runs))
+        if index == 0 or (near[index] and _alike(states[0], states[index]))
     ]
     found = combined(gibbs[alike], matrix[np.ix_(alike, alike)], left[alike])
     shares = [
-        (runs[place], float(weight))
-        for place, weight in zip(alike, found.weights, strict=True)
+        (runs[index], float(weight))
+        for index, weight in zip(alike, found.weights, strict=True)
         if weight > 0.0
     ]
     apart = np.delete(gibbs, alike) - found.value
@@ -356,23 +356,23 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
         key=lambda c: _standing(c, len(prints[c.id].atoms)),
     )
     phases: list[tuple[Candidate, Fingerprint]] = []
-    twins: dict[str, str] = {}
+    same_as: dict[str, str] = {}
     for candidate in order:
         fingerprint = prints[candidate.id]
-        twin = next(
+        duplicate = next(
             (c for c, other in phases if _one_phase(c, other, candidate, fingerprint)), None
         )
-        if twin is None:
+        if duplicate is None:
             phases.append((candidate, fingerprint))
         else:
-            twins[candidate.id] = twin.id
-    if twins:
+            same_as[candidate.id] = duplicate.id
+    if same_as:
         log.info(
             "%d of %d results are quantum phases that others lead to as well",
-            len(twins),
+            len(same_as),
             len(order),
         )
-    return [replace(c, same_as=twins.get(c.id, "")) for c in candidates]
+    return [replace(c, same_as=same_as.get(c.id, "")) for c in candidates]
 
 
 def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool, int, float, str]:

@@ -23,34 +23,34 @@ FINITE_SIZE_PART = 0.5
 """Of the finite-size terms' difference, as its error: the interpolation takes out the larger part
 of what it corrects."""
 
-DRAWS = 2**15
-"""Of the model's errors where phases share them: odds to 0.003."""
+N_SAMPLES = 2**15
+"""Of the model's errors where phases share them: probabilities to 0.003."""
 _SEED = 109
 
 
-def with_odds(
+def with_probabilities(
     candidates: Sequence[Candidate],
     model_error: float | None,
     measured: Mapping[str, ModelTerm] | None = None,
     common: Callable[[Candidate, Candidate], float] = lambda one, other: 0.0,
 ) -> list[Candidate]:
-    """Fill in the difference of G to the lowest phase of the composition, its errors, and the odds;
-    energies in eV/atom.
+    """Fill in the difference of G to the lowest phase of the composition, its errors, and the
+    probabilities; energies in eV/atom.
 
     sampling : both standard errors together, less what ``common`` (the covariance of two free
-    energies, eV^2/atom^2) says they share; the odds take them as independent, which for candidates
-    that share errors is on the safe side. finite size : half the difference of the two
+    energies, eV^2/atom^2) says they share; the probabilities take them as independent, which for
+    candidates that share errors is on the safe side. finite size : half the difference of the two
     interpolation terms, together with the spreads of both phases over supercells. model : see
     below. Phases that another candidate stands for, estimates and failures get none.
 
     The model term of a phase in ``measured`` (by candidate id, or by the space-group symbol that it
     alone has) is measured: the error of the difference is that of the two corrections together with
-    their difference, which G itself does not contain, and the total odds are those of the corrected
-    G. Elsewhere it is what the model expects of itself over the two ensembles, what they share left
-    out (`model_errors`). Where a phase has no such estimate it is the expected error of its static
-    energy, or ``model_error``, the validation RMSE of the energy (None: unknown, and no total), an
-    upper estimate. A phase without a measurement is taken to be shifted as the measured ones are on
-    average.
+    their difference, which G itself does not contain, and the total probabilities are those of the
+    corrected G. Elsewhere it is what the model expects of itself over the two ensembles, what they
+    share left out (`model_errors`). Where a phase has no such estimate it is the expected error of
+    its static energy, or ``model_error``, the validation RMSE of the energy (None: unknown, and no
+    total), an upper estimate. A phase without a measurement is taken to be shifted as the measured
+    ones are on average.
     """
     phases = sorted(
         (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
@@ -58,11 +58,11 @@ def with_odds(
     terms = dict(zip((c.id for c in phases), model_terms(phases, measured or {}), strict=True))
     filled: dict[str, Candidate] = {}
     for block in by_composition(phases):
-        filled |= _with_odds(block, [terms[c.id] for c in block], model_error, common)
+        filled |= _with_probabilities(block, [terms[c.id] for c in block], model_error, common)
     return [filled.get(c.id, c) for c in candidates]
 
 
-def _with_odds(
+def _with_probabilities(
     phases: Sequence[Candidate],
     terms: Sequence[ModelTerm | None],
     model_error: float | None,
@@ -72,11 +72,11 @@ def _with_odds(
     best = phases[0]
     gibbs, sampling = [_number(c.gibbs) for c in phases], [_number(c.gibbs_error) for c in phases]
     finite = [0.0 if c is best else _finite_size_error(c, best) for c in phases]
-    odds = probability_lowest(gibbs, sampling)
+    probability = probability_lowest(gibbs, sampling)
     shift = _shifts(terms)
     errors = model_errors(phases, terms, model_error)
     total = (
-        _total_odds(np.add(gibbs, shift), np.hypot(sampling, finite), errors)
+        _total_probabilities(np.add(gibbs, shift), np.hypot(sampling, finite), errors)
         if errors.known
         else None
     )
@@ -89,14 +89,14 @@ def _with_odds(
             else difference_error(
                 _number(c.gibbs_error), _number(best.gibbs_error), common(c, best)
             ),
-            difference_finite_size=finite[place],
-            difference_model=_with_shift(errors.of_difference(place, 0), shift[place] - shift[0]),
+            difference_finite_size=finite[index],
+            difference_model=_with_shift(errors.of_difference(index, 0), shift[index] - shift[0]),
             model_correction=None if term is None else term.correction,
             model_correction_error=None if term is None else term.error,
-            p_lowest=float(odds[place]),
-            p_lowest_total=None if total is None else float(total[place]),
+            p_lowest=float(probability[index]),
+            p_lowest_total=None if total is None else float(total[index]),
         )
-        for place, (c, term) in enumerate(zip(phases, terms, strict=True))
+        for index, (c, term) in enumerate(zip(phases, terms, strict=True))
     }
 
 
@@ -123,15 +123,17 @@ def _shifts(terms: Sequence[ModelTerm | None]) -> list[float]:
     return [mean if term is None else term.correction for term in terms]
 
 
-def _total_odds(gibbs: np.ndarray, others: np.ndarray, errors: ModelErrors) -> np.ndarray:
-    """Odds to be the lowest with the errors by sampling and size (``others``) and those of the
-    model, (n,)."""
+def _total_probabilities(gibbs: np.ndarray, others: np.ndarray, errors: ModelErrors) -> np.ndarray:
+    """Probabilities of being the lowest with the errors by sampling and size (``others``) and those
+    of the model, (n,)."""
     widths = np.hypot(others, errors.own)
     if errors.independent:
         return probability_lowest(gibbs, widths)
     rng = np.random.default_rng(_SEED)
-    drawn = gibbs + widths * rng.normal(size=(DRAWS, len(gibbs))) + errors.draw(DRAWS, rng)
-    return np.bincount(drawn.argmin(axis=1), minlength=len(gibbs)) / DRAWS
+    sampled = (
+        gibbs + widths * rng.normal(size=(N_SAMPLES, len(gibbs))) + errors.sample(N_SAMPLES, rng)
+    )
+    return np.bincount(sampled.argmin(axis=1), minlength=len(gibbs)) / N_SAMPLES
 
 
 def _with_shift(error: float | None, shift: float) -> float | None:

@@ -239,7 +239,7 @@ def run_race(
         and (record := ranking.records[g, key]).gibbs is not None
         and record.status in RANKED
     }
-    dormant = {
+    eliminated_before = {
         structure_id(ranking.leader(g)): standing_of(ranking.records[g, key], None) for g in out
     }
     again = [g for g in todo if (g, key) not in ranking.records]
@@ -256,7 +256,7 @@ def run_race(
     def composition_of(name: str) -> str:
         return composition(ranking.leader(groups[name] if name in groups else int(name)))
 
-    stops = race(names, advance, rules, known, dormant, common, composition_of)
+    stops = race(names, advance, rules, known, eliminated_before, common, composition_of)
     for name, stop in stops.items():
         job, outcome, record = latest[name]
         # Only now: what the model says about an ensemble is asked once, of the last one.

@@ -38,7 +38,7 @@ from magus_anharmonic.ranking.jobs import (
 )
 from magus_anharmonic.ranking.matcher import ENERGY_TOLERANCE, distinct
 from magus_anharmonic.ranking.phases import common_error, label_phases, merge_duplicates
-from magus_anharmonic.ranking.probabilities import with_odds
+from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.racing import (
     chosen_groups,
     run_race,
@@ -53,7 +53,7 @@ from magus_anharmonic.ranking.uncertainty import CommonNumbers, ModelTerm, ensem
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.structures import bare, isotopes, space_group, structure_id
+from magus_anharmonic.structures import isotopes, space_group, stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +102,11 @@ def rank(
         harmonic one.
     measured
         By candidate id or space-group symbol: what DFT labels say about the model's G
-        (`odds.with_odds`).
+        (`probabilities.with_probabilities`).
 
     Structures of several compositions are ranked in one table, composition by composition
-    (`numbered`): estimates, early stopping, order and odds are those inside of a composition, and
-    beside them stands the distance above the hull (`compositions`).
+    (`numbered`): estimates, early stopping, order and probabilities are those inside of a
+    composition, and beside them stands the distance above the hull (`compositions`).
 
     Returns the candidates at the first temperature (the one that ranks) in the order of the table.
     Raises ValueError when a structure's energy belongs to another model, ``InputError`` for other
@@ -264,8 +264,8 @@ class Ranking:
                     self.records[group, key] = record
 
     def _goes_on(self, record: Record) -> bool:
-        """Whether a run that another budget ended is to be taken up again. Those of further
-        temperatures have begun where it ended."""
+        """Whether to continue a run that another budget ended; not with several temperatures, whose
+        runs started from its end."""
         final = self.store.final(record)
         return (
             final.status == "unconverged"
@@ -400,11 +400,16 @@ class Ranking:
                 else sscha.error_tolerance
             ),
         }
-        begin = self.starts.get(name) if start is None else start
-        if begin is None:
-            begin = self._earlier_run(atoms, keys[0])
+        chosen_start = self.starts.get(name) if start is None else start
+        if chosen_start is None:
+            chosen_start = self._earlier_run(atoms, keys[0])
         return Job(
-            name, bare(atoms), tuple(key.temperature for key in keys), folders, options, begin
+            name,
+            stripped(atoms),
+            tuple(key.temperature for key in keys),
+            folders,
+            options,
+            chosen_start,
         )
 
     @functools.cached_property
@@ -473,9 +478,9 @@ class Ranking:
     def put(self, record: Record) -> None:
         """Store a record, new or changed, for every place where it is used."""
         self.store.put(record)
-        for place, known in self.records.items():
+        for entry, known in self.records.items():
             if known.folder == record.folder:
-                self.records[place] = record
+                self.records[entry] = record
 
     def tables(self) -> list[list[Candidate]]:
         """The candidates in the order of the table, one list per temperature (one list without
@@ -493,7 +498,7 @@ class Ranking:
             phases = merge_duplicates(
                 label_phases(candidates), self.store, key, self.run_dir / "sscha", covariance
             )
-            candidates = with_odds(
+            candidates = with_probabilities(
                 phases, self.energy_rmse, self.measured, lambda a, b: common_error(a, b, covariance)
             )
         temperature = key.temperature if key else 0.0
@@ -504,8 +509,9 @@ class Ranking:
         atoms = self.population[index]
         reason = str(atoms.info.get("reason") or "it has no enthalpy")
         return Candidate(
-            structure_id(atoms), bare(atoms), self.settings.pressure, temperature, None, self.model,
-            spg_static=space_group(atoms), members=(index,), status="failed", reason=reason,
+            structure_id(atoms), stripped(atoms), self.settings.pressure, temperature, None,
+            self.model, spg_static=space_group(atoms), members=(index,), status="failed",
+            reason=reason,
         )  # fmt: skip
 
     def _candidate(self, group: int, key: Key | None) -> Candidate:
@@ -513,7 +519,7 @@ class Ranking:
         symprec = self.settings.sscha.symprec if self.settings.sscha else 0.05
         candidate = Candidate(
             structure_id(atoms),
-            bare(atoms),
+            stripped(atoms),
             self.settings.pressure,
             key.temperature if key else 0.0,
             self.enthalpies[self.groups[group][0]],
@@ -575,10 +581,10 @@ def write_tables(
 ) -> None:
     """``ranking.csv`` for the first temperature, ``ranking_<T>K.csv`` for the others,
     ``quantum.traj`` for all results."""
-    for place, candidates in enumerate(tables):
+    for index, candidates in enumerate(tables):
         name = (
             "ranking.csv"
-            if place == 0 or not candidates
+            if index == 0 or not candidates
             else f"ranking_{candidates[0].temperature:g}K.csv"
         )
         write_ranking(run_dir / name, candidates)

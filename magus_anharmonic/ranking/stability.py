@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_trouble, one_line
+from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_machine_error, one_line
 from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
 from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
 from magus_anharmonic.ranking.jobs import (
@@ -40,7 +40,7 @@ from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import in_double_precision
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import down_the_mode
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import EV_IN_CM1
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def checked_record(record: Record, folder: Path) -> Record:
     try:
         hessian = hessian_of_folder(folder)
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         log.warning("%s: no Hessian: %s", record.structure, error)
         return record
@@ -128,26 +128,28 @@ def hessian_of_folder(folder: Path) -> Hessian | None:
     if ensemble is None or len(ensemble.energies) < SMALLEST_ENSEMBLE:
         return None
     state = result.state
-    return free_energy_hessian(state, ensemble, Symmetry(state.atoms, state.repeats))
+    return free_energy_hessian(state, ensemble, Symmetry(state.atoms, state.supercell_matrix))
 
 
 def with_verdict(record: Record, hessian: Hessian) -> Record:
     """The record with status, numbers and reason of a Hessian; undecided leaves the status."""
     q, mode = hessian.lowest
-    lowest = float(hessian.quantum[q, mode] * EV_IN_CM1)
+    lowest = float(hessian.hbar_omega[q, mode] * EV_IN_CM1)
     error = (
-        None if hessian.quantum_error is None else float(hessian.quantum_error[q, mode] * EV_IN_CM1)
+        None
+        if hessian.hbar_omega_error is None
+        else float(hessian.hbar_omega_error[q, mode] * EV_IN_CM1)
     )
     point = ", ".join(f"{value:g}" for value in hessian.points[q].round(4))
-    place = (
+    found = (
         f"{'imaginary ' if lowest < 0 else ''}{abs(lowest):.0f}"
         f"{'' if error is None else f' +- {error:.0f}'} cm^-1 at q = ({point})"
     )
     words = {
         "stable": "",
-        "saddle": f"saddle point: a mode is {place}",
+        "saddle": f"saddle point: a mode is {found}",
         "undecided": (
-            f"minimum or saddle point is undecided: a mode is {place} ({hessian.n_configs}"
+            f"minimum or saddle point is undecided: a mode is {found} ({hessian.n_configs}"
             " configurations)"
         ),
     }
@@ -178,10 +180,11 @@ def looked_down(
         if harmonic.status != "saddle":
             return record
         job = ranking.job(
-            bare(down_the_mode(harmonic, ranking.evaluator, ranking.sscha.symprec)), [record.key]
+            stripped(down_the_mode(harmonic, ranking.evaluator, ranking.sscha.symprec)),
+            [record.key],
         )
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {one_line(error)}"))
     log.info(
@@ -194,7 +197,9 @@ def looked_down(
         if follower is None:
             return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {why}"))
         ranking.put(follower)
-    words = f"harmonic modes are imaginary; down the deepest, {what_became(record, follower)}"
+    words = (
+        f"harmonic modes are imaginary; down the deepest, {outcome_of_following(record, follower)}"
+    )
     return replace(record, followed=job.structure, reason=_joined(record.reason, words))
 
 
@@ -247,10 +252,10 @@ def _follow(
     jobs: dict[str, Job] = {}
     waiting: list[tuple[Record, str]] = []
     for record in saddles:
-        twin = _same_saddle(ranking.store, record) or next(
+        duplicate = _same_saddle(ranking.store, record) or next(
             (s for r, s in waiting if _one_phase(r, record)), None
         )
-        if twin is None and depth_of(ranking.store, record) >= DEPTH:
+        if duplicate is None and depth_of(ranking.store, record) >= DEPTH:
             ranking.put(
                 replace(
                     record,
@@ -260,11 +265,11 @@ def _follow(
                 )
             )
             continue
-        if twin is None:
+        if duplicate is None:
             try:
                 job = follow_job(ranking, record)
             except MagusAnharmonicError as error:
-                if is_trouble(error):
+                if is_machine_error(error):
                     raise
                 ranking.put(
                     replace(
@@ -272,9 +277,9 @@ def _follow(
                     )
                 )
                 continue
-            twin = job.structure
-            jobs[twin] = job
-        waiting.append((record, twin))
+            duplicate = job.structure
+            jobs[duplicate] = job
+        waiting.append((record, duplicate))
     parents = {name: record.structure for record, name in reversed(waiting)}
     failures: dict[str, str] = {}
 
@@ -309,7 +314,7 @@ def _follow(
                 replace(
                     record,
                     followed=name,
-                    reason=_joined(_own_reason(record), what_became(record, follower)),
+                    reason=_joined(_own_reason(record), outcome_of_following(record, follower)),
                 )
             )
             if (
@@ -337,10 +342,10 @@ def follow_job(ranking: Ranking, record: Record) -> Job:
     if hessian is None:
         raise SschaError(f"{record.folder}: the ensembles of this saddle point are gone")
     start = down_the_mode(hessian, ranking.evaluator, ranking.sscha.symprec)
-    return ranking.job(bare(start), [record.key])
+    return ranking.job(stripped(start), [record.key])
 
 
-def what_became(saddle: Record, follower: Record) -> str:
+def outcome_of_following(saddle: Record, follower: Record) -> str:
     """One sentence on the run that followed a saddle."""
     name = f"followed to {follower.structure} ({follower.spg_quantum or follower.spg_static})"
     if follower.gibbs is None or saddle.gibbs is None:
@@ -448,10 +453,10 @@ def with_followers(
     found = list(candidates)
     for saddle, follower in followers(store, records):
         known = [
-            place for place, candidate in enumerate(found) if candidate.record == follower.structure
+            index for index, candidate in enumerate(found) if candidate.record == follower.structure
         ]
-        for place in known:
-            found[place] = replace(found[place], parent=saddle.structure)
+        for index in known:
+            found[index] = replace(found[index], parent=saddle.structure)
         if not known:
             found.append(_row_of(saddle, follower))
     return found
@@ -464,7 +469,7 @@ def _row_of(saddle: Record, follower: Record) -> Candidate:
     symmetry = {"spg_static": follower.spg_static, "parent": saddle.structure}
     row = Candidate(
         follower.structure,
-        bare(follower.start),
+        stripped(follower.start),
         follower.key.pressure,
         follower.key.temperature,
         None,

@@ -18,9 +18,10 @@ from ase import Atoms
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.files import (
     digest,
-    raise_trouble,
+    raise_machine_error,
     read_json,
     read_whole,
+    renamed,
     replacing,
     set_aside,
     versions,
@@ -30,7 +31,7 @@ from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.candidate import RANKED, Status
 from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ NO_DAMAGE = (
     "SQLITE_LOCKED",
     "SQLITE_NOMEM",
 )
-"""What SQLite calls troubles of the disk or the machine, not of the file: an unfinished change
+"""What SQLite calls errors of the disk or the machine, not of the file: an unfinished change
 cannot be taken back on a full disk, say."""
 
 READ_TIMEOUT = 2.0
@@ -113,8 +114,7 @@ class Record:
     stability; ``p_stable`` : the probability that there is no negative one; all None where the
     Hessian was not computed.
 
-    ``budget_spent`` : the budget of a race, in force evaluations, that ended the run; None where
-    something else did.
+    ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
 
     ``generation`` : of a search, that last changed the record (None: not part of one), and
     ``before`` : what earlier ones left, oldest first.
@@ -139,7 +139,7 @@ class Record:
     centroids: Atoms | None = None
     parent: str = ""
     reduced: str = ""
-    decrease: float | None = None
+    predicted_decrease: float | None = None
     n_populations: int = 0
     ensemble_error: float | None = None
     error_vector: tuple[float, ...] | None = None
@@ -193,7 +193,7 @@ NUMBERS = (
     "n_evaluations",
     "n_supercell",
     "symmetry_tolerance",
-    "decrease",
+    "predicted_decrease",
     "n_populations",
     "hessian_lowest",
     "hessian_error",
@@ -226,7 +226,7 @@ class FreeEnergyStore:
             rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
-            raise_trouble(error, self.path)
+            raise_machine_error(error, self.path)
             if isinstance(error, sqlite3.Error) and getattr(
                 error, "sqlite_errorname", ""
             ).startswith(NO_DAMAGE):
@@ -286,7 +286,7 @@ class FreeEnergyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
         pairs, data = _to_row(record)
-        atoms = bare(record.start)
+        atoms = stripped(record.start)
         try:
             if identity in self._rows:
                 with still_ours(self.path):
@@ -467,10 +467,10 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     ]
     data = {
         "values": values,
-        "centroids": None if centroids is None else bare(centroids).todict(),
+        "centroids": None if centroids is None else stripped(centroids).todict(),
         "before": before,
     }
-    data["digest"] = _digest(pairs, data, bare(record.start))
+    data["digest"] = _digest(pairs, data, stripped(record.start))
     return pairs, data
 
 
@@ -501,7 +501,7 @@ def _atoms(stored: Mapping[str, Any]) -> Atoms:
 
 
 def _from_row(row: Any) -> Record:
-    pairs, data, start = row.key_value_pairs, row.data, bare(row.toatoms())
+    pairs, data, start = row.key_value_pairs, row.data, stripped(row.toatoms())
     if data.get("digest", "") != _digest(pairs, data, start):
         raise DamagedFile(f"the record of {pairs.get('structure')} was changed")
     return _record(pairs, data, start)
@@ -516,7 +516,7 @@ def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     )
     stored = data["centroids"]
     known = {field.name for field in fields(Record)}
-    values = {name: value for name, value in data["values"].items() if name in known}
+    values = {name: value for name, value in renamed(data["values"]).items() if name in known}
     if values.get("error_vector") is not None:
         values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
     before = tuple(
@@ -524,7 +524,7 @@ def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     )
     return Record(
         key=key,
-        start=bare(start),
+        start=stripped(start),
         centroids=None if stored is None else _atoms(stored),
         before=before,
         **values,

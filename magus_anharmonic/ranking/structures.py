@@ -24,7 +24,7 @@ from magus_anharmonic.errors import (
     InputError,
     MagusAnharmonicError,
     SschaError,
-    is_trouble,
+    is_machine_error,
     one_line,
 )
 from magus_anharmonic.evaluator import (
@@ -43,16 +43,16 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import CalculatorSettings, Settings, parse
-from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.reweight import effective_number
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import bare, structure_id
+from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def reevaluate(
     """
     foreign = [atoms for atoms in structures if atoms.info.get("model") != evaluator.model_id]
     if foreign and relaxation_steps > 0:
-        for reason in relax_in_place(foreign, evaluator, settings, relaxation_steps):
+        for reason in relax_inplace(foreign, evaluator, settings, relaxation_steps):
             if reason:
                 log.info("a survivor stays as it was, the new model does not relax it: %s", reason)
     for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
@@ -102,11 +102,11 @@ def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.n
 def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
     """One evaluation per structure, or the reason why there is none; the batch is split only when
     it fails as a whole."""
-    inputs = [bare(atoms) for atoms in structures]
+    inputs = [stripped(atoms) for atoms in structures]
     try:
         batch = evaluator.evaluate(inputs)
     except MagusAnharmonicError as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         if len(inputs) == 1:
             return [str(error)]
@@ -129,7 +129,7 @@ def _one(batch: Evaluation, i: int) -> Evaluation:
     return Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1], errors)
 
 
-def relax_in_place(
+def relax_inplace(
     structures: Sequence[Atoms],
     evaluator: Evaluator,
     settings: Settings,
@@ -141,7 +141,7 @@ def relax_in_place(
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
     or runs away stays as it was.
     """
-    from magus_anharmonic.potential.portable import relax_on, relax_options
+    from magus_anharmonic.potential.remote import relax_on, relax_options
 
     options = relax_options(settings.calculator or parse(CalculatorSettings, {}))
     if max_steps is not None:
@@ -150,7 +150,7 @@ def relax_in_place(
         relaxed = relax_on(
             scheduler,
             evaluator,
-            [bare(atoms, constraints=True) for atoms in structures],
+            [stripped(atoms, constraints=True) for atoms in structures],
             settings.pressure,
             **options,
         )
@@ -201,14 +201,14 @@ def rank_start(
     )
     if not isinstance(sscha.supercell, dict):
         settings = settings.model_copy(
-            update={"sscha": sscha.model_copy(update={"supercell": state.repeats})}
+            update={"sscha": sscha.model_copy(update={"supercell": state.supercell_matrix})}
         )
     sources = {
         "start_dyn": dyn and str(dyn),
         "load_ensemble": ensemble and str(ensemble),
         "start": state_digest(state),
     }
-    structure = bare(state.atoms)
+    structure = stripped(state.atoms)
     return rank_alone(
         [structure],
         settings,
@@ -238,20 +238,22 @@ def read_start(
         if dyn is None:
             raise InputError("start: neither dynamical matrices nor an ensemble")
         return state_from_dyn(dyn, temperature)
-    own, drawn = read_ensemble(
+    own, sampled = read_ensemble(
         ensemble, temperature, dyn=None if generating_matrices(ensemble) else dyn
     )
-    count = len(drawn.energies)
+    count = len(sampled.energies)
     if count < SMALLEST:
         raise InputError(
             f"--load-ensemble: {ensemble}: {count} configurations; must be at least {SMALLEST}"
         )
-    begin = own if dyn is None else state_from_dyn(dyn, temperature)
-    _require_reweightable(own, begin, f"--start-dyn {dyn}, --load-ensemble {ensemble}")
-    symmetry = Symmetry(begin.atoms, begin.repeats)
-    begin = replace(begin, force_constants=symmetry.force_constants(begin.force_constants))
+    start_state = own if dyn is None else state_from_dyn(dyn, temperature)
+    _require_reweightable(own, start_state, f"--start-dyn {dyn}, --load-ensemble {ensemble}")
+    symmetry = Symmetry(start_state.atoms, start_state.supercell_matrix)
+    start_state = replace(
+        start_state, force_constants=symmetry.force_constants(start_state.force_constants)
+    )
     try:
-        about, weights = reweighted(own, drawn, begin)
+        about, weights = reweighted(own, sampled, start_state)
         sample = effective_number(weights) / count
         if sample < min_effective_sample:
             raise InputError(
@@ -259,9 +261,12 @@ def read_start(
                 f" count for {dyn} (at least {100 * min_effective_sample:.0f} are needed): give one"
                 " of the two alone"
             )
-        log.info("%s: %s", ensemble, what_it_says(begin, about, weights, symmetry, pressure))
+        log.info("%s: %s", ensemble, what_it_says(start_state, about, weights, symmetry, pressure))
         better = minimise(
-            [(own, drawn)], symmetry, min_effective_sample=min_effective_sample, target=begin
+            [(own, sampled)],
+            symmetry,
+            min_effective_sample=min_effective_sample,
+            target=start_state,
         ).state
     except (SschaError, np.linalg.LinAlgError) as error:
         raise InputError(f"--load-ensemble: {ensemble}: {one_line(error)}") from None
@@ -272,7 +277,7 @@ def _require_reweightable(own: SschaState, other: SschaState, where: str) -> Non
     """Raise ``InputError`` unless an ensemble of ``own`` can be averaged for ``other``: one
     crystal, cell, supercell and set of masses."""
     pairs = {
-        "supercell": (np.array(own.repeats), np.array(other.repeats)),
+        "supercell": (np.array(own.supercell_matrix), np.array(other.supercell_matrix)),
         "species or their order": (own.atoms.numbers, other.atoms.numbers),
         "masses": (own.atoms.get_masses(), other.atoms.get_masses()),
         "cell": (own.atoms.cell.array, other.atoms.cell.array),
@@ -377,8 +382,8 @@ def rank_structures(
             constrained,
             len(structures),
         )
-    copies = [bare(atoms) for atoms in structures]
-    reasons = relax_in_place(copies, source, settings) if relax else [""] * len(copies)
+    copies = [stripped(atoms) for atoms in structures]
+    reasons = relax_inplace(copies, source, settings) if relax else [""] * len(copies)
     good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]
     reevaluate(good, source, settings)
     for index, (atoms, reason) in enumerate(zip(copies, reasons, strict=True)):

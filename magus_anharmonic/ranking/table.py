@@ -11,7 +11,7 @@ from ase import Atoms
 from magus_anharmonic.files import remove, replacing, write_table
 from magus_anharmonic.ranking.candidate import RANKED, Candidate
 from magus_anharmonic.ranking.store import Record
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 COLUMNS = (
     "id",
@@ -168,7 +168,7 @@ def write_quantum(path: str | Path, records: Iterable[Record]) -> int:
 
 
 def _frame(record: Record) -> Atoms:
-    atoms = bare(record.phase)
+    atoms = stripped(record.phase)
     atoms.info = {
         "candidate_id": record.structure,
         "parent_id": record.parent or record.structure,

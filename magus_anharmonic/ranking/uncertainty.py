@@ -6,10 +6,10 @@ ensemble.
 Free energies of alike candidates from the same random numbers: their errors cancel in the
 difference.
 
-All runs of a ranking draw with one seed, so that the same population of two candidates with as many
-atoms in the supercell are the same normal deviates, turned into displacements by each one's own
-square root of the covariance. How much two free energies have in common is measured, not assumed:
-by the covariance of the pairs of configurations that came from the same deviates.
+All runs of a ranking sample with one seed, so that the same population of two candidates with as
+many atoms in the supercell are the same normal deviates, turned into displacements by each one's
+own square root of the covariance. How much two free energies have in common is measured, not
+assumed: by the covariance of the pairs of configurations that came from the same deviates.
 
 What the model's errors of several free energies have in common: one Gaussian for all phases.
 
@@ -45,7 +45,7 @@ from magus_anharmonic.sscha.result import (
 from magus_anharmonic.sscha.state import SschaState
 
 N_CONFIGS = 20
-"""Configurations drawn anew from the final state: a mean over them is what a mean over a thousand
+"""Configurations sampled anew from the final state: a mean over them is what a mean over a thousand
 is, within a few percent."""
 
 
@@ -103,7 +103,7 @@ SIGNIFICANT = 2.0
 
 
 @dataclass(frozen=True)
-class Draws:
+class Samples:
     """What the populations of a run's last state say about F.
 
     excess : number of the population -> (n_pairs,) mean energy minus auxiliary energy of each +u/-u
@@ -118,7 +118,7 @@ class Draws:
         return sum(len(values) for values in self.excess.values())
 
 
-def draws_of(folder: Path) -> Draws | None:
+def samples_of(folder: Path) -> Samples | None:
     """Those of the run in ``folder``; None where it keeps no whole populations."""
     try:
         populations = _last_populations(folder)
@@ -131,7 +131,7 @@ def draws_of(folder: Path) -> Draws | None:
         harmonic = 0.5 * np.einsum("ci,ci->c", u @ state.full, u)
         excess[number] = pair_means(ensemble.energies - harmonic) / len(state.supercell)
         size = u.shape[1]
-    return Draws(excess, size) if excess else None
+    return Samples(excess, size) if excess else None
 
 
 def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
@@ -140,7 +140,7 @@ def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
     progress = read_whole(folder / PROGRESS, read_progress_file)
     if progress is not None:
         files = {
-            number: folder / f"population_{number:03d}.npz" for number in progress["together"][-1]
+            number: folder / f"population_{number:03d}.npz" for number in progress["pooled"][-1]
         }
         there = all(file.is_file() for file in files.values())
         return (
@@ -151,7 +151,7 @@ def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
     return final_populations(folder, SschaResult.read(folder))
 
 
-def covariance(one: Draws | None, other: Draws | None) -> float:
+def covariance(one: Samples | None, other: Samples | None) -> float:
     """Of the two free energies, eV^2/atom^2: from the pairs with the same deviates; 0 where they
     have nothing in common."""
     if one is None or other is None or one.size != other.size:
@@ -184,17 +184,17 @@ class CommonNumbers:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._known: dict[str, tuple[int, Draws | None]] = {}
+        self._known: dict[str, tuple[int, Samples | None]] = {}
 
     def covariance(self, folder: str, other: str) -> float:
         """Of two runs by their folders, eV^2/atom^2; 0 where one keeps no populations."""
-        return covariance(self._draws(folder), self._draws(other)) if folder and other else 0.0
+        return covariance(self._samples(folder), self._samples(other)) if folder and other else 0.0
 
-    def _draws(self, folder: str) -> Draws | None:
+    def _samples(self, folder: str) -> Samples | None:
         path = self.root / folder / PROGRESS
         stamp = path.stat().st_mtime_ns if path.is_file() else 0
         if self._known.get(folder, (None, None))[0] != stamp:
-            self._known[folder] = stamp, draws_of(self.root / folder)
+            self._known[folder] = stamp, samples_of(self.root / folder)
         return self._known[folder][1]
 
 
@@ -237,8 +237,8 @@ class ModelErrors:
         )
         return error if math.isfinite(error) else None
 
-    def draw(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        """(n, n_phases) draws of the shared part."""
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """(n, n_phases) samples of the shared part."""
         return rng.normal(size=(n, self.shared.shape[1])) @ self.shared.T
 
 

@@ -17,13 +17,13 @@ from magus_anharmonic.files import digest
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.sheets import (
-    Sheet,
+from magus_anharmonic.report.raw_tables import (
+    RawTable,
     lines_of,
     number,
     read_json,
+    read_raw_table,
     read_records,
-    read_sheet,
 )
 from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.summary import read_ranking
@@ -38,7 +38,7 @@ EXPECTED = (
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
     (RANKINGS, "rankings by free energy (Fig. 6)"),
-    ("space_groups.csv", "space groups as found, after DFT, and with moving ions"),
+    ("space_groups.csv", "space groups as found, after DFT, and with quantum ions (SSCHA)"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
     (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
@@ -72,9 +72,9 @@ class Contents:
     rankings: list[RankingView] = field(default_factory=list)
     crystals: list[Crystal] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    tables: list[tuple[str, Sheet]] = field(default_factory=list)
+    tables: list[tuple[str, RawTable]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
-    failures: Sheet = field(default_factory=lambda: Sheet("failures"))
+    failures: RawTable = field(default_factory=lambda: RawTable("failures"))
     reasons: list[tuple[str, int]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -131,29 +131,29 @@ def campaign_contents(folder: Path) -> Contents:
         },
     )
     contents.steps = _steps(
-        steps, contents.attempt(lambda: read_sheet(tables / "cost.csv"), Sheet("cost.csv"))
+        steps, contents.attempt(lambda: read_raw_table(tables / "cost.csv"), RawTable("cost.csv"))
     )
     for path in ranking_files(tables):
         contents.rankings += contents.attempt(
             lambda path=path: ranking_views(path.name, read_ranking(path)), []
         )
     contents.rankings.sort(key=lambda view: (view.pressure, view.temperature))
-    sheets = {}
+    raw_tables = {}
     for name, title in TABLES:
-        sheets[name] = contents.attempt(
-            lambda name=name: read_sheet(tables / name, ROWS), Sheet(name)
+        raw_tables[name] = contents.attempt(
+            lambda name=name: read_raw_table(tables / name, ROWS), RawTable(name)
         )
-        if sheets[name]:
-            contents.tables.append((title, sheets[name]))
+        if raw_tables[name]:
+            contents.tables.append((title, raw_tables[name]))
     contents.crystals = contents.attempt(
         lambda: found_crystals.campaign_crystals(tables / "structures.extxyz", contents.rankings),
         [],
     )
     _failures(contents, tables / "failures.csv")
-    contents.summary = _campaign_summary(contents, tables, steps, sheets)
+    contents.summary = _campaign_summary(contents, tables, steps, raw_tables)
     contents.pictures = _campaign_pictures(contents, folder)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
-    contents.models = _models(contents, sheets["model_errors.csv"])
+    contents.models = _models(contents, raw_tables["model_errors.csv"])
     contents.hashes = _hashes(sorted(tables.glob("*")) if tables.is_dir() else [])
     return contents
 
@@ -164,7 +164,7 @@ def _writes_this(name: str, step: dict[str, Any]) -> bool:
     return name == "report" and step.get("status") == "running"
 
 
-def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]]:
+def _steps(steps: dict[str, dict[str, Any]], cost: RawTable) -> list[dict[str, Any]]:
     """One row per step: its state from steps.json, its numbers from there or from cost.csv."""
     spent = {row.get("step", ""): row for row in cost.rows}
     rows = []
@@ -186,7 +186,7 @@ def _steps(steps: dict[str, dict[str, Any]], cost: Sheet) -> list[dict[str, Any]
 
 
 def _campaign_summary(
-    contents: Contents, tables: Path, steps: dict[str, Any], sheets: dict[str, Sheet]
+    contents: Contents, tables: Path, steps: dict[str, Any], raw_tables: dict[str, RawTable]
 ) -> list[tuple[str, list[str]]]:
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
@@ -199,17 +199,17 @@ def _campaign_summary(
             [
                 *text.step_sentence(steps),
                 *tally.sentences(),
-                *text.model_sentence(sheets["model_errors.csv"]),
+                *text.model_sentence(raw_tables["model_errors.csv"]),
             ],
         ),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
         (
             "Checks",
             [
-                *text.space_group_sentence(sheets["space_groups.csv"]),
-                *text.mode_sentences(sheets["modes.csv"]),
-                *text.gradient_sentences(sheets["gradient_errors.csv"]),
-                *text.correction_sentences(sheets["gibbs_correction.csv"]),
+                *text.space_group_sentence(raw_tables["space_groups.csv"]),
+                *text.mode_sentences(raw_tables["modes.csv"]),
+                *text.gradient_sentences(raw_tables["gradient_errors.csv"]),
+                *text.correction_sentences(raw_tables["gibbs_correction.csv"]),
             ],
         ),
         ("Cost", text.cost_sentence(contents.steps)),
@@ -227,8 +227,8 @@ def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
     ]
     names = " ".join(picture.name for picture in pictures)
     if "learning" not in names:
-        sheet = contents.attempt(
-            lambda: read_sheet(folder / "tables" / "learning.csv"), Sheet("learning.csv")
+        raw = contents.attempt(
+            lambda: read_raw_table(folder / "tables" / "learning.csv"), RawTable("learning.csv")
         )
         points = [
             {
@@ -237,7 +237,7 @@ def _campaign_pictures(contents: Contents, folder: Path) -> list[Picture]:
                 "energy": number(row.get("energy_rmse_eV_per_atom")),
                 "force": number(row.get("force_rmse_eV_per_A")),
             }
-            for row in sheet.rows
+            for row in raw.rows
             if row.get("set") == "validation"
         ]
         learning = figures.learning_picture(points, "tables/learning.csv")
@@ -274,8 +274,8 @@ def _campaign_missing(tables: Path, steps: dict[str, Any], contents: Contents) -
         if status != "done":
             reason = f": {step['reason']}" if step.get("reason") else ""
             lines.append(f"Step {name} is {'not begun' if status == 'open' else status}{reason}.")
-    absent = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
-    lines += [f"Not there yet: {what}." for what in absent]
+    missing = [f"{what} ({name})" for name, what in EXPECTED if not any(tables.glob(name))]
+    lines += [f"Not there yet: {what}." for what in missing]
     shown = {crystal.line.id for crystal in contents.crystals}
     lacking = {
         line.id for view in contents.rankings for line in view.lines[: found_crystals.FILES]
@@ -318,7 +318,7 @@ def search_contents(folder: Path) -> Contents:
         *text.hull_parts(contents.rankings),
     ]
     contents.pictures = _search_pictures(contents, folder)
-    contents.models = _models(contents, Sheet(""))
+    contents.models = _models(contents, RawTable(""))
     contents.hashes = _hashes(
         [
             path
@@ -347,8 +347,8 @@ def _setting(record: dict[str, Any], key: str) -> Any:
 
 
 def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
-    ladders = [
-        figures.ladder_picture(view.rows, view.title, view.file) for view in contents.rankings
+    slope_chart = [
+        figures.slope_chart_picture(view.rows, view.title, view.file) for view in contents.rankings
     ]
     records, _ = read_records(folder / "metrics.jsonl", ROWS)
     points = []
@@ -364,7 +364,7 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
                     "force": force,
                 }
             )
-    pictures = [*ladders, figures.learning_picture(points, "metrics.jsonl")]
+    pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
     best = {
         line.folder: line
         for view in contents.rankings
@@ -426,11 +426,11 @@ def _failures(contents: Contents, path: Path) -> None:
             {"step": f"ranking, {view.title}", "id": row.id, "reason": row.reason}
             for row in failed[:ROWS]
         ]
-    contents.failures = Sheet(path.name, ("step", "id", "reason"), rows[:ROWS], total)
+    contents.failures = RawTable(path.name, ("step", "id", "reason"), rows[:ROWS], total)
     contents.reasons = reasons.most_common(10)
 
 
-def _models(contents: Contents, errors: Sheet) -> list[str]:
+def _models(contents: Contents, errors: RawTable) -> list[str]:
     """Ids of all models of which numbers are shown, in the order in which they appear."""
     named = [row.get("model_id", "") for row in errors.rows]
     named += [row.model for view in contents.rankings for row in view.rows]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.report.sheets import lines_of, number
+from magus_anharmonic.report.raw_tables import lines_of, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,9 +91,9 @@ def stored_picture(folder: Path, name: str, *, title: str = "", alt: str = "") -
 def title_of(name: str) -> str:
     """What a figure shows, from its file name, with whatever the name says besides:
     ``dispersion-Im-3m-60GPa``."""
-    for begin, words in TITLES:
-        if name.lower().startswith(begin):
-            rest = re.sub(r"^[A-Za-z_]*[-_]?", "", name[len(begin) :]).replace("_", " ").strip()
+    for prefix, words in TITLES:
+        if name.lower().startswith(prefix):
+            rest = re.sub(r"^[A-Za-z_]*[-_]?", "", name[len(prefix) :]).replace("_", " ").strip()
             return f"{words}: {rest}" if rest else words
     return name.replace("_", " ").replace("-", " ").capitalize()
 
@@ -171,9 +171,9 @@ def _uri(content: bytes, suffix: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def ladder_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None:
-    """Enthalpies against free energies as two ladders; None without a free energy."""
-    from magus_anharmonic.report.summary import ladders, quantum_ranks, static_ranks
+def slope_chart_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None:
+    """Slope chart of enthalpies and free energies; None without a free energy."""
+    from magus_anharmonic.report.summary import quantum_ranks, slope_chart, static_ranks
 
     best = {rank: row for row in rows if (rank := quantum_ranks(rows).get(row.id))}
     if not best:
@@ -189,7 +189,7 @@ def ladder_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None
         f" joined by lines. By free energy: {order}."
     )
     return drawn(
-        ladders(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data
+        slope_chart(rows), f"ranking-{where}", f"Enthalpy and free energy at {where}", alt, data
     )
 
 

@@ -21,7 +21,7 @@ from markupsafe import Markup
 import magus_anharmonic
 from magus_anharmonic.files import write_text
 from magus_anharmonic.report.contents import Contents, gather
-from magus_anharmonic.report.sheets import number
+from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.structures import Crystal, as_json, scene, still, write_structures
 from magus_anharmonic.units import duration
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 NAME = "report.html"
 VIEWED = 8
-"""Structures of one ranking that the viewer offers, each at rest and with moving ions."""
+"""Structures of one ranking that the viewer offers, each static and with SSCHA."""
 
 MOST_VIEWED = 60
 
@@ -154,9 +154,9 @@ def chosen(crystals: list[Crystal]) -> list[Crystal]:
             crystal.line.id, []
         ).append(crystal)
     kept: set[int] = set()
-    for place in range(VIEWED):
+    for index in range(VIEWED):
         for structures in groups.values():
-            both = list(structures.values())[place] if place < len(structures) else []
+            both = list(structures.values())[index] if index < len(structures) else []
             if len(kept) + len(both) <= MOST_VIEWED:
                 kept.update(id(crystal) for crystal in both)
     return [crystal for crystal in crystals if id(crystal) in kept]

@@ -25,9 +25,9 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY, raise_trouble, reading_table, safe_name
+from magus_anharmonic.files import TEMPORARY, raise_machine_error, reading_table, safe_name
 from magus_anharmonic.report.text import Line, RankingView
-from magus_anharmonic.structures import bare, space_group, standardized
+from magus_anharmonic.structures import space_group, standardized, stripped
 
 MAX_ATOMS = 64
 """Cells above this size are drawn as they are given, not as conventional cells."""
@@ -195,10 +195,7 @@ ALL = "structures.extxyz"
 OWN = re.compile(r"[^.].*GPa-.*-(static|centroids)\.(cif|vasp)")
 """Names of the files that `write_structures` makes."""
 
-WORDS: dict[Kind, str] = {
-    "static": "ions at rest",
-    "centroids": "mean positions of the moving ions",
-}
+WORDS: dict[Kind, str] = {"static": "static", "centroids": "SSCHA centroids"}
 
 
 @dataclass(frozen=True)
@@ -260,7 +257,7 @@ def _in_order(
 
 def _crystal(line: Line, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
     group = (line.static if kind == "static" else line.quantum) or space_group(atoms)
-    return Crystal(line, ranking.pressure, ranking.temperature, kind, group, bare(atoms))
+    return Crystal(line, ranking.pressure, ranking.temperature, kind, group, stripped(atoms))
 
 
 def _frames(path: Path) -> Iterator[tuple[str, str]]:
@@ -359,7 +356,7 @@ def _traj(path: Path) -> list[Atoms]:
     try:
         return list(iread(path, index=":", format="traj"))
     except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_trouble(error, path)
+        raise_machine_error(error, path)
         raise InputError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
-from magus_anharmonic.report.sheets import lines_of, number
+from magus_anharmonic.report.raw_tables import lines_of, number
 from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def hull_sentences(rows: Sequence[Row]) -> list[str]:
     if len(blocks) < 2 or not known:
         return []
     on = [
-        f"{row.composition} {row.id[:8]}{_odds_in_words(row)}"
+        f"{row.composition} {row.id[:8]}{_probability_in_words(row)}"
         for row in known
         if row.above_hull == 0.0
     ]
@@ -155,7 +155,8 @@ def hull_sentences(rows: Sequence[Row]) -> list[str]:
         if row.above_hull
     ]
     lines = [
-        f"On the hull of the free energies of these structures (odds by sampling): {', '.join(on)}."
+        f"On the hull of the free energies of these structures (probability by sampling):"
+        f" {', '.join(on)}."
     ]
     lines += (
         [f"Above it (meV/atom), the lowest of each composition: {', '.join(above)}."]
@@ -172,7 +173,7 @@ def hull_sentences(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def _odds_in_words(row: Row) -> str:
+def _probability_in_words(row: Row) -> str:
     return "" if row.p_on_hull is None else f" ({row.p_on_hull:.0%})"
 
 
@@ -254,7 +255,7 @@ def _change(row: Row, rows: Sequence[Row]) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """What the moving ions changed, in plain words, from the numbers in ``rows`` alone."""
+    """What SSCHA changed, in plain words, from the numbers in ``rows`` alone."""
     done = sorted(
         (row for row in rows if row.status in RANKED and row.gibbs is not None),
         key=lambda row: row.gibbs,
@@ -291,7 +292,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         )
     best = ranked[0]
     static_best = min(static, key=lambda row: row.enthalpy) if static else best
-    lines.extend(_meeting(done))
+    lines.extend(_continuous_transitions(done))
     lines.extend(_saddles(rows))
     if best.parent:
         lines.append(
@@ -324,16 +325,14 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _meeting(done: Sequence[Row]) -> list[str]:
+def _continuous_transitions(done: Sequence[Row]) -> list[str]:
     """Which structures ended in one phase."""
     lines = []
     for row in done:
-        twins = [other for other in done if other.same_as == row.id]
-        if twins:
-            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *twins])
-            lines.append(
-                f"{names} are one and the same phase once the ions move: {row.spg_quantum}."
-            )
+        duplicates = [other for other in done if other.same_as == row.id]
+        if duplicates:
+            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *duplicates])
+            lines.append(f"{names} are one and the same phase with SSCHA: {row.spg_quantum}.")
     return lines
 
 
@@ -391,15 +390,15 @@ def _undecided(ranked: Sequence[Row]) -> list[str]:
 
 
 def picture(rows: Sequence[Row], path: str | Path) -> Path:
-    """Draw static enthalpy against free energy order of one composition as two ladders joined by
-    lines; PNG or SVG by suffix."""
+    """Draw static enthalpy against free energy order of one composition as a slope chart; PNG or
+    SVG by suffix."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    ladders(rows).savefig(target, dpi=160)
+    slope_chart(rows).savefig(target, dpi=160)
     return target
 
 
-def ladders(rows: Sequence[Row]) -> Figure:
+def slope_chart(rows: Sequence[Row]) -> Figure:
     """The figure of `picture`."""
     from matplotlib.figure import Figure
 
@@ -410,7 +409,7 @@ def ladders(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_ylabel("meV/atom above the lowest")
-    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (ions move)"])
+    axes.set_xticks([0, 1], ["static enthalpy H", "free energy G (SSCHA)"])
     axes.set_xlim(-0.55, 1.55)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -11,9 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.analysis.reordering import COMPUTED, became, critical_pressure
+from magus_anharmonic.analysis.reordering import COMPUTED, critical_pressure, new_space_group
 from magus_anharmonic.ranking.candidate import WITH_ERROR
-from magus_anharmonic.report.sheets import Sheet, number
+from magus_anharmonic.report.raw_tables import RawTable, number
 from magus_anharmonic.report.summary import (
     WORDS,
     Row,
@@ -50,7 +50,7 @@ class Line:
 
     @property
     def changed(self) -> bool:
-        """The space group is another one once the ions move."""
+        """The space group with SSCHA is not the static one."""
         return bool(self.quantum) and self.quantum != self.static
 
 
@@ -87,15 +87,19 @@ class RankingView:
 def ranking_views(file: str, rows: Sequence[Row]) -> list[RankingView]:
     """One view per pressure, temperature and composition of a ranking's file, the first two in
     rising order."""
-    places: dict[tuple[float, float], list[Row]] = {}
+    conditions: dict[tuple[float, float], list[Row]] = {}
     for row in rows:
-        places.setdefault((row.pressure, row.temperature), []).append(row)
+        conditions.setdefault((row.pressure, row.temperature), []).append(row)
     views = []
-    for place, group in sorted(places.items()):
+    for condition, group in sorted(conditions.items()):
         blocks = by_composition(group)
         views += [
             RankingView(
-                file, *place, block, _lines(block), block[0].composition if len(blocks) > 1 else ""
+                file,
+                *condition,
+                block,
+                _lines(block),
+                block[0].composition if len(blocks) > 1 else "",
             )
             for block in blocks
         ]
@@ -162,12 +166,10 @@ def ranking_sentences(view: RankingView) -> list[str]:
     done = [row for row in view.rows if row.status in COMPUTED and row.gibbs is not None]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
-    changed = [row for row in done if became(row)]
-    lines = [
-        f"{len(changed)} of {len(done)} structures changed their space group when the ions moved."
-    ]
+    changed = [row for row in done if new_space_group(row)]
+    lines = [f"{len(changed)} of {len(done)} structures changed their space group with SSCHA."]
     if changed:
-        group, count = Counter(became(row) for row in changed).most_common(1)[0]
+        group, count = Counter(new_space_group(row) for row in changed).most_common(1)[0]
         lines.append(f"{count} of them became {group}, the most frequent.")
     shifts = sorted(
         1000 * (row.gibbs - row.enthalpy)
@@ -190,9 +192,9 @@ def ranking_sentences(view: RankingView) -> list[str]:
         )
         same = ", which becomes the same phase" if at_rest.same_as == best.id else ""
         tail = (
-            "as with ions at rest"
+            "as with static ions"
             if at_rest is best
-            else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with ions at rest{same}"
+            else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with static ions{same}"
         )
         lines.append(
             f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy,"
@@ -230,12 +232,12 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
 def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
     """Titled sentences on the hull of each pressure and temperature at which there are several
     compositions."""
-    places: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
+    conditions: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
     for view in views:
-        places[view.file, view.pressure, view.temperature].extend(view.rows)
+        conditions[view.file, view.pressure, view.temperature].extend(view.rows)
     parts = [
         (f"Hull at {pressure:g} GPa, {heat:g} K", hull_sentences(rows))
-        for (_, pressure, heat), rows in places.items()
+        for (_, pressure, heat), rows in conditions.items()
     ]
     return [(title, lines) for title, lines in parts if lines]
 
@@ -264,7 +266,7 @@ class EnthalpyTally:
             self.lowest[pressure] = (enthalpy, name)
 
     def sentences(self) -> list[str]:
-        """How many structures at which pressures, and what is lowest with ions at rest."""
+        """How many structures at which pressures, and what is lowest in static enthalpy."""
         if not self.lowest:
             return []
         pressures = sorted(self.lowest)
@@ -282,10 +284,10 @@ class EnthalpyTally:
             f"{name} at {low:g} GPa" if low == high else f"{name} from {low:g} to {high:g} GPa"
             for name, low, high in runs
         ]
-        return [*lines, f"Lowest in enthalpy with ions at rest: {', '.join(told)}."]
+        return [*lines, f"Lowest in static enthalpy: {', '.join(told)}."]
 
 
-def model_sentence(errors: Sheet) -> list[str]:
+def model_sentence(errors: RawTable) -> list[str]:
     """What finetuning did to the error on the test set."""
     test = {row["model"]: row for row in errors.rows if row.get("set") == "test"}
     if not {"foundation", "finetuned"} <= set(test):
@@ -311,9 +313,9 @@ def model_sentence(errors: Sheet) -> list[str]:
     )
 
 
-def space_group_sentence(sheet: Sheet) -> list[str]:
-    """How many candidates that changed with moving ions are minima of DFT at rest."""
-    checked = [row for row in sheet.rows if row.get("spg_dft")]
+def space_group_sentence(raw: RawTable) -> list[str]:
+    """How many candidates that changed with SSCHA are static minima of DFT."""
+    checked = [row for row in raw.rows if row.get("spg_dft")]
     if not checked:
         return []
     kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
@@ -323,12 +325,12 @@ def space_group_sentence(sheet: Sheet) -> list[str]:
     ]
 
 
-def mode_sentences(sheet: Sheet) -> list[str]:
+def mode_sentences(raw: RawTable) -> list[str]:
     """Where each mode turns stable: the critical pressures of figure 4a."""
     curves: dict[tuple[str, str, str, str], dict[float, tuple[float, float | None]]] = defaultdict(
         dict
     )
-    for row in sheet.rows:
+    for row in raw.rows:
         pressure, squared = (
             number(row.get("pressure_GPa")),
             number(row.get("frequency_squared_cm2")),
@@ -371,10 +373,10 @@ def mode_sentences(sheet: Sheet) -> list[str]:
     return lines
 
 
-def gradient_sentences(sheet: Sheet) -> list[str]:
+def gradient_sentences(raw: RawTable) -> list[str]:
     """What averaging over the ensemble leaves of the error of the forces."""
     cases: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in sheet.rows:
+    for row in raw.rows:
         case = cases[row.get("phase", ""), row.get("pressure_GPa", "")]
         known = case.get(row.get("quantity", ""))
         if known is None or (number(row.get("n_configs")) or 0) > (
@@ -396,10 +398,10 @@ def gradient_sentences(sheet: Sheet) -> list[str]:
     return lines
 
 
-def correction_sentences(sheet: Sheet) -> list[str]:
+def correction_sentences(raw: RawTable) -> list[str]:
     """What DFT labels in the ensemble add to the free energies."""
     lines = []
-    for row in sheet.rows:
+    for row in raw.rows:
         value, error = (
             number(row.get("correction_eV_per_atom")),
             number(row.get("correction_error_eV_per_atom")),

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 
 from magus_anharmonic.errors import (
     LostLock,
-    MachineTrouble,
+    MachineError,
     MagusAnharmonicError,
-    is_trouble,
+    is_machine_error,
     reason_of,
     typed_line,
 )
@@ -51,7 +51,7 @@ class Done:
     """The end of one task: what it returned, or why it returned nothing; ``died``: because its
     worker did.
 
-    Raises ``MachineTrouble`` where that is what the worker met (see `attempt`).
+    Raises ``MachineError`` where that is what the worker met (see `attempt`).
     """
 
     index: int
@@ -60,7 +60,7 @@ class Done:
     died: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.value, MachineTrouble):
+        if isinstance(self.value, MachineError):
             raise self.value
 
 
@@ -102,7 +102,7 @@ class Scheduler(Protocol):
         """One `Done` per item, in the order in which they end; items are taken as workers become
         free.
 
-        Raises ``MachineTrouble`` when the memory, the disk or the GPU of a worker gave out.
+        Raises ``MachineError`` when the memory, the disk or the GPU of a worker gave out.
         """
         ...
 
@@ -127,15 +127,15 @@ def made(shared: Shared | None) -> Any:
 
 
 def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
-    """Value and empty reason, or None and why: an error of one task stops no other. Trouble of the
-    machine comes back as the value."""
+    """Value and empty reason, or None and why: an error of one task stops no other. A machine error
+    comes back as the value."""
     try:
         return task(item, made(shared)), ""
     except LostLock as error:
-        return MachineTrouble(str(error)), ""
+        return MachineError(str(error)), ""
     except Exception as error:
-        if is_trouble(error):
-            return MachineTrouble(
+        if is_machine_error(error):
+            return MachineError(
                 f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"
             ), ""
         log.warning("a task failed", exc_info=True)

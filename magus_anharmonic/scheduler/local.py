@@ -184,12 +184,12 @@ def _serve(connection: Connection, threads: int) -> None:
     known: dict[str, Shared] = {}
     while True:
         try:
-            task, item, key, new, held = connection.recv()
+            task, item, key, new, locks = connection.recv()
         except EOFError:
             return
         if new is not None:
             known[key] = new
-        adopt(held)
+        adopt(locks)
         limit_torch(threads)
         connection.send(attempt(task, item, known.get(key)))
 

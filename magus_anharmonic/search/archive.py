@@ -14,7 +14,7 @@ from ase.io import Trajectory, read, write
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 from magus_anharmonic.files import (
     append_jsonl,
-    raise_trouble,
+    raise_machine_error,
     read_json,
     read_jsonl,
     read_whole,
@@ -189,7 +189,7 @@ class Archive:
                 try:
                     frames.extend(read(file, index=":", format=form))
                 except Exception as error:  # ASE's readers raise many types
-                    raise_trouble(error, file)
+                    raise_machine_error(error, file)
                     raise InputError(
                         f"{file}: not readable as seeds ({form}):"
                         f" {typed_line(error)}{isotope_hint(error)}"
@@ -254,7 +254,7 @@ def read_frames(file: Path) -> list[Atoms]:
     """Structures of a .traj file, without calculators; forces and stress in ``info`` as arrays.
     Raises ``DamagedFile``.
 
-    Troubles of the machine or the disk are raised as they are.
+    Machine and disk errors are raised as they are.
     """
     try:
         unsealed(file)
@@ -262,7 +262,7 @@ def read_frames(file: Path) -> list[Atoms]:
     except DamagedFile:
         raise
     except Exception as error:  # ASE's reader raises many types for a file that is cut
-        raise_trouble(error, file)
+        raise_machine_error(error, file)
         why = typed_line(error, 120)
         raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:

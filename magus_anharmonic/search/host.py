@@ -106,7 +106,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             check_continues(archive.anharmonic, settings, "embedded")
             stack.enter_context(locked(archive.anharmonic, WHAT))
             stack.enter_context(_recording(archive.anharmonic))
-            remove_unfinished(archive.results, held=archive.anharmonic)
+            remove_unfinished(archive.results, locked_folder=archive.anharmonic)
         settings = checked_learning(settings, archive.anharmonic)
         relaxer = build_relaxer(
             settings,
@@ -207,9 +207,9 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         # calculator has one model
         known = next(
             (
-                starts[place]
-                for place in (0, -1)
-                if starts and starts[place] and not is_unnamed(starts[place])
+                starts[position]
+                for position in (0, -1)
+                if starts and starts[position] and not is_unnamed(starts[position])
             ),
             starts[0],
         )

@@ -29,7 +29,6 @@ from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.hull import above_hull
 from magus_anharmonic.ranking.fitness import copy_order, population_fitness
 from magus_anharmonic.search.generate import Geometry
-from magus_anharmonic.structures import bare as without_results
 from magus_anharmonic.structures import (
     isotopes,
     kinds,
@@ -38,6 +37,7 @@ from magus_anharmonic.structures import (
     standardized,
     with_isotopes,
 )
+from magus_anharmonic.structures import stripped as without_results
 
 FINGERPRINT_CUTOFF = 6.0
 """Angstrom, range of the radial fingerprint that keep structures are clustered by."""
@@ -199,9 +199,9 @@ def select_keep(good: Sequence[Atoms], n: int) -> list[Atoms]:
 
 def copied(atoms: Atoms) -> Atoms:
     """A copy that shares nothing with the original, ``info`` included."""
-    twin = atoms.copy()
-    twin.info = copy.deepcopy(atoms.info)
-    return twin
+    duplicate = atoms.copy()
+    duplicate.info = copy.deepcopy(atoms.info)
+    return duplicate
 
 
 def cluster(population: Sequence[Atoms], n: int) -> np.ndarray:
@@ -327,14 +327,16 @@ class OffspringGenerator:
             if sizes[0] != sizes[1]:
                 small, large = np.argsort(sizes)
                 parents[small] = repeated(parents[small], sizes[large] // sizes[small])
-            bare = self._operator(name, len(parents[0]), state).cross(*parents)
+            stripped = self._operator(name, len(parents[0]), state).cross(*parents)
         elif name == "perm" and len(set(first.numbers)) < 2:
             return None
         else:
-            bare = self._operator(name, len(first), state).mutate(first)
-        if bare is None:
+            stripped = self._operator(name, len(first), state).mutate(first)
+        if stripped is None:
             return None
-        child = Atoms(numbers=bare.numbers, positions=bare.positions, cell=bare.cell, pbc=True)
+        child = Atoms(
+            numbers=stripped.numbers, positions=stripped.positions, cell=stripped.cell, pbc=True
+        )
         child = with_isotopes(child, isotopes(first))
         child.wrap()
         child.info = {

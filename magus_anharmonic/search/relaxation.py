@@ -16,7 +16,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 from pydantic import Field
 
-from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_trouble
+from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
 from magus_anharmonic.failures import record_failures
 from magus_anharmonic.files import remove
@@ -39,7 +39,7 @@ from magus_anharmonic.settings import (
     Settings,
     parse,
 )
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
@@ -53,6 +53,8 @@ SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.Lenna
 
 class AseCalculatorSettings(Section):
     """``MainCalculator`` with any other ASE calculator; names and defaults as in MAGUS."""
+
+    old_names = {"kicks": "perturbations"}
 
     calculator: str = Field(
         description="mattersim, emt, lj or the import path of an ASE calculator"
@@ -69,7 +71,7 @@ class AseCalculatorSettings(Section):
     optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    kicks: int = Field(
+    perturbations: int = Field(
         0,
         ge=0,
         description=(
@@ -98,7 +100,7 @@ class Relaxer:
 
         Finished chunks lie in ``folder`` (removed by `forget`) and are not computed again.
         """
-        from magus_anharmonic.potential.portable import CHUNK
+        from magus_anharmonic.potential.remote import CHUNK
 
         size = CHUNK[
             "cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"
@@ -142,8 +144,8 @@ class Relaxer:
         left = Counter(files[index] for index in wanted)
         found: dict[int, Any] = {}
 
-        def keep(place: int, result: Any) -> None:
-            index = wanted[place]
+        def keep(position: int, result: Any) -> None:
+            index = wanted[position]
             found[index] = result
             left[files[index]] -= 1
             if left[files[index]] == 0:
@@ -153,7 +155,7 @@ class Relaxer:
                     files[index], self._described_all(chunk, [found.pop(i) for i in members])
                 )
 
-        from magus_anharmonic.potential.portable import relax_on, relax_options
+        from magus_anharmonic.potential.remote import relax_on, relax_options
 
         with open_scheduler(self.scheduling) as scheduler:
             starts = [_start(population[index]) for index in wanted]
@@ -167,8 +169,8 @@ class Relaxer:
             )
 
     def _relax_chunk(self, chunk: Sequence[Atoms]) -> list[Atoms]:
-        from magus_anharmonic.potential.portable import relax_options
         from magus_anharmonic.potential.relax import relax
+        from magus_anharmonic.potential.remote import relax_options
 
         return self._described_all(
             chunk,
@@ -190,7 +192,7 @@ class Relaxer:
         return described
 
     def _described(self, before: Atoms, result: Any) -> Atoms:
-        atoms = bare(result.atoms)
+        atoms = stripped(result.atoms)
         atoms.info = dict(before.info)
         if result.failed:
             atoms.info["failure"] = result.reason
@@ -209,7 +211,7 @@ class Relaxer:
 
 
 def _start(atoms: Atoms) -> Atoms:
-    start = bare(atoms)
+    start = stripped(atoms)
     reduce_cell(start)
     return start
 
@@ -271,7 +273,7 @@ def _import_calculator(block: AseCalculatorSettings) -> Any:
     try:
         return calculator(**block.arguments)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         raise InputError(
             f"{where}: cannot be made with arguments {block.arguments}: {error}"

@@ -85,7 +85,9 @@ class PhaseDiagramSettings(Section):
             " the bands"
         ),
     )
-    n_samples: Count = Field(1000, ge=100, description="draws of the fits behind bands and odds")
+    n_samples: Count = Field(
+        1000, ge=100, description="samples of the fits behind bands and probabilities"
+    )
     seed: int = Field(0, ge=0, description="same input and seed, same result")
 
     @field_validator("phases", mode="before")

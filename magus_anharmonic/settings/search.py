@@ -40,6 +40,8 @@ OPTIMIZER_DESCRIPTION = (
 class CalculatorSettings(Section):
     """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
 
+    old_names = {"kicks": "perturbations"}
+
     calculator: Literal["mattersim"] = Field(
         "mattersim", description="name under which MAGUS finds this calculator"
     )
@@ -59,7 +61,7 @@ class CalculatorSettings(Section):
     optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
     relax_lattice: bool = Field(True, description="relax the cell too")
     fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    kicks: int = Field(
+    perturbations: int = Field(
         0,
         ge=0,
         description=(
@@ -70,9 +72,9 @@ class CalculatorSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _kicks_break_symmetry(self) -> CalculatorSettings:
-        if self.kicks and self.fix_symmetry:
-            raise ValueError("kicks must be 0 with fix_symmetry, because they break it")
+    def _perturbations_break_symmetry(self) -> CalculatorSettings:
+        if self.perturbations and self.fix_symmetry:
+            raise ValueError("perturbations must be 0 with fix_symmetry, because they break it")
         return self
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -79,7 +79,12 @@ def absolute_file(typed: str) -> str:
 
 
 class Section(BaseModel):
-    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case."""
+    """Base of every block of keys: frozen, unknown keys refused, camelCase folded to snake_case.
+
+    ``old_names``: keys that earlier versions had, and what they are called now; both are read.
+    """
+
+    old_names: ClassVar[dict[str, str]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -91,9 +96,10 @@ class Section(BaseModel):
         folded: dict[str, Any] = {}
         for key, value in data.items():
             name = snake_case(str(key)) if str(key) not in cls.model_fields else str(key)
+            name = cls.old_names.get(name, name)
             name = name if name in cls.model_fields else str(key)
             if name in folded:
-                raise ValueError(f"{key} is given twice (camelCase and snake_case)")
+                raise ValueError(f"{key} is given twice (camelCase and snake_case, or an old name)")
             folded[name] = value
         return folded
 
@@ -116,8 +122,8 @@ def _explain(model: type[BaseModel], item: dict[str, Any], path: str) -> str:
     last = len(item["loc"]) - 1
     location = [
         str(part)
-        for place, part in enumerate(item["loc"])
-        if "[" not in str(part) or (about_a_key and place == last)
+        for index, part in enumerate(item["loc"])
+        if "[" not in str(part) or (about_a_key and index == last)
     ]
     where = ".".join([path, *location] if path else location) or "input"
     value = item.get("input")

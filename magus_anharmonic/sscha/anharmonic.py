@@ -92,8 +92,8 @@ class ThirdOrder:
         """The tensor in real space, eV/A^3: (3n, 3 n_supercell, 3 n_supercell), first index in the
         first cell."""
         modes = self.modes
-        n_q, size = modes.quantum.shape
-        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.repeats).T)
+        n_q, size = modes.hbar_omega.shape
+        wave = np.exp(2j * np.pi * modes.q @ cell_offsets(modes.supercell_matrix).T)
         weights = modes.vectors * modes.root_mass[:, None]
         rows = np.zeros((size, n_q, size, n_q, size))
         for first in range(n_q):
@@ -146,8 +146,8 @@ def _block(modes: Wavevectors, ensemble: Samples, triple: Triple) -> np.ndarray:
     left = np.concatenate([f1, v1]).T / (-3.0 * count)
     block = np.empty((size, size, size), dtype=v1.dtype)
     step = max(1, CHUNK // (2 * count * size))
-    for begin in range(0, size, step):
-        part = slice(begin, begin + step)
+    for offset in range(0, size, step):
+        part = slice(offset, offset + step)
         pairs = v2[:, part, None] * v3[:, None, :]
         crossed = f2[:, part, None] * v3[:, None, :]
         crossed += v2[:, part, None] * f3[:, None, :]
@@ -253,7 +253,7 @@ def dressed_rows(
     ``SschaError`` when that does not converge, which noise in D4 can cause.
     """
     modes = tensor.modes
-    n_q, size = modes.quantum.shape
+    n_q, size = modes.hbar_omega.shape
     root = np.stack([np.sqrt(-response[first, modes.third(q, first)]) for first in range(n_q)])
     shape, dtype = root.shape, modes.vectors.dtype
 

@@ -16,7 +16,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, has_stress
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
@@ -71,7 +71,7 @@ def static_response_to_strain(atoms: Atoms, evaluator: Evaluator) -> StaticRespo
             strain[row, column] = strain[column, row] = sign * (
                 STRAIN if row == column else STRAIN / 2.0
             )
-            copy = bare(atoms)
+            copy = stripped(atoms)
             copy.set_cell(copy.cell.array @ (np.eye(3) + strain), scale_atoms=True)
             strained.append(copy)
     found = evaluator.evaluate(strained)

@@ -39,14 +39,14 @@ from magus_anharmonic.units import HBAR
 STEPS = 60
 """Most steps on one sample."""
 DECREASE = 2e-7
-"""eV/atom: a promised decrease of the free energy below it ends the minimisation."""
+"""eV/atom: a predicted decrease of the free energy below it ends the minimisation."""
 HISTORY = 6
 """Steps that the acceleration remembers."""
 SOFTEST = 0.1
 """Part of its lowest squared frequency that a step must leave."""
 WORSE = 4.0
-"""A step after which this many times the decrease is promised was a bad one: back, and shorter ones
-from there."""
+"""A step after which this many times the decrease is predicted was a bad one: back, and shorter
+ones from there."""
 SMALLEST_DAMPING = 0.1
 SHORTEST = 0.003
 """Part of a step below which the sample counts as used up."""
@@ -66,22 +66,22 @@ def minimise(
     """Minimise F in centroids and force constants at fixed cell on the populations that are of the
     last one's cell.
 
-    Ends where a full step promises less than ``decrease`` (eV/atom), or where the effective number
-    of configurations falls to ``min_effective_sample`` times the size of the last population.
-    ``log`` is not used. ``target``: where to start, perhaps with other masses than the populations
-    (default: the last one's state). Raises ``SschaError`` when the averages of the very first state
-    are not finite.
+    Ends where the predicted decrease of a full step is less than ``decrease`` (eV/atom), or where
+    the effective number of configurations falls to ``min_effective_sample`` times the size of the
+    last population. ``log`` is not used. ``target``: where to start, perhaps with other masses than
+    the populations (default: the last one's state). Raises ``SschaError`` when the averages of the
+    very first state are not finite.
     """
     pool = Pool(populations, target)
     needed = min_effective_sample * pool.sizes[-1]
     point = first = _Point.at(pool, pool.own, symmetry)
-    if not np.isfinite(point.promised) or not pool.own.spectrum.lowest > 0:
+    if not np.isfinite(point.predicted_decrease) or not pool.own.spectrum.lowest > 0:
         raise SschaError(
             "native: the free energy, its gradient or a frequency of the first state is not a"
             " usable number"
         )
     memory = _Memory(_Metric(pool.own.spectrum))
-    n_steps, damping, converged = 1, 1.0, point.promised < decrease * len(pool.masses)
+    n_steps, damping, converged = 1, 1.0, point.predicted_decrease < decrease * len(pool.masses)
     while not converged and n_steps < STEPS:
         trial, part = _shortened(pool, point.trial, damping * memory.step(point), needed)
         if trial is None and n_steps == 1:
@@ -93,12 +93,15 @@ def minimise(
             break
         found = _Point.at(pool, trial, symmetry)
         n_steps += 1
-        if found.promised > WORSE * point.promised and damping > SMALLEST_DAMPING:
+        if (
+            found.predicted_decrease > WORSE * point.predicted_decrease
+            and damping > SMALLEST_DAMPING
+        ):
             damping *= 0.5
             memory.forget()
             continue
         point = found
-        converged = point.promised < decrease * len(pool.masses)
+        converged = point.predicted_decrease < decrease * len(pool.masses)
         if part < 1.0:
             memory.forget()
             if point.averages.effective_sample < 1.1 * needed:
@@ -108,14 +111,14 @@ def minimise(
 
 @dataclass(frozen=True)
 class _Point:
-    """A trial, its averages, the symmetrised self-consistent step, and the decrease it promises (eV
+    """A trial, its averages, the symmetrised self-consistent step, and its predicted decrease (eV
     per primitive cell)."""
 
     trial: Trial
     averages: Reweighted
     shift_step: np.ndarray
     curvature: np.ndarray
-    promised: float
+    predicted_decrease: float
 
     @classmethod
     def at(cls, pool: Pool, trial: Trial, symmetry: Symmetry) -> _Point:
@@ -130,7 +133,7 @@ class _Point:
         force = symmetry.vectors(averages.force)
         shift_step = (_compliance(trial.spectrum) @ force.ravel()).reshape(-1, 3)
         inside = trial.spectrum.in_modes(curvature)
-        response = variance_response(np.abs(trial.spectrum.quantum), trial.spectrum.temperature)
+        response = variance_response(np.abs(trial.spectrum.hbar_omega), trial.spectrum.temperature)
         by_matrices = (
             float(pool.reciprocal.weights @ (np.abs(inside) ** 2 * response).sum(axis=(1, 2)))
             / 4.0
@@ -147,7 +150,7 @@ class _Point:
 
 def _compliance(spectrum: Spectrum) -> np.ndarray:
     """Inverse of the force constants at Gamma without the translations, (3n, 3n), A^2/eV."""
-    squares = (spectrum.quantum[0] / HBAR) ** 2
+    squares = (spectrum.hbar_omega[0] / HBAR) ** 2
     scaled = spectrum.vectors[0].real / spectrum.root_mass[:, None]
     inverse = (scaled * np.where(spectrum.real[0], 1.0 / squares, 0.0)) @ scaled.T
     projector = np.eye(len(inverse)) - np.tile(np.eye(3), (len(inverse) // 3,) * 2) * (
@@ -169,15 +172,15 @@ def _unpack(vector: np.ndarray, like: Trial) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Metric:
-    """Makes of a packed change a vector whose square is about the decrease of F that such a
-    residual promises."""
+    """Makes of a packed change a vector whose square is about the predicted decrease of F of such a
+    residual."""
 
     def __init__(self, spectrum: Spectrum) -> None:
         weights = spectrum.reciprocal.weights
-        response = variance_response(spectrum.quantum, spectrum.temperature)
+        response = variance_response(spectrum.hbar_omega, spectrum.temperature)
         self._spectrum = spectrum
         self._scale = np.sqrt(0.25 * response * (weights / weights.sum())[:, None, None])
-        springs = np.where(spectrum.real[0], spectrum.quantum[0] / HBAR, 0.0) * np.sqrt(0.5)
+        springs = np.where(spectrum.real[0], spectrum.hbar_omega[0] / HBAR, 0.0) * np.sqrt(0.5)
         self._centroid = (spectrum.vectors[0].real * spectrum.root_mass[:, None] * springs).T
 
     def __call__(self, shift: np.ndarray, matrices: np.ndarray) -> np.ndarray:
@@ -202,14 +205,14 @@ class _Memory:
 
     def step(self, point: _Point) -> np.ndarray:
         """The next step from ``point``, packed."""
-        place = _pack(point.trial.shift, point.trial.matrices)
+        packed = _pack(point.trial.shift, point.trial.matrices)
         residual = _pack(point.shift_step, point.curvature)
         measured = self._metric(point.shift_step, point.curvature)
         if self._last is not None:
             before, residual_before, measured_before = self._last
-            self._moves = [*self._moves, place - before + residual - residual_before][-HISTORY:]
+            self._moves = [*self._moves, packed - before + residual - residual_before][-HISTORY:]
             self._changes = [*self._changes, measured - measured_before][-HISTORY:]
-        self._last = place, residual, measured
+        self._last = packed, residual, measured
         if not self._changes:
             return residual
         factors = np.linalg.lstsq(np.stack(self._changes, axis=1), measured, rcond=1e-6)[0]
@@ -217,18 +220,19 @@ class _Memory:
 
 
 def _shortened(
-    pool: Pool, begin: Trial, step: np.ndarray, needed: float
+    pool: Pool, origin: Trial, step: np.ndarray, needed: float
 ) -> tuple[Trial | None, float]:
     """The step, or about the longest part of it that keeps the modes firm and enough of the sample;
     None when there is none."""
-    change = _unpack(step, begin)
-    enough = min(needed, pool.effective_sample(begin))
+    change = _unpack(step, origin)
+    enough = min(needed, pool.effective_sample(origin))
 
     def at(part: float) -> Trial | None:
         trial = pool.trial(
-            begin.shift + part * change[0], without_translations(begin.matrices + part * change[1])
+            origin.shift + part * change[0],
+            without_translations(origin.matrices + part * change[1]),
         )
-        firm = trial.spectrum.lowest > np.sqrt(SOFTEST) * begin.spectrum.lowest
+        firm = trial.spectrum.lowest > np.sqrt(SOFTEST) * origin.spectrum.lowest
         return trial if firm and pool.effective_sample(trial) >= enough else None
 
     best, part, too_long = at(1.0), 1.0, 1.0

@@ -34,29 +34,29 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 
 
-def oscillator_entropy(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def oscillator_entropy(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """k [x / (e^x - 1) - ln(1 - e^-x)] with x = hbar omega / kT, eV/K; zero at 0 K."""
-    quantum = np.asarray(quantum, dtype=float)
+    hbar_omega = np.asarray(hbar_omega, dtype=float)
     if temperature == 0:
-        return np.zeros_like(quantum)
-    x = quantum / (KELVIN * temperature)
+        return np.zeros_like(hbar_omega)
+    x = hbar_omega / (KELVIN * temperature)
     decay = np.exp(-x)
     return KELVIN * (x * decay / (-np.expm1(-x)) - np.log1p(-decay))
 
 
-def entropy_slope(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def entropy_slope(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """dS/d(omega^2) = -k x^2 / (8 omega^2 sinh^2(x/2)), eV/K per (eV/A^2/amu); zero at 0 K."""
-    quantum = np.asarray(quantum, dtype=float)
+    hbar_omega = np.asarray(hbar_omega, dtype=float)
     if temperature == 0:
-        return np.zeros_like(quantum)
-    half = quantum / (2.0 * KELVIN * temperature)
+        return np.zeros_like(hbar_omega)
+    half = hbar_omega / (2.0 * KELVIN * temperature)
     with np.errstate(over="ignore"):
-        return -KELVIN * (half / np.sinh(half)) ** 2 / (2.0 * (quantum / HBAR) ** 2)
+        return -KELVIN * (half / np.sinh(half)) ** 2 / (2.0 * (hbar_omega / HBAR) ** 2)
 
 
 def entropy(state: SschaState) -> float:
     """Entropy of the auxiliary oscillators of the supercell, eV/K per atom; no finite-size term."""
-    return float(oscillator_entropy(state.modes.quantum, state.temperature).sum()) / len(
+    return float(oscillator_entropy(state.modes.hbar_omega, state.temperature).sum()) / len(
         state.supercell
     )
 
@@ -79,7 +79,7 @@ def entropy_with_error(
     vectors = state.modes.vectors / np.sqrt(np.repeat(state.supercell.get_masses(), 3))[:, None]
     curvature = -((u @ state.precision) @ vectors) * (residual @ vectors)
     changes = pair_means(
-        curvature @ entropy_slope(state.modes.quantum, state.temperature), weights
+        curvature @ entropy_slope(state.modes.hbar_omega, state.temperature), weights
     ) / len(state.supercell)
     return entropy(state) + float(changes.mean()), float(standard_error(changes))
 
@@ -111,12 +111,13 @@ class Ensemble:
 class Averages:
     """What one fresh ensemble says about its state, and about the minimum that the state is near.
 
-    helmholtz, helmholtz_error : eV per primitive cell, of the state. decrease : eV per primitive
-    cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an unbiased
-    estimate, below zero by noise alone. minimum_error : standard error of helmholtz - decrease,
-    what is not known of the stiffness included. stress, stress_error : (3, 3), eV/A^3, ASE's sign,
-    symmetrised. force : (n, 3), on the centroids, eV/A. shift, position_error : (n, 3) A, from the
-    centroids to the minimum, and its standard error; shift_covariance : (3n, 3n) A^2. excess, noise
+    helmholtz, helmholtz_error : eV per primitive cell, of the state. predicted_decrease : eV per
+    primitive cell, by how much F (F + P V with a `CellStiffness`) lies above its minimum: an
+    unbiased estimate, below zero by noise alone. minimum_error : standard error of helmholtz -
+    predicted_decrease, what is not known of the stiffness included. stress, stress_error : (3, 3),
+    eV/A^3, ASE's sign, symmetrised. force : (n, 3), on the centroids, eV/A. shift, position_error :
+    (n, 3) A, from the centroids to the minimum, and its standard error; shift_covariance : (3n, 3n)
+    A^2. excess, noise
     : (k,) eV/A^3 stress beyond the target's along the strains of the `CellStiffness`, centroids
     relaxed, and its covariance (k, k); strain, strain_error : (k,) the strain that removes it;
     empty without one.
@@ -124,7 +125,7 @@ class Averages:
 
     helmholtz: float
     helmholtz_error: float
-    decrease: float
+    predicted_decrease: float
     minimum_error: float
     stress: np.ndarray
     stress_error: np.ndarray
@@ -225,7 +226,7 @@ def average(
     return Averages(
         helmholtz=state.harmonic_free_energy + float(excess.mean()),
         helmholtz_error=float(standard_error(excess)),
-        decrease=inner + by_cell,
+        predicted_decrease=inner + by_cell,
         minimum_error=float(error),
         stress=stresses.mean(axis=0),
         stress_error=standard_error(stresses),
@@ -257,8 +258,8 @@ def quadratic_decrease(gradients: np.ndarray, compliance: np.ndarray) -> tuple[f
         return np.inf, np.zeros(n_pairs)
     total = gradients.sum(axis=0)
     own = np.einsum("pi,ij,pj->", gradients, compliance, gradients, optimize=True)
-    decrease = 0.5 * float(total @ compliance @ total - own) / (n_pairs * (n_pairs - 1))
-    return decrease, (gradients - total / n_pairs) @ (compliance @ total) / n_pairs
+    predicted_decrease = 0.5 * float(total @ compliance @ total - own) / (n_pairs * (n_pairs - 1))
+    return predicted_decrease, (gradients - total / n_pairs) @ (compliance @ total) / n_pairs
 
 
 def centroid_compliance(
@@ -302,7 +303,7 @@ def curvature_along(state: SschaState, ensemble: Ensemble, unit: np.ndarray) -> 
     stiffness = float(unit.ravel() @ gamma_matrix(state) @ unit.ravel())
     direction = np.tile(unit.reshape(-1, 1) / np.sqrt(stiffness), (state.n_cells, 1))
     parts = _third_orders(state, u, residual, direction, None, BLOCKS)[:, 0]
-    response = static_response(state.modes.quantum, state.temperature)
+    response = static_response(state.modes.hbar_omega, state.temperature)
     # <d2V> of this very ensemble instead of the force constants, which come from another one
     own = -(u @ (state.precision @ direction))[:, 0] * (residual @ direction)[:, 0] / state.n_cells
     total = parts.sum(axis=0)
@@ -330,7 +331,7 @@ def _bubble(
     if len(u) < 4:
         return np.zeros((directions.shape[1],) * 2)
     halves = _third_orders(state, u, residual, directions, weights, 2)
-    response = static_response(state.modes.quantum, state.temperature)
+    response = static_response(state.modes.hbar_omega, state.temperature)
     product = np.einsum("kij,lij,ij->kl", halves[0], halves[1], response, optimize=True)
     return -0.5 * (product + product.T) / state.n_cells
 
@@ -351,7 +352,7 @@ def _third_orders(
     forces = residual @ vectors
     along, along_u = residual @ directions, u @ (state.precision @ directions)
     share = np.ones(len(u)) if weights is None else weights
-    stiffness = 1.0 / variance(state.modes.quantum, state.temperature)
+    stiffness = 1.0 / variance(state.modes.hbar_omega, state.temperature)
     metric = vectors.T @ state.precision @ directions
     parts = []
     for chosen in (np.arange(len(u)) // 2 % n_parts == number for number in range(n_parts)):
@@ -391,44 +392,48 @@ def matrix_decrease(
     share = (np.ones(len(u)) if weights is None else weights / weights.mean()) / len(u)
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     vectors = state.modes.vectors / root[:, None]
-    response = variance_response(state.modes.quantum, state.temperature)
+    response = variance_response(state.modes.hbar_omega, state.temperature)
     scaled = u @ state.precision
     total, own, shares = np.zeros((vectors.shape[1],) * 2), 0.0, 0.0
     for block in range(n_blocks):
         chosen = np.arange(len(u)) // 2 % n_blocks == block
         curvature = -(share[chosen, None] * scaled[chosen]).T @ residual[chosen]
-        compact = symmetry.force_constants(fold(0.5 * (curvature + curvature.T), state.repeats))
-        inside = vectors.T @ expand(compact, state.repeats) @ vectors
+        compact = symmetry.force_constants(
+            fold(0.5 * (curvature + curvature.T), state.supercell_matrix)
+        )
+        inside = vectors.T @ expand(compact, state.supercell_matrix) @ vectors
         total += inside
         own += float(np.sum(inside**2 * response))
         shares += float(share[chosen].sum()) ** 2
     weighted = total * response
-    decrease = 0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
+    predicted_decrease = (
+        0.25 * (float(np.sum(total * weighted)) - own) / (1.0 - shares) / state.n_cells
+    )
     slope = vectors @ weighted @ vectors.T
     influence = (
         -0.5 * pair_means(np.einsum("ci,ci->c", scaled @ slope, residual), weights) / state.n_cells
     )
-    return decrease, influence - influence.mean()
+    return predicted_decrease, influence - influence.mean()
 
 
-def variance_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def variance_response(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """-(A(w1) - A(w2)) / (w1^2 - w2^2) for all pairs of modes (..., m), in A^2 amu / (eV/A^2/amu);
     the limit for equal ones."""
-    first, second = np.broadcast_arrays(quantum[..., :, None], quantum[..., None, :])
+    first, second = np.broadcast_arrays(hbar_omega[..., :, None], hbar_omega[..., None, :])
     close = np.abs(first - second) < 1e-4 * first
     first = np.where(close, second * (1.0 + 1e-4), first)
     difference = variance(first, temperature) - variance(second, temperature)
     return -difference / ((first**2 - second**2) / HBAR**2)
 
 
-def static_response(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def static_response(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """-hbar^4/(4 w1 w2) [(n1 + n2 + 1)/(w1 + w2) - (n1 - n2)/(w1 - w2)] for all pairs of quanta in
     eV, Bose numbers n.
 
     Written so that equal quanta need no limit: n1 - n2 = -sinh(x) / (2 sinh(a) sinh(b)), a, b =
     w/2kT, x = a - b.
     """
-    w1, w2 = quantum[:, None], quantum[None, :]
+    w1, w2 = hbar_omega[:, None], hbar_omega[None, :]
     if temperature == 0:
         return -(HBAR**4) / (4.0 * w1 * w2 * (w1 + w2))
     thermal = 2.0 * KELVIN * temperature

@@ -1,9 +1,9 @@
 """Whether an ensemble from elsewhere is what it claims: finite, of pairs, drawn from its state at
 its temperature, of one piece.
 
-A sample tells its state: in every mode <Q^2> is the variance that quantum and temperature give, u
-Psi^-1 u = 1 per mode, to 1/sqrt(pairs). So another temperature, other masses, or the matrices that
-a minimisation led to instead of those that it began with, are seen.
+A sample tells its state: in every mode <Q^2> is the variance that phonon energy and temperature
+give, u Psi^-1 u = 1 per mode, to 1/sqrt(pairs). So another temperature, other masses, or the
+matrices that a minimisation led to instead of those that it began with, are seen.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def checked_ensemble(state: SschaState, ensemble: Ensemble, where: str) -> Ensem
     )
     order = _pairs(ensemble.displacements, where)
     ensemble = Ensemble(*(values[order] for values in vars(ensemble).values()))
-    require_drawn_from(state, ensemble.displacements, where)
+    require_sampled_from(state, ensemble.displacements, where)
     _require_one_surface(state, ensemble, order, where)
     return ensemble
 
@@ -89,11 +89,11 @@ def _pairs(displacements: np.ndarray, where: str) -> np.ndarray:
     flat = displacements.reshape(len(displacements), -1)
     points = flat @ np.random.default_rng(0).standard_normal((flat.shape[1], 3))
     tree = cKDTree(points)
-    twins = tree.query(points, k=2)[1][:, 1] if len(points) > 1 else np.zeros(0, dtype=int)
+    duplicates = tree.query(points, k=2)[1][:, 1] if len(points) > 1 else np.zeros(0, dtype=int)
     double = (
-        np.flatnonzero(np.abs(flat[twins] - flat).max(axis=1) < SAME_POSITION)
-        if len(twins)
-        else twins
+        np.flatnonzero(np.abs(flat[duplicates] - flat).max(axis=1) < SAME_POSITION)
+        if len(duplicates)
+        else duplicates
     )
     if len(double):
         raise InputError(f"{where}: {_listed(double)} are the same configuration")
@@ -109,13 +109,13 @@ def _pairs(displacements: np.ndarray, where: str) -> np.ndarray:
     return np.stack([first, partner[first]], axis=1).ravel()
 
 
-def require_drawn_from(state: SschaState, displacements: np.ndarray, where: str) -> None:
+def require_sampled_from(state: SschaState, displacements: np.ndarray, where: str) -> None:
     """Raise ``InputError`` unless pairs of displacements (n, N, 3) A have, mode by mode, the
     variances of ``state``.
 
     The message has the temperature that fits where one does.
     """
-    if np.any(state.modes.quantum <= 0):
+    if np.any(state.modes.hbar_omega <= 0):
         raise InputError(
             f"{where}: the dynamical matrices have imaginary modes; no ensemble can have been drawn"
             " from them"
@@ -125,12 +125,12 @@ def require_drawn_from(state: SschaState, displacements: np.ndarray, where: str)
         (displacements[0::2].reshape(len(displacements) // 2, -1) * root) @ state.modes.vectors
     ).mean(axis=0)
     n = len(displacements) // 2
-    if _belongs(state.modes.quantum, squares, n, state.temperature):
+    if _belongs(state.modes.hbar_omega, squares, n, state.temperature):
         _doubt(state, squares, n, where)
         return
-    ratios = squares / variance(state.modes.quantum, state.temperature)
+    ratios = squares / variance(state.modes.hbar_omega, state.temperature)
     likelihood = [
-        np.sum(np.log(v := variance(state.modes.quantum, t)) + squares / v) for t in TEMPERATURES
+        np.sum(np.log(v := variance(state.modes.hbar_omega, t)) + squares / v) for t in TEMPERATURES
     ]
     best = float(TEMPERATURES[int(np.argmin(likelihood))])
     said = (
@@ -138,7 +138,7 @@ def require_drawn_from(state: SschaState, displacements: np.ndarray, where: str)
         f" Psi^-1 u> is {ratios.mean():.2f} of what it should be, mode by mode {ratios.min():.2f}"
         f" to {ratios.max():.2f}"
     )
-    if _belongs(state.modes.quantum, squares, n, best):
+    if _belongs(state.modes.hbar_omega, squares, n, best):
         said = (
             f"{said}. {best:.0f} K would fit: give the temperature at which it was made"
             " (--temperature), if these matrices drew it"
@@ -154,7 +154,7 @@ def require_drawn_from(state: SschaState, displacements: np.ndarray, where: str)
 
 
 def _doubt(state: SschaState, squares: np.ndarray, n: int, where: str) -> None:
-    ratios = squares / variance(state.modes.quantum, state.temperature)
+    ratios = squares / variance(state.modes.hbar_omega, state.temperature)
     if _chance(n * ratios.sum(), n * len(ratios)) < DOUBTFUL and abs(ratios.mean() - 1.0) > ENOUGH:
         log.warning(
             "%s: <u Psi^-1 u> is %.2f of what it should be at %g K, hardly by chance: was it made"
@@ -170,10 +170,10 @@ def _chance(value: float, degrees: int) -> float:
     return float(2.0 * min(chi2.sf(value, degrees), chi2.cdf(value, degrees)))
 
 
-def _belongs(quantum: np.ndarray, squares: np.ndarray, n: int, temperature: float) -> bool:
+def _belongs(hbar_omega: np.ndarray, squares: np.ndarray, n: int, temperature: float) -> bool:
     """Whether ``squares``, means over n independent configurations, are those of oscillators at
     ``temperature`` (K)."""
-    ratios = squares / variance(quantum, temperature)
+    ratios = squares / variance(hbar_omega, temperature)
     by_mode = 2.0 * len(ratios) * np.minimum(chi2.sf(n * ratios, n), chi2.cdf(n * ratios, n))
     off = _chance(n * ratios.sum(), n * len(ratios)) < SURE and abs(ratios.mean() - 1.0) > ENOUGH
     return not off and not np.any((by_mode < SURE_OF_ONE) & (np.abs(ratios - 1.0) > 2.0 * ENOUGH))

@@ -17,12 +17,12 @@ from magus_anharmonic.errors import (
     InputError,
     MagusAnharmonicError,
     SschaError,
-    is_trouble,
+    is_machine_error,
     typed_line,
 )
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
-from magus_anharmonic.sscha.begin import check_crystal, configurations_of, read_state
+from magus_anharmonic.sscha.initial_state import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.isotopes import reweighted_result
 from magus_anharmonic.sscha.result import NoFolder, RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
@@ -151,7 +151,7 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
     """Run; a failure becomes a result with its reason. Only physics is final: a broken evaluator
     may be repaired.
 
-    Trouble of the machine is raised, and the run goes on from its last population when it is called
+    Machine errors are raised, and the run goes on from its last population when it is called
     again.
     """
     began = time.perf_counter()
@@ -179,7 +179,7 @@ def _guarded(task: Task, evaluator: Evaluator, folder: RunFolder, start: Any) ->
         result = failed_result(task, str(error), progress, began)
         folder.write_result(result)
     except (MagusAnharmonicError, RuntimeError, ArithmeticError, np.linalg.LinAlgError) as error:
-        if is_trouble(error):
+        if is_machine_error(error):
             raise
         result = failed_result(task, typed_line(error), progress, began)
     if result.status == "failed":

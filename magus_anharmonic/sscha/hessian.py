@@ -68,18 +68,18 @@ class Hessian:
     unbiased: bool
 
     @property
-    def quantum(self) -> np.ndarray:
+    def hbar_omega(self) -> np.ndarray:
         """(n_q, 3n) hbar omega in eV, negative for imaginary modes."""
         return np.sign(self.squares) * np.sqrt(np.abs(self.squares))
 
     @property
-    def quantum_error(self) -> np.ndarray | None:
+    def hbar_omega_error(self) -> np.ndarray | None:
         """Standard errors in eV; for a mode within its error of zero, the frequency whose square is
         the error."""
         if self.errors is None:
             return None
         return self.errors / np.maximum(
-            2.0 * np.abs(self.quantum), np.sqrt(np.maximum(self.errors, 1e-30))
+            2.0 * np.abs(self.hbar_omega), np.sqrt(np.maximum(self.errors, 1e-30))
         )
 
     @cached_property
@@ -154,9 +154,9 @@ def free_energy_hessian(
     weights = modes.vectors * modes.root_mass[:, None]
     q = modes.q
     matrices = fourier(
-        state.force_constants, state.repeats, q
+        state.force_constants, state.supercell_matrix, q
     ) + weights @ corrections @ weights.conj().transpose(0, 2, 1)
-    compact = symmetry.force_constants(inverse_fourier(matrices, state.repeats, q))
+    compact = symmetry.force_constants(inverse_fourier(matrices, state.supercell_matrix, q))
     found = _diagonalised(
         state, modes, compact, rows.stars, len(ensemble.energies), include_v4, noise is not None
     )
@@ -170,8 +170,8 @@ def free_energy_hessian(
 def harmonic_hessian(state: SschaState, evaluator: Evaluator) -> Hessian:
     """Of the static energy at the centroids of ``state``, as if nothing moved; evaluates the
     displacements that symmetry does not tell."""
-    symmetry, modes = Symmetry(state.atoms, state.repeats), wavevectors(state)
-    compact = harmonic_force_constants(state.atoms, state.repeats, symmetry, evaluator)
+    symmetry, modes = Symmetry(state.atoms, state.supercell_matrix), wavevectors(state)
+    compact = harmonic_force_constants(state.atoms, state.supercell_matrix, symmetry, evaluator)
     return _diagonalised(
         state, modes, compact, Representation(modes, symmetry).stars(), 0, False, False
     )
@@ -194,11 +194,11 @@ def tensors(
 def bubble_response(modes: Wavevectors, temperature: float) -> np.ndarray:
     """L (n_q, n_q, 3n, 3n) for two modes at any two q, A^2 amu / (eV/A^2/amu); zero for the
     translations."""
-    quantum = modes.quantum.ravel()
+    hbar_omega = modes.hbar_omega.ravel()
     response = np.where(
-        np.outer(modes.moving, modes.moving), static_response(quantum, temperature), 0.0
+        np.outer(modes.moving, modes.moving), static_response(hbar_omega, temperature), 0.0
     )
-    n_q, size = modes.quantum.shape
+    n_q, size = modes.hbar_omega.shape
     return response.reshape(n_q, size, n_q, size).transpose(0, 2, 1, 3)
 
 
@@ -272,7 +272,9 @@ def _diagonalised(
     unbiased: bool,
 ) -> Hessian:
     q = modes.q
-    matrices = fourier(compact, state.repeats, q) / np.outer(modes.root_mass, modes.root_mass)
+    matrices = fourier(compact, state.supercell_matrix, q) / np.outer(
+        modes.root_mass, modes.root_mass
+    )
     matrices = matrices if np.iscomplexobj(modes.vectors) else matrices.real
     squares, vectors = np.linalg.eigh(0.5 * (matrices + matrices.conj().transpose(0, 2, 1)))
     star = np.zeros(len(q), dtype=int)
@@ -328,8 +330,8 @@ def contributions(
     size = turned.shape[0]
     cubic = np.empty((len(data), size))
     step = max(1, CHUNK // (len(data) * size))
-    for begin in range(0, size, step):
-        part = slice(begin, begin + step)
+    for offset in range(0, size, step):
+        part = slice(offset, offset + step)
         cubic[:, part] = _cubic(
             modes,
             data,

@@ -22,7 +22,7 @@ from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
-from magus_anharmonic.sscha.sampling import draw
+from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -118,12 +118,12 @@ def _hessian_of_run(
             f" {result.model_id}"
         )
     ensemble = ensemble_of(state, final_ensemble(run, result), evaluator, n_configs, seed)
-    symmetry = Symmetry(state.atoms, state.repeats)
+    symmetry = Symmetry(state.atoms, state.supercell_matrix)
     found = free_energy_hessian(state, ensemble, symmetry, include_v4=include_v4)
     harmonic = None
     if evaluator is not None:
         harmonic = harmonic_force_constants(
-            state.atoms, state.repeats, symmetry, in_double_precision(evaluator)
+            state.atoms, state.supercell_matrix, symmetry, in_double_precision(evaluator)
         )
     report = HessianReport(result, found, output)
     write_report(report, harmonic)
@@ -149,10 +149,10 @@ def ensemble_of(
         return stored
     if evaluator is None:
         raise InputError(
-            f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to draw the rest"
+            f"--n-configs: {wanted}: the run holds {have}; give --checkpoint to sample the rest"
         )
-    log.info("drawing %d configurations of the final state", wanted - have)
-    fresh = draw(
+    log.info("sampling %d configurations of the final state", wanted - have)
+    fresh = sample_ensemble(
         state, wanted - have, [seed, SAMPLING_TAG], evaluator, "configurations for the Hessian"
     )
     return fresh if stored is None else joined([stored, fresh])
@@ -215,14 +215,16 @@ def read_structure(path: str | Path) -> Any:
 def verdict(hessian: Hessian) -> list[str]:
     """Stable, saddle or undecided, why, and how sure."""
     q, mode = hessian.lowest
-    quantum = hessian.quantum[q, mode] * EV_IN_CM1
+    hbar_omega = hessian.hbar_omega[q, mode] * EV_IN_CM1
     error = (
         ""
-        if hessian.quantum_error is None
-        else f" +- {hessian.quantum_error[q, mode] * EV_IN_CM1:.1f}"
+        if hessian.hbar_omega_error is None
+        else f" +- {hessian.hbar_omega_error[q, mode] * EV_IN_CM1:.1f}"
     )
-    place = "(" + ", ".join(f"{value:g}" for value in np.round(hessian.points[q], 4)) + ")"
-    lowest = f"{'imaginary ' if quantum < 0 else ''}{abs(quantum):.1f}{error} cm^-1 at q = {place}"
+    point = "(" + ", ".join(f"{value:g}" for value in np.round(hessian.points[q], 4)) + ")"
+    lowest = (
+        f"{'imaginary ' if hbar_omega < 0 else ''}{abs(hbar_omega):.1f}{error} cm^-1 at q = {point}"
+    )
     words = {
         "stable": (
             "Stable: every mode of the supercell is positive beyond two standard errors; the least"
@@ -250,7 +252,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
     """What ``hessian.json`` holds."""
     hessian, result = report.hessian, report.result
     q, mode = hessian.lowest
-    errors = hessian.quantum_error
+    errors = hessian.hbar_omega_error
     return {
         **versions(),
         "status": hessian.status,
@@ -259,7 +261,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
         "formula": hessian.state.atoms.get_chemical_formula(),
         "pressure_GPa": result.target_pressure,
         "temperature_K": hessian.state.temperature,
-        "supercell": list(hessian.state.repeats),
+        "supercell": list(hessian.state.supercell_matrix),
         "n_configs": hessian.n_configs,
         "fourth_order": hessian.fourth_order,
         "unbiased": hessian.unbiased,
@@ -268,7 +270,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
         "lowest": {
             "q": hessian.points[q].tolist(),
             "mode": mode + 1,
-            "hbar_omega_meV": 1e3 * hessian.quantum[q, mode],
+            "hbar_omega_meV": 1e3 * hessian.hbar_omega[q, mode],
             "error_meV": None if errors is None else 1e3 * errors[q, mode],
         },
         "space_group": group_of_result(result).as_dict(),
@@ -318,16 +320,16 @@ def frequency_table(hessian: Hessian) -> str:
     )
     errors = (
         np.full(hessian.squares.shape, np.nan)
-        if hessian.quantum_error is None
-        else hessian.quantum_error
+        if hessian.hbar_omega_error is None
+        else hessian.hbar_omega_error
     )
     for q, point in enumerate(hessian.points):
-        for mode, quantum in enumerate(hessian.quantum[q]):
+        for mode, hbar_omega in enumerate(hessian.hbar_omega[q]):
             numbers = [
                 auxiliary[q, mode] * 1e3,
-                quantum * 1e3,
+                hbar_omega * 1e3,
                 errors[q, mode] * 1e3,
-                quantum * EV_IN_CM1,
+                hbar_omega * EV_IN_CM1,
                 errors[q, mode] * EV_IN_CM1,
             ]
             shown = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
@@ -351,16 +353,16 @@ def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, st
                 continue
             error = (
                 ""
-                if hessian.quantum_error is None
-                else f" +- {hessian.quantum_error[q, level[0]] * EV_IN_CM1:.1f}"
+                if hessian.hbar_omega_error is None
+                else f" +- {hessian.hbar_omega_error[q, level[0]] * EV_IN_CM1:.1f}"
             )
-            value = hessian.quantum[q, level[0]] * EV_IN_CM1
-            place = "(" + ", ".join(f"{x:g}" for x in np.round(hessian.points[q], 4)) + ")"
+            value = hessian.hbar_omega[q, level[0]] * EV_IN_CM1
+            point = "(" + ", ".join(f"{x:g}" for x in np.round(hessian.points[q], 4)) + ")"
             rows.append(
                 (
                     value,
                     (
-                        place,
+                        point,
                         f"{len(level)} x {int((hessian.star == star).sum())}",
                         f"{auxiliary[q, level[0]]:.1f}",
                         f"{value:.1f}{error}",

@@ -20,7 +20,7 @@ from magus_anharmonic.sscha.ensemble import Averages, Ensemble, curvature_along
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import TOLERANCES, move_onto
-from magus_anharmonic.structures import UNDECIDED, bare, space_group
+from magus_anharmonic.structures import UNDECIDED, space_group, stripped
 
 SIGMAS = 2.5
 """Standard errors beyond which a distance from a higher symmetry is real, and a curvature has a
@@ -77,7 +77,7 @@ def moved_onto(atoms: Atoms, tolerance: float) -> Atoms | None:
     puts atoms on each other."""
     from ase.spacegroup.symmetrize import refine_symmetry
 
-    copy = bare(atoms)
+    copy = stripped(atoms)
     refine_symmetry(copy, symprec=tolerance)
     apart = copy.get_all_distances(mic=True)[np.triu_indices(len(copy), 1)]
     return copy if np.min(apart, initial=np.inf) > LOOSEST else None
@@ -110,7 +110,7 @@ def symmetrised(state: SschaState, higher: Higher) -> tuple[SschaState, Symmetry
     """The state on the higher symmetry, its force constants averaged over the new operations."""
     atoms = higher.atoms.copy()
     atoms.set_masses(state.atoms.get_masses())
-    symmetry = Symmetry(atoms, state.repeats, EXACT)
+    symmetry = Symmetry(atoms, state.supercell_matrix, EXACT)
     return replace(
         state, atoms=atoms, force_constants=symmetry.force_constants(state.force_constants)
     ), symmetry

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigh
 
-from magus_anharmonic.sscha.begin import SYMMETRY_OF_A_STATE, supercell_of, with_masses
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
+from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE, supercell_of, with_masses
 from magus_anharmonic.sscha.result import RunFolder, SschaResult, final_ensemble, read_start_file
 from magus_anharmonic.sscha.reweight import Pool, effective_number
 from magus_anharmonic.sscha.start import Start
@@ -53,10 +53,10 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
     found = _source(task, source)
     if found is None:
         return None
-    begin, ensemble, own = found
-    symmetry = Symmetry(begin.state.atoms, begin.state.repeats, SYMMETRY_OF_A_STATE)
-    cell = begin.stiffness(symmetry, task.pressure)
-    state, averages, sample = begin.state, *_averaged(own, ensemble, begin.state, symmetry, cell)
+    start, ensemble, own = found
+    symmetry = Symmetry(start.state.atoms, start.state.supercell_matrix, SYMMETRY_OF_A_STATE)
+    cell = start.stiffness(symmetry, task.pressure)
+    state, averages, sample = start.state, *_averaged(own, ensemble, start.state, symmetry, cell)
     sample = min(sample, overlap(own, state))
     problem = (
         "" if sample > EFFECTIVE_SAMPLE else f"ESS/N = {sample:.2f}, not above {EFFECTIVE_SAMPLE:g}"
@@ -64,7 +64,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
     if not problem and (problem := _problem(task, state, averages)):
         first, second = _halves(ensemble)
         state = minimise(
-            [(own, first)], symmetry, min_effective_sample=EFFECTIVE_SAMPLE, target=begin.state
+            [(own, first)], symmetry, min_effective_sample=EFFECTIVE_SAMPLE, target=start.state
         ).state
         averages, sample = _averaged(own, second, state, symmetry, cell)
         problem = (
@@ -84,7 +84,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
         source,
         sample,
     )
-    result = finished_result(task, state, averages, Progress(), begin, "", "", began)
+    result = finished_result(task, state, averages, Progress(), start, "", "", began)
     result = replace(
         result,
         reason=(
@@ -92,7 +92,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
             " configurations"
         ),
     )
-    folder.write_start(begin)
+    folder.write_start(start)
     folder.write_result(result)
     return result
 
@@ -114,7 +114,7 @@ def _source(task: Task, source: Any) -> tuple[Start, Ensemble, SschaState] | Non
         return None
     ensemble, begun = final_ensemble(path, result), path / "start.npz"
     if (
-        supercell_of(structure, task.settings) != state.repeats
+        supercell_of(structure, task.settings) != state.supercell_matrix
         or ensemble is None
         or not begun.is_file()
     ):
@@ -196,7 +196,7 @@ def reweighted_ensemble(
         return None
     own = result.state
     same = (
-        own.repeats == state.repeats
+        own.supercell_matrix == state.supercell_matrix
         and own.temperature == state.temperature
         and len(own.atoms) == len(state.atoms)
     )

@@ -35,9 +35,9 @@ from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.supercells import q_index, supercell_matrix
+from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
-from magus_anharmonic.structures import bare, spglib_cell, spglib_or_none
+from magus_anharmonic.structures import spglib_cell, spglib_or_none, stripped
 from magus_anharmonic.units import EV_IN_CM1, HBAR
 
 SPACING = 0.01
@@ -61,8 +61,8 @@ class BandPath:
 @dataclass(frozen=True)
 class Dispersion:
     """Bands along a path. bands : name -> (m, 3n) eV, imaginary as negative; marks : `Hessian`
-    frequencies where the path meets a q point of the supercell, (distance, quantum, standard error
-    or NaN) in eV."""
+    frequencies where the path meets a q point of the supercell, (distance, phonon energy, standard
+    error or NaN) in eV."""
 
     path: BandPath
     bands: dict[str, np.ndarray]
@@ -136,27 +136,27 @@ def dispersion(
 
 
 def _marks(hessian: Hessian, path: BandPath) -> list[tuple[float, float, float]]:
-    matrix = supercell_matrix(hessian.state.repeats)
-    errors = hessian.quantum_error
+    matrix = shape_supercell_matrix(hessian.state.supercell_matrix)
+    errors = hessian.hbar_omega_error
     marks = []
     for first, last in path.segments:
         start, along = path.q[first], path.q[last] - path.q[first]
         lengths = path.distance[first], path.distance[last]
-        for fraction in _meetings(start @ matrix.T, along @ matrix.T):
-            index = int(q_index(start + fraction * along, hessian.state.repeats))
+        for fraction in _commensurate_fractions(start @ matrix.T, along @ matrix.T):
+            index = int(q_index(start + fraction * along, hessian.state.supercell_matrix))
             where = lengths[0] + fraction * (lengths[1] - lengths[0])
-            for mode, quantum in enumerate(hessian.quantum[index]):
+            for mode, hbar_omega in enumerate(hessian.hbar_omega[index]):
                 marks.append(
                     (
                         float(where),
-                        float(quantum),
+                        float(hbar_omega),
                         float("nan") if errors is None else float(errors[index, mode]),
                     )
                 )
     return sorted(set(marks))
 
 
-def _meetings(start: np.ndarray, along: np.ndarray) -> list[float]:
+def _commensurate_fractions(start: np.ndarray, along: np.ndarray) -> list[float]:
     """Fractions of a straight piece at which all three coordinates are whole numbers."""
     axis = int(np.argmax(np.abs(along)))
     low, high = sorted((start[axis], start[axis] + along[axis]))
@@ -217,14 +217,14 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
             if number == 0:
                 lines[0].set_label(NAMES[name])
     if found.marks:
-        where, quantum, error = np.array(found.marks).T
+        where, hbar_omega, error = np.array(found.marks).T
         bars = None if np.isnan(error).all() else np.nan_to_num(error) * 1e3
         label = "at the q points of the supercell" + (
             "" if bars is None else ", with standard error"
         )
         axes.errorbar(
             where,
-            quantum * 1e3,
+            hbar_omega * 1e3,
             yerr=bars,
             fmt="o",
             ms=3,
@@ -233,11 +233,11 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
             lw=0.8,
             label=label,
         )
-    for place, _ in found.path.ticks:
-        axes.axvline(place, color="0.85", lw=0.8, zorder=0)
+    for tick, _ in found.path.ticks:
+        axes.axvline(tick, color="0.85", lw=0.8, zorder=0)
     axes.axhline(0.0, color="k", lw=0.8)
     axes.set_xticks(
-        [place for place, _ in found.path.ticks], [label for _, label in found.path.ticks]
+        [tick for tick, _ in found.path.ticks], [label for _, label in found.path.ticks]
     )
     axes.set_xlim(found.path.distance[0], found.path.distance[-1])
     axes.set_ylabel("ħω (meV; imaginary shown as negative)")
@@ -333,7 +333,7 @@ def levels_by_displacing(
         length = DISPLACEMENT / np.abs(direction / root).max()
         lengths.append(length)
         for sign in (1, -1):
-            structure = bare(atoms)
+            structure = stripped(atoms)
             structure.positions += sign * length * (direction / root).reshape(-1, 3)
             moved.append(structure)
     forces = np.array(evaluator.evaluate(moved).forces, dtype=float).reshape(len(moved), -1)
@@ -356,12 +356,14 @@ def _in_general_position(space: Space, operations: np.ndarray) -> np.ndarray:
     n = -(-size // space.dimension**2)
     rng, best, found = np.random.default_rng(0), 0.0, space.basis[:, :n]
     for _ in range(50):
-        drawn = space.basis @ rng.normal(size=(size, n))
-        drawn /= np.linalg.norm(drawn, axis=0)
-        images = space.basis.T @ np.einsum("gij,jk->igk", operations, drawn).reshape(len(drawn), -1)
+        sampled = space.basis @ rng.normal(size=(size, n))
+        sampled /= np.linalg.norm(sampled, axis=0)
+        images = space.basis.T @ np.einsum("gij,jk->igk", operations, sampled).reshape(
+            len(sampled), -1
+        )
         weakest = np.linalg.svd(images, compute_uv=False)[-1]
         if weakest > best:
-            best, found = float(weakest), drawn
+            best, found = float(weakest), sampled
     return found
 
 

@@ -27,7 +27,13 @@ from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.sscha.engines import Minimised, Population
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, fold, fourier, inverse_fourier
-from magus_anharmonic.sscha.supercells import Repeats, commensurate, is_diagonal, n_cells, q_points
+from magus_anharmonic.sscha.supercells import (
+    SupercellMatrix,
+    commensurate,
+    is_diagonal,
+    n_cells,
+    q_points,
+)
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import HYDROGEN, kinds
 from magus_anharmonic.units import AMU_IN_RYDBERG_MASS, BOHR, RYDBERG
@@ -109,7 +115,7 @@ def minimise(
             empty = isinstance(error, ArithmeticError)
             reason = "the effective sample size fell to zero" if empty else one_line(error)
             continue
-        if np.all(minimised.state.modes.quantum > 0):
+        if np.all(minimised.state.modes.hbar_omega > 0):
             return minimised
         reason = "imaginary auxiliary modes after the minimisation"
     raise SschaError(f"python-sscha: {reason}")
@@ -157,8 +163,8 @@ def _projector(minimizer: Any, state: SschaState, symmetry: Symmetry) -> Any:
     q = fractional_q(minimizer.dyn)
 
     def project(dyn_gradient: np.ndarray, centroid_gradient: np.ndarray) -> None:
-        compact = symmetry.force_constants(inverse_fourier(dyn_gradient, state.repeats, q))
-        dyn_gradient[:] = _exact_sum_rule(fourier(compact, state.repeats, q))
+        compact = symmetry.force_constants(inverse_fourier(dyn_gradient, state.supercell_matrix, q))
+        dyn_gradient[:] = _exact_sum_rule(fourier(compact, state.supercell_matrix, q))
         centroid_gradient[:] = symmetry.vectors(centroid_gradient)
 
     return project
@@ -197,13 +203,13 @@ def fractional_q(dyn: Any) -> np.ndarray:
     return np.array(dyn.q_tot) @ np.asarray(dyn.structure.unit_cell).T
 
 
-def _q_grid(repeats: Repeats) -> np.ndarray:
+def _q_grid(supercell_matrix: SupercellMatrix) -> np.ndarray:
     """(n_q, 3) fractional q points of the supercell, Gamma first.
 
     Not ``GetQGrid`` of cellconstructor: on a 3x3x3 grid it puts (1/3, -1/3, 0) first, taking it for
     Gamma.
     """
-    q = q_points(repeats)
+    q = q_points(supercell_matrix)
     return q - np.round(q - 1e-9)
 
 
@@ -222,9 +228,13 @@ def to_phonons(state: SschaState) -> Any:
     structure.atoms = labels_of(state.atoms)
     structure.masses = dict(zip(structure.atoms, masses.tolist(), strict=True))
     dyn = CC.Phonons.Phonons(structure, nqirr=state.n_cells)
-    dyn.q_tot = list(_q_grid(state.repeats) @ np.linalg.inv(state.atoms.cell.array).T)
+    dyn.q_tot = list(_q_grid(state.supercell_matrix) @ np.linalg.inv(state.atoms.cell.array).T)
     dyn.q_stars = [[q.copy()] for q in dyn.q_tot]
-    matrices = fourier(state.force_constants, state.repeats, fractional_q(dyn)) * BOHR**2 / RYDBERG
+    matrices = (
+        fourier(state.force_constants, state.supercell_matrix, fractional_q(dyn))
+        * BOHR**2
+        / RYDBERG
+    )
     dyn.dynmats = [np.array(matrix, dtype=np.complex128) for matrix in _exact_sum_rule(matrices)]
     dyn.initialized = True
     return dyn
@@ -276,7 +286,7 @@ def from_phonons(dyn: Any, template: SschaState, symmetry: Symmetry) -> SschaSta
     atoms.positions = dyn.structure.coords
     matrices = np.array(dyn.dynmats) * RYDBERG / BOHR**2
     compact = symmetry.force_constants(
-        inverse_fourier(matrices, template.repeats, fractional_q(dyn))
+        inverse_fourier(matrices, template.supercell_matrix, fractional_q(dyn))
     )
     return replace(template, atoms=atoms, force_constants=compact)
 
@@ -288,7 +298,7 @@ def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
 
     loaded = sscha.Ensemble.Ensemble(to_phonons(state), T0=state.temperature)
     order = atom_order(state.supercell, loaded.supercell_structure)
-    _transform_gradients_fast(loaded, state.repeats, order)
+    _transform_gradients_fast(loaded, state.supercell_matrix, order)
     n_configs = len(ensemble.energies)
     structures = []
     for displacement in ensemble.displacements:
@@ -307,7 +317,9 @@ def to_ensemble(state: SschaState, ensemble: Ensemble) -> Any:
     return loaded
 
 
-def _transform_gradients_fast(loaded: Any, repeats: Repeats, order: np.ndarray) -> None:
+def _transform_gradients_fast(
+    loaded: Any, supercell_matrix: SupercellMatrix, order: np.ndarray
+) -> None:
     """Let the ensemble Fourier transform its gradients with two matrix products; its own double
     loop takes half of a step."""
     columns = (3 * np.argsort(order)[:, None] + np.arange(3)).ravel()
@@ -321,7 +333,7 @@ def _transform_gradients_fast(loaded: Any, repeats: Repeats, order: np.ndarray) 
         timer: Any = None,
     ) -> Any:
         matrices = [
-            fourier(fold(matrix[np.ix_(columns, columns)], repeats), repeats, q)
+            fourier(fold(matrix[np.ix_(columns, columns)], supercell_matrix), supercell_matrix, q)
             for matrix in (gradient, error)
         ]
         return tuple(matrices) if return_error else matrices[0]
@@ -346,7 +358,7 @@ def write_dynamical_matrices(state: SschaState, prefix: Path, log: Path) -> None
     with quiet(log):
         dyn = to_phonons(state)
         try:
-            if is_diagonal(state.repeats):
+            if is_diagonal(state.supercell_matrix):
                 dyn.AdjustQStar()
         except (ValueError, IndexError, AssertionError):
             # cellconstructor's symmetry finder does not close these stars; one file per q point is
@@ -407,10 +419,10 @@ def read_dynamical_matrices(prefix: str | Path, temperature: float, log: Path) -
         raise InputError(
             f"start: {prefix}1, ...: the matrices are not Hermitian; a file is damaged"
         )
-    repeats = commensurate(fractional_q(dyn), atoms.cell.array)
-    if n_cells(repeats) != len(matrices):
+    supercell_matrix = commensurate(fractional_q(dyn), atoms.cell.array)
+    if n_cells(supercell_matrix) != len(matrices):
         raise InputError(
-            f"start: {prefix}: {len(matrices)} q points do not make a supercell {repeats}"
+            f"start: {prefix}: {len(matrices)} q points do not make a supercell {supercell_matrix}"
         )
-    compact = inverse_fourier(matrices, repeats, fractional_q(dyn))
-    return SschaState(atoms, repeats, compact, temperature)
+    compact = inverse_fourier(matrices, supercell_matrix, fractional_q(dyn))
+    return SschaState(atoms, supercell_matrix, compact, temperature)

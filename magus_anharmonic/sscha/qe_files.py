@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_trouble
+from magus_anharmonic.files import raise_machine_error
 from magus_anharmonic.gate import check_structure
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.ensemble_checks import checked_ensemble
@@ -30,7 +30,7 @@ from magus_anharmonic.units import BOHR, RYDBERG
 log = logging.getLogger(__name__)
 
 NOISE_OF_MATRICES = 0.02
-"""Of the largest force constant: what symmetrising may change without a word."""
+"""Of the largest force constant: what symmetrising may change without a warning."""
 THEIR_BOHR = 1.0 / 1.889725989
 """Angstrom; python-sscha's own constant, in which it writes and reads its text files."""
 STRESS = -RYDBERG / BOHR**3
@@ -44,7 +44,7 @@ def state_from_dyn(prefix: str | Path, temperature: float = 0.0) -> SschaState:
     the files. Raises ``InputError`` when files are not there or damaged, by their name.
     """
     state = _as_written(prefix, temperature)
-    symmetric = Symmetry(state.atoms, state.repeats).force_constants(state.force_constants)
+    symmetric = Symmetry(state.atoms, state.supercell_matrix).force_constants(state.force_constants)
     change = np.abs(symmetric - state.force_constants).max() / max(np.abs(symmetric).max(), 1e-12)
     if change > NOISE_OF_MATRICES:
         log.warning(
@@ -66,14 +66,14 @@ def _as_written(prefix: str | Path, temperature: float) -> SschaState:
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # cellconstructor raises whatever it stumbles over
-            raise_trouble(error, f"{prefix}1")
+            raise_machine_error(error, f"{prefix}1")
             why = typed_line(error, 200)
             raise InputError(
                 f"start: {prefix}1, ...: not readable as dynamical matrices of Quantum ESPRESSO"
                 f" ({why})"
             ) from None
     check_structure(state.atoms, f"start: {prefix}1")
-    return replace(state, force_constants=fold(sum_rule(state.full), state.repeats))
+    return replace(state, force_constants=fold(sum_rule(state.full), state.supercell_matrix))
 
 
 def write_dyn(state: SschaState, prefix: Path, force_constants: np.ndarray | None = None) -> None:
@@ -159,7 +159,7 @@ def read_ensemble(
     try:
         u, energies, forces, stresses = (_binary if binary else _text)(folder, number, state)
     except Exception as error:  # NumPy's readers raise many types for a damaged file
-        raise_trouble(error, folder)
+        raise_machine_error(error, folder)
         raise InputError(f"{where}: {one_line(error)}") from None
     count, atoms = energies.size, len(state.supercell)
     shapes = {
@@ -181,8 +181,8 @@ def generating_matrices(folder: str | Path, population: int | None = None) -> Pa
     neither folder nor parent has them."""
     number, _ = _population(Path(folder), population)
     inside, start = Path(folder) / f"dyn_gen_pop{number}_", f"dyn_start_population{number}_"
-    places = [inside, Path(folder) / start, Path(folder).resolve().parent / start]
-    return next((prefix for prefix in places if Path(f"{prefix}1").is_file()), None)
+    prefixes = [inside, Path(folder) / start, Path(folder).resolve().parent / start]
+    return next((prefix for prefix in prefixes if Path(f"{prefix}1").is_file()), None)
 
 
 def _population(folder: Path, wanted: int | None) -> tuple[int, bool]:

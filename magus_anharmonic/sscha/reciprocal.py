@@ -37,7 +37,7 @@ from magus_anharmonic.sscha.state import (
     variance,
 )
 from magus_anharmonic.sscha.supercells import (
-    Repeats,
+    SupercellMatrix,
     Three,
     cell_index,
     cell_offsets,
@@ -46,7 +46,7 @@ from magus_anharmonic.sscha.supercells import (
     fractional_points,
     q_index,
     q_points,
-    supercell_matrix,
+    shape_supercell_matrix,
     three,
 )
 from magus_anharmonic.sscha.symmetry import Symmetry
@@ -59,39 +59,43 @@ class Wavevectors:
 
     points : (n_q, 3) whole numbers, see `supercells.fractional_points`, the first zero; minus :
     (n_q,) index of -q; vectors : (n_q, 3n, 3n) columns e with e(-q) = conj e(q), mass weighted,
-    zero for the three translations; quantum, variance : (n_q, 3n) in eV and A^2 amu, one for the
+    zero for the three translations; hbar_omega, variance : (n_q, 3n) in eV and A^2 amu, one for the
     translations; root_mass : (3n,).
     """
 
-    repeats: Repeats
+    supercell_matrix: SupercellMatrix
     points: np.ndarray
     minus: np.ndarray
     vectors: np.ndarray
-    quantum: np.ndarray
+    hbar_omega: np.ndarray
     variance: np.ndarray
     root_mass: np.ndarray
 
     @cached_property
     def q(self) -> np.ndarray:
         """(n_q, 3) the points in fractions of the reciprocal vectors."""
-        return fractional_points(self.points, self.repeats)
+        return fractional_points(self.points, self.supercell_matrix)
 
     @property
     def moving(self) -> np.ndarray:
         """(n_q, 3n) False for the three translations."""
-        moving = np.ones(self.quantum.shape, dtype=bool)
+        moving = np.ones(self.hbar_omega.shape, dtype=bool)
         moving[0, :3] = False
         return moving
 
     def third(self, first: int, second: int) -> int:
         """Index of the q that makes the sum of three zero."""
-        return int(cell_index(-(self.points[first] + self.points[second]), dual(self.repeats)))
+        return int(
+            cell_index(-(self.points[first] + self.points[second]), dual(self.supercell_matrix))
+        )
 
     def covectors(self, values: np.ndarray) -> np.ndarray:
         """Components (n_q, n_configs, 3n) of covectors (n_configs, n_supercell, 3)."""
         n_cells = len(self.points)
         cells = values.reshape(len(values), n_cells, -1)
-        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.repeats).T) / np.sqrt(n_cells)
+        phase = np.exp(-2j * np.pi * self.q @ cell_offsets(self.supercell_matrix).T) / np.sqrt(
+            n_cells
+        )
         phase = phase if np.iscomplexobj(self.vectors) else phase.real
         waves = np.einsum("qr,cra->qca", phase, cells, optimize=True)
         return waves @ (self.vectors.conj() / self.root_mass[:, None])
@@ -99,33 +103,44 @@ class Wavevectors:
 
 def wavevectors(state: SschaState) -> Wavevectors:
     """Diagonalise the state at every q; raises ``SschaError`` for imaginary auxiliary modes."""
-    points = cell_offsets(dual(state.repeats))
-    minus = cell_index(-points, dual(state.repeats))
+    points = cell_offsets(dual(state.supercell_matrix))
+    minus = cell_index(-points, dual(state.supercell_matrix))
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
     size = len(root)
     real = bool(np.all(minus == np.arange(len(points))))
     matrices = fourier(
-        state.force_constants, state.repeats, fractional_points(points, state.repeats)
+        state.force_constants,
+        state.supercell_matrix,
+        fractional_points(points, state.supercell_matrix),
     )
     vectors = np.zeros((len(points), size, size), dtype=float if real else complex)
-    quantum = np.ones((len(points), size))
+    hbar_omega = np.ones((len(points), size))
     gamma = normal_modes(gamma_matrix(state), state.atoms.get_masses())
-    vectors[0, :, 3:], quantum[0, 3:] = gamma.vectors, gamma.quantum
+    vectors[0, :, 3:], hbar_omega[0, 3:] = gamma.vectors, gamma.hbar_omega
     for index in range(1, len(points)):
         if minus[index] < index:
-            vectors[index], quantum[index] = vectors[minus[index]].conj(), quantum[minus[index]]
+            vectors[index], hbar_omega[index] = (
+                vectors[minus[index]].conj(),
+                hbar_omega[minus[index]],
+            )
             continue
         matrix = matrices[index] / np.outer(root, root)
         matrix = matrix.real if minus[index] == index else matrix
         squares, vectors[index] = np.linalg.eigh(0.5 * (matrix + matrix.conj().T))
-        quantum[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
-    if np.any(quantum <= 0):
+        hbar_omega[index] = np.sign(squares) * HBAR * np.sqrt(np.abs(squares))
+    if np.any(hbar_omega <= 0):
         raise SschaError(
-            f"the auxiliary force constants have {int((quantum <= 0).sum())} imaginary modes: the"
-            " state is no SSCHA state"
+            f"the auxiliary force constants have {int((hbar_omega <= 0).sum())} imaginary modes:"
+            " the state is no SSCHA state"
         )
     return Wavevectors(
-        state.repeats, points, minus, vectors, quantum, variance(quantum, state.temperature), root
+        state.supercell_matrix,
+        points,
+        minus,
+        vectors,
+        hbar_omega,
+        variance(hbar_omega, state.temperature),
+        root,
     )
 
 
@@ -179,7 +194,7 @@ class Representation:
         inverse = np.array([np.rint(np.linalg.inv(w)).astype(int) for w in symmetry.fractional])
         # q turns with the inverse transpose; it stays one of the points because the supercell is
         # kept
-        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.repeats)
+        self.images = q_index(np.einsum("gji,qj->gqi", inverse, modes.q), modes.supercell_matrix)
         """(n_operations, n_q) index of the q to which an operation takes a q."""
         self._known: dict[tuple[int, int], np.ndarray] = {}
 
@@ -227,12 +242,12 @@ class Reciprocal:
     """The q points of a supercell, Gamma first, one of each pair q, -q (weight 2; weight 1 where q
     = -q)."""
 
-    repeats: Repeats
+    supercell_matrix: SupercellMatrix
 
     @cached_property
     def _partner(self) -> np.ndarray:
         """(n_cells,) index of -q."""
-        return cell_index(-cell_offsets(dual(self.repeats)), dual(self.repeats))
+        return cell_index(-cell_offsets(dual(self.supercell_matrix)), dual(self.supercell_matrix))
 
     @cached_property
     def _chosen(self) -> np.ndarray:
@@ -248,7 +263,10 @@ class Reciprocal:
     def phase(self) -> np.ndarray:
         """(n_q, n_cells) exp(2 pi i q.R); real where every q equals -q."""
         phase = np.exp(
-            2j * np.pi * q_points(self.repeats)[self._chosen] @ cell_offsets(self.repeats).T
+            2j
+            * np.pi
+            * q_points(self.supercell_matrix)[self._chosen]
+            @ cell_offsets(self.supercell_matrix).T
         )
         return np.ascontiguousarray(phase.real) if np.all(self.weights == 1.0) else phase
 
@@ -296,12 +314,12 @@ def without_translations(matrices: np.ndarray) -> np.ndarray:
 class Spectrum:
     """Auxiliary modes of D(q), and the Gaussian that follows from them.
 
-    quantum : (n_q, 3n) eV; negative where the force constant is. vectors : (n_q, 3n, 3n) mass
-    weighted. real : (n_q, 3n) False for the three translations, which are no modes (their quantum
-    is a placeholder).
+    hbar_omega : (n_q, 3n) eV; negative where the force constant is. vectors : (n_q, 3n, 3n) mass
+    weighted. real : (n_q, 3n) False for the three translations, which are no modes (their phonon
+    energy is a placeholder).
     """
 
-    quantum: np.ndarray
+    hbar_omega: np.ndarray
     vectors: np.ndarray
     real: np.ndarray
     root_mass: np.ndarray
@@ -338,13 +356,13 @@ class Spectrum:
 
     @property
     def lowest(self) -> float:
-        """Smallest quantum, eV."""
-        return float(self.quantum[self.real].min(initial=np.inf))
+        """Smallest phonon energy, eV."""
+        return float(self.hbar_omega[self.real].min(initial=np.inf))
 
     @cached_property
     def variances(self) -> np.ndarray:
         """(n_q, 3n) <|Q|^2> in A^2 amu."""
-        return variance(self.quantum, self.temperature)
+        return variance(self.hbar_omega, self.temperature)
 
     @cached_property
     def precision(self) -> np.ndarray:
@@ -365,9 +383,9 @@ class Spectrum:
     @cached_property
     def free_energy(self) -> float:
         """Free energy of the auxiliary oscillators, eV per primitive cell."""
-        each = np.where(self.real, oscillator_free_energy(self.quantum, self.temperature), 0.0).sum(
-            axis=1
-        )
+        each = np.where(
+            self.real, oscillator_free_energy(self.hbar_omega, self.temperature), 0.0
+        ).sum(axis=1)
         return float(self.reciprocal.weights @ each) / self.reciprocal.n_cells
 
     def in_modes(self, matrices: np.ndarray) -> np.ndarray:
@@ -391,13 +409,13 @@ class FiniteSize:
     imaginary: float
 
 
-def reference_mesh(atoms: Atoms, spacing: float, repeats: Repeats) -> Three:
+def reference_mesh(atoms: Atoms, spacing: float, supercell_matrix: SupercellMatrix) -> Three:
     """Gamma-centred mesh with at most ``spacing`` (2 pi / A) between points, never coarser than the
     supercell's."""
     lengths = np.linalg.norm(np.linalg.inv(atoms.cell.array), axis=0)
     return three(
         max(np.ceil(length / spacing - 1e-6), n)
-        for length, n in zip(lengths, containing_mesh(repeats), strict=True)
+        for length, n in zip(lengths, containing_mesh(supercell_matrix), strict=True)
     )
 
 
@@ -409,17 +427,21 @@ def finite_size_term(state: SschaState, spacing: float) -> FiniteSize:
     translations at Gamma are left out, as in the supercell. Long-range dipoles (LO-TO splitting)
     are not added.
     """
-    mesh = reference_mesh(state.atoms, spacing, state.repeats)
+    mesh = reference_mesh(state.atoms, spacing, state.supercell_matrix)
     grid = np.array(list(np.ndindex(*mesh))) / np.array(mesh)
     vectors, blocks = nearest_images(state)
     total, imaginary = 0.0, 0
-    for begin in range(0, len(grid), CHUNK):
-        squares = interpolated_squares(state, vectors, blocks, grid[begin : begin + CHUNK]).ravel()
-        if begin == 0:
+    for offset in range(0, len(grid), CHUNK):
+        squares = interpolated_squares(
+            state, vectors, blocks, grid[offset : offset + CHUNK]
+        ).ravel()
+        if offset == 0:
             squares = squares[3:]
         imaginary += int((squares <= 0).sum())
-        quantum = HBAR * np.sqrt(np.abs(squares))
-        total += float(oscillator_free_energy(quantum[quantum > 1e-6], state.temperature).sum())
+        hbar_omega = HBAR * np.sqrt(np.abs(squares))
+        total += float(
+            oscillator_free_energy(hbar_omega[hbar_omega > 1e-6], state.temperature).sum()
+        )
     n_modes = len(grid) * 3 * len(state.atoms) - 3
     return FiniteSize(total / len(grid) - state.harmonic_free_energy, mesh, imaginary / n_modes)
 
@@ -429,9 +451,9 @@ def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     nearest images."""
     cell = state.atoms.cell.array
     # of a reduced basis, whose nearest images are within two shells
-    periods = supercell_matrix(state.repeats)
+    periods = shape_supercell_matrix(state.supercell_matrix)
     periods = np.rint(minkowski_reduce(periods @ cell)[1] @ periods).astype(int)
-    offsets = cell_offsets(state.repeats)
+    offsets = cell_offsets(state.supercell_matrix)
     shells = np.array(list(np.ndindex(5, 5, 5))) - 2
     candidates = offsets[:, None] + (shells @ periods)[None]
     between = state.atoms.positions[None] - state.atoms.positions[:, None]

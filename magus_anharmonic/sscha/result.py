@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from magus_anharmonic.files import (
     load_arrays,
     read_json,
     read_whole,
+    renamed,
     replacing,
     safe_name,
     versions,
@@ -36,7 +38,7 @@ from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
-from magus_anharmonic.sscha.supercells import Repeats, as_repeats
+from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class SschaResult:
     or "failed". reason : why not converged; of a converged run what its populations did not suffice
     to say about its phase, else empty. gibbs, gibbs_raw : (F + P V) / N with and without the
     finite-size term, eV/atom; gibbs_error : standard error of the sampling alone; finite_size,
-    helmholtz (with the finite-size term), decrease (predicted remaining decrease of G) : eV/atom;
+    helmholtz (with the finite-size term), predicted_decrease (of G) : eV/atom;
     volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =
     compressed; target_pressure : GPa; temperature : K. centroids : average positions, one primitive
     cell; position_error : A, of the least certain centroid; space_group is that of the centroids at
@@ -74,7 +76,7 @@ class SschaResult:
     pressure: float
     target_pressure: float
     temperature: float
-    decrease: float
+    predicted_decrease: float
     centroids: Atoms
     position_error: float
     space_group_start: str
@@ -84,7 +86,7 @@ class SschaResult:
     n_populations: int
     n_configs: int
     n_atoms_supercell: int
-    supercell: Repeats
+    supercell: SupercellMatrix
     interpolated_imaginary: float
     model_id: str
     seconds: float
@@ -151,12 +153,13 @@ class SschaResult:
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:
         nan = float("nan")
+        data = renamed(data)
         for name, value in data.items():
             if value is None:
                 data[name] = np.full((3, 3), nan) if name.startswith("stress") else nan
             elif name.startswith("stress"):
                 data[name] = np.array(value)
-        data["supercell"] = as_repeats(data["supercell"])
+        data["supercell"] = as_supercell_matrix(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)
 
@@ -209,8 +212,8 @@ class RunFolder:
     def _give_way(self, model: str) -> None:
         """The files of another model's run move to a folder in this one: its numbers are no numbers
         of this model."""
-        place = self.directory / safe_name("of", model)
-        place.mkdir(exist_ok=True)
+        aside = self.directory / safe_name("of", model)
+        aside.mkdir(exist_ok=True)
         files = [
             path
             for path in self.directory.iterdir()
@@ -218,12 +221,12 @@ class RunFolder:
         ]
         # what makes the folder a run goes last: a move that was interrupted is done again
         for path in sorted(files, key=lambda path: path.name == "settings.json"):
-            path.replace(place / path.name)
+            path.replace(aside / path.name)
         log.warning(
             "%s: held the run of another model, %s, which is now in %s; computed anew",
             self.directory,
             model,
-            place.name,
+            aside.name,
         )
 
     def finished(
@@ -267,7 +270,7 @@ class RunFolder:
         if found is None:
             return None
         known, ensemble = found
-        if known.repeats != state.repeats:
+        if known.supercell_matrix != state.supercell_matrix:
             raise InputError(f"{path}: another supercell than this run's; give another folder")
         log.info("population %d: taken from %s", number, path)
         return replace(known, temperature=state.temperature), ensemble
@@ -287,10 +290,10 @@ class RunFolder:
         )
         write_dynamical_matrices(state, self.directory / f"dyn_pop{number}_", self.log)
 
-    def read_together(
+    def read_pooled(
         self, numbers: list[int], state: SschaState
     ) -> tuple[SschaState, Ensemble] | None:
-        """Populations of one state as one; None when one of them is missing."""
+        """Populations of one state pooled; None when one of them is missing."""
         found = [self.read_population(number, state) for number in numbers]
         if None in found or not found:
             return None
@@ -330,7 +333,7 @@ class RunFolder:
                 masses=state.atoms.get_masses(),
                 cell=state.atoms.cell.array,
                 centroids=state.atoms.positions,
-                repeats=state.repeats,
+                supercell_matrix=state.supercell_matrix,
                 force_constants=state.force_constants,
                 temperature=state.temperature,
                 **arrays,
@@ -360,7 +363,7 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
 
 def read_progress_file(path: Path) -> dict[str, Any]:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
-    found = read_json(path)
+    found = renamed(read_json(path))
     try:
         fits = _is_progress(found)
     except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
@@ -374,17 +377,17 @@ def read_progress_file(path: Path) -> dict[str, Any]:
 
 def _is_progress(found: dict[str, Any]) -> bool:
     """Whether everything is there that a run goes on from; raises what the conversions raise."""
-    rows, together, cell = found["rows"], found["together"], found["cell"]
-    numbers = [number for numbers in together for number in numbers]
+    rows, pooled, cell = found["rows"], found["pooled"], found["cell"]
+    numbers = [number for numbers in pooled for number in numbers]
     matrix = np.asarray(cell[0], dtype=float) if cell is not None else np.zeros((0, 0))
     return (
-        bool(rows and together and all(together))
+        bool(rows and pooled and all(pooled))
         and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
         and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
         and all(
             type(number) is int for number in [*numbers, found["n_evaluations"], found["asked"]]
         )
-        and isinstance(found["far"], bool)
+        and isinstance(found["burn_in"], bool)
         and isinstance(found["limited"], bool)
         and isinstance(found["moved"], bool)
         and all(request is None or type(request) is int for request in found["requests"])
@@ -430,7 +433,7 @@ def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaSt
 def _is_state_of(result: SschaResult, state: SschaState) -> bool:
     if (
         result.force_constants is None
-        or state.repeats != result.supercell
+        or state.supercell_matrix != result.supercell
         or len(state.atoms) != len(result.centroids)
     ):
         return False
@@ -480,7 +483,8 @@ class NoFolder(RunFolder):
         """Nothing to write."""
 
 
-def _state(stored: Any) -> SschaState:
+def _state(arrays: Mapping[str, Any]) -> SschaState:
+    stored = renamed(arrays)
     atoms = Atoms(
         numbers=stored["numbers"],
         positions=stored["centroids"],
@@ -490,7 +494,7 @@ def _state(stored: Any) -> SschaState:
     )
     return SschaState(
         atoms,
-        as_repeats(stored["repeats"]),
+        as_supercell_matrix(stored["supercell_matrix"]),
         stored["force_constants"],
         float(stored["temperature"]),
     )

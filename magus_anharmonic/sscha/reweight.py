@@ -72,7 +72,7 @@ class Pool:
     ) -> None:
         last = populations[-1][0] if target is None else target
         self.reference = last
-        self.reciprocal = Reciprocal(last.repeats)
+        self.reciprocal = Reciprocal(last.supercell_matrix)
         self.masses = last.atoms.get_masses()
         self.volume = last.supercell.get_volume()
         root = np.sqrt(self.reciprocal.n_cells)

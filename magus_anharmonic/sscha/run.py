@@ -1,5 +1,4 @@
-"""One SSCHA run, population by population: for whoever decides after each one whether it deserves
-more.
+"""One SSCHA run, population by population: the caller decides after each whether to go on.
 
 Every population is a fresh ensemble of the state it was drawn from, so that its averages are free
 of the bias of the
@@ -17,7 +16,6 @@ import numpy as np
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.sscha.begin import begin_run, same_gaussian
 from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import Minimised, Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
@@ -31,8 +29,9 @@ from magus_anharmonic.sscha.identity import (
     symmetrised,
     undecided,
 )
+from magus_anharmonic.sscha.initial_state import same_gaussian, start_run
 from magus_anharmonic.sscha.result import RunFolder, SschaResult
-from magus_anharmonic.sscha.sampling import draw, evaluated
+from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE_LATER,
     Start,
@@ -62,18 +61,18 @@ VOLUME_LIMITS = (0.5, 2.0)
 NEIGHBOUR_LIMITS = (0.55, 1.6)
 """Nearest-neighbour distance of an atom over that at the start, outside of which a run has
 failed."""
-TOGETHER = 8
-"""Most populations of one cell that a minimisation uses."""
+MAX_POOLED = 8
+"""Most populations of one cell that a minimisation pools."""
 KEEP_CELL = 0.5
 """Part of the tolerances of energy and strain: with less than that left, or less than noise, the
-cell stays, so that the populations can be used together."""
-APPROACH = 0.25
-"""Part of ``n_configs`` of a population that only shows the way: the first, and those after a
-minimisation that used its sample up before it got to the minimum."""
-SMALLEST_APPROACH = (20, 100)
-"""Least configurations of such a population, where ``n_configs`` allows: 12 for every atom of the
-cell without symmetry (a force component has to determine an eighth of a force constant), divided by
-the operations; not outside of these two."""
+cell stays, so that the populations can be pooled."""
+BURN_IN_FRACTION = 0.25
+"""Fraction of ``n_configs`` in a burn-in population: the first, and those after a minimisation that
+used its sample up before it got to the minimum."""
+SMALLEST_BURN_IN = (20, 100)
+"""Least configurations of a burn-in population, where ``n_configs`` allows: 12 for every atom of
+the cell without symmetry (a force component has to determine an eighth of a force constant),
+divided by the operations; not outside of these two."""
 QUESTIONS = 4
 """Most populations that decide between two phases."""
 RATIO = "lindemann_ratio"
@@ -96,15 +95,15 @@ class SschaRun:
         self, task: Task, evaluator: Evaluator, folder: RunFolder, progress: Progress | None = None
     ) -> None:
         """Read the start from the folder, or work it out. Raises ``InputError`` and ``SschaError``
-        as `begin_run` does."""
+        as `start_run` does."""
         self._began = time.perf_counter()
         self.task, self.folder = task, folder
         self._evaluator = evaluator
         self.progress = progress if progress is not None else Progress()
-        self.start = self._begin()
+        self.start = self._read_or_make_start()
         self.progress.n_evaluations = self.start.n_evaluations
         self.state = self.start.state
-        self.symmetry = Symmetry(self.state.atoms, self.state.repeats)
+        self.symmetry = Symmetry(self.state.atoms, self.state.supercell_matrix)
         self.averages: Averages | None = None
         self.reason = "no population yet"
         self._cell = self.start.stiffness(self.symmetry, task.pressure)
@@ -114,8 +113,8 @@ class SschaRun:
         self._limited = False
         # another model's minimum is near, but not this one's: its first population only shows the
         # way too
-        self._far = task.start is None or task.configurations is not None
-        self._approach = False
+        self._burn_in_next = task.start is None or task.configurations is not None
+        self._burn_in = False
         self._size = 0
         self._group = ""
         self._nearest: Higher | None = None
@@ -128,11 +127,15 @@ class SschaRun:
         self._restore()
 
     def _usual_size(self) -> int:
-        """Configurations of the next population: fewer while they only show the way."""
+        """Configurations of the next population: fewer in burn-in."""
         settings = self.task.settings
         full, most = settings.configurations(self.n_populations + 1), settings.n_configs
-        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_APPROACH))
-        return 2 * (min(full, max(int(APPROACH * most), least)) // 2) if self._approach else full
+        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
+        return (
+            2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
+            if self._burn_in
+            else full
+        )
 
     @property
     def n_populations(self) -> int:
@@ -152,8 +155,8 @@ class SschaRun:
         )
 
     def advance(self, n_configs: int | None = None) -> dict[str, Any]:
-        """Minimise on the populations so far, then draw and average the next one, of ``n_configs``
-        (default: as many as the settings say).
+        """Minimise on the populations so far, then sample and average the next one, of
+        ``n_configs`` (default: as many as the settings say).
 
         A run that has converged, but for the question which phase it is, stays where it is: the
         next population is one more of the same state, and is averaged with the last, so that the
@@ -170,11 +173,11 @@ class SschaRun:
             self._return(self._back)
         elif self._populations:
             self._minimise()
-        self._approach = n_configs is None and self._far
+        self._burn_in = n_configs is None and self._burn_in_next
         self._size = n_configs or self._usual_size()
-        ensemble = self._draw(self._size)
-        self._populations = [*self._populations, (self.state, ensemble)][-TOGETHER:]
-        self._numbers = [*self._numbers, [self.n_populations + 1]][-TOGETHER:]
+        ensemble = self._sample(self._size)
+        self._populations = [*self._populations, (self.state, ensemble)][-MAX_POOLED:]
+        self._numbers = [*self._numbers, [self.n_populations + 1]][-MAX_POOLED:]
         return self._average(ensemble)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
@@ -212,23 +215,23 @@ class SschaRun:
         wanted = len(self._populations[-1][1].energies) * (
             1.1 * (self.progress.gibbs[-1][1] / tolerance) ** 2 - 1.0
         )
-        return 2 * (int(np.clip(wanted, min(SMALLEST_APPROACH[0], most), most)) // 2)
+        return 2 * (int(np.clip(wanted, min(SMALLEST_BURN_IN[0], most), most)) // 2)
 
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
         state, last = self._populations[-1]
-        more = self._draw(n_configs)
-        together = joined([last, more])
-        self._populations[-1] = (state, together)
+        more = self._sample(n_configs)
+        pooled = joined([last, more])
+        self._populations[-1] = (state, pooled)
         self._numbers[-1] = [*self._numbers[-1], self.n_populations + 1]
         self._predicted = None
-        return self._average(together)
+        return self._average(pooled)
 
-    def _begin(self) -> Start:
-        begin = self.folder.read_start()
-        if begin is None:
+    def _read_or_make_start(self) -> Start:
+        start = self.folder.read_start()
+        if start is None:
             task = self.task
-            begin = begin_run(
+            start = start_run(
                 task.atoms,
                 self._evaluator,
                 task.settings,
@@ -237,8 +240,8 @@ class SschaRun:
                 masses=task.masses,
                 start=task.start,
             )
-            self.folder.write_start(begin)
-        return begin
+            self.folder.write_start(start)
+        return start
 
     def _minimise(self) -> None:
         """Move the state: centroids and force constants by the engine, the cell by the stress
@@ -258,7 +261,7 @@ class SschaRun:
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
         self._limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
-        self._far = used_up and self.n_populations < settings.max_populations // 2
+        self._burn_in_next = used_up and self.n_populations < settings.max_populations // 2
         self._predicted = None
         if self._cell is not None:
             self._strain(self._cell, minimised.stress)
@@ -289,7 +292,7 @@ class SschaRun:
             )
             self._populations, self._numbers = [], []
 
-    def _draw(self, n_configs: int) -> Ensemble:
+    def _sample(self, n_configs: int) -> Ensemble:
         """The next ensemble of the state: from the folder if it is there, else drawn and evaluated
         in one call."""
         number = self.n_populations + 1
@@ -306,9 +309,9 @@ class SschaRun:
         """An ensemble of the state: the first one from the configurations that another model left,
         as far as they go."""
         seed, what = [self.task.seed, number, SAMPLING_TAG], f"population {number}"
-        earlier, begin = self.task.configurations, self.task.start
-        if number > 1 or earlier is None or begin is None or not same_gaussian(begin, self.state):
-            return draw(self.state, n_configs, seed, self._evaluator, what)
+        earlier, start = self.task.configurations, self.task.start
+        if number > 1 or earlier is None or start is None or not same_gaussian(start, self.state):
+            return sample_ensemble(self.state, n_configs, seed, self._evaluator, what)
         first = evaluated(self.state, earlier[:n_configs], self._evaluator, what)
         log.info(
             "population 1: %d configurations of another model's run, evaluated again",
@@ -316,7 +319,7 @@ class SschaRun:
         )
         missing = n_configs - len(first.energies)
         return (
-            joined([first, draw(self.state, missing, seed, self._evaluator, what)])
+            joined([first, sample_ensemble(self.state, missing, seed, self._evaluator, what)])
             if missing
             else first
         )
@@ -331,7 +334,7 @@ class SschaRun:
                 "rows": self.progress.rows,
                 "gibbs": self.progress.gibbs,
                 "n_evaluations": self.progress.n_evaluations,
-                "together": self._numbers,
+                "pooled": self._numbers,
                 "cell": None if cell is None else [cell.matrix.tolist(), cell.covariance.tolist()],
                 "limited": self._limited,
                 "asked": self._asked,
@@ -339,7 +342,7 @@ class SschaRun:
                 "open": self._open,
                 "moved": self._moved,
                 "requests": self._requests,
-                "far": self._far,
+                "burn_in": self._burn_in_next,
                 "reason": self.reason,
             }
         )
@@ -356,13 +359,11 @@ class SschaRun:
             for request in stored["requests"]:
                 self.advance(request)
             return
-        populations = [
-            self.folder.read_together(numbers, self.state) for numbers in stored["together"]
-        ]
+        populations = [self.folder.read_pooled(numbers, self.state) for numbers in stored["pooled"]]
         if not populations or None in populations:
             return
         self._numbers, self._populations = (
-            stored["together"],
+            stored["pooled"],
             [found for found in populations if found is not None],
         )
         self.progress.rows, self.progress.gibbs = (
@@ -375,7 +376,11 @@ class SschaRun:
             matrix, covariance = (np.array(array) for array in stored["cell"])
             self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
         self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
-        self._limited, self._far, self.reason = stored["limited"], stored["far"], stored["reason"]
+        self._limited, self._burn_in_next, self.reason = (
+            stored["limited"],
+            stored["burn_in"],
+            stored["reason"],
+        )
         self._asked, self._group, self._open = stored["asked"], stored["group"], stored["open"]
         self._requests = stored["requests"]
 
@@ -400,7 +405,7 @@ class SschaRun:
             self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
         )
         _require_crystal(self.state, self.start.state)
-        # a state on the way may be too wide; two in a row are where the run goes
+        # a state before convergence may be too wide; two in a row are where the run goes
         if (
             number > 1
             and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED
@@ -414,7 +419,7 @@ class SschaRun:
                 f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
             )
             self.reason = "; ".join(filter(None, (self.reason, limit)))
-        if self._approach and self._size < self.task.settings.n_configs and not self.reason:
+        if self._burn_in and self._size < self.task.settings.n_configs and not self.reason:
             self.reason = f"a population of {self._size} configurations only"
         self._once_more, self._open = False, ""
         self.reason = self.reason or self._identity(ensemble)
@@ -477,7 +482,7 @@ class SschaRun:
         state, self.symmetry = symmetrised(lower, higher)
         self._question = Question(lower, symmetry, space_group(lower.atoms, EXACT), higher.toward)
         self.state = floor_modes(state, self.symmetry, LARGEST_AMPLITUDE_LATER)
-        self._limited, self._nearest, self._far = False, None, False
+        self._limited, self._nearest, self._burn_in_next = False, None, False
         self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
         self._populations, self._numbers = [], []
 
@@ -497,12 +502,12 @@ class SschaRun:
         self._predicted = None
 
 
-def _require_crystal(state: SschaState, begin: SschaState) -> None:
+def _require_crystal(state: SschaState, start: SschaState) -> None:
     """Raise ``SschaError`` when the crystal has come apart."""
-    ratio = state.atoms.get_volume() / begin.atoms.get_volume()
+    ratio = state.atoms.get_volume() / start.atoms.get_volume()
     if not VOLUME_LIMITS[0] < ratio < VOLUME_LIMITS[1]:
         raise SschaError(f"dissociated: the volume is {ratio:.2f} times that of the start")
-    neighbours = nearest_neighbour(state.atoms) / nearest_neighbour(begin.atoms)
+    neighbours = nearest_neighbour(state.atoms) / nearest_neighbour(start.atoms)
     worst = int(np.argmax(np.abs(np.log(neighbours))))
     if not NEIGHBOUR_LIMITS[0] < neighbours[worst] < NEIGHBOUR_LIMITS[1]:
         raise SschaError(
@@ -525,7 +530,7 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         # the diagonal components taken as wholly correlated: an upper bound
         "pressure_error_GPa": float(np.trace(averages.stress_error)) / 3.0 * EV_PER_A3_IN_GPA,
         "volume_A3_per_atom": state.atoms.get_volume() / n,
-        "predicted_decrease_eV_per_atom": averages.decrease / n,
+        "predicted_decrease_eV_per_atom": averages.predicted_decrease / n,
         "centroid_force_eV_per_A": float(np.abs(averages.force).max()),
         "effective_sample": 1.0,
         "fc_gradient_eV_per_A2": None,

@@ -11,7 +11,7 @@ from magus_anharmonic.sscha.start import CountingEvaluator
 from magus_anharmonic.sscha.state import SschaState, displaced, sample
 
 
-def draw(
+def sample_ensemble(
     state: SschaState, n_configs: int, seed: list[int], evaluator: Evaluator, what: str
 ) -> Ensemble:
     """``n_configs`` configurations drawn from the state with ``seed`` and evaluated; ``what`` is

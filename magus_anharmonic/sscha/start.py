@@ -29,10 +29,10 @@ from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
 from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
 from magus_anharmonic.sscha.ensemble import gamma_matrix
 from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
-from magus_anharmonic.sscha.supercells import Repeats, cell_index, cell_offsets, n_cells
+from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_offsets, n_cells
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.sscha.warnings import CLOSE_PACKING
-from magus_anharmonic.structures import bare, space_group
+from magus_anharmonic.structures import space_group, stripped
 from magus_anharmonic.units import HBAR, gpa_to_ev_per_a3
 
 EVENNESS = 0.15
@@ -52,7 +52,7 @@ the crystal is averaged over."""
 
 
 @dataclass(frozen=True)
-class Probe:
+class Displacement:
     """A displacement of ``atom`` along the unit vector ``direction``; ``both``: the opposite one
     has to be evaluated too.
 
@@ -68,7 +68,7 @@ class Probe:
         return self.inverse is None
 
 
-def probes_of(symmetry: Symmetry, atom: int) -> list[Probe]:
+def displacements_of(symmetry: Symmetry, atom: int) -> list[Displacement]:
     """The cheapest displacements of an atom from which its force constants follow, among those the
     most evenly spread."""
     site = np.flatnonzero(symmetry.permutations[:, atom] == atom)
@@ -76,19 +76,19 @@ def probes_of(symmetry: Symmetry, atom: int) -> list[Probe]:
     images = np.einsum("gij,dj->dgi", symmetry.rotations[site], units)
     spread = np.einsum("dgi,dgj->dij", images, images) / len(site)
     turned = np.linalg.norm(images + units[:, None], axis=2) < 1e-4
-    probes = [
-        Probe(atom, unit, int(site[row.argmax()]) if row.any() else None)
+    displacements = [
+        Displacement(atom, unit, int(site[row.argmax()]) if row.any() else None)
         for unit, row in zip(units, turned, strict=True)
     ]
     found: tuple[int, float, tuple[int, ...]] | None = None
     for count in (1, 2, 3):
         for chosen in itertools.combinations(range(len(units)), count):
             least = 3.0 * float(np.linalg.eigvalsh(spread[list(chosen)].mean(axis=0))[0])
-            cost = sum(2 if probes[k].both else 1 for k in chosen)
+            cost = sum(2 if displacements[k].both else 1 for k in chosen)
             if least >= EVENNESS and (found is None or (cost, -round(least, 6)) < found[:2]):
                 found = cost, -round(least, 6), chosen
     assert found is not None  # the three edges are always among them
-    return [probes[k] for k in found[2]]
+    return [displacements[k] for k in found[2]]
 
 
 def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> np.ndarray:
@@ -103,15 +103,19 @@ def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> 
 
 
 def force_constants_of(
-    symmetry: Symmetry, probes: list[Probe], slopes: list[np.ndarray]
+    symmetry: Symmetry, displacements: list[Displacement], slopes: list[np.ndarray]
 ) -> np.ndarray:
     """Blocks (n_cells, n, 3, 3) of an atom by least squares over all images of its displacements.
 
     ``slopes`` : minus the derivative of the forces (n_cells, n, 3) along each probe, eV/A^2.
     """
-    atom = probes[0].atom
+    atom = displacements[0].atom
     site = np.flatnonzero(symmetry.permutations[:, atom] == atom)
-    directions = [symmetry.rotations[g] @ probe.direction for probe in probes for g in site]
+    directions = [
+        symmetry.rotations[g] @ displacement.direction
+        for displacement in displacements
+        for g in site
+    ]
     rows = np.array([image(symmetry, int(g), atom, slope) for slope in slopes for g in site])
     return np.einsum("im,mrbj->rbij", np.linalg.pinv(np.array(directions)), rows)
 
@@ -192,7 +196,7 @@ class EvaluatorCalculator(Calculator):
         from ase.stress import full_3x3_to_voigt_6_stress
 
         super().calculate(atoms, properties, system_changes)
-        found = self.evaluator.evaluate([bare(self.atoms)])
+        found = self.evaluator.evaluate([stripped(self.atoms)])
         self.results = {
             "energy": float(found.energy[0]),
             "forces": np.asarray(found.forces[0], dtype=float),
@@ -234,7 +238,7 @@ def relax_in_symmetry(
     from ase.filters import FrechetCellFilter
     from ase.optimize import BFGS
 
-    relaxed = bare(atoms)
+    relaxed = stripped(atoms)
     relaxed.calc = EvaluatorCalculator(evaluator)
     relaxed.set_constraint(FixSymmetry(relaxed, symprec=1e-3))
     volume = relaxed.get_volume()
@@ -255,7 +259,7 @@ def relax_in_symmetry(
         log.info(
             "relaxation before the start: not converged after %d steps, going on", RELAXATION_STEPS
         )
-    return bare(relaxed)
+    return stripped(relaxed)
 
 
 def relaxed_primitive(
@@ -276,19 +280,24 @@ def relaxed_primitive(
 
 
 def harmonic_force_constants(
-    atoms: Atoms, repeats: Repeats, symmetry: Symmetry, evaluator: Evaluator
+    atoms: Atoms, supercell_matrix: SupercellMatrix, symmetry: Symmetry, evaluator: Evaluator
 ) -> np.ndarray:
     """Compact force constants in eV/A^2 by central differences along the displacements that
     symmetry does not tell, symmetrised."""
     state = SschaState(
-        atoms, repeats, np.zeros((n_cells(repeats), len(atoms), len(atoms), 3, 3)), 0.0
+        atoms,
+        supercell_matrix,
+        np.zeros((n_cells(supercell_matrix), len(atoms), len(atoms), 3, 3)),
+        0.0,
     )
-    probes = {atom: probes_of(symmetry, atom) for atom in symmetry.representatives()}
+    displacements = {atom: displacements_of(symmetry, atom) for atom in symmetry.representatives()}
     displaced = []
-    for probe in itertools.chain.from_iterable(probes.values()):
-        for sign in (1.0, -1.0) if probe.both else (1.0,):
+    for displacement in itertools.chain.from_iterable(displacements.values()):
+        for sign in (1.0, -1.0) if displacement.both else (1.0,):
             configuration = state.supercell.copy()
-            configuration.positions[probe.atom] += sign * DISPLACEMENT * probe.direction
+            configuration.positions[displacement.atom] += (
+                sign * DISPLACEMENT * displacement.direction
+            )
             displaced.append(configuration)
     forces = iter(
         np.array(evaluator.evaluate(displaced).forces, dtype=float).reshape(
@@ -296,14 +305,14 @@ def harmonic_force_constants(
         )
     )
     rows = {}
-    for atom, mine in probes.items():
+    for atom, mine in displacements.items():
         slopes = []
-        for probe in mine:
+        for displacement in mine:
             ahead = next(forces)
             behind = (
                 next(forces)
-                if probe.inverse is None
-                else image(symmetry, probe.inverse, atom, ahead)
+                if displacement.inverse is None
+                else image(symmetry, displacement.inverse, atom, ahead)
             )
             slopes.append(-(ahead - behind) / (2.0 * DISPLACEMENT))
         rows[atom] = force_constants_of(symmetry, mine, slopes)
@@ -331,25 +340,34 @@ def floor_modes(
 ) -> SschaState:
     """Make the force constants positive definite; the state itself where nothing has to change.
 
-    Imaginary modes keep the size of their frequency. Then every quantum is raised until no two
-    neighbours move against each other, in this mode and as if all q points had its frequency (so
-    that it does not depend on the supercell), by more than ``largest`` times their distance (rms).
-    The atoms of a rigid unit that moves as a whole do not count: its neighbours do.
+    Imaginary modes keep the size of their frequency. Then every phonon energy is raised until no
+    two neighbours move against each other, in this mode and as if all q points had its frequency
+    (so that it does not depend on the supercell), by more than ``largest`` times their distance
+    (rms). The atoms of a rigid unit that moves as a whole do not count: its neighbours do.
     """
     root = np.sqrt(np.repeat(state.supercell.get_masses(), 3))
     full = state.full
     for attempt in range(10):
         modes = normal_modes(full, state.supercell.get_masses())
         limit = largest**2 / relative_motion(state, modes.vectors / root[:, None])
-        smallest = _smallest_quantum(limit, state.temperature)
-        if np.all(modes.quantum >= smallest * (1 - 1e-6)):
-            return replace(state, force_constants=fold(full, state.repeats)) if attempt else state
-        raised = np.maximum(np.abs(modes.quantum), smallest)
-        change = (np.sign(raised) * raised**2 - np.sign(modes.quantum) * modes.quantum**2) / HBAR**2
+        smallest = _smallest_hbar_omega(limit, state.temperature)
+        if np.all(modes.hbar_omega >= smallest * (1 - 1e-6)):
+            return (
+                replace(state, force_constants=fold(full, state.supercell_matrix))
+                if attempt
+                else state
+            )
+        raised = np.maximum(np.abs(modes.hbar_omega), smallest)
+        change = (
+            np.sign(raised) * raised**2 - np.sign(modes.hbar_omega) * modes.hbar_omega**2
+        ) / HBAR**2
         vectors = modes.vectors * root[:, None]
         full = full + (vectors * change) @ vectors.T
-        full = expand(symmetry.force_constants(fold(sum_rule(full), state.repeats)), state.repeats)
-    return replace(state, force_constants=fold(full, state.repeats))
+        full = expand(
+            symmetry.force_constants(fold(sum_rule(full), state.supercell_matrix)),
+            state.supercell_matrix,
+        )
+    return replace(state, force_constants=fold(full, state.supercell_matrix))
 
 
 def relative_motion(state: SschaState, patterns: np.ndarray) -> np.ndarray:
@@ -365,19 +383,19 @@ def relative_motion(state: SschaState, patterns: np.ndarray) -> np.ndarray:
     packing = NEIGHBOURS * CLOSE_PACKING * (atoms.get_volume() / len(atoms)) ** (1 / 3)
     cutoff = max(packing, 1.05 * float(nearest_neighbour(atoms).max()))
     first, second, shifts, distances = neighbor_list("ijSd", atoms, cutoff)
-    offsets = cell_offsets(state.repeats)
+    offsets = cell_offsets(state.supercell_matrix)
     cells = patterns.reshape(n_cells, len(atoms), 3, -1)
     largest = np.full(patterns.shape[1], 1e-12)
     for i, j, shift, distance in zip(first, second, shifts, distances, strict=True):
         if i <= j:
-            apart = cells[:, i] - cells[cell_index(offsets + shift, state.repeats), j]
+            apart = cells[:, i] - cells[cell_index(offsets + shift, state.supercell_matrix), j]
             np.maximum(largest, (apart**2).sum(axis=(0, 1)) / distance**2, out=largest)
     return largest
 
 
-def _smallest_quantum(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
-    """Quantum in eV at which the variance (A^2 amu) equals ``largest_variance``; bisection in the
-    logarithm."""
+def _smallest_hbar_omega(largest_variance: np.ndarray, temperature: float) -> np.ndarray:
+    """Phonon energy in eV at which the variance (A^2 amu) equals ``largest_variance``; bisection in
+    the logarithm."""
     low, high = np.full(len(largest_variance), 1e-8), np.full(len(largest_variance), 1e2)
     for _ in range(80):
         middle = np.sqrt(low * high)
@@ -387,22 +405,27 @@ def _smallest_quantum(largest_variance: np.ndarray, temperature: float) -> np.nd
 
 
 def harmonic_start(
-    atoms: Atoms, evaluator: Evaluator, *, temperature: float, repeats: Repeats, variable_cell: bool
+    atoms: Atoms,
+    evaluator: Evaluator,
+    *,
+    temperature: float,
+    supercell_matrix: SupercellMatrix,
+    variable_cell: bool,
 ) -> Start:
     """Floored harmonic force constants, and the stress response, of a relaxed symmetric primitive
     cell."""
     counting = CountingEvaluator(evaluator)
-    symmetry = Symmetry(atoms, repeats)
-    compact = harmonic_force_constants(atoms, repeats, symmetry, counting)
-    state = SschaState(atoms, repeats, compact, temperature)
-    soft = int((state.modes.quantum <= 0).sum())
+    symmetry = Symmetry(atoms, supercell_matrix)
+    compact = harmonic_force_constants(atoms, supercell_matrix, symmetry, counting)
+    state = SschaState(atoms, supercell_matrix, compact, temperature)
+    soft = int((state.modes.hbar_omega <= 0).sum())
     log.info(
         "start: %s, %.3f A^3/atom, %d operations, %d of %d harmonic modes imaginary",
         atoms.get_chemical_formula(),
         atoms.get_volume() / len(atoms),
         len(symmetry),
         soft,
-        len(state.modes.quantum),
+        len(state.modes.hbar_omega),
     )
     response = static_response_to_strain(atoms, counting) if variable_cell else None
     return Start(floor_modes(state, symmetry), response, counting.count)

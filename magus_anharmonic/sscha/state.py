@@ -15,49 +15,54 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.sscha.supercells import (
-    Repeats,
+    SupercellMatrix,
     cell_index,
     cell_offsets,
     n_cells,
-    supercell_matrix,
+    shape_supercell_matrix,
 )
 from magus_anharmonic.units import HBAR, KELVIN
 
 
-def expand(compact: np.ndarray, repeats: Repeats) -> np.ndarray:
+def expand(compact: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """Compact force constants (n_cells, n, n, 3, 3) to the full matrix (3 n_cells n, 3 n_cells
     n)."""
-    offsets = cell_offsets(repeats)
+    offsets = cell_offsets(supercell_matrix)
     n_cells, n = compact.shape[:2]
-    difference = cell_index(offsets[None, :] - offsets[:, None], repeats)
+    difference = cell_index(offsets[None, :] - offsets[:, None], supercell_matrix)
     size = 3 * n_cells * n
     return compact[difference].transpose(0, 2, 4, 1, 3, 5).reshape(size, size)
 
 
-def fold(full: np.ndarray, repeats: Repeats) -> np.ndarray:
+def fold(full: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """The inverse of `expand`; averages over the translations of the supercell."""
-    offsets = cell_offsets(repeats)
+    offsets = cell_offsets(supercell_matrix)
     n_cells = len(offsets)
     n = full.shape[0] // (3 * n_cells)
     blocks = full.reshape(n_cells, n, 3, n_cells, n, 3).transpose(0, 3, 1, 4, 2, 5)
     first = np.arange(n_cells)
     return np.stack(
-        [blocks[first, cell_index(offsets + shift, repeats)].mean(axis=0) for shift in offsets]
+        [
+            blocks[first, cell_index(offsets + shift, supercell_matrix)].mean(axis=0)
+            for shift in offsets
+        ]
     )
 
 
-def fourier(compact: np.ndarray, repeats: Repeats, q: np.ndarray) -> np.ndarray:
+def fourier(compact: np.ndarray, supercell_matrix: SupercellMatrix, q: np.ndarray) -> np.ndarray:
     """Force constants at ``q`` (m, 3; fractions of the reciprocal vectors): sum_R C(R) exp(2 pi i
     q.R), (m, 3n, 3n)."""
     n = compact.shape[1]
-    phase = np.exp(2j * np.pi * np.asarray(q) @ cell_offsets(repeats).T)
+    phase = np.exp(2j * np.pi * np.asarray(q) @ cell_offsets(supercell_matrix).T)
     return np.einsum("qr,rabij->qaibj", phase, compact, optimize=True).reshape(len(q), 3 * n, 3 * n)
 
 
-def inverse_fourier(dynamical: np.ndarray, repeats: Repeats, q: np.ndarray) -> np.ndarray:
+def inverse_fourier(
+    dynamical: np.ndarray, supercell_matrix: SupercellMatrix, q: np.ndarray
+) -> np.ndarray:
     """The inverse of `fourier` on the q points of the supercell."""
     n = dynamical.shape[1] // 3
-    phase = np.exp(-2j * np.pi * cell_offsets(repeats) @ np.asarray(q).T) / len(q)
+    phase = np.exp(-2j * np.pi * cell_offsets(supercell_matrix) @ np.asarray(q).T) / len(q)
     return np.einsum(
         "rq,qaibj->rabij", phase, dynamical.reshape(len(q), n, 3, n, 3), optimize=True
     ).real
@@ -68,33 +73,33 @@ def coth(x: np.ndarray) -> np.ndarray:
     return 1.0 / np.tanh(x)
 
 
-def variance(quantum: np.ndarray, temperature: float) -> np.ndarray:
-    """<Q^2> in A^2 amu of an oscillator with quantum hbar*omega (eV): hbar/(2 omega) coth(hbar
-    omega / 2kT)."""
-    zero_point = HBAR**2 / (2.0 * quantum)
+def variance(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
+    """<Q^2> in A^2 amu of an oscillator with phonon energy hbar*omega (eV): hbar/(2 omega)
+    coth(hbar omega / 2kT)."""
+    zero_point = HBAR**2 / (2.0 * hbar_omega)
     return (
         zero_point
         if temperature == 0
-        else zero_point * coth(quantum / (2.0 * KELVIN * temperature))
+        else zero_point * coth(hbar_omega / (2.0 * KELVIN * temperature))
     )
 
 
-def oscillator_free_energy(quantum: np.ndarray, temperature: float) -> np.ndarray:
+def oscillator_free_energy(hbar_omega: np.ndarray, temperature: float) -> np.ndarray:
     """hbar omega / 2 + kT ln(1 - exp(-hbar omega / kT)), eV."""
     if temperature == 0:
-        return quantum / 2.0
+        return hbar_omega / 2.0
     thermal = KELVIN * temperature
-    return quantum / 2.0 + thermal * np.log1p(-np.exp(-quantum / thermal))
+    return hbar_omega / 2.0 + thermal * np.log1p(-np.exp(-hbar_omega / thermal))
 
 
 @dataclass(frozen=True)
 class Modes:
     """Normal modes of the supercell without the three translations.
 
-    quantum : (m,) hbar*omega in eV; vectors : (3 n_supercell, m), orthonormal, mass weighted.
+    hbar_omega : (m,) hbar*omega in eV; vectors : (3 n_supercell, m), orthonormal, mass weighted.
     """
 
-    quantum: np.ndarray
+    hbar_omega: np.ndarray
     vectors: np.ndarray
 
 
@@ -104,25 +109,25 @@ class SschaState:
     docstring), K."""
 
     atoms: Atoms
-    repeats: Repeats
+    supercell_matrix: SupercellMatrix
     force_constants: np.ndarray
     temperature: float
 
     @property
     def n_cells(self) -> int:
-        return n_cells(self.repeats)
+        return n_cells(self.supercell_matrix)
 
     @cached_property
     def supercell(self) -> Atoms:
         """The centroids repeated, cell by cell, in the order of the force constants."""
         positions = (
             self.atoms.positions[None]
-            + (cell_offsets(self.repeats) @ self.atoms.cell.array)[:, None]
+            + (cell_offsets(self.supercell_matrix) @ self.atoms.cell.array)[:, None]
         )
         return Atoms(
             numbers=np.tile(self.atoms.numbers, self.n_cells),
             positions=positions.reshape(-1, 3),
-            cell=supercell_matrix(self.repeats) @ self.atoms.cell.array,
+            cell=shape_supercell_matrix(self.supercell_matrix) @ self.atoms.cell.array,
             masses=np.tile(self.atoms.get_masses(), self.n_cells),
             pbc=True,
         )
@@ -130,29 +135,31 @@ class SschaState:
     @cached_property
     def full(self) -> np.ndarray:
         """Force constants of the supercell, (3 n_supercell, 3 n_supercell), eV/A^2."""
-        return expand(self.force_constants, self.repeats)
+        return expand(self.force_constants, self.supercell_matrix)
 
     @cached_property
     def modes(self) -> Modes:
-        """Normal modes; a mode with negative force constant has a negative quantum."""
+        """Normal modes; a mode with negative force constant has a negative phonon energy."""
         return normal_modes(self.full, self.supercell.get_masses())
 
     @cached_property
     def covariance(self) -> np.ndarray:
         """<u u> of the auxiliary density matrix (Eq. 3 of the paper), A^2, (3 n_supercell, 3
         n_supercell)."""
-        return self._from_modes(variance(self.modes.quantum, self.temperature), -0.5)
+        return self._from_modes(variance(self.modes.hbar_omega, self.temperature), -0.5)
 
     @cached_property
     def square_root(self) -> np.ndarray:
         """Matrix S with S S^T = covariance; unique, so that samples do not depend on the choice of
         eigenvectors."""
-        return self._from_modes(np.sqrt(variance(self.modes.quantum, self.temperature)), -0.5, 0.0)
+        return self._from_modes(
+            np.sqrt(variance(self.modes.hbar_omega, self.temperature)), -0.5, 0.0
+        )
 
     @cached_property
     def precision(self) -> np.ndarray:
         """Pseudo-inverse of the covariance (Upsilon), 1/A^2."""
-        return self._from_modes(1.0 / variance(self.modes.quantum, self.temperature), 0.5)
+        return self._from_modes(1.0 / variance(self.modes.hbar_omega, self.temperature), 0.5)
 
     def _from_modes(
         self, weights: np.ndarray, left: float, right: float | None = None
@@ -168,7 +175,7 @@ class SschaState:
     def harmonic_free_energy(self) -> float:
         """Free energy of the auxiliary oscillators, eV per primitive cell."""
         return float(
-            oscillator_free_energy(self.modes.quantum, self.temperature).sum() / self.n_cells
+            oscillator_free_energy(self.modes.hbar_omega, self.temperature).sum() / self.n_cells
         )
 
     def strained(self, strain: np.ndarray, shift: np.ndarray | float = 0.0) -> SschaState:
@@ -184,7 +191,7 @@ def same_gaussian(one: SschaState, other: SschaState) -> bool:
     """Whether configurations drawn from one state are as good as from the other: all that the
     density depends on agrees."""
     if (
-        one.repeats != other.repeats
+        one.supercell_matrix != other.supercell_matrix
         or one.temperature != other.temperature
         or len(one.atoms) != len(other.atoms)
     ):

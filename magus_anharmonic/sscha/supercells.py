@@ -1,8 +1,8 @@
 """Supercells as sublattices of the crystal's lattice: their cells, their q points, and which one to
 take.
 
-``repeats`` is either three repetitions or three rows of whole numbers, the vectors of the supercell
-in those of the primitive cell. Both go through the Hermite normal form: the cells are the
+``supercell_matrix`` is either three repetitions or three rows of whole numbers, the vectors of the
+supercell in those of the primitive cell. Both go through the Hermite normal form: the cells are the
 remainders of lattice vectors by its rows, and the q points those of the transposed matrix (q.R is a
 whole number for the rows R, so q = M^-1 m, and m counts modulo the columns of M).
 """
@@ -20,7 +20,7 @@ import numpy as np
 from ase.geometry import minkowski_reduce
 
 Three = tuple[int, int, int]
-Repeats = Three | tuple[Three, Three, Three]
+SupercellMatrix = Three | tuple[Three, Three, Three]
 
 LARGEST_DENOMINATOR = 1000
 """Of the q points of a supercell that is read from files."""
@@ -34,7 +34,7 @@ def three(values: Iterable[Any]) -> Three:
     return first, second, third
 
 
-def as_repeats(values: Any) -> Repeats:
+def as_supercell_matrix(values: Any) -> SupercellMatrix:
     """Three whole numbers, or three rows of them, as plain integers; a diagonal matrix as three
     numbers."""
     array = np.asarray(values)
@@ -46,23 +46,27 @@ def as_repeats(values: Any) -> Repeats:
     return first, second, third
 
 
-def is_diagonal(repeats: Repeats) -> bool:
+def is_diagonal(supercell_matrix: SupercellMatrix) -> bool:
     """Whether the supercell repeats the primitive cell along its own vectors."""
-    return not isinstance(repeats[0], tuple)
+    return not isinstance(supercell_matrix[0], tuple)
 
 
 @lru_cache(maxsize=256)
-def supercell_matrix(repeats: Repeats) -> np.ndarray:
+def shape_supercell_matrix(supercell_matrix: SupercellMatrix) -> np.ndarray:
     """(3, 3) whole numbers: rows are the vectors of the supercell in those of the primitive
     cell."""
-    matrix = np.diag(repeats) if is_diagonal(repeats) else np.array(repeats, dtype=int)
+    matrix = (
+        np.diag(supercell_matrix)
+        if is_diagonal(supercell_matrix)
+        else np.array(supercell_matrix, dtype=int)
+    )
     matrix.setflags(write=False)
     return matrix
 
 
-def n_cells(repeats: Repeats) -> int:
+def n_cells(supercell_matrix: SupercellMatrix) -> int:
     """Primitive cells in the supercell."""
-    return abs(determinant(supercell_matrix(repeats)))
+    return abs(determinant(shape_supercell_matrix(supercell_matrix)))
 
 
 def determinant(matrix: np.ndarray) -> int:
@@ -105,62 +109,67 @@ def hermite_form(rows: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _hermite(repeats: Repeats) -> np.ndarray:
+def _hermite(supercell_matrix: SupercellMatrix) -> np.ndarray:
     return (
-        supercell_matrix(repeats)
-        if is_diagonal(repeats)
-        else hermite_form(supercell_matrix(repeats))
+        shape_supercell_matrix(supercell_matrix)
+        if is_diagonal(supercell_matrix)
+        else hermite_form(shape_supercell_matrix(supercell_matrix))
     )
 
 
-def cell_offsets(repeats: Repeats) -> np.ndarray:
+def cell_offsets(supercell_matrix: SupercellMatrix) -> np.ndarray:
     """(n_cells, 3) whole-number lattice vectors of the cells of a supercell, the first one zero."""
-    return np.array(list(np.ndindex(*np.diag(_hermite(repeats)))), dtype=int)
+    return np.array(list(np.ndindex(*np.diag(_hermite(supercell_matrix)))), dtype=int)
 
 
-def cell_index(offsets: np.ndarray, repeats: Repeats) -> np.ndarray:
+def cell_index(offsets: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """Index of the cell at ``offsets`` (..., 3), folded into the supercell."""
-    basis = _hermite(repeats)
+    basis = _hermite(supercell_matrix)
     folded = np.array(offsets)
     for axis in range(3):
         folded -= (folded[..., axis] // basis[axis, axis])[..., None] * basis[axis]
     return (folded[..., 0] * basis[1, 1] + folded[..., 1]) * basis[2, 2] + folded[..., 2]
 
 
-def dual(repeats: Repeats) -> Repeats:
+def dual(supercell_matrix: SupercellMatrix) -> SupercellMatrix:
     """What counts the q points of a supercell as ``repeats`` counts its cells."""
-    return repeats if is_diagonal(repeats) else as_repeats(supercell_matrix(repeats).T)
-
-
-def fractional_points(numbers: np.ndarray, repeats: Repeats) -> np.ndarray:
-    """The q (..., 3), fractions of the reciprocal vectors, that whole ``numbers`` (..., 3)
-    count."""
-    matrix = supercell_matrix(repeats)
-    return np.asarray(numbers) @ adjugate(matrix).T / determinant(matrix)
-
-
-def q_points(repeats: Repeats) -> np.ndarray:
-    """(n_cells, 3) q points of a supercell in fractions of the reciprocal vectors, Gamma first."""
-    return fractional_points(cell_offsets(dual(repeats)), repeats)
-
-
-def q_index(q: np.ndarray, repeats: Repeats) -> np.ndarray:
-    """Index among `q_points` of fractional ``q`` (..., 3), up to reciprocal lattice vectors."""
-    return cell_index(
-        np.rint(np.asarray(q) @ supercell_matrix(repeats).T).astype(int), dual(repeats)
+    return (
+        supercell_matrix
+        if is_diagonal(supercell_matrix)
+        else as_supercell_matrix(shape_supercell_matrix(supercell_matrix).T)
     )
 
 
-def compatible(rotation: np.ndarray, repeats: Repeats) -> bool:
+def fractional_points(numbers: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
+    """The q (..., 3), fractions of the reciprocal vectors, that whole ``numbers`` (..., 3)
+    count."""
+    matrix = shape_supercell_matrix(supercell_matrix)
+    return np.asarray(numbers) @ adjugate(matrix).T / determinant(matrix)
+
+
+def q_points(supercell_matrix: SupercellMatrix) -> np.ndarray:
+    """(n_cells, 3) q points of a supercell in fractions of the reciprocal vectors, Gamma first."""
+    return fractional_points(cell_offsets(dual(supercell_matrix)), supercell_matrix)
+
+
+def q_index(q: np.ndarray, supercell_matrix: SupercellMatrix) -> np.ndarray:
+    """Index among `q_points` of fractional ``q`` (..., 3), up to reciprocal lattice vectors."""
+    return cell_index(
+        np.rint(np.asarray(q) @ shape_supercell_matrix(supercell_matrix).T).astype(int),
+        dual(supercell_matrix),
+    )
+
+
+def compatible(rotation: np.ndarray, supercell_matrix: SupercellMatrix) -> bool:
     """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell
     onto itself."""
-    matrix = supercell_matrix(repeats)
+    matrix = shape_supercell_matrix(supercell_matrix)
     return bool(
         np.all(matrix @ np.asarray(rotation).T @ adjugate(matrix) % determinant(matrix) == 0)
     )
 
 
-def short_basis(matrix: np.ndarray, cell: np.ndarray) -> Repeats:
+def short_basis(matrix: np.ndarray, cell: np.ndarray) -> SupercellMatrix:
     """The supercell of ``matrix`` as three numbers where it is diagonal, else by the shortest
     right-handed vectors in ``cell`` (A)."""
     basis = hermite_form(matrix)
@@ -168,10 +177,10 @@ def short_basis(matrix: np.ndarray, cell: np.ndarray) -> Repeats:
         return three(np.diag(basis))
     change = minkowski_reduce(basis @ cell)[1]
     reduced = np.rint(change @ basis).astype(int)
-    return as_repeats(reduced if determinant(reduced) > 0 else -reduced)
+    return as_supercell_matrix(reduced if determinant(reduced) > 0 else -reduced)
 
 
-def commensurate(q: np.ndarray, cell: np.ndarray) -> Repeats:
+def commensurate(q: np.ndarray, cell: np.ndarray) -> SupercellMatrix:
     """The smallest supercell that has all of ``q`` (m, 3; fractions of the reciprocal vectors of
     ``cell``) among its q points."""
     fractions = [
@@ -184,24 +193,26 @@ def commensurate(q: np.ndarray, cell: np.ndarray) -> Repeats:
     return short_basis(common * adjugate(basis).T // determinant(basis), cell)
 
 
-def symmetric_supercell(repeats: Repeats, rotations: np.ndarray, cell: np.ndarray) -> Repeats:
+def symmetric_supercell(
+    supercell_matrix: SupercellMatrix, rotations: np.ndarray, cell: np.ndarray
+) -> SupercellMatrix:
     """The smallest supercell of ``repeats`` (or itself) that all ``rotations`` (m, 3, 3; whole
     numbers) map onto itself."""
-    turned = [q_points(repeats) @ rotation for rotation in rotations]
+    turned = [q_points(supercell_matrix) @ rotation for rotation in rotations]
     return commensurate(np.concatenate(turned), cell)
 
 
-def containing_mesh(repeats: Repeats) -> Three:
+def containing_mesh(supercell_matrix: SupercellMatrix) -> Three:
     """The coarsest Gamma-centred mesh of q points along the reciprocal vectors that holds all of
     the supercell's."""
-    matrix = supercell_matrix(repeats)
+    matrix = shape_supercell_matrix(supercell_matrix)
     size = abs(determinant(matrix))
     return three(size // gcd(size, *row) for row in adjugate(matrix).tolist())
 
 
 def smallest_supercell(
-    cell: np.ndarray, rotations: np.ndarray, length: float, limit: Repeats
-) -> Repeats:
+    cell: np.ndarray, rotations: np.ndarray, length: float, limit: SupercellMatrix
+) -> SupercellMatrix:
     """The supercell of fewest cells, diagonal or not, without a lattice vector shorter than
     ``length`` (A), kept by ``rotations``.
 
@@ -222,7 +233,7 @@ def smallest_supercell(
         if len(found):
             return min(
                 (short_basis(matrix, cell) for matrix in found[:COMPARED]),
-                key=lambda repeats: _shape(repeats, cell),
+                key=lambda supercell_matrix: _shape(supercell_matrix, cell),
             )
     return limit
 
@@ -239,8 +250,10 @@ def image_warning(cell: np.ndarray, cutoff: float | None) -> str:
     )
 
 
-def _shape(repeats: Repeats, cell: np.ndarray) -> tuple[float, float, tuple[int, ...]]:
-    matrix = supercell_matrix(repeats)
+def _shape(
+    supercell_matrix: SupercellMatrix, cell: np.ndarray
+) -> tuple[float, float, tuple[int, ...]]:
+    matrix = shape_supercell_matrix(supercell_matrix)
     lengths = np.linalg.norm(minkowski_reduce(matrix @ cell)[0], axis=1)
     return (
         -round(float(lengths.min()), 6),

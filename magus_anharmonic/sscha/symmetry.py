@@ -13,8 +13,8 @@ import spglib
 from ase import Atoms
 
 from magus_anharmonic.sscha.supercells import (
-    Repeats,
-    as_repeats,
+    SupercellMatrix,
+    as_supercell_matrix,
     cell_index,
     cell_offsets,
     compatible,
@@ -39,13 +39,15 @@ class Symmetry:
     takes block (R, a, b).
     """
 
-    def __init__(self, atoms: Atoms, repeats: Repeats, symprec: float = 1e-3) -> None:
+    def __init__(
+        self, atoms: Atoms, supercell_matrix: SupercellMatrix, symprec: float = 1e-3
+    ) -> None:
         found = spglib_or_none(spglib.get_symmetry, spglib_cell(atoms), symprec=symprec)
         fractional = found["rotations"] if found else np.eye(3, dtype=int)[None]
         translations = found["translations"] if found else np.zeros((1, 3))
-        keep = [compatible(rotation, repeats) for rotation in fractional]
+        keep = [compatible(rotation, supercell_matrix) for rotation in fractional]
         cell = atoms.cell.array
-        self.repeats = repeats
+        self.supercell_matrix = supercell_matrix
         self.rotations = np.array([cell.T @ w @ np.linalg.inv(cell.T) for w in fractional[keep]])
         scaled = atoms.get_scaled_positions(wrap=False)
         images = []
@@ -55,16 +57,16 @@ class Symmetry:
         self.fractional = fractional[keep]
         self.shifts = np.array([shift for _, shift in images])
         self.targets = self._block_targets(self.fractional, self.shifts)
-        self._opposite = cell_index(-cell_offsets(repeats), repeats)
+        self._opposite = cell_index(-cell_offsets(supercell_matrix), supercell_matrix)
 
     def __len__(self) -> int:
         return len(self.rotations)
 
     def _block_targets(self, fractional: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-        offsets = cell_offsets(self.repeats)
+        offsets = cell_offsets(self.supercell_matrix)
         turned = np.einsum("gij,rj->gri", fractional, offsets)
         moved = turned[:, :, None, None] + shifts[:, None, None, :] - shifts[:, None, :, None]
-        return cell_index(moved, self.repeats)
+        return cell_index(moved, self.supercell_matrix)
 
     @cached_property
     def _gather(self) -> np.ndarray:
@@ -181,13 +183,13 @@ def symmetric_primitive(atoms: Atoms, symprec: float) -> Atoms:
     return reduced
 
 
-def choose_repeats(
+def choose_supercell_matrix(
     atoms: Atoms,
     supercell: Iterable[Any] | Mapping[Any, float],
     symprec: float,
     *,
     diagonal: bool = False,
-) -> Repeats:
+) -> SupercellMatrix:
     """Supercell of the primitive cell for ``supercell``: three repetitions, three rows of whole
     numbers, or ``{"min_length": A}``.
 
@@ -200,21 +202,27 @@ def choose_repeats(
     cell = atoms.cell.array
     if isinstance(supercell, Mapping):
         heights = 1.0 / np.linalg.norm(np.linalg.inv(cell), axis=0)
-        wanted: Repeats = three(
+        wanted: SupercellMatrix = three(
             np.ceil(supercell["min_length"] / height - 1e-6) for height in heights
         )
     else:
-        wanted = as_repeats(supercell if isinstance(supercell, np.ndarray) else list(supercell))
-    repeats = wanted
-    while not all(compatible(rotation, repeats) for rotation in rotations):
-        repeats = symmetric_supercell(repeats, rotations, cell)
+        wanted = as_supercell_matrix(
+            supercell if isinstance(supercell, np.ndarray) else list(supercell)
+        )
+    supercell_matrix = wanted
+    while not all(compatible(rotation, supercell_matrix) for rotation in rotations):
+        supercell_matrix = symmetric_supercell(supercell_matrix, rotations, cell)
         # who asks for repetitions gets repetitions
-        repeats = containing_mesh(repeats) if is_diagonal(wanted) else repeats
-    if repeats != wanted:
-        log.info("supercell %s breaks the symmetry of the structure; taking %s", wanted, repeats)
+        supercell_matrix = (
+            containing_mesh(supercell_matrix) if is_diagonal(wanted) else supercell_matrix
+        )
+    if supercell_matrix != wanted:
+        log.info(
+            "supercell %s breaks the symmetry of the structure; taking %s", wanted, supercell_matrix
+        )
     if isinstance(supercell, Mapping) and not diagonal:
-        return smallest_supercell(cell, rotations, supercell["min_length"], repeats)
-    return repeats
+        return smallest_supercell(cell, rotations, supercell["min_length"], supercell_matrix)
+    return supercell_matrix
 
 
 def statistical_tolerance(

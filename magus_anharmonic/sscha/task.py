@@ -18,14 +18,14 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha.begin import state_digest
 from magus_anharmonic.sscha.ensemble import Averages
+from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
-from magus_anharmonic.structures import bare, space_group, structure_id
+from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 NOT_OF_A_RUN = (
@@ -102,7 +102,10 @@ LARGEST_STRAIN_ERROR = 0.1
 def correctable(averages: Averages, n: int) -> bool:
     """Whether what a state of ``n`` atoms lies above the minimum is small enough, and known well
     enough, to be taken off."""
-    height, error = averages.decrease / n, (averages.minimum_error - averages.helmholtz_error) / n
+    height, error = (
+        averages.predicted_decrease / n,
+        (averages.minimum_error - averages.helmholtz_error) / n,
+    )
     return bool(abs(height) < LARGEST_CORRECTION and error < LARGEST_CORRECTION)
 
 
@@ -154,8 +157,8 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
         issues.append(f"centroids are known to {averages.position_error.max():.2f} A only")
     if not np.all(averages.strain_error < LARGEST_STRAIN_ERROR):
         issues.append(f"the cell is known to {100 * averages.strain_error.max():.0f} % only")
-    if averages.decrease / n >= max(settings.free_energy_tolerance, error):
-        issues.append(f"G may still fall by {averages.decrease / n * 1e3:.2f} meV/atom")
+    if averages.predicted_decrease / n >= max(settings.free_energy_tolerance, error):
+        issues.append(f"G may still fall by {averages.predicted_decrease / n * 1e3:.2f} meV/atom")
     elif not correctable(averages, n):
         issues.append(
             f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f}"
@@ -171,14 +174,14 @@ def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tupl
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
     Of the minimum that the state is near: what it lies above that is known from the gradients
-    (`Averages.decrease`) and taken off. Of the state itself, an upper bound, where that is not
-    `correctable`.
+    (`Averages.predicted_decrease`) and taken off. Of the state itself, an upper bound, where that
+    is not `correctable`.
     """
     n = len(state.atoms)
     plain = (averages.helmholtz + pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()) / n
     if not correctable(averages, n):
         return float(plain), averages.helmholtz_error / n
-    return float(plain - averages.decrease / n), averages.minimum_error / n
+    return float(plain - averages.predicted_decrease / n), averages.minimum_error / n
 
 
 def centroid_tolerance(state: SschaState, averages: Averages) -> float:
@@ -194,7 +197,7 @@ def finished_result(
     state: SschaState,
     averages: Averages,
     progress: Progress,
-    begin: Start,
+    start: Start,
     reason: str,
     group: str,
     began: float,
@@ -224,17 +227,17 @@ def finished_result(
         pressure=float(-np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        decrease=max(0.0, averages.decrease) / n,
+        predicted_decrease=max(0.0, averages.predicted_decrease) / n,
         centroids=state.atoms.copy(),
         position_error=float(np.max(averages.position_error)),
-        space_group_start=space_group(begin.state.atoms, 0.01),
+        space_group_start=space_group(start.state.atoms, 0.01),
         space_group=group or space_group(state.atoms, tolerance),
         symmetry_tolerance=tolerance,
         n_evaluations=progress.n_evaluations,
         n_populations=len(progress.gibbs),
         n_configs=task.settings.n_configs,
         n_atoms_supercell=n * state.n_cells,
-        supercell=state.repeats,
+        supercell=state.supercell_matrix,
         interpolated_imaginary=finite.imaginary,
         model_id=task.model_id,
         seconds=time.perf_counter() - began,
@@ -247,7 +250,7 @@ def failed_result(task: Task, reason: str, progress: Progress, began: float) -> 
     (finite-size term left out)."""
     gibbs, error = progress.gibbs[-1] if progress.gibbs else (NAN, NAN)
     last = progress.rows[-1] if progress.rows else {}
-    atoms: Atoms = bare(task.atoms)
+    atoms: Atoms = stripped(task.atoms)
     found = space_group(atoms, task.settings.symprec)
     return SschaResult(
         status="failed",
@@ -264,7 +267,7 @@ def failed_result(task: Task, reason: str, progress: Progress, began: float) -> 
         pressure=last.get("pressure_GPa", NAN),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        decrease=last.get("predicted_decrease_eV_per_atom", NAN),
+        predicted_decrease=last.get("predicted_decrease_eV_per_atom", NAN),
         centroids=atoms,
         position_error=NAN,
         space_group_start=found,

@@ -34,7 +34,7 @@ from magus_anharmonic.sscha.hessian import Hessian, levels
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import nearest_neighbour
 from magus_anharmonic.sscha.state import fourier, variance
-from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, supercell_matrix
+from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, shape_supercell_matrix
 from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
 from magus_anharmonic.units import HBAR
 
@@ -190,8 +190,8 @@ class Sublattice:
     def of(cls, point: np.ndarray, cell: np.ndarray) -> Sublattice:
         """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact
         choice of the new."""
-        repeats = commensurate(np.asarray(point)[None], cell)
-        return cls(supercell_matrix(repeats), cell_offsets(repeats))
+        supercell_matrix = commensurate(np.asarray(point)[None], cell)
+        return cls(shape_supercell_matrix(supercell_matrix), cell_offsets(supercell_matrix))
 
 
 def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
@@ -258,9 +258,9 @@ def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
     """<|Q|^2> in A^2 amu of a mode in the auxiliary state, as if all q points had its frequency."""
     state = hessian.state
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    matrix = fourier(state.force_constants, state.repeats, hessian.points[q : q + 1])[0] / np.outer(
-        root, root
-    )
+    matrix = fourier(state.force_constants, state.supercell_matrix, hessian.points[q : q + 1])[
+        0
+    ] / np.outer(root, root)
     square = float((vector.conj() @ matrix @ vector).real)
     return float(variance(np.array([HBAR * np.sqrt(square)]), state.temperature)[0])
 

@@ -39,8 +39,8 @@ def lindemann_ratios(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     weights = (modes.vectors**2).reshape(n_cells, len(state.atoms), 3, -1).sum(axis=2).mean(
         axis=0
     ) / state.atoms.get_masses()[:, None]
-    square = weights @ variance(modes.quantum, state.temperature)
-    at_rest = weights @ variance(modes.quantum, 0.0)
+    square = weights @ variance(modes.hbar_omega, state.temperature)
+    at_rest = weights @ variance(modes.hbar_omega, 0.0)
     distance = CLOSE_PACKING * (state.atoms.get_volume() / len(state.atoms)) ** (1.0 / 3.0)
     return np.sqrt(square) / distance, np.sqrt(np.maximum(square - at_rest, 0.0)) / distance
 

@@ -41,11 +41,11 @@ def deviations(
     """(G - exact) in standard errors of the converged runs, and all runs."""
     case = CASES[name]
     crystal = case.make()
-    truth = Scha(crystal, case.repeats, temperature, case.pressure, cell).solve().gibbs
+    truth = Scha(crystal, case.supercell_matrix, temperature, case.pressure, cell).solve().gibbs
     options = dict(
         pressure=case.pressure,
         temperature=temperature,
-        supercell=case.repeats,
+        supercell=case.supercell_matrix,
         cell=cell,
         n_configs=n_configs,
         engine=engine,
@@ -71,7 +71,7 @@ def wrong_winners(seeds: int) -> tuple[int, int, int]:
                     c,
                     case.pressure,
                     300.0,
-                    case.repeats,
+                    case.supercell_matrix,
                     n_configs=400,
                     seed=2 * seed + i,
                     reference_spacing=0.5,

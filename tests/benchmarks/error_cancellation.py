@@ -29,7 +29,7 @@ from magus_anharmonic.analysis.errors_run import (
     draw_report,
     source_of_result,
 )
-from magus_anharmonic.analysis.labelled_ensemble import draw, label_held
+from magus_anharmonic.analysis.labelled_ensemble import label_locked, sample_displacements
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.labelers import get_labeler
@@ -123,7 +123,7 @@ def label(options: argparse.Namespace) -> None:
     )
     state = state_of(result, options)
     with closing(gpaw(options, "labels")) as labeler:
-        label_held(state, draw(state, options.n, seed=0), labeler, options.folder)
+        label_locked(state, sample_displacements(state, options.n, seed=0), labeler, options.folder)
 
 
 def gpaw(options: argparse.Namespace, purpose: str) -> Labeler:
@@ -171,7 +171,7 @@ def analyse(options: argparse.Namespace) -> None:
         if state is result.state
         else Source(state, whole.phase, whole.pressure, whole.model_id)
     )
-    u = draw(state, options.n, seed=0)
+    u = sample_displacements(state, options.n, seed=0)
     model = load(options.checkpoint)
     report = analyse_errors(source, model, u, options.folder)
     draw_report(report)

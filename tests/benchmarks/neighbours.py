@@ -45,11 +45,11 @@ def vesin_torch(atoms: Atoms) -> int:
     )
 
 
-def milliseconds(function: Callable[[], object], repeats: int = 20) -> float:
+def milliseconds(function: Callable[[], object], supercell_matrix: int = 20) -> float:
     """The median."""
     function()
     times = []
-    for _ in range(repeats):
+    for _ in range(supercell_matrix):
         begun = time.process_time()
         function()
         times.append(time.process_time() - begun)

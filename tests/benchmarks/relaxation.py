@@ -58,7 +58,7 @@ MINIMUM = 0.01  # eV/A; forces of 0.05 eV/A leave more than `SAME` in soft direc
 MINIMUM_STEPS = 600
 OURS = 0.005  # eV/A; the last tenths of a meV/atom in soft directions
 OPTIMIZERS = ("ase", "bfgs", "fire")
-KICKS = 12
+PERTURBATION_SIZES = 12
 COUNT = 64
 
 
@@ -319,23 +319,23 @@ def minima(
     count: int,
     seed: int,
     optimizers: Sequence[str] = OPTIMIZERS,
-    kicks: int = KICKS,
+    perturbations: int = PERTURBATION_SIZES,
     known: Path | None = None,
     tolerance: float = OURS,
 ) -> tuple[int, list[str]]:
     """In how many of ``count`` starts ours is as low as ASE's BFGS on the stock calculator, and a
     line for each other one.
 
-    Further paths and kicks never end higher: those that are as low after the first path alone are
+    Further paths and perturbations never end higher: those that are as low after the first path alone are
     spared them, the others start anew.
     """
     structures = starts(count, seed)
     potential = load(CHECKPOINT, device="cpu")
     calculator = MatterSimCalculator(load_path=str(CHECKPOINT), device="cpu")
     left = {index: "" for index in range(count)}
-    for paths, n_kicks in ((tuple(optimizers[:1]), 0), (tuple(optimizers), kicks)):
+    for paths, n_perturbations in ((tuple(optimizers[:1]), 0), (tuple(optimizers), perturbations)):
         indices = list(left)
-        options = _options(tolerance, len(paths) * (1 + n_kicks) * MINIMUM_STEPS) | {
+        options = _options(tolerance, len(paths) * (1 + n_perturbations) * MINIMUM_STEPS) | {
             "stress_tolerance": 20.0 * tolerance
         }
         begun = time.process_time()
@@ -343,7 +343,7 @@ def minima(
             [structures[index] for index in indices],
             PRESSURE,
             optimizer=paths,
-            kicks=n_kicks,
+            perturbations=n_perturbations,
             **options,
         )
         used, spent = sum(result.n_steps for result in ours), time.process_time() - begun
@@ -361,7 +361,7 @@ def minima(
             " the processor"
         )
         print(
-            f"{', '.join(paths)} with {n_kicks} kicks: {count - len(left)} of {count} as low;"
+            f"{', '.join(paths)} with {n_perturbations} perturbations: {count - len(left)} of {count} as low;"
             f" {each}",
             flush=True,
         )
@@ -395,7 +395,7 @@ def main() -> None:
         metavar="COUNT",
         help="compare the minima of so many starts instead",
     )
-    parser.add_argument("--kicks", type=int, default=KICKS, help="of --minima")
+    parser.add_argument("--perturbations", type=int, default=PERTURBATION_SIZES, help="of --minima")
     parser.add_argument("--tolerance", type=float, default=OURS, help="of ours in --minima, eV/A")
     parser.add_argument(
         "--references",
@@ -411,7 +411,7 @@ def main() -> None:
             options.minima,
             options.seed,
             paths,
-            options.kicks,
+            options.perturbations,
             options.references,
             options.tolerance,
         )

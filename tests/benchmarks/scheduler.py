@@ -32,8 +32,8 @@ from distributed import LocalCluster
 from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.scheduled import label_on_worker
 from magus_anharmonic.labelers.worker import atoms_to_json
-from magus_anharmonic.potential.portable import portable
-from magus_anharmonic.ranking.jobs import Job, _parcel, _run_elsewhere
+from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
 from magus_anharmonic.scheduler.local import LocalScheduler
@@ -162,8 +162,8 @@ def sscha(rounds: int) -> None:
             )
             for n in range(8)
         ]
-        items = [(_parcel(job), free_energy) for job in jobs]
-        one_against_two("sscha", _run_elsewhere, items, portable(potential, remote=True), rounds)
+        items = [(_remote_job(job), free_energy) for job in jobs]
+        one_against_two("sscha", _run_elsewhere, items, serialised(potential, remote=True), rounds)
 
 
 def h3s(a: float) -> Atoms:

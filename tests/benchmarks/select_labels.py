@@ -35,7 +35,7 @@ from ase import Atoms
 from ase.io import read, write
 from error_cancellation import im3m, r3m, state_of
 
-from magus_anharmonic.analysis.labelled_ensemble import draw, read_labelled
+from magus_anharmonic.analysis.labelled_ensemble import read_labelled, sample_displacements
 from magus_anharmonic.generation import SearchState, expected_spread, undecided
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
@@ -50,7 +50,7 @@ from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import LabelerSettings, Settings, parse_settings
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import displaced
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 LABELS = Path(__file__).parents[2] / "inputs" / "h3s-checkpoint" / "labels.xyz"
 LABEL_COUNTS = (8, 16, 32, 64)
@@ -64,7 +64,7 @@ class Pool:
 
     id: str
     space_group: str
-    odds: float
+    probability: float
     spread: float
     errors: np.ndarray
 
@@ -138,7 +138,9 @@ def structures(model: Potential, options: argparse.Namespace) -> list[Atoms]:
     """Im-3m, R3m, and the lowest distinct other 4-atom structures of the label set, as the model
     relaxes them."""
     known = [
-        bare(a) for a in read(LABELS, ":") if len(a) == 4 and a.info["kind"] in ("random", "search")
+        stripped(a)
+        for a in read(LABELS, ":")
+        if len(a) == 4 and a.info["kind"] in ("random", "search")
     ]
     relaxed = sorted(
         (
@@ -175,7 +177,7 @@ def pools(
     symbols = {c.id: c.spg_quantum for c in candidates}
     found = []
     for contender in contenders:
-        configurations = [bare(atoms) for atoms in contender.configurations]
+        configurations = [stripped(atoms) for atoms in contender.configurations]
         file = (
             options.folder
             / f"reference-{options.labeler}-{contender.id}-{len(configurations)}-{model.model_id}.npy"
@@ -190,7 +192,7 @@ def pools(
             Pool(
                 contender.id,
                 symbols[contender.id],
-                contender.odds,
+                contender.probability,
                 contender.spread,
                 pairs[np.isfinite(pairs)],
             )
@@ -225,7 +227,7 @@ def measured_pools(folders: list[Path], model: Potential) -> list[Pool]:
                 f" of {model.model_id}"
             )
         state = state_of(result, argparse.Namespace(conventional=True))
-        displacements = draw(state, N_MEASURED, seed=0)
+        displacements = sample_displacements(state, N_MEASURED, seed=0)
         labels = read_labelled(state, displacements, model, folder)
         difference = (labels.reference.energies - labels.model.energies) / len(state.supercell)
         spread = expected_spread(model, displaced(state, displacements))
@@ -235,26 +237,28 @@ def measured_pools(folders: list[Path], model: Potential) -> list[Pool]:
 
 
 def shares(
-    way: str, found: list[Pool], n_pairs: int, n_candidates: int, rng: np.random.Generator
+    method: str, found: list[Pool], n_pairs: int, n_candidates: int, rng: np.random.Generator
 ) -> list[int]:
     """Pairs for each pool."""
-    if way == "sscha":
-        return allocate([pool.spread for pool in found], [pool.odds for pool in found], n_pairs)
-    among = len(found) if way == "random, undecided" else n_candidates
-    drawn = rng.integers(among, size=n_pairs)
-    return [int((drawn == k).sum()) for k in range(len(found))]
+    if method == "sscha":
+        return allocate(
+            [pool.spread for pool in found], [pool.probability for pool in found], n_pairs
+        )
+    among = len(found) if method == "random, undecided" else n_candidates
+    sampled = rng.integers(among, size=n_pairs)
+    return [int((sampled == k).sum()) for k in range(len(found))]
 
 
 def error_of_difference(
-    way: str, found: list[Pool], n_pairs: int, n_candidates: int, draws: int, seed: int
+    method: str, found: list[Pool], n_pairs: int, n_candidates: int, samples: int, seed: int
 ) -> float:
     """RMSE (eV/atom) of the corrected difference of the two lowest; a phase without labels is
     shifted as the other is."""
     rng = np.random.default_rng([seed, n_pairs])
     truth = found[0].errors.mean() - found[1].errors.mean()
     misses = []
-    for _ in range(draws):
-        given = shares(way, found, n_pairs, n_candidates, rng)
+    for _ in range(samples):
+        given = shares(method, found, n_pairs, n_candidates, rng)
         means = [
             rng.choice(pool.errors, n).mean() if n else None
             for pool, n in zip(found, given, strict=True)
@@ -277,7 +281,7 @@ def labels_for(error: float, counts: np.ndarray, errors: np.ndarray) -> float:
 def report(found: list[Pool], n_candidates: int, options: argparse.Namespace) -> None:
     for pool in found:
         print(
-            f"{pool.space_group} {pool.id}: odds to be lowest {pool.odds:.2f}; expected spread"
+            f"{pool.space_group} {pool.id}: probability of being lowest {pool.probability:.2f}; expected spread"
             f" {1e3 * pool.spread:.1f} meV/atom, found {1e3 * pool.errors.std(ddof=1):.1f} of pair"
             f" means ({len(pool.errors)} pairs); G(reference) - G(model)"
             f" {1e3 * pool.errors.mean():.1f} meV/atom"
@@ -285,22 +289,25 @@ def report(found: list[Pool], n_candidates: int, options: argparse.Namespace) ->
     ways = ("sscha", "random, undecided", "random, all candidates")
     fine = np.unique(np.geomspace(4, 1024, 25).astype(int) // 2 * 2)
     curves = {
-        way: np.array(
+        method: np.array(
             [
-                error_of_difference(way, found, n // 2, n_candidates, options.draws, options.seed)
+                error_of_difference(
+                    method, found, n // 2, n_candidates, options.samples, options.seed
+                )
                 for n in fine
             ]
         )
-        for way in ways
+        for method in ways
     }
     print(
-        f"\nerror of the difference of G (meV/atom) over {options.draws} draws; {n_candidates}"
+        f"\nerror of the difference of G (meV/atom) over {options.samples} samples; {n_candidates}"
         " candidates have a free energy"
     )
-    print(f"{'labels':>8}" + "".join(f"{way:>24}" for way in ways))
+    print(f"{'labels':>8}" + "".join(f"{method:>24}" for method in ways))
     for n in LABEL_COUNTS:
         print(
-            f"{n:>8}" + "".join(f"{1e3 * np.interp(n, fine, curves[way]):>24.2f}" for way in ways)
+            f"{n:>8}"
+            + "".join(f"{1e3 * np.interp(n, fine, curves[method]):>24.2f}" for method in ways)
         )
     print(
         "\nlabels that random choice needs for the error that select: sscha has with n labels,"
@@ -308,7 +315,9 @@ def report(found: list[Pool], n_candidates: int, options: argparse.Namespace) ->
     )
     for n in LABEL_COUNTS:
         error = float(np.interp(n, fine, curves["sscha"]))
-        ratios = [f"{way}: {labels_for(error, fine, curves[way]) / n:.2f}" for way in ways[1:]]
+        ratios = [
+            f"{method}: {labels_for(error, fine, curves[method]) / n:.2f}" for method in ways[1:]
+        ]
         print(f"{n:>8}  {'   '.join(ratios)}")
 
 
@@ -343,7 +352,7 @@ def main() -> None:
         metavar="PHASE",
         help="folders of error_cancellation.py: its labels are the pool",
     )
-    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -360,7 +369,7 @@ def main() -> None:
     for c in candidates:
         print(
             f"{c.id} {c.spg_static} -> {c.spg_quantum}: G {c.gibbs} +- {c.gibbs_error}, {c.status};"
-            f" odds {c.p_lowest_total} {c.reason}"
+            f" probabilities {c.p_lowest_total} {c.reason}"
         )
     state = SearchState(settings, run_dir, model, options.seed, candidates=candidates)
     contenders = undecided(state, 1)

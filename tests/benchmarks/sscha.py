@@ -78,10 +78,10 @@ class Row:
         )
 
 
-def cpu(function: Callable[[], object], repeats: int = 1) -> float:
+def cpu(function: Callable[[], object], supercell_matrix: int = 1) -> float:
     """Shortest processor time in seconds of ``repeats`` calls."""
     times = []
-    for _ in range(repeats):
+    for _ in range(supercell_matrix):
         begun = time.process_time()
         function()
         times.append(time.process_time() - begun)
@@ -115,7 +115,7 @@ def h3s() -> Atoms:
 
 
 def synthetic(
-    atoms: Atoms, repeats: tuple[int, int, int], n_configs: int
+    atoms: Atoms, supercell_matrix: tuple[int, int, int], n_configs: int
 ) -> tuple[SschaState, Ensemble, Symmetry]:
     """A state, and an ensemble of an anharmonic surface of the same symmetry whose minimum the
     sample reaches.
@@ -123,17 +123,17 @@ def synthetic(
     Energy 1/2 u K u + c sum_i |u_i|^4 without the mean displacement: it costs nothing, so that
     algebra alone is compared.
     """
-    symmetry = Symmetry(atoms, repeats)
+    symmetry = Symmetry(atoms, supercell_matrix)
     rng = np.random.default_rng(0)
-    n, n_cells = len(atoms), int(np.prod(repeats))
+    n, n_cells = len(atoms), int(np.prod(supercell_matrix))
     compact = 0.1 * rng.normal(size=(n_cells, n, n, 3, 3))
     compact[0] += 12.0 * np.einsum("ab,ij->abij", np.eye(n), np.eye(3))
     compact = symmetry.force_constants(compact)
-    state = SschaState(atoms, repeats, compact, 0.0)
+    state = SschaState(atoms, supercell_matrix, compact, 0.0)
     u = sample(state, n_configs, rng)
     quartic = 5.0 * (u**2).sum(axis=2, keepdims=True)
     flat = u.reshape(n_configs, -1)
-    pull = 0.985 * (flat @ expand(compact, repeats)).reshape(u.shape)
+    pull = 0.985 * (flat @ expand(compact, supercell_matrix)).reshape(u.shape)
     energies = 0.5 * (pull * u).sum(axis=(1, 2)) + (quartic * u**2).sum(axis=(1, 2))
     forces = -(pull + 4.0 * quartic * u)
     stresses = 0.1 * rng.normal(size=(n_configs, 1, 1)) * np.eye(3)
@@ -145,11 +145,15 @@ def synthetic(
 
 
 def one_step(
-    what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: float, n_configs: int = 1000
+    what: str,
+    atoms: Atoms,
+    supercell_matrix: tuple[int, int, int],
+    bar: float,
+    n_configs: int = 1000,
 ) -> Row:
     """Weights, free energy with its error, both gradients and the stress of one moved state;
     symmetrised."""
-    state, ensemble, symmetry = synthetic(atoms, repeats, n_configs)
+    state, ensemble, symmetry = synthetic(atoms, supercell_matrix, n_configs)
     target = replace(state, force_constants=1.01 * state.force_constants)
     pool = Pool([(state, ensemble)])
     matrices, nowhere = (
@@ -181,11 +185,15 @@ def one_step(
 
 
 def one_ensemble(
-    what: str, atoms: Atoms, repeats: tuple[int, int, int], bar: float, n_configs: int = 1000
+    what: str,
+    atoms: Atoms,
+    supercell_matrix: tuple[int, int, int],
+    bar: float,
+    n_configs: int = 1000,
 ) -> Row:
     """Minimise F on one ensemble to a gradient at least as small as python-sscha's; both stop by
     their own criterion."""
-    state, ensemble, symmetry = synthetic(atoms, repeats, n_configs)
+    state, ensemble, symmetry = synthetic(atoms, supercell_matrix, n_configs)
     results = {}
 
     def theirs() -> None:
@@ -287,7 +295,7 @@ def stock_candidate(
         symmetric_primitive(atoms, 0.05), counting, pressure, symprec=0.05, variable_cell=True
     )
     begin = harmonic_start(
-        relaxed, counting, temperature=0.0, repeats=(2, 2, 2), variable_cell=True
+        relaxed, counting, temperature=0.0, supercell_matrix=(2, 2, 2), variable_cell=True
     )
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), python_sscha.quiet(LOG):
         import sscha.Ensemble

@@ -70,14 +70,18 @@ def problem(
 ) -> tuple[SschaState, Ensemble, Symmetry]:
     """A state with random force constants of its symmetry, and an ensemble with a random cubic
     force."""
-    atoms, repeats, _ = CASES[name]
-    symmetry = Symmetry(atoms, repeats)
+    atoms, supercell_matrix, _ = CASES[name]
+    symmetry = Symmetry(atoms, supercell_matrix)
     rng = np.random.default_rng(0)
-    n_cells, n = int(np.prod(repeats)), len(atoms)
-    full = expand(symmetry.force_constants(rng.normal(0, 0.3, (n_cells, n, n, 3, 3))), repeats)
+    n_cells, n = int(np.prod(supercell_matrix)), len(atoms)
+    full = expand(
+        symmetry.force_constants(rng.normal(0, 0.3, (n_cells, n, n, 3, 3))), supercell_matrix
+    )
     full += (3.0 - np.linalg.eigvalsh(full)[0]) * sum_rule(np.eye(len(full)))
-    state = SschaState(atoms, repeats, symmetry.force_constants(fold(full, repeats)), temperature)
-    assert np.all(normal_modes(state.full, state.supercell.get_masses()).quantum > 0)
+    state = SschaState(
+        atoms, supercell_matrix, symmetry.force_constants(fold(full, supercell_matrix)), temperature
+    )
+    assert np.all(normal_modes(state.full, state.supercell.get_masses()).hbar_omega > 0)
     u = sample(state, n_configs, rng)
     pulls = -(u.reshape(n_configs, -1) @ state.full).reshape(u.shape)
     extra = 3.0 * u * np.roll(u, 1, axis=1) + rng.normal(0, 0.01, u.shape)

@@ -1,4 +1,4 @@
-"""How many crystals become Im-3m once the ions move (Fig. 6 of the paper), against the tolerance at
+"""How many crystals become Im-3m with SSCHA (Fig. 6 of the paper), against the tolerance at
 which their symmetry is looked for.
 
 Usage: python tests/benchmarks/symprec.py FOLDER [--candidates 8] [--n-configs 100]

@@ -31,7 +31,7 @@ BARS = {(3, 128): 3.0, (2, 32): 8.0}
 """Blocks and units of the model, and the ratio that is claimed at least."""
 
 BATCH_SIZES = (4, 8, 16)
-REPEATS = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
+SUPERCELL_MATRIX = ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))
 
 
 def labelled_supercells(count: int, rng: np.random.Generator) -> list[Atoms]:
@@ -42,7 +42,7 @@ def labelled_supercells(count: int, rng: np.random.Generator) -> list[Atoms]:
     unit = Atoms("SH3", positions=np.vstack([np.zeros(3), half * np.eye(3)]), cell=cell, pbc=True)
     result = []
     for index in range(count):
-        atoms = unit.repeat(REPEATS[index % len(REPEATS)])
+        atoms = unit.repeat(SUPERCELL_MATRIX[index % len(SUPERCELL_MATRIX)])
         atoms.positions += rng.normal(0, 0.1, atoms.positions.shape)
         forces = rng.normal(0, 1.0, atoms.positions.shape)
         atoms.calc = SinglePointCalculator(

@@ -13,7 +13,7 @@ from ase.io import read, write
 from magus_run import magus, needs_magus, ours, write_input
 
 from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.structures import bare, held_atoms
+from magus_anharmonic.structures import fixed_atoms, stripped
 
 pytestmark = needs_magus
 
@@ -147,14 +147,14 @@ def test_every_energy_is_that_of_the_structure_that_carries_it(
         frames = [atoms for atoms in read(file, ":") if "energy" in atoms.info]
         if not frames:
             continue
-        found = potential.evaluate([bare(atoms) for atoms in frames])
+        found = potential.evaluate([stripped(atoms) for atoms in frames])
         for atoms, energy, forces in zip(frames, found.energy, found.forces, strict=True):
             assert atoms.info["energy"] == pytest.approx(energy, abs=1e-5), (
                 file.name,
                 atoms.info["identity"],
             )
             assert np.allclose(atoms.info["forces"], forces, atol=1e-4)
-            assert held_atoms(atoms).any() == (kind == "surface")
+            assert fixed_atoms(atoms).any() == (kind == "surface")
         checked += len(frames)
     assert checked >= 8
 
@@ -164,9 +164,9 @@ def test_the_lower_half_of_every_slab_stays_where_magus_put_it(work: Path) -> No
     assert magus(work, "search").returncode == 0
     heights = set()
     for atoms in read(work / "results/raw1.traj", ":"):
-        held = held_atoms(atoms)
-        assert held.any() and not held.all()
-        z = atoms.positions[held, 2]
+        fixed = fixed_atoms(atoms)
+        assert fixed.any() and not fixed.all()
+        z = atoms.positions[fixed, 2]
         heights.add(tuple(np.round(np.diff(np.sort(z)), 6)))
     assert len(heights) == 1, "relaxed, every slab would have layers of its own"
 

@@ -1,4 +1,4 @@
-"""The way of one structure through a relaxation: optimisers, kicks, and how it ends."""
+"""Relaxation of one structure: optimisers, perturbations, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import is_trouble, one_line
+from magus_anharmonic.errors import is_machine_error, one_line
 from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import (
     APART_AT_START,
@@ -19,24 +19,24 @@ from magus_anharmonic.potential.guards import (
     isolated,
     n_pieces,
     overlap,
-    senseless,
+    why_invalid,
 )
+from magus_anharmonic.potential.minimiser import ENTHALPY_NOISE, MinimiserState, Point
 from magus_anharmonic.potential.optimizers import Options
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
-from magus_anharmonic.potential.trajectory import ENTHALPY_NOISE, Point, Trajectory
-from magus_anharmonic.structures import bare, held_atoms, structure_id
+from magus_anharmonic.structures import fixed_atoms, stripped, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa
 
 logger = logging.getLogger(__name__)
 
-KICKS = (
+PERTURBATION_SIZES = (
     0.2,
     0.35,
     0.5,
 )  # Angstrom, in turn; smaller ones fall back where they came from, each mends other starts
 NEAR_MINIMUM = 1.0  # eV/A
-FREE_STEPS = 12  # after a kick, before its Hessian is believed
-DECREASE_MARGIN = 5.0  # on what a Hessian from few steps expects
+FREE_STEPS = 12  # after a perturbation, before its Hessian is believed
+DECREASE_FACTOR = 5.0  # on what a Hessian from few steps expects
 SMALLEST_GAIN = 1e-4  # eV/atom
 
 Result = tuple[float, np.ndarray, np.ndarray]
@@ -63,47 +63,49 @@ class Relaxation:
     reason: str = ""
 
 
-class Way:
-    """The way of one structure, a `Trajectory` for each optimiser, with its end: converged, failed,
-    or out of steps."""
+class SingleRelaxation:
+    """Relaxation of one structure, a `MinimiserState` for each optimiser, until it has converged,
+    failed or run out of steps."""
 
     def __init__(self, atoms: Atoms, options: Options) -> None:
         self.options = options
-        self.atoms = bare(atoms)
+        self.atoms = stripped(atoms)
         self.reason = ""
         self.failed = self.done = self.converged = False
         self.n_steps = 0
-        self.trajectory: Trajectory | None = None
+        self.minimiser: MinimiserState | None = None
         self.kept: tuple[Point, Atoms] | None = None
         self.waiting = list(options.optimizers)
         self.lowest: Point | None = None
-        self.attempt(self._begin, atoms)
+        self.attempt(self._start, atoms)
 
-    def _begin(self, given: Atoms) -> None:
-        """Look at the structure and stand at its start."""
+    def _start(self, given: Atoms) -> None:
+        """Check the structure and set up the first optimiser."""
         options = self.options
-        if reason := senseless(self.atoms):
+        if reason := why_invalid(self.atoms):
             self.done, self.reason, self.failed = True, reason, True
             return
-        self.held = held_atoms(given)
+        self.fixed = fixed_atoms(given)
         projected = options.fix_symmetry and self.atoms.pbc.all()
         self.projector = SymmetryProjector(self.atoms, options.symprec) if projected else None
         self.rng = (
-            np.random.default_rng(int(structure_id(self.atoms), 16)) if options.kicks else None
+            np.random.default_rng(int(structure_id(self.atoms), 16))
+            if options.perturbations
+            else None
         )
         self._next_optimizer()
 
     def attempt(self, action: Callable[..., T], *arguments: object) -> T | None:
-        """Call a method of this way; what it raises ends this relaxation and no other, unless it is
-        trouble of the machine."""
+        """Call a method of this relaxation; what it raises ends this relaxation and no other,
+        unless it is a machine error."""
         try:
             return action(*arguments)
         except Exception as error:
-            if is_trouble(error):
+            if is_machine_error(error):
                 raise
             logger.debug("%s of %s failed", action.__name__, self.atoms, exc_info=True)
             reason = one_line(error)
-            if self.trajectory is None:
+            if self.minimiser is None:
                 self.done, self.reason, self.failed = True, reason, True
             else:
                 self._end(f"the next step fails: {reason}", failed=True)
@@ -112,68 +114,72 @@ class Way:
     def _next_optimizer(self) -> None:
         """Begin at the start with the next of the optimisers."""
         options = self.options
-        self.trajectory = Trajectory(
+        self.minimiser = MinimiserState(
             self.atoms,
             options.pressure,
             options.max_move,
             options.relax_cell,
             self.projector,
             self.waiting.pop(0),
-            self.held,
+            self.fixed,
         )
-        self.isolated = isolated(self.trajectory.start)
-        self.n_pieces = n_pieces(self.trajectory.start, APART_AT_START)
-        self.guard = CellGuard(self.trajectory.start_lattice, len(self.atoms))
-        self.n_kicks = self.free_until = 0
+        self.isolated = isolated(self.minimiser.start)
+        self.n_pieces = n_pieces(self.minimiser.start, APART_AT_START)
+        self.guard = CellGuard(self.minimiser.start_lattice, len(self.atoms))
+        self.n_perturbations = self.free_until = 0
         self.reason = ""
         self.lowest: Point | None = None
 
     def n_edges(self) -> float:
         """Pairs of atoms within `BOND_RANGE`, estimated from the density."""
-        assert self.trajectory is not None
-        return expected_pairs(self.trajectory.structure(), BOND_RANGE)
+        assert self.minimiser is not None
+        return expected_pairs(self.minimiser.structure(), BOND_RANGE)
 
     def propose(self) -> Atoms | None:
         """The next structure to evaluate; None when the step led to overlapping atoms (the next
         step is shorter)."""
-        assert self.trajectory is not None
+        assert self.minimiser is not None
         self.n_steps += 1
-        atoms = self.trajectory.propose()
-        if self.trajectory.point is not None and (reason := overlap(atoms)):
-            self.trajectory.shrink()
+        atoms = self.minimiser.propose()
+        if self.minimiser.point is not None and (reason := overlap(atoms)):
+            self.minimiser.shrink()
             self.reason = reason
             return None
         return atoms
 
     def receive(self, result: Result | str) -> None:
-        assert self.trajectory is not None
+        assert self.minimiser is not None
         if (
             not isinstance(result, str)
-            and self.trajectory.relax_cell
+            and self.minimiser.relax_cell
             and not np.isfinite(result[2]).all()
         ):
             result = "there is no stress, which a variable cell needs"
         if not isinstance(result, str):
-            if self.trajectory.receive(*result):
+            if self.minimiser.receive(*result):
                 self.reason = ""
-        elif self.trajectory.point is None:
+        elif self.minimiser.point is None:
             self._end(result, failed=True)
         else:
-            self.trajectory.shrink()
+            self.minimiser.shrink()
             self.reason = result
 
     def _end(self, reason: str, failed: bool = False, converged: bool = False) -> None:
-        """The end, another kick or the next optimiser; a search that fails does not spoil a minimum
-        that was found before it."""
+        """The end, another perturbation or the next optimiser; a search that fails does not spoil a
+        minimum that was found before it."""
         if converged:
             self._keep_lower()
         if self.kept is not None:
             reason, failed, converged = "", False, True
         if self.n_steps < self.options.max_steps:
-            if self.lowest is not None and self.n_kicks < self.options.kicks:
-                assert self.trajectory is not None and self.rng is not None
-                self.trajectory.kick(self.lowest.x, KICKS[self.n_kicks % len(KICKS)], self.rng)
-                self.n_kicks += 1
+            if self.lowest is not None and self.n_perturbations < self.options.perturbations:
+                assert self.minimiser is not None and self.rng is not None
+                self.minimiser.perturb(
+                    self.lowest.x,
+                    PERTURBATION_SIZES[self.n_perturbations % len(PERTURBATION_SIZES)],
+                    self.rng,
+                )
+                self.n_perturbations += 1
                 self.free_until = self.n_steps + FREE_STEPS
                 return
             if self.waiting:
@@ -182,64 +188,70 @@ class Way:
         self.done, self.reason, self.failed, self.converged = True, reason, failed, converged
 
     def _keep_lower(self) -> None:
-        assert self.trajectory is not None and self.trajectory.point is not None
-        point = self.trajectory.point
+        assert self.minimiser is not None and self.minimiser.point is not None
+        point = self.minimiser.point
         if self.lowest is None or point.enthalpy < self.lowest.enthalpy:
             self.lowest = point
         if self.kept is None or point.enthalpy < self.kept[0].enthalpy:
-            self.kept = point, self.trajectory.structure()
+            self.kept = point, self.minimiser.structure()
 
     def judge(self) -> None:
-        """End the relaxation where it has converged, gone astray, stuck or run out of steps."""
-        way = self.trajectory
-        if self.done or way is None or way.point is None or way.best is None:
+        """End the relaxation where it has converged, diverged, got stuck or run out of steps."""
+        minimiser = self.minimiser
+        if self.done or minimiser is None or minimiser.point is None or minimiser.best is None:
             return
-        last = way.stuck or self.n_steps >= self.options.max_steps
-        if not last and self._hopeless():
-            self._end("ends no lower than before the kick")
+        last = minimiser.stuck or self.n_steps >= self.options.max_steps
+        if not last and self._to_be_pruned():
+            self._end("ends no lower than before the perturbation")
             return
-        higher = way.point.enthalpy > way.best.enthalpy + ENTHALPY_NOISE * len(self.atoms)
+        higher = minimiser.point.enthalpy > minimiser.best.enthalpy + ENTHALPY_NOISE * len(
+            self.atoms
+        )
         if higher and (last or self._converged()):
-            way.return_to_best()
-            way.downwards = True
-        astray = self.guard.astray(way.lattice(way.x)) if way.relax_cell else ""
-        if astray:
-            self._end(astray, failed=True)
+            minimiser.return_to_best()
+            minimiser.downwards = True
+        diverged = (
+            self.guard.diverged(minimiser.lattice(minimiser.x)) if minimiser.relax_cell else ""
+        )
+        if diverged:
+            self._end(diverged, failed=True)
         elif last or self._converged():
             self._finish()
 
-    def _hopeless(self) -> bool:
-        """After a kick: near a minimum that is not expected to be lower than the one that it was
-        kicked from."""
-        way = self.trajectory
-        if self.lowest is None or way is None or way.point is None:
+    def _to_be_pruned(self) -> bool:
+        """After a perturbation: near a minimum that is not expected to be lower than the
+        unperturbed one."""
+        minimiser = self.minimiser
+        if self.lowest is None or minimiser is None or minimiser.point is None:
             return False
-        if self.n_steps < self.free_until or way.residual()[0] > NEAR_MINIMUM:
+        if self.n_steps < self.free_until or minimiser.residual()[0] > NEAR_MINIMUM:
             return False
-        expected = way.point.enthalpy - DECREASE_MARGIN * way.rule.decrease(way.point.gradient)
+        expected = minimiser.point.enthalpy - DECREASE_FACTOR * minimiser.rule.predicted_decrease(
+            minimiser.point.gradient
+        )
         return expected > self.lowest.enthalpy - SMALLEST_GAIN * len(self.atoms)
 
     def _converged(self) -> bool:
-        assert self.trajectory is not None
-        force, stress = self.trajectory.residual()
+        assert self.minimiser is not None
+        force, stress = self.minimiser.residual()
         return force < self.options.force_tolerance and stress < self.options.stress_tolerance
 
     def _finish(self) -> None:
         """Say how it ended at the point where the search stands."""
-        assert self.trajectory is not None
-        atoms = self.trajectory.structure()
+        assert self.minimiser is not None
+        atoms = self.minimiser.structure()
         wrong = overlap(atoms) or self._dissolved(atoms)
         if wrong:
             self._end(wrong, failed=True)
         elif self._converged():
             self._end("", converged=True)
-        elif self.trajectory.stuck and self.reason:
+        elif self.minimiser.stuck and self.reason:
             self._end(f"every step fails: {self.reason}", failed=True)
         else:
-            force, stress = self.trajectory.residual()
+            force, stress = self.minimiser.residual()
             cause = (
                 "no step lowers the enthalpy"
-                if self.trajectory.stuck
+                if self.minimiser.stuck
                 else f"not converged after {self.n_steps} steps"
             )
             self._end(
@@ -257,9 +269,9 @@ class Way:
         return ""
 
     def result(self) -> Relaxation:
-        way = self.trajectory
-        if self.kept is None and way is not None and way.point is not None:
-            self.kept = way.point, way.structure()
+        minimiser = self.minimiser
+        if self.kept is None and minimiser is not None and minimiser.point is not None:
+            self.kept = minimiser.point, minimiser.structure()
         if self.kept is None:
             nothing = np.full((len(self.atoms), 3), np.nan)
             return Relaxation(

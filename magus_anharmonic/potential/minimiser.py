@@ -1,5 +1,4 @@
-"""One structure on its way to the nearest minimum of the enthalpy: its coordinates, and which steps
-are taken."""
+"""State of the minimiser of one structure: its coordinates, and which steps are taken."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from scipy.linalg import expm, expm_frechet
 
 from magus_anharmonic.potential.optimizers import OPTIMIZERS
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 SMALLEST_STEP = 1e-5  # Angstrom
 ENTHALPY_NOISE = 2e-6  # eV/atom, the rounding of float32 models
@@ -30,7 +29,7 @@ class Point:
     stress: np.ndarray
 
 
-class Trajectory:
+class MinimiserState:
     """Positions and cell of one structure as one vector, and a step rule that goes down in the
     enthalpy H = E + P V.
 
@@ -51,9 +50,9 @@ class Trajectory:
         relax_cell: bool,
         projector: SymmetryProjector | None,
         optimizer: str = "ase",
-        held: np.ndarray | None = None,
+        fixed: np.ndarray | None = None,
     ) -> None:
-        start = bare(atoms if projector is None else projector.structure(atoms))
+        start = stripped(atoms if projector is None else projector.structure(atoms))
         self.start, self.projector, self.pressure, self.max_move = (
             start,
             projector,
@@ -67,7 +66,7 @@ class Trajectory:
         self.coordinates = rule.coordinates
         self.length = len(start) ** rule.coordinates.cell_power
         self.x = np.concatenate([start.positions.ravel(), np.zeros(9 if self.relax_cell else 0)])
-        self.free = np.ones((len(start), 1)) if held is None else 1.0 - held[:, None]
+        self.free = np.ones((len(start), 1)) if fixed is None else 1.0 - fixed[:, None]
         self.mobile = np.ones_like(self.x)
         self.mobile[: 3 * len(start)] = np.repeat(self.free, 3)
         self.trial = self.x
@@ -166,8 +165,8 @@ class Trajectory:
             self.downwards = True
             self.return_to_best()
 
-    def kick(self, x: np.ndarray, size: float, rng: np.random.Generator) -> None:
-        """Start again at a random place near a point: off a saddle, with what was learnt about the
+    def perturb(self, x: np.ndarray, size: float, rng: np.random.Generator) -> None:
+        """Start again at a random point nearby: off a saddle, with what was learnt about the
         curvature.
 
         size : standard deviation (Angstrom) of each coordinate of the atoms and of each component
@@ -213,7 +212,7 @@ class Trajectory:
         return float(np.sqrt((step.reshape(-1, 3) ** 2).sum(axis=1).max()))
 
     def residual(self) -> tuple[float, float]:
-        """Largest force (eV/A) on an atom that is not held, and largest component of stress + P
+        """Largest force (eV/A) on an atom that is not fixed, and largest component of stress + P
         (eV/A^3; zero when the cell is fixed)."""
         assert self.point is not None
         force = float(np.sqrt(((self.free * self.point.forces) ** 2).sum(axis=1).max()))

@@ -31,9 +31,9 @@ from magus_anharmonic.sscha.start import (
 )
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.state import same_gaussian as same_gaussian
-from magus_anharmonic.sscha.supercells import Repeats, is_diagonal, n_cells, q_points
-from magus_anharmonic.sscha.symmetry import Symmetry, choose_repeats, symmetric_primitive
-from magus_anharmonic.structures import bare, isotopes, kinds, with_isotopes
+from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
+from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix, symmetric_primitive
+from magus_anharmonic.structures import isotopes, kinds, stripped, with_isotopes
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def state_digest(state: SschaState) -> str:
     return digest.hexdigest()[:12]
 
 
-def begin_run(
+def start_run(
     atoms: Atoms,
     evaluator: Evaluator,
     settings: SschaSettings,
@@ -135,7 +135,7 @@ def begin_run(
             start, atoms, evaluator, settings, temperature=temperature, masses=masses
         )
     variable_cell = settings.cell == "variable"
-    reduced = symmetric_primitive(bare(atoms), settings.symprec)
+    reduced = symmetric_primitive(stripped(atoms), settings.symprec)
     supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
     relaxed = relaxed_primitive(
@@ -144,11 +144,15 @@ def begin_run(
     structure = with_masses(relaxed, relaxed, masses)
     if heavy := isotopes(structure):
         log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
-    repeats = supercell_of(structure, settings)
-    begin = harmonic_start(
-        structure, counting, temperature=temperature, repeats=repeats, variable_cell=variable_cell
+    supercell_matrix = supercell_of(structure, settings)
+    first = harmonic_start(
+        structure,
+        counting,
+        temperature=temperature,
+        supercell_matrix=supercell_matrix,
+        variable_cell=variable_cell,
     )
-    return replace(begin, n_evaluations=counting.count)
+    return replace(first, n_evaluations=counting.count)
 
 
 def continue_from(
@@ -168,10 +172,14 @@ def continue_from(
             f" {atoms.get_chemical_formula()}"
         )
     structure = with_masses(start.atoms, atoms, masses)
-    repeats = supercell_of(structure, settings)
-    symmetry = Symmetry(structure, repeats, SYMMETRY_OF_A_STATE)
-    compact = start.force_constants if repeats == start.repeats else interpolate(start, repeats)
-    state = SschaState(structure, repeats, symmetry.force_constants(compact), temperature)
+    supercell_matrix = supercell_of(structure, settings)
+    symmetry = Symmetry(structure, supercell_matrix, SYMMETRY_OF_A_STATE)
+    compact = (
+        start.force_constants
+        if supercell_matrix == start.supercell_matrix
+        else interpolate(start, supercell_matrix)
+    )
+    state = SschaState(structure, supercell_matrix, symmetry.force_constants(compact), temperature)
     # As a harmonic start: it may be one, with modes near zero on either side of it, and its sample
     # would be lost.
     state = floor_modes(state, symmetry)
@@ -182,21 +190,24 @@ def continue_from(
     return Start(state, response, counting.count)
 
 
-def supercell_of(atoms: Atoms, settings: SschaSettings) -> Repeats:
+def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
     """The supercell of a primitive cell; raises ``InputError`` for one atom in one cell, and for
     what the engine cannot take."""
     diagonal = settings.engine == "python-sscha"
-    repeats = choose_repeats(atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal)
-    if diagonal and not is_diagonal(repeats):
+    supercell_matrix = choose_supercell_matrix(
+        atoms, settings.supercell, SYMMETRY_OF_A_STATE, diagonal=diagonal
+    )
+    if diagonal and not is_diagonal(supercell_matrix):
         raise InputError(
-            f"sscha.supercell: {[list(row) for row in repeats]}: is not diagonal, and engine:"
-            " python-sscha only repeats cells; take engine: native, or three repetitions"
+            f"sscha.supercell: {[list(row) for row in supercell_matrix]}: is not diagonal, and"
+            " engine: python-sscha only repeats cells; take engine: native, or three repetitions"
         )
-    if len(atoms) * n_cells(repeats) < 2:
+    if len(atoms) * n_cells(supercell_matrix) < 2:
         raise InputError(
-            f"sscha.supercell: {list(repeats)}: one atom has no vibrations; take a larger supercell"
+            f"sscha.supercell: {list(supercell_matrix)}: one atom has no vibrations;"
+            " take a larger supercell"
         )
-    return repeats
+    return supercell_matrix
 
 
 def numbers_of(atoms: Atoms) -> np.ndarray:
@@ -212,11 +223,11 @@ def composition(atoms: Atoms, of: Callable[[Atoms], np.ndarray]) -> dict[int, fl
     }
 
 
-def interpolate(state: SschaState, repeats: Repeats) -> np.ndarray:
+def interpolate(state: SschaState, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """Compact force constants of another supercell by Fourier interpolation."""
     vectors, blocks = nearest_images(state)
-    q = q_points(repeats)
+    q = q_points(supercell_matrix)
     size = 3 * len(state.atoms)
     flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
     matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
-    return inverse_fourier(matrices, repeats, q)
+    return inverse_fourier(matrices, supercell_matrix, q)

@@ -13,12 +13,12 @@ from typing import Any
 
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineTrouble, MagusAnharmonicError, one_line
+from magus_anharmonic.errors import MachineError, MagusAnharmonicError, one_line
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import digest
 from magus_anharmonic.potential.relax import Relaxation, relax
 from magus_anharmonic.scheduler import Done, Scheduler
-from magus_anharmonic.structures import bare
+from magus_anharmonic.structures import stripped
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class Source:
         return evaluator
 
 
-def portable(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
+def serialised(evaluator: Evaluator, *, remote: bool = False) -> Source | None:
     """None (with a line in the log) when the evaluator cannot be sent to another process;
     ``remote``: nor can it read our files."""
     path = getattr(evaluator, "path", None)
@@ -108,7 +108,7 @@ def relax_options(keys: Any) -> dict[str, Any]:
         "max_move": keys.max_move,
         "optimizer": keys.optimizer,
         "fix_symmetry": keys.fix_symmetry,
-        "kicks": keys.kicks,
+        "perturbations": keys.perturbations,
         "relax_cell": keys.relax_lattice,
     }
 
@@ -128,15 +128,15 @@ def relax_on(
     ``MagusAnharmonicError`` for what is no property of a structure: the workers cannot make the
     evaluator, or one structure alone has ended several of them.
     """
-    source = portable(evaluator, remote=True) if scheduler.remote and structures else None
+    source = serialised(evaluator, remote=True) if scheduler.remote and structures else None
     if source is None:
         results = relax(evaluator, structures, pressure, **options)
         for index, result in enumerate(results if on_relaxed is not None else ()):
             on_relaxed(index, result)  # type: ignore[misc]
         return results
     size = CHUNK[scheduler.device]
-    copies = [bare(atoms, constraints=True) for atoms in structures]
-    places = [
+    copies = [stripped(atoms, constraints=True) for atoms in structures]
+    chunks = [
         list(range(first, min(first + size, len(copies)))) for first in range(0, len(copies), size)
     ]
     found: dict[int, Relaxation] = {}
@@ -151,9 +151,9 @@ def relax_on(
         log.info("relaxed %d of %d structures", len(found), len(copies))
 
     for done in scheduler.map(
-        _relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in places), source
+        _relax_chunk, (([copies[i] for i in chunk], pressure, options) for chunk in chunks), source
     ):
-        chunk = places[done.index]
+        chunk = chunks[done.index]
         if done.died and len(chunk) > 1:
             lost.append(chunk)
         else:
@@ -178,7 +178,7 @@ def _relax_chunk(
 
 def _results(done: Done, names: str) -> list[Relaxation]:
     if done.died:
-        raise MachineTrouble(f"the workers that relax {names} die: {done.reason}")
+        raise MachineError(f"the workers that relax {names} die: {done.reason}")
     if done.reason:
         raise MagusAnharmonicError(f"no relaxation on the workers: {done.reason}")
     return done.value

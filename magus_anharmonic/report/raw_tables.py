@@ -17,7 +17,7 @@ from magus_anharmonic.files import table_rows
 
 
 @dataclass(frozen=True)
-class Sheet:
+class RawTable:
     """The first rows of a table as text. ``total`` counts all rows of the file, shown or not."""
 
     name: str
@@ -44,10 +44,10 @@ def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str
         if not reader.fieldnames:
             raise InputError(f"{path.name}: empty; the step that writes it has to run again")
         names = [name.strip() for name in reader.fieldnames]
-        absent = [name for name in needed if name not in names]
-        if absent:
+        missing = [name for name in needed if name not in names]
+        if missing:
             raise InputError(
-                f"{path.name}: no column {', '.join(absent)}; it has {', '.join(names)}"
+                f"{path.name}: no column {', '.join(missing)}; it has {', '.join(names)}"
             )
         for line in reader:
             yield {
@@ -57,13 +57,13 @@ def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str
             }
 
 
-def read_sheet(path: Path, limit: int | None = None) -> Sheet:
+def read_raw_table(path: Path, limit: int | None = None) -> RawTable:
     """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
 
     Raises ``InputError``: see `lines_of`.
     """
     if not path.is_file():
-        return Sheet(path.name)
+        return RawTable(path.name)
     rows: list[dict[str, str]] = []
     total = 0
     columns: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ def read_sheet(path: Path, limit: int | None = None) -> Sheet:
         total += 1
         if limit is None or len(rows) < limit:
             rows.append(line)
-    return Sheet(path.name, columns, rows, total)
+    return RawTable(path.name, columns, rows, total)
 
 
 def number(text: str | None) -> float | None:
