@@ -40,6 +40,7 @@ BASE = {
     "gate",
     "evaluator",
     "calculator_id",
+    "columns",
     "hull",
     "__init__",
 }

@@ -19,9 +19,9 @@ from magus_anharmonic.analysis import reordering, tables
 from magus_anharmonic.analysis.enthalpies import transitions
 from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, load_expected
 from magus_anharmonic.analysis.found_values import FINDERS, zero_crossing
-from magus_anharmonic.analysis.typed_csv import TableFolder
 from magus_anharmonic.analysis.validate import validate
 from magus_anharmonic.cli import app
+from magus_anharmonic.columns import TableFolder
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.raw_tables import read_raw_table
 from magus_anharmonic.report.summary import read_ranking

@@ -1,5 +1,5 @@
 """The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, one frozen
-dataclass each; see `typed_csv`."""
+dataclass each; see `columns`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from magus_anharmonic.analysis.typed_csv import TableFolder as TableFolder
-from magus_anharmonic.analysis.typed_csv import cell as cell
-from magus_anharmonic.analysis.typed_csv import columns as columns
-from magus_anharmonic.analysis.typed_csv import read as read
-from magus_anharmonic.analysis.typed_csv import read_if_there as read_if_there
-from magus_anharmonic.analysis.typed_csv import rows_of as rows_of
-from magus_anharmonic.analysis.typed_csv import write as write
+from magus_anharmonic.columns import TableFolder as TableFolder
+from magus_anharmonic.columns import cell as cell
+from magus_anharmonic.columns import columns as columns
+from magus_anharmonic.columns import read as read
+from magus_anharmonic.columns import read_if_there as read_if_there
+from magus_anharmonic.columns import rows_of as rows_of
+from magus_anharmonic.columns import write as write
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import safe_name
 

@@ -1,0 +1,285 @@
+"""Tables whose columns are the fields of records (frozen dataclasses), written and read here alone.
+
+A field made by `column` says its unit, what it means, its equation and where it is made; its column
+is its name with the unit: ``gibbs`` in eV/atom is ``gibbs_eV_per_atom``. A field that holds another
+such record brings that one's columns along. `docs/columns.md` is made from them. A plain dataclass
+has one column a field, by the field's own name, with the unit in it.
+
+A field that may be ``None`` is an empty cell. Reading fails with an ``InputError`` that names file,
+line and column; columns that the record does not have are left alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import table_rows, write_table
+
+Row = TypeVar("Row")
+
+SUFFIXES = {"A^3/atom": "A3_per_atom", "cm^-1": "cm1", "cm^-2": "cm2"}
+"""What a unit is in the name of a column, where it is not the unit with ``per`` for the slash."""
+
+
+def column(
+    meaning: str,
+    unit: str = "",
+    *,
+    equation: str = "",
+    origin: str = "",
+    default: Any = None,
+    name: str = "",
+    digits: str = ".6f",
+    needed: bool = False,
+    old: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of a record that is a column of its tables.
+
+    Parameters
+    ----------
+    meaning, unit, equation
+        In words, of the number as it stands, and what it is computed by.
+    origin
+        Function (``module.name`` below this package) that makes it.
+    name
+        Of the column, where it is not that of the field with the unit.
+    digits
+        Format of a number in the table.
+    needed
+        Whether a table without this column cannot be read.
+    old
+        Words that earlier versions wrote, and what they are now.
+    """
+    told = {"meaning": meaning, "unit": unit, "equation": equation, "origin": origin}
+    own = {**told, "name": name, "digits": digits, "needed": needed}
+    own["old"] = old or {}
+    return field(default=default, metadata=own)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the tables of a record: ``path`` leads from the record to its value."""
+
+    name: str
+    path: tuple[str, ...]
+    read: Callable[[str], Any]
+    default: Any = MISSING
+    unit: str = ""
+    meaning: str = ""
+    equation: str = ""
+    origin: str = ""
+    digits: str = ".10g"
+    needed: bool = True
+
+    def text(self, record: Any) -> str:
+        """The cell of a record: nothing for ``None`` and what is no finite number."""
+        return cell(reduce(getattr, self.path, record), self.digits)
+
+
+@cache
+def columns_of(record: type) -> tuple[Column, ...]:
+    """The columns of a record, in order, those of the records that it holds in their places."""
+    hints = get_type_hints(record)
+    described = any("meaning" in one.metadata for one in fields(record))
+    found: list[Column] = []
+    for one in fields(record):
+        hint = hints[one.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            found += [_within(one.name, inner) for inner in columns_of(hint)]
+        elif "meaning" in one.metadata:
+            found.append(_described(one.name, hint, one.default, one.metadata))
+        elif not described:
+            needed = one.default is MISSING
+            found.append(Column(one.name, (one.name,), _reader(hint), one.default, needed=needed))
+    return tuple(found)
+
+
+def _within(name: str, inner: Column) -> Column:
+    return Column(**{**vars(inner), "path": (name, *inner.path)})
+
+
+def _described(name: str, hint: Any, default: Any, told: Mapping[str, Any]) -> Column:
+    unit, old, reader = told["unit"], told["old"], _reader(hint)
+    suffix = SUFFIXES.get(unit, unit.replace("/", "_per_"))
+    return Column(
+        told["name"] or "_".join(filter(None, (name, suffix))),
+        (name,),
+        (lambda text: reader(old.get(text, text))) if old else reader,
+        default,
+        unit,
+        told["meaning"],
+        told["equation"],
+        told["origin"],
+        told["digits"],
+        told["needed"],
+    )
+
+
+def columns(table: type) -> tuple[str, ...]:
+    """Names of the columns of a table, in order."""
+    return tuple(one.name for one in columns_of(table))
+
+
+def line(record: Any) -> dict[str, str]:
+    """The cells of a record by their columns."""
+    return {one.name: one.text(record) for one in columns_of(type(record))}
+
+
+def read(table: type[Row], path: str | Path) -> list[Row]:
+    """All rows of ``path``, in the order of the file; see `rows_of`."""
+    return list(rows_of(table, path))
+
+
+def read_if_there(table: type[Row], folder: str | Path, name: str | None = None) -> list[Row]:
+    """All rows of ``folder / name`` (None: the table's own file), none when there is no such
+    file."""
+    path = Path(folder) / (name or table.FILE)  # type: ignore[attr-defined]
+    return read(table, path) if path.is_file() else []
+
+
+def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
+    """Rows of the CSV file ``path`` one by one, as instances of ``table``.
+
+    Raises ``InputError`` (on the first row asked for) when the file is missing, a column is missing
+    or has another unit in its name, a cell is no number, a word is not one of those allowed, or a
+    unit is not the one of the quantity.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"{file}: no such file")
+    known = columns_of(table)
+    with table_rows(file) as lines:
+        there = {name.strip(): name for name in lines.fieldnames or () if name}
+        _check_columns(table, file, list(there))
+        shown = [one for one in known if one.name in there]
+        for found in lines:
+            values: dict[str, Any] = {}
+            for one in shown:
+                text = (found.get(there[one.name]) or "").strip()
+                try:
+                    value = one.read(text) if text or one.default is MISSING else one.default
+                except ValueError as error:
+                    raise InputError(
+                        f"{file}: line {lines.line_num}: {one.name}: {text!r}: {error}"
+                    ) from None
+                reduce(lambda inner, step: inner.setdefault(step, {}), one.path[:-1], values)[
+                    one.path[-1]
+                ] = value
+            try:
+                yield _made(table, values)
+            except ValueError as error:
+                raise InputError(f"{file}: line {lines.line_num}: {error}") from None
+
+
+def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
+    """Write ``rows`` to the CSV file ``path`` atomically; see `Column.text`."""
+    known = columns_of(table)
+    write_table(path, columns(table), ([one.text(row) for one in known] for row in rows))
+
+
+def _reader(hint: Any) -> Callable[[str], Any]:
+    """How a cell becomes a value of the type ``hint``; ValueError says what is allowed."""
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = _reader(next(part for part in get_args(hint) if part is not type(None)))
+        return lambda text: None if text == "" or text.lower() == "nan" else inner(text)
+    if get_origin(hint) is Literal:
+        return lambda text: _word(text, get_args(hint))
+    return {str: str, int: _whole, float: _number}[hint]
+
+
+def _word(text: str, allowed: tuple[str, ...]) -> str:
+    if text not in allowed:
+        raise ValueError(f"must be {' or '.join(allowed)}")
+    return text
+
+
+def _whole(text: str) -> int:
+    value = _number(text)
+    if value != int(value):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
+    if not math.isfinite(value):
+        raise ValueError("must be a finite number")
+    return value
+
+
+def cell(value: Any, digits: str = ".10g") -> str:
+    """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no
+    finite number."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    return format(value, digits) if isinstance(value, float) else str(value)
+
+
+_UNIT_WORDS = (
+    r"_(?:m?eV|meV|Ry|Ha|kJ|kcal|J|GPa|kbar|Mbar|bar|Pa|A3?|bohr3?|nm3?|cm1|cm2|THz2?|K|s|h"
+    r"|per|atom|mol|cell|fu)(?=_|$)"
+)
+
+
+def _stem(column: str) -> str:
+    """The name of a column without its unit."""
+    previous = None
+    while previous != column:
+        previous, column = column, re.sub(_UNIT_WORDS, "", column)
+    return column
+
+
+def _check_columns(table: type, file: Path, there: list[str]) -> None:
+    names, problems = columns(table), []
+    for one in columns_of(table):
+        if one.name in there or not one.needed:
+            continue
+        other = next((n for n in there if n not in names and _stem(n) == _stem(one.name)), None)
+        if other is not None:
+            problems.append(
+                f"{file}: column {other}: wrong unit; convert the numbers and name the column"
+                f" {one.name}"
+            )
+        else:
+            problems.append(
+                f"{file}: column {one.name} is missing; needed are"
+                f" {', '.join(one.name for one in columns_of(table) if one.needed)}"
+            )
+    if problems:
+        raise InputError(*problems)
+
+
+def _made(table: type[Row], values: dict[str, Any]) -> Row:
+    hints = get_type_hints(table) if any(isinstance(v, dict) for v in values.values()) else {}
+    return table(
+        **{
+            name: _made(hints[name], value) if isinstance(value, dict) else value
+            for name, value in values.items()
+        }
+    )
+
+
+class TableFolder:
+    """The tables in one folder, each read once; a missing one has no rows."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._known: dict[str, list[Any]] = {}
+
+    def rows(self, table: type[Row], name: str | None = None) -> list[Row]:
+        """See `read_if_there`."""
+        key = name or table.FILE  # type: ignore[attr-defined]
+        if key not in self._known:
+            self._known[key] = read_if_there(table, self.folder, name)
+        return self._known[key]
