@@ -5,7 +5,7 @@ block couples S, the H on the z bond, and the two H on the x and y bonds moving 
 acoustic and two optical branches (the softer of them leads to R3m). Force constants come from
 central differences of 0.01 Angstrom for H; the row of S follows from the acoustic sum rule.
 
-Usage: python t1u.py gpaw|CHECKPOINT [output.json]
+Usage: python t1u.py gpaw|gpaw-new|CHECKPOINT [output.json]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from ase.data import atomic_masses
+from label import K_SPACING, labeler
 from make_structures import cubic
 
 from magus_anharmonic.evaluator import Evaluator
@@ -74,8 +75,8 @@ def critical_pressure(pressures: np.ndarray, squared: np.ndarray) -> float | Non
 
 
 def get_evaluator(name: str) -> Evaluator:
-    """GPAW with the settings of the label set, or a checkpoint in float64."""
-    if name != "gpaw":
+    """GPAW with the settings of labels.xyz or of new-labels.xyz, or a checkpoint in float64."""
+    if name not in ("gpaw", "gpaw-new"):
         from magus_anharmonic.potential import load
 
         return load(name, dtype="float64")
@@ -83,6 +84,8 @@ def get_evaluator(name: str) -> Evaluator:
     from magus_anharmonic.labelers import get_labeler
     from magus_anharmonic.settings import LabelerSettings
 
+    if name == "gpaw-new":
+        return as_evaluator(labeler(K_SPACING, Path("gpaw-t1u-new")))
     return as_evaluator(get_labeler(LabelerSettings(calculator="gpaw"), Path("gpaw-t1u")))
 
 
