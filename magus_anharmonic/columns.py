@@ -39,6 +39,7 @@ def column(
     name: str = "",
     digits: str = ".6f",
     needed: bool = False,
+    info: bool = False,
     old: Mapping[str, str] | None = None,
 ) -> Any:
     """A field of a record that is a column of its tables.
@@ -55,12 +56,14 @@ def column(
         Format of a number in the table.
     needed
         Whether a table without this column cannot be read.
+    info
+        Whether it is a key of ``Atoms.info`` too.
     old
         Words that earlier versions wrote, and what they are now.
     """
     told = {"meaning": meaning, "unit": unit, "equation": equation, "origin": origin}
-    own = {**told, "name": name, "digits": digits, "needed": needed}
-    own["old"] = old or {}
+    own: dict[str, Any] = {**told, "name": name, "digits": digits, "needed": needed}
+    own |= {"info": info, "old": old or {}}
     return field(default=default, metadata=own)
 
 
