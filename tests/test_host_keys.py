@@ -75,9 +75,7 @@ def test_camel_and_snake_case_mean_the_same(key: str, value: Any, field: str) ->
 
 
 def test_a_key_in_both_spellings_is_refused() -> None:
-    assert problems(minNAtoms=4) == (
-        "minNAtoms: is given twice (camelCase and snake_case, or an old name)",
-    )
+    assert problems(minNAtoms=4) == ("minNAtoms: is given twice (camelCase and snake_case)",)
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_valid_one() -> None:

@@ -274,10 +274,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
     moved = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
     for row in moved:
-        lines.append(
-            f"{row.id[:8]}: {row.spg_static} while the ions stand still, {row.spg_quantum} once"
-            " they move."
-        )
+        lines.append(f"{row.id[:8]}: static {row.spg_static}, quantum (SSCHA) {row.spg_quantum}.")
     if not moved:
         surely = " for certain" if any(UNDECIDED in row.spg_quantum for row in done) else ""
         lines.append(

@@ -321,7 +321,7 @@ def space_group_sentence(raw: RawTable) -> list[str]:
     kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
     return [
         f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them:"
-        " real minima while the ions rest."
+        " real static minima."
     ]
 
 
