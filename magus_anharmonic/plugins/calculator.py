@@ -39,13 +39,9 @@ logger = logging.getLogger(__name__)
 # once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
 FREE_ENERGY_KEYS = (
-    "gibbs",
-    "gibbs_error",
+    *INFO_KEYS.values(),
     "gibbs_above_hull",
-    "status",
     "gibbs_model",
-    "reason",
-    "spg_quantum",
     "candidate_id",
 )
 

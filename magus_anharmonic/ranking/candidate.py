@@ -134,6 +134,23 @@ class Candidate(WithFreeEnergy):
         return self.ranked and not self.same_as
 
     @property
+    def structure(self) -> Atoms:
+        """The static structure; ValueError for a candidate that was read from a table."""
+        if self.atoms is None:
+            raise ValueError(f"{self.id}: its structure is not known")
+        return self.atoms
+
+    @property
+    def spg_quantum(self) -> str:
+        """Space group of the centroids."""
+        return self.free_energy.space_group
+
+    @property
+    def run_id(self) -> str:
+        """Structure of the run that the free energy is of; empty where there is none."""
+        return "" if self.run is None else self.run.structure
+
+    @property
     def centroids(self) -> Atoms | None:
         """The structure once its ions move."""
         return None if self.run is None else self.run.centroids
@@ -181,9 +198,7 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
         (c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id)
     )
     static = {c.id: index for index, c in enumerate(by_enthalpy, start=1)}
-    phases = sorted(
-        (c for c in candidates if c.phase_ranked), key=lambda c: (c.gibbs, c.id)
-    )
+    phases = sorted((c for c in candidates if c.phase_ranked), key=lambda c: (c.gibbs, c.id))
     quantum = {c.id: index for index, c in enumerate(phases, start=1)}
     ranked = [
         replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates

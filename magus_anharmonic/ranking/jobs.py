@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import pickle
 import tempfile
 import time
@@ -35,13 +34,14 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.remote import serialised
-from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
-from magus_anharmonic.ranking.store import Key, Record
+from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
 from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
 from magus_anharmonic.structures import space_group, stripped
@@ -91,40 +91,38 @@ def run_of(
     return Run(**made, free_energy=numbers, centroids=centroids, parent=parent)
 
 
-def standing_of(record: Record, before: Record | None) -> Standing:
+def standing_of(run: Run, before: Run | None) -> Standing:
     """What the race knows of a run that has a G; ``before``: the same run one round earlier."""
-    assert record.gibbs is not None
-    fallen = (
-        None if before is None or before.gibbs is None else max(0.0, before.gibbs - record.gibbs)
-    )
-    if before is None and record.n_populations > 1:
-        fallen = record.predicted_decrease or 0.0
-    n_new = record.n_evaluations - (0 if before is None else before.n_evaluations)
-    converged = record.status in CONVERGED
+    now, was = run.free_energy, None if before is None else before.free_energy
+    assert now.gibbs is not None
+    fallen = None if was is None or was.gibbs is None else max(0.0, was.gibbs - now.gibbs)
+    if was is None and now.n_populations > 1:
+        fallen = now.predicted_decrease or 0.0
+    n_new = now.n_evaluations - (0 if was is None else was.n_evaluations)
     return Standing(
-        record.gibbs,
-        record.gibbs_error or 0.0,
-        record.predicted_decrease or 0.0,
+        now.gibbs,
+        now.gibbs_error or 0.0,
+        now.predicted_decrease or 0.0,
         fallen,
-        converged,
-        record.n_populations,
+        now.converged,
+        now.n_populations,
         n_new,
     )
 
 
-def stopped_record(record: Record, stop: Stop) -> Record:
-    """The record with the reason why the race went on without it.
+def stopped_run(run: Run, stop: Stop) -> Run:
+    """The run with the reason why the race went on without it.
 
     A converged one keeps its status: when the budget ended, its rank may still be open, but its G
     is that of the end of a relaxation, and its error bar says how well it is known.
     """
-    converged = record.status in CONVERGED
+    converged = run.free_energy.converged
     if not stop.reason or (converged and stop.eliminated):
-        return record
-    status = record.status if converged else "eliminated" if stop.eliminated else "unconverged"
+        return run
+    status = run.status if converged else "eliminated" if stop.eliminated else "unconverged"
     reason = f"{stop.reason} before its rank was known" if converged else stop.reason
-    reasons = "; ".join(filter(None, (reason, record.reason)))
-    return replace(record, status=status, reason=reasons, budget_spent=stop.budget_spent)
+    reasons = "; ".join(filter(None, (reason, run.reason)))
+    return replace(run.updated(status=status, reason=reasons), budget_spent=stop.budget_spent)
 
 
 def _warnings(result: Any, cutoff: float | None) -> list[str]:
@@ -159,13 +157,9 @@ def with_result(candidate: Candidate, own: Run, final: Run) -> Candidate:
 
 def info_of(free_energy: FreeEnergy) -> dict[str, Any]:
     """The keys of ``Atoms.info`` that a free energy fills; NaN where there is no number."""
-    found = {}
-    for one in fields(FreeEnergy):
-        if one.metadata.get("info"):
-            value = getattr(free_energy, one.name)
-            missing = value is None or (one.name == "gibbs_error" and free_energy.gibbs is None)
-            found[one.metadata["name"] or one.name] = np.nan if missing else value
-    return found
+    found = {key: getattr(free_energy, name) for name, key in INFO_KEYS.items()}
+    found["gibbs_error"] = None if free_energy.gibbs is None else free_energy.gibbs_error
+    return {key: np.nan if value is None else value for key, value in found.items()}
 
 
 def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:

@@ -119,7 +119,7 @@ class FreeEnergyStore:
     def __len__(self) -> int:
         return len(self._records)
 
-    def records(self, key: Key | None = None) -> Iterator[Run]:
+    def runs(self, key: Key | None = None) -> Iterator[Run]:
         """All records, or those of one model, pressure, temperature and settings, oldest first."""
         return (record for record in self._records.values() if key is None or record.key == key)
 
@@ -202,7 +202,7 @@ class FreeEnergyStore:
             and same_phase(fingerprint, self._print(origin, "centroids"))
         ):
             return origin
-        for record in self.records(key):
+        for record in self.runs(key):
             if (
                 enthalpy is None
                 or record.enthalpy is None
@@ -242,7 +242,7 @@ class FreeEnergyStore:
         """A final record whose centroids are the phase ``atoms`` in a primitive cell of the same
         size, or None."""
         fingerprint = Fingerprint(atoms)
-        for record in self.records(key):
+        for record in self.runs(key):
             if record.centroids is None or record.reduced or len(record.centroids) != len(atoms):
                 continue
             if same_phase(fingerprint, self._print(record, "centroids")):
@@ -266,11 +266,7 @@ class FreeEnergyStore:
         if name not in self._prints:
             start = which == "start"
             self._prints[name] = (
-                Fingerprint(record.start)
-                if start
-                else Fingerprint(
-                    record.phase, record.tolerance
-                )
+                Fingerprint(record.start) if start else Fingerprint(record.phase, record.tolerance)
             )
         return self._prints[name]
 

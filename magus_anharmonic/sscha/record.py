@@ -22,10 +22,10 @@ State = Literal[
     "failed",
     "transformed",
 ]
-"""``converged`` : the relaxation came to its end; ``stable``, ``saddle`` : so it did, and the Hessian
-of the free energy has no negative mode, or has one, beyond two standard errors. ``unconverged`` : the
-populations or the budget ran out; ``eliminated`` : stopped early, because it cannot be among the
-best; both G are upper bounds. ``estimated`` : G from a line through others; ``static`` : no G.
+"""``converged`` : the relaxation came to its end; ``stable``, ``saddle`` : so it did, and the
+Hessian of the free energy has no negative mode, or has one, beyond two standard errors.
+``unconverged`` : the populations or the budget ran out; ``eliminated`` : stopped early, because it
+cannot be among the best; both G are upper bounds. ``estimated`` : G from a line through others; ``static`` : no G.
 ``failed`` : no G, and a reason. ``transformed`` : another phase now (of a phase diagram)."""
 
 CONVERGED: tuple[State, ...] = ("converged", "stable", "saddle")
@@ -165,6 +165,12 @@ class FreeEnergy:
         """The record alone, without what a class below this one has besides."""
         names = (one.name for one in fields(FreeEnergy))
         return FreeEnergy(**{name: getattr(self, name) for name in names})
+
+
+INFO_KEYS = {
+    one.name: one.metadata["name"] or one.name for one in fields(FreeEnergy) if one.metadata.get("info")
+}
+"""Fields of `FreeEnergy` and the keys of ``Atoms.info`` that they fill."""
 
 
 Carrier = TypeVar("Carrier", bound="WithFreeEnergy")

@@ -9,6 +9,7 @@ From the last state and its averages to a `SschaResult`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -244,23 +245,23 @@ def finished_result(
 def failed_result(task: Task, reason: str, progress: Progress, began: float) -> SschaResult:
     """The result of a run without a usable state, with the numbers of its last population
     (finite-size term left out)."""
-    gibbs, error = progress.gibbs[-1] if progress.gibbs else (None, None)
+    gibbs, error = progress.gibbs[-1] if progress.gibbs else (np.nan, np.nan)
     last = progress.rows[-1] if progress.rows else {}
     atoms: Atoms = stripped(task.atoms)
     found = space_group(atoms, task.settings.symprec)
     return SschaResult(
         status="failed",
         reason=reason,
-        gibbs_error=error,
-        gibbs_raw=gibbs,
+        gibbs_error=_known(error),
+        gibbs_raw=_known(gibbs),
         helmholtz=None,
-        volume=last.get("volume_A3_per_atom"),
+        volume=_known(last.get("volume_A3_per_atom", np.nan)),
         stress=np.full((3, 3), np.nan),
         stress_error=np.full((3, 3), np.nan),
-        pressure=last.get("pressure_GPa"),
+        pressure=_known(last.get("pressure_GPa", np.nan)),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        predicted_decrease=last.get("predicted_decrease_eV_per_atom"),
+        predicted_decrease=_known(last.get("predicted_decrease_eV_per_atom", np.nan)),
         centroids=atoms,
         position_error=None,
         space_group_start=found,
@@ -274,3 +275,7 @@ def failed_result(task: Task, reason: str, progress: Progress, began: float) -> 
         model_id=task.model_id,
         seconds=time.perf_counter() - began,
     )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
