@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -189,14 +189,30 @@ def check_continues(directory: str | Path, settings: Settings, host: str) -> Non
     before, now = {**record["settings"], "seed": record["seed"]}, settings.model_dump(mode="json")
     if now["seed"] is None:
         now["seed"] = before["seed"]
+    old, new = {**before, **before.get("host", {})}, {**now, **now["host"]}
     for key in _changed(before, now):
-        logger.warning("%s is not what the search was started with", key)
+        for path, was, is_now in _differences(key, old.get(key), new.get(key)):
+            logger.warning(
+                "%s: %s, but the search was started with %s",
+                path,
+                one_line(repr(is_now), 80),
+                one_line(repr(was), 80),
+            )
 
 
 _COMMANDS = {
     "magus": "magus search -r (or magus-anharmonic search -r --host magus)",
     "embedded": "magus-anharmonic search -r --host embedded",
 }
+
+
+def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Path of every key below ``path`` that changed, and both its values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *(key for key in before if key not in now)]:
+            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield path, before, now
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -242,6 +242,22 @@ def test_numbers_as_people_write_them_are_read(tmp_path):
     }
 
 
+def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
+    """The fault: 20 MB were read for minutes before a word was said."""
+    monkeypatch.chdir(tmp_path)
+    Path("input.yaml").write_text("pressure: 1\nnotes:\n" + "  - a line of some length\n" * 800_000)
+    begun = time.monotonic()
+    result = CliRunner().invoke(app, ["search", "-i", "input.yaml"])
+    assert result.exit_code == 2, result.output
+    words = "input.yaml: has 20.8 MB, and settings at most 1"
+    assert words in " ".join(result.output.split())
+    loaders = (load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings)
+    for load in loaders:
+        with pytest.raises(InputError, match=words):
+            load("input.yaml")
+    assert time.monotonic() - begun < 30.0
+
+
 def test_aliases_as_people_use_them_are_read(tmp_path):
     file = tmp_path / "input.yaml"
     lines = [

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from saddle_model import HydrogenBond, RockSaltWells
 
-from magus_anharmonic.errors import SschaError
+from magus_anharmonic.errors import DamagedFile, SschaError
 from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.ranking import stability
 from magus_anharmonic.ranking.candidate import Candidate
@@ -23,9 +23,10 @@ from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings, parse_settings
-from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence
+from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence, read_convergence
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
+from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.sscha.unstable import (
     Sublattice,
@@ -575,3 +576,23 @@ def test_the_picture_is_drawn_once_and_only_where_there_is_a_table(tmp_path: Pat
     assert picture is not None and picture.stat().st_size > 10_000
     before = picture.stat().st_mtime_ns
     assert draw_convergence(tmp_path, "H3S") == picture and picture.stat().st_mtime_ns == before
+
+
+def test_a_changed_digit_of_the_table_is_not_drawn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "convergence.csv"
+    names = (
+        "population free_energy_eV_per_atom gibbs_eV_per_atom error_eV_per_atom pressure_GPa "
+        "pressure_error_GPa effective_sample fc_gradient_eV_per_A2 centroid_force_eV_per_A"
+    ).split()
+    row = dict(zip(names, (1, -1.0, -0.9, 0.01, 149.0, 0.2, 0.6, None, 0.02), strict=True))
+    RunFolder(tmp_path, {"model": "m"}).write_convergence([row, {**row, "population": 2}])
+    assert np.isnan(read_convergence(table)["fc_gradient_eV_per_A2"]).all()
+    whole = table.read_text()
+    table.write_text(whole.replace("-0.9", "-0.8"))
+    with pytest.raises(DamagedFile, match=r"convergence\.csv: changed since it was written"):
+        read_convergence(table)
+    assert draw_convergence(tmp_path) is None and "changed since" in caplog.text
+    table.write_text(whole)
+    assert draw_convergence(tmp_path) is not None

@@ -128,19 +128,16 @@ def test_cells(labels: list[Atoms]) -> dict[str, Atoms]:
 
     In R3m every H is 0.15 Angstrom off the middle of its bond.
     """
-    cells = {}
-    for constant in np.linspace(2.86, 3.22, 5):
-        cells[f"Im-3m {constant:.2f} A"] = cubic(constant)
-        cells[f"R3m {constant:.2f} A"] = cubic(constant, 0.15)
+    constants = np.linspace(2.86, 3.22, 5)
     of_random = [atoms for atoms in labels if atoms.info["kind"] == "random"]
     fours = [atoms for atoms in of_random if len(atoms) == 4]
-    for atoms in (
-        fours[0],
-        fours[len(fours) // 2],
-        next(atoms for atoms in of_random if len(atoms) == 8),
-    ):
-        cells[atoms.info["id"]] = unlabelled(atoms)
-    return cells
+    eight = next(atoms for atoms in of_random if len(atoms) == 8)
+    random = [unlabelled(atoms) for atoms in (eight, fours[0], fours[len(fours) // 2])]
+    return {
+        **{f"Im-3m {constant:.2f} A": cubic(constant) for constant in constants},
+        **{atoms.info["id"]: atoms for atoms in random},
+        **{f"R3m {constant:.2f} A": cubic(constant, 0.15) for constant in constants},
+    }
 
 
 COLUMNS = (

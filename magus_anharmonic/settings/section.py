@@ -161,6 +161,8 @@ def nearest(key: str, names: Any) -> str:
     return f"; allowed: {', '.join(sorted(names))}" if len(names) <= 30 else ""
 
 
+LARGEST_FILE = 1_000_000
+"""Bytes of a file of settings; PyYAML takes a second for some 100,000."""
 LARGEST_BY_ALIASES = 1e5
 """Characters to which a short file may grow by its aliases: a kilobyte of them can stand for more
 than any memory holds."""
@@ -190,6 +192,12 @@ for _kind in ("int", "float"):
 
 
 def _safe_load(file: Path) -> Any:
+    n_bytes = file.stat().st_size
+    if n_bytes > LARGEST_FILE:
+        raise InputError(
+            f"{file}: has {n_bytes / 1e6:.1f} MB, and settings at most {LARGEST_FILE / 1e6:g}:"
+            " is it the file that is meant? Structures, labels and tables have files of their own"
+        )
     loader = _Loader(file.read_text(encoding="utf-8"))
     try:
         node = loader.get_single_node()

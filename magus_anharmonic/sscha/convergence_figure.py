@@ -3,23 +3,26 @@ population."""
 
 from __future__ import annotations
 
-import csv
+import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import replacing, table_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 NAME = "convergence.png"
 
 
 def read_convergence(path: Path) -> dict[str, list[float]]:
     """The columns of a ``convergence.csv``; NaN where a field is empty."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    with table_rows(path) as reader:
+        rows = list(reader)
     names = rows[0].keys() if rows else ()
     return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in names}
 
@@ -28,7 +31,8 @@ def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
     """Draw F and G, pressure, effective sample and gradients against population into
     ``folder/convergence.png``.
 
-    Returns the picture, also one that is as new as the table; None without a table. Error bars are
+    Returns the picture, also one that is as new as the table; None without a table, or with a
+    warning where it was changed. Error bars are
     one standard error.
     """
     table, picture = Path(folder) / "convergence.csv", Path(folder) / NAME
@@ -36,7 +40,11 @@ def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
         return None
     if picture.is_file() and picture.stat().st_mtime >= table.stat().st_mtime:
         return picture
-    columns = read_convergence(table)
+    try:
+        columns = read_convergence(table)
+    except InputError as error:
+        log.warning("no picture of the convergence: %s", error)
+        return None
     if not columns:
         return None
     figure = _figure(columns, title)

@@ -8,8 +8,6 @@ starts again.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -31,7 +29,7 @@ from magus_anharmonic.files import (
     safe_name,
     versions,
     write_json,
-    write_text,
+    write_table,
 )
 from magus_anharmonic.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
@@ -298,11 +296,9 @@ class RunFolder:
 
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.directory / "convergence.csv", text.getvalue())
+        columns = list(rows[-1])
+        lines = ([row.get(column, "") for column in columns] for row in rows)
+        write_table(self.directory / "convergence.csv", columns, lines)
 
     def write_result(self, result: SschaResult) -> None:
         """Write the result; the run is finished then."""

@@ -112,6 +112,9 @@ def prepare(folder: Path, kind: str, **changes: Any) -> None:
     write(folder / "bulk.vasp", bulk("Al", cubic=True))
     write(folder / "substrate.vasp", fcc111("Al", (2, 2, 2), vacuum=6.0))
     write(folder / "H2.xyz", molecule("H2"))
+    if kind == "interface":  # as MAGUS leaves it, and takes it: matching two crystals takes minutes
+        (folder / "Ref").mkdir(exist_ok=True)
+        write(folder / "Ref/layerslices.traj", [fcc111("Al", (1, 1, 2), vacuum=3.0)] * 4)
     named = {} if kind in ("bulk", "molMode") else {"structureType": kind}
     write_input(
         folder,
