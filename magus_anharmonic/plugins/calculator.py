@@ -26,6 +26,7 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
+from magus_anharmonic.sscha.record import INFO_KEYS
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
