@@ -307,7 +307,8 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
     for candidate in phases:
         probability = (
             candidate.p_lowest_sampling
-            if candidate.p_lowest_total is None else candidate.p_lowest_total
+            if candidate.p_lowest_total is None
+            else candidate.p_lowest_total
         )
         folder = state.run_dir / "sscha" / candidate.sscha_folder
         if (found and (probability or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
@@ -342,7 +343,7 @@ def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]
 
     Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
-    from magus_anharmonic.analysis import tables
+    from magus_anharmonic.paper import tables
     from magus_anharmonic.ranking.uncertainty import ModelTerm
 
     rows = tables.read_if_there(tables.GibbsCorrection, run_dir)

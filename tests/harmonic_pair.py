@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.analysis.labelled_ensemble import Labelled, sample_displacements
 from magus_anharmonic.evaluator import Evaluation
+from magus_anharmonic.paper.ensemble_labels import Labelled, sample_displacements
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, expand, fold
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -11,16 +11,10 @@ import numpy as np
 import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
-from magus_anharmonic.analysis import (
-    enthalpies,
-    make_figures,
-    model_table,
-    reordering,
-    style,
-    tables,
-)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import SUMS
+from magus_anharmonic.paper import enthalpies, make_figures, model_table, reordering, tables
+from magus_anharmonic.phase_diagram import style
 
 NAMES = {
     "table_1",

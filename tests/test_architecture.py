@@ -20,8 +20,6 @@ STILL_LONGER = {
     "lock.py",
     "phase_diagram/surface.py",
     "potential/train.py",
-    "ranking/rank.py",
-    "ranking/store.py",
     "settings/campaign.py",
     "settings/search.py",
     "sscha/run.py",
@@ -34,13 +32,13 @@ BASE = {
     "units",
     "files",
     "failures",
+    "columns",
     "lock",
     "structures",
     "processes",
     "gate",
     "evaluator",
     "calculator_id",
-    "columns",
     "hull",
     "__init__",
 }
@@ -54,14 +52,23 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "run_record", "scheduler"},
-    "report": BASE | {"ranking", "analysis", "phase_diagram", "status"},
-    "phase_diagram": BASE
-    | {"potential", "sscha", "labelers", "learning", "run_record", "status", "analysis"},
-    "analysis": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
+    "report": BASE | {"ranking", "paper", "phase_diagram", "sscha", "status"},
+    "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning", "run_record", "status"},
+    "paper": BASE
+    | {
+        "potential",
+        "sscha",
+        "labelers",
+        "learning",
+        "run_record",
+        "status",
+        "phase_diagram",
+        "ranking",
+    },
     "run_record": BASE,
     "host_keys": BASE,
     "generation": BASE
-    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "analysis"},
+    | {"potential", "learning", "labelers", "ranking", "sscha", "run_record", "paper"},
     "search": BASE
     | {
         "potential",
@@ -85,7 +92,7 @@ ALLOWED: dict[str, set[str]] = {
         "search",
         "doctor",
         "run_record",
-        "analysis",
+        "paper",
         "report",
         "status",
     },
@@ -124,7 +131,7 @@ HEAVY = {
 
 LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
 
-KNOWN_CIRCLES = [{"ranking/racing.py", "ranking/rank.py", "ranking/stability.py"}]
+KNOWN_CIRCLES: list[set[str]] = []
 """Circles that are still to be cut; none may be added."""
 
 

@@ -19,7 +19,6 @@ from campaign_inputs import changed, write_campaign
 from typer.testing import CliRunner
 
 from magus_anharmonic import status as folder_status
-from magus_anharmonic.analysis.explain import read_context
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.run import status
 from magus_anharmonic.campaign.steps import (
@@ -37,6 +36,7 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.lock import locked
+from magus_anharmonic.paper.explain import read_context
 from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
@@ -535,7 +535,7 @@ def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path: Path) -> None:
 
 
 def test_the_tables_are_the_ones_that_the_analysis_reads() -> None:
-    tables = pytest.importorskip("magus_anharmonic.analysis.tables")
+    tables = pytest.importorskip("magus_anharmonic.paper.tables")
     theirs = {
         table.FILE.split("-<")[0].removesuffix(".csv"): tables.columns(table)
         for table in tables.TABLES

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from harmonic_pair import HarmonicCrystal, pair
 
-from magus_anharmonic.analysis import tables
-from magus_anharmonic.analysis.errors_run import (
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
+from magus_anharmonic.failures import read_failures
+from magus_anharmonic.labelers import Failure, Label
+from magus_anharmonic.learning.dataset import read_labels
+from magus_anharmonic.paper import tables
+from magus_anharmonic.paper.ensemble_errors import (
     Source,
     add_to_tables,
     draw_report,
@@ -20,11 +24,7 @@ from magus_anharmonic.analysis.errors_run import (
     load_labeler_settings,
     measure_errors,
 )
-from magus_anharmonic.analysis.labelled_ensemble import sample_displacements
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.failures import read_failures
-from magus_anharmonic.labelers import Failure, Label
-from magus_anharmonic.learning.dataset import read_labels
+from magus_anharmonic.paper.ensemble_labels import sample_displacements
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import RunFolder
 

@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magus_anharmonic.analysis import style, tables
 from magus_anharmonic.campaign.steps import phase_folder
 from magus_anharmonic.errors import one_line, reason_of, typed_line
 from magus_anharmonic.files import (
@@ -27,6 +26,8 @@ from magus_anharmonic.files import (
     write_json,
     write_text,
 )
+from magus_anharmonic.paper import tables
+from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.phase_diagram.grid import point_folder
 from magus_anharmonic.units import time_left
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from harmonic_pair import HarmonicCrystal, crystal, labelled, pair
 
-from magus_anharmonic.analysis import gradient_errors as ge
-from magus_anharmonic.analysis.gradient_errors import gibbs_correction
+from magus_anharmonic.paper import gradient_errors as ge
+from magus_anharmonic.paper.gradient_errors import gibbs_correction
 from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.ensemble import pair_means
 from magus_anharmonic.sscha.state import fold, inverse_fourier

@@ -11,10 +11,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from magus_anharmonic.analysis.errors_run import load_labeler_settings
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.labelers import available, code_module
+from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
 from magus_anharmonic.potential.train import load_recipe
 from magus_anharmonic.settings import load_settings, load_yaml
 from magus_anharmonic.settings.campaign import load_campaign

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from magus_anharmonic.ranking.table import COLUMNS
+from magus_anharmonic.columns import columns
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.summary import (
     picture,
     quantum_ranks,
@@ -60,7 +61,7 @@ def rows(tmp_path: Path):
         file = tmp_path / "ranking.csv"
         common = {"formula": "H3S", "natoms": "4", "pressure_GPa": "150", "temperature_K": "0"}
         with file.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, COLUMNS)
+            writer = csv.DictWriter(handle, columns(Candidate))
             writer.writeheader()
             writer.writerows({**common, **line} for line in lines)
         return read_ranking(file)

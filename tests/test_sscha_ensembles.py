@@ -13,9 +13,9 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from sscha_models import evaluated
 
-from magus_anharmonic.analysis.errors_run import displacements_of
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
+from magus_anharmonic.paper.ensemble_errors import displacements_of
 from magus_anharmonic.ranking.structures import read_start
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.ensemble_checks import require_sampled_from

@@ -16,8 +16,8 @@ from magus_anharmonic.files import read_json
 
 log = logging.getLogger(__name__)
 
-ERRORS_HOOK = "magus_anharmonic.analysis.errors_run.measure_errors"
-SOURCE_HOOK = "magus_anharmonic.analysis.errors_run.source_of_result"
+ERRORS_HOOK = "magus_anharmonic.paper.ensemble_errors.measure_errors"
+SOURCE_HOOK = "magus_anharmonic.paper.ensemble_errors.source_of_result"
 REPORT_HOOK = "magus_anharmonic.report.page.write_report"
 """Called by name: the campaign knows these functions, and not what they need."""
 

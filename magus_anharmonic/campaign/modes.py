@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.analysis.tables import dispersion_file
 from magus_anharmonic.campaign.production import phase_structure
 from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder, structure_file
 from magus_anharmonic.campaign.structures import SYMPREC, Phase, phases_of
@@ -20,6 +19,7 @@ from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.files import append_jsonl, digest, read_jsonl, write_json
+from magus_anharmonic.paper.tables import dispersion_file
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian

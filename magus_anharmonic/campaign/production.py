@@ -393,9 +393,7 @@ def dft(context: Context, step: Step) -> Outcome:
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 
-def changed_candidates(
-    folder: Path, limit: int | None = None
-) -> list[tuple[Candidate, Atoms]]:
+def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[Candidate, Atoms]]:
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest
     free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}

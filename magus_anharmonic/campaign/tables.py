@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.analysis.tables import (
+from magus_anharmonic.files import reading_table, remove, replacing_table, table_rows, write_table
+from magus_anharmonic.paper.tables import (
     Band,
     Cost,
     Enthalpy,
@@ -21,7 +22,6 @@ from magus_anharmonic.analysis.tables import (
     cell,
     columns,
 )
-from magus_anharmonic.files import reading_table, remove, replacing_table, table_rows, write_table
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)

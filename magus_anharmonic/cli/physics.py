@@ -281,7 +281,9 @@ def errors(
     first-order perturbation."""
     configure_logging(verbose)
     with user_errors():
-        from magus_anharmonic.analysis.errors_run import (
+        from magus_anharmonic.labelers import get_labeler
+        from magus_anharmonic.lock import locked
+        from magus_anharmonic.paper.ensemble_errors import (
             add_to_tables,
             draw_report,
             find_source,
@@ -289,9 +291,7 @@ def errors(
             load_labeler_settings,
             measure_locked,
         )
-        from magus_anharmonic.analysis.labelled_ensemble import WHAT, check_number
-        from magus_anharmonic.labelers import get_labeler
-        from magus_anharmonic.lock import locked
+        from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
         from magus_anharmonic.potential import load
 
         check_number(n_configs)

@@ -165,7 +165,7 @@ def validate(
     """
     with user_errors():
         if names:
-            from magus_anharmonic.analysis.expected import NAMES, UNITS
+            from magus_anharmonic.paper.expected import NAMES, UNITS
 
             for name, one in NAMES.items():
                 needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
@@ -173,8 +173,8 @@ def validate(
             return
         if campaign is None or expected is None:
             raise InputError("give the folder of a campaign and a YAML of expected values")
-        from magus_anharmonic.analysis.validate import tables_folder, write_validation
-        from magus_anharmonic.analysis.validate import validate as compare
+        from magus_anharmonic.paper.validate import tables_folder, write_validation
+        from magus_anharmonic.paper.validate import validate as compare
 
         rows = compare(campaign, expected)
         write_validation(rows, output or tables_folder(campaign).parent)

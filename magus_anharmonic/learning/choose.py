@@ -6,7 +6,7 @@ Which structures of a population are labelled.
 
 What a label is worth is how much it narrows the differences of G that are undecided. G_DFT -
 G_model of a phase is the average of (E_DFT - E_model)/N over its ensemble
-(`magus_anharmonic.analysis.gradient_errors`), so that the squared error of its difference to the
+(`magus_anharmonic.paper.gradient_errors`), so that the squared error of its difference to the
 lowest phase b is s_b^2/n_b + s_j^2/n_j for n pairs +u/-u with the spread s. Pairs are given out one
 by one to the phase in which one more lowers sum_j p_j (s_b^2/n_b + s_j^2/n_j) most, p_j being the
 probability that phase j is the lowest after all.

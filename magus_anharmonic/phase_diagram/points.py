@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from magus_anharmonic.analysis.tables import write
+from magus_anharmonic.columns import write
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import table_rows
 from magus_anharmonic.settings import check_pressure, nearest

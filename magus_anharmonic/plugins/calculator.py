@@ -39,12 +39,7 @@ logger = logging.getLogger(__name__)
 # What an earlier calculation left in ``info``: it belongs to another structure or another model
 # once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
-FREE_ENERGY_KEYS = (
-    *INFO_KEYS.values(),
-    "gibbs_above_hull",
-    "gibbs_model",
-    "candidate_id",
-)
+FREE_ENERGY_KEYS = (*INFO_KEYS.values(), "gibbs_above_hull", "gibbs_model", "candidate_id")
 
 
 class MatterSimCalculator(Calculator):

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 from ase import Atoms
 
-from magus_anharmonic.analysis.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.files import digest
+from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
@@ -26,7 +27,6 @@ from magus_anharmonic.report.raw_tables import (
     read_records,
 )
 from magus_anharmonic.report.structures import Crystal
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.status import present_steps
 
@@ -250,7 +250,7 @@ def _analysed(contents: Contents, folder: Path) -> list[Picture]:
     with its reason (once: not for a table that is said to be missing anyway)."""
     if not (folder / "tables").is_dir():
         return []
-    from magus_anharmonic.analysis import make_figures
+    from magus_anharmonic.paper import make_figures
 
     figures_made, figures_missing = make_figures(folder)
     named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]

@@ -257,7 +257,7 @@ def _in_order(
 
 
 def _crystal(line: Candidate, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
-    group = (line.static if kind == "static" else line.quantum) or space_group(atoms)
+    group = (line.spg_static if kind == "static" else line.spg_quantum) or space_group(atoms)
     return Crystal(line, ranking.pressure, ranking.temperature, kind, group, stripped(atoms))
 
 
@@ -339,8 +339,8 @@ def search_crystals(
         for line in ranking.lines[:FILES]:
             if line.id in statics:
                 crystals.append(_crystal(line, ranking, "static", statics[line.id]))
-            if line.folder and line.folder in centroids:
-                crystals.append(_crystal(line, ranking, "centroids", centroids[line.folder]))
+            if line.sscha_folder in centroids:
+                crystals.append(_crystal(line, ranking, "centroids", centroids[line.sscha_folder]))
     return crystals
 
 

@@ -65,7 +65,9 @@ def _probability_in_words(row: Candidate) -> str:
     return "" if row.p_on_hull_sampling is None else f" ({row.p_on_hull_sampling:.0%})"
 
 
-def table(rows: Sequence[Candidate], limit: int = 10, title: str = "Ranking by free energy") -> Table:
+def table(
+    rows: Sequence[Candidate], limit: int = 10, title: str = "Ranking by free energy"
+) -> Table:
     """The ranking of one composition as a rich table: ranked structures by G, then the rest by
     enthalpy."""
     rows = numbered(rows)
@@ -127,10 +129,7 @@ def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
 
 def sentences(rows: Sequence[Candidate]) -> list[str]:
     """What SSCHA changed, in plain words, from the numbers in ``rows`` alone."""
-    done = sorted(
-        (row for row in rows if row.ranked),
-        key=lambda row: row.gibbs,
-    )
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)
     ranked = [row for row in done if row.phase_ranked]
     static = [row for row in done if row.enthalpy is not None]
     if not ranked:
@@ -211,11 +210,8 @@ def _saddles(rows: Sequence[Candidate]) -> list[str]:
         if row.status != "saddle":
             continue
         below = next((other for other in rows if other.parent == row.id), None)
-        mode = (
-            ""
-            if row.free_energy.hessian_lowest is None
-            else f" (a mode at {row.free_energy.hessian_lowest:.0f} +- {row.free_energy.hessian_error or 0.0:.0f} cm^-1)"
-        )
+        lowest, error = row.free_energy.hessian_lowest, row.free_energy.hessian_error or 0.0
+        mode = "" if lowest is None else f" (a mode at {lowest:.0f} +- {error:.0f} cm^-1)"
         found = (
             "what lies below it was not found"
             if below is None
@@ -270,10 +266,7 @@ def slope_chart(rows: Sequence[Candidate]) -> Figure:
     """The figure of `picture`."""
     from matplotlib.figure import Figure
 
-    done = sorted(
-        (row for row in rows if row.ranked),
-        key=lambda row: row.gibbs,
-    )[:10]
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)[:10]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_ylabel("meV/atom above the lowest")

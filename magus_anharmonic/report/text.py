@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.analysis.reordering import critical_pressure, new_space_group
 from magus_anharmonic.columns import Column, columns_of
+from magus_anharmonic.paper.reordering import critical_pressure, new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.report.raw_tables import RawTable, number
 from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences

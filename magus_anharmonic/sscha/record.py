@@ -25,8 +25,9 @@ State = Literal[
 """``converged`` : the relaxation came to its end; ``stable``, ``saddle`` : so it did, and the
 Hessian of the free energy has no negative mode, or has one, beyond two standard errors.
 ``unconverged`` : the populations or the budget ran out; ``eliminated`` : stopped early, because it
-cannot be among the best; both G are upper bounds. ``estimated`` : G from a line through others; ``static`` : no G.
-``failed`` : no G, and a reason. ``transformed`` : another phase now (of a phase diagram)."""
+cannot be among the best; both G are upper bounds. ``estimated`` : G from a line through others;
+``static`` : no G. ``failed`` : no G, and a reason. ``transformed`` : another phase now (of a phase
+diagram)."""
 
 CONVERGED: tuple[State, ...] = ("converged", "stable", "saddle")
 """States whose relaxation came to its end."""
@@ -168,7 +169,9 @@ class FreeEnergy:
 
 
 INFO_KEYS = {
-    one.name: one.metadata["name"] or one.name for one in fields(FreeEnergy) if one.metadata.get("info")
+    one.name: one.metadata["name"] or one.name
+    for one in fields(FreeEnergy)
+    if one.metadata.get("info")
 }
 """Fields of `FreeEnergy` and the keys of ``Atoms.info`` that they fill."""
 

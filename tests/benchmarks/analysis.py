@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from campaign_tables import ranking, write_campaign
 
-from magus_anharmonic.analysis import make_figures, tables
+from magus_anharmonic.paper import make_figures, tables
 
 LIMIT_SECONDS, LIMIT_GIB = 60.0, 2.0
 

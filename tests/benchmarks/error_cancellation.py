@@ -23,18 +23,18 @@ import numpy as np
 from ase import Atoms
 from ase.io import read
 
-from magus_anharmonic.analysis.errors_run import (
-    Source,
-    analyse_errors,
-    draw_report,
-    source_of_result,
-)
-from magus_anharmonic.analysis.labelled_ensemble import label_locked, sample_displacements
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label, Labeler, k_points
 from magus_anharmonic.labelers.gpaw import K_SPACING
+from magus_anharmonic.paper.ensemble_errors import (
+    Source,
+    analyse_errors,
+    draw_report,
+    source_of_result,
+)
+from magus_anharmonic.paper.ensemble_labels import label_locked, sample_displacements
 from magus_anharmonic.potential import load
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.sscha import free_energy

@@ -35,11 +35,11 @@ from ase import Atoms
 from ase.io import read, write
 from error_cancellation import im3m, r3m, state_of
 
-from magus_anharmonic.analysis.labelled_ensemble import read_labelled, sample_displacements
 from magus_anharmonic.generation import SearchState, expected_spread, undecided
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.choose import Contender, allocate
+from magus_anharmonic.paper.ensemble_labels import read_labelled, sample_displacements
 from magus_anharmonic.potential import Potential, load
 from magus_anharmonic.potential.finetune import FinetuneSettings
 from magus_anharmonic.potential.from_scratch import Architecture

@@ -23,8 +23,10 @@ from typing import Protocol
 
 import numpy as np
 
-from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.tables import Mode, Ranked, SpaceGroups
+from magus_anharmonic.paper.tables import Mode, SpaceGroups
+from magus_anharmonic.phase_diagram import style
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.sscha.record import MINIMA
 from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 RESAMPLES = 400
@@ -233,12 +235,6 @@ def _line_style(key: Series, n_points: int) -> str:
     return "--" if key[3] == "dft" else "-"
 
 
-COMPUTED = ("sscha", "stable", "saddle", "eliminated")
-"""States with a free energy that counts; that of an eliminated run is an upper bound, but known to
-end high. An unconverged one may end anywhere below its own."""
-LOWEST = ("sscha", "stable")
-"""States of which the lowest free energy is one: below a saddle point lies something else, and an
-eliminated run ends above the best."""
 LINEAR_ABOVE = 0.05
 """eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three
 structures there, else takes all."""
@@ -297,22 +293,16 @@ class Reordering:
     n_kept_by_dft: int
 
 
-def computed(rows: Sequence[Ranked]) -> list[Ranked]:
+def computed(rows: Sequence[Candidate]) -> list[Candidate]:
     """Rows with a static enthalpy and a free energy that was computed."""
-    return [
-        r
-        for r in rows
-        if r.status in COMPUTED
-        and r.gibbs_eV_per_atom is not None
-        and r.enthalpy_eV_per_atom is not None
-    ]
+    return [r for r in rows if r.free_energy.computed and r.enthalpy is not None]
 
 
-def lowest(rows: Sequence[Ranked]) -> Ranked | None:
+def lowest(rows: Sequence[Candidate]) -> Candidate | None:
     """The row of lowest free energy that is a minimum as far as is known; None without one.
     ``rows``: `computed` ones."""
-    minima = [r for r in rows if r.status in LOWEST]
-    return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
+    minima = [r for r in rows if r.status in MINIMA]
+    return min(minima, key=lambda r: r.gibbs or 0.0, default=None)
 
 
 class _Moving(Protocol):
@@ -333,13 +323,13 @@ def new_space_group(row: _Moving) -> str:
 
 
 def reordering(
-    rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None
+    rows: Sequence[Candidate], checked: Sequence[SpaceGroups] = (), phase: str | None = None
 ) -> tuple[Reordering, list[Moved]]:
     """Numbers of Fig. 6 and its points; ``phase``: the space group to count (None: that of the
     lowest G). Needs one computed row."""
     shown = computed(rows)
-    h = np.array([r.enthalpy_eV_per_atom for r in shown])
-    g = np.array([r.gibbs_eV_per_atom for r in shown])
+    h = np.array([r.enthalpy for r in shown])
+    g = np.array([r.gibbs for r in shown])
     best = phase or symbol_of((lowest(shown) or shown[int(np.argmin(g))]).spg_quantum)
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
     slope, offset, deviations, scatter, threshold = _line_fit(above_h, above_g)
@@ -357,14 +347,14 @@ def reordering(
             r.spg_quantum,
             float(above_h[i]),
             float(above_g[i]),
-            None if r.gibbs_error_eV_per_atom is None else 1e3 * r.gibbs_error_eV_per_atom,
+            None if r.gibbs_error is None else 1e3 * r.gibbs_error,
             None if scatter is None else float(deviations[i]),
             r.status,
         )
         for i, r in enumerate(shown)
     ]
     numbers = Reordering(
-        pressure_GPa=shown[0].pressure_GPa,
+        pressure_GPa=shown[0].pressure,
         n=len(shown),
         n_changed=len(changed),
         best=best,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.tables import Enthalpy
 from magus_anharmonic.hull import reduced_formula
+from magus_anharmonic.paper.tables import Enthalpy
+from magus_anharmonic.phase_diagram import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,22 +17,22 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.analysis import gradient_errors as gibbs
-from magus_anharmonic.analysis import gradient_errors as gradients
-from magus_anharmonic.analysis import tables
-from magus_anharmonic.analysis.labelled_ensemble import (
-    WHAT,
-    Labelled,
-    label_locked,
-    read_labelled,
-    sample_displacements,
-)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.files import versions, write_json
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.lock import locked
+from magus_anharmonic.paper import gradient_errors as gibbs
+from magus_anharmonic.paper import gradient_errors as gradients
+from magus_anharmonic.paper import tables
+from magus_anharmonic.paper.ensemble_labels import (
+    WHAT,
+    Labelled,
+    label_locked,
+    read_labelled,
+    sample_displacements,
+)
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha import free_energy
@@ -318,7 +318,7 @@ def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
 
 def draw_report(report: ErrorsReport) -> list[Path]:
     """``gradient_errors.svg`` and ``.png`` beside the tables of a report."""
-    from magus_anharmonic.analysis.style import draw_gradient_errors
+    from magus_anharmonic.paper.small_figures import draw_gradient_errors
 
     bins = tables.read(tables.GradientBin, report.folder / tables.GradientBin.FILE)
     parity = tables.read(tables.GradientParity, report.folder / tables.GradientParity.FILE)

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from magus_anharmonic.analysis.enthalpies import distinct, lowest_of_phases, transformed_into
-from magus_anharmonic.analysis.expected import PRESSURE_TOLERANCE, ExpectedValue
-from magus_anharmonic.analysis.reordering import (
-    COMPUTED,
+from magus_anharmonic.paper.enthalpies import distinct, lowest_of_phases, transformed_into
+from magus_anharmonic.paper.expected import PRESSURE_TOLERANCE, ExpectedValue
+from magus_anharmonic.paper.reordering import (
     computed,
     critical_pressures,
     lowest,
@@ -20,16 +19,16 @@ from magus_anharmonic.analysis.reordering import (
     reordering,
     series,
 )
-from magus_anharmonic.analysis.tables import (
+from magus_anharmonic.paper.tables import (
     Enthalpy,
     GradientError,
     Mode,
     ModelError,
-    Ranked,
     SpaceGroups,
     TableFolder,
     ranking_files,
 )
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.structures import symbol_of
 
 
@@ -219,16 +218,16 @@ def critical_pressure_difference(wanted: ExpectedValue, tables: TableFolder) -> 
     )
 
 
-def _ranking(wanted: ExpectedValue, tables: TableFolder) -> list[Ranked] | None:
+def _ranking(wanted: ExpectedValue, tables: TableFolder) -> list[Candidate] | None:
     """Rows with a computed G of the ranking at the pressure; None without such a ranking."""
     for path in ranking_files(tables.folder):
-        rows = tables.rows(Ranked, path.name)
-        if any(near(row.pressure_GPa, wanted) for row in rows):
-            return [row for row in rows if row.status in COMPUTED]
+        rows = tables.rows(Candidate, path.name)
+        if any(near(row.pressure, wanted) for row in rows):
+            return [row for row in rows if row.free_energy.computed]
     return None
 
 
-def _ranked_by(rows: Sequence[Ranked]) -> tuple[str, ...]:
+def _ranked_by(rows: Sequence[Candidate]) -> tuple[str, ...]:
     return tuple(sorted({row.model for row in rows} - {""}))
 
 
@@ -278,10 +277,7 @@ def gibbs_minus_enthalpy(wanted: ExpectedValue, tables: TableFolder) -> Found | 
 
 def _pairs(wanted: ExpectedValue, tables: TableFolder) -> np.ndarray:
     """(n, 3): H, G, error of G of every structure with both, eV/atom."""
-    found = [
-        (r.enthalpy_eV_per_atom, r.gibbs_eV_per_atom, r.gibbs_error_eV_per_atom or 0.0)
-        for r in _ranking(wanted, tables) or []
-    ]
+    found = [(r.enthalpy, r.gibbs, r.gibbs_error or 0.0) for r in _ranking(wanted, tables) or []]
     return np.array([row for row in found if row[0] is not None and row[1] is not None]).reshape(
         -1, 3
     )

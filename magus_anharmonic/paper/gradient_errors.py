@@ -26,8 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from magus_anharmonic.analysis.labelled_ensemble import Labelled
-from magus_anharmonic.analysis.tables import GRADIENT_UNITS, GibbsCorrection, GradientError
+from magus_anharmonic.paper.ensemble_labels import Labelled
+from magus_anharmonic.paper.tables import GRADIENT_UNITS, GibbsCorrection, GradientError
 from magus_anharmonic.sscha.ensemble import (
     gamma_matrix,
     matrix_decrease,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from magus_anharmonic.analysis import style
-from magus_anharmonic.analysis.tables import UNITS, ModelError, Parity
+from magus_anharmonic.paper.tables import UNITS, ModelError, Parity
+from magus_anharmonic.phase_diagram import style
 
 LABELS = {
     "energy": "energy (eV/atom)",

@@ -15,19 +15,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from magus_anharmonic.analysis.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
-from magus_anharmonic.analysis.explain import Context, explanations, read_context, undone_steps
-from magus_anharmonic.analysis.found_values import FINDERS, Found, near, sources_of
-from magus_anharmonic.analysis.tables import (
+from magus_anharmonic.errors import InputError
+from magus_anharmonic.files import write_json, write_table
+from magus_anharmonic.paper.expected import NAMES, ExpectedValue, ExpectedValues, load_expected
+from magus_anharmonic.paper.explain import Context, explanations, read_context, undone_steps
+from magus_anharmonic.paper.found_values import FINDERS, Found, near, sources_of
+from magus_anharmonic.paper.tables import (
+    RANKING,
     TABLES,
     Enthalpy,
-    Ranked,
     TableFolder,
     pressure_of_file,
     ranking_files,
 )
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json, write_table
 from magus_anharmonic.structures import symbol_of
 
 MOST_NAMED = 8
@@ -36,7 +36,7 @@ MOST_NAMED = 8
 def why_missing(wanted: ExpectedValue, tables: TableFolder) -> str:
     """One clause; the tables are read already."""
     name = NAMES[wanted.name].table
-    if name == Ranked.FILE:
+    if name == RANKING:
         return _ranking(wanted, tables)
     rows: list[Any] = tables.rows(next(table for table in TABLES if table.FILE == name))  # type: ignore[attr-defined]
     if not rows:

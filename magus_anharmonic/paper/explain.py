@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.analysis.expected import NAMES, ExpectedValue
-from magus_anharmonic.analysis.found_values import Found
-from magus_anharmonic.analysis.tables import Cost, ModelError, TableFolder
 from magus_anharmonic.files import read_json
+from magus_anharmonic.paper.expected import NAMES, ExpectedValue
+from magus_anharmonic.paper.found_values import Found
+from magus_anharmonic.paper.tables import Cost, ModelError, TableFolder
 from magus_anharmonic.status import present_steps
 
 

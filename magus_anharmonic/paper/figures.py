@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from magus_anharmonic.analysis import enthalpies, model_table, reordering, style, tables
-from magus_anharmonic.analysis.tables import Band
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import remove, safe_name
+from magus_anharmonic.paper import enthalpies, model_table, reordering, small_figures, tables
+from magus_anharmonic.paper.tables import Band
+from magus_anharmonic.phase_diagram import style
+from magus_anharmonic.ranking.candidate import Candidate
 
 
 def ticks(rows: Sequence[Band]) -> list[tuple[float, str]]:
@@ -382,7 +384,7 @@ def _reordering(folder: Path) -> Iterator[Drawing]:
     problems = []
     for path in files:
         try:
-            rows = reordering.computed(tables.read(tables.Ranked, path))
+            rows = reordering.computed(tables.read(Candidate, path))
         except InputError as error:
             problems.append(str(error))
             continue
@@ -390,7 +392,7 @@ def _reordering(folder: Path) -> Iterator[Drawing]:
             problems.append(f"{path.name} has no structure with a computed free energy")
             continue
         numbers, moved = reordering.reordering(
-            rows, [row for row in checked if row.pressure_GPa == rows[0].pressure_GPa]
+            rows, [row for row in checked if row.pressure_GPa == rows[0].pressure]
         )
         name = f"fig_6_{path.stem}"
         title = f"Static enthalpy, free energy and space group at {numbers.pressure_GPa:g} GPa"
@@ -438,10 +440,11 @@ def _gradients(folder: Path) -> Iterator[Drawing]:
         name = f"fig_7_gradient_errors-{safe_name(phase)}-{pressure:g}GPa"
         title = f"Errors of forces and of free-energy gradients in {phase} at {pressure:g} GPa"
         alt = "; ".join(
-            f"{style.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}" for row in mine[0]
+            f"{small_figures.WORDS[row.quantity]}: {1e3 * row.rmse:.3g} m{row.unit}"
+            for row in mine[0]
         )
         yield Drawing(
-            name, title, alt, mine[0], _later(style.draw_gradient_errors, *mine, name=name)
+            name, title, alt, mine[0], _later(small_figures.draw_gradient_errors, *mine, name=name)
         )
 
 
@@ -459,7 +462,7 @@ def _learning(folder: Path) -> Iterator[Drawing]:
         "Errors of the models while they learn",
         alt,
         rows,
-        _later(style.draw_learning, rows),
+        _later(small_figures.draw_learning, rows),
     )
 
 
