@@ -358,7 +358,10 @@ def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_
     table = rank_structures(structures, Crystals([one]), keys, tmp_path, relax=False, workers=1)
     records = list(FreeEnergyStore(tmp_path / "free_energies.db").runs())
     assert len(records) == 2 and table[1].same_as == table[0].id
-    assert {record.spg_static for record in records} == {"P4/mmm (123)", "P4mm (99)"}
+    assert {record.free_energy.space_group_start for record in records} == {
+        "P4/mmm (123)",
+        "P4mm (99)",
+    }
     assert table[0].gibbs_error < min(record.gibbs_error for record in records)
     assert min(r.gibbs for r in records) <= table[0].gibbs <= max(r.gibbs for r in records)
     with (tmp_path / "ranking.csv").open(newline="") as file:

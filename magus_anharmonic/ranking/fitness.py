@@ -35,7 +35,7 @@ from magus_anharmonic.hull import (
     reduced_formula,
 )
 from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.sscha.record import RANKED
+from magus_anharmonic.sscha.record import OLD_STATES, RANKED
 from magus_anharmonic.structures import formula
 
 MIN_POINTS = 3
@@ -229,7 +229,8 @@ def computed_gibbs(info: Mapping[str, Any]) -> float | None:
 
 
 def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
-    if _text(info.get("status")) not in states:
+    status = _text(info.get("status"))
+    if OLD_STATES.get(status, status) not in states:
         return None
     model = _text(info.get("model"))
     if not model or model != _text(info.get("gibbs_model")):

@@ -12,7 +12,7 @@ from ase import Atoms
 
 from magus_anharmonic.files import digest, renamed, versions
 from magus_anharmonic.settings import SschaSettings
-from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
+from magus_anharmonic.sscha.record import OLD_STATES, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped
 
 NOT_PHYSICS = (
@@ -122,8 +122,7 @@ class Run(WithFreeEnergy):
         values = {_OLD.get(name, name): value for name, value in renamed(stored).items()}
         if values.get("error_vector") is not None:
             values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-        states = FreeEnergy.__dataclass_fields__["status"].metadata["old"]
-        values["status"] = states.get(values["status"], values["status"])
+        values["status"] = OLD_STATES.get(values["status"], values["status"])
         own = {one.name for one in fields(cls)} - _APART
         energy = {one.name for one in fields(FreeEnergy)}
         return cls(

@@ -366,15 +366,15 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
             )
     pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
     best = {
-        line.folder: line
+        line.sscha_folder: line
         for view in contents.rankings
         for line in view.lines[:3]
-        if line.folder and line.rank
+        if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
-            title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
+            title = f"Convergence of {line.id[:8]} ({line.spg_quantum or line.spg_static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
             pictures.append(
                 Picture(

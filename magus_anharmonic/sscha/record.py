@@ -42,6 +42,9 @@ COMPUTED: tuple[State, ...] = (*RANKED, "saddle")
 WITH_ERROR: tuple[State, ...] = (*COMPUTED, "unconverged")
 """States whose free energy is that of an ensemble of their own and has a standard error."""
 
+OLD_STATES = {"sscha": "converged"}
+"""Words of earlier versions in their files."""
+
 SYMPREC = 0.05
 """A, where a run says nothing else."""
 
@@ -65,7 +68,7 @@ class FreeEnergy:
         origin="sscha.task.finished_result",
         default="static",
         needed=True,
-        old={"sscha": "converged"},
+        old=OLD_STATES,
         info=True,
     )
     reason: str = column(
