@@ -112,6 +112,8 @@ def _within(name: str, inner: Column) -> Column:
 def _described(name: str, hint: Any, default: Any, told: Mapping[str, Any]) -> Column:
     unit, old, reader = told["unit"], told["old"], _reader(hint)
     suffix = SUFFIXES.get(unit, unit.replace("/", "_per_"))
+    if suffix and name.endswith(f"_{suffix}"):
+        suffix = ""
     return Column(
         told["name"] or "_".join(filter(None, (name, suffix))),
         (name,),
@@ -158,17 +160,18 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    known = columns_of(table)
     with table_rows(file) as lines:
         there = {name.strip(): name for name in lines.fieldnames or () if name}
         _check_columns(table, file, list(there))
-        shown = [one for one in known if one.name in there]
+        shown = [one for one in columns_of(table) if one.name in there]
         for found in lines:
             values: dict[str, Any] = {}
             for one in shown:
                 text = (found.get(there[one.name]) or "").strip()
                 try:
-                    value = one.read(text) if text or one.default is MISSING else one.default
+                    missing = not text or (text.lower() == "nan" and bool(one.unit))
+                    known = one.default is not MISSING
+                    value = one.default if missing and known else one.read(text)
                 except ValueError as error:
                     raise InputError(
                         f"{file}: line {lines.line_num}: {one.name}: {text!r}: {error}"
