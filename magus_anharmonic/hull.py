@@ -239,8 +239,8 @@ def pool_fractions(formulas: Sequence[str]) -> np.ndarray:
 def hull_probabilities(
     fractions: np.ndarray, energies: np.ndarray, samples: np.ndarray
 ) -> HullStatistics:
-    """Places of ``energies`` (n,) at compositions (n, d), with errors from ``samples`` (n_samples,
-    n), eV/atom."""
+    """Hull distances of ``energies`` (n,) at compositions (n, d), with errors from ``samples``
+    (n_samples, n), eV/atom."""
     distance, margin = margins(fractions, energies)
     sampled = [margins(fractions, row) for row in samples]
     sampled_margin = np.array([one[1] for one in sampled])

@@ -94,7 +94,7 @@ def foundation(n: int, rng: np.random.Generator) -> list[t.Enthalpy]:
     ]
     duplicates = [
         t.Enthalpy(
-            f"twin{k}",
+            f"duplicate{k}",
             "",
             "H3S",
             8,

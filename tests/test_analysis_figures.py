@@ -13,8 +13,11 @@ from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campa
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.files import SUMS
-from magus_anharmonic.paper import enthalpies, make_figures, model_table, reordering, tables
+from magus_anharmonic.paper import enthalpies, quantities, script, tables
 from magus_anharmonic.phase_diagram import style
+
+figures = script("figures")
+make_figures, mark_transitions = figures.make_figures, figures.mark_transitions
 
 NAMES = {
     "table_1",
@@ -31,7 +34,7 @@ NAMES = {
 
 def test_table_one_is_in_the_papers_order_and_units(tmp_path: Path) -> None:
     write_campaign(tmp_path)
-    lines = model_table.table_one(
+    lines = quantities.table_one(
         tables.read(tables.ModelError, tmp_path / "tables" / "model_errors.csv")
     )
     assert [(line.set, line.model) for line in lines][:3] == [
@@ -63,12 +66,12 @@ def test_parity_statistics_are_those_of_the_errors() -> None:
         tables.Parity("m", "test", "force", "eV/A", x, x + e)
         for x, e in ((0.0, 0.1), (1.0, -0.1), (2.0, 0.3), (3.0, 0.1))
     ]  # type: ignore[arg-type]
-    (found,) = model_table.parity_statistics(rows)
+    (found,) = quantities.parity_statistics(rows)
     assert (found.n, found.rmse, found.mean_absolute, found.mean) == pytest.approx(
         (4, np.sqrt(0.03), 0.15, 0.1)
     )
     assert found.r_squared == pytest.approx(1 - 0.12 / 5.0)
-    assert model_table.parity_statistics(rows[:1])[0].r_squared is None
+    assert quantities.parity_statistics(rows[:1])[0].r_squared is None
 
 
 def test_transitions_are_where_the_lower_envelope_changes() -> None:
@@ -84,7 +87,7 @@ def test_labels_of_close_transitions_do_not_cover_each_other() -> None:
     ]
     with style.figure() as (made, (axes,)):
         axes.set_xlim(50, 200)
-        enthalpies._mark_transitions(axes, changes)
+        mark_transitions(axes, changes)
         made.canvas.draw()
         boxes = [label.get_window_extent() for label in axes.texts if label.get_text()]
         panel, page = axes.get_window_extent(), made.bbox
@@ -157,7 +160,7 @@ def test_relative_enthalpies_refer_to_the_reference_or_to_the_best_known_phase()
 def test_critical_pressures_are_found_within_their_errors() -> None:
     found = {
         (c.method, c.energies_by): c
-        for c in reordering.critical_pressures(soft_mode(np.random.default_rng(1)))
+        for c in quantities.critical_pressures(soft_mode(np.random.default_rng(1)))
     }
     harmonic = found["harmonic", "model"]
     assert (
@@ -182,10 +185,19 @@ def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments(
             np.array([p.pressure_GPa for p in points]),
             np.array([p.frequency_squared_cm2 for p in points]),
         )
-        many.append(reordering._parabola_root(x, np.full(len(x), 2e4))(x, y))
+        many.append(quantities._parabola_root(x, np.full(len(x), 2e4))(x, y))
         if seed < 5:
-            errors.append(reordering.critical_pressure(list(x), list(y), [2e4] * len(x))[1])
+            errors.append(quantities.critical_pressure(points).error_GPa)
     assert np.mean(errors) == pytest.approx(np.std(many), rel=0.2)
+
+
+def critical_pressure(pressures, squares, errors) -> quantities.CriticalPressure:
+    """Of one curve."""
+    curve = "Im-3m", "Im-3m (229)", "T1u"
+    points = zip(pressures, squares, errors, strict=True)
+    return quantities.critical_pressure(
+        [tables.Mode(*curve, p, "harmonic", "model", y, error, "m") for p, y, error in points]
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,25 +215,25 @@ def test_the_error_of_a_critical_pressure_is_the_spread_of_repeated_experiments(
 def test_no_critical_pressure_without_a_change_of_sign(
     pressures: list[float], squares: list[float], words: str
 ) -> None:
-    value, error, _, reason = reordering.critical_pressure(
-        pressures, squares, [None] * len(pressures)
-    )
-    assert value is None and error is None and words in reason
+    found = critical_pressure(pressures, squares, [None] * len(pressures))
+    assert found.critical_pressure_GPa is None and found.error_GPa is None
+    assert words in found.reason == found.words
 
 
 def test_the_zero_that_counts_is_the_one_above_which_the_structure_is_stable() -> None:
     x = [0.0, 10.0, 20.0, 30.0, 40.0]
     y = [-(p - 5.0) * (p - 35.0) for p in x]
     for errors in ([1.0] * 5, [None] * 5):
-        value, _, how, _ = reordering.critical_pressure(x, y, errors)
-        assert value == pytest.approx(5.0, abs=0.01 if how == "parabola" else 1.5)
+        found = critical_pressure(x, y, errors)
+        close = 0.01 if found.how == "parabola" else 1.5
+        assert found.critical_pressure_GPa == pytest.approx(5.0, abs=close)
 
 
 def test_two_points_with_errors_give_a_line_and_an_error() -> None:
-    value, error, how, _ = reordering.critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
-    assert (value, how) == (pytest.approx(105.0), "interpolation")
+    found = critical_pressure([100.0, 120.0], [-10.0, 30.0], [1.0, 1.0])
+    assert (found.critical_pressure_GPa, found.how) == (pytest.approx(105.0), "interpolation")
     slope = 2.0
-    assert error == pytest.approx(np.sqrt(0.75**2 + 0.25**2) / slope, rel=0.1)
+    assert found.error_GPa == pytest.approx(np.sqrt(0.75**2 + 0.25**2) / slope, rel=0.1)
 
 
 def test_the_reordering_is_told_from_the_linear_part() -> None:
@@ -237,7 +249,7 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
         )
         for i in range(1, 5)
     ]
-    numbers, moved = reordering.reordering(ranking(), checked)
+    numbers, moved = quantities.reordering(ranking(), checked)
     assert (numbers.n, numbers.n_changed, numbers.best, numbers.n_transformed_best) == (
         20,
         4,
@@ -247,7 +259,7 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
     assert (numbers.n_checked_by_dft, numbers.n_kept_by_dft) == (3, 3)
     assert numbers.slope == pytest.approx(1.0, abs=0.01)
     assert numbers.window == pytest.approx(48.0)
-    few = reordering.reordering(ranking()[:7])[0]
+    few = quantities.reordering(ranking()[:7])[0]
     assert few.window is None and few.slope is not None, (
         "one structure off the line of a few says nothing about a window"
     )
@@ -264,7 +276,7 @@ def test_a_saddle_point_is_not_the_phase_that_others_become() -> None:
         else row
         for row in ranking()
     ]
-    assert reordering.reordering(rows)[0].best == "Im-3m"
+    assert quantities.reordering(rows)[0].best == "Im-3m"
 
 
 def test_every_figure_is_made_with_its_files(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 import magus_anharmonic
 
 PACKAGE = Path(magus_anharmonic.__file__).parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted((PACKAGE.parent / "inputs" / "h3s-paper").glob("*.py"))
+"""Of the paper; a wheel has them in ``magus_anharmonic/paper``."""
+MODULES = [*sorted(PACKAGE.rglob("*.py")), *SCRIPTS]
 LONGEST = 500
 """Lines of a module."""
 STILL_LONGER = {
@@ -135,18 +137,23 @@ KNOWN_CIRCLES: list[set[str]] = []
 """Circles that are still to be cut; none may be added."""
 
 
+def inside(path: Path) -> Path:
+    """Where a module is in the package."""
+    return Path("paper", path.name) if path in SCRIPTS else path.relative_to(PACKAGE)
+
+
 def part(path: Path) -> str:
     """``potential/m3gnet.py`` -> ``potential``; ``settings.py`` -> ``settings``."""
-    first = path.relative_to(PACKAGE).parts[0]
+    first = inside(path).parts[0]
     return first.removesuffix(".py")
 
 
 def label(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
+    return str(inside(path))
 
 
 def module_name(path: Path) -> str:
-    parts = ["magus_anharmonic", *path.relative_to(PACKAGE).with_suffix("").parts]
+    parts = ["magus_anharmonic", *inside(path).with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -163,7 +170,7 @@ def imported(path: Path, *, at_import_only: bool = False) -> frozenset[str]:
     """Absolute names of the modules that a file imports, wherever in the file, or outside functions
     only."""
     found: set[str] = set()
-    package = ["magus_anharmonic", *path.relative_to(PACKAGE).parent.parts]
+    package = ["magus_anharmonic", *inside(path).parent.parts]
     for node in walk(tree(path), at_import_only):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

@@ -36,7 +36,7 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.files import write_json
 from magus_anharmonic.lock import locked
-from magus_anharmonic.paper.explain import read_context
+from magus_anharmonic.paper import script
 from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
@@ -490,9 +490,9 @@ def test_both_commands_say_the_same_of_a_campaign_on_another_node(
     assert page.steps[0]["status"] == "interrupted" and "1 interrupted" in page.summary[0][1][0], (
         "the report says so too"
     )
-    assert read_context(root / "tables").undone["learn-075GPa"] == "interrupted", (
-        "and so does validate"
-    )
+    assert (
+        script("explain").read_context(root / "tables").undone["learn-075GPa"] == "interrupted"
+    ), "and so does validate"
 
 
 def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes: Fakes) -> None:

@@ -578,7 +578,9 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
 def test_the_last_step_writes_the_report_and_draws_every_figure_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magus_anharmonic.paper import figures
+    from magus_anharmonic.paper import script
+
+    figures = script("figures")
 
     context = context_of(tmp_path)
     write_part(context.root, "learning", [("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)])

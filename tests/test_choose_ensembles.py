@@ -221,7 +221,7 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
     ]
     candidates += [
         replace(candidates[1], id="failed").updated(status="failed"),
-        replace(candidates[1], id="twin", same_as=rows[0].id),
+        replace(candidates[1], id="duplicate", same_as=rows[0].id),
     ]
     state = search(tmp_path, candidates[::-1])
     found = rounds.undecided(state, 2)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from magus_anharmonic.cli import app, main
 from magus_anharmonic.cli.common import configure_logging, console, say, user_errors
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.plugins.logs import RestartSafe
+from magus_anharmonic.plugins.parameters import RestartSafe
 
 QUICKSTART = Path(__file__).parents[1] / "inputs" / "h3s-quickstart" / "input.yaml"
 

@@ -1,4 +1,4 @@
-"""Successive elimination: the best are never thrown out, the hopeless stop early, and the probabilities are
+"""Successive elimination: the best are never eliminated, those without a chance stop early, and the probabilities are
 those of a simulation."""
 
 from __future__ import annotations
@@ -210,13 +210,13 @@ def test_no_population_is_begun_that_the_budget_may_not_cover() -> None:
 def test_a_budget_leaves_out_only_whom_somebody_at_the_end_has_beaten() -> None:
     """Both leaders are still falling when the budget ends, and are not ranked: what they threw out
     waits as they do."""
-    field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "hopeless": 3.0})
+    field = Relaxations({"a": 0.0, "b": 1e-5, "far": 0.6, "highest": 3.0})
     known = {"done": standing(0.7, converged=True)}
     stops = race(
-        ["a", "b", "far", "hopeless"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {}
+        ["a", "b", "far", "highest"], field.advance, Rules(0.95, 1, 30, budget=1000), known, {}
     )
     assert field.calls["far"] == 2, "it was eliminated"
-    assert stops["hopeless"].eliminated, "by the one whose relaxation has ended"
+    assert stops["highest"].eliminated, "by the one whose relaxation has ended"
     assert all(
         "budget of 1000" in stops[name].reason and not stops[name].eliminated
         for name in ("a", "b", "far")
@@ -241,10 +241,10 @@ def test_one_that_never_converges_eliminates_nobody() -> None:
 
 
 def test_one_that_was_eliminated_among_others_is_taken_up_again_when_it_could_win() -> None:
-    field = Relaxations({"new": 0.1, "old": 0.0, "hopeless": 0.5})
-    eliminated_before = {name: field.standing(name, 2) for name in ("old", "hopeless")}
+    field = Relaxations({"new": 0.1, "old": 0.0, "highest": 0.5})
+    eliminated_before = {name: field.standing(name, 2) for name in ("old", "highest")}
     stops = race(["new"], field.advance, Rules(0.95, 1, 30), {}, eliminated_before)
-    assert field.calls["old"] > 2 and "hopeless" not in field.calls
+    assert field.calls["old"] > 2 and "highest" not in field.calls
     assert not stops["old"].eliminated
 
 
@@ -256,7 +256,7 @@ def test_known_results_take_part_without_running() -> None:
 
 
 def test_the_eliminated_come_back_when_the_best_falls_apart() -> None:
-    """The winner dissociates in its fifth population; the one that was thrown out because of it
+    """The winner dissociates in its fifth population; the one that was eliminated because of it
     must run to its end."""
     field = Relaxations({"best": 0.0, "second": 0.2, "third": 0.6})
 

@@ -19,7 +19,6 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.potential import checkpoint, load, loading
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, FinetuneSettings, _Run, finetune
-from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.labelled import (
     LabelledGraphs,
     mean_loss,
@@ -36,7 +35,7 @@ from magus_anharmonic.potential.train import (
     train_command,
     train_file,
 )
-from magus_anharmonic.potential.trainer import Trainer
+from magus_anharmonic.potential.trainer import Architecture, Trainer, from_scratch
 from magus_anharmonic.settings import LearningSettings, parse
 
 TINY = Architecture(num_blocks=1, units=8)

@@ -1,20 +1,28 @@
-"""Answers of today. One that changes makes stored ones wrong: then `files.PHYSICS` is raised, and
-``python tests/test_golden.py`` run.
+"""Numbers of today, stored in ``golden/``: a change that should not change the physics leaves them as they are.
 
-Rounding of another processor or library stays below the tolerance.
+``golden/physics.json`` stands for what is in stores of free energies: where that changes, `files.PHYSICS` is raised, and
+``python tests/test_golden.py`` run. The other files are the numbers of whole commands, written by ``golden/make.py``: by value, on the
+machine that wrote them to the last digits, on another one within what its rounding does.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
+from golden import make
+from kill_harness import Server, outcome, prepare
 from sscha_models import QuarticPair
 
 from magus_anharmonic import free_energy, load
@@ -26,7 +34,183 @@ from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
-FILE = Path(__file__).with_name("golden.json")
+RENAMED: dict[str, str | None] = {
+    "decrease": "predicted_decrease",
+    "n_became Im-3m 100 GPa": "n_transformed Im-3m 100 GPa",
+    "n_became_best": "n_transformed_best",
+    "odds": "probability",
+    "odds_inside": "probability_inside",
+    "repeats": "supercell_matrix",
+}
+"""Column, key, file or word of the stored numbers -> its name of now; None: it is gone on purpose.
+"""
+
+TIGHT = (1e-9, 1e-12)
+"""Relative and absolute, on the machine that wrote the numbers."""
+ELSEWHERE = {"finetuning": (1e-2, 1e-5), "model_relaxations": (1e-3, 1e-3)}
+"""On another machine: training and relaxation in single precision amplify the rounding."""
+ROUNDED = (1e-6, 2e-6)
+"""The others there; tables have six decimals, and the last may be rounded the other way."""
+OF_BITS = {"id", "model", "model_id", "new_model", "old_model", "parent_id"}
+"""Digests of rounded or single-precision numbers: not compared on another machine."""
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+
+def differences(
+    golden: Any, found: Any, tolerance: tuple[float, float], ignored: set[str], where: str = ""
+) -> Iterator[str]:
+    """What is stored and not found, or found with another value; what is new does not count."""
+    if isinstance(golden, dict):
+        for name, value in golden.items():
+            now = RENAMED.get(name, name)
+            if now is None or name in ignored:
+                continue
+            if not isinstance(found, dict) or now not in found:
+                yield f"{where}/{now} is missing"
+            else:
+                yield from differences(value, found[now], tolerance, ignored, f"{where}/{now}")
+    elif isinstance(golden, list):
+        if not isinstance(found, list) or len(found) != len(golden):
+            yield f"{where}: {len(golden)} values stored, found {len(found) if isinstance(found, list) else found!r}"
+            return
+        for index, pair in enumerate(zip(golden, found, strict=True)):
+            yield from differences(*pair, tolerance, ignored, f"{where}[{index}]")
+    elif is_number(golden) and is_number(found):
+        same = math.isclose(golden, found, rel_tol=tolerance[0], abs_tol=tolerance[1])
+        if not same and not (math.isnan(golden) and math.isnan(found)):
+            yield f"{where}: stored {golden!r}, found {found!r}"
+    elif golden != found and not (
+        isinstance(golden, str) and golden in RENAMED and RENAMED[golden] == found
+    ):
+        yield f"{where}: stored {golden!r}, found {found!r}"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def compare(name: str, numbers: make.Numbers) -> None:
+    golden, found = make.stored(name), json.loads(json.dumps(numbers))
+    stored = golden["numbers"]
+    here = golden["machine"] == make.machine()
+    if not here and name in ROBUST:
+        stored, found = ROBUST[name](stored), ROBUST[name](found)
+    tolerance = TIGHT if here else ELSEWHERE.get(name, ROUNDED)
+    different = list(differences(stored, found, tolerance, set() if here else OF_BITS))
+    assert not different, (
+        f"{len(different)} numbers of {name} are no longer those of golden/{name}.json:\n"
+        + "\n".join(different[:20])
+    )
+
+
+def robust_search(numbers: make.Numbers) -> dict[str, Any]:
+    """Relaxations in single precision end elsewhere on another machine, and all that follows:
+    which tables and columns there are.
+    """
+    return {
+        name: sorted(table) if isinstance(table, dict) else [sorted(record) for record in table]
+        for name, table in numbers.items()
+    }
+
+
+def robust_relaxations(numbers: make.Numbers) -> dict[str, Any]:
+    """The steps may be others there, the minimum is the same; enthalpy is the flattest function
+    of where a relaxation ends.
+    """
+    return {
+        "ends": [
+            {name: end[name] for name in ("enthalpy", "converged", "failed")}
+            for end in numbers["ends"]
+        ]
+    }
+
+
+ROBUST = {
+    "demonstration": robust_search,
+    "learning": robust_search,
+    "model_relaxations": robust_relaxations,
+}
+"""What is compared on another machine where the whole is chaotic."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", make.CASES)
+def test_numbers_of_a_case_are_the_stored_ones(name: str, tmp_path: Path) -> None:
+    compare(name, make.CASES[name](tmp_path))
+
+
+needs_fork = pytest.mark.skipif(
+    sys.platform != "linux", reason="the harness forks and pins its searches to one core"
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+@needs_fork
+@pytest.mark.slow
+def test_numbers_of_the_demonstration_are_the_stored_ones(server: Server, tmp_path: Path) -> None:
+    compare("demonstration", make.search("demonstration", tmp_path / "search", server))
+
+
+@needs_fork
+@pytest.mark.slow
+def test_a_search_killed_in_each_part_ends_in_the_numbers_of_the_one_that_was_not(
+    server: Server, tmp_path: Path
+) -> None:
+    """The stored numbers are those of a search that nobody killed."""
+    folder = prepare(tmp_path / "killed")
+    killed = [
+        server.search(folder, restart=i > 0, step=step)
+        for i, step in enumerate(
+            (
+                "rename results/raw1.traj",
+                "rename results/anharmonic/checkpoints/gen1.pth",
+                "rename results/raw2.traj",
+            )
+        )
+    ]
+    assert [ended.code for ended in killed] == 3 * [-signal.SIGKILL]
+    assert server.search(folder, restart=True).code == 0
+    compare("learning", make.searched(folder))
+    if make.stored("learning")["machine"] != make.machine():
+        whole = prepare(tmp_path / "whole")
+        assert server.search(whole).code == 0
+        assert outcome(folder) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    ("found", "n"),
+    [
+        ({"a": [1.0, 2.0], "b": "word", "new": 1}, 0),
+        ({"a": [1.0, 2.0 + 1e-7], "b": "word"}, 1),
+        ({"a": [1.0], "b": "other"}, 2),
+        ({"b": "word"}, 1),
+        ({"a": [1.0, math.nan], "b": "word"}, 1),
+    ],
+)
+def test_a_difference_is_seen(found: dict[str, Any], n: int) -> None:
+    assert len(list(differences({"a": [1.0, 2.0], "b": "word"}, found, TIGHT, set()))) == n
+
+
+def test_a_renamed_column_is_read_by_its_old_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RENAMED, "odds", "probability")
+    monkeypatch.setitem(RENAMED, "gone", None)
+    golden = {"odds": [0.5], "gone": [1.0], "kind": "odds"}
+    assert not list(
+        differences(golden, {"probability": [0.5], "kind": "probability"}, TIGHT, set())
+    )
+    assert len(list(differences(golden, {"odds": [0.5], "kind": "other"}, TIGHT, set()))) == 2
+
+
+# --- what is in stores of free energies -----------------------------------------------------------
+
+FILE = Path(__file__).with_name("golden") / "physics.json"
 PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 TOLERANCE = {"float32": 2e-5}
 """Relative, of numbers of the shipped model; 1e-6 of all others."""

@@ -189,3 +189,27 @@ def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_
     assert resumed.model_id == found.model_id and resumed.n_failures == 3
     again = LabelStore(tmp_path / "labels")
     assert len(again) == 12 and len(again.labels()) == 9, "kept, and never used"
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({}, ""),
+        ({"forces": 1000.0}, "its forces .* times those of the model .*meV/A instead"),
+        ({"forces": -1.0}, "its forces .*other sign"),
+        ({"stress": -1.0}, "its stress .*other sign"),
+        ({"stress": EV_PER_A3_IN_GPA}, "its stress .*in GPa instead"),
+        ({"stress": -10 * EV_PER_A3_IN_GPA}, "its stress .*other sign .*in kbar"),
+    ],
+)
+def test_one_label_or_two_are_compared_with_the_model_alone(model, n, fault, words):
+    """Fewer than three were not looked at."""
+    frames = []
+    for number in range(n):
+        atoms = structure(number)
+        atoms.set_cell(0.9 * atoms.cell.array, scale_atoms=True)
+        frames.append(label(atoms, **fault))
+    found = outliers(frames, model)
+    assert sorted(found) == (list(range(n)) if words else [])
+    assert all(re.search(words, reason) for reason in found.values()), found

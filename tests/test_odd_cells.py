@@ -8,9 +8,8 @@ from ase import Atoms
 from ase.build import fcc111, molecule
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.cells import is_skewed, search_cell
 from magus_anharmonic.potential.graph import find_neighbours
-from magus_anharmonic.potential.guards import isolated, overlap, why_invalid
+from magus_anharmonic.potential.guards import is_skewed, isolated, overlap, search_cell, why_invalid
 
 TURNS = {
     "modest": [[1, 0, 0], [2, 1, 0], [-1, 1, 1]],

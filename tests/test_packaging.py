@@ -217,6 +217,8 @@ def test_the_wheel_holds_the_data_and_the_marker_for_types(tmp_path: Path) -> No
         if path.is_file()
     ]
     assert data and set(data) <= set(names)
+    scripts = [path.name for path in (ROOT / "inputs" / "h3s-paper").glob("*.py")]
+    assert scripts and {f"magus_anharmonic/paper/{name}" for name in scripts} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names if not name.startswith("magus_anharmonic-")} == {
         "magus_anharmonic"

@@ -436,14 +436,14 @@ def test_from_structures_of_several_compositions_to_the_hull_of_their_free_energ
 
 def test_a_free_energy_of_a_run_that_went_astray_counts_for_nothing_and_is_named():
     points = [p for p in data({"R3m": LOW, "Im-3m": HIGH}, 3) if p.temperature_K == 0]
-    astray = replace(
+    diverged = replace(
         points[0],
         predicted_decrease_eV_per_atom=15.9,
         gibbs_eV_per_atom=9.0,
         reason="stress 11.61 GPa off",
     )
     with_it, without = (
-        phase_diagram([*points[1:], *more], n_samples=100) for more in ([astray], [])
+        phase_diagram([*points[1:], *more], n_samples=100) for more in ([diverged], [])
     )
     assert with_it.boundaries == without.boundaries
     assert any("failed at 60 GPa, 0 K: stress 11.61 GPa off" in line for line in sentences(with_it))

@@ -531,7 +531,7 @@ def test_our_own_command_runs_stock_magus_with_the_plugins(
     from magus.entrypoints.search import started
 
     from magus_anharmonic import labelers
-    from magus_anharmonic.plugins.run import run_stock_magus
+    from magus_anharmonic.plugins.parameters import run_stock_magus
 
     def missing(*_: Any) -> Any:
         raise LabelerNotInstalled("learning.labeler.calculator: gpaw: labeler not installed")
@@ -562,7 +562,7 @@ def test_our_own_command_runs_stock_magus_with_the_plugins(
 
 
 def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCaptureFixture) -> None:
-    from magus_anharmonic.plugins.logs import tame
+    from magus_anharmonic.plugins.parameters import tame
 
     root = logging.getLogger()
     lines: list[str] = []
@@ -594,7 +594,7 @@ def test_no_line_of_ours_can_mislead_the_restart_of_magus(caplog: pytest.LogCapt
 def test_a_restart_for_which_the_log_of_magus_names_no_place_is_refused(
     tmp_path: Path, log: str | None, complaint: str | None
 ) -> None:
-    from magus_anharmonic.plugins.logs import check_restart
+    from magus_anharmonic.plugins.parameters import check_restart
 
     file = tmp_path / "log.txt"
     if log is not None:

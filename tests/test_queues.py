@@ -25,11 +25,11 @@ from magus_anharmonic.scheduler.queues import (
     CLASSES,
     COMMANDS,
     Certificates,
+    Submissions,
     arguments,
     missing,
     start_cluster,
 )
-from magus_anharmonic.scheduler.submission import Submissions
 from magus_anharmonic.settings import WorkerSettings, parse_settings
 
 _ctrl_c, _end = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -296,7 +296,7 @@ def hurried(monkeypatch):
     """No long pauses."""
     monkeypatch.setattr("dask_jobqueue.lsf.lsf_detect_units", lambda: "mb")
     for key, value in {"FIRST_PAUSE": 0.05, "LONGEST_PAUSE": 0.2, "GIVE_UP": 3.0}.items():
-        monkeypatch.setattr(f"magus_anharmonic.scheduler.submission.{key}", value)
+        monkeypatch.setattr(f"magus_anharmonic.scheduler.queues.{key}", value)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_a_queue_that_refuses_for_good_ends_the_call_with_its_own_words(name, to
 
 
 def test_one_job_in_the_queue_is_hope_and_an_answer_without_a_number_is_none(monkeypatch):
-    monkeypatch.setattr("magus_anharmonic.scheduler.submission.GIVE_UP", 0.0)
+    monkeypatch.setattr("magus_anharmonic.scheduler.queues.GIVE_UP", 0.0)
     queue = Submissions("sbatch")
     assert not queue.refusal()
     queue.refuse("a", "QOSMaxSubmitJobPerUserLimit", 2.0)

@@ -141,7 +141,7 @@ def test_a_mattersim_model_relaxes_h3s_at_pressure_as_ase_does(tiny_checkpoint, 
 
 @pytest.mark.parametrize("optimizer", ["bfgs", "ase"])
 def test_the_gradient_of_the_deformation_is_exact_far_from_the_start(optimizer):
-    from magus_anharmonic.potential.minimiser import MinimiserState
+    from magus_anharmonic.potential.optimizers import MinimiserState
 
     def strain(size):
         values = rng.normal(0, size, (3, 3))

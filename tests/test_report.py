@@ -154,7 +154,7 @@ def test_a_winner_that_changed_its_symmetry_is_named_by_both(rows):
 
 
 def test_a_structure_of_the_winning_phase_may_have_the_lowest_enthalpy(rows):
-    """R3m, I4mm and Im-3m of H3S are one phase with quantum ions (SSCHA); which of them stands for it says
+    """R3m, I4mm and Im-3m of H3S are one phase with SSCHA; which of them stands for it says
     nothing about their enthalpies."""
     duplicate = {
         **CCCM,

@@ -148,7 +148,7 @@ def test_the_page_of_a_search_holds_ranking_structures_figures_failures_settings
     )
     titles = [image["alt"] for image in page.all("img")]
     assert (
-        titles[0].startswith("Two ladders of levels at 150 GPa, 0 K")
+        titles[0].startswith("Slope chart at 150 GPa, 0 K")
         and "energy 50 meV/atom at first, 25 at the end" in titles[1]
     )
     assert len(page.all("option")) == 2, "the static structure and the centroids can be viewed"

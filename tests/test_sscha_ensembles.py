@@ -4,6 +4,7 @@ they claim."""
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,23 @@ def test_the_sample_tells_its_temperature(aluminium, tmp_path):
                 read_ensemble(tmp_path / "data", wrong)
             told = float(str(error.value).split(" K would fit")[0].rsplit(" ", 1)[1])
             assert told == pytest.approx(sampled_at, rel=0.2, abs=60.0)
+
+
+def test_how_well_a_sample_knows_its_temperature_is_said(aluminium, caplog):
+    """60 configurations that were drawn 50 K off pass: that is within their noise."""
+    state, _ = aluminium
+    widths, right = {}, 0
+    for count in (60, 600):
+        for seed in range(20):
+            caplog.clear()
+            u = sample(state, count, np.random.default_rng(seed))
+            with caplog.at_level(logging.INFO, logger="magus_anharmonic"):
+                require_sampled_from(state, u, "ensemble")
+            said = next(line for line in caplog.messages if "95 per cent" in line)
+            low, high = (float(n) for n in re.findall(r"between (\d+) and (\d+) K", said)[0])
+            widths[count], right = high - low, right + (low <= 300.0 <= high)
+    assert 10.0 < widths[600] < 0.5 * widths[60] < 100.0
+    assert right >= 32, "of 40, of which 38 are expected"
 
 
 def test_chance_alone_refuses_none(aluminium):
@@ -245,6 +263,31 @@ def test_the_crystal_of_an_ensemble_is_checked_as_every_other(aluminium, tmp_pat
     write_ensemble(replace(state, atoms=heavy), ensemble, tmp_path)
     with pytest.raises(InputError, match="masses that cannot be"):
         read_ensemble(tmp_path, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (1.0, ""),
+        (-1.0, "another sign"),
+        (14710.5, "GPa?"),
+        (-14710.5, "GPa?"),
+        (91.8, r"(eV/A^3?)"),
+        (147105.0, "GPa"),
+    ],
+)
+def test_stresses_of_another_sign_or_unit_are_said_and_not_used(folder, caplog, factor, words):
+    """They were logged as a pressure."""
+    file = folder / "data_dir" / "stresses_pop1.npy"
+    np.save(file, factor * np.load(file))
+    _, ensemble = read_ensemble(folder / "data_dir", 300.0)
+    assert np.isnan(ensemble.stresses).all() == bool(words)
+    said = [line for line in caplog.messages if "its stresses are not used" in line]
+    assert len(said) == bool(words) and all(words in line for line in said)
+    if words:
+        with caplog.at_level(logging.INFO, logger="magus_anharmonic"):
+            read_start(None, folder / "data_dir", 300.0, 0.0, 0.3)
+        assert any("no stress" in line for line in caplog.messages)
 
 
 def test_an_ensemble_without_stresses_is_one_without_pressure(folder):

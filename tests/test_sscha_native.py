@@ -236,10 +236,10 @@ def test_a_sample_that_collapses_with_every_step_is_an_error_with_a_reason():
     model = AnharmonicCell()
     state = model.start(0.0)
     sampled = sample_ensemble(state, 4, [2], model, "test")
-    hopeless = replace(sampled, forces=1e5 * sampled.forces)
+    scaled = replace(sampled, forces=1e5 * sampled.forces)
     with pytest.raises(SschaError, match="sample size collapses"):
         engines.minimise(
-            [(state, hopeless)],
+            [(state, scaled)],
             Symmetry(state.atoms, state.supercell_matrix),
             min_effective_sample=0.9,
         )

@@ -98,7 +98,7 @@ def test_self_consistent_force_constants_and_free_energy_equal_phonopys():
     """Centroids stay where symmetry holds them, the cell is fixed: then phonopy's fixed point is
     the minimum of SSCHA."""
     sscha = phonopys(400, 12)
-    # the first iterations are on the way from the harmonic force constants
+    # the first iterations lead from the harmonic force constants
     theirs, results = their_squares(sscha)[4:], [ours(seed) for seed in range(4)]
     assert all(result.converged for result in results)
     mine = np.array([our_squares(result.force_constants) for result in results])

@@ -27,14 +27,9 @@ from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence, re
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.result import RunFolder
-from magus_anharmonic.sscha.state import SschaState, fourier
-from magus_anharmonic.sscha.unstable import (
-    Sublattice,
-    down_the_mode,
-    larger_cell,
-    real_patterns,
-    simple_directions,
-)
+from magus_anharmonic.sscha.state import SschaState, fourier, repeated
+from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, shape_supercell_matrix
+from magus_anharmonic.sscha.unstable import down_the_mode, real_patterns, simple_directions
 from magus_anharmonic.structures import space_group, structure_id
 
 SADDLE, MINIMUM = HydrogenBond(-4.0, 10.0, 14.0), HydrogenBond(1.0, 8.0, 3.0)
@@ -498,15 +493,16 @@ def test_the_verdict_does_not_change_what_a_free_energy_is(
 def test_the_new_cell_is_the_smallest_in_which_the_mode_is_periodic(point: list[float]) -> None:
     q = np.array(point)
     lattice = bulk("Cu").cell.array
-    found = Sublattice.of(q, lattice)
+    found = commensurate(q[None], lattice)
+    matrix, offsets = shape_supercell_matrix(found), cell_offsets(found)
     order = next(n for n in range(1, 13) if np.allclose(n * q, np.rint(n * q)))
-    assert found.matrix @ q == pytest.approx(np.rint(found.matrix @ q), abs=1e-9)
-    assert round(np.linalg.det(found.matrix)) == order == len(found.offsets)
-    phases = np.exp(2j * np.pi * found.offsets @ q)
+    assert matrix @ q == pytest.approx(np.rint(matrix @ q), abs=1e-9)
+    assert round(np.linalg.det(matrix)) == order == len(offsets)
+    phases = np.exp(2j * np.pi * offsets @ q)
     assert len(np.unique(phases.round(6))) == order, (
         "every cell of the new one has a phase of its own"
     )
-    assert len(larger_cell(bulk("Cu"), found)) == order
+    assert len(repeated(bulk("Cu"), found)) == order
 
 
 def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
@@ -522,8 +518,8 @@ def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
         atoms, (3, 3, 3), Symmetry(atoms, (3, 3, 3)), as_evaluator(evaluator)
     )
     values, vectors = np.linalg.eigh(fourier(compact, (3, 3, 3), q[None])[0])
-    found = Sublattice.of(q, atoms.cell.array)
-    cell = larger_cell(atoms, found)
+    found = commensurate(q[None], atoms.cell.array)
+    cell = repeated(atoms, found)
     for mode in range(3):
         for pattern in real_patterns(vectors[:, mode : mode + 1], q, found):
             moved = [cell.copy() for _ in range(2)]

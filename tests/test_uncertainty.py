@@ -20,8 +20,8 @@ from magus_anharmonic.evaluator import CalculatorEvaluator, set_energy_errors
 from magus_anharmonic.learning.choose import farthest_points, lowest_distinct, select
 from magus_anharmonic.potential import Potential, checkpoint, load, uncertainty
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
-from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.labelled import labels_of
+from magus_anharmonic.potential.trainer import Architecture, from_scratch
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ensemble_trust

@@ -66,7 +66,7 @@ def search(
                 " git+https://gitlab.com/bigd4/magus.git)"
             )
         if found is not None and host is not Host.embedded:
-            from magus_anharmonic.plugins.run import run_stock_magus
+            from magus_anharmonic.plugins.parameters import run_stock_magus
 
             run_stock_magus(input_file, restart=restart, use_ml=use_ml)
         else:

@@ -164,23 +164,23 @@ def validate(
     input.
     """
     with user_errors():
-        if names:
-            from magus_anharmonic.paper.expected import NAMES, UNITS
+        from magus_anharmonic.paper import script
 
-            for name, one in NAMES.items():
+        if names:
+            expectations = script("expected")
+            for name, one in expectations.NAMES.items():
                 needs = f" Needs {', '.join(one.needs)}." if one.needs else ""
-                say(f"{name}: {one.meaning}; in {' or '.join(UNITS[one.dimension])}.{needs}")
+                units = " or ".join(expectations.UNITS[one.dimension])
+                say(f"{name}: {one.meaning}; in {units}.{needs}")
             return
         if campaign is None or expected is None:
             raise InputError("give the folder of a campaign and a YAML of expected values")
-        from magus_anharmonic.paper.validate import tables_folder, write_validation
-        from magus_anharmonic.paper.validate import validate as compare
-
-        rows = compare(campaign, expected)
-        write_validation(rows, output or tables_folder(campaign).parent)
+        validation = script("validate")
+        rows = validation.validate(campaign, expected)
+        validation.write_validation(rows, output or validation.tables_folder(campaign).parent)
         for row in rows:
             say(row.line)
-            for reason in row.could_explain:
+            for reason in filter(None, row.could_explain.split("; ")):
                 say(f"{'':17s}could explain it: {reason}")
         words = {"agrees": "agree", "disagrees": "disagree", "not in this run": "not in this run"}
         counts = [

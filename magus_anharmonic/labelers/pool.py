@@ -60,8 +60,8 @@ _ONE_THREAD = {
 class WorkerDied(Exception):
     """The worker process ended or was ended before it answered; the message is the reason.
 
-    ``trouble`` : it was killed, as the kernel does where memory runs out, and not by its own fault
-    or a time limit of ours.
+    ``machine_error`` : it was killed, as the kernel does where memory runs out, and not by its own
+    fault or a time limit of ours.
     """
 
     machine_error = False

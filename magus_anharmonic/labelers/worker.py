@@ -55,8 +55,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job (``task``: label or relax) and return its result as plain data.
 
     No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes
-    ``{"ok": False, "reason": ...}``, with ``trouble`` where it speaks of the machine and not of the
-    structure.
+    ``{"ok": False, "reason": ...}``, with ``machine_error`` where it speaks of the machine and not
+    of the structure.
     """
     started = time.monotonic()
     try:

@@ -21,6 +21,7 @@ from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import (
     Contender,
     choose,
+    distort,
     hold_back,
     plan_ensembles,
     quotas,
@@ -33,7 +34,6 @@ from magus_anharmonic.learning.dataset import (
     plan_label,
     read_dataset,
 )
-from magus_anharmonic.learning.distort import distort
 from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.labelled import FEW, Scores

@@ -1,20 +1,17 @@
-"""Every table and figure of the paper: pure functions from the tables of a campaign to numbers, a
-CSV and a picture."""
+"""Tables of a campaign, and each number of the paper once (`quantities`, `enthalpies`); errors of a
+model in an ensemble.
 
-from __future__ import annotations
+The scripts that draw and validate these numbers lie beside the inputs of the paper, in
+``inputs/h3s-paper``; a wheel has them in this package. `script` finds them in either place.
+"""
 
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 
-if TYPE_CHECKING:
-    from magus_anharmonic.paper.figures import make_figures as make_figures
-
-__all__ = ["make_figures"]
+__path__ = [*__path__, str(Path(__file__).parents[2] / "inputs" / "h3s-paper")]
 
 
-def __getattr__(name: str) -> Any:
-    """Import the public name on first use; raises AttributeError for any other name."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from magus_anharmonic.paper import figures
-
-    return getattr(figures, name)
+def script(name: str) -> ModuleType:
+    """``figures``, ``figures_sscha``, ``validate``, ``expected`` or ``explain``."""
+    return import_module(f"{__name__}.{name}")

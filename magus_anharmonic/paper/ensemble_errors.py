@@ -25,7 +25,7 @@ from magus_anharmonic.labelers.base import Labeler
 from magus_anharmonic.lock import locked
 from magus_anharmonic.paper import gradient_errors as gibbs
 from magus_anharmonic.paper import gradient_errors as gradients
-from magus_anharmonic.paper import tables
+from magus_anharmonic.paper import script, tables
 from magus_anharmonic.paper.ensemble_labels import (
     WHAT,
     Labelled,
@@ -316,18 +316,14 @@ def add_to_tables(report: ErrorsReport, folder: str | Path) -> None:
         tables.write(table, Path(folder) / table.FILE, [*kept, *rows])  # type: ignore[attr-defined]
 
 
-def draw_report(report: ErrorsReport) -> list[Path]:
+def draw_report(report: ErrorsReport) -> tuple[Path, Path]:
     """``gradient_errors.svg`` and ``.png`` beside the tables of a report."""
-    from magus_anharmonic.paper.small_figures import draw_gradient_errors
-
-    bins = tables.read(tables.GradientBin, report.folder / tables.GradientBin.FILE)
-    parity = tables.read(tables.GradientParity, report.folder / tables.GradientParity.FILE)
-    return draw_gradient_errors(
-        gradients.rows(report.errors, report.source.phase, report.source.pressure),
-        bins,
-        parity,
-        report.folder,
+    parts = (
+        tables.read(table, report.folder / table.FILE)  # type: ignore[attr-defined]
+        for table in (tables.GradientError, tables.GradientBin, tables.GradientParity)
     )
+    drawing = script("figures_sscha").gradient_figure("gradient_errors", *parts)
+    return drawing.save(report.folder)
 
 
 def pressure_error(labelled: Labelled) -> tuple[float, float]:

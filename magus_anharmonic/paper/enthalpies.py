@@ -1,35 +1,34 @@
-"""Figs. 2 and 5: enthalpy against volume with the rank of named phases, and relative enthalpy
-against pressure with transitions."""
+"""Numbers from ``enthalpies.csv``: ranks of named phases (Fig. 2), relative enthalpies and
+transitions (Fig. 5)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from itertools import pairwise, takewhile
+from typing import Literal
 
 import numpy as np
 
 from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.paper.tables import Enthalpy
-from magus_anharmonic.phase_diagram import style
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from magus_anharmonic.phase_diagram.boundaries import zero_crossings
+from magus_anharmonic.structures import symbol_of
 
 SAME_ENTHALPY = 1e-3
 """eV/atom; with equal space group and nearly equal volume, structures this close count as one in a
 rank."""
 SAME_VOLUME = 0.02
 """A^3/atom."""
-HIGHEST_SHOWN = 0.5
-"""eV/atom above the lowest; the picture ends there."""
+
+Phases = dict[str, dict[float, Enthalpy]]
+"""Name -> pressure -> the lowest row of the phase."""
 
 
 @dataclass(frozen=True)
 class PhaseRank:
-    """Where a named phase stands among all distinct structures of one model and pressure; rank 1 is
-    the lowest."""
+    """Where a phase stands among all distinct structures of its composition at one pressure; rank 1
+    is the lowest."""
 
     phase: str
     formula: str
@@ -42,27 +41,59 @@ class PhaseRank:
     model_id: str
 
 
+@dataclass(frozen=True)
+class RelativeEnthalpy:
+    """Enthalpy of a phase minus that of the reference phase at one pressure; ``same_as``: the phase
+    that it has transformed into there."""
+
+    phase: str
+    reference: str
+    pressure_GPa: float
+    relative_meV_per_atom: float
+    model_id: str
+    same_as: str = ""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Where the second of two phases falls below the first in static enthalpy with rising pressure.
+
+    By linear interpolation between two pressures. error_GPa : what a parabola through a third
+    pressure would change. slope : of the difference of enthalpies there, eV/atom per GPa. how :
+    "continuous" where the first relaxes into the second at the higher pressure: the two pressures
+    are then all that is known, and ``pressure_GPa`` is their middle; "below" or "above" where it is
+    already, or not yet, lower at all pressures, of which ``pressure_GPa`` is the nearest.
+    """
+
+    below: str
+    above: str
+    pressure_GPa: float
+    between_low_GPa: float
+    between_high_GPa: float
+    how: Literal["crossing", "continuous", "below", "above"] = "crossing"
+    error_GPa: float | None = None
+    slope: float | None = None
+
+    @property
+    def where(self) -> str:
+        """``"112 GPa"`` or ``"100 to 150 GPa"``."""
+        if self.how == "crossing":
+            return f"{self.pressure_GPa:.0f} GPa"
+        return f"{self.between_low_GPa:g} to {self.between_high_GPa:g} GPa"
+
+
 def distinct(rows: Sequence[Enthalpy]) -> list[Enthalpy]:
     """The structures by enthalpy, one for each that was found several times; a named one stands for
     its like."""
     found: list[Enthalpy] = []
     for row in sorted(rows, key=lambda r: (r.enthalpy_eV_per_atom, not r.phase, r.id)):
-        duplicate = _index_of_duplicate(found, row)
+        near = takewhile(lambda i, row=row: _close(found[i], row), range(len(found) - 1, -1, -1))
+        duplicate = next((i for i in near if _same(found[i], row)), None)
         if duplicate is None:
             found.append(row)
         elif row.phase and not found[duplicate].phase:
             found[duplicate] = row
     return found
-
-
-def _index_of_duplicate(found: Sequence[Enthalpy], row: Enthalpy) -> int | None:
-    """Where in ``found``, sorted by enthalpy, the structure ``row`` is already."""
-    for position in range(len(found) - 1, -1, -1):
-        if not _close(found[position], row):
-            return None
-        if _same(found[position], row):
-            return position
-    return None
 
 
 def _close(a: Enthalpy, b: Enthalpy) -> bool:
@@ -81,331 +112,203 @@ def _one_structure(a: Enthalpy, b: Enthalpy) -> bool:
     return _close(a, b) and alike and abs(a.volume_A3_per_atom - b.volume_A3_per_atom) < SAME_VOLUME
 
 
-def ranks(rows: Sequence[Enthalpy], source: str | None = None) -> list[PhaseRank]:
-    """Ranks of every named phase (its lowest row) by source and pressure; ``source``: that one
-    alone. Compositions are ranked apart."""
-    groups: dict[tuple[str, float, str], list[Enthalpy]] = {}
+def ranks(rows: Sequence[Enthalpy], phase: str = "") -> list[PhaseRank]:
+    """Ranks of every named phase (its lowest row), or of the one ``phase``, which may also be the
+    symbol of a space group, by pressure and composition."""
+    groups: dict[tuple[float, str], list[Enthalpy]] = {}
     for row in rows:
-        if source in (None, row.source):
-            groups.setdefault(
-                (row.source, row.pressure_GPa, reduced_formula(row.formula)), []
-            ).append(row)
+        groups.setdefault((row.pressure_GPa, reduced_formula(row.formula)), []).append(row)
     found = []
-    for (name, pressure, formula), members in sorted(groups.items()):
+    for (pressure, formula), members in sorted(groups.items()):
         order = distinct(members)
         seen: set[str] = set()
-        for position, row in enumerate(order, start=1):
-            if row.phase and row.phase not in seen:
-                seen.add(row.phase)
-                above = 1e3 * (row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
-                found.append(
-                    PhaseRank(
-                        row.phase,
-                        formula,
-                        pressure,
-                        name,
-                        position,
-                        len(order),
-                        above,
-                        row.volume_A3_per_atom,
-                        row.model_id,
-                    )
-                )
+        for rank, row in enumerate(order, start=1):
+            names = {row.phase, symbol_of(row.space_group)} if phase else {row.phase}
+            name = phase or row.phase
+            if not name or name not in names or name in seen:
+                continue
+            seen.add(name)
+            above = 1e3 * (row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
+            numbers = rank, len(order), above, row.volume_A3_per_atom
+            found.append(PhaseRank(name, formula, pressure, row.source, *numbers, row.model_id))
     return found
 
 
-def draw_enthalpy_volume(
-    rows: Sequence[Enthalpy], folder: Path, title: str, name: str
-) -> list[Path]:
-    """Enthalpy above the lowest against volume, all structures grey, named phases marked with their
-    rank."""
-    lowest = min(row.enthalpy_eV_per_atom for row in rows)
-    with style.figure(title=title) as (made, (axes,)):
-        x = [row.volume_A3_per_atom for row in rows]
-        y = [1e3 * (row.enthalpy_eV_per_atom - lowest) for row in rows]
-        axes.plot(
-            x,
-            y,
-            ".",
-            color=style.GREY,
-            ms=4,
-            alpha=0.5,
-            rasterized=len(rows) > 500,
-            label=f"{len(rows)} structures",
-        )
-        for index, found in enumerate(ranks(rows)):
-            label = (
-                f"{found.phase}: {_ordinal(found.rank)} of {found.n_distinct},"
-                f" +{found.above_lowest_meV_per_atom:.0f} meV/atom"
-            )
-            axes.plot(
-                [found.volume_A3_per_atom],
-                [found.above_lowest_meV_per_atom],
-                style.marker(index),
-                color=style.color(index),
-                ms=8,
-                label=label,
-            )
-        shown = [
-            volume for volume, height in zip(x, y, strict=True) if height <= 1e3 * HIGHEST_SHOWN
-        ]
-        axes.set_ylim(
-            -0.03 * min(1e3 * HIGHEST_SHOWN, max(y) or 1.0) - 1.0,
-            min(1e3 * HIGHEST_SHOWN, 1.1 * max(y) + 5.0),
-        )
-        margin = 0.05 * (max(shown) - min(shown)) or 0.2
-        axes.set_xlim(min(shown) - margin, max(shown) + margin)
-        axes.set_xlabel("volume (Å³/atom)")
-        axes.set_ylabel("enthalpy above the lowest (meV/atom)")
-        style.legend(axes, loc="upper right", frameon=True)
-        return style.save(made, folder, name)
-
-
-def _ordinal(number: int) -> str:
-    ending = (
-        "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    )
-    return f"{number}{ending}"
-
-
-@dataclass(frozen=True)
-class RelativeEnthalpy:
-    """Enthalpy of a phase minus that of the reference phase at one pressure; ``same_as``: the phase
-    that it has turned into there."""
-
-    phase: str
-    reference: str
-    pressure_GPa: float
-    relative_meV_per_atom: float
-    model_id: str
-    same_as: str = ""
-
-
-@dataclass(frozen=True)
-class Transition:
-    """Where the phase of lowest enthalpy changes with rising pressure.
-
-    By linear interpolation between two pressures; ``how`` "continuous": relaxed at the higher one,
-    the first is the second, so that the two pressures are all that is known (``pressure_GPa`` is
-    their middle).
-    """
-
-    below: str
-    above: str
-    pressure_GPa: float
-    between_low_GPa: float
-    between_high_GPa: float
-    how: Literal["crossing", "continuous"] = "crossing"
-
-    @property
-    def where(self) -> str:
-        """``"112 GPa"`` or ``"100 to 150 GPa"``."""
-        if self.how == "crossing":
-            return f"{self.pressure_GPa:.0f} GPa"
-        return f"{self.between_low_GPa:g} to {self.between_high_GPa:g} GPa"
-
-
-Phases = dict[str, dict[float, Enthalpy]]
-"""Name -> pressure -> the lowest row of the phase."""
-
-
-def phase_enthalpies(rows: Sequence[Enthalpy]) -> Phases:
-    """Named phases (``foundation`` rows left out) of the composition that most named rows have."""
-    named = [row for row in rows if row.phase and row.source != "foundation"]
+def named_phases(
+    rows: Sequence[Enthalpy], sources: Sequence[str] = ("relax", "produce")
+) -> tuple[Phases, dict[tuple[str, float], str]]:
+    """The named phases of the composition that most of their rows have, and (name, pressure) ->
+    the other phase, where a structure that was relaxed as one is the other (the one of the two
+    that changes its space group)."""
+    named = [row for row in rows if row.phase and row.source in sources]
     formulas = [reduced_formula(row.formula) for row in named]
     common = max(sorted(set(formulas)), key=formulas.count, default="")
-    return lowest_of_phases(
-        [row for row, formula in zip(named, formulas, strict=True) if formula == common]
-    )
-
-
-def lowest_of_phases(rows: Sequence[Enthalpy]) -> Phases:
-    """Every named phase of ``rows``."""
-    found: Phases = {}
-    for row in rows:
-        if not row.phase:
-            continue
-        known = found.setdefault(row.phase, {}).get(row.pressure_GPa)
-        if known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom:
-            found[row.phase][row.pressure_GPa] = row
-    return found
-
-
-def transformed_into(phases: Phases) -> dict[tuple[str, float], str]:
-    """(name, pressure) -> another phase, where a structure that was relaxed as one is the other;
-    the one that changes its space group."""
-    constant = [
-        name
+    phases: Phases = {}
+    for row, formula in zip(named, formulas, strict=True):
+        if formula == common:
+            known = phases.setdefault(row.phase, {}).get(row.pressure_GPa)
+            if known is None or row.enthalpy_eV_per_atom < known.enthalpy_eV_per_atom:
+                phases[row.phase][row.pressure_GPa] = row
+    groups = {name: {row.space_group for row in known.values()} for name, known in phases.items()}
+    constant = [name for name in phases if len(groups[name]) == 1]
+    transformed = {
+        (name, pressure): other
         for name, known in phases.items()
-        if len({row.space_group for row in known.values()}) == 1
-    ]
-    found = {}
-    for name, known in phases.items():
-        for pressure, row in known.items() if name not in constant else ():
-            for other in constant:
-                if pressure in phases[other] and _one_structure(row, phases[other][pressure]):
-                    found[name, pressure] = other
-    return found
-
-
-def choose_reference(phases: Phases, wanted: str | None = "Im-3m") -> str:
-    """``wanted`` if it is there, else the phase known at most pressures."""
-    if wanted in phases:
-        return str(wanted)
-    return max(sorted(phases), key=lambda name: len(phases[name]))
+        if name not in constant
+        for pressure, row in known.items()
+        for other in constant
+        if pressure in phases[other] and _one_structure(row, phases[other][pressure])
+    }
+    return phases, transformed
 
 
 def relative_enthalpies(
-    rows: Sequence[Enthalpy], reference: str | None = "Im-3m"
+    rows: Sequence[Enthalpy], reference: str = "Im-3m"
 ) -> list[RelativeEnthalpy]:
-    """Every named phase minus the reference, at the pressures where both are known; none without a
-    named phase."""
-    phases = phase_enthalpies(rows)
+    """Every named phase minus the reference (where that is not there, the phase known at most
+    pressures), at the pressures where both are known; none without a named phase."""
+    phases, transformed = named_phases(rows)
     if not phases:
         return []
-    name, gone = choose_reference(phases, reference), transformed_into(phases)
+    if reference not in phases:
+        reference = max(sorted(phases), key=lambda name: len(phases[name]))
+    zero = phases[reference]
     return [
         RelativeEnthalpy(
             phase,
-            name,
+            reference,
             p,
-            1e3 * (row.enthalpy_eV_per_atom - phases[name][p].enthalpy_eV_per_atom),
+            1e3 * (row.enthalpy_eV_per_atom - zero[p].enthalpy_eV_per_atom),
             row.model_id,
-            gone.get((phase, p), ""),
+            transformed.get((phase, p), ""),
         )
         for phase, known in sorted(phases.items())
         for p, row in sorted(known.items())
-        if p in phases[name]
+        if p in zero
     ]
 
 
-def transitions(rows: Sequence[Enthalpy]) -> list[Transition]:
-    """Changes of the lowest named phase with pressure: between neighbouring pressures, all
+def transition(
+    rows: Sequence[Enthalpy], below: str, above: str, sources: Sequence[str] = ("relax", "produce")
+) -> Transition | None:
+    """The highest pressure where ``above`` falls below ``below``, whatever other phases do; None
+    with fewer than two pressures that have both."""
+    phases, transformed = named_phases(rows, sources)
+    x, y = _difference(phases, transformed, below, above)
+    common = sorted(set(phases.get(below, {})) & set(phases.get(above, {})))
+    merged = [
+        p for p in common if len(x) and p > x[-1] and transformed.get((below, p), "") == above
+    ]
+    if merged and y[-1] > 0:
+        low, high = float(x[-1]), merged[0]
+        return Transition(below, above, 0.5 * (low + high), low, high, "continuous")
+    if len(x) < 2:
+        return None
+    falling = [one for one in zero_crossings(x, y) if one.falls]
+    if not falling:
+        end, how = (x[0], "below") if y[-1] <= 0 else (x[-1], "above")
+        return Transition(below, above, float(end), float(x[0]), float(x[-1]), how)  # type: ignore[arg-type]
+    return _crossing(below, above, x, y, falling[-1].left, falling[-1].position)
+
+
+def _difference(
+    phases: Phases, transformed: dict[tuple[str, float], str], below: str, above: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pressures (GPa) where two phases are two, and the enthalpy of the second minus that of the
+    first (eV/atom) there."""
+    first, second = phases.get(below, {}), phases.get(above, {})
+    x = [
+        p
+        for p in sorted(set(first) & set(second))
+        if transformed.get((below, p)) != above and transformed.get((above, p)) != below
+    ]
+    y = [second[p].enthalpy_eV_per_atom - first[p].enthalpy_eV_per_atom for p in x]
+    return np.array(x), np.array(y)
+
+
+def _crossing(
+    below: str, above: str, x: np.ndarray, y: np.ndarray, i: int, pressure: float
+) -> Transition:
+    """A crossing between points ``i`` and ``i + 1`` of the difference ``y``. Its error without a
+    third point: a tenth of the spacing."""
+    slope = abs(float((y[i + 1] - y[i]) / (x[i + 1] - x[i])))
+    bends = [0.1 * (x[i + 1] - x[i])]
+    others = [k for k in (i - 1, i + 2) if 0 <= k < len(x)]
+    if others:
+        bends = [_bend(x, y, i, k, pressure) / slope for k in others]
+    low, high = float(x[i]), float(x[i + 1])
+    return Transition(below, above, pressure, low, high, "crossing", float(max(bends)), slope)
+
+
+def _bend(x: np.ndarray, y: np.ndarray, i: int, k: int, at: float) -> float:
+    """How far the parabola through points i, i + 1, k is off the straight line at ``at``."""
+    line = y[i] + (y[i + 1] - y[i]) / (x[i + 1] - x[i]) * (x[k] - x[i])
+    return abs((y[k] - line) * (at - x[i]) * (at - x[i + 1]) / ((x[k] - x[i]) * (x[k] - x[i + 1])))
+
+
+def transitions(
+    rows: Sequence[Enthalpy], sources: Sequence[str] = ("relax", "produce")
+) -> list[Transition]:
+    """Changes of the lowest named phase with rising pressure: between neighbouring pressures, all
     crossings of the lower envelope."""
-    every = phase_enthalpies(rows)
-    gone = transformed_into(every)
+    every, transformed = named_phases(rows, sources)
     phases = {
-        name: {p: row for p, row in known.items() if (name, p) not in gone}
+        name: {p: row for p, row in known.items() if (name, p) not in transformed}
         for name, known in every.items()
     }
-    pressures = sorted({p for known in phases.values() for p in known})
-    found = []
-    for low, high in zip(pressures, pressures[1:], strict=False):
-        first = min(
-            (n for n in phases if low in phases[n]),
-            key=lambda name: phases[name][low].enthalpy_eV_per_atom,
-        )
-        if (first, high) in gone:
-            found.append(
-                Transition(first, gone[first, high], 0.5 * (low + high), low, high, "continuous")
-            )
-            continue
-        lines = {
-            name: _line(known, low, high)
-            for name, known in phases.items()
-            if low in known and high in known
-        }
-        if not lines:
-            continue
-        at, current = 0.0, min(lines, key=lambda name: lines[name])
-        while True:
-            crossings = [
-                (_crossing(lines[current], line), name)
-                for name, line in lines.items()
-                if name != current and line[1] < lines[current][1]
-            ]
-            later = [(where, name) for where, name in crossings if at <= where <= 1.0]
-            if not later:
-                break
-            at, following = min(later)
-            found.append(Transition(current, following, low + at * (high - low), low, high))
-            current = following
+    found: list[Transition] = []
+    for low, high in pairwise(sorted({p for known in phases.values() for p in known})):
+        first = _lowest(phases, low)
+        if (first, high) in transformed:
+            other = transformed[first, high]
+            found.append(Transition(first, other, 0.5 * (low + high), low, high, "continuous"))
+        else:
+            found += _envelope(phases, low, high)
     return found
 
 
-def _line(known: dict[float, Enthalpy], low: float, high: float) -> tuple[float, float]:
-    start = known[low].enthalpy_eV_per_atom
-    return start, known[high].enthalpy_eV_per_atom - start
+def _lowest(phases: Phases, pressure: float) -> str:
+    there = [name for name, known in phases.items() if pressure in known]
+    return min(there, key=lambda name: phases[name][pressure].enthalpy_eV_per_atom)
 
 
-def _crossing(a: tuple[float, float], b: tuple[float, float]) -> float:
-    return (b[0] - a[0]) / (a[1] - b[1])
+def _envelope(phases: Phases, low: float, high: float) -> Iterator[Transition]:
+    """The crossings of the lowest of the straight lines of all phases between two pressures."""
+    there = [name for name, known in phases.items() if low in known and high in known]
+    at = low
+    current = min(
+        there,
+        key=lambda name: [phases[name][p].enthalpy_eV_per_atom for p in (low, high)],
+        default=None,
+    )
+    while current is not None:
+        crossings = []
+        for name in there:
+            x, y = _difference(phases, {}, current, name)
+            i = int(np.searchsorted(x, low))
+            part = zero_crossings(x[i : i + 2], y[i : i + 2])
+            crossings += [(one.position, name, x, y, i) for one in part if one.falls]
+        later = [one for one in crossings if one[0] >= at]
+        if not later:
+            return
+        at, following, x, y, i = min(later, key=lambda one: one[:2])
+        yield _crossing(current, following, x, y, i, at)
+        current = following
 
 
-def draw_relative_enthalpy(
-    found: Sequence[RelativeEnthalpy],
-    changes: Sequence[Transition],
-    folder: Path,
-    name: str = "fig_5_relative_enthalpy",
-) -> list[Path]:
-    """Lines of all phases against pressure; a dotted line and a label above the panel at each
-    transition."""
-    with style.figure() as (made, (axes,)):
-        phases = list(dict.fromkeys(row.phase for row in found))
-        for index, phase in enumerate(phases):
-            shown = [row for row in found if row.phase == phase]
-            style.points(
-                axes,
-                [r.pressure_GPa for r in shown],
-                [r.relative_meV_per_atom for r in shown],
-                index=index,
-                label=phase,
-            )
-        pressures = [row.pressure_GPa for row in found]
-        style.room(axes, pressures)
-        _mark_transitions(axes, changes)
-        heights = np.array([row.relative_meV_per_atom for row in found])
-        if np.ptp(heights) == 0:
-            axes.set_ylim(-10.0, 10.0)
-        axes.set_xlabel("pressure (GPa)")
-        axes.set_ylabel(f"enthalpy relative to {found[0].reference} (meV/atom)")
-        style.legend(
-            axes,
-            **(
-                {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-                if len(phases) > MOST_INSIDE
-                else {}
-            ),
-        )
-        return style.save(made, folder, name)
-
-
-MOST_INSIDE = 4
-"""Phases; a longer legend stands beside the panel."""
-LABEL_HEIGHT = 11.0
-"""Points, of each label above the panel."""
-
-
-def _mark_transitions(axes: Axes, changes: Sequence[Transition]) -> None:
-    """Each label in a row of its own, inwards from its line; the further out the line, the higher
-    the row, so that few lines cross text."""
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, high)
-    turn = low + 0.65 * (high - low)
-    for row, change in enumerate(sorted(changes, key=lambda c: abs(c.pressure_GPa - turn))):
-        height = LABEL_HEIGHT * (row + 1)
-        axes.axvline(change.pressure_GPa, color=style.GREY, lw=1, ls=":")
-        left = change.pressure_GPa <= turn
-        position = {
-            "xy": (change.pressure_GPa, 1.0),
-            "xycoords": ("data", "axes fraction"),
-            "textcoords": "offset points",
-        }
-        line = {
-            "arrowstyle": "-",
-            "color": style.GREY,
-            "lw": 1,
-            "ls": ":",
-            "shrinkA": 0,
-            "shrinkB": 0,
-        }
-        axes.annotate("", xytext=(0, height), **position, arrowprops=line, zorder=2)
-        axes.annotate(
-            f"{change.below} → {change.above}: {change.where}",
-            xytext=(3 if left else -3, height),
-            **position,
-            fontsize=8,
-            ha="left" if left else "right",
-            va="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
-        )
+def stability_sequence(
+    rows: Sequence[Enthalpy], sources: Sequence[str] = ("relax", "produce")
+) -> tuple[str, ...]:
+    """The named phases of lowest static enthalpy with rising pressure, where two or more are
+    known."""
+    phases, transformed = named_phases(rows, sources)
+    pressures = sorted({p for known in phases.values() for p in known})
+    two = [p for p in pressures if sum(p in known for known in phases.values()) > 1]
+    free = {
+        name: {p: row for p, row in known.items() if (name, p) not in transformed}
+        for name, known in phases.items()
+    }
+    events = [(p, _lowest(free, p)) for p in two]
+    events += [(one.pressure_GPa, one.above) for one in transitions(rows, sources)]
+    names = [name for _, name in sorted(events, key=lambda event: event[0])]
+    return tuple(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])

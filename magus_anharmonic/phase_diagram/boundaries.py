@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -159,7 +160,7 @@ def pair_boundary(
         if len(grid) < 2:
             continue
         difference = b.gibbs(grid, temperature) - a.gibbs(grid, temperature)
-        crossings = _crossings(grid, difference)
+        crossings = [(one.position, one.falls) for one in zero_crossings(grid, difference)]
         if not crossings:
             continue
         samples = phases.samples[second].values(grid, temperature) - phases.samples[first].values(
@@ -222,20 +223,21 @@ def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
     return kept
 
 
-def _crossings(grid: np.ndarray, difference: np.ndarray) -> list[tuple[float, bool]]:
-    """Pressures where ``difference`` changes sign, and whether it falls there (the second phase
-    takes over)."""
-    signs = np.sign(difference)
-    crossing_pressures = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
+class Crossing(NamedTuple):
+    """A change of sign from point ``left`` to the next; ``position`` by a straight line."""
+
+    left: int
+    position: float
+    falls: bool
+
+
+def zero_crossings(x: np.ndarray, y: np.ndarray) -> list[Crossing]:
+    """Where ``y``, given at rising ``x``, changes its sign; a zero counts once, on its left."""
+    signs = np.sign(y)
+    changes = np.flatnonzero((signs[:-1] != signs[1:]) & (signs[:-1] != 0))
     return [
-        (
-            float(
-                grid[i]
-                - difference[i] * (grid[i + 1] - grid[i]) / (difference[i + 1] - difference[i])
-            ),
-            bool(difference[i] > 0),
-        )
-        for i in crossing_pressures
+        Crossing(int(i), float(x[i] - y[i] * (x[i + 1] - x[i]) / (y[i + 1] - y[i])), bool(y[i] > 0))
+        for i in changes
     ]
 
 

@@ -111,7 +111,7 @@ def _diagram(axes: Any, diagram: PhaseDiagram) -> None:
 
 
 def _compared(diagram: PhaseDiagram, one: Stable) -> bool:
-    """Whether another phase has a free energy there, or has turned into this one."""
+    """Whether another phase has a free energy there, or has transformed into this one."""
     here = (one.isotopes, one.pressure, one.temperature)
     merged = any(
         (p.isotopes, p.pressure_GPa, p.temperature_K) == here and p.same_as == one.phase

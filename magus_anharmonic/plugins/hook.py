@@ -37,7 +37,6 @@ from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.generation import SearchState, after_generation, start
 from magus_anharmonic.lock import FolderLock, check_free, read_owner
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
-from magus_anharmonic.plugins.logs import check_restart, tame
 from magus_anharmonic.plugins.modes import (
     check_input,
     check_installation,
@@ -48,10 +47,12 @@ from magus_anharmonic.plugins.modes import (
 from magus_anharmonic.plugins.parameters import (
     CALCULATOR_BLOCKS,
     OURS,
+    check_restart,
     concerns_us,
     fitness_names,
     misspelt_blocks,
     stop,
+    tame,
 )
 from magus_anharmonic.ranking.fitness import copy_order
 from magus_anharmonic.report import report_at_end

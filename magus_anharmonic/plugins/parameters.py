@@ -1,20 +1,24 @@
-"""From MAGUS's parameter dictionary to our settings, and how a run with wrong input ends."""
+"""From MAGUS's parameter dictionary to our settings; MAGUS's log and its run, and how a run with
+wrong input ends."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic import autoload
+from magus_anharmonic.errors import InputError, printable
 from magus_anharmonic.settings import (
     CalculatorSettings,
     Settings,
     as_magus_reads,
+    load_yaml,
     parse,
     parse_settings,
     snake_case,
@@ -24,7 +28,9 @@ from magus_anharmonic.settings import (
 logger = logging.getLogger(__name__)
 
 BLOCKS = ("learning", "sscha")
+
 CALCULATOR_BLOCKS = ("MainCalculator", "MLCalculator")
+
 OURS = ["mattersim"]
 
 # MAGUS merges a calculator's block over the top level, so these may stand there too, as for MAGUS's
@@ -138,3 +144,109 @@ def stop(error: InputError) -> NoReturn:
     for problem in error.problems or (str(error),):
         logger.error("input error: %s", problem)
     raise SystemExit(2)
+
+
+# `magus search -r` takes the last line with one of these words, whoever wrote it (a path in a
+# message is enough).
+RESERVED = {"Generation": "generation", "volRatio": "volume ratio"}
+
+_NOISY = (
+    "matplotlib",
+    "asyncio",
+    "h5py",
+    "numba",
+    "PIL",
+    "urllib3",
+    "filelock",
+    "fsspec",
+    "torch",
+    "jax",
+    "pymatgen",
+    "e3nn",
+    "loguru",
+)
+
+
+class RestartSafe(logging.Filter):
+    """Rewrites the reserved words, and what would control a terminal, in every record that MAGUS
+    itself has not written."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] in ("magus", "root", "__main__"):
+            return True
+        message = printable(record.getMessage())
+        for word, replacement in RESERVED.items():
+            message = message.replace(word, replacement)
+        if message != record.getMessage():
+            record.msg, record.args = message, ()
+        return True
+
+
+def tame() -> None:
+    """Quiet the noisy libraries and guard the handlers of the root logger; repeated calls change
+    nothing."""
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        if not any(isinstance(known, RestartSafe) for known in handler.filters):
+            handler.addFilter(RestartSafe())
+
+
+def check_restart(log_file: Path) -> None:
+    """Raise InputError where ``magus search -r`` would end with a traceback: its log names no round
+    after the first.
+
+    Nothing is said about a missing log: MAGUS says that itself.
+    """
+    if not log_file.exists():
+        return
+    with log_file.open(encoding="utf-8", errors="replace") as lines:
+        begun = [line.split() for line in lines if "Generation" in line]
+    last = begun[-1][-2] if begun and len(begun[-1]) > 1 else ""
+    if last == "1":
+        raise InputError(
+            "-r: MAGUS cannot go on within its first round. Start without -r: results/ moves to"
+            " results1/ (or the next free number), and learning.dataset:"
+            " results1/anharmonic/labels/gen001.xyz takes a finished batch of labels along"
+        )
+    if not last:
+        raise InputError(
+            f"-r: {log_file} names no round to go on with (was the search run with -ll WARNING?);"
+            " start without -r"
+        )
+
+
+def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bool = False) -> None:
+    """The same as ``magus search -i input_file [-r] [-m]`` in the current folder.
+
+    Raises InputError for wrong input, and when the package called ``magus`` is not the structure
+    searcher.
+    """
+    data = load_yaml(input_file)
+    parse_settings(data)
+    if not autoload.is_magus():
+        raise InputError(
+            "MAGUS is not installed; use --host embedded, or pip install"
+            " git+https://gitlab.com/bigd4/magus.git"
+        )
+    if restart and not (Path("results").is_dir() and Path("log.txt").is_file()):
+        raise InputError(
+            "-r: no results/ and log.txt in this folder to go on with; start without -r (a search"
+            " of the embedded host: --host embedded)"
+        )
+    _log_as_magus_does()
+    autoload.install()
+    from magus.entrypoints.search import search
+
+    autoload.load_plugins()
+    search(input_file=data, use_ml=use_ml, restart=restart)
+
+
+def _log_as_magus_does() -> None:
+    from magus.logger import set_logger
+
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    # A restart reads log.txt, so it must be written here too.
+    set_logger(level="INFO", log_path="log.txt")

@@ -12,7 +12,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from magus_anharmonic.potential.cells import cell_volume
+from magus_anharmonic.potential.guards import cell_volume
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential.evaluate import Potential

@@ -29,7 +29,7 @@ from ase import Atoms
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.cells import cell_volume, complete_cell, is_skewed, search_cell
+from magus_anharmonic.potential.guards import cell_volume, complete_cell, is_skewed, search_cell
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom

@@ -49,6 +49,8 @@ ENERGY_FACTORS = {
 }
 ALIKE_ENERGIES = 0.95
 """As `ALIKE`, of energies, whose scale is compared with that of the forces."""
+GROSS = 5.0
+"""Factor between label and model that, with a known cause, tells one label alone."""
 FEWEST = 3
 """Labels that can be compared with each other."""
 ALIKE = 0.8
@@ -120,6 +122,17 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
                     f"its {what} differ by {sizes[i]:.3g} {unit} from what is expected, others by"
                     f" {usual:.2g}{said}",
                 )
+        few = model is not None and len(labelled) < FEWEST
+        for i in np.flatnonzero(sizes > least) if few else ():
+            ratio = _ratio([pairs[i]])
+            if (ratio < 0.0 or not 1 / GROSS < ratio < GROSS) and (
+                cause := _cause([pairs[i]], unit, factors)
+            ):
+                found.setdefault(
+                    int(i),
+                    f"its {what} are {ratio:.3g} times those of the model that training starts from"
+                    f" ({cause}?)",
+                )
         for i in (
             np.flatnonzero(sizes > FACTOR_OF_ITS_OWN * usual)
             if model is not None and len(sizes) >= FEWEST
@@ -173,7 +186,7 @@ def _misfits(pairs: Pairs) -> np.ndarray:
 
 
 def outlying(values: np.ndarray, least: float) -> list[int]:
-    """Places of ``values`` farther from their median than `OUTLIER_SIGMAS` robust standard
+    """Indices of ``values`` farther from their median than `OUTLIER_SIGMAS` robust standard
     deviations and than ``least``."""
     if len(values) < FEWEST:
         return []

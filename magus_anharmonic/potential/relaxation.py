@@ -21,8 +21,7 @@ from magus_anharmonic.potential.guards import (
     overlap,
     why_invalid,
 )
-from magus_anharmonic.potential.minimiser import ENTHALPY_NOISE, MinimiserState, Point
-from magus_anharmonic.potential.optimizers import Options
+from magus_anharmonic.potential.optimizers import ENTHALPY_NOISE, MinimiserState, Options, Point
 from magus_anharmonic.potential.symmetrise import SymmetryProjector
 from magus_anharmonic.structures import fixed_atoms, stripped, structure_id
 from magus_anharmonic.units import ev_per_a3_to_gpa

@@ -33,7 +33,6 @@ from magus_anharmonic.gate import read_structures
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
-from magus_anharmonic.potential.from_scratch import Architecture, from_scratch
 from magus_anharmonic.potential.label_check import in_words, outliers
 from magus_anharmonic.potential.labelled import (
     LabelledGraphs,
@@ -46,7 +45,7 @@ from magus_anharmonic.potential.labelled import (
 )
 from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.trainer import FinetuneSettings
+from magus_anharmonic.potential.trainer import Architecture, FinetuneSettings, from_scratch
 from magus_anharmonic.potential.uncertainty import for_checkpoint
 from magus_anharmonic.settings import InsidePath, Section, absolute_file, load_yaml, parse
 

@@ -47,7 +47,7 @@ def with_probabilities(
     alone has) is measured: the error of the difference is that of the two corrections together with
     their difference, which G itself does not contain, and the total probabilities are those of the
     corrected G. Elsewhere it is what the model expects of itself over the two ensembles, what they
-    share left out (`model_errors`). Where a phase has no such estimate it is the expected error of
+    share left out (`uncertainty`). Where a phase has no such estimate it is the expected error of
     its static energy, or ``model_error``, the validation RMSE of the energy (None: unknown, and no
     total), an upper estimate. A phase without a measurement is taken to be shifted as the measured
     ones are on average.

@@ -38,7 +38,7 @@ EXPECTED = (
     ("parity.csv", "model against DFT (Fig. 3)"),
     ("enthalpies.csv", "relaxed structures and their enthalpies (Figs. 2 and 5)"),
     (RANKINGS, "rankings by free energy (Fig. 6)"),
-    ("space_groups.csv", "space groups as found, after DFT, and with quantum ions (SSCHA)"),
+    ("space_groups.csv", "space groups as found, after DFT, and with SSCHA"),
     ("modes.csv", "soft modes against pressure (Fig. 4a)"),
     (DISPERSIONS, "anharmonic dispersions (Fig. 4b)"),
     ("gradient_errors.csv", "what averaging leaves of the errors (Figs. 7 and 8)"),
@@ -250,9 +250,9 @@ def _analysed(contents: Contents, folder: Path) -> list[Picture]:
     with its reason (once: not for a table that is said to be missing anyway)."""
     if not (folder / "tables").is_dir():
         return []
-    from magus_anharmonic.paper import make_figures
+    from magus_anharmonic.paper import script
 
-    figures_made, figures_missing = make_figures(folder)
+    figures_made, figures_missing = script("figures").make_figures(folder)
     named = [name for name, _ in EXPECTED if not any((folder / "tables").glob(name))]
     told = [
         one

@@ -185,7 +185,7 @@ def slope_chart_picture(rows: Sequence[Candidate], where: str, data: str) -> Pic
         for row in best[:5]
     )
     alt = (
-        f"Two ladders of levels at {where}, enthalpy on the left and free energy on the right,"
+        f"Slope chart at {where}: enthalpy on the left, free energy on the right,"
         f" joined by lines. By free energy: {order}."
     )
     return drawn(

@@ -58,7 +58,7 @@ def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str
 
 
 def read_raw_table(path: Path, limit: int | None = None) -> RawTable:
-    """The first ``limit`` rows (None: all) of a CSV file; an absent file is an empty sheet.
+    """The first ``limit`` rows (None: all) of a CSV file; a missing file is an empty table.
 
     Raises ``InputError``: see `lines_of`.
     """

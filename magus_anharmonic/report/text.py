@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from magus_anharmonic.columns import Column, columns_of
-from magus_anharmonic.paper.reordering import critical_pressure, new_space_group
+from magus_anharmonic.paper.quantities import critical_pressure, new_space_group, series
+from magus_anharmonic.paper.tables import Mode
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.report.raw_tables import RawTable, number
 from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
@@ -282,49 +283,28 @@ def space_group_sentence(raw: RawTable) -> list[str]:
 
 def mode_sentences(raw: RawTable) -> list[str]:
     """Where each mode turns stable: the critical pressures of figure 4a."""
-    curves: dict[tuple[str, str, str, str], dict[float, tuple[float, float | None]]] = defaultdict(
-        dict
-    )
+    rows = []
     for row in raw.rows:
-        pressure, squared = (
-            number(row.get("pressure_GPa")),
-            number(row.get("frequency_squared_cm2")),
-        )
-        if pressure is not None and squared is not None:
-            key = (
-                row.get("phase", ""),
-                row.get("irrep", ""),
-                row.get("method", ""),
-                row.get("energies_by", ""),
-            )
-            curves[key][pressure] = squared, number(row.get("error_cm2"))
+        pressure, square = number(row.get("pressure_GPa")), number(row.get("frequency_squared_cm2"))
+        method, by = row.get("method", ""), row.get("energies_by", "")
+        if pressure is not None and square is not None:
+            name = row.get("phase", ""), "", row.get("irrep", "")
+            rows.append(Mode(*name, pressure, method, by, square, number(row.get("error_cm2")), ""))  # type: ignore[arg-type]
     lines = []
-    for (phase, irrep, method, by), found in sorted(curves.items()):
-        pressures = sorted(found)
-        squares, errors = zip(*(found[p] for p in pressures), strict=True)
+    for (phase, irrep, method, by), points in series(rows).items():
+        one = critical_pressure(points)
         head = f"The {irrep} mode of {phase} ({method}, {BY.get(by, by)})"
-        critical, error, _, _ = critical_pressure(pressures, squares, errors)
-        if critical is not None:
-            spread = "" if error is None else f" ± {error:.1f}"
-            lines.append(f"{head} turns from imaginary to real at {critical:.1f}{spread} GPa.")
+        signs = {p.frequency_squared_cm2 >= 0 for p in points}
+        if one.critical_pressure_GPa is not None:
+            spread = "" if one.error_GPa is None else f" ± {one.error_GPa:.1f}"
+            where = f"{one.critical_pressure_GPa:.1f}{spread}"
+            lines.append(f"{head} turns from imaginary to real at {where} GPa.")
+        elif len(signs) == 1:
+            ends = dict.fromkeys((one.lowest_GPa, one.highest_GPa))
+            span = " to ".join(f"{end:g}" for end in ends)
+            lines.append(f"{head} is {'real' if one.stable else 'imaginary'} at {span} GPa.")
         else:
-            state = (
-                "imaginary"
-                if all(value < 0 for value in squares)
-                else "real"
-                if all(value >= 0 for value in squares)
-                else None
-            )
-            span = (
-                f"{pressures[0]:g}"
-                if len(pressures) == 1
-                else f"{pressures[0]:g} to {pressures[-1]:g}"
-            )
-            lines.append(
-                f"{head} is {state} at {span} GPa."
-                if state
-                else f"{head} changes its sign, never from imaginary to real."
-            )
+            lines.append(f"{head} changes its sign, never from imaginary to real.")
     return lines
 
 

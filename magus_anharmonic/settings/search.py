@@ -67,7 +67,7 @@ class CalculatorSettings(Section):
         description=(
             "times that a relaxed structure is displaced at random and relaxed again, for each"
             " optimizer, the lowest being kept; off saddle points, at about a third of the cost of"
-            " a relaxation each. All steps count for max_step"
+            " a relaxation each. All steps count for max_step. Old name: kicks"
         ),
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from scipy.spatial import cKDTree
@@ -18,6 +19,7 @@ from scipy.stats import chi2
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, variance
+from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ TEMPERATURES = np.concatenate([[0.0], np.geomspace(1.0, 2e4, 600)])
 """K, among which that of a sample is looked for."""
 OUTLIER = 30.0
 """Robust standard deviations."""
+HIGHEST_PRESSURE = 60.0
+"""eV/A^3, 10 TPa."""
+STEEPEST = 30.0
+"""Of P V against the energy: a Grueneisen parameter of 15."""
 STRANGE, IMPOSSIBLE = 1.6, 5.0
 """Factors between energies and -1/2 f u: a warning, and an end (quartic wells alone give 2)."""
 
@@ -55,7 +61,45 @@ def checked_ensemble(state: SschaState, ensemble: Ensemble, where: str) -> Ensem
     ensemble = Ensemble(*(values[order] for values in vars(ensemble).values()))
     require_sampled_from(state, ensemble.displacements, where)
     _require_one_surface(state, ensemble, order, where)
+    problem = _stress_problem(state, ensemble)
+    if problem:
+        log.warning(
+            "%s: its stresses are not used: %s; python-sscha keeps Ry/bohr^3, positive where the"
+            " crystal is compressed",
+            where,
+            problem,
+        )
+        ensemble = replace(ensemble, stresses=np.full_like(ensemble.stresses, np.nan))
     return ensemble
+
+
+def _stress_problem(state: SschaState, ensemble: Ensemble) -> str:
+    """Why the stresses cannot be what they claim; empty where nothing says so.
+
+    Of oscillators with the Grueneisen parameter gamma, P V changes by 2 gamma - 2/3 times the
+    energy from one configuration to another (the atoms keep their fractional coordinates).
+    """
+    if not np.isfinite(ensemble.stresses).all():
+        return ""
+    pressures = -np.trace(ensemble.stresses, axis1=1, axis2=2) / 3.0
+    if np.median(np.abs(pressures)) > HIGHEST_PRESSURE:
+        return f"they are {np.median(pressures) * EV_PER_A3_IN_GPA:.2g} GPa, were they in GPa?"
+    work = (pressures - pressures.mean()) * state.supercell.get_volume()
+    energies = ensemble.energies - ensemble.energies.mean()
+    norms = float(np.linalg.norm(work) * np.linalg.norm(energies))
+    alike = float(work @ energies) / norms if norms > 0.0 else 0.0
+    if abs(alike) < max(0.3, 5.0 / np.sqrt(len(work) / 2.0)):
+        return ""
+    slope = float(work @ energies) / float(energies @ energies)
+    said = f"P V changes by {slope:.2g} of the change of the energy"
+    if abs(slope) > STEEPEST:
+        factors = {"eV/A^3": RYDBERG / BOHR**3, "GPa": RYDBERG / BOHR**3 * EV_PER_A3_IN_GPA}
+        factors["kbar"] = 10.0 * factors["GPa"]
+        unit = min(factors, key=lambda name: abs(np.log(abs(slope) / (2.0 * factors[name]))))
+        return f"{said}, in crystals by -5 to 5: they are in another unit ({unit}?)"
+    if slope < -0.3:
+        return f"{said}, which falls in few crystals (those that shrink when heated): another sign?"
+    return ""
 
 
 def _require_finite(ensemble: Ensemble, where: str) -> None:
@@ -125,14 +169,26 @@ def require_sampled_from(state: SschaState, displacements: np.ndarray, where: st
         (displacements[0::2].reshape(len(displacements) // 2, -1) * root) @ state.modes.vectors
     ).mean(axis=0)
     n = len(displacements) // 2
+    deviance = n * np.array(
+        [
+            np.sum(np.log(v := variance(state.modes.hbar_omega, t)) + squares / v)
+            for t in TEMPERATURES
+        ]
+    )
     if _belongs(state.modes.hbar_omega, squares, n, state.temperature):
+        likely = TEMPERATURES[deviance - deviance.min() < chi2.isf(0.05, 1)]
+        log.info(
+            "%s: its displacements fit %g K; by them alone it was made between %.0f and %.0f K"
+            " (95 per cent)",
+            where,
+            state.temperature,
+            likely[0],
+            likely[-1],
+        )
         _doubt(state, squares, n, where)
         return
     ratios = squares / variance(state.modes.hbar_omega, state.temperature)
-    likelihood = [
-        np.sum(np.log(v := variance(state.modes.hbar_omega, t)) + squares / v) for t in TEMPERATURES
-    ]
-    best = float(TEMPERATURES[int(np.argmin(likelihood))])
+    best = float(TEMPERATURES[int(np.argmin(deviance))])
     said = (
         f"{where}: was not drawn from these dynamical matrices at {state.temperature:g} K: <u"
         f" Psi^-1 u> is {ratios.mean():.2f} of what it should be, mode by mode {ratios.min():.2f}"

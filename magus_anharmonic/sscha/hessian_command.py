@@ -26,7 +26,7 @@ from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.unstable import group_of_result
+from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1
 
 log = logging.getLogger(__name__)
@@ -273,7 +273,7 @@ def summary(report: HessianReport) -> dict[str, Any]:
             "hbar_omega_meV": 1e3 * hessian.hbar_omega[q, mode],
             "error_meV": None if errors is None else 1e3 * errors[q, mode],
         },
-        "space_group": group_of_result(result).as_dict(),
+        "space_group": supported_group(result.centroids, result.position_error).as_dict(),
     }
 
 

@@ -111,8 +111,7 @@ class SschaRun:
         self._numbers: list[list[int]] = []
         self._predicted: tuple[np.ndarray, np.ndarray] | None = None
         self._limited = False
-        # another model's minimum is near, but not this one's: its first population only shows the
-        # way too
+        # the minimum of another model is only near that of this one: burn-in here too
         self._burn_in_next = task.start is None or task.configurations is not None
         self._burn_in = False
         self._size = 0
@@ -394,8 +393,8 @@ class SschaRun:
         self.progress.rows.append(row)
         self.folder.write_convergence(self.progress.rows)
         log.info(
-            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, may fall by"
-            " %.2f meV/atom; ESS on the way %.2f",
+            "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, predicted"
+            " decrease %.2f meV/atom; ESS of the minimisation %.2f",
             number,
             self.task.settings.max_populations,
             row["gibbs_eV_per_atom"],

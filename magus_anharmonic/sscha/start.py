@@ -1,15 +1,10 @@
-"""The harmonic start.
-
-The fewest displacements whose forces give all force constants of an atom: what its site symmetry
-can tell is not evaluated.
-
-An operation g that leaves the atom where it is takes the force constants to themselves, so that the
-forces of a displacement d give those of its image R d. Of a cubic site one direction is enough, of
-a site without symmetry three are needed. Central differences need -d too, unless it is an image of
-d.
-
-Where an SSCHA run starts: primitive cell, relaxation in its symmetry, harmonic force constants,
+"""Where an SSCHA run starts: primitive cell, relaxation in its symmetry, harmonic force constants,
 stress response.
+
+Force constants come from the fewest displacements: an operation g that leaves an atom where it is
+takes its force constants to themselves, so that the forces of a displacement d give those of its
+image R d. Of a cubic site one direction is enough, of a site without symmetry three are needed.
+Central differences need -d too, unless it is an image of d.
 """
 
 from __future__ import annotations
@@ -28,8 +23,16 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluation, Evaluator, has_stress
 from magus_anharmonic.sscha.cell import CellStiffness, StaticResponse, static_response_to_strain
 from magus_anharmonic.sscha.ensemble import gamma_matrix
-from magus_anharmonic.sscha.state import SschaState, expand, fold, normal_modes, sum_rule, variance
-from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_offsets, n_cells
+from magus_anharmonic.sscha.state import (
+    SschaState,
+    expand,
+    fold,
+    normal_modes,
+    repeated,
+    sum_rule,
+    variance,
+)
+from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_offsets
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.sscha.warnings import CLOSE_PACKING
 from magus_anharmonic.structures import space_group, stripped
@@ -51,44 +54,24 @@ they ask for all components at once, so that an evaluator which does not quite h
 the crystal is averaged over."""
 
 
-@dataclass(frozen=True)
-class Displacement:
-    """A displacement of ``atom`` along the unit vector ``direction``; ``both``: the opposite one
-    has to be evaluated too.
-
-    inverse : an operation of the site that turns the direction round, where there is one.
-    """
-
-    atom: int
-    direction: np.ndarray
-    inverse: int | None
-
-    @property
-    def both(self) -> bool:
-        return self.inverse is None
-
-
-def displacements_of(symmetry: Symmetry, atom: int) -> list[Displacement]:
-    """The cheapest displacements of an atom from which its force constants follow, among those the
-    most evenly spread."""
-    site = np.flatnonzero(symmetry.permutations[:, atom] == atom)
+def displacements_of(symmetry: Symmetry, atom: int) -> np.ndarray:
+    """(m, 3) unit vectors: the cheapest displacements of an atom from which its force constants
+    follow, among those the most evenly spread. Each that no operation of the site turns round is
+    followed by its opposite."""
+    rotations = symmetry.rotations[symmetry.site(atom)]
     units = DIRECTIONS / np.linalg.norm(DIRECTIONS, axis=1)[:, None]
-    images = np.einsum("gij,dj->dgi", symmetry.rotations[site], units)
-    spread = np.einsum("dgi,dgj->dij", images, images) / len(site)
-    turned = np.linalg.norm(images + units[:, None], axis=2) < 1e-4
-    displacements = [
-        Displacement(atom, unit, int(site[row.argmax()]) if row.any() else None)
-        for unit, row in zip(units, turned, strict=True)
-    ]
-    found: tuple[int, float, tuple[int, ...]] | None = None
-    for count in (1, 2, 3):
-        for chosen in itertools.combinations(range(len(units)), count):
-            least = 3.0 * float(np.linalg.eigvalsh(spread[list(chosen)].mean(axis=0))[0])
-            cost = sum(2 if displacements[k].both else 1 for k in chosen)
-            if least >= EVENNESS and (found is None or (cost, -round(least, 6)) < found[:2]):
-                found = cost, -round(least, 6), chosen
-    assert found is not None  # the three edges are always among them
-    return [displacements[k] for k in found[2]]
+    images = np.einsum("gij,dj->dgi", rotations, units)
+    spread = np.einsum("dgi,dgj->dij", images, images) / len(rotations)
+    turned = (np.linalg.norm(images + units[:, None], axis=2) < 1e-4).any(axis=1)
+    cost = np.where(turned, 1, 2)
+
+    def rank(chosen: list[int]) -> tuple[bool, int, float]:
+        evenness = 3.0 * float(np.linalg.eigvalsh(spread[chosen].mean(axis=0))[0])
+        return evenness < EVENNESS, cost[chosen].sum(), -round(evenness, 6)
+
+    sets = (itertools.combinations(range(len(units)), count) for count in (1, 2, 3))
+    chosen = min(map(list, itertools.chain(*sets)), key=rank)
+    return np.array([sign * units[k] for k in chosen for sign in (1.0, -1.0)[: cost[k]]])
 
 
 def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> np.ndarray:
@@ -100,24 +83,6 @@ def image(symmetry: Symmetry, operation: int, atom: int, forces: np.ndarray) -> 
         forces @ symmetry.rotations[operation].T
     )
     return turned
-
-
-def force_constants_of(
-    symmetry: Symmetry, displacements: list[Displacement], slopes: list[np.ndarray]
-) -> np.ndarray:
-    """Blocks (n_cells, n, 3, 3) of an atom by least squares over all images of its displacements.
-
-    ``slopes`` : minus the derivative of the forces (n_cells, n, 3) along each probe, eV/A^2.
-    """
-    atom = displacements[0].atom
-    site = np.flatnonzero(symmetry.permutations[:, atom] == atom)
-    directions = [
-        symmetry.rotations[g] @ displacement.direction
-        for displacement in displacements
-        for g in site
-    ]
-    rows = np.array([image(symmetry, int(g), atom, slope) for slope in slopes for g in site])
-    return np.einsum("im,mrbj->rbij", np.linalg.pinv(np.array(directions)), rows)
 
 
 log = logging.getLogger(__name__)
@@ -283,40 +248,29 @@ def harmonic_force_constants(
     atoms: Atoms, supercell_matrix: SupercellMatrix, symmetry: Symmetry, evaluator: Evaluator
 ) -> np.ndarray:
     """Compact force constants in eV/A^2 by central differences along the displacements that
-    symmetry does not tell, symmetrised."""
-    state = SschaState(
-        atoms,
-        supercell_matrix,
-        np.zeros((n_cells(supercell_matrix), len(atoms), len(atoms), 3, 3)),
-        0.0,
-    )
-    displacements = {atom: displacements_of(symmetry, atom) for atom in symmetry.representatives()}
+    symmetry does not tell: by least squares over all their images, symmetrised."""
+    supercell, n = repeated(atoms, supercell_matrix), len(atoms)
+    moves = {
+        atom: DISPLACEMENT * displacements_of(symmetry, atom) for atom in symmetry.representatives()
+    }
     displaced = []
-    for displacement in itertools.chain.from_iterable(displacements.values()):
-        for sign in (1.0, -1.0) if displacement.both else (1.0,):
-            configuration = state.supercell.copy()
-            configuration.positions[displacement.atom] += (
-                sign * DISPLACEMENT * displacement.direction
-            )
-            displaced.append(configuration)
-    forces = iter(
-        np.array(evaluator.evaluate(displaced).forces, dtype=float).reshape(
-            len(displaced), state.n_cells, len(atoms), 3
-        )
+    for atom, vectors in moves.items():
+        for vector in vectors:
+            displaced.append(supercell.copy())
+            displaced[-1].positions[atom] += vector
+    forces = np.array(evaluator.evaluate(displaced).forces, dtype=float).reshape(
+        len(displaced), -1, n, 3
     )
-    rows = {}
-    for atom, mine in displacements.items():
-        slopes = []
-        for displacement in mine:
-            ahead = next(forces)
-            behind = (
-                next(forces)
-                if displacement.inverse is None
-                else image(symmetry, displacement.inverse, atom, ahead)
-            )
-            slopes.append(-(ahead - behind) / (2.0 * DISPLACEMENT))
-        rows[atom] = force_constants_of(symmetry, mine, slopes)
-    return symmetry.force_constants(symmetry.spread(rows))
+    compact = np.zeros((forces.shape[1], n, n, 3, 3))
+    for atom, vectors in moves.items():
+        mine, forces = forces[: len(vectors)], forces[len(vectors) :]
+        site = symmetry.site(atom)
+        turned = np.einsum("gij,vj->vgi", symmetry.rotations[site], vectors).reshape(-1, 3)
+        rows = [image(symmetry, operation, atom, one) for one in mine for operation in site]
+        blocks = -np.einsum("im,mrbj->rbij", np.linalg.pinv(turned), rows)
+        # the average over the operations gives an equal share to each of the equivalent atoms
+        compact[:, atom] = len(symmetry) // len(site) * blocks
+    return symmetry.force_constants(compact)
 
 
 def nearest_neighbour(atoms: Atoms) -> np.ndarray:

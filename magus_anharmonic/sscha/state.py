@@ -68,6 +68,18 @@ def inverse_fourier(
     ).real
 
 
+def repeated(atoms: Atoms, supercell_matrix: SupercellMatrix) -> Atoms:
+    """The supercell of a primitive cell, cell by cell in the order of `cell_offsets`."""
+    offsets = cell_offsets(supercell_matrix)
+    return Atoms(
+        numbers=np.tile(atoms.numbers, len(offsets)),
+        positions=(atoms.positions + (offsets @ atoms.cell.array)[:, None]).reshape(-1, 3),
+        cell=shape_supercell_matrix(supercell_matrix) @ atoms.cell.array,
+        masses=np.tile(atoms.get_masses(), len(offsets)),
+        pbc=True,
+    )
+
+
 def coth(x: np.ndarray) -> np.ndarray:
     """Hyperbolic cotangent."""
     return 1.0 / np.tanh(x)
@@ -120,17 +132,7 @@ class SschaState:
     @cached_property
     def supercell(self) -> Atoms:
         """The centroids repeated, cell by cell, in the order of the force constants."""
-        positions = (
-            self.atoms.positions[None]
-            + (cell_offsets(self.supercell_matrix) @ self.atoms.cell.array)[:, None]
-        )
-        return Atoms(
-            numbers=np.tile(self.atoms.numbers, self.n_cells),
-            positions=positions.reshape(-1, 3),
-            cell=shape_supercell_matrix(self.supercell_matrix) @ self.atoms.cell.array,
-            masses=np.tile(self.atoms.get_masses(), self.n_cells),
-            pbc=True,
-        )
+        return repeated(self.atoms, self.supercell_matrix)
 
     @cached_property
     def full(self) -> np.ndarray:

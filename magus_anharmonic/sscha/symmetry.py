@@ -120,25 +120,9 @@ class Symmetry:
         average = (images @ self._turn).sum(axis=0).reshape(n_cells, n, n, 3, 3) / len(self)
         return sum_rule_of_compact(average, self._opposite)
 
-    def spread(self, rows: dict[int, np.ndarray]) -> np.ndarray:
-        """All force constants from those of some atoms.
-
-        ``rows[a]`` are the blocks (n_cells, n, 3, 3) of atom a of the first cell; every atom must
-        be equivalent to one of them (see `representatives`).
-        """
-        n_cells, n = next(iter(rows.values())).shape[:2]
-        compact = np.zeros((n_cells, n, n, 3, 3))
-        count = np.zeros(n)
-        everything = np.arange(n)
-        for rotation, permutation, target in zip(
-            self.rotations, self.permutations, self.targets, strict=True
-        ):
-            for atom, blocks in rows.items():
-                image = permutation[atom]
-                turned = np.einsum("ij,rbjk,lk->rbil", rotation, blocks, rotation, optimize=True)
-                compact[target[:, atom, :], image, permutation[everything][None, :]] += turned
-                count[image] += 1
-        return compact / count[None, :, None, None, None]
+    def site(self, atom: int) -> np.ndarray:
+        """(k,) the operations that leave an atom where it is."""
+        return np.flatnonzero(self.permutations[:, atom] == atom)
 
     def representatives(self) -> list[int]:
         """One atom of every set of equivalent atoms."""

@@ -159,7 +159,9 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
     if not np.all(averages.strain_error < LARGEST_STRAIN_ERROR):
         issues.append(f"the cell is known to {100 * averages.strain_error.max():.0f} % only")
     if averages.predicted_decrease / n >= max(settings.free_energy_tolerance, error):
-        issues.append(f"G may still fall by {averages.predicted_decrease / n * 1e3:.2f} meV/atom")
+        issues.append(
+            f"predicted decrease of G: {averages.predicted_decrease / n * 1e3:.2f} meV/atom"
+        )
     elif not correctable(averages, n):
         issues.append(
             f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f}"

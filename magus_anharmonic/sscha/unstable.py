@@ -1,26 +1,20 @@
-"""Space groups of centroids, and the way down an unstable mode.
+"""Space groups of SSCHA centroids, and the way down an unstable mode.
 
-The space group of SSCHA centroids: what their statistical error supports, and the group against the
-tolerance.
+A tolerance alone decides no space group: at 0.1 A everything is cubic. For every group that spglib
+finds at some tolerance, the structure is moved onto that symmetry; a group is supported when no
+atom has to move by more than three of its standard errors, and the cell by no more than its own.
 
-A tolerance alone decides nothing: at 0.1 A everything is cubic. For every group that spglib finds
-at some tolerance, the structure is moved onto that symmetry; a group is supported when no atom has
-to move by more than three of its standard errors, and the cell by no more than its own.
-
-From a saddle point of the free energy down its unstable mode: the start of a run in the subgroup.
-
-The centroids are displaced along the mode; its wave vector becomes a reciprocal lattice vector of
-the new primitive cell. Where the mode is degenerate, the direction is the one of lowest static
-energy among the simple ones, and of those the most symmetric.
-
-The run below starts harmonic, as any other. From the force constants of the saddle it would go
-back: at fixed force constants the free energy of SSCHA is convex in the centroids, and the saddle's
-wide Gaussian hides the well that a narrow one falls into.
+From a saddle point of the free energy the centroids are displaced along the unstable mode; its wave
+vector becomes a reciprocal lattice vector of the new primitive cell. Where the mode is degenerate,
+the direction is the one of lowest static energy among the simple ones, and of those the most
+symmetric. The run in the subgroup starts harmonic, as any other. From the force constants of the
+saddle it would go back: at fixed force constants the free energy of SSCHA is convex in the
+centroids, and the saddle's wide Gaussian hides the well that a narrow one falls into.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -31,10 +25,9 @@ from ase import Atoms
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.hessian import Hessian, levels
-from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import nearest_neighbour
-from magus_anharmonic.sscha.state import fourier, variance
-from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, shape_supercell_matrix
+from magus_anharmonic.sscha.state import fourier, repeated, variance
+from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_offsets, commensurate, n_cells
 from magus_anharmonic.structures import space_group, spglib_cell, spglib_or_none
 from magus_anharmonic.units import HBAR
 
@@ -74,15 +67,6 @@ class SupportedGroup:
     tolerance: float
     steps: tuple[GroupStep, ...]
 
-    def curve(self) -> list[tuple[float, str]]:
-        """(tolerance in A, space group) for a table or a figure."""
-        return [
-            (float(t), step.group)
-            for step in self.steps
-            for t in TOLERANCES
-            if step.first <= t <= step.last
-        ]
-
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return {
@@ -107,21 +91,20 @@ def supported_group(
     for tolerance in TOLERANCES:
         group = space_group(atoms, float(tolerance))
         if steps and steps[-1].group == group:
-            steps[-1] = GroupStep(**{**vars(steps[-1]), "last": float(tolerance)})
+            steps[-1] = replace(steps[-1], last=float(tolerance))
             continue
         count, shifts, strain = move_onto(atoms, float(tolerance))
         pull = float((np.abs(shifts) / error).max())
-        supported = pull <= SIGMAS and strain <= SIGMAS * strain_error + 1e-6
         steps.append(
             GroupStep(
-                group,
-                float(tolerance),
-                float(tolerance),
-                count,
-                float(np.abs(shifts).max()),
-                pull,
-                strain,
-                supported,
+                group=group,
+                first=float(tolerance),
+                last=float(tolerance),
+                n_operations=count,
+                shift=float(np.abs(shifts).max()),
+                pull=pull,
+                strain=strain,
+                supported=pull <= SIGMAS and strain <= SIGMAS * strain_error + 1e-6,
             )
         )
     best = max(
@@ -130,11 +113,6 @@ def supported_group(
         default=steps[0],
     )
     return SupportedGroup(best.group, best.first, tuple(steps))
-
-
-def group_of_result(result: SschaResult) -> SupportedGroup:
-    """The same for a finished run; all centroids are given the error of the least certain one."""
-    return supported_group(result.centroids, result.position_error)
 
 
 def move_onto(atoms: Atoms, tolerance: float) -> tuple[int, np.ndarray, float]:
@@ -174,39 +152,6 @@ SYMPREC = 1e-3
 """A, for structures that are symmetric to rounding."""
 
 
-@dataclass(frozen=True)
-class Sublattice:
-    """The lattice vectors R of a crystal with q.R a whole number: those that the unstable mode
-    leaves a period.
-
-    matrix : (3, 3) whole numbers, rows are the new lattice vectors in units of the old; offsets :
-    (n, 3) the old cells in one new.
-    """
-
-    matrix: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, point: np.ndarray, cell: np.ndarray) -> Sublattice:
-        """``point``: fractional q (rational); ``cell``: the old lattice vectors, for a compact
-        choice of the new."""
-        supercell_matrix = commensurate(np.asarray(point)[None], cell)
-        return cls(shape_supercell_matrix(supercell_matrix), cell_offsets(supercell_matrix))
-
-
-def larger_cell(atoms: Atoms, sublattice: Sublattice) -> Atoms:
-    """The crystal in the sublattice's cell; atoms ordered by old cell, in the order of
-    ``offsets``."""
-    shifts = sublattice.offsets @ atoms.cell.array
-    return Atoms(
-        numbers=np.tile(atoms.numbers, len(shifts)),
-        positions=(atoms.positions[None] + shifts[:, None]).reshape(-1, 3),
-        cell=sublattice.matrix @ atoms.cell.array,
-        masses=np.tile(atoms.get_masses(), len(shifts)),
-        pbc=True,
-    )
-
-
 def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Atoms:
     """The centroids of a saddle displaced along its most surely negative mode, in the primitive
     cell that the mode leaves.
@@ -217,12 +162,13 @@ def down_the_mode(hessian: Hessian, evaluator: Evaluator, symprec: float) -> Ato
     """
     state = hessian.state
     q, mode = hessian.lowest
-    sublattice = Sublattice.of(hessian.points[q], state.atoms.cell.array)
-    cell = larger_cell(state.atoms, sublattice)
+    point = hessian.points[q]
+    matrix = commensurate(point[None], state.atoms.cell.array)
+    cell = repeated(state.atoms, matrix)
     level = next(level for level in levels(hessian.squares[q]) if mode in level)
-    patterns = real_patterns(hessian.vectors[q][:, level], hessian.points[q], sublattice)
+    patterns = real_patterns(hessian.vectors[q][:, level], point, matrix)
     limit = LARGEST_SHIFT * nearest_neighbour(state.atoms).min()
-    rms = np.sqrt(_variance(hessian, q, hessian.vectors[q][:, mode]) * len(sublattice.offsets))
+    rms = np.sqrt(_variance(hessian, q, hessian.vectors[q][:, mode]) * n_cells(matrix))
     displaced = []
     for direction in simple_directions(patterns):
         shift = rms * direction / np.sqrt(cell.get_masses())[:, None]
@@ -258,17 +204,17 @@ def _variance(hessian: Hessian, q: int, vector: np.ndarray) -> float:
     """<|Q|^2> in A^2 amu of a mode in the auxiliary state, as if all q points had its frequency."""
     state = hessian.state
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    matrix = fourier(state.force_constants, state.supercell_matrix, hessian.points[q : q + 1])[
-        0
-    ] / np.outer(root, root)
-    square = float((vector.conj() @ matrix @ vector).real)
+    matrix = fourier(state.force_constants, state.supercell_matrix, hessian.points[q][None])[0]
+    square = float((vector.conj() @ (matrix / np.outer(root, root)) @ vector).real)
     return float(variance(np.array([HBAR * np.sqrt(square)]), state.temperature)[0])
 
 
-def real_patterns(vectors: np.ndarray, point: np.ndarray, sublattice: Sublattice) -> np.ndarray:
-    """Orthonormal mass-weighted displacement patterns (m, n_new, 3) that the modes (3n, k) at
-    fractional q span."""
-    phases = np.exp(2j * np.pi * sublattice.offsets @ point)
+def real_patterns(
+    vectors: np.ndarray, point: np.ndarray, supercell_matrix: SupercellMatrix
+) -> np.ndarray:
+    """Orthonormal mass-weighted displacement patterns (m, n_new, 3) in the supercell that the modes
+    (3n, k) at fractional q span."""
+    phases = np.exp(2j * np.pi * cell_offsets(supercell_matrix) @ point)
     waves = (phases[:, None, None] * vectors[None]).reshape(-1, vectors.shape[1])
     left, sizes, _ = np.linalg.svd(
         np.concatenate([waves.real, waves.imag], axis=1), full_matrices=False

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from campaign_tables import ranking, write_campaign
 
-from magus_anharmonic.paper import make_figures, tables
+from magus_anharmonic.paper import script, tables
 
 LIMIT_SECONDS, LIMIT_GIB = 60.0, 2.0
 
@@ -34,7 +34,7 @@ def main(n: int) -> None:
             tables.Parity, folder / "parity.csv", (pairs * (20_000 // len(pairs) + 1))[:20_000]
         )
         wall, processor = time.perf_counter(), time.process_time()
-        made, missing = make_figures(campaign)
+        made, missing = script("figures").make_figures(campaign)
         wall, processor = time.perf_counter() - wall, time.process_time() - processor
         size = sum(path.stat().st_size for path in (campaign / "figures").iterdir())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

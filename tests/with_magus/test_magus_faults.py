@@ -60,10 +60,10 @@ def test_a_failed_single_point_keeps_the_energy_of_another_structure_there_and_n
         workDir=str(magus_folder),
         work_dir=str(magus_folder),
     )
-    hopeless = bulk("Al")
-    hopeless.info.update(energy=-99.0)
-    hopeless.positions[:] = np.nan
-    assert calculator.scf([hopeless]) == [] and "energy" not in hopeless.info
+    invalid = bulk("Al")
+    invalid.info.update(energy=-99.0)
+    invalid.positions[:] = np.nan
+    assert calculator.scf([invalid]) == [] and "energy" not in invalid.info
 
 
 def test_two_calculators_of_one_name_overwrite_each_other_there_and_ours_stays(

@@ -1,5 +1,8 @@
 """``expected.yaml``: values that a campaign should reproduce, each with unit, error and source;
-checked and brought to our units."""
+checked and brought to our units.
+
+Lies beside the inputs of the paper; loaded by ``magus_anharmonic.paper.script``.
+"""
 
 from __future__ import annotations
 
@@ -119,9 +122,6 @@ NAMES: dict[str, Name] = {
 """Every value that can be validated."""
 OLD_NAMES = {"n_became": "n_transformed"}
 """Of files of earlier versions."""
-
-PRESSURE_TOLERANCE = 0.51
-"""GPa, within which a table's pressure is the one asked for."""
 
 
 class ExpectedValue(Section):
@@ -252,6 +252,17 @@ class ExpectedValue(Section):
         low = low if self.at_least is None else self.at_least
         high = high if self.at_most is None else self.at_most
         return low * self.factor, high * self.factor
+
+    @property
+    def words(self) -> str:
+        """The expected value as it was given."""
+        if self.at_least is not None:
+            return f"at least {self.at_least:g}"
+        if self.at_most is not None:
+            return f"at most {self.at_most:g}"
+        values = self.value if isinstance(self.value, list) else [self.value]
+        between = " -> " if isinstance(values[0], str) else " to "
+        return between.join(v if isinstance(v, str) else f"{v:g}" for v in values)
 
     @property
     def title(self) -> str:
