@@ -198,7 +198,12 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         return lambda text: None if text == "" or text.lower() == "nan" else inner(text)
     if get_origin(hint) is Literal:
         return lambda text: _word(text, get_args(hint))
-    return {str: str, int: _whole, float: _number}[hint]
+    known: dict[Any, Callable[[str], Any]] = {str: str, int: _whole, float: _number}
+    return known.get(hint, _unreadable)
+
+
+def _unreadable(text: str) -> Any:
+    raise ValueError("a column that is written alone")
 
 
 def _word(text: str, allowed: tuple[str, ...]) -> str:
