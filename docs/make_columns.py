@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from magus_anharmonic.columns import columns_of
+from magus_anharmonic.io.tables import columns_of
 from magus_anharmonic.phase_diagram.points import GibbsPoint
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy

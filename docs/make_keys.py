@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.potential.train import TrainRecipe
 from magus_anharmonic.potential.trainer import FinetuneSettings
+from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.settings import (
     CalculatorSettings,
     LabelerSettings,

@@ -301,8 +301,8 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 
 def _labelers(settings: Settings | None) -> list[Check]:
-    from magus_anharmonic.labelers import available, code_module
-    from magus_anharmonic.labelers.ase_calculator import ALLOW, allowed_modules
+    from magus_anharmonic.labelers import code_of
+    from magus_anharmonic.labelers.codes import ALLOW, allowed_modules
     from magus_anharmonic.scheduler import is_remote
 
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
@@ -333,7 +333,7 @@ def _labelers(settings: Settings | None) -> list[Check]:
             if settings and settings.learning and name == asked
             else {}
         )
-        ok, text = code_module(name).available(name, arguments) if arguments else available(name)
+        ok, text = code_of(name).available(arguments)
         fix = (
             ""
             if ok

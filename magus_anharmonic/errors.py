@@ -8,31 +8,37 @@ import shutil
 import tempfile
 from concurrent.futures import BrokenExecutor
 
-OF_THE_MACHINE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.EAGAIN,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ESTALE,
-    errno.ENOLCK,
-    errno.ENODEV,
-    errno.ENXIO,
-    errno.ENOTCONN,
-    errno.EHOSTDOWN,
-    errno.ETIMEDOUT,
+OF_THE_WORK = {
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOTEMPTY,
+    errno.EINVAL,
+    errno.EOVERFLOW,
+    errno.ENAMETOOLONG,
+    errno.ENOEXEC,
+    errno.EPIPE,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.ECONNABORTED,
+    errno.ESRCH,
+    errno.ECHILD,
 }
-"""Disk full, read-only, broken or away, too many files, no memory, no process, no right: what the
-system says about itself.
+"""What the system says about the file, the program or the socket that somebody works with: one that
+is not there, that ended, that is damaged and sends a reader to a place that it does not have.
 
-Not a file that is missing: a calculator's own input, or its program, may well be."""
-_OF_SQLITE = ("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM", "SQLITE_READONLY", "SQLITE_CANTOPEN")
+Every other number is of the machine: disk full, read-only, broken or away, too many files, no
+memory, no process, no right."""
+_OF_SQLITE = (
+    "SQLITE_FULL",
+    "SQLITE_IOERR",
+    "SQLITE_NOMEM",
+    "SQLITE_READONLY",
+    "SQLITE_CANTOPEN",
+    "SQLITE_BUSY",
+    "SQLITE_LOCKED",
+)
 _OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -134,7 +140,7 @@ def is_machine_error(error: BaseException | None) -> bool:
         error, MachineError | KeyboardInterrupt | Terminated | BrokenExecutor
     ) or is_out_of_memory(error):
         return True
-    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_WORK:
         return True
     if getattr(error, "sqlite_errorname", "").startswith(_OF_SQLITE):
         return True

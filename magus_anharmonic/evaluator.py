@@ -56,6 +56,26 @@ def has_stress(found: Evaluation) -> bool:
     return not np.isnan(found.stress).all()
 
 
+@dataclass(frozen=True)
+class Relaxation:
+    """The end of one relaxation.
+
+    atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3)
+    eV/A; stress (3, 3) eV/A^3 in ASE's sign. ``failed`` structures must not be used, ``reason``
+    says why (or why one has not converged); n_steps counts evaluations.
+    """
+
+    atoms: Atoms
+    energy: float
+    enthalpy: float
+    forces: np.ndarray
+    stress: np.ndarray
+    converged: bool
+    failed: bool
+    n_steps: int
+    reason: str = ""
+
+
 ENERGY_ERROR = "energy_error"
 """``info`` key: expected error of the energy against the model's DFT, eV/atom; only where the model
 has an estimate."""

@@ -8,6 +8,7 @@ top of one another. What does not is refused before any work, by the name it has
 
 from __future__ import annotations
 
+import glob
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_machine_error
+from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
@@ -80,6 +81,100 @@ def read_structures(
         raise InputError(f"{file}: holds no structure")
     check_structures(structures, f"{file}: ", crystal=crystal)
     return structures
+
+
+def read_sources(sources: Sequence[str | Path]) -> list[Atoms]:
+    """The structures of files, folders, patterns and databases, in their order, each with
+    ``info['name']``: its file, and where that holds several ``file@number``.
+
+    A source is a file that ASE reads, whole or in ASE's own syntax (``all.extxyz@0:3``,
+    ``found.db@energy<0``: the rows selected, named by their id); a folder, of which every file is
+    taken whose format ASE knows; or a pattern as of a shell (``relaxed/*.vasp``). Raises
+    ``InputError`` that names every source and structure that will not do.
+    """
+    found: list[Atoms] = []
+    problems: list[str] = []
+    for source in sources:
+        try:
+            for file, index in _files(str(source)):
+                found += _named(file, index)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(*problems)
+    return found
+
+
+def _files(source: str) -> list[tuple[Path, str]]:
+    """Files of a source, each with its part after the @."""
+    name, _, index = source.rpartition("@")
+    if Path(source).exists() or not name:
+        name, index = source, ""
+    path = Path(name)
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if _known_format(file)]
+        if not files:
+            raise InputError(f"{path}: holds no file of a format that ASE knows")
+        return [(file, index) for file in files]
+    if path.is_file() or not any(mark in name for mark in "*?["):
+        return [(path, index)]
+    files = sorted(Path(match) for match in glob.glob(name))
+    if not files:
+        raise InputError(f"{name}: matches no file")
+    return [(file, index) for file in files]
+
+
+def _known_format(file: Path) -> bool:
+    from ase.io.formats import UnknownFileTypeError, filetype
+
+    if not file.is_file() or file.name.startswith("."):
+        return False
+    try:
+        filetype(str(file))
+    except UnknownFileTypeError:
+        return False
+    return True
+
+
+def _named(file: Path, index: str) -> list[Atoms]:
+    if file.suffix == ".db" and file.is_file():
+        return _rows(file, index)
+    every = read_structures(file)
+    names = [f"{file}@{number}" if len(every) > 1 else str(file) for number in range(len(every))]
+    for atoms, name in zip(every, names, strict=True):
+        atoms.info["name"] = name
+    if not index:
+        return every
+    numbers = re.fullmatch(r"(-?\d*)(:(-?\d*))?(:(-?\d*))?", index)
+    if numbers is None:
+        raise InputError(f"{file}@{index}: must be a number or a range, e.g. @0, @0:3, @-1")
+    if ":" not in index:
+        chosen = every[int(index) : int(index) + 1 or None]
+    else:
+        chosen = every[slice(*(int(part) if part else None for part in index.split(":")))]
+    if not chosen:
+        raise InputError(f"{file}@{index}: no such structure; the file holds {len(every)}")
+    return chosen
+
+
+def _rows(file: Path, selection: str) -> list[Atoms]:
+    """Rows of a database of ASE, called by their id."""
+    from ase.db import connect
+
+    try:
+        rows = list(connect(file).select(selection or None))
+    except Exception as error:  # ASE and SQLite raise whatever they stumble over
+        raise_machine_error(error, file)
+        raise InputError(f"{file}@{selection}: ASE cannot select: {typed_line(error)}") from None
+    if not rows:
+        raise InputError(f"{file}@{selection}: selects no row")
+    found = []
+    for row in rows:
+        atoms = row.toatoms()
+        atoms.info["name"] = f"{file}@id={row.id}"
+        found.append(atoms)
+    check_structures(found, f"{file}: ")
+    return found
 
 
 def isotope_hint(error: BaseException) -> str:

@@ -89,7 +89,7 @@ def start(
     Raises ``InputError`` (another version's folder, no mattersim calculator, no labeler, checkpoint
     not loadable).
     """
-    from magus_anharmonic.run_record import check_results_version, write_run_record
+    from magus_anharmonic.runs.record import check_results_version, write_run_record
 
     folder = Path(run_dir)
     check_results_version(folder)
@@ -181,7 +181,7 @@ def _labeler(settings: Settings, folder: Path) -> tuple[Any, Any]:
 
 
 def _recorded_seed(folder: Path, restart: bool) -> int:
-    from magus_anharmonic.run_record import read_run_record, record_file
+    from magus_anharmonic.runs.record import read_run_record, record_file
 
     if restart and record_file(folder).exists():
         recorded = read_run_record(folder).get("seed")
@@ -191,7 +191,7 @@ def _recorded_seed(folder: Path, restart: bool) -> int:
 
 
 def _recorded_rmse(folder: Path) -> float | None:
-    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.io.files import read_jsonl
 
     records = read_jsonl(folder / "metrics.jsonl", ("new",))
     return validation_rmse(records[-1]) if records else None

@@ -161,10 +161,10 @@ def prepare(folder: Path, **changes: Any) -> Path:
 def outcome(folder: Path) -> dict[str, Any]:
     """Everything that a search found, in a form in which two searches can be compared bit by
     bit."""
-    from magus_anharmonic.failures import identity, read_failures
-    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.io.files import read_jsonl
     from magus_anharmonic.potential.checkpoint import describe
     from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+    from magus_anharmonic.runs.failures import identity, read_failures
 
     ours = folder / "results" / "anharmonic"
     found: dict[str, Any] = {

@@ -14,7 +14,7 @@ from ase.calculators.emt import EMT
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
-from magus_anharmonic.files import append_jsonl
+from magus_anharmonic.io.files import append_jsonl
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import primitive, space_group, stripped

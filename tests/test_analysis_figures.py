@@ -12,7 +12,7 @@ import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import SUMS
+from magus_anharmonic.io.files import SUMS
 from magus_anharmonic.paper import enthalpies, quantities, script, tables
 from magus_anharmonic.phase_diagram import style
 

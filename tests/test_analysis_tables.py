@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import SUMS
+from magus_anharmonic.io.files import SUMS
 from magus_anharmonic.paper import tables
 
 SAMPLES: dict[type, typing.Any] = {str: "text, with a comma", int: 7, float: 0.1234567891}

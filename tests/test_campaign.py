@@ -18,7 +18,6 @@ import pytest
 from campaign_inputs import changed, write_campaign
 from typer.testing import CliRunner
 
-from magus_anharmonic import status as folder_status
 from magus_anharmonic.campaign import run as driver
 from magus_anharmonic.campaign.run import status
 from magus_anharmonic.campaign.steps import (
@@ -34,10 +33,11 @@ from magus_anharmonic.campaign.steps import (
 from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import write_json
-from magus_anharmonic.lock import locked
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.paper import script
 from magus_anharmonic.report.contents import campaign_contents
+from magus_anharmonic.runs import status as folder_status
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings.campaign import load_campaign, parse_campaign
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -385,3 +386,62 @@ def test_under_magus_too(caplog: pytest.LogCaptureFixture) -> None:
     )
     RestartSafe().filter(record)
     assert "owned" in record.getMessage() and _harmless(record.getMessage())
+
+
+# ------------------------------------------------------------------------------- files of a user
+
+
+def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_file(
+    tmp_path, monkeypatch
+):
+    from ase.build import bulk
+
+    monkeypatch.chdir(tmp_path)
+    for name, a in (("fcc", 3.6), ("hcp", 2.55)):
+        write(tmp_path / f"copper-{name}.vasp", bulk("Cu", name, a=a))
+    (tmp_path / "keys.yaml").write_text(
+        "pressure: 5\nscheduler: serial\n"
+        "sscha: {supercell: [1, 1, 1], n_configs: 8, max_populations: 1, hessian: 0}\n"
+    )
+    options = ("-i", "keys.yaml", "--calculator", "ase.calculators.emt.EMT", "--n-configs", "10")
+    code, text = run("rank", "copper-fcc.vasp", "copper-hcp.vasp", *options)
+    assert (tmp_path / "ranking/ranking.csv").is_file(), text
+    record = json.loads((tmp_path / "ranking/run.json").read_text())
+    assert record["settings"]["pressure"] == 5
+    assert record["settings"]["sscha"]["n_configs"] == 10
+    assert record["settings"]["sscha"]["supercell"] == [1, 1, 1]
+    assert record["model"].startswith("emt-")
+    assert record["structures"] == ["copper-fcc.vasp", "copper-hcp.vasp"]
+
+
+def test_the_defaults_that_the_help_shows_are_those_of_the_settings():
+    import typer
+
+    from magus_anharmonic.cli import app
+    from magus_anharmonic.settings import CalculatorSettings, Settings, SschaSettings
+
+    options = {
+        option.name: option
+        for option in typer.main.get_command(app).commands["rank"].params  # type: ignore[attr-defined]
+    }
+    homes = {"pressure": Settings, "checkpoint": CalculatorSettings}
+    shown = {
+        name: option.show_default
+        for name, option in options.items()
+        if isinstance(option.show_default, str)
+    }
+    assert len(shown) >= 8
+    for name, text in shown.items():
+        if name == "seed":
+            continue  # a search draws it; a ranking takes 0
+        field = {"check_hessian": "hessian"}.get(name, name)
+        default = homes.get(name, SschaSettings).model_fields[field].default
+        words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        assert text == words, name
+
+
+def test_the_version_is_shown():
+    from magus_anharmonic import __version__
+
+    code, text = run("--version")
+    assert (code, text.split()) == (0, ["magus-anharmonic", __version__])

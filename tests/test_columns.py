@@ -14,9 +14,9 @@ import pytest
 from ranking_fakes import h3s
 from records import a_candidate, stored_run
 
-from magus_anharmonic.columns import column, columns, read, write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import SUMS
+from magus_anharmonic.io.files import SUMS
+from magus_anharmonic.io.tables import column, columns, read, write
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.table import read_ranking, write_ranking

@@ -17,13 +17,14 @@ from synthetic_campaign import synthetic_campaign
 from two_phases import HIGH, LOW, data
 from typer.testing import CliRunner
 
-from magus_anharmonic import files
 from magus_anharmonic.campaign.production import read_statics
 from magus_anharmonic.campaign.steps import structure_file
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import (
+from magus_anharmonic.generation import measured_terms
+from magus_anharmonic.io import files
+from magus_anharmonic.io.files import (
     SUMS,
     append_jsonl,
     load_arrays,
@@ -31,18 +32,16 @@ from magus_anharmonic.files import (
     read_jsonl,
     remove,
     replacing_table,
-    table_rows,
     write_json,
-    write_table,
 )
-from magus_anharmonic.generation import measured_terms
+from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.table import read_ranking, write_ranking
 from magus_anharmonic.report import write_report
-from magus_anharmonic.run_record import read_run_record, write_run_record
+from magus_anharmonic.runs.record import read_run_record, write_run_record
 from magus_anharmonic.search.archive import append_frames, read_frames, write_frames
 from magus_anharmonic.settings import parse_settings
 
@@ -187,7 +186,7 @@ def test_failures_are_compared_with_those_before_in_time_that_grows_as_their_num
 ) -> None:
     """The fault: each new failure was compared with every earlier one, 3.5 s for 1,000 on top of
     20,000."""
-    from magus_anharmonic import failures
+    from magus_anharmonic.runs import failures
 
     asked = 0
     original = failures.identity

@@ -11,7 +11,6 @@ import pytest
 from harmonic_pair import HarmonicCrystal, pair
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.failures import read_failures
 from magus_anharmonic.labelers import Failure, Label
 from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.paper import tables
@@ -25,6 +24,7 @@ from magus_anharmonic.paper.ensemble_errors import (
     measure_errors,
 )
 from magus_anharmonic.paper.ensemble_labels import sample_displacements
+from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import RunFolder
 

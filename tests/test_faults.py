@@ -35,7 +35,6 @@ from misbehaving import Misbehaving
 from records import stored_run
 from typer.testing import CliRunner
 
-from magus_anharmonic import files
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import (
     DamagedFile,
@@ -45,20 +44,21 @@ from magus_anharmonic.errors import (
     is_machine_error,
 )
 from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
-from magus_anharmonic.failures import read_failures
-from magus_anharmonic.files import load_arrays, read_json, read_whole, write_json
+from magus_anharmonic.io import files
+from magus_anharmonic.io.files import load_arrays, read_json, read_whole, write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning import dataset
 from magus_anharmonic.learning.dataset import LabelStore, labelled
 from magus_anharmonic.learning.learn import _label
-from magus_anharmonic.lock import locked
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.runs.failures import read_failures
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.scheduler.base import SerialScheduler
 from magus_anharmonic.search import host, run
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
@@ -608,7 +608,7 @@ def test_a_label_behind_a_machine_error_of_disk_or_memory_is_kept(
 READ_WITH_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from magus_anharmonic.files import load_arrays, read_whole
+from magus_anharmonic.io.files import load_arrays, read_whole
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, resource.RLIM_INFINITY))
 try:

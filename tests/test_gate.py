@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from magus_anharmonic import free_energy
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.gate import check_structure, check_structures, read_structures
+from magus_anharmonic.gate import check_structure, check_structures, read_sources, read_structures
 from magus_anharmonic.learning.dataset import read_labels
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.search.archive import Archive
@@ -332,3 +332,49 @@ def test_a_coordinate_that_is_not_finite_does_not_reach_spglib():
     atoms = broken("position")
     assert space_group(atoms) == "P1 (1)", "spglib would end the process"
     assert len(primitive(atoms)) == len(atoms)
+
+
+# --- what a user brings ------------------------------------------------------------------------
+
+
+def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named(tmp_path):
+    from ase.db import connect
+
+    for name, a in (("a", 3.6), ("b", 3.7)):
+        write(tmp_path / f"{name}.vasp", bulk("Cu", "fcc", a=a))
+    (tmp_path / "README").write_text("not a structure\n")
+    write(tmp_path / "all.extxyz", [bulk("Cu", "fcc", a=3.5 + 0.1 * i) for i in range(4)])
+    with connect(tmp_path / "found.db", append=False) as base:
+        for a in (3.5, 3.6, 3.7):
+            base.write(bulk("Cu", "fcc", a=a), a=a)
+
+    def names(*sources: str) -> list[str]:
+        found = read_sources([str(tmp_path / source) for source in sources])
+        return [Path(atoms.info["name"]).name for atoms in found]
+
+    assert names("b.vasp", "a.vasp") == ["b.vasp", "a.vasp"]
+    assert names("*.vasp") == ["a.vasp", "b.vasp"]
+    assert names("all.extxyz@1:3") == ["all.extxyz@1", "all.extxyz@2"]
+    assert names("all.extxyz@-1") == ["all.extxyz@3"]
+    assert names("found.db@a>3.55") == ["found.db@id=2", "found.db@id=3"]
+    (tmp_path / "found.db").unlink()
+    assert names("") == ["a.vasp", *(f"all.extxyz@{i}" for i in range(4)), "b.vasp"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("absent.vasp", "no such file"),
+        ("*.cif", "matches no file"),
+        ("empty", "no file of a format that ASE knows"),
+        ("a.vasp@first", "must be a number or a range"),
+        ("a.vasp@5", "the file holds 1"),
+    ],
+)
+def test_a_source_that_gives_nothing_is_named_beside_all_others_that_do_not(tmp_path, source, said):
+    write(tmp_path / "a.vasp", bulk("Cu", "fcc", a=3.6))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError) as caught:
+        read_sources([tmp_path / source, tmp_path / "a.vasp", tmp_path / "gone.cif"])
+    first, second = caught.value.problems
+    assert said in first and "gone.cif" in second

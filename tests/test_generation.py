@@ -18,8 +18,8 @@ from ase.build import bulk
 from magus_anharmonic import generation as rounds
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluation
-from magus_anharmonic.files import append_jsonl, read_jsonl
 from magus_anharmonic.generation import SearchState, after_generation, newest_checkpoint, start
+from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.ranking.fitness import fitness_values
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings, parse_settings

@@ -27,7 +27,8 @@ from sscha_models import QuarticPair
 
 from magus_anharmonic import free_energy, load
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.files import PHYSICS, write_json
+from magus_anharmonic.io.digests import PHYSICS
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.fitness import fit_estimate
 from magus_anharmonic.sscha.hessian import free_energy_hessian

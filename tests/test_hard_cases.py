@@ -18,7 +18,7 @@ from sscha_models import LatticeSprings, evaluated
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report.summary import sentences

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.host_keys import (
+from magus_anharmonic.search.keys import (
     MAGUS_ONLY,
     HostKeys,
     fold,

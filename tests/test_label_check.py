@@ -138,7 +138,7 @@ def test_a_calculation_that_says_it_did_not_converge_is_left_out(model):
 def test_absurd_energies_of_a_round_are_set_aside_and_a_model_is_still_kept(tmp_path):
     """+1e6 eV on some labels: no model was ever kept again; +30 eV: it was learned."""
     pytest.importorskip("mattersim")
-    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.io.files import read_jsonl
     from magus_anharmonic.labelers import CallableLabeler
     from magus_anharmonic.learning.dataset import LabelStore
     from magus_anharmonic.learning.learn import learn

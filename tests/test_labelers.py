@@ -20,7 +20,8 @@ from ase.units import GPa
 
 from magus_anharmonic.errors import InputError, MachineError
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
-from magus_anharmonic.labelers.base import code_module, k_points, settings_hash
+from magus_anharmonic.labelers.base import k_points, settings_hash
+from magus_anharmonic.labelers.codes import code_of
 from magus_anharmonic.labelers.pool import LOG_LIMIT, WorkerLabeler
 from magus_anharmonic.labelers.worker import _absolute
 from magus_anharmonic.learning.dataset import dataset_file, read_labels
@@ -413,7 +414,7 @@ def test_hash_names_the_energy_surface_and_nothing_else(tmp_path):
 
 
 def hash_of(**settings):
-    return code_module(settings["calculator"]).recipe(LabelerSettings(**settings)).settings_hash
+    return code_of(settings["calculator"]).recipe(LabelerSettings(**settings)).settings_hash
 
 
 def test_hash_holds_pseudopotentials_by_their_content_and_not_by_their_folder(

@@ -19,7 +19,7 @@ from magus_anharmonic.errors import (
     LabelerNotInstalled,
     MagusAnharmonicError,
 )
-from magus_anharmonic.files import append_jsonl, read_jsonl
+from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.labelers import CallableLabeler
 from magus_anharmonic.learning.choose import (
     choose,

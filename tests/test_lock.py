@@ -19,16 +19,16 @@ from pathlib import Path
 
 import pytest
 
-from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError, LostLock, MagusAnharmonicError
-from magus_anharmonic.files import TEMPORARY, append_jsonl, remove, set_aside, write_text
-from magus_anharmonic.lock import NAME, Owner, check_free, locked, read_owner
+from magus_anharmonic.io.files import TEMPORARY, append_jsonl, remove, set_aside, write_text
+from magus_anharmonic.runs import lock
+from magus_anharmonic.runs.lock import NAME, Owner, check_free, locked, read_owner
 from magus_anharmonic.scheduler.local import LocalScheduler
 
 HOLD = """
 import sys, time
-from magus_anharmonic.files import TEMPORARY
-from magus_anharmonic.lock import locked
+from magus_anharmonic.io.files import TEMPORARY
+from magus_anharmonic.runs.lock import locked
 with locked(sys.argv[1], "a search"):
     print("held", flush=True)
     time.sleep(600)
@@ -355,8 +355,8 @@ def test_a_lock_that_was_given_back_or_taken_again_by_this_process_hinders_nobod
 OWNER = """
 import signal, sys, threading, time
 from pathlib import Path
-from magus_anharmonic import lock
-from magus_anharmonic.files import append_jsonl
+from magus_anharmonic.runs import lock
+from magus_anharmonic.io.files import append_jsonl
 lock.HEARTBEAT, lock.GRACE = 0.2, 1.0
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of `cmd &` in a batch script
 with lock.locked(sys.argv[1], "a search"):
@@ -429,7 +429,7 @@ def test_a_process_that_was_stopped_in_the_middle_of_a_write_is_not_taken_over(
 
 TIGHT = """
 import resource, sys
-from magus_anharmonic import lock
+from magus_anharmonic.runs import lock
 from magus_anharmonic.errors import MachineError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]),) * 2)

@@ -11,7 +11,9 @@ from sscha_models import QuarticPair
 
 from magus_anharmonic import free_energy
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import RENAMED, read_json, table_rows, write_json
+from magus_anharmonic.io.digests import RENAMED
+from magus_anharmonic.io.files import read_json, write_json
+from magus_anharmonic.io.tables import table_rows
 from magus_anharmonic.paper import script
 from magus_anharmonic.phase_diagram.points import read_points
 from magus_anharmonic.search.relaxation import AseCalculatorSettings

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 import magus_anharmonic
-from magus_anharmonic.columns import columns_of
+from magus_anharmonic.io.tables import columns_of
 from magus_anharmonic.phase_diagram.points import GibbsPoint
 from magus_anharmonic.ranking.candidate import Candidate
 

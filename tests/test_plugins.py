@@ -22,7 +22,8 @@ import magus_stand_in  # noqa: E402
 from ranking_fakes import Result  # noqa: E402
 
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
-from magus_anharmonic.files import versions, write_json  # noqa: E402
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import write_json  # noqa: E402
 from magus_anharmonic.sscha.record import FreeEnergy  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
@@ -1169,7 +1170,7 @@ def ml_keys(magus: SimpleNamespace, tiny_checkpoint: Path) -> dict[str, Any]:
 def test_a_round_of_the_ml_mode_labels_distortions_and_trains_on_them(
     magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
 ) -> None:
-    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.io.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
     ml = search.ml_calculator
@@ -1263,7 +1264,7 @@ def test_the_miner_s_step_in_the_place_of_the_learning_one_is_refused(
 def test_a_label_that_fails_is_recorded_and_the_search_goes_on(
     magus: SimpleNamespace, ml_keys: dict[str, Any], h3s: Any
 ) -> None:
-    from magus_anharmonic.files import read_jsonl
+    from magus_anharmonic.io.files import read_jsonl
 
     search = search_of(magus, ml_keys, ml=True)
     search.main_calculator.fail, search.main_calculator.voigt = {1}, False

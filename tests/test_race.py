@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from crystal_models import Crystals, crystal
 
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
@@ -273,7 +273,7 @@ class Recording(Crystals):
 
     def evaluate(self, structures):
         """See `Evaluator`."""
-        from magus_anharmonic.files import append_jsonl
+        from magus_anharmonic.io.files import append_jsonl
 
         if len(structures) >= 100:
             append_jsonl(Path(self.calls), {"n": len(structures)})

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from records import a_candidate, stored_run
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.matcher import (
@@ -40,13 +41,8 @@ from magus_anharmonic.ranking.racing import chosen_groups, sscha_is_due
 from magus_anharmonic.ranking.rank import SEED_KEY, rank
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import FreeEnergyStore
-from magus_anharmonic.ranking.structures import (
-    rank_file,
-    rank_structures,
-    read_structures,
-    reevaluate,
-)
-from magus_anharmonic.run_record import read_run_record
+from magus_anharmonic.ranking.structures import rank_file, rank_structures, reevaluate
+from magus_anharmonic.runs.record import read_run_record
 from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
 from magus_anharmonic.structures import primitive, space_group, structure_id
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.labelers import available, code_module
+from magus_anharmonic.labelers import available, code_of
 from magus_anharmonic.paper.ensemble_errors import load_labeler_settings
 from magus_anharmonic.potential.train import load_recipe
 from magus_anharmonic.settings import load_settings, load_yaml
@@ -126,7 +126,7 @@ def test_a_module_that_breaks_while_it_is_imported_is_named(tmp_path: Path, monk
 @pytest.mark.parametrize("code", ["vasp", "espresso"])
 @pytest.mark.parametrize("command", ["vasp 'x", "  ", 5, ["mpirun"]])
 def test_doctor_says_that_a_command_is_wrong(code: str, command: Any) -> None:
-    usable, text = code_module(code).available(code, {"command": command})
+    usable, text = code_of(code).available({"command": command})
     assert not usable and text.startswith("the command ") and repr(command) in text
 
 

@@ -20,8 +20,8 @@ from records import stored_run
 from synthetic_campaign import synthetic_campaign, table
 from typer.testing import CliRunner
 
-from magus_anharmonic.columns import columns
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.io.tables import columns
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records

@@ -9,7 +9,7 @@ import pytest
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.run_record import (
+from magus_anharmonic.runs.record import (
     check_results_version,
     read_run_record,
     settings_hash,

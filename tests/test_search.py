@@ -28,16 +28,18 @@ from ase.units import GPa
 from magus_anharmonic import __version__
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.files import TEMPORARY, versions
 from magus_anharmonic.generation import checked_learning
-from magus_anharmonic.host_keys import parse_host_keys
-from magus_anharmonic.lock import _born, check_free, locked
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+from magus_anharmonic.runs.lock import check_free, locked
+from magus_anharmonic.runs.owner import born
 from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.search.population import DESCRIPTORS, OffspringGenerator
-from magus_anharmonic.settings import Settings, parse_settings
+from magus_anharmonic.settings import AseCalculatorSettings, Settings, parse_settings
 
 INPUT: dict[str, Any] = {
     "formulaType": "fix",
@@ -175,7 +177,7 @@ def test_numbers_in_the_results_are_those_of_the_calculator(
         assert atoms.info["spg"] == dataset(again, 0.1).number
 
 
-def relaxer(keys: relaxation.AseCalculatorSettings, pressure: float) -> relaxation.Relaxer:
+def relaxer(keys: AseCalculatorSettings, pressure: float) -> relaxation.Relaxer:
     return relaxation.Relaxer(
         evaluator=CalculatorEvaluator(EMT()), settings=keys, pressure=pressure
     )
@@ -197,7 +199,7 @@ def test_the_search_finds_close_packed_copper_under_pressure(tmp_path: Path) -> 
         ),
         tmp_path,
     )
-    fcc = relaxer(relaxation.AseCalculatorSettings(calculator="emt", eps=0.01), 50.0)
+    fcc = relaxer(AseCalculatorSettings(calculator="emt", eps=0.01), 50.0)
     reference = bulk("Cu", a=3.4)
     known = fcc.relax([reference], tmp_path / "reference")[0]
     assert outcome.good[0].info["enthalpy"] <= known.info["enthalpy"] + 2e-3
@@ -213,9 +215,7 @@ def test_perturbations_of_the_input_reach_the_relaxation(tmp_path: Path) -> None
     )
 
     def enthalpy(perturbations: int) -> float:
-        keys = relaxation.AseCalculatorSettings(
-            calculator="emt", max_step=300, perturbations=perturbations
-        )
+        keys = AseCalculatorSettings(calculator="emt", max_step=300, perturbations=perturbations)
         return float(
             relaxer(keys, 0.0).relax([square], tmp_path / str(perturbations))[0].info["enthalpy"]
         )
@@ -285,7 +285,7 @@ def test_a_search_that_was_killed_before_it_had_begun_leaves_no_lock_behind(
     ours = tmp_path / "results/anharmonic"
     ours.mkdir(parents=True)
     with locked(ours, "magus-anharmonic search") as owner:
-        lock = asdict(owner) | {"pid": process.pid, "born": _born(process.pid)}
+        lock = asdict(owner) | {"pid": process.pid, "born": born(process.pid)}
     process.kill()
     process.wait()
     ours.mkdir(parents=True, exist_ok=True)
@@ -444,7 +444,7 @@ def test_a_restart_takes_the_recorded_seed_and_refuses_other_physics(tmp_path: P
         ({"molMode": True}, "molMode: only MAGUS knows"),
         (
             {"MainCalculator": {"calculator": "vasp"}},
-            "'vasp': the embedded host knows mattersim, emt",
+            "'vasp': without MAGUS, calculator is mattersim, emt",
         ),
         ({"MainCalculator": {"calculator": "ase.calculators.emt.Emt"}}, "has no calculator 'Emt'"),
         (

@@ -19,7 +19,7 @@ from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evalua
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
-from magus_anharmonic.files import read_json, write_json
+from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.run import SAMPLING_TAG

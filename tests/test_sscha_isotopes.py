@@ -19,8 +19,8 @@ from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.ranking.matcher import Fingerprint, same
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.search.population import symmetrised
-from magus_anharmonic.search.relaxation import AseCalculatorSettings, Relaxer
-from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.search.relaxation import Relaxer
+from magus_anharmonic.settings import AseCalculatorSettings, parse_settings
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.ensemble import average
 from magus_anharmonic.sscha.isotopes import overlap

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from saddle_model import HydrogenBond, RockSaltWells
 
 from magus_anharmonic.errors import DamagedFile, SschaError
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking import stability
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.rank import rank

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from magus_anharmonic import status as status_module
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import write_json
-from magus_anharmonic.lock import NAME, locked
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.runs import status as status_module
+from magus_anharmonic.runs.failures import record_failure
+from magus_anharmonic.runs.lock import NAME, locked
+from magus_anharmonic.runs.status import status
 from magus_anharmonic.search import run
 from magus_anharmonic.settings import parse_settings
-from magus_anharmonic.status import status
 
 SMALL: dict[str, Any] = {
     "symbols": ["Cu"],

@@ -17,8 +17,8 @@ from campaign_tables import ranked
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
-from magus_anharmonic.columns import TableFolder
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper import enthalpies, quantities, script, tables
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.table import read_ranking

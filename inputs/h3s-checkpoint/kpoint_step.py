@@ -24,7 +24,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from make_structures import cubic
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 SPACING = 0.08  # 1/Angstrom, in units of 2 pi
 REFERENCE = (6, 6, 6)

@@ -18,9 +18,9 @@ from ase import Atoms
 from ase.io import write
 from make_structures import displaced, strained
 
-from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.potential import load
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.settings import parse
 from magus_anharmonic.structures import space_group, structure_id
 

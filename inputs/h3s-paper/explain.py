@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.columns import TableFolder
-from magus_anharmonic.files import read_json
+from magus_anharmonic.io.files import read_json
+from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper.quantities import NEAR
 from magus_anharmonic.paper.tables import (
     RANKING,
@@ -25,7 +25,7 @@ from magus_anharmonic.paper.tables import (
     pressure_of_file,
     ranking_files,
 )
-from magus_anharmonic.status import present_steps
+from magus_anharmonic.runs.status import present_steps
 from magus_anharmonic.structures import symbol_of
 
 from .expected import NAMES, ExpectedValue

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import read_json, remove, safe_name
+from magus_anharmonic.io.digests import safe_name
+from magus_anharmonic.io.files import read_json, remove
 from magus_anharmonic.paper import enthalpies, quantities, tables
 from magus_anharmonic.phase_diagram import style
 

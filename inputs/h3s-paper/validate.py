@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from magus_anharmonic.columns import TableFolder, write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import TableFolder, write
 from magus_anharmonic.paper.enthalpies import ranks, stability_sequence, transition
 from magus_anharmonic.paper.quantities import (
     Reordering,

@@ -12,7 +12,7 @@ from typing import Any
 from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder
 from magus_anharmonic.campaign.tables import assemble
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import read_json
+from magus_anharmonic.io.files import read_json
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ from magus_anharmonic.campaign.structures import (
 )
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
-from magus_anharmonic.files import (
+from magus_anharmonic.io.files import (
     read_json,
     read_jsonl,
     read_whole,

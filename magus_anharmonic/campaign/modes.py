@@ -18,7 +18,8 @@ from magus_anharmonic.campaign.structures import SYMPREC, Phase, phases_of
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
 from magus_anharmonic.evaluator import LabelerEvaluator
-from magus_anharmonic.files import append_jsonl, digest, read_jsonl, write_json
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import append_jsonl, read_jsonl, write_json
 from magus_anharmonic.paper.tables import dispersion_file
 from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.gibbs import free_energy

@@ -33,16 +33,15 @@ from magus_anharmonic.campaign.structures import (
 )
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import (
+from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.files import (
     append_jsonl,
-    digest,
     raise_machine_error,
     read_jsonl,
     read_whole,
     reading_table,
     replacing,
     replacing_table,
-    versions,
 )
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.table import read_ranking

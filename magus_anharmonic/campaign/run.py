@@ -37,16 +37,16 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
-from magus_anharmonic.files import read_json, set_aside
-from magus_anharmonic.lock import locked
-from magus_anharmonic.run_record import (
+from magus_anharmonic.io.files import read_json, set_aside
+from magus_anharmonic.runs.lock import locked
+from magus_anharmonic.runs.record import (
     check_results_version,
     read_run_record,
     record_file,
     write_run_record,
 )
+from magus_anharmonic.runs.status import deserted
 from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
-from magus_anharmonic.status import deserted
 from magus_anharmonic.units import duration
 
 

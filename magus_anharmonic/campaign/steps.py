@@ -24,15 +24,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import (
-    digest,
-    read_json,
-    remove,
-    replacing_table,
-    safe_name,
-    versions,
-    write_json,
-)
+from magus_anharmonic.io.digests import digest, safe_name, versions
+from magus_anharmonic.io.files import read_json, remove, replacing_table, write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped

@@ -21,8 +21,9 @@ from ase.io import iread, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
-from magus_anharmonic.files import digest, raise_machine_error, replacing
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import raise_machine_error, replacing
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.learning.families import (
     SIDES,

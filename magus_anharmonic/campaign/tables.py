@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.files import reading_table, remove, replacing_table, table_rows, write_table
+from magus_anharmonic.io.files import reading_table, remove, replacing_table
+from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper.tables import (
     Band,
     Cost,

@@ -38,6 +38,24 @@ app = typer.Typer(
 INPUT_ERROR = 2
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from magus_anharmonic import __version__
+
+        typer.echo(f"magus-anharmonic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Crystal structure prediction with quantum ions: MAGUS, MatterSim and SSCHA in one loop."""
+
+
 def say(text: str, *, err: bool = False) -> None:
     """One line on the terminal (``err``: on standard error), whatever it quotes."""
     typer.echo(printable(text), err=err)

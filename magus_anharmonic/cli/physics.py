@@ -282,7 +282,6 @@ def errors(
     configure_logging(verbose)
     with user_errors():
         from magus_anharmonic.labelers import get_labeler
-        from magus_anharmonic.lock import locked
         from magus_anharmonic.paper.ensemble_errors import (
             add_to_tables,
             draw_report,
@@ -293,6 +292,7 @@ def errors(
         )
         from magus_anharmonic.paper.ensemble_labels import WHAT, check_number
         from magus_anharmonic.potential import load
+        from magus_anharmonic.runs.lock import locked
 
         check_number(n_configs)
         settings = load_labeler_settings(reference)

@@ -53,7 +53,7 @@ def search(
     configure_logging(verbose)
     with user_errors("run the same command with -r"):
         if keys:
-            from magus_anharmonic.host_keys import keys_table
+            from magus_anharmonic.search.keys import keys_table
 
             say(keys_table())
             return
@@ -90,15 +90,35 @@ def _embedded(input_file: Path, restart: bool) -> None:
 @app.command()
 def rank(
     structures: Annotated[
-        Path | None, typer.Argument(help="Any file that ASE reads, one structure or many.")
+        list[str] | None,
+        typer.Argument(
+            help="Files that ASE reads (also all.extxyz@0:3, found.db@energy<0), or folders."
+        ),
     ] = None,
-    pressure: Annotated[float, typer.Option(help="GPa.")] = 0.0,
+    pressure: Annotated[float | None, typer.Option(help="GPa.", show_default="0.0")] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="A MatterSim name, a path, or a shipped checkpoint.")
-    ] = "mattersim-v1.0.0-1M",
+        str | None,
+        typer.Option(
+            help="A MatterSim name, a path, or a shipped checkpoint.",
+            show_default="mattersim-v1.0.0-1M",
+        ),
+    ] = None,
+    calculator: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of MatterSim: import path of an ASE calculator, e.g."
+            " ase.calculators.emt.EMT; its arguments in the file of -i."
+        ),
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "-i", "--input-file", help="Keys as for search, in YAML; options go before them."
+        ),
+    ] = None,
     start_dyn: Annotated[
         str | None,
         typer.Option(
@@ -118,39 +138,55 @@ def rank(
         ),
     ] = None,
     supercell: Annotated[
-        tuple[int, int, int], typer.Option(help="Repetitions of the primitive cell.")
-    ] = (2, 2, 2),
+        tuple[int, int, int] | None,
+        typer.Option(help="Repetitions of the primitive cell.", show_default="2 2 2"),
+    ] = None,
     min_length: Annotated[
         float | None, typer.Option(help="Angstrom between images, instead of --supercell.")
     ] = None,
-    n_configs: Annotated[int, typer.Option(help="Configurations per population, even.")] = 1000,
-    max_populations: Annotated[int, typer.Option(help="Most populations per structure.")] = 30,
+    n_configs: Annotated[
+        int | None, typer.Option(help="Configurations per population, even.", show_default="1000")
+    ] = None,
+    max_populations: Annotated[
+        int | None, typer.Option(help="Most populations per structure.", show_default="30")
+    ] = None,
     max_candidates: Annotated[
-        int, typer.Option(help="Only this many of the lowest distinct structures.")
-    ] = 100,
+        int | None,
+        typer.Option(help="Only this many of the lowest distinct structures.", show_default="100"),
+    ] = None,
     window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
     confidence: Annotated[
-        float, typer.Option(help="That nobody who belongs to the best is stopped early.")
-    ] = 0.95,
+        float | None,
+        typer.Option(
+            help="That nobody who belongs to the best is stopped early.", show_default="0.95"
+        ),
+    ] = None,
     keep_best: Annotated[
-        int, typer.Option(help="So many of the lowest are run to the end and put in order.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            help="So many of the lowest are run to the end and put in order.", show_default="3"
+        ),
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(help="Most force evaluations of all structures together.")
     ] = None,
     check_hessian: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--hessian", help="So many of the lowest are checked for saddle points; 0: none."
+            "--hessian",
+            help="So many of the lowest are checked for saddle points; 0: none.",
+            show_default="3",
         ),
-    ] = 3,
+    ] = None,
     everybody: Annotated[
         bool, typer.Option("--everybody", help="Nobody is stopped early.")
     ] = False,
     fixed_cell: Annotated[
         bool, typer.Option("--fixed-cell", help="Keep the cells as relaxed statically.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Same input and seed, same result.", show_default="0")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
         "ranking"
     ),
@@ -167,41 +203,32 @@ def rank(
         from magus_anharmonic.ranking import rank_file
         from magus_anharmonic.ranking.structures import check_sources, rank_start
         from magus_anharmonic.report import report_at_end
-        from magus_anharmonic.settings import absolute_file, parse_settings
+        from magus_anharmonic.settings import rank_settings
 
-        check_sources(structures, start_dyn, load_ensemble)
-        settings = parse_settings(
-            {
-                "pressure": pressure,
-                "seed": seed,
-                "Fitness": ["SSCHA"],
-                "MainCalculator": {
-                    "calculator": "mattersim",
-                    "checkpoint": absolute_file(checkpoint),
-                    "device": device,
-                },
-                "sscha": {
-                    "temperature": temperature or [0.0],
-                    "supercell": (
-                        {"min_length": min_length} if min_length is not None else list(supercell)
-                    ),
-                    "cell": "fixed" if fixed_cell else "variable",
-                    "n_configs": n_configs,
-                    "max_populations": max_populations,
-                    "max_candidates": max_candidates,
-                    "window": window,
-                    "allocation": "fixed" if everybody else "elimination",
-                    "confidence": confidence,
-                    "keep_best": keep_best,
-                    "budget": budget,
-                    "hessian": check_hessian,
-                },
-            }
+        check_sources(structures or (), start_dyn, load_ensemble)
+        settings = rank_settings(
+            input_file,
+            {"pressure": pressure, "seed": seed},
+            calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
+            sscha={
+                "temperature": temperature,
+                "supercell": supercell if min_length is None else {"min_length": min_length},
+                "cell": "fixed" if fixed_cell else None,
+                "n_configs": n_configs,
+                "max_populations": max_populations,
+                "max_candidates": max_candidates,
+                "window": window,
+                "allocation": "fixed" if everybody else None,
+                "confidence": confidence,
+                "keep_best": keep_best,
+                "budget": budget,
+                "hessian": check_hessian,
+            },
         )
-        if structures is None:
-            rank_start(start_dyn, load_ensemble, settings, output)
-        else:
+        if structures:
             rank_file(structures, settings, output)
+        else:
+            rank_start(start_dyn, load_ensemble, settings, output)
         report_at_end(output)
         show_ranking(output)
         require_free_energy(output)

@@ -113,7 +113,7 @@ def status(
     Only reads."""
     configure_logging(False)
     with user_errors():
-        from magus_anharmonic.status import status as status_of
+        from magus_anharmonic.runs.status import status as status_of
 
         for line in status_of(folder).lines():
             say(line)

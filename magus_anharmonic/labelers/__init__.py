@@ -1,7 +1,6 @@
 """DFT labels: GPAW, VASP, Quantum ESPRESSO, any ASE calculator.
 
-A code is one module with ``available``, ``recipe``, ``calculator``, ``check`` and
-``default_workers``, and one line in `REGISTRY`.
+A code is one `Code` in `codes`, and one line in its `REGISTRY`.
 """
 
 from __future__ import annotations
@@ -9,15 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from magus_anharmonic.errors import InputError, LabelerError, LabelerNotInstalled
-from magus_anharmonic.labelers.base import (
-    REGISTRY,
-    Failure,
-    Label,
-    Labeler,
-    Relaxed,
-    code_module,
-    settings_hash,
-)
+from magus_anharmonic.labelers.base import Failure, Label, Labeler, settings_hash
+from magus_anharmonic.labelers.codes import REGISTRY, code_of
 from magus_anharmonic.scheduler import Scheduling, available_cores, is_remote
 from magus_anharmonic.settings import LabelerSettings
 
@@ -27,9 +19,8 @@ __all__ = [
     "Failure",
     "Label",
     "Labeler",
-    "Relaxed",
     "available",
-    "code_module",
+    "code_of",
     "get_labeler",
     "settings_hash",
 ]
@@ -40,7 +31,7 @@ def available(name: str) -> tuple[bool, str]:
     install."""
     if name == "main":
         return True, "MAGUS's MainCalculator makes the labels (magus search -m)"
-    return code_module(name).available(name)
+    return code_of(name).available()
 
 
 def get_labeler(
@@ -63,16 +54,16 @@ def get_labeler(
             "learning.labeler.calculator: main: MAGUS's MainCalculator makes labels only under"
             " `magus search -m`; give gpaw, vasp, espresso or the import path of an ASE calculator"
         )
-    module = code_module(name)
+    code = code_of(name)
     try:
-        recipe = module.recipe(settings)
+        recipe = code.recipe(settings)
     except LabelerError as error:
         raise InputError(str(error)) from None
     if scheduling is not None and is_remote(scheduling.scheduler):
         from magus_anharmonic.labelers.scheduled import ScheduledLabeler
 
         return ScheduledLabeler(recipe, Path(directory), scheduling, timeout=settings.timeout)
-    usable, message = module.available(name, recipe.execution)
+    usable, message = code.available(recipe.execution)
     if not usable:
         raise LabelerNotInstalled(
             f"learning.labeler.calculator: {name}: labeler not installed: {message}"
@@ -80,7 +71,7 @@ def get_labeler(
     if scheduling is not None and scheduling.scheduler == "serial":
         return WorkerLabeler(recipe, Path(directory), n_workers=1, timeout=settings.timeout)
     count = None if scheduling is None else scheduling.workers.count
-    n_workers = settings.n_workers or count or module.default_workers(available_cores())
+    n_workers = settings.n_workers or count or code.default_workers(available_cores())
     return WorkerLabeler(recipe, Path(directory), n_workers=n_workers, timeout=settings.timeout)
 
 

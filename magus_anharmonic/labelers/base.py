@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -26,14 +25,14 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.files import digest
+from magus_anharmonic.evaluator import Relaxation
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 
@@ -210,21 +209,6 @@ def _start(start: Any, given: dict[str, Any]) -> None:
 
 ENERGY_CONVENTION = "extrapolated to zero smearing"
 
-REGISTRY: dict[str, str] = {
-    "gpaw": "magus_anharmonic.labelers.gpaw",
-    "vasp": "magus_anharmonic.labelers.vasp",
-    "espresso": "magus_anharmonic.labelers.espresso",
-}
-"""Name in ``learning.labeler.calculator`` -> module; every other name is the import path of an ASE
-calculator."""
-
-OTHERS = "magus_anharmonic.labelers.ase_calculator"
-
-
-def code_module(name: str) -> ModuleType:
-    """The module that knows the code ``name``."""
-    return importlib.import_module(REGISTRY.get(name, OTHERS))
-
 
 @dataclass(frozen=True)
 class Label:
@@ -255,22 +239,6 @@ class Failure:
     ok: bool = False
 
 
-@dataclass(frozen=True)
-class Relaxed:
-    """Result of a DFT relaxation: final structure, energy in eV, enthalpy in eV/atom, forces eV/A,
-    stress (3, 3) eV/A^3."""
-
-    atoms: Atoms
-    energy: float
-    enthalpy: float
-    converged: bool
-    n_steps: int
-    reason: str
-    forces: np.ndarray | None
-    stress: np.ndarray | None
-    failed: bool = False
-
-
 OnResult = Callable[[int, "Label | Failure"], None]
 
 
@@ -295,7 +263,7 @@ class Labeler(Protocol):
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,
-    ) -> list[Relaxed]: ...
+    ) -> list[Relaxation]: ...
 
     def close(self) -> None: ...
 
@@ -322,15 +290,6 @@ class Recipe:
         """Twelve hex digits of code, arguments, k-point rule, energy convention, and the content of
         files."""
         return settings_hash(self.code, self.arguments, self.k_spacing, self.files)
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "code": self.code,
-            "arguments": dict(self.arguments),
-            "k_spacing": self.k_spacing,
-            "execution": dict(self.execution),
-            "files": dict(self.files),
-        }
 
 
 def settings_hash(
@@ -382,48 +341,69 @@ def yaml_numbers(value: Any) -> Any:
     return value
 
 
-def make_recipe(
-    code: str,
-    settings: LabelerSettings,
-    *,
-    defaults: Mapping[str, Any],
-    k_spacing: float | None,
-    execution_keys: frozenset[str],
-    fixes_kpoints: tuple[str, ...] = ("kpts",),
-) -> Recipe:
-    """Merge the user's arguments over the defaults and separate what only says how the code runs.
+class Code:
+    """A DFT code: which settings it has, and how one of its single points is set up.
 
-    Raises ``LabelerError`` when k-points are given in two ways, an argument belongs to the labeler
-    itself or leaves the project folder, or the command cannot be started without a shell.
+    name : in ``learning.labeler.calculator``. Keys of ``execution_keys`` only say how the code is
+    run; one of ``fixes_kpoints`` says the k-points instead of ``k_spacing`` (2 pi / A).
     """
-    try:
-        given = yaml_numbers(settings.arguments)
-    except RecursionError:
-        raise LabelerError("learning.labeler.arguments: holds itself, or is too deep") from None
-    _check_texts(given, execution_keys)
-    reserved = sorted({"directory", "atoms", "restart", "label", "txt"} & set(given))
-    if reserved:
-        raise LabelerError(
-            f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it out"
-        )
-    named = [key for key in fixes_kpoints if key in given]
-    if named and settings.k_spacing is not None:
-        raise LabelerError(
-            f"learning.labeler: both k_spacing and arguments.{named[0]} are given; keep one"
-        )
-    arguments = {
-        **defaults,
-        **{key: value for key, value in given.items() if key not in execution_keys},
-    }
-    execution = {key: value for key, value in given.items() if key in execution_keys}
-    spacing = None if named else settings.k_spacing if settings.k_spacing is not None else k_spacing
-    named_files = [
-        (where, Path(text))
-        for where, text in _texts(arguments, "arguments")
-        if re.search(r"[./]", text)
-    ]
-    files = {where: file_digest(path) for where, path in named_files if path.is_file()}
-    return Recipe(code, arguments, spacing, execution, files)
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    k_spacing: ClassVar[float | None] = None
+    execution_keys: ClassVar[frozenset[str]] = frozenset()
+    fixes_kpoints: ClassVar[tuple[str, ...]] = ("kpts",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def available(self, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+        """Whether the code is here, and one sentence that says why or what to do if not."""
+        raise NotImplementedError
+
+    def recipe(self, settings: LabelerSettings) -> Recipe:
+        """Merge the user's arguments over the defaults and separate what only says how the code
+        runs.
+
+        Raises ``LabelerError`` when k-points are given in two ways, an argument belongs to the
+        labeler itself or leaves the project folder, or the command cannot be started without a
+        shell.
+        """
+        try:
+            given = yaml_numbers(settings.arguments)
+        except RecursionError:
+            raise LabelerError("learning.labeler.arguments: holds itself, or is too deep") from None
+        _check_texts(given, self.execution_keys)
+        reserved = sorted({"directory", "atoms", "restart", "label", "txt"} & set(given))
+        if reserved:
+            raise LabelerError(
+                f"learning.labeler.arguments.{reserved[0]}: is set by the labeler itself; leave it"
+                " out"
+            )
+        named = [key for key in self.fixes_kpoints if key in given]
+        if named and settings.k_spacing is not None:
+            raise LabelerError(
+                f"learning.labeler: both k_spacing and arguments.{named[0]} are given; keep one"
+            )
+        execution = {key: given.pop(key) for key in list(given) if key in self.execution_keys}
+        arguments = {**self.defaults, **given}
+        files = {
+            where: file_digest(Path(text))
+            for where, text in _texts(arguments, "arguments")
+            if re.search(r"[./]", text) and Path(text).is_file()
+        }
+        spacing = None if named else settings.k_spacing or self.k_spacing
+        return Recipe(self.name, arguments, spacing, execution, files)
+
+    def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+        """An ASE calculator for one single point; its files go to ``directory``."""
+        raise NotImplementedError
+
+    def check(self, calculator: Any) -> None:
+        """Raise ``LabelerError`` where the calculator has results that are none."""
+
+    def default_workers(self, cores: int) -> int:
+        """Labels at the same time: one per core, unless the code takes all cores itself."""
+        return cores
 
 
 def file_digest(*paths: Path) -> str:

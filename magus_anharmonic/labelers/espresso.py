@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.labelers.base import (
+    Code,
     Recipe,
     file_digest,
     k_points,
     make_readable,
-    make_recipe,
     program_of,
     read_command,
 )
@@ -37,8 +38,6 @@ SYSTEM: Mapping[str, Any] = {
     "degauss": 0.01,
 }
 ELECTRONS: Mapping[str, Any] = {"conv_thr": 1e-8}
-K_SPACING = 0.03
-EXECUTION_KEYS = frozenset({"command", "pseudo_dir"})
 
 # Where the energy at zero smearing lies between F and E = F + TS: E0 = F + fraction * TS
 # (Methfessel-Paxton of order 1).
@@ -49,33 +48,91 @@ _TOWARDS_ZERO = {
 }  # fmt: skip
 
 
-def _configured(name: str) -> str | None:
-    from ase.config import cfg
+class Espresso(Code):
+    """Labels from Quantum ESPRESSO's pw.x through ASE."""
 
-    return (
-        cfg.parser.get("espresso", name, fallback=None)
-        if cfg.parser.has_section("espresso")
-        else None
-    )
+    k_spacing = 0.03
+    fixes_kpoints = ("kpts", "kspacing")
+    execution_keys = frozenset({"command", "pseudo_dir"})
 
-
-def available(
-    name: str = "espresso", execution: Mapping[str, Any] | None = None
-) -> tuple[bool, str]:
-    """Whether the command (``execution``, ASE's configuration, or pw.x) is found."""
-    try:
-        command = _command(execution or {})
-    except LabelerError as error:
-        return False, f"the command {error}"
-    if shutil.which(program_of(command)) is None:
-        return (
-            False,
-            (
+    def available(self, execution: Mapping[str, Any] | None = None) -> tuple[bool, str]:
+        """Whether the command (``execution``, ASE's configuration, or pw.x) is found."""
+        try:
+            command = _command(execution or {})
+        except LabelerError as error:
+            return False, f"the command {error}"
+        if shutil.which(program_of(command)) is None:
+            return False, (
                 f"{command} is not found: install Quantum ESPRESSO, or give arguments.command (e.g."
                 " mpirun -n 8 /path/to/pw.x)"
-            ),
+            )
+        return True, f"{command} is found"
+
+    def recipe(self, settings: LabelerSettings) -> Recipe:
+        """See `Code`; raises ``LabelerError`` also without pseudopotentials (the files), or for
+        what pw.x does not take."""
+        pseudopotentials = settings.arguments.get("pseudopotentials")
+        if not isinstance(pseudopotentials, Mapping):
+            raise LabelerError(
+                "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per"
+                " element, e.g. {H: H.upf, S: S.upf}"
+            )
+        made = super().recipe(settings)
+        if made.execution.get("command") is not None:
+            try:
+                _command(made.execution)
+            except LabelerError as error:
+                raise LabelerError(f"learning.labeler.arguments.command: {error}") from None
+        data = _input_data(made.arguments.get("input_data", {}))
+        folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
+        files = {
+            name: file_digest(folder / name)
+            for name in sorted({str(name) for name in pseudopotentials.values()})
+            if (folder / name).is_file()
+        }
+        return replace(
+            made, arguments={**made.arguments, "input_data": data}, files={**made.files, **files}
         )
-    return True, f"{command} is found"
+
+    def calculator(self, recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
+        """ASE's Espresso, whose output may have bytes that are no UTF-8, and whose ``energy`` is
+        extrapolated to zero smearing (ASE returns the free energy under both names)."""
+        from ase.calculators import espresso
+
+        class LenientProfile(espresso.EspressoProfile):
+            def run(
+                self,
+                directory: Path,
+                inputfile: str | None,
+                outputfile: str,
+                *rest: Any,
+                **more: Any,
+            ) -> None:
+                super().run(directory, inputfile, outputfile, *rest, **more)
+                make_readable(Path(directory) / outputfile)
+
+        class ExtrapolatedEspresso(espresso.Espresso):
+            def calculate(self, atoms: Atoms, properties: Any, system_changes: Any) -> None:
+                super().calculate(atoms, properties, system_changes)
+                text = (self.directory / self.template.outputname).read_text(errors="replace")
+                require_converged(text)
+                system = self.parameters["input_data"].get("system", {})
+                self.results["energy"] = zero_smearing_energy(
+                    self.results["free_energy"], text, str(system.get("smearing", "gaussian"))
+                )
+
+        arguments = dict(recipe.arguments)
+        if recipe.k_spacing is not None:
+            arguments["kpts"] = k_points(atoms, recipe.k_spacing)
+        profile = LenientProfile(
+            command=_command(recipe.execution, os.environ),
+            pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
+        )
+        return ExtrapolatedEspresso(profile=profile, directory=str(directory), **arguments)
+
+    def default_workers(self, cores: int) -> int:
+        """pw.x is usually started with MPI on all cores."""
+        return 1
 
 
 def _command(execution: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> str:
@@ -89,35 +146,13 @@ def _command(execution: Mapping[str, Any], environment: Mapping[str, str] | None
     return shlex.join(command.words)
 
 
-def recipe(settings: LabelerSettings) -> Recipe:
-    """Arguments and k-point rule; raises ``LabelerError`` without pseudopotentials, or for what
-    pw.x does not take."""
-    if not isinstance(settings.arguments.get("pseudopotentials"), Mapping):
-        raise LabelerError(
-            "learning.labeler.arguments.pseudopotentials: is missing; give a UPF file per element,"
-            " e.g. {H: H.upf, S: S.upf}"
-        )
-    made = make_recipe(
-        "espresso",
-        settings,
-        defaults={},
-        k_spacing=K_SPACING,
-        execution_keys=EXECUTION_KEYS,
-        fixes_kpoints=("kpts", "kspacing"),
-    )
-    if made.execution.get("command") is not None:
-        try:
-            _command(made.execution)
-        except LabelerError as error:
-            raise LabelerError(f"learning.labeler.arguments.command: {error}") from None
-    arguments = {**made.arguments, "input_data": _input_data(made.arguments.get("input_data", {}))}
-    folder = Path(made.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".")
-    names = sorted({str(name) for name in made.arguments["pseudopotentials"].values()})
-    pseudopotentials = {
-        name: file_digest(folder / name) for name in names if (folder / name).is_file()
-    }
-    return Recipe(
-        made.code, arguments, made.k_spacing, made.execution, {**made.files, **pseudopotentials}
+def _configured(name: str) -> str | None:
+    from ase.config import cfg
+
+    return (
+        cfg.parser.get("espresso", name, fallback=None)
+        if cfg.parser.has_section("espresso")
+        else None
     )
 
 
@@ -165,52 +200,6 @@ def _input_data(given: Any) -> dict[str, Any]:
     return data
 
 
-def calculator(recipe: Recipe, atoms: Atoms, directory: Path) -> Any:
-    """ASE's Espresso for one single point in ``directory``."""
-    arguments = dict(recipe.arguments)
-    if recipe.k_spacing is not None:
-        arguments["kpts"] = k_points(atoms, recipe.k_spacing)
-    profile = _lenient_profile()(
-        command=_command(recipe.execution, os.environ),
-        pseudo_dir=recipe.execution.get("pseudo_dir") or _configured("pseudo_dir") or ".",
-    )
-    return _extrapolating()(profile=profile, directory=str(directory), **arguments)
-
-
-def _lenient_profile() -> type:
-    from ase.calculators.espresso import EspressoProfile
-
-    class LenientProfile(EspressoProfile):
-        """ASE's profile, whose output may have bytes that are no UTF-8."""
-
-        def run(
-            self, directory: Path, inputfile: str | None, outputfile: str, *args: Any, **kwargs: Any
-        ) -> None:
-            super().run(directory, inputfile, outputfile, *args, **kwargs)
-            make_readable(Path(directory) / outputfile)
-
-    return LenientProfile
-
-
-def _extrapolating() -> type:
-    from ase.calculators.espresso import Espresso
-
-    class ExtrapolatedEspresso(Espresso):
-        """ASE's Espresso, whose ``energy`` is extrapolated to zero smearing (ASE returns the free
-        energy under both names)."""
-
-        def calculate(self, atoms: Atoms, properties: Any, system_changes: Any) -> None:
-            super().calculate(atoms, properties, system_changes)
-            text = (self.directory / self.template.outputname).read_text(errors="replace")
-            require_converged(text)
-            system = self.parameters["input_data"].get("system", {})
-            self.results["energy"] = zero_smearing_energy(
-                self.results["free_energy"], text, str(system.get("smearing", "gaussian"))
-            )
-
-    return ExtrapolatedEspresso
-
-
 def zero_smearing_energy(free_energy: float, output: str, smearing: str) -> float:
     """Energy (eV) at zero smearing from the free energy F (eV) and the line ``smearing contrib.
     (-TS)`` (Ry) of pw.x's output."""
@@ -226,12 +215,3 @@ def require_converged(output: str) -> None:
         raise LabelerError("SCF did not converge: pw.x says 'convergence NOT achieved'")
     if "convergence has been achieved" not in output:
         raise LabelerError("pw.x did not finish: its output has no 'convergence has been achieved'")
-
-
-def check(calculator: Any, directory: Path) -> None:
-    """Nothing to check: done while the results are read."""
-
-
-def default_workers(cores: int) -> int:
-    """pw.x is usually started with MPI on all cores."""
-    return 1

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,8 +26,9 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MachineError
-from magus_anharmonic.files import replacing
-from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed
+from magus_anharmonic.evaluator import Relaxation
+from magus_anharmonic.io.files import replacing
+from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.structures import structure_id
@@ -251,7 +253,7 @@ class JobLabeler:
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,
-    ) -> list[Relaxed]:
+    ) -> list[Relaxation]:
         """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below
         ``force_tolerance`` (eV/A).
 
@@ -269,7 +271,7 @@ class JobLabeler:
         progress = _Progress("relaxation", len(jobs))
 
         def accept(index: int, answer: dict[str, Any]) -> None:
-            results[index] = _as_relaxed(structures[index], answer, max_steps)
+            results[index] = _as_relaxation(structures[index], answer, max_steps)
             progress.finished(not results[index].failed)
 
         self._run(jobs, structures, accept)
@@ -368,7 +370,7 @@ class WorkerLabeler(JobLabeler):
         scratch = self.directory / f"slot{slot}"
         # A code that dies early must not find the output of the structure before.
         shutil.rmtree(scratch, ignore_errors=True)
-        job = {**job, "recipe": self.recipe.as_json(), "directory": str(scratch)}
+        job = {**job, "recipe": asdict(self.recipe), "directory": str(scratch)}
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
@@ -414,19 +416,21 @@ def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
     return None
 
 
-def _as_relaxed(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Relaxed:
+def _as_relaxation(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Relaxation:
     reason = problem(answer, len(atoms))
     if reason:
-        return Relaxed(atoms.copy(), np.nan, np.nan, False, 0, reason, None, None, failed=True)
-    return Relaxed(
+        nothing = np.full((len(atoms), 3), np.nan), np.full((3, 3), np.nan)
+        return Relaxation(atoms.copy(), np.nan, np.nan, *nothing, False, True, 0, reason)
+    return Relaxation(
         atoms_from_json(answer["atoms"]),
         answer["energy"],
         answer["enthalpy"],
-        answer["converged"],
-        answer["n_steps"],
-        "" if answer["converged"] else f"not converged after {max_steps} steps",
         np.array(answer["forces"]),
         np.array(answer["stress"]),
+        answer["converged"],
+        False,
+        answer["n_steps"],
+        "" if answer["converged"] else f"not converged after {max_steps} steps",
     )
 
 

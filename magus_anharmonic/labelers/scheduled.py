@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
-from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, Relaxed, settings_hash
+from magus_anharmonic.evaluator import Relaxation
+from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, settings_hash
 from magus_anharmonic.labelers.pool import JobLabeler, Worker, WorkerDied, problem
 from magus_anharmonic.scheduler import Scheduling, open_scheduler
 from magus_anharmonic.scheduler.base import packed, unpack
@@ -112,7 +114,7 @@ class CallableLabeler:
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,
-    ) -> list[Relaxed]:
+    ) -> list[Relaxation]:
         """Raises ``LabelerError``: a function of single points cannot relax."""
         raise LabelerError(f"{self.description}: makes single points only")
 
@@ -146,7 +148,7 @@ class ScheduledLabeler(JobLabeler):
         structures: Sequence[Atoms],
         accept: Callable[[int, dict[str, Any]], None],
     ) -> None:
-        items = (({**job, "recipe": self.recipe.as_json()}, self.timeout) for job in jobs)
+        items = (({**job, "recipe": asdict(self.recipe)}, self.timeout) for job in jobs)
         with (
             open_scheduler(self.scheduling) as scheduler,
             closing(scheduler.map(label_on_worker, items)) as ends,

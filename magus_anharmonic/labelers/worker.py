@@ -25,7 +25,8 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.labelers.base import Recipe, code_module, no_shell
+from magus_anharmonic.labelers.base import Code, Recipe, no_shell
+from magus_anharmonic.labelers.codes import code_of
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
 from magus_anharmonic.structures import change_of
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -110,7 +111,7 @@ def _reason(error: Exception) -> str:
     return typed_line(error)
 
 
-def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
+def _results(atoms: Atoms, code: Code) -> dict[str, Any]:
     from ase.calculators.calculator import PropertyNotImplementedError
 
     given = atoms.copy()
@@ -123,7 +124,7 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
             "the calculator gives no stress; choose one that does (for GPAW: a plane-wave mode)"
         ) from None
     free_energy = getattr(atoms.calc, "results", {}).get("free_energy")
-    module.check(atoms.calc, directory)
+    code.check(atoms.calc)
     changed = change_of(given, atoms, getattr(atoms.calc, "atoms", None))
     if changed:
         raise LabelerError(
@@ -138,22 +139,22 @@ def _results(atoms: Atoms, module: Any, directory: Path) -> dict[str, Any]:
 
 
 def _label(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
-    module = code_module(recipe.code)
-    atoms.calc = module.calculator(recipe, atoms, directory)
-    return _results(atoms, module, directory)
+    code = code_of(recipe.code)
+    atoms.calc = code.calculator(recipe, atoms, directory)
+    return _results(atoms, code)
 
 
 def _relax(atoms: Atoms, recipe: Recipe, directory: Path, job: dict[str, Any]) -> dict[str, Any]:
     from ase.filters import FrechetCellFilter
     from ase.optimize import BFGS
 
-    module = code_module(recipe.code)
-    atoms.calc = module.calculator(recipe, atoms, directory)
+    code = code_of(recipe.code)
+    atoms.calc = code.calculator(recipe, atoms, directory)
     pressure = gpa_to_ev_per_a3(job["pressure"])
     both: Any = FrechetCellFilter(atoms, scalar_pressure=pressure)
     optimizer = BFGS(both, logfile=str(directory / "relax.log"))
     converged = bool(optimizer.run(fmax=job["force_tolerance"], steps=job["max_steps"]))
-    results = _results(atoms, module, directory)
+    results = _results(atoms, code)
     enthalpy = (results["energy"] + pressure * atoms.get_volume()) / len(atoms)
     return {
         **results,

@@ -24,8 +24,8 @@ from ase.io import write
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import read_whole, replacing
 from magus_anharmonic.hull import comparable
+from magus_anharmonic.io.files import read_whole, replacing
 from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
 from magus_anharmonic.learning.families import (
     SIDES,

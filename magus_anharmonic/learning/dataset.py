@@ -16,7 +16,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.files import (
+from magus_anharmonic.gate import check_structures, isotope_hint
+from magus_anharmonic.io.files import (
     append_jsonl,
     raise_machine_error,
     read_jsonl,
@@ -24,7 +25,6 @@ from magus_anharmonic.files import (
     replacing,
     set_aside,
 )
-from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.families import SIDES, Families
 from magus_anharmonic.potential.labelled import side_of_name

@@ -19,7 +19,7 @@ import numpy as np
 from ase import Atoms
 from ase.neighborlist import neighbor_list
 
-from magus_anharmonic.files import append_jsonl, read_jsonl
+from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.structures import structure_id
 
 SIDES = ("train", "validation", "test")

@@ -15,8 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
-from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import append_jsonl, read_jsonl, remove, replacing, set_aside
+from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.choose import (
     Contender,
@@ -37,6 +36,7 @@ from magus_anharmonic.learning.dataset import (
 from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.labelled import FEW, Scores
+from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped
 

@@ -19,10 +19,10 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import versions, write_json
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers.base import Labeler
-from magus_anharmonic.lock import locked
 from magus_anharmonic.paper import gradient_errors as gibbs
 from magus_anharmonic.paper import gradient_errors as gradients
 from magus_anharmonic.paper import script, tables
@@ -33,6 +33,7 @@ from magus_anharmonic.paper.ensemble_labels import (
     read_labelled,
     sample_displacements,
 )
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
 from magus_anharmonic.sscha import free_energy

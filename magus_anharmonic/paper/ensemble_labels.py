@@ -16,11 +16,12 @@ from ase.io import read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.failures import read_failures, record_failure
-from magus_anharmonic.files import SCHEMA, read_json, read_whole, replacing, write_json
+from magus_anharmonic.io.digests import SCHEMA
+from magus_anharmonic.io.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
+from magus_anharmonic.runs.failures import read_failures, record_failure
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.state import SschaState, displaced, sample

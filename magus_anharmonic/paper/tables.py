@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from magus_anharmonic.columns import TableFolder as TableFolder
-from magus_anharmonic.columns import cell as cell
-from magus_anharmonic.columns import columns as columns
-from magus_anharmonic.columns import read as read
-from magus_anharmonic.columns import read_if_there as read_if_there
-from magus_anharmonic.columns import rows_of as rows_of
-from magus_anharmonic.columns import write as write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import safe_name
+from magus_anharmonic.io.digests import safe_name
+from magus_anharmonic.io.tables import TableFolder as TableFolder
+from magus_anharmonic.io.tables import cell as cell
+from magus_anharmonic.io.tables import columns as columns
+from magus_anharmonic.io.tables import read as read
+from magus_anharmonic.io.tables import read_if_there as read_if_there
+from magus_anharmonic.io.tables import rows_of as rows_of
+from magus_anharmonic.io.tables import write as write
 
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""

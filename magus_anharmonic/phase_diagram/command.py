@@ -12,13 +12,14 @@ from typing import Any
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.files import write_json, write_table
-from magus_anharmonic.lock import locked
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
 from magus_anharmonic.phase_diagram.diagram import HullRow, PhaseDiagram, Stable, phase_diagram
 from magus_anharmonic.phase_diagram.figures import draw, draw_hull
 from magus_anharmonic.phase_diagram.points import GibbsPoint, read_points, write_points
 from magus_anharmonic.phase_diagram.text import sentences
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import absolute_file, parse
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, load_phase_diagram
 
@@ -162,7 +163,7 @@ def run_locked(
         grid's folder.
     """
     from magus_anharmonic.phase_diagram.grid import read_phase, run_grid
-    from magus_anharmonic.run_record import check_results_version, write_run_record
+    from magus_anharmonic.runs.record import check_results_version, write_run_record
 
     structures = {name: read_phase(name, phase) for name, phase in settings.phases.items()}
     check_results_version(output)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from magus_anharmonic.files import replacing
 from magus_anharmonic.hull import lower_hull
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint, PhaseSet, common_pressures
 from magus_anharmonic.phase_diagram.diagram import PhaseDiagram, Stable, lines

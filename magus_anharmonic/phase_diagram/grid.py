@@ -14,8 +14,9 @@ from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import read_json, safe_name
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.digests import safe_name
+from magus_anharmonic.io.files import read_json
 from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_same_phase
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error

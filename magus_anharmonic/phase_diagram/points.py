@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from magus_anharmonic.columns import column, columns_of, read, write
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import table_rows
+from magus_anharmonic.io.tables import column, columns_of, read, table_rows, write
 from magus_anharmonic.settings import check_pressure, nearest
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
 

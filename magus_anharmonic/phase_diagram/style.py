@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

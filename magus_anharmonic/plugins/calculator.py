@@ -31,7 +31,8 @@ from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 if TYPE_CHECKING:
-    from magus_anharmonic.potential import Potential, Relaxation
+    from magus_anharmonic.evaluator import Relaxation
+    from magus_anharmonic.potential import Potential
 
 
 logger = logging.getLogger(__name__)

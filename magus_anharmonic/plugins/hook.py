@@ -33,9 +33,8 @@ from ase.io import read, write
 from magus.search.search import Magus
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import remove, replacing
 from magus_anharmonic.generation import SearchState, after_generation, start
-from magus_anharmonic.lock import FolderLock, check_free, read_owner
+from magus_anharmonic.io.files import remove, replacing
 from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import (
     check_input,
@@ -57,7 +56,8 @@ from magus_anharmonic.plugins.parameters import (
 from magus_anharmonic.ranking.fitness import copy_order
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.report.screen import show_ranking
-from magus_anharmonic.run_record import check_continues, check_results_version
+from magus_anharmonic.runs.lock import FolderLock, check_free, read_owner
+from magus_anharmonic.runs.record import check_continues, check_results_version
 from magus_anharmonic.settings import Settings, as_magus_reads, stages
 from magus_anharmonic.structures import stripped, structure_id
 

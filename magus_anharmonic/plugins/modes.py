@@ -10,9 +10,9 @@ from typing import Any
 from magus.fitness import fit_dict
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.host_keys import WITHOUT_EFFECT, fold, merges_near_phases, unknown_to_magus
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
 from magus_anharmonic.scheduler import is_remote
+from magus_anharmonic.search.keys import WITHOUT_EFFECT, fold, merges_near_phases, unknown_to_magus
 from magus_anharmonic.settings import Settings, snake_case, stages
 
 logger = logging.getLogger(__name__)

@@ -14,11 +14,10 @@ if TYPE_CHECKING:
     from magus_anharmonic.potential.checkpoint import Model as Model
     from magus_anharmonic.potential.evaluate import Potential as Potential
     from magus_anharmonic.potential.loading import load as load
-    from magus_anharmonic.potential.relax import Relaxation as Relaxation
 
-_HOMES = {"load": "loading", "Potential": "evaluate", "Relaxation": "relax", "Model": "checkpoint"}
+_HOMES = {"load": "loading", "Potential": "evaluate", "Model": "checkpoint"}
 
-__all__ = ["Model", "Potential", "Relaxation", "load"]
+__all__ = ["Model", "Potential", "load"]
 
 
 def __getattr__(name: str) -> Any:

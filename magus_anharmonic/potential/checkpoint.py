@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import CheckpointError, one_line
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 if TYPE_CHECKING:
     import torch

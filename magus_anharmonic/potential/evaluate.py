@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.errors import InputError, MachineError, NotFinite, is_out_of_memory
-from magus_anharmonic.evaluator import Evaluation
+from magus_anharmonic.evaluator import Evaluation, Relaxation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.graph import (
     Graph,
@@ -38,9 +38,6 @@ from magus_anharmonic.potential.resources import (
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
-
-if TYPE_CHECKING:
-    from magus_anharmonic.potential.relax import Relaxation
 
 logger = logging.getLogger(__name__)
 

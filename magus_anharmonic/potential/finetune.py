@@ -22,7 +22,8 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.files import remove, set_aside, versions
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import remove, set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of

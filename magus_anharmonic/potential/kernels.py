@@ -38,7 +38,7 @@ import torch
 from torch.nn.functional import silu
 
 from magus_anharmonic.errors import one_line
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.processes import run_bounded
 
 _silu = torch.ops.aten.silu

@@ -32,7 +32,7 @@ from ase.calculators.calculator import PropertyNotImplementedError
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
-from magus_anharmonic.files import digest
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.graph import Graph, build_graph, check, find_neighbours
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA

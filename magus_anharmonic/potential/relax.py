@@ -13,10 +13,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from magus_anharmonic.errors import is_machine_error, is_out_of_memory
-from magus_anharmonic.evaluator import Evaluator, check_calculator
+from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
-from magus_anharmonic.potential.relaxation import Relaxation as Relaxation
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
 from magus_anharmonic.units import time_left

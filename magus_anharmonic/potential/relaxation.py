@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import is_machine_error, one_line
+from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.potential.graph import expected_pairs
 from magus_anharmonic.potential.guards import (
     APART_AT_START,
@@ -40,26 +40,6 @@ SMALLEST_GAIN = 1e-4  # eV/atom
 
 Result = tuple[float, np.ndarray, np.ndarray]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """The end of one relaxation.
-
-    atoms carries species, cell and positions alone; energy eV; enthalpy eV/atom; forces (N, 3)
-    eV/A; stress (3, 3) eV/A^3 in ASE's sign. ``failed`` structures must not be used, ``reason``
-    says why (or why one has not converged); n_steps counts evaluations.
-    """
-
-    atoms: Atoms
-    energy: float
-    enthalpy: float
-    forces: np.ndarray
-    stress: np.ndarray
-    converged: bool
-    failed: bool
-    n_steps: int
-    reason: str = ""
 
 
 class SingleRelaxation:

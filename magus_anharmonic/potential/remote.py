@@ -14,9 +14,9 @@ from typing import Any
 from ase import Atoms
 
 from magus_anharmonic.errors import MachineError, MagusAnharmonicError, one_line
-from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import digest
-from magus_anharmonic.potential.relax import Relaxation, relax
+from magus_anharmonic.evaluator import Evaluator, Relaxation
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.scheduler import Done, Scheduler
 from magus_anharmonic.structures import stripped
 

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from magus_anharmonic.errors import is_out_of_memory, one_line
-from magus_anharmonic.files import raise_machine_error
+from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:

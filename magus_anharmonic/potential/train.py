@@ -26,10 +26,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 from pydantic import Field, model_validator
 
-from magus_anharmonic import lock
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import remove, write_json
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.files import remove, write_json
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
@@ -47,6 +46,7 @@ from magus_anharmonic.potential.loading import check_once
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.trainer import Architecture, FinetuneSettings, from_scratch
 from magus_anharmonic.potential.uncertainty import for_checkpoint
+from magus_anharmonic.runs import lock
 from magus_anharmonic.settings import InsidePath, Section, absolute_file, load_yaml, parse
 
 logger = logging.getLogger(__name__)

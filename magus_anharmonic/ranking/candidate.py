@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from ase import Atoms
 
-from magus_anharmonic.columns import column
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
+from magus_anharmonic.io.tables import column
 from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import formula

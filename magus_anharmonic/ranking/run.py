@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.files import digest, renamed, versions
+from magus_anharmonic.io.digests import digest, renamed, versions
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.record import OLD_STATES, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped

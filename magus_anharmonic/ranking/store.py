@@ -16,7 +16,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.files import (
+from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
     read_whole,
@@ -24,9 +24,9 @@ from magus_anharmonic.files import (
     set_aside,
     write_json,
 )
-from magus_anharmonic.lock import still_ours
 from magus_anharmonic.ranking.matcher import Fingerprint, same, same_phase
 from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.runs.lock import still_ours
 from magus_anharmonic.sscha.record import RANKED
 from magus_anharmonic.structures import stripped, structure_id
 

@@ -28,21 +28,23 @@ from magus_anharmonic.errors import (
     one_line,
 )
 from magus_anharmonic.evaluator import (
+    CalculatorEvaluator,
     Evaluation,
     Evaluator,
     as_evaluator,
     has_stress,
     set_energy_error,
 )
-from magus_anharmonic.gate import check_structures, read_structures
-from magus_anharmonic.lock import locked
+from magus_anharmonic.gate import check_structures, read_sources
+from magus_anharmonic.labelers.codes import make_calculator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.uncertainty import ModelTerm
-from magus_anharmonic.run_record import check_results_version, read_run_record, write_run_record
+from magus_anharmonic.runs.lock import locked
+from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
-from magus_anharmonic.settings import CalculatorSettings, Settings, parse
+from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings, parse
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.initial_state import state_digest
@@ -129,6 +131,37 @@ def _one(batch: Evaluation, i: int) -> Evaluation:
     return Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1], errors)
 
 
+def evaluator_of(
+    settings: Settings, checkpoint: Path | None = None
+) -> tuple[Evaluator, CalculatorSettings | AseCalculatorSettings]:
+    """What ``MLCalculator`` or ``MainCalculator`` names, with ``checkpoint`` where learning made
+    one, and its block.
+
+    Raises ``InputError`` when it cannot be used.
+    """
+    own = settings.calculator
+    if own is not None:
+        from magus_anharmonic.potential import load
+
+        return load(checkpoint or own.checkpoint, device=own.device), own
+    if settings.ml_calculator:
+        raise InputError(
+            f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: without MAGUS"
+            " it is mattersim"
+        )
+    block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
+    return CalculatorEvaluator(make_calculator(block), elements=settings.symbols), block
+
+
+def _relaxation_block(settings: Settings) -> CalculatorSettings | AseCalculatorSettings:
+    """Where it is said how to relax: the block of the calculator, or the defaults."""
+    if settings.calculator is not None:
+        return settings.calculator
+    if "." in str(settings.main_calculator.get("calculator", "")):
+        return parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
+    return parse(CalculatorSettings, {})
+
+
 def relax_inplace(
     structures: Sequence[Atoms],
     evaluator: Evaluator,
@@ -143,7 +176,7 @@ def relax_inplace(
     """
     from magus_anharmonic.potential.remote import relax_on, relax_options
 
-    options = relax_options(settings.calculator or parse(CalculatorSettings, {}))
+    options = relax_options(_relaxation_block(settings))
     if max_steps is not None:
         options["max_steps"] = max_steps
     with open_scheduler(settings) as scheduler:
@@ -167,19 +200,19 @@ SMALLEST = 4
 """Configurations of an ensemble."""
 
 
-def check_sources(structures: Path | None, dyn: str | None, ensemble: Path | None) -> None:
+def check_sources(structures: Sequence[str], dyn: str | None, ensemble: Path | None) -> None:
     """Raise ``InputError`` unless there is either a file of structures or a start of one
     candidate."""
     given = dyn is not None or ensemble is not None
-    if structures is None and not given:
+    if not structures and not given:
         raise InputError(
             "structures: give a file of structures, or the start of one candidate with --start-dyn"
             " or --load-ensemble"
         )
-    if structures is not None and given:
+    if structures and given:
         raise InputError(
-            f"{structures}: --start-dyn and --load-ensemble bring their structure with them; leave"
-            " the file out"
+            f"{structures[0]}: --start-dyn and --load-ensemble bring their structure with them;"
+            " leave the file out"
         )
 
 
@@ -193,8 +226,8 @@ def rank_start(
     ``sscha.supercell`` is a length. Raises ``InputError`` (files that are missing, damaged or do
     not fit, a folder of another start or process) before any work.
     """
-    if settings.sscha is None or settings.calculator is None:
-        raise InputError("MainCalculator, sscha: --start-dyn and --load-ensemble need both blocks")
+    if settings.sscha is None:
+        raise InputError("sscha: --start-dyn and --load-ensemble need this block")
     sscha = settings.sscha
     state = read_start(
         dyn, ensemble, sscha.temperatures[0], settings.pressure, sscha.min_effective_sample
@@ -210,13 +243,7 @@ def rank_start(
     }
     structure = stripped(state.atoms)
     return rank_alone(
-        [structure],
-        settings,
-        settings.calculator,
-        output,
-        sources,
-        relax=False,
-        starts={structure_id(structure): state},
+        [structure], settings, output, sources, relax=False, starts={structure_id(structure): state}
     )
 
 
@@ -308,29 +335,29 @@ def what_it_says(
     )
 
 
-def rank_file(path: str | Path, settings: Settings, output: str | Path) -> list[Candidate]:
-    """Rank the structures of any file that ASE reads with the model that ``settings`` name;
-    everything goes to ``output``.
+def rank_file(
+    sources: str | Path | Sequence[str | Path], settings: Settings, output: str | Path
+) -> list[Candidate]:
+    """Rank the structures of files and folders (`gate.read_sources`) with the calculator that
+    ``settings`` name; everything goes to ``output``.
 
     The same call again takes up what is finished. Raises ``InputError`` (file, structure,
     checkpoint, a folder of another version, or one in which another process works); nothing is
     written then.
     """
-    structures = read_structures(path)
-    if settings.calculator is None:
-        raise InputError("MainCalculator: rank needs calculator: mattersim with a checkpoint")
-    return rank_alone(structures, settings, settings.calculator, output, {"structures": str(path)})
+    paths = [sources] if isinstance(sources, str | Path) else list(sources)
+    structures = read_sources(paths)
+    return rank_alone(structures, settings, output, {"structures": [str(path) for path in paths]})
 
 
 def rank_alone(
     structures: Sequence[Atoms],
     settings: Settings,
-    calculator: CalculatorSettings,
     output: str | Path,
     sources: dict[str, Any],
     **options: Any,
 ) -> list[Candidate]:
-    """Rank with the checkpoint of ``calculator`` while no other process works in ``output``;
+    """Rank with the calculator of ``settings`` while no other process works in ``output``;
     ``sources`` go into its run record.
 
     ``options`` are those of `rank_structures`. Raises ``InputError`` (also where ``output`` holds a
@@ -345,12 +372,10 @@ def rank_alone(
             and read_run_record(output).get("start") != sources["start"]
         ):
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
-        from magus_anharmonic.potential import load
-
-        potential = load(calculator.checkpoint, device=calculator.device)
+        evaluator = as_evaluator(evaluator_of(settings)[0], structures)
         seed = settings.seed or 0
-        write_run_record(output, settings, seed=seed, model_id=potential.model_id, extra=sources)
-        return rank_structures(structures, potential, settings, output, seed=seed, **options)
+        write_run_record(output, settings, seed=seed, model_id=evaluator.model_id, extra=sources)
+        return rank_structures(structures, evaluator, settings, output, seed=seed, **options)
 
 
 def rank_structures(
@@ -383,6 +408,9 @@ def rank_structures(
             len(structures),
         )
     copies = [stripped(atoms) for atoms in structures]
+    for atoms, given in zip(copies, structures, strict=True):
+        if given.info.get("name"):
+            atoms.info["name"] = str(given.info["name"])
     reasons = relax_inplace(copies, source, settings) if relax else [""] * len(copies)
     good = [atoms for atoms, reason in zip(copies, reasons, strict=True) if not reason]
     reevaluate(good, source, settings)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ase import Atoms
 
-from magus_anharmonic.columns import read, write
-from magus_anharmonic.files import remove, replacing
+from magus_anharmonic.io.files import remove, replacing
+from magus_anharmonic.io.tables import read, write
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import info_of
 from magus_anharmonic.ranking.run import Run

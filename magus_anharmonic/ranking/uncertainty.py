@@ -32,7 +32,7 @@ import numpy as np
 
 from magus_anharmonic.errors import DamagedFile
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import read_whole
+from magus_anharmonic.io.files import read_whole
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.ensemble import Ensemble, pair_means
 from magus_anharmonic.sscha.result import (

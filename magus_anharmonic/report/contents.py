@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
-from magus_anharmonic.files import digest
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
@@ -20,7 +21,6 @@ from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
 from magus_anharmonic.report.raw_tables import (
     RawTable,
-    lines_of,
     number,
     read_json,
     read_raw_table,
@@ -28,7 +28,7 @@ from magus_anharmonic.report.raw_tables import (
 )
 from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.text import RankingView, ranking_views
-from magus_anharmonic.status import present_steps
+from magus_anharmonic.runs.status import present_steps
 
 ROWS = 200
 """Most rows of a table on the page; the file holds all."""
@@ -191,7 +191,11 @@ def _campaign_summary(
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
         contents.attempt(
-            lambda: [tally.add(row) for row in lines_of(tables / "enthalpies.csv")].clear(), None
+            lambda: [
+                tally.add(row)
+                for row in text_rows(tables / "enthalpies.csv", shown="enthalpies.csv")
+            ].clear(),
+            None,
         )
     parts = [
         (
@@ -410,7 +414,7 @@ def _failures(contents: Contents, path: Path) -> None:
 
         def count() -> None:
             nonlocal total
-            for line in lines_of(path):
+            for line in text_rows(path, shown=path.name):
                 total += 1
                 reasons[line.get("reason", "")] += 1
                 if total <= ROWS:

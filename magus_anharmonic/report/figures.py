@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.ranking.candidate import Candidate, numbered
-from magus_anharmonic.report.raw_tables import lines_of, number
+from magus_anharmonic.report.raw_tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,7 +128,7 @@ def described(title: str, table: Path) -> str:
     spans: dict[str, tuple[float, float]] = {}
     count = 0
     try:
-        for row in lines_of(table):
+        for row in text_rows(table, shown=table.name):
             count += 1
             for column, text in row.items():
                 value = number(text)

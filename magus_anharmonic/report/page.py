@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import magus_anharmonic
-from magus_anharmonic.files import write_text
+from magus_anharmonic.io.files import write_text
 from magus_anharmonic.report.contents import Contents, gather
 from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.structures import Crystal, as_json, scene, still, write_structures

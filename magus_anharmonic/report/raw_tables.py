@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic import files
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import table_rows
+from magus_anharmonic.io import files
+from magus_anharmonic.io.tables import text_rows
 
 
 @dataclass(frozen=True)
@@ -34,40 +33,17 @@ class RawTable:
         return bool(self.rows)
 
 
-def lines_of(path: Path, needed: tuple[str, ...] = ()) -> Iterator[dict[str, str]]:
-    """Rows of a CSV file one by one, every cell a text without surrounding spaces.
-
-    Raises ``InputError`` that names the file: not readable, not UTF-8, no header, or no column of
-    the ``needed`` ones.
-    """
-    with table_rows(path, shown=path.name, restkey="") as reader:
-        if not reader.fieldnames:
-            raise InputError(f"{path.name}: empty; the step that writes it has to run again")
-        names = [name.strip() for name in reader.fieldnames]
-        missing = [name for name in needed if name not in names]
-        if missing:
-            raise InputError(
-                f"{path.name}: no column {', '.join(missing)}; it has {', '.join(names)}"
-            )
-        for line in reader:
-            yield {
-                str(name).strip(): (line.get(name) or "").strip()
-                for name in reader.fieldnames
-                if name
-            }
-
-
 def read_raw_table(path: Path, limit: int | None = None) -> RawTable:
     """The first ``limit`` rows (None: all) of a CSV file; a missing file is an empty table.
 
-    Raises ``InputError``: see `lines_of`.
+    Raises ``InputError``: see `text_rows`.
     """
     if not path.is_file():
         return RawTable(path.name)
     rows: list[dict[str, str]] = []
     total = 0
     columns: tuple[str, ...] = ()
-    for line in lines_of(path):
+    for line in text_rows(path, shown=path.name):
         columns = columns or tuple(line)
         total += 1
         if limit is None or len(rows) < limit:

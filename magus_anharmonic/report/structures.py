@@ -25,7 +25,8 @@ from ase.data import chemical_symbols, covalent_radii
 from ase.data.colors import jmol_colors
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import TEMPORARY, raise_machine_error, reading_table, safe_name
+from magus_anharmonic.io.digests import safe_name
+from magus_anharmonic.io.files import TEMPORARY, raise_machine_error, reading_table
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.structures import space_group, standardized, stripped

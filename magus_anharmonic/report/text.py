@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.columns import Column, columns_of
+from magus_anharmonic.io.tables import Column, columns_of
 from magus_anharmonic.paper.quantities import critical_pressure, new_space_group, series
 from magus_anharmonic.paper.tables import Mode
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered

@@ -27,7 +27,7 @@ from magus_anharmonic.errors import (
     reason_of,
     typed_line,
 )
-from magus_anharmonic.files import replacing
+from magus_anharmonic.io.files import replacing
 
 log = logging.getLogger(__name__)
 

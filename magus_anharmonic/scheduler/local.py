@@ -16,8 +16,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from magus_anharmonic.lock import adopt, claims
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
+from magus_anharmonic.runs.lock import adopt, claims
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
 
 log = logging.getLogger(__name__)

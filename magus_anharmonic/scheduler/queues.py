@@ -23,7 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from magus_anharmonic.errors import InputError, one_line
-from magus_anharmonic.lock import guarded
+from magus_anharmonic.runs.lock import guarded
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
 COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}

@@ -12,7 +12,8 @@ from ase import Atoms
 from ase.io import Trajectory, read, write
 
 from magus_anharmonic.errors import DamagedFile, InputError, typed_line
-from magus_anharmonic.files import (
+from magus_anharmonic.gate import check_structures, isotope_hint
+from magus_anharmonic.io.files import (
     append_jsonl,
     raise_machine_error,
     read_json,
@@ -25,8 +26,7 @@ from magus_anharmonic.files import (
     unsealed,
     write_json,
 )
-from magus_anharmonic.gate import check_structures, isotope_hint
-from magus_anharmonic.lock import forget_dead
+from magus_anharmonic.runs.lock import forget_dead
 from magus_anharmonic.search.population import copied, select_best
 from magus_anharmonic.structures import structure_id
 

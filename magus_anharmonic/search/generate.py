@@ -19,7 +19,7 @@ from ase.geometry import get_duplicate_atoms
 from ase.neighborlist import neighbor_list
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.host_keys import HostKeys
+from magus_anharmonic.search.keys import HostKeys
 
 if TYPE_CHECKING:
     from pyxtal.symmetry import Group

@@ -24,8 +24,6 @@ from ase import Atoms
 
 from magus_anharmonic.calculator_id import is_unnamed
 from magus_anharmonic.errors import InputError, reason_of
-from magus_anharmonic.failures import record_failure
-from magus_anharmonic.files import read_jsonl
 from magus_anharmonic.generation import (
     SearchState,
     after_generation,
@@ -33,11 +31,12 @@ from magus_anharmonic.generation import (
     newest_checkpoint,
     start,
 )
-from magus_anharmonic.host_keys import HostKeys, parse_host_keys
-from magus_anharmonic.lock import check_free, guarded, locked, remove_unfinished
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.report import report_at_end
-from magus_anharmonic.run_record import (
+from magus_anharmonic.runs.failures import record_failure
+from magus_anharmonic.runs.lock import check_free, guarded, locked, remove_unfinished
+from magus_anharmonic.runs.record import (
     check_continues,
     check_results_version,
     read_run_record,
@@ -46,6 +45,7 @@ from magus_anharmonic.run_record import (
 from magus_anharmonic.search import population as pops
 from magus_anharmonic.search.archive import Archive, best_of
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.keys import HostKeys, parse_host_keys
 from magus_anharmonic.search.population import OffspringGenerator
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer, forget, require
 from magus_anharmonic.settings import CalculatorSettings, Settings

@@ -25,10 +25,10 @@ from ase.data import atomic_numbers
 from ase.neighborlist import neighbor_list
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from magus_anharmonic.host_keys import HostKeys
 from magus_anharmonic.hull import above_hull
 from magus_anharmonic.ranking.fitness import copy_order, population_fitness
 from magus_anharmonic.search.generate import Geometry
+from magus_anharmonic.search.keys import HostKeys
 from magus_anharmonic.structures import (
     isotopes,
     kinds,

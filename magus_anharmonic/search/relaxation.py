@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,70 +13,20 @@ from typing import Any
 
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
-from pydantic import Field
 
-from magus_anharmonic.errors import InputError, LabelerError, MagusAnharmonicError, is_machine_error
-from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluator, set_energy_errors
-from magus_anharmonic.failures import record_failures
-from magus_anharmonic.files import remove
-from magus_anharmonic.labelers.ase_calculator import (
-    ALLOW,
-    allowed_modules,
-    load_class,
-    starts_programs,
-)
+from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.evaluator import Evaluator, set_energy_errors
+from magus_anharmonic.io.files import remove
+from magus_anharmonic.ranking.structures import evaluator_of
+from magus_anharmonic.runs.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
-from magus_anharmonic.settings import (
-    OPTIMIZER_DESCRIPTION,
-    CalculatorSettings,
-    Count,
-    Optimizers,
-    Positive,
-    Section,
-    Settings,
-    parse,
-)
+from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
-
-PROGRAMS = re.compile(
-    r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE
-)
-"""Names of arguments in which calculators expect the program to start, or commands for it."""
-SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
-
-
-class AseCalculatorSettings(Section):
-    """``MainCalculator`` with any other ASE calculator; names and defaults as in MAGUS."""
-
-    old_names = {"kicks": "perturbations"}
-
-    calculator: str = Field(
-        description="mattersim, emt, lj or the import path of an ASE calculator"
-    )
-    job_prefix: str | list[str] = Field(
-        "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
-    )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the calculator"
-    )
-    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
-    max_step: Count = Field(100, description="most relaxation steps")
-    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
-    relax_lattice: bool = Field(True, description="relax the cell too")
-    fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    perturbations: int = Field(
-        0,
-        ge=0,
-        description=(
-            "times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off"
-        ),
-    )
 
 
 @dataclass(kw_only=True)
@@ -229,55 +178,10 @@ def build_relaxer(settings: Settings, checkpoint: Path | None = None) -> Relaxer
 
     Raises ``InputError`` when it cannot be used.
     """
-    own = settings.calculator
-    if own is not None:
-        from magus_anharmonic.potential import load
-
-        return Relaxer(
-            evaluator=load(checkpoint or own.checkpoint, device=own.device),
-            settings=own,
-            pressure=settings.pressure,
-            scheduling=settings,
-        )
-    if settings.ml_calculator:
-        raise InputError(
-            f"MLCalculator.calculator: {settings.ml_calculator.get('calculator')!r}: the embedded"
-            " host knows mattersim only"
-        )
-    block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    made = CalculatorEvaluator(_import_calculator(block), elements=settings.symbols)
-    return Relaxer(evaluator=made, settings=block, pressure=settings.pressure, scheduling=settings)
-
-
-def _import_calculator(block: AseCalculatorSettings) -> Any:
-    where = f"MainCalculator.calculator: {block.calculator!r}"
-    module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
-    if not module:
-        raise InputError(
-            f"{where}: the embedded host knows mattersim, emt, lj and import paths of ASE"
-            " calculators; vasp and others need MAGUS"
-        )
-    try:
-        calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
-    except LabelerError as error:
-        raise InputError(f"{where}: {error}") from None
-    commands = sorted(f"arguments.{key}" for key in block.arguments if PROGRAMS.search(str(key)))
-    # they build the line that starts their program from any argument (infile of Amber, label of
-    # others)
-    commands += ["calculator"] if starts_programs(calculator) else []
-    if commands and module not in allowed_modules():
-        raise InputError(
-            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
-            f" allow the calculator's module outside of the input: export {ALLOW}={module}"
-        )
-    try:
-        return calculator(**block.arguments)
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if is_machine_error(error):
-            raise
-        raise InputError(
-            f"{where}: cannot be made with arguments {block.arguments}: {error}"
-        ) from None
+    evaluator, block = evaluator_of(settings, checkpoint)
+    return Relaxer(
+        evaluator=evaluator, settings=block, pressure=settings.pressure, scheduling=settings
+    )
 
 
 def _report(relaxed: Sequence[Atoms], total: int, computed: int, seconds: float) -> None:

@@ -3,20 +3,24 @@ defaults and limits."""
 
 from __future__ import annotations
 
-from magus_anharmonic.settings.search import (
+from magus_anharmonic.settings.calculators import (
     OPTIMIZER_DESCRIPTION,
     QUEUES,
+    AseCalculatorSettings,
     CalculatorSettings,
     LabelerSettings,
-    LearningSettings,
     Optimizers,
-    Settings,
-    SschaSettings,
     WorkerSettings,
     as_magus_reads,
+    stages,
+)
+from magus_anharmonic.settings.search import (
+    LearningSettings,
+    Settings,
+    SschaSettings,
     load_settings,
     parse_settings,
-    stages,
+    rank_settings,
 )
 from magus_anharmonic.settings.section import (
     Count,
@@ -39,6 +43,7 @@ from magus_anharmonic.settings.section import (
 __all__ = [
     "OPTIMIZER_DESCRIPTION",
     "QUEUES",
+    "AseCalculatorSettings",
     "CalculatorSettings",
     "Count",
     "InsidePath",
@@ -63,6 +68,7 @@ __all__ = [
     "nearest",
     "parse",
     "parse_settings",
+    "rank_settings",
     "snake_case",
     "stages",
 ]

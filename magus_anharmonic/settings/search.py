@@ -8,12 +8,21 @@ nearest valid key). MAGUS's own keys are in ``host_keys``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.settings.calculators import (
+    QUEUES,
+    CalculatorSettings,
+    LabelerSettings,
+    WorkerSettings,
+    as_magus_reads,
+    stages,
+)
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
@@ -22,196 +31,13 @@ from magus_anharmonic.settings.section import (
     Positive,
     PressureGPa,
     Section,
+    absolute_file,
     load_yaml,
     parse,
     snake_case,
 )
 
 Row = tuple[int, int, int]
-Optimizer = Literal["bfgs", "ase", "fire"]
-Optimizers = Optimizer | Annotated[list[Optimizer], Field(min_length=1)]
-OPTIMIZER_DESCRIPTION = (
-    "ase: ASE's BFGS with FrechetCellFilter, step for step; bfgs: quasi-Newton steps, a third fewer"
-    " but more often to a higher minimum; fire: damped dynamics, slower; a list of them: each from"
-    " the start, the lowest end is kept"
-)
-
-
-class CalculatorSettings(Section):
-    """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
-
-    old_names = {"kicks": "perturbations"}
-
-    calculator: Literal["mattersim"] = Field(
-        "mattersim", description="name under which MAGUS finds this calculator"
-    )
-    job_prefix: InsidePath = Field(
-        "MatterSim", description="folder name under calcFold/ and mlFold/"
-    )
-    checkpoint: InsidePath = Field(
-        "mattersim-v1.0.0-1M",
-        description="a name MatterSim knows, a path, or a checkpoint this package ships",
-    )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
-    )
-    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
-    max_step: Count = Field(300, description="most relaxation steps")
-    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
-    relax_lattice: bool = Field(True, description="relax the cell too")
-    fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    perturbations: int = Field(
-        0,
-        ge=0,
-        description=(
-            "times that a relaxed structure is displaced at random and relaxed again, for each"
-            " optimizer, the lowest being kept; off saddle points, at about a third of the cost of"
-            " a relaxation each. All steps count for max_step. Old name: kicks"
-        ),
-    )
-
-    @model_validator(mode="after")
-    def _perturbations_break_symmetry(self) -> CalculatorSettings:
-        if self.perturbations and self.fix_symmetry:
-            raise ValueError("perturbations must be 0 with fix_symmetry, because they break it")
-        return self
-
-
-_PER_STAGE = frozenset(
-    ("calculator", "job_prefix", "eps", "max_step", "max_move", "optimizer", "relax_lattice")
-)
-
-
-def as_magus_reads(block: Any) -> Any:
-    """A calculator's block as MAGUS takes it: lists of one stage are that stage, and without
-    ``calculator`` the ``jobPrefix`` names it."""
-    if not isinstance(block, dict):
-        return block
-    by_name = {snake_case(str(key)): value for key, value in block.items()}
-    prefix = by_name.get("job_prefix")
-    if isinstance(prefix, list) and len(prefix) == 1:
-        single = {
-            key: value[0]
-            for key, value in block.items()
-            if isinstance(value, list) and len(value) == 1 and snake_case(key) in _PER_STAGE
-        }
-        return as_magus_reads({**block, **single})
-    if by_name.get("calculator") is not None or not prefix:
-        return block
-    guess = [
-        re.sub(r"\d", "", str(name)).lower()
-        for name in (prefix if isinstance(prefix, list) else [prefix])
-    ]
-    return {**block, "calculator": guess if isinstance(prefix, list) else guess[0]}
-
-
-def stages(block: Any) -> list[str]:
-    """Names of the calculators of a block of `as_magus_reads`: one, or one for each stage of a
-    chain."""
-    named = block.get("calculator") if isinstance(block, dict) else None
-    return (
-        [str(name) for name in named]
-        if isinstance(named, list)
-        else []
-        if named is None
-        else [str(named)]
-    )
-
-
-class LabelerSettings(Section):
-    """Where DFT labels come from."""
-
-    calculator: str = Field(
-        description=(
-            "gpaw | vasp | espresso | main (MAGUS's MainCalculator, under magus search -m) | "
-            "import path of an ASE calculator, e.g. ase.calculators.emt.EMT"
-        )
-    )
-    arguments: dict[str, Any] = Field(
-        default_factory=dict, description="keyword arguments of the calculator"
-    )
-    k_spacing: Positive | None = Field(
-        None, description="k-point spacing in 2 pi / A, Gamma-centred; default by labeler"
-    )
-    n_workers: Count | None = Field(
-        None,
-        description=(
-            "labels at the same time with scheduler: local; left out: workers.count, or one per"
-            " core"
-        ),
-    )
-    timeout: Positive = Field(3600.0, description="seconds after which one label is given up")
-
-
-QUEUES = ("slurm", "lsf", "pbs")
-"""Queue systems that ``scheduler`` knows."""
-
-
-class WorkerSettings(Section):
-    """``workers``: who runs labels, relaxations and SSCHA; what only jobs of a queue system need is
-    ignored by ``scheduler: local``."""
-
-    count: Count | None = Field(
-        None,
-        description="workers (jobs) at the same time; left out: one per core (local), or one job",
-    )
-    cores: Count | None = Field(
-        None,
-        description="cores, hence threads, of each; left out: a share of the machine (local), or 1",
-    )
-    gpus: int = Field(0, ge=0, description="GPUs of each job; more than one needs dask-cuda")
-    memory: str = Field("8 GB", description="of each job")
-    walltime: int = Field(
-        86400, ge=600, description="of each job: hh:mm:ss, or seconds; jobs that end are sent again"
-    )
-    queue: str | None = Field(None, description="queue or partition")
-    account: str | None = Field(None, description="account or project")
-    directives: list[str] = Field(
-        default_factory=list,
-        description="further lines of the job script, without #SBATCH, #BSUB or #PBS",
-    )
-    prologue: list[str] = Field(
-        default_factory=list,
-        description="shell lines before the worker starts, e.g. module load, source .../activate",
-    )
-    python: InsidePath | None = Field(
-        None, description="Python on the nodes; left out: the one that runs the search"
-    )
-    interface: str | None = Field(
-        None, description="network interface, e.g. ib0; left out: the default route"
-    )
-    scratch: InsidePath | None = Field(
-        None,
-        description=(
-            "folder for temporary files on the nodes; left out: the working directory of the job"
-        ),
-    )
-    logs: InsidePath = Field("worker-logs", description="folder for the output of the jobs")
-    timeout: Positive = Field(
-        30.0, description="seconds in which a Dask scheduler at an address must answer"
-    )
-
-    @field_validator("memory")
-    @classmethod
-    def _with_unit(cls, value: str) -> str:
-        if not re.fullmatch(r"\d+(\.\d+)? ?[KMGT]i?B", value):
-            raise ValueError("must be a number with a unit, e.g. 16 GB")
-        return value
-
-    @field_validator("walltime", mode="before")
-    @classmethod
-    def _seconds(cls, value: Any) -> Any:
-        # YAML 1.1 reads 24:00:00 without quotes as the whole number 86400.
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ValueError("must be hh:mm:ss or seconds")
-        if isinstance(value, int):
-            return value
-        parts = value.split(":")
-        if len(parts) not in (2, 3) or not all(part.isdigit() for part in parts):
-            raise ValueError("must be hh:mm:ss or seconds")
-        hours, minutes, seconds = (int(part) for part in [*parts, "0"][:3])
-        return 3600 * hours + 60 * minutes + seconds
 
 
 class LearningSettings(Section):
@@ -604,6 +430,41 @@ def parse_settings(data: dict[str, Any]) -> Settings:
     except InputError as error:
         problems.extend(_public_name(line) for line in error.problems)
     raise InputError(*problems)
+
+
+def rank_settings(
+    file: str | Path | None,
+    given: Mapping[str, Any],
+    *,
+    calculator: Mapping[str, Any],
+    sscha: Mapping[str, Any],
+) -> Settings:
+    """Settings of a ranking: what was ``given`` for the top level, for the block of the calculator
+    and for the block ``sscha`` (None: not given), else the keys of ``file``, else the defaults.
+
+    Raises ``InputError``.
+    """
+    data = {snake_case(str(key)): value for key, value in (load_yaml(file) if file else {}).items()}
+    block = as_magus_reads(data.get("main_calculator")) or {}
+    wanted = {key: value for key, value in calculator.items() if value is not None}
+    if "checkpoint" in wanted:
+        wanted["checkpoint"] = absolute_file(wanted["checkpoint"])
+        if wanted.get("calculator", "mattersim") != "mattersim":
+            raise InputError("--calculator, --checkpoint: give one of the two")
+    same = wanted.get("calculator") in (None, block.get("calculator"))
+    return parse_settings(
+        {
+            "seed": 0,
+            **data,
+            **{key: value for key, value in given.items() if value is not None},
+            "fitness": ["SSCHA"],
+            "main_calculator": {"calculator": "mattersim", **(block if same else {}), **wanted},
+            "sscha": {
+                **(data.get("sscha") or {}),
+                **{key: value for key, value in sscha.items() if value is not None},
+            },
+        }
+    )
 
 
 def _public_name(line: str) -> str:

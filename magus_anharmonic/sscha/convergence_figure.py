@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import replacing, table_rows
+from magus_anharmonic.io.files import replacing
+from magus_anharmonic.io.tables import table_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

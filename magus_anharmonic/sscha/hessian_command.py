@@ -14,9 +14,10 @@ import numpy as np
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
-from magus_anharmonic.files import versions, write_json, write_text
 from magus_anharmonic.gate import read_structures
-from magus_anharmonic.lock import locked
+from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.files import write_json, write_text
+from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import dispersion, draw_dispersion, write_dispersion

@@ -30,7 +30,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.files import replacing, write_text
+from magus_anharmonic.io.files import replacing, write_text
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT

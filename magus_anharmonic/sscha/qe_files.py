@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.files import raise_machine_error
 from magus_anharmonic.gate import check_structure
+from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.ensemble_checks import checked_ensemble
 from magus_anharmonic.sscha.state import SschaState, fold, same_gaussian, sum_rule

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar
 
-from magus_anharmonic.columns import column
+from magus_anharmonic.io.tables import column
 
 State = Literal[
     "converged",
@@ -56,7 +56,7 @@ _HESSIAN = "ranking.stability.with_verdict"
 @dataclass(frozen=True)
 class FreeEnergy:
     """Free energy of one structure at one pressure and temperature: its numbers, each with unit,
-    equation and origin as metadata (`columns.column`); ``None`` where there is no number.
+    equation and origin as metadata (`io.tables.column`); ``None`` where there is no number.
 
     ``error_vector`` (eV/atom) : what the model's error of the mean energy shares with that of other
     ensembles (`ErrorModel.vectors`); in no table.

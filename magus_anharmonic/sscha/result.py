@@ -20,18 +20,10 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.files import (
-    load_arrays,
-    read_json,
-    read_whole,
-    renamed,
-    replacing,
-    safe_name,
-    versions,
-    write_json,
-    write_table,
-)
-from magus_anharmonic.lock import NAME as LOCK
+from magus_anharmonic.io.digests import renamed, safe_name, versions
+from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
+from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.record import FreeEnergy

@@ -29,10 +29,10 @@ from benchmarks.long_run import INPUT  # noqa: E402
 
 from magus_anharmonic.campaign.structures import lowest_distinct, n_relaxed, relaxed_structures  # noqa: E402
 from magus_anharmonic.report import write_report  # noqa: E402
+from magus_anharmonic.runs.status import status  # noqa: E402
 from magus_anharmonic.search import run  # noqa: E402
 from magus_anharmonic.search.archive import Archive, best_of  # noqa: E402
 from magus_anharmonic.settings import parse_settings  # noqa: E402
-from magus_anharmonic.status import status  # noqa: E402
 
 POPULATION = 1000
 BYTES = 1024**3

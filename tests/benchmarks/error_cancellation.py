@@ -24,10 +24,10 @@ from ase import Atoms
 from ase.io import read
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import write_json
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Label, Labeler, k_points
-from magus_anharmonic.labelers.gpaw import K_SPACING
+from magus_anharmonic.labelers.codes import Gpaw
 from magus_anharmonic.paper.ensemble_errors import (
     Source,
     analyse_errors,
@@ -148,7 +148,7 @@ def grid(options: argparse.Namespace) -> None:
         if not isinstance(label, Label):
             raise SystemExit(f"no label of the centroids: {label.reason}")
         energies.append(label.energy / len(label.structure))
-        grids.append(list(k_points(label.structure, K_SPACING)))
+        grids.append(list(k_points(label.structure, Gpaw.k_spacing)))
     step = energies[0] - energies[1]
     write_json(
         options.folder / "grid.json",

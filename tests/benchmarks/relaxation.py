@@ -38,10 +38,10 @@ from mattersim.forcefield import MatterSimCalculator
 from mattersim.forcefield.potential import Potential as StockPotential
 
 import magus_anharmonic
-from magus_anharmonic.host_keys import parse_host_keys
 from magus_anharmonic.potential import load
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
+from magus_anharmonic.search.keys import parse_host_keys
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.structures import structure_id
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from kill_harness import Server, labels, outcome, prepare  # noqa: E402
 
-from magus_anharmonic.lock import locked  # noqa: E402
+from magus_anharmonic.runs.lock import locked  # noqa: E402
 
 FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "full disk", "other process")
 

@@ -33,10 +33,11 @@ from typer.testing import CliRunner
 
 from magus_anharmonic import free_energy, load
 from magus_anharmonic.cli import app
+from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.paper import script
 from magus_anharmonic.phase_diagram.points import write_points
 from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
-from magus_anharmonic.potential.relax import Relaxation, relax
+from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings
 

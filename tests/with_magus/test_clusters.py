@@ -11,7 +11,7 @@ from ase.calculators.emt import EMT
 from ase.io import read
 from magus_run import LEARNING, magus, needs_magus, ours, write_input
 
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 
 pytestmark = needs_magus
 

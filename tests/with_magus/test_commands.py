@@ -11,7 +11,7 @@ import pytest
 from ase.io import read
 from magus_run import LEARNING, TIMEOUT, command, magus, needs_magus, ours, write_input
 
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 pytestmark = needs_magus

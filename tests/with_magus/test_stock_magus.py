@@ -13,8 +13,8 @@ import pytest
 from ase.io import read
 from magus_run import LEARNING, command, magus, needs_magus, ours, write_input
 
-from magus_anharmonic.files import read_jsonl
-from magus_anharmonic.status import status
+from magus_anharmonic.io.files import read_jsonl
+from magus_anharmonic.runs.status import status
 
 pytestmark = needs_magus
 

@@ -12,7 +12,7 @@ from ase.build import bulk, fcc111, molecule
 from ase.io import read, write
 from magus_run import magus, needs_magus, ours, write_input
 
-from magus_anharmonic.files import read_jsonl
+from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.structures import fixed_atoms, stripped
 
 pytestmark = needs_magus
@@ -302,7 +302,7 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(
     from magus.comparators import get_comparator
     from magus.populations.individuals import Individual
 
-    from magus_anharmonic.host_keys import merges_near_phases
+    from magus_anharmonic.search.keys import merges_near_phases
 
     monkeypatch.setattr(Individual, "symprec", 0.01, raising=False)
     monkeypatch.setattr(Individual, "check_seed", True, raising=False)

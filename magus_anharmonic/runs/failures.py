@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from magus_anharmonic.files import append_jsonl, read_jsonl
+from magus_anharmonic.io.files import append_jsonl, read_jsonl
 
 NAME = "failures.jsonl"
 _NOT_IDENTITY = ("time", "cell", "positions")

@@ -16,7 +16,6 @@ import _thread
 import contextlib
 import ctypes
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -25,21 +24,19 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from magus_anharmonic.errors import InputError, LostLock, MachineError, one_line
+from magus_anharmonic.errors import InputError, LostLock, MachineError
+from magus_anharmonic.io.digests import to_json
+from magus_anharmonic.runs.owner import NAME, Owner, born, machine, read_owner
 
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".magus-anharmonic.tmp"
 """How the names of our temporary files and folders end, which begin with a dot; nobody else's
 do."""
-NAME = "lock.json"
-"""The lock of a whole folder. One of many things in a folder, a checkpoint, has its own:
-``<stem>.lock.json``."""
 HEARTBEAT = 10.0
 """Seconds between two signs of life of an owner."""
 PATIENCE = 45.0
@@ -55,64 +52,6 @@ _CLAIMS: dict[tuple[Path, str], str] = {}
 """Folder and name of the locks that this process holds, or works for -> token."""
 
 
-@dataclass(frozen=True)
-class Owner:
-    """Who holds a lock. ``machine`` : boot and process namespace, in which ``pid`` and ``born``
-    (clock ticks) mean something; ``beat`` : counts signs of life, from 1."""
-
-    host: str
-    pid: int
-    machine: str
-    born: int
-    what: str
-    since: str
-    token: str
-    beat: int = 1
-
-    @property
-    def here(self) -> bool:
-        """Whether the owner's process id can be looked up from this process."""
-        return self.machine == _machine()
-
-    @property
-    def alive(self) -> bool | None:
-        """Whether the owner runs; None when it is on another machine and only its heartbeat can
-        tell."""
-        return _born(self.pid) == self.born if self.here else None
-
-    def described(self) -> str:
-        """``magus-anharmonic search, process 4711 on node7, since 2026-11-25T01:02:03+00:00 (3.2
-        h)``."""
-        what, host, since = (one_line(text, 100) for text in (self.what, self.host, self.since))
-        return f"{what}, process {self.pid} on {host}, since {since}{_age(self.since)}"
-
-
-def read_owner(folder: str | Path, name: str = NAME) -> Owner | None:
-    """The owner that the lock in ``folder`` names, dead or alive; None without a lock, or when it
-    holds no owner.
-
-    Fields of a later version are left out. Raises ``OSError`` when a lock that is there cannot be
-    read.
-    """
-    try:
-        found = json.loads((Path(folder) / name).read_bytes())
-        owner = Owner(
-            **{field.name: found[field.name] for field in fields(Owner) if field.name in found}
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, RecursionError):
-        return None
-    whole = all(isinstance(value, int) for value in (owner.pid, owner.born, owner.beat))
-    return (
-        owner
-        if whole
-        and all(
-            isinstance(v, str)
-            for v in (owner.host, owner.machine, owner.what, owner.since, owner.token)
-        )
-        else None
-    )
-
-
 def check_free(folder: str | Path, name: str = NAME) -> Owner | None:
     """Raise ``InputError`` when a living process works in ``folder``; waits up to `PATIENCE` for
     one on another machine.
@@ -121,7 +60,7 @@ def check_free(folder: str | Path, name: str = NAME) -> Owner | None:
     the lock cannot be read.
     """
     owner = _found(Path(folder), name)
-    if owner is not None and _lives(Path(folder), name, owner):
+    if owner is not None and lives(Path(folder), name, owner):
         raise InputError(_refusal(Path(folder), name, owner))
     return owner
 
@@ -197,13 +136,7 @@ class FolderLock:
         pid = os.getpid()
         since = datetime.now(UTC).isoformat(timespec="seconds")
         self.owner = Owner(
-            socket.gethostname(),
-            pid,
-            _machine(),
-            _born(pid) or 0,
-            what,
-            since,
-            uuid.uuid4().hex[:12],
+            socket.gethostname(), pid, machine(), born(pid) or 0, what, since, uuid.uuid4().hex[:12]
         )
         seen = check_free(self.folder, name)
         with guarded(self.folder):
@@ -372,7 +305,7 @@ def _write(folder: Path, name: str, owner: Owner, beat: int = 1) -> None:
     temporary = folder / f".{name}-{owner.token}{TEMPORARY}"
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(owner) | {"beat": beat}, indent=2) + "\n")
+            file.write(to_json(asdict(owner) | {"beat": beat}, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / name)
@@ -405,13 +338,19 @@ def _somebody(folder: Path, name: str) -> bool:
     return owner is not None and owner.alive is not False
 
 
-def _lives(folder: Path, name: str, owner: Owner) -> bool:
+def lives(folder: Path, name: str, owner: Owner, patience: float | None = None) -> bool:
+    """Whether the owner of a lock, as it was just read, is at work: looked up on this machine, on
+    another one watched for ``patience`` s (None: `PATIENCE`) for its heartbeat.
+
+    Raises ``OSError`` when the lock cannot be read.
+    """
     if owner.alive is not None:
         return owner.alive
-    log.info("%s: waiting up to %g s for a sign of life of %s", folder, PATIENCE, owner.described())
-    deadline = time.monotonic() + PATIENCE
+    patience = PATIENCE if patience is None else patience
+    log.info("%s: waiting up to %g s for a sign of life of %s", folder, patience, owner.described())
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        time.sleep(min(1.0, PATIENCE / 5))
+        time.sleep(min(1.0, patience / 5))
         found = _found(folder, name)
         if found is None:
             return False
@@ -463,48 +402,3 @@ def guarded(folder: Path, *, shared: bool = False) -> Iterator[None]:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
-
-
-_HERE = uuid.uuid4().hex
-"""Where this process is, as far as others can know."""
-
-
-def _machine() -> str:
-    """Names boot and process namespace: host names are not unique, and process ids mean nothing in
-    another container."""
-    parts = []
-    with contextlib.suppress(OSError):
-        if (
-            int(os.readlink("/proc/self")) != os.getpid()
-        ):  # /proc of another namespace: no process can be looked up
-            return f"{socket.gethostname()} {_HERE} {os.getpid()}"
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-    with contextlib.suppress(OSError):
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(parts) if len(parts) == 2 else f"{socket.gethostname()} {uuid.getnode():x}"
-
-
-def _born(pid: int) -> int | None:
-    """When a process started, in ticks since boot (process ids are used again); None when there is
-    none, 0 when nothing tells."""
-    try:
-        fields: Any = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        if Path("/proc/self/stat").exists():
-            return None
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 0)
-            return 0
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
-
-
-def _age(since: str) -> str:
-    with contextlib.suppress(
-        ValueError, TypeError, OverflowError
-    ):  # TypeError: without a time zone
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(since)).total_seconds()
-        if seconds >= 0:
-            return f" ({seconds / 3600:.1f} h)" if seconds > 5400 else f" ({seconds / 60:.0f} min)"
-    return ""

@@ -3,114 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
-import hashlib
-import io
-import json
 import logging
 import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from magus_anharmonic.errors import DamagedFile, InputError, typed_line
-from magus_anharmonic.lock import TEMPORARY as TEMPORARY
-from magus_anharmonic.lock import still_ours
+from magus_anharmonic.errors import (
+    DamagedFile,
+    InputError,
+    MagusAnharmonicError,
+    is_machine_error,
+    is_out_of_memory,
+    one_line,
+    typed_line,
+)
+from magus_anharmonic.io.digests import digest, from_json, to_json
+from magus_anharmonic.runs.lock import TEMPORARY as TEMPORARY
+from magus_anharmonic.runs.lock import still_ours
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-SCHEMA = 3
-"""Version of the files; raised when files of before cannot be gone on with."""
-PHYSICS = 1
-"""Version of the numbers: raised when the same input gives another answer (`tests/test_golden.py`
-notices); old ones are not reused."""
-
-
-RENAMED = {
-    "decrease": "predicted_decrease",
-    "decrease_eV_per_atom": "predicted_decrease_eV_per_atom",
-    "far": "burn_in",
-    "n_became_best": "n_transformed_best",
-    "odds": "probability",
-    "odds_inside": "probability_inside",
-    "repeats": "supercell_matrix",
-    "together": "pooled",
-}
-"""Names of columns and keys in files of earlier versions, and what they are called now."""
-
-
-def renamed(stored: Mapping[str, T]) -> dict[str, T]:
-    """``stored`` under the names of now, see `RENAMED`."""
-    return {RENAMED.get(name, name): value for name, value in stored.items()}
-
-
-def versions() -> dict[str, int]:
-    """`SCHEMA` and `PHYSICS`, for the record of a stored number."""
-    return {"schema": SCHEMA, "physics": PHYSICS}
-
-
-_PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.+-]{0,58}[A-Za-z0-9_+])?")
-_DIGEST = re.compile(r"(^|.*-)[0-9a-f]{12}")
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
-"""What Windows takes for a device."""
-
-
-def safe_name(*texts: str) -> str:
-    """The part of a file's name that stands for any texts: no others have it, also where a file
-    system folds case or Unicode.
-
-    At most 64 characters of ``[A-Za-z0-9_.+-]``, never ``..`` or hidden. Plain texts stay as they
-    are (``Im-3m``, ``natural``; ``Im-3m-T1u`` for two), others become what is readable of them and
-    a digest: ``C2/c`` is ``C2_c-`` and twelve hexadecimal digits.
-    """
-    joined = "-".join(texts)
-    one_way = not any("-" in text for text in texts[1:]) and (
-        len(texts) == 1 or not _DIGEST.fullmatch(joined)
-    )
-    if one_way and _PLAIN.fullmatch(joined) and all(_is_itself(text) for text in texts):
-        return joined
-    readable = re.sub(r"[^A-Za-z0-9_.+-]+", "_", joined)[:50].strip("._-") or "_"
-    return f"{readable}-{digest(json.dumps(texts))}"
-
-
-def digest(content: str | bytes | Path) -> str:
-    """Twelve hexadecimal digits (of SHA-256) that identify a text, bytes, or the content of a
-    file."""
-    if isinstance(content, Path):
-        with content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[
-        :12
-    ]
-
-
-def _is_itself(text: str) -> bool:
-    """Of all texts that differ in case alone one is: with a capital first (short ones, as of space
-    groups), or without any (words, ids)."""
-    if not text or ("-" in text and _DIGEST.fullmatch(text)) or _RESERVED.fullmatch(text.lower()):
-        return False
-    capital = len(text) <= 10 and (len(text) <= 4 or not text.isalpha())
-    return text == (text[0].upper() + text[1:].lower() if capital else text.lower())
-
-
-OF_THE_FILE = {
-    errno.ENOENT,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.EINVAL,
-    errno.EOVERFLOW,
-    errno.ENAMETOOLONG,
-}
-"""What the system says about a file that is not there or sends a reader to a place that it does not
-have."""
-
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 """What the system says to who writes."""
@@ -123,13 +41,40 @@ def raise_machine_error(error: BaseException, path: str | Path) -> None:
     Memory exhausted, too many open files, no right to read, an input/output error: the file may be
     whole, and none is called damaged.
     """
-    if isinstance(error, MemoryError) and not _has_room_for(path):
+    if is_out_of_memory(error):
+        # torch has errors of its own for it; memory of a GPU is not asked for by a damaged file
+        if isinstance(error, MemoryError) and not _has_room_for(path):
+            raise error
+        if not isinstance(error, MemoryError) and (
+            type(error).__name__ == "OutOfMemoryError" or not _has_room_for(path)
+        ):
+            raise MemoryError(one_line(error, 200)) from None
+    elif is_machine_error(error):
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)
         raise error
-    # ASE, NumPy and zipfile raise OSErrors of their own for what a file holds; those of the system
-    # have a number.
-    if isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE:
-        error.filename = error.filename or str(path)
-        raise error
+
+
+@contextlib.contextmanager
+def readable(
+    path: str | Path, what: str = "", kind: type[InputError] = DamagedFile
+) -> Iterator[None]:
+    """The rule for every file that cannot be read: what goes wrong within, while ``path`` is read
+    as ``what``, is an error of the ``kind`` that names the file.
+
+    Our own errors are raised as they are, and so are those of the machine, see
+    `raise_machine_error`: the file may be whole.
+    """
+    try:
+        yield
+    except MagusAnharmonicError:
+        raise
+    except Exception as error:  # each library raises its own for what it stumbles over
+        raise_machine_error(error, path)
+        if isinstance(error, FileNotFoundError) and not Path(path).exists():
+            raise kind(f"{path}: no such file") from None
+        as_what = f" as {what}" if what else ""
+        raise kind(f"{path}: damaged or not readable{as_what} ({typed_line(error, 160)})") from None
 
 
 def _has_room_for(path: str | Path) -> bool:
@@ -194,24 +139,12 @@ def replacing_table(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     with replacing(target) as temporary:
         yield temporary
-        with temporary.open("rb") as file:
-            new = hashlib.file_digest(file, "sha256").hexdigest()
+        new = digest(temporary, length=None)
         if _sums(target.parent).get(target.name) != new:
             _note(
                 target, None
             )  # a kill between the two leaves a table without a digest, never one with another's
     _note(target, new)
-
-
-def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV table atomically, row by row; its digest goes into `SUMS`."""
-    with (
-        replacing_table(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 @contextlib.contextmanager
@@ -222,7 +155,7 @@ def reading_table(path: str | Path, shown: str | None = None) -> Iterator[Binary
     while True:
         noted = _sums(target.parent).get(target.name)
         with target.open("rb") as file:
-            if noted is None or noted == hashlib.file_digest(file, "sha256").hexdigest():
+            if noted is None or noted == digest(file, length=None):
                 file.seek(0)
                 yield file
                 return
@@ -235,32 +168,6 @@ def reading_table(path: str | Path, shown: str | None = None) -> Iterator[Binary
             )
 
 
-@contextlib.contextmanager
-def table_rows(
-    path: str | Path, shown: str | None = None, restkey: str | None = None
-) -> Iterator[csv.DictReader[str]]:
-    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not
-    UTF-8 or no table, see `reading_table`.
-
-    shown : what the error calls the file, None: its path. restkey : see ``csv.DictReader``.
-    """
-    file = Path(path)
-    try:
-        with (
-            reading_table(file, shown) as content,
-            io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as handle,
-        ):
-            rows = csv.DictReader(handle, restkey=restkey)
-            if rows.fieldnames:
-                rows.fieldnames = [RENAMED.get(name, name) for name in rows.fieldnames]
-            yield rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{shown or file}: not readable as a table ({error}); the step that writes it has to"
-            " run again"
-        ) from None
-
-
 def _sums(folder: Path) -> dict[str, str]:
     try:
         lines = (folder / SUMS).read_bytes().decode("utf-8", errors="replace").splitlines()
@@ -269,13 +176,13 @@ def _sums(folder: Path) -> dict[str, str]:
     return {line[66:]: line[:64] for line in lines}
 
 
-def _note(table: Path, digest: str | None) -> None:
+def _note(table: Path, found: str | None) -> None:
     sums = _sums(table.parent)
-    if sums.get(table.name) == digest:
+    if sums.get(table.name) == found:
         return
     sums.pop(table.name, None)
-    if digest is not None:
-        sums[table.name] = digest
+    if found is not None:
+        sums[table.name] = found
     if sums:
         write_text(
             table.parent / SUMS,
@@ -319,25 +226,21 @@ without it is taken as it is."""
 def write_json(path: str | Path, data: Any) -> None:
     """Write ``data`` as indented JSON atomically (NumPy scalars and arrays allowed), an object with
     its `DIGEST`."""
-    write_text(path, json.dumps(_with_digest(data), indent=2) + "\n")
+    write_text(path, to_json(_with_digest(data), indent=2) + "\n")
 
 
 def _with_digest(data: Any) -> Any:
-    plain = json.loads(json.dumps(data, default=_plain))
+    plain = from_json(to_json(data))
     if isinstance(plain, dict):
         plain.pop(DIGEST, None)
-        plain[DIGEST] = _digest_of(plain)
+        plain[DIGEST] = digest(plain, length=16)
     return plain
-
-
-def _digest_of(plain: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_as_written(data: dict[str, Any]) -> bool:
     """Whether the digest, which is taken out, is that of the rest, or none is there."""
     stored = data.pop(DIGEST, None)
-    return stored is None or stored == _digest_of(data)
+    return stored is None or stored == digest(data, length=16)
 
 
 def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
@@ -352,9 +255,7 @@ def append_jsonl(path: str | Path, *records: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(
-            b"".join(json.dumps(_with_digest(record)).encode() + b"\n" for record in records)
-        )
+        file.write(b"".join(to_json(_with_digest(record)).encode() + b"\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 
@@ -378,7 +279,7 @@ def read_jsonl(
     lines = target.read_bytes().decode("utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except (ValueError, RecursionError):
             record = None
         if (
@@ -401,18 +302,24 @@ def _is(value: Any, kind: Any) -> bool:
 def read_json(path: str | Path) -> dict[str, Any]:
     """The mapping in a JSON file of ours; raises ``DamagedFile`` when it holds none, and disk
     errors as they are."""
-    try:
-        data = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise_machine_error(error, path)
-        raise DamagedFile(f"{path}: damaged or not readable ({error})") from None
-    if not isinstance(data, dict):
-        raise DamagedFile(
-            f"{path}: damaged: holds {type(data).__name__} instead of keys and values"
-        )
-    if not _is_as_written(data):
-        raise DamagedFile(f"{path}: damaged: a value was changed since it was written")
-    return data
+    with readable(path):
+        data = from_json(Path(path).read_bytes())
+        if not isinstance(data, dict):
+            raise DamagedFile(
+                f"{path}: damaged: holds {type(data).__name__} instead of keys and values"
+            )
+        if not _is_as_written(data):
+            raise DamagedFile(f"{path}: damaged: a value was changed since it was written")
+        return data
+
+
+def write_arrays(path: str | Path, *, compressed: bool = False, **arrays: Any) -> None:
+    """Write an .npz file atomically. Not ``compressed``: random numbers shrink by a few per cent,
+    and it would take longer than all the algebra."""
+    import numpy as np
+
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)
 
 
 def load_arrays(path: str | Path) -> dict[str, Any]:
@@ -420,17 +327,12 @@ def load_arrays(path: str | Path) -> dict[str, Any]:
     Pickles are never loaded."""
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            damaged = (
-                stored.zip.testzip()
-            )  # NumPy reads, and zip compares, no more than a changed shape asks for
-            if damaged is not None:
-                raise ValueError(f"{damaged} was changed since it was written")
-            return {name: stored[name] for name in stored.files}
-    except Exception as error:  # zip, zlib, NumPy's header and the file system each raise their own
-        raise_machine_error(error, path)
-        raise DamagedFile(f"{path}: damaged or not readable ({typed_line(error, 120)})") from None
+    with readable(path), np.load(path, allow_pickle=False) as stored:
+        # NumPy reads, and zip compares, no more than a changed shape asks for
+        damaged = stored.zip.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} was changed since it was written")
+        return {name: stored[name] for name in stored.files}
 
 
 _SEAL = b"\nsha256 of the bytes before: "
@@ -441,15 +343,15 @@ def seal(path: str | Path) -> None:
     .traj)."""
     content = Path(path).read_bytes()
     with Path(path).open("ab") as file:
-        file.write(_SEAL + hashlib.sha256(content).hexdigest().encode())
+        file.write(_SEAL + digest(content, length=None).encode())
 
 
 def unsealed(path: str | Path) -> bytes:
     """What was sealed; raises ``DamagedFile`` where it is no longer that. A file without a digest
     is taken as it is."""
     content = Path(path).read_bytes()
-    before, found, digest = content.rpartition(_SEAL)
-    if found and hashlib.sha256(before).hexdigest().encode() != digest:
+    before, found, stored = content.rpartition(_SEAL)
+    if found and digest(before, length=None).encode() != stored:
         raise DamagedFile(f"{path}: damaged: it was changed since it was written")
     return before if found else content
 
@@ -484,11 +386,3 @@ def read_whole(path: str | Path, reader: Callable[[Path], T]) -> T | None:
     except DamagedFile as error:
         set_aside(file, str(error))
         return None
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")

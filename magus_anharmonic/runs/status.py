@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from magus_anharmonic.errors import DamagedFile, InputError, one_line, reason_of
-from magus_anharmonic.failures import read_failures
-from magus_anharmonic.files import read_json, read_jsonl
-from magus_anharmonic.lock import HEARTBEAT, Owner, read_owner
+from magus_anharmonic.io.files import read_json, read_jsonl
+from magus_anharmonic.runs.failures import read_failures
+from magus_anharmonic.runs.lock import HEARTBEAT, lives
+from magus_anharmonic.runs.owner import NAME, Owner, read_owner
 from magus_anharmonic.units import duration
 
 log = logging.getLogger(__name__)
@@ -303,12 +304,12 @@ def holder(folder: Path, done: bool) -> tuple[Owner | None, str]:
     nothing is left to be done there."""
     try:
         owner = read_owner(folder)
+        if owner is None:
+            return None, "finished" if done else "stopped"
+        if lives(folder, NAME, owner, WATCH):
+            return owner, "running"
     except OSError as error:
         return None, f"unknown ({reason_of(error)})"
-    if owner is None:
-        return None, "finished" if done else "stopped"
-    if owner.alive or (owner.alive is None and _shows_life(folder, owner)):
-        return owner, "running"
     if done:
         return owner, "finished"
     return owner, "dead" if owner.here else f"dead (no sign of life for {WATCH:g} s)"
@@ -333,20 +334,6 @@ def present_steps(folder: Path, steps: dict[str, Any]) -> dict[str, Any]:
 def deserted(folder: Path) -> bool:
     """Whether nobody holds the lock of ``folder`` any more."""
     return holder(folder, False)[1].startswith(("dead", "stopped"))
-
-
-def _shows_life(folder: Path, owner: Owner) -> bool:
-    """Watch the heartbeat of a process on another machine for a little longer than one beat; no
-    clock is compared with another."""
-    log.info("watching up to %g s for a sign of life of %s", WATCH, owner.described())
-    deadline = time.monotonic() + WATCH
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, WATCH / 5))
-        with contextlib.suppress(OSError):
-            found = read_owner(folder)
-            if found is not None and (found.token, found.beat) != (owner.token, owner.beat):
-                return True
-    return False
 
 
 def _errors(ours: Path) -> tuple[tuple[str, ...], dict[str, int]]:

@@ -17,7 +17,8 @@ from pydantic import BaseModel
 
 import magus_anharmonic
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.files import digest, read_json, versions, write_json
+from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -11,6 +11,9 @@ line and column; columns that the record does not have are left alone.
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import math
 import re
 import types
@@ -21,7 +24,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.files import table_rows, write_table
+from magus_anharmonic.io.digests import RENAMED
+from magus_anharmonic.io.files import reading_table, replacing_table
 
 Row = TypeVar("Row")
 
@@ -189,6 +193,67 @@ def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
     """Write ``rows`` to the CSV file ``path`` atomically; see `Column.text`."""
     known = columns_of(table)
     write_table(path, columns(table), ([one.text(row) for one in known] for row in rows))
+
+
+def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a CSV table atomically, row by row; its digest goes into `SUMS`."""
+    with (
+        replacing_table(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def table_rows(
+    path: str | Path, shown: str | None = None, restkey: str | None = None
+) -> Iterator[csv.DictReader[str]]:
+    """A reader of the rows of a CSV file; raises ``InputError`` that names the file where it is not
+    UTF-8 or no table, see `reading_table`.
+
+    shown : what the error calls the file, None: its path. restkey : of cells beyond the header.
+    """
+    file = Path(path)
+    try:
+        with (
+            reading_table(file, shown) as content,
+            io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as handle,
+        ):
+            rows = csv.DictReader(handle, restkey=restkey)
+            if rows.fieldnames:
+                rows.fieldnames = [RENAMED.get(name, name) for name in rows.fieldnames]
+            yield rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            f"{shown or file}: not readable as a table ({error}); the step that writes it has to"
+            " run again"
+        ) from None
+
+
+def text_rows(
+    path: str | Path, needed: Iterable[str] = (), shown: str | None = None
+) -> Iterator[dict[str, str]]:
+    """Rows of a CSV file one by one, every cell a text without surrounding spaces.
+
+    Raises ``InputError`` that names the file (``shown``, None: by its path): not readable, not
+    UTF-8, no header, or no column of the ``needed`` ones.
+    """
+    name = shown or str(path)
+    with table_rows(path, shown, restkey="") as reader:
+        if not reader.fieldnames:
+            raise InputError(f"{name}: empty; the step that writes it has to run again")
+        there = [column.strip() for column in reader.fieldnames]
+        absent = [column for column in needed if column not in there]
+        if absent:
+            raise InputError(f"{name}: no column {', '.join(absent)}; it has {', '.join(there)}")
+        for line in reader:
+            yield {
+                column.strip(): (line.get(column) or "").strip()
+                for column in reader.fieldnames
+                if column
+            }
 
 
 def _reader(hint: Any) -> Callable[[str], Any]:
