@@ -10,7 +10,6 @@ from ase.data import covalent_radii
 from ase.geometry import minkowski_reduce
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
 
@@ -122,6 +121,8 @@ def _pairs(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     vesin searches a little farther, because it divides the cell into boxes of that size.
     """
+    from vesin import NeighborList  # it loads torch, which ASE's users of the calculator need not
+
     cell = search_cell(atoms)
     finder = NeighborList(
         cutoff=max(cutoff, 0.2 * abs(np.linalg.det(cell)) ** (1 / 3)), full_list=True, n_threads=1
