@@ -273,7 +273,7 @@ def test_what_files_say_is_text_and_never_markup(tmp_path: Path) -> None:
 
 def test_file_names_come_from_ids_and_stay_in_the_folder(campaign: Path) -> None:
     for name in ("../../../etc/passwd", "a/b\\c", ".hidden", "-" * 300, "\u4e2d"):
-        line = type("L", (), {"id": name, "rank": None, "formula": "H"})()
+        line = type("L", (), {"id": name, "rank_quantum": None, "formula": "H"})()
         stem = structures.Crystal(line, 100.0, 0.0, "static", "P1", Atoms()).stem
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", stem) and len(stem) < 100
 
