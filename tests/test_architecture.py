@@ -20,11 +20,7 @@ STILL_LONGER = {
     "search/keys.py",
     "learning/learn.py",
     "phase_diagram/surface.py",
-    "potential/train.py",
-    "settings/campaign.py",
     "settings/search.py",
-    "sscha/run.py",
-    "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
 BASE = {

@@ -388,7 +388,7 @@ def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(
 def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(
     tmp_path: Path,
 ) -> None:
-    write_part(tmp_path / "one", "cost", [("learn", 10, 200, 3, 1.5)])
+    write_part(tmp_path / "one", tables.Cost, [tables.Cost("learn", 10, 200, 3, 1.5)])
     assemble(tmp_path / "tables", [tmp_path / "one"])
     assert [row["n_labels"] for row in read_rows(tmp_path / "tables" / "cost.csv")] == [
         "3"

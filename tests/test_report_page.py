@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.io.tables import columns
+from magus_anharmonic.paper import findings, tables
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
-from magus_anharmonic.report import report_at_end, structures, text, write_report
+from magus_anharmonic.report import report_at_end, structures, write_report
 from magus_anharmonic.report.figures import stored_picture
-from magus_anharmonic.report.raw_tables import RawTable
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -171,7 +171,7 @@ def test_the_page_of_a_campaign_tells_every_table_in_sentences(campaign: Path) -
         ),
         "12 of 91 structures changed their space group",
         "9 more did not converge within the budget and are not ranked",
-        "12 of 13 candidates keep their static space group when DFT relaxes them",
+        "11 of 12 candidates that SSCHA brings to another space group keep their static one",
         "The T1u mode of Im-3m (harmonic, by the potential) turns from imaginary to real at",
         "averaging over 500 configurations leaves 4.5 of 128 meV/Å",
         "30 DFT labels of its ensemble change G by 12.3 +- 0.4 meV/atom",
@@ -496,12 +496,13 @@ def test_of_many_structures_only_those_shown_are_parsed(
         ([(50, 4), (100, -5)], "changes its sign"),
     ],
 )
-def test_a_mode_is_told_stable_only_where_it_is(values: list[tuple[int, int]], said: str) -> None:
-    rows = [
-        {"phase": "Im-3m", "irrep": "T1u", "pressure_GPa": str(p), "frequency_squared_cm2": str(v)}
-        for p, v in values
-    ]
-    assert said in text.mode_sentences(RawTable("modes.csv", (), rows, len(rows)))[0]
+def test_a_mode_is_told_stable_only_where_it_is(
+    tmp_path: Path, values: list[tuple[int, int]], said: str
+) -> None:
+    curve = "Im-3m", "Im-3m (229)", "T1u"
+    rows = [tables.Mode(*curve, p, "harmonic", "model", v, None, "m") for p, v in values]
+    tables.write(tables.Mode, tmp_path / "modes.csv", rows)
+    assert said in findings.modes(tmp_path)[0]
 
 
 def test_a_figure_is_described_by_its_own_words_else_by_its_numbers(tmp_path: Path) -> None:

@@ -8,26 +8,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.calculators.emt import EMT
-from sscha_models import AnharmonicCell, QuarticPair, evaluated
+from sscha_models import EV, AnharmonicCell, QuarticPair, evaluated, harmonic_state
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import engines, free_energy, python_sscha
-from magus_anharmonic.sscha.ensemble import Ensemble, average
+from magus_anharmonic.sscha.ensemble import average
+from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
-from magus_anharmonic.sscha.result import NoFolder
-from magus_anharmonic.sscha.reweight import Pool, ratio_error
+from magus_anharmonic.sscha.result import RunFolder
+from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.sampling import sample_ensemble
-from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.units import HBAR, KELVIN, RYDBERG
 
-EV = as_evaluator(EMT())
 SAMPLING_BOLTZMANN = 6.336857346553283e-06
 """Ry/K, in python-sscha's get_upsilon_matrix.f90; 5e-4 more than the one in its harmonic free
 energy."""
@@ -42,7 +40,7 @@ def low_symmetry(supercell_matrix: tuple[int, int, int], temperature: float) -> 
         pbc=True,
     )
     symmetry = Symmetry(atoms, supercell_matrix)
-    harmonic = harmonic_force_constants(atoms, supercell_matrix, symmetry, EV)
+    harmonic = harmonic_state(atoms, supercell_matrix).force_constants
     harmonic[0] += 4.0 * np.einsum("ab,ij->abij", np.eye(3), np.eye(3))
     return SschaState(atoms, supercell_matrix, symmetry.force_constants(harmonic), temperature)
 
@@ -106,7 +104,7 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
     with python_sscha.quiet(tmp_path / "log"):
         loaded = python_sscha.to_ensemble(state, sampled)
         loaded.update_weights(python_sscha.to_phonons(target), temperature)
-        energy, error = loaded.get_free_energy(return_error=True)
+        energy = loaded.get_free_energy()
         gradient = np.array(loaded.get_preconditioned_gradient(True))
         force = loaded.get_average_forces(False)
         stress = python_sscha._reweighted_stress(loaded)
@@ -121,13 +119,6 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
     )
     expected = energy * RYDBERG / 4 + sampled.energies.mean() / 4
     assert ours.helmholtz + exchanged == pytest.approx(expected, abs=1e-10)
-    excess = (sampled.energies - sampled.energies.mean()) - 0.5 * np.einsum(
-        "ci,ij,cj->c",
-        *(_about(state, target, sampled), target.full, _about(state, target, sampled)),
-    )
-    assert ratio_error(ours.weights, excess, pairs=False) == pytest.approx(
-        error * RYDBERG, rel=1e-8
-    )
     assert force * RYDBERG == pytest.approx(ours.force, abs=1e-10)
     assert ours.stress == pytest.approx(stress, abs=1e-10)
     symmetry = Symmetry(state.atoms, supercell_matrix)
@@ -138,11 +129,6 @@ def test_weights_free_energy_gradients_and_stress_equal_python_sscha(
     assert -mine == pytest.approx(theirs, abs=1e-10 * np.abs(theirs).max())
 
 
-def _about(state: SschaState, target: SschaState, sampled: Ensemble) -> np.ndarray:
-    shift = np.tile(target.atoms.positions - state.atoms.positions, (state.n_cells, 1))
-    return (sampled.displacements - shift).reshape(len(sampled.energies), -1)
-
-
 def test_reweighting_to_the_state_that_was_sampled_gives_the_plain_averages():
     state = low_symmetry((1, 3, 1), 300.0)
     sampled = evaluated(state, EV, 40)
@@ -151,7 +137,6 @@ def test_reweighting_to_the_state_that_was_sampled_gives_the_plain_averages():
     found, plain = pool.at(pool.own), average(state, sampled, symmetry)
     assert found.effective_sample == pytest.approx(40.0, rel=1e-10)
     assert found.helmholtz == pytest.approx(plain.helmholtz, abs=1e-11)
-    assert found.helmholtz_error == pytest.approx(plain.helmholtz_error, rel=1e-9)
     assert symmetry.tensor(found.stress) == pytest.approx(plain.stress, abs=1e-12)
     assert symmetry.vectors(found.force) == pytest.approx(plain.force, abs=1e-11)
 
@@ -172,9 +157,13 @@ def test_two_populations_are_one_sample_of_their_mixture():
     alone_found = alone.at(trial_of(alone, middle))
     assert together.weights.mean() == pytest.approx(1.0, abs=0.05)
     assert together.effective_sample > 1.2 * alone_found.effective_sample
-    assert together.helmholtz == pytest.approx(
-        model.free_energy(middle), abs=4.0 * together.helmholtz_error
+    fresh = average(
+        middle,
+        sample_ensemble(middle, 4000, [1, 2], model, "test"),
+        Symmetry(middle.atoms, middle.supercell_matrix),
     )
+    error = fresh.helmholtz_error * np.sqrt(4000 / together.effective_sample)
+    assert together.helmholtz == pytest.approx(model.free_energy(middle), abs=4.0 * error)
 
 
 @pytest.mark.parametrize("cubic", [False, True], ids=["P1", "cubic"])
@@ -210,7 +199,7 @@ def test_both_engines_find_the_same_minimum_of_one_ensemble(tmp_path):
     symmetry = Symmetry(state.atoms, state.supercell_matrix)
     ours = engines.minimise([(state, sampled)], symmetry, min_effective_sample=0.1)
     theirs = python_sscha.minimise(
-        state, sampled, symmetry, min_effective_sample=0.1, log=tmp_path / "log"
+        [(state, sampled)], symmetry, min_effective_sample=0.1, log=tmp_path / "log"
     )
     assert ours.converged
     assert ours.state.force_constants == pytest.approx(
@@ -282,8 +271,8 @@ def _own_ensemble(model: AnharmonicCell, state: SschaState, exact: float, seed: 
     found = engines.minimise(
         [(state, sampled)], Symmetry(state.atoms, state.supercell_matrix), min_effective_sample=0.3
     )
-    pool = Pool([(state, sampled)])
-    averages = pool.at(trial_of(pool, found.state))
+    about, weights = reweighted(state, sampled, found.state)
+    averages = average(found.state, about, Symmetry(state.atoms, state.supercell_matrix), weights)
     return (averages.helmholtz - exact) / averages.helmholtz_error
 
 
@@ -292,7 +281,7 @@ def test_a_run_is_advanced_as_long_as_somebody_wants_and_then_finished(tmp_path)
     evaluator = as_evaluator(QuarticPair())
     settings = SschaSettings(cell="fixed", supercell=(1, 1, 1), n_configs=400)
     task = Task(atoms, 0.0, 0.0, settings, 0, None, None, evaluator.model_id)
-    run = SschaRun(task, evaluator, NoFolder(tmp_path))
+    run = SschaRun(task, evaluator, RunFolder(tmp_path, task.identity(), kept=False))
     assert not run.converged and run.n_populations == 0
     rows = [run.advance(20), run.advance(20)]
     assert [row["population"] for row in rows] == [1, 2]

@@ -508,15 +508,13 @@ def test_the_new_cell_is_the_smallest_in_which_the_mode_is_periodic(point: list[
 def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
     """An eigenvector at q = (1/3, 1/3, 0) becomes an eigenvector at Gamma of the cell with three
     atoms, with the same eigenvalue."""
+    from sscha_models import harmonic_state
+
     from magus_anharmonic.evaluator import as_evaluator
-    from magus_anharmonic.sscha.start import harmonic_force_constants
-    from magus_anharmonic.sscha.symmetry import Symmetry
 
     evaluator = fakes.Emt()
     atoms, q = bulk("Cu"), np.array([1 / 3, 1 / 3, 0.0])
-    compact = harmonic_force_constants(
-        atoms, (3, 3, 3), Symmetry(atoms, (3, 3, 3)), as_evaluator(evaluator)
-    )
+    compact = harmonic_state(atoms, (3, 3, 3), as_evaluator(evaluator)).force_constants
     values, vectors = np.linalg.eigh(fourier(compact, (3, 3, 3), q[None])[0])
     found = commensurate(q[None], atoms.cell.array)
     cell = repeated(atoms, found)

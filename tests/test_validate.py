@@ -19,11 +19,10 @@ from typer.testing import CliRunner
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import TableFolder
-from magus_anharmonic.paper import enthalpies, quantities, script, tables
+from magus_anharmonic.paper import enthalpies, findings, quantities, script, tables
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.table import read_ranking
-from magus_anharmonic.report.raw_tables import read_raw_table
-from magus_anharmonic.report.text import mode_sentences, ranking_sentences, ranking_views
+from magus_anharmonic.report.text import ranking_sentences, ranking_views
 
 NAMES, ExpectedValue, load_expected = (
     getattr(script("expected"), name) for name in ("NAMES", "ExpectedValue", "load_expected")
@@ -333,8 +332,7 @@ def test_figure_validation_and_report_give_one_critical_pressure(
         assert 140.0 < found.value < 180.0, (
             "above the highest change of sign the structure is stable"
         )
-    raw = read_raw_table(tmp_path / "modes.csv")
-    (sentence,) = mode_sentences(raw)
+    (sentence,) = findings.modes(tmp_path)
     assert f"{found.value:.1f}" in sentence and (
         error is None or f"± {found.error:.1f} GPa" in sentence
     )

@@ -43,6 +43,8 @@ from magus_anharmonic.io.files import (
     replacing,
     replacing_table,
 )
+from magus_anharmonic.paper.quantities import kept_by_dft
+from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.search.archive import read_frames
@@ -62,7 +64,7 @@ def relax(context: Context, step: Step) -> Outcome:
         found.atoms for found in low_enthalpy(context, settings.max_structures, settings.window)
     ]
     known = [phase for phase in phases if phase.atoms is not None]
-    rows: list[tuple[object, ...]] = []
+    rows: list[Enthalpy] = []
     failures: list[tuple[str, str]] = []
     evaluations = 0
     with structure_file(folder) as file:
@@ -89,31 +91,24 @@ def relax(context: Context, step: Step) -> Outcome:
                     item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
                     found.setdefault(item.id, (item, named.get(id(result))))
             for item, phase in found.values():
-                rows.append(
-                    _named(
-                        enthalpy_row(item, phases, pressure, context.final_model.model_id, "relax"),
-                        phase,
-                    )
-                )
-                file.add(item.atoms, item.id, str(rows[-1][4]), pressure, "static")
+                name = "" if phase is None else phase.name
+                model_id = context.final_model.model_id
+                row = enthalpy_row(item, phases, pressure, model_id, "relax", name)
+                rows.append(row)
+                file.add(item.atoms, item.id, row.space_group, pressure, "static")
             log.info(
                 "relax: %d of %d pressures, %d structures each",
                 number,
                 len(settings.pressures),
                 len(starts) + len(known),
             )
-    write_part(folder, "enthalpies", rows)
+    write_part(folder, Enthalpy, rows)
     return Outcome(
         len(rows),
         evaluations,
         failures=failures,
         output=f"{len(rows)} {context.final_model.model_id}",
     )
-
-
-def _named(row: tuple[object, ...], phase: Phase | None) -> tuple[object, ...]:
-    """The row with the name of the phase whose symmetry was kept in the relaxation."""
-    return row if phase is None else (row[0], phase.name, *row[2:])
 
 
 def low_enthalpy(context: Context, n: int, window: float | None = None) -> list[Found]:
@@ -248,16 +243,11 @@ def foundation(context: Context, step: Step) -> Outcome:
                 failures.append((structure_id(result.atoms), str(result.reason)))
                 continue
             item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
-            rows.append(
-                _named(
-                    enthalpy_row(
-                        item, phases, settings.pressure, context.foundation.model_id, "foundation"
-                    ),
-                    phase,
-                )
-            )
-            file.add(item.atoms, item.id, str(rows[-1][4]), settings.pressure, "static")
-    write_part(folder, "enthalpies", rows)
+            name, model_id = "" if phase is None else phase.name, context.foundation.model_id
+            row = enthalpy_row(item, phases, settings.pressure, model_id, "foundation", name)
+            rows.append(row)
+            file.add(item.atoms, item.id, row.space_group, settings.pressure, "static")
+    write_part(folder, Enthalpy, rows)
     evaluations = sum(result.n_steps for result in [*free, *symmetric])
     return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
 
@@ -346,7 +336,7 @@ def dft(context: Context, step: Step) -> Outcome:
     settings = context.settings.dft
     assert settings is not None
     folder = context.folder(step)
-    rows: list[tuple[object, ...]] = []
+    rows: list[SpaceGroups] = []
     failures: list[tuple[str, str]] = []
     n_labels = 0
     with context.labeler(folder) as labeler:
@@ -371,7 +361,7 @@ def dft(context: Context, step: Step) -> Outcome:
                 if record["failed"]:
                     failures.append((row.id, str(record["reason"])))
                 rows.append(
-                    (
+                    SpaceGroups(
                         row.id,
                         pressure,
                         row.spg_static,
@@ -382,13 +372,9 @@ def dft(context: Context, step: Step) -> Outcome:
                     )
                 )
         output = labeler.settings_hash
-    write_part(folder, "space_groups", rows)
-    kept = sum(row[2] == row[3] for row in rows)
-    log.info(
-        "dft: %d of %d candidates keep their static space group when relaxed by DFT",
-        kept,
-        len(rows),
-    )
+    write_part(folder, SpaceGroups, rows)
+    kept, checked = kept_by_dft(rows)
+    log.info("dft: %d of %d candidates keep their static space group", kept, checked)
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 

@@ -64,44 +64,71 @@ def hessian(
     or a saddle point?"""
     configure_logging(verbose)
     with user_errors():
-        from magus_anharmonic.sscha.hessian_command import (
-            check_source,
-            hessian_of_run,
-            hessian_of_structure,
-        )
+        from magus_anharmonic.sscha.report import hessian_of_run, hessian_of_structure
 
-        is_run = check_source(source, checkpoint, n_configs)
+        atoms = _structure_to_run(source, checkpoint, n_configs)
         evaluator = None
         if checkpoint is not None:
             from magus_anharmonic.potential import load
 
             evaluator = load(checkpoint, device=device)
-        if is_run:
+        if atoms is None:
             report = hessian_of_run(
                 source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed
             )
         else:
             report = hessian_of_structure(
-                source,
+                atoms,
                 output,
                 evaluator,
+                n_configs=n_configs or 1000,
+                include_v4=v4,
+                seed=seed,
                 pressure=pressure,
                 temperature=temperature,
                 supercell=supercell,
-                n_configs=n_configs or 1000,
+                cell="fixed" if fixed_cell else "variable",
                 max_populations=max_populations,
-                fixed_cell=fixed_cell,
-                include_v4=v4,
-                seed=seed,
             )
         _show_hessian(report)
+
+
+def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | None) -> Any:
+    """The one structure of a file; None where ``source`` is the folder of a finished run. Raises
+    ``InputError`` before any work."""
+    from magus_anharmonic.errors import InputError
+    from magus_anharmonic.gate import read_structures
+
+    if n_configs is not None and (n_configs < 4 or n_configs % 2):
+        raise InputError(f"--n-configs: {n_configs}: must be even and at least 4")
+    if source.is_dir():
+        if not (source / "result.json").is_file():
+            raise InputError(
+                f"{source}: has no result.json: not the folder of a finished SSCHA run (rank keeps"
+                " them in sscha/<id>)"
+            )
+        return None
+    if not source.is_file():
+        raise InputError(f"{source}: no such file, and no folder of a finished SSCHA run")
+    found = read_structures(source)
+    if len(found) != 1:
+        raise InputError(
+            f"{source}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes"
+            " many)"
+        )
+    if checkpoint is None:
+        raise InputError(
+            "--checkpoint: a structure needs one (a MatterSim name, a path, or a shipped"
+            " checkpoint)"
+        )
+    return found[0]
 
 
 def _show_hessian(report: Any) -> None:
     """Print the softest modes, the verdict in words, and where everything is."""
     from rich.table import Table
 
-    from magus_anharmonic.sscha.hessian_command import table_rows
+    from magus_anharmonic.sscha.report import table_rows
 
     shown = Table(title="Softest modes (cm^-1; imaginary as negative)")
     for name in ("q", "modes x q points", "SSCHA auxiliary", "free-energy Hessian"):

@@ -23,8 +23,7 @@ from magus_anharmonic.learning.dataset import label_digest, labelled, read_label
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.runs.failures import read_failures, record_failure
 from magus_anharmonic.sscha.ensemble import Ensemble
-from magus_anharmonic.sscha.initial_state import state_digest
-from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.sscha.state import SschaState, displaced, sample, state_digest
 from magus_anharmonic.structures import structure_id
 
 log = logging.getLogger(__name__)

@@ -47,12 +47,11 @@ from magus_anharmonic.scheduler import open_scheduler
 from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings, parse
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Ensemble, average
-from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
 from magus_anharmonic.sscha.reweight import effective_number
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3

@@ -139,9 +139,7 @@ def _last_populations(folder: Path) -> dict[int, tuple[SschaState, Ensemble]]:
     state of the result."""
     progress = read_whole(folder / PROGRESS, read_progress_file)
     if progress is not None:
-        files = {
-            number: folder / f"population_{number:03d}.npz" for number in progress["pooled"][-1]
-        }
+        files = {number: folder / f"population_{number:03d}.npz" for number in progress.pooled[-1]}
         there = all(file.is_file() for file in files.values())
         return (
             {number: read_population_file(file) for number, file in files.items()} if there else {}

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from magus_anharmonic.io.tables import Column, columns_of
-from magus_anharmonic.paper.quantities import critical_pressure, new_space_group, series
-from magus_anharmonic.paper.tables import Mode
+from magus_anharmonic.paper.quantities import new_space_group
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
-from magus_anharmonic.report.raw_tables import RawTable, number
+from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
 from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.units import duration
@@ -113,8 +112,6 @@ def ranking_views(file: str, rows: Sequence[Candidate]) -> list[RankingView]:
 
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
-
-BY = {"model": "by the potential", "dft": "by DFT"}
 
 
 def ranking_sentences(view: RankingView) -> list[str]:
@@ -241,114 +238,6 @@ class EnthalpyTally:
             for name, low, high in runs
         ]
         return [*lines, f"Lowest in static enthalpy: {', '.join(told)}."]
-
-
-def model_sentence(errors: RawTable) -> list[str]:
-    """What finetuning did to the error on the test set."""
-    test = {row["model"]: row for row in errors.rows if row.get("set") == "test"}
-    if not {"foundation", "finetuned"} <= set(test):
-        return []
-    before, after = test["foundation"], test["finetuned"]
-    parts = []
-    for column, name, factor, unit in (
-        ("energy_rmse_eV_per_atom", "energy", 1000, "meV/atom"),
-        ("force_rmse_eV_per_A", "forces", 1000, "meV/Å"),
-        ("stress_rmse_GPa", "stress", 1, "GPa"),
-    ):
-        old, new = number(before.get(column)), number(after.get(column))
-        if old is not None and new is not None:
-            parts.append(f"{name} {factor * old:.3g} to {factor * new:.3g} {unit}")
-    said = ", ".join(parts)
-    return (
-        [
-            f"Finetuning changed the root-mean-square errors on the {after.get('n', '')} test"
-            f" labels: {said}."
-        ]
-        if parts
-        else []
-    )
-
-
-def space_group_sentence(raw: RawTable) -> list[str]:
-    """How many candidates that changed with SSCHA are static minima of DFT."""
-    checked = [row for row in raw.rows if row.get("spg_dft")]
-    if not checked:
-        return []
-    kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
-    return [
-        f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them:"
-        " real static minima."
-    ]
-
-
-def mode_sentences(raw: RawTable) -> list[str]:
-    """Where each mode turns stable: the critical pressures of figure 4a."""
-    rows = []
-    for row in raw.rows:
-        pressure, square = number(row.get("pressure_GPa")), number(row.get("frequency_squared_cm2"))
-        method, by = row.get("method", ""), row.get("energies_by", "")
-        if pressure is not None and square is not None:
-            name = row.get("phase", ""), "", row.get("irrep", "")
-            rows.append(Mode(*name, pressure, method, by, square, number(row.get("error_cm2")), ""))  # type: ignore[arg-type]
-    lines = []
-    for (phase, irrep, method, by), points in series(rows).items():
-        one = critical_pressure(points)
-        head = f"The {irrep} mode of {phase} ({method}, {BY.get(by, by)})"
-        signs = {p.frequency_squared_cm2 >= 0 for p in points}
-        if one.critical_pressure_GPa is not None:
-            spread = "" if one.error_GPa is None else f" ± {one.error_GPa:.1f}"
-            where = f"{one.critical_pressure_GPa:.1f}{spread}"
-            lines.append(f"{head} turns from imaginary to real at {where} GPa.")
-        elif len(signs) == 1:
-            ends = dict.fromkeys((one.lowest_GPa, one.highest_GPa))
-            span = " to ".join(f"{end:g}" for end in ends)
-            lines.append(f"{head} is {'real' if one.stable else 'imaginary'} at {span} GPa.")
-        else:
-            lines.append(f"{head} changes its sign, never from imaginary to real.")
-    return lines
-
-
-def gradient_sentences(raw: RawTable) -> list[str]:
-    """What averaging over the ensemble leaves of the error of the forces."""
-    cases: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in raw.rows:
-        case = cases[row.get("phase", ""), row.get("pressure_GPa", "")]
-        known = case.get(row.get("quantity", ""))
-        if known is None or (number(row.get("n_configs")) or 0) > (
-            number(known.get("n_configs")) or 0
-        ):
-            case[row.get("quantity", "")] = row
-    lines = []
-    for (phase, pressure), case in cases.items():
-        force, mean = case.get("force"), case.get("gradient_centroid")
-        one, many = number((force or {}).get("rmse")), number((mean or {}).get("rmse"))
-        if one is None or many is None or mean is None:
-            continue
-        floor = number(mean.get("floor"))
-        beside = "" if floor is None else f"; averaging alone would leave {1000 * floor:.2g}"
-        lines.append(
-            f"{phase} at {pressure} GPa: averaging over {mean.get('n_configs')} configurations"
-            f" leaves {1000 * many:.3g} of {1000 * one:.3g} meV/Å error of the forces{beside}."
-        )
-    return lines
-
-
-def correction_sentences(raw: RawTable) -> list[str]:
-    """What DFT labels in the ensemble add to the free energies."""
-    lines = []
-    for row in raw.rows:
-        value, error = (
-            number(row.get("correction_eV_per_atom")),
-            number(row.get("correction_error_eV_per_atom")),
-        )
-        if value is not None:
-            margin = "" if error is None else f" +- {1000 * error:.2g}"
-            lines.append(
-                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa:"
-                f" {row.get('n_labels', '')} DFT labels of its ensemble change G by"
-                f" {1000 * value:.3g}{margin} meV/atom."
-            )
-    return lines
 
 
 def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:

@@ -1,17 +1,13 @@
-"""Averages of third and fourth order.
+"""Averages of third and fourth order of an SSCHA state, by wave vector (Bianco, Errea, Paulatto,
+Calandra, Mauri, PRB 96, 014111 (2017), doi:10.1103/PhysRevB.96.014111).
 
-The third-order tensor <d3V> of an SSCHA state, by wave vector.
+Third order, Eq. 21: D(x, y, z) = < (Y_yz - v_y v_z) f_x >, symmetric in all three, with v = Y u, Y
+= <uu>^-1 and f the residual force. Only triples of wave vectors that add up to zero are computed,
+one for each set of equal permutations and complex conjugates.
 
-D(x, y, z) = < (Y_yz - v_y v_z) f_x >, symmetric in all three, with v = Y u, Y = <uu>^-1 and f the
-residual force (Bianco, Errea, Paulatto, Calandra, Mauri, PRB 96, 014111 (2017), Eq. 21,
-doi:10.1103/PhysRevB.96.014111). Only triples of wave vectors that add up to zero are computed, one
-for each set of equal permutations and complex conjugates.
-
-The fourth-order term of the free-energy Hessian, without the fourth-order tensor.
-
-R = L (1 - D4 L)^-1 D3 (Bianco et al., PRB 96, 014111 (2017), Eq. 20) is solved for iteratively; D4
-= <d4V> acts on a matrix as an average over the ensemble, which costs N n^2 instead of the n^4
-numbers of the tensor.
+Fourth order, without its tensor: R = L (1 - D4 L)^-1 D3 (Eq. 20) is solved for iteratively; D4 =
+<d4V> acts on a matrix as an average over the ensemble, which costs N n^2 instead of the n^4 numbers
+of the tensor.
 """
 
 from __future__ import annotations

@@ -1,21 +1,18 @@
-"""The self-consistent steps on one ensemble: the native engine, and which one the settings ask for.
-
-The engine ``native``: self-consistent steps on reweighted averages, with Anderson acceleration.
-
-At the minimum the force on the centroids vanishes and the force constants equal the average
-curvature <d2V> (Bianco et al., PRB 96, 014111 (2017), doi:10.1103/PhysRevB.96.014111). A step is
-Phi + (<d2V> - Phi), R + Phi^-1 f: for weak anharmonicity Newton's, and what is missing is learned
-from the steps before (Anderson 1965, doi:10.1145/321296.321305; the plain iteration oscillates or
-diverges in double wells). Lengths are measured by the decrease of the free energy that a residual
-promises, so that eV/A^2 and Angstrom compare. A step that would make a mode imaginary or soft by
-too much, or leave too few effective configurations, is shortened; once the sample is used up there,
-the minimisation ends.
-
-The engines: who minimises the free energy on the ensembles at hand. One entry in `ENGINES` each.
+"""The engines: who minimises the free energy on the ensembles at hand. One entry in `ENGINES` each.
 
 An engine is a function ``(populations, symmetry, min_effective_sample=..., log=...) -> Minimised``
 of the evaluated populations of one cell, oldest first; the minimisation starts from the state of
 the last.
+
+The engine ``native`` takes self-consistent steps on reweighted averages, with Anderson
+acceleration. At the minimum the force on the centroids vanishes and the force constants equal the
+average curvature <d2V> (Bianco et al., PRB 96, 014111 (2017), doi:10.1103/PhysRevB.96.014111). A
+step is Phi + (<d2V> - Phi), R + Phi^-1 f: for weak anharmonicity Newton's, and what is missing is
+learned from the steps before (Anderson 1965, doi:10.1145/321296.321305; the plain iteration
+oscillates or diverges in double wells). Lengths are measured by the decrease of the free energy
+that a residual predicts, so that eV/A^2 and Angstrom compare. A step that would make a mode
+imaginary or soft by too much, or leave too few effective configurations, is shortened; once the
+sample is used up there, the minimisation ends.
 """
 
 from __future__ import annotations
@@ -306,7 +303,7 @@ class Engine(Protocol):
 
 ENGINES = {
     "native": "magus_anharmonic.sscha.engines:minimise",
-    "python-sscha": "magus_anharmonic.sscha.python_sscha:minimise_last",
+    "python-sscha": "magus_anharmonic.sscha.python_sscha:minimise",
 }
 """Name in the settings -> where it is; imported when it is used."""
 

@@ -1,18 +1,14 @@
 """Averages over samples of a state, and its entropy.
 
-Entropy of an SSCHA state: that of its Gaussian density matrix, which is what -dG/dT is at the
-minimum.
-
-F[rho; T] = <K + V>_rho - T S[rho] is stationary in rho, so that dF/dT = -S[rho] (Hellmann-Feynman;
-Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302), and at the relaxed
-cell dG/dT at constant P is the same.
-
-Averages over an ensemble that was drawn from the very state they describe: no weights, no bias.
-
+An ensemble that was drawn from the very state that it describes needs no weights and has no bias.
 Formulas: Errea, Calandra, Mauri, PRB 89, 064302 (2014), doi:10.1103/PhysRevB.89.064302; stress:
 Monacelli et al., PRB 98, 024106 (2018), doi:10.1103/PhysRevB.98.024106. Error bars are standard
 errors of +u/-u pair means, because the two members of a pair are correlated; they do not contain
 the error of the energy surface or of the supercell.
+
+Entropy: F[rho; T] = <K + V>_rho - T S[rho] is stationary in rho, so that dF/dT = -S[rho], that of
+the Gaussian density matrix (Hellmann-Feynman; the first paper), and at the relaxed cell dG/dT at
+constant P is the same.
 
 Not used, because it was measured not to pay (AnharmonicCell of the tests, at its minimum): the
 harmonic energy as control variate (V - V_0 is uncorrelated with every quadratic form there; (V_0 -
@@ -105,6 +101,10 @@ class Ensemble:
     energies: np.ndarray
     forces: np.ndarray
     stresses: np.ndarray
+
+    def part(self, chosen: np.ndarray | slice) -> Ensemble:
+        """Some of the configurations, in the order of ``chosen``."""
+        return Ensemble(*(values[chosen] for values in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.settings import SschaSettings, check_pressure, parse
 from magus_anharmonic.sscha.initial_state import check_crystal, configurations_of, read_state
 from magus_anharmonic.sscha.isotopes import reweighted_result
-from magus_anharmonic.sscha.result import NoFolder, RunFolder, SschaResult
+from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.task import Progress, Task, failed_result
+from magus_anharmonic.sscha.task import Task, failed_result
 
 log = logging.getLogger(__name__)
 
@@ -137,10 +137,9 @@ def free_energy(
             source.model_id,
             configurations,
         )
-        folder = (
-            NoFolder(scratch)
-            if directory is None
-            else RunFolder(directory, task.identity(), any_start=any_start)
+        kept = directory is not None
+        folder = RunFolder(
+            directory if kept else scratch, task.identity(), any_start=any_start, kept=kept
         )
         return folder.finished(settings.max_populations, settings.error_tolerance) or _guarded(
             task, source, folder, start

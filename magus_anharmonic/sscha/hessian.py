@@ -85,9 +85,7 @@ class Hessian:
     @cached_property
     def lowest(self) -> tuple[int, int]:
         """q and mode that are most surely negative, or else least surely positive."""
-        score = self._moving(
-            self.squares if self.errors is None else self.squares / np.maximum(self.errors, 1e-30)
-        )
+        score = self._score
         q, mode = np.unravel_index(int(np.argmin(score)), score.shape)
         return int(q), int(mode)
 
@@ -95,7 +93,7 @@ class Hessian:
     def status(self) -> str:
         """``saddle`` (a mode negative beyond two standard errors), ``stable`` (all positive beyond
         two), or ``undecided``."""
-        errors = np.zeros_like(self.squares) if self.errors is None else self.errors
+        errors = 0.0 if self.errors is None else self.errors
         if np.any(self._moving(self.squares + SIGMAS * errors) < 0):
             return "saddle"
         return "stable" if np.all(self._moving(self.squares - SIGMAS * errors) > 0) else "undecided"
@@ -106,13 +104,19 @@ class Hessian:
         sampling errors alone."""
         if self.errors is None:
             return float(np.all(self._moving(self.squares) > 0))
-        score = self._moving(self.squares / np.maximum(self.errors, 1e-30))
+        score = self._score
         first = [int(np.argmax(self.star == star)) for star in np.unique(self.star)]
         return float(
             np.prod(
                 [ndtr(score[q][level].min()) for q in first for level in levels(self.squares[q])]
             )
         )
+
+    @cached_property
+    def _score(self) -> np.ndarray:
+        """Squared frequencies in standard errors where these are known."""
+        errors = 1.0 if self.errors is None else np.maximum(self.errors, 1e-30)
+        return self._moving(self.squares / errors)
 
     def _moving(self, values: np.ndarray) -> np.ndarray:
         """``values`` with the translations at q = 0 replaced by plus infinity."""

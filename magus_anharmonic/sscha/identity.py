@@ -10,6 +10,7 @@ back whether it is a minimum.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +23,8 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import TOLERANCES, move_onto
 from magus_anharmonic.structures import UNDECIDED, space_group, stripped
 
+log = logging.getLogger(__name__)
+
 SIGMAS = 2.5
 """Standard errors beyond which a distance from a higher symmetry is real, and a curvature has a
 sign."""
@@ -31,6 +34,8 @@ LOOSEST = 0.3
 """Angstrom: symmetries that would move an atom by more are other structures."""
 EXACT = 1e-3
 """Angstrom: tolerance for a state that is kept exactly symmetric."""
+QUESTIONS = 4
+"""Most populations that decide between two phases."""
 SAME_CELL = 1e-5
 """Strain that rounding leaves."""
 
@@ -63,11 +68,12 @@ def higher_symmetries(
         atoms = moved_onto(state.atoms, float(tolerance))
         if atoms is None:
             continue
-        deformation = np.linalg.solve(state.atoms.cell.array, atoms.cell.array) - np.eye(3)
-        sigmas = max(
-            _by_centroids(averages, toward),
-            _by_cell(averages, cell, 0.5 * (deformation + deformation.T)),
-        )
+        sigmas = _distance(toward.ravel(), averages.shift.ravel(), averages.shift_covariance)
+        if cell is not None:
+            deformation = np.linalg.solve(state.atoms.cell.array, atoms.cell.array) - np.eye(3)
+            way = np.einsum("ij,kij->k", 0.5 * (deformation + deformation.T), cell.strains)
+            covariance = cell.compliance @ averages.noise @ cell.compliance
+            sigmas = max(sigmas, _distance(way, averages.strain, covariance))
         found.append(Higher(space_group(atoms, EXACT), atoms, toward, sigmas, count))
     return found
 
@@ -83,27 +89,15 @@ def moved_onto(atoms: Atoms, tolerance: float) -> Atoms | None:
     return copy if np.min(apart, initial=np.inf) > LOOSEST else None
 
 
-def _by_centroids(averages: Averages, toward: np.ndarray) -> float:
-    """Distance along ``toward`` in standard errors, after the step that is left."""
-    length = float(np.linalg.norm(toward))
+def _distance(way: np.ndarray, left: np.ndarray, covariance: np.ndarray) -> float:
+    """Length of ``way`` (k,) in standard errors, after the step that is ``left`` (k,) to make;
+    ``covariance`` (k, k) of that."""
+    length = float(np.linalg.norm(way))
     if length < EXACT:
         return 0.0
-    unit = toward.ravel() / length
-    error = float(np.sqrt(unit @ averages.shift_covariance @ unit))
-    return max(0.0, length - float(unit @ averages.shift.ravel())) / max(error, 1e-6)
-
-
-def _by_cell(averages: Averages, cell: CellStiffness | None, strain: np.ndarray) -> float:
-    """The same of the cell."""
-    if cell is None:
-        return 0.0
-    parts = np.einsum("ij,kij->k", strain, cell.strains)
-    length = float(np.linalg.norm(parts))
-    if length < EXACT:
-        return 0.0
-    unit = parts / length
-    error = float(np.sqrt(unit @ cell.compliance @ averages.noise @ cell.compliance @ unit))
-    return max(0.0, length - float(unit @ averages.strain)) / max(error, 1e-6)
+    unit = way / length
+    error = float(np.sqrt(unit @ covariance @ unit))
+    return max(0.0, length - float(unit @ left)) / max(error, 1e-6)
 
 
 def symmetrised(state: SschaState, higher: Higher) -> tuple[SschaState, Symmetry]:
@@ -137,6 +131,55 @@ class Question:
             return np.inf
         curvature, error = curvature_along(state, ensemble, self.toward / length)
         return curvature / max(error, 1e-12)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one population of a relaxed run says about its phase.
+
+    group : the space group, once it is decided. Else reason : what is open; both : the two groups,
+    in words; step : where the next population is: on a higher symmetry, back from it (`Question`),
+    or of the same state (``"once more"``); None: where the minimisation leads.
+    """
+
+    group: str = ""
+    reason: str = ""
+    both: str = ""
+    step: Higher | Question | str | None = None
+
+
+def ask(state: SschaState, averages: Averages, cell: CellStiffness | None, asked: int) -> Answer:
+    """Whether a state has a higher symmetry; ``asked``: how often that was asked of the run, this
+    time included."""
+    mine = space_group(state.atoms, EXACT)
+    higher = higher_symmetries(state, averages, cell)
+    if near := [one for one in higher if one.sigmas < SIGMAS]:
+        group, sigmas = near[-1].group, near[-1].sigmas
+        reason = f"{group} is {sigmas:.1f} standard errors away and to be looked at"
+        return Answer("", reason, undecided(mine, group, sigmas), near[-1])
+    unsure = [one for one in higher if one.sigmas < SURE]
+    if unsure and asked == 1:
+        group, sigmas = unsure[0].group, unsure[0].sigmas
+        reason = f"the distance of {sigmas:.1f} standard errors from {group} is to be seen again"
+        return Answer("", reason, undecided(mine, group, sigmas))
+    return Answer(mine)
+
+
+def answer(question: Question, state: SschaState, ensemble: Ensemble, asked: int) -> Answer:
+    """Whether the higher symmetry that a run was moved onto is a minimum of the free energy;
+    ``asked`` as in `ask`."""
+    mine, sigmas = space_group(state.atoms, EXACT), question.sigmas(state, ensemble)
+    log.info(
+        "%s: curvature towards %s is %.1f standard errors above zero", mine, question.group, sigmas
+    )
+    both = undecided(question.group, mine, sigmas)
+    if sigmas < -SIGMAS:
+        reason = f"{mine} is a saddle point, back to {question.group}"
+        return Answer("", reason, both, question)
+    if abs(sigmas) <= SIGMAS and asked < QUESTIONS:
+        reason = f"{question.group} or {mine}: {sigmas:.1f} standard errors"
+        return Answer("", reason, both, "once more")
+    return Answer(mine if sigmas > SIGMAS else both)
 
 
 def undecided(lower: str, higher: str, sigmas: float) -> str:

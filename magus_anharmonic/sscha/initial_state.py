@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from magus_anharmonic.gate import check_structure
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
 from magus_anharmonic.sscha.qe_files import state_from_dyn
-from magus_anharmonic.sscha.reciprocal import nearest_images
+from magus_anharmonic.sscha.reciprocal import interpolated, nearest_images
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
@@ -30,9 +29,9 @@ from magus_anharmonic.sscha.start import (
     relaxed_primitive,
 )
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
-from magus_anharmonic.sscha.state import same_gaussian as same_gaussian
 from magus_anharmonic.sscha.supercells import SupercellMatrix, is_diagonal, n_cells, q_points
 from magus_anharmonic.sscha.symmetry import Symmetry, choose_supercell_matrix, symmetric_primitive
+from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.structures import isotopes, kinds, stripped, with_isotopes
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def with_masses(structure: Atoms, atoms: Atoms, masses: Mapping[str, float] | No
             chosen[symbol] = float(
                 atomic_masses[found[0]] if natural else atoms.get_masses()[symbols == symbol][0]
             )
-        elif composition(structure, kinds) != composition(atoms, kinds):
+        elif composition(kinds(structure)) != composition(kinds(atoms)):
             raise InputError(
                 f"start: has other isotopes of {symbol} than {atoms.get_chemical_formula()}, which"
                 f" has several ({isotopes(atoms)}): nothing says which atom is which; start"
@@ -110,84 +109,54 @@ def configurations_of(start: Any, model_id: str) -> np.ndarray | None:
     return None if ensemble is None else ensemble.displacements
 
 
-def state_digest(state: SschaState) -> str:
-    """Twelve hex digits that identify a state."""
-    digest = hashlib.sha256()
-    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
-        digest.update((np.round(array, 6) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
-
-
-def start_run(
-    atoms: Atoms,
-    evaluator: Evaluator,
-    settings: SschaSettings,
-    *,
-    pressure: float,
-    temperature: float,
-    masses: Mapping[str, float] | None,
-    start: SschaState | None,
-) -> Start:
+def start_run(task: Task, evaluator: Evaluator) -> Start:
     """First state of a run; evaluates forces (and stresses, if the cell may change)."""
-    check_calculator(evaluator, atoms, stress=settings.cell == "variable")
-    if start is not None:
-        return continue_from(
-            start, atoms, evaluator, settings, temperature=temperature, masses=masses
-        )
+    atoms, settings = task.atoms, task.settings
     variable_cell = settings.cell == "variable"
+    check_calculator(evaluator, atoms, stress=variable_cell)
+    if task.start is not None:
+        return continue_from(task.start, task, evaluator)
     reduced = symmetric_primitive(stripped(atoms), settings.symprec)
     supercell_of(reduced, settings)
     counting = CountingEvaluator(in_double_precision(evaluator))
     relaxed = relaxed_primitive(
-        reduced, counting, pressure, symprec=settings.symprec, variable_cell=variable_cell
+        reduced, counting, task.pressure, symprec=settings.symprec, variable_cell=variable_cell
     )
-    structure = with_masses(relaxed, relaxed, masses)
+    structure = with_masses(relaxed, relaxed, task.masses)
     if heavy := isotopes(structure):
         log.info("%s: masses %s amu", structure.get_chemical_formula(), heavy)
-    supercell_matrix = supercell_of(structure, settings)
     first = harmonic_start(
         structure,
         counting,
-        temperature=temperature,
-        supercell_matrix=supercell_matrix,
+        temperature=task.temperature,
+        supercell_matrix=supercell_of(structure, settings),
         variable_cell=variable_cell,
     )
     return replace(first, n_evaluations=counting.count)
 
 
-def continue_from(
-    start: SschaState,
-    atoms: Atoms,
-    evaluator: Evaluator,
-    settings: SschaSettings,
-    *,
-    temperature: float,
-    masses: Mapping[str, float] | None,
-) -> Start:
+def continue_from(start: SschaState, task: Task, evaluator: Evaluator) -> Start:
     """Take cell, centroids and force constants of another run; supercell, masses and temperature
     may change."""
-    if composition(start.atoms, numbers_of) != composition(atoms, numbers_of):
+    if composition(start.atoms.numbers) != composition(task.atoms.numbers):
         raise InputError(
             f"start: is {start.atoms.get_chemical_formula()}, the structure is"
-            f" {atoms.get_chemical_formula()}"
+            f" {task.atoms.get_chemical_formula()}"
         )
-    structure = with_masses(start.atoms, atoms, masses)
-    supercell_matrix = supercell_of(structure, settings)
-    symmetry = Symmetry(structure, supercell_matrix, SYMMETRY_OF_A_STATE)
-    compact = (
-        start.force_constants
-        if supercell_matrix == start.supercell_matrix
-        else interpolate(start, supercell_matrix)
+    structure = with_masses(start.atoms, task.atoms, task.masses)
+    matrix = supercell_of(structure, task.settings)
+    symmetry = Symmetry(structure, matrix, SYMMETRY_OF_A_STATE)
+    same = matrix == start.supercell_matrix
+    compact = symmetry.force_constants(
+        start.force_constants if same else interpolate(start, matrix)
     )
-    state = SschaState(structure, supercell_matrix, symmetry.force_constants(compact), temperature)
     # As a harmonic start: it may be one, with modes near zero on either side of it, and its sample
     # would be lost.
-    state = floor_modes(state, symmetry)
+    state = floor_modes(SschaState(structure, matrix, compact, task.temperature), symmetry)
+    if task.settings.cell != "variable":
+        return Start(state, None, 0)
     counting = CountingEvaluator(evaluator)
-    response = (
-        static_response_to_strain(structure, counting) if settings.cell == "variable" else None
-    )
-    return Start(state, response, counting.count)
+    return Start(state, static_response_to_strain(structure, counting), counting.count)
 
 
 def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
@@ -210,24 +179,14 @@ def supercell_of(atoms: Atoms, settings: SschaSettings) -> SupercellMatrix:
     return supercell_matrix
 
 
-def numbers_of(atoms: Atoms) -> np.ndarray:
-    """(n,) atomic numbers, as `kinds` without the isotopes."""
-    return atoms.numbers
-
-
-def composition(atoms: Atoms, of: Callable[[Atoms], np.ndarray]) -> dict[int, float]:
+def composition(kinds_of_atoms: np.ndarray) -> dict[int, float]:
     """Fraction of every kind of atom."""
-    found, counts = np.unique(of(atoms), return_counts=True)
-    return {
-        int(kind): round(count / len(atoms), 6) for kind, count in zip(found, counts, strict=True)
-    }
+    found, counts = np.unique(kinds_of_atoms, return_counts=True)
+    shares = (counts / len(kinds_of_atoms)).round(6)
+    return dict(zip(found.tolist(), shares.tolist(), strict=True))
 
 
 def interpolate(state: SschaState, supercell_matrix: SupercellMatrix) -> np.ndarray:
     """Compact force constants of another supercell by Fourier interpolation."""
-    vectors, blocks = nearest_images(state)
     q = q_points(supercell_matrix)
-    size = 3 * len(state.atoms)
-    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
-    matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
-    return inverse_fourier(matrices, supercell_matrix, q)
+    return inverse_fourier(interpolated(*nearest_images(state), q), supercell_matrix, q)

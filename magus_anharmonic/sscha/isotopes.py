@@ -24,12 +24,18 @@ from magus_anharmonic.sscha.cell import CellStiffness
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average
 from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE, supercell_of, with_masses
-from magus_anharmonic.sscha.result import RunFolder, SschaResult, final_ensemble, read_start_file
+from magus_anharmonic.sscha.result import (
+    Progress,
+    RunFolder,
+    SschaResult,
+    final_ensemble,
+    read_start_file,
+)
 from magus_anharmonic.sscha.reweight import Pool, effective_number
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.symmetry import Symmetry
-from magus_anharmonic.sscha.task import Progress, Task, finished_result, gibbs_energy, open_issues
+from magus_anharmonic.sscha.task import Task, finished_result, gibbs_energy, open_issues
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +152,7 @@ def overlap(own: SschaState, other: SschaState) -> float:
 def _halves(ensemble: Ensemble) -> tuple[Ensemble, Ensemble]:
     """Every other pair, and the rest."""
     pairs = np.arange(len(ensemble.energies)) // 2
-    first, second = (
-        Ensemble(*(part[pairs % 2 == half] for part in vars(ensemble).values())) for half in (0, 1)
-    )
-    return first, second
+    return ensemble.part(pairs % 2 == 0), ensemble.part(pairs % 2 == 1)
 
 
 def _averaged(
@@ -195,16 +198,9 @@ def reweighted_ensemble(
     if ensemble is None:
         return None
     own = result.state
-    same = (
-        own.supercell_matrix == state.supercell_matrix
-        and own.temperature == state.temperature
-        and len(own.atoms) == len(state.atoms)
-    )
-    if not same or not np.allclose(
-        own.atoms.cell.array, state.atoms.cell.array, rtol=0.0, atol=1e-9
-    ):
+    if own.temperature != state.temperature or not agree(own, state, "cell", atol=1e-9):
         return None
-    unmoved = np.allclose(own.force_constants, state.force_constants, rtol=0.0, atol=1e-9)
+    unmoved = agree(own, state, "force_constants", atol=1e-9)
     return reweighted(own, ensemble if unmoved else _halves(ensemble)[1], state)
 
 

@@ -1,23 +1,17 @@
-"""Dispersions and irreducible representations.
-
-Phonon dispersions along the standard path of the crystal: points, interpolated bands, table and
-picture.
+"""Phonon dispersions along the standard path of the crystal, and modes at Gamma by irreducible
+representation: which squared frequencies belong to T1u of Im-3m.
 
 Path: Hinuma, Pizzi, Kumagai, Oba, Tanaka, Comp. Mater. Sci. 128, 140 (2017),
 doi:10.1016/j.commatsci.2016.10.015, by seekpath. Long-range dipoles (LO-TO splitting) are not
 added.
 
-Modes at Gamma by irreducible representation: which squared frequencies belong to T1u of Im-3m.
-
-Projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the primitive cell;
-the characters, under the names of Mulliken, are phonopy's tables. Projecting the dynamical matrix
-needs no degenerate levels to be recognised in noisy frequencies.
+Representations: projectors P = d/|G| sum_g chi(g)* D(g) on the mass-weighted displacements of the
+primitive cell; the characters, under the names of Mulliken, are phonopy's tables. Projecting the
+dynamical matrix needs no degenerate levels to be recognised in noisy frequencies.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,11 +24,12 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.io.files import replacing, write_text
+from magus_anharmonic.io.files import replacing
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.reciprocal import interpolated_squares, nearest_images
 from magus_anharmonic.sscha.start import DISPLACEMENT
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, translations
 from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import spglib_cell, spglib_or_none, stripped
@@ -171,24 +166,17 @@ def _commensurate_fractions(start: np.ndarray, along: np.ndarray) -> list[float]
 
 def write_dispersion(found: Dispersion, path: Path) -> None:
     """Write the bands as CSV: distance, fractional q, then one column per band in meV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     columns = [
         f"{name}_{mode + 1}_meV"
         for name, values in found.bands.items()
         for mode in range(values.shape[1])
     ]
-    writer.writerow(["distance_2pi_per_A", "q1", "q2", "q3", *columns])
     table = np.concatenate(list(found.bands.values()), axis=1) * 1e3
-    for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True):
-        writer.writerow(
-            [
-                f"{distance:.6f}",
-                *(f"{value:.8f}" for value in q),
-                *(f"{value:.6f}" for value in row),
-            ]
-        )
-    write_text(path, text.getvalue())
+    rows = (
+        [f"{distance:.6f}", *(f"{x:.8f}" for x in q), *(f"{x:.6f}" for x in row)]
+        for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True)
+    )
+    write_table(path, ["distance_2pi_per_A", "q1", "q2", "q3", *columns], rows)
 
 
 STYLES = {
@@ -288,7 +276,7 @@ def spaces(atoms: Atoms, symprec: float = 1e-3) -> tuple[list[Space], np.ndarray
     """
     symmetry = Symmetry(atoms, (1, 1, 1), symprec)
     names, characters, sizes = _characters(atoms, symmetry, symprec)
-    still = _translations(atoms)
+    still = translations(atoms.get_masses())
     free = np.eye(3 * len(atoms)) - still @ still.T
     operations = _representation(symmetry)
     found = []
@@ -376,12 +364,6 @@ def _representation(symmetry: Symmetry) -> np.ndarray:
     ):
         matrices[g, permutation, :, np.arange(n), :] = rotation
     return matrices.reshape(len(symmetry), 3 * n, 3 * n)
-
-
-def _translations(atoms: Atoms) -> np.ndarray:
-    """(3n, 3) orthonormal mass-weighted translations."""
-    root = np.sqrt(atoms.get_masses())
-    return np.kron((root / np.linalg.norm(root))[:, None], np.eye(3))
 
 
 def _characters(

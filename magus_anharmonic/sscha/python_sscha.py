@@ -83,31 +83,18 @@ def quiet(log: Path) -> Iterator[None]:
             os.close(saved)
 
 
-def minimise_last(
+def minimise(
     populations: Sequence[Population], symmetry: Symmetry, *, min_effective_sample: float, log: Path
 ) -> Minimised:
-    """`minimise` on the last population; python-sscha reweights one ensemble."""
-    state, ensemble = populations[-1]
-    return minimise(state, ensemble, symmetry, min_effective_sample=min_effective_sample, log=log)
-
-
-def minimise(
-    state: SschaState,
-    ensemble: Ensemble,
-    symmetry: Symmetry,
-    *,
-    min_effective_sample: float,
-    log: Path,
-) -> Minimised:
     """Minimise F in centroids and force constants at fixed cell, until the effective sample falls
-    below its minimum.
+    below its minimum; on the last population, because python-sscha reweights one ensemble.
 
     The symmetry is imposed on the gradients by ``symmetry``, because python-sscha finds only the
     operations of standard orientations. Where a step empties the sample or makes modes imaginary,
     the minimisation begins again with smaller steps. Raises ``SschaError`` with python-sscha's own
     reason when the smallest fail too.
     """
-    reason = ""
+    reason, (state, ensemble) = "", populations[-1]
     for step in STEP_SIZES:
         try:
             minimised = _minimise(state, ensemble, symmetry, min_effective_sample, step, log)
@@ -243,14 +230,12 @@ def to_phonons(state: SschaState) -> Any:
 def labels_of(atoms: Atoms) -> list[str]:
     """Type labels as pw.x takes them: the symbols, with a number where an element has several
     masses (``H1``, ``H2``)."""
-    masses: dict[str, list[int]] = {}
-    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
-        masses.setdefault(symbol, []).append(kind)
-    labels = []
-    for symbol, kind in zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True):
-        several = sorted(set(masses[symbol]))
-        labels.append(f"{symbol}{several.index(kind) + 1}" if len(several) > 1 else symbol)
-    return labels
+    pairs = list(zip(atoms.get_chemical_symbols(), kinds(atoms).tolist(), strict=True))
+    own = {symbol: sorted({kind for name, kind in pairs if name == symbol}) for symbol, _ in pairs}
+    return [
+        f"{symbol}{own[symbol].index(kind) + 1}" if len(own[symbol]) > 1 else symbol
+        for symbol, kind in pairs
+    ]
 
 
 def element_of(label: str, mass: float) -> str:

@@ -23,7 +23,7 @@ from magus_anharmonic.gate import check_structure
 from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.ensemble_checks import checked_ensemble
-from magus_anharmonic.sscha.state import SschaState, fold, same_gaussian, sum_rule
+from magus_anharmonic.sscha.state import SschaState, agree, fold, same_gaussian, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, RYDBERG
 
@@ -150,9 +150,7 @@ def read_ensemble(
     state = _as_written(own or str(dyn), temperature)
     if own is not None and dyn is not None:
         other = _as_written(dyn, temperature)
-        if not same_gaussian(state, other) or not np.allclose(
-            state.atoms.positions, other.atoms.positions, rtol=0.0, atol=1e-6
-        ):
+        if not same_gaussian(state, other) or not agree(state, other, "positions", atol=1e-6):
             raise InputError(
                 f"{where}: was drawn from {own}, and {dyn} is another state; leave it out"
             )

@@ -1,19 +1,14 @@
-"""Force constants, modes and ensembles by wave vector, and interpolation between them.
-
-Normal modes, ensembles and symmetry operations by wave vector: what the translations of the
-supercell make of them.
+"""Force constants, modes and ensembles by wave vector, where the translations of the supercell make
+them block diagonal, and interpolation between wave vectors (finite-size term, bands).
 
 A covector c of the supercell (a force, for example) has the components c(q, mode) = sum over cells
 and atoms of exp(-2 pi i q.R) conj(e_q) c / sqrt(n_cells mass); averages of products are zero unless
 the wave vectors add up to a reciprocal lattice vector. Where every q is its own negative (no
 repetition above 2), everything is real.
 
-Force constants and displacements in reciprocal space, where the translations of the supercell make
-them block diagonal.
-
-One block of size 3n for every q point of the supercell, one of each pair q, -q: n_cells times less
-work per step than on the supercell, and exact lattice symmetry. Supercells of one or two cells
-along each axis need no complex numbers.
+The Hessian needs all q (`Wavevectors`, `Samples`, `Representation`); the minimisation keeps one of
+each pair q, -q (`Reciprocal`, `Spectrum`): n_cells times less work per step than on the supercell,
+and exact lattice symmetry.
 
 Finite-size term: the auxiliary harmonic free energy on a fine q mesh minus that of the supercell.
 """
@@ -35,6 +30,7 @@ from magus_anharmonic.sscha.state import (
     normal_modes,
     oscillator_free_energy,
     variance,
+    without_zero_modes,
 )
 from magus_anharmonic.sscha.supercells import (
     SupercellMatrix,
@@ -334,13 +330,7 @@ class Spectrum:
         amu."""
         root = np.sqrt(np.repeat(masses, 3))
         dynamical = matrices / np.outer(root, root)
-        translations = np.zeros((len(root), 3))
-        for axis in range(3):
-            translations[axis::3, axis] = root[axis::3]
-        translations /= np.linalg.norm(translations, axis=0)
-        dynamical[0] += (
-            translations @ translations.T * (10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root))
-        )
+        dynamical[0] = without_zero_modes(dynamical[0], masses, np.abs(dynamical).max())
         squares, vectors = np.linalg.eigh(dynamical)
         real = np.ones(squares.shape, dtype=bool)
         real[0, -3:] = False
@@ -468,13 +458,18 @@ def nearest_images(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
     return flat[used], blocks[used]
 
 
+def interpolated(vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Force constants at fractional ``q``, (n_q, 3n, 3n) eV/A^2, from `nearest_images`."""
+    size = 3 * blocks.shape[1]
+    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
+    return (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
+
+
 def interpolated_squares(
     state: SschaState, vectors: np.ndarray, blocks: np.ndarray, q: np.ndarray
 ) -> np.ndarray:
     """Eigenvalues (n_q, 3n) of the dynamical matrix at fractional ``q``, ascending, eV/A^2/amu."""
-    size = 3 * len(state.atoms)
     root = np.sqrt(np.repeat(state.atoms.get_masses(), 3))
-    flat = blocks.transpose(0, 1, 3, 2, 4).reshape(len(vectors), -1)
-    matrices = (np.exp(2j * np.pi * q @ vectors.T) @ flat).reshape(-1, size, size)
+    matrices = interpolated(vectors, blocks, q)
     matrices = 0.5 * (matrices + matrices.conj().transpose(0, 2, 1)) / np.outer(root, root)
     return np.linalg.eigvalsh(matrices)

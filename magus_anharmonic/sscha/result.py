@@ -1,9 +1,5 @@
-"""The result of a run and the files that it lies in.
-
-The result of one SSCHA run, and its files.
-
-The folder of one SSCHA run: identity, start, populations, convergence table; reused when the run
-starts again.
+"""The result of an SSCHA run, and the folder of the run: identity, start, populations, progress,
+convergence table; reused when the run starts again.
 """
 
 from __future__ import annotations
@@ -12,14 +8,15 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
+from pydantic import TypeAdapter
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import DamagedFile, InputError, typed_line
 from magus_anharmonic.io.digests import renamed, safe_name, versions
 from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
 from magus_anharmonic.io.tables import write_table
@@ -28,7 +25,7 @@ from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
@@ -83,11 +80,11 @@ class SschaResult(FreeEnergy):
     def as_dict(self) -> dict[str, Any]:
         """Everything but the force constants, ready for JSON."""
         data: dict[str, Any] = {**versions()}
-        for field in fields(self):
-            if field.name not in ("centroids", "force_constants"):
-                value = getattr(self, field.name)
+        for one in fields(self):
+            if one.name not in ("centroids", "force_constants"):
+                value = getattr(self, one.name)
                 value = value.tolist() if isinstance(value, np.ndarray) else value
-                data[field.name] = (
+                data[one.name] = (
                     None if isinstance(value, float) and not math.isfinite(value) else value
                 )
         data["converged"] = self.converged
@@ -149,12 +146,66 @@ PROGRESS = "progress.json"
 """Where a run stands after its last population, see `RunFolder.write_progress`."""
 
 
+@dataclass
+class Progress:
+    """Where a run stands, as ``progress.json`` keeps it beside start and populations: written whole
+    after every population.
+
+    rows : of ``convergence.csv``; gibbs : G and its error after each, eV/atom; pooled : the numbers
+    of the populations that the next minimisation uses, those of one state together; cell : matrix
+    and covariance of the `CellStiffness`, None with a fixed cell; limited : soft modes were kept
+    from moving too far; burn_in : whether the next population is one of burn-in; asked : how often
+    the phase was in question; group : the space group once it is decided; open : both groups while
+    it is not; moved : whether the run was moved onto another symmetry; requests : the
+    configurations that each `SschaRun.advance` was asked for; reason : why the last population does
+    not end the run, empty when it does.
+    """
+
+    __pydantic_config__ = {"strict": True}
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    gibbs: list[tuple[float, float]] = field(default_factory=list)
+    n_evaluations: int = 0
+    pooled: list[list[int]] = field(default_factory=list)
+    cell: list[Any] | None = None
+    limited: bool = False
+    burn_in: bool = False
+    asked: int = 0
+    group: str = ""
+    open: str = ""
+    moved: bool = False
+    requests: list[int | None] = field(default_factory=list)
+    reason: str = "no population yet"
+
+    def fits(self) -> bool:
+        """Whether its parts belong together; raises ``ValueError`` where ``cell`` holds no
+        numbers."""
+        if self.cell is not None:
+            matrix, covariance = (np.array(part, dtype=float) for part in self.cell)
+            if covariance.shape != matrix.shape * 2:
+                return False
+        return (
+            bool(self.rows and self.pooled and all(self.pooled))
+            and all(row.keys() == self.rows[0].keys() for row in self.rows)
+            and len(self.gibbs) == len(self.rows)
+        )
+
+
 class RunFolder:
-    """Files of a run in ``directory``; every file is written whole or not at all."""
+    """Files of a run in ``directory``; every file is written whole or not at all.
+
+    kept : False where the folder goes after the run, which then writes no populations.
+    """
 
     def __init__(
-        self, directory: str | Path, identity: dict[str, Any], *, any_start: bool = False
+        self,
+        directory: str | Path,
+        identity: dict[str, Any],
+        *,
+        any_start: bool = False,
+        kept: bool = True,
     ) -> None:
+        self.kept = kept
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
@@ -251,6 +302,8 @@ class RunFolder:
         return replace(known, temperature=state.temperature), ensemble
 
     def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
+        if not self.kept:
+            return
         from magus_anharmonic.sscha.python_sscha import write_dynamical_matrices
 
         positions = state.supercell.positions + ensemble.displacements
@@ -277,14 +330,14 @@ class RunFolder:
             joined([ensemble for _, ensemble in parts]) if len(parts) > 1 else parts[0][1]
         )
 
-    def read_progress(self) -> dict[str, Any] | None:
+    def read_progress(self) -> Progress | None:
         """What `write_progress` left; None without it, and when it is damaged: the run then goes
         over its populations again."""
         return read_whole(self.directory / PROGRESS, read_progress_file)
 
-    def write_progress(self, progress: dict[str, Any]) -> None:
+    def write_progress(self, progress: Progress) -> None:
         """Where the run stands after its last population, beside the populations themselves."""
-        write_json(self.directory / PROGRESS, progress)
+        write_json(self.directory / PROGRESS, vars(progress))
 
     def write_convergence(self, rows: list[dict[str, Any]]) -> None:
         """Write ``convergence.csv``: one line per population so far."""
@@ -334,41 +387,19 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     return state, ensemble
 
 
-def read_progress_file(path: Path) -> dict[str, Any]:
+def read_progress_file(path: Path) -> Progress:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
     found = renamed(read_json(path))
     try:
-        fits = _is_progress(found)
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        progress = TypeAdapter(Progress).validate_json(json.dumps(found))
+        whole = found.keys() >= vars(progress).keys() and progress.fits()
+    except (ValueError, TypeError) as error:
         raise DamagedFile(
-            f"{path}: not the progress of an SSCHA run ({type(error).__name__}: {error})"
+            f"{path}: not the progress of an SSCHA run ({typed_line(error)})"
         ) from None
-    if not fits:
+    if not whole:
         raise DamagedFile(f"{path}: not the progress of an SSCHA run")
-    return found
-
-
-def _is_progress(found: dict[str, Any]) -> bool:
-    """Whether everything is there that a run goes on from; raises what the conversions raise."""
-    rows, pooled, cell = found["rows"], found["pooled"], found["cell"]
-    numbers = [number for numbers in pooled for number in numbers]
-    matrix = np.asarray(cell[0], dtype=float) if cell is not None else np.zeros((0, 0))
-    return (
-        bool(rows and pooled and all(pooled))
-        and all(isinstance(row, dict) and row.keys() == rows[0].keys() for row in rows)
-        and np.asarray(found["gibbs"], dtype=float).shape == (len(rows), 2)
-        and all(
-            type(number) is int for number in [*numbers, found["n_evaluations"], found["asked"]]
-        )
-        and isinstance(found["burn_in"], bool)
-        and isinstance(found["limited"], bool)
-        and isinstance(found["moved"], bool)
-        and all(request is None or type(request) is int for request in found["requests"])
-        and isinstance(found["group"], str)
-        and isinstance(found["open"], str)
-        and isinstance(found["reason"], str)
-        and (cell is None or np.asarray(cell[1], dtype=float).shape == matrix.shape * 2)
-    )
+    return progress
 
 
 def read_start_file(path: Path) -> Start:
@@ -395,65 +426,14 @@ def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:
 def final_populations(run: Path, result: SschaResult) -> dict[int, tuple[SschaState, Ensemble]]:
     """The populations that were drawn from the state in which a run ended, by their numbers; raises
     ``DamagedFile``."""
+    if result.force_constants is None:
+        return {}
     read = ((path, read_population_file(path)) for path in sorted(run.glob("population_*.npz")))
     return {
         int(path.stem.removeprefix("population_")): one
         for path, one in read
-        if _is_state_of(result, one[0])
+        if agree(result.state, one[0], "force_constants", "positions", "cell", atol=1e-9)
     }
-
-
-def _is_state_of(result: SschaResult, state: SschaState) -> bool:
-    if (
-        result.force_constants is None
-        or state.supercell_matrix != result.supercell
-        or len(state.atoms) != len(result.centroids)
-    ):
-        return False
-    pairs = (
-        (state.force_constants, result.force_constants),
-        (state.atoms.positions, result.centroids.positions),
-        (state.atoms.cell.array, result.centroids.cell.array),
-    )
-    return all(np.allclose(a, b, rtol=0.0, atol=1e-9) for a, b in pairs)
-
-
-class NoFolder(RunFolder):
-    """Keeps nothing, for runs whose files nobody asked for; ``directory`` holds the log of an
-    engine that chatters."""
-
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.log = self.directory / "sscha.log"
-
-    def finished(
-        self, max_populations: int, error_tolerance: float | None = None
-    ) -> SschaResult | None:
-        return None
-
-    def read_start(self) -> Start | None:
-        return None
-
-    def write_start(self, start: Start) -> None:
-        """Nothing to write."""
-
-    def read_population(self, number: int, state: SschaState) -> tuple[SschaState, Ensemble] | None:
-        return None
-
-    def write_population(self, number: int, state: SschaState, ensemble: Ensemble) -> None:
-        """Nothing to write."""
-
-    def write_convergence(self, rows: list[dict[str, Any]]) -> None:
-        """Nothing to write."""
-
-    def read_progress(self) -> dict[str, Any] | None:
-        return None
-
-    def write_progress(self, progress: dict[str, Any]) -> None:
-        """Nothing to write."""
-
-    def write_result(self, result: SschaResult) -> None:
-        """Nothing to write."""
 
 
 def _state(arrays: Mapping[str, Any]) -> SschaState:

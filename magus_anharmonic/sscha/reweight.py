@@ -39,14 +39,13 @@ class Trial:
 class Reweighted:
     """What the pool says about a trial state.
 
-    helmholtz, helmholtz_error : eV per primitive cell, the error from +u/-u pairs. weights :
+    helmholtz : eV per primitive cell. weights :
     (n_configs,) density of the trial over that of the sample. effective_sample : (sum w)^2 / sum
     w^2. force : (n, 3) eV/A on the centroids. curvature : (n_q, 3n, 3n) <d2V> - Phi, eV/A^2, not
     symmetrised. stress : (3, 3) eV/A^3, ASE's sign, symmetric.
     """
 
     helmholtz: float
-    helmholtz_error: float
     weights: np.ndarray
     effective_sample: float
     force: np.ndarray
@@ -186,21 +185,9 @@ class Pool:
         )
         return Reweighted(
             helmholtz=trial.spectrum.free_energy + self.mean_energy / n_cells + mean,
-            helmholtz_error=ratio_error(weights, excess, pairs=True),
             weights=weights,
             effective_sample=effective_number(weights),
             force=force,
             curvature=curvature,
             stress=stress,
         )
-
-
-def ratio_error(weights: np.ndarray, values: np.ndarray, *, pairs: bool) -> float:
-    """Standard error of sum(w x) / sum(w) to first order; ``pairs``: neighbours belong together and
-    count as one."""
-    deviations = weights * (values - weights @ values / weights.sum())
-    if pairs:
-        deviations, weights = deviations[0::2] + deviations[1::2], weights[0::2] + weights[1::2]
-    if len(weights) < 2:
-        return float("inf")
-    return float(deviations.std(ddof=1) / np.sqrt(len(weights)) / weights.mean())

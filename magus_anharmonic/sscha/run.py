@@ -1,8 +1,8 @@
 """One SSCHA run, population by population: the caller decides after each whether to go on.
 
 Every population is a fresh ensemble of the state it was drawn from, so that its averages are free
-of the bias of the
-minimisation: that bias (low, by about free parameters over configurations) shows in no error bar.
+of the bias of the minimisation: that bias (low, by about free parameters over configurations) shows
+in no error bar.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ import numpy as np
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.sscha.cell import CellStiffness
-from magus_anharmonic.sscha.engines import Minimised, Population, engine
+from magus_anharmonic.sscha.engines import Population, engine
 from magus_anharmonic.sscha.ensemble import Averages, Ensemble, average, gamma_matrix, joined
 from magus_anharmonic.sscha.identity import (
     EXACT,
-    SIGMAS,
-    SURE,
+    Answer,
     Higher,
     Question,
-    higher_symmetries,
+    answer,
+    ask,
     symmetrised,
-    undecided,
 )
-from magus_anharmonic.sscha.initial_state import same_gaussian, start_run
-from magus_anharmonic.sscha.result import RunFolder, SschaResult
+from magus_anharmonic.sscha.initial_state import start_run
+from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
 from magus_anharmonic.sscha.sampling import evaluated, sample_ensemble
 from magus_anharmonic.sscha.start import (
     LARGEST_AMPLITUDE_LATER,
@@ -38,11 +37,10 @@ from magus_anharmonic.sscha.start import (
     floor_modes,
     nearest_neighbour,
 )
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, same_gaussian
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import (
     SIGNIFICANT,
-    Progress,
     Task,
     finished_result,
     gibbs_energy,
@@ -73,8 +71,6 @@ SMALLEST_BURN_IN = (20, 100)
 """Least configurations of a burn-in population, where ``n_configs`` allows: 12 for every atom of
 the cell without symmetry (a force component has to determine an eighth of a force constant),
 divided by the operations; not outside of these two."""
-QUESTIONS = 4
-"""Most populations that decide between two phases."""
 RATIO = "lindemann_ratio"
 """Column of ``convergence.csv``: the largest of the state's."""
 USED_UP = 1.2
@@ -86,9 +82,8 @@ class SschaRun:
     """A run that can be stopped after any population and finished, or left and taken up again from
     its folder.
 
-    state : that of the last population (before the first: the start). averages : of the last
-    population. reason : why the last population does not end the run, empty when it does. progress
-    : the table and the free energies so far.
+    progress : the table, the free energies and all else that is kept besides the populations. state
+    : that of the last population (before the first: the start). averages : of the last population.
     """
 
     def __init__(
@@ -102,43 +97,61 @@ class SschaRun:
         self.progress = progress if progress is not None else Progress()
         self.start = self._read_or_make_start()
         self.progress.n_evaluations = self.start.n_evaluations
-        self.state = self.start.state
-        self.symmetry = Symmetry(self.state.atoms, self.state.supercell_matrix)
-        self.averages: Averages | None = None
-        self.reason = "no population yet"
-        self._cell = self.start.stiffness(self.symmetry, task.pressure)
-        self._populations: list[Population] = []
-        self._numbers: list[list[int]] = []
-        self._predicted: tuple[np.ndarray, np.ndarray] | None = None
-        self._limited = False
         # the minimum of another model is only near that of this one: burn-in here too
-        self._burn_in_next = task.start is None or task.configurations is not None
-        self._burn_in = False
-        self._size = 0
-        self._group = ""
-        self._nearest: Higher | None = None
+        self.progress.burn_in = task.start is None or task.configurations is not None
+        self.averages: Averages | None = None
+        self._phase = Answer()
         self._question: Question | None = None
-        self._back: Question | None = None
-        self._open = ""
-        self._asked = 0
-        self._moved = self._once_more = False
-        self._requests: list[int | None] = []
-        self._restore()
+        state = self.start.state
+        self._go_on_from(state, Symmetry(state.atoms, state.supercell_matrix))
+        self._resume()
 
-    def _usual_size(self) -> int:
-        """Configurations of the next population: fewer in burn-in."""
-        settings = self.task.settings
-        full, most = settings.configurations(self.n_populations + 1), settings.n_configs
-        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
-        return (
-            2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
-            if self._burn_in
-            else full
-        )
+    def _read_or_make_start(self) -> Start:
+        start = self.folder.read_start()
+        if start is None:
+            start = start_run(self.task, self._evaluator)
+            self.folder.write_start(start)
+        return start
+
+    def _go_on_from(self, state: SschaState, symmetry: Symmetry) -> None:
+        """Take a state that no population is of, with what its symmetry leaves of the cell."""
+        self.state, self.symmetry = state, symmetry
+        self._cell = self.start.stiffness(symmetry, self.task.pressure)
+        self._populations: list[Population] = []
+        self.progress.pooled = []
+
+    def _resume(self) -> None:
+        """Take up a run after its last population; one that was kept in another way begins anew, on
+        the populations it left."""
+        stored = self.folder.read_progress()
+        if stored is None or len(stored.rows) > self.task.settings.max_populations:
+            return
+        if stored.moved:
+            # the few runs that were moved onto another symmetry go over their populations again:
+            # there are two states to keep
+            for request in stored.requests:
+                self.advance(request)
+            return
+        found = [self.folder.read_pooled(numbers, self.state) for numbers in stored.pooled]
+        populations = [one for one in found if one is not None]
+        if len(populations) < len(found):
+            return
+        vars(self.progress).update(vars(stored))
+        self._populations = populations
+        self.state, ensemble = populations[-1]
+        if stored.cell is not None and self._cell is not None:
+            matrix, covariance = (np.array(array) for array in stored.cell)
+            self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
+        self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
 
     @property
     def n_populations(self) -> int:
         return len(self.progress.rows)
+
+    @property
+    def reason(self) -> str:
+        """Why the last population does not end the run, empty when it does."""
+        return self.progress.reason
 
     @property
     def converged(self) -> bool:
@@ -163,21 +176,25 @@ class SschaRun:
         crystal falls apart or melts, the sample collapses or the evaluator returns numbers that are
         not finite; what was done before stays in ``progress``.
         """
-        self._requests.append(n_configs)
-        if self.averages is not None and (self.converged or self._once_more):
+        self.progress.requests.append(n_configs)
+        step, strained = self._phase.step, None
+        if self.averages is not None and (self.converged or step == "once more"):
             return self._more(n_configs or self._missing())
-        if self._nearest is not None:
-            self._symmetrise(self._nearest)
-        elif self._back is not None:
-            self._return(self._back)
+        if isinstance(step, Higher):
+            self._symmetrise(step)
+        elif isinstance(step, Question):
+            self._go_on_from(step.lower, step.symmetry)
+            self.progress.group, self._question = step.group, None
         elif self._populations:
-            self._minimise()
-        self._burn_in = n_configs is None and self._burn_in_next
-        self._size = n_configs or self._usual_size()
-        ensemble = self._sample(self._size)
+            strained = self._minimise()
+        size = n_configs or self._usual_size()
+        ensemble = self._sample(size)
         self._populations = [*self._populations, (self.state, ensemble)][-MAX_POOLED:]
-        self._numbers = [*self._numbers, [self.n_populations + 1]][-MAX_POOLED:]
-        return self._average(ensemble)
+        pooled = [*self.progress.pooled, [self.n_populations + 1]]
+        self.progress.pooled = pooled[-MAX_POOLED:]
+        burn_in = n_configs is None and self.progress.burn_in
+        few = size if burn_in and size < self.task.settings.n_configs else None
+        return self._average(ensemble, strained, few)
 
     def finish(self, n_configs: int | None = None) -> SschaResult:
         """The result. With ``n_configs`` one more ensemble first: of the same state, and both
@@ -188,22 +205,30 @@ class SschaRun:
         loose = melted(self.state)
         if loose and self.converged:
             raise SschaError(loose)
-        reason = "; ".join(filter(None, ("" if self._open else self.reason, loose)))
-        group = self._open or self._group
+        both = self.progress.open
         result = finished_result(
             self.task,
             self.state,
             self.averages,
             self.progress,
             self.start,
-            reason,
-            group,
+            "; ".join(filter(None, ("" if both else self.reason, loose))),
+            both or self.progress.group,
             self._began,
         )
-        if self._open and result.converged:
+        if both and result.converged:
             result = replace(result, reason=self.reason)
         self.folder.write_result(result)
         return result
+
+    def _usual_size(self) -> int:
+        """Configurations of the next population: fewer in burn-in."""
+        settings = self.task.settings
+        full, most = settings.configurations(self.n_populations + 1), settings.n_configs
+        if not self.progress.burn_in:
+            return full
+        least = int(np.clip(12 * len(self.state.atoms) / len(self.symmetry), *SMALLEST_BURN_IN))
+        return 2 * (min(full, max(int(BURN_IN_FRACTION * most), least)) // 2)
 
     def _missing(self) -> int:
         """Configurations that bring the error of G below ``error_tolerance``, as far as
@@ -219,55 +244,42 @@ class SschaRun:
     def _more(self, n_configs: int) -> dict[str, Any]:
         """Another ensemble of the last state, averaged together with the last one."""
         state, last = self._populations[-1]
-        more = self._sample(n_configs)
-        pooled = joined([last, more])
+        pooled = joined([last, self._sample(n_configs)])
         self._populations[-1] = (state, pooled)
-        self._numbers[-1] = [*self._numbers[-1], self.n_populations + 1]
-        self._predicted = None
+        self.progress.pooled[-1] = [*self.progress.pooled[-1], self.n_populations + 1]
         return self._average(pooled)
 
-    def _read_or_make_start(self) -> Start:
-        start = self.folder.read_start()
-        if start is None:
-            task = self.task
-            start = start_run(
-                task.atoms,
-                self._evaluator,
-                task.settings,
-                pressure=task.pressure,
-                temperature=task.temperature,
-                masses=task.masses,
-                start=task.start,
-            )
-            self.folder.write_start(start)
-        return start
-
-    def _minimise(self) -> None:
+    def _minimise(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Move the state: centroids and force constants by the engine, the cell by the stress
-        response."""
-        settings = self.task.settings
+        response; see `_strain`."""
+        settings, progress = self.task.settings, self.progress
         minimised = engine(settings.engine)(
             self._populations,
             self.symmetry,
             min_effective_sample=settings.min_effective_sample,
             log=self.folder.log,
         )
-        self.progress.rows[-1].update(_of_minimisation(minimised))
-        self.folder.write_convergence(self.progress.rows)
+        progress.rows[-1] |= {
+            "effective_sample": minimised.effective_sample,
+            "fc_gradient_eV_per_A2": minimised.fc_gradient,
+            "centroid_gradient_A": minimised.centroid_gradient,
+            "n_steps": minimised.n_steps,
+        }
+        self.folder.write_convergence(progress.rows)
         log.debug(
             "%d steps to an effective sample of %.2f", minimised.n_steps, minimised.effective_sample
         )
         self.state = floor_modes(minimised.state, self.symmetry, LARGEST_AMPLITUDE_LATER)
-        self._limited = self.state is not minimised.state
+        progress.limited = self.state is not minimised.state
         used_up = minimised.effective_sample < USED_UP * settings.min_effective_sample
-        self._burn_in_next = used_up and self.n_populations < settings.max_populations // 2
-        self._predicted = None
-        if self._cell is not None:
-            self._strain(self._cell, minimised.stress)
+        progress.burn_in = used_up and self.n_populations < settings.max_populations // 2
+        return None if self._cell is None else self._strain(self._cell, minimised.stress)
 
-    def _strain(self, cell: CellStiffness, stress: np.ndarray) -> None:
+    def _strain(
+        self, cell: CellStiffness, stress: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Take the step of the cell that removes the excess of ``stress`` (3, 3), unless it is
-        noise or not worth a new sample."""
+        noise or not worth a new sample; excess and step, where it was taken."""
         assert self.averages is not None
         settings, n = self.task.settings, len(self.state.atoms)
         excess = cell.excess(stress)
@@ -282,14 +294,15 @@ class SschaRun:
         far = np.abs(left) > np.maximum(
             KEEP_CELL * settings.strain_tolerance, SIGNIFICANT * self.averages.strain_error
         )
+        if not (worth or np.any(far)):
+            return None
         step = cell.step(excess)
-        if worth or np.any(far):
-            self._predicted = (excess, step)
-            compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
-            self.state = self.state.strained(
-                cell.strain(step), (compliance @ (step @ cell.forces)).reshape(-1, 3)
-            )
-            self._populations, self._numbers = [], []
+        compliance = np.linalg.pinv(gamma_matrix(self.state), rcond=1e-9)
+        shift = (compliance @ (step @ cell.forces)).reshape(-1, 3)
+        # of a single atom the compliance is rounding alone
+        self.state = self.state.strained(cell.strain(step), shift - shift.mean(axis=0))
+        self._populations, self.progress.pooled = [], []
+        return excess, step
 
     def _sample(self, n_configs: int) -> Ensemble:
         """The next ensemble of the state: from the folder if it is there, else drawn and evaluated
@@ -317,81 +330,34 @@ class SschaRun:
             len(first.energies),
         )
         missing = n_configs - len(first.energies)
-        return (
-            joined([first, sample_ensemble(self.state, missing, seed, self._evaluator, what)])
-            if missing
-            else first
-        )
+        if not missing:
+            return first
+        return joined([first, sample_ensemble(self.state, missing, seed, self._evaluator, what)])
 
-    def _remember(self) -> None:
-        """What `_restore` needs besides the populations; the run goes on from here without going
-        over them again."""
-        assert self.averages is not None
-        cell = self._cell
-        self.folder.write_progress(
-            {
-                "rows": self.progress.rows,
-                "gibbs": self.progress.gibbs,
-                "n_evaluations": self.progress.n_evaluations,
-                "pooled": self._numbers,
-                "cell": None if cell is None else [cell.matrix.tolist(), cell.covariance.tolist()],
-                "limited": self._limited,
-                "asked": self._asked,
-                "group": self._group,
-                "open": self._open,
-                "moved": self._moved,
-                "requests": self._requests,
-                "burn_in": self._burn_in_next,
-                "reason": self.reason,
-            }
-        )
+    def _average(
+        self,
+        ensemble: Ensemble,
+        strained: tuple[np.ndarray, np.ndarray] | None = None,
+        few: int | None = None,
+    ) -> dict[str, Any]:
+        """The row of an ensemble of the state, and what it says about the end of the run.
 
-    def _restore(self) -> None:
-        """Take up a run after its last population; one that was kept in another way begins anew, on
-        the populations it left."""
-        stored = self.folder.read_progress()
-        if stored is None or len(stored["rows"]) > self.task.settings.max_populations:
-            return
-        if stored["moved"]:
-            # the few runs that were moved onto another symmetry go over their populations again:
-            # there are two states to keep
-            for request in stored["requests"]:
-                self.advance(request)
-            return
-        populations = [self.folder.read_pooled(numbers, self.state) for numbers in stored["pooled"]]
-        if not populations or None in populations:
-            return
-        self._numbers, self._populations = (
-            stored["pooled"],
-            [found for found in populations if found is not None],
-        )
-        self.progress.rows, self.progress.gibbs = (
-            stored["rows"],
-            [(gibbs, error) for gibbs, error in stored["gibbs"]],
-        )
-        self.progress.n_evaluations = stored["n_evaluations"]
-        self.state, ensemble = self._populations[-1]
-        if stored["cell"] is not None and self._cell is not None:
-            matrix, covariance = (np.array(array) for array in stored["cell"])
-            self._cell = replace(self._cell, matrix=matrix, covariance=covariance)
+        ``strained`` : see `_strain`; ``few`` : its configurations, where they are too few to end a
+        run.
+        """
+        progress = self.progress
+        if self._cell is not None and strained is not None:
+            excess, step = strained
+            found = average(self.state, ensemble, self.symmetry, cell=self._cell)
+            # the stress before the step was an average over a population of about this size too
+            self._cell = self._cell.learned(step, found.excess - excess, 2.0 * found.noise)
         self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
-        self._limited, self._burn_in_next, self.reason = (
-            stored["limited"],
-            stored["burn_in"],
-            stored["reason"],
-        )
-        self._asked, self._group, self._open = stored["asked"], stored["group"], stored["open"]
-        self._requests = stored["requests"]
-
-    def _average(self, ensemble: Ensemble) -> dict[str, Any]:
-        if self._cell is not None and self._predicted is not None:
-            self._learn(self._cell, ensemble, *self._predicted)
-        self.averages = average(self.state, ensemble, self.symmetry, cell=self._cell)
-        self.progress.gibbs.append(gibbs_energy(self.state, self.averages, self.task.pressure))
+        progress.gibbs.append(gibbs_energy(self.state, self.averages, self.task.pressure))
         number = self.n_populations + 1
-        row = _row(number, self.state, self.averages, self.progress)
-        self.progress.rows.append(row)
-        self.folder.write_convergence(self.progress.rows)
+        row = _row(number, self.state, self.averages, progress)
+        progress.rows.append(row)
+        self.folder.write_convergence(progress.rows)
+        before = progress.rows[-2] if number > 1 else {}
         log.info(
             "population %d of at most %d: G = %.5f +- %.5f eV/atom, pressure %.2f GPa, predicted"
             " decrease %.2f meV/atom; ESS of the minimisation %.2f",
@@ -401,104 +367,45 @@ class SschaRun:
             row["error_eV_per_atom"],
             row["pressure_GPa"],
             1e3 * row["predicted_decrease_eV_per_atom"],
-            self.progress.rows[-2]["effective_sample"] if number > 1 else 1.0,
+            before.get("effective_sample", 1.0),
         )
         _require_crystal(self.state, self.start.state)
         # a state before convergence may be too wide; two in a row are where the run goes
-        if (
-            number > 1
-            and (self.progress.rows[-2].get(RATIO) or 0.0) > MELTED
-            and (reason := melted(self.state))
-        ):
+        if (before.get(RATIO) or 0.0) > MELTED and (reason := melted(self.state)):
             raise SschaError(reason)
-        self.reason = unconverged(self.averages, self.progress, len(self.state.atoms), self.task)
-        if self._limited:
+        progress.reason = unconverged(self.averages, progress, len(self.state.atoms), self.task)
+        if progress.limited:
             limit = (
                 "soft modes were kept from moving neighbours by more than"
                 f" {LARGEST_AMPLITUDE_LATER:g} of their distance"
             )
-            self.reason = "; ".join(filter(None, (self.reason, limit)))
-        if self._burn_in and self._size < self.task.settings.n_configs and not self.reason:
-            self.reason = f"a population of {self._size} configurations only"
-        self._once_more, self._open = False, ""
-        self.reason = self.reason or self._identity(ensemble)
-        self._remember()
+            progress.reason = "; ".join(filter(None, (progress.reason, limit)))
+        if few and not progress.reason:
+            progress.reason = f"a population of {few} configurations only"
+        self._phase = self._identity(self.averages, ensemble) if not progress.reason else Answer()
+        progress.open, progress.group = self._phase.both, self._phase.group or progress.group
+        progress.reason = progress.reason or self._phase.reason
+        progress.moved |= isinstance(self._phase.step, Higher)
+        progress.cell = None if self._cell is None else [self._cell.matrix, self._cell.covariance]
+        self.folder.write_progress(progress)
         return row
 
-    def _identity(self, ensemble: Ensemble) -> str:
-        """What is open about the phase that a relaxed run is in, both answers in ``self._open``;
-        empty once ``self._group`` is known."""
-        assert self.averages is not None
-        if self._group:
-            return ""
-        self._asked += 1
-        mine = space_group(self.state.atoms, EXACT)
+    def _identity(self, averages: Averages, ensemble: Ensemble) -> Answer:
+        """What a relaxed run knows of the phase that it is in."""
+        if self.progress.group:
+            return Answer(self.progress.group)
+        self.progress.asked += 1
         if self._question is not None:
-            return self._answer(self._question, ensemble, mine)
-        higher = higher_symmetries(self.state, self.averages, self._cell)
-        near = [one for one in higher if one.sigmas < SIGMAS]
-        if near:
-            self._nearest, self._moved = near[-1], True
-            self._open = undecided(mine, near[-1].group, near[-1].sigmas)
-            return (
-                f"{near[-1].group} is {near[-1].sigmas:.1f} standard errors away and to be"
-                " looked at"
-            )
-        unsure = [one for one in higher if SIGMAS <= one.sigmas < SURE]
-        if unsure and self._asked == 1:
-            self._open = undecided(mine, unsure[0].group, unsure[0].sigmas)
-            return (
-                f"the distance of {unsure[0].sigmas:.1f} standard errors from {unsure[0].group} is"
-                " to be seen again"
-            )
-        self._group = mine
-        return ""
-
-    def _answer(self, question: Question, ensemble: Ensemble, mine: str) -> str:
-        """Whether the higher symmetry that the run was moved onto is a minimum of the free
-        energy."""
-        sigmas = question.sigmas(self.state, ensemble)
-        log.info(
-            "%s: curvature towards %s is %.1f standard errors above zero",
-            mine,
-            question.group,
-            sigmas,
-        )
-        self._open = undecided(question.group, mine, sigmas)
-        if sigmas < -SIGMAS:
-            self._back = question
-            return f"{mine} is a saddle point, back to {question.group}"
-        if abs(sigmas) <= SIGMAS and self._asked < QUESTIONS:
-            self._once_more = True
-            return f"{question.group} or {mine}: {sigmas:.1f} standard errors"
-        self._open = ""
-        self._group = mine if sigmas > SIGMAS else undecided(question.group, mine, sigmas)
-        return ""
+            return answer(self._question, self.state, ensemble, self.progress.asked)
+        return ask(self.state, averages, self._cell, self.progress.asked)
 
     def _symmetrise(self, higher: Higher) -> None:
         """Go on from the higher symmetry, with the way back kept."""
         lower, symmetry = self.state, self.symmetry
-        state, self.symmetry = symmetrised(lower, higher)
+        state, new = symmetrised(lower, higher)
         self._question = Question(lower, symmetry, space_group(lower.atoms, EXACT), higher.toward)
-        self.state = floor_modes(state, self.symmetry, LARGEST_AMPLITUDE_LATER)
-        self._limited, self._nearest, self._burn_in_next = False, None, False
-        self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
-        self._populations, self._numbers = [], []
-
-    def _return(self, question: Question) -> None:
-        """Go on from the lower symmetry: the higher one was a saddle point."""
-        self.state, self.symmetry, self._group = question.lower, question.symmetry, question.group
-        self._cell = self.start.stiffness(self.symmetry, self.task.pressure)
-        self._populations, self._numbers, self._question, self._back = [], [], None, None
-
-    def _learn(
-        self, cell: CellStiffness, ensemble: Ensemble, excess: np.ndarray, step: np.ndarray
-    ) -> None:
-        """What the last step of the cell did to the stress, into the stiffness; once for a step."""
-        found = average(self.state, ensemble, self.symmetry, cell=cell)
-        # the stress before the step was an average over a population of about this size too
-        self._cell = cell.learned(step, found.excess - excess, 2.0 * found.noise)
-        self._predicted = None
+        self._go_on_from(floor_modes(state, new, LARGEST_AMPLITUDE_LATER), new)
+        self.progress.limited = self.progress.burn_in = False
 
 
 def _require_crystal(state: SschaState, start: SschaState) -> None:
@@ -536,13 +443,4 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "centroid_gradient_A": None,
         "n_steps": 0,
         RATIO: float(lindemann_ratios(state)[0].max()),
-    }
-
-
-def _of_minimisation(minimised: Minimised) -> dict[str, Any]:
-    return {
-        "effective_sample": minimised.effective_sample,
-        "fc_gradient_eV_per_A2": minimised.fc_gradient,
-        "centroid_gradient_A": minimised.centroid_gradient,
-        "n_steps": minimised.n_steps,
     }

@@ -8,6 +8,7 @@ index = R * n_atoms + a.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -189,36 +190,56 @@ class SschaState:
         return replace(self, atoms=atoms)
 
 
+def state_digest(state: SschaState) -> str:
+    """Twelve hex digits that identify a state."""
+    digest = hashlib.sha256()
+    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
+        digest.update((np.round(array, 6) + 0.0).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def agree(one: SschaState, other: SschaState, *names: str, atol: float) -> bool:
+    """Whether two states have the same supercell and, to ``atol``, the same ``names``:
+    force_constants (eV/A^2), positions, cell (A), masses (amu)."""
+    if one.supercell_matrix != other.supercell_matrix or len(one.atoms) != len(other.atoms):
+        return False
+    parts = [
+        {"force_constants": state.force_constants, "cell": state.atoms.cell.array}
+        | {"positions": state.atoms.positions, "masses": state.atoms.get_masses()}
+        for state in (one, other)
+    ]
+    return all(np.allclose(*(part[name] for part in parts), 0.0, atol) for name in names)
+
+
 def same_gaussian(one: SschaState, other: SschaState) -> bool:
     """Whether configurations drawn from one state are as good as from the other: all that the
     density depends on agrees."""
-    if (
-        one.supercell_matrix != other.supercell_matrix
-        or one.temperature != other.temperature
-        or len(one.atoms) != len(other.atoms)
-    ):
-        return False
-    pairs = (
-        (one.force_constants, other.force_constants),
-        (one.atoms.get_masses(), other.atoms.get_masses()),
-        (one.atoms.cell.array, other.atoms.cell.array),
+    return one.temperature == other.temperature and agree(
+        one, other, "force_constants", "masses", "cell", atol=1e-7
     )
-    return all(np.allclose(a, b, rtol=0.0, atol=1e-7) for a, b in pairs)
+
+
+def translations(masses: np.ndarray) -> np.ndarray:
+    """(3n, 3) orthonormal mass-weighted translations of atoms with ``masses`` (n,)."""
+    root = np.sqrt(masses)
+    return np.kron((root / np.linalg.norm(root))[:, None], np.eye(3))
+
+
+def without_zero_modes(gamma: np.ndarray, masses: np.ndarray, largest: float) -> np.ndarray:
+    """A mass-weighted matrix of lattice-periodic displacements whose translations lie above
+    everything else; ``largest`` : element of all matrices."""
+    still = translations(masses)
+    return gamma + still @ still.T * (10.0 * max(largest, 1e-12) * len(gamma))
 
 
 def normal_modes(full: np.ndarray, masses: np.ndarray) -> Modes:
     """Modes of a force-constant matrix (eV/A^2) that obeys the acoustic sum rule; ``masses`` (n,)
     in amu."""
     root = np.sqrt(np.repeat(masses, 3))
-    translations = np.zeros((len(root), 3))
-    for axis in range(3):
-        translations[axis::3, axis] = root[axis::3]
-    translations /= np.linalg.norm(translations, axis=0)
     dynamical = full / np.outer(root, root)
-    lifted = dynamical + translations @ translations.T * (
-        10.0 * max(np.abs(dynamical).max(), 1e-12) * len(root)
+    squares, vectors = np.linalg.eigh(
+        without_zero_modes(dynamical, masses, np.abs(dynamical).max())
     )
-    squares, vectors = np.linalg.eigh(lifted)
     squares, vectors = squares[:-3], vectors[:, :-3]
     return Modes(np.sign(squares) * HBAR * np.sqrt(np.abs(squares)), vectors)
 

@@ -75,16 +75,10 @@ def determinant(matrix: np.ndarray) -> int:
     return int(np.dot(first, np.cross(second, third)))
 
 
-def adjugate(matrix: np.ndarray) -> np.ndarray:
-    """(3, 3) whole numbers: inverse times determinant."""
-    return np.stack(
-        [
-            np.cross(matrix[1], matrix[2]),
-            np.cross(matrix[2], matrix[0]),
-            np.cross(matrix[0], matrix[1]),
-        ],
-        axis=1,
-    )
+def adjugate(matrices: np.ndarray) -> np.ndarray:
+    """(..., 3, 3) whole numbers: inverse times determinant."""
+    one, two, third = np.moveaxis(matrices, -2, 0)
+    return np.stack([np.cross(two, third), np.cross(third, one), np.cross(one, two)], axis=-1)
 
 
 def hermite_form(rows: np.ndarray) -> np.ndarray:
@@ -164,9 +158,7 @@ def compatible(rotation: np.ndarray, supercell_matrix: SupercellMatrix) -> bool:
     """Whether ``rotation`` (whole numbers, column convention) maps the lattice of the supercell
     onto itself."""
     matrix = shape_supercell_matrix(supercell_matrix)
-    return bool(
-        np.all(matrix @ np.asarray(rotation).T @ adjugate(matrix) % determinant(matrix) == 0)
-    )
+    return bool(_kept(matrix[None], rotation, determinant(matrix))[0])
 
 
 def short_basis(matrix: np.ndarray, cell: np.ndarray) -> SupercellMatrix:
@@ -228,7 +220,7 @@ def smallest_supercell(
         for rotation in rotations:
             found = found[_kept(found, rotation, size)]
         if len(found):
-            inside = np.all(short @ _adjugates(found) % size == 0, axis=2)
+            inside = np.all(short @ adjugate(found) % size == 0, axis=2)
             found = found[~inside.any(axis=1)]
         if len(found):
             return min(
@@ -286,11 +278,6 @@ def sublattices(size: int) -> np.ndarray:
     return np.array(found)
 
 
-def _adjugates(matrices: np.ndarray) -> np.ndarray:
-    one, two, three_ = matrices[:, 0], matrices[:, 1], matrices[:, 2]
-    return np.stack([np.cross(two, three_), np.cross(three_, one), np.cross(one, two)], axis=2)
-
-
 def _kept(matrices: np.ndarray, rotation: np.ndarray, size: int) -> np.ndarray:
     """(m,) whether ``rotation`` maps each sublattice of index ``size`` onto itself."""
-    return np.all(matrices @ np.asarray(rotation).T @ _adjugates(matrices) % size == 0, axis=(1, 2))
+    return np.all(matrices @ np.asarray(rotation).T @ adjugate(matrices) % size == 0, axis=(1, 2))

@@ -1,10 +1,5 @@
-"""What a run is asked, when it ends, and what it says.
-
-What an SSCHA run is to compute, and how far it has come.
-
-When an SSCHA run has converged, and why it has not.
-
-From the last state and its averages to a `SschaResult`.
+"""What an SSCHA run is to compute, when it has converged and why it has not, and the result that
+its last state and averages make.
 """
 
 from __future__ import annotations
@@ -12,7 +7,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +15,10 @@ from ase import Atoms
 
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.ensemble import Averages
-from magus_anharmonic.sscha.initial_state import state_digest
 from magus_anharmonic.sscha.reciprocal import finite_size_term
-from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.result import Progress, SschaResult
 from magus_anharmonic.sscha.start import Start
-from magus_anharmonic.sscha.state import SschaState
+from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
@@ -79,15 +73,6 @@ class Task:
             "configurations": None if self.configurations is None else len(self.configurations),
             "sscha": self.settings.model_dump(mode="json", exclude=ignored),
         }
-
-
-@dataclass
-class Progress:
-    """Mutable record of a run: the table of ``convergence.csv``, and the free energies so far."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    gibbs: list[tuple[float, float]] = field(default_factory=list)
-    n_evaluations: int = 0
 
 
 SIGNIFICANT = 2.0

@@ -1,17 +1,13 @@
-"""Signs that a run means something else: melting, rotating units.
+"""Signs that a state means something else: melting, rotating units.
 
-How far atoms stray from their centroids, in distances between atoms (Lindemann's ratio): a Gaussian
-that wide is no crystal.
-
-The ratio is sqrt(<|u|^2>) of an atom over the distance of neighbours in a close packing of the same
-density, 2^(1/6) (V/N)^(1/3): the shortest bond would not do, because the atoms of a molecule stray
-by much of it together. Crystals melt at ratios about 0.1, the most quantum ones at up to 0.3,
-helium at 0 K included (Dusseault, Boninsegni, arXiv:1612.08006, and what they cite). So a ratio
-above 0.3 is beyond any crystal, whatever moves the atoms; and thermal motion alone, that is what is
-above the zero-point part, beyond 0.15 is where classical crystals are liquid: superheated at best,
-and said so.
-
-Molecular units that turn further than a Gaussian in Cartesian coordinates can follow.
+How far atoms stray from their centroids is measured in distances between atoms (Lindemann's ratio):
+sqrt(<|u|^2>) of an atom over the distance of neighbours in a close packing of the same density,
+2^(1/6) (V/N)^(1/3). The shortest bond would not do, because the atoms of a molecule stray by much
+of it together. Crystals melt at ratios about 0.1, the most quantum ones at up to 0.3, helium at 0 K
+included (Dusseault, Boninsegni, arXiv:1612.08006, and what they cite). So a ratio above 0.3 is
+beyond any crystal, whatever moves the atoms; and thermal motion alone, that is what is above the
+zero-point part, beyond 0.15 is where classical crystals are liquid: superheated at best, and said
+so.
 
 SSCHA's density matrix (Eq. 3 of the paper) is Gaussian in Cartesian displacements: a bond that
 librates by a large angle is stretched on the chord instead of turning on the arc, so the free
@@ -48,33 +44,25 @@ def lindemann_ratios(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
 def melted(state: SschaState) -> str:
     """Why the state is no crystal; empty when it may be one."""
     ratios, _ = lindemann_ratios(state)
-    worst = _beyond(ratios, MELTED)
-    if worst is None:
+    worst = int(np.argmax(ratios))
+    if ratios[worst] <= MELTED:
         return ""
     atom = f"atom {worst + 1} ({state.atoms.symbols[worst]})"
-    return f"melted: {atom} {_strays(ratios[worst])} (limit {MELTED:g})"
+    return f"melted: {atom} strays by {_distances(ratios[worst])} (limit {MELTED:g})"
 
 
 def melting_warning(state: SschaState) -> str:
     """One sentence when thermal motion is that of a liquid, else an empty string."""
     _, thermal = lindemann_ratios(state)
-    worst = _beyond(thermal, THERMAL)
-    if worst is None:
+    worst = int(np.argmax(thermal))
+    if thermal[worst] <= THERMAL:
         return ""
-    return (
-        f"may have melted: {state.atoms.symbols[worst]} {_strays(thermal[worst])} by thermal motion"
-        f" alone (limit {THERMAL:g})"
-    )
+    strays = f"{state.atoms.symbols[worst]} strays by {_distances(thermal[worst])}"
+    return f"may have melted: {strays} by thermal motion alone (limit {THERMAL:g})"
 
 
-def _beyond(ratios: np.ndarray, limit: float) -> int | None:
-    """The atom of the largest ratio, where that is above the limit."""
-    worst = int(np.argmax(ratios))
-    return worst if ratios[worst] > limit else None
-
-
-def _strays(ratio: float) -> str:
-    return f"strays by {ratio:.2f} of the distance between atoms"
+def _distances(ratio: float) -> str:
+    return f"{ratio:.2f} of the distance between atoms"
 
 
 H2_BOND = 0.85

@@ -198,7 +198,7 @@ def one_ensemble(
 
     def theirs() -> None:
         results["theirs"] = python_sscha.minimise(
-            state, ensemble, symmetry, min_effective_sample=0.2, log=LOG
+            [(state, ensemble)], symmetry, min_effective_sample=0.2, log=LOG
         )
 
     def ours() -> None:

@@ -1,26 +1,26 @@
-"""What ``magus-anharmonic hessian`` does: a finished SSCHA run (or a structure, which is run first)
-to phonons and a verdict."""
+"""The Hessian of a finished SSCHA run (or of a structure, which is run first) to files, phonons and
+a verdict."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
-from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import versions
-from magus_anharmonic.io.files import write_json, write_text
+from magus_anharmonic.io.files import write_json
+from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
-from magus_anharmonic.sscha.phonons import dispersion, draw_dispersion, write_dispersion
+from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.sampling import sample_ensemble
@@ -35,8 +35,6 @@ log = logging.getLogger(__name__)
 SAMPLING_TAG = 4177
 """Separates the random numbers of these ensembles from those of other purposes with the same
 seed."""
-
-
 WHAT = "magus-anharmonic hessian"
 """Names this work in the lock of its folder."""
 
@@ -58,27 +56,6 @@ class HessianReport:
                 " with it."
             )
         return lines
-
-
-def check_source(source: Path, checkpoint: str | None, n_configs: int | None) -> bool:
-    """Whether ``source`` is the folder of a finished run (else it is a structure file). Raises
-    ``InputError`` before any work."""
-    if n_configs is not None and (n_configs < 4 or n_configs % 2):
-        raise InputError(f"--n-configs: {n_configs}: must be even and at least 4")
-    if source.is_dir():
-        if not (source / "result.json").is_file():
-            raise InputError(
-                f"{source}: has no result.json: not the folder of a finished SSCHA run (rank keeps"
-                " them in sscha/<id>)"
-            )
-        return True
-    read_structure(source)
-    if checkpoint is None:
-        raise InputError(
-            "--checkpoint: a structure needs one (a MatterSim name, a path, or a shipped"
-            " checkpoint)"
-        )
-    return False
 
 
 def hessian_of_run(
@@ -160,72 +137,52 @@ def ensemble_of(
 
 
 def hessian_of_structure(
-    structure: str | Path,
+    atoms: Atoms,
     output: str | Path,
     evaluator: Evaluator,
     *,
-    pressure: float,
-    temperature: float,
-    supercell: Any,
     n_configs: int,
-    max_populations: int = 30,
-    fixed_cell: bool = False,
     include_v4: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> HessianReport:
-    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian.
+    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian; ``options`` as
+    `free_energy` takes them.
 
     Raises ``SschaError`` when the relaxation fails, ``InputError`` where another process works in
     ``output``.
     """
-    from magus_anharmonic.sscha.gibbs import free_energy
-
-    output = Path(output)
+    run, output = Path(output) / "sscha", Path(output)
     with locked(output, WHAT):
         result = free_energy(
-            read_structure(structure),
-            evaluator,
-            pressure,
-            temperature,
-            supercell=supercell,
-            cell="fixed" if fixed_cell else "variable",
-            n_configs=n_configs,
-            max_populations=max_populations,
-            seed=seed,
-            directory=output / "sscha",
+            atoms, evaluator, n_configs=n_configs, seed=seed, directory=run, **options
         )
         if result.force_constants is None:
-            raise SschaError(f"{structure}: SSCHA failed: {result.reason}")
+            raise SschaError(f"{atoms.get_chemical_formula()}: SSCHA failed: {result.reason}")
         if not result.converged:
             log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
-        return _hessian_of_run(output / "sscha", output, evaluator, n_configs, include_v4, seed)
+        return _hessian_of_run(run, output, evaluator, n_configs, include_v4, seed)
 
 
-def read_structure(path: str | Path) -> Any:
-    """The one structure of a file; raises ``InputError``."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file, and no folder of a finished SSCHA run")
-    found = read_structures(path)
-    if len(found) != 1:
-        raise InputError(
-            f"{path}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes many)"
-        )
-    return found[0]
+def shown_point(q: np.ndarray) -> str:
+    """``(0.5, 0, 0)``."""
+    return "(" + ", ".join(f"{value:g}" for value in np.round(q, 4)) + ")"
+
+
+def shown_wavenumber(hessian: Hessian, q: int, mode: int) -> str:
+    """``-12.3 +- 0.4``: of a mode in cm^-1, with its standard error where it is known."""
+    shown = f"{hessian.hbar_omega[q, mode] * EV_IN_CM1:.1f}"
+    if hessian.hbar_omega_error is None:
+        return shown
+    return f"{shown} +- {hessian.hbar_omega_error[q, mode] * EV_IN_CM1:.1f}"
 
 
 def verdict(hessian: Hessian) -> list[str]:
     """Stable, saddle or undecided, why, and how sure."""
     q, mode = hessian.lowest
-    hbar_omega = hessian.hbar_omega[q, mode] * EV_IN_CM1
-    error = (
-        ""
-        if hessian.hbar_omega_error is None
-        else f" +- {hessian.hbar_omega_error[q, mode] * EV_IN_CM1:.1f}"
-    )
-    point = "(" + ", ".join(f"{value:g}" for value in np.round(hessian.points[q], 4)) + ")"
-    lowest = (
-        f"{'imaginary ' if hbar_omega < 0 else ''}{abs(hbar_omega):.1f}{error} cm^-1 at q = {point}"
-    )
+    shown = shown_wavenumber(hessian, q, mode)
+    sign = "imaginary " if hessian.hbar_omega[q, mode] < 0 else ""
+    lowest = f"{sign}{shown.removeprefix('-')} cm^-1 at q = {shown_point(hessian.points[q])}"
     words = {
         "stable": (
             "Stable: every mode of the supercell is positive beyond two standard errors; the least"
@@ -285,7 +242,7 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
-    write_text(folder / "frequencies.csv", frequency_table(hessian))
+    write_frequencies(hessian, folder / "frequencies.csv")
     found = dispersion(hessian, harmonic)
     write_dispersion(found, folder / "dispersion.csv")
     title = (
@@ -297,77 +254,44 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_json(folder / "hessian.json", summary(report))
 
 
-def frequency_table(hessian: Hessian) -> str:
+def write_frequencies(hessian: Hessian, path: Path) -> None:
     """CSV: one line per q point of the supercell and mode, imaginary frequencies negative; empty
     errors where there are none."""
-    from magus_anharmonic.sscha.phonons import bands
-
+    columns = ["q1", "q2", "q3", "star", "mode", "auxiliary_meV", "hessian_meV", "error_meV"]
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "q1",
-            "q2",
-            "q3",
-            "star",
-            "mode",
-            "auxiliary_meV",
-            "hessian_meV",
-            "error_meV",
-            "hessian_per_cm",
-            "error_per_cm",
-        ]
-    )
-    errors = (
-        np.full(hessian.squares.shape, np.nan)
-        if hessian.hbar_omega_error is None
-        else hessian.hbar_omega_error
-    )
+    found, errors = hessian.hbar_omega, hessian.hbar_omega_error
+    none = errors is None
+    errors = np.zeros_like(found) if errors is None else errors
+    rows = []
     for q, point in enumerate(hessian.points):
-        for mode, hbar_omega in enumerate(hessian.hbar_omega[q]):
-            numbers = [
-                auxiliary[q, mode] * 1e3,
-                hbar_omega * 1e3,
-                errors[q, mode] * 1e3,
-                hbar_omega * EV_IN_CM1,
-                errors[q, mode] * EV_IN_CM1,
-            ]
-            shown = ["" if np.isnan(number) else f"{number:.6f}" for number in numbers]
-            writer.writerow(
-                [*(f"{value:.8f}" for value in point), hessian.star[q] + 1, mode + 1, *shown]
-            )
-    return text.getvalue()
+        for mode in range(found.shape[1]):
+            energy, error = found[q, mode], errors[q, mode]
+            numbers = [1e3 * auxiliary[q, mode], 1e3 * energy, 1e3 * error]
+            numbers += [energy * EV_IN_CM1, error * EV_IN_CM1]
+            shown = [f"{number:.6f}" for number in numbers]
+            if none:
+                shown[2] = shown[4] = ""
+            place = [f"{value:.8f}" for value in point]
+            rows.append([*place, hessian.star[q] + 1, mode + 1, *shown])
+    write_table(path, [*columns, "hessian_per_cm", "error_per_cm"], rows)
 
 
 def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
     """The softest levels for the screen: q, degeneracy, auxiliary and Hessian wave number with
     error, cm^-1."""
-    from magus_anharmonic.sscha.phonons import bands
-
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points) * EV_IN_CM1
     rows = []
     for star in np.unique(hessian.star):
         q = int(np.argmax(hessian.star == star))
         for level in levels(hessian.squares[q]):
-            if q == 0 and level[0] < 3 and np.abs(hessian.squares[0, level]).max() < 1e-12:
+            mode = int(level[0])
+            if q == 0 and mode < 3 and np.abs(hessian.squares[0, level]).max() < 1e-12:
                 continue
-            error = (
-                ""
-                if hessian.hbar_omega_error is None
-                else f" +- {hessian.hbar_omega_error[q, level[0]] * EV_IN_CM1:.1f}"
+            row = (
+                shown_point(hessian.points[q]),
+                f"{len(level)} x {int((hessian.star == star).sum())}",
+                f"{auxiliary[q, mode]:.1f}",
+                shown_wavenumber(hessian, q, mode),
             )
-            value = hessian.hbar_omega[q, level[0]] * EV_IN_CM1
-            point = "(" + ", ".join(f"{x:g}" for x in np.round(hessian.points[q], 4)) + ")"
-            rows.append(
-                (
-                    value,
-                    (
-                        point,
-                        f"{len(level)} x {int((hessian.star == star).sum())}",
-                        f"{auxiliary[q, level[0]]:.1f}",
-                        f"{value:.1f}{error}",
-                    ),
-                )
-            )
+            rows.append((hessian.hbar_omega[q, mode], row))
     return [row for _, row in sorted(rows)[:limit]]
