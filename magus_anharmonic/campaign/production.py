@@ -30,7 +30,7 @@ from magus_anharmonic.campaign.structures import (
     phases_of,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import read_rows, write_part
+from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.io.digests import digest, to_json, versions
 from magus_anharmonic.io.files import (
@@ -44,6 +44,8 @@ from magus_anharmonic.io.files import (
 )
 from magus_anharmonic.paper.quantities import kept_by_dft
 from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
@@ -316,7 +318,7 @@ def sscha(context: Context, step: Step) -> Outcome:
             f"{step.id}: no structure has a free energy; the reasons are in"
             f" {folder / 'ranking.csv'}"
         )
-    evaluations = sum(candidate.n_evaluations for candidate in candidates)
+    evaluations = sum(candidate.free_energy.n_evaluations for candidate in candidates)
     output = "none converged" if best is None else f"{best.id} {best.gibbs:.6f}"
     return Outcome(len(candidates), evaluations, output=output, failures=failures)
 
@@ -335,7 +337,7 @@ def dft(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for name in step.needs:
             chosen = changed_candidates(context.folder(name), settings.max_structures)
-            pressure = float(chosen[0][0]["pressure_GPa"]) if chosen else 0.0
+            pressure = chosen[0][0].pressure if chosen else 0.0
             log.info(
                 "%s: %d candidates changed their space group; relaxing them by DFT",
                 name,
@@ -352,14 +354,14 @@ def dft(context: Context, step: Step) -> Outcome:
                 n_labels += int(record["n_steps"])
                 group = record["space_group"]
                 if record["failed"]:
-                    failures.append((row["id"], str(record["reason"])))
+                    failures.append((row.id, str(record["reason"])))
                 rows.append(
                     SpaceGroups(
-                        row["id"],
+                        row.id,
                         pressure,
-                        row["spg_static"],
+                        row.spg_static,
                         group,
-                        row["spg_quantum"],
+                        row.spg_quantum,
                         record["enthalpy"],
                         record["reason"],
                     )
@@ -371,23 +373,19 @@ def dft(context: Context, step: Step) -> Outcome:
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 
-def changed_candidates(
-    folder: Path, limit: int | None = None
-) -> list[tuple[dict[str, str], Atoms]]:
+def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[Candidate, Atoms]]:
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest
     free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
     rows = [
         row
-        for row in read_rows(folder / "ranking.csv")
-        if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])
+        for row in read_ranking(folder / "ranking.csv")
+        if decided_group(row.spg_quantum) not in ("", row.spg_static)
     ]
     usable = [
-        row
-        for row in rows
-        if row["status"] not in ("failed", "unconverged") and row["id"] in statics
+        row for row in rows if row.status not in ("failed", "unconverged") and row.id in statics
     ]
-    return [(row, stripped(statics[row["id"]])) for row in usable[:limit]]
+    return [(row, stripped(statics[row.id])) for row in usable[:limit]]
 
 
 def read_statics(folder: Path) -> list[Atoms]:
