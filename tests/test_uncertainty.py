@@ -19,13 +19,13 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator, set_energy_errors
 from magus_anharmonic.learning.choose import farthest_points, lowest_distinct, select
 from magus_anharmonic.potential import Potential, checkpoint, load, uncertainty
-from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
+from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.labelled import labels_of
 from magus_anharmonic.potential.trainer import Architecture, from_scratch
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.ranking.uncertainty import ensemble_trust
-from magus_anharmonic.settings import LearningSettings, Settings, parse
+from magus_anharmonic.settings import FinetuneSettings, LearningSettings, Settings, parse
 
 SHAPE = Architecture(num_blocks=1, units=8, cutoff=4.0, threebody_cutoff=3.0)
 
@@ -360,7 +360,10 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
             free_energy=walks,
             workers=1,
         )
-        assert candidate.status == "sscha" and "where the model was not trained" in candidate.reason
+        assert (
+            candidate.status == "converged"
+            and "where the model was not trained" in candidate.reason
+        )
         (row,) = csv.DictReader((tmp_path / "ranking.csv").open(newline=""))
         assert float(row["model_error_eV_per_atom"]) == pytest.approx(
             atoms.info["energy_error"], abs=1e-6

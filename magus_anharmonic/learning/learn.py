@@ -494,7 +494,7 @@ def _train(
     to report."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.potential.finetune import finetune
-    from magus_anharmonic.potential.train import refit_shift
+    from magus_anharmonic.potential.trainer import refit_shift
 
     began = time.monotonic()
     module = copy.deepcopy(potential.module)

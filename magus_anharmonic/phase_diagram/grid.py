@@ -222,29 +222,34 @@ def point_of(
         result.centroids.get_chemical_formula(mode="metal", empirical=True),
         result.target_pressure,
         result.temperature,
-        result.gibbs,
-        result.gibbs_error,
+        _number(result.gibbs),
+        _number(result.gibbs_error),
         volume,
         volume_error,
         s,
         s_error,
-        result.finite_size,
-        abs(result.predicted_decrease) if status == "unconverged" else 0.0,
+        _number(result.finite_size),
+        abs(result.predicted_decrease or 0.0) if status == "unconverged" else 0.0,
         status,
         result.space_group,
         "",
         result.n_evaluations,
-        result.n_atoms_supercell,
+        result.n_atoms_supercell or 0,
         result.model_id,
         reason,
     )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
     """Volume per atom at the target pressure and its error (A^3): V (1 + (P - P_target) / B) with B
     of the run's start."""
     bulk = _bulk_modulus(folder)
-    if bulk is None or not np.isfinite(result.stress).all():
+    known = result.volume is not None and result.pressure is not None
+    if bulk is None or not known or not np.isfinite(result.stress).all():
         return math.nan, math.nan
     excess = result.pressure - result.target_pressure
     # the diagonal components taken as wholly correlated: an upper bound

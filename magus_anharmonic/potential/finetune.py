@@ -13,7 +13,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.labelled import LabelledGraphs, Scores, labels_of
 from magus_anharmonic.potential.loading import check_once
-from magus_anharmonic.potential.resources import threads_for_training
+from magus_anharmonic.potential.resources import chosen_device, threads_for_training
 from magus_anharmonic.potential.trainer import (
     Epoch,
-    FinetuneSettings,
     Trainer,
     TrainingState,
     copy_state,
     read_state,
     write_state,
 )
+from magus_anharmonic.settings import FinetuneSettings, TrainingKeys, parse
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import time_left
 
@@ -102,15 +102,15 @@ def finetune(
     of old and new to ``out``.
 
     Labels are Atoms that carry energy (eV), forces (eV/A) and stress (eV/A^3, ASE's sign).
-    ``settings`` is a `FinetuneSettings`, a mapping of its keys, or has some of its attributes
-    (``LearningSettings``). Better means the lower validation loss; without validation structures
-    the training set decides. After every epoch the whole state goes to ``<out>.state``; a run with
-    the same start, labels, settings and seed resumes from it (a damaged one is set aside), and one
-    that had finished returns what is in ``out``. For a module, ``parent_id`` and ``species``
-    (atomic numbers it was trained on; None: unknown, as for MatterSim's own) may be given; a
-    checkpoint knows them. ``weights`` says how often each training structure is seen per epoch on
-    average (default: once). ``progress`` is called after every epoch. Without ``error_estimate``
-    the model gets none (a stage that another one follows does not need it).
+    ``settings`` is a `FinetuneSettings`, a mapping of its keys, or ``LearningSettings``. Better
+    means the lower validation loss; without validation structures the training set decides. After
+    every epoch the whole state goes to ``<out>.state``; a run with the same start, labels, settings
+    and seed resumes from it (a damaged one is set aside), and one that had finished returns what is
+    in ``out``. For a module, ``parent_id`` and ``species`` (atomic numbers it was trained on; None:
+    unknown, as for MatterSim's own) may be given; a checkpoint knows them. ``weights`` says how
+    often each training structure is seen per epoch on average (default: once). ``progress`` is
+    called after every epoch. Without ``error_estimate`` the model gets none (a stage that another
+    one follows does not need it).
 
     What comes out is compared with stock MatterSim, alone and in a batch, as by `load`
     (`magus_anharmonic.potential.loading`).
@@ -119,15 +119,21 @@ def finetune(
     weights, ``out`` is a folder), CheckpointError, and MagusAnharmonicError when that comparison
     fails.
     """
-    settings = FinetuneSettings.of(settings)
+    settings = _stage(settings)
     _check_arguments(train, validation, weights, Path(out))
     module, known = _start(start, device)
     species = known if species is None else species
     if species is not None:
         species = set(species).union(*(atoms.numbers.tolist() for atoms in train))
     labels = list(train)
-    run = _Run(module, labels, list(validation) or labels, settings, Path(out), seed, weights)
-    run.parent_id, run.species, run.error_estimate = (
+    run = _Run(
+        module,
+        labels,
+        list(validation) or labels,
+        settings,
+        Path(out),
+        seed,
+        None if weights is None else np.asarray(weights, dtype=float),
         parent_id or checkpoint.model_id(module),
         species,
         error_estimate,
@@ -171,6 +177,14 @@ def _check_arguments(
         )
 
 
+def _stage(settings: Any) -> FinetuneSettings:
+    if isinstance(settings, FinetuneSettings):
+        return settings
+    if isinstance(settings, TrainingKeys):
+        settings = {name: getattr(settings, name) for name in TrainingKeys.model_fields}
+    return parse(FinetuneSettings, settings, "settings")
+
+
 def _check_result(result: FinetuneResult, species: Iterable[int] | None) -> None:
     seen = None if species is None else frozenset(species)
     # A copy, because in other precision a Potential changes its module.
@@ -190,36 +204,31 @@ def _start(
     if isinstance(start, torch.nn.Module):
         module = copy.deepcopy(start)
         return (module if device is None else module.to(device)), None
-    module, content = checkpoint.read(
-        checkpoint.resolve(start), device or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    module, content = checkpoint.read(checkpoint.resolve(start), chosen_device(device))
     return module, checkpoint.species_of(content)
 
 
+@dataclass
 class _Run:
     """One call of `finetune`: what is trained on what, and what of it is already on disk."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        train: list[Atoms],
-        validation: list[Atoms],
-        settings: FinetuneSettings,
-        out: Path,
-        seed: int,
-        weights: Sequence[float] | None,
-    ) -> None:
-        self.module, self.train_set, self.validation_set = module, train, validation
-        self.settings, self.out, self.seed = settings, out, seed
-        self.weights = None if weights is None else np.asarray(weights, dtype=float)
-        self.parent_id: str = ""
-        self.species: Iterable[int] | None = None
-        self.error_estimate = True
-        self.state_file = out.with_name(out.name + ".state")
+    module: torch.nn.Module
+    train_set: list[Atoms]
+    validation_set: list[Atoms]
+    settings: FinetuneSettings
+    out: Path
+    seed: int
+    weights: np.ndarray | None
+    parent_id: str
+    species: Iterable[int] | None
+    error_estimate: bool
+    best_epoch: int = 0
+    history: list[Epoch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.state_file = self.out.with_name(self.out.name + ".state")
         self.key = self._key()
-        self.history: list[Epoch] = []
-        self.best_epoch = 0
-        self.best_state = copy_state(module)
+        self.best_state = copy_state(self.module)
 
     def _key(self) -> str:
         digest = hashlib.sha256(
@@ -249,8 +258,13 @@ class _Run:
         if metrics.get("training_key") != self.key:
             return None
         try:
-            found = self._recorded(metrics, module)
-        except (KeyError, TypeError) as error:
+            found = self._result(
+                module,
+                [Epoch.of(epoch) for epoch in metrics["history"]],
+                metrics["best_epoch"],
+                metrics["stopped"],
+            )
+        except (KeyError, TypeError, IndexError) as error:
             logger.warning(
                 "%s lacks a part of its record (%s): training starts anew", self.out, error
             )
@@ -262,20 +276,23 @@ class _Run:
         ) or self._error_model(module)
         return found
 
-    def _recorded(self, metrics: dict[str, Any], module: Any) -> FinetuneResult:
-        known = {
-            name: metrics[name]
-            for name in ("improved", "best_epoch", "stopped", "n_train", "n_validation", "seconds")
-        }
+    def _result(
+        self, module: Any, history: list[Epoch], best_epoch: int, stopped: str
+    ) -> FinetuneResult:
         return FinetuneResult(
             path=self.out,
             model_id=checkpoint.model_id(module),
             parent_id=self.parent_id,
-            before=Scores(**metrics["before"]),
-            after=Scores(**metrics["after"]),
+            improved=best_epoch > 0,
+            best_epoch=best_epoch,
+            before=history[0].validation,
+            after=history[best_epoch].validation,
+            stopped=stopped,
+            n_train=len(self.train_set),
+            n_validation=len(self.validation_set),
+            seconds=sum(epoch.seconds for epoch in history),
             module=module,
-            history=[Epoch.from_dict(epoch) for epoch in metrics["history"]],
-            **known,
+            history=history,
         )
 
     def train(self, progress: Callable[[Epoch], None] | None) -> FinetuneResult:
@@ -335,7 +352,15 @@ class _Run:
             ):
                 self.best_epoch, self.best_state = number, trainer.averaged_state()
             self._save(trainer)
-            ticker.epoch(epoch)
+            ticker.report(
+                number,
+                number,
+                ": loss %.4g, validation %.4g (%s)",
+                loss,
+                scores.loss,
+                scores,
+                always=number == self.settings.epochs,
+            )
             if progress is not None:
                 progress(epoch)
         return "all epochs done"
@@ -351,7 +376,10 @@ class _Run:
             if not np.isfinite(loss):
                 return loss
             total, seen = total + loss * len(targets.energy), seen + len(targets.energy)
-            ticker.batch(number, seen / len(order), total / seen)
+            part = seen / len(order)
+            ticker.report(
+                number, number - 1 + part, ", %.0f %%: loss %.4g", 100 * part, total / seen
+            )
         return total / seen
 
     def _order(self, count: int, number: int) -> np.ndarray:
@@ -367,26 +395,11 @@ class _Run:
     def _keep_best(self, stopped: str) -> FinetuneResult:
         self.module.load_state_dict(self.best_state)
         self.module.eval()
-        before, after = self.history[0].validation, self.history[self.best_epoch].validation
-        result = FinetuneResult(
-            path=self.out,
-            model_id=checkpoint.model_id(self.module),
-            parent_id=self.parent_id,
-            improved=self.best_epoch > 0,
-            best_epoch=self.best_epoch,
-            before=before,
-            after=after,
-            stopped=stopped,
-            n_train=len(self.train_set),
-            n_validation=len(self.validation_set),
-            seconds=sum(epoch.seconds for epoch in self.history),
-            module=self.module,
-            history=self.history,
-        )
+        result = self._result(self.module, self.history, self.best_epoch, stopped)
         metrics = {
             **result.as_dict(),
             "training_key": self.key,
-            "history": [epoch.as_dict() for epoch in self.history],
+            "history": [asdict(epoch) for epoch in self.history],
         }
         result.error_model = self._error_model(self.module)
         extra = uncertainty.for_checkpoint(result.error_model)
@@ -406,7 +419,8 @@ class _Run:
         )
         logger.info(
             "%s; validation loss %.4g before, %.4g after (%s); %s; model %s in %s",
-            stopped, before.loss, after.loss, after, kept, result.model_id, self.out,
+            stopped, result.before.loss, result.after.loss, result.after,
+            kept, result.model_id, self.out,
         )  # fmt: skip
         return result
 
@@ -452,42 +466,17 @@ class _Ticker:
         self.epochs, self.done = epochs, done
         self.began = self.last = time.perf_counter()
 
-    def _due(self) -> bool:
+    def report(
+        self, number: int, done: float, text: str, *values: Any, always: bool = False
+    ) -> None:
+        """``text % values`` about epoch ``number``, when ``done`` epochs are done."""
         now = time.perf_counter()
-        if now - self.last < LOG_INTERVAL:
-            return False
+        if now - self.last < LOG_INTERVAL and not always:
+            return
         self.last = now
-        return True
-
-    def _left(self, done: float) -> str:
-        left = time_left(time.perf_counter() - self.began, done - self.done, self.epochs - done)
-        return f"; {left}" if left else ""
-
-    def batch(self, number: int, fraction: float, loss: float) -> None:
-        """Within epoch ``number``, of which ``fraction`` is done."""
-        if self._due():
-            logger.info(
-                "epoch %d/%d, %.0f %%: loss %.4g%s",
-                number,
-                self.epochs,
-                100 * fraction,
-                loss,
-                self._left(number - 1 + fraction),
-            )
-
-    def epoch(self, epoch: Epoch) -> None:
-        """At the end of an epoch; the last one is always shown."""
-        if self._due() or epoch.epoch == self.epochs:
-            found, left = epoch.validation, self._left(epoch.epoch)
-            progress = f"epoch {epoch.epoch}/{self.epochs}"
-            logger.info(
-                "%s: loss %.4g, validation %.4g (%s)%s",
-                progress,
-                epoch.train_loss,
-                found.loss,
-                found,
-                left,
-            )
+        left = time_left(now - self.began, done - self.done, self.epochs - done)
+        text = f"epoch %d/%d{text}" + ("; %s" if left else "")
+        logger.info(text, number, self.epochs, *values, *([left] if left else []))
 
 
 def _device(module: torch.nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.graph import Graph, build_graph, check, find_neighbours
+from magus_anharmonic.settings import TrainingKeys
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -65,19 +66,6 @@ HUBER_DELTA = 0.01
 """Residual (eV/atom, eV/A, GPa) above which Huber's loss grows linearly."""
 
 
-class LossSettings(Protocol):
-    """What the loss needs to know; ``LearningSettings`` and ``FinetuneSettings`` both have it."""
-
-    @property
-    def loss(self) -> str: ...
-
-    @property
-    def force_loss_ratio(self) -> float: ...
-
-    @property
-    def stress_loss_ratio(self) -> float: ...
-
-
 def mean_loss(name: str, residual: np.ndarray) -> float:
     """Mean over all elements of the loss ``name`` ("mse" or "huber") of ``residual`` (any shape); 0
     for no elements."""
@@ -97,7 +85,7 @@ def torch_loss(name: str) -> Any:
     return torch.nn.MSELoss() if name == "mse" else torch.nn.HuberLoss(delta=HUBER_DELTA)
 
 
-def combine(energy: Any, forces: Any, stress: Any, settings: LossSettings) -> Any:
+def combine(energy: Any, forces: Any, stress: Any, settings: TrainingKeys) -> Any:
     """Weighted sum of the three mean losses (floats or tensors)."""
     return energy + forces * settings.force_loss_ratio + stress * settings.stress_loss_ratio
 
@@ -222,13 +210,6 @@ def with_error(value: float, error: float | None, decimals: int) -> str:
     return f"{value:.{decimals}f}" + ("" if error is None else f" +- {error:.{decimals}f}")
 
 
-@dataclass(frozen=True)
-class _DefaultLoss:
-    loss: str = "huber"
-    force_loss_ratio: float = 1.0
-    stress_loss_ratio: float = 0.1
-
-
 def name_of(atoms: Atoms) -> str:
     """How messages call a structure: its ``info['id']`` or else its identity, and the formula."""
     return f"structure {atoms.info.get('id', structure_id(atoms))} ({atoms.get_chemical_formula()})"
@@ -259,10 +240,10 @@ def labels_of(atoms: Atoms) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 def scores_from_residuals(
-    energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, settings: LossSettings | None = None
+    energy: np.ndarray, forces: np.ndarray, stress: np.ndarray, settings: TrainingKeys | None = None
 ) -> Scores:
     """Scores of residuals in eV/atom (n,), eV/A (N, 3) and GPa (n, 3, 3)."""
-    chosen: LossSettings = settings or _DefaultLoss()
+    chosen = settings or TrainingKeys()
     energy_loss, force_loss, stress_loss = (
         mean_loss(chosen.loss, residual) for residual in (energy, forces, stress)
     )
@@ -275,7 +256,7 @@ def _rms(residual: np.ndarray) -> float:
 
 
 def score(
-    potential: Any, labelled: Sequence[Atoms], settings: LossSettings | None = None
+    potential: Any, labelled: Sequence[Atoms], settings: TrainingKeys | None = None
 ) -> Scores:
     """Scores of ``potential`` (anything ``as_evaluator`` takes) on labelled structures.
 
@@ -289,7 +270,7 @@ def scores_by(
     potential: Any,
     labelled: Sequence[Atoms],
     key: str = "kind",
-    settings: LossSettings | None = None,
+    settings: TrainingKeys | None = None,
 ) -> dict[str, Scores]:
     """Scores per value of ``info[key]`` (structures without it: "other"), sorted by name; one
     evaluation of all."""
@@ -308,7 +289,7 @@ Residual = tuple[float, np.ndarray, np.ndarray]
 
 
 def _scores_of(
-    residuals: Sequence[Residual], labelled: Sequence[Atoms], settings: LossSettings | None
+    residuals: Sequence[Residual], labelled: Sequence[Atoms], settings: TrainingKeys | None
 ) -> Scores:
     found = scores_from_residuals(*_concatenate(residuals), settings)
     if not 0 < found.n < FEW:

@@ -13,13 +13,13 @@ import logging
 from pathlib import Path
 
 import numpy as np
-import torch
 from ase import Atoms
 
-from magus_anharmonic.errors import CheckpointError, InputError, MagusAnharmonicError, NotFinite
+from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError, NotFinite
 from magus_anharmonic.evaluator import Evaluation
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
+from magus_anharmonic.potential.resources import chosen_device
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
 logger = logging.getLogger(__name__)
@@ -49,11 +49,7 @@ def load(
     (`check_against_stock`). Raises CheckpointError, InputError for a device that is not there, and
     MagusAnharmonicError when that comparison fails.
     """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(
-            f"device {chosen}: this machine has no CUDA device, or torch was built without CUDA"
-        )
+    chosen = chosen_device(device)
     path = checkpoint.resolve(name_or_path)
     module, content = checkpoint.read(path, chosen)
     species = checkpoint.species_of(content)

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from magus_anharmonic.errors import is_out_of_memory, one_line
+from magus_anharmonic.errors import InputError, is_out_of_memory, one_line
 from magus_anharmonic.io.files import raise_machine_error
 from magus_anharmonic.potential.graph import build_graph
 
@@ -116,6 +116,18 @@ class _Peak(TorchDispatchMode):
     def _leave(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def chosen_device(asked: str | None) -> str:
+    """``asked``, or cuda where there is one; raises ``InputError`` for a device that is not
+    there."""
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(
+            f"device {asked}: this machine has no CUDA device, or torch was built without CUDA"
+        )
+    return asked
 
 
 def available_bytes(device: str) -> float:

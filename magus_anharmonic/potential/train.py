@@ -1,14 +1,5 @@
-"""Training from files and a recipe.
-
-Per-species energy shift: the constants in which two DFT codes differ.
-
-GPAW counts energies from spherical spin-paired atoms, VASP from its pseudo-atoms; a model of one
-code is off by a constant per species on labels of the other. Fitting the constants first saves the
-training from learning them, and forgetting the rest.
-
-From files of labels and a recipe to a checkpoint and a report of its errors: the library behind
-``magus-anharmonic train``.
-"""
+"""From files of labels and a recipe to a checkpoint and a report of its errors: the library behind
+``magus-anharmonic train``."""
 
 from __future__ import annotations
 
@@ -16,14 +7,12 @@ import hashlib
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from ase import Atoms
-from ase.data import chemical_symbols
 from pydantic import Field, model_validator
 
 from magus_anharmonic.errors import InputError
@@ -34,7 +23,6 @@ from magus_anharmonic.potential.evaluate import Potential
 from magus_anharmonic.potential.finetune import FinetuneResult, finetune
 from magus_anharmonic.potential.label_check import in_words, outliers
 from magus_anharmonic.potential.labelled import (
-    LabelledGraphs,
     Scores,
     labels_of,
     parent_of,
@@ -43,69 +31,20 @@ from magus_anharmonic.potential.labelled import (
     split_by_parent,
 )
 from magus_anharmonic.potential.loading import check_once
-from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.trainer import Architecture, FinetuneSettings, from_scratch
+from magus_anharmonic.potential.resources import chosen_device
+from magus_anharmonic.potential.trainer import Architecture, from_scratch, refit_shift
 from magus_anharmonic.potential.uncertainty import for_checkpoint
 from magus_anharmonic.runs import lock
-from magus_anharmonic.settings import InsidePath, Section, absolute_file, load_yaml, parse
+from magus_anharmonic.settings import (
+    FinetuneSettings,
+    InsidePath,
+    Section,
+    absolute_file,
+    load_yaml,
+    parse,
+)
 
 logger = logging.getLogger(__name__)
-
-RELATIVE_RANK = 1e-6
-"""Directions of composition space with a smaller relative singular value are left as they are."""
-
-
-def refit_shift(
-    module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_size: int = 8
-) -> dict[str, float]:
-    """Add to ``module.normalizer.shift``, IN PLACE, the change that fits the energy residuals per
-    atom best (least squares).
-
-    The change is the one of minimum norm: a single composition fixes one combination of the shifts
-    only, and leaves the others where they were. Returns symbol -> change in eV for the species in
-    the labels. Pass a deep copy to keep the module. Raises InputError when there are no labels or
-    one is missing.
-    """
-    if not labelled:
-        raise InputError("no labels to refit the energy shift on")
-    residual = _energy_residuals(module, labelled, batch_size)
-    species = sorted({int(number) for atoms in labelled for number in atoms.numbers})
-    fractions = np.array(
-        [[np.mean(atoms.numbers == number) for number in species] for atoms in labelled]
-    )
-    change = np.linalg.lstsq(fractions, residual, rcond=RELATIVE_RANK)[0]
-    normalizer: Any = module.normalizer
-    shift = normalizer.shift
-    with torch.no_grad():
-        shift[species] += torch.as_tensor(change, dtype=shift.dtype, device=shift.device)
-    found = {
-        chemical_symbols[number]: float(value)
-        for number, value in zip(species, change, strict=True)
-    }
-    left = residual - fractions @ change
-    logger.info(
-        "energy shift refitted on %d labels: %s; energy RMSE %.1f -> %.1f meV/atom",
-        len(labelled),
-        ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in found.items()),
-        1e3 * float(np.sqrt(np.mean(residual**2))),
-        1e3 * float(np.sqrt(np.mean(left**2))),
-    )
-    return found
-
-
-def _energy_residuals(
-    module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int
-) -> np.ndarray:
-    """Label minus model, eV/atom (n,)."""
-    model = FactorisedM3GNet(module)
-    parts = []
-    with torch.no_grad():
-        for graph, targets in LabelledGraphs(labelled, module).batches(batch_size):
-            parts.append(
-                (targets.energy - model.energy(graph, graph.vector) / targets.n_atoms).cpu().numpy()
-            )
-    return np.concatenate(parts)
-
 
 Share = Annotated[int, Field(ge=0, strict=True)]
 
@@ -188,22 +127,15 @@ class TrainReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the history of every stage."""
-        stages = [
-            {**stage.as_dict(), "history": [epoch.as_dict() for epoch in stage.history]}
-            for stage in self.stages
-        ]
-        scores = {
-            part: {kind: found.as_dict() for kind, found in kinds.items()}
-            for part, kinds in self.scores.items()
-        }
-        plain = {
+        return {
+            **vars(self),
             "path": str(self.path),
-            "model_id": self.model_id,
-            "start": self.start,
-            "seconds": self.seconds,
+            "scores": _plain(self.scores),
+            "stages": [
+                {**stage.as_dict(), "history": [asdict(epoch) for epoch in stage.history]}
+                for stage in self.stages
+            ],
         }
-        plain["excluded"] = self.excluded
-        return {**plain, "shift_change": self.shift_change, "scores": scores, "stages": stages}
 
     def __str__(self) -> str:
         lines = [f"model {self.model_id} in {self.path} (from {self.start})"]
@@ -239,6 +171,14 @@ class TrainReport:
                 few = "" if found.energy_rmse_error is None else f"   few: {found}"
                 lines.append(f"{part:<12}{kind:<12}{numbers}{few}")
         return "\n".join(lines)
+
+
+def _plain(scores: dict[str, dict[str, Scores]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores by set and kind, for JSON."""
+    return {
+        part: {kind: found.as_dict() for kind, found in kinds.items()}
+        for part, kinds in scores.items()
+    }
 
 
 def load_recipe(path: str | Path) -> TrainRecipe:
@@ -295,38 +235,39 @@ def _train(
     labels: Sequence[str | Path], out: Path, recipe: TrainRecipe, device: str | None
 ) -> TrainReport:
     began = time.perf_counter()
-    train, validation, test, excluded = _sound(labels, recipe, device)
-    module, start, change, species = _starting_model(train, recipe, device)
+    module, start, known = _start(recipe, device)
+    train, validation, test, excluded = _sound(labels, recipe, module)
+    species = frozenset(number for atoms in train for number in atoms.numbers.tolist())
+    change: dict[str, float] = {}
+    if module is None:
+        module = from_scratch(
+            train, recipe.architecture, seed=recipe.seed, device=chosen_device(device)
+        )
+    else:
+        change = refit_shift(module, train) if recipe.refit_shift else {}
+        species = None if known is None else known | species
     parent_id = checkpoint.model_id(module)
     provenance = {
         "labels": {Path(path).name: _sha256(path) for path in labels},
         "start": start,
         "recipe": recipe.model_dump(mode="json"),
     }
-    options = {
-        "device": device,
-        "parent_id": parent_id,
-        "species": species,
-        "weights": _weights(train, recipe),
-    }
-    stages = _train_stages(module, train, validation, recipe, out, **options)
+    stages = _train_stages(
+        module,
+        train,
+        validation,
+        recipe,
+        out,
+        parent_id=parent_id,
+        species=species,
+        weights=_weights(train, recipe),
+    )
     module, errors = stages[-1].module, stages[-1].error_model
     parts = {"train": train, "validation": validation, "test": test}
-    potential = Potential(
-        module,
-        device=str(next(module.parameters()).device),
-        species=None if species is None else frozenset(species),
-    )
+    potential = Potential(module, device=str(next(module.parameters()).device), species=species)
     check_once(potential)
     scores = {part: _scores(potential, found, recipe) for part, found in parts.items() if found}
-    metrics = {
-        "n_train": len(train),
-        "n_validation": len(validation),
-        "scores": {
-            part: {kind: found.as_dict() for kind, found in kinds.items()}
-            for part, kinds in scores.items()
-        },
-    }
+    metrics = {"n_train": len(train), "n_validation": len(validation), "scores": _plain(scores)}
     model = checkpoint.save(
         module,
         out,
@@ -415,17 +356,26 @@ def _sets(
     return train, validation, test
 
 
+def _start(
+    recipe: TrainRecipe, device: str | None
+) -> tuple[torch.nn.Module | None, str, frozenset[int] | None]:
+    """The module of the recipe's checkpoint (None: new weights), what it is in words, and the
+    species that it has seen (None: unknown)."""
+    if recipe.checkpoint is None:
+        return None, f"new weights, seed {recipe.seed}", None
+    path = checkpoint.resolve(recipe.checkpoint)
+    module, content = checkpoint.read(path, chosen_device(device))
+    start = f"{Path(recipe.checkpoint).name}, model {checkpoint.model_id(module)}"
+    return module, start, checkpoint.species_of(content)
+
+
 def _sound(
-    labels: Sequence[str | Path], recipe: TrainRecipe, device: str | None
+    labels: Sequence[str | Path], recipe: TrainRecipe, module: torch.nn.Module | None
 ) -> tuple[list[Atoms], list[Atoms], list[Atoms], list[str]]:
     """The three sets without labels that cannot be right, and what was left out and why."""
     sets = _sets(labels, recipe)
     model = None
-    if recipe.checkpoint is not None:
-        module, _ = checkpoint.read(
-            checkpoint.resolve(recipe.checkpoint),
-            device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        )
+    if module is not None:
         model = Potential(module, device=str(next(module.parameters()).device))
     everything = [atoms for part in sets for atoms in part]
     reasons = outliers(everything, model)
@@ -456,23 +406,6 @@ def _weights(train: list[Atoms], recipe: TrainRecipe) -> list[float] | None:
             f" {', '.join(sorted(set(kinds)))})"
         )
     return [recipe.weights.get(kind, 1.0) for kind in kinds] if recipe.weights else None
-
-
-def _starting_model(
-    train: list[Atoms], recipe: TrainRecipe, device: str | None
-) -> tuple[torch.nn.Module, str, dict[str, float], frozenset[int] | None]:
-    """The module, what it is in words, the change of its energy shift, and the species it will have
-    seen (None: unknown)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    species = frozenset(number for atoms in train for number in atoms.numbers.tolist())
-    if recipe.checkpoint is None:
-        module = from_scratch(train, recipe.architecture, seed=recipe.seed, device=device)
-        return module, f"new weights, seed {recipe.seed}", {}, species
-    module, content = checkpoint.read(checkpoint.resolve(recipe.checkpoint), device)
-    start = f"{Path(recipe.checkpoint).name}, model {checkpoint.model_id(module)}"
-    known = checkpoint.species_of(content)
-    change = refit_shift(module, train) if recipe.refit_shift else {}
-    return module, start, change, None if known is None else known | species
 
 
 def _scores(potential: Potential, labelled: list[Atoms], recipe: TrainRecipe) -> dict[str, Scores]:

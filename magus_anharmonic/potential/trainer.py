@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
@@ -35,8 +37,10 @@ from magus_anharmonic.potential.labelled import (
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.resources import raise_machine_error_of_torch
-from magus_anharmonic.settings import Count, Loss, NonNegative, Positive, Schedule, Section, parse
+from magus_anharmonic.settings import Count, FinetuneSettings, Positive, Section
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,9 @@ class Epoch:
     validation: Scores
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Epoch:
-        """Inverse of `as_dict`."""
+    def of(cls, data: dict[str, Any]) -> Epoch:
+        """Inverse of ``asdict``."""
         return cls(**{**data, "validation": Scores(**data["validation"])})
 
 
@@ -74,7 +74,7 @@ class TrainingState:
 
 def write_state(path: Path, state: TrainingState) -> None:
     """Whole or not at all; raises OSError where the disk is full."""
-    content = {**vars(state), "history": [epoch.as_dict() for epoch in state.history]}
+    content = {**vars(state), "history": [asdict(epoch) for epoch in state.history]}
     write_torch(path, {**content, "digest": _digest(content)})
 
 
@@ -101,7 +101,7 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
         raise DamagedFile("it is not as it was written")
     try:
         state = TrainingState(
-            **{**content, "history": [Epoch.from_dict(epoch) for epoch in content["history"]]}
+            **{**content, "history": [Epoch.of(epoch) for epoch in content["history"]]}
         )
         Trainer(copy.deepcopy(trainer.module), trainer.settings).restore(
             copy.deepcopy(state.trainer)
@@ -134,53 +134,6 @@ def _digest(value: Any) -> str:
 GRADIENT_NORM = 1.0
 
 ADAM_EPSILON = 1e-7
-
-
-class FinetuneSettings(Section):
-    """One training stage."""
-
-    epochs: Count = Field(50, description="passes through the training set")
-    learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam, at the start")
-    batch_size: Count = Field(8, description="structures per step")
-    loss: Loss = "huber"
-    force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
-    stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
-    schedule: Schedule = "step"
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.99, description="of the averaged weights that are validated and kept"
-    )
-    keep: Literal["best", "last"] = Field(
-        "best",
-        description=(
-            "best: the lowest validation loss, the start included; last: the averaged weights at"
-            " the end, whatever they are"
-        ),
-    )
-    patience: Count | None = Field(
-        None, description="stop after so many epochs without improvement; left out: never"
-    )
-
-    @classmethod
-    def of(cls, settings: Any) -> FinetuneSettings:
-        """From a mapping, or any object with some of the attributes, such as ``LearningSettings``;
-        the rest are defaults.
-
-        Raises InputError for an unknown key, a wrong value, and an object that has none of the
-        attributes.
-        """
-        if isinstance(settings, cls):
-            return settings
-        if isinstance(settings, Mapping):
-            return parse(cls, dict(settings), "settings")
-        found = {
-            name: getattr(settings, name) for name in cls.model_fields if hasattr(settings, name)
-        }
-        if not found:
-            raise InputError(
-                f"settings: {settings!r} has none of {', '.join(cls.model_fields)};"
-                " FinetuneSettings() are the defaults"
-            )
-        return parse(cls, found, "settings")
 
 
 class Trainer:
@@ -328,3 +281,62 @@ def fit_scaling(labelled: Sequence[Atoms], size: int = 95) -> tuple[np.ndarray, 
     square = np.concatenate([(forces**2).mean(axis=1) for _, forces, _ in labels])
     total = np.bincount(numbers, weights=square, minlength=size)
     return total / np.maximum(np.bincount(numbers, minlength=size), 1), shift
+
+
+RELATIVE_RANK = 1e-6
+"""Of `refit_shift`: directions of composition space with a smaller relative singular value are left
+as they are."""
+
+
+def refit_shift(
+    module: torch.nn.Module, labelled: Sequence[Atoms], *, batch_size: int = 8
+) -> dict[str, float]:
+    """Add to ``module.normalizer.shift``, IN PLACE, the change that fits the energy residuals per
+    atom best (least squares).
+
+    They are the constants in which two DFT codes differ (GPAW counts energies from spherical
+    spin-paired atoms, VASP from its pseudo-atoms); fitting them first saves the training from
+    learning them, and forgetting the rest. The change is the one of minimum norm: a single
+    composition fixes one combination of the shifts only, and leaves the others where they were.
+    Returns symbol -> change in eV for the species in the labels. Pass a deep copy to keep the
+    module. Raises InputError when there are no labels or one is missing.
+    """
+    if not labelled:
+        raise InputError("no labels to refit the energy shift on")
+    residual = _energy_residuals(module, labelled, batch_size)
+    species = sorted({int(number) for atoms in labelled for number in atoms.numbers})
+    fractions = np.array(
+        [[np.mean(atoms.numbers == number) for number in species] for atoms in labelled]
+    )
+    change = np.linalg.lstsq(fractions, residual, rcond=RELATIVE_RANK)[0]
+    normalizer: Any = module.normalizer
+    shift = normalizer.shift
+    with torch.no_grad():
+        shift[species] += torch.as_tensor(change, dtype=shift.dtype, device=shift.device)
+    found = {
+        chemical_symbols[number]: float(value)
+        for number, value in zip(species, change, strict=True)
+    }
+    left = residual - fractions @ change
+    logger.info(
+        "energy shift refitted on %d labels: %s; energy RMSE %.1f -> %.1f meV/atom",
+        len(labelled),
+        ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in found.items()),
+        1e3 * float(np.sqrt(np.mean(residual**2))),
+        1e3 * float(np.sqrt(np.mean(left**2))),
+    )
+    return found
+
+
+def _energy_residuals(
+    module: torch.nn.Module, labelled: Sequence[Atoms], batch_size: int
+) -> np.ndarray:
+    """Label minus model, eV/atom (n,)."""
+    model = FactorisedM3GNet(module)
+    parts = []
+    with torch.no_grad():
+        for graph, targets in LabelledGraphs(labelled, module).batches(batch_size):
+            parts.append(
+                (targets.energy - model.energy(graph, graph.vector) / targets.n_atoms).cpu().numpy()
+            )
+    return np.concatenate(parts)

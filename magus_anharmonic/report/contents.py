@@ -3,6 +3,7 @@ unreadable is named, never fatal."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.tables import text_rows
+from magus_anharmonic.paper import findings
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
@@ -26,7 +29,6 @@ from magus_anharmonic.report.raw_tables import (
     read_records,
 )
 from magus_anharmonic.report.structures import Crystal
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.runs.status import present_steps
 
@@ -150,7 +152,7 @@ def campaign_contents(folder: Path) -> Contents:
         [],
     )
     _failures(contents, tables / "failures.csv")
-    contents.summary = _campaign_summary(contents, tables, steps, raw_tables)
+    contents.summary = _campaign_summary(contents, tables, steps)
     contents.pictures = _campaign_pictures(contents, folder)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
     contents.models = _models(contents, raw_tables["model_errors.csv"])
@@ -186,7 +188,7 @@ def _steps(steps: dict[str, dict[str, Any]], cost: RawTable) -> list[dict[str, A
 
 
 def _campaign_summary(
-    contents: Contents, tables: Path, steps: dict[str, Any], raw_tables: dict[str, RawTable]
+    contents: Contents, tables: Path, steps: dict[str, Any]
 ) -> list[tuple[str, list[str]]]:
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
@@ -203,17 +205,16 @@ def _campaign_summary(
             [
                 *text.step_sentence(steps),
                 *tally.sentences(),
-                *text.model_sentence(raw_tables["model_errors.csv"]),
+                *contents.attempt(lambda: findings.models(tables), []),
             ],
         ),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
         (
             "Checks",
             [
-                *text.space_group_sentence(raw_tables["space_groups.csv"]),
-                *text.mode_sentences(raw_tables["modes.csv"]),
-                *text.gradient_sentences(raw_tables["gradient_errors.csv"]),
-                *text.correction_sentences(raw_tables["gibbs_correction.csv"]),
+                line
+                for check in findings.CHECKS
+                for line in contents.attempt(functools.partial(check, tables), [])
             ],
         ),
         ("Cost", text.cost_sentence(contents.steps)),
@@ -370,15 +371,15 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
             )
     pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
     best = {
-        line.folder: line
+        line.sscha_folder: line
         for view in contents.rankings
         for line in view.lines[:3]
-        if line.folder and line.rank
+        if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
-            title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
+            title = f"Convergence of {line.id[:8]} ({line.spg_quantum or line.spg_static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
             pictures.append(
                 Picture(

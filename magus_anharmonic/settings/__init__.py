@@ -25,11 +25,9 @@ from magus_anharmonic.settings.search import (
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
-    Loss,
     NonNegative,
     Positive,
     PressureGPa,
-    Schedule,
     Section,
     absolute_file,
     check_pressure,
@@ -39,6 +37,7 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
+from magus_anharmonic.settings.training import FinetuneSettings, TrainingKeys
 
 __all__ = [
     "OPTIMIZER_DESCRIPTION",
@@ -46,18 +45,18 @@ __all__ = [
     "AseCalculatorSettings",
     "CalculatorSettings",
     "Count",
+    "FinetuneSettings",
     "InsidePath",
     "LabelerSettings",
     "LearningSettings",
-    "Loss",
     "NonNegative",
     "Optimizers",
     "Positive",
     "PressureGPa",
-    "Schedule",
     "Section",
     "Settings",
     "SschaSettings",
+    "TrainingKeys",
     "WorkerSettings",
     "absolute_file",
     "as_magus_reads",

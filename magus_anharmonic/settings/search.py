@@ -26,7 +26,6 @@ from magus_anharmonic.settings.calculators import (
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
-    Loss,
     NonNegative,
     Positive,
     PressureGPa,
@@ -36,11 +35,12 @@ from magus_anharmonic.settings.section import (
     parse,
     snake_case,
 )
+from magus_anharmonic.settings.training import TrainingKeys
 
 Row = tuple[int, int, int]
 
 
-class LearningSettings(Section):
+class LearningSettings(TrainingKeys):
     """``learning``: choose, distort, label, finetune after each generation (Secs. III A and IV A of
     the paper)."""
 
@@ -79,12 +79,6 @@ class LearningSettings(Section):
             " each"
         ),
     )
-    epochs: Count = Field(50, description="finetuning epochs per generation")
-    learning_rate: Positive = Field(2.0e-4, lt=1.0, description="of Adam")
-    batch_size: Count = Field(8, description="structures per training step")
-    loss: Loss = "huber"
-    force_loss_ratio: NonNegative = Field(1.0, description="weight of the force loss (eV/A)")
-    stress_loss_ratio: NonNegative = Field(0.1, description="weight of the stress loss (GPa)")
     target_rmse: Positive | None = Field(
         None,
         description=(

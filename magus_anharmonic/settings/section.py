@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -20,18 +20,6 @@ from magus_anharmonic.errors import InputError, one_line
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, strict=True)]
-Loss = Annotated[
-    Literal["huber", "mse"], Field(description="Huber with delta 0.01, or mean square")
-]
-Schedule = Annotated[
-    Literal["step", "cosine"],
-    Field(
-        description=(
-            "step: x 0.95 every 10 epochs, as MatterSim; cosine: to 1 % of the learning rate at the"
-            " last epoch"
-        )
-    ),
-]
 
 MAX_PRESSURE_GPA = 2000.0
 

@@ -41,13 +41,12 @@ from magus_anharmonic.labelers.base import Label
 from magus_anharmonic.learning.choose import Contender, allocate
 from magus_anharmonic.paper.ensemble_labels import read_labelled, sample_displacements
 from magus_anharmonic.potential import Potential, load
-from magus_anharmonic.potential.finetune import FinetuneSettings
 from magus_anharmonic.potential.train import TrainRecipe, train_file
 from magus_anharmonic.potential.trainer import Architecture
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.settings import LabelerSettings, Settings, parse_settings
+from magus_anharmonic.settings import FinetuneSettings, LabelerSettings, Settings, parse_settings
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import displaced
 from magus_anharmonic.structures import stripped

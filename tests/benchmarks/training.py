@@ -25,7 +25,8 @@ from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 from mattersim.forcefield.potential import Potential as StockPotential
 
 from magus_anharmonic.potential.labelled import LabelledGraphs
-from magus_anharmonic.potential.trainer import FinetuneSettings, Trainer
+from magus_anharmonic.potential.trainer import Trainer
+from magus_anharmonic.settings import FinetuneSettings
 
 BARS = {(3, 128): 3.0, (2, 32): 8.0}
 """Blocks and units of the model, and the ratio that is claimed at least."""

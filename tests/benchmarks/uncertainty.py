@@ -28,10 +28,11 @@ from ase import Atoms
 
 from magus_anharmonic.learning.choose import choose, farthest_points
 from magus_anharmonic.potential import Potential, load, uncertainty
-from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
+from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.labelled import Scores, labels_of, score, split_by_parent
 from magus_anharmonic.potential.train import read_labels
 from magus_anharmonic.potential.trainer import Architecture, from_scratch
+from magus_anharmonic.settings import FinetuneSettings
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -12,6 +12,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,10 @@ from magus_anharmonic.cli import app
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.paper import script
 from magus_anharmonic.phase_diagram.points import write_points
-from magus_anharmonic.potential.finetune import FinetuneSettings, finetune
+from magus_anharmonic.potential.finetune import finetune
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.settings import parse_settings
+from magus_anharmonic.settings import FinetuneSettings, parse_settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -268,7 +269,7 @@ def finetuning(folder: Path) -> Numbers:
     )
     return {
         "result": plain(result.as_dict()),
-        "history": plain([epoch.as_dict() for epoch in result.history]),
+        "history": plain([asdict(epoch) for epoch in result.history]),
     }
 
 
