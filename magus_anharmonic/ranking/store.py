@@ -14,6 +14,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
