@@ -10,7 +10,6 @@ that changed real minima?).
 from __future__ import annotations
 
 import io
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -31,20 +30,22 @@ from magus_anharmonic.campaign.structures import (
     phases_of,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import read_rows, write_part
+from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.digests import digest, to_json, versions
 from magus_anharmonic.io.files import (
     append_jsonl,
-    raise_machine_error,
     read_jsonl,
     read_whole,
+    readable,
     reading_table,
     replacing,
     replacing_table,
 )
 from magus_anharmonic.paper.quantities import kept_by_dft
 from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
@@ -163,7 +164,7 @@ def _relaxed_at(
     stored = (
         folder
         / "relaxed"
-        / f"{at('named' if fixed else 'found', pressure)}-{digest(json.dumps(identity))}.traj"
+        / f"{at('named' if fixed else 'found', pressure)}-{digest(to_json(identity))}.traj"
     )
     kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))
     if kept is None:
@@ -184,15 +185,11 @@ def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
     """The ``n`` relaxed structures of a file; raises ``DamagedFile``."""
     names = ("enthalpy", "n_steps", "failed", "reason")
     frames = read_frames(file)
-    try:
+    with readable(file, "relaxed structures"):
         found = [
             Relaxed(stripped(frame), **{name: frame.info[name] for name in names})
             for frame in frames
         ]
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(
-            f"{file}: damaged: holds no relaxed structures ({type(error).__name__}: {error})"
-        ) from None
     if len(found) != n:
         raise DamagedFile(f"{file}: holds {len(found)} of {n} structures")
     return found
@@ -321,7 +318,7 @@ def sscha(context: Context, step: Step) -> Outcome:
             f"{step.id}: no structure has a free energy; the reasons are in"
             f" {folder / 'ranking.csv'}"
         )
-    evaluations = sum(candidate.n_evaluations for candidate in candidates)
+    evaluations = sum(candidate.free_energy.n_evaluations for candidate in candidates)
     output = "none converged" if best is None else f"{best.id} {best.gibbs:.6f}"
     return Outcome(len(candidates), evaluations, output=output, failures=failures)
 
@@ -340,7 +337,7 @@ def dft(context: Context, step: Step) -> Outcome:
     with context.labeler(folder) as labeler:
         for name in step.needs:
             chosen = changed_candidates(context.folder(name), settings.max_structures)
-            pressure = float(chosen[0][0]["pressure_GPa"]) if chosen else 0.0
+            pressure = chosen[0][0].pressure if chosen else 0.0
             log.info(
                 "%s: %d candidates changed their space group; relaxing them by DFT",
                 name,
@@ -357,14 +354,14 @@ def dft(context: Context, step: Step) -> Outcome:
                 n_labels += int(record["n_steps"])
                 group = record["space_group"]
                 if record["failed"]:
-                    failures.append((row["id"], str(record["reason"])))
+                    failures.append((row.id, str(record["reason"])))
                 rows.append(
                     SpaceGroups(
-                        row["id"],
+                        row.id,
                         pressure,
-                        row["spg_static"],
+                        row.spg_static,
                         group,
-                        row["spg_quantum"],
+                        row.spg_quantum,
                         record["enthalpy"],
                         record["reason"],
                     )
@@ -376,23 +373,19 @@ def dft(context: Context, step: Step) -> Outcome:
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 
-def changed_candidates(
-    folder: Path, limit: int | None = None
-) -> list[tuple[dict[str, str], Atoms]]:
+def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[Candidate, Atoms]]:
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest
     free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
     rows = [
         row
-        for row in read_rows(folder / "ranking.csv")
-        if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])
+        for row in read_ranking(folder / "ranking.csv")
+        if decided_group(row.spg_quantum) not in ("", row.spg_static)
     ]
     usable = [
-        row
-        for row in rows
-        if row["status"] not in ("failed", "unconverged") and row["id"] in statics
+        row for row in rows if row.status not in ("failed", "unconverged") and row.id in statics
     ]
-    return [(row, stripped(statics[row["id"]])) for row in usable[:limit]]
+    return [(row, stripped(statics[row.id])) for row in usable[:limit]]
 
 
 def read_statics(folder: Path) -> list[Atoms]:
@@ -400,19 +393,12 @@ def read_statics(folder: Path) -> list[Atoms]:
     file = folder / "tables" / "structures.extxyz"
     if not file.is_file():
         return []
-    try:
+    with readable(file, "extxyz"):
         with reading_table(file) as opened:
             frames: Any = read(
                 io.TextIOWrapper(opened, encoding="utf-8"), index=":", format="extxyz"
             )
         return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
-    except DamagedFile:
-        raise
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_machine_error(error, file)
-        raise DamagedFile(
-            f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})"
-        ) from None
 
 
 def relaxed_by_dft(
