@@ -718,7 +718,7 @@ def test_killed_between_metrics_and_checkpoint(tmp_path, potential, settings, lo
 def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch):
     """Training whose loss on the judging labels does not fall leaves weights, id and shift as they
     were."""
-    import magus_anharmonic.potential.labelled as scores
+    import magus_anharmonic.learning.learn as scores
 
     real = scores.score
 
@@ -872,7 +872,7 @@ def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(
 
 
 def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings, monkeypatch):
-    import magus_anharmonic.potential.labelled as scores
+    import magus_anharmonic.learning.learn as scores
     from magus_anharmonic.potential import load
 
     real = scores.score
