@@ -4,9 +4,10 @@ ASE imports every entry point of its group ``ase.ioformats`` during ``import ase
 imports ``ase.io`` first of all. Ours is `ase_format`; asking for it installs the hook. When
 ``magus.calculators`` has been imported, and the package really is MAGUS, the entry points of the
 group ``magus.plugins`` are called. Where ``magus.calculators`` itself is what imports ASE, it is
-too late to be around it, and the next module that every use of it imports takes its place. Nothing
-heavier than the standard library is imported
-here: every process that uses ASE runs this module.
+too late to be around it, and the next module that every use of it imports takes its place. The
+module that prepares surfaces and interfaces gets a check of ours before its minutes of work.
+Nothing heavier than the standard library is imported here: every process that uses ASE runs this
+module.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 GROUP = "magus.plugins"
 TRIGGER = "magus.calculators"
 _CALLED = "plugins_called_by_magus_anharmonic"
-TRIGGERS = (TRIGGER, "magus.calculators.base", "magus.search.search")
+SURFACES = "magus.reconstruct.rcs_interface"
+TRIGGERS = (TRIGGER, "magus.calculators.base", "magus.search.search", SURFACES)
 OWN_PLUGIN = ("magus-anharmonic", "magus_anharmonic.plugins:register")
 
 
@@ -84,6 +86,9 @@ def _call_after(loader: Any, name: str) -> None:
         setattr(sys.modules[parent], child, module)
         if name == TRIGGER or _is_complete(TRIGGER):
             _load_once()
+        hook = sys.modules.get("magus_anharmonic.plugins.hook")
+        if name == SURFACES and hook is not None:
+            hook.attach_to_surfaces(module)
 
     try:
         loader.exec_module = exec_module
@@ -118,10 +123,10 @@ def _load_once() -> None:
 def install() -> None:
     """Put the hook in place, once; when ``magus.calculators`` is there already, load the plug-ins
     at once."""
+    if not any(isinstance(finder, MagusFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MagusFinder())
     if _is_complete(TRIGGER):
         _load_once()
-    elif not any(isinstance(finder, MagusFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, MagusFinder())
 
 
 def is_magus() -> bool:

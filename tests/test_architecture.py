@@ -19,11 +19,7 @@ LONGEST = 500
 STILL_LONGER = {
     "search/keys.py",
     "phase_diagram/surface.py",
-    "ranking/rank.py",
-    "ranking/store.py",
-    "settings/campaign.py",
     "settings/search.py",
-    "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
 BASE = {
@@ -50,9 +46,9 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "scheduler"},
-    "report": BASE | {"ranking", "paper", "phase_diagram"},
+    "report": BASE | {"ranking", "paper", "phase_diagram", "sscha"},
     "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning"},
-    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram"},
+    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram", "ranking"},
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "paper"},
     "search": BASE
     | {
@@ -110,7 +106,7 @@ HEAVY = {
 
 LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
 
-KNOWN_CIRCLES = [{"ranking/racing.py", "ranking/rank.py", "ranking/stability.py"}]
+KNOWN_CIRCLES: list[set[str]] = []
 """Circles that are still to be cut; none may be added."""
 
 
@@ -297,6 +293,24 @@ def test_the_autoload_needs_the_standard_library_alone() -> None:
         name.split(".")[0] for name in imported(PACKAGE / "autoload.py", at_import_only=True)
     }
     assert outside <= sys.stdlib_module_names
+
+
+def test_files_are_read_and_written_and_digests_made_in_io_alone() -> None:
+    """One reader and one writer of each format: JSON, CSV, arrays, whole files."""
+    wrong = []
+    for path in MODULES:
+        if part(path) == "io":
+            continue
+        wrong += [
+            f"{label(path)} imports {name}" for name in sorted(imported(path) & {"csv", "json"})
+        ]
+        wrong += [
+            f"{label(path)}:{call.lineno} calls {ast.unparse(call.func)}"
+            for call in calls(path)
+            if ast.unparse(call.func) in {"np.savez", "np.savez_compressed", "hashlib.sha256"}
+            and label(path) != "report/page.py"  # base64 of it, as a page's policy wants
+        ]
+    holds(wrong)
 
 
 def test_library_code_does_not_print() -> None:

@@ -14,16 +14,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
 from ase.io import iread, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.io.files import raise_machine_error, replacing
+from magus_anharmonic.io.files import readable, replacing
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.learning.families import (
     SIDES,
@@ -32,7 +33,8 @@ from magus_anharmonic.learning.families import (
     fingerprint,
     sides_of_families,
 )
-from magus_anharmonic.settings.campaign import PhaseSettings
+from magus_anharmonic.paper.tables import Enthalpy
+from magus_anharmonic.settings.campaign_blocks import PhaseSettings
 from magus_anharmonic.structures import (
     formula,
     number_of,
@@ -89,13 +91,8 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
 
 def _frames(file: Path) -> Iterator[Atoms]:
     """One structure of a population after the other; raises ``DamagedFile``."""
-    try:
+    with readable(file, "a trajectory"):
         yield from iread(file, index=":", format="traj")
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_machine_error(error, file)
-        raise DamagedFile(
-            f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})"
-        ) from None
 
 
 def n_relaxed(folder: Path) -> tuple[int, int]:
@@ -175,24 +172,26 @@ def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:
 
 
 def enthalpy_row(
-    found: Found, phases: Sequence[Phase], pressure: float, model_id: str, source: str
-) -> tuple[object, ...]:
-    """A row of ``enthalpies.csv``."""
+    found: Found,
+    phases: Sequence[Phase],
+    pressure: float,
+    model_id: str,
+    source: Literal["produce", "relax", "foundation"],
+    name: str = "",
+) -> Enthalpy:
+    """A row of ``enthalpies.csv``; ``name``: of the phase, where it is known."""
     atoms, group = found.atoms, space_group(found.atoms, SYMPREC)
-    name_of_compound = formula(atoms)
-    volume = atoms.get_volume() / len(atoms)
-    name = phase_name(phases, atoms, group)
-    return (
-        found.id,
-        name,
-        name_of_compound,
-        len(atoms),
-        group,
-        float(pressure),
-        float(volume),
-        found.enthalpy,
-        model_id,
-        source,
+    return Enthalpy(
+        id=found.id,
+        phase=name or phase_name(phases, atoms, group),
+        formula=formula(atoms),
+        natoms=len(atoms),
+        space_group=group,
+        pressure_GPa=float(pressure),
+        volume_A3_per_atom=float(atoms.get_volume() / len(atoms)),
+        enthalpy_eV_per_atom=found.enthalpy,
+        model_id=model_id,
+        source=source,
     )
 
 

@@ -39,6 +39,7 @@ from magus_anharmonic.plugins.calculator import MatterSimCalculator
 from magus_anharmonic.plugins.modes import (
     check_input,
     check_installation,
+    check_structure_type,
     is_mode,
     is_ours,
     single_thread,
@@ -301,6 +302,23 @@ def _attach_to_miner() -> None:
     ):
         step = _wrapped(fly.smfr_patch_to_Magus.update_volume_ratio, _before_round)
         fly.smfr_patch_to_Magus.update_volume_ratio = staticmethod(step)
+
+
+def attach_to_surfaces(module: Any) -> None:
+    """Have ``magus.reconstruct.rcs_interface`` refuse what SSCHA cannot do before it matches two
+    crystals for minutes; that is done while MAGUS reads its input, before there is a search."""
+    prepare = module.rcs_interface
+
+    @functools.wraps(prepare)
+    def rcs_interface(parameters: Any) -> None:
+        if concerns_us(parameters.p_dict):
+            try:
+                check_structure_type(parameters.p_dict)
+            except InputError as error:
+                stop(error)
+        prepare(parameters)
+
+    module.rcs_interface = rcs_interface
 
 
 def _wrapped(original: Callable[..., Any], around: Callable[..., Any]) -> Callable[..., Any]:

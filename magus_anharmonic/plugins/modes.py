@@ -78,6 +78,14 @@ def _spelling_problems(parameters: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_structure_type(parameters: Mapping[str, Any]) -> None:
+    """Raise InputError where the structure type has no free energy, or nothing to learn from; also
+    for wrong values of our keys."""
+    problems = _structure_problems(settings_of(parameters), parameters)
+    if problems:
+        raise InputError(*problems)
+
+
 def _structure_problems(settings: Settings, parameters: Mapping[str, Any]) -> list[str]:
     """Only a crystal has a free energy here; SSCHA would fail, or take the vacuum for a crystal."""
     kind = parameters["structureType"] if "structureType" in parameters else "bulk"

@@ -3,6 +3,7 @@ unreadable is named, never fatal."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +14,16 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import read_json_if_there, read_jsonl
 from magus_anharmonic.io.tables import text_rows
+from magus_anharmonic.paper import findings
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.raw_tables import (
-    RawTable,
-    number,
-    read_json,
-    read_raw_table,
-    read_records,
-)
+from magus_anharmonic.report.raw_tables import RawTable, number, read_raw_table
 from magus_anharmonic.report.structures import Crystal
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.runs.status import present_steps
 
@@ -120,8 +117,8 @@ def campaign_contents(folder: Path) -> Contents:
     """Contents of ``campaign/``."""
     contents = Contents(folder, "campaign", f"Campaign {folder.resolve().parent.name}")
     tables = folder / "tables"
-    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
-    steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
+    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
+    steps = contents.attempt(lambda: read_json_if_there(folder / "steps.json"), {})
     steps = present_steps(
         folder,
         {
@@ -150,7 +147,7 @@ def campaign_contents(folder: Path) -> Contents:
         [],
     )
     _failures(contents, tables / "failures.csv")
-    contents.summary = _campaign_summary(contents, tables, steps, raw_tables)
+    contents.summary = _campaign_summary(contents, tables, steps)
     contents.pictures = _campaign_pictures(contents, folder)
     contents.missing = [*_campaign_missing(tables, steps, contents), *contents.missing]
     contents.models = _models(contents, raw_tables["model_errors.csv"])
@@ -186,7 +183,7 @@ def _steps(steps: dict[str, dict[str, Any]], cost: RawTable) -> list[dict[str, A
 
 
 def _campaign_summary(
-    contents: Contents, tables: Path, steps: dict[str, Any], raw_tables: dict[str, RawTable]
+    contents: Contents, tables: Path, steps: dict[str, Any]
 ) -> list[tuple[str, list[str]]]:
     tally = text.EnthalpyTally()
     if (tables / "enthalpies.csv").is_file():
@@ -203,17 +200,16 @@ def _campaign_summary(
             [
                 *text.step_sentence(steps),
                 *tally.sentences(),
-                *text.model_sentence(raw_tables["model_errors.csv"]),
+                *contents.attempt(lambda: findings.models(tables), []),
             ],
         ),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
         (
             "Checks",
             [
-                *text.space_group_sentence(raw_tables["space_groups.csv"]),
-                *text.mode_sentences(raw_tables["modes.csv"]),
-                *text.gradient_sentences(raw_tables["gradient_errors.csv"]),
-                *text.correction_sentences(raw_tables["gibbs_correction.csv"]),
+                line
+                for check in findings.CHECKS
+                for line in contents.attempt(functools.partial(check, tables), [])
             ],
         ),
         ("Cost", text.cost_sentence(contents.steps)),
@@ -297,7 +293,7 @@ def search_contents(folder: Path) -> Contents:
     name = absolute.parent.parent.name if absolute.name == "anharmonic" else absolute.name
     kind = "search" if absolute.name == "anharmonic" else "ranking"
     contents = Contents(folder, kind, f"{kind.capitalize()} {name}")
-    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
+    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
     ranking = folder / "ranking.csv"
     if ranking.is_file():
         contents.rankings = contents.attempt(
@@ -315,7 +311,7 @@ def search_contents(folder: Path) -> Contents:
         lambda: found_crystals.search_crystals(folder, contents.rankings, starts), []
     )
     _failures(contents, folder / "failures.jsonl")
-    progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
+    progress = contents.attempt(lambda: read_json_if_there(folder / "search.json"), {})
     contents.summary = [
         *_progress(contents, progress),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
@@ -354,7 +350,7 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
     slope_chart = [
         figures.slope_chart_picture(view.rows, view.title, view.file) for view in contents.rankings
     ]
-    records, _ = read_records(folder / "metrics.jsonl", ROWS)
+    records = read_jsonl(folder / "metrics.jsonl")[-ROWS:]
     points = []
     for record in records:
         scores = (record.get("new") or {}).get("validation") or {}
@@ -370,15 +366,15 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
             )
     pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
     best = {
-        line.folder: line
+        line.sscha_folder: line
         for view in contents.rankings
         for line in view.lines[:3]
-        if line.folder and line.rank
+        if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
-            title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
+            title = f"Convergence of {line.id[:8]} ({line.spg_quantum or line.spg_static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
             pictures.append(
                 Picture(
@@ -399,7 +395,8 @@ def _failures(contents: Contents, path: Path) -> None:
     rows: list[dict[str, str]] = []
     total = 0
     if path.suffix == ".jsonl":
-        records, total = read_records(path, 100_000)
+        records = read_jsonl(path)
+        total = len(records)
         lines = [
             {
                 "step": str(r.get("stage", "")),

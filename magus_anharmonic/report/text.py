@@ -7,52 +7,21 @@ What a campaign found, in plain sentences, each from the numbers of one table al
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.paper.quantities import COMPUTED, critical_pressure, new_space_group, series
-from magus_anharmonic.paper.tables import Mode
-from magus_anharmonic.ranking.candidate import WITH_ERROR
-from magus_anharmonic.report.raw_tables import RawTable, number
-from magus_anharmonic.report.summary import (
-    WORDS,
-    Row,
-    by_composition,
-    hull_sentences,
-    quantum_ranks,
-    sentences,
-    static_ranks,
-)
+from magus_anharmonic.io.tables import Column, columns_of
+from magus_anharmonic.paper.quantities import new_space_group
+from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
+from magus_anharmonic.report.raw_tables import number
+from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
+from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.units import duration
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One structure; energies in meV/atom above the lowest of the ranking, ``None`` where there is
-    no number."""
-
-    id: str
-    formula: str
-    natoms: int
-    static: str
-    quantum: str
-    rank: int | None
-    rank_static: int | None
-    enthalpy: float | None
-    gibbs: float | None
-    error: float | None
-    status: str
-    reason: str
-    folder: str = ""
-
-    @property
-    def changed(self) -> bool:
-        """The space group with SSCHA is not the static one."""
-        return bool(self.quantum) and self.quantum != self.static
 
 
 @dataclass(frozen=True)
@@ -63,10 +32,49 @@ class RankingView:
     file: str
     pressure: float
     temperature: float
-    rows: Sequence[Row] = field(repr=False)
-    lines: Sequence[Line] = field(repr=False)
+    rows: Sequence[Candidate] = field(repr=False)
     composition: str = ""
     """Empty where the file holds one alone."""
+
+    @property
+    def lines(self) -> Sequence[Candidate]:
+        """Those that are shown."""
+        return self.rows[:SHOWN]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those of the file in which a line has something."""
+        return [c for c in columns_of(Candidate) if any(c.text(row) for row in self.lines)]
+
+    @functools.cached_property
+    def _lowest(self) -> tuple[float, float | None]:
+        static = [row.enthalpy for row in self.rows if row.enthalpy is not None]
+        return min(static, default=0.0), min(
+            (row.gibbs for row in self.rows if row.phase_ranked and row.gibbs is not None),
+            default=None,
+        )
+
+    def enthalpy(self, row: Candidate) -> float | None:
+        """Above the lowest, meV/atom."""
+        return None if row.enthalpy is None else 1000 * (row.enthalpy - self._lowest[0])
+
+    def gibbs(self, row: Candidate) -> float | None:
+        """Above the lowest phase, meV/atom; None for what failed."""
+        lowest = self._lowest[1]
+        if row.gibbs is None or lowest is None or row.status == "failed":
+            return None
+        return 1000 * (row.gibbs - lowest)
+
+    def error(self, row: Candidate) -> float | None:
+        """Of a G of its own, meV/atom."""
+        known = row.gibbs_error is not None and row.status in WITH_ERROR
+        return 1000 * row.gibbs_error if known else None
+
+    def status(self, row: Candidate) -> str:
+        """In words."""
+        if row.same_as:
+            return f"same phase as {row.same_as[:8]}"
+        return WORDS.get(row.status, row.status)
 
     @property
     def title(self) -> str:
@@ -85,86 +93,30 @@ class RankingView:
         return self.total - len(self.lines)
 
 
-def ranking_views(file: str, rows: Sequence[Row]) -> list[RankingView]:
+def ranking_views(file: str, rows: Sequence[Candidate]) -> list[RankingView]:
     """One view per pressure, temperature and composition of a ranking's file, the first two in
     rising order."""
-    conditions: dict[tuple[float, float], list[Row]] = {}
+    conditions: dict[tuple[float, float], list[Candidate]] = {}
     for row in rows:
         conditions.setdefault((row.pressure, row.temperature), []).append(row)
     views = []
     for condition, group in sorted(conditions.items()):
-        blocks = by_composition(group)
+        blocks = by_composition(numbered(group))
+        several = len(blocks) > 1
         views += [
-            RankingView(
-                file,
-                *condition,
-                block,
-                _lines(block),
-                block[0].composition if len(blocks) > 1 else "",
-            )
+            RankingView(file, *condition, block, block[0].composition if several else "")
             for block in blocks
         ]
     return views
 
 
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    static, quantum = static_ranks(rows), quantum_ranks(rows)
-    reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
-    lowest = min((row.gibbs for row in rows if row.ranked), default=None)
-    last = len(rows) + 1
-    order = sorted(
-        rows,
-        key=lambda row: (
-            quantum.get(row.id, last),
-            row.enthalpy is None,
-            not row.same_as,
-            static.get(row.id, last),
-        ),
-    )
-    return [_line(row, static, quantum, reference, lowest) for row in order[:SHOWN]]
-
-
-def _line(
-    row: Row,
-    static: dict[str, int],
-    quantum: dict[str, int],
-    reference: float,
-    lowest: float | None,
-) -> Line:
-    computed = row.status in WITH_ERROR
-    status = (
-        f"same phase as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status)
-    )
-    return Line(
-        id=row.id,
-        formula=row.formula,
-        natoms=row.natoms,
-        static=row.spg_static,
-        quantum=row.spg_quantum,
-        rank=quantum.get(row.id),
-        rank_static=static.get(row.id),
-        enthalpy=None if row.enthalpy is None else 1000 * (row.enthalpy - reference),
-        gibbs=(
-            None
-            if row.gibbs is None or lowest is None or row.status == "failed"
-            else 1000 * (row.gibbs - lowest)
-        ),
-        error=None if row.gibbs_error is None or not computed else 1000 * row.gibbs_error,
-        status=status,
-        reason=row.reason,
-        folder=row.folder,
-    )
-
-
 SPELLED_OUT = 12
 """Rankings with more computed structures than this are summed up instead of told one by one."""
-
-BY = {"model": "by the potential", "dft": "by DFT"}
 
 
 def ranking_sentences(view: RankingView) -> list[str]:
     """One ranking in words: every structure where they are few, numbers where they are many."""
-    done = [row for row in view.rows if row.status in COMPUTED and row.gibbs is not None]
+    done = [row for row in view.rows if row.free_energy.computed]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
     changed = [row for row in done if new_space_group(row)]
@@ -183,7 +135,7 @@ def ranking_sentences(view: RankingView) -> list[str]:
             f"The motion of the ions adds {shifts[0]:.0f} to {shifts[-1]:.0f} meV/atom (median"
             f" {middle:.0f}) to the static enthalpy."
         )
-    ranked = sorted((row for row in done if row.ranked), key=lambda row: row.gibbs or 0.0)
+    ranked = sorted((row for row in done if row.phase_ranked), key=lambda row: row.gibbs or 0.0)
     if ranked:
         best = ranked[0]
         at_rest = min(
@@ -233,7 +185,7 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
 def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
     """Titled sentences on the hull of each pressure and temperature at which there are several
     compositions."""
-    conditions: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
+    conditions: dict[tuple[str, float, float], list[Candidate]] = defaultdict(list)
     for view in views:
         conditions[view.file, view.pressure, view.temperature].extend(view.rows)
     parts = [
@@ -286,114 +238,6 @@ class EnthalpyTally:
             for name, low, high in runs
         ]
         return [*lines, f"Lowest in static enthalpy: {', '.join(told)}."]
-
-
-def model_sentence(errors: RawTable) -> list[str]:
-    """What finetuning did to the error on the test set."""
-    test = {row["model"]: row for row in errors.rows if row.get("set") == "test"}
-    if not {"foundation", "finetuned"} <= set(test):
-        return []
-    before, after = test["foundation"], test["finetuned"]
-    parts = []
-    for column, name, factor, unit in (
-        ("energy_rmse_eV_per_atom", "energy", 1000, "meV/atom"),
-        ("force_rmse_eV_per_A", "forces", 1000, "meV/Å"),
-        ("stress_rmse_GPa", "stress", 1, "GPa"),
-    ):
-        old, new = number(before.get(column)), number(after.get(column))
-        if old is not None and new is not None:
-            parts.append(f"{name} {factor * old:.3g} to {factor * new:.3g} {unit}")
-    said = ", ".join(parts)
-    return (
-        [
-            f"Finetuning changed the root-mean-square errors on the {after.get('n', '')} test"
-            f" labels: {said}."
-        ]
-        if parts
-        else []
-    )
-
-
-def space_group_sentence(raw: RawTable) -> list[str]:
-    """How many candidates that changed with SSCHA are static minima of DFT."""
-    checked = [row for row in raw.rows if row.get("spg_dft")]
-    if not checked:
-        return []
-    kept = sum(row["spg_dft"] == row["spg_static"] for row in checked)
-    return [
-        f"{kept} of {len(checked)} candidates keep their static space group when DFT relaxes them:"
-        " real static minima."
-    ]
-
-
-def mode_sentences(raw: RawTable) -> list[str]:
-    """Where each mode turns stable: the critical pressures of figure 4a."""
-    rows = []
-    for row in raw.rows:
-        pressure, square = number(row.get("pressure_GPa")), number(row.get("frequency_squared_cm2"))
-        method, by = row.get("method", ""), row.get("energies_by", "")
-        if pressure is not None and square is not None:
-            name = row.get("phase", ""), "", row.get("irrep", "")
-            rows.append(Mode(*name, pressure, method, by, square, number(row.get("error_cm2")), ""))  # type: ignore[arg-type]
-    lines = []
-    for (phase, irrep, method, by), points in series(rows).items():
-        one = critical_pressure(points)
-        head = f"The {irrep} mode of {phase} ({method}, {BY.get(by, by)})"
-        signs = {p.frequency_squared_cm2 >= 0 for p in points}
-        if one.critical_pressure_GPa is not None:
-            spread = "" if one.error_GPa is None else f" ± {one.error_GPa:.1f}"
-            where = f"{one.critical_pressure_GPa:.1f}{spread}"
-            lines.append(f"{head} turns from imaginary to real at {where} GPa.")
-        elif len(signs) == 1:
-            ends = dict.fromkeys((one.lowest_GPa, one.highest_GPa))
-            span = " to ".join(f"{end:g}" for end in ends)
-            lines.append(f"{head} is {'real' if one.stable else 'imaginary'} at {span} GPa.")
-        else:
-            lines.append(f"{head} changes its sign, never from imaginary to real.")
-    return lines
-
-
-def gradient_sentences(raw: RawTable) -> list[str]:
-    """What averaging over the ensemble leaves of the error of the forces."""
-    cases: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in raw.rows:
-        case = cases[row.get("phase", ""), row.get("pressure_GPa", "")]
-        known = case.get(row.get("quantity", ""))
-        if known is None or (number(row.get("n_configs")) or 0) > (
-            number(known.get("n_configs")) or 0
-        ):
-            case[row.get("quantity", "")] = row
-    lines = []
-    for (phase, pressure), case in cases.items():
-        force, mean = case.get("force"), case.get("gradient_centroid")
-        one, many = number((force or {}).get("rmse")), number((mean or {}).get("rmse"))
-        if one is None or many is None or mean is None:
-            continue
-        floor = number(mean.get("floor"))
-        beside = "" if floor is None else f"; averaging alone would leave {1000 * floor:.2g}"
-        lines.append(
-            f"{phase} at {pressure} GPa: averaging over {mean.get('n_configs')} configurations"
-            f" leaves {1000 * many:.3g} of {1000 * one:.3g} meV/Å error of the forces{beside}."
-        )
-    return lines
-
-
-def correction_sentences(raw: RawTable) -> list[str]:
-    """What DFT labels in the ensemble add to the free energies."""
-    lines = []
-    for row in raw.rows:
-        value, error = (
-            number(row.get("correction_eV_per_atom")),
-            number(row.get("correction_error_eV_per_atom")),
-        )
-        if value is not None:
-            margin = "" if error is None else f" +- {1000 * error:.2g}"
-            lines.append(
-                f"{row.get('phase', '')} at {row.get('pressure_GPa', '')} GPa:"
-                f" {row.get('n_labels', '')} DFT labels of its ensemble change G by"
-                f" {1000 * value:.3g}{margin} meV/atom."
-            )
-    return lines
 
 
 def cost_sentence(rows: Sequence[dict[str, str]]) -> list[str]:

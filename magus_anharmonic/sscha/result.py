@@ -4,7 +4,6 @@ convergence table; reused when the run starts again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,67 +13,57 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from pydantic import TypeAdapter
 
-from magus_anharmonic.errors import DamagedFile, InputError, typed_line
-from magus_anharmonic.io.digests import renamed, safe_name, versions
-from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.io.digests import as_stored, renamed, safe_name, versions
+from magus_anharmonic.io.files import (
+    load_arrays,
+    read_as,
+    read_json,
+    read_whole,
+    readable,
+    write_arrays,
+    write_json,
+)
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
-@dataclass(frozen=True)
-class SschaResult:
-    """Free energy of one structure at one pressure and temperature.
+@dataclass(frozen=True, kw_only=True)
+class SschaResult(FreeEnergy):
+    """Free energy of one structure at one pressure and temperature, and the state that it is of.
 
-    All numbers describe one state, and come from one ensemble that no minimisation has seen.
-    Numbers that do not exist (a run that failed early) are NaN.
+    All numbers describe one state, and come from one ensemble that no minimisation has seen. A
+    number that does not exist (of a run that failed) is ``None``, an array NaN.
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
     or "failed". reason : why not converged; of a converged run what its populations did not suffice
-    to say about its phase, else empty. gibbs, gibbs_raw : (F + P V) / N with and without the
-    finite-size term, eV/atom; gibbs_error : standard error of the sampling alone; finite_size,
-    helmholtz (with the finite-size term), predicted_decrease (of G) : eV/atom;
-    volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =
-    compressed; target_pressure : GPa; temperature : K. centroids : average positions, one primitive
-    cell; position_error : A, of the least certain centroid; space_group is that of the centroids at
-    ``symmetry_tolerance`` A, space_group_start the one before. n_evaluations : energies and forces
-    evaluated, start included; interpolated_imaginary : part of the modes of the finite-size mesh
-    that are imaginary (0 where the interpolation can be trusted). force_constants : compact, see
-    `state`; None when there is no state.
+    to say about its phase, else empty. The other numbers of the free energy: `FreeEnergy`.
+    helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
+    sign; pressure : GPa, positive = compressed; target_pressure : GPa; temperature : K. centroids :
+    average positions, one primitive cell; position_error : A, of the least certain centroid.
+    interpolated_imaginary : part of the modes of the finite-size mesh that are imaginary (0 where
+    the interpolation can be trusted). force_constants : compact, see `state`; None when there is no
+    state.
     """
 
-    status: str
-    reason: str
-    converged: bool
-    gibbs: float
-    gibbs_error: float
-    gibbs_raw: float
-    finite_size: float
-    helmholtz: float
-    volume: float
+    helmholtz: float | None
     stress: np.ndarray
     stress_error: np.ndarray
-    pressure: float
+    pressure: float | None
     target_pressure: float
     temperature: float
-    predicted_decrease: float
     centroids: Atoms
-    position_error: float
-    space_group_start: str
-    space_group: str
-    symmetry_tolerance: float
-    n_evaluations: int
-    n_populations: int
+    position_error: float | None
     n_configs: int
-    n_atoms_supercell: int
     supercell: SupercellMatrix
-    interpolated_imaginary: float
+    interpolated_imaginary: float | None
     model_id: str
     seconds: float
     force_constants: np.ndarray | None = None
@@ -90,8 +79,9 @@ class SschaResult:
         """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
         that exists."""
         if self.force_constants is not None:
-            with replacing(directory / "result.npz") as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, force_constants=self.force_constants)
+            write_arrays(
+                directory / "result.npz", compressed=True, force_constants=self.force_constants
+            )
         write_json(directory / "result.json", self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
@@ -104,6 +94,7 @@ class SschaResult:
                 data[one.name] = (
                     None if isinstance(value, float) and not math.isfinite(value) else value
                 )
+        data["converged"] = self.converged
         for name in ("stress", "stress_error"):
             data[name] = data[name] if np.isfinite(getattr(self, name)).all() else None
         data["centroids"] = {
@@ -128,24 +119,21 @@ class SschaResult:
                 " of now; use an empty folder"
             )
         arrays = path.with_name("result.npz")
-        try:
+        with readable(path, "the result of an SSCHA run"):
             result = cls._from_json(data)
             found = load_arrays(arrays)["force_constants"] if arrays.is_file() else None
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise DamagedFile(
-                f"{path}: not the result of an SSCHA run ({type(error).__name__}: {error})"
-            ) from None
         return replace(result, force_constants=found)
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:
-        nan = float("nan")
-        data = renamed(data)
-        for name, value in data.items():
-            if value is None:
-                data[name] = np.full((3, 3), nan) if name.startswith("stress") else nan
-            elif name.startswith("stress"):
-                data[name] = np.array(value)
+        known = {one.name for one in fields(cls)}
+        data = {name: value for name, value in renamed(data).items() if name in known}
+        if absent := {one.name for one in fields(cls) if one.metadata.get("needed")} - data.keys():
+            raise KeyError(", ".join(sorted(absent)))
+        for name in ("stress", "stress_error"):
+            data[name] = np.full((3, 3), np.nan) if data[name] is None else np.array(data[name])
+        if data.get("error_vector") is not None:
+            data["error_vector"] = tuple(data["error_vector"])
         data["supercell"] = as_supercell_matrix(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)
@@ -224,7 +212,7 @@ class RunFolder:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
-        identity = json.loads(json.dumps({**versions(), **identity}))
+        identity = as_stored({**versions(), **identity})
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
         if stored is not None:
@@ -280,7 +268,7 @@ class RunFolder:
         )
         if result is None:
             return None
-        precise = error_tolerance is None or result.gibbs_error <= error_tolerance
+        precise = error_tolerance is None or (result.gibbs_error or 0.0) <= error_tolerance
         if (
             result.status != "failed"
             and not (result.converged and precise and not result.reason)
@@ -365,26 +353,23 @@ class RunFolder:
         result.write(self.directory)
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
-        with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            # not compressed: random numbers shrink by a few per cent, and it would take longer than
-            # all the algebra
-            np.savez(
-                file,
-                numbers=state.atoms.numbers,
-                masses=state.atoms.get_masses(),
-                cell=state.atoms.cell.array,
-                centroids=state.atoms.positions,
-                supercell_matrix=state.supercell_matrix,
-                force_constants=state.force_constants,
-                temperature=state.temperature,
-                **arrays,
-            )
+        write_arrays(
+            self.directory / name,
+            numbers=state.atoms.numbers,
+            masses=state.atoms.get_masses(),
+            cell=state.atoms.cell.array,
+            centroids=state.atoms.positions,
+            supercell_matrix=state.supercell_matrix,
+            force_constants=state.force_constants,
+            temperature=state.temperature,
+            **arrays,
+        )
 
 
 def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     """State and ensemble of one ``population_NNN.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
-    try:
+    with readable(path, "a population of an SSCHA run"):
         state = _state(stored)
         ensemble = Ensemble(
             *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
@@ -395,8 +380,6 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
             atoms,
             3,
         ) and ensemble.stresses.shape == (n, 3, 3)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
     if not fits:
         raise DamagedFile(f"{path}: arrays do not fit one another")
     return state, ensemble
@@ -404,31 +387,23 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
 
 def read_progress_file(path: Path) -> Progress:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
-    found = renamed(read_json(path))
-    try:
-        progress = TypeAdapter(Progress).validate_json(json.dumps(found))
-        whole = found.keys() >= vars(progress).keys() and progress.fits()
-    except (ValueError, TypeError) as error:
-        raise DamagedFile(
-            f"{path}: not the progress of an SSCHA run ({typed_line(error)})"
-        ) from None
-    if not whole:
-        raise DamagedFile(f"{path}: not the progress of an SSCHA run")
+    progress = read_as(Progress, path, whole=True)
+    with readable(path, "the progress of an SSCHA run"):
+        if not progress.fits():
+            raise ValueError("its parts do not fit one another")
     return progress
 
 
 def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
-    try:
+    with readable(path, "the start of an SSCHA run"):
         response = (
             StaticResponse(stored["response_stress"], stored["response_forces"])
             if "response_stress" in stored
             else None
         )
         return Start(_state(stored), response, int(stored["n_evaluations"]))
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
 
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:

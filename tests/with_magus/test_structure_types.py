@@ -184,6 +184,18 @@ def test_sscha_where_it_cannot_work_is_refused_before_any_work(work: Path, kind:
     assert "Traceback" not in result.stdout and not (work / "results").exists()
 
 
+def test_an_interface_is_refused_before_magus_matches_its_crystals(work: Path) -> None:
+    """The fault: MAGUS matches the two crystals while it reads its input, for minutes, before there
+    is a search that can be refused."""
+    prepare(work, "interface", Fitness=["SSCHA"], sscha={})
+    (work / "Ref/layerslices.traj").unlink()
+    result = magus(work, "search")
+    assert result.returncode == 2 and "structureType: interface: SSCHA needs" in result.stdout, (
+        result.stdout[-2000:]
+    )
+    assert not any((work / "Ref").iterdir())
+
+
 @pytest.mark.parametrize(
     ("kind", "words"), [("adclus", "zero-size array"), ("confined_2d", "bond_ratio")]
 )
