@@ -8,8 +8,8 @@ from magus_anharmonic.units import time_left
 
 
 class Progress:
-    """A work of ``total`` pieces of which ``done`` were there before it began; ``interval``: seconds
-    between two lines of progress."""
+    """A work of ``total`` pieces of which ``done`` were there before it began; ``interval``:
+    seconds between two lines of progress."""
 
     def __init__(self, total: float, done: float = 0.0, interval: float = 0.0) -> None:
         self.total, self._before, self._interval = total, done, interval
