@@ -12,8 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import is_machine_error, is_out_of_memory
-from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator
+from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator, evaluate_each
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
@@ -171,44 +170,19 @@ def _round(evaluator: Evaluator, relaxations: list[SingleRelaxation]) -> None:
     """One step of every structure in flight."""
     trials = [(relaxation, relaxation.attempt(relaxation.propose)) for relaxation in relaxations]
     usable = [(relaxation, atoms) for relaxation, atoms in trials if atoms is not None]
-    for (relaxation, _), result in zip(
-        usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True
-    ):
+    found = evaluate_each(evaluator, [atoms for _, atoms in usable], Exception)
+    for (relaxation, _), one in zip(usable, found, strict=True):
+        if isinstance(one, str):
+            # alone it is number 0, which is not its number among the structures of `relax`
+            result: Result | str = re.sub(
+                r"\bstructure 0\b", "the structure", one.removeprefix("structure 0: ")
+            )
+        else:
+            numbers = float(one.energy[0]), one.forces[0], one.stress[0]
+            result = _why_invalid_numbers(*numbers) or numbers
         relaxation.attempt(relaxation.receive, result)
     for relaxation in relaxations:
         relaxation.attempt(relaxation.judge)
-
-
-def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
-    """Energy, forces and stress of each structure, or the reason why there is none.
-
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
-    Machine errors are raised.
-    """
-    if not structures:
-        return []
-    try:
-        found = evaluator.evaluate(structures)
-    except Exception as error:
-        if is_machine_error(error) and not (len(structures) > 1 and is_out_of_memory(error)):
-            raise
-        if len(structures) == 1:
-            logger.debug("evaluation of %s failed", structures[0], exc_info=True)
-            # alone it is number 0, which is not its number among the structures of `relax`
-            text = re.sub(
-                r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: ")
-            )
-            return [" ".join(text.split()) or type(error).__name__]
-        found = None
-    if found is None:
-        # not in the handler: what fails alone has not failed because of the batch
-        return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
-    results: list[Result | str] = []
-    for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
-        results.append(
-            _why_invalid_numbers(energy, forces, stress) or (float(energy), forces, stress)
-        )
-    return results
 
 
 def _why_invalid_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
