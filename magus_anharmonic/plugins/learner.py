@@ -19,7 +19,7 @@ from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
 from magus_anharmonic.learning.families import parent_name, sides_of_families
 from magus_anharmonic.learning.learn import finished, held_back, keep_label, learn, plan
-from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
+from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator
 from magus_anharmonic.settings import LearningSettings, snake_case
 from magus_anharmonic.structures import stripped, structure_id
 
@@ -219,11 +219,9 @@ class MatterSimLearner(MatterSimCalculator):
         copies = [
             _only(atoms, [key for key in atoms.info if key not in RESULT_KEYS]) for atoms in given
         ]
-        for copy, outcome in zip(copies, evaluate_each(self.potential, copies), strict=True):
-            if isinstance(outcome, str):
+        for copy, reason in zip(copies, self._evaluate(copies), strict=True):
+            if reason:
                 copy.info["energy"] = np.nan
-            else:
-                self._store_result(copy, *outcome)
         return copies
 
     def get_loss(self, frames: Any) -> list[float]:
