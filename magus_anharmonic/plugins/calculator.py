@@ -22,10 +22,10 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 from magus.fitness import FitnessCalculator
 
+from magus_anharmonic import evaluator
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
-from magus_anharmonic.ranking.structures import evaluate_each
 from magus_anharmonic.scheduler import is_remote, open_scheduler
 from magus_anharmonic.sscha.record import INFO_KEYS
 from magus_anharmonic.structures import stripped
@@ -167,23 +167,17 @@ class MatterSimCalculator(Calculator):
         individuals = list(calcPop)
         self._clear(individuals)
         done, failed = [], []
-        for atoms, reason in zip(individuals, self._evaluate(individuals), strict=True):
-            if reason:
-                failed.append(_dropped(atoms, reason, "single point"))
-            else:
-                done.append(atoms)
+        for atoms, outcome in zip(
+            individuals, evaluate_each(self.potential, individuals), strict=True
+        ):
+            if isinstance(outcome, str):
+                failed.append(_dropped(atoms, outcome, "single point"))
+                continue
+            self._store_result(atoms, *outcome)
+            done.append(atoms)
         set_energy_errors(self.potential, done)
         self._report("evaluated", done, failed)
         return done
-
-    def _evaluate(self, individuals: Sequence[Atoms]) -> list[str]:
-        """Store the results of single points; for each structure why it has none, else an empty
-        string."""
-        found = evaluate_each(individuals, self.potential) if individuals else []
-        for atoms, one in zip(individuals, found, strict=True):
-            if not isinstance(one, str):
-                self._store_result(atoms, one.energy[0], one.forces[0], one.stress[0])
-        return [one if isinstance(one, str) else "" for one in found]
 
     def _take(self, atoms: Atoms, start: Atoms, result: Relaxation) -> None:
         atoms.set_cell(result.atoms.cell.array)
@@ -224,6 +218,17 @@ class MatterSimCalculator(Calculator):
         )
         if failed:
             write(os.path.join(self.calc_dir, "errorTraj.traj"), failed)
+
+
+def evaluate_each(
+    potential: Any, structures: Sequence[Atoms]
+) -> list[tuple[float, np.ndarray, np.ndarray] | str]:
+    """Energy, forces, stress (3, 3) of each structure, or the reason why it has none: one bad
+    structure spoils no batch."""
+    return [
+        one if isinstance(one, str) else (float(one.energy[0]), one.forces[0], one.stress[0])
+        for one in evaluator.evaluate_each(potential, [stripped(atoms) for atoms in structures])
+    ]
 
 
 def _dropped(atoms: Atoms, reason: str, what: str) -> Atoms:
