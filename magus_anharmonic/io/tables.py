@@ -296,7 +296,11 @@ def _number(text: str) -> float:
 
 def cell(value: Any, digits: str = ".10g") -> str:
     """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no
-    finite number."""
+    finite number, yes or no for a truth value, several values with spaces."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(cell(part) for part in value)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return format(value, digits) if isinstance(value, float) else str(value)

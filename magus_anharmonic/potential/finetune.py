@@ -9,7 +9,6 @@ must not end training before it began) and the restart.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.digests import digest, versions
 from magus_anharmonic.io.files import remove, set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
@@ -37,9 +36,9 @@ from magus_anharmonic.potential.trainer import (
     read_state,
     write_state,
 )
+from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.settings import FinetuneSettings, TrainingKeys, parse
 from magus_anharmonic.structures import structure_id
-from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -231,19 +230,19 @@ class _Run:
         self.best_state = copy_state(self.module)
 
     def _key(self) -> str:
-        digest = hashlib.sha256(
+        parts: list[Any] = [
             f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()}"
-            f" {self.seed}".encode()
-        )
+            f" {self.seed}"
+        ]
         for part in (self.train_set, self.validation_set):
-            digest.update(f"{len(part)} structures".encode())
+            parts.append(f"{len(part)} structures")
             for atoms in part:
                 energy, forces, stress = labels_of(atoms)
-                digest.update(structure_id(atoms).encode())
-                digest.update(np.concatenate([[energy], forces.ravel(), stress.ravel()]).tobytes())
+                numbers = np.concatenate([[energy], forces.ravel(), stress.ravel()])
+                parts += [structure_id(atoms), numbers]
         if self.weights is not None:
-            digest.update(self.weights.tobytes())
-        return digest.hexdigest()[:12]
+            parts.append(self.weights)
+        return digest(*parts)
 
     def finished(self) -> FinetuneResult | None:
         """The result of an earlier run with the same inputs, if ``out`` holds it."""
@@ -459,24 +458,18 @@ class _Run:
         return True
 
 
-class _Ticker:
+class _Ticker(Progress):
     """Lines of progress, at most one in `LOG_INTERVAL` seconds, with the time left."""
 
     def __init__(self, epochs: int, done: int) -> None:
-        self.epochs, self.done = epochs, done
-        self.began = self.last = time.perf_counter()
+        super().__init__(epochs, done, LOG_INTERVAL)
 
     def report(
         self, number: int, done: float, text: str, *values: Any, always: bool = False
     ) -> None:
         """``text % values`` about epoch ``number``, when ``done`` epochs are done."""
-        now = time.perf_counter()
-        if now - self.last < LOG_INTERVAL and not always:
-            return
-        self.last = now
-        left = time_left(now - self.began, done - self.done, self.epochs - done)
-        text = f"epoch %d/%d{text}" + ("; %s" if left else "")
-        logger.info(text, number, self.epochs, *values, *([left] if left else []))
+        if self.due() or always:
+            logger.info(f"epoch %d/%d{text}%s", number, self.total, *values, self.left(done))
 
 
 def _device(module: torch.nn.Module) -> torch.device:
