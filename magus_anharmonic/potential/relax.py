@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.units import time_left
+from magus_anharmonic.runs.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -202,27 +201,24 @@ class _Progress:
     def __init__(self, total: int, max_steps: int) -> None:
         self.total, self.max_steps = total, max_steps
         self.rounds = self.finished = 0
-        self.begun = self.last = time.monotonic()
+        self.pace = Progress(total, interval=LOG_INTERVAL)
 
     def report(self, newly_finished: int) -> None:
         self.rounds += 1
         self.finished += newly_finished
-        now, remaining = time.monotonic(), self.total - self.finished
-        if now - self.last < LOG_INTERVAL or not remaining:
+        remaining = self.total - self.finished
+        if not remaining or not self.pace.due():
             return
-        self.last = now
-        spent = now - self.begun
         done, rest = (
             (self.finished, remaining)
             if self.finished
             else (self.rounds, max(self.max_steps - self.rounds, 1))
         )
-        left = time_left(spent, done, rest)
         logger.info(
             "relaxed %d of %d structures, %d rounds, %.0f s, %s",
             self.finished,
             self.total,
             self.rounds,
-            spent,
-            left,
+            self.pace.seconds,
+            self.pace.left(done, rest, ""),
         )
