@@ -6,8 +6,8 @@ The ``Evaluator`` protocol: energies, forces and stresses of many structures in 
 Whether the numbers of an ASE calculator belong together: the work of its forces and stress is the
 change of its energy.
 
-Displaced and strained structures (two along each of three steps) tell a wrong sign, another unit,
-another order of the shears, a stress per cell or a constant force, which else end as a cell that
+Displaced and strained structures (two along each of four steps) tell a wrong sign, another unit,
+another order of the stresses, a stress per cell or a constant force, which else end as a cell that
 runs away or a sample that collapses. Asked once per calculator; our own potentials differentiate
 their energy and are not asked.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -240,8 +241,12 @@ TOLERANCE = 0.35
 """Relative difference of work and energy that is none: cutoffs, Pulay stress, rounding."""
 NOISE = 2e-4
 """eV/atom."""
+NORMAL = np.diag([1.0, 0.0, -1.0])
+"""Of xx against zz, as `SHEAR`."""
 SHEAR = np.array([[0.0, 0.0, -1.0], [0.0, 0.0, 1.0], [-1.0, 1.0, 0.0]])
 """Of yz and xz, against each other: no other order of the components does half as much work."""
+BY_ANOTHER_ORDER = 0.2
+"""Of the difference of work and energy is left with the normal stresses in their true order."""
 DRIFT = 0.03
 """eV/A per atom, above what grids and cutoffs do to the sum of the forces."""
 NEAR = 0.12
@@ -284,7 +289,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
     moves = rng.normal(0.0, DISPLACEMENT, (len(probe), 3))
     moves -= moves.mean(axis=0)
     tensor = rng.uniform(-0.3, 0.3, (3, 3))
-    strains = [STRAIN * (np.eye(3) + 0.5 * (tensor + tensor.T)), STRAIN * SHEAR] if stress else []
+    strains = [np.eye(3) + 0.5 * (tensor + tensor.T), NORMAL, SHEAR] if stress else []
     try:
         middle = evaluator.evaluate([probe])
         if stress and not has_stress(middle):
@@ -294,7 +299,7 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
             )
         moves *= 1.0 if -np.sum(middle.forces[0] * moves) > 0.0 else -1.0
         # uphill, where tension and stiffness do not cancel
-        strains = [-e if np.sum(middle.stress[0] * e) < 0.0 else e for e in strains]
+        strains = [STRAIN * (-e if np.sum(middle.stress[0] * e) < 0.0 else e) for e in strains]
         structures = [_stepped(probe, part * moves, None) for part in (0.5, 1.0)]
         structures += [_stepped(probe, None, part * e) for e in strains for part in (0.5, 1.0)]
         found = evaluator.evaluate(structures)
@@ -341,8 +346,10 @@ def check_calculator(evaluator: Any, atoms: Atoms, *, stress: bool) -> int:
                 "eV (of the cell, not divided by its volume)": probe.get_volume(),
             }
             _compare(f"{what} stress is", "eV/A^3", float(gains[1]), slopes, len(probe), factors)
+        elif number == 1:
+            _compare_normal(what, float(gains[2]), probe.get_volume(), tensors, strain, len(probe))
         else:
-            _compare_shear(what, float(gains[2]), slopes, normal, len(probe))
+            _compare_shear(what, float(gains[3]), slopes, normal, len(probe))
     evaluator.checked |= {"forces", *(["stress"] if stress else [])}
     return 1 + len(structures) + (drift is not None)
 
@@ -395,6 +402,32 @@ def _compare(
         f"{what} {said}: a small step changes the energy by {gain:.4g} eV, and by {work:.4g} eV"
         " according to them"
     )
+
+
+def _compare_normal(
+    what: str,
+    gain: float,
+    volume: float,
+    stresses: Sequence[np.ndarray],
+    strain: np.ndarray,
+    n: int,
+) -> None:
+    """As `_compare`, of a strain of xx against zz, where unit and sign are known to be right; the
+    ``stresses`` are those at its beginning, half way and at its end."""
+    misfits = {}
+    for order in permutations(range(3)):
+        normal = [np.diag(np.diag(stress)[list(order)]) for stress in stresses]
+        parts = zip((0.0, 0.5, 1.0), normal, strict=True)
+        work = _work([_slope(volume, stress, part, strain) for part, stress in parts])
+        misfits[order] = abs(work - gain)
+    own, best = misfits[0, 1, 2], min(misfits, key=misfits.__getitem__)
+    if own > NOISE * n and misfits[best] < BY_ANOTHER_ORDER * own:
+        given = ", ".join(("xx", "yy", "zz")[best.index(axis)] for axis in range(3))
+        raise InputError(
+            f"{what} normal stresses are in another order than ASE's (xx, yy, zz, yz, xz, xy), as it"
+            f" seems {given}: a small strain of xx against zz changes the energy by {gain:.4g} eV,"
+            f" and by {own:.2g} eV more or less according to them"
+        )
 
 
 def _compare_shear(
