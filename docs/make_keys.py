@@ -22,6 +22,7 @@ from magus_anharmonic.settings import (
     SschaSettings,
     WorkerSettings,
     campaign,
+    campaign_blocks,
 )
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 
@@ -81,20 +82,20 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
         "A file of its own, for `magus-anharmonic campaign`. Files in it are relative to it.",
         campaign.CampaignSettings,
     ),
-    ("`phases` of a campaign", "A list.", campaign.PhaseSettings),
-    ("`learning` of a campaign", "The first stage.", campaign.CampaignLearning),
-    ("`merge` of a campaign", "", campaign.MergeSettings),
-    ("`final` of a campaign", "", campaign.FinalSettings),
-    ("One entry of `final.stages` of a campaign", "", campaign.StageSettings),
-    ("`produce` of a campaign", "The second stage.", campaign.ProduceSettings),
-    ("`foundation_check` of a campaign", "", campaign.FoundationSettings),
-    ("`relax` of a campaign", "", campaign.RelaxSettings),
-    ("`sscha` of a campaign", "", campaign.CampaignSscha),
-    ("`dft` of a campaign", "", campaign.DftSettings),
-    ("`hessian` of a campaign", "", campaign.HessianSettings),
-    ("One entry of `hessian.phases` of a campaign", "", campaign.HessianPhase),
-    ("`errors` of a campaign", "", campaign.ErrorSettings),
-    ("`figures` of a campaign", "", campaign.FigureSettings),
+    ("`phases` of a campaign", "A list.", campaign_blocks.PhaseSettings),
+    ("`learning` of a campaign", "The first stage.", campaign_blocks.CampaignLearning),
+    ("`merge` of a campaign", "", campaign_blocks.MergeSettings),
+    ("`final` of a campaign", "", campaign_blocks.FinalSettings),
+    ("One entry of `final.stages` of a campaign", "", campaign_blocks.StageSettings),
+    ("`produce` of a campaign", "The second stage.", campaign_blocks.ProduceSettings),
+    ("`foundation_check` of a campaign", "", campaign_blocks.FoundationSettings),
+    ("`relax` of a campaign", "", campaign_blocks.RelaxSettings),
+    ("`sscha` of a campaign", "", campaign_blocks.CampaignSscha),
+    ("`dft` of a campaign", "", campaign_blocks.DftSettings),
+    ("`hessian` of a campaign", "", campaign_blocks.HessianSettings),
+    ("One entry of `hessian.phases` of a campaign", "", campaign_blocks.HessianPhase),
+    ("`errors` of a campaign", "", campaign_blocks.ErrorSettings),
+    ("`figures` of a campaign", "", campaign_blocks.FigureSettings),
 ]
 
 SIMPLE = {

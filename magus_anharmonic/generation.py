@@ -300,15 +300,17 @@ def undecided(state: SearchState, generation: int) -> list[Contender]:
 
     learning = state.settings.learning
     phases = sorted(
-        (c for c in state.candidates if c.ranked and not c.same_as and c.folder),
+        (c for c in state.candidates if c.phase_ranked and c.sscha_folder),
         key=lambda c: (c.gibbs, c.id),
     )
     found: list[Contender] = []
     for candidate in phases:
         probability = (
-            candidate.p_lowest if candidate.p_lowest_total is None else candidate.p_lowest_total
+            candidate.p_lowest_sampling
+            if candidate.p_lowest_total is None
+            else candidate.p_lowest_total
         )
-        folder = state.run_dir / "sscha" / candidate.folder
+        folder = state.run_dir / "sscha" / candidate.sscha_folder
         if (found and (probability or 0.0) < UNDECIDED) or not (folder / "result.json").is_file():
             continue
         result = SschaResult.read(folder)
@@ -358,26 +360,24 @@ def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
 
     Each carries ``sscha_centroid``, by which the ranking knows it again and reuses the free energy.
     """
+    from magus_anharmonic.ranking.jobs import info_of
     from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
     from magus_anharmonic.sscha.symmetry import symmetric_primitive
 
-    present = {c.seed for c in candidates if c.ranked and c.seed == c.record}
-    new = [c for c in candidates if c.ranked and not c.same_as and c.record not in present]
-    statics = [Fingerprint(c.atoms) for c in candidates if c.members] if new else []
+    present = {c.seed_of for c in candidates if c.ranked and c.seed_of == c.run_id}
+    new = [c for c in candidates if c.phase_ranked and c.run_id not in present]
+    statics = [Fingerprint(c.structure) for c in candidates if c.members] if new else []
     seeds = []
     for candidate in new:
-        atoms = symmetric_primitive(candidate.centroids, candidate.symmetry_tolerance)
-        fingerprint = Fingerprint(atoms, candidate.symmetry_tolerance)
+        atoms = symmetric_primitive(candidate.centroids, candidate.tolerance)
+        fingerprint = Fingerprint(atoms, candidate.tolerance)
         if any(same_phase(fingerprint, other) for other in statics):
             continue
         atoms.info.update(
+            info_of(candidate.free_energy),
             candidate_id=candidate.id,
-            sscha_centroid=candidate.record,
-            gibbs=candidate.gibbs,
-            gibbs_error=candidate.gibbs_error,
-            status=candidate.status,
+            sscha_centroid=candidate.run_id,
             gibbs_model=candidate.model,
-            spg_quantum=candidate.spg_quantum,
         )
         seeds.append(atoms)
     return seeds

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from records import a_candidate
 
 from magus_anharmonic.paper import tables as t
+from magus_anharmonic.ranking.candidate import Candidate
 
 
 def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Path:
@@ -30,7 +33,7 @@ def write_campaign(folder: Path, *, n_structures: int = 60, seed: int = 0) -> Pa
             )  # type: ignore[arg-type]
     t.write(t.Parity, out / t.Parity.FILE, parity)
     t.write(t.Enthalpy, out / t.Enthalpy.FILE, [*foundation(n_structures, rng), *relaxed()])
-    t.write(t.Ranked, out / t.ranking_file(100), ranking())
+    t.write(Candidate, out / t.ranking_file(100), ranking())
     changed = [row for row in ranking() if row.spg_static != row.spg_quantum]
     checked = [
         t.SpaceGroups(
@@ -140,7 +143,26 @@ def relaxed() -> list[t.Enthalpy]:
     return rows
 
 
-def ranking() -> list[t.Ranked]:
+def ranked(id: str, group: str, h: float, g: float | None, **more: Any) -> Candidate:
+    """H3S at 100 GPa; ``h``, ``g`` : eV/atom."""
+    return a_candidate(
+        id,
+        **{
+            "formula": "H3S",
+            "natoms": 8,
+            "pressure": 100.0,
+            "spg_static": "P1 (1)",
+            "space_group": group,
+            "enthalpy": h,
+            "gibbs": g,
+            "model": "m",
+            "status": "converged",
+            **more,
+        },
+    )
+
+
+def ranking() -> list[Candidate]:
     """Twenty structures: G = H + 0.2 eV/atom, but the first four fall to Im-3m, 30 meV/atom below
     the line's start; one failed."""
     rows = []
@@ -148,31 +170,20 @@ def ranking() -> list[t.Ranked]:
         h = 0.012 * i
         fell = 1 <= i <= 4
         g = 0.17 if fell else 0.2 + h + 0.0005 * (-1) ** i
-        group = "Im-3m (229)" if fell else f"C2 ({i + 3})"
+        own = f"C2 ({i + 3})"
+        group = "Im-3m (229)" if fell else own
         rows.append(
-            t.Ranked(
+            ranked(
                 f"s{i}",
-                "H3S",
-                8,
-                100.0,
-                0.0,
-                f"C2 ({i + 3})",
                 group,
                 -3.0 + h,
                 -3.0 + g,
-                0.001,
-                1000,
-                "m",
-                "sscha",
-                "",
+                spg_static=own,
+                gibbs_error=0.001,
+                n_evaluations=1000,
             )
         )
-    return [
-        *rows,
-        t.Ranked(
-            "bad", "H3S", 8, 100.0, 0.0, "P1 (1)", "", -2.9, None, None, 0, "m", "failed", "melted"
-        ),
-    ]
+    return [*rows, ranked("bad", "", -2.9, None, status="failed", reason="melted")]
 
 
 def soft_mode(rng: np.random.Generator) -> list[t.Mode]:

@@ -193,7 +193,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     ]
     store = FreeEnergyStore(ours / NAME)
     found["free energies"] = sorted(
-        (record.folder, repr(record.gibbs), repr(record.gibbs_error)) for record in store.records()
+        (record.folder, repr(record.gibbs), repr(record.gibbs_error)) for record in store.runs()
     )
     found["families"] = read_jsonl(ours / "labels" / "families.jsonl")
     found["left over"] = sorted(

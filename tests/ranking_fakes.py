@@ -15,6 +15,7 @@ from ase.calculators.emt import EMT
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
 from magus_anharmonic.io.files import append_jsonl
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import primitive, space_group, stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -77,13 +78,18 @@ def centred(atoms: Atoms) -> Atoms:
     return result
 
 
+class Result(SimpleNamespace):
+    """An `SschaResult` that may be changed."""
+
+    converged, numbers = FreeEnergy.converged, FreeEnergy.numbers
+
+
 def sscha_result(
     atoms: Atoms, centroids: Atoms, gibbs: float, temperature: float, **changes: Any
-) -> SimpleNamespace:
+) -> Result:
     """A converged `SschaResult` in the fields that the ranking reads."""
     values = dict(
-        status="converged",
-        converged=True,
+        vars(FreeEnergy(status="converged")),
         reason="",
         gibbs=gibbs,
         gibbs_error=1e-4,
@@ -101,7 +107,7 @@ def sscha_result(
         predicted_decrease=0.0,
         n_populations=2,
     )
-    return SimpleNamespace(**{**values, **changes})
+    return Result(**{**values, **changes})
 
 
 def count_call(directory: Any, atoms: Atoms, temperature: float, start: Any) -> None:
@@ -205,6 +211,7 @@ def falling(
         rest,
         1e-3 / np.sqrt(sizes[-1] / 100),
     )
-    result.converged, result.n_populations, result.n_evaluations = rest < 2e-4, n, sum(sizes)
-    result.reason = "" if result.converged else "not converged"
+    result.n_populations, result.n_evaluations = n, sum(sizes)
+    if rest >= 2e-4:
+        result.status, result.reason = "unconverged", "not converged"
     return result

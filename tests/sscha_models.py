@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.emt import EMT
 
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.ensemble import Ensemble
-from magus_anharmonic.sscha.state import SschaState, sample
+from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
+from magus_anharmonic.sscha.state import SschaState, displaced, sample
+from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import HBAR, KELVIN
 
 
@@ -135,17 +139,25 @@ class CountingCalculator(Calculator):
         self.results = dict(self.inner.results)
 
 
+EV = as_evaluator(EMT())
+
+
+def harmonic_state(
+    atoms: Atoms, supercell_matrix, evaluator=EV, temperature: float = 0.0, *, raised: bool = False
+) -> SschaState:
+    """Harmonic force constants; with ``raised`` as a start has them, without imaginary modes."""
+    symmetry = Symmetry(atoms, supercell_matrix)
+    compact = harmonic_force_constants(atoms, supercell_matrix, symmetry, evaluator)
+    state = SschaState(atoms, supercell_matrix, compact, temperature)
+    return floor_modes(state, symmetry) if raised else state
+
+
 def evaluated(
     state: SschaState, evaluator, n_configs: int, seed: np.random.Generator | int | list[int] = 0
 ) -> Ensemble:
     """Draw and evaluate an ensemble; ``seed`` may be a generator."""
     u = sample(state, n_configs, np.random.default_rng(seed))
-    structures = []
-    for displacement in u:
-        structure = state.supercell.copy()
-        structure.positions += displacement
-        structures.append(structure)
-    found = evaluator.evaluate(structures)
+    found = evaluator.evaluate(displaced(state, u))
     return Ensemble(u, found.energy, np.array(found.forces), found.stress)
 
 

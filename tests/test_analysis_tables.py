@@ -109,12 +109,12 @@ def test_a_missing_file_is_named_and_an_optional_one_has_no_rows(tmp_path: Path)
 
 
 def test_further_columns_and_a_missing_optional_one_do_no_harm(tmp_path: Path) -> None:
-    path = tmp_path / tables.ranking_file(100)
-    row = dataclasses.replace(sample(tables.Ranked, empty=False), same_as="")
-    names = [name for name in tables.columns(tables.Ranked) if name != "same_as"]
+    path = tmp_path / "gradient_errors.csv"
+    row = dataclasses.replace(sample(tables.GradientError, empty=False), single=None)
+    names = [name for name in tables.columns(tables.GradientError) if name != "single"]
     cells = ['"' + str(getattr(row, name)) + '"' for name in names]
-    path.write_text(",".join([*names, "p_lowest_total"]) + "\n" + ",".join([*cells, "0.5"]) + "\n")
-    assert tables.read(tables.Ranked, path) == [row]
+    path.write_text(",".join([*names, "of_another"]) + "\n" + ",".join([*cells, "0.5"]) + "\n")
+    assert tables.read(tables.GradientError, path) == [row]
 
 
 def test_names_of_files_carry_pressure_and_phase() -> None:
@@ -124,9 +124,3 @@ def test_names_of_files_carry_pressure_and_phase() -> None:
     assert tables.phase_of_file("dispersion-Im-3m-60GPa.csv") == "Im-3m"
     with pytest.raises(InputError, match="ranking-high.csv"):
         tables.pressure_of_file("ranking-high.csv")
-
-
-def test_the_ranking_columns_are_those_that_rank_writes() -> None:
-    from magus_anharmonic.ranking.table import COLUMNS
-
-    assert set(tables.columns(tables.Ranked)) <= set(COLUMNS)

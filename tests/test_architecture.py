@@ -20,11 +20,7 @@ STILL_LONGER = {
     "search/keys.py",
     "learning/learn.py",
     "phase_diagram/surface.py",
-    "ranking/rank.py",
-    "ranking/store.py",
-    "settings/campaign.py",
     "settings/search.py",
-    "campaign/run.py",
 }
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
 BASE = {
@@ -51,9 +47,9 @@ ALLOWED: dict[str, set[str]] = {
     "labelers": BASE | {"scheduler"},
     "learning": BASE | {"potential", "labelers"},
     "ranking": BASE | {"potential", "sscha", "labelers", "scheduler"},
-    "report": BASE | {"ranking", "paper", "phase_diagram"},
+    "report": BASE | {"ranking", "paper", "phase_diagram", "sscha"},
     "phase_diagram": BASE | {"potential", "sscha", "labelers", "learning"},
-    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram"},
+    "paper": BASE | {"potential", "sscha", "labelers", "learning", "phase_diagram", "ranking"},
     "generation": BASE | {"potential", "learning", "labelers", "ranking", "sscha", "paper"},
     "search": BASE
     | {
@@ -111,7 +107,7 @@ HEAVY = {
 
 LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
 
-KNOWN_CIRCLES = [{"ranking/racing.py", "ranking/rank.py", "ranking/stability.py"}]
+KNOWN_CIRCLES: list[set[str]] = []
 """Circles that are still to be cut; none may be added."""
 
 

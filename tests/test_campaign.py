@@ -30,11 +30,12 @@ from magus_anharmonic.campaign.steps import (
     step_key,
     write_records,
 )
-from magus_anharmonic.campaign.tables import COLUMNS, read_rows, write_part
+from magus_anharmonic.campaign.tables import read_rows, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import write_json
 from magus_anharmonic.paper import script
+from magus_anharmonic.paper.tables import LearningPoint
 from magus_anharmonic.report.contents import campaign_contents
 from magus_anharmonic.runs import status as folder_status
 from magus_anharmonic.runs.lock import locked
@@ -63,9 +64,8 @@ class Fakes:
                 }
             }
             (folder / f"errors-cycle{step.cycle}.json").write_text(json.dumps(errors))
-        write_part(
-            folder, "learning", [(step.id, step.cycle, "model", "training", 0.1, 0.2, 0.3, 4)]
-        )
+        point = LearningPoint(step.id, step.cycle, "model", "training", 0.1, 0.2, 0.3, 4)
+        write_part(folder, LearningPoint, [point])
         return Outcome(n_structures=2, n_evaluations=10, n_labels=3, output=f"result of {step.id}")
 
 
@@ -532,12 +532,3 @@ def test_the_key_of_a_step_holds_what_it_depends_on(tmp_path: Path) -> None:
     assert (
         step_key(steps["final"], {**done, "merge": done["merge"].changed(status="failed")}) is None
     )
-
-
-def test_the_tables_are_the_ones_that_the_analysis_reads() -> None:
-    tables = pytest.importorskip("magus_anharmonic.paper.tables")
-    theirs = {
-        table.FILE.split("-<")[0].removesuffix(".csv"): tables.columns(table)
-        for table in tables.TABLES
-    }
-    assert {name: theirs[name] for name in COLUMNS} == COLUMNS

@@ -30,7 +30,10 @@ from magus_anharmonic.campaign.structures import (
 from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.learning.dataset import LabelStore
-from magus_anharmonic.settings.campaign import DftSettings, load_campaign
+from magus_anharmonic.paper import ensemble_errors
+from magus_anharmonic.paper.tables import FailureRow, LearningPoint
+from magus_anharmonic.settings.campaign import load_campaign
+from magus_anharmonic.settings.campaign_blocks import DftSettings
 from magus_anharmonic.sscha.phonons import Level, levels_by_irrep, lowest_levels
 from magus_anharmonic.structures import space_group, structure_id
 from magus_anharmonic.units import EV_IN_CM1
@@ -342,9 +345,9 @@ def test_phases_are_recognised_by_space_group_and_size_of_the_primitive_cell(h3s
     assert phase_name(phases, trigonal, space_group(trigonal)) == "any-R3m"
     assert phase_name(phases, bulk("Fe"), space_group(bulk("Fe"))) == "", "bcc iron has one atom"
     row = enthalpy_row(Found(cubic, -1.5, "x"), phases, 150, "m", "produce")
-    assert row[1:6] == ("Im-3m", "H3S", 4, "Im-3m (229)", 150.0) and row[6] == pytest.approx(
-        cubic.get_volume() / 4
-    )
+    assert (row.phase, row.formula, row.natoms) == ("Im-3m", "H3S", 4)
+    assert (row.space_group, row.pressure_GPa) == ("Im-3m (229)", 150.0)
+    assert row.volume_A3_per_atom == pytest.approx(cubic.get_volume() / 4)
 
 
 def test_a_finished_search_is_not_repeated_and_one_with_another_input_or_model_starts_anew(
@@ -509,9 +512,8 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(
     tmp_path: Path, h3s: H3s
 ) -> None:
     for number, name in enumerate(("one", "two")):
-        write_part(
-            tmp_path / name, "failures", [(name, f"s{number}", 'a, "b"'), (name, "s9", None)]
-        )
+        rows = [FailureRow(name, f"s{number}", 'a, "b"'), FailureRow(name, "s9", "")]
+        write_part(tmp_path / name, FailureRow, rows)
         with structure_file(tmp_path / name) as file:
             file.add(h3s(3.0 + number), f"s{number}", "Im-3m (229)", 100, "static")
     target = tmp_path / "tables"
@@ -550,11 +552,8 @@ def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_
         folder.mkdir(parents=True)
         (folder / "gradient_errors.csv").write_text(f"phase,rmse\n{source[1]},{len(asked)}\n")
 
-    monkeypatch.setattr(
-        closing,
-        "hook",
-        {closing.ERRORS_HOOK: measure, closing.SOURCE_HOOK: lambda *found: found}.get,
-    )
+    monkeypatch.setattr(ensemble_errors, "measure_errors", measure)
+    monkeypatch.setattr(ensemble_errors, "source_of_result", lambda *found: found)
     monkeypatch.setattr("magus_anharmonic.sscha.result.SschaResult.read", lambda folder: folder)
     step = next(step for step in plan(context.settings) if step.id == "errors")
     hessians = tmp_path / "campaign/hessian"
@@ -583,7 +582,8 @@ def test_the_last_step_writes_the_report_and_draws_every_figure_once(
     figures = script("figures")
 
     context = context_of(tmp_path)
-    write_part(context.root, "learning", [("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)])
+    point = LearningPoint("learn", 1, "0123", "validation", 0.01, 0.1, 1.0, 8)
+    write_part(context.root, LearningPoint, [point])
     asked: list[Path] = []
     draw = figures.make_figures
     monkeypatch.setattr(
@@ -594,10 +594,3 @@ def test_the_last_step_writes_the_report_and_draws_every_figure_once(
     assert "Errors of the models while they learn" in (context.root / "report.html").read_text(
         encoding="utf-8"
     )
-
-
-def test_a_part_of_the_package_that_is_not_there_is_named() -> None:
-    with pytest.raises(
-        MagusAnharmonicError, match=r"this version has no magus_anharmonic\.nothing\.at_all"
-    ):
-        closing.hook("magus_anharmonic.nothing.at_all")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from harmonic_pair import HarmonicCrystal, crystal, pair
+from records import a_candidate
 
 from magus_anharmonic import generation as rounds
 from magus_anharmonic.errors import InputError
@@ -184,7 +185,6 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
     result = SschaResult(
         status="converged",
         reason="",
-        converged=True,
         **number,
         **counts,
         **words,
@@ -198,17 +198,15 @@ def finished(tmp_path: Path, name: str, seed: int) -> Candidate:
     )
     (tmp_path / "sscha" / name).mkdir(parents=True)
     result.write(tmp_path / "sscha" / name)
-    return Candidate(
+    return a_candidate(
         name,
         state.atoms,
-        0.0,
-        0.0,
-        -1.0,
-        "m",
-        status="sscha",
+        enthalpy=-1.0,
+        model="m",
+        status="converged",
         gibbs=0.001 * seed,
         gibbs_error=0.001,
-        folder=name,
+        sscha_folder=name,
     )
 
 
@@ -218,11 +216,11 @@ def test_the_undecided_candidates_of_the_latest_ranking_are_handed_over(tmp_path
     rows = [finished(tmp_path, f"{seed:012x}", seed) for seed in (1, 2, 3)]
     probability = [0.7, 0.299, 0.001]
     candidates = [
-        replace(row, p_lowest=1.0 - p, p_lowest_total=p)
+        replace(row, p_lowest_sampling=1.0 - p, p_lowest_total=p)
         for row, p in zip(rows, probability, strict=True)
     ]
     candidates += [
-        replace(candidates[1], id="failed", status="failed"),
+        replace(candidates[1], id="failed").updated(status="failed"),
         replace(candidates[1], id="duplicate", same_as=rows[0].id),
     ]
     state = search(tmp_path, candidates[::-1])

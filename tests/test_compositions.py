@@ -16,13 +16,14 @@ from ase.build import bulk
 from ase.phasediagram import PhaseDiagram
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import a_candidate
 from scipy.stats import norm
 from test_fitness import INFO
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.learning.choose import lowest_distinct
-from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
 from magus_anharmonic.ranking.fitness import (
     fit_estimates,
@@ -33,10 +34,11 @@ from magus_anharmonic.ranking.fitness import (
 from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.report.contents import gather
 from magus_anharmonic.report.screen import show_ranking
-from magus_anharmonic.report.summary import by_composition, hull_sentences, read_ranking
+from magus_anharmonic.report.summary import hull_sentences
 from magus_anharmonic.search import host, run
 from magus_anharmonic.settings import parse_settings
 
@@ -45,14 +47,15 @@ def candidate(
     name: str, formula: str, gibbs: float | None, error: float = 1e-3, **more: Any
 ) -> Candidate:
     values = {
-        "status": "sscha",
+        "status": "converged",
         "gibbs": gibbs,
         "gibbs_error": error,
-        "spg_quantum": "Im-3m (229)",
+        "space_group": "Im-3m (229)",
         **more,
     }
-    return Candidate(
-        name, Atoms(formula), 150.0, 0.0, -1.0 if gibbs is None else gibbs - 0.2, "model", **values
+    enthalpy = -1.0 if gibbs is None else gibbs - 0.2
+    return a_candidate(
+        name, Atoms(formula), pressure=150.0, enthalpy=enthalpy, model="model", **values
     )
 
 
@@ -78,7 +81,7 @@ def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand(
         heights, abs=1e-12
     )
     assert found["mixed"].enthalpy_above_hull == pytest.approx(0.025)
-    assert [found[name].p_on_hull for name in ("h", "s", "low", "high", "mixed")] == [
+    assert [found[name].p_on_hull_sampling for name in ("h", "s", "low", "high", "mixed")] == [
         1.0,
         1.0,
         1.0,
@@ -94,7 +97,7 @@ def test_distances_above_the_hull_of_free_energies_are_those_worked_out_by_hand(
 
 def test_the_error_of_the_model_leaves_open_what_sampling_decides() -> None:
     found = by_id(with_heights(ROWS, 0.03))["mixed"]
-    assert found.p_on_hull == 0.0
+    assert found.p_on_hull_sampling == 0.0
     error = math.hypot(0.03, 0.25 * 0.03, 0.75 * 0.03)
     assert found.p_on_hull_total == pytest.approx(norm.cdf(-0.025 / error), abs=0.08)
 
@@ -105,7 +108,7 @@ def test_estimates_stand_against_the_hull_but_do_not_make_it() -> None:
     found = by_id(with_heights([*ROWS, guessed, beyond], None))
     assert found["mixed"].gibbs_above_hull == pytest.approx(0.025)
     assert found["guess"].gibbs_above_hull == pytest.approx(-3.0 + 1.825)
-    assert found["beyond"].gibbs_above_hull is None and found["guess"].p_on_hull is None
+    assert found["beyond"].gibbs_above_hull is None and found["guess"].p_on_hull_sampling is None
 
 
 def test_one_composition_has_no_hull() -> None:
@@ -122,7 +125,7 @@ def test_ranks_and_probabilities_are_those_inside_of_a_composition() -> None:
     assert [c.composition for c in table] == ["H", "H2S", "H2S", "S", "H3S"]
     assert [c.rank_quantum for c in table] == [1, 1, 2, 1, 1]
     places = by_id(table)
-    assert places["h"].p_lowest == 1.0 and places["mixed"].difference == 0.0
+    assert places["h"].p_lowest_sampling == 1.0 and places["mixed"].difference == 0.0
     assert places["high"].difference == pytest.approx(0.05)
     # "Im-3m" names no phase where all have that symbol, whatever their compositions
     assert places["mixed"].model_correction is None and places["low"].model_correction == 0.03
@@ -189,7 +192,7 @@ def test_the_fitness_is_minus_the_distance_above_the_hull_of_g(seed: int) -> Non
     )
     gibbs = [h + 0.1 + 0.3 * np.sin(7 * k) for k, h in enumerate(static)]
     for atoms, g in zip(structures, gibbs, strict=True):
-        atoms.info.update(gibbs=g, gibbs_error=1e-3, status="sscha", gibbs_model="m")
+        atoms.info.update(gibbs=g, gibbs_error=1e-3, status="converged", gibbs_model="m")
     assert population_fitness(structures) == pytest.approx(
         [-h for h in above(structures, gibbs)], abs=1e-9
     )
@@ -326,7 +329,7 @@ def test_those_near_the_hull_get_their_free_energies_first(tmp_path: Path) -> No
         free_energy=mixing,
         workers=1,
     )
-    assert [atoms.info["status"] for atoms in structures] == ["sscha", "estimated", "sscha"]
+    assert [atoms.info["status"] for atoms in structures] == ["converged", "estimated", "converged"]
 
 
 SEARCH: dict[str, Any] = {
@@ -364,7 +367,7 @@ def test_a_search_of_variable_composition_ranks_by_the_hull_of_free_energies(
     monkeypatch.setattr(host, "start", start)
     good = run(parse_settings(SEARCH), tmp_path).good
     assert len({atoms.get_chemical_formula(empirical=True) for atoms in good}) > 2
-    assert {atoms.info["status"] for atoms in good} == {"sscha"}
+    assert {atoms.info["status"] for atoms in good} == {"converged"}
     heights = above(good, [atoms.info["gibbs"] for atoms in good])
     assert heights == pytest.approx(sorted(heights), abs=1e-9) and heights[0] == pytest.approx(
         0.0, abs=1e-9

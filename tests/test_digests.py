@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
+from records import a_candidate, stored_run
 from synthetic_campaign import synthetic_campaign
 from two_phases import HIGH, LOW, data
 from typer.testing import CliRunner
@@ -36,11 +37,10 @@ from magus_anharmonic.io.files import (
 from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.paper import tables
 from magus_anharmonic.phase_diagram.points import write_points
-from magus_anharmonic.ranking.candidate import Candidate
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
-from magus_anharmonic.ranking.table import write_ranking
+from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
+from magus_anharmonic.ranking.table import read_ranking, write_ranking
 from magus_anharmonic.report import write_report
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.runs.record import read_run_record, write_run_record
 from magus_anharmonic.search.archive import append_frames, read_frames, write_frames
 from magus_anharmonic.settings import parse_settings
@@ -99,14 +99,14 @@ def test_a_changed_byte_of_a_trajectory_is_named(tmp_path: Path) -> None:
     assert len(read_frames(tmp_path / "other.traj")) == 1
 
 
-def records(n: int = 3) -> list[Record]:
+def records(n: int = 3) -> list[Run]:
     key = Key("1234e5678901", 150.0, 0.0, "settings")
     return [
-        Record(
+        stored_run(
             f"abc{i}",
             key,
             bulk("Cu", a=3.6 + 0.1 * i),
-            "sscha",
+            "converged",
             enthalpy=1.0 + i,
             gibbs=1.25 + i,
             gibbs_error=0.001,
@@ -153,14 +153,14 @@ def test_a_database_that_is_empty_cut_or_changed_is_made_again_from_the_runs(
     store = FreeEnergyStore(file)
     for record in records():
         store.put(record)
-    whole = list(FreeEnergyStore(file).records())
+    whole = list(FreeEnergyStore(file).runs())
     assert [record.gibbs for record in whole] == [1.25, 2.25, 3.25]
     damage(file)
     for _ in range(2):
-        found = list(FreeEnergyStore(file).records())
-        assert [(r.structure, r.key, r.gibbs, r.enthalpy, r.error_vector) for r in found] == [
-            (r.structure, r.key, r.gibbs, r.enthalpy, r.error_vector) for r in whole
-        ]
+        found = list(FreeEnergyStore(file).runs())
+        assert [
+            (r.structure, r.key, r.gibbs, r.enthalpy, r.free_energy.error_vector) for r in found
+        ] == [(r.structure, r.key, r.gibbs, r.enthalpy, r.free_energy.error_vector) for r in whole]
         assert (
             np.allclose(found[0].start.positions, whole[0].start.positions)
             and found[0].centroids == whole[0].centroids
@@ -332,7 +332,9 @@ def test_a_changed_digit_of_a_ranking_is_named_by_all_that_read_it(tmp_path: Pat
     write_ranking(
         file,
         [
-            Candidate(name, bulk("Cu"), 10.0, 0.0, -3.25, "m", spg_static="Fm-3m (225)")
+            a_candidate(
+                name, bulk("Cu"), pressure=10.0, enthalpy=-3.25, model="m", spg_static="Fm-3m (225)"
+            )
             for name in "ab"
         ],
     )
@@ -386,7 +388,7 @@ def test_a_changed_digit_of_a_campaigns_tables_is_named_by_all_that_read_them(
 def test_a_changed_digit_of_the_part_of_a_step_never_reaches_the_tables_of_the_campaign(
     tmp_path: Path,
 ) -> None:
-    write_part(tmp_path / "one", "cost", [("learn", 10, 200, 3, 1.5)])
+    write_part(tmp_path / "one", tables.Cost, [tables.Cost("learn", 10, 200, 3, 1.5)])
     assemble(tmp_path / "tables", [tmp_path / "one"])
     assert [row["n_labels"] for row in read_rows(tmp_path / "tables" / "cost.csv")] == [
         "3"
@@ -426,10 +428,10 @@ def test_a_record_of_a_run_with_masses_of_its_own_is_taken_back(tmp_path):
     heavy.set_masses([26.0])
     key = Key("emt", 0.0, 0.0, "0" * 12)
     FreeEnergyStore(tmp_path / NAME).put(
-        Record("a" * 12, key, heavy, "sscha", gibbs=-1.0, centroids=heavy)
+        stored_run("a" * 12, key, heavy, "converged", gibbs=-1.0, centroids=heavy)
     )
     (tmp_path / NAME).unlink()
-    (record,) = FreeEnergyStore(tmp_path / NAME).records()
+    (record,) = FreeEnergyStore(tmp_path / NAME).runs()
     assert (
         record.gibbs == -1.0
         and record.start.get_masses().tolist() == record.phase.get_masses().tolist() == [26.0]

@@ -32,6 +32,7 @@ from ase.build import bulk
 from ase.calculators.emt import EMT
 from ase.io import write
 from misbehaving import Misbehaving
+from records import stored_run
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
@@ -53,7 +54,8 @@ from magus_anharmonic.learning.learn import _label
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.jobs import Job, run_job
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.run import Key
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import locked
@@ -515,14 +517,14 @@ def test_a_damaged_database_is_set_aside_and_made_anew(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     key = Key("model", 10.0, 0.0, "settings")
-    record = Record("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
+    record = stored_run("abc", key, bulk("Cu"), "failed", reason="x", enthalpy=1.0)
     FreeEnergyStore(tmp_path / NAME).put(record)
     whole = (tmp_path / NAME).read_bytes()
     for cut in (0, 10, 2000, len(whole) // 2, len(whole) - 5000):
         (tmp_path / NAME).write_bytes(whole[:cut])
         store = FreeEnergyStore(tmp_path / NAME)
         store.put(record)
-        assert [item.structure for item in FreeEnergyStore(tmp_path / NAME).records()] == ["abc"]
+        assert [item.structure for item in FreeEnergyStore(tmp_path / NAME).runs()] == ["abc"]
     assert "is damaged" in caplog.text
 
 
@@ -530,7 +532,7 @@ def readers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
     """Every kind of file that is set aside when it is damaged, whole, with what reads it."""
     store = store_with_labels(folder / "labels")
     FreeEnergyStore(folder / NAME).put(
-        Record(
+        stored_run(
             "abc",
             Key("model", 10.0, 0.0, "settings"),
             bulk("Cu"),
@@ -655,7 +657,7 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(
     it is opened."""
     key, path = Key("model", 10.0, 0.0, "settings"), tmp_path / NAME
     first, second = (
-        Record(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0)
+        stored_run(name, key, bulk("Cu").repeat(3), "failed", reason="x", enthalpy=1.0)
         for name in ("abc", "def")
     )
     refused = 0
@@ -673,7 +675,7 @@ def test_a_full_disk_costs_no_database_its_records_and_leaves_no_half_of_one(
         except MagusAnharmonicError as error:
             refused += 1
             assert NAME in str(error) and "free space" in str(error)
-        assert {record.structure for record in FreeEnergyStore(path).records()} >= {"abc"}
+        assert {record.structure for record in FreeEnergyStore(path).runs()} >= {"abc"}
     assert refused > 3 and "damaged" not in caplog.text
     assert sorted(item.name for item in tmp_path.iterdir()) == [NAME, "sscha"]
 

@@ -18,11 +18,11 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import a_candidate, stored_run
 
 from magus_anharmonic.campaign.closing import run_of_record
-from magus_anharmonic.campaign.learning import read_identity
+from magus_anharmonic.campaign.learning import read_identity, validation_rmse
 from magus_anharmonic.campaign.production import _read_relaxed, read_statics
-from magus_anharmonic.campaign.run import validation_rmse
 from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
@@ -32,9 +32,10 @@ from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_lab
 from magus_anharmonic.learning.families import Families
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
+from magus_anharmonic.ranking.run import Key
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.ranking.uncertainty import samples_of
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import read_owner
 from magus_anharmonic.runs.record import read_run_record
@@ -90,11 +91,11 @@ def make_traj(file: Path) -> None:
 def make_database(file: Path) -> None:
     key = Key("model", 10.0, 0.0, "hash")
     FreeEnergyStore(file).put(
-        Record(
+        stored_run(
             "abc",
             key,
             bulk("Cu"),
-            "sscha",
+            "converged",
             gibbs=1.0,
             gibbs_error=0.1,
             enthalpy=1.0,
@@ -208,13 +209,14 @@ def make_lines(file: Path) -> None:
 
 
 def make_ranking(file: Path) -> None:
-    from magus_anharmonic.ranking.candidate import Candidate
     from magus_anharmonic.ranking.table import write_ranking
 
     write_ranking(
         file,
         [
-            Candidate(name, bulk("Cu"), 10.0, 0.0, 1.0, "m", spg_static="Fm-3m (225)")
+            a_candidate(
+                name, bulk("Cu"), pressure=10.0, enthalpy=1.0, model="m", spg_static="Fm-3m (225)"
+            )
             for name in "ab"
         ],
     )

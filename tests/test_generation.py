@@ -169,8 +169,8 @@ def test_a_survivor_that_cannot_be_evaluated_ends_nothing(tmp_path: Path) -> Non
     state = state_of(tmp_path, search_settings(), NoGold())
     after_generation(state, structures, structures, 1)
     assert {c.formula: c.status for c in state.candidates} == {
-        "Cu": "sscha",
-        "Al": "sscha",
+        "Cu": "converged",
+        "Al": "converged",
         "Au": "failed",
     }
     values = fitness_values([atoms.info for atoms in structures])
@@ -199,14 +199,14 @@ def test_a_finished_round_costs_no_sscha_when_repeated(tmp_path: Path) -> None:
         structures = [bulk("Cu"), bulk("Al")]
         after_generation(state_of(tmp_path, search_settings()), structures, structures, 1)
     assert len(calls(tmp_path)) == 2
-    assert all(atoms.info["status"] == "sscha" for atoms in structures)
+    assert all(atoms.info["status"] == "converged" for atoms in structures)
 
 
 def test_one_failing_candidate_does_not_end_the_search(tmp_path: Path) -> None:
     structures = [bulk("Cu"), bulk("Au")]
     state = state_of(tmp_path, search_settings(), fake=fakes.failing_on_gold)
     after_generation(state, structures, structures, 1)
-    assert [c.status for c in state.candidates] == ["sscha", "failed"]
+    assert [c.status for c in state.candidates] == ["converged", "failed"]
 
 
 def test_without_the_block_sscha_structures_are_static_and_in_the_table(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_phase_that_only_moving_ions_stabilise_comes_back_as_seed_once(tmp_pat
     seed = seeds[0]
     best = state.candidates[0]
     assert seed.info["spg_quantum"] == "Im-3m (229)"
-    assert (seed.info["sscha_centroid"], seed.info["candidate_id"]) == (best.record, best.id)
+    assert (seed.info["sscha_centroid"], seed.info["candidate_id"]) == (best.run_id, best.id)
     assert seed.info["gibbs"] == best.gibbs
     relaxed = seed.copy()
     relaxed.set_cell(relaxed.cell * 0.99, scale_atoms=True)

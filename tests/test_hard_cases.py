@@ -20,7 +20,8 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluation, as_evaluator
 from magus_anharmonic.io.files import read_jsonl
 from magus_anharmonic.ranking.structures import rank_structures
-from magus_anharmonic.report.summary import read_ranking, sentences
+from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.report.summary import sentences
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.state import SschaState, variance

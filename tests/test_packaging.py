@@ -3,6 +3,8 @@ code."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -16,8 +18,12 @@ import pytest
 import yaml
 
 import magus_anharmonic
+from magus_anharmonic.io.tables import columns_of
+from magus_anharmonic.phase_diagram.points import GibbsPoint
+from magus_anharmonic.ranking.candidate import Candidate
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(magus_anharmonic.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -138,12 +144,24 @@ def test_the_constraints_satisfy_the_declared_versions() -> None:
         )
 
 
-def test_the_page_of_keys_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("make_keys", ROOT / "docs" / "make_keys.py")
+@pytest.mark.parametrize("page", ["keys", "columns"])
+def test_the_pages_of_keys_and_columns_are_up_to_date(page: str) -> None:
+    file = ROOT / "docs" / f"make_{page}.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "keys.md").read_text() == module.render(), "run `make docs`"
+    assert (ROOT / "docs" / f"{page}.md").read_text() == module.render(), "run `make docs`"
+
+
+def test_every_number_of_a_table_is_made_where_its_column_says() -> None:
+    origins = {one.origin for record in (Candidate, GibbsPoint) for one in columns_of(record)}
+    for origin in origins - {""}:
+        module, found = f"magus_anharmonic.{origin}", []
+        while not (PACKAGE / f"{module.split('.', 1)[1].replace('.', '/')}.py").is_file():
+            module, _, name = module.rpartition(".")
+            found.insert(0, name)
+        assert functools.reduce(getattr, found, importlib.import_module(module)), origin
 
 
 def test_links_in_the_documentation_lead_to_files() -> None:

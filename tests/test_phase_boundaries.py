@@ -35,9 +35,15 @@ def found(seed, temperatures=T, **options):
 def test_the_boundary_is_where_the_closed_expression_says_and_knows_which_phase_is_below():
     for one in found(11):
         assert (one.below, one.above) == ("low", "high")
-        assert one.lower_95 <= boundary(one.temperature) <= one.upper_95
-        assert one.lower_95 < one.lower_68 < one.pressure < one.upper_68 < one.upper_95
-        assert one.stable and one.inside == 1.0
+        assert one.lower_95_GPa <= boundary(one.temperature_K) <= one.upper_95_GPa
+        assert (
+            one.lower_95_GPa
+            < one.lower_68_GPa
+            < one.pressure_GPa
+            < one.upper_68_GPa
+            < one.upper_95_GPa
+        )
+        assert one.stable and one.probability_inside == 1.0
 
 
 def test_naming_the_phases_the_other_way_round_changes_nothing():
@@ -46,9 +52,9 @@ def test_naming_the_phases_the_other_way_round_changes_nothing():
     a, b = (pair_boundary(phases, *names, T) for names in (("low", "high"), ("high", "low")))
     for one, other in zip(a, b, strict=True):
         assert (one.below, one.above) == (other.below, other.above)
-        assert one.pressure == pytest.approx(
-            other.pressure, abs=1e-9
-        ) and one.error == pytest.approx(other.error, abs=1e-9)
+        assert one.pressure_GPa == pytest.approx(
+            other.pressure_GPa, abs=1e-9
+        ) and one.error_GPa == pytest.approx(other.error_GPa, abs=1e-9)
 
 
 def test_data_without_noise_give_the_boundary_and_its_slope():
@@ -59,13 +65,13 @@ def test_data_without_noise_give_the_boundary_and_its_slope():
         volume_error=1e-5,
         entropy_error=1e-9,
     ):
-        assert one.pressure == pytest.approx(boundary(one.temperature), abs=0.05)
-        if one.temperature:
-            assert one.slope == pytest.approx(slope(one.temperature), rel=0.02)
-            assert one.entropy_change == pytest.approx(
-                HIGH.s(one.temperature) - LOW.s(one.temperature), rel=0.02
+        assert one.pressure_GPa == pytest.approx(boundary(one.temperature_K), abs=0.05)
+        if one.temperature_K:
+            assert one.slope_GPa_per_K == pytest.approx(slope(one.temperature_K), rel=0.02)
+            assert one.entropy_change_eV_per_K_per_atom == pytest.approx(
+                HIGH.s(one.temperature_K) - LOW.s(one.temperature_K), rel=0.02
             )
-        assert one.volume_change == pytest.approx(HIGH.volume - LOW.volume, rel=0.02)
+        assert one.volume_change_A3_per_atom == pytest.approx(HIGH.volume - LOW.volume, rel=0.02)
 
 
 @pytest.mark.full
@@ -76,12 +82,14 @@ def test_the_bands_cover_the_truth_as_often_as_they_claim():
     slopes = []
     for seed in range(100, 130):
         for one in found(seed, temperatures=(0.0, 300.0, 600.0)):
-            truth = boundary(one.temperature)
-            inside_68 += one.lower_68 <= truth <= one.upper_68
-            inside_95 += one.lower_95 <= truth <= one.upper_95
+            truth = boundary(one.temperature_K)
+            inside_68 += one.lower_68_GPa <= truth <= one.upper_68_GPa
+            inside_95 += one.lower_95_GPa <= truth <= one.upper_95_GPa
             total += 1
-            if one.temperature:
-                slopes.append((one.slope - slope(one.temperature)) / one.slope_error)
+            if one.temperature_K:
+                slopes.append(
+                    (one.slope_GPa_per_K - slope(one.temperature_K)) / one.slope_error_GPa_per_K
+                )
     assert total >= 85
     assert 0.5 < inside_68 / total < 0.86
     assert inside_95 / total > 0.85
@@ -90,7 +98,7 @@ def test_the_bands_cover_the_truth_as_often_as_they_claim():
 
 def test_larger_errors_of_the_data_and_of_the_model_widen_the_band():
     sharp, rough = found(3, [300.0])[0], found(3, [300.0], gibbs_error=1e-3)[0]
-    assert rough.error > sharp.error
+    assert rough.error_GPa > sharp.error_GPa
     points = data({"low": LOW, "high": HIGH}, 3)
     wide = pair_boundary(
         phase_set(points, "natural", n_samples=400, offset_error=2e-3),
@@ -98,14 +106,18 @@ def test_larger_errors_of_the_data_and_of_the_model_widen_the_band():
         "high",
         np.array([300.0]),
     )[0]
-    expected = math.hypot(sharp.error, math.sqrt(2.0) * 2e-3 / (0.1 / 160.2177))
-    assert wide.error == pytest.approx(expected, rel=0.15)
+    expected = math.hypot(sharp.error_GPa, math.sqrt(2.0) * 2e-3 / (0.1 / 160.2177))
+    assert wide.error_GPa == pytest.approx(expected, rel=0.15)
 
 
 def test_a_boundary_outside_of_the_points_is_not_made_up():
     assert found(3, pressures=(60.0, 90.0, 120.0)) == []
     (one,) = found(None, [0.0], pressures=(60.0, 100.0, 137.0))
-    assert 0.3 < one.inside < 0.9 and not math.isfinite(one.upper_95) and one.lower_95 > 60.0
+    assert (
+        0.3 < one.probability_inside < 0.9
+        and not math.isfinite(one.upper_95_GPa)
+        and one.lower_95_GPa > 60.0
+    )
 
 
 def test_phases_are_compared_only_where_both_have_points():
@@ -113,7 +125,7 @@ def test_phases_are_compared_only_where_both_have_points():
         p for p in data({"low": LOW, "high": HIGH}, 3) if p.phase == "low" or p.temperature_K >= 300
     ]
     temperatures = {
-        one.temperature for one in all_boundaries(phase_set(points, "natural", n_samples=400))
+        one.temperature_K for one in all_boundaries(phase_set(points, "natural", n_samples=400))
     }
     assert min(temperatures) == 300.0 and max(temperatures) == 600.0
     apart = [
@@ -136,7 +148,7 @@ def test_the_probabilities_say_who_is_lowest_and_how_surely():
     phases = phase_set(data({"low": LOW, "high": HIGH}, 3), "natural", n_samples=400)
     assert lowest_probabilities(phases, 60.0, 0.0) == {"low": 1.0, "high": 0.0}
     assert lowest_probabilities(phases, 160.0, 0.0) == {"low": 0.0, "high": 1.0}
-    middle = found(3, [0.0])[0].pressure
+    middle = found(3, [0.0])[0].pressure_GPa
     assert 0.4 < lowest_probabilities(phases, middle, 0.0)["low"] < 0.6
     assert lowest_probabilities(phases, 300.0, 0.0) == {}
 
@@ -178,11 +190,11 @@ def test_heavier_isotopes_move_the_boundary_by_their_zero_point_energies():
         for one in all_boundaries(phase_set(points, name, n_samples=400))
     ]
     shifts = isotope_shifts(lines, "natural")
-    assert shifts and all(shift["isotopes"] == "D" for shift in shifts)
+    assert shifts and all(shift.isotopes == "D" for shift in shifts)
     for shift in shifts:
-        t = float(shift["temperature_K"])
+        t = shift.temperature_K
         exact = boundary(t, heavy["low"], heavy["high"]) - boundary(t)
-        assert abs(float(shift["shift_GPa"]) - exact) < 4.0 * float(shift["error_GPa"])
+        assert abs(shift.shift_GPa - exact) < 4.0 * shift.error_GPa
 
 
 def test_quantiles_of_numbers_that_may_be_beyond_the_grid():
@@ -227,9 +239,11 @@ def test_two_phases_that_become_one_have_no_boundaries_where_only_noise_tells_th
             phase_set([*low, *high], "natural", n_samples=200), "low", "high", T
         )
         assert all(
-            one.lower_68 <= one.pressure <= one.upper_68 and one.inside >= 0.5 for one in boundaries
+            one.lower_68_GPa <= one.pressure_GPa <= one.upper_68_GPa
+            and one.probability_inside >= 0.5
+            for one in boundaries
         )
-        at = Counter(one.temperature for one in boundaries)
+        at = Counter(one.temperature_K for one in boundaries)
         wanted += len(at)
         further += sum(count - 1 for count in at.values())
     assert wanted > 20, "where the first phase becomes the second one"

@@ -22,17 +22,16 @@ from typer.testing import CliRunner
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import hull_entries
-from magus_anharmonic.phase_diagram.command import (
-    GridOptions,
-    phase_diagram_command,
-    read_source,
-    run_locked,
-    write_diagram,
-)
 from magus_anharmonic.phase_diagram.diagram import phase_diagram
-from magus_anharmonic.phase_diagram.grid import collect_runs, point_folder, point_of, run_grid
+from magus_anharmonic.phase_diagram.grid import (
+    collect_runs,
+    point_folder,
+    point_of,
+    run_grid,
+    run_locked,
+)
 from magus_anharmonic.phase_diagram.points import read_points, write_points
-from magus_anharmonic.phase_diagram.text import sentences
+from magus_anharmonic.phase_diagram.report import sentences, write_diagram
 from magus_anharmonic.settings.phase_diagram import load_phase_diagram
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import entropy
@@ -219,10 +218,7 @@ def test_neighbours_start_from_one_another_and_a_second_run_evaluates_nothing(gr
     before = evaluator.n_structures
     assert run_locked(settings, folder / "out", evaluator) == points
     assert evaluator.n_structures == before
-    assert (
-        read_points(folder / "out" / "gibbs.csv")
-        == read_source([folder / "out"], folder / "x", GridOptions())[0]
-    )
+    assert read_points(folder / "out" / "gibbs.csv") == collect_runs(folder / "out")
 
 
 @pytest.mark.slow
@@ -462,8 +458,8 @@ def test_an_upper_bound_moves_no_boundary_and_is_named_with_its_number(tmp_path)
         phase_diagram(read_points(tmp_path / "gibbs.csv"), n_samples=100),
         phase_diagram(points[1:], n_samples=100),
     )
-    assert [one.pressure for one in with_it.boundaries] == pytest.approx(
-        [one.pressure for one in without.boundaries]
+    assert [one.pressure_GPa for one in with_it.boundaries] == pytest.approx(
+        [one.pressure_GPa for one in without.boundaries]
     )
     said = " ".join(sentences(with_it))
     assert (
@@ -493,9 +489,9 @@ def test_three_end_members_and_two_isotopes_have_a_picture_too(tmp_path):
 def test_the_error_of_the_potential_widens_the_bands_and_is_named():
     points = [p for p in two_isotopes() if p.temperature_K == 0]
     narrow, wide = (phase_diagram(points, n_samples=300, model_error=e) for e in (0.0, 2e-3))
-    assert np.mean([b.error for b in wide.boundaries if math.isfinite(b.error)]) > 2 * np.mean(
-        [b.error for b in narrow.boundaries]
-    )
+    assert np.mean(
+        [b.error_GPa for b in wide.boundaries if math.isfinite(b.error_GPa)]
+    ) > 2 * np.mean([b.error_GPa for b in narrow.boundaries])
     assert (
         "not the error of the potential" in sentences(narrow)[-1]
         and "2 meV/atom for the potential" in sentences(wide)[-1]
@@ -572,8 +568,10 @@ def test_wrong_arguments_end_with_code_2(tmp_path, monkeypatch, arguments, words
 
 def test_the_command_takes_the_points_of_its_own_folder_again(tmp_path):
     write_points(tmp_path / "gibbs.csv", [p for p in two_isotopes() if p.temperature_K == 0])
-    lines, pictures = phase_diagram_command([tmp_path], tmp_path / "again", model_error=1e-3)
-    assert pictures["svg"].is_file() and "1 meV/atom for the potential" in lines[-1]
+    arguments = [str(tmp_path), "-o", str(tmp_path / "again"), "--model-error", "1e-3"]
+    result = CliRunner().invoke(app, ["phase-diagram", *arguments])
+    assert (tmp_path / "again" / "phase-diagram.svg").is_file()
+    assert "1 meV/atom for the potential" in result.output
 
 
 def test_the_shipped_example_is_valid_and_its_structures_are_the_phases_it_names():

@@ -19,10 +19,12 @@ from ase.io import read, write
 
 sys.path.insert(0, str(Path(__file__).parent))
 import magus_stand_in  # noqa: E402
+from ranking_fakes import Result  # noqa: E402
 
 from magus_anharmonic.errors import InputError, LabelerNotInstalled, MagusAnharmonicError  # noqa: E402
-from magus_anharmonic.io.digests import versions  # noqa: E402
+from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import write_json  # noqa: E402
+from magus_anharmonic.sscha.record import FreeEnergy  # noqa: E402
 from magus_anharmonic.units import gpa_to_ev_per_a3  # noqa: E402
 
 OURS = ("magus", "magus_anharmonic.plugins")
@@ -346,7 +348,7 @@ def test_every_number_of_a_ranking_leaves_with_the_structure_it_belonged_to(
 
     atoms = h3s()
     parts = [
-        Candidate(f"{n}", other, 100.0, 0.0, -1.0, "m", members=(0,))
+        Candidate(id=f"{n}", atoms=other, pressure=100.0, enthalpy=-1.0, model="m", members=(0,))
         for n, other in enumerate((atoms, Atoms("Al", cell=[3, 3, 3])))
     ]
     set_info([atoms], parts, "m")
@@ -868,8 +870,8 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus: SimpleNa
     from magus.populations.populations import Population
 
     infos = [
-        {"enthalpy": -1.0, "model": "m", "gibbs": -0.8, "gibbs_model": "m", "status": "sscha"},
-        {"enthalpy": -1.1, "model": "m", "gibbs": -0.9, "gibbs_model": "m", "status": "sscha"},
+        {"enthalpy": -1.0, "model": "m", "gibbs": -0.8, "gibbs_model": "m", "status": "converged"},
+        {"enthalpy": -1.1, "model": "m", "gibbs": -0.9, "gibbs_model": "m", "status": "converged"},
         {"enthalpy": -0.5, "model": "m"},
         {"enthalpy": float("nan"), "model": "m"},
         {},
@@ -919,13 +921,13 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
     """A free energy that is the enthalpy plus 0.1 eV/atom, and centroids that are the structure
     itself."""
 
-    def free_energy(atoms: Atoms, evaluator: Any, **options: Any) -> SimpleNamespace:
+    def free_energy(atoms: Atoms, evaluator: Any, **options: Any) -> Result:
         calls.append(atoms)
         found = evaluator.evaluate([atoms])
         gibbs = (
             found.energy[0] + gpa_to_ev_per_a3(options["pressure"]) * atoms.get_volume()
         ) / len(atoms) + 0.1
-        return SimpleNamespace(
+        own = dict(
             gibbs=gibbs,
             gibbs_error=1e-4,
             gibbs_raw=gibbs,
@@ -939,9 +941,6 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
             space_group="P1 (1)",
             n_evaluations=2,
             n_populations=2,
-            converged=True,
-            reason="",
-            status="converged",
             temperature=0.0,
             supercell=(1, 1, 1),
             model_id=evaluator.model_id,
@@ -950,6 +949,7 @@ def sscha_stand_in(calls: list[Atoms]) -> Any:
             force_constants=None,
             predicted_decrease=0.0,
         )
+        return Result(**{**vars(FreeEnergy(status="converged")), **own})
 
     return free_energy
 
@@ -1019,7 +1019,11 @@ def test_free_energies_and_one_model_are_in_every_survivor_and_in_the_saved_popu
     search.one_step(population(magus, h3s).pop)
     assert len(calls) == 2
     saved = read("results/gen1.traj", ":")
-    assert sorted(frame.info["status"] for frame in saved) == ["estimated", "sscha", "sscha"]
+    assert sorted(frame.info["status"] for frame in saved) == [
+        "converged",
+        "converged",
+        "estimated",
+    ]
     assert {frame.info["model"] for frame in saved} == {"first"}
     assert np.isfinite([ind.info["fitness"]["sscha"] for ind in search.good_pop]).all()
     # The same round again, as after a kill: nothing is calculated twice.
@@ -1062,7 +1066,7 @@ def test_the_last_round_is_ranked_whatever_ended_the_search(
     assert [
         info
         for ind in read("results/gen2.traj", ":")
-        if (info := ind.info.get("status")) == "sscha"
+        if (info := ind.info.get("status")) == "converged"
     ]
     shown = capsys.readouterr().out
     assert "Ranking by free energy" in shown and "ranking.png" in shown
@@ -1376,7 +1380,7 @@ def test_the_better_copy_takes_the_place_of_an_equal_known_structure(
     def individual(phase: str, **info: Any) -> Individual:
         return Individual("H", info={"phase": phase, "model": "m", **info})
 
-    ranked = {"gibbs": -1.0, "status": "sscha", "gibbs_model": "m"}
+    ranked = {"gibbs": -1.0, "status": "converged", "gibbs_model": "m"}
     old, own, new = individual("A"), individual("B", **ranked), individual("A", **ranked)
     known = [old, own]
     keep_better(known, [new, individual("B", **{**ranked, "gibbs": -0.5})])

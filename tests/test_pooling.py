@@ -14,6 +14,7 @@ from ase import Atoms
 from crystal_models import Crystals, crystal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from records import a_candidate, stored_run
 
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import with_result
@@ -25,7 +26,8 @@ from magus_anharmonic.ranking.phases import (
     same_supercell,
 )
 from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.ranking.uncertainty import CommonNumbers, difference_error
 from magus_anharmonic.settings import parse_settings
@@ -191,8 +193,8 @@ class Runs:
         seed: int,
         supercell: object = (2, 2, 2),
         n_configs: int = 100,
-        **changes: object,
-    ) -> Record:
+        **numbers: object,
+    ) -> Run:
         result = free_energy(
             PHASE.atoms,
             MODEL,
@@ -203,24 +205,15 @@ class Runs:
             reference_spacing=0.1,
             directory=self.root / "sscha" / KEY.folder(name),
         )
-        record = Record(
+        record = stored_run(
             name,
             KEY,
             PHASE.atoms,
-            "sscha" if result.converged else "unconverged",
-            gibbs=result.gibbs,
-            gibbs_error=result.gibbs_error,
-            gibbs_raw=result.gibbs_raw,
-            finite_size=result.finite_size,
-            n_supercell=result.n_atoms_supercell,
-            predicted_decrease=result.predicted_decrease,
-            spg_quantum=result.space_group,
-            symmetry_tolerance=result.symmetry_tolerance,
+            **{**vars(result.numbers), **numbers},
             centroids=stripped(result.centroids),
         )
-        record = replace(record, **changes)
         self.store.put(record)
-        candidate = Candidate(name, PHASE.atoms, 0.0, 0.0, -1.0, KEY.model)
+        candidate = a_candidate(name, PHASE.atoms, enthalpy=-1.0, model=KEY.model)
         self.candidates.append(with_result(candidate, record, self.store.final(record)))
         return record
 
@@ -250,7 +243,9 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
         (one.gibbs_error**-2 + other.gibbs_error**-2) ** -0.5
     )
     assert leader.gibbs_error < min(one.gibbs_error, other.gibbs_error)
-    assert leader.gibbs == pytest.approx(leader.gibbs_raw + leader.finite_size)
+    assert leader.gibbs == pytest.approx(
+        leader.free_energy.gibbs_raw + leader.free_energy.finite_size
+    )
     assert (
         len(leader.pooled) == 2
         and "pooled from 2 runs" in leader.reason
@@ -264,8 +259,8 @@ def test_independent_runs_of_one_supercell_are_one_sample(runs: Runs) -> None:
 
 def test_what_one_run_of_a_phase_could_not_decide_another_one_did(runs: Runs) -> None:
     open_ = "P4mm (99) or P4/mmm (123): not decided, 2.3 sigma"
-    runs.add("aaaa", seed=1, gibbs=-1.0, spg_quantum=open_)
-    runs.add("bbbb", seed=2, gibbs=-0.9999, spg_quantum="P4/mmm (123)")
+    runs.add("aaaa", seed=1, gibbs=-1.0, space_group=open_)
+    runs.add("bbbb", seed=2, gibbs=-0.9999, space_group="P4/mmm (123)")
     table = runs.table()
     assert table["aaaa"].same_as == "bbbb" and table["bbbb"].spg_quantum == "P4/mmm (123)"
 
@@ -291,14 +286,13 @@ def test_another_supercell_is_never_pooled_and_its_distance_is_the_finite_size_e
         and not duplicates["bbbb"].pooled
     )
     assert duplicates["bbbb"].duplicate_spread == pytest.approx(abs(small.gibbs - large.gibbs))
-    rival = replace(
-        duplicates["bbbb"], id="cccc", gibbs=large.gibbs + 0.02, duplicate_spread=None, same_as=""
-    )
+    rival = replace(duplicates["bbbb"], id="cccc", duplicate_spread=None, same_as="")
+    rival = rival.updated(gibbs=large.gibbs + 0.02)
     found = {c.id: c for c in with_probabilities([*duplicates.values(), rival], 0.001)}
-    assert found["cccc"].difference_finite_size == pytest.approx(
+    assert found["cccc"].difference_finite_size_error == pytest.approx(
         duplicates["bbbb"].duplicate_spread
     )
-    assert found["bbbb"].difference_finite_size == 0.0
+    assert found["bbbb"].difference_finite_size_error == 0.0
 
 
 def test_the_run_before_a_reduction_to_the_primitive_cell_shows_the_spread(runs: Runs) -> None:
@@ -329,9 +323,9 @@ def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs)
     for name, seed in (("aaaa", 1), ("bbbb", 2)):
         runs.add(name, seed=seed)
     leader = next(c for c in runs.table().values() if not c.same_as)
-    single = replace(leader, pooled=(), folder=KEY.folder("aaaa"))
+    single = replace(leader, pooled=(), sscha_folder=KEY.folder("aaaa"))
     share = dict(leader.pooled)[KEY.folder("aaaa")]
-    own = runs.common.covariance(single.folder, single.folder)
+    own = runs.common.covariance(single.sscha_folder, single.sscha_folder)
     assert common_error(leader, single, runs.common.covariance) == pytest.approx(share * own)
     assert difference_error(leader.gibbs_error, math.sqrt(own), share * own) < math.hypot(
         leader.gibbs_error, math.sqrt(own)
@@ -340,8 +334,8 @@ def test_the_error_of_a_difference_follows_the_runs_that_were_pooled(runs: Runs)
 
 def test_a_run_that_ended_in_a_higher_minimum_is_no_sample_of_the_lower_one(runs: Runs) -> None:
     low, high = runs.add("aaaa", seed=1), runs.add("bbbb", seed=2)
-    runs.store.put(replace(high, gibbs=low.gibbs + 10.0 * low.gibbs_error))
-    runs.candidates[1] = replace(runs.candidates[1], gibbs=low.gibbs + 10.0 * low.gibbs_error)
+    runs.store.put(high.updated(gibbs=low.gibbs + 10.0 * low.gibbs_error))
+    runs.candidates[1] = runs.candidates[1].updated(gibbs=low.gibbs + 10.0 * low.gibbs_error)
     leader = runs.table()["aaaa"]
     assert leader.gibbs == low.gibbs and not leader.pooled
     assert leader.duplicate_spread == pytest.approx(10.0 * low.gibbs_error)
@@ -362,9 +356,12 @@ def test_a_ranking_pools_two_starts_that_quantum_motion_brings_to_one_phase(tmp_
     }
     keys = parse_settings({"pressure": 0.0, "Fitness": ["SSCHA"], "sscha": block})
     table = rank_structures(structures, Crystals([one]), keys, tmp_path, relax=False, workers=1)
-    records = list(FreeEnergyStore(tmp_path / "free_energies.db").records())
+    records = list(FreeEnergyStore(tmp_path / "free_energies.db").runs())
     assert len(records) == 2 and table[1].same_as == table[0].id
-    assert {record.spg_static for record in records} == {"P4/mmm (123)", "P4mm (99)"}
+    assert {record.free_energy.space_group_start for record in records} == {
+        "P4/mmm (123)",
+        "P4mm (99)",
+    }
     assert table[0].gibbs_error < min(record.gibbs_error for record in records)
     assert min(r.gibbs for r in records) <= table[0].gibbs <= max(r.gibbs for r in records)
     with (tmp_path / "ranking.csv").open(newline="") as file:

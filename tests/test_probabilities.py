@@ -6,6 +6,7 @@ import math
 
 import pytest
 from ase import Atoms
+from records import a_candidate
 
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.probabilities import with_probabilities
@@ -16,34 +17,38 @@ def candidate(
     name: str, gibbs: float | None, error: float = 1e-3, finite: float = 0.0, **more: object
 ) -> Candidate:
     values = {
-        "status": "sscha",
+        "status": "converged",
         "gibbs": gibbs,
         "gibbs_error": error,
         "finite_size": finite,
         **more,
     }
-    return Candidate(name, Atoms("H"), 150.0, 0.0, -1.0, "model", **values)
+    return a_candidate(name, Atoms("H"), pressure=150.0, enthalpy=-1.0, model="model", **values)
 
 
 def test_a_difference_has_three_errors() -> None:
     best, other = with_probabilities(
         [candidate("a", 0.0, 3e-3, 0.010), candidate("b", 0.02, 4e-3, 0.016)], model_error=0.01
     )
-    assert (best.difference, best.difference_sampling, best.difference_model) == (0.0, 0.0, 0.0)
+    assert (best.difference, best.difference_sampling_error, best.difference_model_error) == (
+        0.0,
+        0.0,
+        0.0,
+    )
     assert other.difference == pytest.approx(0.02)
-    assert other.difference_sampling == pytest.approx(5e-3)
-    assert other.difference_finite_size == pytest.approx(3e-3)
-    assert other.difference_model == pytest.approx(0.01 * math.sqrt(2))
+    assert other.difference_sampling_error == pytest.approx(5e-3)
+    assert other.difference_finite_size_error == pytest.approx(3e-3)
+    assert other.difference_model_error == pytest.approx(0.01 * math.sqrt(2))
 
 
 def test_what_sampling_decides_the_model_may_leave_open() -> None:
     first, second = with_probabilities(
         [candidate("a", 0.0), candidate("b", 0.01)], model_error=0.02
     )
-    assert first.p_lowest == pytest.approx(1.0, abs=1e-6) and first.p_lowest_total < 0.8
+    assert first.p_lowest_sampling == pytest.approx(1.0, abs=1e-6) and first.p_lowest_total < 0.8
     assert first.p_lowest_total + second.p_lowest_total == pytest.approx(1.0)
     unknown = with_probabilities([candidate("a", 0.0), candidate("b", 0.01)], model_error=None)
-    assert unknown[0].p_lowest_total is None and unknown[1].difference_model is None
+    assert unknown[0].p_lowest_total is None and unknown[1].difference_model_error is None
 
 
 def test_the_model_error_of_a_structure_counts_before_that_of_the_validation_set() -> None:
@@ -51,11 +56,11 @@ def test_the_model_error_of_a_structure_counts_before_that_of_the_validation_set
         [candidate("a", 0.0, model_error=0.003), candidate("b", 0.01, model_error=0.004)],
         model_error=0.02,
     )
-    assert other.difference_model == pytest.approx(0.005)
+    assert other.difference_model_error == pytest.approx(0.005)
     _, other = with_probabilities(
         [candidate("a", 0.0, model_error=0.03), candidate("b", 0.01)], model_error=0.04
     )
-    assert other.difference_model == pytest.approx(0.05)
+    assert other.difference_model_error == pytest.approx(0.05)
 
 
 def test_twins_estimates_and_failures_take_no_part() -> None:
@@ -65,7 +70,7 @@ def test_twins_estimates_and_failures_take_no_part() -> None:
         candidate("f", None, status="failed"),
     ]
     found = with_probabilities([candidate("a", 0.0), *others], model_error=0.01)
-    assert [c.p_lowest for c in found] == [1.0, None, None, None]
+    assert [c.p_lowest_sampling for c in found] == [1.0, None, None, None]
     assert with_probabilities([], 0.01) == []
 
 
@@ -76,15 +81,15 @@ def test_a_measured_model_term_replaces_the_estimate_and_moves_the_probabilities
     measured = {"a": ModelTerm(0.030, 0.001), "b": ModelTerm(0.005, 0.002)}
     best, other = with_probabilities(rows, 0.02, measured)
     assert (best.id, best.difference) == ("a", 0.0)
-    assert other.difference_model == pytest.approx(math.sqrt(0.001**2 + 0.002**2 + 0.025**2))
+    assert other.difference_model_error == pytest.approx(math.sqrt(0.001**2 + 0.002**2 + 0.025**2))
     assert (best.model_correction, best.model_correction_error) == (0.030, 0.001)
-    assert other.p_lowest_total > 0.99 and other.p_lowest < 1e-6
+    assert other.p_lowest_total > 0.99 and other.p_lowest_sampling < 1e-6
 
 
 def test_what_two_corrections_share_cancels() -> None:
     measured = {"a": ModelTerm(0.5, 0.001), "b": ModelTerm(0.5, 0.001)}
     _, other = with_probabilities([candidate("a", 0.0), candidate("b", 0.01)], 0.02, measured)
-    assert other.difference_model == pytest.approx(0.001 * math.sqrt(2))
+    assert other.difference_model_error == pytest.approx(0.001 * math.sqrt(2))
     assert other.p_lowest_total < 1e-3
 
 
@@ -94,19 +99,19 @@ def test_a_phase_without_labels_is_shifted_like_the_others_and_keeps_the_expecte
         0.02,
         {"a": ModelTerm(0.5, 0.003)},
     )
-    assert other.difference_model == pytest.approx(0.005)
+    assert other.difference_model_error == pytest.approx(0.005)
     assert other.model_correction is None
 
 
 def test_a_space_group_names_a_phase_where_it_is_the_only_one_of_it() -> None:
     measured = {"Im-3m": ModelTerm(0.1, 0.001)}
     rows = [
-        candidate("a", 0.0, spg_quantum="Im-3m (229)"),
-        candidate("b", 0.01, spg_quantum="R3m (160)"),
+        candidate("a", 0.0, space_group="Im-3m (229)"),
+        candidate("b", 0.01, space_group="R3m (160)"),
     ]
     assert [c.model_correction for c in with_probabilities(rows, 0.02, measured)] == [0.1, None]
     rows = [
-        candidate("a", 0.0, spg_quantum="Im-3m (229)"),
-        candidate("b", 0.01, spg_quantum="Im-3m (229)"),
+        candidate("a", 0.0, space_group="Im-3m (229)"),
+        candidate("b", 0.01, space_group="Im-3m (229)"),
     ]
     assert [c.model_correction for c in with_probabilities(rows, 0.02, measured)] == [None, None]

@@ -106,17 +106,19 @@ def test_a_candidate_that_falls_far_from_its_double_well_wins_the_race(tmp_path)
     well, plain = structure_id(DEEP.atoms), structure_id(PLAIN.atoms)
     found = {candidate.id: candidate for candidate in table}
     first = np.genfromtxt(
-        tmp_path / "sscha" / found[well].folder / "convergence.csv", delimiter=",", names=True
+        tmp_path / "sscha" / found[well].sscha_folder / "convergence.csv", delimiter=",", names=True
     )
     gibbs, errors = first["gibbs_eV_per_atom"], first["error_eV_per_atom"]
-    rival = found[plain].gibbs_raw
+    rival = found[plain].free_energy.gibbs_raw
     assert gibbs[0] - 4.0 * errors[0] > rival + 0.01 and gibbs[1] - 4.0 * errors[1] > rival, (
         "far above: else this tests nothing"
     )
-    assert table[0].id == well and table[0].status == "sscha"
-    assert found[well].gibbs_raw < rival < gibbs[1]
+    assert table[0].id == well and table[0].status == "converged"
+    assert found[well].free_energy.gibbs_raw < rival < gibbs[1]
     assert all(
-        found[structure_id(one.atoms)].n_evaluations < found[well].n_evaluations for one in RIVALS
+        found[structure_id(one.atoms)].free_energy.n_evaluations
+        < found[well].free_energy.n_evaluations
+        for one in RIVALS
     ), "effort goes where it is needed"
 
 
@@ -145,7 +147,7 @@ def test_a_new_model_takes_over_the_runs_of_the_old_one_and_asks_for_less(tmp_pa
     alone = ranked(after, tmp_path / "b", evaluator=anew, **options)
     assert new.n_structures < 0.75 * anew.n_structures
     assert [c.id for c in found] == [c.id for c in alone] and all(
-        c.status == "sscha" and c.model == "new" for c in found
+        c.status == "converged" and c.model == "new" for c in found
     )
     for one, other in zip(found, alone, strict=True):
         assert one.gibbs == pytest.approx(
@@ -237,7 +239,7 @@ def test_a_list_of_temperatures_feeds_one_start_to_the_next(tmp_path):
         t: np.genfromtxt(tmp_path / name, delimiter=",", names=True, dtype=None, encoding=None)
         for t, name in NAMES.items()
     }
-    assert [str(row["status"]) for t in NAMES for row in rows[t]] == ["sscha"] * 6
+    assert [str(row["status"]) for t in NAMES for row in rows[t]] == ["converged"] * 6
     populations = sorted(
         len(list(folder.glob("population_*.npz"))) for folder in (tmp_path / "sscha").iterdir()
     )

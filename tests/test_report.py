@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from magus_anharmonic.ranking.table import COLUMNS
-from magus_anharmonic.report.summary import (
-    picture,
-    quantum_ranks,
-    read_ranking,
-    sentences,
-    static_ranks,
-    table,
-)
+from magus_anharmonic.io.tables import columns
+from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.table import read_ranking
+from magus_anharmonic.report.summary import picture, sentences, table
 
 R3M = {
     "id": "aaaaaaaaaaaa",
@@ -26,7 +21,7 @@ R3M = {
     # fmt: skip
     "gibbs_eV_per_atom": "-0.810",
     "gibbs_error_eV_per_atom": "0.001",
-    "status": "sscha",
+    "status": "converged",
 }
 CCCM = {
     "id": "bbbbbbbbbbbb",
@@ -36,7 +31,7 @@ CCCM = {
     # fmt: skip
     "gibbs_eV_per_atom": "-0.800",
     "gibbs_error_eV_per_atom": "0.001",
-    "status": "sscha",
+    "status": "converged",
 }
 FAILED = {
     "id": "cccccccccccc",
@@ -60,12 +55,16 @@ def rows(tmp_path: Path):
         file = tmp_path / "ranking.csv"
         common = {"formula": "H3S", "natoms": "4", "pressure_GPa": "150", "temperature_K": "0"}
         with file.open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, COLUMNS)
+            writer = csv.DictWriter(handle, columns(Candidate))
             writer.writeheader()
             writer.writerows({**common, **line} for line in lines)
         return read_ranking(file)
 
     return make
+
+
+def ranks(rows, by: str = "rank_quantum") -> dict[str, int]:
+    return {row.id: getattr(row, by) for row in numbered(rows) if getattr(row, by)}
 
 
 def text_of(rows) -> str:
@@ -76,8 +75,8 @@ def text_of(rows) -> str:
 
 def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
     found = rows(R3M, CCCM)
-    assert static_ranks(found) == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
-    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
+    assert ranks(found, "rank_static") == {"bbbbbbbbbbbb": 1, "aaaaaaaaaaaa": 2}
+    assert ranks(found) == {"aaaaaaaaaaaa": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
     assert "static R3m (160), quantum (SSCHA) Im-3m (229)" in said
     assert (
@@ -89,7 +88,7 @@ def test_the_order_of_free_energies_is_told_apart_from_that_of_enthalpies(rows):
 
 def test_an_estimate_is_never_the_best_even_when_its_number_is_lower(rows):
     found = rows(R3M, ESTIMATED)
-    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    assert ranks(found) == {"aaaaaaaaaaaa": 1}
     assert "dddddddd" not in " ".join(sentences(found))
 
 
@@ -102,7 +101,7 @@ def test_a_difference_within_two_errors_is_called_undecided(rows):
 def test_a_phase_found_twice_counts_once(rows):
     duplicate = {**CCCM, "same_as": "aaaaaaaaaaaa", "spg_quantum": "Im-3m (229)"}
     found = rows(R3M, duplicate)
-    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    assert ranks(found) == {"aaaaaaaaaaaa": 1}
     shown = text_of(rows(R3M, duplicate, ESTIMATED))
     assert shown.index("same as aaaaaaaa") < shown.index("estimated"), (
         "what was computed comes before what was estimated"
@@ -180,7 +179,7 @@ def test_one_that_did_not_converge_is_shown_named_and_never_the_best(rows, tmp_p
         "reason": "not converged after 30 populations",
     }
     found = rows(R3M, open_)
-    assert quantum_ranks(found) == {"aaaaaaaaaaaa": 1}
+    assert ranks(found) == {"aaaaaaaaaaaa": 1}
     said = " ".join(sentences(found))
     assert "Not converged within the budget: bbbbbbbb." in said and "aaaaaaaa is lowest" in said
     assert "unconverged" in text_of(found) and "-140.0" in text_of(found), (
@@ -215,7 +214,7 @@ BELOW = {
 
 def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(rows, tmp_path):
     found = rows(SADDLE, BELOW, CCCM)
-    assert quantum_ranks(found) == {"ffffffffffff": 1, "bbbbbbbbbbbb": 2}
+    assert ranks(found) == {"ffffffffffff": 1, "bbbbbbbbbbbb": 2}
     said = " ".join(sentences(found))
     assert (
         "eeeeeeee (Im-3m (229)) is a saddle point of the free energy (a mode at -310 +- 42 cm^-1)"
@@ -228,7 +227,7 @@ def test_a_saddle_point_is_named_is_never_the_best_and_what_lies_below_it_is(row
 
 def test_a_saddle_point_below_which_nothing_was_found_is_said_to_be_missing_from_the_ranking(rows):
     alone = rows(SADDLE)
-    assert quantum_ranks(alone) == {}
+    assert ranks(alone) == {}
     assert (
         "what lies below it was not found" in sentences(alone)[0]
         and "No structure has a free energy" in sentences(alone)[1]

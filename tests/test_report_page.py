@@ -16,13 +16,16 @@ import pytest
 from ase import Atoms
 from ase.build import bulk
 from ase.io import read, write
+from records import stored_run
 from synthetic_campaign import synthetic_campaign, table
 from typer.testing import CliRunner
 
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.io.tables import columns
 from magus_anharmonic.paper import findings, tables
-from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, Key, Record, read_records
-from magus_anharmonic.ranking.table import COLUMNS
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.run import Key
+from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report
 from magus_anharmonic.report.figures import stored_picture
 
@@ -105,7 +108,7 @@ def search(tmp_path: Path, h3s) -> Path:
         },
     ]
     with (own / "ranking.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns(Candidate))
         writer.writeheader()
         writer.writerows(lines)
     record = {
@@ -270,7 +273,7 @@ def test_what_files_say_is_text_and_never_markup(tmp_path: Path) -> None:
 
 def test_file_names_come_from_ids_and_stay_in_the_folder(campaign: Path) -> None:
     for name in ("../../../etc/passwd", "a/b\\c", ".hidden", "-" * 300, "\u4e2d"):
-        line = type("L", (), {"id": name, "rank": None, "formula": "H"})()
+        line = type("L", (), {"id": name, "rank_quantum": None, "formula": "H"})()
         stem = structures.Crystal(line, 100.0, 0.0, "static", "P1", Atoms()).stem
         assert re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*", stem) and len(stem) < 100
 
@@ -370,7 +373,7 @@ def test_a_database_that_is_locked_or_damaged_costs_its_structures_only_and_is_l
     ours = search / "results" / "anharmonic"
     key = Key("model", 10.0, 0.0, "hash")
     FreeEnergyStore(ours / NAME).put(
-        Record("abc", key, bulk("Cu"), "sscha", gibbs=1.0, centroids=bulk("Cu"))
+        stored_run("abc", key, bulk("Cu"), "converged", gibbs=1.0, centroids=bulk("Cu"))
     )
     assert [record.structure for record in read_records(ours / NAME)] == ["abc"]
     whole = (ours / NAME).read_bytes()

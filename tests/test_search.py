@@ -991,7 +991,7 @@ def everything(directory: Path) -> dict[str, Any]:
     ours = directory / "results" / "anharmonic"
     records = [
         (r.structure, r.generation, r.status, r.reason, r.gibbs)
-        for r in FreeEnergyStore(ours / NAME).records()
+        for r in FreeEnergyStore(ours / NAME).runs()
     ]
     tables = {
         path.name: path.read_bytes()

@@ -11,6 +11,7 @@ import pytest
 from ase import Atoms
 from ase.io import read
 from benchmarks.uncertainty import pairs_of_like_volume, signed_errors
+from records import a_candidate, stored_run
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import expected_spread
@@ -19,7 +20,8 @@ from magus_anharmonic.potential.labelled import split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.probabilities import with_probabilities
-from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.run import Key
+from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
 
 INPUTS = Path(__file__).parents[1] / "inputs"
@@ -128,14 +130,13 @@ def test_the_ensemble_whose_labels_are_worth_more_is_known_before_they_are_made(
 def candidate(
     name: str, gibbs: float, vector: tuple[float, ...] | None, **more: object
 ) -> Candidate:
-    return Candidate(
+    return a_candidate(
         name,
         Atoms("H"),
-        150.0,
-        0.0,
-        -1.0,
-        "model",
-        status="sscha",
+        pressure=150.0,
+        enthalpy=-1.0,
+        model="model",
+        status="converged",
         gibbs=gibbs,
         gibbs_error=1e-4,
         error_vector=vector,
@@ -147,8 +148,8 @@ def test_what_two_phases_share_leaves_their_order_certain() -> None:
     """Both errors are 50 meV/atom, of which 3 are not shared."""
     rows = [candidate("a", 0.0, (0.050, 0.0)), candidate("b", 0.010, (0.050, 0.003))]
     best, other = with_probabilities(rows, model_error=0.05)
-    assert best.difference_model == 0.0
-    assert other.difference_model == pytest.approx(0.003)
+    assert best.difference_model_error == 0.0
+    assert other.difference_model_error == pytest.approx(0.003)
     assert (
         best.p_lowest_total > 0.998
         and best.p_lowest_total + other.p_lowest_total == pytest.approx(1.0)
@@ -156,7 +157,7 @@ def test_what_two_phases_share_leaves_their_order_certain() -> None:
     apart = with_probabilities(
         [candidate("a", 0.0, (0.050, 0.0)), candidate("b", 0.010, (0.0, 0.050))], model_error=0.05
     )
-    assert apart[1].difference_model == pytest.approx(0.05 * np.sqrt(2))
+    assert apart[1].difference_model_error == pytest.approx(0.05 * np.sqrt(2))
     assert 0.5 < apart[0].p_lowest_total < 0.6
 
 
@@ -176,13 +177,13 @@ def test_a_phase_without_an_estimate_is_independent_of_the_others() -> None:
         [candidate("a", 0.0, (0.03,)), candidate("b", 0.01, None, model_error=0.04)],
         model_error=None,
     )
-    assert other.difference_model == pytest.approx(0.05)
+    assert other.difference_model_error == pytest.approx(0.05)
     unknown = with_probabilities(
         [candidate("a", 0.0, (0.03,)), candidate("b", 0.01, None)], model_error=None
     )
     assert [c.p_lowest_total for c in unknown] == [None, None] and unknown[
         1
-    ].difference_model is None
+    ].difference_model_error is None
 
 
 def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_it_looks_like_it() -> (
@@ -192,7 +193,7 @@ def test_a_phase_without_labels_shares_the_shift_of_the_measured_one_as_far_as_i
     errors = model_errors(rows, [ModelTerm(0.04, 0.001), None], None)
     assert errors.of_difference(1, 0) == pytest.approx(np.hypot(0.004, 0.001))
     _, other = with_probabilities(rows, None, {"a": ModelTerm(0.04, 0.001)})
-    assert other.difference_model == pytest.approx(np.hypot(0.004, 0.001))
+    assert other.difference_model_error == pytest.approx(np.hypot(0.004, 0.001))
 
 
 def test_the_error_vector_of_a_run_is_kept_in_the_database(tmp_path: Path) -> None:
@@ -203,16 +204,16 @@ def test_the_error_vector_of_a_run_is_kept_in_the_database(tmp_path: Path) -> No
     store = FreeEnergyStore(tmp_path / "free_energies.db")
     for name, what in (("a" * 12, vector), ("b" * 12, None)):
         store.put(
-            Record(
+            stored_run(
                 name,
                 key,
                 Atoms("H", cell=[1, 1, 1], pbc=True),
-                "sscha",
+                "converged",
                 gibbs=0.0,
                 error_vector=what,
                 budget_spent=None,
             )
         )
     again = FreeEnergyStore(tmp_path / "free_energies.db")
-    assert again.get("a" * 12, key).error_vector == vector
-    assert again.get("b" * 12, key).error_vector is None
+    assert again.get("a" * 12, key).free_energy.error_vector == vector
+    assert again.get("b" * 12, key).free_energy.error_vector is None

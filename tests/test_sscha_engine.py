@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
-from sscha_models import LatticeSprings, evaluated
+from sscha_models import EV, LatticeSprings, evaluated, harmonic_state
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import as_evaluator
@@ -22,12 +21,7 @@ from magus_anharmonic.sscha import python_sscha
 from magus_anharmonic.sscha.engines import ENGINES, engine
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.reciprocal import finite_size_term
-from magus_anharmonic.sscha.start import (
-    LARGEST_AMPLITUDE_LATER,
-    floor_modes,
-    harmonic_force_constants,
-    relative_motion,
-)
+from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes, relative_motion
 from magus_anharmonic.sscha.state import SschaState, fold, normal_modes, variance
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, RYDBERG
@@ -40,9 +34,9 @@ def hcp() -> tuple[SschaState, Ensemble, Symmetry]:
     atoms = bulk("Cu", "hcp", a=2.45, c=4.0)
     atoms.rotate(20, (1, 1, 0), rotate_cell=True)
     symmetry = Symmetry(atoms, (2, 2, 1))
-    compact = harmonic_force_constants(atoms, (2, 2, 1), symmetry, as_evaluator(EMT()))
-    state = SschaState(atoms, (2, 2, 1), symmetry.force_constants(1.1 * compact), 300.0)
-    return state, evaluated(state, as_evaluator(EMT()), 100), symmetry
+    state = harmonic_state(atoms, (2, 2, 1), temperature=300.0)
+    state = replace(state, force_constants=1.1 * state.force_constants)
+    return state, evaluated(state, EV, 100), symmetry
 
 
 def test_free_energy_stress_and_error_equal_python_sscha(hcp, tmp_path):
@@ -99,7 +93,7 @@ def test_minimisation_lowers_the_free_energy_and_keeps_the_symmetry(hcp, tmp_pat
     assert found.decrease > 0.0
     assert found.converged
     assert 0.3 < found.effective_sample <= 1.0
-    fresh = average(found.state, evaluated(found.state, as_evaluator(EMT()), 100, seed=1), symmetry)
+    fresh = average(found.state, evaluated(found.state, EV, 100, seed=1), symmetry)
     before = average(state, ensemble, symmetry)
     assert fresh.helmholtz < before.helmholtz
     assert fresh.predicted_decrease < 0.1 * before.predicted_decrease
@@ -114,9 +108,7 @@ def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_
     calculator = as_evaluator(LatticeSprings())
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     symmetry = Symmetry(atoms, (3, 3, 3))
-    exact = SschaState(
-        atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 50.0
-    )
+    exact = harmonic_state(atoms, (3, 3, 3), calculator, 50.0)
     state = replace(exact, force_constants=0.97 * exact.force_constants)
     found = engine(name)(
         [(state, evaluated(state, calculator, 200))],
@@ -132,7 +124,7 @@ def test_minimisation_finds_the_force_constants_of_a_harmonic_crystal(name, tmp_
 def test_an_effective_sample_below_its_minimum_ends_the_minimisation(hcp, tmp_path):
     state, _, symmetry = hcp
     soft = replace(state, force_constants=0.5 * state.force_constants)
-    ensemble = evaluated(soft, as_evaluator(EMT()), 100)
+    ensemble = evaluated(soft, EV, 100)
     found = python_sscha.minimise(
         [(soft, ensemble)], symmetry, min_effective_sample=0.8, log=tmp_path / "log"
     )

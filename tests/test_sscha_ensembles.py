@@ -11,21 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
-from ase.calculators.emt import EMT
-from sscha_models import evaluated
+from sscha_models import EV, evaluated, harmonic_state
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.paper.ensemble_errors import displacements_of
 from magus_anharmonic.ranking.structures import read_start
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
-from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, displaced, fold, sample, sum_rule
 from magus_anharmonic.sscha.symmetry import Symmetry
-
-EV = as_evaluator(EMT())
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +28,8 @@ def aluminium() -> tuple[SschaState, Ensemble]:
     """fcc Al at 300 K with force constants of 1.5 times the harmonic ones, and 200
     configurations."""
     atoms = bulk("Al", a=4.05)
-    compact = harmonic_force_constants(atoms, (2, 2, 2), Symmetry(atoms, (2, 2, 2)), EV)
-    state = SschaState(atoms, (2, 2, 2), 1.5 * compact, 300.0)
+    state = harmonic_state(atoms, (2, 2, 2), temperature=300.0)
+    state = replace(state, force_constants=1.5 * state.force_constants)
     return state, evaluated(state, EV, 200)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase import Atoms
-from sscha_models import AnharmonicCell, LatticeSprings, evaluated
+from sscha_models import AnharmonicCell, LatticeSprings, evaluated, harmonic_state
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.sscha.ensemble import (
@@ -17,9 +17,7 @@ from magus_anharmonic.sscha.ensemble import (
     entropy_with_error,
     oscillator_entropy,
 )
-from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, oscillator_free_energy
-from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.state import oscillator_free_energy
 from magus_anharmonic.units import HBAR
 
 
@@ -56,10 +54,7 @@ def test_phonopy_finds_the_same_entropy():
     springs = LatticeSprings()
     cell = Atoms("Al", cell=[springs.a] * 3, pbc=True)
     supercell_matrix = (2, 2, 2)
-    compact = harmonic_force_constants(
-        cell, supercell_matrix, Symmetry(cell, supercell_matrix), CalculatorEvaluator(springs)
-    )
-    state = SschaState(cell, supercell_matrix, compact, 250.0)
+    state = harmonic_state(cell, supercell_matrix, CalculatorEvaluator(springs), 250.0)
     theirs = phonopy.Phonopy(
         PhonopyAtoms(symbols=["Al"], cell=cell.cell.array, scaled_positions=[[0, 0, 0]]),
         np.diag(supercell_matrix),

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
 from ase.io import write
-from sscha_models import QuarticPair, evaluated
+from sscha_models import EV, QuarticPair, evaluated, harmonic_state
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
@@ -25,30 +24,16 @@ from magus_anharmonic.sscha.hessian import free_energy_hessian
 from magus_anharmonic.sscha.phonons import band_path, bands, dispersion
 from magus_anharmonic.sscha.qe_files import read_ensemble, state_from_dyn, write_dyn, write_ensemble
 from magus_anharmonic.sscha.report import hessian_of_run
-from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import HBAR, RYDBERG
 
-EV = as_evaluator(EMT())
-
-
-def state_of(
-    atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float = 100.0
-) -> SschaState:
-    return SschaState(
-        atoms,
-        supercell_matrix,
-        harmonic_force_constants(atoms, supercell_matrix, Symmetry(atoms, supercell_matrix), EV),
-        temperature,
-    )
-
 
 @pytest.fixture(scope="module")
 def hcp() -> tuple[SschaState, Ensemble]:
     """hcp Cu with q points that are not their own negatives."""
-    state = state_of(bulk("Cu", "hcp", a=2.5, c=4.1), (3, 3, 1))
+    state = harmonic_state(bulk("Cu", "hcp", a=2.5, c=4.1), (3, 3, 1), temperature=100.0)
     return state, evaluated(state, EV, 10)
 
 
@@ -133,9 +118,7 @@ def test_python_sschas_ensembles_load_here(hcp, tmp_path, monkeypatch, text):
 def test_an_ensemble_that_begins_with_all_the_plus_signs_is_put_into_pairs(hcp, tmp_path):
     state, ensemble = hcp
     order = np.concatenate([np.arange(0, 10, 2), np.arange(1, 10, 2)])
-    write_ensemble(
-        state, Ensemble(*(values[order] for values in vars(ensemble).values())), tmp_path
-    )
+    write_ensemble(state, ensemble.part(order), tmp_path)
     _, again = read_ensemble(tmp_path, 100.0)
     assert again.displacements[0::2] == pytest.approx(-again.displacements[1::2], abs=1e-12)
     assert again.forces == pytest.approx(ensemble.forces, abs=1e-10)
@@ -150,7 +133,7 @@ def test_an_ensemble_that_cannot_be_used_is_named(hcp, tmp_path):
     write_ensemble(state, ensemble, tmp_path / "a")
     with pytest.raises(InputError, match="no population 7"):
         read_ensemble(tmp_path / "a", 0.0, 7)
-    other = state_of(bulk("Cu", "hcp", a=2.5, c=4.1), (2, 1, 1))
+    other = harmonic_state(bulk("Cu", "hcp", a=2.5, c=4.1), (2, 1, 1))
     write_dyn(other, tmp_path / "other")
     with pytest.raises(InputError, match="ensemble: .*a: "):
         read_ensemble(tmp_path / "a", 0.0, dyn=tmp_path / "other")
@@ -165,7 +148,7 @@ def test_harmonic_bands_equal_phonopy_on_the_same_force_constants():
     from phonopy.structure.atoms import PhonopyAtoms
 
     atoms = bulk("Cu", "hcp", a=2.5, c=4.1)
-    state = state_of(atoms, (3, 3, 2))
+    state = harmonic_state(atoms, (3, 3, 2))
     cell = PhonopyAtoms(
         symbols=atoms.get_chemical_symbols(),
         cell=atoms.cell.array,
@@ -209,13 +192,17 @@ def test_the_path_is_that_of_the_crystal_in_the_given_cell():
     assert max(step.max() for step in steps) <= 0.01 + 1e-9
 
 
-def test_bands_meet_the_frequencies_at_the_q_points_of_the_supercell():
-    state = state_of(bulk("Al", "fcc", a=3.9), (2, 2, 2), 300.0)
-    found = free_energy_hessian(state, evaluated(state, EV, 20), Symmetry(state.atoms, (2, 2, 2)))
+@pytest.mark.parametrize(
+    ("matrix", "points"),
+    [((2, 2, 2), 5), (((-1, 1, 1), (1, -1, 1), (1, 1, -1)), 4)],
+    ids=["Gamma twice, X twice and L", "slanted"],
+)
+def test_bands_meet_the_frequencies_at_the_q_points_of_the_supercell(matrix, points):
+    state = harmonic_state(bulk("Al", "fcc", a=3.9), matrix, EV, 300.0, raised=True)
+    found = free_energy_hessian(state, evaluated(state, EV, 20), Symmetry(state.atoms, matrix))
     shown = dispersion(found, harmonic=state.force_constants)
     assert set(shown.bands) == {"harmonic", "auxiliary", "hessian"}
-    places = sorted({round(where, 9) for where, _, _ in shown.marks})
-    assert len(places) == 5, "Gamma twice, X twice and L"
+    assert len({round(where, 9) for where, _, _ in shown.marks}) == points
     for where, hbar_omega, error in shown.marks:
         nearest = np.abs(shown.path.distance - where) < 1e-9
         assert np.abs(shown.bands["hessian"][nearest] - hbar_omega).min() < 1e-5
@@ -288,6 +275,7 @@ def test_the_command_makes_phonons_and_a_verdict_of_a_finished_run(run, tmp_path
     assert "Stable" in text and "cm^-1" in text and "Probability" in text
     names = {path.name for path in tmp_path.iterdir()}
     files = {
+        ".sha256sums",
         "dyn_auxiliary1",
         "dyn_hessian1",
         "frequencies.csv",

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
 from scipy.linalg import solve_continuous_lyapunov
 from scipy.optimize import minimize_scalar, root
-from sscha_models import LatticeSprings, evaluated
+from sscha_models import EV, LatticeSprings, evaluated, harmonic_state
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
@@ -27,7 +26,6 @@ from magus_anharmonic.sscha.hessian import (
     tensors,
 )
 from magus_anharmonic.sscha.reciprocal import Representation, samples, wavevectors
-from magus_anharmonic.sscha.start import floor_modes, harmonic_force_constants
 from magus_anharmonic.sscha.state import (
     SschaState,
     expand,
@@ -41,7 +39,6 @@ from magus_anharmonic.sscha.state import (
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.units import BOHR, HBAR, KELVIN, RYDBERG
 
-EV = as_evaluator(EMT())
 THEIR_BOHR = 1.0 / 1.889725989
 THEIR_KELVIN = 2.0 * RYDBERG / 315774.65221921849
 """python-sscha's Boltzmann constant for the variances, eV/K."""
@@ -67,16 +64,7 @@ def no_symmetry() -> Atoms:
 
 def start(atoms: Atoms, supercell_matrix: tuple[int, int, int], temperature: float) -> SschaState:
     """Harmonic state of EMT, imaginary modes raised."""
-    symmetry = Symmetry(atoms, supercell_matrix)
-    return floor_modes(
-        SschaState(
-            atoms,
-            supercell_matrix,
-            harmonic_force_constants(atoms, supercell_matrix, symmetry, EV),
-            temperature,
-        ),
-        symmetry,
-    )
+    return harmonic_state(atoms, supercell_matrix, EV, temperature, raised=True)
 
 
 def with_their_constant(state: SschaState) -> SschaState:
@@ -387,9 +375,7 @@ def test_a_harmonic_crystal_has_its_own_frequencies_and_is_stable():
     calculator = as_evaluator(LatticeSprings())
     atoms = Atoms("Ne", cell=[3.0] * 3, pbc=True)
     symmetry = Symmetry(atoms, (3, 3, 3))
-    state = SschaState(
-        atoms, (3, 3, 3), harmonic_force_constants(atoms, (3, 3, 3), symmetry, calculator), 100.0
-    )
+    state = harmonic_state(atoms, (3, 3, 3), calculator, 100.0)
     found = free_energy_hessian(state, evaluated(state, calculator, 20), symmetry)
     assert found.force_constants == pytest.approx(state.force_constants, abs=1e-9)
     assert found.hbar_omega == pytest.approx(

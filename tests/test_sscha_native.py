@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.calculators.emt import EMT
-from sscha_models import AnharmonicCell, QuarticPair, evaluated
+from sscha_models import EV, AnharmonicCell, QuarticPair, evaluated, harmonic_state
 
 from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
@@ -22,13 +21,11 @@ from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.sampling import sample_ensemble
-from magus_anharmonic.sscha.start import harmonic_force_constants
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task
 from magus_anharmonic.units import HBAR, KELVIN, RYDBERG
 
-EV = as_evaluator(EMT())
 SAMPLING_BOLTZMANN = 6.336857346553283e-06
 """Ry/K, in python-sscha's get_upsilon_matrix.f90; 5e-4 more than the one in its harmonic free
 energy."""
@@ -43,7 +40,7 @@ def low_symmetry(supercell_matrix: tuple[int, int, int], temperature: float) -> 
         pbc=True,
     )
     symmetry = Symmetry(atoms, supercell_matrix)
-    harmonic = harmonic_force_constants(atoms, supercell_matrix, symmetry, EV)
+    harmonic = harmonic_state(atoms, supercell_matrix).force_constants
     harmonic[0] += 4.0 * np.einsum("ab,ij->abij", np.eye(3), np.eye(3))
     return SschaState(atoms, supercell_matrix, symmetry.force_constants(harmonic), temperature)
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from ase import Atoms
 from crystal_models import Crystals, crystal
+from sscha_models import harmonic_state
 
 from magus_anharmonic.sscha import SschaResult, free_energy
-from magus_anharmonic.sscha.start import harmonic_force_constants
-from magus_anharmonic.sscha.state import SschaState, fourier
-from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.sscha.state import fourier
 
 SUPERCELL_MATRIX = (2, 2, 2)
 CRYSTAL = crystal((3.0,) * 3, 0.6, 0.1, -0.3, 1.5)
@@ -107,12 +106,7 @@ def test_self_consistent_force_constants_and_free_energy_equal_phonopys():
     assert error.max() < 0.01 * scale
     assert np.abs(difference[0, :3]).max() < 1e-6 * scale, "acoustic modes at Gamma"
     assert np.all(np.abs(difference) <= 4.5 * error + 1e-6 * scale)
-    stripped = SschaState(CRYSTAL.atoms, SUPERCELL_MATRIX, np.zeros((8, 2, 2, 3, 3)), 0.0)
-    harmonic = our_squares(
-        harmonic_force_constants(
-            stripped.atoms, SUPERCELL_MATRIX, Symmetry(stripped.atoms, SUPERCELL_MATRIX), MODEL
-        )
-    )
+    harmonic = our_squares(harmonic_state(CRYSTAL.atoms, SUPERCELL_MATRIX, MODEL).force_constants)
     assert np.abs(mine.mean(axis=0) - harmonic).max() > 20.0 * error.max(), (
         "anharmonicity is what is compared"
     )

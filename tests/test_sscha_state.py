@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
 from harmonic_pair import HarmonicCrystal, springs
-from sscha_models import LatticeSprings, QuarticPair, cu3au, evaluated
+from sscha_models import EV, LatticeSprings, QuarticPair, cu3au, evaluated, harmonic_state
 
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.sscha.cell import LARGEST_STRAIN, CellStiffness, static_response_to_strain
@@ -33,15 +32,7 @@ from magus_anharmonic.sscha.start import (
     relax_in_symmetry,
     relaxed_primitive,
 )
-from magus_anharmonic.sscha.state import (
-    SschaState,
-    expand,
-    fold,
-    fourier,
-    inverse_fourier,
-    sample,
-    variance,
-)
+from magus_anharmonic.sscha.state import SschaState, expand, fourier, sample, variance
 from magus_anharmonic.sscha.symmetry import (
     Symmetry,
     choose_supercell_matrix,
@@ -50,20 +41,6 @@ from magus_anharmonic.sscha.symmetry import (
 )
 from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
-
-EV = as_evaluator(EMT())
-
-
-def harmonic_state(
-    atoms: Atoms, supercell_matrix: tuple[int, int, int], evaluator=EV, temperature: float = 0.0
-) -> SschaState:
-    symmetry = Symmetry(atoms, supercell_matrix)
-    return SschaState(
-        atoms,
-        supercell_matrix,
-        harmonic_force_constants(atoms, supercell_matrix, symmetry, evaluator),
-        temperature,
-    )
 
 
 def distorted(seed: int = 3) -> Atoms:
@@ -126,19 +103,6 @@ def test_what_symmetry_tells_is_not_evaluated_and_nothing_is_lost(name):
     )
     found = harmonic_force_constants(atoms, supercell_matrix, symmetry, crystal)
     assert found == pytest.approx(springs_, abs=1e-9 * np.abs(springs_).max())
-
-
-def test_fourier_and_folding_are_inverses():
-    rng = np.random.default_rng(0)
-    supercell_matrix = (2, 3, 1)
-    compact = rng.normal(size=(6, 2, 2, 3, 3))
-    q = np.array(list(np.ndindex(*supercell_matrix))) / np.array(supercell_matrix)
-    assert fold(expand(compact, supercell_matrix), supercell_matrix) == pytest.approx(
-        compact, abs=1e-14
-    )
-    assert inverse_fourier(
-        fourier(compact, supercell_matrix, q), supercell_matrix, q
-    ) == pytest.approx(compact, abs=1e-13)
 
 
 def test_samples_are_pairs_with_the_covariance_of_the_state():

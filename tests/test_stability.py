@@ -77,7 +77,10 @@ def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_pat
         and saddle.rank_quantum is None
         and saddle.spg_quantum == "P4/mmm (123)"
     )
-    assert saddle.hessian_lowest < 0 < saddle.hessian_error and saddle.p_stable < 0.03
+    assert (
+        saddle.free_energy.hessian_lowest < 0 < saddle.free_energy.hessian_error
+        and saddle.free_energy.p_stable < 0.03
+    )
     assert (follower.rank_quantum, follower.parent, follower.spg_quantum) == (
         1,
         saddle.id,
@@ -86,7 +89,7 @@ def test_a_symmetric_saddle_is_followed_and_what_lies_below_it_is_ranked(tmp_pat
     assert follower.status == "stable"
     gain = (SADDLE.free_energy(symmetric=True)[0] - SADDLE.free_energy(symmetric=False)[0]) / 3
     found, error = (
-        saddle.gibbs_raw - follower.gibbs_raw,
+        saddle.free_energy.gibbs_raw - follower.free_energy.gibbs_raw,
         np.hypot(saddle.gibbs_error, follower.gibbs_error),
     )
     assert gain > 5 * error and found == pytest.approx(gain, abs=4 * error)
@@ -102,16 +105,18 @@ def test_a_minimum_is_called_stable_and_is_checked_once(
 ) -> None:
     (candidate,) = ranked(MINIMUM, tmp_path, keys(n_configs=1000))
     assert (
-        candidate.status == "stable" and candidate.p_stable > 0.99 and candidate.hessian_lowest > 0
+        candidate.status == "stable"
+        and candidate.free_energy.p_stable > 0.99
+        and candidate.free_energy.hessian_lowest > 0
     )
-    assert (tmp_path / "sscha" / candidate.folder / NAME).stat().st_size > 10_000
+    assert (tmp_path / "sscha" / candidate.sscha_folder / NAME).stat().st_size > 10_000
     monkeypatch.setattr(
         stability, "hessian_of_folder", lambda folder: pytest.fail("computed twice")
     )
     (again,) = ranked(MINIMUM, tmp_path, keys(n_configs=1000))
-    assert (again.status, again.p_stable, again.gibbs) == (
+    assert (again.status, again.free_energy.p_stable, again.gibbs) == (
         candidate.status,
-        candidate.p_stable,
+        candidate.free_energy.p_stable,
         candidate.gibbs,
     )
 
@@ -139,16 +144,18 @@ def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(
             and middle.rank_quantum == 2
         )
         error = np.hypot(found[0].gibbs_error, middle.gibbs_error)
-        assert middle.gibbs_raw - found[0].gibbs_raw == pytest.approx(gain, abs=4 * error)
+        assert middle.free_energy.gibbs_raw - found[0].free_energy.gibbs_raw == pytest.approx(
+            gain, abs=4 * error
+        )
     else:
         assert gain < 1e-5 and middle.rank_quantum == 1
-        own = middle.n_evaluations
+        own = middle.free_energy.n_evaluations
         rest = [
             r
-            for r in FreeEnergyStore(tmp_path / "free_energies.db").records()
+            for r in FreeEnergyStore(tmp_path / "free_energies.db").runs()
             if r.parent == middle.id
         ]
-        assert len(rest) == 1 and rest[0].n_evaluations < 2 * own
+        assert len(rest) == 1 and rest[0].free_energy.n_evaluations < 2 * own
 
 
 @pytest.mark.slow
@@ -166,7 +173,8 @@ def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path: Path) -> No
     assert (lower.rank_quantum, lower.parent, lower.spg_quantum) == (1, cubic.id, "R3m (160)")
     error = np.hypot(lower.gibbs_error, cubic.gibbs_error)
     assert (
-        cubic.gibbs_raw - lower.gibbs_raw == pytest.approx(gain, abs=4 * error + 1e-5)
+        cubic.free_energy.gibbs_raw - lower.free_energy.gibbs_raw
+        == pytest.approx(gain, abs=4 * error + 1e-5)
         and gain > 4 * error
     )
 
@@ -184,7 +192,10 @@ def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path)
         [fakes.h3s(3.15)], load("h3s-gpaw-small", device="cpu"), settings, tmp_path, workers=1
     )
     assert (found.status, found.spg_quantum) == ("stable", "Im-3m (229)"), found.reason
-    assert found.p_stable > 0.99 and found.hessian_lowest > 5 * found.hessian_error
+    assert (
+        found.free_energy.p_stable > 0.99
+        and found.free_energy.hessian_lowest > 5 * found.free_energy.hessian_error
+    )
 
 
 # ---------------------------------------------------------------- the rules, with invented Hessians
@@ -283,8 +294,10 @@ def test_undecided_keeps_its_status_and_says_what_is_missing(
     (name,) = names(copper())
     Verdicts(monkeypatch, {name: 0.05})
     found = run(tmp_path, [copper()])[name]
-    assert found.status == "sscha" and found.rank_quantum == 1
-    assert "undecided" in found.reason and found.p_stable == pytest.approx(0.69, abs=0.01)
+    assert found.status == "converged" and found.rank_quantum == 1
+    assert "undecided" in found.reason and found.free_energy.p_stable == pytest.approx(
+        0.69, abs=0.01
+    )
 
 
 def test_only_the_lowest_distinct_phases_are_asked_and_none_with_zero(
@@ -297,7 +310,7 @@ def test_only_the_lowest_distinct_phases_are_asked_and_none_with_zero(
     assert verdicts.asked == []
     found = run(tmp_path / "two", crystals, hessian=2)
     assert verdicts.asked == lowest[:2]
-    assert [found[name].status for name in lowest] == ["stable", "stable", "sscha"]
+    assert [found[name].status for name in lowest] == ["stable", "stable", "converged"]
 
 
 def test_a_run_without_an_ensemble_or_without_its_end_is_not_judged(
@@ -305,12 +318,12 @@ def test_a_run_without_an_ensemble_or_without_its_end_is_not_judged(
 ) -> None:
     def unfinished(*arguments: object, **options: object) -> object:
         result = fakes.shifted(*arguments, **options)
-        result.converged, result.reason = False, "not converged"
+        result.status, result.reason = "unconverged", "not converged"
         return result
 
     (name,) = names(copper())
     verdicts = Verdicts(monkeypatch, {})
-    assert run(tmp_path / "a", [copper()])[name].status == "sscha"
+    assert run(tmp_path / "a", [copper()])[name].status == "converged"
     assert run(tmp_path / "b", [copper()], fake=unfinished)[name].status == "unconverged"
     assert verdicts.asked == [name], "an unconverged state has no Hessian worth the name"
 
@@ -468,8 +481,8 @@ def test_the_verdict_does_not_change_what_a_free_energy_is(
     run(tmp_path, [copper()], hessian=0)
     assert run(tmp_path, [copper()], hessian=3)[names(copper())[0]].status == "stable"
     assert n_runs(tmp_path) == 1
-    record = next(FreeEnergyStore(tmp_path / "free_energies.db").records())
-    assert record.status == "stable" and record.p_stable == pytest.approx(1.0)
+    record = next(FreeEnergyStore(tmp_path / "free_energies.db").runs())
+    assert record.status == "stable" and record.free_energy.p_stable == pytest.approx(1.0)
 
 
 # --------------------------------------------------------------------------------- the displacement
@@ -495,15 +508,13 @@ def test_the_new_cell_is_the_smallest_in_which_the_mode_is_periodic(point: list[
 def test_the_patterns_are_modes_of_the_crystal_in_the_new_cell() -> None:
     """An eigenvector at q = (1/3, 1/3, 0) becomes an eigenvector at Gamma of the cell with three
     atoms, with the same eigenvalue."""
+    from sscha_models import harmonic_state
+
     from magus_anharmonic.evaluator import as_evaluator
-    from magus_anharmonic.sscha.start import harmonic_force_constants
-    from magus_anharmonic.sscha.symmetry import Symmetry
 
     evaluator = fakes.Emt()
     atoms, q = bulk("Cu"), np.array([1 / 3, 1 / 3, 0.0])
-    compact = harmonic_force_constants(
-        atoms, (3, 3, 3), Symmetry(atoms, (3, 3, 3)), as_evaluator(evaluator)
-    )
+    compact = harmonic_state(atoms, (3, 3, 3), as_evaluator(evaluator)).force_constants
     values, vectors = np.linalg.eigh(fourier(compact, (3, 3, 3), q[None])[0])
     found = commensurate(q[None], atoms.cell.array)
     cell = repeated(atoms, found)

@@ -360,7 +360,10 @@ def test_the_ranking_shows_both_errors_and_warns_of_an_ensemble_that_walked_away
             free_energy=walks,
             workers=1,
         )
-        assert candidate.status == "sscha" and "where the model was not trained" in candidate.reason
+        assert (
+            candidate.status == "converged"
+            and "where the model was not trained" in candidate.reason
+        )
         (row,) = csv.DictReader((tmp_path / "ranking.csv").open(newline=""))
         assert float(row["model_error_eV_per_atom"]) == pytest.approx(
             atoms.info["energy_error"], abs=1e-6

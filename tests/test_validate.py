@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from campaign_tables import ranked
 from typer.testing import CliRunner
 
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper import enthalpies, findings, quantities, script, tables
-from magus_anharmonic.report.summary import read_ranking
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report.text import ranking_sentences, ranking_views
 
 NAMES, ExpectedValue, load_expected = (
@@ -297,7 +299,7 @@ def test_a_transition_knows_its_error():
 
 
 def tables_of(
-    folder: Path, rows: Sequence[tables.Mode] | Sequence[tables.Ranked], file: str
+    folder: Path, rows: Sequence[tables.Mode] | Sequence[Candidate], file: str
 ) -> TableFolder:
     tables.write(type(rows[0]), folder / file, rows)
     return TableFolder(folder)
@@ -343,22 +345,7 @@ def test_figure_and_validation_give_one_reordering_window(tmp_path: Path, n_insi
     g = 200 + 0.97 * h + rng.normal(0, 0.4, len(h))
     g[:n_inside] -= 4.0
     rows = [
-        tables.Ranked(
-            f"{i:012x}",
-            "H3S",
-            4,
-            100.0,
-            0.0,
-            "P1 (1)",
-            "P1 (1)",
-            a / 1e3,
-            b / 1e3,
-            2e-4,
-            10,
-            "0" * 12,
-            "sscha",
-            "",
-        )
+        ranked(f"{i:012x}", "P1 (1)", a / 1e3, b / 1e3, gibbs_error=2e-4, model="0" * 12)
         for i, (a, b) in enumerate(zip(h, g, strict=True))
     ]
     window = quantities.reordering(rows)[0].window
@@ -383,24 +370,9 @@ def test_figure_validation_and_report_count_the_same_changes_of_space_group(tmp_
         + ["Im-3m (229) or Pm-3m (221): not decided, 1.2 sigma"] * 4
         + ["P1 (1)"] * 6
     )
-    states = ["sscha", "saddle", "stable", "eliminated"]
+    states = ["converged", "saddle", "stable", "eliminated"]
     rows = [
-        tables.Ranked(
-            f"{i:012x}",
-            "H3S",
-            4,
-            100.0,
-            0.0,
-            "P1 (1)",
-            group,
-            i / 1e3,
-            0.2 + i / 1e3,
-            2e-4,
-            10,
-            "0" * 12,
-            states[i % 4],
-            "",
-        )
+        ranked(f"{i:012x}", group, i / 1e3, 0.2 + i / 1e3, status=states[i % 4])
         for i, group in enumerate(groups)
     ]
     figure = quantities.reordering(rows)[0]

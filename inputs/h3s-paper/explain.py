@@ -16,12 +16,12 @@ from magus_anharmonic.io.files import read_json
 from magus_anharmonic.io.tables import TableFolder
 from magus_anharmonic.paper.quantities import NEAR
 from magus_anharmonic.paper.tables import (
+    RANKING,
     TABLES,
     Cost,
     Enthalpy,
     Mode,
     ModelError,
-    Ranked,
     pressure_of_file,
     ranking_files,
 )
@@ -181,7 +181,7 @@ def explanations(
         reasons.append(f"{abs(difference) / found.error:.1f} times the value's own error")
     if found.floor is not None:
         reasons.append(f"averaging alone leaves {found.floor / wanted.factor:.3g} {unit}")
-    if table in (Ranked.FILE, Mode.FILE):
+    if table in (RANKING, Mode.FILE):
         if context.n_configs:
             reasons.append(f"{max(context.n_configs)} configurations per population at most")
         expected = _supercell(wanted.supercell) if wanted.supercell else ""
@@ -200,7 +200,7 @@ def explanations(
 def why_absent(wanted: ExpectedValue, tables: TableFolder) -> str:
     """One clause: which table, phase, pressure or method is missing."""
     name = NAMES[wanted.name].table
-    if name == Ranked.FILE:
+    if name == RANKING:
         files = ranking_files(tables.folder)
         pressures = sorted(pressure_of_file(path.name) for path in files)
         if not files:

@@ -15,6 +15,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.paper import quantities, tables
 from magus_anharmonic.phase_diagram import style
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.structures import decided_group, number_of, symbol_of
 
 from .drawing import MANY, Drawing, Missing, diagonal, later, rows_of_step
@@ -136,14 +137,14 @@ def reordering(folder: Path, problems: list[str]) -> Iterator[Drawing]:
     checked = tables.read_if_there(tables.SpaceGroups, folder)
     for path in files:
         try:
-            rows = quantities.computed(tables.read(tables.Ranked, path))
+            rows = quantities.computed(tables.read(Candidate, path))
         except InputError as error:
             problems.append(str(error))
             continue
         if not rows:
             problems.append(f"{path.name} has no structure with a computed free energy")
             continue
-        mine = [row for row in checked if row.pressure_GPa == rows[0].pressure_GPa]
+        mine = [row for row in checked if row.pressure_GPa == rows[0].pressure]
         n, moved = quantities.reordering(rows, mine)
         became = f"{n.n_transformed_best} became {n.best}" if n.best else "no minimum is known"
         parts = [
@@ -243,7 +244,7 @@ def gradient_figure(
 ) -> Drawing:
     """Four panels for one phase: RMSEs with their parts, the two distributions, and the parity of
     the averaged gradients."""
-    where = f"{rows[0].phase} at {rows[0].pressure_GPa:g} GPa"
+    where = f"{rows[0].phase} at {rows[0].pressure:g} GPa"
 
     def draw(axes: Sequence[Any]) -> None:
         _bars(axes[0], rows)

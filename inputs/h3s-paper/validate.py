@@ -33,10 +33,10 @@ from magus_anharmonic.paper.tables import (
     GradientError,
     Mode,
     ModelError,
-    Ranked,
     SpaceGroups,
     ranking_files,
 )
+from magus_anharmonic.ranking.candidate import Candidate
 
 from .expected import NAMES, ExpectedValue, ExpectedValues, load_expected
 from .explain import Context, Found, explanations, near, read_context, sources_of, why_absent
@@ -124,8 +124,8 @@ def _critical_difference(wanted: ExpectedValue, tables: TableFolder) -> Found | 
 def _ranking(value: Callable[[Reordering], Found | None]) -> Finder:
     def find(wanted: ExpectedValue, tables: TableFolder) -> Found | None:
         for path in ranking_files(tables.folder):
-            every = tables.rows(Ranked, path.name)
-            if any(near(row.pressure_GPa, wanted) for row in every):
+            every = tables.rows(Candidate, path.name)
+            if any(near(row.pressure, wanted) for row in every):
                 rows = computed(every)
                 if not rows:
                     return Found(0.0, 0.0, n=0) if wanted.name == "n_with_free_energy" else None

@@ -3,11 +3,8 @@ correction) and ``report``."""
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step, phase_folder
 from magus_anharmonic.campaign.tables import assemble
@@ -15,21 +12,6 @@ from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.io.files import read_json
 
 log = logging.getLogger(__name__)
-
-ERRORS_HOOK = "magus_anharmonic.paper.ensemble_errors.measure_errors"
-SOURCE_HOOK = "magus_anharmonic.paper.ensemble_errors.source_of_result"
-REPORT_HOOK = "magus_anharmonic.report.page.write_report"
-"""Called by name: the campaign knows these functions, and not what they need."""
-
-
-def hook(name: str) -> Callable[..., Any]:
-    """The function of this dotted name; raises ``MagusAnharmonicError`` when this version of the
-    package has none."""
-    module, _, function = name.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise MagusAnharmonicError(f"this version has no {name} ({error})") from None
 
 
 def errors(context: Context, step: Step) -> Outcome:
@@ -39,25 +21,25 @@ def errors(context: Context, step: Step) -> Outcome:
     The functions of the analysis keep their labels in ``errors/<phase>-<P>GPa/``, and are asked
     again for what is there.
     """
+    from magus_anharmonic.paper import ensemble_errors
     from magus_anharmonic.sscha.result import SschaResult
 
     settings, folder = context.settings.errors, context.folder(step)
     assert settings is not None
-    measure, source_of = hook(ERRORS_HOOK), hook(SOURCE_HOOK)
     parts: list[Path] = []
     with context.labeler(folder) as labeler:
         for phase in settings.phases:
             for pressure in settings.pressures:
                 run = run_of_record(context.folder("hessian") / phase_folder(phase, pressure))
                 own = folder / phase_folder(phase, pressure)
-                source = source_of(SschaResult.read(run), phase)
+                source = ensemble_errors.source_of_result(SschaResult.read(run), phase)
                 log.info(
                     "errors: %s at %g GPa, %d configurations by DFT",
                     phase,
                     pressure,
                     settings.n_configs,
                 )
-                measure(
+                ensemble_errors.measure_errors(
                     source,
                     context.final_model,
                     labeler,
@@ -97,7 +79,9 @@ def run_of_record(folder: Path) -> Path:
 def report(context: Context, step: Step) -> Outcome:
     """The page of everything that is there; whoever writes it has the figures drawn that the page
     shows."""
-    hook(REPORT_HOOK)(context.root)
+    from magus_anharmonic.report.page import write_report
+
+    write_report(context.root)
     figures = sorted((context.root / "figures").glob("*.png"))
     log.info(
         "%d figures in %s; report: %s",

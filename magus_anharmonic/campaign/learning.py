@@ -51,6 +51,7 @@ from magus_anharmonic.io.files import (
     write_json,
     write_text,
 )
+from magus_anharmonic.paper.tables import UNITS, Enthalpy, LearningPoint, ModelError, Parity
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.settings.section import load_yaml
 
@@ -81,11 +82,8 @@ def learn(context: Context, step: Step) -> Outcome:
             f"{folder}: the search ended without a round of learning; see its log"
         )
     latest = {record["generation"]: record for record in metrics}
-    write_part(
-        folder,
-        "learning",
-        [row for record in latest.values() for row in _learning_rows(step.id, record)],
-    )
+    rows = (row for record in latest.values() for row in _learning_rows(step.id, record))
+    write_part(folder, LearningPoint, rows)
     failed = [
         record
         for record in read_jsonl(anharmonic / "failures.jsonl")
@@ -101,23 +99,13 @@ def learn(context: Context, step: Step) -> Outcome:
     )
 
 
-def _learning_rows(step: str, record: dict[str, Any]) -> list[tuple[object, ...]]:
-    rows = []
-    for name, public in PUBLIC_NAMES.items():
-        found = record.get("new", {}).get(name)
+def _learning_rows(step: str, record: dict[str, Any]) -> Iterator[LearningPoint]:
+    for side, public in PUBLIC_NAMES.items():
+        found = record.get("new", {}).get(side)
         if found and found.get("n"):
             errors = found["energy_rmse"], found["force_rmse"], found["stress_rmse"]
-            rows.append(
-                (
-                    step,
-                    record["generation"],
-                    record["new_model"],
-                    public,
-                    *errors,
-                    record["n_labels"],
-                )
-            )
-    return rows
+            names = step, record["generation"], record["new_model"], public
+            yield LearningPoint(*names, *errors, record["n_labels"])
 
 
 def produce(context: Context, step: Step) -> Outcome:
@@ -129,15 +117,15 @@ def produce(context: Context, step: Step) -> Outcome:
     digest = 0
     with structure_file(folder) as file:
 
-        def rows() -> Any:
+        def rows() -> Iterator[Enthalpy]:
             nonlocal digest
             for found in relaxed_structures(folder, step.id):
                 row = enthalpy_row(found, phases, pressure, model, "produce")
-                file.add(found.atoms, found.id, str(row[4]), pressure, "static")
+                file.add(found.atoms, found.id, row.space_group, pressure, "static")
                 digest ^= int(found.id, 16)
                 yield row
 
-        write_part(folder, "enthalpies", rows())
+        write_part(folder, Enthalpy, rows())
     structures, evaluations = n_relaxed(folder)
     log.info("%s: %d structures relaxed, %d distinct ones kept", step.id, structures, file.n)
     return Outcome(structures, evaluations, output=f"{digest:012x}")
@@ -175,6 +163,19 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
             restart=(folder / "results" / "anharmonic" / "run.json").is_file(),
         )
     write_json(mark, {**identity, "finished": True})
+
+
+def progress(step: Step, root: Path) -> str:
+    """How far a running search is, from its files; an empty string for other steps."""
+    if step.kind not in ("learn", "produce"):
+        return ""
+    folder = root / step.id
+    generations = step.settings["input"].get("numGen", step.settings["input"].get("num_gen"))
+    done = max([0, *(number for number, _ in populations(folder))])
+    labels = folder / "results" / "anharmonic" / "labels"
+    waiting = len(list(labels.glob("pending/*/*.xyz")))
+    shown = f", {waiting} labels of this one" if waiting else ""
+    return f"generation {done} of {generations} reached{shown}"
 
 
 def read_identity(file: Path) -> dict[str, Any]:
@@ -318,6 +319,21 @@ def final(context: Context, step: Step) -> Outcome:
     )
 
 
+def validation_rmse(file: Path) -> float | None:
+    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none.
+    Raises ``DamagedFile``."""
+    if not file.is_file():
+        return None
+    scores = read_json(file)
+    try:
+        found = scores["finetuned"].get("validation")
+        return None if not found else float(found["energy_rmse"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedFile(
+            f"{file}: not the errors of a model ({type(error).__name__}: {error})"
+        ) from None
+
+
 def _train(
     context: Context, step: Step, training: Sequence[Atoms], validation: Sequence[Atoms]
 ) -> list[Any]:
@@ -364,23 +380,20 @@ def write_errors(
         name: {public: score(model, labels).as_dict() for public, labels in sets.items() if labels}
         for name, model in models.items()
     }
-    write_part(
-        folder,
-        "model_errors",
-        [
-            (
-                name,
-                models[name].model_id,
-                public,
-                found["n"],
-                found["energy_rmse"],
-                found["force_rmse"],
-                found["stress_rmse"],
-            )
-            for name, by_set in scores.items()
-            for public, found in by_set.items()
-        ],
+    errors = (
+        ModelError(
+            name,  # type: ignore[arg-type]
+            models[name].model_id,
+            public,  # type: ignore[arg-type]
+            found["n"],
+            found["energy_rmse"],
+            found["force_rmse"],
+            found["stress_rmse"],
+        )
+        for name, by_set in scores.items()
+        for public, found in by_set.items()
     )
+    write_part(folder, ModelError, errors)
     rows = [
         row
         for name, model in models.items()
@@ -394,44 +407,30 @@ def write_errors(
                 np.random.default_rng(seed).choice(len(rows), PARITY_ROWS, replace=False)
             )
         ]
-    write_part(folder, "parity", rows)
+    write_part(folder, Parity, rows)
     return scores
 
 
-def parity_rows(
-    name: str, model: Any, public: str, labels: Sequence[Atoms]
-) -> Iterator[tuple[object, ...]]:
-    """Energy per atom, every force component and the six stress components of every label, by DFT
-    and by the model."""
+def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> Iterator[Parity]:
+    """Energy per atom, every component of forces and stress of every label, by DFT and by the
+    model: what the errors of Table I are over."""
     from magus_anharmonic.potential.labelled import labels_of
     from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
     if not labels:
         return
     found = model.evaluate(list(labels))
-    upper = np.triu_indices(3)
     for index, atoms in enumerate(labels):
         energy, forces, stress = labels_of(atoms)
-        yield (
-            name,
-            public,
-            "energy",
-            "eV/atom",
-            energy / len(atoms),
-            float(found.energy[index]) / len(atoms),
-        )
-        for reference, predicted in zip(
-            forces.ravel(), np.asarray(found.forces[index]).ravel(), strict=True
-        ):
-            yield name, public, "force", "eV/A", float(reference), float(predicted)
-        for reference, predicted in zip(
-            stress[upper], np.asarray(found.stress[index])[upper], strict=True
-        ):
-            yield (
-                name,
-                public,
-                "stress",
-                "GPa",
-                float(reference) * EV_PER_A3_IN_GPA,
-                float(predicted) * EV_PER_A3_IN_GPA,
-            )
+        pairs = {
+            "energy": (energy / len(atoms), float(found.energy[index]) / len(atoms)),
+            "force": (forces, found.forces[index]),
+            "stress": (
+                EV_PER_A3_IN_GPA * stress,
+                EV_PER_A3_IN_GPA * np.asarray(found.stress[index], dtype=float),
+            ),
+        }
+        for quantity, values in pairs.items():
+            for reference, predicted in zip(*map(np.ravel, values), strict=True):
+                numbers = float(reference), float(predicted)
+                yield Parity(name, public, quantity, UNITS[quantity], *numbers)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from ase import Atoms
@@ -20,8 +20,8 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine
 from magus_anharmonic.evaluator import LabelerEvaluator
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, write_json
-from magus_anharmonic.paper.tables import dispersion_file
-from magus_anharmonic.settings.campaign import HessianPhase, HessianSettings
+from magus_anharmonic.paper.tables import Band, Mode, dispersion_file
+from magus_anharmonic.settings.campaign_blocks import HessianPhase, HessianSettings
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
 from magus_anharmonic.sscha.phonons import (
@@ -58,7 +58,7 @@ SQUARE_IN_CM2 = (HBAR * EV_IN_CM1) ** 2
 class Tally:
     """What the step has spent and could not do."""
 
-    rows: list[tuple[object, ...]] = field(default_factory=list)
+    rows: list[Mode] = field(default_factory=list)
     n_evaluations: int = 0
     n_labels: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
@@ -105,7 +105,7 @@ def hessian(context: Context, step: Step) -> Outcome:
             "hessian: no modes:"
             f" {tally.failures[0][1] if tally.failures else 'nothing was asked for'}"
         )
-    write_part(folder, "modes", tally.rows)
+    write_part(folder, Mode, tally.rows)
     reason = (
         f"{len(tally.failures)} of {len(settings.phases) * len(pressures)} points failed"
         if tally.failures
@@ -177,10 +177,8 @@ def _one(
             centroids, structure_id(centroids), report.result.space_group, pressure, "centroids"
         )
         if pressure in settings.dispersions:
-            name = dispersion_file(wanted.name, pressure).removesuffix(".csv")
-            write_part(
-                folder, name, dispersion_rows(dispersion(report.hessian, harmonic)), "dispersion"
-            )
+            rows = dispersion_rows(dispersion(report.hessian, harmonic))
+            write_part(folder, Band, rows, dispersion_file(wanted.name, pressure))
     if pressure in settings.dft_harmonic:
         _harmonic_by_dft(context, wanted, phase, cell, pressure, own, tally)
     if pressure in settings.dft_sscha:
@@ -307,18 +305,9 @@ def _harmonic_by_dft(
     tally.n_labels += int(record["n_labels"])
     levels = [Level(name, float(square), np.zeros((0, 0))) for name, square in record["levels"]]
     for level in lowest_levels(levels, wanted.irreps):
-        row = (
-            phase.name,
-            record["space_group"],
-            level.irrep,
-            pressure,
-            "harmonic",
-            "dft",
-            level.square * SQUARE_IN_CM2,
-            None,
-            model_id,
-        )
-        tally.rows.append(row)
+        name = phase.name, record["space_group"], level.irrep
+        square = level.square * SQUARE_IN_CM2
+        tally.rows.append(Mode(*name, pressure, "harmonic", "dft", square, None, model_id))
 
 
 def _hessian_by_dft(
@@ -392,8 +381,8 @@ def _add(
     wanted: HessianPhase,
     phase: Phase,
     pressure: float,
-    method: str,
-    by: str,
+    method: Literal["harmonic", "sscha-hessian"],
+    by: Literal["model", "dft"],
     levels: Sequence[Level],
     atoms: Atoms,
     model_id: str,
@@ -402,29 +391,12 @@ def _add(
     group = space_group(atoms, SYMPREC)
     for level in lowest_levels(levels, wanted.irreps):
         error = None if found is None else square_error(found, level)
-        row = (
-            phase.name,
-            group,
-            level.irrep,
-            pressure,
-            method,
-            by,
-            level.square * SQUARE_IN_CM2,
-            error,
-            model_id,
-        )
-        tally.rows.append(row)
+        square = level.square * SQUARE_IN_CM2
+        name = phase.name, group, level.irrep
+        tally.rows.append(Mode(*name, pressure, method, by, square, error, model_id))
         shown = "" if error is None else f" +- {error:.0f}"
-        log.info(
-            "  %s, %s at %g GPa, %s by %s: %.0f%s cm^-2",
-            phase.name,
-            level.irrep,
-            pressure,
-            method,
-            by,
-            row[6],
-            shown,
-        )
+        where = f"{phase.name}, {level.irrep} at {pressure:g} GPa, {method} by {by}"
+        log.info("  %s: %.0f%s cm^-2", where, square, shown)
 
 
 def square_error(found: Hessian, level: Level) -> float | None:
@@ -436,14 +408,14 @@ def square_error(found: Hessian, level: Level) -> float | None:
     return float(np.sqrt(share @ found.errors[0] ** 2 / share.sum())) * EV_IN_CM1**2
 
 
-def dispersion_rows(found: Dispersion) -> list[tuple[object, ...]]:
+def dispersion_rows(found: Dispersion) -> list[Band]:
     """Rows of ``dispersion-<phase>-<P>GPa.csv``: every point of the path; errors where it meets a q
     point of the supercell."""
     labels = {round(where, 9): label for where, label in found.path.ticks}
     marks = {
         (round(where, 6), round(hbar_omega, 9)): error for where, hbar_omega, error in found.marks
     }
-    rows: list[tuple[object, ...]] = []
+    rows: list[Band] = []
     methods = {"harmonic": "harmonic", "hessian": "sscha-hessian"}
     for name, method in methods.items():
         if name not in found.bands:
@@ -456,13 +428,14 @@ def dispersion_rows(found: Dispersion) -> list[tuple[object, ...]]:
                     else None
                 )
                 error = None if error is None else error * EV_IN_CM1
-                row = (
-                    float(distance),
-                    labels.get(round(float(distance), 9), ""),
-                    branch + 1,
-                    float(hbar_omega) * EV_IN_CM1,
-                    error,
-                    method,
+                rows.append(
+                    Band(
+                        float(distance),
+                        labels.get(round(float(distance), 9), ""),
+                        branch + 1,
+                        float(hbar_omega) * EV_IN_CM1,
+                        error,
+                        method,
+                    )
                 )
-                rows.append(row)
     return rows

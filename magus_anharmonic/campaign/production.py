@@ -31,7 +31,7 @@ from magus_anharmonic.campaign.structures import (
     phases_of,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import read_rows, write_part
+from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
 from magus_anharmonic.io.digests import digest, versions
 from magus_anharmonic.io.files import (
@@ -43,6 +43,10 @@ from magus_anharmonic.io.files import (
     replacing,
     replacing_table,
 )
+from magus_anharmonic.paper.quantities import kept_by_dft
+from magus_anharmonic.paper.tables import Enthalpy, SpaceGroups
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
@@ -60,7 +64,7 @@ def relax(context: Context, step: Step) -> Outcome:
         found.atoms for found in low_enthalpy(context, settings.max_structures, settings.window)
     ]
     known = [phase for phase in phases if phase.atoms is not None]
-    rows: list[tuple[object, ...]] = []
+    rows: list[Enthalpy] = []
     failures: list[tuple[str, str]] = []
     evaluations = 0
     with structure_file(folder) as file:
@@ -87,31 +91,24 @@ def relax(context: Context, step: Step) -> Outcome:
                     item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
                     found.setdefault(item.id, (item, named.get(id(result))))
             for item, phase in found.values():
-                rows.append(
-                    _named(
-                        enthalpy_row(item, phases, pressure, context.final_model.model_id, "relax"),
-                        phase,
-                    )
-                )
-                file.add(item.atoms, item.id, str(rows[-1][4]), pressure, "static")
+                name = "" if phase is None else phase.name
+                model_id = context.final_model.model_id
+                row = enthalpy_row(item, phases, pressure, model_id, "relax", name)
+                rows.append(row)
+                file.add(item.atoms, item.id, row.space_group, pressure, "static")
             log.info(
                 "relax: %d of %d pressures, %d structures each",
                 number,
                 len(settings.pressures),
                 len(starts) + len(known),
             )
-    write_part(folder, "enthalpies", rows)
+    write_part(folder, Enthalpy, rows)
     return Outcome(
         len(rows),
         evaluations,
         failures=failures,
         output=f"{len(rows)} {context.final_model.model_id}",
     )
-
-
-def _named(row: tuple[object, ...], phase: Phase | None) -> tuple[object, ...]:
-    """The row with the name of the phase whose symmetry was kept in the relaxation."""
-    return row if phase is None else (row[0], phase.name, *row[2:])
 
 
 def low_enthalpy(context: Context, n: int, window: float | None = None) -> list[Found]:
@@ -246,16 +243,11 @@ def foundation(context: Context, step: Step) -> Outcome:
                 failures.append((structure_id(result.atoms), str(result.reason)))
                 continue
             item = Found(stripped(result.atoms), float(result.enthalpy), step.id)
-            rows.append(
-                _named(
-                    enthalpy_row(
-                        item, phases, settings.pressure, context.foundation.model_id, "foundation"
-                    ),
-                    phase,
-                )
-            )
-            file.add(item.atoms, item.id, str(rows[-1][4]), settings.pressure, "static")
-    write_part(folder, "enthalpies", rows)
+            name, model_id = "" if phase is None else phase.name, context.foundation.model_id
+            row = enthalpy_row(item, phases, settings.pressure, model_id, "foundation", name)
+            rows.append(row)
+            file.add(item.atoms, item.id, row.space_group, settings.pressure, "static")
+    write_part(folder, Enthalpy, rows)
     evaluations = sum(result.n_steps for result in [*free, *symmetric])
     return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
 
@@ -331,7 +323,7 @@ def sscha(context: Context, step: Step) -> Outcome:
             f"{step.id}: no structure has a free energy; the reasons are in"
             f" {folder / 'ranking.csv'}"
         )
-    evaluations = sum(candidate.n_evaluations for candidate in candidates)
+    evaluations = sum(candidate.free_energy.n_evaluations for candidate in candidates)
     output = "none converged" if best is None else f"{best.id} {best.gibbs:.6f}"
     return Outcome(len(candidates), evaluations, output=output, failures=failures)
 
@@ -344,13 +336,13 @@ def dft(context: Context, step: Step) -> Outcome:
     settings = context.settings.dft
     assert settings is not None
     folder = context.folder(step)
-    rows: list[tuple[object, ...]] = []
+    rows: list[SpaceGroups] = []
     failures: list[tuple[str, str]] = []
     n_labels = 0
     with context.labeler(folder) as labeler:
         for name in step.needs:
             chosen = changed_candidates(context.folder(name), settings.max_structures)
-            pressure = float(chosen[0][0]["pressure_GPa"]) if chosen else 0.0
+            pressure = chosen[0][0].pressure if chosen else 0.0
             log.info(
                 "%s: %d candidates changed their space group; relaxing them by DFT",
                 name,
@@ -367,46 +359,38 @@ def dft(context: Context, step: Step) -> Outcome:
                 n_labels += int(record["n_steps"])
                 group = record["space_group"]
                 if record["failed"]:
-                    failures.append((row["id"], str(record["reason"])))
+                    failures.append((row.id, str(record["reason"])))
                 rows.append(
-                    (
-                        row["id"],
+                    SpaceGroups(
+                        row.id,
                         pressure,
-                        row["spg_static"],
+                        row.spg_static,
                         group,
-                        row["spg_quantum"],
+                        row.spg_quantum,
                         record["enthalpy"],
                         record["reason"],
                     )
                 )
         output = labeler.settings_hash
-    write_part(folder, "space_groups", rows)
-    kept = sum(row[2] == row[3] for row in rows)
-    log.info(
-        "dft: %d of %d candidates keep their static space group when relaxed by DFT",
-        kept,
-        len(rows),
-    )
+    write_part(folder, SpaceGroups, rows)
+    kept, checked = kept_by_dft(rows)
+    log.info("dft: %d of %d candidates keep their static space group", kept, checked)
     return Outcome(len(rows), 0, n_labels, output=output, failures=failures)
 
 
-def changed_candidates(
-    folder: Path, limit: int | None = None
-) -> list[tuple[dict[str, str], Atoms]]:
+def changed_candidates(folder: Path, limit: int | None = None) -> list[tuple[Candidate, Atoms]]:
     """Rows of a ranking whose space group the SSCHA changed, with their static structures; lowest
     free energy first."""
     statics = {str(atoms.info["id"]): atoms for atoms in read_statics(folder)}
     rows = [
         row
-        for row in read_rows(folder / "ranking.csv")
-        if decided_group(row["spg_quantum"]) not in ("", row["spg_static"])
+        for row in read_ranking(folder / "ranking.csv")
+        if decided_group(row.spg_quantum) not in ("", row.spg_static)
     ]
     usable = [
-        row
-        for row in rows
-        if row["status"] not in ("failed", "unconverged") and row["id"] in statics
+        row for row in rows if row.status not in ("failed", "unconverged") and row.id in statics
     ]
-    return [(row, stripped(statics[row["id"]])) for row in usable[:limit]]
+    return [(row, stripped(statics[row.id])) for row in usable[:limit]]
 
 
 def read_statics(folder: Path) -> list[Atoms]:

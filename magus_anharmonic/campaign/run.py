@@ -28,7 +28,6 @@ from magus_anharmonic.campaign.steps import (
     step_key,
     write_records,
 )
-from magus_anharmonic.campaign.structures import populations
 from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.errors import (
     DamagedFile,
@@ -37,7 +36,8 @@ from magus_anharmonic.errors import (
     is_machine_error,
     typed_line,
 )
-from magus_anharmonic.io.files import read_json, set_aside
+from magus_anharmonic.io.files import set_aside
+from magus_anharmonic.paper.tables import Cost, FailureRow
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import (
     check_results_version,
@@ -46,7 +46,7 @@ from magus_anharmonic.runs.record import (
     write_run_record,
 )
 from magus_anharmonic.runs.status import deserted
-from magus_anharmonic.settings.campaign import CampaignSettings, load_campaign
+from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.units import duration
 
 
@@ -77,7 +77,7 @@ def status(path: str | Path) -> CampaignStatus:
     # a step that says it is running does so as long as its campaign is at work: `magus-anharmonic
     # status` asks the same
     gone = any(record.status == "running" for record in known.values()) and deserted(root)
-    rows = [_row(step, known, root, settings, gone) for step in steps]
+    rows = [_row(step, known, root, gone) for step in steps]
     return CampaignStatus(COLUMNS, [*rows, _total(known)], missing(steps, known, gone))
 
 
@@ -97,20 +97,16 @@ def known_cycles(records: Mapping[str, StepRecord]) -> int:
     )
 
 
-def _row(
-    step: Step,
-    records: Mapping[str, StepRecord],
-    root: Path,
-    settings: CampaignSettings,
-    gone: bool,
-) -> tuple[str, ...]:
+def _row(step: Step, records: Mapping[str, StepRecord], root: Path, gone: bool) -> tuple[str, ...]:
     record = records[step.id]
     word, remark, wall = record.status, record.reason, record.wall_s
     if record.status == "running" and gone:
         word, remark = "interrupted", "goes on when the campaign is started again"
     elif record.status == "running":
         wall += _since(record)
-        remark = progress(step, root, settings)
+        from magus_anharmonic.campaign.learning import progress
+
+        remark = progress(step, root)
     elif record.status == "done" and step_key(step, records) not in (record.key, None):
         word, remark = "outdated", "what it depends on has changed: it will run again"
     numbers = (
@@ -129,19 +125,6 @@ def _since(record: StepRecord) -> float:
         )
     except ValueError:
         return 0.0
-
-
-def progress(step: Step, root: Path, settings: CampaignSettings) -> str:
-    """How far a running search is, from its files; an empty string for other steps."""
-    if step.kind not in ("learn", "produce"):
-        return ""
-    folder = root / step.id
-    generations = step.settings["input"].get("numGen", step.settings["input"].get("num_gen"))
-    done = max([0, *(number for number, _ in populations(folder))])
-    labels = folder / "results" / "anharmonic" / "labels"
-    waiting = len(list(labels.glob("pending/*/*.xyz")))
-    shown = f", {waiting} labels of this one" if waiting else ""
-    return f"generation {done} of {generations} reached{shown}"
 
 
 def _total(records: Mapping[str, StepRecord]) -> tuple[str, ...]:
@@ -384,11 +367,8 @@ class Campaign:
         except BaseException:
             self._stopped(step, before, began)
             raise
-        write_part(
-            self.context.folder(step),
-            "failures",
-            [(step.id, *failure) for failure in outcome.failures],
-        )
+        failures = [FailureRow(step.id, *failure) for failure in outcome.failures]
+        write_part(self.context.folder(step), FailureRow, failures)
         wall = before.wall_s + time.perf_counter() - began
         record = self.records[step.id].changed(
             status="done",
@@ -423,22 +403,22 @@ class Campaign:
         done = [step for step in self.steps if self.records[step.id].status == "done"]
         folders = list(dict.fromkeys(self.context.folder(step) for step in done))
         state = self.context.root / ".overview"
-        rows = [
-            (name, r.n_structures, r.n_evaluations, r.n_labels, r.wall_s)
-            for name, r in self.records.items()
+        records = self.records.items()
+        costs = (
+            Cost(name, r.n_structures, r.n_evaluations, r.n_labels, r.wall_s)
+            for name, r in records
             if r.status == "done"
-        ]
-        write_part(state, "cost", rows)
-        write_part(
-            state,
-            "failures",
-            [(name, "", r.reason) for name, r in self.records.items() if r.status == "failed"],
         )
+        write_part(state, Cost, costs)
+        failed = (FailureRow(name, "", r.reason) for name, r in records if r.status == "failed")
+        write_part(state, FailureRow, failed)
         assemble(self.context.root / "tables", [*folders, state])
 
     def _more_cycles(self) -> bool:
         """Plan another cycle of learning when the final model of the last one misses the target;
         whether one was added."""
+        from magus_anharmonic.campaign.learning import validation_rmse
+
         learning, added = self.context.settings.learning, False
         while (
             learning is not None
@@ -486,21 +466,6 @@ class Campaign:
 
     def _save(self) -> None:
         write_records(self.context.root, self.records)
-
-
-def validation_rmse(file: Path) -> float | None:
-    """Energy RMSE (eV/atom) of the finetuned model on the validation set; None when there was none.
-    Raises ``DamagedFile``."""
-    if not file.is_file():
-        return None
-    scores = read_json(file)
-    try:
-        found = scores["finetuned"].get("validation")
-        return None if not found else float(found["energy_rmse"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DamagedFile(
-            f"{file}: not the errors of a model ({type(error).__name__}: {error})"
-        ) from None
 
 
 def counts(record: StepRecord) -> str:

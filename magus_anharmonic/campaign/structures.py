@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from ase import Atoms
@@ -32,7 +33,8 @@ from magus_anharmonic.learning.families import (
     fingerprint,
     sides_of_families,
 )
-from magus_anharmonic.settings.campaign import PhaseSettings
+from magus_anharmonic.paper.tables import Enthalpy
+from magus_anharmonic.settings.campaign_blocks import PhaseSettings
 from magus_anharmonic.structures import (
     formula,
     number_of,
@@ -175,24 +177,26 @@ def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:
 
 
 def enthalpy_row(
-    found: Found, phases: Sequence[Phase], pressure: float, model_id: str, source: str
-) -> tuple[object, ...]:
-    """A row of ``enthalpies.csv``."""
+    found: Found,
+    phases: Sequence[Phase],
+    pressure: float,
+    model_id: str,
+    source: Literal["produce", "relax", "foundation"],
+    name: str = "",
+) -> Enthalpy:
+    """A row of ``enthalpies.csv``; ``name``: of the phase, where it is known."""
     atoms, group = found.atoms, space_group(found.atoms, SYMPREC)
-    name_of_compound = formula(atoms)
-    volume = atoms.get_volume() / len(atoms)
-    name = phase_name(phases, atoms, group)
-    return (
-        found.id,
-        name,
-        name_of_compound,
-        len(atoms),
-        group,
-        float(pressure),
-        float(volume),
-        found.enthalpy,
-        model_id,
-        source,
+    return Enthalpy(
+        id=found.id,
+        phase=name or phase_name(phases, atoms, group),
+        formula=formula(atoms),
+        natoms=len(atoms),
+        space_group=group,
+        pressure_GPa=float(pressure),
+        volume_A3_per_atom=float(atoms.get_volume() / len(atoms)),
+        enthalpy_eV_per_atom=found.enthalpy,
+        model_id=model_id,
+        source=source,
     )
 
 

@@ -6,54 +6,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from magus_anharmonic.io.files import reading_table, remove, replacing_table
-from magus_anharmonic.io.tables import table_rows, write_table
-from magus_anharmonic.paper.tables import (
-    Band,
-    Cost,
-    Enthalpy,
-    FailureRow,
-    LearningPoint,
-    Mode,
-    ModelError,
-    Parity,
-    SpaceGroups,
-    cell,
-    columns,
-)
+from magus_anharmonic.io.tables import table_rows, write
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    table.FILE.split("-<")[0].removesuffix(".csv"): columns(table)
-    for table in (
-        ModelError,
-        Parity,
-        Enthalpy,
-        SpaceGroups,
-        Mode,
-        Band,
-        LearningPoint,
-        Cost,
-        FailureRow,
-    )
-}
-"""Columns, with their units, by the name of each table that the steps write; what the analysis
-reads."""
+Row = TypeVar("Row")
 
 STRUCTURES = "structures.extxyz"
 
 
-def write_part(
-    folder: Path, name: str, rows: Iterable[Sequence[Any]], table: str | None = None
-) -> None:
-    """Write the rows of one step (in the order of `COLUMNS`) to ``folder/tables/<name>.csv``
-    atomically, row by row."""
-    write_table(
-        folder / "tables" / f"{name}.csv",
-        COLUMNS[table or name],
-        ([cell(value) for value in row] for row in rows),
-    )
+def write_part(folder: Path, table: type[Row], rows: Iterable[Row], name: str = "") -> None:
+    """Write the rows of one step to ``folder/tables/`` atomically, row by row; ``name``: of the
+    file, where that is not the table's own."""
+    write(table, folder / "tables" / (name or table.FILE), rows)  # type: ignore[attr-defined]
 
 
 def read_rows(path: Path) -> Iterator[dict[str, str]]:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
+from magus_anharmonic.errors import InputError
 
 
 @app.command()
@@ -96,7 +97,6 @@ def hessian(
 def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | None) -> Any:
     """The one structure of a file; None where ``source`` is the folder of a finished run. Raises
     ``InputError`` before any work."""
-    from magus_anharmonic.errors import InputError
     from magus_anharmonic.gate import read_structures
 
     if n_configs is not None and (n_configs < 4 or n_configs % 2):
@@ -182,12 +182,17 @@ def phase_diagram(
         ),
     ] = None,
     supercell: Annotated[
-        tuple[int, int, int],
-        typer.Option(help="Repetitions of the primitive cell. With structure files."),
-    ] = (2, 2, 2),
+        tuple[int, int, int] | None,
+        typer.Option(
+            help="Repetitions of the primitive cell. With structure files.", show_default="2 2 2"
+        ),
+    ] = None,
     n_configs: Annotated[
-        int, typer.Option(help="Configurations per population, even. With structure files.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            help="Configurations per population, even. With structure files.", show_default="1000"
+        ),
+    ] = None,
     end_member: Annotated[
         list[str] | None,
         typer.Option(
@@ -199,7 +204,9 @@ def phase_diagram(
     ] = None,
     model_error: Annotated[
         float | None,
-        typer.Option(help="eV/atom, error of the potential in G of each phase; widens the bands."),
+        typer.Option(
+            min=0.0, help="eV/atom, error of the potential in G of each phase; widens the bands."
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -221,21 +228,41 @@ def phase_diagram(
     """
     configure_logging(verbose)
     with user_errors():
-        from magus_anharmonic.phase_diagram.command import GridOptions, phase_diagram_command
+        from magus_anharmonic.phase_diagram.diagram import phase_diagram as diagram_of
+        from magus_anharmonic.phase_diagram.grid import collect_runs, run_locked
+        from magus_anharmonic.phase_diagram.points import read_points
+        from magus_anharmonic.phase_diagram.report import sentences, write_diagram
+        from magus_anharmonic.runs.lock import locked
+        from magus_anharmonic.settings.phase_diagram import grid_settings, load_phase_diagram
 
-        grid = GridOptions(
-            tuple(pressure or ()),
-            tuple(temperature or ()),
-            checkpoint,
-            tuple(isotope or ()),
-            supercell,
-            n_configs,
-            device,
-        )
-        lines, pictures = phase_diagram_command(
-            sources, output, grid=grid, end_members=end_member, model_error=model_error, seed=seed
-        )
-        for line in lines:
+        top = {"pressures": pressure, "temperatures": temperature, "checkpoint": checkpoint}
+        sscha = {"supercell": supercell, "n_configs": n_configs}
+        first, kind = sources[0], sources[0].suffix.lower()
+        grid = any(value for value in (*top.values(), isotope, *sscha.values()))
+        alone = first.is_dir() or kind in (".yaml", ".yml", ".csv")
+        if alone and (len(sources) > 1 or grid):
+            raise InputError(
+                f"{first}: holds everything; give it alone, without --pressure, --temperature,"
+                " --checkpoint, --isotope, --supercell and --n-configs"
+            )
+        given = {"end_members": end_member, "model_error": model_error, "seed": seed}
+        options = {name: value for name, value in given.items() if value is not None}
+        with locked(output, "magus-anharmonic phase-diagram"):
+            if first.is_dir() or kind == ".csv":
+                points = collect_runs(first) if first.is_dir() else read_points(first)
+            else:
+                settings = (
+                    load_phase_diagram(first)
+                    if alone
+                    else grid_settings(
+                        sources, {**top, "device": device}, isotopes=isotope or (), sscha=sscha
+                    )
+                ).model_copy(update=options)
+                points = run_locked(settings, output)
+                options = settings.model_dump(include={*given, "n_samples"})
+            diagram = diagram_of(points, **options)
+            pictures = write_diagram(diagram, output)
+        for line in sentences(diagram):
             say(f"* {line}")
         hull = f"\nHull: {pictures['hull']}" if "hull" in pictures else ""
         say(f"\nPicture: {pictures['png']}{hull}\nEverything else: {output.resolve()}")

@@ -1,8 +1,12 @@
-"""CSV files whose rows are frozen dataclasses: the fields are the columns, in order, with units in
-their names.
+"""Tables whose columns are the fields of records (frozen dataclasses), written and read here alone.
+
+A field made by `column` says its unit, what it means, its equation and where it is made; its column
+is its name with the unit: ``gibbs`` in eV/atom is ``gibbs_eV_per_atom``. A field that holds another
+such record brings that one's columns along. `docs/columns.md` is made from them. A plain dataclass
+has one column a field, by the field's own name, with the unit in it.
 
 A field that may be ``None`` is an empty cell. Reading fails with an ``InputError`` that names file,
-line and column; columns that the dataclass does not name are left alone.
+line and column; columns that the record does not have are left alone.
 """
 
 from __future__ import annotations
@@ -13,9 +17,9 @@ import io
 import math
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -25,10 +29,117 @@ from magus_anharmonic.io.files import reading_table, replacing_table
 
 Row = TypeVar("Row")
 
+SUFFIXES = {"A^3/atom": "A3_per_atom", "cm^-1": "cm1", "cm^-2": "cm2"}
+"""What a unit is in the name of a column, where it is not the unit with ``per`` for the slash."""
+
+
+def column(
+    meaning: str,
+    unit: str = "",
+    *,
+    equation: str = "",
+    origin: str = "",
+    default: Any = None,
+    name: str = "",
+    digits: str = ".6f",
+    needed: bool = False,
+    info: bool = False,
+    old: Mapping[str, str] | None = None,
+) -> Any:
+    """A field of a record that is a column of its tables.
+
+    Parameters
+    ----------
+    meaning, unit, equation
+        In words, of the number as it stands, and what it is computed by.
+    origin
+        Function (``module.name`` below this package) that makes it.
+    name
+        Of the column, where it is not that of the field with the unit.
+    digits
+        Format of a number in the table.
+    needed
+        Whether a table without this column cannot be read.
+    info
+        Whether it is a key of ``Atoms.info`` too.
+    old
+        Words that earlier versions wrote, and what they are now.
+    """
+    told = {"meaning": meaning, "unit": unit, "equation": equation, "origin": origin}
+    own: dict[str, Any] = {**told, "name": name, "digits": digits, "needed": needed}
+    own |= {"info": info, "old": old or {}}
+    return field(default=default, metadata=own)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of the tables of a record: ``path`` leads from the record to its value."""
+
+    name: str
+    path: tuple[str, ...]
+    read: Callable[[str], Any]
+    default: Any = MISSING
+    unit: str = ""
+    meaning: str = ""
+    equation: str = ""
+    origin: str = ""
+    digits: str = ".10g"
+    needed: bool = True
+
+    def text(self, record: Any) -> str:
+        """The cell of a record: nothing for ``None`` and what is no finite number."""
+        return cell(reduce(getattr, self.path, record), self.digits)
+
+
+@cache
+def columns_of(record: type) -> tuple[Column, ...]:
+    """The columns of a record, in order, those of the records that it holds in their places."""
+    hints = get_type_hints(record)
+    described = any("meaning" in one.metadata for one in fields(record))
+    found: list[Column] = []
+    for one in fields(record):
+        hint = hints[one.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            found += [_within(one.name, inner) for inner in columns_of(hint)]
+        elif "meaning" in one.metadata:
+            found.append(_described(one.name, hint, one.default, one.metadata))
+        elif not described:
+            needed = one.default is MISSING
+            found.append(Column(one.name, (one.name,), _reader(hint), one.default, needed=needed))
+    return tuple(found)
+
+
+def _within(name: str, inner: Column) -> Column:
+    return Column(**{**vars(inner), "path": (name, *inner.path)})
+
+
+def _described(name: str, hint: Any, default: Any, told: Mapping[str, Any]) -> Column:
+    unit, old, reader = told["unit"], told["old"], _reader(hint)
+    suffix = SUFFIXES.get(unit, unit.replace("/", "_per_"))
+    if suffix and name.endswith(f"_{suffix}"):
+        suffix = ""
+    return Column(
+        told["name"] or "_".join(filter(None, (name, suffix))),
+        (name,),
+        (lambda text: reader(old.get(text, text))) if old else reader,
+        default,
+        unit,
+        told["meaning"],
+        told["equation"],
+        told["origin"],
+        told["digits"],
+        told["needed"],
+    )
+
 
 def columns(table: type) -> tuple[str, ...]:
     """Names of the columns of a table, in order."""
-    return tuple(field.name for field in fields(table))
+    return tuple(one.name for one in columns_of(table))
+
+
+def line(record: Any) -> dict[str, str]:
+    """The cells of a record by their columns."""
+    return {one.name: one.text(record) for one in columns_of(type(record))}
 
 
 def read(table: type[Row], path: str | Path) -> list[Row]:
@@ -53,34 +164,35 @@ def rows_of(table: type[Row], path: str | Path) -> Iterator[Row]:
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    readers = _readers(table)
     with table_rows(file) as lines:
-        _check_columns(table, file, lines.fieldnames or ())
-        for line in lines:
-            values = {}
-            for name, (convert, default) in readers.items():
-                text = line.get(name)
+        there = {name.strip(): name for name in lines.fieldnames or () if name}
+        _check_columns(table, file, list(there))
+        shown = [one for one in columns_of(table) if one.name in there]
+        for found in lines:
+            values: dict[str, Any] = {}
+            for one in shown:
+                text = (found.get(there[one.name]) or "").strip()
                 try:
-                    values[name] = (
-                        default
-                        if text is None and default is not _REQUIRED
-                        else convert((text or "").strip())
-                    )
+                    missing = not text or (text.lower() == "nan" and bool(one.unit))
+                    known = one.default is not MISSING
+                    value = one.default if missing and known else one.read(text)
                 except ValueError as error:
                     raise InputError(
-                        f"{file}: line {lines.line_num}: {name}: {text!r}: {error}"
+                        f"{file}: line {lines.line_num}: {one.name}: {text!r}: {error}"
                     ) from None
+                reduce(lambda inner, step: inner.setdefault(step, {}), one.path[:-1], values)[
+                    one.path[-1]
+                ] = value
             try:
-                yield table(**values)
+                yield _made(table, values)
             except ValueError as error:
                 raise InputError(f"{file}: line {lines.line_num}: {error}") from None
 
 
 def write(table: type[Row], path: str | Path, rows: Iterable[Row]) -> None:
-    """Write ``rows`` to the CSV file ``path`` atomically; numbers with ten digits, ``None`` and NaN
-    as empty cells."""
-    names = columns(table)
-    write_table(path, names, ([cell(getattr(row, name)) for name in names] for row in rows))
+    """Write ``rows`` to the CSV file ``path`` atomically; see `Column.text`."""
+    known = columns_of(table)
+    write_table(path, columns(table), ([one.text(row) for one in known] for row in rows))
 
 
 def write_table(path: str | Path, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -144,22 +256,6 @@ def text_rows(
             }
 
 
-_REQUIRED: Any = object()
-
-
-@cache
-def _readers(table: type) -> dict[str, tuple[Callable[[str], Any], Any]]:
-    hints = get_type_hints(table)
-    missing = fields(table)[0].default
-    return {
-        field.name: (
-            _reader(hints[field.name]),
-            _REQUIRED if field.default is missing else field.default,
-        )
-        for field in fields(table)
-    }
-
-
 def _reader(hint: Any) -> Callable[[str], Any]:
     """How a cell becomes a value of the type ``hint``; ValueError says what is allowed."""
     if get_origin(hint) in (Union, types.UnionType):
@@ -167,7 +263,12 @@ def _reader(hint: Any) -> Callable[[str], Any]:
         return lambda text: None if text == "" or text.lower() == "nan" else inner(text)
     if get_origin(hint) is Literal:
         return lambda text: _word(text, get_args(hint))
-    return {str: str, int: _whole, float: _number}[hint]
+    known: dict[Any, Callable[[str], Any]] = {str: str, int: _whole, float: _number}
+    return known.get(hint, _unreadable)
+
+
+def _unreadable(text: str) -> Any:
+    raise ValueError("a column that is written alone")
 
 
 def _word(text: str, allowed: tuple[str, ...]) -> str:
@@ -193,12 +294,16 @@ def _number(text: str) -> float:
     return value
 
 
-def cell(value: Any) -> str:
+def cell(value: Any, digits: str = ".10g") -> str:
     """A value as it stands in a table: numbers with ten digits, nothing for ``None`` and what is no
-    finite number."""
+    finite number, yes or no for a truth value, several values with spaces."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(cell(part) for part in value)
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+    return format(value, digits) if isinstance(value, float) else str(value)
 
 
 _UNIT_WORDS = (
@@ -215,31 +320,34 @@ def _stem(column: str) -> str:
     return column
 
 
-def _check_columns(table: type, file: Path, found: Iterable[str]) -> None:
-    there = [name.strip() for name in found if name]
-    problems = []
-    for name, (_, default) in _readers(table).items():
-        if name in there or default is not _REQUIRED:
+def _check_columns(table: type, file: Path, there: list[str]) -> None:
+    names, problems = columns(table), []
+    for one in columns_of(table):
+        if one.name in there or not one.needed:
             continue
-        other = next(
-            (
-                known
-                for known in there
-                if known not in columns(table) and _stem(known) == _stem(name)
-            ),
-            None,
-        )
+        other = next((n for n in there if n not in names and _stem(n) == _stem(one.name)), None)
         if other is not None:
             problems.append(
                 f"{file}: column {other}: wrong unit; convert the numbers and name the column"
-                f" {name}"
+                f" {one.name}"
             )
         else:
             problems.append(
-                f"{file}: column {name} is missing; needed are {', '.join(columns(table))}"
+                f"{file}: column {one.name} is missing; needed are"
+                f" {', '.join(one.name for one in columns_of(table) if one.needed)}"
             )
     if problems:
         raise InputError(*problems)
+
+
+def _made(table: type[Row], values: dict[str, Any]) -> Row:
+    hints = get_type_hints(table) if any(isinstance(v, dict) for v in values.values()) else {}
+    return table(
+        **{
+            name: _made(hints[name], value) if isinstance(value, dict) else value
+            for name, value in values.items()
+        }
+    )
 
 
 class TableFolder:

@@ -22,10 +22,11 @@ from magus_anharmonic.paper.tables import (
     Mode,
     ModelError,
     Parity,
-    Ranked,
     SpaceGroups,
 )
 from magus_anharmonic.phase_diagram.boundaries import zero_crossings
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.sscha.record import MINIMA
 from magus_anharmonic.structures import decided_group, symbol_of
 
 # --- models against their labels: Table I, Fig. 3 -------------------------------------------------
@@ -241,12 +242,6 @@ def _parabola_root(
 
 # --- rankings: Fig. 6 -----------------------------------------------------------------------------
 
-COMPUTED = ("sscha", "stable", "saddle", "eliminated")
-"""States with a free energy that counts; that of an eliminated run is an upper bound, but known to
-end high. An unconverged one may end anywhere below its own."""
-LOWEST = ("sscha", "stable")
-"""States of which the lowest free energy is one: below a saddle point lies something else, and an
-eliminated run ends above the best."""
 LINEAR_ABOVE = 0.05
 """eV/atom above the lowest enthalpy: where the paper finds G linear in H; a line needs three
 structures there, else takes all."""
@@ -308,22 +303,16 @@ class Reordering:
     window_error: float | None = None
 
 
-def computed(rows: Sequence[Ranked]) -> list[Ranked]:
+def computed(rows: Sequence[Candidate]) -> list[Candidate]:
     """Rows with a static enthalpy and a free energy that was computed."""
-    return [
-        r
-        for r in rows
-        if r.status in COMPUTED
-        and r.gibbs_eV_per_atom is not None
-        and r.enthalpy_eV_per_atom is not None
-    ]
+    return [r for r in rows if r.free_energy.computed and r.enthalpy is not None]
 
 
-def lowest(rows: Sequence[Ranked]) -> Ranked | None:
+def lowest(rows: Sequence[Candidate]) -> Candidate | None:
     """The row of lowest free energy that is a minimum as far as is known; None without one.
     ``rows``: `computed` ones."""
-    minima = [r for r in rows if r.status in LOWEST]
-    return min(minima, key=lambda r: r.gibbs_eV_per_atom or 0.0, default=None)
+    minima = [r for r in rows if r.status in MINIMA]
+    return min(minima, key=lambda r: r.gibbs or 0.0, default=None)
 
 
 class _SpaceGroups(Protocol):
@@ -355,13 +344,13 @@ def kept_by_dft(rows: Sequence[SpaceGroups], space_group: str | None = None) -> 
 
 
 def reordering(
-    rows: Sequence[Ranked], checked: Sequence[SpaceGroups] = (), phase: str | None = None
+    rows: Sequence[Candidate], checked: Sequence[SpaceGroups] = (), phase: str | None = None
 ) -> tuple[Reordering, list[Moved]]:
     """Numbers of Fig. 6 and its points; ``phase``: the space group to count (None: that of the
     lowest G). Needs one computed row."""
     shown = computed(rows)
-    h = np.array([r.enthalpy_eV_per_atom for r in shown])
-    g = np.array([r.gibbs_eV_per_atom for r in shown])
+    h = np.array([r.enthalpy for r in shown])
+    g = np.array([r.gibbs for r in shown])
     minimum = lowest(shown)
     best = phase or ("" if minimum is None else symbol_of(minimum.spg_quantum))
     above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
@@ -382,7 +371,7 @@ def reordering(
             r.spg_quantum,
             float(above_h[i]),
             float(above_g[i]),
-            None if r.gibbs_error_eV_per_atom is None else 1e3 * r.gibbs_error_eV_per_atom,
+            None if r.gibbs_error is None else 1e3 * r.gibbs_error,
             None if scatter is None else float(deviations[i]),
             r.status,
         )
@@ -391,7 +380,7 @@ def reordering(
     shifts = 1e3 * (g - h)
     single = moved[0].gibbs_error_meV_per_atom
     return Reordering(
-        pressure_GPa=shown[0].pressure_GPa,
+        pressure_GPa=shown[0].pressure,
         n=len(shown),
         n_changed=len(changed),
         best=best,

@@ -1,5 +1,5 @@
 """The tables of a campaign (``campaign/tables/*.csv``): their columns in one place, one frozen
-dataclass each; see `typed_csv`."""
+dataclass each; see `columns`."""
 
 from __future__ import annotations
 
@@ -82,28 +82,6 @@ class Enthalpy:
     enthalpy_eV_per_atom: float
     model_id: str
     source: Literal["produce", "relax", "foundation"]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Fig. 6: the first columns of ``ranking.csv``; files are named by `ranking_file`."""
-
-    FILE: ClassVar[str] = "ranking-<P>GPa.csv"
-    id: str
-    formula: str
-    natoms: int
-    pressure_GPa: float
-    temperature_K: float
-    spg_static: str
-    spg_quantum: str
-    enthalpy_eV_per_atom: float | None
-    gibbs_eV_per_atom: float | None
-    gibbs_error_eV_per_atom: float | None
-    n_evaluations: int
-    model: str
-    status: str
-    reason: str
-    same_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -269,7 +247,6 @@ TABLES: tuple[type, ...] = (
     ModelError,
     Parity,
     Enthalpy,
-    Ranked,
     SpaceGroups,
     Mode,
     Band,
@@ -285,6 +262,9 @@ TABLES: tuple[type, ...] = (
 
 TABLES_FOLDER = "tables"
 """Below ``campaign/``."""
+
+RANKING = "ranking-<P>GPa.csv"
+"""Fig. 6: a `Candidate` a row; files are named by `ranking_file`."""
 
 RANKINGS = "ranking-*GPa.csv"
 """Every `ranking_file` of a folder, as a pattern."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
 N_PRESSURES = 241
 N_TEMPERATURES = 41
-LEVELS = {"lower_95": 0.025, "lower_68": 0.16, "upper_68": 0.84, "upper_95": 0.975}
+LEVELS = {"lower_95_GPa": 0.025, "lower_68_GPa": 0.16, "upper_68_GPa": 0.84, "upper_95_GPa": 0.975}
 INF = math.inf
 RESOLVED = 0.5
 """Part of the samples that must cross where the best fit does."""
@@ -28,31 +28,32 @@ at least: surfaces of two phases that have become one cross wherever the noise m
 
 @dataclass(frozen=True)
 class BoundaryPoint:
-    """Where ``below`` (stable at lower pressure) and ``above`` have the same G, at one temperature.
+    """Where ``below`` (stable at lower pressure) and ``above`` have the same G at one temperature:
+    a row of ``boundaries.csv``.
 
-    pressure : GPa, the median of the sampled fits (that of the best fit where the median is open).
+    pressure : the median of the sampled fits (that of the best fit where the median is open).
     The quantiles are those of the sampled fits; a sample in which the phases do not cross inside
     the points counts as beyond their last pressure, and a quantile that lies there is infinite
-    ("open"). inside : part of the samples that cross here. error : half the 68 % band, infinite
-    when it is open. slope : dP/dT = dS/dV, GPa/K. entropy_change (eV/K per atom) and volume_change
-    (A^3/atom) : above minus below. stable : no third phase is lower there.
+    ("open"). probability_inside : part of the samples that cross here. error : half the 68 % band,
+    infinite when it is open. slope : dP/dT = dS/dV. entropy_change and volume_change : above minus
+    below. stable : no third phase is lower there.
     """
 
     isotopes: str
     below: str
     above: str
-    temperature: float
-    pressure: float
-    error: float
-    lower_95: float
-    lower_68: float
-    upper_68: float
-    upper_95: float
-    inside: float
-    slope: float
-    slope_error: float
-    entropy_change: float
-    volume_change: float
+    temperature_K: float  # noqa: N815
+    pressure_GPa: float  # noqa: N815
+    error_GPa: float  # noqa: N815
+    lower_95_GPa: float  # noqa: N815
+    lower_68_GPa: float  # noqa: N815
+    upper_68_GPa: float  # noqa: N815
+    upper_95_GPa: float  # noqa: N815
+    probability_inside: float
+    slope_GPa_per_K: float  # noqa: N815
+    slope_error_GPa_per_K: float  # noqa: N815
+    entropy_change_eV_per_K_per_atom: float  # noqa: N815
+    volume_change_A3_per_atom: float  # noqa: N815
     stable: bool
 
 
@@ -114,10 +115,8 @@ def phase_set(
         surfaces[phase] = fit_surface(mine)
         tag = [seed, *phase.encode(), 0, *isotopes.encode()]
         sampled = surfaces[phase].sample(n_samples, np.random.default_rng(tag))
-        offsets = offset_error * np.random.default_rng([seed, *phase.encode()]).standard_normal(
-            n_samples
-        )
-        samples[phase] = SurfaceSamples(sampled.parts, sampled.extra, offsets, sampled.order)
+        shared = np.random.default_rng([seed, *phase.encode()])
+        samples[phase] = replace(sampled, offsets=offset_error * shared.standard_normal(n_samples))
     return PhaseSet(isotopes, surfaces, samples)
 
 
@@ -173,24 +172,13 @@ def pair_boundary(
             crossing_pressures = np.array(
                 [pressure for pressure, falls in crossings if falls == falling]
             )
-            for number, pressure in enumerate(crossing_pressures):
-                sampled = _sampled_crossings(
-                    grid, samples if falling else -samples, float(pressure)
-                )
-                inside = np.isfinite(sampled) & (
-                    np.abs(sampled[:, None] - crossing_pressures).argmin(axis=1) == number
-                )
-                if inside.mean() >= RESOLVED:
+            for number, pressure in enumerate(crossing_pressures.tolist()):
+                sampled = _sampled_crossings(grid, samples if falling else -samples, pressure)
+                nearest = np.abs(sampled[:, None] - crossing_pressures).argmin(axis=1) == number
+                inside = float((np.isfinite(sampled) & nearest).mean())
+                if inside >= RESOLVED:
                     here.append(
-                        _point(
-                            phases,
-                            below,
-                            above,
-                            float(temperature),
-                            float(pressure),
-                            sampled,
-                            float(inside.mean()),
-                        )
+                        _point(phases, below, above, float(temperature), pressure, sampled, inside)
                     )
         found += _alternating(here)
     return found
@@ -215,10 +203,10 @@ def _alternating(crossings: Sequence[BoundaryPoint]) -> list[BoundaryPoint]:
     """Of neighbouring crossings in the same sense, with none in the other between them, the most
     certain; by pressure."""
     kept: list[BoundaryPoint] = []
-    for one in sorted(crossings, key=lambda crossing: crossing.pressure):
+    for one in sorted(crossings, key=lambda crossing: crossing.pressure_GPa):
         if not kept or kept[-1].below != one.below:
             kept.append(one)
-        elif one.inside > kept[-1].inside:
+        elif one.probability_inside > kept[-1].probability_inside:
             kept[-1] = one
     return kept
 
@@ -281,14 +269,11 @@ def _point(
     middle = quantile(sampled, 0.5)
     pressure = middle if math.isfinite(middle) else best
     bands = {name: quantile(sampled, level) for name, level in LEVELS.items()}
+    low, high = bands["lower_68_GPa"], bands["upper_68_GPa"]
     a, b = phases.surfaces[below], phases.surfaces[above]
     entropy = float(b.entropy(pressure, temperature) - a.entropy(pressure, temperature))
     volume = float(b.volume(pressure, temperature) - a.volume(pressure, temperature))
-    others = [
-        s
-        for name, s in phases.surfaces.items()
-        if name not in (below, above) and bool(s.inside(pressure, temperature))
-    ]
+    slopes = _slopes(phases.samples[below], phases.samples[above], pressure, temperature)
     here = float(a.gibbs(pressure, temperature))
     return BoundaryPoint(
         phases.isotopes,
@@ -296,28 +281,35 @@ def _point(
         above,
         temperature,
         pressure,
-        error=0.5 * (bands["upper_68"] - bands["lower_68"])
-        if np.isfinite([bands["upper_68"], bands["lower_68"]]).all()
-        else INF,
+        0.5 * (high - low) if math.isfinite(low) and math.isfinite(high) else INF,
         **bands,
-        inside=inside,
-        slope=entropy / volume * EV_PER_A3_IN_GPA,
-        slope_error=_slope_error(phases, below, above, temperature, pressure),
-        entropy_change=entropy,
-        volume_change=volume,
-        stable=all(float(other.gibbs(pressure, temperature)) >= here for other in others),
+        probability_inside=inside,
+        slope_GPa_per_K=entropy / volume * EV_PER_A3_IN_GPA,
+        slope_error_GPa_per_K=_median(slopes)[1],
+        entropy_change_eV_per_K_per_atom=entropy,
+        volume_change_A3_per_atom=volume,
+        stable=all(
+            float(other.gibbs(pressure, temperature)) >= here
+            for name, other in phases.surfaces.items()
+            if name not in (below, above) and other.inside(pressure, temperature)
+        ),
     )
 
 
-def _slope_error(
-    phases: PhaseSet, below: str, above: str, temperature: float, pressure: float
-) -> float:
-    """Half the 68 % range of dS/dV over the samples at one point, GPa/K."""
-    a, b = phases.samples[below], phases.samples[above]
-    entropy = a.values(pressure, temperature, "T") - b.values(pressure, temperature, "T")
-    volume = b.values(pressure, temperature, "P") - a.values(pressure, temperature, "P")
-    slopes = (entropy / volume)[:, 0] * EV_PER_A3_IN_GPA
-    return float(0.5 * (np.quantile(slopes, 0.84) - np.quantile(slopes, 0.16)))
+def _slopes(
+    below: SurfaceSamples, above: SurfaceSamples, pressure: float, temperature: float
+) -> np.ndarray:
+    """(n_samples,) dP/dT = dS/dV of the boundary of two phases at one point, GPa/K."""
+    at = (pressure, temperature)
+    entropy = below.values(*at, "T") - above.values(*at, "T")
+    volume = above.values(*at, "P") - below.values(*at, "P")
+    return (entropy / volume)[:, 0] * EV_PER_A3_IN_GPA
+
+
+def _median(values: np.ndarray) -> tuple[float, float]:
+    """Median and half the 68 % range."""
+    low, middle, high = np.quantile(values, [0.16, 0.5, 0.84])
+    return float(middle), float(0.5 * (high - low))
 
 
 def all_boundaries(phases: PhaseSet) -> list[BoundaryPoint]:
@@ -355,85 +347,66 @@ def slope_check(
 ) -> SlopeCheck | None:
     """Compare the two sides of Clausius-Clapeyron in the middle of one boundary; None for a
     boundary at one temperature."""
-    temperatures = [one.temperature for one in boundary]
+    temperatures = [one.temperature_K for one in boundary]
     if not boundary or max(temperatures) - min(temperatures) <= 0:
         return None
     middle = 0.5 * (min(temperatures) + max(temperatures))
-    one = min(boundary, key=lambda point: abs(point.temperature - middle))
+    one = min(boundary, key=lambda point: abs(point.temperature_K - middle))
     pairs = [
         [p for p in points if p.phase == name and p.isotopes == one.isotopes]
         for name in (one.below, one.above)
     ]
 
-    def sampled(kinds: tuple[str, ...]) -> list[SurfaceSamples]:
-        return [
+    def slope(*kinds: str) -> tuple[float, float]:
+        samples = [
             fit_surface(mine, kinds).sample(n_samples, np.random.default_rng([seed, k]))
             for k, mine in enumerate(pairs)
         ]
+        return _median(_slopes(*samples, one.pressure_GPa, one.temperature_K))
 
-    nan = math.nan
+    found, reason = (math.nan,) * 4, ""
     warm = [p for mine in pairs for p in mine if p.usable and p.temperature_K > 0]
-    if not all(
-        p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm
-    ):
+    if all(p.volume_error_A3_per_atom > 0 and p.entropy_error_eV_per_K_per_atom > 0 for p in warm):
+        try:
+            found = (*slope("G"), *slope("V", "S"))
+        except InputError as error:
+            reason = str(error)
+    else:
         reason = "not every point has a volume and an entropy with their errors"
-        return SlopeCheck(
-            one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, reason
-        )
-    try:
-        a, b = sampled(("G",))
-        by_gibbs = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
-        a, b = sampled(("V", "S"))
-        by_both = _difference(a, b, one, "T") / -_difference(a, b, one, "P") * EV_PER_A3_IN_GPA
-    except InputError as error:
-        return SlopeCheck(
-            one.isotopes, one.below, one.above, one.temperature, nan, nan, nan, nan, str(error)
-        )
-    (left, left_error), (right, right_error) = (_middle(values) for values in (by_gibbs, by_both))
-    return SlopeCheck(
-        one.isotopes, one.below, one.above, one.temperature, left, left_error, right, right_error
-    )
+    return SlopeCheck(one.isotopes, one.below, one.above, one.temperature_K, *found, reason)
 
 
-def _difference(
-    a: SurfaceSamples, b: SurfaceSamples, at: BoundaryPoint, derivative: str
-) -> np.ndarray:
-    return (
-        b.values(at.pressure, at.temperature, derivative)
-        - a.values(at.pressure, at.temperature, derivative)
-    )[:, 0]
+@dataclass(frozen=True)
+class IsotopeShift:
+    """Pressure of a boundary minus that with the ``reference`` masses at the same temperature."""
+
+    isotopes: str
+    reference: str
+    below: str
+    above: str
+    temperature_K: float  # noqa: N815
+    shift_GPa: float  # noqa: N815
+    error_GPa: float  # noqa: N815
 
 
-def _middle(values: np.ndarray) -> tuple[float, float]:
-    """Median and half the 68 % range."""
-    low, middle, high = np.quantile(values, [0.16, 0.5, 0.84])
-    return float(middle), float(0.5 * (high - low))
-
-
-def isotope_shifts(
-    boundary: Sequence[BoundaryPoint], reference: str
-) -> list[dict[str, float | str]]:
-    """Pressure of each boundary minus that of the isotopes ``reference`` at the same temperature,
-    GPa, with its error."""
+def isotope_shifts(boundary: Sequence[BoundaryPoint], reference: str) -> list[IsotopeShift]:
+    """The shift of each boundary against that of the isotopes ``reference``."""
     base = {
-        (one.below, one.above, round(one.temperature, 6)): one
+        (one.below, one.above, round(one.temperature_K, 6)): one
         for one in boundary
         if one.isotopes == reference
     }
-    shifts: list[dict[str, float | str]] = []
-    for one in boundary:
-        other = base.get((one.below, one.above, round(one.temperature, 6)))
-        if one.isotopes == reference or other is None:
-            continue
-        shifts.append(
-            {
-                "isotopes": one.isotopes,
-                "reference": reference,
-                "below": one.below,
-                "above": one.above,
-                "temperature_K": one.temperature,
-                "shift_GPa": one.pressure - other.pressure,
-                "error_GPa": math.hypot(one.error, other.error),
-            }
+    return [
+        IsotopeShift(
+            one.isotopes,
+            reference,
+            one.below,
+            one.above,
+            one.temperature_K,
+            one.pressure_GPa - other.pressure_GPa,
+            math.hypot(one.error_GPa, other.error_GPa),
         )
-    return shifts
+        for one in boundary
+        if one.isotopes != reference
+        and (other := base.get((one.below, one.above, round(one.temperature_K, 6))))
+    ]

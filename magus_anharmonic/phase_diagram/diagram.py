@@ -1,11 +1,12 @@
 """From free energies on a grid to a phase diagram: fits, boundaries, probabilities, hull, isotope
-shifts, tables, picture, plain words."""
+shifts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import HullEntry, choose_end_members, hull_entries
 from magus_anharmonic.phase_diagram.boundaries import (
     BoundaryPoint,
+    IsotopeShift,
     PhaseSet,
     SlopeCheck,
     all_boundaries,
@@ -45,17 +47,17 @@ class ContinuousTransition:
 
 @dataclass(frozen=True)
 class Stable:
-    """Who is lowest at a point of the grid, and the probability of it."""
+    """Who is lowest at a point of the grid, the probability of it and the gap to the second: a row
+    of ``stability.csv``."""
 
     isotopes: str
     formula: str
-    pressure: float
-    temperature: float
+    pressure_GPa: float  # noqa: N815
+    temperature_K: float  # noqa: N815
     phase: str
     probability: float
-    gap: float
-    """eV/atom to the second."""
-    gap_error: float
+    gap_eV_per_atom: float = math.nan  # noqa: N815
+    gap_error_eV_per_atom: float = math.nan  # noqa: N815
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class HullRow:
     """One entry of the hull at one point of the grid."""
 
     isotopes: str
-    pressure: float
-    temperature: float
+    pressure_GPa: float  # noqa: N815
+    temperature_K: float  # noqa: N815
     entry: HullEntry
 
 
@@ -79,7 +81,7 @@ class PhaseDiagram:
     continuous_transitions: tuple[ContinuousTransition, ...]
     stable: tuple[Stable, ...]
     hull: tuple[HullRow, ...]
-    shifts: tuple[dict[str, float | str], ...]
+    shifts: tuple[IsotopeShift, ...]
     model_error: float
     notes: tuple[str, ...] = ()
     end_members: tuple[str, ...] = ()
@@ -114,44 +116,44 @@ def phase_diagram(
             f"free energies of several models ({', '.join(models)}) cannot be compared; take the"
             " points of one"
         )
-    sets = {}
-    for isotopes, formula in dict.fromkeys((p.isotopes, p.formula) for p in points if p.usable):
-        mine = [p for p in points if p.formula == formula]
-        sets[isotopes, formula] = phase_set(
-            mine, isotopes, n_samples=n_samples, seed=seed, offset_error=model_error
+    sets = {
+        (isotopes, formula): phase_set(
+            [p for p in points if p.formula == formula],
+            isotopes,
+            n_samples=n_samples,
+            seed=seed,
+            offset_error=model_error,
         )
+        for isotopes, formula in dict.fromkeys((p.isotopes, p.formula) for p in points if p.usable)
+    }
     boundaries = [one for phases in sets.values() for one in all_boundaries(phases)]
-    checks = [
-        check
-        for line in lines(boundaries)
-        if (check := slope_check(points, line, seed=seed)) is not None
-    ]
+    checks = [slope_check(points, line, seed=seed) for line in lines(boundaries)]
     corners = _corners(points, sets, end_members)
     hull, notes = _hull(points, sets, corners) if corners else ([], [])
-    reference = points[0].isotopes
     return PhaseDiagram(
         tuple(points),
         sets,
         tuple(boundaries),
-        tuple(checks),
+        tuple(check for check in checks if check is not None),
         tuple(_continuous_transitions(points)),
         tuple(_stable(points, sets)),
         tuple(hull),
-        tuple(isotope_shifts(boundaries, reference)),
+        tuple(isotope_shifts(boundaries, points[0].isotopes)),
         model_error,
         tuple(notes),
         tuple(corners),
     )
 
 
-def lines(boundaries: Sequence[BoundaryPoint]) -> list[list[BoundaryPoint]]:
+Line = TypeVar("Line", BoundaryPoint, IsotopeShift)
+
+
+def lines(points: Iterable[Line]) -> list[list[Line]]:
     """The points of each boundary, by isotopes and phases, in the order of the temperature."""
-    found: dict[tuple[str, str, str], list[BoundaryPoint]] = {}
-    for one in boundaries:
+    found: dict[tuple[str, str, str], list[Line]] = {}
+    for one in points:
         found.setdefault((one.isotopes, one.below, one.above), []).append(one)
-    return [
-        sorted(line, key=lambda one: (one.temperature, one.pressure)) for line in found.values()
-    ]
+    return [sorted(line, key=lambda one: one.temperature_K) for line in found.values()]
 
 
 def _continuous_transitions(points: Sequence[GibbsPoint]) -> list[ContinuousTransition]:
@@ -168,10 +170,10 @@ def _continuous_transitions(points: Sequence[GibbsPoint]) -> list[ContinuousTran
         if not gone:
             continue
         rising = not kept or kept[0] < gone[0].pressure_GPa
-        first = gone[0].pressure_GPa if rising else gone[-1].pressure_GPa
+        one = gone[0] if rising else gone[-1]
+        first = one.pressure_GPa
         beside = [p for p in kept if (p < first) == rising]
-        last = None if not beside else max(beside) if rising else min(beside)
-        one = next(point for point in gone if point.pressure_GPa == first)
+        last = (max if rising else min)(beside, default=None)
         found.append(
             ContinuousTransition(
                 isotopes, phase, one.same_as, one.space_group, temperature, last, first, rising
@@ -187,36 +189,18 @@ def _grid(points: Sequence[GibbsPoint]) -> list[tuple[float, float]]:
 def _stable(points: Sequence[GibbsPoint], sets: dict[tuple[str, str], PhaseSet]) -> list[Stable]:
     found = []
     for (isotopes, formula), phases in sets.items():
-        for pressure, temperature in _grid(points):
-            probability = lowest_probabilities(phases, pressure, temperature)
+        for at in _grid(points):
+            probability = lowest_probabilities(phases, *at)
             if not probability:
                 continue
-            order = sorted(
-                probability,
-                key=lambda name: float(phases.surfaces[name].gibbs(pressure, temperature)),
-            )
-            gap, error = math.nan, math.nan
-            if len(order) > 1:
-                sampled = [
-                    phases.samples[name].values(pressure, temperature)[:, 0] for name in order[:2]
-                ]
-                gap = float(
-                    phases.surfaces[order[1]].gibbs(pressure, temperature)
-                    - phases.surfaces[order[0]].gibbs(pressure, temperature)
-                )
+            gibbs = {name: float(phases.surfaces[name].gibbs(*at)) for name in probability}
+            lowest, *others = sorted(gibbs, key=lambda name: gibbs[name])
+            gap = ()
+            if others:
+                sampled = [phases.samples[name].values(*at)[:, 0] for name in (lowest, others[0])]
                 error = float((sampled[1] - sampled[0]).std(ddof=1))
-            found.append(
-                Stable(
-                    isotopes,
-                    formula,
-                    pressure,
-                    temperature,
-                    order[0],
-                    probability[order[0]],
-                    gap,
-                    error,
-                )
-            )
+                gap = (gibbs[others[0]] - gibbs[lowest], error)
+            found.append(Stable(isotopes, formula, *at, lowest, probability[lowest], *gap))
     return found
 
 
@@ -236,27 +220,26 @@ def _hull(
 ) -> tuple[list[HullRow], list[str]]:
     """Hulls at every point of the grid where the end members have a free energy; where they have
     none it is said."""
-    rows, notes = [], []
+    rows: list[HullRow] = []
+    notes: dict[str, str] = {}
     for isotopes in dict.fromkeys(isotopes for isotopes, _ in sets):
-        for pressure, temperature in _grid(points):
-            names, formulas, energies, samples = [], [], [], []
-            for (other, formula), phases in sets.items():
-                for name, surface in phases.surfaces.items() if other == isotopes else ():
-                    if bool(surface.inside(pressure, temperature)):
-                        names.append(name)
-                        formulas.append(formula)
-                        energies.append(float(surface.gibbs(pressure, temperature)))
-                        samples.append(phases.samples[name].values(pressure, temperature)[:, 0])
+        for at in _grid(points):
+            here = [
+                (name, formula, float(surface.gibbs(*at)), phases.samples[name].values(*at)[:, 0])
+                for (other, formula), phases in sets.items()
+                for name, surface in phases.surfaces.items()
+                if other == isotopes and surface.inside(*at)
+            ]
+            names, formulas, energies, samples = zip(*here, strict=True) if here else ((),) * 4
             try:
                 entries = hull_entries(
                     names, formulas, np.array(energies), np.array(samples).T, corners
                 )
             except InputError as error:
-                notes.append(
-                    f"no hull at {pressure:g} GPa, {temperature:g} K ({isotopes}): {error}"
-                )
+                where = f"{at[0]:g} GPa, {at[1]:g} K ({isotopes})"
+                notes[f"no hull at {where}: {error}"] = str(error)
                 continue
-            rows += [HullRow(isotopes, pressure, temperature, entry) for entry in entries]
+            rows += [HullRow(isotopes, *at, entry) for entry in entries]
     if not rows:
-        raise InputError(*dict.fromkeys(note.split(": ", 1)[1] for note in notes))
-    return rows, notes
+        raise InputError(*dict.fromkeys(notes.values()))
+    return rows, list(notes)

@@ -13,11 +13,18 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.evaluator import Evaluator
+from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import read_json
-from magus_anharmonic.phase_diagram.points import NATURAL, GibbsPoint, with_same_phase
+from magus_anharmonic.phase_diagram.points import (
+    NATURAL,
+    GibbsPoint,
+    read_points,
+    with_same_phase,
+    write_points,
+)
+from magus_anharmonic.runs.record import check_results_version, write_run_record
 from magus_anharmonic.settings.phase_diagram import PhaseDiagramSettings, PhaseSettings
 from magus_anharmonic.sscha.ensemble import entropy_with_error
 from magus_anharmonic.sscha.isotopes import reweighted_ensemble
@@ -55,6 +62,32 @@ def point_folder(
     return root / safe_name(phase) / safe_name(isotopes) / f"{pressure:g}GPa-{temperature:g}K"
 
 
+def run_locked(
+    settings: PhaseDiagramSettings, output: Path, evaluator: Any = None
+) -> list[GibbsPoint]:
+    """Run or resume the grid in ``output``, whose lock the caller holds; ``gibbs.csv`` is up to
+    date after every point.
+
+    ``evaluator``: instead of the checkpoint. Raises ``InputError`` for another version's or another
+        grid's folder.
+    """
+    structures = {name: read_phase(name, phase) for name, phase in settings.phases.items()}
+    check_results_version(output)
+    if evaluator is None:
+        from magus_anharmonic.potential import load
+
+        evaluator = load(settings.checkpoint, device=settings.device)
+    evaluator = as_evaluator(evaluator, structures.values())
+    write_run_record(output, settings, seed=settings.seed, model_id=evaluator.model_id)
+    return run_grid(
+        settings,
+        structures,
+        evaluator,
+        output / "sscha",
+        on_point=lambda points: write_points(output / "gibbs.csv", points),
+    )
+
+
 def run_grid(
     settings: PhaseDiagramSettings,
     structures: Mapping[str, Atoms],
@@ -74,46 +107,41 @@ def run_grid(
     if free_energy is None:
         from magus_anharmonic.sscha.gibbs import free_energy
     points: list[GibbsPoint] = []
-    total = (
-        len(structures)
-        * len(settings.isotopes)
-        * len(settings.pressures)
-        * len(settings.temperatures)
-    )
+    grid = [
+        (isotopes, i, j)
+        for isotopes in settings.isotopes
+        for i in range(len(settings.pressures))
+        for j in range(len(settings.temperatures))
+    ]
+    options = {name: getattr(settings.sscha, name) for name in OF_A_RUN}
+    options = {name: value for name, value in options.items() if value is not None}
     for name, atoms in structures.items():
         found: dict[GridIndex, tuple[Path, SschaResult]] = {}
-        for isotopes in settings.isotopes:
-            for i, pressure in enumerate(settings.pressures):
-                for j, temperature in enumerate(settings.temperatures):
-                    folder = point_folder(root, name, isotopes, pressure, temperature)
-                    start = _start(found, list(settings.isotopes), (isotopes, i, j))
-                    result = free_energy(
-                        atoms,
-                        evaluator,
-                        pressure=pressure,
-                        temperature=temperature,
-                        seed=settings.seed,
-                        start=start,
-                        directory=folder,
-                        any_start=True,
-                        masses=_masses(settings.isotopes[isotopes], atoms),
-                        **_options(settings),
-                    )
-                    point = point_of(
-                        name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start
-                    )
-                    points.append(point)
-                    if point.usable or point.bound:
-                        found[isotopes, i, j] = folder, result
-                    _log(point, len(points), total)
-                    on_point(with_same_phase(points))
+        for isotopes, i, j in grid:
+            pressure, temperature = settings.pressures[i], settings.temperatures[j]
+            folder = point_folder(root, name, isotopes, pressure, temperature)
+            start = _start(found, list(settings.isotopes), (isotopes, i, j))
+            result = free_energy(
+                atoms,
+                evaluator,
+                pressure=pressure,
+                temperature=temperature,
+                seed=settings.seed,
+                start=start,
+                directory=folder,
+                any_start=True,
+                masses=_masses(settings.isotopes[isotopes], atoms),
+                **options,
+            )
+            point = point_of(
+                name, isotopes, result, folder, atoms, settings.sscha.symprec, source=start
+            )
+            points.append(point)
+            if point.usable or point.bound:
+                found[isotopes, i, j] = folder, result
+            _log(point, len(points), len(structures) * len(grid))
+            on_point(with_same_phase(points))
     return with_same_phase(points)
-
-
-def _options(settings: PhaseDiagramSettings) -> dict[str, Any]:
-    return {
-        name: value for name in OF_A_RUN if (value := getattr(settings.sscha, name)) is not None
-    }
 
 
 def _masses(masses: Mapping[str, float], atoms: Atoms) -> dict[str, float] | None:
@@ -194,29 +222,34 @@ def point_of(
         result.centroids.get_chemical_formula(mode="metal", empirical=True),
         result.target_pressure,
         result.temperature,
-        result.gibbs,
-        result.gibbs_error,
+        _number(result.gibbs),
+        _number(result.gibbs_error),
         volume,
         volume_error,
         s,
         s_error,
-        result.finite_size,
-        abs(result.predicted_decrease) if status == "unconverged" else 0.0,
+        _number(result.finite_size),
+        abs(result.predicted_decrease or 0.0) if status == "unconverged" else 0.0,
         status,
         result.space_group,
         "",
         result.n_evaluations,
-        result.n_atoms_supercell,
+        result.n_atoms_supercell or 0,
         result.model_id,
         reason,
     )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
     """Volume per atom at the target pressure and its error (A^3): V (1 + (P - P_target) / B) with B
     of the run's start."""
     bulk = _bulk_modulus(folder)
-    if bulk is None or not np.isfinite(result.stress).all():
+    known = result.volume is not None and result.pressure is not None
+    if bulk is None or not known or not np.isfinite(result.stress).all():
         return math.nan, math.nan
     excess = result.pressure - result.target_pressure
     # the diagonal components taken as wholly correlated: an upper bound
@@ -256,12 +289,14 @@ def _entropy(result: SschaResult, folder: Path | None, source: Path | None) -> t
 
 
 def collect_runs(root: Path) -> list[GibbsPoint]:
-    """Points from finished runs anywhere below ``root``: phases by the space group at the start,
-    isotopes by their masses.
+    """Points of ``gibbs.csv`` in ``root``, else from finished runs anywhere below it: phases by the
+    space group at the start, isotopes by their masses.
 
     Raises ``InputError`` when there is no finished run, or when two runs are the same point (two
     models, supercells or seeds).
     """
+    if (root / "gibbs.csv").is_file():
+        return read_points(root / "gibbs.csv")
     folders = sorted(path.parent for path in root.rglob("result.json"))
     if not folders:
         raise InputError(f"{root}: no finished SSCHA run (result.json) below it")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.io.tables import table_rows, write
+from magus_anharmonic.io.tables import column, columns_of, read, table_rows, write
 from magus_anharmonic.settings import check_pressure, nearest
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
 
@@ -115,6 +115,24 @@ LARGEST_ERROR = 0.1
 those of a diverged run."""
 
 
+def _number(
+    meaning: str,
+    unit: str,
+    equation: str = "",
+    origin: str = "sscha.task.finished_result",
+    default: float = NAN,
+) -> Any:
+    return column(
+        meaning,
+        unit,
+        equation=equation,
+        origin=origin,
+        default=default,
+        digits=".10g",
+        needed=unit in ("GPa", "K", "eV/atom") and math.isnan(default),
+    )
+
+
 @dataclass(frozen=True)
 class GibbsPoint:
     """One SSCHA free energy (or one of another method) with its errors; NaN where there is no
@@ -129,26 +147,48 @@ class GibbsPoint:
     ``same_as`` is the phase of the diagram that it is.
     """
 
-    phase: str
-    isotopes: str
-    formula: str
-    pressure_GPa: float  # noqa: N815
-    temperature_K: float  # noqa: N815
-    gibbs_eV_per_atom: float  # noqa: N815
-    gibbs_error_eV_per_atom: float  # noqa: N815
-    volume_A3_per_atom: float = NAN  # noqa: N815
-    volume_error_A3_per_atom: float = NAN  # noqa: N815
-    entropy_eV_per_K_per_atom: float = NAN  # noqa: N815
-    entropy_error_eV_per_K_per_atom: float = NAN  # noqa: N815
-    finite_size_eV_per_atom: float = 0.0  # noqa: N815
-    predicted_decrease_eV_per_atom: float = 0.0  # noqa: N815
-    status: str = "converged"
-    space_group: str = ""
-    same_as: str = ""
-    n_evaluations: int = 0
-    natoms_supercell: int = 0
-    model: str = ""
-    reason: str = ""
+    phase: str = column("name of the phase", default="", needed=True)
+    isotopes: str = column("masses: `natural`, or as in the settings", default=NATURAL)
+    formula: str = column("formula, metals first", default="")
+    pressure_GPa: float = _number("pressure", "GPa", origin="")  # noqa: N815
+    temperature_K: float = _number("temperature", "K", origin="")  # noqa: N815
+    gibbs_eV_per_atom: float = _number(  # noqa: N815
+        "Gibbs free energy, finite-size term included", "eV/atom", "(F + P V) / N + finite_size"
+    )
+    gibbs_error_eV_per_atom: float = _number(  # noqa: N815
+        "standard error of G by sampling alone", "eV/atom"
+    )
+    volume_A3_per_atom: float = _number(  # noqa: N815
+        "volume at the pressure",
+        "A^3/atom",
+        "V (1 + (P_run - P) / B)",
+        "phase_diagram.grid.point_of",
+    )
+    volume_error_A3_per_atom: float = _number("its standard error", "A^3/atom")  # noqa: N815
+    entropy_eV_per_K_per_atom: float = _number(  # noqa: N815
+        "entropy", "eV/K/atom", "-dG/dT without finite-size term", "phase_diagram.grid.point_of"
+    )
+    entropy_error_eV_per_K_per_atom: float = _number(  # noqa: N815
+        "its standard error", "eV/K/atom"
+    )
+    finite_size_eV_per_atom: float = _number(  # noqa: N815
+        "finite-size term, part of G", "eV/atom", default=0.0
+    )
+    predicted_decrease_eV_per_atom: float = _number(  # noqa: N815
+        "by how much the relaxation may still lower G", "eV/atom", default=0.0
+    )
+    status: str = column(
+        "`converged`, `unconverged` (G is an upper bound), `failed`, `transformed` (another phase"
+        " now)",
+        default="converged",
+        old=OLD_STATES,
+    )
+    space_group: str = column("space group of the SSCHA centroids", default="")
+    same_as: str = column("phase of the diagram that a transformed one is", default="")
+    n_evaluations: int = column("energies and forces that were evaluated", default=0)
+    natoms_supercell: int = column("atoms of the supercell", default=0)
+    model: str = column("identity of the model", default="")
+    reason: str = column("why there is no free energy that counts", default="")
 
     @property
     def usable(self) -> bool:
@@ -181,20 +221,10 @@ class GibbsPoint:
         return math.hypot(self.gibbs_error_eV_per_atom, self.predicted_decrease_eV_per_atom)
 
 
-COLUMNS = tuple(field.name for field in fields(GibbsPoint))
-REQUIRED = (
-    "phase",
-    "pressure_GPa",
-    "temperature_K",
-    "gibbs_eV_per_atom",
-    "gibbs_error_eV_per_atom",
-)
-WHOLE = ("n_evaluations", "natoms_supercell")
 WITH_ERRORS = (
     ("volume_A3_per_atom", "volume_error_A3_per_atom"),
     ("entropy_eV_per_K_per_atom", "entropy_error_eV_per_K_per_atom"),
 )
-TEXT = ("phase", "isotopes", "formula", "status", "space_group", "same_as", "model", "reason")
 
 
 def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
@@ -203,7 +233,7 @@ def write_points(path: str | Path, points: Sequence[GibbsPoint]) -> None:
 
 
 def read_points(path: str | Path) -> list[GibbsPoint]:
-    """Read ``gibbs.csv``; only `REQUIRED` columns must be there.
+    """Read ``gibbs.csv``; only the columns that are needed must be there.
 
     Raises ``InputError`` that names file, line and column: a column without its unit or with
     another one, a cell that is no number, a free energy without an error, a pressure that is no
@@ -213,8 +243,10 @@ def read_points(path: str | Path) -> list[GibbsPoint]:
     if not file.is_file():
         raise InputError(f"{file}: no such file")
     with table_rows(file) as reader:
-        _check_columns(file, [name.strip() for name in reader.fieldnames or ()])
-        points = [_point(file, reader.line_num, line) for line in reader]
+        _check_columns(file, [name.strip() for name in reader.fieldnames or () if name])
+    points = read(GibbsPoint, file)
+    for line, point in enumerate(points, start=2):
+        _check_point(f"{file}: line {line}", point)
     if not points:
         raise InputError(f"{file}: holds no points")
     seen: dict[tuple[str, str, float, float], int] = {}
@@ -230,49 +262,18 @@ def read_points(path: str | Path) -> list[GibbsPoint]:
 
 
 def _check_columns(file: Path, found: Sequence[str]) -> None:
-    missing = [name for name in REQUIRED if name not in found]
-    strange = [name for name in found if name and name not in COLUMNS]
+    known = columns_of(GibbsPoint)
+    names = [one.name for one in known]
+    missing = [one.name for one in known if one.needed and one.name not in found]
     problems = [f"{file}: column {name} is missing" for name in missing]
     problems += [
-        f"{file}: unknown column {name}{nearest(name, COLUMNS)} (units are part of the names:"
+        f"{file}: unknown column {name}{nearest(name, names)} (units are part of the names:"
         " convert first)"
-        for name in strange
+        for name in found
+        if name not in names
     ]
     if problems:
         raise InputError(*problems)
-
-
-def _point(file: Path, line: int, cells: dict[str, str | None]) -> GibbsPoint:
-    values: dict[str, Any] = {"isotopes": NATURAL, "formula": ""}
-    for name in COLUMNS:
-        text = (cells.get(name) or "").strip()
-        where = f"{file}: line {line}: {name}"
-        if name in TEXT:
-            values[name] = text or values.get(name, GibbsPoint.__dataclass_fields__[name].default)
-        elif text == "":
-            if name in REQUIRED[1:3]:
-                raise InputError(f"{where}: is empty")
-            values[name] = (
-                0
-                if name in WHOLE
-                else 0.0
-                if name in ("finite_size_eV_per_atom", "predicted_decrease_eV_per_atom")
-                else NAN
-            )
-        else:
-            values[name] = _number(where, text, whole=name in WHOLE)
-    values["status"] = OLD_STATES.get(values["status"], values["status"])
-    point = GibbsPoint(**values)
-    _check_point(f"{file}: line {line}", point)
-    return point
-
-
-def _number(where: str, text: str, *, whole: bool) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise InputError(f"{where}: {text!r}: must be a number") from None
-    return int(value) if whole else value
 
 
 def _check_point(where: str, point: GibbsPoint) -> None:

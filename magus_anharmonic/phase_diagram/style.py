@@ -3,7 +3,7 @@ files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,17 +46,25 @@ DPI = 160
 
 @contextmanager
 def figure(
-    n_columns: int = 1, n_rows: int = 1, *, title: str = ""
+    n_columns: int = 1,
+    n_rows: int = 1,
+    *,
+    title: str = "",
+    size: tuple[float, float] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure in this style with its panels in reading order; nothing is shown on a screen and no
-    global setting changes."""
+    global setting changes.
+
+    size : inches. settings : instead of those of the house.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(SETTINGS):
-        size = SINGLE if n_columns * n_rows == 1 else (PANEL[0] * n_columns, PANEL[1] * n_rows)
-        made = Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context({**SETTINGS, **(settings or {})}):
+        usual = SINGLE if n_columns * n_rows == 1 else (PANEL[0] * n_columns, PANEL[1] * n_rows)
+        made = Figure(figsize=size or usual, layout="constrained")
         FigureCanvasAgg(made)
         panels = made.subplots(n_rows, n_columns, squeeze=False)
         if title:

@@ -26,6 +26,7 @@ from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
+from magus_anharmonic.sscha.record import INFO_KEYS
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -39,16 +40,7 @@ logger = logging.getLogger(__name__)
 # What an earlier calculation left in ``info``: it belongs to another structure or another model
 # once this one starts.
 RESULT_KEYS = ("energy", "energy_error", "forces", "stress", "enthalpy", "trajs", "model")
-FREE_ENERGY_KEYS = (
-    "gibbs",
-    "gibbs_error",
-    "gibbs_above_hull",
-    "status",
-    "gibbs_model",
-    "reason",
-    "spg_quantum",
-    "candidate_id",
-)
+FREE_ENERGY_KEYS = (*INFO_KEYS.values(), "gibbs_above_hull", "gibbs_model", "candidate_id")
 
 
 class MatterSimCalculator(Calculator):

@@ -6,119 +6,163 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from ase import Atoms
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.hull import reduced_formula
+from magus_anharmonic.io.tables import column
+from magus_anharmonic.ranking.run import Run
+from magus_anharmonic.sscha.record import FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import formula
 
-Status = Literal[
-    "sscha", "unconverged", "eliminated", "estimated", "static", "failed", "saddle", "stable"
-]
-"""``unconverged``: the populations or the budget ran out before the relaxation came to its end;
-``eliminated``: stopped early, because it cannot be among the best. The G of both is an upper bound.
-``stable`` and ``saddle``: converged, and the Hessian of the free energy has no negative mode, or
-has one, beyond two standard errors (`stability`)."""
-
-CONVERGED: tuple[Status, ...] = ("sscha", "stable", "saddle")
-"""States whose relaxation came to its end."""
-
-RANKED: tuple[Status, ...] = ("sscha", "eliminated", "stable")
-"""States whose free energy takes part in the ranking. Below a saddle point there is something
-lower, and where an unconverged run would have ended nobody knows; an eliminated one is known to end
-above the best."""
-
-WITH_ERROR: tuple[Status, ...] = (*RANKED, "saddle", "unconverged")
-"""States whose free energy is that of an ensemble of their own and has a standard error."""
+_TABLE = "ranking.candidate.numbered"
+_RANK = "ranking.rank.Ranking"
+_DIFFERENCE = "ranking.probabilities.with_probabilities"
+_HULL = "ranking.fitness.with_heights"
+_POOLED = "ranking.phases.merge_duplicates"
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A distinct structure at one pressure and temperature; energies in eV/atom, ``None`` where
-    there is no number.
+@dataclass(frozen=True, kw_only=True)
+class Candidate(WithFreeEnergy):
+    """A distinct structure at one pressure and temperature: a row of ``ranking.csv``, whose columns
+    are the fields that `column` makes here and in `FreeEnergy`.
 
-    ``atoms`` is the statically relaxed structure, ``centroids`` the SSCHA-relaxed one. ``members``
-    are the positions in the population of all structures that were found to be this one.
-    ``same_as`` is the id of the candidate that stands for the quantum phase in which this one ended
-    too. ``folder`` is below the run's ``sscha/``. ``difference`` is G minus that of the lowest
-    phase with its three errors, ``p_lowest`` the probability by sampling alone, ``p_lowest_total``
-    with all three (`probabilities`). ``model_correction`` is G by DFT minus G where labels of the
-    ensemble say so (`uncertainty.ModelTerm`). ``model_error`` is the expected error of the static
-    energy against the model's DFT, ``ensemble_error`` that of the forces in the final ensemble
-    (eV/A), ``error_vector`` (eV/atom) what its errors share with those of other phases
-    (`uncertainty`). ``parent`` is the structure whose saddle point was followed to this one, which
-    is no member of the population then. ``pooled`` : folders of the runs of which G is the mean,
-    and their weights (`pooling`; empty: of one run); ``duplicate_spread`` : largest distance of G
-    of the phase's runs in other supercells. ``hessian_lowest``, ``hessian_error`` (cm^-1) and
-    ``p_stable``: see `Record`. ``..._above_hull``, ``p_on_hull...`` : with several compositions
-    (`compositions`).
+    ``atoms`` is the statically relaxed structure, ``members`` the positions in the population of
+    all structures that were found to be this one, ``run`` the SSCHA run that ``free_energy`` is of
+    (None: an estimate, or nothing). ``pooled`` : folders of the runs of which G is the mean, and
+    their weights (`phases`; empty: of one run). A candidate that was read from a table has none of
+    them.
     """
 
-    id: str
-    atoms: Atoms
-    pressure: float
-    temperature: float
-    enthalpy: float | None
-    model: str
-    spg_static: str = ""
+    id: str = column("identity of the static structure", default="", needed=True)
+    formula: str = column("formula, metals first; deuterium is D", default="", needed=True)
+    natoms: int = column("atoms of the static structure", default=0, needed=True)
+    pressure: float = column("pressure", "GPa", default=0.0, digits="g", needed=True)
+    temperature: float = column("temperature", "K", default=0.0, digits="g", needed=True)
+    spg_static: str = column(
+        "space group of the static structure", default="", needed=True, origin=_RANK
+    )
+    enthalpy: float | None = column(
+        "static enthalpy", "eV/atom", equation="(E + P V) / N", origin=_RANK, needed=True
+    )
+    free_energy: FreeEnergy = FreeEnergy()
+    model: str = column("identity of the model", default="")
+    rank_static: int | None = column("rank by enthalpy in the composition", origin=_TABLE)
+    rank_quantum: int | None = column("rank by gibbs among distinct phases", origin=_TABLE)
+    same_as: str = column(
+        "id of the candidate that stands for the quantum phase in which this one ended too",
+        default="",
+        origin="ranking.phases.label_phases",
+    )
+    n_merged: int = column("further structures of the population that are this one", default=0)
+    seed_of: str = column(
+        "run whose centroids the structure came from as a seed", default="", origin=_RANK
+    )
+    sscha_folder: str = column("folder of the run below `sscha/`", default="")
+    difference: float | None = column(
+        "gibbs minus that of the lowest phase of the composition", "eV/atom", origin=_DIFFERENCE
+    )
+    difference_sampling_error: float | None = column(
+        "its standard error by sampling, common random numbers taken into account",
+        "eV/atom",
+        equation="sqrt(e1^2 + e2^2 - 2 cov)",
+        origin=_DIFFERENCE,
+    )
+    difference_finite_size_error: float | None = column(
+        "its error by finite size: half the difference of the two terms, and the spreads",
+        "eV/atom",
+        origin=_DIFFERENCE,
+    )
+    difference_model_error: float | None = column(
+        "its error by the model, less what both phases share", "eV/atom", origin=_DIFFERENCE
+    )
+    p_lowest_sampling: float | None = column(
+        "probability to be the lowest, by sampling alone", origin=_DIFFERENCE
+    )
+    p_lowest_total: float | None = column(
+        "probability to be the lowest, with all three errors", origin=_DIFFERENCE
+    )
+    model_error: float | None = column(
+        "expected error of the static energy of the model", "eV/atom", origin=_RANK
+    )
+    parent: str = column(
+        "structure whose saddle point was followed to this one",
+        default="",
+        origin="ranking.stability.with_followers",
+    )
+    model_correction: float | None = column(
+        "G by DFT minus G by the model, from labels of the ensemble", "eV/atom", origin=_DIFFERENCE
+    )
+    model_correction_error: float | None = column(
+        "standard error of model_correction", "eV/atom", origin=_DIFFERENCE
+    )
+    n_pooled: int | None = column("runs of which gibbs is the weighted mean", origin=_POOLED)
+    duplicate_spread: float | None = column(
+        "largest distance of gibbs of runs of the phase in other supercells",
+        "eV/atom",
+        origin=_POOLED,
+    )
+    enthalpy_above_hull: float | None = column(
+        "enthalpy above the hull of all compositions", "eV/atom", origin=_HULL
+    )
+    gibbs_above_hull: float | None = column(
+        "gibbs above the hull of the computed ones", "eV/atom", origin=_HULL
+    )
+    gibbs_above_hull_error: float | None = column(
+        "standard error of gibbs_above_hull by sampling", "eV/atom", origin=_HULL
+    )
+    p_on_hull_sampling: float | None = column(
+        "probability to be on the hull, by sampling alone", origin=_HULL
+    )
+    p_on_hull_total: float | None = column(
+        "probability to be on the hull, with the errors of the model", origin=_HULL
+    )
+    atoms: Atoms | None = None
     members: tuple[int, ...] = ()
-    seed: str = ""
-    status: Status = "static"
-    reason: str = ""
-    gibbs: float | None = None
-    gibbs_error: float | None = None
-    gibbs_raw: float | None = None
-    finite_size: float | None = None
-    volume: float | None = None
-    spg_quantum: str = ""
-    symmetry_tolerance: float = 0.05
-    centroids: Atoms | None = None
-    model_error: float | None = None
-    ensemble_error: float | None = None
-    error_vector: tuple[float, ...] | None = None
-    n_evaluations: int = 0
-    n_supercell: int = 0
-    same_as: str = ""
-    folder: str = ""
-    record: str = ""
-    difference: float | None = None
-    difference_sampling: float | None = None
-    difference_finite_size: float | None = None
-    difference_model: float | None = None
-    model_correction: float | None = None
-    model_correction_error: float | None = None
-    p_lowest: float | None = None
-    p_lowest_total: float | None = None
-    parent: str = ""
+    run: Run | None = None
     pooled: tuple[tuple[str, float], ...] = ()
-    duplicate_spread: float | None = None
-    hessian_lowest: float | None = None
-    hessian_error: float | None = None
-    p_stable: float | None = None
-    enthalpy_above_hull: float | None = None
-    gibbs_above_hull: float | None = None
-    gibbs_above_hull_error: float | None = None
-    p_on_hull: float | None = None
-    p_on_hull_total: float | None = None
-    rank_static: int | None = None
-    rank_quantum: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.atoms is not None and not self.formula:
+            object.__setattr__(self, "formula", formula(self.atoms))
+            object.__setattr__(self, "natoms", len(self.atoms))
 
     @property
-    def ranked(self) -> bool:
-        """True with a free energy that counts, also when another candidate stands for the same
-        phase."""
-        return self.status in RANKED and self.gibbs is not None
+    def phase_ranked(self) -> bool:
+        """True with a free energy that counts and for which no other candidate stands."""
+        return self.ranked and not self.same_as
 
     @property
-    def formula(self) -> str:
-        """Chemical formula with the metals first, e.g. ``'H3S'``; deuterium is D."""
-        return formula(self.atoms)
+    def structure(self) -> Atoms:
+        """The static structure; ValueError for a candidate that was read from a table."""
+        if self.atoms is None:
+            raise ValueError(f"{self.id}: its structure is not known")
+        return self.atoms
+
+    @property
+    def spg_quantum(self) -> str:
+        """Space group of the centroids."""
+        return self.free_energy.space_group
+
+    @property
+    def run_id(self) -> str:
+        """Structure of the run that the free energy is of; empty where there is none."""
+        return "" if self.run is None else self.run.structure
+
+    @property
+    def centroids(self) -> Atoms | None:
+        """The structure once its ions move."""
+        return None if self.run is None else self.run.centroids
 
     @property
     def composition(self) -> str:
-        """The formula without common divisor: one name for all cells of a composition."""
-        return reduced_formula(self.formula)
+        """The formula without common divisor: one name for all cells of a composition; the formula
+        itself where it is none (of a table from elsewhere)."""
+        try:
+            return reduced_formula(self.formula)
+        except InputError:
+            return self.formula
 
 
 def by_composition(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
@@ -154,9 +198,7 @@ def _numbered_block(candidates: Sequence[Candidate]) -> list[Candidate]:
         (c for c in candidates if c.enthalpy is not None), key=lambda c: (c.enthalpy, c.id)
     )
     static = {c.id: index for index, c in enumerate(by_enthalpy, start=1)}
-    phases = sorted(
-        (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
-    )
+    phases = sorted((c for c in candidates if c.phase_ranked), key=lambda c: (c.gibbs, c.id))
     quantum = {c.id: index for index, c in enumerate(phases, start=1)}
     ranked = [
         replace(c, rank_static=static.get(c.id), rank_quantum=quantum.get(c.id)) for c in candidates

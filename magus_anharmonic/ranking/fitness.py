@@ -34,7 +34,8 @@ from magus_anharmonic.hull import (
     pool_fractions,
     reduced_formula,
 )
-from magus_anharmonic.ranking.candidate import RANKED, Candidate
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.sscha.record import OLD_STATES, RANKED
 from magus_anharmonic.structures import formula
 
 MIN_POINTS = 3
@@ -135,8 +136,8 @@ def with_heights(candidates: Sequence[Candidate], model_error: float | None) -> 
     """Fill in the distances above the hulls of H and of G, with errors and probabilities; nothing
     where all are of one composition.
 
-    ``p_on_hull`` is by sampling alone, ``p_on_hull_total`` with the expected error of each static
-    energy (else ``model_error``, eV/atom), taken as independent: between compositions little
+    ``p_on_hull_sampling`` is by sampling alone, ``p_on_hull_total`` with the expected error of each
+    static energy (else ``model_error``, eV/atom), taken as independent: between compositions little
     cancels. Both are None where a phase has no such number.
     """
     if len({c.composition for c in candidates}) < 2:
@@ -159,7 +160,7 @@ def _with_static_heights(candidates: Sequence[Candidate]) -> list[Candidate]:
 def _with_gibbs_heights(
     candidates: Sequence[Candidate], model_error: float | None
 ) -> list[Candidate]:
-    phases = [c for c in candidates if c.ranked and not c.same_as]
+    phases = [c for c in candidates if c.phase_ranked]
     if not phases:
         return list(candidates)
     fractions = pool_fractions([c.composition for c in (*phases, *candidates)])
@@ -180,7 +181,7 @@ def _with_gibbs_heights(
     filled = {
         c.id: {
             "gibbs_above_hull_error": float(found.error[k]),
-            "p_on_hull": float(found.p_on_hull[k]),
+            "p_on_hull_sampling": float(found.p_on_hull[k]),
             "p_on_hull_total": None if total is None else float(total[k]),
         }
         for k, c in enumerate(phases)
@@ -197,11 +198,7 @@ def _above(candidate: Candidate, hull: float) -> float | None:
     beyond the hull's ends."""
     if candidate.gibbs is None or candidate.status == "failed" or not np.isfinite(hull):
         return None
-    return (
-        max(0.0, candidate.gibbs - hull)
-        if candidate.ranked and not candidate.same_as
-        else candidate.gibbs - hull
-    )
+    return max(0.0, candidate.gibbs - hull) if candidate.phase_ranked else candidate.gibbs - hull
 
 
 LARGEST = 1e6
@@ -232,7 +229,8 @@ def computed_gibbs(info: Mapping[str, Any]) -> float | None:
 
 
 def _gibbs(info: Mapping[str, Any], states: Sequence[str]) -> float | None:
-    if _text(info.get("status")) not in states:
+    status = _text(info.get("status"))
+    if OLD_STATES.get(status, status) not in states:
         return None
     model = _text(info.get("model"))
     if not model or model != _text(info.get("gibbs_model")):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import pickle
 import tempfile
 import time
@@ -35,20 +34,21 @@ from magus_anharmonic.errors import (
 )
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.potential.remote import serialised
-from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
-from magus_anharmonic.ranking.store import Key, Record
+from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
+from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
 from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
 from magus_anharmonic.structures import space_group, stripped
 from magus_anharmonic.units import time_left
 
 
-def record_of(
+def run_of(
     job: Job,
     key: Key,
     outcome: Outcome,
@@ -58,114 +58,71 @@ def record_of(
     trust: EnsembleTrust | None = None,
     parent: str = "",
     cutoff: float | None = None,
-) -> Record | None:
+) -> Run | None:
     """What is stored of an outcome; None for a failure that may not happen again. ``cutoff`` : of
     the model, A, where it has one."""
+    made = {"structure": job.structure, "key": key, "start": job.atoms, "enthalpy": enthalpy}
     result = outcome.result
     if result is None:
         if not outcome.lasting:
             return None
-        spg = space_group(job.atoms, symprec)
-        failed = Record(
-            job.structure,
-            key,
-            job.atoms,
-            "failed",
-            outcome.reason,
-            enthalpy=enthalpy,
-            parent=parent,
-            spg_static=spg,
+        found = FreeEnergy() if outcome.partial is None else outcome.partial.numbers
+        failed = replace(
+            found,
+            status="failed",
+            reason=outcome.reason,
+            gibbs=None,
+            space_group_start=space_group(job.atoms, symprec),
+            space_group="",
         )
-        return (
-            failed
-            if outcome.partial is None
-            else replace(failed, **_partial_numbers(outcome.partial))
-        )
+        return Run(**made, free_energy=failed, parent=parent)
     notes = [
         "" if result.converged else result.reason or "did not converge",
         *_warnings(result, cutoff),
+        "" if trust is None else trust.warning,
     ]
-    notes.append("" if trust is None else trust.warning)
-    return Record(
-        structure=job.structure,
-        key=key,
-        start=job.atoms,
-        status="sscha" if result.converged else "unconverged",
+    numbers = replace(
+        result.numbers,
         reason="; ".join(filter(None, notes)),
-        enthalpy=enthalpy,
-        gibbs=float(result.gibbs),
-        gibbs_error=float(result.gibbs_error),
-        gibbs_raw=_float(result.gibbs_raw),
-        finite_size=_float(result.finite_size),
-        volume=_float(result.volume),
         ensemble_error=None if trust is None else trust.force_error,
         error_vector=None if trust is None else trust.error_vector,
-        n_evaluations=int(result.n_evaluations),
-        n_supercell=int(result.n_atoms_supercell),
-        spg_static=result.space_group_start,
-        spg_quantum=result.space_group,
-        symmetry_tolerance=float(result.symmetry_tolerance),
-        centroids=stripped(result.centroids),
-        parent=parent,
-        predicted_decrease=_float(result.predicted_decrease),
-        n_populations=int(result.n_populations),
     )
+    centroids = stripped(result.centroids)
+    return Run(**made, free_energy=numbers, centroids=centroids, parent=parent)
 
 
-def standing_of(record: Record, before: Record | None) -> Standing:
+def standing_of(run: Run, before: Run | None) -> Standing:
     """What the race knows of a run that has a G; ``before``: the same run one round earlier."""
-    assert record.gibbs is not None
-    fallen = (
-        None if before is None or before.gibbs is None else max(0.0, before.gibbs - record.gibbs)
-    )
-    if before is None and record.n_populations > 1:
-        fallen = record.predicted_decrease or 0.0
-    n_new = record.n_evaluations - (0 if before is None else before.n_evaluations)
-    converged = record.status in CONVERGED
+    now, was = run.free_energy, None if before is None else before.free_energy
+    assert now.gibbs is not None
+    fallen = None if was is None or was.gibbs is None else max(0.0, was.gibbs - now.gibbs)
+    if was is None and now.n_populations > 1:
+        fallen = now.predicted_decrease or 0.0
+    n_new = now.n_evaluations - (0 if was is None else was.n_evaluations)
     return Standing(
-        record.gibbs,
-        record.gibbs_error or 0.0,
-        record.predicted_decrease or 0.0,
+        now.gibbs,
+        now.gibbs_error or 0.0,
+        now.predicted_decrease or 0.0,
         fallen,
-        converged,
-        record.n_populations,
+        now.converged,
+        now.n_populations,
         n_new,
     )
 
 
-def stopped_record(record: Record, stop: Stop) -> Record:
-    """The record with the reason why the race went on without it.
+def stopped_run(run: Run, stop: Stop) -> Run:
+    """The run with the reason why the race went on without it.
 
     A converged one keeps its status: when the budget ended, its rank may still be open, but its G
     is that of the end of a relaxation, and its error bar says how well it is known.
     """
-    converged = record.status in CONVERGED
+    converged = run.free_energy.converged
     if not stop.reason or (converged and stop.eliminated):
-        return record
-    status = record.status if converged else "eliminated" if stop.eliminated else "unconverged"
+        return run
+    status = run.status if converged else "eliminated" if stop.eliminated else "unconverged"
     reason = f"{stop.reason} before its rank was known" if converged else stop.reason
-    reasons = "; ".join(filter(None, (reason, record.reason)))
-    return replace(record, status=status, reason=reasons, budget_spent=stop.budget_spent)
-
-
-def _partial_numbers(result: Any) -> dict[str, Any]:
-    """Fields of a failed run's record from its last population: no G, which would rank."""
-    numbers = {
-        "gibbs_raw": result.gibbs_raw,
-        "gibbs_error": result.gibbs_error,
-        "volume": result.volume,
-        "predicted_decrease": result.predicted_decrease,
-    }
-    known = {
-        name: float(value)
-        for name, value in numbers.items()
-        if value is not None and np.isfinite(value)
-    }
-    return {
-        **known,
-        "n_evaluations": int(result.n_evaluations),
-        "n_populations": int(result.n_populations),
-    }
+    reasons = "; ".join(filter(None, (reason, run.reason)))
+    return replace(run.updated(status=status, reason=reasons), budget_spent=stop.budget_spent)
 
 
 def _warnings(result: Any, cutoff: float | None) -> list[str]:
@@ -179,50 +136,30 @@ def _warnings(result: Any, cutoff: float | None) -> list[str]:
     ]
 
 
-def _float(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def with_result(candidate: Candidate, record: Record, final: Record) -> Candidate:
-    """``candidate`` with the result ``final``, to which its own run ``record`` led."""
-    if record.status == "failed":
-        return replace(
-            candidate,
-            status="failed",
-            reason=record.reason,
-            gibbs_error=record.gibbs_error,
-            gibbs_raw=record.gibbs_raw,
-            volume=record.volume,
-            n_evaluations=record.n_evaluations,
-            record=record.structure,
-            folder=record.folder,
-        )
-    reason = final.reason
-    if final is not record:
+def with_result(candidate: Candidate, own: Run, final: Run) -> Candidate:
+    """``candidate`` with the free energy of ``final``, to which its ``own`` run led."""
+    found = final.free_energy
+    if final is not own:
         note = f"G of its {len(final.phase)}-atom primitive cell, run again"
-        reason = f"{reason}; {note}" if reason else note
+        found = replace(
+            found,
+            reason="; ".join(filter(None, (found.reason, note))),
+            n_evaluations=own.free_energy.n_evaluations + found.n_evaluations,
+        )
     return replace(
         candidate,
-        status=final.status,
-        reason=reason,
-        gibbs=final.gibbs,
-        gibbs_error=final.gibbs_error,
-        gibbs_raw=final.gibbs_raw,
-        finite_size=final.finite_size,
-        volume=final.volume,
-        ensemble_error=final.ensemble_error,
-        error_vector=final.error_vector,
-        hessian_lowest=final.hessian_lowest,
-        hessian_error=final.hessian_error,
-        p_stable=final.p_stable,
-        spg_quantum=final.spg_quantum,
-        symmetry_tolerance=final.symmetry_tolerance,
-        centroids=final.centroids,
-        n_evaluations=record.n_evaluations + (final.n_evaluations if final is not record else 0),
-        n_supercell=final.n_supercell,
-        record=final.structure,
-        folder=final.folder,
+        free_energy=found,
+        run=final,
+        sscha_folder=final.folder,
+        n_pooled=1 if found.ranked else None,
     )
+
+
+def info_of(free_energy: FreeEnergy) -> dict[str, Any]:
+    """The keys of ``Atoms.info`` that a free energy fills; NaN where there is no number."""
+    found = {key: getattr(free_energy, name) for name, key in INFO_KEYS.items()}
+    found["gibbs_error"] = None if free_energy.gibbs is None else free_energy.gibbs_error
+    return {key: np.nan if value is None else value for key, value in found.items()}
 
 
 def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model: str) -> None:
@@ -230,29 +167,14 @@ def set_info(population: Sequence[Atoms], candidates: Sequence[Candidate], model
     the population."""
     several = len({candidate.composition for candidate in candidates}) > 1
     for candidate in candidates:
-        above = (
-            {
-                "gibbs_above_hull": (
-                    np.nan if candidate.gibbs_above_hull is None else candidate.gibbs_above_hull
-                )
-            }
-            if several
-            else {}
-        )
+        height = candidate.gibbs_above_hull
+        above = {"gibbs_above_hull": np.nan if height is None else height} if several else {}
         for index in candidate.members:
             population[index].info.update(
+                info_of(candidate.free_energy),
                 candidate_id=candidate.id,
                 model=model,
-                gibbs=np.nan if candidate.gibbs is None else candidate.gibbs,
-                gibbs_error=(
-                    np.nan
-                    if candidate.gibbs is None or candidate.gibbs_error is None
-                    else candidate.gibbs_error
-                ),
-                status=candidate.status,
                 gibbs_model=model,
-                reason=candidate.reason,
-                spg_quantum=candidate.spg_quantum,
                 **above,
             )
 
@@ -320,7 +242,7 @@ def run_job(job: Job, evaluator: Evaluator, free_energy: Callable[..., Any]) -> 
             log.warning("SSCHA of %s at %g K stopped", job.structure, temperature, exc_info=True)
             outcomes.append(Outcome(temperature, None, typed_line(error), lasting=False))
         else:
-            failed = result.status == "failed" or not math.isfinite(result.gibbs)
+            failed = result.status == "failed" or result.gibbs is None
             reason = (result.reason or "it has no free energy") if failed else ""
             outcomes.append(
                 Outcome(

@@ -37,7 +37,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import MagusAnharmonicError
-from magus_anharmonic.ranking.candidate import CONVERGED, RANKED, Candidate
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.matcher import (
     PHASE_TOLERANCE,
     Fingerprint,
@@ -45,7 +45,9 @@ from magus_anharmonic.ranking.matcher import (
     same_phase,
     table_difference,
 )
-from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.store import FreeEnergyStore
+from magus_anharmonic.sscha.record import CONVERGED, MINIMA
 from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import symmetric_primitive
@@ -173,7 +175,7 @@ def _marked(state: SschaState, site: int, scale: float) -> list[tuple[int, np.nd
     )
 
 
-def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[Record]:
+def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[Run]:
     """Converged runs at ``key`` that are, or led to, the runs ``names`` and ended in the phase of
     the first of them; that one first."""
     first, *others = dict.fromkeys(names)
@@ -182,7 +184,7 @@ def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[R
         return []
     found = [
         record
-        for record in store.records(key)
+        for record in store.runs(key)
         if _usable(record) and store.final(record).structure in (first, *others)
     ]
     own = _fingerprint(leader)
@@ -196,8 +198,8 @@ def duplicates(store: FreeEnergyStore, key: Key, names: Iterable[str]) -> list[R
     ]
 
 
-def _usable(record: Record) -> bool:
-    converged = record.status in CONVERGED and record.status in RANKED
+def _usable(record: Run) -> bool:
+    converged = record.status in MINIMA
     return (
         converged
         and record.centroids is not None
@@ -206,8 +208,8 @@ def _usable(record: Record) -> bool:
     )
 
 
-def _fingerprint(record: Record) -> Fingerprint:
-    return primitive_fingerprint(record.phase, record.symmetry_tolerance)
+def _fingerprint(record: Run) -> Fingerprint:
+    return primitive_fingerprint(record.phase, record.tolerance)
 
 
 def merge_duplicates(
@@ -225,24 +227,25 @@ def merge_duplicates(
     """
     members: dict[str, list[str]] = {}
     for candidate in candidates:
-        if candidate.record and candidate.ranked:
-            members.setdefault(candidate.same_as or candidate.id, []).append(candidate.record)
+        if candidate.run is not None and candidate.ranked:
+            name = candidate.run.structure
+            members.setdefault(candidate.same_as or candidate.id, []).append(name)
     merged = []
     for candidate in candidates:
-        if candidate.ranked and not candidate.same_as and candidate.status in CONVERGED:
-            runs = duplicates(store, key, [candidate.record, *members[candidate.id]])
+        if candidate.phase_ranked and candidate.status in CONVERGED and candidate.run is not None:
+            runs = duplicates(store, key, [candidate.run.structure, *members[candidate.id]])
             candidate = _merged(candidate, runs, root, covariance) if len(runs) > 1 else candidate
         merged.append(candidate)
     return merged
 
 
 def _merged(
-    candidate: Candidate, runs: Sequence[Record], root: Path, covariance: Covariance
+    candidate: Candidate, runs: Sequence[Run], root: Path, covariance: Covariance
 ) -> Candidate:
     """``runs``: that of the candidate first."""
     gibbs, left = (
         np.array([run.gibbs for run in runs]),
-        np.array([run.predicted_decrease or 0.0 for run in runs]),
+        np.array([run.free_energy.predicted_decrease or 0.0 for run in runs]),
     )
     matrix = np.diag([(run.gibbs_error or 0.0) ** 2 for run in runs])
     for i in range(len(runs)):
@@ -269,15 +272,15 @@ def _merged(
         return candidate
     note = f"G pooled from {len(shares)} runs with the same supercell"
     log.info("%s: %s", candidate.id, note)
-    return replace(
-        candidate,
+    candidate = candidate.updated(
         gibbs=found.value,
         gibbs_error=found.error,
-        gibbs_raw=_mean([(run.gibbs_raw, weight) for run, weight in shares]),
-        finite_size=_mean([(run.finite_size, weight) for run, weight in shares]),
+        gibbs_raw=_mean([(run.free_energy.gibbs_raw, weight) for run, weight in shares]),
+        finite_size=_mean([(run.free_energy.finite_size, weight) for run, weight in shares]),
         reason=f"{candidate.reason}; {note}" if candidate.reason else note,
-        pooled=tuple((run.folder, weight) for run, weight in shares),
     )
+    pooled = tuple((run.folder, weight) for run, weight in shares)
+    return replace(candidate, pooled=pooled, n_pooled=len(pooled))
 
 
 def _mean(values: Sequence[tuple[float | None, float]]) -> float | None:
@@ -299,7 +302,7 @@ def _alike(one: SschaState | None, other: SschaState | None) -> bool:
 
 def common_error(one: Candidate, other: Candidate, covariance: Covariance) -> float:
     """Covariance of two candidates' G, eV^2/atom^2, each perhaps pooled from several runs."""
-    shares = [candidate.pooled or ((candidate.folder, 1.0),) for candidate in (one, other)]
+    shares = [candidate.pooled or ((candidate.sscha_folder, 1.0),) for candidate in (one, other)]
     return sum(
         a * b * covariance(mine, its)
         for mine, a in shares[0]
@@ -314,14 +317,14 @@ GIBBS_TOLERANCE = 5e-3
 """eV/atom; two runs of one phase may differ by their finite sizes."""
 
 
-def reduced_centroids(record: Record) -> Atoms | None:
+def reduced_centroids(record: Run) -> Atoms | None:
     """The primitive cell of a result whose symmetry made it smaller than the cell that was run,
     else None."""
-    smaller = symmetric_primitive(record.phase, record.symmetry_tolerance)
+    smaller = symmetric_primitive(record.phase, record.tolerance)
     return smaller if len(smaller) < len(record.phase) else None
 
 
-def same_records(a: Atoms, b: Atoms) -> bool:
+def same_primitive(a: Atoms, b: Atoms) -> bool:
     """True when two symmetrised primitive cells are one phase."""
     return same_phase(Fingerprint(a), Fingerprint(b))
 
@@ -347,7 +350,7 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
     of lowest G.
     """
     prints = {
-        c.id: primitive_fingerprint(c.centroids, c.symmetry_tolerance)
+        c.id: primitive_fingerprint(c.centroids, c.tolerance)
         for c in candidates
         if c.ranked and c.centroids is not None
     }
@@ -376,20 +379,20 @@ def label_phases(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _standing(candidate: Candidate, n_primitive: int) -> tuple[bool, bool, bool, int, float, str]:
-    undecided = UNDECIDED in candidate.spg_quantum
+    undecided = UNDECIDED in candidate.free_energy.space_group
     larger = len(candidate.centroids or ()) > n_primitive
     return (
         candidate.status not in CONVERGED,
         undecided,
         larger,
-        -candidate.n_supercell,
+        -(candidate.free_energy.n_atoms_supercell or 0),
         candidate.gibbs or 0.0,
         candidate.id,
     )
 
 
 def _one_phase(a: Candidate, print_a: Fingerprint, b: Candidate, print_b: Fingerprint) -> bool:
-    if a.record == b.record:
+    if a.sscha_folder == b.sscha_folder:
         return True
     noise = 3.0 * math.hypot(a.gibbs_error or 0.0, b.gibbs_error or 0.0)
     if a.gibbs is None or b.gibbs is None or abs(a.gibbs - b.gibbs) > max(GIBBS_TOLERANCE, noise):

@@ -52,9 +52,7 @@ def with_probabilities(
     total), an upper estimate. A phase without a measurement is taken to be shifted as the measured
     ones are on average.
     """
-    phases = sorted(
-        (c for c in candidates if c.ranked and not c.same_as), key=lambda c: (c.gibbs, c.id)
-    )
+    phases = sorted((c for c in candidates if c.phase_ranked), key=lambda c: (c.gibbs, c.id))
     terms = dict(zip((c.id for c in phases), model_terms(phases, measured or {}), strict=True))
     filled: dict[str, Candidate] = {}
     for block in by_composition(phases):
@@ -84,16 +82,18 @@ def _with_probabilities(
         c.id: replace(
             c,
             difference=_number(c.gibbs) - _number(best.gibbs),
-            difference_sampling=0.0
+            difference_sampling_error=0.0
             if c is best
             else difference_error(
                 _number(c.gibbs_error), _number(best.gibbs_error), common(c, best)
             ),
-            difference_finite_size=finite[index],
-            difference_model=_with_shift(errors.of_difference(index, 0), shift[index] - shift[0]),
+            difference_finite_size_error=finite[index],
+            difference_model_error=_with_shift(
+                errors.of_difference(index, 0), shift[index] - shift[0]
+            ),
             model_correction=None if term is None else term.correction,
             model_correction_error=None if term is None else term.error,
-            p_lowest=float(probability[index]),
+            p_lowest_sampling=float(probability[index]),
             p_lowest_total=None if total is None else float(total[index]),
         )
         for index, (c, term) in enumerate(zip(phases, terms, strict=True))
@@ -105,13 +105,18 @@ def model_terms(
 ) -> list[ModelTerm | None]:
     """The measured term of each phase: by its id, by that of its run, or by a space-group symbol
     that no other phase has."""
-    symbols = [symbol_of(c.spg_quantum) for c in phases]
+    symbols = [symbol_of(c.free_energy.space_group) for c in phases]
     found: list[ModelTerm | None] = []
     for c, symbol in zip(phases, symbols, strict=True):
         alone = symbol if symbols.count(symbol) == 1 else ""
         found.append(
             next(
-                (measured[key] for key in (c.id, c.record, alone) if key and key in measured), None
+                (
+                    measured[key]
+                    for key in (c.id, c.run.structure if c.run else "", alone)
+                    if key and key in measured
+                ),
+                None,
             )
         )
     return found
@@ -141,7 +146,9 @@ def _with_shift(error: float | None, shift: float) -> float | None:
 
 
 def _finite_size_error(one: Candidate, other: Candidate) -> float:
-    by_interpolation = FINITE_SIZE_PART * abs(_number(one.finite_size) - _number(other.finite_size))
+    by_interpolation = FINITE_SIZE_PART * abs(
+        _number(one.free_energy.finite_size) - _number(other.free_energy.finite_size)
+    )
     return math.hypot(
         by_interpolation, _number(one.duplicate_spread), _number(other.duplicate_spread)
     )

@@ -13,33 +13,20 @@ Successive elimination with SSCHA runs: who gets the next population, until the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Rules, Standing, race
-from magus_anharmonic.ranking.fitness import composition
-from magus_anharmonic.ranking.jobs import (
-    Job,
-    Outcome,
-    Workers,
-    record_of,
-    run_jobs,
-    standing_of,
-    stopped_record,
-)
-from magus_anharmonic.ranking.phases import reduced_centroids, same_records
-from magus_anharmonic.ranking.store import Record
+from magus_anharmonic.ranking.jobs import Job, Outcome, run_of, standing_of, stopped_run
+from magus_anharmonic.ranking.phases import reduced_centroids, same_primitive
+from magus_anharmonic.ranking.run import Run
+from magus_anharmonic.ranking.runs import Runs
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import structure_id
-
-if TYPE_CHECKING:
-    from magus_anharmonic.ranking.rank import Ranking
-
 
 RMSE_FACTOR = 3.0
 
@@ -104,66 +91,63 @@ log = logging.getLogger(__name__)
 class Reduction:
     """A run whose result has a smaller primitive cell, and the run that is to take over."""
 
-    record: Record
+    run: Run
     atoms: Atoms
     structure: str
 
 
-def reductions(records: Sequence[Record]) -> list[Reduction]:
+def reductions(runs: Sequence[Run]) -> list[Reduction]:
     """Those of the results that have a smaller primitive cell and were not run again."""
     found = []
-    for record in {r.folder: r for r in records}.values():
-        if record.gibbs is None or record.reduced or record.status == "eliminated":
+    for run in {r.folder: r for r in runs}.values():
+        if run.gibbs is None or run.reduced or run.status == "eliminated":
             continue
-        smaller = reduced_centroids(record)
+        smaller = reduced_centroids(run)
         if smaller is not None:
-            found.append(Reduction(record, smaller, structure_id(smaller)))
+            found.append(Reduction(run, smaller, structure_id(smaller)))
     return found
 
 
-def run_reduced(
-    ranking: Ranking, records: Sequence[Record], free_energy: Callable[..., Any], workers: Workers
-) -> None:
-    """Run the reductions of ``records`` again, once per phase, and let them take over."""
+def run_reduced(runs: Runs) -> None:
+    """Run what gained symmetry again from its primitive cell, once per phase, to take over."""
+    store = runs.store
     jobs: dict[str, Job] = {}
     waiting: list[tuple[Reduction, str]] = []
-    for reduction in reductions(records):
-        key = reduction.record.key
-        known = ranking.store.get(reduction.structure, key) or ranking.store.find_phase(
-            reduction.atoms, key
-        )
+    for reduction in reductions(runs.of_all()):
+        run, key = reduction.run, reduction.run.key
+        known = store.get(reduction.structure, key) or store.find_phase(reduction.atoms, key)
         if known is not None:
-            ranking.put(replace(reduction.record, reduced=known.structure))
+            store.put(replace(run, reduced=known.structure))
             continue
         like = next(
             (
-                s
-                for other, s in waiting
-                if other.record.key == key and same_records(other.atoms, reduction.atoms)
+                name
+                for other, name in waiting
+                if other.run.key == key and same_primitive(other.atoms, reduction.atoms)
             ),
             None,
         )
         if like is None:
             like = reduction.structure
-            job = ranking.job(reduction.atoms, [key])
+            job = runs.job(reduction.atoms, [key])
             jobs[str(job.folders[0])] = job
         waiting.append((reduction, like))
     if not jobs:
         return
     log.info("%d results gained symmetry; run again from their primitive cells", len(jobs))
-    parents = {(like, r.record.key): r.record.structure for r, like in reversed(waiting)}
+    parents = {(like, r.run.key): r.run.structure for r, like in reversed(waiting)}
 
     def done(job: Job, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
-            key = ranking.key_at(outcome.temperature)
-            record = ranking.recorded(job, key, outcome, None, parent=parents[job.structure, key])
-            if record is not None:
-                ranking.put(record)
+            key = runs.key_at(outcome.temperature)
+            run = runs.made(job, key, outcome, None, parent=parents[job.structure, key])
+            if run is not None:
+                store.put(run)
 
-    run_jobs(list(jobs.values()), ranking.evaluator, free_energy, done, workers)
+    runs.execute(list(jobs.values()), done)
     for reduction, like in waiting:
-        if ranking.store.get(like, reduction.record.key) is not None:
-            ranking.put(replace(reduction.record, reduced=like))
+        if store.get(like, reduction.run.key) is not None:
+            store.put(replace(reduction.run, reduced=like))
 
 
 START = 100
@@ -171,102 +155,79 @@ START = 100
 dealt out."""
 
 
-def run_race(
-    ranking: Ranking,
-    todo: Sequence[int],
-    out: Sequence[int],
-    chosen: Sequence[int],
-    free_energy: Callable[..., Any],
-    workers: Workers,
-) -> None:
-    """Successive elimination at the first temperature: ``todo`` has no result there, ``out`` was
-    eliminated before."""
-    key = ranking.keys[0]
-    groups = {structure_id(ranking.leader(g)): g for g in (*todo, *out)}
-    sscha = ranking.sscha
+def race_rules(runs: Runs) -> Rules:
+    """Those of the settings of a ranking."""
+    sscha = runs.sscha
 
     def cost(standing: Standing | None) -> int:
         if standing is None:
             return sscha.ranking_start + START
-        return (
-            sscha.n_configs
-            if standing.converged
-            else sscha.configurations(standing.n_populations + 1, sscha.ranking_start)
-        )
+        if standing.converged:
+            return sscha.n_configs
+        return sscha.configurations(standing.n_populations + 1, sscha.ranking_start)
 
-    rules = Rules(
+    return Rules(
         sscha.confidence,
         sscha.keep_best,
         sscha.max_populations,
-        ranking.error_tolerance(),
+        runs.error_tolerance(),
         sscha.budget,
         cost,
     )
-    latest: dict[str, tuple[Job, Outcome, Record]] = {}
 
-    def enthalpy_of(name: str) -> float:
-        return ranking.enthalpies[ranking.groups[groups[name]][0]]
+
+def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
+    """Successive elimination of the candidates at the first temperature; those that have a result
+    there take part with it."""
+    key, rules = runs.keys[0], race_rules(runs)
+    whose = {candidate.id: candidate for candidate in candidates}
+    before = {name: run for name, c in whose.items() if (run := runs.of(c, key)) is not None}
+    latest: dict[str, tuple[Job, Outcome, Run]] = {}
 
     def advance(wanted: dict[str, int]) -> dict[str, Standing]:
         found: dict[str, Standing] = {}
 
         def done(job: Job, outcomes: list[Outcome]) -> None:
             (outcome,) = outcomes
-            record = record_of(job, key, outcome, enthalpy_of(job.structure), ranking.sscha.symprec)
-            if record is None or record.gibbs is None:
-                ranking.keep(groups[job.structure], key, record, outcome)
-            else:
-                before = latest[job.structure][2] if job.structure in latest else None
-                assert outcome.result is not None
-                standing = standing_of(record, before)
-                # a run whose phase is open has not come to its end, though its G has
-                found[job.structure] = replace(
-                    standing, converged=standing.converged and not outcome.result.reason
-                )
-                latest[job.structure] = job, outcome, record
+            candidate = whose[job.structure]
+            run = run_of(job, key, outcome, candidate.enthalpy, runs.sscha.symprec)
+            if run is None or run.gibbs is None:
+                runs.keep(candidate, key, run, outcome)
+                return
+            earlier = latest[job.structure][2] if job.structure in latest else None
+            standing = standing_of(run, earlier)
+            # a run whose phase is open has not come to its end, though its G has
+            settled = standing.converged and not outcome.result.reason
+            found[job.structure] = replace(standing, converged=settled)
+            latest[job.structure] = job, outcome, run
 
         jobs = [
-            ranking.job(ranking.leader(groups[name]), [key], max_populations=count)
+            runs.job(whose[name].structure, [key], max_populations=count)
             for name, count in wanted.items()
         ]
-        run_jobs(jobs, ranking.evaluator, free_energy, done, workers)
+        runs.execute(jobs, done)
         return found
 
-    known = {
-        str(g): standing_of(record, None)
-        for g in chosen
-        if g not in (*todo, *out)
-        and (record := ranking.records[g, key]).gibbs is not None
-        and record.status in RANKED
-    }
-    eliminated_before = {
-        structure_id(ranking.leader(g)): standing_of(ranking.records[g, key], None) for g in out
-    }
-    again = [g for g in todo if (g, key) not in ranking.records]
-    names = [structure_id(ranking.leader(g)) for g in again]
-
-    def folder_of(name: str) -> str:
-        if name in latest:
-            return latest[name][2].folder
-        return ranking.records[groups[name] if name in groups else int(name), key].folder
-
     def common(one: str, other: str) -> float:
-        return ranking.common_numbers.covariance(folder_of(one), folder_of(other))
+        folders = [
+            (latest[name][2] if name in latest else before[name]).folder for name in (one, other)
+        ]
+        return runs.common_numbers.covariance(*folders)
 
-    def composition_of(name: str) -> str:
-        return composition(ranking.leader(groups[name] if name in groups else int(name)))
-
-    stops = race(names, advance, rules, known, eliminated_before, common, composition_of)
+    names = [name for name in whose if name not in before]
+    counted = {name: standing_of(run, None) for name, run in before.items() if run.ranked}
+    known = {name: one for name, one in counted.items() if before[name].status != "eliminated"}
+    eliminated = {name: one for name, one in counted.items() if name not in known}
+    stops = race(
+        names, advance, rules, known, eliminated, common, lambda name: whose[name].composition
+    )
     for name, stop in stops.items():
-        job, outcome, record = latest[name]
+        job, outcome, run = latest[name]
         # Only now: what the model says about an ensemble is asked once, of the last one.
-        final = ranking.recorded(job, key, outcome, enthalpy_of(name)) or record
-        ranking.keep(groups[name], key, stopped_record(final, stop))
+        final = runs.made(job, key, outcome, whose[name].enthalpy) or run
+        runs.keep(whose[name], key, stopped_run(final, stop), outcome)
     waiting = sum(
-        name not in stops
-        and (groups[name], key) not in ranking.records
-        and (groups[name], key) not in ranking.failures
-        for name in names
+        runs.of(whose[name], key) is None and (name, key) not in runs.failures for name in names
     )
     if waiting:
         log.warning(
@@ -275,12 +236,10 @@ def run_race(
             rules.budget,
             waiting,
         )
-    spent = sum(record.n_evaluations for _, _, record in latest.values())
-    early = sum(stop.eliminated for stop in stops.values())
     if stops:
         log.info(
             "SSCHA: %d candidates, %d of them stopped early; %d force evaluations",
             len(stops),
-            early,
-            spent,
+            sum(stop.eliminated for stop in stops.values()),
+            sum(run.free_energy.n_evaluations for _, _, run in latest.values()),
         )

@@ -3,7 +3,7 @@ below them.
 
 A converged result whose Hessian has a mode negative beyond two standard errors is a saddle point.
 It leaves the ranking, and a run in the subgroup that the mode leads to takes its place (its
-`Record.followed`). Only the ensembles that a run left are used.
+`Run.followed`). Only the ensembles that a run left are used.
 
 A Hessian sees no well beyond a barrier. Where the static energy falls along a mode and the motion
 of the ions alone holds the symmetry, one run from down the deepest such mode is made before the
@@ -17,24 +17,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import MagusAnharmonicError, SschaError, is_machine_error, one_line
-from magus_anharmonic.ranking.candidate import CONVERGED, Candidate
+from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import MIN_POPULATIONS, Rules, Stop
 from magus_anharmonic.ranking.jobs import (
     Job,
     Outcome,
-    Workers,
-    record_of,
-    run_jobs,
+    run_of,
     standing_of,
-    stopped_record,
+    stopped_run,
     with_result,
 )
 from magus_anharmonic.ranking.matcher import same_phase
 from magus_anharmonic.ranking.phases import primitive_fingerprint
-from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+from magus_anharmonic.ranking.run import Key, Run
+from magus_anharmonic.ranking.runs import Runs
+from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.sscha.hessian import SIGMAS, Hessian, free_energy_hessian, harmonic_hessian
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.start import in_double_precision
@@ -42,9 +41,6 @@ from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import down_the_mode
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import EV_IN_CM1
-
-if TYPE_CHECKING:
-    from magus_anharmonic.ranking.rank import Ranking
 
 log = logging.getLogger(__name__)
 
@@ -55,62 +51,45 @@ NO_RUN = "following it failed"
 NOT_LOOKED = "not looked for a well down its deepest harmonic mode"
 
 
-def check_stability(
-    ranking: Ranking, key: Key, free_energy: Callable[..., Any], workers: Workers
-) -> None:
+def check_stability(runs: Runs, key: Key, table: Callable[[], Sequence[Candidate]]) -> None:
     """Check the lowest ``sscha.hessian`` phases of each composition at ``key``, follow saddle
-    points, until no new one is found."""
-    n_phases, seen = ranking.sscha.hessian, set[str]()
-    _follow(ranking, unfollowed(ranking.store, ranking.results(key)), free_energy, workers)
+    points, until no new one is found. ``table`` : the candidates as they are known now, ranked."""
+    seen = set[str]()
+    _follow(runs, unfollowed(runs.store, runs.results(key)))
     while True:
-        phases = [
-            candidate
-            for candidate in ranking.table(key)
-            if 0 < (candidate.rank_quantum or 0) <= n_phases
-        ]
-        records = [ranking.store.get(candidate.record, key) for candidate in phases]
-        new = [record for record in records if record is not None and record.structure not in seen]
+        phases = [c for c in table() if 0 < (c.rank_quantum or 0) <= runs.sscha.hessian]
+        new = [c.run for c in phases if c.run is not None and c.run.structure not in seen]
         if not new:
             return
-        seen |= {record.structure for record in new}
-        checked = [
-            checked_record(record, ranking.run_dir / "sscha" / record.folder) for record in new
-        ]
-        for record, before in zip(checked, new, strict=True):
-            if record is not before:
-                ranking.put(
-                    looked_down(ranking, record, free_energy, workers)
-                    if record.status == "stable"
-                    else record
-                )
-        _follow(
-            ranking,
-            [record for record in checked if record.status == "saddle" and not record.followed],
-            free_energy,
-            workers,
-        )
+        seen |= {run.structure for run in new}
+        checked = [checked_run(run, runs.root / run.folder) for run in new]
+        for run, before in zip(checked, new, strict=True):
+            if run is not before:
+                runs.store.put(looked_down(runs, run) if run.status == "stable" else run)
+        _follow(runs, [run for run in checked if run.status == "saddle" and not run.followed])
 
 
-def checked_record(record: Record, folder: Path) -> Record:
-    """The record with the verdict of its Hessian; itself when it has one, has not converged, or
-    kept no ensemble."""
-    if record.p_stable is not None or record.status != "sscha":
-        return record
+def checked_run(run: Run, folder: Path) -> Run:
+    """The run with the verdict of its Hessian; itself when it has one, has not converged, or kept
+    no ensemble."""
+    if run.free_energy.p_stable is not None or run.status != "converged":
+        return run
     try:
         hessian = hessian_of_folder(folder)
     except MagusAnharmonicError as error:
         if is_machine_error(error):
             raise
-        log.warning("%s: no Hessian: %s", record.structure, error)
-        return record
+        log.warning("%s: no Hessian: %s", run.structure, error)
+        return run
     if hessian is None:
         log.info(
             "%s: not checked for being a saddle point: its run keeps no ensemble of its last state",
-            record.structure,
+            run.structure,
         )
-        return record
-    changed = with_verdict(record, hessian)
-    log.info("%s (%s): %s", record.structure, record.spg_quantum, changed.reason or changed.status)
+        return run
+    changed = with_verdict(run, hessian)
+    group = run.free_energy.space_group
+    log.info("%s (%s): %s", run.structure, group, changed.reason or changed.status)
     return changed
 
 
@@ -131,7 +110,7 @@ def hessian_of_folder(folder: Path) -> Hessian | None:
     return free_energy_hessian(state, ensemble, Symmetry(state.atoms, state.supercell_matrix))
 
 
-def with_verdict(record: Record, hessian: Hessian) -> Record:
+def with_verdict(record: Run, hessian: Hessian) -> Run:
     """The record with status, numbers and reason of a Hessian; undecided leaves the status."""
     q, mode = hessian.lowest
     lowest = float(hessian.hbar_omega[q, mode] * EV_IN_CM1)
@@ -153,9 +132,8 @@ def with_verdict(record: Record, hessian: Hessian) -> Record:
             " configurations)"
         ),
     }
-    return replace(
-        record,
-        status=record.status if hessian.status == "undecided" else hessian.status,  # type: ignore[arg-type]
+    return record.updated(
+        status=record.status if hessian.status == "undecided" else hessian.status,
         reason=_joined(record.reason, words[hessian.status]),
         hessian_lowest=lowest,
         hessian_error=error,
@@ -163,52 +141,47 @@ def with_verdict(record: Record, hessian: Hessian) -> Record:
     )
 
 
-def looked_down(
-    ranking: Ranking, record: Record, free_energy: Callable[..., Any], workers: Workers
-) -> Record:
+def looked_down(runs: Runs, record: Run) -> Run:
     """A stable record with what the run from down its deepest imaginary harmonic mode came to
-    (`Record.followed`).
+    (`Run.followed`).
 
     Itself where no harmonic mode is imaginary, or where the relaxation changed the space group. The
     run is made population by population and stopped when it can no longer end below.
     """
-    if record.spg_quantum != record.spg_static:
+    if record.free_energy.space_group != record.free_energy.space_group_start:
         return record
     try:
-        state = SschaResult.read(ranking.run_dir / "sscha" / record.folder).state
-        harmonic = harmonic_hessian(state, in_double_precision(ranking.evaluator))
+        state = SschaResult.read(runs.root / record.folder).state
+        harmonic = harmonic_hessian(state, in_double_precision(runs.evaluator))
         if harmonic.status != "saddle":
             return record
-        job = ranking.job(
-            stripped(down_the_mode(harmonic, ranking.evaluator, ranking.sscha.symprec)),
-            [record.key],
+        job = runs.job(
+            stripped(down_the_mode(harmonic, runs.evaluator, runs.sscha.symprec)), [record.key]
         )
     except MagusAnharmonicError as error:
         if is_machine_error(error):
             raise
-        return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {one_line(error)}"))
+        return _noted(record, f"{NOT_LOOKED}: {one_line(error)}")
     log.info(
         "%s: stable by the motion of the ions alone; looking down its deepest harmonic mode",
         record.structure,
     )
-    follower = ranking.store.get(job.structure, record.key)
+    follower = runs.store.get(job.structure, record.key)
     if follower is None:
-        follower, why = _raced(ranking, job, record, free_energy, workers)
+        follower, why = _raced(runs, job, record)
         if follower is None:
-            return replace(record, reason=_joined(record.reason, f"{NOT_LOOKED}: {why}"))
-        ranking.put(follower)
+            return _noted(record, f"{NOT_LOOKED}: {why}")
+        runs.store.put(follower)
     words = (
         f"harmonic modes are imaginary; down the deepest, {outcome_of_following(record, follower)}"
     )
-    return replace(record, followed=job.structure, reason=_joined(record.reason, words))
+    return replace(_noted(record, words), followed=job.structure)
 
 
-def _raced(
-    ranking: Ranking, job: Job, above: Record, free_energy: Callable[..., Any], workers: Workers
-) -> tuple[Record | None, str]:
+def _raced(runs: Runs, job: Job, above: Run) -> tuple[Run | None, str]:
     """The run of ``job`` until it has converged or is seen to end above ``above``; None and the
     reason when it may work another time."""
-    sscha = ranking.sscha
+    sscha = runs.sscha
     z = Rules(sscha.confidence, 1, sscha.max_populations).z(2)
     limit = (above.gibbs or 0.0) + z * (above.gibbs_error or 0.0)
     few = sscha.model_copy(update={"allocation": "elimination"}).ranking_start
@@ -216,17 +189,11 @@ def _raced(
     for count in range(1, sscha.max_populations + 1):
         outcomes: list[Outcome] = []
         options = {**job.options, "n_configs_start": few, "max_populations": count}
-        run_jobs(
-            [replace(job, options=options)],
-            ranking.evaluator,
-            free_energy,
-            lambda _, found, own=outcomes: own.extend(found),
-            workers,
+        runs.execute(
+            [replace(job, options=options)], lambda _, found, own=outcomes: own.extend(found)
         )
-        before, record = (
-            record,
-            record_of(job, above.key, outcomes[0], None, sscha.symprec, parent=above.structure),
-        )
+        before = record
+        record = run_of(job, above.key, outcomes[0], None, sscha.symprec, parent=above.structure)
         if record is None or record.gibbs is None:
             break
         if count >= MIN_POPULATIONS and standing_of(record, before).lower(z) > limit:
@@ -235,119 +202,102 @@ def _raced(
                 eliminated=True,
             )
             break
-        if record.status in CONVERGED or record.n_populations < count:
+        if record.free_energy.converged or record.free_energy.n_populations < count:
             break
-    final = ranking.recorded(job, above.key, outcomes[0], None, parent=above.structure)
-    return (None, outcomes[0].reason) if final is None else (stopped_record(final, stop), "")
+    final = runs.made(job, above.key, outcomes[0], None, parent=above.structure)
+    return (None, outcomes[0].reason) if final is None else (stopped_run(final, stop), "")
 
 
 def _joined(*reasons: str) -> str:
     return "; ".join(filter(None, reasons))
 
 
-def _follow(
-    ranking: Ranking, saddles: Sequence[Record], free_energy: Callable[..., Any], workers: Workers
-) -> None:
+def _noted(run: Run, note: str, own: str | None = None) -> Run:
+    """The run with a note after its reason (or what of that is its ``own``)."""
+    return run.updated(reason=_joined(run.reason if own is None else own, note))
+
+
+def _follow(runs: Runs, saddles: Sequence[Run]) -> None:
     """Run each saddle's subgroup once, and write on the saddle what became of it."""
     jobs: dict[str, Job] = {}
-    waiting: list[tuple[Record, str]] = []
-    for record in saddles:
-        duplicate = _same_saddle(ranking.store, record) or next(
-            (s for r, s in waiting if _one_phase(r, record)), None
+    waiting: list[tuple[Run, str]] = []
+    for saddle in saddles:
+        name = _same_saddle(runs.store, saddle) or next(
+            (name for other, name in waiting if _one_phase(other, saddle)), None
         )
-        if duplicate is None and depth_of(ranking.store, record) >= DEPTH:
-            ranking.put(
-                replace(
-                    record,
-                    reason=_joined(
-                        record.reason, f"not followed: itself the {_ordinal(DEPTH)} step down"
-                    ),
-                )
-            )
-            continue
-        if duplicate is None:
+        if name is None:
+            if depth_of(runs.store, saddle) >= DEPTH:
+                note = f"not followed: itself the {_ordinal(DEPTH)} step down"
+                runs.store.put(_noted(saddle, note))
+                continue
             try:
-                job = follow_job(ranking, record)
+                job = follow_job(runs, saddle)
             except MagusAnharmonicError as error:
                 if is_machine_error(error):
                     raise
-                ranking.put(
-                    replace(
-                        record, reason=_joined(_own_reason(record), f"{NO_RUN}: {one_line(error)}")
-                    )
-                )
+                note = f"{NO_RUN}: {one_line(error)}"
+                runs.store.put(_noted(saddle, note, _own_reason(saddle)))
                 continue
-            duplicate = job.structure
-            jobs[duplicate] = job
-        waiting.append((record, duplicate))
-    parents = {name: record.structure for record, name in reversed(waiting)}
+            name = job.structure
+            jobs[name] = job
+        waiting.append((saddle, name))
+    failures = _run_followers(runs, jobs, waiting)
+    for saddle, name in waiting:
+        follower = runs.store.get(name, saddle.key)
+        if follower is None:
+            # A defect of the machine, not of the structure: followed anew by the next ranking.
+            note = f"{NO_RUN}: {failures.get(name, 'no result')}"
+            runs.store.put(_noted(saddle, note, _own_reason(saddle)))
+            continue
+        told = _noted(saddle, outcome_of_following(saddle, follower), _own_reason(saddle))
+        runs.store.put(replace(told, followed=name))
+        back = follower.gibbs is not None and fell_back(saddle, follower)
+        if back and follower.status != "saddle":
+            told = _noted(follower, "came back to the saddle point above it")
+            runs.store.put(told.updated(status="saddle"))
+
+
+def _run_followers(
+    runs: Runs, jobs: dict[str, Job], waiting: Sequence[tuple[Run, str]]
+) -> dict[str, str]:
+    """Run what is not known yet; reasons of those that may work another time."""
+    parents = {name: saddle.structure for saddle, name in reversed(waiting)}
     failures: dict[str, str] = {}
 
     def done(job: Job, outcomes: list[Outcome]) -> None:
         (outcome,) = outcomes
-        found = ranking.recorded(
-            job, ranking.key_at(outcome.temperature), outcome, None, parent=parents[job.structure]
-        )
+        key = runs.key_at(outcome.temperature)
+        found = runs.made(job, key, outcome, None, parent=parents[job.structure])
         if found is None:
             failures[job.structure] = outcome.reason
         else:
-            ranking.put(found)
+            runs.store.put(found)
 
-    todo = [job for name, job in jobs.items() if ranking.store.get(name, saddles[0].key) is None]
+    todo = [job for name, job in jobs.items() if runs.store.get(name, waiting[0][0].key) is None]
     if todo:
         log.info("%d of the lowest phases are saddle points; following them down", len(todo))
-        run_jobs(todo, ranking.evaluator, free_energy, done, workers)
-    for record, name in waiting:
-        follower = ranking.store.get(name, record.key)
-        if follower is None:
-            # A defect of the machine, not of the structure: followed anew by the next ranking.
-            ranking.put(
-                replace(
-                    record,
-                    reason=_joined(
-                        _own_reason(record), f"{NO_RUN}: {failures.get(name, 'no result')}"
-                    ),
-                )
-            )
-        else:
-            ranking.put(
-                replace(
-                    record,
-                    followed=name,
-                    reason=_joined(_own_reason(record), outcome_of_following(record, follower)),
-                )
-            )
-            if (
-                follower.gibbs is not None
-                and follower.status != "saddle"
-                and fell_back(record, follower)
-            ):
-                ranking.put(
-                    replace(
-                        follower,
-                        status="saddle",
-                        reason=_joined(follower.reason, "came back to the saddle point above it"),
-                    )
-                )
+        runs.execute(todo, done)
+    return failures
 
 
-def _own_reason(record: Record) -> str:
+def _own_reason(record: Run) -> str:
     """The reason without what an earlier attempt to follow left there."""
     return record.reason.split(f"; {NO_RUN}")[0]
 
 
-def follow_job(ranking: Ranking, record: Record) -> Job:
+def follow_job(runs: Runs, record: Run) -> Job:
     """The run that starts from a saddle's centroids displaced along its unstable mode."""
-    hessian = hessian_of_folder(ranking.run_dir / "sscha" / record.folder)
+    hessian = hessian_of_folder(runs.root / record.folder)
     if hessian is None:
         raise SschaError(f"{record.folder}: the ensembles of this saddle point are gone")
-    start = down_the_mode(hessian, ranking.evaluator, ranking.sscha.symprec)
-    return ranking.job(stripped(start), [record.key])
+    start = down_the_mode(hessian, runs.evaluator, runs.sscha.symprec)
+    return runs.job(stripped(start), [record.key])
 
 
-def outcome_of_following(saddle: Record, follower: Record) -> str:
+def outcome_of_following(saddle: Run, follower: Run) -> str:
     """One sentence on the run that followed a saddle."""
-    name = f"followed to {follower.structure} ({follower.spg_quantum or follower.spg_static})"
+    found = follower.free_energy
+    name = f"followed to {follower.structure} ({found.space_group or found.space_group_start})"
     if follower.gibbs is None or saddle.gibbs is None:
         return f"{name}, which failed: {follower.reason}"
     if fell_back(saddle, follower):
@@ -366,38 +316,36 @@ def outcome_of_following(saddle: Record, follower: Record) -> str:
     return f"{name}, {where} ({difference:+.1f} +- {error:.1f} meV/atom)"
 
 
-def _noise(a: Record, b: Record) -> float:
+def _noise(a: Run, b: Run) -> float:
     return math.hypot(a.gibbs_error or 0.0, b.gibbs_error or 0.0)
 
 
-def fell_back(saddle: Record, follower: Record) -> bool:
+def fell_back(saddle: Run, follower: Run) -> bool:
     """Whether the run that followed a saddle ended in the saddle's own phase."""
     return _one_phase(saddle, follower)
 
 
-def _one_phase(a: Record, b: Record) -> bool:
-    one, other = (
-        primitive_fingerprint(record.phase, record.symmetry_tolerance) for record in (a, b)
-    )
+def _one_phase(a: Run, b: Run) -> bool:
+    one, other = (primitive_fingerprint(record.phase, record.tolerance) for record in (a, b))
     return len(one.atoms) == len(other.atoms) and same_phase(one, other)
 
 
-def _same_saddle(store: FreeEnergyStore, record: Record) -> str | None:
+def _same_saddle(store: FreeEnergyStore, record: Run) -> str | None:
     """The run that followed the same phase before, from another structure."""
     others = (
         r
-        for r in store.records(record.key)
+        for r in store.runs(record.key)
         if r.followed and r.status == "saddle" and r.structure != record.structure
     )
     return next((other.followed for other in others if _one_phase(other, record)), None)
 
 
-def depth_of(store: FreeEnergyStore, record: Record) -> int:
+def depth_of(store: FreeEnergyStore, record: Run) -> int:
     """How many saddle points lie above this run."""
     depth, name, seen = 0, record.structure, set[str]()
     while name not in seen:
         seen.add(name)
-        above = next((r for r in store.records(record.key) if r.followed == name), None)
+        above = next((r for r in store.runs(record.key) if r.followed == name), None)
         if above is None:
             break
         depth, name = depth + 1, above.structure
@@ -408,13 +356,13 @@ def _ordinal(number: int) -> str:
     return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
 
 
-def followers(store: FreeEnergyStore, records: Sequence[Record]) -> list[tuple[Record, Record]]:
+def followers(store: FreeEnergyStore, records: Sequence[Run]) -> list[tuple[Run, Run]]:
     """(saddle, follower) for every saddle, and every minimum that was left down a mode, among
     ``records`` and below; each follower once.
 
     As far as a phase of its own was found.
     """
-    found: dict[str, tuple[Record, Record]] = {}
+    found: dict[str, tuple[Run, Run]] = {}
     queue = list(records)
     while queue:
         saddle = queue.pop(0)
@@ -435,7 +383,7 @@ def followers(store: FreeEnergyStore, records: Sequence[Record]) -> list[tuple[R
     return list(found.values())
 
 
-def unfollowed(store: FreeEnergyStore, records: Sequence[Record]) -> list[Record]:
+def unfollowed(store: FreeEnergyStore, records: Sequence[Run]) -> list[Run]:
     """Saddle points among ``records`` and below that an earlier ranking found and did not get to
     follow."""
     below = [follower for _, follower in followers(store, records)]
@@ -446,14 +394,16 @@ def unfollowed(store: FreeEnergyStore, records: Sequence[Record]) -> list[Record
 
 
 def with_followers(
-    candidates: Sequence[Candidate], store: FreeEnergyStore, records: Sequence[Record]
+    candidates: Sequence[Candidate], store: FreeEnergyStore, records: Sequence[Run]
 ) -> list[Candidate]:
     """The candidates and what was found below saddle points: a row of its own, unless the run is
     that of a candidate."""
     found = list(candidates)
     for saddle, follower in followers(store, records):
         known = [
-            index for index, candidate in enumerate(found) if candidate.record == follower.structure
+            index
+            for index, candidate in enumerate(found)
+            if candidate.run is not None and candidate.run.structure == follower.structure
         ]
         for index in known:
             found[index] = replace(found[index], parent=saddle.structure)
@@ -462,18 +412,17 @@ def with_followers(
     return found
 
 
-def _row_of(saddle: Record, follower: Record) -> Candidate:
+def _row_of(saddle: Run, follower: Run) -> Candidate:
     """No member of the population, and without static enthalpy."""
     where = "below the saddle point" if saddle.status == "saddle" else "down a harmonic mode of"
     reason = _joined(f"{where} {saddle.structure}", follower.reason)
-    symmetry = {"spg_static": follower.spg_static, "parent": saddle.structure}
     row = Candidate(
-        follower.structure,
-        stripped(follower.start),
-        follower.key.pressure,
-        follower.key.temperature,
-        None,
-        follower.key.model,
-        **symmetry,
+        id=follower.structure,
+        atoms=stripped(follower.start),
+        pressure=follower.key.pressure,
+        temperature=follower.key.temperature,
+        model=follower.key.model,
+        spg_static=follower.free_energy.space_group_start,
+        parent=saddle.structure,
     )
-    return replace(with_result(row, follower, follower), reason=reason)
+    return with_result(row, follower, follower).updated(reason=reason)

@@ -7,8 +7,8 @@ import hashlib
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.io.digests import digest, renamed, versions
 from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
@@ -25,10 +24,10 @@ from magus_anharmonic.io.files import (
     set_aside,
     write_json,
 )
-from magus_anharmonic.ranking.candidate import RANKED, Status
-from magus_anharmonic.ranking.matcher import DISTANCE_TOLERANCE, Fingerprint, same, same_phase
+from magus_anharmonic.ranking.matcher import Fingerprint, same, same_phase
+from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.runs.lock import still_ours
-from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.sscha.record import RANKED
 from magus_anharmonic.structures import stripped, structure_id
 
 log = logging.getLogger(__name__)
@@ -36,20 +35,6 @@ log = logging.getLogger(__name__)
 NAME = "free_energies.db"
 RECORD = "record.json"
 """In the folder of a run: what the database holds of it."""
-NOT_PHYSICS = (
-    "when",
-    "max_candidates",
-    "window",
-    "seed_back",
-    "temperature",
-    "allocation",
-    "confidence",
-    "keep_best",
-    "budget",
-    "hessian",
-)
-"""Keys of ``sscha`` that decide who gets a free energy, not which one."""
-
 NO_DAMAGE = (
     "SQLITE_FULL",
     "SQLITE_IOERR",
@@ -69,136 +54,6 @@ PREFIX = "id-"
 """ase.db refuses strings that read as numbers, and some hashes do (``1234e5678901``)."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """What a free energy belongs to besides its structure; pressure in GPa, temperature in K."""
-
-    model: str
-    pressure: float
-    temperature: float
-    settings_hash: str
-
-    def folder(self, structure: str) -> str:
-        """Name of the run's folder below ``sscha/``: structure id and eight digits of this key."""
-        text = f"{self.model} {self.pressure:.6f} {self.temperature:.6f} {self.settings_hash}"
-        return f"{structure}-{digest(text)[:8]}"
-
-
-def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] = ()) -> str:
-    """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures
-    (K) run before."""
-    physics = {
-        **settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)),
-        "n_configs_start": settings.ranking_start,
-    }
-    data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
-    return digest(json.dumps(data, sort_keys=True))
-
-
-@dataclass(frozen=True)
-class Record:
-    """One SSCHA run: ``start`` in, ``centroids`` out (None when it failed); energies in eV/atom,
-    volume in A^3/atom.
-
-    ``ensemble_error`` : expected error of the model's forces over the final ensemble, eV/A, and
-    ``error_vector`` : of its mean energy, eV/atom (`ErrorModel.vectors`); None where the model has
-    no estimate.
-
-    ``parent`` is the structure whose run led to this one (a centroid reduced to its primitive cell,
-    or a saddle point that was followed), ``reduced`` the run that took over from this one in the
-    first case, ``followed`` the one in the second.
-
-    ``hessian_lowest``, ``hessian_error`` (cm^-1, negative: imaginary) : the mode that decides about
-    stability; ``p_stable`` : the probability that there is no negative one; all None where the
-    Hessian was not computed.
-
-    ``budget_spent`` : the budget (force evaluations of a race) where that ended the run, else None.
-
-    ``generation`` : of a search, that last changed the record (None: not part of one), and
-    ``before`` : what earlier ones left, oldest first.
-    """
-
-    structure: str
-    key: Key
-    start: Atoms
-    status: Status
-    reason: str = ""
-    enthalpy: float | None = None
-    gibbs: float | None = None
-    gibbs_error: float | None = None
-    gibbs_raw: float | None = None
-    finite_size: float | None = None
-    volume: float | None = None
-    n_evaluations: int = 0
-    n_supercell: int = 0
-    spg_static: str = ""
-    spg_quantum: str = ""
-    symmetry_tolerance: float = DISTANCE_TOLERANCE
-    centroids: Atoms | None = None
-    parent: str = ""
-    reduced: str = ""
-    predicted_decrease: float | None = None
-    n_populations: int = 0
-    ensemble_error: float | None = None
-    error_vector: tuple[float, ...] | None = None
-    followed: str = ""
-    hessian_lowest: float | None = None
-    hessian_error: float | None = None
-    p_stable: float | None = None
-    budget_spent: int | None = None
-    generation: int | None = None
-    before: tuple[Record, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        """Name of the folder below ``sscha/``."""
-        return self.key.folder(self.structure)
-
-    @property
-    def phase(self) -> Atoms:
-        """The centroids; ValueError for a run that failed."""
-        if self.centroids is None:
-            raise ValueError(f"{self.folder}: the run failed and has no centroids")
-        return self.centroids
-
-    def as_of(self, generation: int | None) -> Record | None:
-        """The record as this generation of a search left it, None before there was one;
-        ``generation`` None: as it is."""
-        versions = [*self.before, self]
-        while generation is not None and versions and (versions[-1].generation or 0) > generation:
-            versions.pop()
-        return replace(versions[-1], before=tuple(versions[:-1])) if versions else None
-
-
-TEXTS = (
-    "structure",
-    "status",
-    "reason",
-    "spg_static",
-    "spg_quantum",
-    "parent",
-    "reduced",
-    "followed",
-)
-NUMBERS = (
-    "enthalpy",
-    "gibbs",
-    "gibbs_error",
-    "gibbs_raw",
-    "finite_size",
-    "volume",
-    "ensemble_error",
-    "n_evaluations",
-    "n_supercell",
-    "symmetry_tolerance",
-    "predicted_decrease",
-    "n_populations",
-    "hessian_lowest",
-    "hessian_error",
-    "p_stable",
-    "budget_spent",
-    "generation",
-)
 QUERIED = ("enthalpy", "gibbs", "gibbs_error")
 """For `ase db` queries, where they are known; ase.db has a ``volume`` of its own, so what is read
 back is elsewhere."""
@@ -214,7 +69,7 @@ class FreeEnergyStore:
 
     def __init__(self, path: str | Path, generation: int | None = None) -> None:
         self.path, self.generation = Path(path), generation
-        self._records: dict[tuple[str, Key], Record] = {}
+        self._records: dict[tuple[str, Key], Run] = {}
         self._rows: dict[tuple[str, Key], int] = {}
         self._prints: dict[tuple[str, str], Fingerprint] = {}
         self._by_centroids: dict[tuple[str, Key], str] = {}
@@ -264,11 +119,11 @@ class FreeEnergyStore:
     def __len__(self) -> int:
         return len(self._records)
 
-    def records(self, key: Key | None = None) -> Iterator[Record]:
+    def runs(self, key: Key | None = None) -> Iterator[Run]:
         """All records, or those of one model, pressure, temperature and settings, oldest first."""
         return (record for record in self._records.values() if key is None or record.key == key)
 
-    def put(self, record: Record) -> None:
+    def put(self, record: Run) -> None:
         """Add the record, or replace the one of the same structure and key; on disk when this
         returns."""
         if self.generation is not None:
@@ -280,7 +135,7 @@ class FreeEnergyStore:
         self._write(record)
         self._remember(record)
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Run) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         identity = (record.structure, record.key)
         pairs, data = _to_row(record)
@@ -314,20 +169,20 @@ class FreeEnergyStore:
                 " go on"
             ) from None
 
-    def _remember(self, record: Record | None) -> None:
+    def _remember(self, record: Run | None) -> None:
         if record is None:
             return
         self._records[record.structure, record.key] = record
         if record.centroids is not None:
             self._by_centroids[structure_id(record.centroids), record.key] = record.structure
 
-    def get(self, structure: str, key: Key) -> Record | None:
+    def get(self, structure: str, key: Key) -> Run | None:
         """The record of a run that started from the structure with this id."""
         return self._records.get((structure, key))
 
     def find(
         self, atoms: Atoms, key: Key, enthalpy: float | None, tolerance: float, seed: str = ""
-    ) -> Record | None:
+    ) -> Run | None:
         """The record that holds for ``atoms``, or None.
 
         By its hash (as a start or as a centroid); as a seed, when it still is the phase of the
@@ -347,7 +202,7 @@ class FreeEnergyStore:
             and same_phase(fingerprint, self._print(origin, "centroids"))
         ):
             return origin
-        for record in self.records(key):
+        for record in self.runs(key):
             if (
                 enthalpy is None
                 or record.enthalpy is None
@@ -359,7 +214,7 @@ class FreeEnergyStore:
                 return record
         return None
 
-    def earlier(self, atoms: Atoms, key: Key, seed: str = "") -> Record | None:
+    def earlier(self, atoms: Atoms, key: Key, seed: str = "") -> Run | None:
         """The newest free energy of the same start by another model, at the same pressure,
         temperature and settings, or None.
 
@@ -383,18 +238,18 @@ class FreeEnergyStore:
                 return self.final(record)
         return None
 
-    def find_phase(self, atoms: Atoms, key: Key) -> Record | None:
+    def find_phase(self, atoms: Atoms, key: Key) -> Run | None:
         """A final record whose centroids are the phase ``atoms`` in a primitive cell of the same
         size, or None."""
         fingerprint = Fingerprint(atoms)
-        for record in self.records(key):
+        for record in self.runs(key):
             if record.centroids is None or record.reduced or len(record.centroids) != len(atoms):
                 continue
             if same_phase(fingerprint, self._print(record, "centroids")):
                 return record
         return None
 
-    def final(self, record: Record) -> Record:
+    def final(self, record: Run) -> Run:
         """The run that took over from ``record`` after a reduction to a smaller cell, or ``record``
         itself."""
         seen = {record.structure}
@@ -406,19 +261,17 @@ class FreeEnergyStore:
             record = successor
         return record
 
-    def _print(self, record: Record, which: str) -> Fingerprint:
+    def _print(self, record: Run, which: str) -> Fingerprint:
         name = (record.folder, which)
         if name not in self._prints:
             start = which == "start"
             self._prints[name] = (
-                Fingerprint(record.start)
-                if start
-                else Fingerprint(record.phase, record.symmetry_tolerance)
+                Fingerprint(record.start) if start else Fingerprint(record.phase, record.tolerance)
             )
         return self._prints[name]
 
 
-def read_records(path: str | Path) -> list[Record]:
+def read_records(path: str | Path) -> list[Run]:
     """All records of a database that another process may be writing: nothing is written, renamed or
     long waited for.
 
@@ -445,7 +298,7 @@ def _connect(path: Path) -> Any:
     return ase.db.connect(str(path), type="db", use_lock_file=False)
 
 
-def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+def _to_row(record: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     pairs = {
         "structure": PREFIX + record.structure,
         "model": PREFIX + record.key.model,
@@ -454,11 +307,8 @@ def _to_row(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
         "temperature_K": record.key.temperature,
         "status": record.status,
     }
-    pairs.update(
-        {name: getattr(record, name) for name in QUERIED if getattr(record, name) is not None}
-    )
-    values = {name: getattr(record, name) for name in (*TEXTS, *NUMBERS)}
-    values["error_vector"] = None if record.error_vector is None else np.array(record.error_vector)
+    values = record.stored()
+    pairs |= {name: values[name] for name in QUERIED if values[name] is not None}
     centroids = record.centroids
     before = [
         dict(zip(("pairs", "data"), _to_row(earlier), strict=True)) for earlier in record.before
@@ -484,7 +334,7 @@ def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_record(path: Path) -> Record:
+def _read_record(path: Path) -> Run:
     """What `FreeEnergyStore.put` left in the folder of a run; raises ``DamagedFile``."""
     content = read_json(path)
     try:
@@ -498,32 +348,21 @@ def _atoms(stored: Mapping[str, Any]) -> Atoms:
     return Atoms.fromdict({name: np.asarray(value) for name, value in stored.items()})
 
 
-def _from_row(row: Any) -> Record:
+def _from_row(row: Any) -> Run:
     pairs, data, start = row.key_value_pairs, row.data, stripped(row.toatoms())
     if data.get("digest", "") != _digest(pairs, data, start):
         raise DamagedFile(f"the record of {pairs.get('structure')} was changed")
     return _record(pairs, data, start)
 
 
-def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> Record:
+def _record(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> Run:
     key = Key(
         pairs["model"].removeprefix(PREFIX),
         float(pairs["pressure_GPa"]),
         float(pairs["temperature_K"]),
         pairs["settings_hash"].removeprefix(PREFIX),
     )
-    stored = data["centroids"]
-    known = {field.name for field in fields(Record)}
-    values = {name: value for name, value in renamed(data["values"]).items() if name in known}
-    if values.get("error_vector") is not None:
-        values["error_vector"] = tuple(np.asarray(values["error_vector"], dtype=float).tolist())
-    before = tuple(
-        _record(earlier["pairs"], earlier["data"], start) for earlier in data.get("before", ())
-    )
-    return Record(
-        key=key,
-        start=stripped(start),
-        centroids=None if stored is None else _atoms(stored),
-        before=before,
-        **values,
-    )
+    centroids = data["centroids"]
+    before = [_record(old["pairs"], old["data"], start) for old in data.get("before", ())]
+    found = None if centroids is None else _atoms(centroids)
+    return Run.of(data["values"], key, start, found, before)

@@ -250,7 +250,7 @@ def model_errors(
     vector, less the mean vector of the measured ones by which it is shifted. One without an error
     vector has the expected error of its static energy, or else ``model_error``, on its own.
     """
-    vectors = [c.error_vector for c in phases]
+    vectors = [c.free_energy.error_vector for c in phases]
     size = max((len(v) for v in vectors if v is not None), default=0)
     shared, own = np.zeros((len(phases), size)), np.zeros(len(phases))
     measured = [v for v, term in zip(vectors, terms, strict=True) if term is not None]
@@ -262,8 +262,8 @@ def model_errors(
     for k, (c, term) in enumerate(zip(phases, terms, strict=True)):
         if term is not None:
             own[k] = term.error
-        elif c.error_vector is not None:
-            shared[k] = np.asarray(c.error_vector) - origin
+        elif c.free_energy.error_vector is not None:
+            shared[k] = np.asarray(c.free_energy.error_vector) - origin
         else:
             alone = model_error if c.model_error is None else c.model_error
             own[k] = math.nan if alone is None else alone

@@ -17,6 +17,7 @@ from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.paper import findings
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
+from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
@@ -28,7 +29,6 @@ from magus_anharmonic.report.raw_tables import (
     read_records,
 )
 from magus_anharmonic.report.structures import Crystal
-from magus_anharmonic.report.summary import read_ranking
 from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.runs.status import present_steps
 
@@ -371,15 +371,15 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
             )
     pictures = [*slope_chart, figures.learning_picture(points, "metrics.jsonl")]
     best = {
-        line.folder: line
+        line.sscha_folder: line
         for view in contents.rankings
         for line in view.lines[:3]
-        if line.folder and line.rank
+        if line.sscha_folder and line.rank_quantum
     }
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
-            title = f"Convergence of {line.id[:8]} ({line.quantum or line.static})"
+            title = f"Convergence of {line.id[:8]} ({line.spg_quantum or line.spg_static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
             pictures.append(
                 Picture(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import text_rows
+from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.report.raw_tables import number
 
 if TYPE_CHECKING:
@@ -172,18 +173,17 @@ def _uri(content: bytes, suffix: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def slope_chart_picture(rows: Sequence[Any], where: str, data: str) -> Picture | None:
+def slope_chart_picture(rows: Sequence[Candidate], where: str, data: str) -> Picture | None:
     """Slope chart of enthalpies and free energies; None without a free energy."""
-    from magus_anharmonic.report.summary import quantum_ranks, slope_chart, static_ranks
+    from magus_anharmonic.report.summary import slope_chart
 
-    best = {rank: row for row in rows if (rank := quantum_ranks(rows).get(row.id))}
+    best = [row for row in numbered([row for row in rows if row.phase_ranked]) if row.rank_quantum]
     if not best:
         return None
-    static = static_ranks([row for row in rows if row.ranked])
     order = ", ".join(
-        f"{rank}. {best[rank].spg_quantum or best[rank].spg_static} (place"
-        f" {static.get(best[rank].id, '-')} by enthalpy)"
-        for rank in sorted(best)[:5]
+        f"{row.rank_quantum}. {row.spg_quantum or row.spg_static} (place"
+        f" {row.rank_static or '-'} by enthalpy)"
+        for row in best[:5]
     )
     alt = (
         f"Slope chart at {where}: enthalpy on the left, free energy on the right,"

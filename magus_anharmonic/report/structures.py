@@ -27,7 +27,8 @@ from ase.data.colors import jmol_colors
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
 from magus_anharmonic.io.files import TEMPORARY, raise_machine_error, reading_table
-from magus_anharmonic.report.text import Line, RankingView
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.structures import space_group, standardized, stripped
 
 MAX_ATOMS = 64
@@ -203,7 +204,7 @@ WORDS: dict[Kind, str] = {"static": "static", "centroids": "SSCHA centroids"}
 class Crystal:
     """One structure of a ranking: as relaxed statically, or the SSCHA centroids."""
 
-    line: Line
+    line: Candidate
     pressure: float
     temperature: float
     kind: Kind
@@ -219,7 +220,7 @@ class Crystal:
     @property
     def stem(self) -> str:
         """File name without suffix, whatever the id holds."""
-        rank = "" if self.line.rank is None else f"{self.line.rank:03d}-"
+        rank = "" if self.line.rank_quantum is None else f"{self.line.rank_quantum:03d}-"
         heat = f"-{self.temperature:g}K" if self.kind == "centroids" else ""
         return f"{self.pressure:g}GPa{heat}-{rank}{safe_name(self.line.id)}-{self.kind}"
 
@@ -256,8 +257,8 @@ def _in_order(
     return crystals
 
 
-def _crystal(line: Line, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
-    group = (line.static if kind == "static" else line.quantum) or space_group(atoms)
+def _crystal(line: Candidate, ranking: RankingView, kind: Kind, atoms: Atoms) -> Crystal:
+    group = (line.spg_static if kind == "static" else line.spg_quantum) or space_group(atoms)
     return Crystal(line, ranking.pressure, ranking.temperature, kind, group, stripped(atoms))
 
 
@@ -339,8 +340,8 @@ def search_crystals(
         for line in ranking.lines[:FILES]:
             if line.id in statics:
                 crystals.append(_crystal(line, ranking, "static", statics[line.id]))
-            if line.folder and line.folder in centroids:
-                crystals.append(_crystal(line, ranking, "centroids", centroids[line.folder]))
+            if line.sscha_folder in centroids:
+                crystals.append(_crystal(line, ranking, "centroids", centroids[line.sscha_folder]))
     return crystals
 
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from sys import intern
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from magus_anharmonic.errors import InputError
-from magus_anharmonic.hull import reduced_formula
-from magus_anharmonic.io.tables import text_rows
-from magus_anharmonic.ranking.candidate import RANKED, WITH_ERROR
-from magus_anharmonic.report.raw_tables import number
+from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
+from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
 
 if TYPE_CHECKING:
@@ -25,135 +20,27 @@ WORDS = {"stable": "minimum", "saddle": "saddle point"}
 """States in the table on the screen, where another word says more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One structure of a ranking; energies in eV/atom, ``None`` where there is no number."""
-
-    id: str
-    formula: str
-    natoms: int
-    pressure: float
-    temperature: float
-    spg_static: str
-    spg_quantum: str
-    enthalpy: float | None
-    gibbs: float | None
-    gibbs_error: float | None
-    status: str
-    reason: str
-    same_as: str
-    parent: str = ""
-    hessian: float | None = None
-    hessian_error: float | None = None
-    folder: str = ""
-    model: str = ""
-    above_hull: float | None = None
-    above_hull_error: float | None = None
-    p_on_hull: float | None = None
-
-    @property
-    def composition(self) -> str:
-        """One name for all cells of a composition; the formula itself where it is none (a table
-        from elsewhere)."""
-        try:
-            return reduced_formula(self.formula)
-        except InputError:
-            return self.formula
-
-    @property
-    def ranked(self) -> bool:
-        """True for a structure with a free energy of its own that counts (not unconverged,
-        estimated, failed, or found twice)."""
-        return self.status in RANKED and self.gibbs is not None and not self.same_as
-
-
-NEEDED = (
-    "id",
-    "formula",
-    "natoms",
-    "pressure_GPa",
-    "temperature_K",
-    "spg_static",
-    "spg_quantum",
-    "enthalpy_eV_per_atom",
-    "gibbs_eV_per_atom",
-    "gibbs_error_eV_per_atom",
-    "status",
-    "reason",
-)
-"""Columns of ``ranking.csv`` without which there is nothing to say."""
-
-
-def read_ranking(path: str | Path) -> list[Row]:
-    """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line,
-    column)."""
-    name = Path(path).name
-    rows = []
-    for index, line in enumerate(text_rows(path, NEEDED, name), start=2):
-        try:
-            natoms, pressure = int(line["natoms"]), float(line["pressure_GPa"])
-        except ValueError:
-            raise InputError(
-                f"{name}: line {index}: natoms must be a whole number and pressure_GPa a number"
-            ) from None
-        rows.append(
-            Row(
-                id=line["id"],
-                formula=intern(line["formula"]),
-                natoms=natoms,
-                pressure=pressure,
-                temperature=number(line["temperature_K"]) or 0.0,
-                spg_static=intern(line["spg_static"]),
-                spg_quantum=intern(line["spg_quantum"]),
-                enthalpy=number(line["enthalpy_eV_per_atom"]),
-                gibbs=number(line["gibbs_eV_per_atom"]),
-                gibbs_error=number(line["gibbs_error_eV_per_atom"]),
-                status=intern(line["status"]),
-                reason=intern(line["reason"]),
-                same_as=line.get("same_as", ""),
-                parent=line.get("parent", ""),
-                hessian=number(line.get("hessian_lowest_cm1")),
-                hessian_error=number(line.get("hessian_error_cm1")),
-                folder=line.get("sscha_folder", ""),
-                model=intern(line.get("model", "")),
-                above_hull=number(line.get("gibbs_above_hull_eV_per_atom")),
-                above_hull_error=number(line.get("gibbs_above_hull_error_eV_per_atom")),
-                p_on_hull=number(line.get("p_on_hull_sampling")),
-            )
-        )
-    return rows
-
-
-def by_composition(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each composition, in the order of the file; nothing else of a ranking compares
-    structures of several."""
-    blocks: dict[str, list[Row]] = {}
-    for row in rows:
-        blocks.setdefault(row.composition, []).append(row)
-    return list(blocks.values())
-
-
-def hull_sentences(rows: Sequence[Row]) -> list[str]:
+def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
     """Who is on the hull of free energies, and how far above it the lowest of the other
     compositions are; empty for one composition."""
     blocks = by_composition(rows)
     lowest = [
-        min((row for row in block if row.ranked), key=lambda row: row.gibbs, default=None)
+        min((row for row in block if row.phase_ranked), key=lambda row: row.gibbs, default=None)
         for block in blocks
     ]
-    known = [row for row in lowest if row is not None and row.above_hull is not None]
+    known = [row for row in lowest if row is not None and row.gibbs_above_hull is not None]
     if len(blocks) < 2 or not known:
         return []
     on = [
         f"{row.composition} {row.id[:8]}{_probability_in_words(row)}"
         for row in known
-        if row.above_hull == 0.0
+        if row.gibbs_above_hull == 0.0
     ]
     above = [
-        f"{row.composition} {1000 * row.above_hull:.1f} +-"
-        f" {1000 * (row.above_hull_error or 0.0):.1f}"
+        f"{row.composition} {1000 * row.gibbs_above_hull:.1f} +-"
+        f" {1000 * (row.gibbs_above_hull_error or 0.0):.1f}"
         for row in known
-        if row.above_hull
+        if row.gibbs_above_hull
     ]
     lines = [
         f"On the hull of the free energies of these structures (probability by sampling):"
@@ -174,31 +61,21 @@ def hull_sentences(rows: Sequence[Row]) -> list[str]:
     )
 
 
-def _probability_in_words(row: Row) -> str:
-    return "" if row.p_on_hull is None else f" ({row.p_on_hull:.0%})"
+def _probability_in_words(row: Candidate) -> str:
+    return "" if row.p_on_hull_sampling is None else f" ({row.p_on_hull_sampling:.0%})"
 
 
-def static_ranks(rows: Sequence[Row]) -> dict[str, int]:
-    """Rank by static enthalpy (1 is lowest) of every structure that has one."""
-    order = sorted((row for row in rows if row.enthalpy is not None), key=lambda row: row.enthalpy)
-    return {row.id: rank for rank, row in enumerate(order, start=1)}
-
-
-def quantum_ranks(rows: Sequence[Row]) -> dict[str, int]:
-    """Rank by free energy (1 is lowest) among the structures that have one of their own."""
-    order = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)
-    return {row.id: rank for rank, row in enumerate(order, start=1)}
-
-
-def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free energy") -> Table:
+def table(
+    rows: Sequence[Candidate], limit: int = 10, title: str = "Ranking by free energy"
+) -> Table:
     """The ranking of one composition as a rich table: ranked structures by G, then the rest by
     enthalpy."""
-    static, quantum = static_ranks(rows), quantum_ranks(rows)
+    rows = numbered(rows)
     reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
     shown = {row.id: row.gibbs for row in rows if row.gibbs is not None and row.status != "failed"}
     # where nothing is ranked, the lowest of what is shown: absolute energies are no heights
     lowest = min(
-        (row.gibbs for row in rows if row.ranked), default=min(shown.values(), default=0.0)
+        (row.gibbs for row in rows if row.phase_ranked), default=min(shown.values(), default=0.0)
     )
     result = Table(title=f"{title} (energies in meV/atom above the lowest)")
     for name in (
@@ -218,26 +95,21 @@ def table(rows: Sequence[Row], limit: int = 10, title: str = "Ranking by free en
             justify="left" if name in ("id", "space group", "status") else "right",
             no_wrap=True,
         )
-    last = len(rows) + 1
-    order = sorted(
-        rows, key=lambda row: (quantum.get(row.id, last), not row.same_as, static.get(row.id, last))
-    )
-    for row in order[:limit]:
-        rank = quantum.get(row.id)
+    for row in rows[:limit]:
         result.add_row(
-            str(rank) if rank else "-",
+            str(row.rank_quantum or "-"),
             row.id[:8],
             str(row.natoms),
             " -> ".join(symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
             _milli(shown.get(row.id), lowest),
             _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",
-            str(static.get(row.id, "-")),
+            str(row.rank_static or "-"),
             _change(row, rows),
             f"same as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status),
         )
-    if len(order) > limit:
-        result.caption = f"{len(order) - limit} more in ranking.csv"
+    if len(rows) > limit:
+        result.caption = f"{len(rows) - limit} more in ranking.csv"
     return result
 
 
@@ -245,23 +117,20 @@ def _milli(value: float | None, reference: float) -> str:
     return "-" if value is None else f"{1000 * (value - reference):.1f}"
 
 
-def _change(row: Row, rows: Sequence[Row]) -> str:
+def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
     """Places gained or lost among the structures that have a free energy of their own."""
-    compared = [other for other in rows if other.ranked and other.enthalpy is not None]
-    if row not in compared:
+    compared = [other for other in rows if other.phase_ranked and other.enthalpy is not None]
+    ranks = {other.id: other for other in numbered(compared)}
+    if row.id not in ranks:
         return "-"
-    before = static_ranks(compared)[row.id]
-    after = quantum_ranks(compared)[row.id]
-    return "0" if before == after else f"{before - after:+d}"
+    gained = (ranks[row.id].rank_static or 0) - (ranks[row.id].rank_quantum or 0)
+    return f"{gained:+d}" if gained else "0"
 
 
-def sentences(rows: Sequence[Row]) -> list[str]:
+def sentences(rows: Sequence[Candidate]) -> list[str]:
     """What SSCHA changed, in plain words, from the numbers in ``rows`` alone."""
-    done = sorted(
-        (row for row in rows if row.status in RANKED and row.gibbs is not None),
-        key=lambda row: row.gibbs,
-    )
-    ranked = [row for row in done if row.ranked]
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)
+    ranked = [row for row in done if row.phase_ranked]
     static = [row for row in done if row.enthalpy is not None]
     if not ranked:
         unfinished = _unconverged(rows)
@@ -323,7 +192,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _continuous_transitions(done: Sequence[Row]) -> list[str]:
+def _continuous_transitions(done: Sequence[Candidate]) -> list[str]:
     """Which structures ended in one phase."""
     lines = []
     for row in done:
@@ -334,18 +203,15 @@ def _continuous_transitions(done: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _saddles(rows: Sequence[Row]) -> list[str]:
+def _saddles(rows: Sequence[Candidate]) -> list[str]:
     """What the Hessian took out of the ranking, and what was found below."""
     lines = []
     for row in rows:
         if row.status != "saddle":
             continue
         below = next((other for other in rows if other.parent == row.id), None)
-        mode = (
-            ""
-            if row.hessian is None
-            else f" (a mode at {row.hessian:.0f} +- {row.hessian_error or 0.0:.0f} cm^-1)"
-        )
+        lowest, error = row.free_energy.hessian_lowest, row.free_energy.hessian_error or 0.0
+        mode = "" if lowest is None else f" (a mode at {lowest:.0f} +- {error:.0f} cm^-1)"
         found = (
             "what lies below it was not found"
             if below is None
@@ -360,7 +226,7 @@ def _saddles(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _unconverged(rows: Sequence[Row]) -> list[str]:
+def _unconverged(rows: Sequence[Candidate]) -> list[str]:
     """Who is missing from the ranking for lack of populations."""
     names = [row.id[:8] for row in rows if row.status == "unconverged"]
     if not names:
@@ -373,7 +239,7 @@ def _unconverged(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _undecided(ranked: Sequence[Row]) -> list[str]:
+def _undecided(ranked: Sequence[Candidate]) -> list[str]:
     if len(ranked) < 2:
         return []
     best, second = ranked[0], ranked[1]
@@ -387,7 +253,7 @@ def _undecided(ranked: Sequence[Row]) -> list[str]:
     ]
 
 
-def picture(rows: Sequence[Row], path: str | Path) -> Path:
+def picture(rows: Sequence[Candidate], path: str | Path) -> Path:
     """Draw static enthalpy against free energy order of one composition as a slope chart; PNG or
     SVG by suffix."""
     target = Path(path)
@@ -396,14 +262,11 @@ def picture(rows: Sequence[Row], path: str | Path) -> Path:
     return target
 
 
-def slope_chart(rows: Sequence[Row]) -> Figure:
+def slope_chart(rows: Sequence[Candidate]) -> Figure:
     """The figure of `picture`."""
     from matplotlib.figure import Figure
 
-    done = sorted(
-        (row for row in rows if row.status in RANKED and row.gibbs is not None),
-        key=lambda row: row.gibbs,
-    )[:10]
+    done = sorted((row for row in rows if row.ranked), key=lambda row: row.gibbs)[:10]
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot()
     axes.set_ylabel("meV/atom above the lowest")

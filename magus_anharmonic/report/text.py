@@ -7,51 +7,21 @@ What a campaign found, in plain sentences, each from the numbers of one table al
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from magus_anharmonic.paper.quantities import COMPUTED, new_space_group
-from magus_anharmonic.ranking.candidate import WITH_ERROR
+from magus_anharmonic.io.tables import Column, columns_of
+from magus_anharmonic.paper.quantities import new_space_group
+from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.report.raw_tables import number
-from magus_anharmonic.report.summary import (
-    WORDS,
-    Row,
-    by_composition,
-    hull_sentences,
-    quantum_ranks,
-    sentences,
-    static_ranks,
-)
+from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
+from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.units import duration
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """One structure; energies in meV/atom above the lowest of the ranking, ``None`` where there is
-    no number."""
-
-    id: str
-    formula: str
-    natoms: int
-    static: str
-    quantum: str
-    rank: int | None
-    rank_static: int | None
-    enthalpy: float | None
-    gibbs: float | None
-    error: float | None
-    status: str
-    reason: str
-    folder: str = ""
-
-    @property
-    def changed(self) -> bool:
-        """The space group with SSCHA is not the static one."""
-        return bool(self.quantum) and self.quantum != self.static
 
 
 @dataclass(frozen=True)
@@ -62,10 +32,49 @@ class RankingView:
     file: str
     pressure: float
     temperature: float
-    rows: Sequence[Row] = field(repr=False)
-    lines: Sequence[Line] = field(repr=False)
+    rows: Sequence[Candidate] = field(repr=False)
     composition: str = ""
     """Empty where the file holds one alone."""
+
+    @property
+    def lines(self) -> Sequence[Candidate]:
+        """Those that are shown."""
+        return self.rows[:SHOWN]
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those of the file in which a line has something."""
+        return [c for c in columns_of(Candidate) if any(c.text(row) for row in self.lines)]
+
+    @functools.cached_property
+    def _lowest(self) -> tuple[float, float | None]:
+        static = [row.enthalpy for row in self.rows if row.enthalpy is not None]
+        return min(static, default=0.0), min(
+            (row.gibbs for row in self.rows if row.phase_ranked and row.gibbs is not None),
+            default=None,
+        )
+
+    def enthalpy(self, row: Candidate) -> float | None:
+        """Above the lowest, meV/atom."""
+        return None if row.enthalpy is None else 1000 * (row.enthalpy - self._lowest[0])
+
+    def gibbs(self, row: Candidate) -> float | None:
+        """Above the lowest phase, meV/atom; None for what failed."""
+        lowest = self._lowest[1]
+        if row.gibbs is None or lowest is None or row.status == "failed":
+            return None
+        return 1000 * (row.gibbs - lowest)
+
+    def error(self, row: Candidate) -> float | None:
+        """Of a G of its own, meV/atom."""
+        known = row.gibbs_error is not None and row.status in WITH_ERROR
+        return 1000 * row.gibbs_error if known else None
+
+    def status(self, row: Candidate) -> str:
+        """In words."""
+        if row.same_as:
+            return f"same phase as {row.same_as[:8]}"
+        return WORDS.get(row.status, row.status)
 
     @property
     def title(self) -> str:
@@ -84,75 +93,21 @@ class RankingView:
         return self.total - len(self.lines)
 
 
-def ranking_views(file: str, rows: Sequence[Row]) -> list[RankingView]:
+def ranking_views(file: str, rows: Sequence[Candidate]) -> list[RankingView]:
     """One view per pressure, temperature and composition of a ranking's file, the first two in
     rising order."""
-    conditions: dict[tuple[float, float], list[Row]] = {}
+    conditions: dict[tuple[float, float], list[Candidate]] = {}
     for row in rows:
         conditions.setdefault((row.pressure, row.temperature), []).append(row)
     views = []
     for condition, group in sorted(conditions.items()):
-        blocks = by_composition(group)
+        blocks = by_composition(numbered(group))
+        several = len(blocks) > 1
         views += [
-            RankingView(
-                file,
-                *condition,
-                block,
-                _lines(block),
-                block[0].composition if len(blocks) > 1 else "",
-            )
+            RankingView(file, *condition, block, block[0].composition if several else "")
             for block in blocks
         ]
     return views
-
-
-def _lines(rows: Sequence[Row]) -> list[Line]:
-    static, quantum = static_ranks(rows), quantum_ranks(rows)
-    reference = min((row.enthalpy for row in rows if row.enthalpy is not None), default=0.0)
-    lowest = min((row.gibbs for row in rows if row.ranked), default=None)
-    last = len(rows) + 1
-    order = sorted(
-        rows,
-        key=lambda row: (
-            quantum.get(row.id, last),
-            row.enthalpy is None,
-            not row.same_as,
-            static.get(row.id, last),
-        ),
-    )
-    return [_line(row, static, quantum, reference, lowest) for row in order[:SHOWN]]
-
-
-def _line(
-    row: Row,
-    static: dict[str, int],
-    quantum: dict[str, int],
-    reference: float,
-    lowest: float | None,
-) -> Line:
-    computed = row.status in WITH_ERROR
-    status = (
-        f"same phase as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status)
-    )
-    return Line(
-        id=row.id,
-        formula=row.formula,
-        natoms=row.natoms,
-        static=row.spg_static,
-        quantum=row.spg_quantum,
-        rank=quantum.get(row.id),
-        rank_static=static.get(row.id),
-        enthalpy=None if row.enthalpy is None else 1000 * (row.enthalpy - reference),
-        gibbs=(
-            None
-            if row.gibbs is None or lowest is None or row.status == "failed"
-            else 1000 * (row.gibbs - lowest)
-        ),
-        error=None if row.gibbs_error is None or not computed else 1000 * row.gibbs_error,
-        status=status,
-        reason=row.reason,
-        folder=row.folder,
-    )
 
 
 SPELLED_OUT = 12
@@ -161,7 +116,7 @@ SPELLED_OUT = 12
 
 def ranking_sentences(view: RankingView) -> list[str]:
     """One ranking in words: every structure where they are few, numbers where they are many."""
-    done = [row for row in view.rows if row.status in COMPUTED and row.gibbs is not None]
+    done = [row for row in view.rows if row.free_energy.computed]
     if len(done) <= SPELLED_OUT:
         return sentences(view.rows)
     changed = [row for row in done if new_space_group(row)]
@@ -180,7 +135,7 @@ def ranking_sentences(view: RankingView) -> list[str]:
             f"The motion of the ions adds {shifts[0]:.0f} to {shifts[-1]:.0f} meV/atom (median"
             f" {middle:.0f}) to the static enthalpy."
         )
-    ranked = sorted((row for row in done if row.ranked), key=lambda row: row.gibbs or 0.0)
+    ranked = sorted((row for row in done if row.phase_ranked), key=lambda row: row.gibbs or 0.0)
     if ranked:
         best = ranked[0]
         at_rest = min(
@@ -230,7 +185,7 @@ def step_sentence(steps: dict[str, dict[str, object]]) -> list[str]:
 def hull_parts(views: Sequence[RankingView]) -> list[tuple[str, list[str]]]:
     """Titled sentences on the hull of each pressure and temperature at which there are several
     compositions."""
-    conditions: dict[tuple[str, float, float], list[Row]] = defaultdict(list)
+    conditions: dict[tuple[str, float, float], list[Candidate]] = defaultdict(list)
     for view in views:
         conditions[view.file, view.pressure, view.temperature].extend(view.rows)
     parts = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings.search import SschaSettings
 from magus_anharmonic.settings.section import (
     Count,
@@ -15,22 +18,15 @@ from magus_anharmonic.settings.section import (
     Positive,
     PressureGPa,
     Section,
+    absolute_file,
     load_yaml,
     parse,
 )
 
 OTHERS = (
-    "temperature",
-    "when",
-    "max_candidates",
-    "window",
-    "seed_back",
-    "allocation",
-    "confidence",
-    "keep_best",
-    "budget",
-    "hessian",
-)
+    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence",
+    "keep_best", "budget", "hessian",
+)  # fmt: skip
 """Keys of ``sscha`` that belong to a ranking, not to a grid."""
 
 
@@ -158,4 +154,51 @@ def load_phase_diagram(path: str | Path) -> PhaseDiagramSettings:
     return settings.model_copy(update=changed)
 
 
-__all__ = ["PhaseDiagramSettings", "PhaseSettings", "load_phase_diagram"]
+def grid_settings(
+    structures: Sequence[Path],
+    given: Mapping[str, Any],
+    *,
+    isotopes: Iterable[str] = (),
+    sscha: Mapping[str, Any],
+) -> PhaseDiagramSettings:
+    """Settings of a grid from structure files, one phase each, named as the file; with what was
+    ``given`` for the top level and for the block ``sscha`` (None: not given) and ``isotopes`` as in
+    ``"D3S:H=2.014"``.
+
+    Raises ``InputError``.
+    """
+    if not given.get("pressures"):
+        raise InputError("--pressure: is missing (GPa; give it more than once for a grid)")
+    phases = {path.stem: str(path.resolve()) for path in structures}
+    if len(phases) < len(structures):
+        raise InputError(
+            f"{', '.join(map(str, structures))}: a phase is named as its file, and two have the"
+            " same name; use a phase-diagram.yaml"
+        )
+    data = {key: value for key, value in given.items() if value is not None}
+    if "checkpoint" in data:
+        data["checkpoint"] = absolute_file(data["checkpoint"])
+    return parse(
+        PhaseDiagramSettings,
+        {
+            **data,
+            "phases": phases,
+            "isotopes": {"natural": {}, **dict(_masses(text) for text in isotopes)},
+            "sscha": {key: value for key, value in sscha.items() if value is not None},
+        },
+    )
+
+
+def _masses(text: str) -> tuple[str, dict[str, float]]:
+    """Name and masses (amu) of ``"D3S:H=2.014"``."""
+    name, _, rest = text.partition(":")
+    pair = r"\s*([A-Z][a-z]?)=([0-9.]+)\s*"
+    if not name or not re.fullmatch(f"{pair}(,{pair})*", rest):
+        raise InputError(
+            f"--isotope: {text!r}: must be NAME:SYMBOL=MASS, e.g. D3S:H=2.014 (more masses after a"
+            " comma)"
+        )
+    return name, {symbol: float(mass) for symbol, mass in re.findall(pair, rest)}
+
+
+__all__ = ["PhaseDiagramSettings", "PhaseSettings", "grid_settings", "load_phase_diagram"]

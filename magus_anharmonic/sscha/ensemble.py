@@ -102,6 +102,10 @@ class Ensemble:
     forces: np.ndarray
     stresses: np.ndarray
 
+    def part(self, chosen: np.ndarray | slice) -> Ensemble:
+        """Some of the configurations, in the order of ``chosen``."""
+        return Ensemble(*(values[chosen] for values in vars(self).values()))
+
 
 @dataclass(frozen=True)
 class Averages:

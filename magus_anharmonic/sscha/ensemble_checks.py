@@ -51,14 +51,9 @@ def checked_ensemble(state: SschaState, ensemble: Ensemble, where: str) -> Ensem
     1) of the configurations that are.
     """
     _require_finite(ensemble, where)
-    ensemble = Ensemble(
-        _at_home(state, ensemble.displacements, where),
-        ensemble.energies,
-        ensemble.forces,
-        ensemble.stresses,
-    )
-    order = _pairs(ensemble.displacements, where)
-    ensemble = Ensemble(*(values[order] for values in vars(ensemble).values()))
+    u = _at_home(state, ensemble.displacements, where)
+    order = _pairs(u, where)
+    ensemble = replace(ensemble, displacements=u).part(order)
     require_sampled_from(state, ensemble.displacements, where)
     _require_one_surface(state, ensemble, order, where)
     problem = _stress_problem(state, ensemble)

@@ -152,10 +152,7 @@ def overlap(own: SschaState, other: SschaState) -> float:
 def _halves(ensemble: Ensemble) -> tuple[Ensemble, Ensemble]:
     """Every other pair, and the rest."""
     pairs = np.arange(len(ensemble.energies)) // 2
-    first, second = (
-        Ensemble(*(part[pairs % 2 == half] for part in vars(ensemble).values())) for half in (0, 1)
-    )
-    return first, second
+    return ensemble.part(pairs % 2 == 0), ensemble.part(pairs % 2 == 1)
 
 
 def _averaged(

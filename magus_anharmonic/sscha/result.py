@@ -23,58 +23,41 @@ from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
 
 
-@dataclass(frozen=True)
-class SschaResult:
-    """Free energy of one structure at one pressure and temperature.
+@dataclass(frozen=True, kw_only=True)
+class SschaResult(FreeEnergy):
+    """Free energy of one structure at one pressure and temperature, and the state that it is of.
 
-    All numbers describe one state, and come from one ensemble that no minimisation has seen.
-    Numbers that do not exist (a run that failed early) are NaN.
+    All numbers describe one state, and come from one ensemble that no minimisation has seen. A
+    number that does not exist (of a run that failed) is ``None``, an array NaN.
 
     status : "converged", "unconverged" (max_populations reached; the numbers are an upper bound),
     or "failed". reason : why not converged; of a converged run what its populations did not suffice
-    to say about its phase, else empty. gibbs, gibbs_raw : (F + P V) / N with and without the
-    finite-size term, eV/atom; gibbs_error : standard error of the sampling alone; finite_size,
-    helmholtz (with the finite-size term), predicted_decrease (of G) : eV/atom;
-    volume : A^3/atom; stress, stress_error : (3, 3) eV/A^3, ASE's sign; pressure : GPa, positive =
-    compressed; target_pressure : GPa; temperature : K. centroids : average positions, one primitive
-    cell; position_error : A, of the least certain centroid; space_group is that of the centroids at
-    ``symmetry_tolerance`` A, space_group_start the one before. n_evaluations : energies and forces
-    evaluated, start included; interpolated_imaginary : part of the modes of the finite-size mesh
-    that are imaginary (0 where the interpolation can be trusted). force_constants : compact, see
-    `state`; None when there is no state.
+    to say about its phase, else empty. The other numbers of the free energy: `FreeEnergy`.
+    helmholtz : with the finite-size term, eV/atom; stress, stress_error : (3, 3) eV/A^3, ASE's
+    sign; pressure : GPa, positive = compressed; target_pressure : GPa; temperature : K. centroids :
+    average positions, one primitive cell; position_error : A, of the least certain centroid.
+    interpolated_imaginary : part of the modes of the finite-size mesh that are imaginary (0 where
+    the interpolation can be trusted). force_constants : compact, see `state`; None when there is no
+    state.
     """
 
-    status: str
-    reason: str
-    converged: bool
-    gibbs: float
-    gibbs_error: float
-    gibbs_raw: float
-    finite_size: float
-    helmholtz: float
-    volume: float
+    helmholtz: float | None
     stress: np.ndarray
     stress_error: np.ndarray
-    pressure: float
+    pressure: float | None
     target_pressure: float
     temperature: float
-    predicted_decrease: float
     centroids: Atoms
-    position_error: float
-    space_group_start: str
-    space_group: str
-    symmetry_tolerance: float
-    n_evaluations: int
-    n_populations: int
+    position_error: float | None
     n_configs: int
-    n_atoms_supercell: int
     supercell: SupercellMatrix
-    interpolated_imaginary: float
+    interpolated_imaginary: float | None
     model_id: str
     seconds: float
     force_constants: np.ndarray | None = None
@@ -104,6 +87,7 @@ class SschaResult:
                 data[one.name] = (
                     None if isinstance(value, float) and not math.isfinite(value) else value
                 )
+        data["converged"] = self.converged
         for name in ("stress", "stress_error"):
             data[name] = data[name] if np.isfinite(getattr(self, name)).all() else None
         data["centroids"] = {
@@ -139,13 +123,14 @@ class SschaResult:
 
     @classmethod
     def _from_json(cls, data: dict[str, Any]) -> SschaResult:
-        nan = float("nan")
-        data = renamed(data)
-        for name, value in data.items():
-            if value is None:
-                data[name] = np.full((3, 3), nan) if name.startswith("stress") else nan
-            elif name.startswith("stress"):
-                data[name] = np.array(value)
+        known = {one.name for one in fields(cls)}
+        data = {name: value for name, value in renamed(data).items() if name in known}
+        if absent := {one.name for one in fields(cls) if one.metadata.get("needed")} - data.keys():
+            raise KeyError(", ".join(sorted(absent)))
+        for name in ("stress", "stress_error"):
+            data[name] = np.full((3, 3), np.nan) if data[name] is None else np.array(data[name])
+        if data.get("error_vector") is not None:
+            data["error_vector"] = tuple(data["error_vector"])
         data["supercell"] = as_supercell_matrix(data["supercell"])
         data["centroids"] = Atoms(**data["centroids"], pbc=True)
         return cls(**data)
@@ -280,7 +265,7 @@ class RunFolder:
         )
         if result is None:
             return None
-        precise = error_tolerance is None or result.gibbs_error <= error_tolerance
+        precise = error_tolerance is None or (result.gibbs_error or 0.0) <= error_tolerance
         if (
             result.status != "failed"
             and not (result.converged and precise and not result.reason)

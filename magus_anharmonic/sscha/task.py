@@ -4,6 +4,7 @@ its last state and averages make.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -154,9 +155,6 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
     return issues
 
 
-NAN = float("nan")
-
-
 def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
@@ -202,7 +200,6 @@ def finished_result(
     return SschaResult(
         status="unconverged" if reason else "converged",
         reason=f"not converged after {len(progress.gibbs)} populations: {reason}" if reason else "",
-        converged=not reason,
         gibbs=raw + finite.term / n,
         gibbs_error=error,
         gibbs_raw=raw,
@@ -235,37 +232,37 @@ def finished_result(
 def failed_result(task: Task, reason: str, progress: Progress, began: float) -> SschaResult:
     """The result of a run without a usable state, with the numbers of its last population
     (finite-size term left out)."""
-    gibbs, error = progress.gibbs[-1] if progress.gibbs else (NAN, NAN)
+    gibbs, error = progress.gibbs[-1] if progress.gibbs else (np.nan, np.nan)
     last = progress.rows[-1] if progress.rows else {}
     atoms: Atoms = stripped(task.atoms)
     found = space_group(atoms, task.settings.symprec)
     return SschaResult(
         status="failed",
         reason=reason,
-        converged=False,
-        gibbs=NAN,
-        gibbs_error=error,
-        gibbs_raw=gibbs,
-        finite_size=NAN,
-        helmholtz=NAN,
-        volume=last.get("volume_A3_per_atom", NAN),
-        stress=np.full((3, 3), NAN),
-        stress_error=np.full((3, 3), NAN),
-        pressure=last.get("pressure_GPa", NAN),
+        gibbs_error=_known(error),
+        gibbs_raw=_known(gibbs),
+        helmholtz=None,
+        volume=_known(last.get("volume_A3_per_atom", np.nan)),
+        stress=np.full((3, 3), np.nan),
+        stress_error=np.full((3, 3), np.nan),
+        pressure=_known(last.get("pressure_GPa", np.nan)),
         target_pressure=task.pressure,
         temperature=task.temperature,
-        predicted_decrease=last.get("predicted_decrease_eV_per_atom", NAN),
+        predicted_decrease=_known(last.get("predicted_decrease_eV_per_atom", np.nan)),
         centroids=atoms,
-        position_error=NAN,
+        position_error=None,
         space_group_start=found,
         space_group=found,
         symmetry_tolerance=task.settings.symprec,
         n_evaluations=progress.n_evaluations,
         n_populations=len(progress.gibbs),
         n_configs=task.settings.n_configs,
-        n_atoms_supercell=0,
         supercell=(0, 0, 0),
-        interpolated_imaginary=NAN,
+        interpolated_imaginary=None,
         model_id=task.model_id,
         seconds=time.perf_counter() - began,
     )
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -44,33 +44,25 @@ def lindemann_ratios(state: SschaState) -> tuple[np.ndarray, np.ndarray]:
 def melted(state: SschaState) -> str:
     """Why the state is no crystal; empty when it may be one."""
     ratios, _ = lindemann_ratios(state)
-    worst = _beyond(ratios, MELTED)
-    if worst is None:
+    worst = int(np.argmax(ratios))
+    if ratios[worst] <= MELTED:
         return ""
     atom = f"atom {worst + 1} ({state.atoms.symbols[worst]})"
-    return f"melted: {atom} {_strays(ratios[worst])} (limit {MELTED:g})"
+    return f"melted: {atom} strays by {_distances(ratios[worst])} (limit {MELTED:g})"
 
 
 def melting_warning(state: SschaState) -> str:
     """One sentence when thermal motion is that of a liquid, else an empty string."""
     _, thermal = lindemann_ratios(state)
-    worst = _beyond(thermal, THERMAL)
-    if worst is None:
+    worst = int(np.argmax(thermal))
+    if thermal[worst] <= THERMAL:
         return ""
-    return (
-        f"may have melted: {state.atoms.symbols[worst]} {_strays(thermal[worst])} by thermal motion"
-        f" alone (limit {THERMAL:g})"
-    )
+    strays = f"{state.atoms.symbols[worst]} strays by {_distances(thermal[worst])}"
+    return f"may have melted: {strays} by thermal motion alone (limit {THERMAL:g})"
 
 
-def _beyond(ratios: np.ndarray, limit: float) -> int | None:
-    """The atom of the largest ratio, where that is above the limit."""
-    worst = int(np.argmax(ratios))
-    return worst if ratios[worst] > limit else None
-
-
-def _strays(ratio: float) -> str:
-    return f"strays by {ratio:.2f} of the distance between atoms"
+def _distances(ratio: float) -> str:
+    return f"{ratio:.2f} of the distance between atoms"
 
 
 H2_BOND = 0.85

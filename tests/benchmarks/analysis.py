@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from campaign_tables import ranking, write_campaign
 
 from magus_anharmonic.paper import script, tables
+from magus_anharmonic.ranking.candidate import Candidate
 
 LIMIT_SECONDS, LIMIT_GIB = 60.0, 2.0
 
@@ -28,7 +29,7 @@ def main(n: int) -> None:
         rows = [
             replace(row, id=f"{row.id}-{k}") for k in range(max(1, n // 20)) for row in ranking()
         ]
-        tables.write(tables.Ranked, folder / tables.ranking_file(100), rows)
+        tables.write(Candidate, folder / tables.ranking_file(100), rows)
         pairs = tables.read(tables.Parity, folder / "parity.csv")
         tables.write(
             tables.Parity, folder / "parity.csv", (pairs * (20_000 // len(pairs) + 1))[:20_000]

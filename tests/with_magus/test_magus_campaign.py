@@ -15,7 +15,7 @@ from test_campaign_whole import SMALL
 
 from magus_anharmonic.campaign.steps import read_records
 from magus_anharmonic.hull import above_hull, reduced_formula
-from magus_anharmonic.ranking.candidate import RANKED
+from magus_anharmonic.sscha.record import RANKED
 
 pytestmark = needs_magus
 

@@ -134,13 +134,16 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
     )
     assert good[0].info["gibbs"] == -1.0, "moved, and its number stays"
 
-    from magus_anharmonic.ranking.store import FreeEnergyStore, Key, Record
+    from records import stored_run
+
+    from magus_anharmonic.ranking.run import Key
+    from magus_anharmonic.ranking.store import FreeEnergyStore
     from magus_anharmonic.structures import structure_id
 
     start = bulk("Al", a=4.0)
     key = Key("m", 0.0, 0.0, "s")
     FreeEnergyStore(tmp_path / "x.db").put(
-        Record(structure_id(start), key, start, "sscha", "", gibbs=-1.0, centroids=start.copy())
+        stored_run(structure_id(start), key, start, gibbs=-1.0, centroids=start.copy())
     )
     start.positions += 0.3
     stored = FreeEnergyStore(tmp_path / "x.db").get(structure_id(bulk("Al", a=4.0)), key)
