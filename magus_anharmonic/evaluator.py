@@ -425,8 +425,8 @@ def _compare_normal(
         given = ", ".join(("xx", "yy", "zz")[best.index(axis)] for axis in range(3))
         raise InputError(
             f"{what} normal stresses are in another order than ASE's (xx, yy, zz, yz, xz, xy):"
-            f" {given}, as it seems: a strain of xx against zz changes the energy by {gain:.4g} eV, and"
-            f" by {own:.2g} eV more or less according to them"
+            f" {given}, as it seems: a strain of xx against zz changes the energy by {gain:.4g} eV,"
+            f" and by {own:.2g} eV more or less according to them"
         )
 
 
