@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 
 from magus_anharmonic.errors import MagusAnharmonicError, is_machine_error, one_line
+from magus_anharmonic.io.digests import digest
 
 OUTPUT_KEYS = {
     "directory",
@@ -53,7 +52,7 @@ def parameters_digest(calculator: Any) -> str:
     kind = type(calculator)
     found = _parameters(calculator)
     shown = {key: _plain(value) for key, value in found.items() if key not in OUTPUT_KEYS}
-    return _digest([kind.__module__, kind.__qualname__, shown])
+    return digest([kind.__module__, kind.__qualname__, shown], length=None)
 
 
 def calculator_id(calculator: Any, elements: Sequence[str]) -> str:
@@ -67,7 +66,7 @@ def calculator_id(calculator: Any, elements: Sequence[str]) -> str:
         raise NoIdError("the elements are not known")
     numbers = [f"{number:.{DIGITS}e}" for number in _numbers(calculator, probes(elements))]
     parts = [parameters_digest(calculator), sorted(set(elements)), numbers]
-    return f"{_name(calculator)}-{_digest(parts)[:12]}"
+    return f"{_name(calculator)}-{digest(parts)}"
 
 
 def unnamed(calculator: Any) -> str:
@@ -195,9 +194,4 @@ def _content(text: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _digest_of(path: str, *_changes: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(Path(path), length=None)

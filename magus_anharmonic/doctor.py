@@ -4,7 +4,6 @@ data."""
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import magus_anharmonic
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io.digests import from_json
 from magus_anharmonic.processes import run_bounded
 from magus_anharmonic.settings import Settings
 
@@ -142,7 +142,7 @@ def _magus() -> list[Check]:
             *checks,
             Check("MAGUS sees", False, problem, "call `magus checkpack calculators`", needed=True),
         ]
-    calculators, fitnesses = json.loads(run.stdout.strip().splitlines()[-1])
+    calculators, fitnesses = from_json(run.stdout.strip().splitlines()[-1])
     seen = [
         name
         for name, names in (("calculator mattersim", calculators), ("fitness SSCHA", fitnesses))

@@ -21,8 +21,8 @@ from ase import Atoms
 from ase.data import atomic_masses, chemical_symbols, covalent_radii
 from ase.geometry import minkowski_reduce
 
-from magus_anharmonic.errors import InputError, one_line, typed_line
-from magus_anharmonic.io.files import raise_machine_error
+from magus_anharmonic.errors import InputError, one_line
+from magus_anharmonic.io.files import readable
 from magus_anharmonic.structures import HYDROGEN, SAME_MASS
 
 NAMES = ("name", "id", "identity", "label", "key", "title")
@@ -61,18 +61,11 @@ def read_structures(
     file = Path(path)
     if not file.is_file():
         raise InputError(f"{file}: no such file")
-    try:
+    with readable(file, "structures by ASE", InputError, isotope_hint):
         _require_elements(file, format or filetype(str(file)))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found: Any = read(file, index=index, format=format)
-    except InputError:
-        raise
-    except Exception as error:  # ASE raises whatever its parsers stumble over
-        raise_machine_error(error, file)
-        raise InputError(
-            f"{file}: ASE cannot read it: {typed_line(error)}{isotope_hint(error)}"
-        ) from None
     for warning in said:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     _require_sites_of_one_element(file, [str(warning.message) for warning in said])
@@ -161,11 +154,8 @@ def _rows(file: Path, selection: str) -> list[Atoms]:
     """Rows of a database of ASE, called by their id."""
     from ase.db import connect
 
-    try:
+    with readable(file, f"rows of a database that match {selection!r}", InputError):
         rows = list(connect(file).select(selection or None))
-    except Exception as error:  # ASE and SQLite raise whatever they stumble over
-        raise_machine_error(error, file)
-        raise InputError(f"{file}@{selection}: ASE cannot select: {typed_line(error)}") from None
     if not rows:
         raise InputError(f"{file}@{selection}: selects no row")
     found = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy as copies
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from ase.constraints import FixAtoms
 from ase.data import atomic_masses, chemical_symbols
 
 from magus_anharmonic.errors import MagusAnharmonicError
+from magus_anharmonic.io.digests import digest
 
 HYDROGEN = {"D": 2.014, "T": 3.016}
 """Isotopes with symbols of their own, and their masses in amu."""
@@ -95,11 +95,8 @@ def symbol_of(group: str) -> str:
 def structure_id(atoms: Atoms) -> str:
     """Twelve hex digits that identify species with their masses, cell and positions (rounded to
     1e-6 Angstrom)."""
-    digest = hashlib.sha256()
-    digest.update(kinds(atoms).tobytes())
-    for array in (atoms.cell.array, atoms.positions):
-        digest.update((np.round(np.asarray(array, dtype=float), 6) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
+    arrays = (np.asarray(array, dtype=float) for array in (atoms.cell.array, atoms.positions))
+    return digest(kinds(atoms), *(np.round(array, 6) + 0.0 for array in arrays))
 
 
 def stripped(atoms: Atoms, *, constraints: bool = False) -> Atoms:

@@ -505,8 +505,8 @@ def test_status_says_which_steps_changed_settings_made_old(tmp_path: Path, fakes
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("{", "Invalid JSON"),
-        ("[]", "Input should be an object"),
+        ("{", "JSONDecodeError"),
+        ("[]", "list instead of keys"),
         ('{"relax": {"kind": "relax", "status": "odd"}}', "relax: status: "),
         ('{"relax": {"kind": "relax", "status": "done", "wall_s": "much"}}', "relax: wall_s: "),
     ],
@@ -517,9 +517,7 @@ def test_steps_that_cannot_be_read_are_a_clear_message(
     file = write_campaign(tmp_path)
     (tmp_path / "campaign").mkdir()
     (tmp_path / "campaign" / "steps.json").write_text(content)
-    with pytest.raises(
-        InputError, match=f"steps.json: not readable as the steps of a campaign .{why}"
-    ):
+    with pytest.raises(InputError, match=f"steps.json: damaged.*{why}.*; move it away"):
         status(file)
 
 

@@ -276,7 +276,7 @@ def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.cif").write_text("not a crystal")
     with pytest.raises(InputError, match="--pressure"):
         find_source(tmp_path / "x.cif", model, tmp_path)
-    with pytest.raises(InputError, match="ASE cannot read it"):
+    with pytest.raises(InputError, match="not readable as structures by ASE"):
         find_source(tmp_path / "x.cif", model, tmp_path, pressure=10.0)
     with pytest.raises(InputError, match="result.json"):
         find_source(tmp_path, model, tmp_path)

@@ -913,7 +913,7 @@ def test_files_that_are_missing_or_no_structures_are_refused(tmp_path: Path) -> 
         read_structures(tmp_path / "nothing.vasp")
     broken = tmp_path / "POSCAR"
     broken.write_text("this is no structure\n")
-    with pytest.raises(InputError, match="ASE cannot read it"):
+    with pytest.raises(InputError, match="not readable as structures by ASE"):
         read_structures(broken)
     slab = bulk("Cu")
     slab.pbc = (True, True, False)

@@ -855,7 +855,7 @@ def test_seeds_are_read_where_magus_reads_them(tmp_path: Path) -> None:
 def test_a_seed_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "Seeds").mkdir()
     (tmp_path / "Seeds/seeds_1.traj").write_text("no trajectory")
-    with pytest.raises(InputError, match=r"seeds_1\.traj: not readable as seeds"):
+    with pytest.raises(InputError, match=r"seeds_1\.traj: damaged or not readable as seeds"):
         run(settings(), tmp_path)
 
 

@@ -10,7 +10,6 @@ both (Table I, Fig. 3).
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import shutil
 import subprocess
@@ -43,6 +42,7 @@ from magus_anharmonic.campaign.structures import (
 )
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import (
     read_json,
     read_jsonl,
@@ -140,7 +140,7 @@ def search(context: Context, folder: Path, data: dict[str, Any]) -> None:
     damaged.
     """
     model = content_digest(data["MainCalculator"]["checkpoint"])
-    identity = json.loads(json.dumps({"input": data, "model": model}))
+    identity = as_stored({"input": data, "model": model})
     mark = folder / IDENTITY
     stored = read_whole(mark, read_identity) or _begun(folder, identity)
     finished = stored.pop("finished")
@@ -194,9 +194,7 @@ def _begun(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The identity of an unfinished search that has no whole one: its input is in ``input.yaml``,
     and it knows its model itself."""
     file = folder / "input.yaml"
-    begun = (
-        {"input": json.loads(json.dumps(load_yaml(file), default=str))} if file.is_file() else {}
-    )
+    begun = {"input": as_stored(load_yaml(file))} if file.is_file() else {}
     return {**identity, **begun, "finished": False}
 
 

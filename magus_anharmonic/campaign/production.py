@@ -10,7 +10,6 @@ that changed real minima?).
 from __future__ import annotations
 
 import io
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -33,12 +32,12 @@ from magus_anharmonic.campaign.structures import (
 )
 from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
-from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.digests import digest, to_json, versions
 from magus_anharmonic.io.files import (
     append_jsonl,
-    raise_machine_error,
     read_jsonl,
     read_whole,
+    readable,
     reading_table,
     replacing,
     replacing_table,
@@ -165,7 +164,7 @@ def _relaxed_at(
     stored = (
         folder
         / "relaxed"
-        / f"{at('named' if fixed else 'found', pressure)}-{digest(json.dumps(identity))}.traj"
+        / f"{at('named' if fixed else 'found', pressure)}-{digest(to_json(identity))}.traj"
     )
     kept = read_whole(stored, lambda file: _read_relaxed(file, len(structures)))
     if kept is None:
@@ -186,15 +185,11 @@ def _read_relaxed(file: Path, n: int) -> list[Relaxed]:
     """The ``n`` relaxed structures of a file; raises ``DamagedFile``."""
     names = ("enthalpy", "n_steps", "failed", "reason")
     frames = read_frames(file)
-    try:
+    with readable(file, "relaxed structures"):
         found = [
             Relaxed(stripped(frame), **{name: frame.info[name] for name in names})
             for frame in frames
         ]
-    except (KeyError, TypeError) as error:
-        raise DamagedFile(
-            f"{file}: damaged: holds no relaxed structures ({type(error).__name__}: {error})"
-        ) from None
     if len(found) != n:
         raise DamagedFile(f"{file}: holds {len(found)} of {n} structures")
     return found
@@ -398,19 +393,12 @@ def read_statics(folder: Path) -> list[Atoms]:
     file = folder / "tables" / "structures.extxyz"
     if not file.is_file():
         return []
-    try:
+    with readable(file, "extxyz"):
         with reading_table(file) as opened:
             frames: Any = read(
                 io.TextIOWrapper(opened, encoding="utf-8"), index=":", format="extxyz"
             )
         return [atoms for atoms in frames if atoms.info["kind"] == "static" and atoms.info["id"]]
-    except DamagedFile:
-        raise
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_machine_error(error, file)
-        raise DamagedFile(
-            f"{file}: damaged or not readable as extxyz ({type(error).__name__}: {error})"
-        ) from None
 
 
 def relaxed_by_dft(

@@ -11,7 +11,6 @@ What every step works with: folders, settings, models, the labeler; and what it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ase import Atoms
-from pydantic import TypeAdapter, ValidationError
 
 from magus_anharmonic.campaign.tables import STRUCTURES
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import digest, safe_name, versions
-from magus_anharmonic.io.files import read_json, remove, replacing_table, write_json
+from magus_anharmonic.io.files import read_as, remove, replacing_table, write_json
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
@@ -231,10 +229,7 @@ def step_key(step: Step, records: Mapping[str, StepRecord]) -> str | None:
         if record is None or record.status != "done":
             return None
         needed.append([name, record.key, record.output])
-    text = json.dumps(
-        [versions(), step.kind, step.settings, step.pressure, needed], sort_keys=True, default=str
-    )
-    return digest(text)
+    return digest([versions(), step.kind, step.settings, step.pressure, needed])
 
 
 @cache
@@ -278,25 +273,14 @@ class StepRecord:
         return replace(self, **values)
 
 
-_OBJECT, _RECORDS = TypeAdapter(dict[str, Any]), TypeAdapter(dict[str, StepRecord])
-
-
 def read_records(folder: Path) -> dict[str, StepRecord]:
     """The records in ``folder`` by step, in the order of the campaign; none when it has not begun.
     Raises ``InputError``."""
     file = folder / FILE
     if not file.is_file():
         return {}
-    try:
-        _OBJECT.validate_json(file.read_bytes())
-        return _RECORDS.validate_python(read_json(file))
-    except ValidationError as error:
-        first = error.errors()[0]
-        why = ": ".join([*map(str, first["loc"]), first["msg"]])
-        raise InputError(
-            f"{file}: not readable as the steps of a campaign ({why}); move it away and run the"
-            " campaign again"
-        ) from None
+    mend = "move it away and run the campaign again"
+    return read_as(dict[str, StepRecord], file, mend)
 
 
 def write_records(folder: Path, records: dict[str, StepRecord]) -> None:

@@ -21,10 +21,10 @@ from ase import Atoms
 from ase.io import iread, write
 
 from magus_anharmonic.campaign.steps import Context, Outcome, Step
-from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.io.files import raise_machine_error, replacing
+from magus_anharmonic.io.files import readable, replacing
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset
 from magus_anharmonic.learning.families import (
     SIDES,
@@ -91,13 +91,8 @@ def relaxed_structures(folder: Path, origin: str) -> Iterator[Found]:
 
 def _frames(file: Path) -> Iterator[Atoms]:
     """One structure of a population after the other; raises ``DamagedFile``."""
-    try:
+    with readable(file, "a trajectory"):
         yield from iread(file, index=":", format="traj")
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_machine_error(error, file)
-        raise DamagedFile(
-            f"{file}: damaged or not readable as a trajectory ({type(error).__name__}: {error})"
-        ) from None
 
 
 def n_relaxed(folder: Path) -> tuple[int, int]:

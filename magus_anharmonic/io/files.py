@@ -10,6 +10,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,7 +23,7 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
-from magus_anharmonic.io.digests import digest, from_json, to_json
+from magus_anharmonic.io.digests import digest, from_json, renamed, to_json
 from magus_anharmonic.runs.lock import TEMPORARY as TEMPORARY
 from magus_anharmonic.runs.lock import still_ours
 
@@ -57,10 +58,13 @@ def raise_machine_error(error: BaseException, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def readable(
-    path: str | Path, what: str = "", kind: type[InputError] = DamagedFile
+    path: str | Path,
+    what: str = "",
+    kind: type[InputError] = DamagedFile,
+    hint: Callable[[BaseException], str] | None = None,
 ) -> Iterator[None]:
     """The rule for every file that cannot be read: what goes wrong within, while ``path`` is read
-    as ``what``, is an error of the ``kind`` that names the file.
+    as ``what``, is an error of the ``kind`` that names the file, with a ``hint`` what to do.
 
     Our own errors are raised as they are, and so are those of the machine, see
     `raise_machine_error`: the file may be whole.
@@ -74,7 +78,8 @@ def readable(
         if isinstance(error, FileNotFoundError) and not Path(path).exists():
             raise kind(f"{path}: no such file") from None
         as_what = f" as {what}" if what else ""
-        raise kind(f"{path}: damaged or not readable{as_what} ({typed_line(error, 160)})") from None
+        why = f"{typed_line(error, 160)}{hint(error) if hint else ''}"
+        raise kind(f"{path}: damaged or not readable{as_what} ({why})") from None
 
 
 def _has_room_for(path: str | Path) -> bool:
@@ -311,6 +316,42 @@ def read_json(path: str | Path) -> dict[str, Any]:
         if not _is_as_written(data):
             raise DamagedFile(f"{path}: damaged: a value was changed since it was written")
         return data
+
+
+def read_as(kind: type[T], path: str | Path, mend: str = "", *, whole: bool = False) -> T:
+    """A JSON file as an object of the ``kind`` that wrote it, a dataclass or a model of pydantic.
+
+    Raises ``DamagedFile`` that names file and field and says how to ``mend`` it; ``whole``: also
+    where a field is missing that has a default.
+    """
+    from pydantic import ValidationError
+
+    then = f"; {mend}" if mend else ""
+    try:
+        data = renamed(read_json(path))
+        missing = {*getattr(kind, "__dataclass_fields__", ())} - data.keys() if whole else ()
+        if missing:
+            raise DamagedFile(f"{path}: damaged: no {', '.join(sorted(missing))}")
+        # as JSON, so that lists are tuples also where a kind is strict
+        return _adapter(kind).validate_json(to_json(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        why = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise DamagedFile(f"{path}: damaged: {one_line(why, 200)}{then}") from None
+    except DamagedFile as error:
+        raise DamagedFile(f"{error}{then}") from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def read_json_if_there(path: str | Path) -> dict[str, Any]:
+    """As `read_json`; a file that is not there is empty."""
+    return read_json(path) if Path(path).is_file() else {}
 
 
 def write_arrays(path: str | Path, *, compressed: bool = False, **arrays: Any) -> None:

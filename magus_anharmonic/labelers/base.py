@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import inspect
-import json
 import math
 import os
 import re
@@ -32,7 +30,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.digests import digest, to_json
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
 
@@ -307,7 +305,7 @@ def settings_hash(
         "energy": ENERGY_CONVENTION,
         **({"files": dict(files)} if files else {}),
     }
-    text = json.dumps(content, sort_keys=True)
+    text = to_json(content, ordered=True)
     found = digest(text)
     # Extended XYZ would read 123456789012 or 12e456789012 back as a number.
     while re.fullmatch(r"\d+(e\d+)?", found):
@@ -408,22 +406,18 @@ class Code:
 
 def file_digest(*paths: Path) -> str:
     """Twelve hex digits of the content of files, in this order; the same wherever they lie."""
-    digest = hashlib.sha256()
-    for path in paths:
-        state = path.stat()
-        digest.update(_file_digest(str(path), state.st_size, state.st_mtime_ns))
-    return digest.hexdigest()[:12]
+    states = [(str(path), path.stat()) for path in paths]
+    return digest(*(_file_digest(path, state.st_size, state.st_mtime_ns) for path, state in states))
 
 
 @functools.lru_cache(maxsize=4096)
 def _file_digest(path: str, size: int, changed: int) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return bytes.fromhex(digest(Path(path), length=None))
 
 
 def folder_digest(files: Mapping[str, Path]) -> str:
     """Twelve hex digits of names and contents of ``files`` (name -> path)."""
-    return digest(json.dumps({name: file_digest(path) for name, path in sorted(files.items())}))
+    return digest({name: file_digest(path) for name, path in files.items()})
 
 
 def _check_texts(given: Mapping[str, Any], execution_keys: frozenset[str]) -> None:

@@ -4,7 +4,6 @@ the search."""
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -27,6 +26,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MachineError
 from magus_anharmonic.evaluator import Relaxation
+from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
@@ -87,7 +87,7 @@ class Worker:
         assert process.stdin is not None
         number = secrets.token_hex(8)
         try:
-            process.stdin.write(json.dumps({**job, "job": number}).encode() + b"\n")
+            process.stdin.write(to_json({**job, "job": number}).encode() + b"\n")
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise self._end_of(process) from None
@@ -126,7 +126,7 @@ class Worker:
         while True:
             line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
             try:
-                answer = json.loads(line) if line else None
+                answer = from_json(line) if line else None
             except ValueError:
                 answer = None
             if (

@@ -6,7 +6,6 @@ It is a process of its own so that a crash, a hang or the code's printing cannot
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
 import threading
@@ -25,6 +24,7 @@ from magus_anharmonic.errors import (
     one_line,
     typed_line,
 )
+from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.labelers.base import Code, Recipe, no_shell
 from magus_anharmonic.labelers.codes import code_of
 from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
@@ -189,9 +189,9 @@ def main() -> None:
         if os.getpid() != myself:
             os._exit(0)  # a copy that the code made of this process and let go on
         # the first line break ends what the code may have written to this pipe
-        replies.write("\n" + json.dumps(reply) + "\n")
+        replies.write("\n" + to_json(reply) + "\n")
         replies.flush()
-        job = json.loads(jobs.get())
+        job = from_json(jobs.get())
         reply = {**run_job(job), "job": job["job"]}
 
 

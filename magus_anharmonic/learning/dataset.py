@@ -4,7 +4,6 @@ lost."""
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from magus_anharmonic.errors import DamagedFile, InputError, one_line
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.gate import check_structures, isotope_hint
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import (
     append_jsonl,
-    raise_machine_error,
     read_jsonl,
+    readable,
     remove,
     replacing,
     set_aside,
@@ -316,19 +316,15 @@ class LabelStore:
         return file
 
 
+LABEL = ("energy", "forces", "stress")
+
+
 def label_digest(atoms: Atoms) -> str:
     """Twelve hex digits over structure, energy, forces and stress of a label."""
     results = atoms.calc.results
-    digest = hashlib.sha256(np.asarray(atoms.numbers, dtype=np.int64).tobytes())
-    for values in (
-        atoms.cell.array,
-        atoms.positions,
-        results["energy"],
-        results["forces"],
-        results["stress"],
-    ):
-        digest.update((np.asarray(values, dtype=float) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
+    values = (atoms.cell.array, atoms.positions, *(results[name] for name in LABEL))
+    arrays = (np.asarray(np.asarray(value, dtype=float) + 0.0) for value in values)
+    return digest(np.asarray(atoms.numbers, dtype=np.int64), *arrays)
 
 
 def read_labels(file: str | Path) -> list[Atoms]:
@@ -337,13 +333,8 @@ def read_labels(file: str | Path) -> list[Atoms]:
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    try:
+    with readable(path, "extended XYZ", hint=isotope_hint):
         frames: Any = read(path, index=":", format="extxyz")
-    except Exception as error:  # ASE's reader raises many types for malformed text
-        raise_machine_error(error, path)
-        raise DamagedFile(
-            f"{path}: not readable as extended XYZ: {one_line(error, 200)}{isotope_hint(error)}"
-        ) from None
     if not frames:
         raise DamagedFile(f"{path}: holds no structure")
     check_structures(frames, f"{path}: ", crystal=False)

@@ -8,7 +8,6 @@ validation.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from ase import Atoms
 from ase.neighborlist import neighbor_list
 
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
 from magus_anharmonic.structures import structure_id
 
@@ -137,10 +137,7 @@ def sides_of_families(
     """
     sizes, before = Counter(family_of_label), known or {}
     sides = {family: before.get(family, "") for family in sizes}
-    free = sorted(
-        (f for f in sizes if not sides[f]),
-        key=lambda name: hashlib.sha256(name.encode()).hexdigest(),
-    )
+    free = sorted((f for f in sizes if not sides[f]), key=lambda name: digest(name, length=None))
     largest = max(free, key=lambda name: sizes[name], default="")
     if free and ("train" not in sides.values() or 2 * sizes[largest] > sizes.total()):
         free.remove(largest)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.digests import safe_name
-from magus_anharmonic.io.files import read_json
+from magus_anharmonic.io.files import read_json, readable
 from magus_anharmonic.phase_diagram.points import (
     NATURAL,
     GibbsPoint,
@@ -330,11 +330,9 @@ def _isotope_name(folder: Path, centroids: Atoms) -> str:
     raises ``DamagedFile``."""
     path = folder / "settings.json"
     masses = (read_json(path).get("masses") or {}) if path.is_file() else {}
-    try:
+    with readable(path, "masses"):
         carried = isotopes_of(centroids)
         return (
             " ".join(f"{symbol}={mass:g}" for symbol, mass in sorted({**carried, **masses}.items()))
             or NATURAL
         )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{path}: damaged: masses ({error})") from None

@@ -3,7 +3,6 @@ distort, keep labels and train."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ase import Atoms
 from magus.populations.populations import Population
 
 from magus_anharmonic.generation import validation_rmse
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.labelers.scheduled import CallableLabeler
 from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
@@ -250,10 +250,7 @@ def main_settings(parameters: Mapping[str, Any], main: Any) -> dict[str, Any]:
         if hasattr(last, "input_dir")
         else []
     )
-    return {
-        **chosen,
-        "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-    }
+    return {**chosen, "files": {file.name: digest(file, length=None) for file in files}}
 
 
 def _result(atoms: Atoms) -> dict[str, Any] | None:

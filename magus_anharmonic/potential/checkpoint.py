@@ -7,9 +7,8 @@ A checkpoint written here is one of MatterSim's with additional keys (``model_id
 from __future__ import annotations
 
 import difflib
-import hashlib
 import io
-import json
+import itertools
 import logging
 import socket
 import tempfile
@@ -20,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from magus_anharmonic.errors import CheckpointError, one_line
-from magus_anharmonic.io.files import replacing
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import raise_machine_error, replacing
 
 if TYPE_CHECKING:
     import torch
@@ -134,8 +134,6 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         raise CheckpointError(f"checkpoint {path}: {error}") from None
     from mattersim.forcefield.m3gnet.m3gnet import M3Gnet
 
-    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
-
     try:
         module = M3Gnet(device=device, **content["model_args"]).to(device)
         module.load_state_dict(content["model"], strict=True)
@@ -147,7 +145,7 @@ def read(path: str | Path, device: str = "cpu") -> tuple[torch.nn.Module, dict[s
         AttributeError,
         ArithmeticError,
     ) as error:
-        raise_machine_error_of_torch(error, path)
+        raise_machine_error(error, path)
         reason = one_line(error, 200)
         raise CheckpointError(
             f"checkpoint {path} does not fit MatterSim's M3GNet architecture: {reason}"
@@ -238,14 +236,12 @@ def _check_identity(path: str | Path, module: torch.nn.Module, content: Mapping[
 def _load(path: Path, device: str) -> dict[str, Any]:
     import torch
 
-    from magus_anharmonic.potential.resources import raise_machine_error_of_torch
-
     if not path.is_file():
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise_machine_error_of_torch(error, path)
+        raise_machine_error(error, path)
         reason = one_line(error, 160)
         raise CheckpointError(
             f"checkpoint {path} cannot be read (truncated, or no checkpoint at all): {reason}"
@@ -293,13 +289,11 @@ def model_id(module: torch.nn.Module, arguments: Mapping[str, Any] | None = None
 
     arguments : of the architecture, instead of those that the installed MatterSim tells.
     """
-    digest = hashlib.sha256(
-        json.dumps(dict(arguments or _arguments(module)), sort_keys=True).encode()
+    weights = (
+        (name, value.detach().to("cpu").float().numpy())
+        for name, value in sorted(module.state_dict().items())
     )
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().to("cpu").float().numpy().tobytes())
-    return digest.hexdigest()[:12]
+    return digest(dict(arguments or _arguments(module)), *itertools.chain.from_iterable(weights))
 
 
 def _arguments(module: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ must not end training before it began) and the restart.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,7 @@ import torch
 from ase import Atoms
 
 from magus_anharmonic.errors import CheckpointError, DamagedFile, InputError
-from magus_anharmonic.io.digests import versions
+from magus_anharmonic.io.digests import digest, versions
 from magus_anharmonic.io.files import remove, set_aside
 from magus_anharmonic.potential import checkpoint, uncertainty
 from magus_anharmonic.potential.evaluate import Potential
@@ -231,19 +230,19 @@ class _Run:
         self.best_state = copy_state(self.module)
 
     def _key(self) -> str:
-        digest = hashlib.sha256(
+        parts: list[Any] = [
             f"{versions()} {checkpoint.model_id(self.module)} {self.settings.model_dump_json()}"
-            f" {self.seed}".encode()
-        )
+            f" {self.seed}"
+        ]
         for part in (self.train_set, self.validation_set):
-            digest.update(f"{len(part)} structures".encode())
+            parts.append(f"{len(part)} structures")
             for atoms in part:
                 energy, forces, stress = labels_of(atoms)
-                digest.update(structure_id(atoms).encode())
-                digest.update(np.concatenate([[energy], forces.ravel(), stress.ravel()]).tobytes())
+                numbers = np.concatenate([[energy], forces.ravel(), stress.ravel()])
+                parts += [structure_id(atoms), numbers]
         if self.weights is not None:
-            digest.update(self.weights.tobytes())
-        return digest.hexdigest()[:12]
+            parts.append(self.weights)
+        return digest(*parts)
 
     def finished(self) -> FinetuneResult | None:
         """The result of an earlier run with the same inputs, if ``out`` holds it."""

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
@@ -38,6 +37,7 @@ import torch
 from torch.nn.functional import silu
 
 from magus_anharmonic.errors import one_line
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.processes import run_bounded
 
@@ -286,7 +286,7 @@ def compiled(folder: Path) -> Path:
     identity = "\n".join(
         [SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), _processor(), *_FLAGS]
     )
-    library = folder / f"edge_kernels-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    library = folder / f"edge_kernels-{digest(identity, length=16)}.so"
     if not library.is_file():
         _compile(compiler, library)
     return library

@@ -26,8 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from magus_anharmonic.errors import InputError, is_out_of_memory, one_line
-from magus_anharmonic.io.files import raise_machine_error
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.potential.graph import build_graph
 
 if TYPE_CHECKING:
@@ -165,15 +164,6 @@ def _control_group_rest() -> float:
         except (OSError, ValueError):
             continue  # another version of control groups, or "max"
     return float("inf")
-
-
-def raise_machine_error_of_torch(error: BaseException, path: str | Path) -> None:
-    """As `raise_machine_error`, for ``error`` met while a file of torch was read, whose own errors
-    of memory become ``MemoryError``."""
-    text = one_line(str(error), 200)
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        raise MemoryError(text) from None
-    raise_machine_error(MemoryError(text) if is_out_of_memory(error) else error, path)
 
 
 SMALL = 128

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from pydantic import Field, model_validator
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.gate import read_structures
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import remove, write_json
 from magus_anharmonic.potential import checkpoint
 from magus_anharmonic.potential.evaluate import Potential
@@ -414,7 +414,7 @@ def _scores(potential: Potential, labelled: list[Atoms], recipe: TrainRecipe) ->
 
 
 def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return digest(Path(path), length=None)
 
 
 def train_command(

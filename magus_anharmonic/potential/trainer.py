@@ -9,7 +9,6 @@ at all.
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +23,8 @@ from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
 from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import readable
 from magus_anharmonic.potential.checkpoint import write_torch
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.labelled import (
@@ -36,7 +37,6 @@ from magus_anharmonic.potential.labelled import (
     torch_loss,
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
-from magus_anharmonic.potential.resources import raise_machine_error_of_torch
 from magus_anharmonic.settings import Count, FinetuneSettings, Positive, Section
 from magus_anharmonic.units import EV_PER_A3_IN_GPA
 
@@ -85,13 +85,10 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     Raises DamagedFile when it is not readable, not what `write_state` wrote, or does not fit
     ``trainer``, which is never changed; disk and memory errors as they are.
     """
-    try:
+    with readable(path, "the state of a training"):
         content = torch.load(
             path, map_location=next(trainer.module.parameters()).device, weights_only=True
         )
-    except Exception as error:  # torch.load raises many types for a damaged file
-        raise_machine_error_of_torch(error, path)
-        raise DamagedFile(f"not readable: {error}") from None
     if not isinstance(content, dict) or "key" not in content:
         raise DamagedFile("it holds no state of a training")
     if content["key"] != key:
@@ -99,18 +96,13 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     # torch loads half a state, or one with changed bits, without an error
     if content.pop("digest", None) != _digest(content):
         raise DamagedFile("it is not as it was written")
-    try:
+    with readable(path, "the state of this training"):
         state = TrainingState(
             **{**content, "history": [Epoch.of(epoch) for epoch in content["history"]]}
         )
         Trainer(copy.deepcopy(trainer.module), trainer.settings).restore(
             copy.deepcopy(state.trainer)
         )
-    except (
-        Exception
-    ) as error:  # of another version of this package or of torch, each part of which raises its own
-        raise_machine_error_of_torch(error, path)
-        raise DamagedFile(f"it does not fit: {type(error).__name__}: {error}") from None
     return state
 
 
@@ -125,10 +117,10 @@ def _digest(value: Any) -> str:
         text = "list " + "".join(map(_digest, value))
     elif isinstance(value, torch.Tensor):
         array = value.detach().cpu().numpy()
-        return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + array.tobytes()).hexdigest()
+        return digest(f"{array.dtype} {array.shape}", array, length=None)
     else:
         text = f"{type(value).__name__} {value!r}"
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(text, length=None)
 
 
 GRADIENT_NORM = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -53,7 +52,7 @@ def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] 
         "n_configs_start": settings.ranking_start,
     }
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}
-    return digest(json.dumps(data, sort_keys=True))
+    return digest(data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,6 @@ the main process writes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -16,6 +14,7 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import (
     raise_machine_error,
     read_json,
@@ -330,8 +329,7 @@ def _digest(pairs: Mapping[str, Any], data: Mapping[str, Any], start: Atoms) -> 
         start.todict(),
         *data.get("before", ()),
     ]
-    text = json.dumps(shown, sort_keys=True, default=lambda value: value.tolist())
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest(shown, length=16)
 
 
 def _read_record(path: Path) -> Run:

@@ -14,6 +14,7 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError, reason_of
 from magus_anharmonic.io.digests import digest
+from magus_anharmonic.io.files import read_json_if_there, read_jsonl
 from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.paper import findings
 from magus_anharmonic.paper.tables import DISPERSIONS, RANKINGS, ranking_files
@@ -21,13 +22,7 @@ from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report import figures, text
 from magus_anharmonic.report import structures as found_crystals
 from magus_anharmonic.report.figures import Picture
-from magus_anharmonic.report.raw_tables import (
-    RawTable,
-    number,
-    read_json,
-    read_raw_table,
-    read_records,
-)
+from magus_anharmonic.report.raw_tables import RawTable, number, read_raw_table
 from magus_anharmonic.report.structures import Crystal
 from magus_anharmonic.report.text import RankingView, ranking_views
 from magus_anharmonic.runs.status import present_steps
@@ -122,8 +117,8 @@ def campaign_contents(folder: Path) -> Contents:
     """Contents of ``campaign/``."""
     contents = Contents(folder, "campaign", f"Campaign {folder.resolve().parent.name}")
     tables = folder / "tables"
-    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
-    steps = contents.attempt(lambda: read_json(folder / "steps.json"), {})
+    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
+    steps = contents.attempt(lambda: read_json_if_there(folder / "steps.json"), {})
     steps = present_steps(
         folder,
         {
@@ -298,7 +293,7 @@ def search_contents(folder: Path) -> Contents:
     name = absolute.parent.parent.name if absolute.name == "anharmonic" else absolute.name
     kind = "search" if absolute.name == "anharmonic" else "ranking"
     contents = Contents(folder, kind, f"{kind.capitalize()} {name}")
-    contents.record = contents.attempt(lambda: read_json(folder / "run.json"), {})
+    contents.record = contents.attempt(lambda: read_json_if_there(folder / "run.json"), {})
     ranking = folder / "ranking.csv"
     if ranking.is_file():
         contents.rankings = contents.attempt(
@@ -316,7 +311,7 @@ def search_contents(folder: Path) -> Contents:
         lambda: found_crystals.search_crystals(folder, contents.rankings, starts), []
     )
     _failures(contents, folder / "failures.jsonl")
-    progress = contents.attempt(lambda: read_json(folder / "search.json"), {})
+    progress = contents.attempt(lambda: read_json_if_there(folder / "search.json"), {})
     contents.summary = [
         *_progress(contents, progress),
         *((view.title, text.ranking_sentences(view)) for view in contents.rankings),
@@ -355,7 +350,7 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
     slope_chart = [
         figures.slope_chart_picture(view.rows, view.title, view.file) for view in contents.rankings
     ]
-    records, _ = read_records(folder / "metrics.jsonl", ROWS)
+    records = read_jsonl(folder / "metrics.jsonl")[-ROWS:]
     points = []
     for record in records:
         scores = (record.get("new") or {}).get("validation") or {}
@@ -400,7 +395,8 @@ def _failures(contents: Contents, path: Path) -> None:
     rows: list[dict[str, str]] = []
     total = 0
     if path.suffix == ".jsonl":
-        records, total = read_records(path, 100_000)
+        records = read_jsonl(path)
+        total = len(records)
         lines = [
             {
                 "step": str(r.get("stage", "")),

@@ -3,15 +3,10 @@ ends the report."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from magus_anharmonic.errors import DamagedFile, InputError
-from magus_anharmonic.io import files
 from magus_anharmonic.io.tables import text_rows
 
 
@@ -58,33 +53,3 @@ def number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is empty. Raises ``InputError`` that names the file when it is
-    something else."""
-    if not path.is_file():
-        return {}
-    try:
-        return files.read_json(path)
-    except (OSError, DamagedFile) as error:
-        raise InputError(str(error)) from None
-
-
-def read_records(path: Path, limit: int) -> tuple[list[dict[str, Any]], int]:
-    """The last ``limit`` objects of a JSON-lines file, and how many lines there are; lines cut
-    short by a kill do not count."""
-    if not path.is_file():
-        return [], 0
-    last: deque[dict[str, Any]] = deque(maxlen=limit)
-    total = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(record, dict):
-                last.append(record)
-                total += 1
-    return list(last), total

@@ -26,7 +26,7 @@ from ase.data.colors import jmol_colors
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.digests import safe_name
-from magus_anharmonic.io.files import TEMPORARY, raise_machine_error, reading_table
+from magus_anharmonic.io.files import TEMPORARY, readable, reading_table
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.structures import space_group, standardized, stripped
@@ -304,12 +304,8 @@ def _float(text: str) -> float:
 def _parsed(path: Path, text: str) -> Atoms:
     from ase.io import read
 
-    try:
+    with readable(path, "extxyz"):
         return read(io.StringIO(text), format="extxyz")
-    except Exception as error:  # ASE raises whatever its parser trips over
-        raise InputError(
-            f"{path.name}: a frame is not readable as extxyz ({type(error).__name__}: {error})"
-        ) from None
 
 
 def search_crystals(
@@ -355,11 +351,8 @@ def _traj(path: Path) -> list[Atoms]:
 
     if not path.is_file():
         return []
-    try:
+    with readable(path, "a trajectory"):
         return list(iread(path, index=":", format="traj"))
-    except Exception as error:  # whatever ASE trips over in a damaged file
-        raise_machine_error(error, path)
-        raise InputError(f"{path.name}: not readable ({type(error).__name__}: {error})") from None
 
 
 def stored_starts(anharmonic: Path) -> dict[str, Atoms]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.io.files import append_jsonl, read_jsonl
 
 NAME = "failures.jsonl"
@@ -29,24 +29,16 @@ def record_failures(folder: str | Path, stage: str, failures: Sequence[dict[str,
     known = (
         set()
         if stage == "run" or not failures
-        else {_as_text(record) for record in read_failures(folder)}
+        else {digest(identity(record)) for record in read_failures(folder)}
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     new = [
         record
         for failure in failures
-        if _as_text(record := {"stage": stage, **failure, "time": now}) not in known
+        if digest(identity(record := {"stage": stage, **failure, "time": now})) not in known
     ]
     if new:
         append_jsonl(Path(folder) / NAME, *new)
-
-
-def _as_text(record: dict[str, Any]) -> str:
-    return json.dumps(
-        identity(record),
-        sort_keys=True,
-        default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value),
-    )
 
 
 def read_failures(folder: str | Path) -> list[dict[str, Any]]:

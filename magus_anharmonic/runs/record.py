@@ -3,7 +3,6 @@ continued."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 
 import magus_anharmonic
 from magus_anharmonic.errors import DamagedFile, InputError, one_line
-from magus_anharmonic.io.digests import digest, versions
+from magus_anharmonic.io.digests import digest, to_json, versions
 from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.settings import Settings
 
@@ -63,7 +62,7 @@ def package_versions() -> dict[str, str | None]:
 
 def settings_hash(settings: BaseModel) -> str:
     """12 hexadecimal digits over the resolved settings; the order of keys does not matter."""
-    return digest(json.dumps(settings.model_dump(mode="json"), sort_keys=True))
+    return digest(settings.model_dump(mode="json"))
 
 
 def write_run_record(
@@ -131,7 +130,7 @@ def read_run_record(path: str | Path, required: Iterable[str] = ()) -> dict[str,
     ):
         if not isinstance(value, kind) and (field in record or field == "settings.host"):
             raise InputError(
-                f"{file}: damaged: {field} holds {one_line(json.dumps(value), 60)}; {_MEND}"
+                f"{file}: damaged: {field} holds {one_line(to_json(value), 60)}; {_MEND}"
             )
     return record
 

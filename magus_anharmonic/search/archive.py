@@ -11,14 +11,14 @@ import numpy as np
 from ase import Atoms
 from ase.io import Trajectory, read, write
 
-from magus_anharmonic.errors import DamagedFile, InputError, typed_line
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.gate import check_structures, isotope_hint
 from magus_anharmonic.io.files import (
     append_jsonl,
-    raise_machine_error,
     read_json,
     read_jsonl,
     read_whole,
+    readable,
     remove,
     remove_empty,
     replacing,
@@ -186,14 +186,8 @@ class Archive:
         ):
             file = self.seeds / name
             if file.exists() and file.stat().st_size > 0:
-                try:
+                with readable(file, f"seeds ({form})", InputError, isotope_hint):
                     frames.extend(read(file, index=":", format=form))
-                except Exception as error:  # ASE's readers raise many types
-                    raise_machine_error(error, file)
-                    raise InputError(
-                        f"{file}: not readable as seeds ({form}):"
-                        f" {typed_line(error)}{isotope_hint(error)}"
-                    ) from None
         check_structures(frames, f"{self.seeds}: seeds of generation {generation}: ")
         return frames
 
@@ -256,15 +250,9 @@ def read_frames(file: Path) -> list[Atoms]:
 
     Machine and disk errors are raised as they are.
     """
-    try:
+    with readable(file, "a trajectory"):
         unsealed(file)
         frames: list[Atoms] = list(read(file, index=":", format="traj"))
-    except DamagedFile:
-        raise
-    except Exception as error:  # ASE's reader raises many types for a file that is cut
-        raise_machine_error(error, file)
-        why = typed_line(error, 120)
-        raise DamagedFile(f"{file}: damaged or not readable as a trajectory ({why})") from None
     for frame in frames:
         frame.calc = None
         for key in ("forces", "stress", "priNum"):

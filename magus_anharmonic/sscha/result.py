@@ -4,7 +4,6 @@ convergence table; reused when the run starts again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -14,11 +13,18 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from pydantic import TypeAdapter
 
-from magus_anharmonic.errors import DamagedFile, InputError, typed_line
-from magus_anharmonic.io.digests import renamed, safe_name, versions
-from magus_anharmonic.io.files import load_arrays, read_json, read_whole, replacing, write_json
+from magus_anharmonic.errors import DamagedFile, InputError
+from magus_anharmonic.io.digests import as_stored, renamed, safe_name, versions
+from magus_anharmonic.io.files import (
+    load_arrays,
+    read_as,
+    read_json,
+    read_whole,
+    readable,
+    write_arrays,
+    write_json,
+)
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import NAME as LOCK
 from magus_anharmonic.sscha.cell import StaticResponse
@@ -73,8 +79,9 @@ class SschaResult(FreeEnergy):
         """Write ``result.npz`` (force constants) and then ``result.json``: the run is finished when
         that exists."""
         if self.force_constants is not None:
-            with replacing(directory / "result.npz") as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, force_constants=self.force_constants)
+            write_arrays(
+                directory / "result.npz", compressed=True, force_constants=self.force_constants
+            )
         write_json(directory / "result.json", self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
@@ -112,13 +119,9 @@ class SschaResult(FreeEnergy):
                 " of now; use an empty folder"
             )
         arrays = path.with_name("result.npz")
-        try:
+        with readable(path, "the result of an SSCHA run"):
             result = cls._from_json(data)
             found = load_arrays(arrays)["force_constants"] if arrays.is_file() else None
-        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-            raise DamagedFile(
-                f"{path}: not the result of an SSCHA run ({type(error).__name__}: {error})"
-            ) from None
         return replace(result, force_constants=found)
 
     @classmethod
@@ -209,7 +212,7 @@ class RunFolder:
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "sscha.log"
-        identity = json.loads(json.dumps({**versions(), **identity}))
+        identity = as_stored({**versions(), **identity})
         path = self.directory / "settings.json"
         stored = read_whole(path, read_json)
         if stored is not None:
@@ -350,26 +353,23 @@ class RunFolder:
         result.write(self.directory)
 
     def _write(self, name: str, state: SschaState, **arrays: Any) -> None:
-        with replacing(self.directory / name) as temporary, temporary.open("wb") as file:
-            # not compressed: random numbers shrink by a few per cent, and it would take longer than
-            # all the algebra
-            np.savez(
-                file,
-                numbers=state.atoms.numbers,
-                masses=state.atoms.get_masses(),
-                cell=state.atoms.cell.array,
-                centroids=state.atoms.positions,
-                supercell_matrix=state.supercell_matrix,
-                force_constants=state.force_constants,
-                temperature=state.temperature,
-                **arrays,
-            )
+        write_arrays(
+            self.directory / name,
+            numbers=state.atoms.numbers,
+            masses=state.atoms.get_masses(),
+            cell=state.atoms.cell.array,
+            centroids=state.atoms.positions,
+            supercell_matrix=state.supercell_matrix,
+            force_constants=state.force_constants,
+            temperature=state.temperature,
+            **arrays,
+        )
 
 
 def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
     """State and ensemble of one ``population_NNN.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
-    try:
+    with readable(path, "a population of an SSCHA run"):
         state = _state(stored)
         ensemble = Ensemble(
             *(stored[name] for name in ("displacements", "energies", "forces", "stresses"))
@@ -380,8 +380,6 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
             atoms,
             3,
         ) and ensemble.stresses.shape == (n, 3, 3)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DamagedFile(f"{path}: not a population of an SSCHA run ({error})") from None
     if not fits:
         raise DamagedFile(f"{path}: arrays do not fit one another")
     return state, ensemble
@@ -389,31 +387,23 @@ def read_population_file(path: Path) -> tuple[SschaState, Ensemble]:
 
 def read_progress_file(path: Path) -> Progress:
     """Where a run stands, from its ``progress.json``; raises ``DamagedFile``."""
-    found = renamed(read_json(path))
-    try:
-        progress = TypeAdapter(Progress).validate_json(json.dumps(found))
-        whole = found.keys() >= vars(progress).keys() and progress.fits()
-    except (ValueError, TypeError) as error:
-        raise DamagedFile(
-            f"{path}: not the progress of an SSCHA run ({typed_line(error)})"
-        ) from None
-    if not whole:
-        raise DamagedFile(f"{path}: not the progress of an SSCHA run")
+    progress = read_as(Progress, path, whole=True)
+    with readable(path, "the progress of an SSCHA run"):
+        if not progress.fits():
+            raise ValueError("its parts do not fit one another")
     return progress
 
 
 def read_start_file(path: Path) -> Start:
     """The start of a run from its ``start.npz``; raises ``DamagedFile``."""
     stored = load_arrays(path)
-    try:
+    with readable(path, "the start of an SSCHA run"):
         response = (
             StaticResponse(stored["response_stress"], stored["response_forces"])
             if "response_stress" in stored
             else None
         )
         return Start(_state(stored), response, int(stored["n_evaluations"]))
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise DamagedFile(f"{path}: not the start of an SSCHA run ({error})") from None
 
 
 def final_ensemble(run: Path, result: SschaResult) -> Ensemble | None:

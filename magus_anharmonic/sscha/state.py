@@ -8,13 +8,13 @@ index = R * n_atoms + a.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.io.digests import digest
 from magus_anharmonic.sscha.supercells import (
     SupercellMatrix,
     cell_index,
@@ -192,10 +192,8 @@ class SschaState:
 
 def state_digest(state: SschaState) -> str:
     """Twelve hex digits that identify a state."""
-    digest = hashlib.sha256()
-    for array in (state.atoms.cell.array, state.atoms.positions, state.force_constants):
-        digest.update((np.round(array, 6) + 0.0).tobytes())
-    return digest.hexdigest()[:12]
+    arrays = (state.atoms.cell.array, state.atoms.positions, state.force_constants)
+    return digest(*(np.round(array, 6) + 0.0 for array in arrays))
 
 
 def agree(one: SschaState, other: SschaState, *names: str, atol: float) -> bool:
