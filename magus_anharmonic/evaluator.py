@@ -25,7 +25,13 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 
 from magus_anharmonic.calculator_id import NoIdError, calculator_id, parameters_digest, unnamed
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
+from magus_anharmonic.errors import (
+    InputError,
+    MagusAnharmonicError,
+    is_machine_error,
+    is_out_of_memory,
+    one_line,
+)
 from magus_anharmonic.structures import change_of, stripped
 from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
 
@@ -50,6 +56,11 @@ class Evaluation:
     def error_of(self, index: int) -> float | None:
         """``energy_error`` of one structure (eV/atom), or None."""
         return None if self.energy_error is None else float(self.energy_error[index])
+
+    def one(self, i: int) -> Evaluation:
+        """The results of one structure."""
+        error = None if self.energy_error is None else self.energy_error[i : i + 1]
+        return Evaluation(self.energy[i : i + 1], [self.forces[i]], self.stress[i : i + 1], error)
 
 
 def has_stress(found: Evaluation) -> bool:
@@ -90,6 +101,31 @@ class Evaluator(Protocol):
     def model_id(self) -> str: ...
 
     def evaluate(self, structures: Sequence[Atoms]) -> Evaluation: ...
+
+
+def evaluate_each(
+    evaluator: Evaluator,
+    structures: Sequence[Atoms],
+    caught: type[Exception] = MagusAnharmonicError,
+) -> list[Evaluation | str]:
+    """One evaluation per structure, or the reason why there is none.
+
+    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
+    Machine errors, and what is not ``caught``, are raised.
+    """
+    if not structures:
+        return []
+    try:
+        batch = evaluator.evaluate(structures)
+        return [batch.one(index) for index in range(len(structures))]
+    except caught as error:
+        if is_machine_error(error) and not (len(structures) > 1 and is_out_of_memory(error)):
+            raise
+        if len(structures) == 1:
+            log.debug("evaluation of %s failed", structures[0], exc_info=True)
+            return [one_line(error) or type(error).__name__]
+    # not in the handler: what fails alone has not failed because of the batch
+    return [evaluate_each(evaluator, [atoms], caught)[0] for atoms in structures]
 
 
 def set_energy_errors(evaluator: Any, structures: Sequence[Atoms]) -> None:

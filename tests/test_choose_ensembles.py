@@ -13,8 +13,9 @@ from records import a_candidate
 from magus_anharmonic import generation as rounds
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.generation import SearchState
-from magus_anharmonic.learning.choose import Contender, allocate, plan_ensembles
+from magus_anharmonic.learning.choose import Contender, allocate
 from magus_anharmonic.learning.dataset import LabelStore
+from magus_anharmonic.learning.round import Round
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.settings import LearningSettings, parse_settings
 from magus_anharmonic.sscha.state import displaced, sample
@@ -108,16 +109,16 @@ def contender(name: str, probability: float, spread: float, seed: int, n: int = 
 def test_a_plan_holds_whole_pairs_with_their_origin_and_survives_a_restart(tmp_path: Path) -> None:
     contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
     store = LabelStore(tmp_path / "labels")
-    planned = plan_ensembles(contenders, 3, learning(), store, tmp_path)
+    planned = Round(3, learning(), store, 0).plan_ensembles(contenders, tmp_path)
     assert len(planned) == 20 and {atoms.info["kind"] for atoms in planned} == {"sscha"}
     names = [atoms.info["candidate"] for atoms in planned]
     assert names.count("c-aa") > names.count("c-bb") and names.count("c-bb") % 2 == 0
     centre = crystal(seed=1).supercell.positions
     assert planned[0].positions + planned[1].positions == pytest.approx(2 * centre, abs=1e-6)
     assert len({atoms.info["side"] for atoms in planned if atoms.info["candidate"] == "c-aa"}) == 1
-    again = plan_ensembles([], 3, learning(), LabelStore(tmp_path / "labels"), tmp_path)
+    again = Round(3, learning(), LabelStore(tmp_path / "labels"), 0).plan_ensembles([], tmp_path)
     assert [atoms.info["id"] for atoms in again] == [atoms.info["id"] for atoms in planned]
-    assert plan_ensembles([], 4, learning(), store, tmp_path) == []
+    assert Round(4, learning(), store, 0).plan_ensembles([], tmp_path) == []
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.95])
@@ -127,13 +128,13 @@ def test_a_plan_that_is_cut_is_noticed_and_made_anew(
 ) -> None:
     contenders = [contender("aa", 0.6, 0.003, 1), contender("bb", 0.4, 0.001, 2)]
     store = LabelStore(tmp_path / "labels")
-    planned = plan_ensembles(contenders, 3, learning(), store, tmp_path)
+    planned = Round(3, learning(), store, 0).plan_ensembles(contenders, tmp_path)
     file = tmp_path / "ensembles" / "gen3.xyz"
     lines = file.read_bytes().splitlines(keepends=True)
     each = len(planned[0]) + 2
     keep = int(share * len(planned)) * each + (0 if between else 3)
     file.write_bytes(b"".join(lines[:keep]))
-    again = plan_ensembles(contenders, 3, learning(), store, tmp_path)
+    again = Round(3, learning(), store, 0).plan_ensembles(contenders, tmp_path)
     assert [atoms.info["id"] for atoms in again] == [atoms.info["id"] for atoms in planned]
     assert all("n_planned" not in atoms.info for atoms in again)
     assert (tmp_path / "ensembles" / "gen3.xyz.damaged").is_file()

@@ -410,6 +410,11 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     assert record["settings"]["sscha"]["supercell"] == [1, 1, 1]
     assert record["model"].startswith("emt-")
     assert record["structures"] == ["copper-fcc.vasp", "copper-hcp.vasp"]
+    from magus_anharmonic.ranking.table import read_ranking
+
+    rows = read_ranking(tmp_path / "ranking/ranking.csv")
+    assert {"copper-fcc.vasp", "copper-hcp.vasp"} <= {row.name for row in rows}
+    assert "copper-hcp.vasp" in text
 
 
 def test_the_defaults_that_the_help_shows_are_those_of_the_settings():

@@ -97,7 +97,7 @@ def vasp(tmp_path, monkeypatch):
     return make
 
 
-def test_vasp_energy_is_extrapolated_and_forces_are_in_the_order_of_the_input(vasp):
+def test_vasp_gets_the_papers_settings_and_its_results_are_those_of_the_input(vasp, tmp_path):
     with vasp() as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
@@ -108,11 +108,6 @@ def test_vasp_energy_is_extrapolated_and_forces_are_in_the_order_of_the_input(va
     assert label.stress == pytest.approx(
         -np.array([[100, 0, 0], [0, 200, 10], [0, 10, 300]]) * 0.1 * GPa
     )
-
-
-def test_vasp_input_has_the_papers_cutoff_and_k_spacing(vasp, tmp_path):
-    with vasp() as labeler:
-        labeler.label([STRUCTURE])
     incar = (tmp_path / "scratch" / "slot0" / "INCAR").read_text()
     keys = dict(re.findall(r"^\s*(\w+)\s*=\s*(\S+)", incar, re.M))
     assert (
@@ -158,47 +153,23 @@ def test_a_command_that_needs_a_shell_is_refused_before_anything_is_started(vasp
 
 
 @pytest.mark.parametrize("through_the_environment", [False, True])
-def test_the_usual_redirection_of_vasps_output_is_honoured_and_no_argument_of_vasp(
+def test_a_command_with_quotes_and_redirections_works_whatever_bytes_vasp_prints(
     vasp, tmp_path, monkeypatch, through_the_environment
 ):
     body = (
-        f"import sys\nassert sys.argv[1:] == [], sys.argv\n{vasp.writes()}print('to the log',"
-        " file=sys.stderr)\n"
+        "import sys\nassert sys.argv[1:] == ['--map-by', 'socket; 2 > 1'], sys.argv\n"
+        f"{vasp.writes()}for out in (sys.stderr.buffer, open('OUTCAR', 'ab')):\n"
+        "    out.write(b'\\xfc\\n')\n"
     )
-    command = f"{fake_program(tmp_path / 'vasp.py', body)} > vasp.log 2>&1"
+    program = fake_program(tmp_path / "vasp.py", body)
+    command = f"{program} --map-by 'socket; 2 > 1' > vasp.log 2>&1"
     if through_the_environment:
         monkeypatch.setenv("ASE_VASP_COMMAND", command)
-    with vasp(
-        body=body, arguments={"command": None if through_the_environment else command}
-    ) as labeler:
+    given = {"command": None if through_the_environment else command}
+    with vasp(body=body, arguments=given) as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
-    assert (tmp_path / "scratch/slot0/vasp.log").read_text() == "to the log\n"
-
-
-def test_an_argument_in_quotes_reaches_vasp_whole(vasp, tmp_path):
-    body = (
-        "import sys\nassert sys.argv[1:] == ['--map-by', 'socket; 2 > 1'],"
-        f" sys.argv\n{vasp.writes()}"
-    )
-    with vasp(
-        body=body,
-        arguments={
-            "command": f"{fake_program(tmp_path / 'vasp.py', body)} --map-by 'socket; 2 > 1'"
-        },
-    ) as labeler:
-        (label,) = labeler.label([STRUCTURE])
-    assert label.ok, label.reason
-
-
-def test_a_byte_that_is_no_utf8_in_what_vasp_prints_does_not_cost_the_label(vasp):
-    noise = (
-        "import sys\nfor out in (sys.stdout.buffer, sys.stderr.buffer, open('OUTCAR', 'ab')):\n   "
-        " out.write(b'\\xfc\\n')\n"
-    )
-    with vasp(body=vasp.writes() + noise) as labeler:
-        (label,) = labeler.label([STRUCTURE])
-    assert label.ok, label.reason
+    assert (tmp_path / "scratch/slot0/vasp.log").read_bytes() == b"\xfc\n"
 
 
 def test_vasp_parallelisation_is_not_part_of_the_settings_hash(vasp):
@@ -300,8 +271,13 @@ def espresso(tmp_path):
     return make
 
 
-def test_espresso_energy_is_extrapolated_to_zero_smearing(espresso):
-    with espresso() as labeler:
+def test_espresso_energy_is_extrapolated_to_zero_smearing_whatever_bytes_pw_prints(
+    espresso, tmp_path
+):
+    made, program = espresso(), tmp_path / "pw.py"
+    noise = "import sys\nsys.stdout.buffer.write(b'     title \\xfc\\n')\nsys.stdout.flush()\n"
+    program.write_text(noise + program.read_text())
+    with made as labeler:
         (label,) = labeler.label([STRUCTURE])
     assert label.ok, label.reason
     assert label.free_energy == pytest.approx(-25.0 * Ry)
@@ -326,22 +302,19 @@ def test_espresso_input_asks_for_forces_and_stress_of_a_single_point(espresso, t
 
 
 @pytest.mark.parametrize(
-    ("line", "reason"),
+    ("line", "exit_code", "reason"),
     [
-        ("convergence NOT achieved after 100 iterations: stopping", "NOT achieved"),
-        ("", "did not finish"),
+        ("convergence NOT achieved after 100 iterations: stopping", 0, "NOT achieved"),
+        ("", 0, "did not finish"),
+        (ACHIEVED, 2, ""),
     ],
 )
-def test_espresso_without_convergence_is_a_failure(espresso, line, reason):
-    with espresso(line) as labeler:
+def test_espresso_without_convergence_or_with_an_error_is_a_failure(
+    espresso, line, exit_code, reason
+):
+    with espresso(line, exit_code) as labeler:
         (result,) = labeler.label([STRUCTURE])
-    assert not result.ok and reason in result.reason
-
-
-def test_espresso_that_ends_with_an_error_is_a_failure(espresso):
-    with espresso(exit_code=2) as labeler:
-        (result,) = labeler.label([STRUCTURE])
-    assert not result.ok and result.reason
+    assert not result.ok and result.reason and reason in result.reason
 
 
 def test_espresso_hash_holds_what_pw_gets_by_default(espresso):
@@ -354,28 +327,21 @@ def test_espresso_hash_holds_what_pw_gets_by_default(espresso):
     )
 
 
-def test_espresso_refuses_to_have_its_output_redirected(espresso):
-    with pytest.raises(
-        InputError, match=r"arguments\.command: 'pw\.x > out': redirects .* leave that out"
-    ):
-        espresso(command="pw.x > out")
-
-
-def test_a_byte_that_is_no_utf8_in_what_pw_prints_does_not_cost_the_label(espresso, tmp_path):
-    made = espresso()
-    program = tmp_path / "pw.py"
-    program.write_text(
-        "import sys\nsys.stdout.buffer.write(b'     title"
-        f" \\xfc\\n')\nsys.stdout.flush()\n{program.read_text()}"
-    )
-    with made as labeler:
-        (label,) = labeler.label([STRUCTURE])
-    assert label.ok, label.reason
-
-
-def test_espresso_refuses_smearings_whose_extrapolation_is_not_known(espresso):
-    with pytest.raises(InputError, match=r"input_data.system.smearing: 'lorentzian'"):
-        espresso(input_data={"smearing": "lorentzian"})
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"command": "pw.x > out"},
+            r"arguments\.command: 'pw\.x > out': redirects .* leave that out",
+        ),
+        ({"input_data": {"smearing": "lorentzian"}}, r"input_data.system.smearing: 'lorentzian'"),
+    ],
+)
+def test_espresso_refuses_redirections_and_smearings_without_a_known_extrapolation(
+    espresso, arguments, message
+):
+    with pytest.raises(InputError, match=message):
+        espresso(**arguments)
 
 
 def test_methfessel_paxton_extrapolates_by_a_third():

@@ -30,7 +30,8 @@ from magus_anharmonic.learning.choose import (
 )
 from magus_anharmonic.learning.dataset import LabelStore, labelled, read_dataset, side, side_of
 from magus_anharmonic.learning.families import SIDES, Families, fingerprint
-from magus_anharmonic.learning.learn import DATASET, learn, plan, training_sets
+from magus_anharmonic.learning.learn import DATASET, learn, training_sets
+from magus_anharmonic.learning.round import Round
 from magus_anharmonic.settings import LearningSettings, parse
 from magus_anharmonic.structures import structure_id
 
@@ -559,7 +560,7 @@ def test_labels_know_where_they_come_from(tmp_path, potential, settings):
 
 def test_two_finds_of_one_phase_share_a_side(tmp_path, settings):
     population = [h3s(3.0), h3s(3.02).repeat((1, 1, 2))]
-    planned = plan(population, 1, learning(n_sample=2, n_perturb=1), LabelStore(tmp_path), seed=4)
+    planned = Round(1, learning(n_sample=2, n_perturb=1), LabelStore(tmp_path), 4).plan(population)
     assert len({atoms.info["parent"] for atoms in planned}) == 2
     assert (
         len({atoms.info["family"] for atoms in planned})
@@ -570,13 +571,11 @@ def test_two_finds_of_one_phase_share_a_side(tmp_path, settings):
 
 def rounds_of_labels(tmp_path, populations, settings, dataset=()):
     """What a search plans and labels in each generation, without training."""
-    from magus_anharmonic.learning.learn import _choose
-
     store, labels = LabelStore(tmp_path / "labels"), labeler_of(Counting())
     store.adopt(dataset, settings.split)
     for generation, population in enumerate(populations, start=1):
-        chosen = _choose(population, generation, settings, store, 7, None, [])
-        planned = plan(population, generation, settings, store, 7, chosen)
+        now = Round(generation, settings, store, 7)
+        planned = now.plan(population, now.choose(population, None))
         for atoms, label in zip(planned, labels.label(planned), strict=True):
             store.add(labelled(atoms, label))
     return store
@@ -719,7 +718,7 @@ def test_killed_between_metrics_and_checkpoint(tmp_path, potential, settings, lo
 def test_a_worse_model_is_never_kept(tmp_path, potential, settings, monkeypatch):
     """Training whose loss on the judging labels does not fall leaves weights, id and shift as they
     were."""
-    import magus_anharmonic.potential.labelled as scores
+    import magus_anharmonic.learning.learn as scores
 
     real = scores.score
 
@@ -873,7 +872,7 @@ def test_the_first_uncertain_choice_is_random_and_the_second_is_by_the_estimate(
 
 
 def test_a_model_that_is_kept_gets_an_estimate_too(tmp_path, potential, settings, monkeypatch):
-    import magus_anharmonic.potential.labelled as scores
+    import magus_anharmonic.learning.learn as scores
     from magus_anharmonic.potential import load
 
     real = scores.score

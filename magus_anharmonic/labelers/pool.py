@@ -31,8 +31,8 @@ from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
+from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.structures import structure_id
-from magus_anharmonic.units import time_left
 
 log = logging.getLogger(__name__)
 
@@ -439,17 +439,16 @@ class _Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.done, self.failed = what, total, 0, 0
-        self.started = time.monotonic()
+        self.pace = Progress(total)
 
     def finished(self, ok: bool) -> None:
         self.done += 1
         self.failed += not ok
-        left = time_left(time.monotonic() - self.started, self.done, self.total - self.done)
         log.info(
             "%s %d of %d, %d failed%s",
             self.what,
             self.done,
             self.total,
             self.failed,
-            f", {left}" if left else "",
+            self.pace.left(self.done, separator=", "),
         )

@@ -15,27 +15,21 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
-from ase.io import write
 from ase.neighborlist import neighbor_list
 
-from magus_anharmonic.errors import DamagedFile, MagusAnharmonicError
+from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.hull import comparable
-from magus_anharmonic.io.files import read_whole, replacing
-from magus_anharmonic.learning.dataset import LabelStore, plan_label, read_labels
 from magus_anharmonic.learning.families import (
     SIDES,
     Families,
     Fingerprint,
     fingerprint,
-    parent_name,
     sides_of_families,
 )
-from magus_anharmonic.settings import LearningSettings
 from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
@@ -273,12 +267,6 @@ def farthest_points(
     return chosen
 
 
-TOTAL = "n_planned"
-
-"""In every structure of the file of a plan, how many it holds: a file that is cut between two of
-them is noticed."""
-
-
 @dataclass(frozen=True)
 class Contender:
     """A candidate that may be the lowest, as its SSCHA run left it; the first of a list is the
@@ -321,80 +309,3 @@ def allocate(
         first = np.flatnonzero(gain == gain.max())
         given[first[np.argmax(worth[first])]] += 1
     return given.tolist()
-
-
-def plan_ensembles(
-    contenders: Sequence[Contender],
-    generation: int,
-    settings: LearningSettings,
-    store: LabelStore,
-    folder: str | Path,
-) -> list[Atoms]:
-    """The ``n_sample * n_perturb`` configurations to label (whole pairs), with everything about
-    them in ``info``. A phase that has no labels yet trains.
-
-    The plan is kept in ``folder/ensembles/gen{N}.xyz`` and read from there when the round is taken
-    up again (a damaged one is set aside and made anew); without contenders and without such a file
-    it is empty.
-    """
-    file = plan_file(folder, generation)
-    if (kept := read_whole(file, read_plan)) is not None:
-        return kept
-    if not contenders:
-        return []
-    n_pairs = max(1, settings.n_sample * settings.n_perturb // 2)
-    known = store.sides(settings.split, before=generation)
-    shares = allocate(
-        [c.spread for c in contenders],
-        [c.probability for c in contenders],
-        n_pairs,
-        [len(c.configurations) // 2 for c in contenders],
-    )
-    planned = []
-    for contender, share in zip(contenders, shares, strict=True):
-        log.info(
-            "%s (probability of being lowest %.2f, spread of the energy error %.2g eV/atom): %d"
-            " pairs of its ensemble are labelled",
-            contender.id,
-            contender.probability,
-            contender.spread,
-            share,
-        )
-        parent = stripped(contender.centroids)
-        name = parent_name(parent)
-        family = store.families.family(name, parent)
-        for number, configuration in enumerate(contender.configurations[: 2 * share]):
-            atoms = stripped(configuration)
-            plan_label(
-                atoms,
-                generation=generation,
-                parent=name,
-                family=family,
-                side=known.get(family, "train"),
-                kind="sscha",
-                candidate=f"c-{contender.id}",
-                distortion_seed=f"ensemble-{number}",
-            )
-            planned.append(atoms)
-    if planned:
-        for atoms in planned:
-            atoms.info[TOTAL] = len(planned)
-        with replacing(file) as temporary:
-            write(temporary, planned, format="extxyz")
-        # the digits of the file: a plan that is read again must name the same structures
-        return read_plan(file)
-    return planned
-
-
-def plan_file(folder: str | Path, generation: int) -> Path:
-    """Where the plan of a round is kept."""
-    return Path(folder) / "ensembles" / f"gen{generation}.xyz"
-
-
-def read_plan(file: Path) -> list[Atoms]:
-    """The structures of a plan; raises ``DamagedFile`` when they are not all there."""
-    frames = read_labels(file)
-    totals = {atoms.info.pop(TOTAL, None) for atoms in frames}
-    if totals != {len(frames)} or any("id" not in atoms.info for atoms in frames):
-        raise DamagedFile(f"{file}: holds {len(frames)} structures of a plan, which are not all")
-    return frames

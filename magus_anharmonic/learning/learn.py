@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,31 +14,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import CheckpointError, MagusAnharmonicError
+from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import (
-    Contender,
-    choose,
-    distort,
-    hold_back,
-    plan_ensembles,
-    quotas,
-    select,
-)
-from magus_anharmonic.learning.dataset import (
-    LabelStore,
-    labelled,
-    on_side,
-    plan_label,
-    read_dataset,
-)
-from magus_anharmonic.learning.families import SIDES, parent_name, sides_of_families
+from magus_anharmonic.learning.choose import Contender
+from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
+from magus_anharmonic.learning.families import SIDES
+from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
-from magus_anharmonic.potential.labelled import FEW, Scores
+from magus_anharmonic.potential.labelled import FEW, Scores, score
 from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.settings import LearningSettings
-from magus_anharmonic.structures import stripped
 
 if TYPE_CHECKING:
     from magus_anharmonic.potential import Potential
@@ -55,8 +41,6 @@ CONTEXT = 200
 METRICS = ("generation", "new_model", "n_labels", "n_failures", "changed")
 """What every line of ``metrics.jsonl`` has."""
 
-_CHOOSE, _DISTORT, _REPLAY, _TRAIN, _HOLD_BACK = 101, 102, 103, 104, 110
-
 DATASET = "the dataset"
 """``validation_from`` where only ``learning.dataset`` has labels on that side: its errors say
 nothing about this search."""
@@ -64,15 +48,27 @@ nothing about this search."""
 
 @dataclass(frozen=True)
 class Learned:
-    """The model after a round. ``metrics`` is the line of ``metrics.jsonl``; ``changed`` says
-    whether the model is a new one."""
+    """The model after a round; ``metrics`` is the line of ``metrics.jsonl``."""
 
     potential: Potential
-    model_id: str
     metrics: dict[str, Any]
-    n_labels: int
-    n_failures: int
-    changed: bool
+
+    @property
+    def model_id(self) -> str:
+        return self.potential.model_id
+
+    @property
+    def n_labels(self) -> int:
+        return self.metrics["n_labels"]
+
+    @property
+    def n_failures(self) -> int:
+        return self.metrics["n_failures"]
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model is a new one."""
+        return self.metrics["changed"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +83,10 @@ class Sets:
     n_replay: int = 0
     validation_from: str = "none"
     test_from: str = "none"
+
+    def parts(self) -> dict[str, list[Atoms]]:
+        """The three sets by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 def learn(
@@ -128,31 +128,14 @@ def learn(
     dataset = read_dataset(settings.dataset, labeler.settings_hash) if settings.dataset else []
     store.adopt(dataset, settings.split)
     began = time.monotonic()
-    planned = (
-        plan_ensembles(contenders, generation, settings, store, folder)
-        if settings.select == "sscha"
-        else []
-    )
-    if planned:
-        planned = [*planned, *_plan_beside(planned, population, generation, settings, store, seed)]
-    else:
-        if settings.select == "sscha":
-            log.info(
-                "learning.select: sscha: no two candidates with SSCHA ensembles are undecided; this"
-                " choice is random"
-            )
-        chosen = _choose(population, generation, settings, store, seed, potential, dataset)
-        planned = plan(population, generation, settings, store, seed, chosen)
+    now = Round(generation, settings, store, seed)
+    planned = _plan(now, population, contenders, potential, dataset, folder)
     n_failures = _label(planned, generation, labeler, store, folder)
     n_failures += _quarantine(generation, potential, store, folder)
     dataset = _sound(dataset, potential)
     labels = store.labels(generation=generation)
     sets = training_sets(
-        labels,
-        store.labels(before=generation),
-        dataset,
-        settings,
-        np.random.default_rng([seed, generation, _REPLAY]),
+        labels, store.labels(before=generation), dataset, settings, now.random(Purpose.REPLAY)
     )
     metrics: dict[str, Any] = {
         "generation": generation,
@@ -161,34 +144,47 @@ def learn(
         "n_failures": n_failures,
         "n_new": sets.n_new,
         "n_replay": sets.n_replay,
-        "n_train": len(sets.train),
-        "n_validation": len(sets.validation),
-        "n_test": len(sets.test),
+        **{f"n_{part}": len(frames) for part, frames in sets.parts().items()},
         "validation_from": sets.validation_from,
         "test_from": sets.test_from,
         "seconds_labels": time.monotonic() - began,
     }
+    candidate = None
     if labels and sets.train:
-        candidate, found = _train(potential, sets, settings, folder, generation, seed)
+        candidate, found = _train(potential, sets, now, folder)
+        metrics |= found
     else:
-        reason = (
+        metrics["reason"] = (
             "no label could be made"
             if not labels
             else "no label is on the training side, and there is none to replay"
         )
-        candidate, found = None, {"reason": reason}
-        log.warning("the model stays as it is: %s", reason)
-    return _conclude(potential, candidate, sets, settings, folder, {**metrics, **found})
+        log.warning("the model stays as it is: %s", metrics["reason"])
+    return _conclude(potential, candidate, sets, settings, folder, metrics)
+
+
+def _plan(
+    now: Round,
+    population: Sequence[Atoms],
+    contenders: Sequence[Contender],
+    potential: Potential,
+    dataset: Sequence[Atoms],
+    folder: Path,
+) -> list[Atoms]:
+    if now.settings.select == "sscha":
+        if planned := now.plan_ensembles(contenders, folder):
+            return [*planned, *now.plan_beside(planned, population)]
+        log.info(
+            "learning.select: sscha: no two candidates with SSCHA ensembles are undecided; this"
+            " choice is random"
+        )
+    return now.plan(population, now.choose(population, potential, dataset))
 
 
 def finished(folder: Path, generation: int, potential: Potential) -> Learned | None:
     """The result of a round that an earlier run finished: its line of metrics and its checkpoint
     are there."""
-    records = [
-        record
-        for record in read_jsonl(folder / "metrics.jsonl", METRICS)
-        if record["generation"] == generation
-    ]
+    records = _recorded(folder, generation)
     file = checkpoint_file(folder, generation)
     if not records or not file.is_file():
         return None
@@ -211,141 +207,18 @@ def finished(folder: Path, generation: int, potential: Potential) -> Learned | N
     ):  # killed between the checkpoint and its tidying up
         remove(left)
     log.info("round %d has learned already: model %s", generation, current.model_id)
-    return Learned(
-        current,
-        current.model_id,
-        metrics,
-        metrics["n_labels"],
-        metrics["n_failures"],
-        metrics["changed"],
-    )
+    return Learned(current, metrics)
+
+
+def _recorded(folder: Path, generation: int) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` about a round."""
+    records = read_jsonl(folder / "metrics.jsonl", METRICS)
+    return [record for record in records if record["generation"] == generation]
 
 
 def checkpoint_file(folder: Path, generation: int) -> Path:
     """Where the model after a round is."""
     return folder / "checkpoints" / f"gen{generation}.pth"
-
-
-def _choose(
-    population: Sequence[Atoms],
-    generation: int,
-    settings: LearningSettings,
-    store: LabelStore,
-    seed: int,
-    potential: Potential,
-    dataset: Sequence[Atoms],
-) -> list[int]:
-    """Indices of the structures to label by ``learning.select``."""
-    rng = np.random.default_rng([seed, generation, _CHOOSE])
-    known = [*dataset, *store.labels(before=generation)] if settings.select == "diverse" else []
-    chosen = select(population, settings.n_sample, rng, settings.select, potential, known)
-    return held_back(population, chosen, generation, settings, store, seed)
-
-
-def held_back(
-    population: Sequence[Atoms],
-    chosen: Sequence[int],
-    generation: int,
-    settings: LearningSettings,
-    store: LabelStore,
-    seed: int,
-) -> list[int]:
-    """`hold_back` for the round ``generation``."""
-    rng = np.random.default_rng([seed, generation, _HOLD_BACK])
-    return hold_back(
-        population,
-        chosen,
-        store.families,
-        store.sides(settings.split, before=generation),
-        settings.split,
-        rng,
-    )
-
-
-def _plan_beside(
-    planned: Sequence[Atoms],
-    population: Sequence[Atoms],
-    generation: int,
-    settings: LearningSettings,
-    store: LabelStore,
-    seed: int,
-) -> list[Atoms]:
-    """Distorted structures for validation and test, by their quotas, beside ensembles that
-    train."""
-    known = store.sides(settings.split, before=generation) | {
-        str(atoms.info["family"]): str(atoms.info["side"]) for atoms in planned
-    }
-    names = store.families.would_be([stripped(atoms) for atoms in population])
-    order = (
-        np.random.default_rng([seed, generation, _HOLD_BACK]).permutation(len(population)).tolist()
-    )
-    chosen: list[int] = []
-    for side, n in quotas(settings.n_sample, settings.split).items():
-        for index in [
-            index
-            for index in order
-            if known.get(names[index], side) == side and index not in chosen
-        ][:n]:
-            parent = stripped(population[index])
-            known[names[index]] = known[store.families.family(parent_name(parent), parent)] = side
-            chosen.append(index)
-    return plan(population, generation, settings, store, seed, chosen, known)
-
-
-def plan(
-    population: Sequence[Atoms],
-    generation: int,
-    settings: LearningSettings,
-    store: LabelStore,
-    seed: int,
-    chosen: Sequence[int] | None = None,
-    known: Mapping[str, str] | None = None,
-) -> list[Atoms]:
-    """The distorted structures to label, with everything about them in ``info``; the same for the
-    same seed and population.
-
-    ``chosen``: indices into the population; None draws them at random. Every family is on one side
-    for life (``known``; None: that of its labels); those that are new are shared out so that
-    validation and test get some of this round.
-    """
-    distorted = []
-    if chosen is None:
-        chosen = choose(
-            population, settings.n_sample, np.random.default_rng([seed, generation, _CHOOSE])
-        )
-    parents = [stripped(population[index]) for index in chosen]
-    families = [store.families.family(parent_name(parent), parent) for parent in parents]
-    sides = sides_of_families(
-        families,
-        settings.split,
-        store.sides(settings.split, before=generation) if known is None else known,
-    )
-    for draw, (parent, family) in enumerate(zip(parents, families, strict=True)):
-        name = parent_name(parent)
-        for number in range(settings.n_perturb):
-            key = [seed, generation, _DISTORT, draw, number]
-            try:
-                atoms = distort(
-                    parent,
-                    np.random.default_rng(key),
-                    atom_displacement=settings.atom_displacement,
-                    strain=settings.strain,
-                )
-            except MagusAnharmonicError as error:
-                log.warning("%s is not distorted: %s", name, error)
-                break
-            seed_text = "-".join(map(str, key))
-            plan_label(
-                atoms,
-                generation=generation,
-                parent=name,
-                family=family,
-                side=sides[family],
-                kind="distorted",
-                distortion_seed=seed_text,
-            )
-            distorted.append(atoms)
-    return distorted
 
 
 def _label(
@@ -483,13 +356,8 @@ def _newest(labels: Sequence[Atoms], earlier: Sequence[Atoms]) -> tuple[list[Ato
 
 
 def _train(
-    potential: Potential,
-    sets: Sets,
-    settings: LearningSettings,
-    folder: Path,
-    generation: int,
-    seed: int,
-) -> tuple[Any, dict[str, Any]]:
+    potential: Potential, sets: Sets, now: Round, folder: Path
+) -> tuple[Potential, dict[str, Any]]:
     """Refit the shift, finetune; returns the new model (not yet the one in use) and what there is
     to report."""
     from magus_anharmonic.potential import load
@@ -503,9 +371,9 @@ def _train(
         module,
         sets.train,
         sets.validation,
-        settings,
-        out=folder / "training" / f"gen{generation}.pth",
-        seed=int(np.random.default_rng([seed, generation, _TRAIN]).integers(2**31)),
+        now.settings,
+        out=folder / "training" / f"gen{now.generation}.pth",
+        seed=int(now.random(Purpose.TRAIN).integers(2**31)),
         parent_id=potential.model_id,
         species=potential.species_seen,
     )
@@ -560,20 +428,14 @@ def _conclude(
     if candidate is not None and not changed:
         metrics["rejected"] = {"model": candidate.model_id, **trained}
     generation = int(metrics["generation"])
-    recorded = [
-        record
-        for record in read_jsonl(folder / "metrics.jsonl", METRICS)
-        if record["generation"] == generation
-    ]
+    recorded = _recorded(folder, generation)
     if not recorded or recorded[-1]["new_model"] != current.model_id:
         append_jsonl(folder / "metrics.jsonl", metrics)
     file = checkpoint_file(folder, generation)
     _write_checkpoint(current, changed, file, folder / "training" / f"gen{generation}.pth")
     if changed:
         current.path = file
-    return Learned(
-        current, current.model_id, metrics, metrics["n_labels"], metrics["n_failures"], changed
-    )
+    return Learned(current, metrics)
 
 
 def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path) -> None:
@@ -593,11 +455,8 @@ def _write_checkpoint(model: Potential, changed: bool, file: Path, trained: Path
 def _scores(potential: Potential, sets: Sets, settings: LearningSettings) -> dict[str, Any]:
     """Loss and RMSE of energy (eV/atom), forces (eV/A) and stress (GPa) on each set that is not
     empty; errors of few labels."""
-    from magus_anharmonic.potential.labelled import score
-
-    parts = {"train": sets.train, "validation": sets.validation, "test": sets.test}
     return {
         name: score(potential, frames, settings).as_dict()
-        for name, frames in parts.items()
+        for name, frames in sets.parts().items()
         if frames
     }

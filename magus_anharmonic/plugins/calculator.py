@@ -22,7 +22,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from magus.calculators.base import Calculator
 from magus.fitness import FitnessCalculator
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError, is_machine_error
+from magus_anharmonic import evaluator
+from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import set_energy_errors
 from magus_anharmonic.plugins.parameters import calculator_settings, settings_of, stop
 from magus_anharmonic.scheduler import is_remote, open_scheduler
@@ -224,18 +225,9 @@ def evaluate_each(
 ) -> list[tuple[float, np.ndarray, np.ndarray] | str]:
     """Energy, forces, stress (3, 3) of each structure, or the reason why it has none: one bad
     structure spoils no batch."""
-    if not structures:
-        return []
-    try:
-        found = potential.evaluate([stripped(atoms) for atoms in structures])
-    except MagusAnharmonicError as error:
-        if is_machine_error(error):
-            raise
-        if len(structures) == 1:
-            return [str(error)]
-        return [outcome for atoms in structures for outcome in evaluate_each(potential, [atoms])]
     return [
-        (float(e), f, s) for e, f, s in zip(found.energy, found.forces, found.stress, strict=True)
+        one if isinstance(one, str) else (float(one.energy[0]), one.forces[0], one.stress[0])
+        for one in evaluator.evaluate_each(potential, [stripped(atoms) for atoms in structures])
     ]
 
 

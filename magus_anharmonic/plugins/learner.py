@@ -15,17 +15,16 @@ from magus.populations.populations import Population
 from magus_anharmonic.generation import validation_rmse
 from magus_anharmonic.io.digests import digest
 from magus_anharmonic.labelers.scheduled import CallableLabeler
-from magus_anharmonic.learning.choose import select
 from magus_anharmonic.learning.dataset import LabelStore, on_side, read_dataset
 from magus_anharmonic.learning.families import parent_name, sides_of_families
-from magus_anharmonic.learning.learn import finished, held_back, keep_label, learn, plan
+from magus_anharmonic.learning.learn import finished, keep_label, learn
+from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.plugins.calculator import RESULT_KEYS, MatterSimCalculator, evaluate_each
 from magus_anharmonic.settings import LearningSettings, snake_case
 from magus_anharmonic.structures import stripped, structure_id
 
 logger = logging.getLogger(__name__)
 
-_SELECT = 105
 
 # What identifies a label and its history; a label carries nothing else of MAGUS's info.
 _HISTORY = ("id", "generation", "parent", "family", "side", "kind", "distortion_seed")
@@ -117,16 +116,13 @@ class MatterSimLearner(MatterSimCalculator):
         """``n_sample`` members by ``learning.select``; copies, of the same kind (Population or
         list)."""
         individuals = list(pop)
-        rng = np.random.default_rng([self.seed, self.generation, _SELECT])
-        rule = self.learning.select
-        known = self.store.labels(before=self.generation) if rule == "diverse" else []
-        picked = select(individuals, self.learning.n_sample, rng, rule, self.potential, known)
-        picked = held_back(
-            individuals, picked, self.generation, self.learning, self.store, self.seed
-        )
+        picked = self._round().choose(individuals, self.potential, purpose=Purpose.SELECT)
         chosen = [individuals[index].copy() for index in picked]
         logger.info("%d of %d structures are chosen for labels", len(chosen), len(individuals))
         return _like(pop, chosen)
+
+    def _round(self) -> Round:
+        return Round(self.generation, self.learning, self.store, self.seed)
 
     def expand_perturb(self, pop: Any) -> Any:
         """``n_perturb`` distortions of each chosen structure, without old results, with their
@@ -138,15 +134,12 @@ class MatterSimLearner(MatterSimCalculator):
         self._selected = [stripped(individual) for individual in pop]
         if finished(self.run_dir, self.generation, self.potential) is not None:
             return _like(pop, [])
-        planned = plan(self._selected, self.generation, self.learning, self.store, self.seed)
+        planned = self._round().plan(self._selected)
         return _like(pop, self.store.without_label(planned))
 
     def updatedataset(self, frames: Iterable[Atoms]) -> None:
         """Save the labels that ``MainCalculator`` has put into ``info``."""
-        asked = {
-            atoms.info["id"]
-            for atoms in plan(self._selected, self.generation, self.learning, self.store, self.seed)
-        }
+        asked = {atoms.info["id"] for atoms in self._round().plan(self._selected)}
         self._reasons = {}
         labelled = []
         given = list(frames)

@@ -36,9 +36,9 @@ from magus_anharmonic.potential.trainer import (
     read_state,
     write_state,
 )
+from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.settings import FinetuneSettings, TrainingKeys, parse
 from magus_anharmonic.structures import structure_id
-from magus_anharmonic.units import time_left
 
 logger = logging.getLogger(__name__)
 
@@ -458,24 +458,18 @@ class _Run:
         return True
 
 
-class _Ticker:
+class _Ticker(Progress):
     """Lines of progress, at most one in `LOG_INTERVAL` seconds, with the time left."""
 
     def __init__(self, epochs: int, done: int) -> None:
-        self.epochs, self.done = epochs, done
-        self.began = self.last = time.perf_counter()
+        super().__init__(epochs, done, LOG_INTERVAL)
 
     def report(
         self, number: int, done: float, text: str, *values: Any, always: bool = False
     ) -> None:
         """``text % values`` about epoch ``number``, when ``done`` epochs are done."""
-        now = time.perf_counter()
-        if now - self.last < LOG_INTERVAL and not always:
-            return
-        self.last = now
-        left = time_left(now - self.began, done - self.done, self.epochs - done)
-        text = f"epoch %d/%d{text}" + ("; %s" if left else "")
-        logger.info(text, number, self.epochs, *values, *([left] if left else []))
+        if self.due() or always:
+            logger.info(f"epoch %d/%d{text}%s", number, self.total, *values, self.left(done))
 
 
 def _device(module: torch.nn.Module) -> torch.device:

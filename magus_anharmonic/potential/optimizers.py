@@ -3,13 +3,21 @@ the arguments a caller may choose."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from ase import Atoms
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, expm, expm_frechet
 
 from magus_anharmonic.errors import InputError
@@ -176,108 +184,66 @@ OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """Arguments of `relax`, with pressures in eV/A^3."""
-
-    pressure: float
-    force_tolerance: float
-    stress_tolerance: float
-    max_steps: int
-    max_move: float
-    relax_cell: bool
-    fix_symmetry: bool
-    symprec: float
-    optimizers: tuple[str, ...]
-    perturbations: int
+def _real(value: Any) -> Any:
+    if not isinstance(value, Real) or np.isnan(float(value)):
+        raise ValueError("must be a number")
+    return float(value)
 
 
-def checked(
-    *,
-    pressure: Any,
-    force_tolerance: Any,
-    stress_tolerance: Any,
-    max_steps: Any,
-    max_move: Any,
-    relax_cell: bool,
-    fix_symmetry: bool,
-    symprec: Any,
-    optimizer: Any,
-    perturbations: Any,
-    edges_in_flight: Any,
-) -> Options:
-    """The options, pressures given in GPa; raises InputError with one line for each argument that
-    makes no sense."""
-    positive = {
-        "force_tolerance": force_tolerance,
-        "stress_tolerance": stress_tolerance,
-        "max_move": max_move,
-        "symprec": symprec,
-    }
-    problems = [
-        f"{name} = {value!r}: must be a positive number"
-        for name, value in positive.items()
-        if not _is_number(value) or not value > 0
+def _whole(value: Any) -> Any:
+    if not isinstance(value, Integral):
+        raise ValueError("must be a whole number")
+    return int(value)
+
+
+Number = Annotated[float, BeforeValidator(_real)]
+Whole = Annotated[int, BeforeValidator(_whole)]
+Switch = Annotated[bool, BeforeValidator(bool)]
+
+
+class Options(BaseModel):
+    """Arguments of `relax`; pressures in GPa when they are given, in eV/A^3 here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    force_tolerance: Annotated[Number, Field(gt=0)]
+    stress_tolerance: Annotated[Number, Field(gt=0)]
+    max_move: Annotated[Number, Field(gt=0)]
+    symprec: Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+    max_steps: Annotated[Whole, Field(ge=1)]
+    edges_in_flight: Annotated[Whole, Field(ge=1)] | None
+    relax_cell: Switch
+    fix_symmetry: Switch
+    perturbations: Annotated[Whole, Field(ge=0)]
+    pressure: Annotated[Number, Field(ge=-MAX_PRESSURE_GPA, le=MAX_PRESSURE_GPA)]
+    optimizer: Annotated[
+        tuple[Literal["bfgs", "ase", "fire"], ...],
+        BeforeValidator(lambda given: (given,) if isinstance(given, str) else given),
+        Field(min_length=1),
     ]
-    if _is_number(symprec) and np.isposinf(symprec):
-        problems.append(f"symprec = {symprec!r}: must be finite")
-    counts = {
-        "max_steps": max_steps,
-        "edges_in_flight": 1 if edges_in_flight is None else edges_in_flight,
-    }
-    for name, value in counts.items():
-        if not isinstance(value, Integral) or value < 1:
-            problems.append(f"{name} = {value!r}: must be a whole number, at least 1")
-    if (
-        not isinstance(perturbations, Integral)
-        or perturbations < 0
-        or (perturbations and fix_symmetry)
-    ):
-        problems.append(
-            f"perturbations = {perturbations!r}: must be a whole number, 0 or more, and 0 with"
-            " fix_symmetry, because they break it"
-        )
-    if not _is_number(pressure) or not abs(pressure) <= MAX_PRESSURE_GPA:
-        problems.append(
-            f"pressure = {pressure!r}: must be a number in GPa between -{MAX_PRESSURE_GPA:g} and"
-            f" {MAX_PRESSURE_GPA:g}"
-        )
-    optimizers = _names(optimizer)
-    if not optimizers:
-        problems.append(
-            f"optimizer = {optimizer!r}: only {', '.join(OPTIMIZERS)}, or several of them, are"
-            " possible"
-        )
-    if problems:
-        raise InputError(*problems)
-    return Options(
-        pressure=gpa_to_ev_per_a3(pressure),
-        force_tolerance=force_tolerance,
-        stress_tolerance=gpa_to_ev_per_a3(stress_tolerance),
-        max_steps=max_steps,
-        max_move=max_move,
-        relax_cell=relax_cell,
-        fix_symmetry=fix_symmetry,
-        symprec=symprec,
-        optimizers=optimizers,
-        perturbations=perturbations,
+
+    @field_validator("perturbations")
+    @classmethod
+    def _symmetric(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("fix_symmetry"):
+            raise ValueError("must be 0 with fix_symmetry, because they break it")
+        return value
+
+
+def checked(**given: Any) -> Options:
+    """The options; raises InputError with one line for each argument that makes no sense."""
+    try:
+        options = Options(**given)
+    except ValidationError as error:
+        problems: dict[str, str] = {}
+        for item in error.errors():
+            name, text = str(item["loc"][0]), item["msg"].removeprefix("Value error, ")
+            problems.setdefault(name, f"{name} = {given[name]!r}: {text.removeprefix('Input ')}")
+        raise InputError(*problems.values()) from None
+    pressures = ("pressure", "stress_tolerance")
+    return options.model_copy(
+        update={name: gpa_to_ev_per_a3(getattr(options, name)) for name in pressures}
     )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not np.isnan(float(value))
-
-
-def _names(optimizer: Any) -> tuple[str, ...]:
-    """Names of optimisers; none where one is not known."""
-    names = (
-        (optimizer,)
-        if isinstance(optimizer, str)
-        else tuple(optimizer)
-        if isinstance(optimizer, Sequence)
-        else ()
-    )
-    return names if all(isinstance(name, str) and name in OPTIMIZERS for name in names) else ()
 
 
 SMALLEST_STEP = 1e-5  # Angstrom

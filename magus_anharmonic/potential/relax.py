@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -12,13 +11,12 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.errors import is_machine_error, is_out_of_memory
-from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator
+from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator, evaluate_each
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.units import time_left
+from magus_anharmonic.runs.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -171,44 +169,19 @@ def _round(evaluator: Evaluator, relaxations: list[SingleRelaxation]) -> None:
     """One step of every structure in flight."""
     trials = [(relaxation, relaxation.attempt(relaxation.propose)) for relaxation in relaxations]
     usable = [(relaxation, atoms) for relaxation, atoms in trials if atoms is not None]
-    for (relaxation, _), result in zip(
-        usable, _evaluate_each(evaluator, [atoms for _, atoms in usable]), strict=True
-    ):
+    found = evaluate_each(evaluator, [atoms for _, atoms in usable], Exception)
+    for (relaxation, _), one in zip(usable, found, strict=True):
+        if isinstance(one, str):
+            # alone it is number 0, which is not its number among the structures of `relax`
+            result: Result | str = re.sub(
+                r"\bstructure 0\b", "the structure", one.removeprefix("structure 0: ")
+            )
+        else:
+            numbers = float(one.energy[0]), one.forces[0], one.stress[0]
+            result = _why_invalid_numbers(*numbers) or numbers
         relaxation.attempt(relaxation.receive, result)
     for relaxation in relaxations:
         relaxation.attempt(relaxation.judge)
-
-
-def _evaluate_each(evaluator: Evaluator, structures: list[Atoms]) -> list[Result | str]:
-    """Energy, forces and stress of each structure, or the reason why there is none.
-
-    When a batch fails, its structures are evaluated one by one, so that the others do not suffer.
-    Machine errors are raised.
-    """
-    if not structures:
-        return []
-    try:
-        found = evaluator.evaluate(structures)
-    except Exception as error:
-        if is_machine_error(error) and not (len(structures) > 1 and is_out_of_memory(error)):
-            raise
-        if len(structures) == 1:
-            logger.debug("evaluation of %s failed", structures[0], exc_info=True)
-            # alone it is number 0, which is not its number among the structures of `relax`
-            text = re.sub(
-                r"\bstructure 0\b", "the structure", str(error).removeprefix("structure 0: ")
-            )
-            return [" ".join(text.split()) or type(error).__name__]
-        found = None
-    if found is None:
-        # not in the handler: what fails alone has not failed because of the batch
-        return [_evaluate_each(evaluator, [atoms])[0] for atoms in structures]
-    results: list[Result | str] = []
-    for energy, forces, stress in zip(found.energy, found.forces, found.stress, strict=True):
-        results.append(
-            _why_invalid_numbers(energy, forces, stress) or (float(energy), forces, stress)
-        )
-    return results
 
 
 def _why_invalid_numbers(energy: float, forces: np.ndarray, stress: np.ndarray) -> str:
@@ -228,27 +201,24 @@ class _Progress:
     def __init__(self, total: int, max_steps: int) -> None:
         self.total, self.max_steps = total, max_steps
         self.rounds = self.finished = 0
-        self.begun = self.last = time.monotonic()
+        self.pace = Progress(total, interval=LOG_INTERVAL)
 
     def report(self, newly_finished: int) -> None:
         self.rounds += 1
         self.finished += newly_finished
-        now, remaining = time.monotonic(), self.total - self.finished
-        if now - self.last < LOG_INTERVAL or not remaining:
+        remaining = self.total - self.finished
+        if not remaining or not self.pace.due():
             return
-        self.last = now
-        spent = now - self.begun
         done, rest = (
             (self.finished, remaining)
             if self.finished
             else (self.rounds, max(self.max_steps - self.rounds, 1))
         )
-        left = time_left(spent, done, rest)
         logger.info(
             "relaxed %d of %d structures, %d rounds, %.0f s, %s",
             self.finished,
             self.total,
             self.rounds,
-            spent,
-            left,
+            self.pace.seconds,
+            self.pace.left(done, rest, ""),
         )

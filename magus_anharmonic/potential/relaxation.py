@@ -54,7 +54,7 @@ class SingleRelaxation:
         self.n_steps = 0
         self.minimiser: MinimiserState | None = None
         self.kept: tuple[Point, Atoms] | None = None
-        self.waiting = list(options.optimizers)
+        self.waiting = list(options.optimizer)
         self.lowest: Point | None = None
         self.attempt(self._start, atoms)
 

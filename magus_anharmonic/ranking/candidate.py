@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from ase import Atoms
 
@@ -36,6 +37,8 @@ class Candidate(WithFreeEnergy):
     """
 
     id: str = column("identity of the static structure", default="", needed=True)
+    name: str = column("file that the structure came from, and its number there", default="")
+    merged: str = column("names of further structures that are this one", default="")
     formula: str = column("formula, metals first; deuterium is D", default="", needed=True)
     natoms: int = column("atoms of the static structure", default=0, needed=True)
     pressure: float = column("pressure", "GPa", default=0.0, digits="g", needed=True)
@@ -154,6 +157,12 @@ class Candidate(WithFreeEnergy):
     def centroids(self) -> Atoms | None:
         """The structure once its ions move."""
         return None if self.run is None else self.run.centroids
+
+    @property
+    def label(self) -> str:
+        """What it is called in a sentence: its file where it came from one, else the beginning of
+        its id."""
+        return Path(self.name).name or self.id[:8]
 
     @property
     def composition(self) -> str:

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import pickle
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +37,7 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
+from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
@@ -45,7 +45,6 @@ from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
 from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
 from magus_anharmonic.structures import space_group, stripped
-from magus_anharmonic.units import time_left
 
 
 def run_of(
@@ -279,7 +278,7 @@ def run_jobs(
             run_jobs(jobs, evaluator, free_energy, on_done, scheduler)
         return
     count = max(1, min(workers.n_workers, len(jobs)))
-    progress = Progress(len(jobs), count)
+    progress = _Finished(len(jobs), count)
 
     def done(job: Job, outcomes: list[Outcome]) -> None:
         on_done(job, outcomes)
@@ -364,19 +363,19 @@ def _run_elsewhere(
         ]
 
 
-class Progress:
+class _Finished:
     """Log lines with the number done and an estimate of the time left."""
 
     def __init__(self, total: int, workers: int = 1) -> None:
-        self.total, self.workers, self.finished, self.began = total, workers, 0, time.monotonic()
+        self.total, self.workers, self.finished = total, workers, 0
+        self.pace = Progress(total)
 
     def step(self, job: Job, outcomes: Sequence[Outcome]) -> None:
         """Log that ``job`` is done."""
         self.finished += 1
-        elapsed = time.monotonic() - self.began
         waiting = self.total - self.finished
         # The other processes are in the middle of theirs, on average.
-        left = time_left(elapsed, self.finished, waiting - 0.5 * min(self.workers - 1, waiting))
+        left = self.pace.left(self.finished, waiting - 0.5 * min(self.workers - 1, waiting))
         for outcome in outcomes:
             log.info(
                 "SSCHA %d of %d: %s %s%s",
@@ -384,7 +383,7 @@ class Progress:
                 self.total,
                 job.structure,
                 _words(outcome),
-                f"; {left}" if left else "",
+                left,
             )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.hull import comparable
 from magus_anharmonic.ranking.candidate import Candidate, numbered
@@ -193,6 +193,8 @@ class Ranking:
         tags = (str(self.population[i].info.get(SEED_KEY) or "") for i in members)
         return Candidate(
             id=structure_id(atoms),
+            name=_name(atoms),
+            merged=", ".join(filter(None, (_name(self.population[i]) for i in members[1:]))),
             atoms=stripped(atoms),
             pressure=self.settings.pressure,
             enthalpy=self.enthalpies[members[0]],
@@ -211,6 +213,7 @@ class Ranking:
         reason = str(atoms.info.get("reason") or "it has no enthalpy")
         return Candidate(
             id=structure_id(atoms),
+            name=_name(atoms),
             atoms=stripped(atoms),
             pressure=self.settings.pressure,
             temperature=temperature,
@@ -345,3 +348,7 @@ def write_tables(
         )
         write_ranking(run_dir / name, candidates)
     write_quantum(run_dir / "quantum.traj", store.runs())
+
+
+def _name(atoms: Atoms) -> str:
+    return one_line(str(atoms.info.get("name") or ""))

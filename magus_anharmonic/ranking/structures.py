@@ -20,18 +20,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import (
-    InputError,
-    MagusAnharmonicError,
-    SschaError,
-    is_machine_error,
-    one_line,
-)
+from magus_anharmonic.errors import InputError, SschaError, one_line
 from magus_anharmonic.evaluator import (
     CalculatorEvaluator,
     Evaluation,
     Evaluator,
     as_evaluator,
+    evaluate_each,
     has_stress,
     set_energy_error,
 )
@@ -74,7 +69,7 @@ def reevaluate(
         for reason in relax_inplace(foreign, evaluator, settings, relaxation_steps):
             if reason:
                 log.info("a survivor stays as it was, the new model does not relax it: %s", reason)
-    for atoms, found in zip(structures, evaluate_each(structures, evaluator), strict=True):
+    for atoms, found in zip(structures, _evaluate_each(structures, evaluator), strict=True):
         atoms.info["model"] = evaluator.model_id
         set_energy_error(atoms, None if isinstance(found, str) else found.error_of(0))
         if isinstance(found, str):
@@ -100,34 +95,19 @@ def _renew_results(atoms: Atoms, energy: float, forces: np.ndarray, stress: np.n
     atoms.calc = SinglePointCalculator(atoms, energy=energy, forces=forces, stress=stress)
 
 
-def evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
-    """One evaluation per structure, or the reason why there is none; the batch is split only when
-    it fails as a whole."""
-    inputs = [stripped(atoms) for atoms in structures]
-    try:
-        batch = evaluator.evaluate(inputs)
-    except MagusAnharmonicError as error:
-        if is_machine_error(error):
-            raise
-        if len(inputs) == 1:
-            return [str(error)]
-        return [evaluate_each([atoms], evaluator)[0] for atoms in inputs]
-    stress = has_stress(batch)
+def _evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Evaluation | str]:
+    """As `evaluate_each`, where numbers that are not finite are a reason too."""
+    found = evaluate_each(evaluator, [stripped(atoms) for atoms in structures])
+    with_stress = any(not isinstance(one, str) and has_stress(one) for one in found)
     return [
-        (
-            _one(batch, i)
-            if np.isfinite(batch.energy[i])
-            and np.isfinite(batch.forces[i]).all()
-            and (not stress or np.isfinite(batch.stress[i]).all())
-            else "energy, forces or stress are not finite"
-        )
-        for i in range(len(inputs))
+        one
+        if isinstance(one, str)
+        or np.isfinite(one.energy).all()
+        and np.isfinite(one.forces[0]).all()
+        and (not with_stress or np.isfinite(one.stress).all())
+        else "energy, forces or stress are not finite"
+        for one in found
     ]
-
-
-def _one(batch: Evaluation, i: int) -> Evaluation:
-    errors = None if batch.energy_error is None else batch.energy_error[i : i + 1]
-    return Evaluation(batch.energy[i : i + 1], [batch.forces[i]], batch.stress[i : i + 1], errors)
 
 
 def evaluator_of(

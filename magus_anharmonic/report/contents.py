@@ -374,7 +374,7 @@ def _search_pictures(contents: Contents, folder: Path) -> list[Picture]:
     for name, line in best.items():
         convergence = figures.stored_picture(folder / "sscha" / Path(name).name, "convergence")
         if convergence is not None:
-            title = f"Convergence of {line.id[:8]} ({line.spg_quantum or line.spg_static})"
+            title = f"Convergence of {line.label} ({line.spg_quantum or line.spg_static})"
             alt = convergence.alt.replace(convergence.title, title, 1)
             pictures.append(
                 Picture(

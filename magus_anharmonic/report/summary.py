@@ -32,7 +32,7 @@ def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
     if len(blocks) < 2 or not known:
         return []
     on = [
-        f"{row.composition} {row.id[:8]}{_probability_in_words(row)}"
+        f"{row.composition} {row.label}{_probability_in_words(row)}"
         for row in known
         if row.gibbs_above_hull == 0.0
     ]
@@ -98,7 +98,7 @@ def table(
     for row in rows[:limit]:
         result.add_row(
             str(row.rank_quantum or "-"),
-            row.id[:8],
+            row.label,
             str(row.natoms),
             " -> ".join(symbol_of(group) for group in (row.spg_static, row.spg_quantum) if group),
             _milli(row.enthalpy, reference),
@@ -106,11 +106,18 @@ def table(
             _milli(row.gibbs_error, 0.0) if row.status in WITH_ERROR else "-",
             str(row.rank_static or "-"),
             _change(row, rows),
-            f"same as {row.same_as[:8]}" if row.same_as else WORDS.get(row.status, row.status),
+            f"same as {label_of(row.same_as, rows)}"
+            if row.same_as
+            else WORDS.get(row.status, row.status),
         )
     if len(rows) > limit:
         result.caption = f"{len(rows) - limit} more in ranking.csv"
     return result
+
+
+def label_of(identity: str, rows: Sequence[Candidate]) -> str:
+    """What the candidate with this id is called."""
+    return next((row.label for row in rows if row.id == identity), identity[:8])
 
 
 def _milli(value: float | None, reference: float) -> str:
@@ -144,7 +151,7 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
     condition = f"at {ranked[0].pressure:g} GPa and {ranked[0].temperature:g} K"
     moved = [row for row in done if decided_group(row.spg_quantum) not in ("", row.spg_static)]
     for row in moved:
-        lines.append(f"{row.id[:8]}: static {row.spg_static}, quantum (SSCHA) {row.spg_quantum}.")
+        lines.append(f"{row.label}: static {row.spg_static}, quantum (SSCHA) {row.spg_quantum}.")
     if not moved:
         surely = " for certain" if any(UNDECIDED in row.spg_quantum for row in done) else ""
         lines.append(
@@ -163,8 +170,8 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
     lines.extend(_saddles(rows))
     if best.parent:
         lines.append(
-            f"{best.id[:8]} ({best.spg_quantum}) is lowest; it was found below the saddle point"
-            f" {best.parent[:8]}."
+            f"{best.label} ({best.spg_quantum}) is lowest; it was found below the saddle point"
+            f" {label_of(best.parent, rows)}."
         )
     elif static_best is best:
         same = best.spg_quantum in ("", best.spg_static)
@@ -173,17 +180,17 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
             if same
             else f"as {best.spg_static} without and as {best.spg_quantum} with it"
         )
-        lines.append(f"{best.id[:8]} is lowest with and without the motion, {phase}.")
+        lines.append(f"{best.label} is lowest with and without the motion, {phase}.")
     elif static_best.same_as == best.id:
         lines.append(
-            f"{static_best.id[:8]} ({static_best.spg_static}) has the lowest enthalpy, and becomes"
+            f"{static_best.label} ({static_best.spg_static}) has the lowest enthalpy, and becomes"
             f" the phase of the lowest free energy, {best.spg_quantum or best.spg_static}."
         )
     else:
         gain = 1000 * (static_best.gibbs - best.gibbs)
         error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
         lines.append(
-            f"The order changed: {static_best.id[:8]} has the lowest enthalpy, {best.id[:8]}"
+            f"The order changed: {static_best.label} has the lowest enthalpy, {best.label}"
             f" ({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +-"
             f" {error:.1f} meV/atom."
         )
@@ -198,7 +205,7 @@ def _continuous_transitions(done: Sequence[Candidate]) -> list[str]:
     for row in done:
         duplicates = [other for other in done if other.same_as == row.id]
         if duplicates:
-            names = " and ".join(f"{one.id[:8]} ({one.spg_static})" for one in [row, *duplicates])
+            names = " and ".join(f"{one.label} ({one.spg_static})" for one in [row, *duplicates])
             lines.append(f"{names} are one and the same phase with SSCHA: {row.spg_quantum}.")
     return lines
 
@@ -215,12 +222,12 @@ def _saddles(rows: Sequence[Candidate]) -> list[str]:
         found = (
             "what lies below it was not found"
             if below is None
-            else f"below it lies {below.id[:8]} ({below.spg_quantum})"
+            else f"below it lies {below.label} ({below.spg_quantum})"
         )
         if below is not None and below.status == "unconverged":
-            found = f"{below.id[:8]}, which started below it, is not converged"
+            found = f"{below.label}, which started below it, is not converged"
         lines.append(
-            f"{row.id[:8]} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not"
+            f"{row.label} ({row.spg_quantum}) is a saddle point of the free energy{mode} and not"
             f" ranked: {found}."
         )
     return lines
@@ -228,7 +235,7 @@ def _saddles(rows: Sequence[Candidate]) -> list[str]:
 
 def _unconverged(rows: Sequence[Candidate]) -> list[str]:
     """Who is missing from the ranking for lack of populations."""
-    names = [row.id[:8] for row in rows if row.status == "unconverged"]
+    names = [row.label for row in rows if row.status == "unconverged"]
     if not names:
         return []
     them = "it is" if len(names) == 1 else "they are"
@@ -295,7 +302,7 @@ def slope_chart(rows: Sequence[Candidate]) -> Figure:
             axes.text(
                 -0.06,
                 left[index],
-                f"{row.spg_static}  {row.id[:6]}",
+                f"{row.spg_static}  {row.label}",
                 ha="right",
                 va="center",
                 fontsize=8,

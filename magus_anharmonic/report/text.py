@@ -147,10 +147,10 @@ def ranking_sentences(view: RankingView) -> list[str]:
         tail = (
             "as with static ions"
             if at_rest is best
-            else f"while {at_rest.id[:8]} ({at_rest.spg_static}) is with static ions{same}"
+            else f"while {at_rest.label} ({at_rest.spg_static}) is with static ions{same}"
         )
         lines.append(
-            f"{best.id[:8]} ({best.spg_quantum or best.spg_static}) is lowest in free energy,"
+            f"{best.label} ({best.spg_quantum or best.spg_static}) is lowest in free energy,"
             f" {tail}."
         )
     unconverged = sum(row.status == "unconverged" for row in view.rows)
