@@ -13,8 +13,9 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.morse import MorsePotential
 
 from magus_anharmonic import free_energy
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
+from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.ranking.structures import rank_structures
 from magus_anharmonic.settings import parse_settings

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.calculator_check import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
 from magus_anharmonic.potential.labelled import labels_of, name_of
 from magus_anharmonic.units import RYDBERG
 
