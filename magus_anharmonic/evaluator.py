@@ -76,6 +76,12 @@ class Relaxation:
     n_steps: int
     reason: str = ""
 
+    @classmethod
+    def without_result(cls, atoms: Atoms, reason: str, n_steps: int = 0) -> Relaxation:
+        """A relaxation that failed before there was any number."""
+        forces, stress = np.full((len(atoms), 3), np.nan), np.full((3, 3), np.nan)
+        return cls(atoms, np.nan, np.nan, forces, stress, False, True, n_steps, reason)
+
 
 ENERGY_ERROR = "energy_error"
 """``info`` key: expected error of the energy against the model's DFT, eV/atom; only where the model

@@ -1,8 +1,14 @@
-"""What happens after each round of a search, the same in MAGUS and in the embedded host.
+"""One round of a search, the same in MAGUS and in the embedded host.
 
-The host hands over the population and takes it back: learn from it, re-evaluate the survivors with
-the new model (no ranking mixes two models), rank by free energy, set flat ``info`` keys, and return
-SSCHA centroids as seeds.
+The host (`search.host.Search`, or MAGUS through `plugins.hook`) makes and relaxes structures, and
+chooses parents. It calls `start` once, and after each generation `after_generation`:
+
+1. learn (`learning.learn`): label some relaxed structures by DFT and finetune: a new model;
+2. re-evaluate (`ranking.structures`): relax and evaluate the survivors with the model in use,
+   because no ranking mixes two models;
+3. rank (`ranking.rank`): SSCHA for those who may be the lowest; G, its error and the rank as flat
+   ``info`` keys, by which the host selects;
+4. seed: SSCHA centroids that no survivor stands for are seeds of the next generation.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import logging
 import re
 import secrets
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +64,133 @@ class SearchState:
     free_energy: Callable[..., Any] | None = None
     workers: int | None = None
     candidates: list[Candidate] = field(default_factory=list)
+
+
+def after_generation(
+    state: SearchState,
+    population: Sequence[Atoms],
+    survivors: Iterable[Atoms],
+    generation: int,
+    *,
+    last: bool | None = None,
+) -> list[Atoms]:
+    """Learn from ``population`` (relaxed, duplicates kept), then re-evaluate and rank ``survivors``
+    in place.
+
+    Parameters
+    ----------
+    survivors
+        Everything that will be compared from now on (good, keep and current ones); one structure
+        may appear twice.
+    generation
+        Number of the round, from 1.
+    last
+        Whether this is the last round; None: when ``generation`` is ``numGen``.
+
+    Returns SSCHA centroids that no survivor stands for yet, as seeds of the next round. Doing a
+    finished round again costs nothing but the evaluation of the survivors.
+    """
+    from magus_anharmonic.ranking.rank import rank
+
+    ending = generation >= (state.n_generations or np.inf) if last is None else last
+    unique = list({id(atoms): atoms for atoms in survivors}.values())
+    _learn(state, population, generation)
+    reevaluate(unique, state.potential, state.settings, state.relaxation_steps)
+    state.candidates = rank(
+        unique,
+        evaluator=state.potential,
+        settings=state.settings,
+        run_dir=state.run_dir,
+        seed=state.seed,
+        generation=generation,
+        n_generations=generation if ending else generation + 1,
+        energy_rmse=state.energy_rmse,
+        free_energy=state.free_energy,
+        workers=state.workers,
+        measured=measured_terms(state.run_dir, state.settings.pressure),
+    )
+    _summarise(state.candidates, generation)
+    sscha = state.settings.sscha
+    wanted = sscha is not None and sscha.seed_back and not ending
+    return quantum_seeds(state.candidates) if wanted else []
+
+
+def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> None:
+    learning = state.settings.learning
+    if not state.learn or state.labeler is None or learning is None:
+        return
+    from magus_anharmonic.learning.learn import learn
+
+    learned = learn(
+        list(population),
+        generation=generation,
+        potential=state.potential,
+        settings=learning,
+        labeler=state.labeler,
+        store=state.store,
+        run_dir=state.run_dir,
+        seed=state.seed,
+        contenders=undecided(state, generation) if learning.select == "sscha" else (),
+    )
+    state.potential = learned.potential
+    state.energy_rmse = validation_rmse(learned.metrics)
+
+
+def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
+    """Centroids of quantum phases that no candidate's static structure is: the search would not
+    find them by itself.
+
+    Each carries ``sscha_centroid``, by which the ranking knows it again and reuses the free energy.
+    """
+    from magus_anharmonic.ranking.jobs import info_of
+    from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
+    from magus_anharmonic.sscha.symmetry import symmetric_primitive
+
+    present = {c.seed_of for c in candidates if c.ranked and c.seed_of == c.run_id}
+    new = [c for c in candidates if c.phase_ranked and c.run_id not in present]
+    statics = [Fingerprint(c.structure) for c in candidates if c.members] if new else []
+    seeds = []
+    for candidate in new:
+        atoms = symmetric_primitive(candidate.centroids, candidate.tolerance)
+        fingerprint = Fingerprint(atoms, candidate.tolerance)
+        if any(same_phase(fingerprint, other) for other in statics):
+            continue
+        atoms.info.update(
+            info_of(candidate.free_energy),
+            candidate_id=candidate.id,
+            sscha_centroid=candidate.run_id,
+            gibbs_model=candidate.model,
+        )
+        seeds.append(atoms)
+    return seeds
+
+
+def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
+    counts = Counter(candidate.status for candidate in candidates)
+    words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+    log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
+    if counts.get("unconverged") and not any(c.ranked for c in candidates):
+        log.warning(
+            "round %d: no free energy has converged, so nothing is ranked by it; the reasons are in"
+            " ranking.csv",
+            generation,
+        )
+    for c in [c for c in candidates if c.rank_quantum is not None][:3]:
+        height = c.gibbs_above_hull
+        above = "" if height is None else f", {1000 * height:.1f} meV/atom above the hull"
+        log.info(
+            "  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s",
+            c.rank_quantum,
+            c.id,
+            c.spg_static,
+            c.spg_quantum,
+            c.gibbs,
+            c.gibbs_error,
+            above,
+        )
+
+
+# --- a search begins, or goes on
 
 
 def start(
@@ -118,16 +252,6 @@ def start(
     return state
 
 
-def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
-    """``checkpoints/gen{N}.pth`` with the largest N (not above ``up_to``), or None."""
-    found = {}
-    for path in (Path(run_dir) / "checkpoints").glob("gen*.pth"):
-        number = re.fullmatch(r"gen(\d+)", path.stem)
-        if number and (up_to is None or int(number[1]) <= up_to):
-            found[int(number[1])] = path
-    return found[max(found)] if found else None
-
-
 def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
     calculator = settings.calculator
     if calculator is None:
@@ -140,6 +264,16 @@ def _load_potential(settings: Settings, newest: Path | None) -> Evaluator:
     if newest is not None:
         log.info("going on with the model %s", newest)
     return load(newest or calculator.checkpoint, device=calculator.device)
+
+
+def newest_checkpoint(run_dir: str | Path, up_to: int | None = None) -> Path | None:
+    """``checkpoints/gen{N}.pth`` with the largest N (not above ``up_to``), or None."""
+    found = {}
+    for path in (Path(run_dir) / "checkpoints").glob("gen*.pth"):
+        number = re.fullmatch(r"gen(\d+)", path.stem)
+        if number and (up_to is None or int(number[1]) <= up_to):
+            found[int(number[1])] = path
+    return found[max(found)] if found else None
 
 
 def checked_learning(settings: Settings, folder: str | Path) -> Settings:
@@ -210,75 +344,24 @@ def validation_rmse(metrics: dict[str, Any]) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def after_generation(
-    state: SearchState,
-    population: Sequence[Atoms],
-    survivors: Iterable[Atoms],
-    generation: int,
-    *,
-    last: bool | None = None,
-) -> list[Atoms]:
-    """Learn from ``population`` (relaxed, duplicates kept), then re-evaluate and rank ``survivors``
-    in place.
+def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
+    """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says
+    about phases at ``pressure`` (GPa).
 
-    Parameters
-    ----------
-    survivors
-        Everything that will be compared from now on (good, keep and current ones); one structure
-        may appear twice.
-    generation
-        Number of the round, from 1.
-    last
-        Whether this is the last round; None: when ``generation`` is ``numGen``.
-
-    Returns SSCHA centroids that no survivor stands for yet, as seeds of the next round. Doing a
-    finished round again costs nothing but the evaluation of the survivors.
+    Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
     """
-    unique = list({id(atoms): atoms for atoms in survivors}.values())
-    _learn(state, population, generation)
-    reevaluate(unique, state.potential, state.settings, state.relaxation_steps)
-    ending = generation >= (state.n_generations or np.inf) if last is None else last
-    from magus_anharmonic.ranking.rank import rank
+    from magus_anharmonic.paper import tables
+    from magus_anharmonic.ranking.uncertainty import ModelTerm
 
-    state.candidates = rank(
-        unique,
-        evaluator=state.potential,
-        settings=state.settings,
-        run_dir=state.run_dir,
-        seed=state.seed,
-        generation=generation,
-        n_generations=generation if ending else generation + 1,
-        energy_rmse=state.energy_rmse,
-        free_energy=state.free_energy,
-        workers=state.workers,
-        measured=measured_terms(state.run_dir, state.settings.pressure),
-    )
-    _summarise(state.candidates, generation)
-    wanted = state.settings.sscha is not None and state.settings.sscha.seed_back
-    return quantum_seeds(state.candidates) if wanted and not ending else []
+    rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
+    return {
+        row.phase: ModelTerm(row.correction_eV_per_atom, row.correction_error_eV_per_atom)
+        for row in rows
+        if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6
+    }
 
 
-def _learn(state: SearchState, population: Sequence[Atoms], generation: int) -> None:
-    if not state.learn or state.labeler is None or state.settings.learning is None:
-        return
-    from magus_anharmonic.learning.learn import learn
-
-    learned = learn(
-        list(population),
-        generation=generation,
-        potential=state.potential,
-        settings=state.settings.learning,
-        labeler=state.labeler,
-        store=state.store,
-        run_dir=state.run_dir,
-        seed=state.seed,
-        contenders=(
-            undecided(state, generation) if state.settings.learning.select == "sscha" else ()
-        ),
-    )
-    state.potential = learned.potential
-    state.energy_rmse = validation_rmse(learned.metrics)
-
+# --- whose ensembles are worth labels
 
 UNDECIDED = 0.01
 """A candidate whose probability of being the lowest is larger is undecided against the lowest
@@ -335,80 +418,3 @@ def expected_spread(potential: Any, configurations: Sequence[Atoms], most: int =
     enough = estimate is not None and len(configurations) >= 4
     spread = estimate(list(configurations[:most]), group_size=2) if enough else None
     return 1.0 if spread is None else spread
-
-
-def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
-    """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says
-    about phases at ``pressure`` (GPa).
-
-    Rows without an error bar are left out. Raises ``InputError`` for a table that cannot be read.
-    """
-    from magus_anharmonic.paper import tables
-    from magus_anharmonic.ranking.uncertainty import ModelTerm
-
-    rows = tables.read_if_there(tables.GibbsCorrection, run_dir)
-    return {
-        row.phase: ModelTerm(row.correction_eV_per_atom, row.correction_error_eV_per_atom)
-        for row in rows
-        if row.correction_error_eV_per_atom is not None and abs(row.pressure_GPa - pressure) < 1e-6
-    }
-
-
-def quantum_seeds(candidates: Sequence[Candidate]) -> list[Atoms]:
-    """Centroids of quantum phases that no candidate's static structure is: the search would not
-    find them by itself.
-
-    Each carries ``sscha_centroid``, by which the ranking knows it again and reuses the free energy.
-    """
-    from magus_anharmonic.ranking.jobs import info_of
-    from magus_anharmonic.ranking.matcher import Fingerprint, same_phase
-    from magus_anharmonic.sscha.symmetry import symmetric_primitive
-
-    present = {c.seed_of for c in candidates if c.ranked and c.seed_of == c.run_id}
-    new = [c for c in candidates if c.phase_ranked and c.run_id not in present]
-    statics = [Fingerprint(c.structure) for c in candidates if c.members] if new else []
-    seeds = []
-    for candidate in new:
-        atoms = symmetric_primitive(candidate.centroids, candidate.tolerance)
-        fingerprint = Fingerprint(atoms, candidate.tolerance)
-        if any(same_phase(fingerprint, other) for other in statics):
-            continue
-        atoms.info.update(
-            info_of(candidate.free_energy),
-            candidate_id=candidate.id,
-            sscha_centroid=candidate.run_id,
-            gibbs_model=candidate.model,
-        )
-        seeds.append(atoms)
-    return seeds
-
-
-def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
-    counts: dict[str, int] = {}
-    for candidate in candidates:
-        counts[candidate.status] = counts.get(candidate.status, 0) + 1
-    words = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
-    log.info("round %d: %d distinct structures (%s)", generation, len(candidates), words or "none")
-    if counts.get("unconverged") and not any(c.ranked for c in candidates):
-        log.warning(
-            "round %d: no free energy has converged, so nothing is ranked by it; the reasons are in"
-            " ranking.csv",
-            generation,
-        )
-    for c in [c for c in candidates if c.rank_quantum is not None][:3]:
-        g, error = c.gibbs, c.gibbs_error
-        above = (
-            ""
-            if c.gibbs_above_hull is None
-            else f", {1000 * c.gibbs_above_hull:.1f} meV/atom above the hull"
-        )
-        log.info(
-            "  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s",
-            c.rank_quantum,
-            c.id,
-            c.spg_static,
-            c.spg_quantum,
-            g,
-            error,
-            above,
-        )

@@ -16,7 +16,7 @@ SCRIPTS = sorted((PACKAGE.parent / "inputs" / "h3s-paper").glob("*.py"))
 MODULES = [*sorted(PACKAGE.rglob("*.py")), *SCRIPTS]
 LONGEST = 500
 """Lines of a module."""
-STILL_LONGER = {"search/keys.py", "phase_diagram/surface.py", "settings/search.py"}
+STILL_LONGER = {"settings/search.py"}
 """Modules that grew past it when the house was set at 100 columns; none may be added."""
 BASE = {
     "settings",

@@ -36,6 +36,7 @@ from magus_anharmonic.sscha.result import final_ensemble
 from magus_anharmonic.sscha.symmetry import Symmetry
 
 RENAMED: dict[str, str | None] = {
+    "sscha": "converged",
     "decrease": "predicted_decrease",
     "n_became Im-3m 100 GPa": "n_transformed Im-3m 100 GPa",
     "n_became_best": "n_transformed_best",

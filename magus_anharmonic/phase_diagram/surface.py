@@ -85,9 +85,6 @@ class GibbsSurface:
     finite_size: Model | None
     domain: np.ndarray
     quality: Quality
-    phase: str = ""
-    isotopes: str = ""
-    formula: str = ""
 
     def gibbs(self, pressure: np.ndarray, temperature: np.ndarray) -> np.ndarray:
         """eV/atom, finite-size term included; GPa and K, arrays of one shape or numbers."""
@@ -140,19 +137,15 @@ class GibbsSurface:
         whole, e.g. the model's."""
         weights = np.array([model.weight for model in self.models])
         counts = rng.multinomial(n, weights / weights.sum())
-        parts = [
+        parts = tuple(
             (model.basis, model.sample(count, rng))
             for model, count in zip(self.models, counts, strict=True)
             if count
-        ]
-        extra = (
-            None
-            if self.finite_size is None
-            else (self.finite_size.basis, self.finite_size.sample(n, rng))
         )
-        return SurfaceSamples(
-            tuple(parts), extra, offset_error * rng.standard_normal(n), rng.permutation(n)
-        )
+        term = self.finite_size
+        extra = None if term is None else (term.basis, term.sample(n, rng))
+        offsets = offset_error * rng.standard_normal(n)
+        return SurfaceSamples(parts, extra, offsets, rng.permutation(n))
 
 
 @dataclass(frozen=True)
@@ -223,10 +216,8 @@ class _Data:
         rows = np.empty((len(self.value), basis.size))
         for kind, derivative, sign in (("G", "", 1.0), ("V", "P", 1.0), ("S", "T", -1.0)):
             mine = self.kind == kind
-            if mine.any():
-                rows[mine] = sign * basis.values(
-                    self.pressure[mine], self.temperature[mine], derivative
-                )
+            at = (self.pressure[mine], self.temperature[mine])
+            rows[mine] = sign * basis.values(*at, derivative)
         return rows / self.error[:, None]
 
 
@@ -243,7 +234,7 @@ def fit_surface(
         raise InputError(f"{points[0].phase if points else 'phase'}: no point with a free energy")
     data = _data(chosen, kinds)
     domain = np.array([(point.pressure_GPa, point.temperature_K) for point in chosen])
-    bases = _candidates(chosen, len(data.value), kinds)
+    bases = _candidates(chosen, data)
     fits = _fit_all(bases, data)
     fits += _refined(fits, data)
     if not fits:
@@ -251,15 +242,16 @@ def fit_surface(
             f"{chosen[0].phase}: {len(data.value)} numbers do not determine a surface; add"
             " pressures, volumes or entropies"
         )
-    best = min(fits, key=lambda fit: fit[0] + 2 * fit[1].basis.size)
+    best = min(fits, key=_akaike)
     dof = len(data.value) - best[1].basis.size
     inflation = max(1.0, best[0] / dof) if dof > 0 else 1.0
     models = _weighted(fits, inflation, Counter(len(basis.thetas) for basis in bases))
-    first = chosen[0]
     quality = _quality(models, data, best[0], dof, inflation)
-    return GibbsSurface(
-        models, _finite_size(chosen), domain, quality, first.phase, first.isotopes, first.formula
-    )
+    return GibbsSurface(models, _finite_size(chosen), domain, quality)
+
+
+def _akaike(fit: tuple[float, Model]) -> float:
+    return fit[0] + 2 * fit[1].basis.size
 
 
 def _fit_all(bases: Sequence[Basis], data: _Data) -> list[tuple[float, Model]]:
@@ -277,11 +269,8 @@ def _fit_all(bases: Sequence[Basis], data: _Data) -> list[tuple[float, Model]]:
         chosen.setdefault(basis.size, []).append((basis, [*range(basis.cold + 1), *thermal]))
     fits: list[tuple[float, Model]] = []
     for group in chosen.values():
-        fits += _least_squares(
-            [basis for basis, _ in group],
-            np.stack([rows[:, columns] for _, columns in group]),
-            data,
-        )
+        stacked = np.stack([rows[:, columns] for _, columns in group])
+        fits += _least_squares([basis for basis, _ in group], stacked, data)
     return [
         fit
         for fit in fits
@@ -294,10 +283,7 @@ def _refined(fits: Sequence[tuple[float, Model]], data: _Data) -> list[tuple[flo
     where the data determine them."""
     found = []
     for n_terms in sorted({len(model.basis.thetas) for _, model in fits}):
-        chi2, model = min(
-            (fit for fit in fits if len(fit[1].basis.thetas) == n_terms),
-            key=lambda fit: fit[0] + 2 * fit[1].basis.size,
-        )
+        chi2, model = min((fit for fit in fits if len(fit[1].basis.thetas) == n_terms), key=_akaike)
         if (
             n_terms
             and model.basis.thetas != (0.0,)
@@ -316,7 +302,7 @@ def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Mod
     start, n = np.log(model.basis.thetas), model.basis.size
     for _ in range(GAUSS_NEWTON):
         wider = replace(model.basis, bends=tuple(tuple(row) for row in _terms(model).tolist()))
-        fits = _least_squares([wider], data.rows(wider)[None], data)
+        fits = _fit(wider, data)
         if not fits:
             return []
         step = fits[0][1].coefficients[n:]
@@ -324,7 +310,7 @@ def _with_bends(chi2: float, model: Model, data: _Data) -> list[tuple[float, Mod
             return fits if np.linalg.norm(fits[0][1].root[n:], axis=1).max() < KNOWN else []
         logs = np.log(model.basis.thetas) + np.clip(step, -0.3, 0.3)
         moved = replace(model.basis, thetas=tuple(np.exp(logs).tolist()))
-        again = _least_squares([moved], data.rows(moved)[None], data)
+        again = _fit(moved, data)
         if (
             not again
             or np.abs(logs - start).max() > WANDER
@@ -352,44 +338,45 @@ def _oscillators(model: Model) -> np.ndarray:
 
 def _data(points: Sequence[GibbsPoint], kinds: Sequence[str]) -> _Data:
     rows: list[tuple[float, float, float, float, str]] = []
-    for point in points:
-        condition = (point.pressure_GPa, point.temperature_K)
-        if "G" in kinds:
-            rows.append((*condition, point.raw, max(point.error, 1e-7), "G"))
-        if "V" in kinds and point.volume_error_A3_per_atom > 0:
-            rows.append((*condition, point.volume_A3_per_atom, point.volume_error_A3_per_atom, "V"))
-        if "S" in kinds and point.temperature_K > 0 and point.entropy_error_eV_per_K_per_atom > 0:
-            rows.append(
-                (
-                    *condition,
-                    point.entropy_eV_per_K_per_atom,
-                    point.entropy_error_eV_per_K_per_atom,
-                    "S",
-                )
-            )
-    if not rows:
-        return _Data(*(np.zeros(0) for _ in range(4)), np.zeros(0, dtype="<U1"))
-    return _Data(*(np.array(column) for column in zip(*rows, strict=True)))
+    for p in points:
+        given = {
+            "G": (p.raw, max(p.error, 1e-7)),
+            "V": (p.volume_A3_per_atom, p.volume_error_A3_per_atom),
+            "S": (p.entropy_eV_per_K_per_atom, p.entropy_error_eV_per_K_per_atom),
+        }
+        rows += [
+            (p.pressure_GPa, p.temperature_K, *given[kind], kind)
+            for kind in kinds
+            if given[kind][1] > 0 and (kind != "S" or p.temperature_K > 0)
+        ]
+    *numbers, kind = zip(*rows, strict=True) if rows else ((),) * 5
+    return _Data(*(np.array(column, dtype=float) for column in numbers), np.array(kind, dtype=str))
 
 
-def _candidates(points: Sequence[GibbsPoint], n_data: int, kinds: Sequence[str]) -> list[Basis]:
-    """Every basis that the number of pressures and temperatures can determine."""
+def _grid(points: Sequence[GibbsPoint]) -> tuple[list[float], list[float], float, float]:
+    """Distinct pressures and temperatures, rising; centre and half the range of the pressures."""
     pressures = sorted({point.pressure_GPa for point in points})
     temperatures = sorted({point.temperature_K for point in points})
-    centre = 0.5 * (pressures[0] + pressures[-1])
-    half = max(0.5 * (pressures[-1] - pressures[0]), 1.0)
-    volumes = "V" in kinds and any(point.volume_error_A3_per_atom > 0 for point in points)
-    entropies = "S" in kinds and any(
-        point.entropy_error_eV_per_K_per_atom > 0 for point in points if point.temperature_K > 0
-    )
-    per_row = len(pressures) * (("G" in kinds) + volumes)
+    low, high = pressures[0], pressures[-1]
+    return pressures, temperatures, 0.5 * (low + high), max(0.5 * (high - low), 1.0)
+
+
+def _trial_temperatures(lowest: float, highest: float) -> np.ndarray:
+    return np.geomspace(0.5 * lowest, 6.0 * highest, N_TRIAL_TEMPERATURES)
+
+
+def _candidates(points: Sequence[GibbsPoint], data: _Data) -> list[Basis]:
+    """Every basis that the number of pressures and temperatures can determine."""
+    pressures, temperatures, centre, half = _grid(points)
+    gibbs, volumes, entropies = (bool((data.kind == kind).any()) for kind in ("G", "V", "S"))
+    per_row = len(pressures) * (gibbs + volumes)
     cold = range(min(2, per_row - 1), min(MAX_COLD, per_row - 1) + 1)
     thermal = range(min(MAX_THERMAL, len(pressures) - 1 + volumes) + 1)
     found = []
-    for thetas, zero in _thermal_terms(temperatures, entropies, "G" in kinds or volumes):
+    for thetas, zero in _thermal_terms(temperatures, entropies, gibbs or volumes):
         for n, m in itertools.product(cold, thermal if thetas else (0,)):
             basis = Basis(centre, half, n, min(n, m), thetas, zero)
-            if basis.size <= n_data + ("G" not in kinds) and basis not in found:
+            if basis.size <= len(data.value) + (not gibbs) and basis not in found:
                 found.append(basis)
     return found
 
@@ -404,7 +391,7 @@ def _thermal_terms(
         return [((), 0.0)]
     if len(temperatures) == 1:
         return [((0.0,), warm[0])] if entropies else [((), 0.0)]
-    trial_temperatures = np.geomspace(0.5 * warm[0], 6.0 * warm[-1], N_TRIAL_TEMPERATURES)
+    trial_temperatures = _trial_temperatures(warm[0], warm[-1])
     n_terms = min(MAX_OSCILLATORS, (len(temperatures) - 1) * along + len(warm) * entropies)
     choices = [
         c
@@ -413,6 +400,10 @@ def _thermal_terms(
         if np.diff(c).min(initial=2) > 1
     ]
     return [(tuple(trial_temperatures[list(c)].tolist()), 0.0) for c in choices]
+
+
+def _fit(basis: Basis, data: _Data) -> list[tuple[float, Model]]:
+    return _least_squares([basis], data.rows(basis)[None], data)
 
 
 def _least_squares(
@@ -477,13 +468,8 @@ def _quality(
     residual = data.value / data.error - predicted
     kinds = [kind for kind in ("G", "V", "S") if (data.kind == kind).any()]
     n = {kind: int((data.kind == kind).sum()) for kind in kinds}
-    return Quality(
-        chi2,
-        dof,
-        inflation,
-        n,
-        {kind: float(np.sqrt(np.mean(residual[data.kind == kind] ** 2))) for kind in kinds},
-    )
+    rms = {kind: float(np.sqrt(np.mean(residual[data.kind == kind] ** 2))) for kind in kinds}
+    return Quality(chi2, dof, inflation, n, rms)
 
 
 def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
@@ -493,38 +479,22 @@ def _finite_size(points: Sequence[GibbsPoint]) -> Model | None:
     if not np.isfinite(values).all() or not values.any():
         return None
     n = len(points)
-    data = _Data(
-        np.array([point.pressure_GPa for point in points]),
-        np.array([point.temperature_K for point in points]),
-        values,
-        np.full(n, 1e-4),
-        np.full(n, "G"),
-    )
-    pressures = sorted({point.pressure_GPa for point in points})
-    temperatures = sorted({point.temperature_K for point in points})
-    centre, half = (
-        0.5 * (pressures[0] + pressures[-1]),
-        max(0.5 * (pressures[-1] - pressures[0]), 1.0),
-    )
+    domain = np.array([(point.pressure_GPa, point.temperature_K) for point in points])
+    data = _Data(*domain.T, values, np.full(n, 1e-4), np.full(n, "G"))
+    pressures, temperatures, centre, half = _grid(points)
     cold = min(2, len(pressures) - 1)
-    terms = (
-        [()]
-        if len(temperatures) == 1
-        else [
-            (theta,)
-            for theta in np.geomspace(
-                0.5 * temperatures[1], 6.0 * temperatures[-1], N_TRIAL_TEMPERATURES
-            )
-        ]
-    )
-    thermal = min(1, cold)
+    terms: list[tuple[float, ...]] = [()]
+    if len(temperatures) > 1:
+        terms = [(theta,) for theta in _trial_temperatures(temperatures[1], temperatures[-1])]
     bases = [
-        Basis(centre, half, cold, power, term) for term in terms for power in sorted({0, thermal})
+        Basis(centre, half, cold, power, term)
+        for term in terms
+        for power in range(min(1, cold) + 1)
     ]
-    fits = [fit for basis in bases for fit in _least_squares([basis], data.rows(basis)[None], data)]
+    fits = [fit for basis in bases for fit in _fit(basis, data)]
     if not fits:
         return None
-    chi2, model = min(fits, key=lambda fit: fit[0] + 2 * fit[1].basis.size)
+    chi2, model = min(fits, key=_akaike)
     dof = n - model.basis.size
     scale = chi2 / dof if dof > 0 else 0.0
     return replace(model, root=model.root * np.sqrt(scale))

@@ -12,7 +12,7 @@ from magus.fitness import fit_dict
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.plugins.parameters import calculator_settings, misspelt_blocks, settings_of
 from magus_anharmonic.scheduler import is_remote
-from magus_anharmonic.search.keys import WITHOUT_EFFECT, fold, merges_near_phases, unknown_to_magus
+from magus_anharmonic.search.keys import WITHOUT_EFFECT, fold, unknown_to_magus
 from magus_anharmonic.settings import Settings, snake_case, stages
 
 logger = logging.getLogger(__name__)
@@ -235,6 +235,31 @@ def _warn(settings: Settings, parameters: Mapping[str, Any]) -> None:
             "Comparator: {comparator_list: [naive]} and dE: 0.001 keep them",
             why,
         )
+
+
+def merges_near_phases(parameters: Mapping[str, Any]) -> str:
+    """Why MAGUS takes phases of different space groups, or within 10 meV/atom of each other, for
+    one; empty where it does not.
+
+    Its default is naive OR zurek: naive compares space group, volume and energy (``dE``), zurek
+    shapes alone, within 5 %.
+    """
+    block = parameters.get("Comparator") or {}
+    names = block.get("comparator_list", ["naive", "zurek"])
+    if "naive" not in names or (len(names) > 1 and block.get("connect", "or") == "or"):
+        return (
+            f"Comparator: {' or '.join(names)} takes structures of nearly one shape for one,"
+            " whatever their space groups and energies"
+        )
+    tolerance = (block.get("naive") or {}).get("dE", parameters.get("dE", 0.01))
+    return (
+        ""
+        if tolerance < 0.01
+        else (
+            f"dE: {tolerance:g} takes structures of one space group within that (eV/atom) for the"
+            " same"
+        )
+    )
 
 
 def check_installation(settings: Settings, run_dir: Path) -> Settings:

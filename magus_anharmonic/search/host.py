@@ -8,7 +8,6 @@ search that was not.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import secrets
 import time
@@ -164,15 +163,12 @@ def _open(
 ) -> tuple[Settings, bool]:
     """Check or describe the results folder; returns the settings with the seed, and whether the
     energies in it are this model's."""
-    known = True
-    if restart:
-        record = read_run_record(archive.anharmonic)
-        known = _check_model(archive, relaxer, record)
-        seed = record["seed"] if settings.seed is None else settings.seed
-        settings = settings.model_copy(update={"seed": seed})
-    else:
-        seed = secrets.randbits(31) if settings.seed is None else settings.seed
-        settings = settings.model_copy(update={"seed": seed})
+    record = read_run_record(archive.anharmonic) if restart else None
+    known = record is None or _check_model(archive, relaxer, record)
+    seed = settings.seed
+    if seed is None:
+        seed = secrets.randbits(31) if record is None else record["seed"]
+    settings = settings.model_copy(update={"seed": seed})
     write_run_record(
         archive.anharmonic,
         settings,
@@ -205,19 +201,10 @@ def _check_model(archive: Archive, relaxer: Relaxer, record: dict[str, Any]) -> 
         ]
         # a search that learns records later starts with the models that it made; one with another
         # calculator has one model
-        known = next(
-            (
-                starts[position]
-                for position in (0, -1)
-                if starts and starts[position] and not is_unnamed(starts[position])
-            ),
-            starts[0],
-        )
-        file = (
-            "MainCalculator.checkpoint"
-            if isinstance(relaxer.settings, CalculatorSettings)
-            else "MainCalculator"
-        )
+        named = [one for one in (starts[0], starts[-1]) if one and not is_unnamed(one)]
+        known = named[0] if named else starts[0]
+        matter = isinstance(relaxer.settings, CalculatorSettings)
+        file = "MainCalculator.checkpoint" if matter else "MainCalculator"
     if known is None or known == found:
         return True
     if is_unnamed(known) or is_unnamed(found):
@@ -244,13 +231,8 @@ class Search:
         archive: Archive,
         state: SearchState | None,
     ) -> None:
-        self.settings, self.keys, self.relaxer, self.archive, self.state = (
-            settings,
-            keys,
-            relaxer,
-            archive,
-            state,
-        )
+        self.settings, self.keys, self.relaxer = settings, keys, relaxer
+        self.archive, self.state = archive, state
         self.fitness = settings.fitness or [
             "Enthalpy" if settings.formula_type == "fix" else "Ehull"
         ]
@@ -293,15 +275,13 @@ class Search:
             log.info(
                 "generation %d of %d done in %.0f s: best %s, space group %d, %.4f eV/atom; about"
                 " %.0f s left",
-                *(
-                    generation,
-                    self.num_gen,
-                    times[-1],
-                    best.get_chemical_formula(),
-                    best.info["spg"],
-                    best.info["enthalpy"],
-                    left,
-                ),
+                generation,
+                self.num_gen,
+                times[-1],
+                best.get_chemical_formula(),
+                best.info["spg"],
+                best.info["enthalpy"],
+                left,
             )
 
     def _load(self, generation: int) -> None:
@@ -315,14 +295,9 @@ class Search:
             setattr(self, "current" if name == "gen" else name, loaded)
 
     def _evaluate_again(self) -> None:
-        survivors = list(
-            {id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}.values()
-        )
-        reevaluate(survivors, self.relaxer.evaluator, self.settings)
-        self.good, self.keep, self.current = (
-            self._usable(part) for part in (self.good, self.keep, self.current)
-        )
-        require(self.current, "re-evaluation", "the calculator evaluates none of the structures")
+        survivors = {id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}
+        reevaluate(list(survivors.values()), self.relaxer.evaluator, self.settings)
+        self._keep_usable()
 
     def _step(self, generation: int) -> None:
         log.info("generation %d of %d begins", generation, self.num_gen)
@@ -367,23 +342,18 @@ class Search:
         rng = np.random.default_rng([self.seed, generation, Purpose.RANDOM])
         fresh = self.random.generate(n - len(children), self.volume_ratio, rng)
         for atoms in fresh:
-            atoms.info = {
-                "symbols": list(self.settings.symbols),
-                "parentE": 0.0,
-                "origin": "random",
-            }
+            symbols = list(self.settings.symbols)
+            atoms.info = {"symbols": symbols, "parentE": 0.0, "origin": "random"}
         seeds = self.archive.read_seeds(generation)
         for atoms in seeds:
             atoms.info = {**atoms.info, "origin": "seed"}
         population = self._checked([*children, *fresh, *seeds], "before relaxation")
-        counter = {"seed": itertools.count(), "init": itertools.count()}
+        numbers: Counter[str] = Counter()
         for atoms in population:
             name = "seed" if atoms.info["origin"] == "seed" else "init"
-            atoms.info |= {
-                "identity": f"{name}{generation}-{next(counter[name])}",
-                "gen": generation,
-                "used": 0,
-            }
+            identity = f"{name}{generation}-{numbers[name]}"
+            numbers[name] += 1
+            atoms.info |= {"identity": identity, "gen": generation, "used": 0}
         origins = Counter(atoms.info["origin"] for atoms in population)
         log.info(
             "%d new structures: %s",
@@ -422,17 +392,18 @@ class Search:
         seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
         self.relaxer.evaluator = self.state.potential
         self.archive.write_seeds(generation + 1, seeds)
-        self.good, self.keep, self.current = (
-            self._usable(part) for part in (self.good, self.keep, self.current)
-        )
-        require(self.current, "re-evaluation", "the new model evaluates none of the structures")
+        self._keep_usable()
 
-    def _usable(self, population: list[Atoms]) -> list[Atoms]:
-        """Structures that the new model can evaluate, with the space groups they have now."""
-        usable = [atoms for atoms in population if np.isfinite(atoms.info["enthalpy"])]
-        for atoms in usable:
+    def _keep_usable(self) -> None:
+        """Leave the structures that the new model can evaluate, with the space groups they have
+        now."""
+        self.good, self.keep, self.current = (
+            [atoms for atoms in part if np.isfinite(atoms.info["enthalpy"])]
+            for part in (self.good, self.keep, self.current)
+        )
+        for atoms in (*self.good, *self.keep, *self.current):
             pops.find_space_group(atoms, self.keys.symprec)
-        return usable
+        require(self.current, "re-evaluation", "the new model evaluates none of the structures")
 
     def _select(self, generation: int) -> None:
         known = [*self.good, *self.keep]

@@ -246,11 +246,7 @@ class HostKeys(Section):
         numbers: list[int] = []
         for item in value if isinstance(value, list) else [value]:
             match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
-            first, last = (
-                (int(match[1]), int(match[2] or match[1]))
-                if match and not isinstance(item, bool)
-                else (0, 0)
-            )
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
             if not 1 <= first <= last <= 230:
                 raise ValueError(
                     f"{item!r} is no space group; give numbers from 1 to 230 and ranges such as"
@@ -356,26 +352,20 @@ def parse_host_keys(settings: Settings) -> tuple[HostKeys, list[str]]:
         else:
             problems.append(unknown_key(key))
     problems.extend(_top_level_problems(settings))
-    keys = None
     try:
         keys = parse(HostKeys, known)
+        problems.extend(_shape_problems(keys, settings))
     except InputError as error:
         problems.extend(_public(line) for line in error.problems)
-    if keys is not None:
-        problems.extend(_shape_problems(keys, settings))
-    if problems or keys is None:
+    if problems:
         raise InputError(*problems)
     return keys, warnings
 
 
 def unknown_key(key: str) -> str:
     """The message for a top-level key that neither we nor MAGUS know."""
-    names = [
-        *(n for n in Settings.model_fields if n != "host"),
-        *HostKeys.model_fields,
-        *(_camel(n) for n in HostKeys.model_fields),
-    ]
-    hint = nearest(key, names)
+    ours, host = (list(block.model_fields) for block in (Settings, HostKeys))
+    hint = nearest(key, [*(n for n in ours if n != "host"), *host, *map(_camel, host)])
     for name, public in _PUBLIC.items():
         hint = hint.replace(f"mean {name}?", f"mean {public}?")
     return f"{key}: unknown key{hint}"
@@ -384,75 +374,26 @@ def unknown_key(key: str) -> str:
 def unknown_to_magus(settings: Settings) -> list[str]:
     """One message for each top-level key that MAGUS does not know either (another plug-in may; a
     likely typing error all the same)."""
-    return [
-        unknown_key(key)
-        for key in settings.host
-        if fold(key) not in HostKeys.model_fields
-        and fold(key) not in WITHOUT_EFFECT
-        and fold(key) not in _ONLY_FOLDED
-    ]
-
-
-def merges_near_phases(parameters: Mapping[str, Any]) -> str:
-    """Why MAGUS takes phases of different space groups, or within 10 meV/atom of each other, for
-    one; empty where it does not.
-
-    Its default is naive OR zurek: naive compares space group, volume and energy (``dE``), zurek
-    shapes alone, within 5 %.
-    """
-    block = parameters.get("Comparator") or {}
-    names = block.get("comparator_list", ["naive", "zurek"])
-    if "naive" not in names or (len(names) > 1 and block.get("connect", "or") == "or"):
-        return (
-            f"Comparator: {' or '.join(names)} takes structures of nearly one shape for one,"
-            " whatever their space groups and energies"
-        )
-    tolerance = (block.get("naive") or {}).get("dE", parameters.get("dE", 0.01))
-    return (
-        ""
-        if tolerance < 0.01
-        else (
-            f"dE: {tolerance:g} takes structures of one space group within that (eV/atom) for the"
-            " same"
-        )
-    )
+    known = {*HostKeys.model_fields, *WITHOUT_EFFECT, *_ONLY_FOLDED}
+    return [unknown_key(key) for key in settings.host if fold(key) not in known]
 
 
 def keys_table() -> str:
     """One line per key of MAGUS that the embedded host knows: name, default, meaning; then what is
     refused."""
-    rows = [("key", "default", "meaning"), *known_keys()]
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    lines = [
-        f"{name:<{widths[0]}}  {default:<{widths[1]}}  {meaning}" for name, default, meaning in rows
-    ]
-    only = ", ".join(sorted(MAGUS_ONLY, key=str.lower))
-    return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
-
-
-def known_keys() -> list[tuple[str, str, str]]:
-    """Rows (key, default, meaning) of every key of MAGUS that the embedded host knows."""
-    rows = []
-    for name in ("symbols", "formula_type", "pressure", "fitness", "num_gen", "main_calculator"):
-        rows.append(
-            (
-                _PUBLIC.get(name, _camel(name)),
-                _shown(Settings.model_fields[name]),
-                Settings.model_fields[name].description or "",
-            )
-        )
-    for name, field in HostKeys.model_fields.items():
+    ours = ("symbols", "formula_type", "pressure", "fitness", "num_gen", "main_calculator")
+    fields = {name: Settings.model_fields[name] for name in ours} | HostKeys.model_fields
+    rows = [("key", "default", "meaning")]
+    for name, field in fields.items():
         default = "1-230" if name == "spacegroup" else _shown(field)
         rows.append((_PUBLIC.get(name, name), default, field.description or ""))
     for name, field in Operators.model_fields.items():
-        rows.append(
-            (
-                f"OffspringCreator.{name}",
-                ", ".join(type(field.default).model_fields),
-                field.description or "",
-            )
-        )
-    return rows
+        values = ", ".join(type(field.default).model_fields)
+        rows.append((f"OffspringCreator.{name}", values, field.description or ""))
+    first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [f"{name:<{first}}  {default:<{second}}  {meaning}" for name, default, meaning in rows]
+    only = ", ".join(sorted(MAGUS_ONLY, key=str.lower))
+    return "\n".join([*lines, "", f"Known to MAGUS only, refused by the embedded host: {only}"])
 
 
 _PUBLIC = {
@@ -520,13 +461,9 @@ def _top_level_problems(settings: Settings) -> list[str]:
 def _shape_problems(keys: HostKeys, settings: Settings) -> list[str]:
     n = len(settings.symbols)
     problems = []
-    nested = bool(keys.formula) and isinstance(keys.formula[0], list)
-    if nested != (settings.formula_type == "var"):
-        shape = (
-            "one list per unit, e.g. [[1, 0], [0, 1]]"
-            if settings.formula_type == "var"
-            else "one list, e.g. [3, 1]"
-        )
+    several = settings.formula_type == "var"
+    if isinstance(keys.formula[0], list) != several:
+        shape = "one list per unit, e.g. [[1, 0], [0, 1]]" if several else "one list, e.g. [3, 1]"
         problems.append(
             f"formula: {keys.formula}: formulaType: {settings.formula_type} needs {shape}"
         )

@@ -51,9 +51,8 @@ class Relaxer:
         """
         from magus_anharmonic.potential.remote import CHUNK
 
-        size = CHUNK[
-            "cuda" if str(getattr(self.evaluator, "device", "cpu")).startswith("cuda") else "cpu"
-        ]
+        on_gpu = str(getattr(self.evaluator, "device", "cpu")).startswith("cuda")
+        size = CHUNK["cuda" if on_gpu else "cpu"]
         relaxed: list[Atoms] = []
         begun, computed = time.perf_counter(), 0
         if self.scheduling is not None and is_remote(self.scheduling.scheduler):
@@ -70,14 +69,8 @@ class Relaxer:
             _report(relaxed, len(population), computed, time.perf_counter() - begun)
         failed = [atoms.info for atoms in relaxed if "failure" in atoms.info]
         if self.run_dir is not None:
-            what = [
-                {
-                    "generation": info.get("gen"),
-                    "id": info.get("identity"),
-                    "reason": info["failure"],
-                }
-                for info in failed
-            ]
+            names = {"generation": "gen", "id": "identity", "reason": "failure"}
+            what = [{name: info.get(key) for name, key in names.items()} for info in failed]
             record_failures(self.run_dir, "relaxation", what)
         reasons = Counter(info["failure"] for info in failed)
         for reason, count in reasons.most_common():
@@ -94,15 +87,13 @@ class Relaxer:
         found: dict[int, Any] = {}
 
         def keep(position: int, result: Any) -> None:
-            index = wanted[position]
-            found[index] = result
-            left[files[index]] -= 1
-            if left[files[index]] == 0:
-                members = [i for i in wanted if files[i] == files[index]]
-                chunk = [population[i] for i in members]
-                write_frames(
-                    files[index], self._described_all(chunk, [found.pop(i) for i in members])
-                )
+            file = files[wanted[position]]
+            found[wanted[position]] = result
+            left[file] -= 1
+            if left[file] == 0:
+                members = [index for index in wanted if files[index] == file]
+                chunk = [population[index] for index in members]
+                write_frames(file, self._described_all(chunk, [found.pop(i) for i in members]))
 
         from magus_anharmonic.potential.remote import relax_on, relax_options
 

@@ -314,7 +314,7 @@ def test_r3m_and_im3m_are_one_for_magus_s_default_and_two_for_naive_alone(
     from magus.comparators import get_comparator
     from magus.populations.individuals import Individual
 
-    from magus_anharmonic.search.keys import merges_near_phases
+    from magus_anharmonic.plugins.modes import merges_near_phases
 
     monkeypatch.setattr(Individual, "symprec", 0.01, raising=False)
     monkeypatch.setattr(Individual, "check_seed", True, raising=False)
