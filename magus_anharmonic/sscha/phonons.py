@@ -231,11 +231,7 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
     axes.set_ylabel("ħω (meV; imaginary shown as negative)")
     mev_in_cm1 = EV_IN_CM1 / ev_to_mev(1.0)
     right = axes.secondary_yaxis(
-        "right",
-        functions=(
-            lambda mev: mev * EV_IN_CM1 / ev_to_mev(1.0),
-            lambda cm1: ev_to_mev(cm1 / EV_IN_CM1),
-        ),
+        "right", functions=(lambda mev: mev * mev_in_cm1, lambda cm1: cm1 / mev_in_cm1)
     )
     right.set_ylabel("wave number (cm$^{-1}$)")
     axes.set_title(title, fontsize=10, parse_math=False)
