@@ -28,6 +28,7 @@ BASE = {
     "processes",
     "gate",
     "evaluator",
+    "calculator_check",
     "calculator_id",
     "hull",
     "__init__",

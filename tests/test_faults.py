@@ -35,6 +35,7 @@ from misbehaving import Misbehaving
 from records import stored_run
 from typer.testing import CliRunner
 
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import (
     DamagedFile,
@@ -43,7 +44,7 @@ from magus_anharmonic.errors import (
     MagusAnharmonicError,
     is_machine_error,
 )
-from magus_anharmonic.evaluator import CalculatorEvaluator, check_calculator
+from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.io import files
 from magus_anharmonic.io.files import load_arrays, read_json, read_whole, write_json
 from magus_anharmonic.labelers import get_labeler

@@ -307,29 +307,15 @@ def interrupt_after(epoch: int):
 
 
 def test_weights_say_how_often_a_structure_is_seen(
-    tmp_path, student, train_set, validation_set, monkeypatch
+    tmp_path, student, train_set, validation_set
 ) -> None:
-    passes: list[np.ndarray] = []
-    order = _Run._order
-    monkeypatch.setattr(
-        _Run,
-        "_order",
-        lambda self, *arguments: passes.append(order(self, *arguments)) or passes[-1],
+    weights = np.array([3.0, 0.5, *[1.0] * 6])
+    run = _Run(
+        student, train_set, validation_set, FAST, tmp_path / "a", 0, weights, "", None, False
     )
-    settings = FAST.model_copy(update={"epochs": 20})
-    finetune(
-        student,
-        train_set,
-        validation_set,
-        settings,
-        out=tmp_path / "a.pth",
-        seed=0,
-        weights=[3.0, 0.5, *[1.0] * 6],
-    )
+    passes = [run._order(8, number) for number in range(1, 21)]
     counts = np.bincount(np.concatenate(passes), minlength=8)
-    assert (
-        len(passes) == 20 and counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
-    )
+    assert counts[0] == 60 and 4 <= counts[1] <= 16 and (counts[2:] == 20).all()
 
 
 def test_weights_are_part_of_what_is_trained(tmp_path, student, train_set, validation_set) -> None:

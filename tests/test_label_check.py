@@ -103,12 +103,25 @@ def test_a_third_of_the_energies_may_be_absurd(model):
         ({"stress": 0.0}, "the stress of 30 of the 30 labels are 0"),
         ({"energy": 1 / RYDBERG}, "the energies .*: in Ry"),
         ({"energy": 0.5 / RYDBERG}, "the energies .*: in Ha"),
+        ({"energy": -1.0}, "the energies .*: of the other sign"),
         ({"energy": 0.25}, "the energies .*: per atom instead of per structure"),
     ],
 )
 def test_what_all_labels_share_is_refused_with_its_likely_cause(model, fault, words):
     with pytest.raises(InputError, match=words):
         outliers(labels(dict.fromkeys(range(30), fault)), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "order"), [("forces", [2, 1, 0]), ("forces", [1, 2, 0]), ("stress", [1, 0, 2, 4, 3, 5])]
+)
+def test_labels_along_other_axes_are_refused(model, key, order):
+    frames = labels({})
+    for atoms in frames:
+        atoms.calc.results[key] = atoms.calc.results[key][..., order]
+    named = "z, y, x" if order == [2, 1, 0] else "y, "
+    with pytest.raises(InputError, match=f"the {key} of most .* along other axes .*: {named}"):
+        outliers(frames, model)
 
 
 def test_a_stress_per_cell_is_refused(model):

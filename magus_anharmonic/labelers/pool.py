@@ -419,8 +419,7 @@ def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
 def _as_relaxation(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Relaxation:
     reason = problem(answer, len(atoms))
     if reason:
-        nothing = np.full((len(atoms), 3), np.nan), np.full((3, 3), np.nan)
-        return Relaxation(atoms.copy(), np.nan, np.nan, *nothing, False, True, 0, reason)
+        return Relaxation.without_result(atoms.copy(), reason)
     return Relaxation(
         atoms_from_json(answer["atoms"]),
         answer["energy"],

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 
+from magus_anharmonic.calculator_check import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import FORCE_FACTORS, NEAR, STRESS_FACTORS, likely_cause
 from magus_anharmonic.potential.labelled import labels_of, name_of
 from magus_anharmonic.units import RYDBERG
 
@@ -83,6 +84,8 @@ def outliers(labelled: Sequence[Atoms], model: Any | None = None) -> dict[int, s
         (label[2], zero if numbers is None else np.asarray(numbers.stress[i]))
         for i, label in enumerate(labels)
     ]
+    _refuse_axes(forces, "forces")
+    _refuse_axes([(_shape(label), _shape(other)) for label, other in stress], "stress")
     _refuse_common(forces, "forces", "eV/A", FORCE_FACTORS, LEAST_FORCE)
     if numbers is not None and np.isfinite(
         _ratio(forces)
@@ -263,7 +266,7 @@ def _refuse_energies(
         if per_atom
         else likely_cause(factor, "eV", ENERGY_FACTORS, recognised=True)
     )
-    if cause and factor > 0.0:
+    if cause:
         raise InputError(
             f"labels: the energies of the {len(labelled)} labels change by {factor:.3g} times what"
             f" their forces say: {cause}; give those of the whole structure in eV"
@@ -278,6 +281,39 @@ def _slope(label: np.ndarray, model: np.ndarray) -> float:
         if norms > 0.0 and abs(product) > ALIKE_ENERGIES * norms
         else float("nan")
     )
+
+
+def _shape(stress: np.ndarray) -> np.ndarray:
+    """A stress (3, 3) without its pressure, which is the same along all axes."""
+    return stress - np.eye(3) * np.trace(stress) / 3.0
+
+
+def _refuse_axes(pairs: Pairs, what: str) -> None:
+    """Raise ``InputError`` where most labels are those of the model only with x, y and z in another
+    order."""
+    alike = {}
+    for order in permutations(range(3)):
+        turned = [
+            (label[:, order] if what == "forces" else label[np.ix_(order, order)], model)
+            for label, model in pairs
+        ]
+        norms = [float(np.linalg.norm(label) * np.linalg.norm(model)) for label, model in turned]
+        alike[order] = [
+            float(np.sum(label * model)) / norm
+            for (label, model), norm in zip(turned, norms, strict=True)
+            if norm > 0.0
+        ]
+    if len(alike[0, 1, 2]) < 2 * FEWEST:
+        return
+    typical = {order: float(np.median(values)) for order, values in alike.items()}
+    best = max(typical, key=typical.__getitem__)
+    if typical[0, 1, 2] < ALIKE < typical[best]:
+        given = ", ".join("xyz"[best.index(axis)] for axis in range(3))
+        raise InputError(
+            f"labels: the {what} of most of the {len(pairs)} labels are along other axes than those"
+            f" of the model that training starts from: {given} instead of x, y, z (correlation"
+            f" {typical[0, 1, 2]:.2f}, and {typical[best]:.2f} in that order)"
+        )
 
 
 def _refuse_common(

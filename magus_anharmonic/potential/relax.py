@@ -11,7 +11,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from magus_anharmonic.evaluator import Evaluator, Relaxation, check_calculator, evaluate_each
+from magus_anharmonic.calculator_check import check_calculator
+from magus_anharmonic.evaluator import Evaluator, Relaxation, evaluate_each
 from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation

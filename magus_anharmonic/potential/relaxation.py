@@ -252,17 +252,8 @@ class SingleRelaxation:
         if self.kept is None and minimiser is not None and minimiser.point is not None:
             self.kept = minimiser.point, minimiser.structure()
         if self.kept is None:
-            nothing = np.full((len(self.atoms), 3), np.nan)
-            return Relaxation(
-                self.atoms,
-                np.nan,
-                np.nan,
-                nothing,
-                np.full((3, 3), np.nan),
-                False,
-                True,
-                self.n_steps,
-                self.reason or "never evaluated",
+            return Relaxation.without_result(
+                self.atoms, self.reason or "never evaluated", self.n_steps
             )
         point, atoms = self.kept
         return Relaxation(

@@ -12,8 +12,9 @@ import numpy as np
 from ase import Atoms
 from ase.data import atomic_masses, atomic_numbers
 
+from magus_anharmonic.calculator_check import check_calculator
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import Evaluator, check_calculator
+from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.gate import check_structure
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.cell import static_response_to_strain
