@@ -423,24 +423,22 @@ def test_the_defaults_that_the_help_shows_are_those_of_the_settings():
     from magus_anharmonic.cli import app
     from magus_anharmonic.settings import CalculatorSettings, Settings, SschaSettings
 
-    options = {
-        option.name: option
-        for option in typer.main.get_command(app).commands["rank"].params  # type: ignore[attr-defined]
-    }
     homes = {"pressure": Settings, "checkpoint": CalculatorSettings}
-    shown = {
-        name: option.show_default
-        for name, option in options.items()
+    shown = [
+        (command, option.name, option.show_default)
+        for command in ("rank", "hessian", "phase-diagram", "errors")
+        for option in typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
         if isinstance(option.show_default, str)
-    }
-    assert len(shown) >= 8
-    for name, text in shown.items():
+    ]
+    assert len({command for command, _, _ in shown}) == 4
+    assert len(shown) >= 8 + 3 + 2 + 1
+    for command, name, text in shown:
         if name == "seed":
             continue  # a search draws it; a ranking takes 0
         field = {"check_hessian": "hessian"}.get(name, name)
         default = homes.get(name, SschaSettings).model_fields[field].default
         words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert text == words, name
+        assert text == words, (command, name)
 
 
 def test_the_version_is_shown():

@@ -20,6 +20,7 @@ from magus_anharmonic.search.relaxation import AseCalculatorSettings
 from magus_anharmonic.settings import CalculatorSettings
 from magus_anharmonic.settings.section import parse
 from magus_anharmonic.sscha.result import SschaResult, read_population_file, read_progress_file
+from magus_anharmonic.sscha.state import Modes
 
 PAIR = Atoms("HF", positions=[[0, 0, 0], [1.5] * 3], cell=[3.0] * 3, pbc=True)
 OLD = {new: old for old, new in RENAMED.items()}
@@ -30,6 +31,11 @@ def test_kicks_are_perturbations() -> None:
     assert parse(AseCalculatorSettings, {"calculator": "emt", "kicks": 2}).perturbations == 2
     with pytest.raises(InputError, match="perturbations is given twice"):
         parse(CalculatorSettings, {"calculator": "mattersim", "kicks": 3, "perturbations": 4})
+
+
+def test_phonon_energies_have_two_names() -> None:
+    modes = Modes(np.array([0.1, 0.2]), np.zeros((9, 2)))
+    assert modes.quantum is modes.hbar_omega
 
 
 def test_an_expected_value_has_two_names() -> None:

@@ -43,14 +43,18 @@ def hessian(
         ),
     ] = None,
     supercell: Annotated[
-        tuple[int, int, int],
-        typer.Option(help="Repetitions of the primitive cell; for a structure."),
-    ] = (2, 2, 2),
+        tuple[int, int, int] | None,
+        typer.Option(
+            help="Repetitions of the primitive cell; for a structure.", show_default="2 2 2"
+        ),
+    ] = None,
     n_configs: Annotated[
         int | None,
-        typer.Option(help="Configurations, even. [default: 1000, or what the folder holds]"),
+        typer.Option(help="Configurations, even; of a folder: what it holds.", show_default="1000"),
     ] = None,
-    max_populations: Annotated[int, typer.Option(help="Most populations; for a structure.")] = 30,
+    max_populations: Annotated[
+        int | None, typer.Option(help="Most populations; for a structure.", show_default="30")
+    ] = None,
     fixed_cell: Annotated[
         bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")
     ] = False,
@@ -79,18 +83,21 @@ def hessian(
                 source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed
             )
         else:
+            asked: dict[str, Any] = {
+                "supercell": supercell,
+                "n_configs": n_configs,
+                "max_populations": max_populations,
+                "cell": "fixed" if fixed_cell else None,
+            }
             report = hessian_of_structure(
                 atoms,
                 output,
                 evaluator,
-                n_configs=n_configs or 1000,
                 include_v4=v4,
                 seed=seed,
                 pressure=pressure,
                 temperature=temperature,
-                supercell=supercell,
-                cell="fixed" if fixed_cell else "variable",
-                max_populations=max_populations,
+                **{name: value for name, value in asked.items() if value is not None},
             )
         _show_hessian(report)
 
@@ -314,9 +321,11 @@ def errors(
         float, typer.Option(help="K; for a structure or dynamical matrices.")
     ] = 0.0,
     supercell: Annotated[
-        tuple[int, int, int],
-        typer.Option(help="Repetitions of the primitive cell; for a structure."),
-    ] = (2, 2, 2),
+        tuple[int, int, int] | None,
+        typer.Option(
+            help="Repetitions of the primitive cell; for a structure.", show_default="2 2 2"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same input and seed, same configurations.")] = 0,
     output: Annotated[
         Path,

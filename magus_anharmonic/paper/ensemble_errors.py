@@ -36,9 +36,9 @@ from magus_anharmonic.paper.ensemble_labels import (
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import load_yaml, parse
-from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.sscha.ensemble import pair_means, standard_error
 from magus_anharmonic.sscha.ensemble_checks import require_sampled_from
+from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
 from magus_anharmonic.sscha.initial_state import read_state
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.state import SschaState
@@ -54,11 +54,11 @@ def find_source(
     phase: str = "",
     pressure: GPa | None = None,
     temperature: float = 0.0,
-    supercell: tuple[int, int, int] = (2, 2, 2),
+    supercell: tuple[int, int, int] | None = None,
     seed: int = 0,
 ) -> Source:
     """The state of a finished run (a folder), of dynamical matrices (a prefix), or of a structure
-    file, which is run first.
+    file, which is run first (``supercell`` None: as `free_energy` takes it).
 
     Raises ``InputError``: nothing there, no pressure (GPa) for a structure or matrices, or a run
     that ended without a state.
@@ -80,7 +80,7 @@ def find_source(
         model,
         pressure=pressure,
         temperature=temperature,
-        supercell=supercell,
+        supercell=supercell or DEFAULTS.supercell,
         n_configs=500,
         seed=seed,
         directory=run_folder,

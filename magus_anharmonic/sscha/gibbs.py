@@ -33,16 +33,20 @@ from magus_anharmonic.units import GPa
 log = logging.getLogger(__name__)
 
 
+DEFAULTS = SschaSettings()
+"""What `free_energy` takes where nothing is said: the defaults of the block ``sscha``."""
+
+
 def free_energy(
     atoms: Atoms,
     evaluator: Any,
     pressure: GPa = 0.0,
     temperature: float = 0.0,
-    supercell: Any = (2, 2, 2),
-    cell: str = "variable",
-    n_configs: int = 1000,
-    max_populations: int = 30,
-    engine: str = "native",
+    supercell: Any = DEFAULTS.supercell,
+    cell: str = DEFAULTS.cell,
+    n_configs: int = DEFAULTS.n_configs,
+    max_populations: int = DEFAULTS.max_populations,
+    engine: str = DEFAULTS.engine,
     seed: int = 0,
     masses: Mapping[str, float] | None = None,
     start: Any = None,

@@ -18,7 +18,7 @@ from magus_anharmonic.io.files import write_json
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
-from magus_anharmonic.sscha.gibbs import free_energy
+from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
@@ -141,7 +141,7 @@ def hessian_of_structure(
     output: str | Path,
     evaluator: Evaluator,
     *,
-    n_configs: int,
+    n_configs: int = DEFAULTS.n_configs,
     include_v4: bool = False,
     seed: int = 0,
     **options: Any,

@@ -115,6 +115,11 @@ class Modes:
     hbar_omega: np.ndarray
     vectors: np.ndarray
 
+    @property
+    def quantum(self) -> np.ndarray:
+        """`hbar_omega` by its name of earlier versions, which scripts have."""
+        return self.hbar_omega
+
 
 @dataclass(frozen=True)
 class SschaState:
