@@ -271,7 +271,7 @@ def test_the_reordering_is_told_from_the_linear_part() -> None:
 
 def test_a_saddle_point_is_not_the_phase_that_others_become() -> None:
     rows = [
-        replace(row, status="saddle", gibbs_eV_per_atom=-4.0, spg_quantum="Pm-3m (221)")
+        row.updated(status="saddle", gibbs=-4.0, space_group="Pm-3m (221)")
         if row.id == "s0"
         else row
         for row in ranking()

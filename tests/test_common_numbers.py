@@ -134,9 +134,9 @@ def test_the_table_shows_the_error_of_the_difference_with_what_cancels(tmp_path:
         [one.atoms for one in ALIKE], MODEL, settings, tmp_path, relax=False, workers=1
     )
     best, second = table[:2]
-    shared = CommonNumbers(tmp_path / "sscha").covariance(best.folder, second.folder)
+    shared = CommonNumbers(tmp_path / "sscha").covariance(best.sscha_folder, second.sscha_folder)
     apart = math.hypot(best.gibbs_error, second.gibbs_error)
-    assert shared > 0 and second.difference_sampling < 0.7 * apart
-    assert second.difference_sampling == pytest.approx(
+    assert shared > 0 and second.difference_sampling_error < 0.7 * apart
+    assert second.difference_sampling_error == pytest.approx(
         difference_error(best.gibbs_error, second.gibbs_error, shared)
     )

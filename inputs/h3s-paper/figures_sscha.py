@@ -244,7 +244,7 @@ def gradient_figure(
 ) -> Drawing:
     """Four panels for one phase: RMSEs with their parts, the two distributions, and the parity of
     the averaged gradients."""
-    where = f"{rows[0].phase} at {rows[0].pressure:g} GPa"
+    where = f"{rows[0].phase} at {rows[0].pressure_GPa:g} GPa"
 
     def draw(axes: Sequence[Any]) -> None:
         _bars(axes[0], rows)

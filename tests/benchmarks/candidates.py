@@ -77,7 +77,7 @@ def seconds(n: int) -> float:
             free_energy=four_populations,
             workers=1,
         )
-    if sum(candidate.n_evaluations > 0 for candidate in table) != n:
+    if sum(candidate.free_energy.n_evaluations > 0 for candidate in table) != n:
         raise SystemExit("not every candidate ran")
     return time.process_time() - begun
 

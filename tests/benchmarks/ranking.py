@@ -116,7 +116,7 @@ def ranked(crystals: list[Crystal], seed: int, allocation: str) -> tuple[list[in
         table = rank_structures(
             structures, evaluator, settings, folder, seed=seed, relax=False, workers=1
         )
-    sampled = sum(candidate.n_evaluations for candidate in table)
+    sampled = sum(candidate.free_energy.n_evaluations for candidate in table)
     order = sorted(
         (c for c in table if c.gibbs is not None), key=lambda c: (c.status == "eliminated", c.gibbs)
     )
@@ -236,7 +236,7 @@ def compare_h3s(folder: Path, n_reference: int) -> Races:
             else f"G {c.gibbs * 1e3:9.2f} +- {1e3 * (c.gibbs_error or 0.0):.2f} meV/atom"
         )
         print(
-            f"{c.id} {c.spg_static:>12s} -> {c.spg_quantum:12s} {g} {c.n_evaluations:6d} {c.status}"
+            f"{c.id} {c.spg_static:>12s} -> {c.spg_quantum:12s} {g} {c.free_energy.n_evaluations:6d} {c.status}"
             f" {c.same_as} {c.reason}",
             flush=True,
         )
@@ -264,7 +264,7 @@ def compare_h3s(folder: Path, n_reference: int) -> Races:
         )
         found.append((result.gibbs, result.gibbs_error))
     truth = Truth(*np.array(found).T)
-    used = sum(c.n_evaluations for c in table)
+    used = sum(c.free_energy.n_evaluations for c in table)
     print(f"model {potential.model_id}; race {order}, reference {np.argsort(truth.gibbs).tolist()}")
     return Races(
         len(structures) * PAPER,

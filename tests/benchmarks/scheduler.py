@@ -19,6 +19,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def spend(
 
 def labels(rounds: int, number: int) -> None:
     """EMT on 1,372 copper atoms: half a second, far less than any DFT label (13 s and more)."""
-    recipe = Recipe("ase.calculators.emt.EMT", {}, None, {}).as_json()
+    recipe = asdict(Recipe("ase.calculators.emt.EMT", {}, None, {}, {}))
     items = []
     for seed in range(number):
         atoms = bulk("Cu", cubic=True).repeat(7)

@@ -314,7 +314,7 @@ def stock_candidate(
         relax = sscha.Relax.SSCHA(
             minimizer, ase_calculator=calculator, N_configs=n_configs, max_pop=STOCK_POPULATIONS
         )
-        stiffness = float(begin.stress_response[:3, :3].mean()) * EV_PER_A3_IN_GPA
+        stiffness = float(begin.response.stress[:3, :3].mean()) * EV_PER_A3_IN_GPA
         converged = relax.vc_relax(target_press=pressure, static_bulk_modulus=stiffness)
         energy, spread = minimizer.get_free_energy(return_error=True)
         volume = minimizer.ensemble.current_dyn.structure.get_volume()
