@@ -20,7 +20,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, is_machine_error
 from magus_anharmonic.evaluator import CalculatorEvaluator, has_stress
 from magus_anharmonic.structures import stripped
-from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
+from magus_anharmonic.units import BOHR, RYDBERG, ev_per_a3_to_gpa
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +49,9 @@ FORCE_FACTORS: dict[str, float] = {
     "meV/A": 1e3,
 }
 STRESS_FACTORS: dict[str, float] = {
-    "GPa": EV_PER_A3_IN_GPA,
-    "kbar": 10 * EV_PER_A3_IN_GPA,
-    "bar": 1e4 * EV_PER_A3_IN_GPA,
+    "GPa": ev_per_a3_to_gpa(1.0),
+    "kbar": ev_per_a3_to_gpa(10),
+    "bar": ev_per_a3_to_gpa(1e4),
     "Ry/bohr^3": BOHR**3 / RYDBERG,
     "Ha/bohr^3": 0.5 * BOHR**3 / RYDBERG,
 }

@@ -53,7 +53,7 @@ def collect(settings: Settings | None = None) -> list[Check]:
     """Every check; ``needed`` is set by what ``settings`` asks for (without settings: what any run
     needs)."""
     torch_check, cuda = _torch()
-    checks = [
+    return [
         Check(
             "magus-anharmonic",
             True,
@@ -78,7 +78,6 @@ def collect(settings: Settings | None = None) -> list[Check]:
         _scheduler(settings),
         *_system_libraries(),
     ]
-    return checks
 
 
 def exit_code(checks: Iterable[Check]) -> int:
@@ -112,11 +111,8 @@ def find_magus() -> tuple[str | None, str]:
                 " magus.entrypoints)"
             ),
         )
-    text = (
-        (folders[0] / "__init__.py").read_text(encoding="utf-8")
-        if (folders[0] / "__init__.py").is_file()
-        else ""
-    )
+    file = folders[0] / "__init__.py"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     match = re.search(r"__version__\s*=\s*['\"]([^'\"]+)", text)
     version = match.group(1) if match else "of unknown version"
     return version, f"MAGUS {version} at {folders[0]}"
@@ -127,59 +123,46 @@ def _magus() -> list[Check]:
     if version is None:
         return [Check("MAGUS", None, text, f"optional: {MAGUS_INSTALL}")]
     checks = [Check("MAGUS", True, text)]
+    problem = ""
     try:
         run = run_bounded([sys.executable, "-c", _ASK_MAGUS], timeout=120)
-        problem = (
-            f"MAGUS does not import: {(run.stderr.strip().splitlines() or ['no message'])[-1]}"
-            if run.returncode
-            else ""
-        )
+        if run.returncode:
+            last = (run.stderr.strip().splitlines() or ["no message"])[-1]
+            problem = f"MAGUS does not import: {last}"
     except subprocess.TimeoutExpired:
         problem = "importing MAGUS took more than 120 s"
     if problem:
-        return [
-            *checks,
-            Check("MAGUS sees", False, problem, "call `magus checkpack calculators`", needed=True),
-        ]
+        fix = "call `magus checkpack calculators`"
+        return [*checks, Check("MAGUS sees", False, problem, fix, needed=True)]
     calculators, fitnesses = from_json(run.stdout.strip().splitlines()[-1])
-    seen = [
-        name
-        for name, names in (("calculator mattersim", calculators), ("fitness SSCHA", fitnesses))
-        if name.split()[1] in names
-    ]
-    both = len(seen) == 2
-    detail = ", ".join(seen) if seen else "neither the calculator mattersim nor the fitness SSCHA"
-    fix = (
-        ""
-        if both
-        else (
-            "reinstall magus-anharmonic in the environment of MAGUS; `magus-anharmonic search`"
-            " works all the same"
-        )
+    wanted = {
+        "calculator mattersim": "mattersim" in calculators,
+        "fitness SSCHA": "SSCHA" in fitnesses,
+    }
+    detail = (
+        ", ".join(name for name, there in wanted.items() if there)
+        or "neither the calculator mattersim nor the fitness SSCHA"
     )
-    return [*checks, Check("MAGUS sees", both, detail, fix)]
+    fix = (
+        "reinstall magus-anharmonic in the environment of MAGUS; `magus-anharmonic search` works"
+        " all the same"
+    )
+    both = all(wanted.values())
+    return [*checks, Check("MAGUS sees", both, detail, "" if both else fix)]
 
 
 def _plugins() -> Check:
     ours = [
-        point
+        point.name
         for point in metadata.entry_points(group="ase.ioformats")
         if point.value.startswith("magus_anharmonic.")
     ]
-    plugins = sorted(point.name for point in metadata.entry_points(group="magus.plugins"))
     if not ours:
-        return Check(
-            "autoload",
-            False,
-            "not registered: this copy is not installed",
-            "pip install . (stock `magus search` needs it)",
-        )
-    return Check(
-        "autoload",
-        True,
-        f"entry point {ours[0].name} in ase.ioformats; plugins for MAGUS:"
-        f" {', '.join(plugins) or 'none'}",
-    )
+        fix = "pip install . (stock `magus search` needs it)"
+        return Check("autoload", False, "not registered: this copy is not installed", fix)
+    plugins = ", ".join(sorted(metadata.entry_points(group="magus.plugins").names)) or "none"
+    detail = f"entry point {ours[0]} in ase.ioformats; plugins for MAGUS: {plugins}"
+    return Check("autoload", True, detail)
 
 
 def _torch() -> tuple[Check, str | None]:
@@ -431,22 +414,13 @@ def _system_libraries() -> list[Check]:
     """Shared libraries that the compiled packages load; the packages' own checks say whether that
     works."""
     wanted = {"OpenBLAS": "openblas", "libxc": "xc", "FFTW": "fftw3", "Fortran runtime": "gfortran"}
-    found = [
-        f"{label} ({find_library(name)})" for label, name in wanted.items() if find_library(name)
-    ]
-    missing = [label for label, name in wanted.items() if not find_library(name)]
-    detail = "; ".join(
-        [
-            ", ".join(found) or "none found",
-            *([f"not found: {', '.join(missing)}"] if missing else []),
-        ]
-    )
+    files = {label: find_library(name) for label, name in wanted.items()}
+    detail = ", ".join(f"{label} ({file})" for label, file in files.items() if file) or "none found"
+    missing = ", ".join(label for label, file in files.items() if not file)
+    if not missing:
+        return [Check("system libraries", True, detail)]
     fix = (
-        ""
-        if not missing
-        else (
-            "needed to compile GPAW and python-sscha: apt-get install -y gfortran libopenblas-dev"
-            " libxc-dev libfftw3-dev"
-        )
+        "needed to compile GPAW and python-sscha: apt-get install -y gfortran libopenblas-dev"
+        " libxc-dev libfftw3-dev"
     )
-    return [Check("system libraries", True if not missing else None, detail, fix)]
+    return [Check("system libraries", None, f"{detail}; not found: {missing}", fix)]

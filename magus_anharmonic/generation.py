@@ -31,6 +31,7 @@ from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings
+from magus_anharmonic.units import GPa, ev_to_mev
 
 if TYPE_CHECKING:
     from magus_anharmonic.learning.choose import Contender
@@ -177,7 +178,7 @@ def _summarise(candidates: Sequence[Candidate], generation: int) -> None:
         )
     for c in [c for c in candidates if c.rank_quantum is not None][:3]:
         height = c.gibbs_above_hull
-        above = "" if height is None else f", {1000 * height:.1f} meV/atom above the hull"
+        above = "" if height is None else f", {ev_to_mev(height):.1f} meV/atom above the hull"
         log.info(
             "  %d. %s %s -> %s, G = %.5f +- %.5f eV/atom%s",
             c.rank_quantum,
@@ -344,7 +345,7 @@ def validation_rmse(metrics: dict[str, Any]) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def measured_terms(run_dir: str | Path, pressure: float) -> dict[str, ModelTerm]:
+def measured_terms(run_dir: str | Path, pressure: GPa) -> dict[str, ModelTerm]:
     """What ``gibbs_correction.csv`` in ``run_dir`` (of ``magus-anharmonic errors --tables``) says
     about phases at ``pressure`` (GPa).
 

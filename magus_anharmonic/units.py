@@ -1,11 +1,20 @@
 """The one place where units are converted.
 
-Inside the package: eV, Angstrom, amu, K. At the border (keys, tables, reports): GPa.
+Inside the package: eV, Angstrom, amu, K, pressures and stresses in eV/A^3. What is in GPa or meV
+says so in its name or type.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Any, TypeVar
+
 from ase import units as _ase
+
+Values = TypeVar("Values", bound=Any)
+"""A number, or an array of them."""
+GPa = Annotated[float, "GPa"]
+"""What is in GPa, because it crosses a border (keys, commands, tables, MAGUS): ``pressure: GPa``. A
+``pressure: float`` is in eV/A^3."""
 
 EV_PER_A3_IN_GPA: float = 1.0 / _ase.GPa
 """1 eV/A^3 expressed in GPa (160.2177)."""
@@ -30,14 +39,19 @@ EV_IN_CM1: float = 1.0 / _ase.invcm
 """1 eV in cm^-1."""
 
 
-def gpa_to_ev_per_a3(pressure: float) -> float:
+def gpa_to_ev_per_a3(pressure: Values) -> Values:
     """Pressure in GPa to eV/A^3."""
     return pressure / EV_PER_A3_IN_GPA
 
 
-def ev_per_a3_to_gpa(stress: float) -> float:
+def ev_per_a3_to_gpa(stress: Values) -> Values:
     """Stress or pressure in eV/A^3 to GPa."""
     return stress * EV_PER_A3_IN_GPA
+
+
+def ev_to_mev(energy: Values) -> Values:
+    """Energy in eV to meV; likewise forces in eV/A to meV/A, slopes in GPa/K to MPa/K."""
+    return 1000.0 * energy
 
 
 def duration(seconds: float) -> str:

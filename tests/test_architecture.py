@@ -337,3 +337,23 @@ def test_log_lines_do_not_hold_the_words_that_magus_searches_its_log_for() -> No
                     if word in text
                 ]
     holds(wrong)
+
+
+def test_units_are_converted_in_one_module() -> None:
+    """No factor of eV/A^3 to GPa, and no thousand that makes meV of an energy, elsewhere."""
+    no_units = {"hull.py", "settings/campaign.py", "structures.py"}  # thousands that are no units
+    wrong = []
+    for path in MODULES:
+        if label(path) == "units.py" or not path.is_relative_to(PACKAGE):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Name | ast.alias) and (
+                getattr(node, "id", "") or getattr(node, "name", "")
+            ) in ("EV_PER_A3_IN_GPA", "GPa_in_eV"):
+                wrong.append(f"{label(path)}: a factor instead of a function of units.py")
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult | ast.Div):
+                for side in (node.left, node.right):
+                    thousand = isinstance(side, ast.Constant) and side.value in (1000, 1e-3)
+                    if thousand and label(path) not in no_units:
+                        wrong.append(f"{label(path)}: line {node.lineno}: {ast.unparse(node)}")
+    holds(wrong)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,10 +23,13 @@ def labelers(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[bool, str]]:
         "vasp": (False, "no ASE_VASP_COMMAND"),
         "espresso": (False, "no pw.x"),
     }
-    monkeypatch.setattr(
-        "magus_anharmonic.labelers.available",
-        lambda name: answers.get(name, (False, f"{name} unknown")),
-    )
+
+    def code_of(name: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            available=lambda execution=None: answers.get(name, (False, f"{name} unknown"))
+        )
+
+    monkeypatch.setattr("magus_anharmonic.labelers.code_of", code_of)
     return answers
 
 

@@ -182,7 +182,7 @@ def test_a_first_order_well_below_cubic_rock_salt_is_found(tmp_path: Path) -> No
 @pytest.mark.full
 def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path) -> None:
     """Statically it is a saddle point with 12 imaginary modes of 93; quantum motion makes it a
-    minimum (200 configurations are enough)."""
+    minimum, by more than two standard errors of 200 configurations."""
     from magus_anharmonic.potential import load
     from magus_anharmonic.ranking.structures import rank_structures
 
@@ -192,10 +192,8 @@ def test_cubic_h3s_at_100_gpa_is_a_minimum_for_the_shipped_model(tmp_path: Path)
         [fakes.h3s(3.15)], load("h3s-gpaw-small", device="cpu"), settings, tmp_path, workers=1
     )
     assert (found.status, found.spg_quantum) == ("stable", "Im-3m (229)"), found.reason
-    assert (
-        found.free_energy.p_stable > 0.99
-        and found.free_energy.hessian_lowest > 5 * found.free_energy.hessian_error
-    )
+    assert found.free_energy.p_stable > 0.977
+    assert found.free_energy.hessian_lowest > 5 * found.free_energy.hessian_error
 
 
 # ---------------------------------------------------------------- the rules, with invented Hessians

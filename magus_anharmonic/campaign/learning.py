@@ -413,7 +413,7 @@ def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> 
     """Energy per atom, every component of forces and stress of every label, by DFT and by the
     model: what the errors of Table I are over."""
     from magus_anharmonic.potential.labelled import labels_of
-    from magus_anharmonic.units import EV_PER_A3_IN_GPA
+    from magus_anharmonic.units import ev_per_a3_to_gpa
 
     if not labels:
         return
@@ -424,8 +424,8 @@ def parity_rows(name: str, model: Any, public: str, labels: Sequence[Atoms]) -> 
             "energy": (energy / len(atoms), float(found.energy[index]) / len(atoms)),
             "force": (forces, found.forces[index]),
             "stress": (
-                EV_PER_A3_IN_GPA * stress,
-                EV_PER_A3_IN_GPA * np.asarray(found.stress[index], dtype=float),
+                ev_per_a3_to_gpa(stress),
+                ev_per_a3_to_gpa(np.asarray(found.stress[index], dtype=float)),
             ),
         }
         for quantity, values in pairs.items():

@@ -42,7 +42,7 @@ from magus_anharmonic.sscha.start import (
 from magus_anharmonic.sscha.state import SschaState, fourier
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import space_group, structure_id
-from magus_anharmonic.units import EV_IN_CM1, HBAR
+from magus_anharmonic.units import EV_IN_CM1, HBAR, GPa
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def _one(
     settings: HessianSettings,
     wanted: HessianPhase,
     phase: Phase,
-    pressure: float,
+    pressure: GPa,
     folder: Path,
     tally: Tally,
     file: Any,
@@ -186,7 +186,7 @@ def _one(
 
 
 def _harmonic(
-    evaluator: Any, cell: Atoms, pressure: float, tally: Tally
+    evaluator: Any, cell: Atoms, pressure: GPa, tally: Tally
 ) -> tuple[Atoms, list[Level]]:
     """The cell relaxed in its symmetry, and its harmonic levels at Gamma."""
     counting = CountingEvaluator(in_double_precision(evaluator))
@@ -224,12 +224,7 @@ def gamma_matrix(found: Hessian) -> np.ndarray:
 
 
 def _sscha_hessian(
-    context: Context,
-    settings: HessianSettings,
-    cell: Atoms,
-    pressure: float,
-    own: Path,
-    tally: Tally,
+    context: Context, settings: HessianSettings, cell: Atoms, pressure: GPa, own: Path, tally: Tally
 ) -> tuple[Any, np.ndarray | None]:
     model = context.final_model
     run = own / run_name(
@@ -277,7 +272,7 @@ def _harmonic_by_dft(
     wanted: HessianPhase,
     phase: Phase,
     cell: Atoms,
-    pressure: float,
+    pressure: GPa,
     own: Path,
     tally: Tally,
 ) -> None:
@@ -315,7 +310,7 @@ def _hessian_by_dft(
     settings: HessianSettings,
     wanted: HessianPhase,
     phase: Phase,
-    pressure: float,
+    pressure: GPa,
     own: Path,
     tally: Tally,
 ) -> None:
@@ -380,7 +375,7 @@ def _add(
     tally: Tally,
     wanted: HessianPhase,
     phase: Phase,
-    pressure: float,
+    pressure: GPa,
     method: Literal["harmonic", "sscha-hessian"],
     by: Literal["model", "dft"],
     levels: Sequence[Level],

@@ -49,6 +49,7 @@ from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.search.archive import read_frames
 from magus_anharmonic.settings import CalculatorSettings, parse
 from magus_anharmonic.structures import decided_group, space_group, stripped, structure_id
+from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def _relaxed_at(
     context: Context,
     folder: Path,
     structures: Sequence[Atoms],
-    pressure: float,
+    pressure: GPa,
     *,
     fixed: bool,
 ) -> list[Relaxed]:
@@ -247,7 +248,7 @@ def foundation(context: Context, step: Step) -> Outcome:
     return Outcome(len(rows), evaluations, failures=failures, output=context.foundation.model_id)
 
 
-def phase_structure(context: Context, phase: Phase, pressure: float) -> Atoms | None:
+def phase_structure(context: Context, phase: Phase, pressure: GPa) -> Atoms | None:
     """A structure of the phase to start from: its file, or the lowest one found by the production
     searches; None when none was."""
     if phase.atoms is not None:
@@ -402,7 +403,7 @@ def read_statics(folder: Path) -> list[Atoms]:
 
 
 def relaxed_by_dft(
-    labeler: Any, structures: Sequence[Atoms], pressure: float, file: Path, settings: Any
+    labeler: Any, structures: Sequence[Atoms], pressure: GPa, file: Path, settings: Any
 ) -> list[dict[str, Any]]:
     """One record per structure: space_group (empty when it failed), enthalpy (eV/atom), n_steps,
     failed, reason."""

@@ -47,7 +47,7 @@ from magus_anharmonic.runs.record import (
 )
 from magus_anharmonic.runs.status import deserted
 from magus_anharmonic.settings.campaign import load_campaign
-from magus_anharmonic.units import duration
+from magus_anharmonic.units import duration, ev_to_mev
 
 
 @dataclass(frozen=True)
@@ -444,15 +444,15 @@ class Campaign:
             if rmse is not None and rmse <= learning.target_rmse:
                 log.info(
                     "target_rmse reached: %.1f meV/atom on the validation set after cycle %d",
-                    1e3 * rmse,
+                    ev_to_mev(rmse),
                     self.cycles,
                 )
                 break
             self.cycles += 1
-            shown = "no validation labels" if rmse is None else f"{1e3 * rmse:.1f} meV/atom"
+            shown = "no validation labels" if rmse is None else f"{ev_to_mev(rmse):.1f} meV/atom"
             log.info(
                 "target_rmse of %.1f meV/atom not reached (%s): cycle %d of learning",
-                1e3 * learning.target_rmse,
+                ev_to_mev(learning.target_rmse),
                 shown,
                 self.cycles,
             )

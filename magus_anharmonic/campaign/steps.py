@@ -27,6 +27,7 @@ from magus_anharmonic.io.files import read_as, remove, replacing_table, write_js
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.settings.campaign import CampaignSettings
 from magus_anharmonic.structures import stripped
+from magus_anharmonic.units import GPa
 
 if TYPE_CHECKING:
     from magus_anharmonic.evaluator import Evaluator
@@ -44,16 +45,16 @@ class Step:
     kind: str
     needs: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
-    pressure: float | None = None
+    pressure: GPa | None = None
     cycle: int = 1
 
 
-def at(name: str, pressure: float) -> str:
+def at(name: str, pressure: GPa) -> str:
     """``learn-075GPa``, ``produce-112.5GPa``."""
     return f"{name}-{pressure:03g}GPa" if pressure == int(pressure) else f"{name}-{pressure:g}GPa"
 
 
-def phase_folder(phase: str, pressure: float) -> str:
+def phase_folder(phase: str, pressure: GPa) -> str:
     """``Im-3m-060GPa``: a phase at a pressure, below the folder of a step."""
     return at(safe_name(phase), pressure)
 
@@ -150,7 +151,7 @@ def productions(settings: CampaignSettings) -> tuple[str, ...]:
     return tuple(at("produce", p) for p in (settings.produce.pressures if settings.produce else []))
 
 
-def nearest_production(settings: CampaignSettings, pressure: float) -> str:
+def nearest_production(settings: CampaignSettings, pressure: GPa) -> str:
     """The production search at the pressure nearest to ``pressure`` (GPa); the lower one of two."""
     pressures = settings.produce.pressures if settings.produce else []
     return at("produce", min(pressures, key=lambda p: (abs(p - pressure), p)))
@@ -374,7 +375,7 @@ class StructureFile:
         remove(self.path)
         self.n = 0
 
-    def add(self, atoms: Atoms, name: str, space_group: str, pressure: float, kind: str) -> None:
+    def add(self, atoms: Atoms, name: str, space_group: str, pressure: GPa, kind: str) -> None:
         """One structure (``kind``: static or centroids)."""
         from ase.io import write
 

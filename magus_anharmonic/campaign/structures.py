@@ -43,6 +43,7 @@ from magus_anharmonic.structures import (
     stripped,
     structure_id,
 )
+from magus_anharmonic.units import GPa
 
 SYMPREC = 0.05
 POOL = 10
@@ -174,7 +175,7 @@ def phase_name(phases: Sequence[Phase], atoms: Atoms, group: str) -> str:
 def enthalpy_row(
     found: Found,
     phases: Sequence[Phase],
-    pressure: float,
+    pressure: GPa,
     model_id: str,
     source: Literal["produce", "relax", "foundation"],
     name: str = "",

@@ -17,6 +17,7 @@ import typer
 
 from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.units import ev_to_mev
 
 
 @app.command()
@@ -413,26 +414,31 @@ def _show(report: Any) -> None:
         "floor",
     ):
         shown.add_column(name, justify="left" if name in ("quantity", "unit") else "right")
-    shown.add_row("force", "meV/A", f"{1e3 * found.force:.1f}", "", "", "", "")
+    shown.add_row("force", "meV/A", f"{ev_to_mev(found.force):.1f}", "", "", "", "")
     for name, unit, parts in (
         ("gradient by centroids", "meV/A", found.centroid),
         ("  averaged by symmetry", "meV/A", found.symmetric_centroid),
         ("gradient by force constants", "meV/A^2", found.force_constants),
         ("  averaged by symmetry", "meV/A^2", found.symmetric_force_constants),
     ):
-        systematic = f"{1e3 * parts.systematic:.2f} +- {1e3 * parts.systematic_error:.2f}"
-        numbers = (f"{1e3 * value:.2f}" for value in (parts.statistical, parts.floor))
+        systematic = f"{ev_to_mev(parts.systematic):.2f} +- {ev_to_mev(parts.systematic_error):.2f}"
+        numbers = (f"{ev_to_mev(value):.2f}" for value in (parts.statistical, parts.floor))
         shown.add_row(
-            name, unit, f"{1e3 * parts.single:.1f}", f"{1e3 * parts.mean:.2f}", systematic, *numbers
+            name,
+            unit,
+            f"{ev_to_mev(parts.single):.1f}",
+            f"{ev_to_mev(parts.mean):.2f}",
+            systematic,
+            *numbers,
         )
     if found.bo_centroid is not None:
         shown.add_row(
-            "force at the centroids", "meV/A", f"{1e3 * found.bo_centroid:.2f}", "", "", "", ""
+            "force at the centroids", "meV/A", f"{ev_to_mev(found.bo_centroid):.2f}", "", "", "", ""
         )
     screen = console()
     screen.print(shown)
     first, error, second = (
-        1e3 * value
+        ev_to_mev(value)
         for value in (
             report.correction.first_order,
             report.correction.first_order_error,

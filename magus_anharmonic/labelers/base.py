@@ -33,6 +33,7 @@ from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.digests import digest, to_json
 from magus_anharmonic.settings import LabelerSettings
 from magus_anharmonic.settings.section import check_path
+from magus_anharmonic.units import GPa
 
 ALLOWED = (
     "a program, its arguments, quotes, $NAME and the redirections > >> < 2> 2>> 2>&1; what needs a"
@@ -257,7 +258,7 @@ class Labeler(Protocol):
     def relax(
         self,
         structures: Sequence[Atoms],
-        pressure: float = 0.0,
+        pressure: GPa = 0.0,
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,

@@ -33,6 +33,7 @@ from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_js
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
 from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +250,7 @@ class JobLabeler:
     def relax(
         self,
         structures: Sequence[Atoms],
-        pressure: float = 0.0,
+        pressure: GPa = 0.0,
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,

@@ -29,6 +29,7 @@ from magus_anharmonic.labelers.pool import JobLabeler, Worker, WorkerDied, probl
 from magus_anharmonic.scheduler import Scheduling, open_scheduler
 from magus_anharmonic.scheduler.base import packed, unpack
 from magus_anharmonic.structures import change_of, structure_id
+from magus_anharmonic.units import GPa
 
 
 class CallableLabeler:
@@ -110,7 +111,7 @@ class CallableLabeler:
     def relax(
         self,
         structures: Sequence[Atoms],
-        pressure: float = 0.0,
+        pressure: GPa = 0.0,
         *,
         force_tolerance: float = 0.05,
         max_steps: int = 300,

@@ -43,7 +43,7 @@ from magus_anharmonic.sscha.initial_state import read_state
 from magus_anharmonic.sscha.result import SschaResult, read_population_file
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import space_group, symbol_of
-from magus_anharmonic.units import ev_per_a3_to_gpa
+from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
 
 def find_source(
@@ -52,7 +52,7 @@ def find_source(
     run_folder: Path,
     *,
     phase: str = "",
-    pressure: float | None = None,
+    pressure: GPa | None = None,
     temperature: float = 0.0,
     supercell: tuple[int, int, int] | None = None,
     seed: int = 0,
@@ -117,7 +117,7 @@ class Source:
 
     state: SschaState
     phase: str
-    pressure: float
+    pressure: GPa
     model_id: str = ""
     gibbs: float | None = None
     gibbs_error: float | None = None
@@ -158,7 +158,7 @@ def source_of_result(result: SschaResult, phase: str = "") -> Source:
     )
 
 
-def source_of_state(state: SschaState, pressure: float, phase: str = "") -> Source:
+def source_of_state(state: SschaState, pressure: GPa, phase: str = "") -> Source:
     """A state without a run, e.g. dynamical matrices of another code."""
     return Source(state, phase or symbol_of(space_group(state.atoms)), pressure)
 
@@ -340,7 +340,7 @@ def pressure_error(labelled: Labelled) -> tuple[float, float]:
 
 
 def distributions(
-    labelled: Labelled, phase: str, pressure: float
+    labelled: Labelled, phase: str, pressure: GPa
 ) -> tuple[list[tables.GradientBin], list[tables.GradientParity]]:
     """Histograms of the errors before and after averaging, and the averaged components by reference
     and model (Figs. 7 and 8)."""
@@ -388,7 +388,7 @@ def _both(labelled: Labelled) -> tuple[tuple[str, Any], tuple[str, Any]]:
 
 
 def _histogram(
-    values: np.ndarray, phase: str, pressure: float, quantity: Any, averaged: int
+    values: np.ndarray, phase: str, pressure: GPa, quantity: Any, averaged: int
 ) -> list[tables.GradientBin]:
     edge = float(np.quantile(np.abs(values), 0.999)) or 1e-6
     counts, edges = np.histogram(values, bins=BINS, range=(-edge, edge))

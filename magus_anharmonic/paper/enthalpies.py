@@ -14,6 +14,7 @@ from magus_anharmonic.hull import reduced_formula
 from magus_anharmonic.paper.tables import Enthalpy
 from magus_anharmonic.phase_diagram.boundaries import zero_crossings
 from magus_anharmonic.structures import symbol_of
+from magus_anharmonic.units import GPa, ev_to_mev
 
 SAME_ENTHALPY = 1e-3
 """eV/atom; with equal space group and nearly equal volume, structures this close count as one in a
@@ -128,7 +129,7 @@ def ranks(rows: Sequence[Enthalpy], phase: str = "") -> list[PhaseRank]:
             if not name or name not in names or name in seen:
                 continue
             seen.add(name)
-            above = 1e3 * (row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
+            above = ev_to_mev(row.enthalpy_eV_per_atom - order[0].enthalpy_eV_per_atom)
             numbers = rank, len(order), above, row.volume_A3_per_atom
             found.append(PhaseRank(name, formula, pressure, row.source, *numbers, row.model_id))
     return found
@@ -178,7 +179,7 @@ def relative_enthalpies(
             phase,
             reference,
             p,
-            1e3 * (row.enthalpy_eV_per_atom - zero[p].enthalpy_eV_per_atom),
+            ev_to_mev(row.enthalpy_eV_per_atom - zero[p].enthalpy_eV_per_atom),
             row.model_id,
             transformed.get((phase, p), ""),
         )
@@ -227,7 +228,7 @@ def _difference(
 
 
 def _crossing(
-    below: str, above: str, x: np.ndarray, y: np.ndarray, i: int, pressure: float
+    below: str, above: str, x: np.ndarray, y: np.ndarray, i: int, pressure: GPa
 ) -> Transition:
     """A crossing between points ``i`` and ``i + 1`` of the difference ``y``. Its error without a
     third point: a tenth of the spacing."""
@@ -267,7 +268,7 @@ def transitions(
     return found
 
 
-def _lowest(phases: Phases, pressure: float) -> str:
+def _lowest(phases: Phases, pressure: GPa) -> str:
     there = [name for name, known in phases.items() if pressure in known]
     return min(there, key=lambda name: phases[name][pressure].enthalpy_eV_per_atom)
 

@@ -24,6 +24,7 @@ from magus_anharmonic.paper.tables import (
     SpaceGroups,
     read_if_there,
 )
+from magus_anharmonic.units import ev_to_mev
 
 BY = {"model": "by the potential", "dft": "by DFT"}
 
@@ -101,10 +102,13 @@ def gradients(folder: Path) -> list[str]:
         )
         if one is None or many is None:
             continue
-        floor = "" if many.floor is None else f"; averaging alone leaves {1e3 * many.floor:.2g}"
+        floor = (
+            "" if many.floor is None else f"; averaging alone leaves {ev_to_mev(many.floor):.2g}"
+        )
         found.append(
             f"{phase} at {pressure:g} GPa: averaging over {many.n_configs} configurations leaves"
-            f" {1e3 * many.rmse:.3g} of {1e3 * one.rmse:.3g} meV/Å error of the forces{floor}."
+            f" {ev_to_mev(many.rmse):.3g} of {ev_to_mev(one.rmse):.3g} meV/Å error of the"
+            f" forces{floor}."
         )
     return found
 
@@ -114,8 +118,8 @@ def corrections(folder: Path) -> list[str]:
     found = []
     for row in read_if_there(GibbsCorrection, folder):
         error = row.correction_error_eV_per_atom
-        margin = "" if error is None else f" +- {1e3 * error:.2g}"
-        change = f"{1e3 * row.correction_eV_per_atom:.3g}{margin}"
+        margin = "" if error is None else f" +- {ev_to_mev(error):.2g}"
+        change = f"{ev_to_mev(row.correction_eV_per_atom):.3g}{margin}"
         found.append(
             f"{row.phase} at {row.pressure_GPa:g} GPa: {row.n_labels} DFT labels of its ensemble"
             f" change G by {change} meV/atom."

@@ -38,6 +38,7 @@ from magus_anharmonic.sscha.ensemble import (
 from magus_anharmonic.sscha.initial_state import SYMMETRY_OF_A_STATE
 from magus_anharmonic.sscha.state import fold
 from magus_anharmonic.sscha.symmetry import Symmetry
+from magus_anharmonic.units import GPa
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def energy_differences(labelled: Labelled) -> np.ndarray:
     return labelled.reference.energies - labelled.model.energies
 
 
-def row(correction: Correction, phase: str, pressure: float) -> GibbsCorrection:
+def row(correction: Correction, phase: str, pressure: GPa) -> GibbsCorrection:
     """The line of ``gibbs_correction.csv``; ``pressure`` in GPa."""
     return GibbsCorrection(
         phase,
@@ -246,7 +247,7 @@ def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def rows(errors: GradientErrors, phase: str, pressure: float) -> list[GradientError]:
+def rows(errors: GradientErrors, phase: str, pressure: GPa) -> list[GradientError]:
     """The lines of ``gradient_errors.csv``; ``pressure`` in GPa."""
 
     def line(quantity: str, rmse: float, found: Parts | None) -> GradientError:

@@ -28,6 +28,7 @@ from magus_anharmonic.phase_diagram.boundaries import zero_crossings
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.record import MINIMA
 from magus_anharmonic.structures import decided_group, symbol_of
+from magus_anharmonic.units import GPa, ev_to_mev
 
 # --- models against their labels: Table I, Fig. 3 -------------------------------------------------
 
@@ -61,8 +62,8 @@ def table_one(rows: Sequence[ModelError]) -> list[TableOne]:
             r.model,
             r.model_id,
             r.n,
-            1e3 * r.energy_rmse_eV_per_atom,
-            1e3 * r.force_rmse_eV_per_A,
+            ev_to_mev(r.energy_rmse_eV_per_atom),
+            ev_to_mev(r.force_rmse_eV_per_A),
             r.stress_rmse_GPa,
             1.0 / math.sqrt(2.0 * r.n) if r.n > 0 else None,
         )
@@ -353,7 +354,7 @@ def reordering(
     g = np.array([r.gibbs for r in shown])
     minimum = lowest(shown)
     best = phase or ("" if minimum is None else symbol_of(minimum.spg_quantum))
-    above_h, above_g = 1e3 * (h - h.min()), 1e3 * (g - g.min())
+    above_h, above_g = ev_to_mev(h - h.min()), ev_to_mev(g - g.min())
     slope, offset, deviations, scatter, threshold = _line_fit(above_h, above_g)
     changed = [r for r in shown if new_space_group(r)]
     ids = {r.id for r in changed}
@@ -371,13 +372,13 @@ def reordering(
             r.spg_quantum,
             float(above_h[i]),
             float(above_g[i]),
-            None if r.gibbs_error is None else 1e3 * r.gibbs_error,
+            None if r.gibbs_error is None else ev_to_mev(r.gibbs_error),
             None if scatter is None else float(deviations[i]),
             r.status,
         )
         for i, r in enumerate(shown)
     ]
-    shifts = 1e3 * (g - h)
+    shifts = ev_to_mev(g - h)
     single = moved[0].gibbs_error_meV_per_atom
     return Reordering(
         pressure_GPa=shown[0].pressure,
@@ -405,7 +406,7 @@ def _line_fit(
     robust scatter there."""
     from scipy.stats import theilslopes
 
-    threshold = 1e3 * LINEAR_ABOVE if np.sum(h >= 1e3 * LINEAR_ABOVE) >= 3 else 0.0
+    threshold = ev_to_mev(LINEAR_ABOVE) if np.sum(h >= ev_to_mev(LINEAR_ABOVE)) >= 3 else 0.0
     upper = h >= threshold
     if upper.sum() < 3 or np.ptp(h[upper]) < 1e-6:
         return None, None, np.full(len(h), np.nan), None, threshold
@@ -421,7 +422,7 @@ def _line_fit(
 
 
 def gradient_error(
-    rows: Sequence[GradientError], phase: str, pressure: float, quantity: str
+    rows: Sequence[GradientError], phase: str, pressure: GPa, quantity: str
 ) -> GradientError | None:
     """The row of the most configurations at a pressure (GPa, the nearest within `NEAR`)."""
     mine = [

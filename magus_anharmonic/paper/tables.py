@@ -17,6 +17,7 @@ from magus_anharmonic.io.tables import read as read
 from magus_anharmonic.io.tables import read_if_there as read_if_there
 from magus_anharmonic.io.tables import rows_of as rows_of
 from magus_anharmonic.io.tables import write as write
+from magus_anharmonic.units import GPa
 
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
@@ -278,12 +279,12 @@ def ranking_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(RANKINGS))
 
 
-def ranking_file(pressure: float) -> str:
+def ranking_file(pressure: GPa) -> str:
     """``ranking-100GPa.csv``."""
     return f"ranking-{pressure:g}GPa.csv"
 
 
-def dispersion_file(phase: str, pressure: float) -> str:
+def dispersion_file(phase: str, pressure: GPa) -> str:
     """``dispersion-Im-3m-60GPa.csv``; for other names see `safe_name`."""
     return f"dispersion-{safe_name(phase)}-{pressure:g}GPa.csv"
 

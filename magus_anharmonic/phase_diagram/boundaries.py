@@ -13,7 +13,7 @@ import numpy as np
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.phase_diagram.points import GibbsPoint
 from magus_anharmonic.phase_diagram.surface import GibbsSurface, SurfaceSamples, fit_surface
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
 N_PRESSURES = 241
 N_TEMPERATURES = 41
@@ -284,7 +284,7 @@ def _point(
         0.5 * (high - low) if math.isfinite(low) and math.isfinite(high) else INF,
         **bands,
         probability_inside=inside,
-        slope_GPa_per_K=entropy / volume * EV_PER_A3_IN_GPA,
+        slope_GPa_per_K=ev_per_a3_to_gpa(entropy / volume),
         slope_error_GPa_per_K=_median(slopes)[1],
         entropy_change_eV_per_K_per_atom=entropy,
         volume_change_A3_per_atom=volume,
@@ -297,13 +297,13 @@ def _point(
 
 
 def _slopes(
-    below: SurfaceSamples, above: SurfaceSamples, pressure: float, temperature: float
+    below: SurfaceSamples, above: SurfaceSamples, pressure: GPa, temperature: float
 ) -> np.ndarray:
     """(n_samples,) dP/dT = dS/dV of the boundary of two phases at one point, GPa/K."""
     at = (pressure, temperature)
     entropy = below.values(*at, "T") - above.values(*at, "T")
     volume = above.values(*at, "P") - below.values(*at, "P")
-    return (entropy / volume)[:, 0] * EV_PER_A3_IN_GPA
+    return ev_per_a3_to_gpa((entropy / volume)[:, 0])
 
 
 def _median(values: np.ndarray) -> tuple[float, float]:
@@ -323,7 +323,7 @@ def all_boundaries(phases: PhaseSet) -> list[BoundaryPoint]:
     return found
 
 
-def lowest_probabilities(phases: PhaseSet, pressure: float, temperature: float) -> dict[str, float]:
+def lowest_probabilities(phases: PhaseSet, pressure: GPa, temperature: float) -> dict[str, float]:
     """Fraction of the samples in which each phase is lowest at (GPa, K), among those whose points
     reach there."""
     names = [

@@ -21,6 +21,7 @@ from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint, PhaseSet, common_pressures
 from magus_anharmonic.phase_diagram.diagram import HullRow, PhaseDiagram, Stable, lines
 from magus_anharmonic.phase_diagram.points import GibbsPoint
+from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -191,8 +192,8 @@ def _difference(
     grid = common_pressures([a, b], temperature)
     if len(grid):
         first, second = (phases.samples[name].values(grid, temperature) for name in pair)
-        low, high = np.quantile(1000.0 * (second - first), [0.025, 0.975], axis=0)
-        middle = 1000.0 * (b.gibbs(grid, temperature) - a.gibbs(grid, temperature))
+        low, high = np.quantile(ev_to_mev(second - first), [0.025, 0.975], axis=0)
+        middle = ev_to_mev(b.gibbs(grid, temperature) - a.gibbs(grid, temperature))
         label = f"{pair[1]}, {temperature:g} K ({phases.isotopes})"
         axes.plot(grid, middle, **look, alpha=alpha, label=label)
         axes.fill_between(grid, low, high, color=color, alpha=0.15 * alpha, lw=0)
@@ -202,8 +203,8 @@ def _difference(
     for p, q in ((base[pressure], other[pressure]) for pressure in common):
         axes.errorbar(
             p.pressure_GPa,
-            1000 * (q.gibbs_eV_per_atom - p.gibbs_eV_per_atom),
-            yerr=1000 * math.hypot(p.error, q.error),
+            ev_to_mev(q.gibbs_eV_per_atom - p.gibbs_eV_per_atom),
+            yerr=ev_to_mev(math.hypot(p.error, q.error)),
             fmt="o",
             ms=4,
             color=color,
@@ -263,7 +264,7 @@ def draw_hull(
 def _height(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None:
     """The hull of one set of masses as a line; filled marks are on it."""
     fractions = np.array([row.entry.fractions for row in rows])
-    heights = 1e3 * np.array([row.entry.formation for row in rows])
+    heights = ev_to_mev(np.array([row.entry.formation for row in rows]))
     grid = np.unique(np.concatenate([fractions[:, 1], [0.0, 1.0]]))
     hull = lower_hull(fractions, heights, np.column_stack([1.0 - grid, grid]))
     axes.plot(grid, hull, "-", color=style.color(index), label=label)
@@ -271,7 +272,7 @@ def _height(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None
         axes.errorbar(
             row.entry.fractions[1],
             height,
-            yerr=1e3 * row.entry.formation_error,
+            yerr=ev_to_mev(row.entry.formation_error),
             fmt=style.marker(index),
             color=style.color(index),
             mfc=style.color(index) if row.entry.distance <= 0 else "white",
@@ -291,7 +292,10 @@ def _binary_axes(axes: Axes, rows: Sequence[HullRow], end_members: Sequence[str]
         named |= {one.name, round(x, 6)}
         axes.annotate(
             one.name,
-            (x, 1e3 * (one.formation + (one.formation_error if above else -one.formation_error))),
+            (
+                x,
+                ev_to_mev(one.formation + (one.formation_error if above else -one.formation_error)),
+            ),
             (0, 6 if above else -6),
             textcoords="offset points",
             fontsize=8,
@@ -309,11 +313,11 @@ def _bars(axes: Axes, rows: Sequence[HullRow], index: int, label: str) -> None:
     """Distance above the hull of every phase, nearest first."""
     order = sorted(rows, key=lambda row: row.entry.distance)
     heights = np.arange(len(order)) + 0.2 * index
-    shown = [1e3 * row.entry.distance for row in order]
+    shown = [ev_to_mev(row.entry.distance) for row in order]
     axes.errorbar(
         shown,
         heights,
-        xerr=[1e3 * row.entry.error for row in order],
+        xerr=[ev_to_mev(row.entry.error) for row in order],
         fmt=style.marker(index),
         color=style.color(index),
         capsize=3,

@@ -31,7 +31,7 @@ from magus_anharmonic.sscha.isotopes import reweighted_ensemble
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble, read_start_file
 from magus_anharmonic.structures import isotopes as isotopes_of
 from magus_anharmonic.structures import space_group, stripped, symbol_of
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +55,7 @@ def read_phase(name: str, phase: PhaseSettings) -> Atoms:
         raise InputError(*(f"phases.{name}: {problem}" for problem in error.problems)) from None
 
 
-def point_folder(
-    root: Path, phase: str, isotopes: str, pressure: float, temperature: float
-) -> Path:
+def point_folder(root: Path, phase: str, isotopes: str, pressure: GPa, temperature: float) -> Path:
     """Where one run is stored."""
     return root / safe_name(phase) / safe_name(isotopes) / f"{pressure:g}GPa-{temperature:g}K"
 
@@ -253,7 +251,7 @@ def _volume(result: SschaResult, folder: Path | None) -> tuple[float, float]:
         return math.nan, math.nan
     excess = result.pressure - result.target_pressure
     # the diagonal components taken as wholly correlated: an upper bound
-    error = float(np.trace(result.stress_error)) / 3.0 * EV_PER_A3_IN_GPA
+    error = ev_per_a3_to_gpa(float(np.trace(result.stress_error)) / 3.0)
     if not math.isfinite(error):
         return math.nan, math.nan
     return result.volume * (1.0 + excess / bulk), result.volume / bulk * math.hypot(
@@ -269,7 +267,7 @@ def _bulk_modulus(folder: Path | None) -> float | None:
     response = read_start_file(path).response
     if response is None:
         return None
-    bulk = float(response.stress[:3, :3].mean()) * EV_PER_A3_IN_GPA
+    bulk = ev_per_a3_to_gpa(float(response.stress[:3, :3].mean()))
     return bulk if bulk > 1.0 else None
 
 

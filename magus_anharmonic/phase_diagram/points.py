@@ -20,7 +20,7 @@ from numpy.polynomial import chebyshev
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import column, columns_of, read, table_rows, write
 from magus_anharmonic.settings import check_pressure, nearest
-from magus_anharmonic.units import EV_PER_A3_IN_GPA, KELVIN
+from magus_anharmonic.units import KELVIN, ev_per_a3_to_gpa
 
 
 def einstein(theta: float, temperature: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +79,7 @@ class Basis:
                 [chebyshev.chebval(u, chebyshev.chebder(unit[k])) for k in range(degree + 1)],
                 axis=-1,
             )
-            powers = powers * (EV_PER_A3_IN_GPA / self.half)
+            powers = powers * (ev_per_a3_to_gpa(1.0) / self.half)
         cold = powers[:, : self.cold + 1]
         parts = [np.zeros_like(cold) if derivative == "T" else cold]
         for theta in self.thetas:

@@ -17,6 +17,7 @@ from magus_anharmonic.phase_diagram.boundaries import BoundaryPoint
 from magus_anharmonic.phase_diagram.diagram import ContinuousTransition, PhaseDiagram, Stable, lines
 from magus_anharmonic.phase_diagram.figures import draw, draw_hull
 from magus_anharmonic.phase_diagram.points import GibbsPoint, write_points
+from magus_anharmonic.units import GPa, ev_to_mev
 
 SURE = 0.95
 SHOWN = 5
@@ -40,12 +41,12 @@ def sentences(diagram: PhaseDiagram) -> list[str]:
     ]
 
 
-def _where(pressure: float, temperature: float) -> str:
+def _where(pressure: GPa, temperature: float) -> str:
     return f"{pressure:g} GPa, {temperature:g} K"
 
 
 def _meV(value: float, error: float) -> str:  # noqa: N802
-    return f"{1000 * value:.1f} +- {1000 * error:.1f}"
+    return f"{ev_to_mev(value):.1f} +- {ev_to_mev(error):.1f}"
 
 
 def _unique(values: Iterable[str], word: str) -> str:
@@ -265,7 +266,7 @@ def _hull(diagram: PhaseDiagram) -> list[str]:
 
 def _errors(diagram: PhaseDiagram) -> str:
     model = (
-        f"and {1000 * diagram.model_error:g} meV/atom for the potential in each phase"
+        f"and {ev_to_mev(diagram.model_error):g} meV/atom for the potential in each phase"
         if diagram.model_error > 0
         else "but not the error of the potential (key model_error)"
     )

@@ -38,6 +38,7 @@ from magus_anharmonic.potential.resources import (
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
+from magus_anharmonic.units import GPa
 
 logger = logging.getLogger(__name__)
 
@@ -422,7 +423,7 @@ class Potential:
             )
 
     def relax(
-        self, structures: Sequence[Atoms], pressure: float = 0.0, **options: Any
+        self, structures: Sequence[Atoms], pressure: GPa = 0.0, **options: Any
     ) -> list[Relaxation]:
         """Relax structures at ``pressure`` (GPa), all at once; see
         `magus_anharmonic.potential.relax.relax`."""

@@ -36,7 +36,7 @@ from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.graph import Graph, build_graph, check, find_neighbours
 from magus_anharmonic.settings import TrainingKeys
 from magus_anharmonic.structures import structure_id
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 
 
 def parent_of(atoms: Atoms) -> str:
@@ -128,7 +128,7 @@ class LabelledGraphs:
             self._tensor([energy for energy, _, _ in labels], torch.float64) / self._count
         )
         self._forces = [self._tensor(forces) for _, forces, _ in labels]
-        self._stress = self._tensor([stress * EV_PER_A3_IN_GPA for _, _, stress in labels]).reshape(
+        self._stress = self._tensor([ev_per_a3_to_gpa(stress) for _, _, stress in labels]).reshape(
             -1, 3, 3
         )
 
@@ -194,8 +194,8 @@ class Scores:
 
     def __str__(self) -> str:
         energy = with_error(
-            1e3 * self.energy_rmse,
-            None if self.energy_rmse_error is None else 1e3 * self.energy_rmse_error,
+            ev_to_mev(self.energy_rmse),
+            None if self.energy_rmse_error is None else ev_to_mev(self.energy_rmse_error),
             1,
         )
         force, stress = (
@@ -331,7 +331,7 @@ def _residuals(potential: Any, labelled: Sequence[Atoms]) -> list[Residual]:
         (
             float(found.energy[i] - energy) / len(labelled[i]),
             np.asarray(found.forces[i]) - forces,
-            (np.asarray(found.stress[i]) - stress) * EV_PER_A3_IN_GPA,
+            ev_per_a3_to_gpa(np.asarray(found.stress[i]) - stress),
         )
         for i, (energy, forces, stress) in enumerate(labels)
     ]

@@ -18,6 +18,7 @@ from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
 from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.units import GPa
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ ABSURD = 1e12  # eV, eV/A, eV/A^3; step rules square them and would overflow bef
 def relax(
     evaluator: Evaluator,
     structures: Sequence[Atoms],
-    pressure: float = 0.0,
+    pressure: GPa = 0.0,
     *,
     force_tolerance: float = 0.05,
     stress_tolerance: float = 0.1,

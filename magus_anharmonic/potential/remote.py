@@ -19,6 +19,7 @@ from magus_anharmonic.io.digests import digest
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.scheduler import Done, Scheduler
 from magus_anharmonic.structures import stripped
+from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def relax_on(
     scheduler: Scheduler,
     evaluator: Evaluator,
     structures: Sequence[Atoms],
-    pressure: float = 0.0,
+    pressure: GPa = 0.0,
     on_relaxed: OnRelaxed | None = None,
     **options: Any,
 ) -> list[Relaxation]:

@@ -43,6 +43,7 @@ from magus_anharmonic.settings import (
     load_yaml,
     parse,
 )
+from magus_anharmonic.units import ev_to_mev
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class TrainReport:
         for part, kinds in self.scores.items():
             for kind, found in kinds.items():
                 numbers = (
-                    f"{found.n:>5}{1e3 * found.energy_rmse:>12.2f}"
+                    f"{found.n:>5}{ev_to_mev(found.energy_rmse):>12.2f}"
                     f"{found.force_rmse:>9.4f}{found.stress_rmse:>8.3f}"
                 )
                 few = "" if found.energy_rmse_error is None else f"   few: {found}"

@@ -38,7 +38,7 @@ from magus_anharmonic.potential.labelled import (
 )
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.settings import Count, FinetuneSettings, Positive, Section
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Trainer:
         loss = combine(
             self.loss(energy / targets.n_atoms, targets.energy),
             self.loss(forces, targets.forces),
-            self.loss(stress * EV_PER_A3_IN_GPA, targets.stress),
+            self.loss(ev_per_a3_to_gpa(stress), targets.stress),
             self.settings,
         )
         value = float(loss.detach())
@@ -185,7 +185,7 @@ class Trainer:
             residuals = (
                 energy / targets.n_atoms - targets.energy,
                 forces - targets.forces,
-                stress * EV_PER_A3_IN_GPA - targets.stress,
+                ev_per_a3_to_gpa(stress) - targets.stress,
             )
             for part, residual in zip(parts, residuals, strict=True):
                 part.append(residual.detach().cpu().double().numpy())
@@ -314,8 +314,8 @@ def refit_shift(
         "energy shift refitted on %d labels: %s; energy RMSE %.1f -> %.1f meV/atom",
         len(labelled),
         ", ".join(f"{symbol} {value:+.4f} eV" for symbol, value in found.items()),
-        1e3 * float(np.sqrt(np.mean(residual**2))),
-        1e3 * float(np.sqrt(np.mean(left**2))),
+        ev_to_mev(float(np.sqrt(np.mean(residual**2)))),
+        ev_to_mev(float(np.sqrt(np.mean(left**2)))),
     )
     return found
 

@@ -31,6 +31,7 @@ from ase import Atoms
 from magus_anharmonic.potential.graph import Graph
 from magus_anharmonic.potential.labelled import LabelledGraphs
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
+from magus_anharmonic.units import ev_to_mev
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class ErrorModel:
     def __str__(self) -> str:
         where = f"calibrated on {self.n_calibration} {self.calibrated_on} labels"
         return (
-            f"expected errors up to {1e3 * self.usual_energy_error:.1f} meV/atom and"
+            f"expected errors up to {ev_to_mev(self.usual_energy_error):.1f} meV/atom and"
             f" {self.usual_force_error:.3f} eV/A ({where})"
         )
 

@@ -37,6 +37,7 @@ from magus_anharmonic.hull import (
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.record import OLD_STATES, RANKED
 from magus_anharmonic.structures import formula
+from magus_anharmonic.units import ev_to_mev
 
 MIN_POINTS = 3
 SLOPE_RANGE = (0.5, 1.5)
@@ -61,7 +62,7 @@ class GibbsEstimate:
     def description(self) -> str:
         """The line in words, for the ranking's column ``reason``."""
         return (
-            f"{self.intercept:+.4f} + {self.slope:.3f} H + {1000 * self.margin:.1f} meV/atom"
+            f"{self.intercept:+.4f} + {self.slope:.3f} H + {ev_to_mev(self.margin):.1f} meV/atom"
             f" margin, from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
         )
 

@@ -23,6 +23,7 @@ from ase import Atoms
 from scipy.optimize import linear_sum_assignment
 
 from magus_anharmonic.structures import kinds, primitive, space_group, stripped, structure_id
+from magus_anharmonic.units import ev_to_mev
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ def _log_merged(
         if len(group) > 1:
             others = ", ".join(
                 f"{structure_id(structures[i])}"
-                f" ({1000 * (enthalpies[i] - enthalpies[group[0]]):+.3f})"
+                f" ({ev_to_mev(enthalpies[i] - enthalpies[group[0]]):+.3f})"
                 for i in group[1:]
             )
             log.info(

@@ -27,6 +27,7 @@ from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.ranking.runs import Runs
 from magus_anharmonic.settings import Settings, SschaSettings
 from magus_anharmonic.structures import structure_id
+from magus_anharmonic.units import ev_to_mev
 
 RMSE_FACTOR = 3.0
 
@@ -54,10 +55,9 @@ def why_not(settings: Settings, energy_rmse: float | None) -> str:
             "sscha.when is converged_model and learning.target_rmse is not set, so it runs in the"
             " last round"
         )
-    known = "unknown" if energy_rmse is None else f"{1000 * energy_rmse:.1f} meV/atom"
-    return (
-        f"the model's validation RMSE is {known}, learning.target_rmse {1000 * target:.1f} meV/atom"
-    )
+    known = "unknown" if energy_rmse is None else f"{ev_to_mev(energy_rmse):.1f} meV/atom"
+    wanted = f"learning.target_rmse {ev_to_mev(target):.1f} meV/atom"
+    return f"the model's validation RMSE is {known}, {wanted}"
 
 
 def chosen_groups(

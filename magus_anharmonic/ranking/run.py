@@ -13,6 +13,7 @@ from magus_anharmonic.io.digests import digest, renamed, versions
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha.record import OLD_STATES, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped
+from magus_anharmonic.units import GPa
 
 NOT_PHYSICS = (
     "when",
@@ -34,7 +35,7 @@ class Key:
     """What a free energy belongs to besides its structure; pressure in GPa, temperature in K."""
 
     model: str
-    pressure: float
+    pressure: GPa
     temperature: float
     settings_hash: str
 

@@ -40,7 +40,7 @@ from magus_anharmonic.sscha.start import in_double_precision
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import down_the_mode
 from magus_anharmonic.structures import stripped
-from magus_anharmonic.units import EV_IN_CM1
+from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
 
 log = logging.getLogger(__name__)
 
@@ -304,8 +304,8 @@ def outcome_of_following(saddle: Run, follower: Run) -> str:
         return f"{name}, which came back"
     if follower.status == "unconverged":
         return f"{name}, which is {follower.reason}"
-    difference = 1000 * (follower.gibbs - saddle.gibbs)
-    error = 1000 * _noise(saddle, follower)
+    difference = ev_to_mev(follower.gibbs - saddle.gibbs)
+    error = ev_to_mev(_noise(saddle, follower))
     where = (
         "lower"
         if difference < -SIGMAS * error

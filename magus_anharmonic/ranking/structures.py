@@ -49,7 +49,7 @@ from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped, structure_id
-from magus_anharmonic.units import EV_PER_A3_IN_GPA, gpa_to_ev_per_a3
+from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, gpa_to_ev_per_a3
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def read_start(
     dyn: str | None,
     ensemble: Path | None,
     temperature: float,
-    pressure: float,
+    pressure: GPa,
     min_effective_sample: float,
 ) -> SschaState:
     """The state to start from at ``temperature`` (K); with an ensemble the one that minimising on
@@ -297,12 +297,12 @@ def _require_reweightable(own: SschaState, other: SschaState, where: str) -> Non
 
 
 def what_it_says(
-    state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: float
+    state: SschaState, ensemble: Ensemble, weights: np.ndarray, symmetry: Symmetry, pressure: GPa
 ) -> str:
     """F, error and pressure of the state by an ensemble about its centroids; energies are those of
     whatever surface made it."""
     averages, n = average(state, ensemble, symmetry, weights), len(state.atoms)
-    found = -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA
+    found = ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0)
     stress = (
         f"pressure {found:.2f} GPa (wanted: {pressure:g})" if np.isfinite(found) else "no stress"
     )

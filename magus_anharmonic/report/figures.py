@@ -16,6 +16,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.tables import text_rows
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.report.raw_tables import number
+from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,7 +213,7 @@ def learning_picture(points: Sequence[dict[str, Any]], data: str) -> Picture | N
             mine = [point for point in points if point["step"] == step and point[key] is not None]
             axes.plot(
                 [p["generation"] for p in mine],
-                [1000 * p[key] for p in mine],
+                [ev_to_mev(p[key]) for p in mine],
                 "o-",
                 color=f"C{index}",
                 ms=4,
@@ -242,7 +243,7 @@ def _learned(points: Iterable[dict[str, Any]]) -> str:
     for point in points:
         by_step.setdefault(point["step"], []).append(point)
     for step, mine in by_step.items():
-        energies = [1000 * point["energy"] for point in mine if point["energy"] is not None]
+        energies = [ev_to_mev(point["energy"]) for point in mine if point["energy"] is not None]
         if energies:
             told.append(
                 f"{step}: energy {energies[0]:.3g} meV/atom at first, {energies[-1]:.3g} at the end"

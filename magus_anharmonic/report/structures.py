@@ -30,6 +30,7 @@ from magus_anharmonic.io.files import TEMPORARY, readable, reading_table
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.report.text import RankingView
 from magus_anharmonic.structures import space_group, standardized, stripped
+from magus_anharmonic.units import GPa
 
 MAX_ATOMS = 64
 """Cells above this size are drawn as they are given, not as conventional cells."""
@@ -205,7 +206,7 @@ class Crystal:
     """One structure of a ranking: as relaxed statically, or the SSCHA centroids."""
 
     line: Candidate
-    pressure: float
+    pressure: GPa
     temperature: float
     kind: Kind
     space_group: str

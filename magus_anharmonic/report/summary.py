@@ -12,6 +12,7 @@ from rich.table import Table
 from magus_anharmonic.ranking.candidate import Candidate, by_composition, numbered
 from magus_anharmonic.sscha.record import WITH_ERROR
 from magus_anharmonic.structures import UNDECIDED, decided_group, symbol_of
+from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +38,8 @@ def hull_sentences(rows: Sequence[Candidate]) -> list[str]:
         if row.gibbs_above_hull == 0.0
     ]
     above = [
-        f"{row.composition} {1000 * row.gibbs_above_hull:.1f} +-"
-        f" {1000 * (row.gibbs_above_hull_error or 0.0):.1f}"
+        f"{row.composition} {ev_to_mev(row.gibbs_above_hull):.1f} +-"
+        f" {ev_to_mev(row.gibbs_above_hull_error or 0.0):.1f}"
         for row in known
         if row.gibbs_above_hull
     ]
@@ -121,7 +122,7 @@ def label_of(identity: str, rows: Sequence[Candidate]) -> str:
 
 
 def _milli(value: float | None, reference: float) -> str:
-    return "-" if value is None else f"{1000 * (value - reference):.1f}"
+    return "-" if value is None else f"{ev_to_mev(value - reference):.1f}"
 
 
 def _change(row: Candidate, rows: Sequence[Candidate]) -> str:
@@ -158,7 +159,7 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
             f"None of the {len(done)} structures changed its space group{surely} when the ions"
             " moved."
         )
-    shifts = [1000 * (row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
+    shifts = [ev_to_mev(row.gibbs - row.enthalpy) for row in done if row.enthalpy is not None]
     if shifts:
         span = f"{shifts[0]:.0f}" if len(shifts) == 1 else f"{min(shifts):.0f} to {max(shifts):.0f}"
         lines.append(
@@ -187,8 +188,8 @@ def sentences(rows: Sequence[Candidate]) -> list[str]:
             f" the phase of the lowest free energy, {best.spg_quantum or best.spg_static}."
         )
     else:
-        gain = 1000 * (static_best.gibbs - best.gibbs)
-        error = 1000 * math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0)
+        gain = ev_to_mev(static_best.gibbs - best.gibbs)
+        error = ev_to_mev(math.hypot(best.gibbs_error or 0.0, static_best.gibbs_error or 0.0))
         lines.append(
             f"The order changed: {static_best.label} has the lowest enthalpy, {best.label}"
             f" ({best.spg_quantum or best.spg_static}) the lowest free energy, by {gain:.1f} +-"
@@ -250,8 +251,8 @@ def _undecided(ranked: Sequence[Candidate]) -> list[str]:
     if len(ranked) < 2:
         return []
     best, second = ranked[0], ranked[1]
-    gap = 1000 * (second.gibbs - best.gibbs)
-    error = 1000 * math.hypot(best.gibbs_error or 0.0, second.gibbs_error or 0.0)
+    gap = ev_to_mev(second.gibbs - best.gibbs)
+    error = ev_to_mev(math.hypot(best.gibbs_error or 0.0, second.gibbs_error or 0.0))
     if gap >= 2 * error:
         return []
     return [
@@ -288,7 +289,7 @@ def slope_chart(rows: Sequence[Candidate]) -> Figure:
     # what was found below a saddle point has no static enthalpy of its own and stands on the right
     # alone
     heights = [
-        (1000 * ((row.enthalpy or lowest_h) - lowest_h), 1000 * (row.gibbs - lowest_g))
+        (ev_to_mev((row.enthalpy or lowest_h) - lowest_h), ev_to_mev(row.gibbs - lowest_g))
         for row in done
     ]
     span = max((max(pair) for pair in heights), default=1.0) or 1.0
@@ -309,7 +310,7 @@ def slope_chart(rows: Sequence[Candidate]) -> Figure:
                 color=color,
             )
         axes.errorbar(
-            [1], [g], yerr=[1000 * (row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3
+            [1], [g], yerr=[ev_to_mev(row.gibbs_error or 0.0)], fmt="o", color=color, capsize=3
         )
         axes.text(
             1.06,

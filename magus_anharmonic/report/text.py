@@ -18,7 +18,7 @@ from magus_anharmonic.ranking.candidate import Candidate, by_composition, number
 from magus_anharmonic.report.raw_tables import number
 from magus_anharmonic.report.summary import WORDS, hull_sentences, sentences
 from magus_anharmonic.sscha.record import WITH_ERROR
-from magus_anharmonic.units import duration
+from magus_anharmonic.units import GPa, duration, ev_to_mev
 
 SHOWN = 200
 """Most lines of one ranking on the page; the file holds all."""
@@ -30,7 +30,7 @@ class RankingView:
     first."""
 
     file: str
-    pressure: float
+    pressure: GPa
     temperature: float
     rows: Sequence[Candidate] = field(repr=False)
     composition: str = ""
@@ -56,19 +56,19 @@ class RankingView:
 
     def enthalpy(self, row: Candidate) -> float | None:
         """Above the lowest, meV/atom."""
-        return None if row.enthalpy is None else 1000 * (row.enthalpy - self._lowest[0])
+        return None if row.enthalpy is None else ev_to_mev(row.enthalpy - self._lowest[0])
 
     def gibbs(self, row: Candidate) -> float | None:
         """Above the lowest phase, meV/atom; None for what failed."""
         lowest = self._lowest[1]
         if row.gibbs is None or lowest is None or row.status == "failed":
             return None
-        return 1000 * (row.gibbs - lowest)
+        return ev_to_mev(row.gibbs - lowest)
 
     def error(self, row: Candidate) -> float | None:
         """Of a G of its own, meV/atom."""
         known = row.gibbs_error is not None and row.status in WITH_ERROR
-        return 1000 * row.gibbs_error if known else None
+        return ev_to_mev(row.gibbs_error) if known else None
 
     def status(self, row: Candidate) -> str:
         """In words."""
@@ -125,7 +125,7 @@ def ranking_sentences(view: RankingView) -> list[str]:
         group, count = Counter(new_space_group(row) for row in changed).most_common(1)[0]
         lines.append(f"{count} of them became {group}, the most frequent.")
     shifts = sorted(
-        1000 * (row.gibbs - row.enthalpy)
+        ev_to_mev(row.gibbs - row.enthalpy)
         for row in done
         if row.enthalpy is not None and row.gibbs is not None
     )

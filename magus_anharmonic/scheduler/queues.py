@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,11 +157,8 @@ def _dask_jobqueue() -> ModuleType:
     """The package, with the signal handlers that it installs when it is imported (a Ctrl-C that
     says nothing) taken back."""
     main = threading.current_thread() is threading.main_thread()
-    before = (
-        {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        if main
-        else {}
-    )
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
     module = importlib.import_module("dask_jobqueue")
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -189,10 +185,8 @@ def _write_words_to(file: Path) -> None:
     handler = logging.FileHandler(file, delay=True, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     handler.set_name("magus-anharmonic-dask")
-    for logger in (
-        logging.getLogger(name)
-        for name in ("distributed", "distributed.client", "distributed.gc", "tornado", "bokeh")
-    ):
+    for name in ("distributed", "distributed.client", "distributed.gc", "tornado", "bokeh"):
+        logger = logging.getLogger(name)
         if all(
             type(known) is logging.StreamHandler or known.get_name() == handler.get_name()
             for known in logger.handlers
@@ -239,7 +233,7 @@ def arguments(name: str, workers: WorkerSettings) -> dict[str, Any]:
     }
     if workers.gpus > 1:
         common |= {"worker_command": "dask_cuda.cli", "worker_extra_args": []}
-    return common | _OWN[name](workers, cores)
+    return common | _own(name, workers, cores)
 
 
 def _host(name: str, workers: WorkerSettings) -> dict[str, str]:
@@ -278,48 +272,30 @@ def dask_variable(key: str) -> str:
 
 
 def _walltime(name: str, seconds: int) -> str:
-    hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
-    return (
-        f"{hours:02d}:{minutes:02d}" if name == "lsf" else f"{hours:02d}:{minutes:02d}:{rest:02d}"
-    )
+    text = f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}"
+    return text if name == "lsf" else f"{text}:{seconds % 60:02d}"
 
 
-def _slurm(workers: WorkerSettings, cores: int) -> dict[str, Any]:
-    gpus = [f"--gres=gpu:{workers.gpus}"] if workers.gpus else []
-    return {
-        "account": workers.account,
-        "job_cpu": cores,
-        "job_extra_directives": [*gpus, *workers.directives],
-    }
+def _own(name: str, workers: WorkerSettings, cores: int) -> dict[str, Any]:
+    """What each queue system calls account, cores and GPUs."""
+    if name == "pbs":
+        gpus = f":ngpus={workers.gpus}" if workers.gpus else ""
+        memory = workers.memory.replace(" ", "").lower().replace("i", "")
+        return {
+            "account": workers.account,
+            "resource_spec": f"select=1:ncpus={cores}:mem={memory}{gpus}",
+            "job_extra_directives": list(workers.directives),
+        }
+    account, cpus, option = {
+        "slurm": ("account", "job_cpu", "--gres=gpu:"),
+        "lsf": ("project", "ncpus", "-gpu num="),
+    }[name]
+    asked = [f"{option}{workers.gpus}"] if workers.gpus else []
+    directives = [*asked, *workers.directives]
+    return {account: workers.account, cpus: cores, "job_extra_directives": directives}
 
 
-def _lsf(workers: WorkerSettings, cores: int) -> dict[str, Any]:
-    gpus = [f"-gpu num={workers.gpus}"] if workers.gpus else []
-    return {
-        "project": workers.account,
-        "ncpus": cores,
-        "job_extra_directives": [*gpus, *workers.directives],
-    }
-
-
-def _pbs(workers: WorkerSettings, cores: int) -> dict[str, Any]:
-    gpus = f":ngpus={workers.gpus}" if workers.gpus else ""
-    memory = workers.memory.replace(" ", "").lower().replace("i", "")
-    select = f"select=1:ncpus={cores}:mem={memory}{gpus}"
-    return {
-        "account": workers.account,
-        "resource_spec": select,
-        "job_extra_directives": list(workers.directives),
-    }
-
-
-_OWN: dict[str, Callable[[WorkerSettings, int], dict[str, Any]]] = {
-    "slurm": _slurm,
-    "lsf": _lsf,
-    "pbs": _pbs,
-}
-
-assert set(_OWN) == set(QUEUES) == set(CLASSES) == set(COMMANDS)
+assert set(QUEUES) == set(CLASSES) == set(COMMANDS)
 
 
 log = logging.getLogger(__name__)
@@ -426,8 +402,6 @@ def patient(job_class: type, submissions: Submissions) -> type:
 
 def _words(error: BaseException) -> str:
     """What the command itself said."""
-    said = (
-        str(error).partition("stderr:\n")[2].strip()
-        or str(error).partition("output is:\n")[2].strip()
-    )
-    return one_line(said or str(error)) or type(error).__name__
+    parts = (str(error).partition(mark)[2].strip() for mark in ("stderr:\n", "output is:\n"))
+    said = next(filter(None, parts), str(error))
+    return one_line(said) or type(error).__name__

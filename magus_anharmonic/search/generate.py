@@ -84,14 +84,8 @@ class Geometry:
         max_lattice."""
         low = [2 * self.radius[counts > 0].max()] * 3 + [45.0] * 3
         high = [3 * largest_volume ** (1 / 3)] * 3 + [135.0] * 3
-        low = [
-            given if given > 0 else default
-            for given, default in zip(self.keys.min_lattice, low, strict=True)
-        ]
-        high = [
-            given if given > 0 else default
-            for given, default in zip(self.keys.max_lattice, high, strict=True)
-        ]
+        least, most = np.array(self.keys.min_lattice), np.array(self.keys.max_lattice)
+        low, high = np.where(least > 0, least, low), np.where(most > 0, most, high)
         return bool((cellpar >= low).all() and (cellpar <= high).all())
 
     def too_close(self, atoms: Atoms) -> bool:

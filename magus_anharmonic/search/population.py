@@ -61,10 +61,8 @@ class Checker:
             return "cell shape"
         if self.geometry.too_close(atoms):
             return "distance"
-        if (
-            "forces" in atoms.info
-            and not np.max(np.abs(atoms.info["forces"])) < self.keys.max_forces
-        ):
+        forces = atoms.info.get("forces", 0.0)
+        if not np.max(np.abs(forces)) < self.keys.max_forces:
             return "forces"
         if "enthalpy" in atoms.info and not atoms.info["enthalpy"] < self.keys.max_enthalpy:
             return "enthalpy"
@@ -78,11 +76,8 @@ class Checker:
         lengths, cosines = cell.cell.lengths(), np.cos(np.radians(cell.cell.angles()))
         edges = np.degrees(np.arccos(cosines))
         squared = np.sum(cosines**2) - 2 * np.prod(cosines) - cosines**2
-        faces = np.degrees(
-            np.arccos(
-                np.sqrt(np.clip(squared, 0, None) / np.clip(1 - cosines**2, 1e-12, None)).clip(0, 1)
-            )
-        )
+        sines = np.sqrt(np.clip(squared, 0, None) / np.clip(1 - cosines**2, 1e-12, None))
+        faces = np.degrees(np.arccos(sines.clip(0, 1)))
         return bool(
             lengths.max() / lengths.min() < self.keys.max_length_ratio
             and (edges >= 30).all()
@@ -141,9 +136,12 @@ def set_dominators(population: Sequence[Atoms], fitness: Sequence[str]) -> None:
         atoms.info["fitness"] = {
             name.lower(): float(values[row, index]) for row, name in enumerate(fitness)
         }
-        atoms.info["dominators"] = int(at_least.sum()) - 1
-        atoms.info["MOGArank"] = int(at_least.sum())
-        atoms.info["sclDom"] = (int(at_least.sum()) - 1) / len(population)
+        rank = int(at_least.sum())
+        atoms.info |= {
+            "MOGArank": rank,
+            "dominators": rank - 1,
+            "sclDom": (rank - 1) / len(population),
+        }
 
 
 def remove_duplicates(
@@ -412,10 +410,9 @@ class _Pool:
         return self._draw(near if len(near) > 1 else fitting)
 
     def _draw(self, indices: np.ndarray) -> Atoms:
-        weights = np.exp(-self.keys.k * (self.dominators[indices] - self.dominators[indices].min()))
-        weights = weights * self.keys.history_punish ** (
-            self.used[indices] - self.used[indices].min()
-        )
+        dominators, used = self.dominators[indices], self.used[indices]
+        weights = np.exp(-self.keys.k * (dominators - dominators.min()))
+        weights = weights * self.keys.history_punish ** (used - used.min())
         index = int(self.rng.choice(indices, p=weights / weights.sum()))
         self.used[index] += 1
         return self.parents[index]

@@ -24,7 +24,7 @@ from magus_anharmonic.search.archive import read_frames, whole_frames, write_fra
 from magus_anharmonic.search.population import reduce_cell
 from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings
 from magus_anharmonic.structures import stripped
-from magus_anharmonic.units import time_left
+from magus_anharmonic.units import GPa, time_left
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Relaxer:
 
     evaluator: Evaluator
     settings: CalculatorSettings | AseCalculatorSettings
-    pressure: float
+    pressure: GPa
     run_dir: Path | None = None
     scheduling: Scheduling | None = None
 

@@ -30,6 +30,7 @@ from magus_anharmonic.settings.search import (
     parse_settings,
 )
 from magus_anharmonic.settings.section import Section, load_yaml, parse
+from magus_anharmonic.units import GPa
 
 OWNED_BY_THE_CAMPAIGN = (
     "pressure",
@@ -195,7 +196,7 @@ class CampaignSettings(Section):
 
     def input_yaml(
         self,
-        pressure: float,
+        pressure: GPa,
         checkpoint: str,
         extra: dict[str, Any],
         learning: dict[str, Any] | None = None,
@@ -218,7 +219,7 @@ class CampaignSettings(Section):
         }
         return given if learning is None else {**given, "learning": learning}
 
-    def learning_search(self, pressure: float, checkpoint: str, cycle: int = 1) -> dict[str, Any]:
+    def learning_search(self, pressure: GPa, checkpoint: str, cycle: int = 1) -> dict[str, Any]:
         """``input.yaml`` of a search that learns; every cycle has a seed of its own. Raises
         ``InputError``."""
         if self.learning is None or self.labeler is None:
@@ -230,7 +231,7 @@ class CampaignSettings(Section):
         parse_settings(found)
         return found
 
-    def production_search(self, pressure: float, checkpoint: str) -> dict[str, Any]:
+    def production_search(self, pressure: GPa, checkpoint: str) -> dict[str, Any]:
         """``input.yaml`` of a search with the final model. Raises ``InputError``."""
         if self.produce is None:
             raise InputError("produce: this campaign has no production searches")
@@ -238,7 +239,7 @@ class CampaignSettings(Section):
         parse_settings(found)
         return found
 
-    def ranking_settings(self, pressure: float, checkpoint: str) -> Settings:
+    def ranking_settings(self, pressure: GPa, checkpoint: str) -> Settings:
         """Settings of the SSCHA ranking at one pressure (GPa)."""
         given = self.input_yaml(pressure, checkpoint, {})
         return parse_settings(

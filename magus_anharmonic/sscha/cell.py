@@ -17,7 +17,7 @@ from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import Evaluator, has_stress
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import stripped
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import GPa, gpa_to_ev_per_a3
 
 VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 STRAIN = 0.005
@@ -31,7 +31,7 @@ it."""
 FOLLOWED = 0.05
 """The same of what the ions take away by following: a stiff bond that follows by a little too much
 hides the stiffness of the lattice."""
-SOFTEST = 0.1 / EV_PER_A3_IN_GPA
+SOFTEST = gpa_to_ev_per_a3(0.1)
 """eV/A^3, least stiffness: what is softer, or unstable in the static crystal, is taken as that
 until a step has told more."""
 LARGEST_STRAIN = 0.02
@@ -112,7 +112,7 @@ class CellStiffness:
         gamma: np.ndarray,
         volume: float,
         symmetry: Symmetry,
-        pressure: float,
+        pressure: GPa,
     ) -> CellStiffness:
         """``gamma`` (3n, 3n) eV/A^2, of lattice-periodic displacements; ``volume`` A^3;
         ``pressure`` in GPa."""
@@ -127,7 +127,7 @@ class CellStiffness:
         values, vectors = np.linalg.eigh(0.5 * (matrix + matrix.T))
         found = (vectors * np.maximum(np.abs(values), SOFTEST)) @ vectors.T
         return cls(
-            strains, forces, internal, found, _wishart(UNKNOWN * found), pressure / EV_PER_A3_IN_GPA
+            strains, forces, internal, found, _wishart(UNKNOWN * found), gpa_to_ev_per_a3(pressure)
         )
 
     def excess(self, stress: np.ndarray) -> np.ndarray:

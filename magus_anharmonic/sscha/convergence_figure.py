@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.io.tables import table_rows
+from magus_anharmonic.units import ev_to_mev
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,13 +64,13 @@ def _figure(columns: dict[str, list[float]], title: str) -> Figure:
     FigureCanvasAgg(figure)
     energy, pressure, sample, gradient = figure.subplots(2, 2, sharex=True).ravel()
     x = columns["population"]
-    error = [1000 * value for value in columns["error_eV_per_atom"]]
+    error = [ev_to_mev(value) for value in columns["error_eV_per_atom"]]
     for name, letter, style in (
         ("gibbs_eV_per_atom", "G", "o-"),
         ("free_energy_eV_per_atom", "F", "s--"),
     ):
         last = columns[name][-1]
-        heights = [1000 * (value - last) for value in columns[name]]
+        heights = [ev_to_mev(value - last) for value in columns[name]]
         energy.errorbar(
             x,
             heights,

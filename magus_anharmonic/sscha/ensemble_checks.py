@@ -19,7 +19,7 @@ from scipy.stats import chi2
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, variance
-from magus_anharmonic.units import BOHR, EV_PER_A3_IN_GPA, RYDBERG
+from magus_anharmonic.units import BOHR, RYDBERG, ev_per_a3_to_gpa
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _stress_problem(state: SschaState, ensemble: Ensemble) -> str:
         return ""
     pressures = -np.trace(ensemble.stresses, axis1=1, axis2=2) / 3.0
     if np.median(np.abs(pressures)) > HIGHEST_PRESSURE:
-        return f"they are {np.median(pressures) * EV_PER_A3_IN_GPA:.2g} GPa, were they in GPa?"
+        return f"they are {ev_per_a3_to_gpa(np.median(pressures)):.2g} GPa, were they in GPa?"
     work = (pressures - pressures.mean()) * state.supercell.get_volume()
     energies = ensemble.energies - ensemble.energies.mean()
     norms = float(np.linalg.norm(work) * np.linalg.norm(energies))
@@ -88,7 +88,7 @@ def _stress_problem(state: SschaState, ensemble: Ensemble) -> str:
     slope = float(work @ energies) / float(energies @ energies)
     said = f"P V changes by {slope:.2g} of the change of the energy"
     if abs(slope) > STEEPEST:
-        factors = {"eV/A^3": RYDBERG / BOHR**3, "GPa": RYDBERG / BOHR**3 * EV_PER_A3_IN_GPA}
+        factors = {"eV/A^3": RYDBERG / BOHR**3, "GPa": ev_per_a3_to_gpa(RYDBERG / BOHR**3)}
         factors["kbar"] = 10.0 * factors["GPa"]
         unit = min(factors, key=lambda name: abs(np.log(abs(slope) / (2.0 * factors[name]))))
         return f"{said}, in crystals by -5 to 5: they are in another unit ({unit}?)"

@@ -28,6 +28,7 @@ from magus_anharmonic.sscha.result import Progress, RunFolder, SschaResult
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.sscha.task import Task, failed_result
+from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ DEFAULTS = SschaSettings()
 def free_energy(
     atoms: Atoms,
     evaluator: Any,
-    pressure: float = 0.0,
+    pressure: GPa = 0.0,
     temperature: float = 0.0,
     supercell: Any = DEFAULTS.supercell,
     cell: str = DEFAULTS.cell,

@@ -36,6 +36,7 @@ from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.task import Task, finished_result, gibbs_energy, open_issues
+from magus_anharmonic.units import ev_to_mev
 
 log = logging.getLogger(__name__)
 
@@ -210,5 +211,7 @@ def _problem(task: Task, state: SschaState, averages: Averages) -> str:
     issues = open_issues(averages, error, len(state.atoms), task)
     tolerance = task.settings.error_tolerance
     if tolerance is not None and error > tolerance:
-        issues.append(f"error of G {1e3 * error:.2f} meV/atom, wanted {1e3 * tolerance:.2f}")
+        issues.append(
+            f"error of G {ev_to_mev(error):.2f} meV/atom, wanted {ev_to_mev(tolerance):.2f}"
+        )
     return "; ".join(issues)

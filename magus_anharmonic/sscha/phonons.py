@@ -33,7 +33,7 @@ from magus_anharmonic.sscha.state import SschaState, translations
 from magus_anharmonic.sscha.supercells import q_index, shape_supercell_matrix
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.structures import spglib_cell, spglib_or_none, stripped
-from magus_anharmonic.units import EV_IN_CM1, HBAR
+from magus_anharmonic.units import EV_IN_CM1, HBAR, ev_to_mev
 
 SPACING = 0.01
 """Between points of the path, 2 pi / A."""
@@ -171,7 +171,7 @@ def write_dispersion(found: Dispersion, path: Path) -> None:
         for name, values in found.bands.items()
         for mode in range(values.shape[1])
     ]
-    table = np.concatenate(list(found.bands.values()), axis=1) * 1e3
+    table = ev_to_mev(np.concatenate(list(found.bands.values()), axis=1))
     rows = (
         [f"{distance:.6f}", *(f"{x:.8f}" for x in q), *(f"{x:.6f}" for x in row)]
         for distance, q, row in zip(found.path.distance, found.path.q, table, strict=True)
@@ -201,18 +201,18 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
     for name, values in found.bands.items():
         for number, (first, last) in enumerate(found.path.segments):
             part = slice(first, last + 1)
-            lines = axes.plot(found.path.distance[part], values[part] * 1e3, **STYLES[name])
+            lines = axes.plot(found.path.distance[part], ev_to_mev(values[part]), **STYLES[name])
             if number == 0:
                 lines[0].set_label(NAMES[name])
     if found.marks:
         where, hbar_omega, error = np.array(found.marks).T
-        bars = None if np.isnan(error).all() else np.nan_to_num(error) * 1e3
+        bars = None if np.isnan(error).all() else ev_to_mev(np.nan_to_num(error))
         label = "at the q points of the supercell" + (
             "" if bars is None else ", with standard error"
         )
         axes.errorbar(
             where,
-            hbar_omega * 1e3,
+            ev_to_mev(hbar_omega),
             yerr=bars,
             fmt="o",
             ms=3,
@@ -229,8 +229,9 @@ def draw_dispersion(found: Dispersion, path: Path, title: str = "") -> None:
     )
     axes.set_xlim(found.path.distance[0], found.path.distance[-1])
     axes.set_ylabel("ħω (meV; imaginary shown as negative)")
+    mev_in_cm1 = EV_IN_CM1 / ev_to_mev(1.0)
     right = axes.secondary_yaxis(
-        "right", functions=(lambda mev: mev * 1e-3 * EV_IN_CM1, lambda cm1: cm1 / EV_IN_CM1 * 1e3)
+        "right", functions=(lambda mev: mev * mev_in_cm1, lambda cm1: cm1 / mev_in_cm1)
     )
     right.set_ylabel("wave number (cm$^{-1}$)")
     axes.set_title(title, fontsize=10, parse_math=False)

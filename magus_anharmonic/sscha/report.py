@@ -28,7 +28,7 @@ from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_pre
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
-from magus_anharmonic.units import EV_IN_CM1
+from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +228,8 @@ def summary(report: HessianReport) -> dict[str, Any]:
         "lowest": {
             "q": hessian.points[q].tolist(),
             "mode": mode + 1,
-            "hbar_omega_meV": 1e3 * hessian.hbar_omega[q, mode],
-            "error_meV": None if errors is None else 1e3 * errors[q, mode],
+            "hbar_omega_meV": ev_to_mev(hessian.hbar_omega[q, mode]),
+            "error_meV": None if errors is None else ev_to_mev(errors[q, mode]),
         },
         "space_group": supported_group(result.centroids, result.position_error).as_dict(),
     }
@@ -266,7 +266,7 @@ def write_frequencies(hessian: Hessian, path: Path) -> None:
     for q, point in enumerate(hessian.points):
         for mode in range(found.shape[1]):
             energy, error = found[q, mode], errors[q, mode]
-            numbers = [1e3 * auxiliary[q, mode], 1e3 * energy, 1e3 * error]
+            numbers = [ev_to_mev(auxiliary[q, mode]), ev_to_mev(energy), ev_to_mev(error)]
             numbers += [energy * EV_IN_CM1, error * EV_IN_CM1]
             shown = [f"{number:.6f}" for number in numbers]
             if none:

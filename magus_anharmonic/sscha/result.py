@@ -33,6 +33,7 @@ from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, agree
 from magus_anharmonic.sscha.supercells import SupercellMatrix, as_supercell_matrix
+from magus_anharmonic.units import GPa
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class SschaResult(FreeEnergy):
     helmholtz: float | None
     stress: np.ndarray
     stress_error: np.ndarray
-    pressure: float | None
-    target_pressure: float
+    pressure: GPa | None
+    target_pressure: GPa
     temperature: float
     centroids: Atoms
     position_error: float | None

@@ -48,7 +48,7 @@ from magus_anharmonic.sscha.task import (
 )
 from magus_anharmonic.sscha.warnings import MELTED, lindemann_ratios, melted
 from magus_anharmonic.structures import space_group
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import ev_per_a3_to_gpa, ev_to_mev
 
 log = logging.getLogger(__name__)
 
@@ -366,7 +366,7 @@ class SschaRun:
             row["gibbs_eV_per_atom"],
             row["error_eV_per_atom"],
             row["pressure_GPa"],
-            1e3 * row["predicted_decrease_eV_per_atom"],
+            ev_to_mev(row["predicted_decrease_eV_per_atom"]),
             before.get("effective_sample", 1.0),
         )
         _require_crystal(self.state, self.start.state)
@@ -432,9 +432,9 @@ def _row(number: int, state: SschaState, averages: Averages, progress: Progress)
         "free_energy_eV_per_atom": averages.helmholtz / n,
         "gibbs_eV_per_atom": gibbs,
         "error_eV_per_atom": error,
-        "pressure_GPa": -np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA,
+        "pressure_GPa": ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0),
         # the diagonal components taken as wholly correlated: an upper bound
-        "pressure_error_GPa": float(np.trace(averages.stress_error)) / 3.0 * EV_PER_A3_IN_GPA,
+        "pressure_error_GPa": ev_per_a3_to_gpa(float(np.trace(averages.stress_error)) / 3.0),
         "volume_A3_per_atom": state.atoms.get_volume() / n,
         "predicted_decrease_eV_per_atom": averages.predicted_decrease / n,
         "centroid_force_eV_per_A": float(np.abs(averages.force).max()),

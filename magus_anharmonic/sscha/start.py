@@ -36,7 +36,7 @@ from magus_anharmonic.sscha.supercells import SupercellMatrix, cell_index, cell_
 from magus_anharmonic.sscha.symmetry import Symmetry, symmetric_primitive
 from magus_anharmonic.sscha.warnings import CLOSE_PACKING
 from magus_anharmonic.structures import space_group, stripped
-from magus_anharmonic.units import HBAR, gpa_to_ev_per_a3
+from magus_anharmonic.units import HBAR, GPa, gpa_to_ev_per_a3
 
 EVENNESS = 0.15
 """Of the three directions of space, the least that one may have of what each has of evenly spread
@@ -177,7 +177,7 @@ class Start:
     response: StaticResponse | None
     n_evaluations: int
 
-    def stiffness(self, symmetry: Symmetry, pressure: float) -> CellStiffness | None:
+    def stiffness(self, symmetry: Symmetry, pressure: GPa) -> CellStiffness | None:
         """Of the cell, for a target ``pressure`` in GPa; None with a fixed cell."""
         if self.response is None:
             return None
@@ -191,7 +191,7 @@ class Start:
 
 
 def relax_in_symmetry(
-    atoms: Atoms, evaluator: Evaluator, pressure: float, *, variable_cell: bool
+    atoms: Atoms, evaluator: Evaluator, pressure: GPa, *, variable_cell: bool
 ) -> Atoms:
     """Relax positions, and the cell at ``pressure`` (GPa) if wanted, within the space group of
     ``atoms``.
@@ -228,7 +228,7 @@ def relax_in_symmetry(
 
 
 def relaxed_primitive(
-    atoms: Atoms, evaluator: Evaluator, pressure: float, *, symprec: float, variable_cell: bool
+    atoms: Atoms, evaluator: Evaluator, pressure: GPa, *, symprec: float, variable_cell: bool
 ) -> Atoms:
     """Relax a symmetric primitive cell in its symmetry; once more where that led to a higher one
     (within ``symprec`` A)."""

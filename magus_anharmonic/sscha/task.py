@@ -21,7 +21,7 @@ from magus_anharmonic.sscha.start import Start
 from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
-from magus_anharmonic.units import EV_PER_A3_IN_GPA
+from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, ev_to_mev, gpa_to_ev_per_a3
 
 NOT_OF_A_RUN = (
     "temperature",
@@ -48,7 +48,7 @@ class Task:
     """
 
     atoms: Atoms
-    pressure: float
+    pressure: GPa
     temperature: float
     settings: SschaSettings
     seed: int
@@ -109,7 +109,7 @@ def unconverged(averages: Averages, progress: Progress, n: int, task: Task) -> s
         before, error_before = progress.gibbs[-2]
         if not abs(gibbs - before) <= SIGNIFICANT * np.hypot(error, error_before) + 1e-6:
             issues.append(
-                f"G changed by {(gibbs - before) * 1e3:.2f} meV/atom in the last population"
+                f"G changed by {ev_to_mev(gibbs - before):.2f} meV/atom in the last population"
             )
     return "; ".join(issues)
 
@@ -123,7 +123,7 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
     """
     settings, issues = task.settings, []
     strain = np.abs(averages.strain)
-    off = np.abs(averages.stress * EV_PER_A3_IN_GPA + np.eye(3) * task.pressure).max()
+    off = np.abs(ev_per_a3_to_gpa(averages.stress) + np.eye(3) * task.pressure).max()
     if np.any(strain > np.maximum(settings.strain_tolerance, SIGNIFICANT * averages.strain_error)):
         issues.append(
             f"stress {off:.2f} GPa off the target, a strain of {100 * strain.max():.2g} %"
@@ -145,17 +145,17 @@ def open_issues(averages: Averages, error: float, n: int, task: Task) -> list[st
         issues.append(f"the cell is known to {100 * averages.strain_error.max():.0f} % only")
     if averages.predicted_decrease / n >= max(settings.free_energy_tolerance, error):
         issues.append(
-            f"predicted decrease of G: {averages.predicted_decrease / n * 1e3:.2f} meV/atom"
+            f"predicted decrease of G: {ev_to_mev(averages.predicted_decrease / n):.2f} meV/atom"
         )
     elif not correctable(averages, n):
         issues.append(
-            f"the height above the minimum is known to {averages.minimum_error / n * 1e3:.1f}"
+            f"the height above the minimum is known to {ev_to_mev(averages.minimum_error / n):.1f}"
             " meV/atom only"
         )
     return issues
 
 
-def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tuple[float, float]:
+def gibbs_energy(state: SschaState, averages: Averages, pressure: GPa) -> tuple[float, float]:
     """(F + P V)/N without finite-size term, and its standard error, eV/atom; ``pressure`` in GPa.
 
     Of the minimum that the state is near: what it lies above that is known from the gradients
@@ -163,7 +163,7 @@ def gibbs_energy(state: SschaState, averages: Averages, pressure: float) -> tupl
     is not `correctable`.
     """
     n = len(state.atoms)
-    plain = (averages.helmholtz + pressure / EV_PER_A3_IN_GPA * state.atoms.get_volume()) / n
+    plain = (averages.helmholtz + gpa_to_ev_per_a3(pressure) * state.atoms.get_volume()) / n
     if not correctable(averages, n):
         return float(plain), averages.helmholtz_error / n
     return float(plain - averages.predicted_decrease / n), averages.minimum_error / n
@@ -195,7 +195,7 @@ def finished_result(
     n = len(state.atoms)
     finite = finite_size_term(state, task.settings.reference_spacing)
     raw, error = gibbs_energy(state, averages, task.pressure)
-    work = task.pressure / EV_PER_A3_IN_GPA * float(state.atoms.get_volume()) / n
+    work = gpa_to_ev_per_a3(task.pressure) * float(state.atoms.get_volume()) / n
     tolerance = centroid_tolerance(state, averages)
     return SschaResult(
         status="unconverged" if reason else "converged",
@@ -208,7 +208,7 @@ def finished_result(
         volume=float(state.atoms.get_volume() / n),
         stress=averages.stress,
         stress_error=averages.stress_error,
-        pressure=float(-np.trace(averages.stress) / 3.0 * EV_PER_A3_IN_GPA),
+        pressure=float(ev_per_a3_to_gpa(-np.trace(averages.stress) / 3.0)),
         target_pressure=task.pressure,
         temperature=task.temperature,
         predicted_decrease=max(0.0, averages.predicted_decrease) / n,
