@@ -26,7 +26,6 @@ from magus_anharmonic.processes import run_bounded
 from magus_anharmonic.settings import Settings
 
 MAGUS_INSTALL = "pip install git+https://gitlab.com/bigd4/magus.git"
-LABELERS = ("gpaw", "vasp", "espresso")
 
 _ASK_MAGUS = """
 import json, ase.io, magus.calculators, magus.fitness
@@ -285,7 +284,7 @@ def _unseen(symbols: Iterable[str], species: frozenset[int] | None) -> list[str]
 
 def _labelers(settings: Settings | None) -> list[Check]:
     from magus_anharmonic.labelers import code_of
-    from magus_anharmonic.labelers.codes import ALLOW, allowed_modules
+    from magus_anharmonic.labelers.codes import ALLOW, REGISTRY, allowed_modules
     from magus_anharmonic.scheduler import is_remote
 
     asked = settings.learning.labeler.calculator if settings and settings.learning else None
@@ -298,7 +297,7 @@ def _labelers(settings: Settings | None) -> list[Check]:
                 f"{', '.join(allowed)} ({ALLOW}, or installed packages)",
             )
         )
-    for name in dict.fromkeys([*([asked] if asked else []), *LABELERS]):
+    for name in dict.fromkeys([*([asked] if asked else []), *REGISTRY]):
         # Workers elsewhere have an environment of their own, which cannot be looked at from here.
         needed = name == asked and not (settings and is_remote(settings.scheduler))
         if name == "main":

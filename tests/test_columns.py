@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc import locate
 
 import pytest
 from ranking_fakes import h3s
@@ -16,7 +17,8 @@ from records import a_candidate, stored_run
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import SUMS
-from magus_anharmonic.io.tables import column, columns, read, write
+from magus_anharmonic.io.tables import column, columns, columns_of, read, write
+from magus_anharmonic.phase_diagram.points import GibbsPoint
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.table import read_ranking, write_ranking
@@ -134,6 +136,23 @@ def test_a_wrong_cell_or_column_is_named(tmp_path: Path, text: str, words: list[
     with pytest.raises(InputError) as error:
         read(Outer, tmp_path / "t.csv")
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("record", [Candidate, GibbsPoint])
+def test_every_column_names_code_that_is_there(record: type) -> None:
+    named = {one.name: one.origin for one in columns_of(record) if one.origin}
+    assert len(named) > 5
+    assert not [name for name, place in named.items() if not locate(f"magus_anharmonic.{place}")]
+
+
+def test_the_unit_is_in_the_name_of_a_column() -> None:
+    @dataclass(frozen=True)
+    class Units:
+        volume: float = column("volume", "A^3/atom", default=0.0)
+        density: float = column("density", "g/cm^3", default=0.0)
+        lowest: float = column("frequency", "cm^-1", default=0.0)
+
+    assert columns(Units) == ("volume_A3_per_atom", "density_g_per_cm3", "lowest_cm1")
 
 
 def test_a_record_in_a_record_has_its_columns_in_its_place(tmp_path: Path) -> None:

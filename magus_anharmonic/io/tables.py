@@ -29,9 +29,6 @@ from magus_anharmonic.io.files import reading_table, replacing_table
 
 Row = TypeVar("Row")
 
-SUFFIXES = {"A^3/atom": "A3_per_atom", "cm^-1": "cm1", "cm^-2": "cm2"}
-"""What a unit is in the name of a column, where it is not the unit with ``per`` for the slash."""
-
 
 def column(
     meaning: str,
@@ -115,7 +112,7 @@ def _within(name: str, inner: Column) -> Column:
 
 def _described(name: str, hint: Any, default: Any, told: Mapping[str, Any]) -> Column:
     unit, old, reader = told["unit"], told["old"], _reader(hint)
-    suffix = SUFFIXES.get(unit, unit.replace("/", "_per_"))
+    suffix = re.sub(r"[\^-]", "", unit.replace("/", "_per_"))  # cm^-1: cm1
     if suffix and name.endswith(f"_{suffix}"):
         suffix = ""
     return Column(

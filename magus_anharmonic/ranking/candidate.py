@@ -70,15 +70,21 @@ class Candidate(WithFreeEnergy):
         "its standard error by sampling, common random numbers taken into account",
         "eV/atom",
         equation="sqrt(e1^2 + e2^2 - 2 cov)",
-        origin=_DIFFERENCE,
+        origin="ranking.uncertainty.difference_error",
     )
     difference_finite_size_error: float | None = column(
-        "its error by finite size: half the difference of the two terms, and the spreads",
+        "its error by finite size: half the difference of the two terms f, and the spreads s"
+        " (`duplicate_spread`)",
         "eV/atom",
+        equation="sqrt((f1 - f2)^2 / 4 + s1^2 + s2^2)",
         origin=_DIFFERENCE,
     )
     difference_model_error: float | None = column(
-        "its error by the model, less what both phases share", "eV/atom", origin=_DIFFERENCE
+        "its error by the model, less what both phases share: error vectors v, errors of their own"
+        " m (measured, or without a vector), measured corrections c",
+        "eV/atom",
+        equation="sqrt(norm(v1 - v2)^2 + m1^2 + m2^2 + (c1 - c2)^2)",
+        origin="ranking.uncertainty.ModelErrors.of_difference",
     )
     p_lowest_sampling: float | None = column(
         "probability to be the lowest, by sampling alone", origin=_DIFFERENCE
