@@ -32,9 +32,12 @@ from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicErro
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.paper import ensemble_errors
 from magus_anharmonic.paper.tables import FailureRow, LearningPoint
+from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.table import write_ranking
 from magus_anharmonic.settings.campaign import load_campaign
 from magus_anharmonic.settings.campaign_blocks import DftSettings
 from magus_anharmonic.sscha.phonons import Level, levels_by_irrep, lowest_levels
+from magus_anharmonic.sscha.record import FreeEnergy
 from magus_anharmonic.structures import space_group, structure_id
 from magus_anharmonic.units import EV_IN_CM1
 
@@ -453,9 +456,19 @@ def ranked(context: Context, rows: list[tuple[Atoms, str, str]]) -> None:
         for atoms, static, _ in rows:
             file.add(atoms, structure_id(atoms), static, 100.0, "static")
             file.add(atoms, structure_id(atoms), static, 100.0, "centroids")
-    lines = ["id,pressure_GPa,spg_static,spg_quantum,status"]
-    lines += [f"{structure_id(atoms)},100,{static},{found},sscha" for atoms, static, found in rows]
-    (folder / "ranking.csv").write_text("\n".join(lines) + "\n")
+    write_ranking(
+        folder / "ranking.csv",
+        [
+            Candidate(
+                id=structure_id(atoms),
+                atoms=atoms,
+                pressure=100.0,
+                spg_static=static,
+                free_energy=FreeEnergy(status="converged", gibbs=-1.0, space_group=found),
+            )
+            for atoms, static, found in rows
+        ],
+    )
 
 
 def test_only_candidates_that_changed_their_space_group_are_relaxed_by_dft(

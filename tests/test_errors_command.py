@@ -309,7 +309,7 @@ def finished_run(folder: Path) -> Path:
     values = {field.name: 0.0 for field in fields(SschaResult)} | {
         "status": "converged",
         "reason": "",
-        "converged": True,
+        "error_vector": None,
         "model_id": "m",
         "supercell": (1, 1, 1),
         "space_group": "Im-3m (229)",

@@ -125,13 +125,7 @@ def make_population(file: Path) -> None:
 
 def a_result(folder: Path) -> None:
     values: dict[str, Any] = dict.fromkeys(SschaResult.__dataclass_fields__, 1.0)
-    values |= {
-        "status": "converged",
-        "reason": "",
-        "converged": True,
-        "supercell": (1, 1, 1),
-        "centroids": bulk("Cu"),
-    }
+    values |= {"status": "converged", "reason": "", "supercell": (1, 1, 1), "centroids": bulk("Cu")}
     values |= {
         "stress": np.eye(3),
         "stress_error": np.eye(3),
