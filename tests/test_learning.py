@@ -343,7 +343,7 @@ def test_a_dataset_of_other_or_unknown_settings_is_refused(tmp_path):
     ):
         read_dataset(file, "a1b2c3d4e5f6")
     file.write_text("this is no xyz\n")
-    with pytest.raises(InputError, match="earlier.xyz: not readable"):
+    with pytest.raises(InputError, match="earlier.xyz: damaged or not readable as extended XYZ"):
         read_dataset(file, "a1b2c3d4e5f6")
     with pytest.raises(InputError, match="no such file"):
         read_dataset(tmp_path / "absent.xyz", "a1b2c3d4e5f6")
