@@ -133,7 +133,8 @@ def a_result(folder: Path) -> None:
         "space_group_start": "x",
         "model_id": "m",
     }
-    SschaResult(**{**values, "force_constants": np.zeros((1, 1, 3, 3))}).write(folder)
+    values |= {"error_vector": None, "force_constants": np.zeros((1, 1, 3, 3))}
+    SschaResult(**values).write(folder)
 
 
 def make_result(file: Path) -> None:
