@@ -180,11 +180,7 @@ def test_isotopes_that_do_not_converge_are_an_upper_bound_and_say_so(tmp_path):
         found = free_energy(
             atoms, evaluator, temperature=options["temperature"], masses=masses, **small
         )
-        open_ = {
-            "status": "unconverged",
-            "converged": False,
-            "reason": "not converged after 12 populations",
-        }
+        open_ = {"status": "unconverged", "reason": "not converged after 12 populations"}
         return found if masses is None else replace(found, **open_)
 
     points = run_grid(
