@@ -300,8 +300,20 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+EACH = [
+    pytest.param(
+        name,
+        content,
+        id=f"{kind}-{name}",
+        # every table and every kind once a run of the fast suite, all pairs in the full one
+        marks=() if (i + j) % len(DAMAGE) == 0 else pytest.mark.full,
+    )
+    for i, name in enumerate(NAMES)
+    for j, (kind, content) in enumerate(DAMAGE.items())
+]
+
+
+@pytest.mark.parametrize(("name", "content"), EACH)
 def test_a_table_that_is_absent_or_damaged_costs_its_own_part_of_the_page_only(
     tmp_path: Path, name: str, content: bytes | None
 ) -> None:
