@@ -1009,7 +1009,7 @@ def test_generations_done_again_are_those_of_an_undisturbed_search(
     monkeypatch.setattr(
         "magus_anharmonic.ranking.rank._scheduler", lambda *_: contextlib.nullcontext(1)
     )
-    monkeypatch.setattr("magus_anharmonic.ranking.rank._free_energy", lambda: softened)
+    monkeypatch.setattr("magus_anharmonic.sscha.gibbs.free_energy", softened)
     given = settings(
         Fitness=["SSCHA"], sscha={"max_candidates": 1, "seed_back": False}, numGen=3, saveGood=4
     )
