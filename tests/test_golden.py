@@ -150,7 +150,27 @@ def robust_sscha(numbers: make.Numbers) -> dict[str, Any]:
     }
 
 
+def robust_rankings(numbers: make.Numbers) -> dict[str, Any]:
+    """To which side a saddle point is left, and so the sample of the Hessian, is decided by
+    rounding.
+    """
+    return {
+        case: {
+            file: {
+                name: one
+                for name, one in table.items()
+                if not (case == "saddle" and name.startswith(("hessian_", "p_stable")))
+            }
+            if isinstance(table, dict)
+            else table
+            for file, table in tables.items()
+        }
+        for case, tables in numbers.items()
+    }
+
+
 ROBUST = {
+    "rankings": robust_rankings,
     "finetuning": robust_finetuning,
     "sscha": robust_sscha,
     "demonstration": robust_search,
