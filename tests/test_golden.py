@@ -155,17 +155,12 @@ def robust_rankings(numbers: make.Numbers) -> dict[str, Any]:
     rounding.
     """
     return {
-        case: {
-            file: {
-                name: one
-                for name, one in table.items()
-                if not (case == "saddle" and name.startswith(("hessian_", "p_stable")))
-            }
-            if isinstance(table, dict)
-            else table
-            for file, table in tables.items()
+        file: {
+            name: one
+            for name, one in table.items()
+            if not (file.startswith("saddle/") and name.startswith(("hessian_", "p_stable")))
         }
-        for case, tables in numbers.items()
+        for file, table in numbers.items()
     }
 
 
