@@ -78,7 +78,6 @@ class FreeEnergyStore:
             rows = list(_connect(self.path).select()) if self.path.exists() else []
             found = [(_from_row(row), row.id) for row in rows]
         except Exception as error:  # SQLite, JSON and ASE each have their own for a damaged file
-            raise_machine_error(error, self.path)
             if isinstance(error, sqlite3.Error) and getattr(
                 error, "sqlite_errorname", ""
             ).startswith(NO_DAMAGE):
@@ -86,6 +85,7 @@ class FreeEnergyStore:
                     f"{self.path}: cannot be read ({error}); free space or mend the folder, then"
                     " go on"
                 ) from None
+            raise_machine_error(error, self.path)
             set_aside(
                 self.path,
                 f"{type(error).__name__}: {error}; free energies are taken from the folders of the"
