@@ -35,11 +35,6 @@ from magus_anharmonic.units import GPa, ev_per_a3_to_gpa
 
 log = logging.getLogger(__name__)
 
-OF_A_RUN = (
-    "supercell", "cell", "n_configs", "n_configs_start", "max_populations", "engine",
-    "pressure_tolerance", "strain_tolerance", "centroid_tolerance", "free_energy_tolerance",
-    "min_effective_sample", "symprec", "reference_spacing", "error_tolerance",
-)  # fmt: skip
 GridIndex = tuple[str, int, int]
 """Isotopes, number of the pressure, number of the temperature."""
 RESPONSE_ERROR = 0.2
@@ -111,8 +106,8 @@ def run_grid(
         for i in range(len(settings.pressures))
         for j in range(len(settings.temperatures))
     ]
-    options = {name: getattr(settings.sscha, name) for name in OF_A_RUN}
-    options = {name: value for name, value in options.items() if value is not None}
+    given = settings.sscha.of_a_run()
+    options = {name: value for name, value in given.items() if value is not None}
     for name, atoms in structures.items():
         found: dict[GridIndex, tuple[Path, SschaResult]] = {}
         for isotopes, i, j in grid:

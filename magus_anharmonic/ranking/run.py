@@ -10,24 +10,10 @@ import numpy as np
 from ase import Atoms
 
 from magus_anharmonic.io.digests import digest, renamed, versions
-from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
 from magus_anharmonic.sscha.record import OLD_STATES, FreeEnergy, WithFreeEnergy
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa
-
-NOT_PHYSICS = (
-    "when",
-    "max_candidates",
-    "window",
-    "seed_back",
-    "temperature",
-    "allocation",
-    "confidence",
-    "keep_best",
-    "budget",
-    "hessian",
-)
-"""Keys of ``sscha`` that decide who gets a free energy, not which one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +35,7 @@ def sscha_hash(settings: SschaSettings, seed: int = 0, earlier: Sequence[float] 
     """Twelve hex digits over what changes the number: keys of ``sscha``, seed, and the temperatures
     (K) run before."""
     physics = {
-        **settings.model_dump(mode="json", exclude=set(NOT_PHYSICS)),
+        **settings.model_dump(mode="json", exclude=set(OF_A_RANKING)),
         "n_configs_start": settings.ranking_start,
     }
     data = {**physics, **versions(), "seed": seed, "earlier": list(earlier)}

@@ -138,12 +138,12 @@ class Runs:
         generator = np.random.default_rng([self.seed, _SAMPLES])
         racing = sscha.allocation == "elimination"
         options = {
+            **sscha.of_a_run(),
             "pressure": self.settings.pressure,
             "n_configs_start": sscha.ranking_start,
             "max_populations": max_populations or sscha.max_populations,
             "seed": int(generator.integers(2**31)),
             "error_tolerance": self.error_tolerance() if racing else sscha.error_tolerance,
-            **{name: getattr(sscha, name) for name in _AS_THEY_ARE},
         }
         begin = self.starts.get(name) if start is None else start
         folders = tuple(self.root / key.folder(name) for key in keys)
@@ -221,19 +221,3 @@ class Runs:
         else:
             self.store.put(run)
             self._of[candidate.id, key] = run.structure
-
-
-_AS_THEY_ARE = (
-    "supercell",
-    "cell",
-    "n_configs",
-    "engine",
-    "pressure_tolerance",
-    "strain_tolerance",
-    "centroid_tolerance",
-    "free_energy_tolerance",
-    "min_effective_sample",
-    "symprec",
-    "reference_spacing",
-)
-"""Keys of ``sscha`` that a run takes as they are."""

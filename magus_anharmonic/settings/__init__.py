@@ -15,6 +15,7 @@ from magus_anharmonic.settings.calculators import (
     stages,
 )
 from magus_anharmonic.settings.search import (
+    OF_A_RANKING,
     LearningSettings,
     Settings,
     SschaSettings,
@@ -40,6 +41,7 @@ from magus_anharmonic.settings.section import (
 from magus_anharmonic.settings.training import FinetuneSettings, TrainingKeys
 
 __all__ = [
+    "OF_A_RANKING",
     "OPTIMIZER_DESCRIPTION",
     "QUEUES",
     "AseCalculatorSettings",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.settings.search import SschaSettings
+from magus_anharmonic.settings.search import OF_A_RANKING, SschaSettings
 from magus_anharmonic.settings.section import (
     Count,
     InsidePath,
@@ -22,12 +22,6 @@ from magus_anharmonic.settings.section import (
     load_yaml,
     parse,
 )
-
-OTHERS = (
-    "temperature", "when", "max_candidates", "window", "seed_back", "allocation", "confidence",
-    "keep_best", "budget", "hessian",
-)  # fmt: skip
-"""Keys of ``sscha`` that belong to a ranking, not to a grid."""
 
 
 class PhaseSettings(Section):
@@ -131,7 +125,7 @@ class PhaseDiagramSettings(Section):
 
     @model_validator(mode="after")
     def _no_ranking_keys(self) -> PhaseDiagramSettings:
-        given = [name for name in OTHERS if name in self.sscha.model_fields_set]
+        given = [name for name in OF_A_RANKING if name in self.sscha.model_fields_set]
         if given:
             hint = "; give temperatures: beside it" if "temperature" in given else ""
             raise ValueError(f"sscha: {', '.join(given)}: not used for a phase diagram{hint}")

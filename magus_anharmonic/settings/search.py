@@ -101,6 +101,22 @@ class LearningSettings(TrainingKeys):
         return tuple(value)
 
 
+OF_A_RANKING = (
+    "temperature",
+    "when",
+    "max_candidates",
+    "window",
+    "seed_back",
+    "allocation",
+    "confidence",
+    "keep_best",
+    "budget",
+    "hessian",
+)
+"""Keys of ``sscha`` that decide who gets a free energy, and at which temperatures; all others are
+those of a run (`SschaSettings.of_a_run`)."""
+
+
 class SschaSettings(Section):
     """``sscha``: free energies of the low-enthalpy structures (Secs. II and IV B of the paper)."""
 
@@ -258,6 +274,14 @@ class SschaSettings(Section):
         if value is not None and value % 2:
             raise ValueError("must be even: configurations come in +u/-u pairs")
         return value
+
+    def of_a_run(self) -> dict[str, Any]:
+        """The keys that change what one run gives, and their values."""
+        return {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name not in OF_A_RANKING
+        }
 
     @property
     def ranking_start(self) -> int:

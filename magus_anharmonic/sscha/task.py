@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.settings import SschaSettings
+from magus_anharmonic.settings import OF_A_RANKING, SschaSettings
 from magus_anharmonic.sscha.ensemble import Averages
 from magus_anharmonic.sscha.reciprocal import finite_size_term
 from magus_anharmonic.sscha.result import Progress, SschaResult
@@ -22,20 +22,6 @@ from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import statistical_tolerance
 from magus_anharmonic.structures import space_group, stripped, structure_id
 from magus_anharmonic.units import GPa, ev_per_a3_to_gpa, ev_to_mev, gpa_to_ev_per_a3
-
-NOT_OF_A_RUN = (
-    "temperature",
-    "when",
-    "max_candidates",
-    "window",
-    "seed_back",
-    "allocation",
-    "confidence",
-    "keep_best",
-    "budget",
-    "hessian",
-)
-"""Keys of `SschaSettings` that choose among runs, or stand in `Task` by themselves."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class Task:
     def identity(self) -> dict[str, Any]:
         """Everything on which the numbers depend; two runs with the same identity are the same
         run."""
-        ignored = {*NOT_OF_A_RUN, "max_populations", "error_tolerance"}
+        ignored = {*OF_A_RANKING, "max_populations", "error_tolerance"}
         return {
             "structure": structure_id(self.atoms),
             "formula": self.atoms.get_chemical_formula(),
