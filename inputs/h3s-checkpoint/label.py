@@ -13,7 +13,6 @@ Usage: python label.py converge labels.xyz convergence.csv
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
 from collections import Counter
@@ -29,7 +28,7 @@ from magus_anharmonic.io.files import replacing
 from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.base import Failure, Label, Labeler, k_points
-from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
+from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels, with_digest
 from magus_anharmonic.runs.failures import record_failure
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.settings import LabelerSettings
@@ -67,15 +66,6 @@ def unlabelled(atoms: Atoms) -> Atoms:
     """The structure of a label, with its names alone."""
     info = {key: atoms.info[key] for key in ("id", "parent", "kind")}
     return Atoms(atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=True, info=info)
-
-
-def with_digest(label: Atoms) -> Atoms:
-    """The label as its file will hold it, with the digest of that."""
-    text = io.StringIO()
-    write(text, label, format="extxyz")
-    text.seek(0)
-    label.info["digest"] = f"d-{label_digest(read(text, format='extxyz'))}"
-    return label
 
 
 def read_checked(file: Path) -> list[Atoms]:

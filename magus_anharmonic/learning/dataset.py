@@ -4,6 +4,7 @@ lost."""
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -325,6 +326,15 @@ def label_digest(atoms: Atoms) -> str:
     values = (atoms.cell.array, atoms.positions, *(results[name] for name in LABEL))
     arrays = (np.asarray(np.asarray(value, dtype=float) + 0.0) for value in values)
     return digest(np.asarray(atoms.numbers, dtype=np.int64), *arrays)
+
+
+def with_digest(label: Atoms) -> Atoms:
+    """The label with the digest of what its file will hold."""
+    text = io.StringIO()
+    write(text, label, format="extxyz")
+    text.seek(0)
+    label.info["digest"] = f"d-{label_digest(read(text, format='extxyz'))}"
+    return label
 
 
 def read_labels(file: str | Path) -> list[Atoms]:

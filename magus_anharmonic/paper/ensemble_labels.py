@@ -3,7 +3,6 @@ the moment it is finished."""
 
 from __future__ import annotations
 
-import io
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -12,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms
-from ase.io import read, write
+from ase.io import write
 
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.evaluator import Evaluator
 from magus_anharmonic.io.digests import SCHEMA
 from magus_anharmonic.io.files import read_json, read_whole, replacing, write_json
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels
+from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels, with_digest
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.runs.failures import read_failures, record_failure
 from magus_anharmonic.sscha.ensemble import Ensemble
@@ -107,7 +106,7 @@ def label_locked(
                 target, "label", result.reason, id=atoms.info["id"], number=atoms.info["number"]
             )
             return
-        done.append(_with_digest(labelled(atoms, result, seconds=round(result.seconds, 1))))
+        done.append(with_digest(labelled(atoms, result, seconds=round(result.seconds, 1))))
         with replacing(file) as temporary:
             write(temporary, done, format="extxyz")
 
@@ -161,15 +160,6 @@ def claim(folder: Path, state: SschaState, settings_hash: str, description: str)
                 f"{folder}: holds {words.get(key, 'files of another version')} ({stored.get(key)},"
                 f" now {value}); give another folder"
             )
-
-
-def _with_digest(label: Atoms) -> Atoms:
-    """The label with the digest of what its file will hold."""
-    text = io.StringIO()
-    write(text, label, format="extxyz")
-    text.seek(0)
-    label.info["digest"] = f"d-{label_digest(read(text, format='extxyz'))}"
-    return label
 
 
 def _read_checked(file: Path) -> list[Atoms]:
