@@ -920,3 +920,13 @@ def test_files_that_are_missing_or_no_structures_are_refused(tmp_path: Path) -> 
     write(tmp_path / "slab.xyz", slab, format="extxyz")
     with pytest.raises(InputError, match="not periodic"):
         read_structures(tmp_path / "slab.xyz")
+
+
+def test_a_calculator_by_its_short_name_relaxes_as_by_its_import_path() -> None:
+    from magus_anharmonic.ranking.structures import _relaxation_block
+
+    blocks = [
+        _relaxation_block(parse_settings({"MainCalculator": {"calculator": name, "eps": 0.01}}))
+        for name in ("emt", "ase.calculators.emt.EMT")
+    ]
+    assert [(block.eps, block.max_step) for block in blocks] == [(0.01, 100)] * 2

@@ -333,24 +333,32 @@ def load_class(path: str) -> Callable[..., Any]:
     return found
 
 
+def import_path(name: str) -> str | None:
+    """Of the ASE calculator that ``MainCalculator`` names, in full or short; None where the name is
+    one that MAGUS alone knows."""
+    path = SHORT_NAMES.get(name, name)
+    return path if path.rpartition(".")[0] else None
+
+
 def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
     """The calculator of ``MainCalculator``; raises ``InputError`` that names its key where an input
     may not make it or cannot."""
     where = f"MainCalculator.calculator: {block.calculator!r}"
-    module, _, _ = SHORT_NAMES.get(block.calculator, block.calculator).rpartition(".")
-    if not module:
+    path = import_path(block.calculator)
+    if path is None:
         raise InputError(
             f"{where}: without MAGUS, calculator is mattersim, emt, lj or the"
             " import path of an ASE calculator; vasp and others need MAGUS"
         )
     try:
-        calculator = load_class(SHORT_NAMES.get(block.calculator, block.calculator))
+        calculator = load_class(path)
     except LabelerError as error:
         raise InputError(f"{where}: {error}") from None
     commands = sorted(f"arguments.{key}" for key in block.arguments if PROGRAMS.search(str(key)))
     # they build the line that starts their program from any argument (infile of Amber, label of
     # others)
     commands += ["calculator"] if starts_programs(calculator) else []
+    module = path.rpartition(".")[0]
     if commands and module not in allowed_modules():
         raise InputError(
             f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"

@@ -31,7 +31,7 @@ from magus_anharmonic.evaluator import (
     set_energy_error,
 )
 from magus_anharmonic.gate import check_structures, read_sources
-from magus_anharmonic.labelers.codes import make_calculator
+from magus_anharmonic.labelers.codes import import_path, make_calculator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
@@ -136,7 +136,7 @@ def _relaxation_block(settings: Settings) -> CalculatorSettings | AseCalculatorS
     """Where it is said how to relax: the block of the calculator, or the defaults."""
     if settings.calculator is not None:
         return settings.calculator
-    if "." in str(settings.main_calculator.get("calculator", "")):
+    if import_path(str(settings.main_calculator.get("calculator", ""))) is not None:
         return parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
     return parse(CalculatorSettings, {})
 
