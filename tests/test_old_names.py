@@ -16,8 +16,7 @@ from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.io.tables import table_rows
 from magus_anharmonic.paper import script
 from magus_anharmonic.phase_diagram.points import read_points
-from magus_anharmonic.search.relaxation import AseCalculatorSettings
-from magus_anharmonic.settings import CalculatorSettings
+from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings
 from magus_anharmonic.settings.section import parse
 from magus_anharmonic.sscha.result import SschaResult, read_population_file, read_progress_file
 from magus_anharmonic.sscha.state import Modes

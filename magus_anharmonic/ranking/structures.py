@@ -39,7 +39,13 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
 from magus_anharmonic.scheduler import open_scheduler
-from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings, parse
+from magus_anharmonic.settings import (
+    AseCalculatorSettings,
+    CalculatorSettings,
+    RelaxationSettings,
+    Settings,
+    parse,
+)
 from magus_anharmonic.sscha.engines import minimise
 from magus_anharmonic.sscha.ensemble import Ensemble, average
 from magus_anharmonic.sscha.isotopes import reweighted
@@ -112,7 +118,7 @@ def _evaluate_each(structures: Sequence[Atoms], evaluator: Evaluator) -> list[Ev
 
 def evaluator_of(
     settings: Settings, checkpoint: Path | None = None
-) -> tuple[Evaluator, CalculatorSettings | AseCalculatorSettings]:
+) -> tuple[Evaluator, RelaxationSettings]:
     """What ``MLCalculator`` or ``MainCalculator`` names, with ``checkpoint`` where learning made
     one, and its block.
 
@@ -132,7 +138,7 @@ def evaluator_of(
     return CalculatorEvaluator(make_calculator(block), elements=settings.symbols), block
 
 
-def _relaxation_block(settings: Settings) -> CalculatorSettings | AseCalculatorSettings:
+def _relaxation_block(settings: Settings) -> RelaxationSettings:
     """Where it is said how to relax: the block of the calculator, or the defaults."""
     if settings.calculator is not None:
         return settings.calculator

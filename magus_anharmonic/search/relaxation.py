@@ -22,7 +22,7 @@ from magus_anharmonic.runs.failures import record_failures
 from magus_anharmonic.scheduler import Scheduling, is_remote, open_scheduler
 from magus_anharmonic.search.archive import read_frames, whole_frames, write_frames
 from magus_anharmonic.search.population import reduce_cell
-from magus_anharmonic.settings import AseCalculatorSettings, CalculatorSettings, Settings
+from magus_anharmonic.settings import RelaxationSettings, Settings
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import GPa, time_left
 
@@ -38,7 +38,7 @@ class Relaxer:
     """
 
     evaluator: Evaluator
-    settings: CalculatorSettings | AseCalculatorSettings
+    settings: RelaxationSettings
     pressure: GPa
     run_dir: Path | None = None
     scheduling: Scheduling | None = None

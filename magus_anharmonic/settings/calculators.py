@@ -18,23 +18,16 @@ OPTIMIZER_DESCRIPTION = (
 )
 
 
-class CalculatorSettings(Section):
-    """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
+class RelaxationSettings(Section):
+    """How a calculator's block says to relax; names as in MAGUS."""
 
     old_names = {"kicks": "perturbations"}
 
-    calculator: Literal["mattersim"] = Field(
-        "mattersim", description="name under which MAGUS finds this calculator"
+    calculator: str = Field(
+        description="mattersim, emt, lj or the import path of an ASE calculator"
     )
-    job_prefix: InsidePath = Field(
-        "MatterSim", description="folder name under calcFold/ and mlFold/"
-    )
-    checkpoint: InsidePath = Field(
-        "mattersim-v1.0.0-1M",
-        description="a name MatterSim knows, a path, or a checkpoint this package ships",
-    )
-    device: Literal["cpu", "cuda"] | None = Field(
-        None, description="cpu or cuda; left out: cuda when there is one"
+    job_prefix: str | list[str] = Field(
+        "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
     )
     eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A (MAGUS's name)")
     max_step: Count = Field(300, description="most relaxation steps")
@@ -52,6 +45,24 @@ class CalculatorSettings(Section):
         ),
     )
 
+
+class CalculatorSettings(RelaxationSettings):
+    """``MainCalculator`` or ``MLCalculator`` with ``calculator: mattersim``."""
+
+    calculator: Literal["mattersim"] = Field(
+        "mattersim", description="name under which MAGUS finds this calculator"
+    )
+    job_prefix: InsidePath = Field(
+        "MatterSim", description="folder name under calcFold/ and mlFold/"
+    )
+    checkpoint: InsidePath = Field(
+        "mattersim-v1.0.0-1M",
+        description="a name MatterSim knows, a path, or a checkpoint this package ships",
+    )
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="cpu or cuda; left out: cuda when there is one"
+    )
+
     @model_validator(mode="after")
     def _perturbations_break_symmetry(self) -> CalculatorSettings:
         if self.perturbations and self.fix_symmetry:
@@ -59,33 +70,13 @@ class CalculatorSettings(Section):
         return self
 
 
-class AseCalculatorSettings(Section):
+class AseCalculatorSettings(RelaxationSettings):
     """``MainCalculator`` with any other ASE calculator; names and defaults as in MAGUS."""
 
-    old_names = {"kicks": "perturbations"}
-
-    calculator: str = Field(
-        description="mattersim, emt, lj or the import path of an ASE calculator"
-    )
-    job_prefix: str | list[str] = Field(
-        "ASE", description="MAGUS's folder name; the embedded host makes no such folder"
-    )
     arguments: dict[str, Any] = Field(
         default_factory=dict, description="keyword arguments of the calculator"
     )
-    eps: Positive = Field(0.05, description="relaxation ends below this force, eV/A")
     max_step: Count = Field(100, description="most relaxation steps")
-    max_move: Positive = Field(0.1, description="longest step of one atom, Angstrom")
-    optimizer: Optimizers = Field("ase", description=OPTIMIZER_DESCRIPTION)
-    relax_lattice: bool = Field(True, description="relax the cell too")
-    fix_symmetry: bool = Field(False, description="keep the space group while relaxing")
-    perturbations: int = Field(
-        0,
-        ge=0,
-        description=(
-            "times that a relaxed structure is displaced and relaxed again; needs fix_symmetry off"
-        ),
-    )
 
 
 _PER_STAGE = frozenset(
