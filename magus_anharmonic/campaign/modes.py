@@ -33,6 +33,7 @@ from magus_anharmonic.sscha.phonons import (
     lowest_levels,
 )
 from magus_anharmonic.sscha.report import hessian_of_run
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.start import (
     CountingEvaluator,
     harmonic_force_constants,
@@ -223,30 +224,39 @@ def gamma_matrix(found: Hessian) -> np.ndarray:
     )
 
 
-def _sscha_hessian(
-    context: Context, settings: HessianSettings, cell: Atoms, pressure: GPa, own: Path, tally: Tally
-) -> tuple[Any, np.ndarray | None]:
+def _run_of_model(
+    context: Context,
+    settings: HessianSettings,
+    cell: Atoms,
+    pressure: GPa,
+    supercell: Any,
+    own: Path,
+    tally: Tally,
+) -> tuple[Path, SschaResult]:
+    """The SSCHA run of the final model in ``supercell``, and its folder below ``own``."""
     model = context.final_model
-    run = own / run_name(
-        cell,
-        model.model_id,
-        settings.temperature,
-        settings.supercell,
-        settings.n_configs,
-        context.settings.seed,
-    )
+    state = settings.temperature, supercell
+    run = own / run_name(cell, model.model_id, *state, settings.n_configs, context.settings.seed)
     result = free_energy(
         cell,
         model,
         pressure,
         settings.temperature,
-        supercell=settings.supercell,
+        supercell=supercell,
         n_configs=settings.n_configs,
         max_populations=settings.max_populations,
         seed=context.settings.seed,
         directory=run,
     )
     tally.n_evaluations += result.n_evaluations
+    return run, result
+
+
+def _sscha_hessian(
+    context: Context, settings: HessianSettings, cell: Atoms, pressure: GPa, own: Path, tally: Tally
+) -> tuple[Any, np.ndarray | None]:
+    model = context.final_model
+    run, result = _run_of_model(context, settings, cell, pressure, settings.supercell, own, tally)
     if result.force_constants is None:
         raise MagusAnharmonicError(f"the SSCHA run failed: {result.reason}")
     write_json(own / RUN_OF_RECORD, {"run": run.name})
@@ -316,25 +326,12 @@ def _hessian_by_dft(
 ) -> None:
     """SSCHA and Hessian by the labeler, from the model's state and with its cell (Sec. IV B of the
     paper)."""
-    model = context.final_model
     common = {"n_configs": settings.dft_n_configs, "seed": context.settings.seed}
     found = phase_structure(context, phase, pressure)
     assert found is not None
     cell = symmetric_primitive(found, SYMPREC)
     state = settings.temperature, settings.dft_supercell
-    start = own / run_name(cell, model.model_id, *state, settings.n_configs, context.settings.seed)
-    begun = free_energy(
-        cell,
-        model,
-        pressure,
-        settings.temperature,
-        supercell=settings.dft_supercell,
-        n_configs=settings.n_configs,
-        max_populations=settings.max_populations,
-        seed=context.settings.seed,
-        directory=start,
-    )
-    tally.n_evaluations += begun.n_evaluations
+    _, begun = _run_of_model(context, settings, cell, pressure, settings.dft_supercell, own, tally)
     if begun.force_constants is None:
         raise MagusAnharmonicError(f"the SSCHA run of the model failed: {begun.reason}")
     with context.labeler(own) as labeler:

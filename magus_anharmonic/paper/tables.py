@@ -22,6 +22,9 @@ from magus_anharmonic.units import GPa
 UNITS = {"energy": "eV/atom", "force": "eV/A", "stress": "GPa"}
 """Unit of each quantity of ``parity.csv``."""
 
+GradientQuantity = Literal[
+    "force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"
+]
 GRADIENT_UNITS = {
     "force": "eV/A",
     "gradient_centroid": "eV/A",
@@ -145,7 +148,7 @@ class GradientError:
     phase: str
     pressure_GPa: float
     n_configs: int
-    quantity: Literal["force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"]
+    quantity: GradientQuantity
     unit: str
     rmse: float
     systematic: float | None
@@ -166,7 +169,7 @@ class GradientBin:
     FILE: ClassVar[str] = "gradient_histogram.csv"
     phase: str
     pressure_GPa: float
-    quantity: Literal["force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"]
+    quantity: GradientQuantity
     averaged: int
     unit: str
     low: float
@@ -184,7 +187,7 @@ class GradientParity:
     FILE: ClassVar[str] = "gradient_parity.csv"
     phase: str
     pressure_GPa: float
-    quantity: Literal["force", "gradient_centroid", "gradient_force_constants", "bo_force_centroid"]
+    quantity: GradientQuantity
     unit: str
     reference: float
     predicted: float
