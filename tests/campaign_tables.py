@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from records import a_candidate
 
+from magus_anharmonic.io.tables import table_rows
 from magus_anharmonic.paper import tables as t
 from magus_anharmonic.ranking.candidate import Candidate
 
@@ -233,3 +235,10 @@ def gradients() -> list[t.GradientError]:
         ),
         t.GradientError("Im-3m", 60.0, 500, "bo_force_centroid", "eV/A", 0.0001, None, None, None),
     ]
+
+
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file one by one; none when there is no such file."""
+    if path.is_file():
+        with table_rows(path) as rows:
+            yield from rows

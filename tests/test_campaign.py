@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from campaign_inputs import changed, write_campaign
+from campaign_tables import read_rows
 from typer.testing import CliRunner
 
 from magus_anharmonic.campaign import run as driver
@@ -30,7 +31,7 @@ from magus_anharmonic.campaign.steps import (
     step_key,
     write_records,
 )
-from magus_anharmonic.campaign.tables import read_rows, write_part
+from magus_anharmonic.campaign.tables import write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.io.files import write_json

@@ -14,6 +14,7 @@ from ase.build import bulk
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from campaign_inputs import write_campaign
+from campaign_tables import read_rows
 
 from magus_anharmonic.campaign import closing, learning, modes, production, structures
 from magus_anharmonic.campaign.production import _read_relaxed
@@ -27,7 +28,7 @@ from magus_anharmonic.campaign.structures import (
     phase_name,
     relaxed_structures,
 )
-from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
+from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.errors import DamagedFile, InputError, MagusAnharmonicError
 from magus_anharmonic.learning.dataset import LabelStore
 from magus_anharmonic.paper import ensemble_errors

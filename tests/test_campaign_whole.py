@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from campaign_inputs import write_campaign
+from campaign_tables import read_rows
 
 from magus_anharmonic.campaign.steps import read_records
-from magus_anharmonic.campaign.tables import read_rows
 
 SMALL = {
     "device": "cpu",

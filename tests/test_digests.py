@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
+from campaign_tables import read_rows
 from records import a_candidate, stored_run
 from synthetic_campaign import synthetic_campaign
 from two_phases import HIGH, LOW, data
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from magus_anharmonic.campaign.production import read_statics
 from magus_anharmonic.campaign.steps import structure_file
-from magus_anharmonic.campaign.tables import assemble, read_rows, write_part
+from magus_anharmonic.campaign.tables import assemble, write_part
 from magus_anharmonic.cli import app
 from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.generation import measured_terms

@@ -4,12 +4,12 @@ finished steps one after the other."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from magus_anharmonic.io.files import reading_table, remove, replacing_table
-from magus_anharmonic.io.tables import table_rows, write
+from magus_anharmonic.io.tables import write
 
 Row = TypeVar("Row")
 
@@ -20,13 +20,6 @@ def write_part(folder: Path, table: type[Row], rows: Iterable[Row], name: str = 
     """Write the rows of one step to ``folder/tables/`` atomically, row by row; ``name``: of the
     file, where that is not the table's own."""
     write(table, folder / "tables" / (name or table.FILE), rows)  # type: ignore[attr-defined]
-
-
-def read_rows(path: Path) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file one by one; none when there is no such file."""
-    if path.is_file():
-        with table_rows(path) as rows:
-            yield from rows
 
 
 def assemble(target: Path, folders: Sequence[Path], inside: str = "tables") -> None:
