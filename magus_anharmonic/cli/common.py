@@ -143,4 +143,15 @@ def configure_logging(verbose: bool) -> None:
 InputFile = Annotated[
     Path, typer.Option("-i", "--input-file", help="The input file in YAML, MAGUS's keys and ours.")
 ]
+Calculator = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of MatterSim: import path of an ASE calculator, e.g."
+        " ase.calculators.emt.EMT; its arguments in the file of -i."
+    ),
+]
+Keys = Annotated[
+    Path | None,
+    typer.Option("-i", "--input-file", help="Keys as for search, in YAML; options go before them."),
+]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Show debugging lines too.")]

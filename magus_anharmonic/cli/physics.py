@@ -15,7 +15,16 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
+from magus_anharmonic.cli.common import (
+    Calculator,
+    Keys,
+    Verbose,
+    app,
+    configure_logging,
+    console,
+    say,
+    user_errors,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.units import ev_to_mev
 
@@ -31,8 +40,12 @@ def hessian(
             )
         ),
     ],
-    pressure: Annotated[float, typer.Option(help="GPa; for a structure.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="K; for a structure.")] = 0.0,
+    pressure: Annotated[
+        float | None, typer.Option(help="GPa; for a structure.", show_default="0.0")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="K; for a structure.", show_default="0.0")
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -42,6 +55,8 @@ def hessian(
             )
         ),
     ] = None,
+    calculator: Calculator = None,
+    input_file: Keys = None,
     supercell: Annotated[
         tuple[int, int, int] | None,
         typer.Option(
@@ -59,7 +74,9 @@ def hessian(
         bool, typer.Option("--fixed-cell", help="Keep the cell; for a structure.")
     ] = False,
     v4: Annotated[bool, typer.Option("--v4", help="Add the fourth-order term.")] = False,
-    seed: Annotated[int, typer.Option(help="Same input and seed, same result.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Same input and seed, same result.", show_default="0")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for all results.")] = Path(
         "hessian"
     ),
@@ -70,39 +87,50 @@ def hessian(
     or a saddle point?"""
     configure_logging(verbose)
     with user_errors():
+        from magus_anharmonic.ranking.structures import ranking_evaluator
+        from magus_anharmonic.settings import rank_settings
         from magus_anharmonic.sscha.report import hessian_of_run, hessian_of_structure
 
-        atoms = _structure_to_run(source, checkpoint, n_configs)
-        evaluator = None
-        if checkpoint is not None:
-            from magus_anharmonic.potential import load
-
-            evaluator = load(checkpoint, device=device)
-        if atoms is None:
-            report = hessian_of_run(
-                source, output, evaluator=evaluator, n_configs=n_configs, include_v4=v4, seed=seed
-            )
-        else:
-            asked: dict[str, Any] = {
+        named = bool(checkpoint or calculator or input_file)
+        atoms = _structure_to_run(source, named, n_configs)
+        settings = rank_settings(
+            input_file,
+            {"pressure": pressure, "seed": seed},
+            calculator={"calculator": calculator, "checkpoint": checkpoint, "device": device},
+            sscha={
+                "temperature": temperature,
                 "supercell": supercell,
                 "n_configs": n_configs,
                 "max_populations": max_populations,
                 "cell": "fixed" if fixed_cell else None,
-            }
+            },
+        )
+        evaluator = ranking_evaluator(settings) if named else None
+        if atoms is None:
+            report = hessian_of_run(
+                source,
+                output,
+                evaluator=evaluator,
+                n_configs=n_configs,
+                include_v4=v4,
+                seed=settings.seed or 0,
+            )
+        else:
+            assert settings.sscha is not None and evaluator is not None
             report = hessian_of_structure(
                 atoms,
                 output,
                 evaluator,
                 include_v4=v4,
-                seed=seed,
-                pressure=pressure,
-                temperature=temperature,
-                **{name: value for name, value in asked.items() if value is not None},
+                seed=settings.seed or 0,
+                pressure=settings.pressure,
+                temperature=settings.sscha.temperatures[0],
+                **settings.sscha.of_a_run(),
             )
         _show_hessian(report)
 
 
-def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | None) -> Any:
+def _structure_to_run(source: Path, named: bool, n_configs: int | None) -> Any:
     """The one structure of a file; None where ``source`` is the folder of a finished run. Raises
     ``InputError`` before any work."""
     from magus_anharmonic.gate import read_structures
@@ -124,10 +152,10 @@ def _structure_to_run(source: Path, checkpoint: str | None, n_configs: int | Non
             f"{source}: holds {len(found)} structures; give one (`magus-anharmonic rank` takes"
             " many)"
         )
-    if checkpoint is None:
+    if not named:
         raise InputError(
             "--checkpoint: a structure needs one (a MatterSim name, a path, or a shipped"
-            " checkpoint)"
+            " checkpoint), or --calculator, or a file of keys (-i)"
         )
     return found[0]
 

@@ -13,7 +13,16 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, say, user_errors
+from magus_anharmonic.cli.common import (
+    Calculator,
+    InputFile,
+    Keys,
+    Verbose,
+    app,
+    configure_logging,
+    say,
+    user_errors,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.screen import require_free_energy, show_ranking
 
@@ -106,19 +115,8 @@ def rank(
             show_default="mattersim-v1.0.0-1M",
         ),
     ] = None,
-    calculator: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of MatterSim: import path of an ASE calculator, e.g."
-            " ase.calculators.emt.EMT; its arguments in the file of -i."
-        ),
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "-i", "--input-file", help="Keys as for search, in YAML; options go before them."
-        ),
-    ] = None,
+    calculator: Calculator = None,
+    input_file: Keys = None,
     start_dyn: Annotated[
         str | None,
         typer.Option(

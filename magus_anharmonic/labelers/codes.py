@@ -18,7 +18,7 @@ from typing import Any
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
-from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, typed_line
+from magus_anharmonic.errors import InputError, LabelerError, is_machine_error, one_line, typed_line
 from magus_anharmonic.labelers.base import (
     Code,
     Recipe,
@@ -28,7 +28,7 @@ from magus_anharmonic.labelers.base import (
     program_of,
 )
 from magus_anharmonic.labelers.espresso import Espresso
-from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings
+from magus_anharmonic.settings import AseCalculatorSettings, LabelerSettings, import_path
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ PROGRAMS = re.compile(
     r"command|(^|_)(profile|exe|bin|executable|binary|launcher|mpi)$|cmds$", re.IGNORECASE
 )
 """Names of arguments in which calculators expect the program to start, or commands for it."""
-SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
 
 
 class Gpaw(Code):
@@ -312,10 +311,7 @@ def load_class(path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise LabelerError(
-            f"{error}; install the package that brings {module_name}, "
-            "or take the open default: calculator: gpaw after pip install 'magus-anharmonic[gpaw]'"
-        ) from None
+        raise LabelerError(f"{error}; install the package that brings {module_name}") from None
     except Exception as error:  # a module may raise anything while it is imported
         raise LabelerError(f"{module_name} cannot be imported: {typed_line(error)}") from None
     found = getattr(module, name, None)
@@ -333,17 +329,10 @@ def load_class(path: str) -> Callable[..., Any]:
     return found
 
 
-def import_path(name: str) -> str | None:
-    """Of the ASE calculator that ``MainCalculator`` names, in full or short; None where the name is
-    one that MAGUS alone knows."""
-    path = SHORT_NAMES.get(name, name)
-    return path if path.rpartition(".")[0] else None
-
-
-def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
-    """The calculator of ``MainCalculator``; raises ``InputError`` that names its key where an input
-    may not make it or cannot."""
-    where = f"MainCalculator.calculator: {block.calculator!r}"
+def make_calculator(block: AseCalculatorSettings, at: str) -> BaseCalculator:
+    """The calculator of the block at the key ``at``; raises ``InputError`` that names its key where
+    an input may not make it or cannot."""
+    where = f"{at}.calculator: {block.calculator!r}"
     path = import_path(block.calculator)
     if path is None:
         raise InputError(
@@ -361,7 +350,7 @@ def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
     module = path.rpartition(".")[0]
     if commands and module not in allowed_modules():
         raise InputError(
-            f"MainCalculator.{commands[0]}: an input cannot start programs here; if you trust it,"
+            f"{at}.{commands[0]}: an input cannot start programs here; if you trust it,"
             f" allow the calculator's module outside of the input: export {ALLOW}={module}"
         )
     try:
@@ -370,7 +359,8 @@ def make_calculator(block: AseCalculatorSettings) -> BaseCalculator:
         if is_machine_error(error):
             raise
         raise InputError(
-            f"{where}: cannot be made with arguments {block.arguments}: {error}"
+            f"{where}: cannot be made with arguments {block.arguments}: {one_line(error)}; give"
+            f" its arguments as {at}.arguments"
         ) from None
 
 

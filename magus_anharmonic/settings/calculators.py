@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from magus_anharmonic.settings.section import Count, InsidePath, Positive, Section, snake_case
+from magus_anharmonic.settings.section import (
+    Count,
+    InsidePath,
+    Positive,
+    Section,
+    parse,
+    snake_case,
+)
 
 Optimizer = Literal["bfgs", "ase", "fire"]
 Optimizers = Optimizer | Annotated[list[Optimizer], Field(min_length=1)]
@@ -77,6 +85,29 @@ class AseCalculatorSettings(RelaxationSettings):
         default_factory=dict, description="keyword arguments of the calculator"
     )
     max_step: Count = Field(100, description="most relaxation steps")
+
+
+SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def import_path(name: str) -> str | None:
+    """Of the ASE calculator that a block names, in full or short; None where the name is a
+    checkpoint, or one that MAGUS alone knows."""
+    path = SHORT_NAMES.get(name, name)
+    return path if IMPORT_PATH.fullmatch(path) and not path.endswith(".pth") else None
+
+
+def parse_calculator(
+    named: str | Mapping[str, Any], where: str
+) -> CalculatorSettings | AseCalculatorSettings:
+    """The block of a calculator (mattersim where it does not say), or what a name alone stands for:
+    the import path of an ASE calculator, or a checkpoint. Raises ``InputError`` that begins with
+    ``where``."""
+    if isinstance(named, str):
+        named = {"checkpoint" if import_path(named) is None else "calculator": named}
+    ours = named.get("calculator", "mattersim") == "mattersim"
+    return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 
 
 _PER_STAGE = frozenset(
