@@ -22,6 +22,7 @@ from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
+from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
@@ -243,14 +244,13 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
     write_frequencies(hessian, folder / "frequencies.csv")
-    found = dispersion(hessian, harmonic)
+    found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC)
     write_dispersion(found, folder / "dispersion.csv")
     title = (
         f"{state.atoms.get_chemical_formula()} at {report.result.target_pressure:g} GPa,"
         f" {state.temperature:g} K: {hessian.status}"
     )
-    for suffix in ("png", "svg"):
-        draw_dispersion(found, folder / f"dispersion.{suffix}", title)
+    draw_dispersion(found, folder, title)
     write_json(folder / "hessian.json", summary(report))
 
 
