@@ -4,6 +4,7 @@ a verdict."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from magus_anharmonic.io.files import write_json
 from magus_anharmonic.io.tables import write_table
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
-from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
+from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
@@ -141,27 +142,25 @@ def hessian_of_structure(
     output: str | Path,
     evaluator: Evaluator,
     *,
+    run: Callable[[Atoms, Evaluator, Path], SschaResult],
     n_configs: int = DEFAULTS.n_configs,
     include_v4: bool = False,
     seed: int = 0,
-    **options: Any,
 ) -> HessianReport:
-    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian; ``options`` as
-    `free_energy` takes them.
+    """SSCHA relaxation of one structure into ``output/sscha`` by ``run``
+    (`ranking.jobs.free_energy_on`), then its Hessian.
 
     Raises ``SschaError`` when the relaxation fails, ``InputError`` where another process works in
     ``output``.
     """
-    run, output = Path(output) / "sscha", Path(output)
+    folder, output = Path(output) / "sscha", Path(output)
     with locked(output, WHAT):
-        result = free_energy(
-            atoms, evaluator, n_configs=n_configs, seed=seed, directory=run, **options
-        )
+        result = run(atoms, evaluator, folder)
         if result.force_constants is None:
             raise SschaError(f"{atoms.get_chemical_formula()}: SSCHA failed: {result.reason}")
         if not result.converged:
             log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
-        return _hessian_of_run(run, output, evaluator, n_configs, include_v4, seed)
+        return _hessian_of_run(folder, output, evaluator, n_configs, include_v4, seed)
 
 
 def shown_point(q: np.ndarray) -> str:
