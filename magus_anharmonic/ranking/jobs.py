@@ -42,8 +42,8 @@ from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
+from magus_anharmonic.sscha.state import melting_warning, rotation_warning
 from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
 from magus_anharmonic.structures import space_group, stripped
 
 
