@@ -146,12 +146,12 @@ def _show_hessian(report: Any) -> None:
     """Print the softest modes, the verdict in words, and where everything is."""
     from rich.table import Table
 
-    from magus_anharmonic.sscha.report import table_rows
+    from magus_anharmonic.sscha.report import softest_levels
 
     shown = Table(title="Softest modes (cm^-1; imaginary as negative)")
     for name in ("q", "modes x q points", "SSCHA auxiliary", "free-energy Hessian"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for row in table_rows(report.hessian):
+    for row in softest_levels(report.hessian):
         shown.add_row(*row)
     screen = console()
     screen.print(shown)

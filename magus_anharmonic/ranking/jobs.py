@@ -44,8 +44,8 @@ from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import INFO_KEYS, FreeEnergy
 from magus_anharmonic.sscha.result import SschaResult
+from magus_anharmonic.sscha.state import melting_warning, rotation_warning
 from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.warnings import melting_warning, rotation_warning
 from magus_anharmonic.structures import space_group, stripped, structure_id
 
 
