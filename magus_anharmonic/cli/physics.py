@@ -15,7 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from magus_anharmonic.cli.common import Verbose, app, configure_logging, console, say, user_errors
+from magus_anharmonic.cli.common import (
+    Verbose,
+    app,
+    configure_logging,
+    console,
+    measured,
+    say,
+    user_errors,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.units import ev_to_mev
 
@@ -31,8 +39,8 @@ def hessian(
             )
         ),
     ],
-    pressure: Annotated[float, typer.Option(help="GPa; for a structure.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="K; for a structure.")] = 0.0,
+    pressure: Annotated[float, measured("GPa", "For a structure.")] = 0.0,
+    temperature: Annotated[float, measured("K", "For a structure.")] = 0.0,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -168,11 +176,11 @@ def phase_diagram(
         ),
     ],
     pressure: Annotated[
-        list[float] | None, typer.Option(help="GPa, rising; more than once. With structure files.")
+        list[float] | None, measured("GPa", "Rising; more than once. With structure files.")
     ] = None,
     temperature: Annotated[
         list[float] | None,
-        typer.Option(help="K, rising; more than once. With structure files. [default: 0]"),
+        measured("K", "Rising; more than once. With structure files. [default: 0]"),
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -212,9 +220,7 @@ def phase_diagram(
     ] = None,
     model_error: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, help="eV/atom, error of the potential in G of each phase; widens the bands."
-        ),
+        measured("eV/atom", "Error of the potential in G of each phase; widens the bands."),
     ] = None,
     seed: Annotated[
         int | None,
@@ -315,11 +321,9 @@ def errors(
         str, typer.Option(help="Name of the phase in the tables. [default: its space group]")
     ] = "",
     pressure: Annotated[
-        float | None, typer.Option(help="GPa; for a structure or dynamical matrices.")
+        float | None, measured("GPa", "For a structure or dynamical matrices.")
     ] = None,
-    temperature: Annotated[
-        float, typer.Option(help="K; for a structure or dynamical matrices.")
-    ] = 0.0,
+    temperature: Annotated[float, measured("K", "For a structure or dynamical matrices.")] = 0.0,
     supercell: Annotated[
         tuple[int, int, int] | None,
         typer.Option(

@@ -13,7 +13,15 @@ from typing import Annotated
 
 import typer
 
-from magus_anharmonic.cli.common import InputFile, Verbose, app, configure_logging, say, user_errors
+from magus_anharmonic.cli.common import (
+    InputFile,
+    Verbose,
+    app,
+    configure_logging,
+    measured,
+    say,
+    user_errors,
+)
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.report.screen import require_free_energy, show_ranking
 
@@ -95,9 +103,9 @@ def rank(
             help="Files that ASE reads (also all.extxyz@0:3, found.db@energy<0), or folders."
         ),
     ] = None,
-    pressure: Annotated[float | None, typer.Option(help="GPa.", show_default="0.0")] = None,
+    pressure: Annotated[float | None, measured("GPa", show_default="0.0")] = None,
     temperature: Annotated[
-        list[float] | None, typer.Option(help="K; may be given more than once. [default: 0]")
+        list[float] | None, measured("K", "May be given more than once. [default: 0]")
     ] = None,
     checkpoint: Annotated[
         str | None,
@@ -142,7 +150,7 @@ def rank(
         typer.Option(help="Repetitions of the primitive cell.", show_default="2 2 2"),
     ] = None,
     min_length: Annotated[
-        float | None, typer.Option(help="Angstrom between images, instead of --supercell.")
+        float | None, measured("A", "Between images, instead of --supercell.")
     ] = None,
     n_configs: Annotated[
         int | None, typer.Option(help="Configurations per population, even.", show_default="1000")
@@ -154,7 +162,7 @@ def rank(
         int | None,
         typer.Option(help="Only this many of the lowest distinct structures.", show_default="100"),
     ] = None,
-    window: Annotated[float | None, typer.Option(help="eV/atom above the lowest enthalpy.")] = None,
+    window: Annotated[float | None, measured("eV/atom", "Above the lowest enthalpy.")] = None,
     confidence: Annotated[
         float | None,
         typer.Option(

@@ -14,6 +14,7 @@ from ase import Atoms
 
 from magus_anharmonic import autoload
 from magus_anharmonic.errors import InputError, printable
+from magus_anharmonic.search.keys import texts_with_units
 from magus_anharmonic.settings import (
     CalculatorSettings,
     Settings,
@@ -87,7 +88,7 @@ def settings_of(parameters: Mapping[str, Any]) -> Settings:
     if "formula_type" in data:
         # MAGUS adds formulaType: fix even when the user wrote formula_type.
         data.pop("formulaType", None)
-    problems = []
+    problems = texts_with_units(data)
     for name in CALCULATOR_BLOCKS:
         block = as_magus_reads(data.get(name))
         if stages(block) != OURS:
@@ -224,6 +225,8 @@ def run_stock_magus(input_file: str | Path, *, restart: bool = False, use_ml: bo
     """
     data = load_yaml(input_file)
     parse_settings(data)
+    if problems := texts_with_units(data):
+        raise InputError(*problems)
     if not autoload.is_magus():
         raise InputError(
             "MAGUS is not installed; use --host embedded, or pip install"

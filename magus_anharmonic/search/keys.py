@@ -17,6 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.settings import (
     Count,
+    Energy,
+    Force,
+    In,
+    Length,
     NonNegative,
     Positive,
     Section,
@@ -102,7 +106,7 @@ class Rattle(CutAndSplice):
     """``OffspringCreator.rattle``."""
 
     p: Probability = Field(0.25, description="probability that an atom moves")
-    rattle_range: Positive = Field(1.0, description="longest displacement, Angstrom")
+    rattle_range: Length = Field(1.0, description="longest displacement, Angstrom")
 
 
 class Perm(CutAndSplice):
@@ -209,10 +213,12 @@ class HostKeys(Section):
     )
     max_n_try: Count = Field(100, description="attempts for one random structure")
     max_length_ratio: Positive = Field(8.0, description="longest / shortest cell vector")
-    max_forces: Positive = Field(50.0, description="eV/A; structures above it are dropped")
-    max_enthalpy: float = Field(100.0, description="eV/atom; structures above it are dropped")
-    symprec: Positive = Field(0.1, description="Angstrom, for finding space groups")
-    dE: Positive = Field(
+    max_forces: Force = Field(50.0, description="eV/A; structures above it are dropped")
+    max_enthalpy: Annotated[float, In("eV/atom")] = Field(
+        100.0, description="eV/atom; structures above it are dropped"
+    )
+    symprec: Length = Field(0.1, description="Angstrom, for finding space groups")
+    dE: Energy = Field(
         0.01,
         description=(
             "eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS:"
@@ -369,6 +375,22 @@ def unknown_key(key: str) -> str:
     for name, public in _PUBLIC.items():
         hint = hint.replace(f"mean {name}?", f"mean {public}?")
     return f"{key}: unknown key{hint}"
+
+
+def texts_with_units(data: Mapping[str, Any]) -> list[str]:
+    """One line for each of MAGUS's own keys whose value is a text with a unit: MAGUS itself reads
+    numbers."""
+    fields = {"pressure": Settings.model_fields["pressure"], **HostKeys.model_fields}
+    found = []
+    for key, value in data.items():
+        field = fields.get(fold(str(key)))
+        units = [item.unit for item in field.metadata if isinstance(item, In)] if field else []
+        if units and isinstance(value, str):
+            found.append(
+                f"{key}: {value!r}: MAGUS itself reads this key, as a number in {units[0]} (with"
+                " --host embedded it may have a unit)"
+            )
+    return found
 
 
 def unknown_to_magus(settings: Settings) -> list[str]:
