@@ -15,7 +15,6 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import core_schema
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.units import NUMBER, UNITS, dimension_of, quantity
@@ -28,9 +27,8 @@ class In:
     unit: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return core_schema.no_info_before_validator_function(
-            lambda value: quantity(value, self.unit), handler(source)
-        )
+        reader = BeforeValidator(lambda value: quantity(value, self.unit))
+        return reader.__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         units = "|".join(re.escape(name) for name in UNITS[dimension_of(self.unit)])
