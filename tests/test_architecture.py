@@ -102,9 +102,9 @@ def inside(path: Path) -> Path:
 
 
 def part(path: Path) -> str:
-    """``potential/m3gnet.py`` -> ``potential``; ``settings.py`` -> ``settings``."""
+    """``potential/m3gnet.py`` -> ``potential``; ``settings.py`` -> ``settings``; ``python -m`` is ``cli``."""
     first = inside(path).parts[0]
-    return first.removesuffix(".py")
+    return "cli" if first == "__main__.py" else first.removesuffix(".py")
 
 
 def label(path: Path) -> str:

@@ -46,11 +46,9 @@ from magus_anharmonic.settings import (
     Settings,
     parse,
 )
-from magus_anharmonic.sscha.engines import minimise
+from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
 from magus_anharmonic.sscha.ensemble import Ensemble, average
-from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.qe_files import generating_matrices, read_ensemble, state_from_dyn
-from magus_anharmonic.sscha.reweight import effective_number
 from magus_anharmonic.sscha.start import LARGEST_AMPLITUDE_LATER, floor_modes
 from magus_anharmonic.sscha.state import SschaState, state_digest
 from magus_anharmonic.sscha.symmetry import Symmetry

@@ -29,7 +29,7 @@ def read_ranking(path: str | Path) -> list[Candidate]:
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
     """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle
     points; those that have a table."""
-    from magus_anharmonic.sscha.convergence_figure import draw_convergence
+    from magus_anharmonic.sscha.report import draw_convergence
 
     best = [
         c

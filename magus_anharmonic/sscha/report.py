@@ -1,12 +1,14 @@
-"""The Hessian of a finished SSCHA run (or of a structure, which is run first) to files, phonons and
-a verdict."""
+"""What a finished SSCHA run has to show: the Hessian (of a run, or of a structure, which is run
+first) as files, phonons and a verdict, and the picture of ``convergence.csv``."""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ase import Atoms
@@ -14,11 +16,11 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
 from magus_anharmonic.io.digests import versions
-from magus_anharmonic.io.files import write_json
-from magus_anharmonic.io.tables import write_table
+from magus_anharmonic.io.files import replacing, write_json
+from magus_anharmonic.io.tables import table_rows, write_table
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
-from magus_anharmonic.sscha.gibbs import DEFAULTS, free_energy
+from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
@@ -29,6 +31,9 @@ from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -141,27 +146,25 @@ def hessian_of_structure(
     output: str | Path,
     evaluator: Evaluator,
     *,
+    run: Callable[[Atoms, Evaluator, Path], SschaResult],
     n_configs: int = DEFAULTS.n_configs,
     include_v4: bool = False,
     seed: int = 0,
-    **options: Any,
 ) -> HessianReport:
-    """SSCHA relaxation of one structure into ``output/sscha``, then its Hessian; ``options`` as
-    `free_energy` takes them.
+    """SSCHA relaxation of one structure into ``output/sscha`` by ``run``
+    (`ranking.jobs.free_energy_on`), then its Hessian.
 
     Raises ``SschaError`` when the relaxation fails, ``InputError`` where another process works in
     ``output``.
     """
-    run, output = Path(output) / "sscha", Path(output)
+    folder, output = Path(output) / "sscha", Path(output)
     with locked(output, WHAT):
-        result = free_energy(
-            atoms, evaluator, n_configs=n_configs, seed=seed, directory=run, **options
-        )
+        result = run(atoms, evaluator, folder)
         if result.force_constants is None:
             raise SschaError(f"{atoms.get_chemical_formula()}: SSCHA failed: {result.reason}")
         if not result.converged:
             log.warning("SSCHA %s; the Hessian is that of the last state", result.reason)
-        return _hessian_of_run(run, output, evaluator, n_configs, include_v4, seed)
+        return _hessian_of_run(folder, output, evaluator, n_configs, include_v4, seed)
 
 
 def shown_point(q: np.ndarray) -> str:
@@ -276,7 +279,7 @@ def write_frequencies(hessian: Hessian, path: Path) -> None:
     write_table(path, [*columns, "hessian_per_cm", "error_per_cm"], rows)
 
 
-def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
+def softest_levels(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, str]]:
     """The softest levels for the screen: q, degeneracy, auxiliary and Hessian wave number with
     error, cm^-1."""
     auxiliary = bands(hessian.state, hessian.state.force_constants, hessian.points) * EV_IN_CM1
@@ -295,3 +298,107 @@ def table_rows(hessian: Hessian, limit: int = 6) -> list[tuple[str, str, str, st
             )
             rows.append((hessian.hbar_omega[q, mode], row))
     return [row for _, row in sorted(rows)[:limit]]
+
+
+def read_convergence(path: Path) -> dict[str, list[float]]:
+    """The columns of a ``convergence.csv``; NaN where a field is empty."""
+    with table_rows(path) as reader:
+        rows = list(reader)
+    names = rows[0].keys() if rows else ()
+    return {name: [float(row[name]) if row[name] else math.nan for row in rows] for name in names}
+
+
+def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
+    """Draw F and G, pressure, effective sample and gradients against population into
+    ``folder/convergence.png``.
+
+    Returns the picture, also one that is as new as the table; None without a table, or with a
+    warning where it was changed. Error bars are
+    one standard error.
+    """
+    table, picture = Path(folder) / "convergence.csv", Path(folder) / "convergence.png"
+    if not table.is_file():
+        return None
+    if picture.is_file() and picture.stat().st_mtime >= table.stat().st_mtime:
+        return picture
+    try:
+        columns = read_convergence(table)
+    except InputError as error:
+        log.warning("no picture of the convergence: %s", error)
+        return None
+    if not columns:
+        return None
+    figure = _figure(columns, title)
+    with replacing(picture) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    return picture
+
+
+def _figure(columns: dict[str, list[float]], title: str) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    energy, pressure, sample, gradient = figure.subplots(2, 2, sharex=True).ravel()
+    x = columns["population"]
+    error = [ev_to_mev(value) for value in columns["error_eV_per_atom"]]
+    for name, letter, style in (
+        ("gibbs_eV_per_atom", "G", "o-"),
+        ("free_energy_eV_per_atom", "F", "s--"),
+    ):
+        last = columns[name][-1]
+        heights = [ev_to_mev(value - last) for value in columns[name]]
+        energy.errorbar(
+            x,
+            heights,
+            yerr=error,
+            fmt=style,
+            mfc="none",
+            capsize=3,
+            label=f"{letter} - ({last:.4f} eV/atom)",
+        )
+    energy.set_ylabel("meV/atom")
+    pressure.errorbar(
+        x,
+        columns["pressure_GPa"],
+        yerr=columns.get("pressure_error_GPa"),
+        fmt="o-",
+        capsize=3,
+        color="C2",
+    )
+    pressure.set_ylabel("pressure (GPa)")
+    sample.plot(x, columns["effective_sample"], "o-", color="C3")
+    sample.set_ylabel("effective sample / configurations")
+    sample.set_ylim(bottom=0.0)
+    gradient.plot(
+        x,
+        columns["centroid_force_eV_per_A"],
+        "o-",
+        color="C4",
+        label="largest force on a centroid (eV/A)",
+    )
+    gradient.plot(
+        x,
+        columns["fc_gradient_eV_per_A2"],
+        "s--",
+        color="C5",
+        mfc="none",
+        label="force constants, at the end (eV/A$^2$)",
+    )
+    if any(
+        value > 0
+        for name in ("centroid_force_eV_per_A", "fc_gradient_eV_per_A2")
+        for value in columns[name]
+    ):
+        gradient.set_yscale("log", nonpositive="mask")
+    gradient.set_ylabel("gradient")
+    for axes in (energy, gradient):
+        axes.legend(fontsize=7, frameon=False)
+    for axes in (sample, gradient):
+        axes.set_xlabel("population")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if title:
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    return figure
