@@ -184,10 +184,7 @@ class HostKeys(Section):
         None, description="radii in Angstrom; left out: covalent radii"
     )
     volume_ratio: Positive = Field(
-        1.5,
-        description=(
-            "cell volume / volume of the atoms' balls, adapted from the second generation on"
-        ),
+        1.5, description="cell volume / volume of the atoms' balls, adapted from generation 2 on"
     )
     min_volume_ratio: Positive = Field(0.5, description="smallest random volume / mean")
     max_volume_ratio: Positive = Field(1.5, description="largest random volume / mean")
@@ -219,13 +216,9 @@ class HostKeys(Section):
     )
     symprec: Length = Field(0.1, description="Angstrom, for finding space groups")
     dE: Energy = Field(
-        0.01,
-        description=(
-            "eV/atom: duplicates have the same space group and differ less (in enthalpy; MAGUS:"
-            " energy)"
-        ),
-    )  # noqa: N815
-    dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")  # noqa: N815
+        0.01, description="eV/atom: duplicates (of one space group) differ less in enthalpy"
+    )
+    dV: Positive = Field(0.05, description="relative: duplicates differ less in volume")
     check_seed: bool = Field(False, description="check seeds like other structures")
     rand_ratio: Probability = Field(
         0.2, description="share of random structures from the second generation on"
@@ -375,22 +368,6 @@ def unknown_key(key: str) -> str:
     for name, public in _PUBLIC.items():
         hint = hint.replace(f"mean {name}?", f"mean {public}?")
     return f"{key}: unknown key{hint}"
-
-
-def texts_with_units(data: Mapping[str, Any]) -> list[str]:
-    """One line for each of MAGUS's own keys whose value is a text with a unit: MAGUS itself reads
-    numbers."""
-    fields = {"pressure": Settings.model_fields["pressure"], **HostKeys.model_fields}
-    found = []
-    for key, value in data.items():
-        field = fields.get(fold(str(key)))
-        units = [item.unit for item in field.metadata if isinstance(item, In)] if field else []
-        if units and isinstance(value, str):
-            found.append(
-                f"{key}: {value!r}: MAGUS itself reads this key, as a number in {units[0]} (with"
-                " --host embedded it may have a unit)"
-            )
-    return found
 
 
 def unknown_to_magus(settings: Settings) -> list[str]:
