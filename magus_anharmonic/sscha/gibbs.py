@@ -249,7 +249,9 @@ EFFECTIVE_SAMPLE = 0.2
 makes the error bar doubtful."""
 
 
-def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult | None:
+def reweighted_result(
+    task: Task, source: StartOfRun | None, folder: RunFolder
+) -> SschaResult | None:
     """The result of ``task`` from the ensemble of the run in ``source`` alone, without any
     evaluation; None where that does not do.
 
@@ -308,7 +310,7 @@ def reweighted_result(task: Task, source: Any, folder: RunFolder) -> SschaResult
     return result
 
 
-def _source(task: Task, source: Any) -> tuple[Start, Ensemble, SschaState] | None:
+def _source(task: Task, source: StartOfRun | None) -> tuple[Start, Ensemble, SschaState] | None:
     """Start with the new masses, and ensemble and state of the run in ``source``; None where more
     than the masses is another."""
     if task.start is None or not isinstance(source, str | Path) or not Path(source).is_dir():
