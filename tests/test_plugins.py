@@ -178,6 +178,10 @@ NO_CRYSTALS = (
             "MainCalculator.calculator: is emt; learning: needs calculator: mattersim here",
         ),
         (
+            {"sscha": {}, "MainCalculator": {"calculator": "espresso", "jobPrefix": "QE"}},
+            "every single point would be lost; name another calculator for SSCHA as sscha.evaluator",
+        ),
+        (
             {"sscha": {"evaluator": "ase.calculators.emt.Emt"}},
             "sscha.evaluator.calculator: 'ase.calculators.emt.Emt': ase.calculators.emt has no",
         ),

@@ -30,6 +30,8 @@ _CAMEL_ONLY = (
 _OF_OTHER_FILES = ("Ercs", "Age")
 """Fitnesses that MAGUS registers for surfaces and for ``-smfr``."""
 
+NO_POINTS = "espresso of MAGUS reads relaxations only, and every single point would be lost"
+
 _NEEDED_BY = {"XRD": ("waveLength", "targetXrd")}
 
 
@@ -133,6 +135,12 @@ def is_ours(settings: Settings, *, learner: bool) -> bool:
 
 def _calculator_problems(settings: Settings, ml: bool) -> list[str]:
     if settings.learning is None or is_ours(settings, learner=ml):
+        needs_points = settings.sscha is not None and settings.evaluator is None and not ml
+        if needs_points and stages(settings.main_calculator)[-1:] == ["espresso"]:
+            return [
+                f"MainCalculator.calculator: {NO_POINTS}; name another calculator for SSCHA as"
+                " sscha.evaluator"
+            ]
         return []
     name, block = (
         ("MLCalculator", settings.ml_calculator)
@@ -175,8 +183,8 @@ def _learning_problems(settings: Settings, parameters: Mapping[str, Any], ml: bo
         )
     if stages(settings.main_calculator)[-1:] == ["espresso"]:
         problems.append(
-            "MainCalculator.calculator: espresso of MAGUS reads relaxations only, and every single"
-            " point would be lost; search without -m, with learning.labeler: {calculator: espresso}"
+            f"MainCalculator.calculator: {NO_POINTS}; search without -m, with learning.labeler:"
+            " {calculator: espresso}"
         )
     if not loops:
         problems.append(

@@ -27,17 +27,22 @@ from magus_anharmonic.settings.calculators import (
 )
 from magus_anharmonic.settings.section import (
     Count,
+    Energy,
+    In,
     InsidePath,
-    NonNegative,
+    Kelvin,
+    Length,
     Positive,
     PressureGPa,
     Section,
+    Spacing,
     absolute_file,
     load_yaml,
     parse,
     snake_case,
 )
 from magus_anharmonic.settings.training import LearningSettings
+from magus_anharmonic.units import quantity
 
 Row = tuple[int, int, int]
 
@@ -70,7 +75,7 @@ class SschaSettings(Section):
             " search, whatever it is"
         ),
     )
-    temperature: NonNegative | list[NonNegative] = Field(
+    temperature: Kelvin | list[Kelvin] = Field(
         0.0, description="K; a list runs one after the other"
     )
     when: Literal["converged_model", "every_generation"] = Field(
@@ -83,7 +88,7 @@ class SschaSettings(Section):
     max_candidates: Count = Field(
         100, description="the lowest distinct structures, counted per model"
     )
-    window: Positive | None = Field(
+    window: Energy | None = Field(
         None,
         description=(
             "only structures this far (eV/atom) above the best enthalpy, or above the hull of"
@@ -91,7 +96,7 @@ class SschaSettings(Section):
         ),
     )
     supercell: (
-        tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Positive]
+        tuple[Count, Count, Count] | tuple[Row, Row, Row] | dict[Literal["min_length"], Length]
     ) = Field(
         (2, 2, 2),
         description=(
@@ -116,27 +121,27 @@ class SschaSettings(Section):
     strain_tolerance: Positive = Field(
         0.005, description="what the cell may still be strained by, or twice its error"
     )
-    centroid_tolerance: Positive = Field(
+    centroid_tolerance: Length = Field(
         0.005, description="Angstrom, what centroids may still have to move, or twice their error"
     )
-    pressure_tolerance: Positive | None = Field(
+    pressure_tolerance: Annotated[Positive, In("GPa")] | None = Field(
         None,
         description=(
             "GPa, largest component of stress minus target; left out: energy and strain decide"
             " alone"
         ),
     )
-    free_energy_tolerance: Positive = Field(
+    free_energy_tolerance: Energy = Field(
         0.2e-3, description="eV/atom, predicted remaining decrease of G"
     )
     min_effective_sample: Positive = Field(
         0.5, lt=1.0, description="effective sample size / n_configs that ends a minimisation"
     )
-    symprec: Positive = Field(0.05, description="Angstrom, symmetry of the start")
-    reference_spacing: Positive = Field(
+    symprec: Length = Field(0.05, description="Angstrom, symmetry of the start")
+    reference_spacing: Spacing = Field(
         0.02, description="2 pi / A: q spacing to which the free energy is interpolated"
     )
-    error_tolerance: Positive | None = Field(
+    error_tolerance: Energy | None = Field(
         None,
         description=(
             "eV/atom, sampling error of G that ends a run; left out: none, or 0.3 of the model's"
@@ -183,14 +188,12 @@ class SschaSettings(Section):
     @field_validator("temperature", mode="before")
     @classmethod
     def _kelvin(cls, value: Any) -> Any:
-        values = value if isinstance(value, list) else [value]
-        if not values or any(
-            isinstance(item, bool) or not isinstance(item, int | float) for item in values
-        ):
+        values = [quantity(item, "K") for item in (value if isinstance(value, list) else [value])]
+        if not values:
             raise ValueError("must be a number or a list of numbers in K")
         if min(values) < 0:
             raise ValueError("must not be below 0 K")
-        return value
+        return values if isinstance(value, list) else values[0]
 
     @field_validator("supercell", mode="before")
     @classmethod
@@ -389,7 +392,7 @@ def load_settings(path: str | Path) -> Settings:
     return parse_settings(load_yaml(path))
 
 
-def parse_settings(data: dict[str, Any]) -> Settings:
+def parse_settings(data: Mapping[str, object]) -> Settings:
     """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in
     ``Settings.host``."""
     ours: dict[str, Any] = {}

@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator
 
 from magus_anharmonic.settings.calculators import LabelerSettings
-from magus_anharmonic.settings.section import Count, InsidePath, NonNegative, Positive, Section
+from magus_anharmonic.settings.section import (
+    Count,
+    Energy,
+    In,
+    InsidePath,
+    NonNegative,
+    Positive,
+    Section,
+)
 
 
 class TrainingKeys(Section):
@@ -71,7 +79,7 @@ class LearningSettings(TrainingKeys):
     )
     n_sample: Count = Field(10, description="structures chosen per generation")
     n_perturb: Count = Field(10, description="distortions of each")
-    atom_displacement: NonNegative = Field(
+    atom_displacement: Annotated[NonNegative, In("A")] = Field(
         0.05, le=1.0, description="Angstrom, random direction, fixed length"
     )
     strain: NonNegative = Field(
@@ -87,7 +95,7 @@ class LearningSettings(TrainingKeys):
             " each"
         ),
     )
-    target_rmse: Positive | None = Field(
+    target_rmse: Energy | None = Field(
         None,
         description=(
             "eV/atom on the search's own validation labels: the model counts as converged below it"

@@ -1,4 +1,4 @@
-"""`magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
+"""Free energies by MAGUS's own calculators, and `magus search -m` with labels that MAGUS sends through LSF, SLURM and PBS, which small programs
 play."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from ase.calculators.emt import EMT
 from ase.io import read
 from magus_run import LEARNING, magus, needs_magus, ours, write_input
@@ -26,7 +27,7 @@ CLUSTER = {
 
 
 @pytest.fixture
-def cluster_search(work: Path, queue: Path) -> Path:
+def cluster_search(work, queue):
     """An input whose labels go through a queue system."""
     with (work.parent / "site/magus_anharmonic-0.dist-info/entry_points.txt").open("a") as file:
         file.write("toy-cluster = toy_cluster:register\n")
@@ -45,6 +46,45 @@ def cluster_search(work: Path, queue: Path) -> Path:
     text = (work / "input.yaml").read_text().replace("sscha: null\n", "")
     (work / "input.yaml").write_text(text)
     return work
+
+
+LJ = {"sigma": 2.3, "epsilon": 0.3, "rc": 6.0, "smooth": True}
+EMT_BLOCK = {"calculator": "emt", "jobPrefix": "EMT", "maxForce": 100, "maxStep": 30}
+
+
+@pytest.mark.parametrize(
+    ("main", "evaluator", "model"),
+    [
+        (EMT_BLOCK, None, "emt-"),
+        ({"calculator": "lj", "jobPrefix": "LJ", "maxStep": 30}, None, "lennardjones-"),
+        ({"calculator": "toy-cluster", "jobPrefix": "Toy", "mode": "serial"}, None, "dft-"),
+        (EMT_BLOCK, {"calculator": "lj", "arguments": LJ}, "lennardjones-"),
+    ],
+    ids=["emt", "lj", "single points", "named"],
+)
+def test_free_energies_rank_by_any_calculator_of_magus(
+    cluster_search: Path, main: dict, evaluator: dict | None, model: str
+) -> None:
+    folder = cluster_search / "inputFold/LJ"
+    folder.mkdir()
+    (folder / "lj.yaml").write_text(yaml.safe_dump(LJ))
+    sscha = {"supercell": [1, 1, 1], "n_configs": 10, "max_populations": 1, "max_candidates": 1}
+    write_input(
+        cluster_search,
+        symbols=["Cu", "Al"],
+        formula=[1, 1],
+        MainCalculator=main,
+        sscha={**sscha, "evaluator": evaluator},
+    )
+    result = magus(cluster_search, "search")
+    assert result.returncode == 0, result.stdout[-3000:]
+    good = read(cluster_search / "results/good.traj", ":")
+    assert {atoms.info["model"].split("-")[0] + "-" for atoms in good} == {model}
+    assert all(np.isfinite(atoms.info["enthalpy"]) for atoms in good)
+    ranking = (cluster_search / "results/anharmonic/ranking.csv").read_text()
+    assert model in ranking and "unconverged" in ranking, "every free energy is of that model"
+    again = magus(cluster_search, "search", "-r")
+    assert again.returncode == 0, again.stdout[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -68,9 +108,7 @@ def test_labels_come_back_through_the_queue_system(
         )
 
 
-def test_a_repeated_round_sends_no_job_for_labels_that_it_has(
-    cluster_search: Path, queue: Path
-) -> None:
+def test_a_repeated_round_sends_no_job_for_labels_that_it_has(cluster_search, queue):
     """MAGUS's restart repeats its last round; each label is hours of a cluster."""
     file = cluster_search / "input.yaml"
     file.write_text(file.read_text().replace("numGen: 1", "numGen: 2"))
@@ -84,7 +122,7 @@ def test_a_repeated_round_sends_no_job_for_labels_that_it_has(
     assert len(read_jsonl(cluster_search / "results/anharmonic/metrics.jsonl")) == 2
 
 
-def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search: Path) -> None:
+def test_a_failed_job_hands_back_stale_labels_and_they_are_not_taken(cluster_search):
     """The fault: `read_parallel_results` reads the optPop.traj of the batch before when a job ends
     without output."""
     assert magus(cluster_search, "search", "-m", JOB_SYSTEM="LSF").returncode == 0
