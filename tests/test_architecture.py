@@ -29,6 +29,8 @@ BASE = {
     "evaluator",
     "calculator_check",
     "calculator_id",
+    "third_party",
+    "testing",
     "hull",
     "__init__",
 }

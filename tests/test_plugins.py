@@ -134,7 +134,7 @@ def test_a_file_of_magus_with_our_name_does_not_displace_us(
 
 
 def test_the_fitness_is_known_to_magus(magus: SimpleNamespace) -> None:
-    assert magus.fitness.fit_dict["SSCHA"].__name__ == "SschaFitness"
+    assert magus.fitness.fit_dict["SSCHA"].__name__ == "NamedFitness"
 
 
 # Input

@@ -155,7 +155,7 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
 ) -> None:
     from magus.fitness import FitnessCalculator
 
-    from magus_anharmonic.plugins.calculator import SschaFitness
+    from magus_anharmonic.plugins.calculator import NamedFitness
 
     class Given(FitnessCalculator):
         def calc(self, pop: Any) -> None:
@@ -176,7 +176,7 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
     )
     for individual in individuals:
         individual.info["fitness"] = {}
-    population.fit_calcs = [SschaFitness({})]
+    population.fit_calcs = [NamedFitness({})]
     individuals.calc_dominators()
     assert [individual.info["dominators"] for individual in individuals] == [2, 1, 0], (
         "estimated: as much below its enthalpy as the least lowered"
