@@ -9,7 +9,7 @@ from ase import Atoms
 
 from magus_anharmonic.io.files import remove, replacing
 from magus_anharmonic.io.tables import read, write
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import Candidate, RankingTable
 from magus_anharmonic.ranking.jobs import info_of
 from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.structures import stripped
@@ -20,10 +20,10 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
     write(Candidate, path, candidates)
 
 
-def read_ranking(path: str | Path) -> list[Candidate]:
+def read_ranking(path: str | Path) -> RankingTable:
     """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line,
     column)."""
-    return read(Candidate, path)
+    return RankingTable(read(Candidate, path))
 
 
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:

@@ -432,7 +432,7 @@ def load_settings(path: str | Path) -> Settings:
     return parse_settings(load_yaml(path))
 
 
-def parse_settings(data: dict[str, Any]) -> Settings:
+def parse_settings(data: Mapping[str, object]) -> Settings:
     """Validate the mapping of an ``input.yaml``; MAGUS's remaining keys end up in
     ``Settings.host``."""
     ours: dict[str, Any] = {}
