@@ -35,6 +35,7 @@ from magus_anharmonic.labelers.codes import import_path, make_calculator
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.table import write_relaxed
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
@@ -375,7 +376,7 @@ def rank_structures(
     measured: Mapping[str, ModelTerm] | None = None,
 ) -> list[Candidate]:
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy; see
-    `rank` for the files.
+    `rank` for the files; beside them stands ``relaxed.extxyz`` (`write_relaxed`).
 
     ``evaluator``: our Potential, an ASE calculator or a labeler. ``relax=False`` takes the
         structures as they are.
@@ -401,7 +402,7 @@ def rank_structures(
         if reason:
             atoms.info["reason"] = f"relaxation: {reason}"
             log.warning("structure %d is out of the ranking: %s", index, atoms.info["reason"])
-    return rank(
+    found = rank(
         copies,
         evaluator=source,
         settings=settings,
@@ -412,3 +413,5 @@ def rank_structures(
         starts=starts,
         measured=measured,
     )
+    write_relaxed(Path(run_dir) / "relaxed.extxyz", copies, structures, found)
+    return found
