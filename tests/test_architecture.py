@@ -30,12 +30,13 @@ BASE = {
     "calculator_check",
     "calculator_id",
     "hull",
+    "notebook",
     "__init__",
 }
 
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
-    "__init__": BASE | {"potential", "sscha"},  # the lazy public names
+    "__init__": BASE | {"potential", "sscha", "ranking"},  # the lazy public names
     "scheduler": BASE,
     "potential": BASE | {"scheduler"},
     "sscha": BASE,

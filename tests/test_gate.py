@@ -1,8 +1,6 @@
 """The gate: structures that are not what they seem are refused by name, in every command, before
 any work."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -58,7 +56,7 @@ ITEM: ATOMS id type {column}x y z
 """
 
 
-def copper(**changes) -> Atoms:
+def copper(**changes):
     atoms = bulk("Cu", cubic=True)
     atoms.info["name"] = "run007"
     for name, value in changes.items():
@@ -66,7 +64,7 @@ def copper(**changes) -> Atoms:
     return atoms
 
 
-def broken(how: str) -> Atoms:
+def broken(how):
     atoms = copper()
     if how == "position":
         atoms.positions[2, 1] = np.nan
@@ -127,7 +125,7 @@ def test_what_cannot_be_is_refused_by_name_in_files_and_in_python(how, words, tm
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-def rank(atoms: Atoms, folder: Path) -> None:
+def rank(atoms, folder):
     rank_structures([bulk("Cu"), atoms], EMT(), parse_settings({"pressure": 0.0}), folder / "out")
 
 
@@ -282,7 +280,7 @@ def test_types_are_no_elements(tmp_path):
     )
 
 
-def labelled(atoms: Atoms) -> Atoms:
+def labelled(atoms):
     atoms.calc = SinglePointCalculator(
         atoms, energy=0.0, forces=np.zeros((len(atoms), 3)), stress=np.zeros(6)
     )
@@ -349,7 +347,7 @@ def test_files_folders_ranges_patterns_and_databases_are_read_in_order_and_named
         for a in (3.5, 3.6, 3.7):
             base.write(bulk("Cu", "fcc", a=a), a=a)
 
-    def names(*sources: str) -> list[str]:
+    def names(*sources):
         found = read_sources([str(tmp_path / source) for source in sources])
         return [Path(atoms.info["name"]).name for atoms in found]
 

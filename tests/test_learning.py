@@ -1,10 +1,7 @@
 """Learning: what is chosen, how it is distorted, what is kept, and when a model is replaced."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +33,7 @@ from magus_anharmonic.settings import LearningSettings, parse
 from magus_anharmonic.structures import structure_id
 
 
-def h3s(a: float = 3.0, shift: float = 0.0) -> Atoms:
+def h3s(a=3.0, shift=0.0):
     """Primitive Im-3m H3S; ``shift`` (Angstrom) moves the hydrogen atoms along their bonds to
     R3m."""
     cell = a / 2 * np.array([[-1, 1, 1], [1, -1, 1], [1, 1, -1]])
@@ -45,7 +42,7 @@ def h3s(a: float = 3.0, shift: float = 0.0) -> Atoms:
     )
 
 
-def random_structure(seed: int, n_sulfur: int = 1) -> Atoms:
+def random_structure(seed, n_sulfur=1):
     rng = np.random.default_rng(seed)
     while True:
         cell = 2.6 * np.eye(3) + rng.uniform(-0.5, 0.5, (3, 3))
@@ -68,11 +65,11 @@ class Counting:
 
     zero = 2.0  # eV/atom
 
-    def __init__(self, fails: dict[int, str] | None = None, die_after: int | None = None) -> None:
+    def __init__(self, fails=None, die_after=None):
         self.n, self.fails, self.die_after = 0, fails or {}, die_after
 
-    def __call__(self, structures: list[Atoms]) -> list:
-        results: list = []
+    def __call__(self, structures):
+        results = []
         for index, atoms in enumerate(structures):
             self.n += 1
             if index in self.fails:
@@ -89,18 +86,18 @@ class Counting:
         return results
 
 
-def labeler_of(function, **settings) -> CallableLabeler:
+def labeler_of(function, **settings):
     return CallableLabeler(
         function, description="Lennard-Jones", settings=settings or {"sigma": 1.2}
     )
 
 
 @pytest.fixture
-def settings() -> LearningSettings:
+def settings():
     return learning(n_sample=4, n_perturb=2, epochs=2, learning_rate=1e-3)
 
 
-def learning(**keys) -> LearningSettings:
+def learning(**keys):
     return parse(LearningSettings, {"labeler": {"calculator": "gpaw"}, **keys})
 
 
@@ -249,7 +246,7 @@ def test_different_structures_are_different_families():
 # ------------------------------------------------------------------ store
 
 
-def frame(number: int, generation: int = 1, settings_hash: str = "a1b2c3d4e5f6", **info) -> Atoms:
+def frame(number, generation=1, settings_hash="a1b2c3d4e5f6", **info):
     atoms = h3s(3.0 + 0.01 * number)
     atoms.info.update(
         id=f"g{generation}-{number:04d}",
@@ -409,7 +406,7 @@ def test_labels_of_the_search_judge_before_those_of_a_dataset():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
+def checkpoint(tmp_path_factory):
     """A random-weights model of MatterSim's shape, one block of 8 units."""
     import torch
 

@@ -1,8 +1,6 @@
 """Schedulers: every task ends exactly once, whoever runs it and whatever dies; results do not
 depend on the number of workers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -34,7 +32,7 @@ from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
-from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
+from magus_anharmonic.settings import LabelerSettings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
 from magus_anharmonic.structures import structure_id
 
@@ -151,7 +149,7 @@ def test_a_task_whose_worker_died_once_is_run_again(parallel, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_no_task_and_doubles_none(parallel, tmp_path):
-    def kill() -> None:
+    def kill():
         end = time.monotonic() + 60
         while not list(tmp_path.glob("*-*")) and time.monotonic() < end:
             time.sleep(0.02)
@@ -178,7 +176,7 @@ def test_a_local_task_is_tried_three_times(local, caplog):
     )
 
 
-def gone(pid: int) -> bool:
+def gone(pid):
     """Whether a process ends within some seconds."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
@@ -419,11 +417,11 @@ def test_a_worker_cannot_write_outside_the_folder(tmp_path, name):
 # ------------------------------------------------------------------ labels, relaxations, SSCHA
 
 
-def at(address: str) -> Settings:
+def at(address):
     return parse_settings({"scheduler": address, "Fitness": ["SSCHA"], "sscha": {}})
 
 
-def copper(scale: float) -> Atoms:
+def copper(scale):
     atoms = bulk("Cu", cubic=True, a=3.6 * scale)
     atoms.rattle(0.05, seed=3)
     return atoms
@@ -572,7 +570,7 @@ def test_a_checkpoint_travels_as_bytes_and_a_replaced_one_is_refused(potential, 
 METALS = (("Cu", 3.55), ("Al", 3.95))
 
 
-def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
+def sscha_jobs(folder, workers, crystals=METALS):
     """Free energies of metals on EMT by the real engine, at two temperatures, as the ranking runs
     them."""
     options = {"n_configs": 10, "max_populations": 1, "supercell": (1, 1, 2), "cell": "fixed"}
@@ -598,7 +596,7 @@ def sscha_jobs(folder: Path, workers, crystals=METALS) -> dict[str, float]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sscha_gives_the_same_numbers_with_one_worker_and_with_eight(tmp_path):
     crystals = [(symbol, a + strain) for symbol, a in METALS for strain in (0.0, 0.01, 0.02, 0.03)]
     with (
@@ -661,7 +659,7 @@ def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_late
     )
 
 
-def emt_energy(atoms: Atoms) -> float:
+def emt_energy(atoms):
     copy = atoms.copy()
     copy.calc = EMT()
     return copy.get_potential_energy()

@@ -331,19 +331,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("n_files", "before"),
-    [
-        (2, False),
-        (3, False),
-        (5, True),
-        (6, False),
-        (9, False),
-        (11, False),
-        (13, True),
-        (24, True),
-    ],
-)
+@pytest.mark.parametrize(("n_files", "before"), [(2, False), (5, True), (9, False), (24, True)])
 def test_a_search_killed_around_any_file_goes_on_as_if_it_had_not_been(
     finished: tuple[Path, SearchOutcome],
     tmp_path: Path,
@@ -1000,7 +988,7 @@ def everything(directory: Path) -> dict[str, Any]:
     return files(directory) | tables | {"records": records}
 
 
-@pytest.mark.parametrize("damaged", [(3,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("damaged", [(3,), (1, 2, 3)])
 def test_generations_done_again_are_those_of_an_undisturbed_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: tuple[int, ...]
 ) -> None:

@@ -215,7 +215,7 @@ def point_of(
         result.centroids.get_chemical_formula(mode="metal", empirical=True),
         result.target_pressure,
         result.temperature,
-        _number(result.gibbs),
+        _number(result.numbers.gibbs),
         _number(result.gibbs_error),
         volume,
         volume_error,

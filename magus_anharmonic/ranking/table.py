@@ -11,7 +11,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from magus_anharmonic.io.digests import as_stored
 from magus_anharmonic.io.files import remove, replacing, write_json
 from magus_anharmonic.io.tables import columns_of, read, values, write
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import Candidate, RankingTable
 from magus_anharmonic.ranking.jobs import info_of
 from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.structures import as_pymatgen, formula, stripped
@@ -22,10 +22,10 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
     write(Candidate, path, candidates)
 
 
-def read_ranking(path: str | Path) -> list[Candidate]:
+def read_ranking(path: str | Path) -> RankingTable:
     """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line,
     column)."""
-    return read(Candidate, path)
+    return RankingTable(read(Candidate, path))
 
 
 def write_results(path: str | Path, tables: Iterable[Iterable[Candidate]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,18 @@ from ase import Atoms
 
 from magus_anharmonic.errors import InputError, SschaError
 from magus_anharmonic.evaluator import Evaluator, as_evaluator
+from magus_anharmonic.io import pictures
 from magus_anharmonic.io.digests import versions
-from magus_anharmonic.io.files import replacing, write_json
+from magus_anharmonic.io.files import write_json
 from magus_anharmonic.io.tables import table_rows, write_table
+from magus_anharmonic.notebook import Described
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.sscha.ensemble import Ensemble, joined
 from magus_anharmonic.sscha.gibbs import DEFAULTS
 from magus_anharmonic.sscha.hessian import Hessian, free_energy_hessian, levels
 from magus_anharmonic.sscha.phonons import bands, dispersion, draw_dispersion, write_dispersion
 from magus_anharmonic.sscha.qe_files import write_dyn
+from magus_anharmonic.sscha.record import SYMPREC
 from magus_anharmonic.sscha.result import SschaResult, final_ensemble
 from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.start import harmonic_force_constants, in_double_precision
@@ -33,7 +36,7 @@ from magus_anharmonic.sscha.unstable import supported_group
 from magus_anharmonic.units import EV_IN_CM1, ev_to_mev
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +47,17 @@ WHAT = "magus-anharmonic hessian"
 """Names this work in the lock of its folder."""
 
 
-@dataclass(frozen=True)
-class HessianReport:
+@dataclass(frozen=True, repr=False)
+class HessianReport(Described):
     """What was found, and where the files are."""
 
     result: SschaResult
     hessian: Hessian
     folder: Path
+
+    def described(self) -> dict[str, str]:
+        """What the Hessian says, and where its files are."""
+        return {**self.hessian.described(), "files": str(self.folder)}
 
     def sentences(self) -> list[str]:
         """The verdict in words."""
@@ -246,14 +253,13 @@ def write_report(report: HessianReport, harmonic: np.ndarray | None) -> None:
     write_dyn(state, folder / "dyn_auxiliary")
     write_dyn(state, folder / "dyn_hessian", hessian.force_constants)
     write_frequencies(hessian, folder / "frequencies.csv")
-    found = dispersion(hessian, harmonic)
+    found = dispersion(hessian, harmonic, report.result.symmetry_tolerance or SYMPREC)
     write_dispersion(found, folder / "dispersion.csv")
     title = (
         f"{state.atoms.get_chemical_formula()} at {report.result.target_pressure:g} GPa,"
         f" {state.temperature:g} K: {hessian.status}"
     )
-    for suffix in ("png", "svg"):
-        draw_dispersion(found, folder / f"dispersion.{suffix}", title)
+    draw_dispersion(found, folder, title)
     write_json(folder / "hessian.json", summary(report))
 
 
@@ -310,11 +316,10 @@ def read_convergence(path: Path) -> dict[str, list[float]]:
 
 def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
     """Draw F and G, pressure, effective sample and gradients against population into
-    ``folder/convergence.png``.
+    ``folder/convergence.png`` and ``.svg``.
 
     Returns the picture, also one that is as new as the table; None without a table, or with a
-    warning where it was changed. Error bars are
-    one standard error.
+    warning where it was changed. Error bars are one standard error.
     """
     table, picture = Path(folder) / "convergence.csv", Path(folder) / "convergence.png"
     if not table.is_file():
@@ -328,77 +333,39 @@ def draw_convergence(folder: str | Path, title: str = "") -> Path | None:
         return None
     if not columns:
         return None
-    figure = _figure(columns, title)
-    with replacing(picture) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    return picture
+    with pictures.figure(2, 2, title=title) as (figure, panels):
+        _draw(panels, columns)
+        return pictures.save(figure, picture.parent, picture.stem)[1]
 
 
-def _figure(columns: dict[str, list[float]], title: str) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7.2, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    energy, pressure, sample, gradient = figure.subplots(2, 2, sharex=True).ravel()
+def _draw(panels: Sequence[Axes], columns: dict[str, list[float]]) -> None:
+    energy, pressure, sample, gradient = panels
     x = columns["population"]
     error = [ev_to_mev(value) for value in columns["error_eV_per_atom"]]
-    for name, letter, style in (
-        ("gibbs_eV_per_atom", "G", "o-"),
-        ("free_energy_eV_per_atom", "F", "s--"),
+    for index, (name, letter) in enumerate(
+        (("gibbs_eV_per_atom", "G"), ("free_energy_eV_per_atom", "F"))
     ):
         last = columns[name][-1]
         heights = [ev_to_mev(value - last) for value in columns[name]]
-        energy.errorbar(
-            x,
-            heights,
-            yerr=error,
-            fmt=style,
-            mfc="none",
-            capsize=3,
-            label=f"{letter} - ({last:.4f} eV/atom)",
-        )
+        label = f"{letter} - ({last:.4f} eV/atom)"
+        pictures.points(energy, x, heights, error, index=index, label=label, mfc="none")
     energy.set_ylabel("meV/atom")
-    pressure.errorbar(
-        x,
-        columns["pressure_GPa"],
-        yerr=columns.get("pressure_error_GPa"),
-        fmt="o-",
-        capsize=3,
-        color="C2",
-    )
+    pictures.points(pressure, x, columns["pressure_GPa"], columns.get("pressure_error_GPa"))
     pressure.set_ylabel("pressure (GPa)")
-    sample.plot(x, columns["effective_sample"], "o-", color="C3")
+    pictures.points(sample, x, columns["effective_sample"])
     sample.set_ylabel("effective sample / configurations")
     sample.set_ylim(bottom=0.0)
-    gradient.plot(
-        x,
-        columns["centroid_force_eV_per_A"],
-        "o-",
-        color="C4",
-        label="largest force on a centroid (eV/A)",
-    )
-    gradient.plot(
-        x,
-        columns["fc_gradient_eV_per_A2"],
-        "s--",
-        color="C5",
-        mfc="none",
-        label="force constants, at the end (eV/A$^2$)",
-    )
-    if any(
-        value > 0
-        for name in ("centroid_force_eV_per_A", "fc_gradient_eV_per_A2")
-        for value in columns[name]
-    ):
-        gradient.set_yscale("log", nonpositive="mask")
+    gradients = {
+        "centroid_force_eV_per_A": "largest force on a centroid (eV/\N{ANGSTROM SIGN})",
+        "fc_gradient_eV_per_A2": "force constants, at the end (eV/\N{ANGSTROM SIGN}²)",
+    }
+    for index, (name, label) in enumerate(gradients.items()):
+        pictures.points(gradient, x, columns[name], index=index, label=label, mfc="none")
+    if any(value > 0 for name in gradients for value in columns[name]):
+        pictures.log_scale(gradient)
     gradient.set_ylabel("gradient")
     for axes in (energy, gradient):
-        axes.legend(fontsize=7, frameon=False)
-    for axes in (sample, gradient):
+        pictures.legend(axes, fontsize=8)
+    for axes in panels:
         axes.set_xlabel("population")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(title, fontsize=10, parse_math=False)
-    return figure
+        axes.xaxis.get_major_locator().set_params(integer=True)
