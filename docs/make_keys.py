@@ -222,7 +222,11 @@ def render() -> str:
         " unit, a bare number is in it, and a text may have another one: `150 GPa`, `300 K`, `5"
         " meV`, `2 h`. What looks like a\npressure in Pa (`150e9`) is refused. MAGUS reads its own"
         " keys itself: with stock MAGUS `pressure` and the keys of the\nembedded host's table"
-        " below are bare numbers.\n"
+        " below are bare numbers.\n\nThe first line of an input may name its JSON schema, by which editors"
+        " complete and check (`yaml-language-server`):\n`magus-anharmonic init` writes it, and the"
+        " inputs of the repository have it. The schemas of `input.yaml`, `campaign.yaml`,"
+        "\n`phase-diagram.yaml` and of a recipe of `train` lie in the installed package, in"
+        " `magus_anharmonic/data/schemas`.\n"
     )
     return "\n\n".join([head.rstrip(), *(section(*item) for item in SECTIONS)]) + "\n"
 

@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
         "paper",
         "report",
     },
+    "starter": BASE | {"labelers", "search"},
     "doctor": BASE | {"potential", "labelers", "scheduler"},
     "plugins": BASE
     | {
