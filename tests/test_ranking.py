@@ -4,8 +4,6 @@ table says."""
 from __future__ import annotations
 
 import csv
-import dataclasses
-import logging
 import os
 import signal
 import subprocess
@@ -25,10 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import a_candidate, stored_run
 
-from magus_anharmonic.errors import InputError, MagusAnharmonicError
-from magus_anharmonic.gate import read_structures
+from magus_anharmonic.errors import InputError
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.matcher import (
     Fingerprint,
@@ -47,7 +43,7 @@ from magus_anharmonic.settings import Settings, SschaSettings, parse_settings
 from magus_anharmonic.structures import primitive, space_group, structure_id
 
 if TYPE_CHECKING:
-    from magus_anharmonic.potential import Potential
+    pass
 
 DESIGN_COLUMNS = (
     "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum,"
@@ -162,13 +158,6 @@ def test_mirror_images_are_one() -> None:
         pbc=True,
     )
     assert largest_difference(Fingerprint(left), Fingerprint(right)) < 1e-6
-
-
-def test_merged_structures_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        distinct([fakes.h3s(), fakes.h3s()], [-1.0, -0.9996])
-    assert structure_id(fakes.h3s()) in caplog.text
-    assert "+0.400" in caplog.text
 
 
 def test_a_centroid_and_its_compressed_copy_are_one_phase_but_r3m_is_another() -> None:
@@ -297,12 +286,6 @@ def test_another_pressure_temperature_or_setting_is_another_free_energy(
     ranked(metals("Cu"), tmp_path, search_settings(**change))
     assert len(calls(tmp_path)) == 2
     assert len({call["folder"] for call in calls(tmp_path)}) == 2
-
-
-def test_a_new_model_makes_old_free_energies_stale(tmp_path: Path) -> None:
-    ranked(metals("Cu"), tmp_path, search_settings())
-    ranked(metals("Cu"), tmp_path, search_settings(), evaluator=fakes.Emt("other"))
-    assert len(calls(tmp_path)) == 2
 
 
 def test_keys_that_only_choose_candidates_do_not_change_the_identity(tmp_path: Path) -> None:
@@ -776,12 +759,6 @@ def test_the_store_of_a_generation_is_as_that_one_left_it(tmp_path: Path) -> Non
     ] == [(-1.0, ())]
 
 
-def test_a_lock_file_left_by_a_killed_process_does_not_stop_the_next(tmp_path: Path) -> None:
-    (tmp_path / "free_energies.db.lock").touch()
-    ranked(metals("Cu"), tmp_path, search_settings())
-    assert len(FreeEnergyStore(tmp_path / "free_energies.db")) == 1
-
-
 def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(
     tmp_path: Path,
 ) -> None:
@@ -883,43 +860,12 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(
     assert record["model"] == found[0].model
 
 
-def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(
-    potential: Potential, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    source = serialised(potential)
-    assert source.evaluator is None
-    assert source.make().model_id == potential.model_id
-    with pytest.raises(MagusAnharmonicError, match="was replaced"):
-        dataclasses.replace(source, model_id="another").make()
-
-
 def test_what_cannot_be_sent_to_another_process_stays_in_this_one(tmp_path: Path) -> None:
     evaluator = fakes.Emt()
     evaluator.handle = lambda: None
     found = ranked(metals("Cu", "Al"), tmp_path, search_settings(), evaluator=evaluator, workers=2)
     assert [c.status for c in found] == ["converged", "converged"]
     assert {call["pid"] for call in calls(tmp_path)} == {os.getpid()}
-
-
-def test_a_file_with_a_structure_that_has_no_cell_is_named_with_its_index(tmp_path: Path) -> None:
-    file = tmp_path / "mixed.xyz"
-    write(file, [bulk("Cu"), Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]])], format="extxyz")
-    with pytest.raises(InputError, match=r"mixed\.xyz: structure 1 \(H2\) has no cell"):
-        read_structures(file)
-
-
-def test_files_that_are_missing_or_no_structures_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        read_structures(tmp_path / "nothing.vasp")
-    broken = tmp_path / "POSCAR"
-    broken.write_text("this is no structure\n")
-    with pytest.raises(InputError, match="not readable as structures by ASE"):
-        read_structures(broken)
-    slab = bulk("Cu")
-    slab.pbc = (True, True, False)
-    write(tmp_path / "slab.xyz", slab, format="extxyz")
-    with pytest.raises(InputError, match="not periodic"):
-        read_structures(tmp_path / "slab.xyz")
 
 
 def test_a_calculator_by_its_short_name_relaxes_as_by_its_import_path() -> None:

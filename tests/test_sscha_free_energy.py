@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -165,20 +164,6 @@ def test_variable_cell_meets_the_pressure_and_all_numbers_are_of_one_state(compr
     assert averages.stress == pytest.approx(result.stress, abs=1e-8)
 
 
-def test_error_bar_of_the_fresh_ensemble_covers_a_much_larger_one(compressed):
-
-    result, _ = compressed
-    state = result.state
-    large = average(
-        state,
-        evaluated(state, as_evaluator(EMT()), 1200, seed=99),
-        Symmetry(state.atoms, state.supercell_matrix),
-    )
-    assert result.gibbs_raw - gpa_to_ev_per_a3(20.0) * result.volume == pytest.approx(
-        large.helmholtz, abs=4.0 * result.gibbs_error
-    )
-
-
 def test_gibbs_energy_has_its_minimum_at_the_volume_that_was_found(compressed):
     result, _ = compressed
     for factor in (0.99, 1.01):
@@ -228,12 +213,6 @@ def test_a_converged_run_draws_what_is_missing_for_the_wanted_error():
     assert fine.gibbs_raw == pytest.approx(rough.gibbs_raw, abs=4.0 * rough.gibbs_error), (
         "of the same state"
     )
-
-
-def test_counts_are_those_of_the_calculator():
-    calculator = CountingCalculator(QuarticPair())
-    result = quartic(evaluator=calculator)
-    assert result.n_evaluations + ASKED == calculator.count
 
 
 def test_same_seed_same_result_and_another_seed_another():
@@ -384,23 +363,6 @@ def test_a_start_of_another_supercell_is_interpolated(compressed):
     assert larger.n_atoms_supercell == 27
     assert larger.converged and larger.n_populations <= 4
     assert larger.gibbs == pytest.approx(result.gibbs, abs=3e-3)
-
-
-def test_one_population_is_one_call_of_the_evaluator():
-    evaluator = RecordingEvaluator()
-    result = quartic(evaluator=evaluator)
-    assert sum(evaluator.sizes) == result.n_evaluations
-    assert evaluator.sizes[-result.n_populations :] == [20] + [60] * (result.n_populations - 1)
-
-
-def test_progress_is_logged(caplog):
-    caplog.set_level(logging.INFO, logger="magus_anharmonic")
-    quartic(max_populations=2)
-    lines = [record.getMessage() for record in caplog.records]
-    assert any(
-        line.startswith("population 1 of at most 2: G = ") and "ESS" in line for line in lines
-    )
-    assert not any("Generation" in line or "volRatio" in line for line in lines)
 
 
 @pytest.mark.parametrize(
