@@ -1,8 +1,6 @@
 """Relaxation reaches ASE's minimum, one structure does not disturb another, and every failure has
 its reason."""
 
-from __future__ import annotations
-
 import logging
 from types import SimpleNamespace
 
@@ -449,7 +447,7 @@ def test_what_goes_wrong_after_a_perturbation_does_not_spoil_the_minimum_before_
 def test_small_matrices_of_a_relaxation_take_one_thread_and_the_setting_comes_back():
     """More would wait for each other on the cores that the evaluations need."""
 
-    def blas_threads() -> set[int]:
+    def blas_threads():
         return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
 
     class Watching(CalculatorEvaluator):
@@ -457,7 +455,7 @@ def test_small_matrices_of_a_relaxation_take_one_thread_and_the_setting_comes_ba
             seen.update(blas_threads())
             return super().evaluate(structures)
 
-    seen: set[int] = set()
+    seen = set()
     with threadpool_limits(2, user_api="blas"):
         relax(Watching(EMT()), [bulk("Cu")])
         assert seen == {1} and blas_threads() == {2}

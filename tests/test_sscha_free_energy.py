@@ -17,7 +17,7 @@ from ase.units import invcm
 from sscha_models import CountingCalculator, LatticeSprings, QuarticPair, evaluated
 
 from magus_anharmonic.errors import InputError, NotConverged
-from magus_anharmonic.evaluator import Evaluation, as_evaluator
+from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.io.files import read_json, write_json
 from magus_anharmonic.sscha import SschaResult, free_energy
 from magus_anharmonic.sscha.ensemble import average
@@ -35,7 +35,7 @@ ASKED = 3
 """Evaluations of `calculator_check`, once per ASE calculator; they are none of the run."""
 
 
-def quartic(directory=None, **changes) -> SschaResult:
+def quartic(directory=None, **changes):
     """The cheapest run with something to relax."""
     options = dict(
         cell="fixed", supercell=(1, 1, 1), n_configs=60, max_populations=6, directory=directory
@@ -45,7 +45,7 @@ def quartic(directory=None, **changes) -> SschaResult:
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory) -> tuple[SschaResult, object]:
+def compressed(tmp_path_factory):
     """fcc Al at 20 GPa and 300 K, variable cell, from its conventional cell."""
     folder = tmp_path_factory.mktemp("al") / "run"
     atoms = bulk("Al", "fcc", a=4.0, cubic=True)
@@ -88,7 +88,7 @@ def test_quartic_double_well_has_the_free_energy_of_the_direct_integration(tempe
     assert result.gibbs_raw == pytest.approx(exact, abs=3.5 * result.gibbs_error)
 
 
-def exact_free_energy(calculator: QuarticPair, mass: float, temperature: float) -> float:
+def exact_free_energy(calculator, mass, temperature):
     """Of three equal oscillators, eV per pair, by diagonalising the Hamiltonian on a grid (sinc
     functions)."""
     x = np.linspace(-1.6, 1.6, 161)
@@ -327,7 +327,7 @@ def test_nothing_is_written_where_nothing_was_asked_for(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["only"]
 
 
-def exact_pair(hydrogen: float, temperature: float = 0.0) -> float:
+def exact_pair(hydrogen, temperature=0.0):
     """SSCHA free energy of the pair with that mass of H (amu), eV/atom."""
     masses = np.array([hydrogen, PAIR.get_masses()[1]])
     return QuarticPair().scha_free_energy(masses.prod() / masses.sum(), temperature) / 2.0
@@ -445,16 +445,16 @@ class RecordingEvaluator:
 
     model_id = "recording"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.inner = as_evaluator(QuarticPair())
         self.sizes: list[int] = []
 
-    def evaluate(self, structures) -> Evaluation:
+    def evaluate(self, structures):
         self.sizes.append(len(structures))
         return self.inner.evaluate(structures)
 
 
-def as_evaluator_named(calculator: CountingCalculator):
+def as_evaluator_named(calculator):
     """The counting calculator under the model id of what it counts."""
     from magus_anharmonic.evaluator import CalculatorEvaluator
 
@@ -466,7 +466,7 @@ class LabelerOfEmt:
 
     settings_hash = "0123456789ab"
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.calls: list[int] = []
 
     def label(self, structures, on_result=None):
@@ -483,7 +483,7 @@ class LabelerOfEmt:
 class Watched:
     """Keeps the positions of every structure that it is asked about."""
 
-    def __init__(self, calculator: QuarticPair, model_id: str) -> None:
+    def __init__(self, calculator, model_id):
         self.inner, self.model_id, self.positions = as_evaluator(calculator), model_id, []
 
     def evaluate(self, structures):
