@@ -27,6 +27,8 @@ BASE = {
     "evaluator",
     "calculator_check",
     "calculator_id",
+    "third_party",
+    "testing",
     "hull",
     "notebook",
     "__init__",

@@ -2,6 +2,7 @@
 table says."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.structures import rank_file, rank_structures, reevaluate
 from magus_anharmonic.runs.record import read_run_record
 from magus_anharmonic.settings import SschaSettings, parse_settings
-from magus_anharmonic.structures import primitive, space_group, structure_id
+from magus_anharmonic.structures import from_pymatgen, primitive, space_group, structure_id
 
 DESIGN_COLUMNS = (
     "id, formula, natoms, pressure_GPa, temperature_K, spg_static, spg_quantum,"
@@ -779,17 +780,44 @@ def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(tmp_path, mo
     ]
 
 
-def test_a_structure_that_cannot_be_relaxed_is_in_the_table_with_the_reason(tmp_path):
+def test_what_came_of_every_structure_is_in_one_extxyz_and_one_json(tmp_path):
+    """Merged, without SSCHA, failed: each with its own info, and the numbers of the table."""
+    given = [bulk("Cu"), bulk("Cu", cubic=True), bulk("Fe"), bulk("Cu", "bcc", a=2.9)]
+    for atoms, name in zip(given, ("a b.vasp", "b.vasp", "c.vasp", "d.vasp"), strict=True):
+        atoms.info.update(name=name, status="mine", origin={"icsd": 7})
+    keys = search_settings(max_candidates=1)
     found = rank_structures(
-        [bulk("Cu"), bulk("Fe")],
-        fakes.Emt(),
-        search_settings(),
-        tmp_path,
-        free_energy=fakes.shifted,
-        workers=1,
+        given, fakes.Emt(), keys, tmp_path, free_energy=fakes.shifted, workers=1
     )
-    assert [c.status for c in found] == ["converged", "failed"]
-    assert found[1].reason.startswith("relaxation: ")
+    assert [(c.status, c.label) for c in found] == [
+        ("converged", "a b.vasp"),
+        ("estimated", "d.vasp"),
+        ("failed", "c.vasp"),
+    ]
+    assert found[0].merged == "b.vasp" and found[2].reason.startswith("relaxation: ")
+    frames = read(tmp_path / "relaxed.extxyz", ":")
+    assert [(f.info["name"], f.info["status"], f.info["natoms"]) for f in frames] == [
+        ("a b.vasp", "converged", 1),
+        ("b.vasp", "converged", 4),
+        ("c.vasp", "failed", 1),
+        ("d.vasp", "estimated", 1),
+    ]
+    assert all(f.info["status_given"] == "mine" for f in frames)
+    assert all(f.info["origin"] == {"icsd": 7} for f in frames)
+    for frame, row in ((frames[0], found[0]), (frames[3], found[1])):
+        assert frame.info["enthalpy_eV_per_atom"] == pytest.approx(row.enthalpy, abs=1e-7)
+        assert frame.info["gibbs_eV_per_atom"] == pytest.approx(row.gibbs, abs=1e-7)
+        assert frame.get_potential_energy() / len(frame) == pytest.approx(row.enthalpy, abs=1e-7)
+    assert "gibbs_eV_per_atom" not in frames[2].info
+
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["columns"]["gibbs_eV_per_atom"]["unit"] == "eV/atom"
+    for row, candidate in zip(results["rows"], found, strict=True):
+        assert set(results["columns"]) < set(row)
+        assert (row["gibbs_eV_per_atom"], row["name"]) == (candidate.gibbs, candidate.name)
+        (atoms,) = from_pymatgen(row["structure"])
+        assert structure_id(atoms) == row["id"]
+    assert from_pymatgen(results["rows"][0]["centroids"]) and not results["rows"][1]["centroids"]
 
 
 def test_the_space_group_of_a_broken_structure_is_p1_also_when_spglib_has_been_told_to_raise(
