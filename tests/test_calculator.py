@@ -1,8 +1,6 @@
 """The ASE calculator ``MatterSim`` gives the numbers of stock ``MatterSimCalculator`` and can be
 pickled."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import sys

@@ -1,14 +1,10 @@
 """A stored number is only reused for the energy surface that gave it; ids of ASE calculators."""
 
-from __future__ import annotations
-
 import logging
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-from ase import Atoms
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
@@ -31,15 +27,11 @@ class Hidden(Calculator):
 
     implemented_properties = ("energy", "forces")
 
-    def __init__(
-        self, k: float = 1.0, file: Path | None = None, largest: float = np.inf, **parameters
-    ) -> None:
+    def __init__(self, k=1.0, file=None, largest=np.inf, **parameters):
         super().__init__(**parameters)
         self.k, self.file, self.largest, self.calls = k, file, largest, 0
 
-    def calculate(
-        self, atoms: Atoms | None = None, properties=("energy",), system_changes=all_changes
-    ) -> None:
+    def calculate(self, atoms=None, properties=("energy",), system_changes=all_changes):
         super().calculate(atoms, properties, system_changes)
         self.calls += 1
         if len(self.atoms) > self.largest:
@@ -51,7 +43,7 @@ class Hidden(Calculator):
         }
 
 
-def ids(*calculators: Calculator) -> set[str]:
+def ids(*calculators):
     return {as_evaluator(calculator, [COPPER]).model_id for calculator in calculators}
 
 
@@ -128,7 +120,7 @@ def test_what_cannot_be_probed_has_no_id_and_nothing_is_reused(tmp_path, caplog)
 
 def test_a_machine_error_is_no_missing_id():
     class Full(Hidden):
-        def calculate(self, *arguments, **more) -> None:
+        def calculate(self, *arguments, **more):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
@@ -138,7 +130,7 @@ def test_a_machine_error_is_no_missing_id():
 def test_free_energy_in_a_reused_directory_never_returns_the_number_of_another_potential(tmp_path):
     argon = bulk("Ar", "fcc", a=5.2)
 
-    def run(epsilon: float, directory: Path | None = tmp_path):
+    def run(epsilon, directory=tmp_path):
         lj = LennardJones(sigma=3.4, epsilon=epsilon, rc=6.0, smooth=True)
         return free_energy(
             argon,

@@ -1,8 +1,6 @@
 """The documentation is built without a warning, reads without a network, and its examples are
 inputs that the settings accept."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -30,7 +28,7 @@ needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium h
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [
         sys.executable,
@@ -52,7 +50,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_mkdocs
 @pytest.mark.slow
-def test_every_page_is_built_and_can_be_reached_from_the_first(site: Path) -> None:
+def test_every_page_is_built_and_can_be_reached_from_the_first(site):
     first = (site / "index.html").read_text(encoding="utf-8")
     for page in PAGES:
         assert (site / f"{page.stem}.html").is_file()
@@ -61,7 +59,7 @@ def test_every_page_is_built_and_can_be_reached_from_the_first(site: Path) -> No
 
 @needs_mkdocs
 @pytest.mark.slow
-def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site: Path) -> None:
+def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site):
     theory = (site / "theory.html").read_text(encoding="utf-8")
     assert theory.count("<math") > 30 and "arithmatex" not in theory and "$$" not in theory
     for page in site.glob("*.html"):
@@ -134,6 +132,7 @@ def test_every_page_passes_axe(site: Path, browser: Browser, dark: bool) -> None
 
 
 def examples() -> list[tuple[str, str]]:
+def examples():
     found = []
     for page in PAGES:
         for text in re.findall(
@@ -146,13 +145,13 @@ def examples() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("page", "text"), [case for case in examples() if case[0] in ("tutorial.md", "recipes.md")]
 )
-def test_inputs_in_the_documentation_are_accepted(page: str, text: str) -> None:
+def test_inputs_in_the_documentation_are_accepted(page, text):
     parse_settings(
         {"symbols": ["H", "S"], "pressure": 150, "formulaType": "fix", **yaml.safe_load(text)}
     )
 
 
-def test_every_command_in_the_documentation_exists() -> None:
+def test_every_command_in_the_documentation_exists():
     from magus_anharmonic.cli import COMMANDS, app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}

@@ -1,12 +1,9 @@
 """VASP and Quantum ESPRESSO: input written, output read, played by small programs that write
 recorded-style output."""
 
-from __future__ import annotations
-
 import re
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +53,7 @@ OUTCAR = """ vasp.6.4.2 20Jul23 (build) complex
 """
 
 
-def fake_program(path: Path, body: str) -> str:
+def fake_program(path, body):
     """Command line of a program that runs ``body`` (Python) in the folder where the code would
     run."""
     path.write_text(textwrap.dedent(body))
@@ -74,7 +71,7 @@ def vasp(tmp_path, monkeypatch):
         )
     monkeypatch.setenv("VASP_PP_PATH", str(tmp_path / "pp"))
 
-    def writes(reason: str = "reached") -> str:
+    def writes(reason="reached"):
         ended = (
             "because EDIFF is reached"
             if reason == "reached"
@@ -85,7 +82,7 @@ def vasp(tmp_path, monkeypatch):
             f"open('vasprun.xml', 'w').write({VASPRUN!r})\nopen('OUTCAR', 'w').write({outcar!r})\n"
         )
 
-    def make(reason: str = "reached", body: str = "", **settings):
+    def make(reason="reached", body="", **settings):
         command = fake_program(tmp_path / "vasp.py", body or f"{writes(reason)}print('running')\n")
         arguments = {"command": command, **settings.pop("arguments", {})}
         return get_labeler(
@@ -253,7 +250,7 @@ UPF = {"H": "H.upf", "S": "S.upf"}
 def espresso(tmp_path):
     """A function (line about convergence) -> labeler whose pw.x is a small program."""
 
-    def make(line: str = ACHIEVED, exit_code: int = 0, **arguments):
+    def make(line=ACHIEVED, exit_code=0, **arguments):
         output = PWO.replace("CONVERGENCE", line)
         command = fake_program(
             tmp_path / "pw.py", f"print({output!r})\nimport sys; sys.exit({exit_code})\n"
@@ -361,7 +358,7 @@ def test_structures_travel_to_the_worker_unchanged():
     assert (back.numbers == STRUCTURE.numbers).all() and back.pbc.all()
 
 
-def job(task: str, directory: Path, code: str = "ase.calculators.emt.EMT", **more) -> dict:
+def job(task, directory, code="ase.calculators.emt.EMT", **more):
     atoms = Atoms(
         "Cu4",
         scaled_positions=[[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]],

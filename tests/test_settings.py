@@ -1,10 +1,8 @@
 """Keys know their dimension: a value may have a unit, is converted to that of the key, and one of
 another dimension is refused by its key path."""
 
-from __future__ import annotations
-
 import re
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 from ase import units
@@ -43,11 +41,11 @@ from magus_anharmonic.units import EXAMPLES, UNITS, dimension_of, quantity
         ("2.014 u", "amu", 2.014),
     ],
 )
-def test_a_value_with_a_unit_is_converted(value: Any, unit: str, expected: float) -> None:
+def test_a_value_with_a_unit_is_converted(value, unit, expected):
     assert quantity(value, unit) == pytest.approx(expected, rel=1e-11)
 
 
-def test_the_unit_of_bare_numbers_is_the_first_of_its_dimension_and_examples_can_be_read() -> None:
+def test_the_unit_of_bare_numbers_is_the_first_of_its_dimension_and_examples_can_be_read():
     for dimension, known in UNITS.items():
         first = next(iter(known))
         assert known[first] == 1.0 and dimension_of(first) == dimension
@@ -72,12 +70,12 @@ LABELER = {"labeler": {"calculator": "gpaw"}}
         ({"workers": {"walltime": "24 K"}}, "workers.walltime: '24 K': K is a unit of temperature"),
     ],
 )
-def test_another_dimension_is_refused_by_key_path(given: dict[str, Any], said: str) -> None:
+def test_another_dimension_is_refused_by_key_path(given, said):
     with pytest.raises(InputError, match=said):
         parse_settings(given)
 
 
-def test_every_file_of_settings_takes_units() -> None:
+def test_every_file_of_settings_takes_units():
     found = parse_settings(
         {
             "symbols": ["H"],
@@ -113,7 +111,7 @@ def test_every_file_of_settings_takes_units() -> None:
     assert diagram.pressures == [50.0, 100.0] and diagram.isotopes["D"] == {"H": 2.014}
 
 
-def test_what_stock_magus_reads_itself_stays_a_number() -> None:
+def test_what_stock_magus_reads_itself_stays_a_number():
     given = {"pressure": "150 GPa", "dE": "1 meV", "sscha": {"temperature": "300 K"}}
     with pytest.raises(InputError) as error:
         settings_of(given)
@@ -122,7 +120,7 @@ def test_what_stock_magus_reads_itself_stays_a_number() -> None:
     assert settings_of({**given, "pressure": 150, "dE": 0.001}).pressure == 150
 
 
-def all_sections() -> list[type[Section]]:
+def all_sections():
     found, queue = [], [Section]
     while queue:
         queue += (below := queue.pop().__subclasses__())
@@ -131,12 +129,12 @@ def all_sections() -> list[type[Section]]:
     return found
 
 
-def units_in(annotation: Any, metadata: Any = ()) -> set[str]:
+def units_in(annotation, metadata=()):
     inner = [units_in(one, getattr(one, "__metadata__", ())) for one in get_args(annotation)]
     return {item.unit for item in metadata if isinstance(item, In)}.union(*inner)
 
 
-def test_every_number_whose_description_names_a_unit_has_it() -> None:
+def test_every_number_whose_description_names_a_unit_has_it():
     words = {"GPa": "GPa", "K": "K", "eV/atom": "eV/atom", "Angstrom": "A", "seconds": "s"}
     lists = {"distance_matrix", "radius", "min_lattice", "max_lattice"}
     wrong = []
@@ -159,7 +157,7 @@ def test_every_number_whose_description_names_a_unit_has_it() -> None:
         (["--temperature", "300 GPa"], "GPa is a unit of pressure"),
     ],
 )
-def test_options_take_units_too(option: list[str], said: str, tmp_path: Any) -> None:
+def test_options_take_units_too(option, said, tmp_path):
     from ase.build import bulk
 
     bulk("Cu").write(tmp_path / "cu.cif")

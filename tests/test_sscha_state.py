@@ -1,8 +1,6 @@
 """States, symmetry, harmonic start and finite size: checked against phonopy and against crystals
 with known phonons."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -43,7 +41,7 @@ from magus_anharmonic.structures import space_group
 from magus_anharmonic.units import EV_PER_A3_IN_GPA, HBAR, gpa_to_ev_per_a3
 
 
-def distorted(seed: int = 3) -> Atoms:
+def distorted(seed=3):
     """Four atoms without any symmetry."""
     atoms = cu3au()
     atoms.set_cell(
@@ -261,7 +259,7 @@ def test_strain_by_the_stiffness_brings_a_static_crystal_to_the_pressure():
     target = -float(np.trace(before)) / 3.0 / gpa_to_ev_per_a3(1.0) + 3.0
     state = harmonic_state(atoms, (1, 1, 1))
 
-    def stiffness(pressure: float) -> CellStiffness:
+    def stiffness(pressure):
         return CellStiffness.of(
             response, gamma_matrix(state), atoms.get_volume(), symmetry, pressure
         )

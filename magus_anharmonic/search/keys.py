@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.ranking.fitness import EMBEDDED_FITNESSES, third_party_fitness
 from magus_anharmonic.settings import (
     Count,
     Energy,
@@ -444,11 +445,11 @@ def _top_level_problems(settings: Settings) -> list[str]:
             "MainCalculator: is missing (e.g. {calculator: mattersim, jobPrefix: MatterSim})"
         )
     for name in settings.fitness:
-        if name not in ("Enthalpy", "Ehull", "SSCHA"):
-            only = "only MAGUS knows this fitness" if name in ("Gap", "XRD") else "unknown fitness"
-            problems.append(
-                f"Fitness: {name}: {only}; the embedded host has Enthalpy, Ehull and SSCHA"
-            )
+        if name not in EMBEDDED_FITNESSES:
+            try:
+                third_party_fitness(name)
+            except InputError as error:
+                problems += error.problems
     if settings.learning is not None and settings.learning.labeler.calculator == "main":
         problems.append(
             "learning.labeler.calculator: main needs `magus search -m`; the embedded host takes"
