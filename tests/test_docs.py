@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,7 @@ def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site):
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser():
     with Browser(str(find_browser())) as one:
         yield one
 
@@ -82,7 +81,7 @@ def browser() -> Iterator[Browser]:
 @needs_mkdocs
 @needs_browser
 @pytest.mark.slow
-def test_the_site_searches_when_it_is_opened_as_a_file(site: Path, browser: Browser) -> None:
+def test_the_site_searches_when_it_is_opened_as_a_file(site, browser):
     browser.open(site / "index.html")
     browser.evaluate("document.querySelector('[data-md-toggle=search]').click()")
     found = browser.evaluate(
@@ -103,7 +102,7 @@ def test_the_site_searches_when_it_is_opened_as_a_file(site: Path, browser: Brow
     assert all(url.startswith(site.as_uri()) for url in browser.requests())
 
 
-def axe() -> Path | None:
+def axe():
     """The rules of axe-core, for accessibility (pip install axe-core-python); None without them."""
     found = importlib.util.find_spec("axe_core_python")
     place = os.environ.get("AXE_FOR_TESTS") or (
@@ -117,8 +116,8 @@ def axe() -> Path | None:
 @pytest.mark.slow
 @pytest.mark.skipif(axe() is None, reason="axe is not installed (pip install axe-core-python)")
 @pytest.mark.parametrize("dark", [False, True])
-def test_every_page_passes_axe(site: Path, browser: Browser, dark: bool) -> None:
-    rules = str(axe().read_text(encoding="utf-8"))  # type: ignore[union-attr]
+def test_every_page_passes_axe(site, browser, dark):
+    rules = str(axe().read_text(encoding="utf-8"))
     found = {}
     for page in PAGES:
         browser.open(site / f"{page.stem}.html", dark=dark)
@@ -131,7 +130,6 @@ def test_every_page_passes_axe(site: Path, browser: Browser, dark: bool) -> None
     assert not any(found.values()), {page: what for page, what in found.items() if what}
 
 
-def examples() -> list[tuple[str, str]]:
 def examples():
     found = []
     for page in PAGES:
