@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from browser import Browser, find_browser
 
 from magus_anharmonic.settings import parse_settings
 
@@ -20,6 +21,9 @@ needs_mkdocs = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("mkdocs", "material", "latex2mathml")),
     reason="the documentation's packages are not installed (pip install '.[docs]')",
 )
+
+
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium here")
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,64 @@ def test_equations_are_mathml_and_nothing_is_loaded_from_elsewhere(site):
             if "http" in link and "canonical" not in link
         ]
         assert not loaded, f"{page.name} loads {loaded}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser(str(find_browser())) as one:
+        yield one
+
+
+@needs_mkdocs
+@needs_browser
+@pytest.mark.slow
+def test_the_site_searches_when_it_is_opened_as_a_file(site, browser):
+    browser.open(site / "index.html")
+    browser.evaluate("document.querySelector('[data-md-toggle=search]').click()")
+    found = browser.evaluate(
+        """new Promise((done, failed) => {
+            const box = document.querySelector('[data-md-component=search-query]');
+            box.focus();
+            box.value = 'isotopes';
+            box.dispatchEvent(new KeyboardEvent('keyup', { bubbles: true }));
+            setTimeout(() => failed(new Error('nothing found')), 60000);
+            setInterval(() => {
+                const hits = [...document.querySelectorAll('.md-search-result__item a')];
+                if (hits.length) done(hits.map(hit => hit.href));
+            }, 100);
+        })"""
+    )
+    assert any("phase-diagram.html" in hit for hit in found)
+    assert browser.complaints() == []
+    assert all(url.startswith(site.as_uri()) for url in browser.requests())
+
+
+def axe():
+    """The rules of axe-core, for accessibility (pip install axe-core-python); None without them."""
+    found = importlib.util.find_spec("axe_core_python")
+    place = os.environ.get("AXE_FOR_TESTS") or (
+        found and Path(str(found.origin)).with_name("axe.min.js")
+    )
+    return Path(place) if place else None
+
+
+@needs_mkdocs
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.skipif(axe() is None, reason="axe is not installed (pip install axe-core-python)")
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_page_passes_axe(site, browser, dark):
+    rules = str(axe().read_text(encoding="utf-8"))
+    found = {}
+    for page in PAGES:
+        browser.open(site / f"{page.stem}.html", dark=dark)
+        browser.evaluate(f"{rules}; 1")
+        found[page.stem] = browser.evaluate(
+            # the theme's script puts each copy button into an unnamed landmark
+            """axe.run(document, { rules: { 'landmark-unique': { enabled: false } } }).then(
+                result => result.violations.map(one => [one.id, one.nodes[0].html.slice(0, 200)]))"""
+        )
+    assert not any(found.values()), {page: what for page, what in found.items() if what}
 
 
 def examples():
