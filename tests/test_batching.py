@@ -203,8 +203,9 @@ OUT_OF_MEMORY = [
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:20])
-@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize(
+    ("error", "sharing"), [(error, i % 2 == 0) for i, error in enumerate(OUT_OF_MEMORY)]
+)
 def test_memory_that_runs_out_halves_the_batches_and_keeps_the_order(
     tiny_checkpoint, h3s, error, sharing, caplog
 ):

@@ -4,7 +4,6 @@ the embedded host."""
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,13 +196,6 @@ def test_a_finished_round_costs_no_sscha_when_repeated(tmp_path):
     assert all(atoms.info["status"] == "converged" for atoms in structures)
 
 
-def test_one_failing_candidate_does_not_end_the_search(tmp_path):
-    structures = [bulk("Cu"), bulk("Au")]
-    state = state_of(tmp_path, search_settings(), fake=fakes.failing_on_gold)
-    after_generation(state, structures, structures, 1)
-    assert [c.status for c in state.candidates] == ["converged", "failed"]
-
-
 def test_without_the_block_sscha_structures_are_static_and_in_the_table(tmp_path):
     keys = parse_settings(
         {"pressure": 1.0, "MainCalculator": {"calculator": "mattersim"}, "numGen": 2}
@@ -215,14 +207,6 @@ def test_without_the_block_sscha_structures_are_static_and_in_the_table(tmp_path
     assert fitness_values([atoms.info for atoms in structures]) == [
         pytest.approx(-atoms.info["enthalpy"]) for atoms in structures
     ]
-
-
-def test_no_log_line_holds_the_words_by_which_magus_finds_its_own(tmp_path, caplog):
-    structures = [bulk("Cu"), bulk("Al")]
-    with caplog.at_level(logging.DEBUG):
-        after_generation(state_of(tmp_path, search_settings()), structures, structures, 1)
-    assert caplog.text
-    assert "Generation" not in caplog.text and "volRatio" not in caplog.text
 
 
 # -------------------------------------------------------------------------------------------- seeds
@@ -284,12 +268,6 @@ def test_a_host_that_wrote_the_record_keeps_it(tmp_path):
     state = start(search_settings(), tmp_path, potential=fakes.Emt(), seed=11, record=False)
     assert state.seed == 11
     assert not (tmp_path / "run.json").exists()
-
-
-def test_results_of_another_version_are_refused(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({"version": "9.9.0"}))
-    with pytest.raises(InputError, match=r"9\.9\.0"):
-        start(search_settings(), tmp_path, potential=fakes.Emt())
 
 
 def test_the_newest_model_is_the_one_with_the_largest_number(tmp_path):

@@ -14,7 +14,7 @@ from ase.units import Bohr, GPa, Ry
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import CallableLabeler, get_labeler
 from magus_anharmonic.labelers.espresso import zero_smearing_energy
-from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json, run_job
+from magus_anharmonic.labelers.worker import atoms_to_json, run_job
 from magus_anharmonic.settings import LabelerSettings
 
 # H first and last, so that a code that sorts by species must be sorted back.
@@ -350,14 +350,6 @@ def test_methfessel_paxton_extrapolates_by_a_third():
 # -------------------------------------------------------------- worker and adapter, in this process
 
 
-def test_structures_travel_to_the_worker_unchanged():
-    back = atoms_from_json(atoms_to_json(STRUCTURE))
-    assert (back.positions == STRUCTURE.positions).all() and (
-        back.cell.array == STRUCTURE.cell.array
-    ).all()
-    assert (back.numbers == STRUCTURE.numbers).all() and back.pbc.all()
-
-
 def job(task, directory, code="ase.calculators.emt.EMT", **more):
     atoms = Atoms(
         "Cu4",
@@ -383,12 +375,6 @@ def test_worker_answers_with_plain_data(tmp_path):
         and len(answer["forces"]) == 4
         and answer["seconds"] > 0
     )
-
-
-def test_worker_relaxes_at_pressure(tmp_path):
-    answer = run_job(job("relax", tmp_path, pressure=10.0, force_tolerance=0.01, max_steps=50))
-    assert answer["converged"]
-    assert -np.trace(answer["stress"]) / 3 / GPa == pytest.approx(10.0, abs=0.2)
 
 
 def test_worker_names_a_calculator_without_stress(tmp_path):
