@@ -2,14 +2,12 @@
 another dimension is refused by its key path. Editors know the keys by JSON schemas; `init` writes a
 first input."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import jsonschema
 import pytest
@@ -51,11 +49,11 @@ from magus_anharmonic.units import EXAMPLES, UNITS, dimension_of, quantity
         ("2.014 u", "amu", 2.014),
     ],
 )
-def test_a_value_with_a_unit_is_converted(value: Any, unit: str, expected: float) -> None:
+def test_a_value_with_a_unit_is_converted(value, unit, expected):
     assert quantity(value, unit) == pytest.approx(expected, rel=1e-11)
 
 
-def test_the_unit_of_bare_numbers_is_the_first_of_its_dimension_and_examples_can_be_read() -> None:
+def test_the_unit_of_bare_numbers_is_the_first_of_its_dimension_and_examples_can_be_read():
     for dimension, known in UNITS.items():
         first = next(iter(known))
         assert known[first] == 1.0 and dimension_of(first) == dimension
@@ -80,12 +78,12 @@ LABELER = {"labeler": {"calculator": "gpaw"}}
         ({"workers": {"walltime": "24 K"}}, "workers.walltime: '24 K': K is a unit of temperature"),
     ],
 )
-def test_another_dimension_is_refused_by_key_path(given: dict[str, Any], said: str) -> None:
+def test_another_dimension_is_refused_by_key_path(given, said):
     with pytest.raises(InputError, match=said):
         parse_settings(given)
 
 
-def test_every_file_of_settings_takes_units() -> None:
+def test_every_file_of_settings_takes_units():
     found = parse_settings(
         {
             "symbols": ["H"],
@@ -121,7 +119,7 @@ def test_every_file_of_settings_takes_units() -> None:
     assert diagram.pressures == [50.0, 100.0] and diagram.isotopes["D"] == {"H": 2.014}
 
 
-def test_what_stock_magus_reads_itself_stays_a_number() -> None:
+def test_what_stock_magus_reads_itself_stays_a_number():
     given = {"pressure": "150 GPa", "dE": "1 meV", "sscha": {"temperature": "300 K"}}
     with pytest.raises(InputError) as error:
         settings_of(given)
@@ -130,7 +128,7 @@ def test_what_stock_magus_reads_itself_stays_a_number() -> None:
     assert settings_of({**given, "pressure": 150, "dE": 0.001}).pressure == 150
 
 
-def all_sections() -> list[type[Section]]:
+def all_sections():
     found, queue = [], [Section]
     while queue:
         queue += (below := queue.pop().__subclasses__())
@@ -139,12 +137,12 @@ def all_sections() -> list[type[Section]]:
     return found
 
 
-def units_in(annotation: Any, metadata: Any = ()) -> set[str]:
+def units_in(annotation, metadata=()):
     inner = [units_in(one, getattr(one, "__metadata__", ())) for one in get_args(annotation)]
     return {item.unit for item in metadata if isinstance(item, In)}.union(*inner)
 
 
-def test_every_number_whose_description_names_a_unit_has_it() -> None:
+def test_every_number_whose_description_names_a_unit_has_it():
     words = {"GPa": "GPa", "K": "K", "eV/atom": "eV/atom", "Angstrom": "A", "seconds": "s"}
     lists = {"distance_matrix", "radius", "min_lattice", "max_lattice"}
     wrong = []
@@ -167,7 +165,7 @@ def test_every_number_whose_description_names_a_unit_has_it() -> None:
         (["--temperature", "300 GPa"], "GPa is a unit of pressure"),
     ],
 )
-def test_options_take_units_too(option: list[str], said: str, tmp_path: Any) -> None:
+def test_options_take_units_too(option, said, tmp_path):
     from ase.build import bulk
 
     bulk("Cu").write(tmp_path / "cu.cif")
@@ -183,21 +181,21 @@ FIRST_LINE = re.compile(r"# yaml-language-server: \$schema=(\S+)\n")
 INPUTS = [path for path in sorted(ROOT.glob("inputs/**/*.yaml")) if path.name != "expected.yaml"]
 
 
-def validator(file: Path) -> Any:
+def validator(file):
     schema = json.loads(file.read_text())
     kind = jsonschema.validators.validator_for(schema)
     kind.check_schema(schema)
     return kind(schema)
 
 
-def named_schema(path: Path) -> Path:
+def named_schema(path):
     """The schema that the first line of a file names."""
     found = FIRST_LINE.match(path.read_text())
     assert found, f"{path}: the first line names no schema"
     return (path.parent / found[1]).resolve()
 
 
-def test_the_shipped_schemas_are_those_of_the_models() -> None:
+def test_the_shipped_schemas_are_those_of_the_models():
     made = runpy.run_path(str(ROOT / "docs" / "make_schemas.py"))
     for name, text in made["render"]().items():
         shipped = json.loads((made["FOLDER"] / name).read_text())
@@ -205,7 +203,7 @@ def test_the_shipped_schemas_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: str(path.relative_to(ROOT / "inputs")))
-def test_every_input_names_the_schema_that_it_keeps_to(path: Path) -> None:
+def test_every_input_names_the_schema_that_it_keeps_to(path):
     schema = named_schema(path)
     expected = {name: schema_file(kind) for kind, name in FILES.items()}
     if path.name in expected:
@@ -237,14 +235,14 @@ def test_every_input_names_the_schema_that_it_keeps_to(path: Path) -> None:
         ("phase-diagram", {"phases": {"a": "a.cif"}}, False),
     ],
 )
-def test_the_schemas_tell_right_from_wrong(kind: Any, given: dict[str, Any], ok: bool) -> None:
+def test_the_schemas_tell_right_from_wrong(kind, given, ok):
     assert validator(schema_file(kind)).is_valid(given) is bool(ok)
 
 
 # -------------------------------------------------------------------------------- init
 
 
-def written(folder: Path, kind: Any, compound: str, *pressures: float, **options: Any) -> Path:
+def written(folder, kind, compound, *pressures, **options):
     path = write_input(kind, compound, pressures, path=folder / FILES[kind], **options)
     assert named_schema(path) == schema_file(kind)
     validator(schema_file(kind)).validate(load_yaml(path))
@@ -252,7 +250,7 @@ def written(folder: Path, kind: Any, compound: str, *pressures: float, **options
 
 
 @pytest.fixture
-def phases(tmp_path: Path) -> Path:
+def phases(tmp_path):
     """A folder with two structures of H3S and one of something else."""
     for file in (ROOT / "inputs" / "h3s-phase-diagram").glob("*.vasp"):
         shutil.copy(file, tmp_path)
@@ -263,9 +261,7 @@ def phases(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("labeler", ["gpaw", "vasp", "espresso", "ase.calculators.emt.EMT", "none"])
-def test_init_writes_inputs_that_pass_their_checks(
-    labeler: str, phases: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_init_writes_inputs_that_pass_their_checks(labeler, phases, monkeypatch):
     (phases / "H.pbe-rrkjus.UPF").touch()
     monkeypatch.setenv("ESPRESSO_PSEUDO", str(phases))
     search = load_settings(written(phases, "search", "SH3", 150.0, labeler=labeler))
@@ -284,9 +280,7 @@ def test_init_writes_inputs_that_pass_their_checks(
         assert found == {"S": "S.upf", "H": "H.pbe-rrkjus.UPF"}
 
 
-def test_init_finds_the_phases_of_a_diagram_and_says_what_is_missing(
-    phases: Path, tmp_path: Path
-) -> None:
+def test_init_finds_the_phases_of_a_diagram_and_says_what_is_missing(phases, tmp_path):
     path = written(phases, "phase-diagram", "H3S", 50.0, 100.0, temperatures=[300.0, 0.0])
     diagram = load_phase_diagram(path)
     assert set(diagram.phases) == {"Im-3m", "R3m"} and diagram.temperatures == [0, 300]
@@ -304,7 +298,7 @@ def test_init_finds_the_phases_of_a_diagram_and_says_what_is_missing(
         written(phases, "search", "MgO", 1.0, labeler="nothing.Like")
 
 
-def test_init_never_writes_over_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_never_writes_over_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["init", "MgO", "--pressure", "10 kbar", "--labeler", "none"]
     assert CliRunner().invoke(app, command).exit_code == 0
@@ -318,7 +312,7 @@ def test_init_never_writes_over_a_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_what_init_writes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_init_writes_runs(tmp_path, monkeypatch):
     """With smaller numbers: a search of one generation."""
     from magus_anharmonic.search import run
 

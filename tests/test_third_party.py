@@ -1,16 +1,12 @@
 """Parts of other packages: the page "Write your own" as it stands, what is declared twice or broken,
 and checks that find what is wrong."""
 
-from __future__ import annotations
-
 import importlib
 import re
 import runpy
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +16,7 @@ from ase.calculators.emt import EMT
 
 from magus_anharmonic import doctor, third_party
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.evaluator import CalculatorEvaluator, Evaluation
+from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.labelers import CallableLabeler, available, get_labeler
 from magus_anharmonic.ranking.fitness import third_party_fitness
 from magus_anharmonic.ranking.structures import evaluator_of
@@ -31,7 +27,7 @@ from magus_anharmonic.testing import check_evaluator, check_labeler
 
 PAGE = (Path(__file__).parents[1] / "docs" / "write-your-own.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```', PAGE, re.MULTILINE | re.DOTALL))
-SEARCH: dict[str, Any] = {
+SEARCH = {
     "symbols": ["Cu"],
     "formula": [1],
     "min_n_atoms": 1,
@@ -45,7 +41,7 @@ SEARCH: dict[str, Any] = {
 }
 
 
-def install(folder: Path, project: dict[str, Any]) -> None:
+def install(folder, project):
     """The metadata that pip would write for this pyproject.toml."""
     info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
@@ -59,7 +55,7 @@ def install(folder: Path, project: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(tmp_path, monkeypatch):
     """The package of the page, installed, also for the processes that make labels."""
     folder = tmp_path / "site"
     (folder / "morse_parts").mkdir(parents=True)
@@ -75,13 +71,13 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         del sys.modules[name]
 
 
-def test_the_files_of_the_page_pass_their_own_tests(site: Path, tmp_path: Path) -> None:
+def test_the_files_of_the_page_pass_their_own_tests(site, tmp_path):
     tests = runpy.run_path(str(site / "test_morse_parts.py"))
     tests["test_the_evaluator"]()
     tests["test_the_labeler"](tmp_path / "labels")
 
 
-def test_a_search_uses_the_names_of_another_package(site: Path, tmp_path: Path) -> None:
+def test_a_search_uses_the_names_of_another_package(site, tmp_path):
     outcome = run(parse_settings({**SEARCH, "Fitness": ["Density"]}), tmp_path)
     densities = [len(atoms) / atoms.get_volume() for atoms in outcome.good]
     assert densities == sorted(densities, reverse=True) and len(densities) > 1
@@ -94,7 +90,7 @@ def test_a_search_uses_the_names_of_another_package(site: Path, tmp_path: Path) 
         evaluator_of(parse_settings({**SEARCH, "MainCalculator": changed}))
 
 
-def test_nothing_is_imported_before_its_name_is_used(site: Path) -> None:
+def test_nothing_is_imported_before_its_name_is_used(site):
     parse_host_keys(parse_settings({**SEARCH, "Fitness": ["Enthalpy"]}))
     assert set(third_party.declared("labelers")) == {"morse"}
     assert available("ase.calculators.emt.EMT")[0] and available("gpaw") is not None
@@ -114,9 +110,7 @@ BROKEN = {
 }
 
 
-def test_a_broken_part_is_named_and_stops_only_who_uses_it(
-    site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_part_is_named_and_stops_only_who_uses_it(site, tmp_path, monkeypatch):
     (site / "broken_parts.py").write_text("raise RuntimeError('no licence')\n")
     install(site, BROKEN)
     importlib.invalidate_caches()
@@ -134,7 +128,7 @@ def test_a_broken_part_is_named_and_stops_only_who_uses_it(
             parse_host_keys(parse_settings({**SEARCH, "Fitness": [name]}))
     assert run(parse_settings({**SEARCH}), tmp_path).good, "nobody else is stopped"
 
-    def checks(**keys: Any) -> dict[str, doctor.Check]:
+    def checks(**keys):
         found = doctor._third_party(parse_settings({**SEARCH, **keys}))
         return {check.name.removesuffix(" of another package"): check for check in found}
 
@@ -146,9 +140,7 @@ def test_a_broken_part_is_named_and_stops_only_who_uses_it(
     assert doctor.exit_code(checks().values()) == 0
 
 
-def test_a_fitness_must_give_one_finite_number_each(
-    site: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fitness_must_give_one_finite_number_each(site, monkeypatch):
     import morse_parts.fitness
 
     density = third_party_fitness("Density")
@@ -167,32 +159,32 @@ def test_a_fitness_must_give_one_finite_number_each(
 class Changed(EMT):
     """EMT whose results are changed by a function of them and of the structure."""
 
-    def __init__(self, change: Callable[..., None], **parameters: Any) -> None:
+    def __init__(self, change, **parameters):
         self.change = change
         super().__init__(**parameters)
 
-    def calculate(self, atoms: Any = None, *arguments: Any) -> None:
+    def calculate(self, atoms=None, *arguments):
         super().calculate(atoms, *arguments)
         self.change(self.results, self.atoms)
 
 
-def shape(results: dict[str, Any], atoms: Any) -> None:
+def shape(results, atoms):
     results["forces"] = results["forces"][:-1]
 
 
-def sign(results: dict[str, Any], atoms: Any) -> None:
+def sign(results, atoms):
     results["forces"] = -results["forces"]
 
 
-def stress_unit(results: dict[str, Any], atoms: Any) -> None:
+def stress_unit(results, atoms):
     results["stress"] = 160.2 * results["stress"]
 
 
-def constant(results: dict[str, Any], atoms: Any) -> None:
+def constant(results, atoms):
     results["energy"] += 1.0
 
 
-def missing(results: dict[str, Any], atoms: Any) -> None:
+def missing(results, atoms):
     results["energy"] = np.nan
 
 
@@ -206,7 +198,7 @@ def missing(results: dict[str, Any], atoms: Any) -> None:
         (constant, "cell of twice the size: the energy must be twice as large"),
     ],
 )
-def test_the_check_of_a_calculator_names_what_is_wrong(change: Any, said: str) -> None:
+def test_the_check_of_a_calculator_names_what_is_wrong(change, said):
     source = CalculatorEvaluator(Changed(change), model_id="changed")
     with pytest.raises(AssertionError, match=said):
         check_evaluator(source)
@@ -215,14 +207,14 @@ def test_the_check_of_a_calculator_names_what_is_wrong(change: Any, said: str) -
 class Batch:
     """EMT in batches, with one fault."""
 
-    def __init__(self, fault: str = "") -> None:
+    def __init__(self, fault=""):
         self.fault, self.calls = fault, 0
 
     @property
-    def model_id(self) -> str:
+    def model_id(self):
         return f"batch-{self.calls}" if self.fault == "id" else "batch"
 
-    def evaluate(self, structures: Any) -> Evaluation:
+    def evaluate(self, structures):
         self.calls += 1
         if self.fault == "moves":
             structures[0].positions[0] += 0.1
@@ -243,7 +235,7 @@ class Batch:
         ("drifts", "batch: the same structure has other numbers"),
     ],
 )
-def test_the_check_of_an_evaluator_names_what_is_wrong(fault: str, said: str) -> None:
+def test_the_check_of_an_evaluator_names_what_is_wrong(fault, said):
     with pytest.raises(AssertionError, match=said):
         check_evaluator(Batch(fault))
 
@@ -251,11 +243,11 @@ def test_the_check_of_an_evaluator_names_what_is_wrong(fault: str, said: str) ->
 class Lost(Calculator):
     implemented_properties = ["energy", "forces"]
 
-    def calculate(self, *arguments: Any) -> None:
+    def calculate(self, *arguments):
         raise RuntimeError("lost")
 
 
-def test_what_is_sound_passes_and_says_which_checks_it_passed() -> None:
+def test_what_is_sound_passes_and_says_which_checks_it_passed():
     assert check_evaluator(Batch()) == check_evaluator(EMT())
     assert "forces and stress against energy" in check_evaluator(EMT(), bulk("Al", cubic=True))
     with pytest.raises(AssertionError, match="kind: raised TypeError: .*no evaluator"):
@@ -264,9 +256,9 @@ def test_what_is_sound_passes_and_says_which_checks_it_passed() -> None:
         check_evaluator(Lost())
 
 
-def labels(fault: str) -> Callable[[list[Any]], list[Any]]:
-    def make(structures: list[Any]) -> list[Any]:
-        found: list[Any] = []
+def labels(fault):
+    def make(structures):
+        found = []
         for atoms in structures:
             broken = not np.isfinite(atoms.positions).all()
             if broken and fault == "raises":
@@ -299,7 +291,7 @@ def labels(fault: str) -> Callable[[list[Any]], list[Any]]:
         ("", ""),
     ],
 )
-def test_the_check_of_a_labeler_names_what_is_wrong(fault: str, said: str) -> None:
+def test_the_check_of_a_labeler_names_what_is_wrong(fault, said):
     labeler = CallableLabeler(labels(fault), description="EMT", settings={})
     if fault == "hash":
         labeler.settings_hash = "1"
