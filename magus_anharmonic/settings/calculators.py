@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
     Count,
     Force,
@@ -106,10 +107,11 @@ def parse_calculator(
     named: str | Mapping[str, Any], where: str
 ) -> CalculatorSettings | AseCalculatorSettings:
     """The block of a calculator (mattersim where it does not say), or what a name alone stands for:
-    the import path of an ASE calculator, or a checkpoint. Raises ``InputError`` that begins with
-    ``where``."""
+    the import path of an ASE calculator, another package's evaluator, or a checkpoint. Raises
+    ``InputError`` that begins with ``where``."""
     if isinstance(named, str):
-        named = {"checkpoint" if import_path(named) is None else "calculator": named}
+        calculates = import_path(named) or named in third_party.declared("evaluators")
+        named = {"calculator" if calculates else "checkpoint": named}
     ours = named.get("calculator", "mattersim") == "mattersim"
     return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 

@@ -3,8 +3,6 @@ play."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import yaml
@@ -62,9 +60,7 @@ EMT_BLOCK = {"calculator": "emt", "jobPrefix": "EMT", "maxForce": 100, "maxStep"
     ],
     ids=["emt", "lj", "single points", "named"],
 )
-def test_free_energies_rank_by_any_calculator_of_magus(
-    cluster_search: Path, main: dict, evaluator: dict | None, model: str
-) -> None:
+def test_free_energies_rank_by_any_calculator_of_magus(cluster_search, main, evaluator, model):
     folder = cluster_search / "inputFold/LJ"
     folder.mkdir()
     (folder / "lj.yaml").write_text(yaml.safe_dump(LJ))
@@ -91,9 +87,7 @@ def test_free_energies_rank_by_any_calculator_of_magus(
     ("system", "commands"),
     [("LSF", {"bsub", "bwait"}), ("SLURM", {"sbatch", "salloc"}), ("PBS", {"qsub", "qstat"})],
 )
-def test_labels_come_back_through_the_queue_system(
-    cluster_search: Path, queue: Path, system: str, commands: set[str]
-) -> None:
+def test_labels_come_back_through_the_queue_system(cluster_search, queue, system, commands):
     result = magus(cluster_search, "search", "-m", JOB_SYSTEM=system)
     assert result.returncode == 0, result.stdout[-3000:]
     assert {line.split()[0] for line in queue.read_text().splitlines()} == commands

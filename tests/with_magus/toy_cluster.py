@@ -5,17 +5,14 @@ Structures of an element whose symbol stands in the file ``crash`` beside the jo
 without output, as a crashed code does.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
-from ase import Atoms
 from ase.calculators.emt import EMT
 from ase.io import read, write
 
 
-def register() -> None:
+def register():
     """Entry point of the group ``magus.plugins``."""
     from magus.calculators.base import ClusterCalculator
     from magus.utils import CALCULATOR_PLUGIN
@@ -24,18 +21,18 @@ def register() -> None:
     class ToyCluster(ClusterCalculator):
         """Single points, and relaxations that are no more, by jobs or one after the other."""
 
-        def scf_job(self, index: int) -> None:
+        def scf_job(self, index):
             self.J.sub(f"{sys.executable} -m toy_cluster", name="toy", file="job.sh")
 
         relax_job = scf_job
 
-        def scf_serial(self, frames: list[Atoms]) -> list[Atoms]:
+        def scf_serial(self, frames):
             return single_points(frames)
 
         relax_serial = scf_serial
 
 
-def single_points(frames: list[Atoms]) -> list[Atoms]:
+def single_points(frames):
     """The structures with MAGUS's keys."""
     for atoms in frames:
         atoms.calc = EMT()
@@ -49,7 +46,7 @@ def single_points(frames: list[Atoms]) -> list[Atoms]:
     return frames
 
 
-def main() -> None:
+def main():
     """The job: initPop.traj -> optPop.traj."""
     frames = read("initPop.traj", ":")
     if Path("../crash").exists():
