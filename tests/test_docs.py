@@ -1,6 +1,7 @@
 """The documentation is built without a warning, reads without a network, and its examples are
 inputs that the settings accept."""
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -161,3 +162,41 @@ def test_every_command_in_the_documentation_exists():
             re.MULTILINE,
         ):
             assert name in names, f"{page.name}: magus-anharmonic {name}"
+
+
+@pytest.mark.full
+def test_the_tutorial_runs_as_written_from_a_fresh_clone(tmp_path):
+    """Its commands and Python, one after the other; the set-up is that of this environment."""
+    clone, prefix = tmp_path / "clone", Path(sys.prefix)
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    files = ("pyproject.toml", ".ci/constraints.txt", ".ci/setup", ".ci/system.sh")
+    parts = [(clone / name).read_bytes() for name in (*files, "magus_anharmonic/__init__.py")]
+    ready = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    venv = clone / ".venv"
+    venv.mkdir()
+    (venv / f".ready-{ready}-{sys.version_info[0]}.{sys.version_info[1]}").touch()
+    for name in ("lib", "pyvenv.cfg"):
+        (venv / name).symlink_to(prefix / name)
+    (venv / "bin").mkdir()
+    for path in (prefix / "bin").iterdir():
+        if path.name.startswith(("python", "activate")):
+            (venv / "bin" / path.name).symlink_to(path)
+    command = venv / "bin" / "magus-anharmonic"
+    command.write_text(
+        f'#!/bin/sh\nPYTHONPATH={clone} exec {venv}/bin/python -m magus_anharmonic "$@"\n'
+    )
+    command.chmod(0o755)
+    page = (clone / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    script = []
+    for language, text in re.findall(r"^```(bash|python)\n(.*?)^```", page, re.M | re.S):
+        script.append(text if language == "bash" else f"python - <<'END'\n{text}END\n")
+    run = subprocess.run(
+        ["bash", "-eu", "-c", f"set -o pipefail\nexport PATH={venv}/bin:$PATH\n" + "".join(script)],
+        cwd=clone,
+        env={**os.environ, "PYTHONPATH": str(clone), "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    assert "SschaResult(" in run.stdout and (clone / "phonons" / "hessian.json").is_file()
+    assert (clone / "ranking" / "report.html").is_file()
