@@ -12,11 +12,8 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import SumCalculator
 from ase.calculators.morse import MorsePotential
 
-from magus_anharmonic import free_energy
 from magus_anharmonic.calculator_id import is_unnamed, probes
-from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
-from magus_anharmonic.potential.remote import Source, serialised
 
 COPPER = bulk("Cu")
 
@@ -127,30 +124,6 @@ def test_a_machine_error_is_no_missing_id():
         ids(Full())
 
 
-def test_free_energy_in_a_reused_directory_never_returns_the_number_of_another_potential(tmp_path):
-    argon = bulk("Ar", "fcc", a=5.2)
-
-    def run(epsilon, directory=tmp_path):
-        lj = LennardJones(sigma=3.4, epsilon=epsilon, rc=6.0, smooth=True)
-        return free_energy(
-            argon,
-            lj,
-            0.0,
-            40.0,
-            (2, 2, 2),
-            "fixed",
-            n_configs=20,
-            max_populations=2,
-            directory=directory,
-        )
-
-    first = run(0.0104)
-    again = run(0.0104)
-    assert again.gibbs == first.gibbs and again.seconds == first.seconds
-    other = run(0.0208)
-    assert other.gibbs == run(0.0208, None).gibbs < first.gibbs - 0.03
-
-
 def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_checkpoint, tmp_path):
     import torch
 
@@ -176,12 +149,3 @@ def test_two_checkpoints_behind_the_same_calculator_have_their_own_ids(tiny_chec
         != as_evaluator(second).model_id
         == second.model_id
     )
-
-
-def test_a_worker_notices_a_checkpoint_that_was_replaced(tiny_checkpoint):
-    from magus_anharmonic import MatterSim
-
-    source = serialised(as_evaluator(MatterSim(str(tiny_checkpoint), "cpu")))
-    assert source.make().model_id == source.model_id
-    with pytest.raises(MagusAnharmonicError, match="replaced"):
-        Source("another", evaluator=source.evaluator).make()

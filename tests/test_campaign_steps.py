@@ -17,7 +17,7 @@ from campaign_tables import read_rows
 
 from magus_anharmonic.campaign import closing, learning, modes, production, structures
 from magus_anharmonic.campaign.production import _read_relaxed
-from magus_anharmonic.campaign.steps import Context, Step, at, phase_folder, plan, structure_file
+from magus_anharmonic.campaign.steps import Context, Step, plan, structure_file
 from magus_anharmonic.campaign.structures import (
     Found,
     Phase,
@@ -529,14 +529,6 @@ def test_tables_are_the_parts_of_finished_steps_one_after_the_other(tmp_path, h3
         for a in frames
     ] == [("s0", "Im-3m (229)", 100.0, "static"), ("s1", "Im-3m (229)", 100.0, "static")]
     assert not (target / "modes.csv").exists()
-
-
-def test_names_of_phases_make_folders_that_exist_everywhere():
-    assert (
-        phase_folder("Im-3m", 60) == "Im-3m-060GPa"
-        and phase_folder("C2/c", 60) != phase_folder("C2_c", 60)
-        and at("learn", 112.5) == "learn-112.5GPa"
-    )
 
 
 def test_the_step_of_gradient_errors_gives_the_ensembles_of_the_hessians_to_the_analysis(

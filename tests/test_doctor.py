@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from magus_anharmonic import doctor
-from magus_anharmonic.doctor import Check, collect, exit_code, find_magus
+from magus_anharmonic.doctor import collect, exit_code, find_magus
 from magus_anharmonic.settings import parse_settings
 
 
@@ -121,11 +121,6 @@ def test_a_device_that_is_not_there_fails_only_when_asked_for(labelers, no_magus
     assert doctor._device(asked, "NVIDIA X").ok is True
 
 
-def test_elements_that_the_training_data_lacked_are_named():
-    assert doctor._unseen(["H", "S", "La"], frozenset({1, 16})) == ["La"]
-    assert doctor._unseen(["H", "S"], None) == []
-
-
 def package(folder, *, entrypoints):
     (folder / "magus").mkdir()
     (folder / "magus" / "__init__.py").write_text(
@@ -152,17 +147,6 @@ def test_a_magus_that_does_not_import_is_reported_with_its_reason(tmp_path, monk
     monkeypatch.delitem(sys.modules, "magus", raising=False)
     seen = named(doctor._magus(), "MAGUS sees")
     assert seen.ok is False and "must not be imported" in seen.detail
-
-
-def test_a_module_that_does_not_import_gives_the_reason():
-    check = doctor._module("engine", "no_such_engine", "none", "pip install it", needed=True)
-    assert check == Check(
-        "engine",
-        False,
-        "no_such_engine does not import: No module named 'no_such_engine'",
-        "pip install it",
-        True,
-    )
 
 
 # ------------------------------------------------------------------ the scheduler

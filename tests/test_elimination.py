@@ -3,11 +3,9 @@ those of a simulation."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from magus_anharmonic.ranking.elimination import (
     Rules,
@@ -82,10 +80,6 @@ def test_only_those_that_are_not_told_apart_are_sampled_further():
     )
 
 
-def test_more_candidates_widen_the_bounds():
-    assert RULES.z(100) > RULES.z(10) > RULES.z(1) > 2.5
-
-
 def test_the_bounds_hold_with_the_wanted_confidence():
     """100 candidates, the best 2 meV below the rest, every population with fresh noise: in at least
     95 % the best survives."""
@@ -115,18 +109,6 @@ def test_probabilities_are_those_of_a_simulation():
     samples = gibbs + errors * np.random.default_rng(1).normal(size=(400_000, 4))
     expected = np.bincount(samples.argmin(axis=1), minlength=4) / len(samples)
     assert np.allclose(probability_lowest(gibbs, errors), expected, atol=4e-3)
-
-
-@pytest.mark.parametrize(
-    ("gibbs", "expected"),
-    [([], []), ([1.0], [1.0]), ([0.0, 1.0], [1.0, 0.0]), ([0.0, 0.0], [0.5, 0.5])],
-)
-def test_probabilities_without_noise(gibbs, expected):
-    assert np.allclose(probability_lowest(gibbs, [0.0] * len(gibbs)), expected)
-
-
-def test_lower_bound_of_a_single_population_is_open():
-    assert standing(0.0, fallen=None).lower(3.0) == -math.inf
 
 
 class Relaxations:

@@ -102,6 +102,9 @@ COVERAGE = [
 ]
 
 
+OFTEN = [case for case in COVERAGE if case[3:] == (200, "native")]
+
+
 def covered(z):
     """Inside the 99 % bounds of a Gaussian's 68 and 95 %."""
     for sigmas, share in ((1.0, 0.683), (2.0, 0.954)):
@@ -115,10 +118,10 @@ def test_the_error_bars_of_all_crystals_cover_their_minima(cell):
     """Two seeds a case, together: sharper bounds than a case alone can have; no case is off by
     itself.
 
-    The largest mean of two of all 19 cases is below 2.5 in 99 of a hundred.
+    The largest mean of two of all 16 cases is below 2.5 in 99 of a hundred.
     `test_the_error_bar_covers_the_minimum` has more of each.
     """
-    z = [deviations(runs(2, *case), exact(*case[:3]).gibbs) for case in COVERAGE if case[2] == cell]
+    z = [deviations(runs(2, *case), exact(*case[:3]).gibbs) for case in OFTEN if case[2] == cell]
     covered(np.concatenate(z))
     assert np.abs(np.mean(z, axis=1)).max() < 2.5
 

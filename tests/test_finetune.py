@@ -406,14 +406,11 @@ def _with_a_changed_weight(state):
 
 
 DAMAGES = {
-    "a list": lambda state: [1],
     "no key": lambda state: {"trainer": state["trainer"]},
-    "no trainer": lambda state: {"key": state["key"]},
     "empty trainer": lambda state: {**state, "trainer": {}},
     "half a trainer": _without_a_moment,
     "damaged history": lambda state: {**state, "history": [{"epoch": 0}]},
     "an epoch that was not": lambda state: {**state, "best_epoch": 9},
-    "no best weights": lambda state: {**state, "best_state": {}},
     "a changed weight": _with_a_changed_weight,
 }
 
@@ -709,14 +706,6 @@ stages:
 def label_file(tmp_path, labelled):
     write(tmp_path / "labels.extxyz", labelled)
     return tmp_path / "labels.extxyz"
-
-
-def test_labels_survive_the_file(label_file, labelled):
-    for found, expected in zip(read_labels(label_file), labelled, strict=True):
-        assert found.get_potential_energy() == pytest.approx(
-            expected.get_potential_energy(), abs=1e-6
-        )
-        np.testing.assert_allclose(found.get_stress(), expected.get_stress(), atol=1e-8)
 
 
 def test_recipe_to_checkpoint_and_report(tmp_path, label_file):

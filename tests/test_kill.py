@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from kill_harness import Ended, Server, labels, outcome, prepare
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the harness forks and pins its searches to one core"
-)
+pytestmark = [
+    pytest.mark.full,  # in the fast suite test_golden kills a search in each part
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="the harness forks and pins its searches to one core"
+    ),
+]
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 128 + 15, signal.SIGINT: 128 + 2}
@@ -140,7 +143,6 @@ def test_the_reference_does_everything_that_a_kill_could_spoil(reference):
         assert part in names
 
 
-@pytest.mark.slow
 def test_six_kills(server, reference, tmp_path):
     moment = random.Random(7).uniform(0.1, 0.6) * reference.ended.seconds
     pending = [
@@ -164,7 +166,6 @@ def test_six_kills(server, reference, tmp_path):
     assert_same(outcome(folder), reference)
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("chain", range(10))
 def test_kills_at_every_named_step_and_at_random_instants(server, reference, tmp_path, chain):
     """Every tenth named step, in order, each with another signal; a random instant goes first."""

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from dataclasses import asdict, replace
-from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -249,12 +248,6 @@ def test_a_lock_of_a_later_version_with_more_fields_is_a_lock(tmp_path):
             locked(tmp_path, "another").__enter__()
 
 
-def test_a_time_without_a_zone_is_shown_as_it_is(tmp_path):
-    owner = elsewhere(tmp_path)
-    for since in ("2026-01-01T00:00:00", "yesterday"):
-        assert replace(owner, since=since).described().endswith(f"since {since}")
-
-
 def test_an_owner_on_another_machine_that_shows_a_sign_of_life_is_respected(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "PATIENCE", 3.0)
     owner = elsewhere(tmp_path)
@@ -352,8 +345,9 @@ with lock.locked(sys.argv[1], "a search"):
 """
 
 
-@pytest.mark.parametrize("busy", ["writes", "computes", "sleeps"])
-@pytest.mark.parametrize("new", ["works", "has finished"])
+@pytest.mark.parametrize(
+    ("busy", "new"), [("writes", "works"), ("computes", "has finished"), ("sleeps", "works")]
+)
 def test_a_process_that_was_stopped_and_taken_over_writes_nothing_when_it_wakes_and_ends_though_it_ignores_sigint(
     tmp_path, monkeypatch, busy, new
 ):
@@ -422,7 +416,7 @@ except (MachineError, MemoryError) as error:
 """
 
 
-@pytest.mark.parametrize("left", [0, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 23, 1 << 24])
+@pytest.mark.parametrize("left", [0, 1 << 18, 1 << 22, 1 << 24])
 def test_a_heart_that_cannot_begin_to_beat_for_want_of_memory_is_an_error_and_not_a_wait_for_ever(
     tmp_path, left
 ):
@@ -512,8 +506,3 @@ def wait_for(condition):  # type: ignore[no-untyped-def]
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def test_the_owner_says_since_when(tmp_path):
-    with locked(tmp_path, "a search") as owner:
-        assert datetime.fromisoformat(owner.since).tzinfo is not None and owner.alive and owner.here

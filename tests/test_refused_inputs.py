@@ -179,18 +179,16 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("kind", BOMBS)
-@pytest.mark.parametrize(
-    "reader",
-    [
-        load_settings,
-        load_campaign,
-        load_phase_diagram,
-        load_recipe,
-        load_yaml,
-        load_labeler_settings,
-    ],
-)
+LOADERS = [load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings]
+
+
+def each(cases, loaders=LOADERS):
+    """All cases by the reader behind all loaders, and one of them by each loader."""
+    cases = list(cases)
+    return [*((case, load_yaml) for case in cases), *((cases[0], load) for load in loaders)]
+
+
+@pytest.mark.parametrize(("kind", "reader"), each(BOMBS))
 def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, kind, reader):
     file = tmp_path / "input.yaml"
     file.write_text("\n".join(BOMBS[kind]) + "\n")
@@ -200,19 +198,18 @@ def test_a_short_file_that_stands_for_a_huge_one_is_refused_at_once(tmp_path, ki
     assert time.monotonic() - begun < 5.0
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        "9" * 30,
-        "9" * 5000,
-        "0x" + "f" * 10**5,
-        "0b" + "1" * 10**5,
-        "1" + ":59" * 10**5,
-        "1" + ":59" * 300 + ".5",
-        "-" + "9" * 400,
-    ],
-)
-@pytest.mark.parametrize("reader", [load_settings, load_campaign, load_yaml])
+NUMBERS = [
+    "9" * 30,
+    "9" * 5000,
+    "0x" + "f" * 10**5,
+    "0b" + "1" * 10**5,
+    "1" + ":59" * 10**5,
+    "1" + ":59" * 300 + ".5",
+    "-" + "9" * 400,
+]
+
+
+@pytest.mark.parametrize(("number", "reader"), each(NUMBERS, LOADERS[:2]))
 def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, reader):
     (tmp_path / "input.yaml").write_text(f"pressure: {number}\nsymbols: [H]\n")
     begun = time.monotonic()
@@ -222,9 +219,12 @@ def test_a_number_that_nothing_can_hold_is_refused_at_once(tmp_path, number, rea
 
 
 @pytest.mark.parametrize(
-    "reader", [load_campaign, load_phase_diagram, load_recipe, load_labeler_settings]
+    ("key", "reader"),
+    [
+        *((key, load_campaign) for key in ("a[0]", "\\e[31mkey", "[", "", ".")),
+        *(("a[0]", load) for load in LOADERS[2:]),
+    ],
 )
-@pytest.mark.parametrize("key", ["a[0]", "\\e[31mkey", "[", "", "."])
 def test_a_key_may_be_any_text(tmp_path, reader, key):
     (tmp_path / "input.yaml").write_text(f'"{key}": 1\n')
     with pytest.raises(InputError, match="unknown key|is missing|calculator"):
@@ -249,8 +249,7 @@ def test_a_file_of_megabytes_is_no_file_of_settings(tmp_path, monkeypatch):
     assert result.exit_code == 2, result.output
     words = "input.yaml: has 20.8 MB, and settings at most 1"
     assert words in " ".join(result.output.split())
-    loaders = (load_settings, load_campaign, load_phase_diagram, load_recipe, load_labeler_settings)
-    for load in loaders:
+    for load in LOADERS:
         with pytest.raises(InputError, match=words):
             load("input.yaml")
     assert time.monotonic() - begun < 30.0

@@ -19,7 +19,6 @@ import ranking_fakes as fakes
 import scheduler_tasks as tasks
 from ase import Atoms
 from ase.build import bulk
-from ase.calculators.emt import EMT
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
@@ -255,37 +254,6 @@ def test_a_result_that_is_lost_with_the_connection_is_computed_again(cluster, mo
         return fetch(future, *arguments, **options)
 
     monkeypatch.setattr(Future, "result", result)
-    with contextlib.closing(
-        DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
-    ) as scheduler:
-        found = list(scheduler.map(tasks.who, [0.0] * 4))
-    assert (
-        lost
-        and sorted(done.index for done in found) == list(range(4))
-        and not any(done.reason for done in found)
-    )
-
-
-@pytest.mark.slow
-def test_a_result_that_is_lost_with_its_worker_is_computed_again(cluster, monkeypatch):
-    """Dask computes it again by itself, if anybody is left; waiting for that would stop everything
-    else."""
-    from distributed.client import Future
-
-    lost, fetch, status = [], Future.result, Future.status.fget
-
-    def result(future, timeout=None):
-        if not lost:
-            lost.append(future.key)
-            raise TimeoutError
-        return fetch(future, timeout=timeout)
-
-    monkeypatch.setattr(Future, "result", result)
-    monkeypatch.setattr(
-        Future,
-        "status",
-        property(lambda future: "pending" if future.key in lost else status(future)),
-    )
     with contextlib.closing(
         DaskScheduler.connect(cluster.scheduler_address, WorkerSettings())
     ) as scheduler:
@@ -657,17 +625,3 @@ def test_a_candidate_that_kills_its_worker_is_a_failure_that_is_tried_again_late
         and not found["Ni"].lasting
         and "worker died" in found["Ni"].reason
     )
-
-
-def emt_energy(atoms):
-    copy = atoms.copy()
-    copy.calc = EMT()
-    return copy.get_potential_energy()
-
-
-@pytest.mark.slow
-def test_an_evaluator_that_cannot_travel_is_used_here(dask):
-    evaluator = fakes.Emt()
-    evaluator.handle = lambda: None
-    (found,) = relax_on(dask, evaluator, [copper(1.05)], 0.0, max_steps=60, force_tolerance=0.01)
-    assert found.converged and found.energy == pytest.approx(emt_energy(found.atoms), abs=1e-9)

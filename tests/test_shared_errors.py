@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.io import read
-from benchmarks.uncertainty import pairs_of_like_volume, signed_errors
 from records import a_candidate, stored_run
 
 from magus_anharmonic.evaluator import CalculatorEvaluator
 from magus_anharmonic.generation import expected_spread
 from magus_anharmonic.potential import load
-from magus_anharmonic.potential.labelled import split_by_parent
+from magus_anharmonic.potential.labelled import labels_of, split_by_parent
 from magus_anharmonic.potential.uncertainty import ErrorModel
 from magus_anharmonic.ranking.probabilities import with_probabilities
 from magus_anharmonic.ranking.run import Key
@@ -22,6 +21,31 @@ from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.uncertainty import ModelTerm, model_errors
 
 INPUTS = Path(__file__).parents[1] / "inputs"
+
+
+def signed_errors(potential, labelled):
+    """E(DFT) - E(model) of each structure, eV/atom."""
+    known = np.array([labels_of(atoms)[0] / len(atoms) for atoms in labelled])
+    return known - potential.evaluate(labelled).energy / [len(atoms) for atoms in labelled]
+
+
+def pairs_of_like_volume(potential, labelled):
+    """Differences of energy (eV/atom) between all structures whose volumes are within 5 %.
+
+    Their true errors, those expected with what both errors share, and those expected of independent
+    errors.
+    """
+    signed, vectors = (
+        signed_errors(potential, labelled),
+        potential.error_model.vectors(potential.mean_features(labelled)),
+    )
+    volumes = np.array([atoms.get_volume() / len(atoms) for atoms in labelled])
+    one, other = np.triu_indices(len(labelled), 1)
+    alike = np.abs(volumes[one] / volumes[other] - 1) < 0.05
+    one, other = one[alike], other[alike]
+    levels = np.linalg.norm(vectors, axis=1)
+    shared = np.linalg.norm(vectors[one] - vectors[other], axis=1)
+    return np.abs(signed[one] - signed[other]), shared, np.hypot(levels[one], levels[other])
 
 
 @pytest.fixture(scope="module")

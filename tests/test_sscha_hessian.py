@@ -127,18 +127,25 @@ def compare(state, ensemble, log):
     assert ours.force_constants == pytest.approx(theirs, abs=1e-10 * correction)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(
-    ("atoms", "supercell_matrix"),
-    [(no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1))],
-)
+def everywhere(*cases):
+    """Both temperatures; one of each case in the fast suite."""
+    return pytest.mark.parametrize(
+        ("atoms", "supercell_matrix", "temperature"),
+        [
+            pytest.param(*case, t, marks=() if i % 2 == k else pytest.mark.full)
+            for i, case in enumerate(cases)
+            for k, t in enumerate((0.0, 300.0))
+        ],
+    )
+
+
+@everywhere((no_symmetry(), (2, 1, 1)), (no_symmetry(), (3, 1, 1)), (hcp(), (3, 3, 1)))
 def test_third_order_and_hessian_equal_python_sscha(atoms, supercell_matrix, temperature, tmp_path):
     state = start(atoms, supercell_matrix, temperature)
     compare(state, evaluated(state, EV, 40), tmp_path / "log")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.full), 300.0])
 def test_third_order_and_hessian_equal_python_sscha_for_cubic_h3s(h3s, temperature, tmp_path):
     atoms, supercell_matrix = h3s(), (2, 2, 2)
     symmetry = Symmetry(atoms, supercell_matrix)
@@ -168,11 +175,7 @@ def at_its_minimum(state, ensemble):
     return replace(ensemble, forces=ensemble.forces - (u @ change).reshape(ensemble.forces.shape))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 300.0])
-@pytest.mark.parametrize(
-    ("atoms", "supercell_matrix"),
-    [(no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3))],
-)
+@everywhere((no_symmetry(), (1, 1, 1)), (hcp(), (2, 1, 1)), (hcp(), (1, 1, 3)))
 def test_fourth_order_equals_python_sscha_without_its_tensor(
     atoms, supercell_matrix, temperature, tmp_path
 ):

@@ -111,7 +111,7 @@ def test_a_minimum_is_called_stable_and_is_checked_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [-14.0, -12.0])
+@pytest.mark.parametrize("k", [-14.0, pytest.param(-12.0, marks=pytest.mark.full)])
 def test_a_well_beyond_a_barrier_is_looked_for_before_a_phase_is_called_stable(tmp_path, k):
     """The middle is a minimum of the free energy by the motion of the proton alone; the exact well
     lies below it, or above, or is none."""
@@ -426,16 +426,6 @@ def test_a_saddle_that_could_not_be_followed_is_followed_by_the_next_ranking(tmp
     )
 
 
-def test_a_saddle_without_a_visible_displacement_says_so(tmp_path, monkeypatch):
-    (first,) = names(copper())
-    Verdicts(monkeypatch, {first: -1.0}, SschaError("not told from noise"))
-    found = run(tmp_path, [copper()])
-    assert (
-        found[first].status == "saddle"
-        and "following it failed: not told from noise" in found[first].reason
-    )
-
-
 def test_the_verdict_does_not_change_what_a_free_energy_is(tmp_path, monkeypatch):
     Verdicts(monkeypatch, dict.fromkeys(names(copper()), 1.0))
     run(tmp_path, [copper()], hessian=0)
@@ -531,18 +521,6 @@ def test_a_displacement_is_seen_by_the_search_for_symmetry_or_refused():
 
 
 # -------------------------------------------------------------------------------------- the picture
-
-
-def test_the_picture_is_drawn_once_and_only_where_there_is_a_table(tmp_path):
-    assert draw_convergence(tmp_path) is None
-    header = "population,free_energy_eV_per_atom,gibbs_eV_per_atom,error_eV_per_atom,pressure_GPa,pressure_error_GPa,"
-    header += "effective_sample,fc_gradient_eV_per_A2,centroid_force_eV_per_A"
-    rows = ["1,-1.0,-0.9,0.01,149,0.2,0.6,0.1,0.02", "2,-1.01,-0.91,0.002,150,0.1,1.0,,0.001"]
-    (tmp_path / "convergence.csv").write_text("\n".join([header, *rows]) + "\n")
-    picture = draw_convergence(tmp_path, "H3S")
-    assert picture is not None and picture.stat().st_size > 10_000
-    before = picture.stat().st_mtime_ns
-    assert draw_convergence(tmp_path, "H3S") == picture and picture.stat().st_mtime_ns == before
 
 
 def test_a_changed_digit_of_the_table_is_not_drawn(tmp_path, caplog):

@@ -137,7 +137,10 @@ def evaluator_of(
             " it is mattersim"
         )
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return CalculatorEvaluator(make_calculator(block), elements=settings.symbols), block
+    made = make_calculator(block)
+    if not isinstance(made, Evaluator):
+        made = CalculatorEvaluator(made, elements=settings.symbols)
+    return made, block
 
 
 def _relaxation_block(settings: Settings) -> RelaxationSettings:

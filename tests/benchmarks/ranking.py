@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms
 from ase.io import read, write
 
 HERE = Path(__file__).resolve().parent
@@ -33,10 +32,9 @@ HERE = Path(__file__).resolve().parent
 sys.path = [path for path in sys.path if Path(path).resolve() != HERE]
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from crystal_models import Crystal, Crystals, family  # noqa: E402
+from crystal_models import Crystals, family  # noqa: E402
 
 from magus_anharmonic.potential import load  # noqa: E402
-from magus_anharmonic.potential.evaluate import Potential  # noqa: E402
 from magus_anharmonic.ranking.matcher import distinct  # noqa: E402
 from magus_anharmonic.ranking.structures import rank_structures  # noqa: E402
 from magus_anharmonic.settings import parse_settings  # noqa: E402
@@ -62,7 +60,7 @@ class Truth:
     gibbs: np.ndarray
     errors: np.ndarray
 
-    def agrees(self, order: list[int], n_best: int) -> bool:
+    def agrees(self, order, n_best):
         """Whether ``order`` (all crystals, lowest first) has the first ``n_best`` right, unclear
         pairs left out."""
         for place, first in enumerate(order[:n_best]):
@@ -73,7 +71,7 @@ class Truth:
         return True
 
 
-def reference(crystals: list[Crystal], n_configs: int) -> Truth:
+def reference(crystals, n_configs):
     """Long runs with ``n_configs`` configurations per population."""
     found = []
     for number, one in enumerate(crystals):
@@ -99,7 +97,7 @@ def reference(crystals: list[Crystal], n_configs: int) -> Truth:
     return Truth(gibbs, errors)
 
 
-def ranked(crystals: list[Crystal], seed: int, allocation: str) -> tuple[list[int], int, str]:
+def ranked(crystals, seed, allocation):
     """Crystals in the order of the table (those with a G first), evaluations used, and who stopped
     how."""
     evaluator = Crystals(crystals)
@@ -145,7 +143,7 @@ class Races:
     winners: int
     orders: int
 
-    def bars(self) -> list[tuple[str, bool]]:
+    def bars(self):
         """What is asked, and whether it holds."""
         needed = int(np.ceil(0.9 * self.n_seeds))
         return [
@@ -158,7 +156,7 @@ class Races:
         ]
 
 
-def compare(n_seeds: int, n_reference: int, *, fixed: bool = False) -> Races:
+def compare(n_seeds, n_reference, *, fixed=False):
     """Races with ``n_seeds`` seeds against the reference (``n_reference`` configurations per
     population); ``fixed`` for comparison."""
     crystals = family()
@@ -201,7 +199,7 @@ def compare(n_seeds: int, n_reference: int, *, fixed: bool = False) -> Races:
     )
 
 
-def h3s_candidates(file: Path, potential: Potential) -> list[Atoms]:
+def h3s_candidates(file, potential):
     """The lowest `N_H3S` distinct ones of the random H3S crystals of up to eight atoms, relaxed;
     kept in ``file``."""
     if not file.is_file():
@@ -219,7 +217,7 @@ def h3s_candidates(file: Path, potential: Potential) -> list[Atoms]:
     return read(file, index=":")
 
 
-def compare_h3s(folder: Path, n_reference: int) -> Races:
+def compare_h3s(folder, n_reference):
     """One race of H3S crystals against long runs of each with ``n_reference`` configurations in the
     last populations."""
     potential = load("h3s-gpaw-small", device="cpu")
@@ -276,7 +274,7 @@ def compare_h3s(folder: Path, n_reference: int) -> Races:
     )
 
 
-def main() -> int:
+def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

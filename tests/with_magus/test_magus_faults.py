@@ -141,7 +141,7 @@ def test_adding_symmetry_moves_the_archive_there_so_the_ranking_keeps_structures
 def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_one(population):
     from magus.fitness import FitnessCalculator
 
-    from magus_anharmonic.plugins.calculator import SschaFitness
+    from magus_anharmonic.plugins.calculator import NamedFitness
 
     class Given(FitnessCalculator):
         def calc(self, pop):
@@ -162,7 +162,7 @@ def test_a_fitness_that_is_no_number_spoils_the_order_there_and_ours_is_always_o
     )
     for individual in individuals:
         individual.info["fitness"] = {}
-    population.fit_calcs = [SschaFitness({})]
+    population.fit_calcs = [NamedFitness({})]
     individuals.calc_dominators()
     assert [individual.info["dominators"] for individual in individuals] == [2, 1, 0], (
         "estimated: as much below its enthalpy as the least lowered"
