@@ -215,8 +215,7 @@ def section(title: str, text: str, model: type[BaseModel]) -> str:
 def render() -> str:
     """The whole page."""
     head = (
-        "# Keys\n\nMade by `python docs/make_keys.py` from the settings models; do not"
-        " edit.\n\nKeys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong"
+        "# Keys\n\n<!-- Made by docs/make_keys.py from the settings models; do not edit. -->\n\nKeys are accepted in snake_case and camelCase (`n_sample`, `nSample`). A wrong"
         " key, type, unit or combination stops the run\nbefore any work, with the key's path, the"
         " value, what is allowed and the nearest valid key (exit code 2).\n\nWhere the type names a"
         " unit, a bare number is in it, and a text may have another one: `150 GPa`, `300 K`, `5"
