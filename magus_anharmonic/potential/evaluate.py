@@ -190,6 +190,19 @@ class Potential:
             self._warn_unseen(atoms)
         return structures
 
+    def atomic_energies(self, structures: Sequence[Atoms]) -> list[np.ndarray]:
+        """Energies (N_i,) eV of the atoms of each structure, which add up to its energy; a forward
+        pass of its own.
+
+        Raises InputError as `evaluate` does.
+        """
+        found: list[np.ndarray] = []
+        for graph in self._graphs(structures):
+            with torch.no_grad():
+                atomic = self.model.atomic_energies(graph, self.model.atom_features(graph))
+            found += np.split(atomic.cpu().numpy(), np.cumsum(graph.n_atoms)[:-1])
+        return found
+
     def uncertainty(self, structures: Sequence[Atoms]) -> Uncertainty | None:
         """Expected errors against the model's DFT, without evaluating energies and forces; None
         when it has no estimate.

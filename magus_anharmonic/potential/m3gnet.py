@@ -284,15 +284,18 @@ class FactorisedM3GNet(nn.Module):
             atom = atom.index_add(0, centre, message)
         return self._readout(graph, atom)
 
-    def _readout(self, graph: Graph, atom: torch.Tensor) -> torch.Tensor:
-        """Sum of the scaled and shifted atomic energies; float64, because shifts are many orders
-        above what matters."""
+    def atomic_energies(self, graph: Graph, atom: torch.Tensor) -> torch.Tensor:
+        """(N,) eV from the last atom features (N, u), scaled and shifted; float64, because shifts
+        are many orders above what matters."""
         normalizer = self.module.normalizer
         atomic = _gated(self.module.final, atom).view(-1).double()
-        atomic = (
+        return (
             normalizer.scale.double()[graph.numbers] * atomic
             + normalizer.shift.double()[graph.numbers]
         )
+
+    def _readout(self, graph: Graph, atom: torch.Tensor) -> torch.Tensor:
+        atomic = self.atomic_energies(graph, atom)
         total = torch.zeros(len(graph.n_atoms), dtype=torch.float64, device=atomic.device)
         return total.index_add(0, graph.structure, atomic)
 
