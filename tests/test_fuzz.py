@@ -36,9 +36,8 @@ from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
 from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.ranking.uncertainty import samples_of
-from magus_anharmonic.runs.failures import read_failures
 from magus_anharmonic.runs.lock import read_owner
-from magus_anharmonic.runs.record import read_run_record
+from magus_anharmonic.runs.record import read_failures, read_run_record
 from magus_anharmonic.runs.status import status
 from magus_anharmonic.search.archive import Archive, read_frames
 from magus_anharmonic.settings import load_settings

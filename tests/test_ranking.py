@@ -880,7 +880,7 @@ def test_rank_file_leaves_a_record_and_writes_nothing_for_bad_input(
     found = rank_file(tmp_path / "cu.vasp", keys, tmp_path / "out")
     assert [c.status for c in found] == ["static"]
     record = read_run_record(tmp_path / "out")
-    assert record["model"] == found[0].model
+    assert record.model == found[0].model
 
 
 def test_a_worker_loads_the_checkpoint_and_refuses_a_replaced_one(

@@ -597,7 +597,7 @@ def test_invalid_arguments_are_refused():
 def test_long_runs_report_progress_with_an_estimate(monkeypatch, caplog):
     clock = iter(np.arange(0.0, 1e6, 7.0))
     monkeypatch.setattr(
-        "magus_anharmonic.runs.progress.time", SimpleNamespace(monotonic=lambda: float(next(clock)))
+        "magus_anharmonic.runs.record.time", SimpleNamespace(monotonic=lambda: float(next(clock)))
     )
     with caplog.at_level(logging.INFO, logger=relax_module.__name__):
         relax(Counted(), [strained("Cu", (2, 1, 1), 5)])

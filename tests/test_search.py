@@ -32,8 +32,7 @@ from magus_anharmonic.generation import checked_learning
 from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
-from magus_anharmonic.runs.lock import check_free, locked
-from magus_anharmonic.runs.owner import born
+from magus_anharmonic.runs.lock import born, check_free, locked
 from magus_anharmonic.search import SearchOutcome, host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator

@@ -31,7 +31,7 @@ from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
 from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import GPa
 

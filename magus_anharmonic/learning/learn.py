@@ -23,7 +23,7 @@ from magus_anharmonic.learning.families import SIDES
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.labelled import FEW, Scores, score
-from magus_anharmonic.runs.failures import record_failure
+from magus_anharmonic.runs.record import record_failure
 from magus_anharmonic.settings import LearningSettings
 
 if TYPE_CHECKING:

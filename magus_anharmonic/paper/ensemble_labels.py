@@ -20,7 +20,7 @@ from magus_anharmonic.io.files import read_json, read_whole, replacing, write_js
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
 from magus_anharmonic.learning.dataset import label_digest, labelled, read_labels, with_digest
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
-from magus_anharmonic.runs.failures import read_failures, record_failure
+from magus_anharmonic.runs.record import read_failures, record_failure
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.state import SschaState, displaced, sample, state_digest
 from magus_anharmonic.structures import structure_id

@@ -36,7 +36,7 @@ from magus_anharmonic.potential.trainer import (
     read_state,
     write_state,
 )
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.settings import FinetuneSettings, TrainingKeys, parse
 from magus_anharmonic.structures import structure_id
 

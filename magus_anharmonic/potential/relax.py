@@ -17,7 +17,7 @@ from magus_anharmonic.potential.guards import why_invalid
 from magus_anharmonic.potential.optimizers import Options, checked
 from magus_anharmonic.potential.relaxation import Result, SingleRelaxation
 from magus_anharmonic.potential.resources import one_thread_for_small_matrices
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.units import GPa
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.run import Key, Run
 from magus_anharmonic.ranking.uncertainty import EnsembleTrust
-from magus_anharmonic.runs.progress import Progress
+from magus_anharmonic.runs.record import Progress
 from magus_anharmonic.scheduler import Scheduler
 from magus_anharmonic.scheduler.base import changed, packed, unpack
 from magus_anharmonic.scheduler.local import LocalScheduler

@@ -351,11 +351,7 @@ def rank_alone(
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
         begun = (Path(output) / "run.json").is_file()
-        if (
-            "start" in sources
-            and begun
-            and read_run_record(output).get("start") != sources["start"]
-        ):
+        if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         evaluator = as_evaluator(evaluator_of(settings)[0], structures)
         seed = settings.seed or 0
