@@ -16,8 +16,9 @@ from ase.units import Bohr, GPa, Ry
 
 from magus_anharmonic.errors import InputError, LabelerError
 from magus_anharmonic.labelers import CallableLabeler, get_labeler
+from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.espresso import zero_smearing_energy
-from magus_anharmonic.labelers.worker import atoms_from_json, atoms_to_json, run_job
+from magus_anharmonic.labelers.worker import run_job
 from magus_anharmonic.settings import LabelerSettings
 
 # H first and last, so that a code that sorts by species must be sorted back.
@@ -353,14 +354,6 @@ def test_methfessel_paxton_extrapolates_by_a_third():
 # -------------------------------------------------------------- worker and adapter, in this process
 
 
-def test_structures_travel_to_the_worker_unchanged():
-    back = atoms_from_json(atoms_to_json(STRUCTURE))
-    assert (back.positions == STRUCTURE.positions).all() and (
-        back.cell.array == STRUCTURE.cell.array
-    ).all()
-    assert (back.numbers == STRUCTURE.numbers).all() and back.pbc.all()
-
-
 def job(task: str, directory: Path, code: str = "ase.calculators.emt.EMT", **more) -> dict:
     atoms = Atoms(
         "Cu4",
@@ -368,14 +361,8 @@ def job(task: str, directory: Path, code: str = "ase.calculators.emt.EMT", **mor
         cell=np.eye(3) * 3.7,
         pbc=True,
     )
-    recipe = {"code": code, "arguments": {}, "k_spacing": None, "execution": {}}
-    return {
-        "task": task,
-        "atoms": atoms_to_json(atoms),
-        "recipe": recipe,
-        "directory": str(directory),
-        **more,
-    }
+    recipe = Recipe(code, {}, None, {})
+    return {"task": task, "atoms": atoms, "recipe": recipe, "directory": str(directory), **more}
 
 
 def test_worker_answers_with_plain_data(tmp_path):

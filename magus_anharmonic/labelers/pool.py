@@ -3,21 +3,13 @@ the search."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import queue
-import secrets
-import selectors
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,26 +18,21 @@ from ase import Atoms
 
 from magus_anharmonic.errors import MachineError
 from magus_anharmonic.evaluator import Relaxation
-from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
-from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
-from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
+from magus_anharmonic.labelers.worker import begin
+from magus_anharmonic.processes import Worker, descendants, end_processes
 from magus_anharmonic.runs.record import Progress
-from magus_anharmonic.structures import structure_id
+from magus_anharmonic.structures import stripped, structure_id
 from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
 
-# The parent's module search path travels as an argument: no environment variable that the DFT code
-# would inherit.
-_BOOTSTRAP = (
-    "import sys; sys.path[:] = sys.argv.pop(1).split(chr(10)); from"
-    " magus_anharmonic.labelers.worker import main; main()"
-)
 START_TIMEOUT = 300.0
 """Seconds for a worker to import what it needs (a busy file system can be slow); not part of a
 label's own time."""
+ENDING = 10.0
+"""Seconds that a crash may take until its exit code is known."""
 LOG_LIMIT = 1 << 20
 """Bytes of a worker's log above which the next job begins a new one; as much of the end of one
 earlier log is kept."""
@@ -70,116 +57,53 @@ class WorkerDied(Exception):
     machine_error = False
 
 
-class Worker:
-    """One persistent worker process; started at the first job and again after a crash or a hang."""
+class DftProcess:
+    """The process of a DFT code; started at the first job and again after a crash or a hang."""
 
     def __init__(self, log_file: Path) -> None:
         self.log_file = log_file
-        self._process: subprocess.Popen[bytes] | None = None
-        self._mark = new_mark()
-        self._buffer = b""
+        self._worker: Worker | None = None
         self._closed = False
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after
         ``timeout`` seconds."""
         bound_log(self.log_file)
-        process = self._start()
-        assert process.stdin is not None
-        number = secrets.token_hex(8)
-        try:
-            process.stdin.write(to_json({**job, "job": number}).encode() + b"\n")
-            process.stdin.flush()
-        except (BrokenPipeError, OSError):
-            raise self._end_of(process) from None
-        answer = self._read_reply(process, number, timeout, "no answer (learning.labeler.timeout)")
-        if not answer["ok"]:
-            # A launcher that failed may have left its ranks behind.
-            end_processes(descendants(process.pid), self._mark, spare=[process.pid])
-        return answer
-
-    def _start(self) -> subprocess.Popen[bytes]:
         if self._closed:
             raise WorkerDied("the labeler was closed")
-        if self._process is not None and self._process.poll() is None:
-            return self._process
+        if self._worker is None or not self._worker.alive:
+            self.stop()
+            self.log_file.parent.mkdir(parents=True, exist_ok=True)
+            self._worker = Worker(begin, variables=_ONE_THREAD, output=self.log_file)
+            self._ask(self._worker, None, START_TIMEOUT, "the labeler's process did not start")
+        worker = self._worker
+        answer = self._ask(worker, job, timeout, "no answer (learning.labeler.timeout)")
+        if not answer["ok"]:
+            # A launcher that failed may have left its ranks behind.
+            end_processes(descendants(worker.pid), worker.mark, spare=[worker.pid])
+        return answer
+
+    def _ask(self, worker: Worker, job: Any, timeout: float, what: str) -> Any:
+        try:
+            worker.send(job)
+            if worker.connection.poll(timeout):
+                return worker.connection.recv()
+        except Exception:  # also what a code wrote into the pipe
+            log.debug("no answer of a labeler's process", exc_info=True)
+            how = worker.end(ENDING)
+            died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
+            died.machine_error = how.endswith("SIGKILL")
+            if self._closed:
+                died = WorkerDied("the labeler was closed")
+            raise died from None
         self.stop()
-        self.log_file.parent.mkdir(parents=True, exist_ok=True)
-        paths = [os.path.abspath(path or ".") for path in sys.path]
-        with self.log_file.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", _BOOTSTRAP, "\n".join(paths)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                start_new_session=True,
-                env={**os.environ, **_ONE_THREAD, MARK: self._mark},
-            )
-        self._read_reply(self._process, READY, START_TIMEOUT, "the labeler's process did not start")
-        return self._process
-
-    def _read_reply(
-        self, process: subprocess.Popen[bytes], number: str, timeout: float, what: str
-    ) -> dict[str, Any]:
-        """The answer to the job ``number``; whatever else comes through the pipe (from the code,
-        from a copy of the process) is dropped."""
-        deadline = time.monotonic() + timeout
-        while True:
-            line = self._read_line(process, deadline, f"{what} within {timeout:g} s")
-            try:
-                answer = from_json(line) if line else None
-            except ValueError:
-                answer = None
-            if (
-                isinstance(answer, dict)
-                and answer.get("job") == number
-                and isinstance(answer.get("ok"), bool)
-            ):
-                return answer
-            if line:
-                log.warning(
-                    "a line that answers no job came from the labeler's process and is dropped: %s",
-                    ascii(line[:60])[2:-1],
-                )
-
-    def _read_line(self, process: subprocess.Popen[bytes], deadline: float, what: str) -> bytes:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self._buffer:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    self.stop()
-                    raise WorkerDied(f"{what}; the process was ended")
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    raise self._end_of(process)
-                self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-    def _end_of(self, process: subprocess.Popen[bytes]) -> WorkerDied:
-        code = process.wait()
-        self.stop()
-        if self._closed:
-            return WorkerDied("the labeler was closed")
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
-        died.machine_error = code == -signal.SIGKILL
-        return died
+        raise WorkerDied(f"{what} within {timeout:g} s; the process was ended")
 
     def stop(self) -> None:
         """End the process and everything that it started."""
-        process, self._process, self._buffer = self._process, None, b""
-        if process is None:
-            return
-        known = descendants(process.pid)
-        process.kill()
-        process.wait()
-        end_processes(known, self._mark)
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.end(0.0)
 
     def close(self) -> None:
         """End the process for good."""
@@ -234,7 +158,7 @@ class JobLabeler:
     ) -> list[Label | Failure]:
         """Single points in the order of the input; ``on_result(index, result)`` is called here as
         each one finishes."""
-        jobs = [{"task": "label", "atoms": atoms_to_json(atoms)} for atoms in structures]
+        jobs = [{"task": "label", "atoms": stripped(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
         progress = _Progress("label", len(jobs))
 
@@ -267,7 +191,7 @@ class JobLabeler:
             "force_tolerance": force_tolerance,
             "max_steps": max_steps,
         }
-        jobs = [{**common, "atoms": atoms_to_json(atoms)} for atoms in structures]
+        jobs = [{**common, "atoms": stripped(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
         progress = _Progress("relaxation", len(jobs))
 
@@ -286,8 +210,8 @@ class JobLabeler:
             atoms,
             answer["energy"],
             answer["free_energy"],
-            np.array(answer["forces"]),
-            np.array(answer["stress"]),
+            answer["forces"],
+            answer["stress"],
             self.settings_hash,
             answer["seconds"],
         )
@@ -318,7 +242,9 @@ class WorkerLabeler(JobLabeler):
     ) -> None:
         super().__init__(recipe, directory, timeout=timeout)
         self.n_workers = n_workers
-        self._workers = [Worker(self.directory / f"worker{slot}.log") for slot in range(n_workers)]
+        self._workers = [
+            DftProcess(self.directory / f"worker{slot}.log") for slot in range(n_workers)
+        ]
         self._finalizer = weakref.finalize(self, _close_all, self._workers)
 
     def close(self) -> None:
@@ -371,7 +297,7 @@ class WorkerLabeler(JobLabeler):
         scratch = self.directory / f"slot{slot}"
         # A code that dies early must not find the output of the structure before.
         shutil.rmtree(scratch, ignore_errors=True)
-        job = {**job, "recipe": asdict(self.recipe), "directory": str(scratch)}
+        job = {**job, "recipe": self.recipe, "directory": str(scratch)}
         try:
             answer = self._workers[slot].run(job, self.timeout)
         except WorkerDied as error:
@@ -384,7 +310,7 @@ class WorkerLabeler(JobLabeler):
         return answer
 
 
-def _close_all(workers: list[Worker]) -> None:
+def _close_all(workers: list[DftProcess]) -> None:
     for worker in workers:
         worker.close()
 
@@ -422,11 +348,11 @@ def _as_relaxation(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Rela
     if reason:
         return Relaxation.without_result(atoms.copy(), reason)
     return Relaxation(
-        atoms_from_json(answer["atoms"]),
+        answer["atoms"],
         answer["energy"],
         answer["enthalpy"],
-        np.array(answer["forces"]),
-        np.array(answer["stress"]),
+        answer["forces"],
+        answer["stress"],
         answer["converged"],
         False,
         answer["n_steps"],

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from ase import Atoms
 from magus_anharmonic.errors import LabelerError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, settings_hash
-from magus_anharmonic.labelers.pool import JobLabeler, Worker, WorkerDied, problem
+from magus_anharmonic.labelers.pool import DftProcess, JobLabeler, WorkerDied, problem
 from magus_anharmonic.scheduler import Scheduling, open_scheduler
 from magus_anharmonic.scheduler.base import packed, unpack
 from magus_anharmonic.structures import change_of, structure_id
@@ -149,7 +148,7 @@ class ScheduledLabeler(JobLabeler):
         structures: Sequence[Atoms],
         accept: Callable[[int, dict[str, Any]], None],
     ) -> None:
-        items = (({**job, "recipe": asdict(self.recipe)}, self.timeout) for job in jobs)
+        items = (({**job, "recipe": self.recipe}, self.timeout) for job in jobs)
         with (
             open_scheduler(self.scheduling) as scheduler,
             closing(scheduler.map(label_on_worker, items)) as ends,
@@ -192,9 +191,9 @@ def label_on_worker(
         return answer, files
 
 
-def _warm_worker() -> Worker:
+def _warm_worker() -> DftProcess:
     """The process of this thread; its log is in a temporary folder of the node."""
     if not hasattr(_THREAD, "worker"):
         _THREAD.folder = tempfile.TemporaryDirectory(prefix="labeler-")
-        _THREAD.worker = Worker(Path(_THREAD.folder.name) / "worker.log")
+        _THREAD.worker = DftProcess(Path(_THREAD.folder.name) / "worker.log")
     return _THREAD.worker

@@ -59,7 +59,7 @@ class RecordedSettings(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     host: dict[str, Any] | str = {}
-    num_gen: int = 0
+    num_gen: int | None = None
     learning: dict[str, Any] | None = None
     sscha: dict[str, Any] | None = None
 

@@ -115,7 +115,7 @@ def status(folder: str | Path) -> Status:
 def _search(ours: Path) -> Status:
     results, record = ours.parent, _read(RunRecord, ours / "run.json") or RunRecord(version="")
     state = _read(SearchState, ours / "search.json") or SearchState()
-    settings, total = record.settings, record.settings.num_gen
+    settings, total = record.settings, record.settings.num_gen or 0
     history = read_jsonl(ours / "generations.jsonl", {"generation": int}) or _rounds(results)
     finished = state.finished or max((line["generation"] for line in history), default=0)
     seconds = _numbers(line.get("seconds") for line in history[-5:])

@@ -3,20 +3,14 @@ it."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
+from magus_anharmonic.processes import Worker
 from magus_anharmonic.runs.lock import adopt, claims
 from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
 
@@ -106,7 +100,7 @@ class LocalScheduler:
                 free.append(_Process(self.threads))
                 self._processes.append(free[-1])
             process = free.pop()
-            process.send(task, job, shared)
+            process.give(task, job, shared)
             busy[process.connection] = process
 
     def close(self) -> None:
@@ -118,36 +112,21 @@ class LocalScheduler:
             self._processes.pop().end(patience=GOODBYE)
 
 
-class _Process:
-    """One worker process and the job it has."""
+class _Process(Worker):
+    """One worker process, the job it has, and which shared objects it knows."""
 
     def __init__(self, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, other = context.Pipe()
-        self._known: set[str] = set()
         self.job: tuple[int, Any] = (-1, None)
-        self._mark = new_mark()
-        self._process = context.Process(target=_serve, args=(other, threads), daemon=True)
-        # which would take the mark of the first process that is started, and its end
-        resource_tracker.ensure_running()
-        with _variables({**dict.fromkeys(THREAD_VARIABLES, str(threads)), MARK: self._mark}):
-            self._process.start()
-        other.close()
+        self._known: set[str | None] = {None}
+        variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
+        super().__init__(_begin, threads, variables=variables, with_main=True)
 
-    @property
-    def alive(self) -> bool:
-        return self._process.is_alive()
-
-    def send(self, task: Task, job: tuple[int, Any], shared: Shared | None) -> None:
-        """Hand over a job; what is shared goes along the first time only. A dead process shows in
-        `answer`."""
+    def give(self, task: Task, job: tuple[int, Any], shared: Shared | None) -> None:
+        """Hand over a job; what is shared goes along the first time only."""
         self.job = job
         key = None if shared is None else shared.key
-        new = shared if key not in self._known else None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send((task, job[1], key, new, claims()))
-            if key is not None:
-                self._known.add(key)
+        self.send((task, job[1], key, None if key in self._known else shared, claims()))
+        self._known.add(key)
 
     def answer(self) -> tuple[Any, str] | None:
         """Value and reason; None when the process is dead."""
@@ -156,42 +135,18 @@ class _Process:
         except (EOFError, OSError):
             return None
 
-    def end(self, patience: float = 0.1) -> str:
-        """End the process, if it has not ended within ``patience`` seconds; how it ended."""
-        if self._process.exitcode is None:
-            self._process.join(patience)
-        known = (
-            descendants(self._process.pid)
-            if self._process.pid and self._process.exitcode is None
-            else []
-        )
-        self._process.kill()
-        self._process.join()
-        end_processes(known, self._mark)
-        self.connection.close()
-        code = self._process.exitcode
-        return (
-            f"killed by {signal.Signals(-code).name}"
-            if code is not None and code < 0
-            else f"exit code {code}"
-        )
 
+def _begin(threads: int) -> Callable[[Any], tuple[Any, str]]:
+    known: dict[str | None, Shared | None] = {}
 
-def _serve(connection: Connection, threads: int) -> None:
-    """Run jobs until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    known: dict[str, Shared] = {}
-    while True:
-        try:
-            task, item, key, new, locks = connection.recv()
-        except EOFError:
-            return
-        if new is not None:
-            known[key] = new
+    def run(job: Any) -> tuple[Any, str]:
+        task, item, key, new, locks = job
+        known.setdefault(key, new)
         adopt(locks)
         limit_torch(threads)
-        connection.send(attempt(task, item, known.get(key)))
+        return attempt(task, item, known[key])
+
+    return run
 
 
 def limit_torch(threads: int) -> None:
@@ -199,28 +154,3 @@ def limit_torch(threads: int) -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-
-
-def _end_with_parent() -> None:
-    """Leave nothing behind that writes into a folder which a restarted search works in."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        end_processes(descendants(os.getpid()), os.environ.get(MARK, ""))
-        os._exit(1)
-
-
-@contextlib.contextmanager
-def _variables(wanted: dict[str, str]) -> Iterator[None]:
-    """The environment in which workers start: BLAS and torch read their number of threads when they
-    are loaded."""
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -19,7 +19,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from distributed import LocalCluster
 
 from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.scheduled import label_on_worker
-from magus_anharmonic.labelers.worker import atoms_to_json
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
@@ -130,12 +128,12 @@ def spend(
 
 def labels(rounds: int, number: int) -> None:
     """EMT on 1,372 copper atoms: half a second, far less than any DFT label (13 s and more)."""
-    recipe = asdict(Recipe("ase.calculators.emt.EMT", {}, None, {}, {}))
+    recipe = Recipe("ase.calculators.emt.EMT", {}, None, {})
     items = []
     for seed in range(number):
         atoms = bulk("Cu", cubic=True).repeat(7)
         atoms.rattle(0.05, seed=seed)
-        items.append(({"task": "label", "atoms": atoms_to_json(atoms), "recipe": recipe}, 600.0))
+        items.append(({"task": "label", "atoms": atoms, "recipe": recipe}, 600.0))
     one_against_two("labels", label_on_worker, items, None, rounds)
 
 
