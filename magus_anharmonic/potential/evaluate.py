@@ -32,9 +32,8 @@ from magus_anharmonic.potential.graph import (
 from magus_anharmonic.potential.m3gnet import FactorisedM3GNet
 from magus_anharmonic.potential.resources import (
     SHARE,
-    MemoryModel,
     available_bytes,
-    measure,
+    memory_model,
     run_side_by_side,
 )
 from magus_anharmonic.potential.uncertainty import ErrorModel, Uncertainty
@@ -65,8 +64,6 @@ class Potential:
     edges_per_batch
         Left out, the processor's cache (CPU) and the free memory decide; either way memory that
         runs out halves it.
-    memory_probe, available
-        Replace `magus_anharmonic.potential.resources.peak_bytes` and `available_bytes`, for tests.
     """
 
     def __init__(
@@ -79,8 +76,6 @@ class Potential:
         dtype: str = "float32",
         edges_per_batch: int | None = None,
         error_model: ErrorModel | None = None,
-        memory_probe: Callable[[Graph], float] | None = None,
-        available: Callable[[str], float] = available_bytes,
     ) -> None:
         if dtype not in _DTYPES:
             raise InputError(f"dtype {dtype}: only {' and '.join(_DTYPES)} are possible")
@@ -93,7 +88,7 @@ class Potential:
         self.cutoff = self.model.cutoff
         self.error_model = error_model
         self._edges_per_batch = edges_per_batch
-        self._memory_probe, self._available = memory_probe, available
+        self.memory = memory_model(self.model, self.dtype)
         self._warned: set[int] = set()
         self._said_no_estimate = False
 
@@ -102,11 +97,7 @@ class Potential:
 
     def double(self) -> Potential:
         """The same model in float64, for finite differences: itself if it is, else a copy, made
-        once.
-
-        Every SSCHA run begins with it, and to measure its memory takes as long as fifty evaluations
-        of a small cell.
-        """
+        once."""
         return self if self.dtype == torch.float64 else self._in_double
 
     @cached_property
@@ -122,11 +113,6 @@ class Potential:
             error_model=self.error_model,
         )
 
-    @cached_property
-    def memory(self) -> MemoryModel:
-        """What an evaluation takes, measured at first use on tiny structures."""
-        return measure(self.model, self.dtype, self.device, self._memory_probe)
-
     @property
     def edges_per_batch(self) -> int:
         """Edges that one batch may have."""
@@ -136,7 +122,7 @@ class Potential:
                 MAX_EDGES_PER_BATCH[kind], EDGE_UNITS_PER_BATCH[kind] // self.model.units
             )
             at_once = torch.get_num_threads() if kind == "cpu" else 1
-            fitting = SHARE * self._available(self.device) / (at_once * self.memory.per_edge)
+            fitting = SHARE * available_bytes(self.device) / (at_once * self.memory.per_edge)
             self._edges_per_batch = max(1, int(min(efficient, fitting)))
         return self._edges_per_batch
 
@@ -349,7 +335,7 @@ class Potential:
         """Evaluate a batch; memory that runs out halves it and all batches after it."""
         try:
             needed = self.memory.bytes(n_edges, sum(len(structures[index]) for index in indices))
-            if needed > _CHECKED_FROM and needed > self._available(self.device):
+            if needed > _CHECKED_FROM and needed > available_bytes(self.device):
                 raise MemoryError(f"{needed:.1e} bytes are not free")
             graph = graph_of(indices)
             *values, features = self.model.evaluate(graph)

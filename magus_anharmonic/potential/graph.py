@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ase import Atoms
+from torch import Tensor
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
@@ -57,14 +58,14 @@ class Graph:
     has no cell; n_atoms : tuple of n.
     """
 
-    centre: torch.Tensor
-    neighbour: torch.Tensor
-    vector: torch.Tensor
+    centre: Tensor
+    neighbour: Tensor
+    vector: Tensor
     n_near: int
-    edge_structure: torch.Tensor
-    numbers: torch.Tensor
-    structure: torch.Tensor
-    volume: torch.Tensor
+    edge_structure: Tensor
+    numbers: Tensor
+    structure: Tensor
+    volume: Tensor
     n_atoms: tuple[int, ...]
 
 
@@ -148,7 +149,7 @@ def build_graph(
     near = _concatenate([edges.length for edges in neighbours], (0,)) <= threebody_cutoff
     order = np.argsort(~near, kind="stable")
 
-    def edge_tensor(values: np.ndarray, kind: torch.dtype) -> torch.Tensor:
+    def edge_tensor(values: np.ndarray, kind: torch.dtype) -> Tensor:
         return torch.as_tensor(values[order], dtype=kind, device=device)
 
     volume = [cell_volume(atoms) for atoms in structures]
@@ -202,9 +203,9 @@ class Topology:
     radius: np.ndarray
     stretch: float
     cutoff: float
-    centre: torch.Tensor
-    neighbour: torch.Tensor
-    vector: torch.Tensor
+    centre: Tensor
+    neighbour: Tensor
+    vector: Tensor
     n_inside: int
 
     def graph(
