@@ -376,7 +376,7 @@ def test_worker_answers_with_plain_data(tmp_path):
 
 
 def test_worker_relaxes_at_pressure(tmp_path):
-    answer = run_job(job("relax", tmp_path, pressure=10.0, force_tolerance=0.01, max_steps=50))
+    answer = run_job(job("relaxation", tmp_path, pressure=10.0, force_tolerance=0.01, max_steps=50))
     assert answer["converged"]
     assert -np.trace(answer["stress"]) / 3 / GPa == pytest.approx(10.0, abs=0.2)
 

@@ -25,7 +25,7 @@ from ase.calculators.emt import EMT
 
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
-from magus_anharmonic.labelers.scheduled import ScheduledLabeler
+from magus_anharmonic.labelers.pool import ScheduledLabeler
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.potential.remote import relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs

@@ -1,5 +1,5 @@
-"""One worker process per slot: labels run side by side, and no crash or hang of a DFT code reaches
-the search."""
+"""Labels side by side, in processes here or on the workers of a scheduler, so that no crash or hang
+of a DFT code reaches the search; and labels by any function, e.g. MAGUS's own MainCalculator."""
 
 from __future__ import annotations
 
@@ -7,23 +7,29 @@ import logging
 import os
 import queue
 import shutil
+import tempfile
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
 
-from magus_anharmonic.errors import MachineError
+from magus_anharmonic.errors import LabelerError, MachineError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.files import replacing
-from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
+from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, settings_hash
 from magus_anharmonic.labelers.worker import begin
 from magus_anharmonic.processes import Worker, descendants, end_processes
 from magus_anharmonic.runs.record import Progress
-from magus_anharmonic.structures import stripped, structure_id
+from magus_anharmonic.scheduler import Scheduling, open_scheduler
+from magus_anharmonic.scheduler.base import packed, unpack
+from magus_anharmonic.structures import change_of, stripped, structure_id
 from magus_anharmonic.units import GPa
 
 log = logging.getLogger(__name__)
@@ -47,14 +53,9 @@ _ONE_THREAD = {
 }
 
 
-class WorkerDied(Exception):
-    """The worker process ended or was ended before it answered; the message is the reason.
-
-    ``machine_error`` : it was killed, as the kernel does where memory runs out, and not by its own
-    fault or a time limit of ours.
-    """
-
-    machine_error = False
+def _failed(reason: str, machine_error: bool = False) -> dict[str, Any]:
+    """The answer to a job that has none."""
+    return {"ok": False, "reason": reason, "machine_error": machine_error}
 
 
 class DftProcess:
@@ -66,19 +67,25 @@ class DftProcess:
         self._closed = False
 
     def run(self, job: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Send one job and wait for its result; raises ``WorkerDied`` on a crash or after
-        ``timeout`` seconds."""
+        """The answer to one job (`worker.run_job`), or why there is none: a crash, or more than
+        ``timeout`` seconds.
+
+        A process that was killed, as the kernel does where memory runs out, and not by its own
+        fault or a time limit of ours, is a ``machine_error``.
+        """
         bound_log(self.log_file)
+        worker, answer = self._worker, None
         if self._closed:
-            raise WorkerDied("the labeler was closed")
-        if self._worker is None or not self._worker.alive:
+            return _failed("the labeler was closed")
+        if worker is None or not worker.alive:
             self.stop()
             self.log_file.parent.mkdir(parents=True, exist_ok=True)
-            self._worker = Worker(begin, variables=_ONE_THREAD, output=self.log_file)
-            self._ask(self._worker, None, START_TIMEOUT, "the labeler's process did not start")
-        worker = self._worker
-        answer = self._ask(worker, job, timeout, "no answer (learning.labeler.timeout)")
-        if not answer["ok"]:
+            worker = self._worker = Worker(begin, variables=_ONE_THREAD, output=self.log_file)
+            answer = self._ask(worker, None, START_TIMEOUT, "the labeler's process did not start")
+        if answer is None:
+            what = "no answer (learning.labeler.timeout)"
+            answer = self._ask(worker, job, timeout, what)
+        if not answer["ok"] and self._worker is worker:
             # A launcher that failed may have left its ranks behind.
             end_processes(descendants(worker.pid), worker.mark, spare=[worker.pid])
         return answer
@@ -91,13 +98,12 @@ class DftProcess:
         except Exception:  # also what a code wrote into the pipe
             log.debug("no answer of a labeler's process", exc_info=True)
             how = worker.end(ENDING)
-            died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
-            died.machine_error = how.endswith("SIGKILL")
             if self._closed:
-                died = WorkerDied("the labeler was closed")
-            raise died from None
+                return _failed("the labeler was closed")
+            reason = f"the labeler's process ended: {how} (see {self.log_file})"
+            return _failed(reason, machine_error=how.endswith("SIGKILL"))
         self.stop()
-        raise WorkerDied(f"{what} within {timeout:g} s; the process was ended")
+        return _failed(f"{what} within {timeout:g} s; the process was ended")
 
     def stop(self) -> None:
         """End the process and everything that it started."""
@@ -158,18 +164,14 @@ class JobLabeler:
     ) -> list[Label | Failure]:
         """Single points in the order of the input; ``on_result(index, result)`` is called here as
         each one finishes."""
-        jobs = [{"task": "label", "atoms": stripped(atoms)} for atoms in structures]
-        results: list[Any] = [None] * len(jobs)
-        progress = _Progress("label", len(jobs))
 
-        def accept(index: int, answer: dict[str, Any]) -> None:
-            results[index] = self._as_label(structures[index], answer)
-            progress.finished(results[index].ok)
-            if on_result is not None:
-                on_result(index, results[index])
+        def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Label | Failure:
+            if reason:
+                return Failure(atoms, reason, self.settings_hash)
+            numbers = (answer[name] for name in ("energy", "free_energy", "forces", "stress"))
+            return Label(atoms, *numbers, self.settings_hash, answer["seconds"])
 
-        self._run(jobs, structures, accept)
-        return results
+        return self._all("label", {}, structures, made, on_result)
 
     def relax(
         self,
@@ -185,43 +187,46 @@ class JobLabeler:
         A structure that fails comes back as it was given, with ``failed=True`` and the reason.
         ``timeout`` is per structure.
         """
-        common = {
-            "task": "relax",
-            "pressure": pressure,
-            "force_tolerance": force_tolerance,
-            "max_steps": max_steps,
-        }
-        jobs = [{**common, "atoms": stripped(atoms)} for atoms in structures]
+
+        def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Relaxation:
+            if reason:
+                return Relaxation.without_result(atoms.copy(), reason)
+            numbers = (answer[name] for name in ("atoms", "energy", "enthalpy", "forces", "stress"))
+            said = "" if answer["converged"] else f"not converged after {max_steps} steps"
+            return Relaxation(*numbers, answer["converged"], False, answer["n_steps"], said)
+
+        options = {"pressure": pressure, "force_tolerance": force_tolerance, "max_steps": max_steps}
+        return self._all("relaxation", options, structures, made)
+
+    def _all(
+        self,
+        what: str,
+        options: dict[str, Any],
+        structures: Sequence[Atoms],
+        made: Callable[[Atoms, dict[str, Any], str | None], Any],
+        on_result: OnResult | None = None,
+    ) -> list[Any]:
+        """What is ``made`` of the answers, or of the reasons why there is none."""
+        task = {"task": what, "recipe": self.recipe, **options}
+        jobs = [{**task, "atoms": stripped(atoms)} for atoms in structures]
         results: list[Any] = [None] * len(jobs)
-        progress = _Progress("relaxation", len(jobs))
-
-        def accept(index: int, answer: dict[str, Any]) -> None:
-            results[index] = _as_relaxation(structures[index], answer, max_steps)
-            progress.finished(not results[index].failed)
-
-        self._run(jobs, structures, accept)
+        progress, n_failed = Progress(len(jobs)), 0
+        with closing(self._answers(jobs, structures)) as answers:
+            for done, (index, answer) in enumerate(answers, start=1):
+                atoms = structures[index]
+                reason = problem(answer, len(atoms))
+                n_failed += reason is not None
+                left = progress.left(done, separator=", ")
+                log.info("%s %d of %d, %d failed%s", what, done, len(jobs), n_failed, left)
+                results[index] = made(atoms, answer, reason)
+                if on_result is not None:
+                    on_result(index, results[index])
         return results
 
-    def _as_label(self, atoms: Atoms, answer: dict[str, Any]) -> Label | Failure:
-        reason = problem(answer, len(atoms))
-        if reason:
-            return Failure(atoms, reason, self.settings_hash)
-        return Label(
-            atoms,
-            answer["energy"],
-            answer["free_energy"],
-            answer["forces"],
-            answer["stress"],
-            self.settings_hash,
-            answer["seconds"],
-        )
-
-    def _run(
-        self,
-        jobs: list[dict[str, Any]],
-        structures: Sequence[Atoms],
-        accept: Callable[[int, dict[str, Any]], None],
-    ) -> None:
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        """Places and answers of the jobs as they end."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -251,57 +256,39 @@ class WorkerLabeler(JobLabeler):
         """End all worker processes; the labeler cannot be used afterwards."""
         self._finalizer()
 
-    def _run(
-        self,
-        jobs: list[dict[str, Any]],
-        structures: Sequence[Atoms],
-        accept: Callable[[int, dict[str, Any]], None],
-    ) -> None:
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(jobs)):
-            waiting.put(index)
-        answers: queue.SimpleQueue[tuple[int, dict[str, Any] | BaseException]] = queue.SimpleQueue()
-        stopping = threading.Event()
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(self.n_workers):
+            free.put(slot)
 
-        def serve(slot: int) -> None:
-            while not stopping.is_set():
-                try:
-                    index = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                try:
-                    answers.put((index, self._one(slot, jobs[index], structures[index])))
-                except BaseException as error:  # handed to the calling thread, which raises it
-                    answers.put((index, error))
-                    return
+        def one(job: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
+            slot = free.get()
+            try:
+                return self._one(slot, job, atoms)
+            finally:
+                free.put(slot)
 
-        threads = [
-            threading.Thread(target=serve, args=(slot,), daemon=True)
-            for slot in range(min(self.n_workers, len(jobs)))
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in jobs:
-                index, answer = answers.get()
-                if isinstance(answer, BaseException):
-                    raise answer
-                accept(index, answer)
-        except BaseException:
-            stopping.set()
-            for worker in self._workers:
-                worker.stop()
-            raise
+        with ThreadPoolExecutor(self.n_workers) as pool:
+            places = {
+                pool.submit(one, job, atoms): index
+                for index, (job, atoms) in enumerate(zip(jobs, structures, strict=True))
+            }
+            try:
+                for future in as_completed(places):
+                    yield places[future], future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in self._workers:
+                    worker.stop()
+                raise
 
     def _one(self, slot: int, job: dict[str, Any], atoms: Atoms) -> dict[str, Any]:
         scratch = self.directory / f"slot{slot}"
         # A code that dies early must not find the output of the structure before.
         shutil.rmtree(scratch, ignore_errors=True)
-        job = {**job, "recipe": self.recipe, "directory": str(scratch)}
-        try:
-            answer = self._workers[slot].run(job, self.timeout)
-        except WorkerDied as error:
-            answer = {"ok": False, "reason": str(error), "machine_error": error.machine_error}
+        answer = self._workers[slot].run({**job, "directory": str(scratch)}, self.timeout)
         if not answer["ok"] and scratch.is_dir():
             kept = self.directory / "failed" / structure_id(atoms)
             shutil.rmtree(kept, ignore_errors=True)
@@ -343,38 +330,156 @@ def problem(answer: dict[str, Any], n_atoms: int) -> str | None:
     return None
 
 
-def _as_relaxation(atoms: Atoms, answer: dict[str, Any], max_steps: int) -> Relaxation:
-    reason = problem(answer, len(atoms))
-    if reason:
-        return Relaxation.without_result(atoms.copy(), reason)
-    return Relaxation(
-        answer["atoms"],
-        answer["energy"],
-        answer["enthalpy"],
-        answer["forces"],
-        answer["stress"],
-        answer["converged"],
-        False,
-        answer["n_steps"],
-        "" if answer["converged"] else f"not converged after {max_steps} steps",
-    )
+LARGEST = 1_000_000
+"""Bytes; larger files of a failed label (wave functions, densities) are not returned."""
 
 
-class _Progress:
-    """Logs ``label 7 of 100, 2 failed, about 3 min left``."""
+class ScheduledLabeler(JobLabeler):
+    """Labeler that runs one `Recipe` on the workers of ``scheduling``; nothing is read or written
+    by them in ``directory``.
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total, self.done, self.failed = what, total, 0, 0
-        self.pace = Progress(total)
+    The files of a failed label come back (those up to a megabyte) and are kept in ``directory`` as
+    ``failed/<structure id>``.
+    """
 
-    def finished(self, ok: bool) -> None:
-        self.done += 1
-        self.failed += not ok
-        log.info(
-            "%s %d of %d, %d failed%s",
-            self.what,
-            self.done,
-            self.total,
-            self.failed,
-            self.pace.left(self.done, separator=", "),
+    def __init__(
+        self, recipe: Recipe, directory: Path, scheduling: Scheduling, *, timeout: float = 3600.0
+    ) -> None:
+        super().__init__(recipe, directory, timeout=timeout)
+        self.scheduling = scheduling
+
+    def _answers(
+        self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
+    ) -> Generator[tuple[int, dict[str, Any]]]:
+        with (
+            open_scheduler(self.scheduling) as scheduler,
+            closing(scheduler.map(label_on_worker, ((job, self.timeout) for job in jobs))) as ends,
+        ):
+            for end in ends:
+                answer, files = end.value or (_failed(end.reason, end.died), {})
+                if files:
+                    kept = self.directory / "failed" / structure_id(structures[end.index])
+                    shutil.rmtree(kept, ignore_errors=True)
+                    unpack(files, kept)
+                yield end.index, answer
+
+    def close(self) -> None:
+        """Nothing to end: the workers are the scheduler's."""
+
+
+_THREAD = threading.local()
+
+
+def label_on_worker(
+    item: tuple[dict[str, Any], float], shared: None = None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Run one job; its answer, and the files of a failed one. The process of the DFT code is kept
+    for the next job."""
+    job, timeout = item
+    with tempfile.TemporaryDirectory(prefix="label-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch) / "run"
+        worker = _warm_worker()
+        answer = worker.run({**job, "directory": str(folder)}, timeout)
+        files = {} if answer["ok"] else packed(folder, largest=LARGEST)
+        if not answer["ok"] and worker.log_file.is_file():
+            files["worker.log"] = worker.log_file.read_bytes()[-LARGEST:]
+        return answer, files
+
+
+def _warm_worker() -> DftProcess:
+    """The process of this thread; its log is in a temporary folder of the node."""
+    if not hasattr(_THREAD, "worker"):
+        _THREAD.folder = tempfile.TemporaryDirectory(prefix="labeler-")
+        _THREAD.worker = DftProcess(Path(_THREAD.folder.name) / "worker.log")
+    return _THREAD.worker
+
+
+class CallableLabeler:
+    """Labels made by ``function(structures) -> results``, one result per structure, in order.
+
+    A result is a mapping with ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) or (3, 3)
+    eV/A^3 in ASE's sign and, if known, ``free_energy`` (eV); or a string, the reason why there is
+    none. ``settings`` is whatever defines the energy surface; it is hashed.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[list[Atoms]], Sequence[Mapping[str, Any] | str]],
+        *,
+        description: str,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._function = function
+        self.description = description
+        self.settings_hash = settings_hash("main", settings, None)
+
+    def label(
+        self, structures: Sequence[Atoms], on_result: OnResult | None = None
+    ) -> list[Label | Failure]:
+        """See `Labeler`; raises ``LabelerError`` when the function returns another number of
+        results."""
+        started = time.monotonic()
+        given = [atoms.copy() for atoms in structures]
+        found = list(self._function(given))
+        if len(found) != len(structures):
+            raise LabelerError(
+                f"{self.description}: {len(structures)} structures given, {len(found)} results came"
+                " back"
+            )
+        seconds = (time.monotonic() - started) / max(1, len(structures))
+        changes = [change_of(*pair) for pair in zip(structures, given, strict=True)]
+        results: list[Label | Failure] = [
+            (
+                Failure(
+                    atoms,
+                    f"{self.description} {changed}: its results are those of another structure",
+                    self.settings_hash,
+                )
+                if changed and not isinstance(item, str)
+                else self._result(atoms, item, seconds)
+            )
+            for atoms, item, changed in zip(structures, found, changes, strict=True)
+        ]
+        if on_result is not None:
+            for index, result in enumerate(results):
+                on_result(index, result)
+        return results
+
+    def _result(
+        self, atoms: Atoms, found: Mapping[str, Any] | str, seconds: float
+    ) -> Label | Failure:
+        from ase.stress import voigt_6_to_full_3x3_stress
+
+        if isinstance(found, str):
+            return Failure(atoms, found, self.settings_hash)
+        stress = np.asarray(found["stress"], dtype=float)
+        stress = voigt_6_to_full_3x3_stress(stress) if stress.shape == (6,) else stress
+        forces = np.asarray(found["forces"], dtype=float)
+        reason = problem(
+            {"ok": True, "energy": found["energy"], "forces": forces, "stress": stress}, len(atoms)
         )
+        if reason:
+            return Failure(atoms, reason, self.settings_hash)
+        return Label(
+            atoms,
+            float(found["energy"]),
+            found.get("free_energy"),
+            forces,
+            stress,
+            self.settings_hash,
+            seconds,
+        )
+
+    def relax(
+        self,
+        structures: Sequence[Atoms],
+        pressure: GPa = 0.0,
+        *,
+        force_tolerance: float = 0.05,
+        max_steps: int = 300,
+    ) -> list[Relaxation]:
+        """Raises ``LabelerError``: a function of single points cannot relax."""
+        raise LabelerError(f"{self.description}: makes single points only")
+
+    def close(self) -> None:
+        """Nothing to end."""

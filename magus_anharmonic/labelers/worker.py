@@ -31,7 +31,7 @@ from magus_anharmonic.units import gpa_to_ev_per_a3
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job (``task``: label or relax) and return its result as plain data.
+    """Run one job (``task``: label or relaxation) and return its result as plain data.
 
     No shell is started, whatever the calculator asks for. Anything that the DFT code raises becomes
     ``{"ok": False, "reason": ...}``, with ``machine_error`` where it speaks of the machine and not
@@ -47,7 +47,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         )
         directory = Path(job["directory"]).absolute()
         directory.mkdir(parents=True, exist_ok=True)
-        task = {"label": _label, "relax": _relax}[job["task"]]
+        task = {"label": _label, "relaxation": _relax}[job["task"]]
         # What a code writes beside its own files (restart files, cores) belongs to the label, not
         # to the user's folder.
         with no_shell(), contextlib.chdir(directory):

@@ -30,7 +30,7 @@ from dask import config
 from distributed import LocalCluster
 
 from magus_anharmonic.labelers.base import Recipe
-from magus_anharmonic.labelers.scheduled import label_on_worker
+from magus_anharmonic.labelers.pool import label_on_worker
 from magus_anharmonic.potential.remote import serialised
 from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
 from magus_anharmonic.scheduler import Scheduler
