@@ -20,7 +20,7 @@ from magus_anharmonic import free_energy
 from magus_anharmonic.calculator_id import is_unnamed, probes
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.evaluator import CalculatorEvaluator, as_evaluator
-from magus_anharmonic.potential.remote import Source, serialised
+from magus_anharmonic.potential.relax import Source, serialised
 
 COPPER = bulk("Cu")
 

@@ -173,7 +173,7 @@ def test_directions_without_pbc_are_not_periodic_and_no_cell_means_no_stress(pot
         (Atoms("X", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 0 is outside 1 to 94"),
         (
             Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.2]], cell=[0.4, 0.4, 0.5], pbc=True),
-            r"structure 1: 4.0e-02 A\^3 per atom",
+            r"structure 1: the cell is too small: 0.04 A\^3/atom",
         ),
         (
             Atoms("H", positions=[[np.nan, 0, 0]], cell=[5, 5, 5], pbc=True),

@@ -28,7 +28,7 @@ from records import a_candidate, stored_run
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.candidate import Candidate, numbered
 from magus_anharmonic.ranking.matcher import (
     Fingerprint,

@@ -26,8 +26,7 @@ from ase.calculators.emt import EMT
 from magus_anharmonic.errors import InputError, MagusAnharmonicError
 from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.pool import ScheduledLabeler
-from magus_anharmonic.potential.relax import relax
-from magus_anharmonic.potential.remote import relax_on, serialised
+from magus_anharmonic.potential.relax import relax, relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import close_clusters, open_scheduler
 from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
@@ -539,7 +538,7 @@ def test_relaxations_with_a_checkpoint_that_travels_are_bitwise_those_made_here(
 
 def relax_in_both_places(dask, potential, structures, monkeypatch):
     options = {"pressure": 100.0, "max_steps": 5}
-    monkeypatch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
+    monkeypatch.setattr("magus_anharmonic.potential.relax.CHUNK", {"cpu": 2, "cuda": 2})
     seen = []
     found = relax_on(
         dask, potential, structures, on_relaxed=lambda index, result: seen.append(index), **options

@@ -84,7 +84,7 @@ def dataset(atoms: Atoms, symprec: float) -> spglib.SpglibDataset:
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
+        patch.setattr("magus_anharmonic.potential.relax.CHUNK", {"cpu": 2, "cuda": 2})
         yield
 
 

@@ -154,7 +154,7 @@ class MatterSimCalculator(Calculator):
         return relaxed
 
     def _relaxed(self, starts: list[Atoms]) -> list[Relaxation]:
-        from magus_anharmonic.potential.remote import relax_on, relax_options
+        from magus_anharmonic.potential.relax import relax_on, relax_options
 
         options = relax_options(self.options)
         if not is_remote(self.settings.scheduler):

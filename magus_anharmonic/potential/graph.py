@@ -30,7 +30,13 @@ from torch import Tensor
 from vesin import NeighborList
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.guards import cell_volume, complete_cell, is_skewed, search_cell
+from magus_anharmonic.potential.guards import (
+    cell_volume,
+    complete_cell,
+    is_skewed,
+    search_cell,
+    why_no_structure,
+)
 
 MAX_ATOMIC_NUMBER = 94
 COINCIDENT = 1e-3  # Angstrom
@@ -71,27 +77,14 @@ class Graph:
 
 def check(atoms: Atoms, where: str = "structure 0") -> None:
     """Raise InputError, naming ``where``, for a structure that no M3GNet model can evaluate."""
-    if len(atoms) == 0:
-        raise InputError(f"{where} has no atoms")
-    wrong = sorted(
-        set(atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)].tolist())
-    )
-    if wrong:
-        raise InputError(
-            f"{where}: atomic number {wrong[0]} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
-            " MatterSim knows"
-        )
-    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
-        raise InputError(f"{where}: positions or cell are not finite")
-    if any(atoms.pbc) and abs(complete_cell(atoms).volume) < 1e-3:
-        raise InputError(
-            f"{where}: the cell is flat (volume {complete_cell(atoms).volume:.1e} A^3) but periodic"
-        )
-    if atoms.pbc.all() and atoms.cell.volume < MIN_VOLUME * len(atoms):
-        raise InputError(
-            f"{where}: {atoms.cell.volume / len(atoms):.1e} A^3 per atom; below {MIN_VOLUME} no"
-            " matter is like that"
-        )
+    if reason := why_no_structure(atoms, MIN_VOLUME):
+        raise InputError(f"{where}: {reason}")
+    for number in atoms.numbers:
+        if not 1 <= number <= MAX_ATOMIC_NUMBER:
+            raise InputError(
+                f"{where}: atomic number {number} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
+                " MatterSim knows"
+            )
 
 
 def expected_pairs(atoms: Atoms, cutoff: float) -> float:

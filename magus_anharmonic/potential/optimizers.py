@@ -21,7 +21,7 @@ from pydantic import (
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, expm, expm_frechet
 
 from magus_anharmonic.errors import InputError
-from magus_anharmonic.potential.symmetrise import SymmetryProjector
+from magus_anharmonic.potential.guards import SymmetryProjector
 from magus_anharmonic.settings.section import MAX_PRESSURE_GPA
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
@@ -280,23 +280,17 @@ class MinimiserState:
     def __init__(
         self,
         atoms: Atoms,
-        pressure: float,
-        max_move: float,
-        relax_cell: bool,
+        options: Options,
         projector: SymmetryProjector | None,
         optimizer: str = "ase",
         fixed: np.ndarray | None = None,
     ) -> None:
         start = stripped(atoms if projector is None else projector.structure(atoms))
-        self.start, self.projector, self.pressure, self.max_move = (
-            start,
-            projector,
-            pressure,
-            max_move,
-        )
+        self.start, self.projector = start, projector
+        self.pressure, self.max_move = options.pressure, options.max_move
         self.start_lattice = start.cell.array.copy()
         self.periodic = bool(start.pbc.all())
-        self.relax_cell = relax_cell and self.periodic
+        self.relax_cell = options.relax_cell and self.periodic
         rule = OPTIMIZERS[optimizer]
         self.coordinates = rule.coordinates
         self.length = len(start) ** rule.coordinates.cell_power
@@ -306,9 +300,9 @@ class MinimiserState:
         self.mobile[: 3 * len(start)] = np.repeat(self.free, 3)
         self.trial = self.x
         self.rule = rule(len(self.x))
-        self.radius = max_move
+        self.radius = self.max_move
         self.point: Point | None = None
-        self.best: Point | None = None
+        self.best: Any = None  # a Point where there is one
         self.without_progress = 0
         self.downwards = False
 
@@ -373,7 +367,7 @@ class MinimiserState:
             forces,
             stress,
         )
-        if self.point is None or self.best is None:
+        if self.point is None:
             self.point, self.best, self.x = point, point, point.x
             return True
         self.rule.learn(self.trial - self.x, point.gradient - self.point.gradient)
@@ -391,10 +385,9 @@ class MinimiserState:
     def _remember(self, noise: float) -> None:
         """Keep the lowest point; go back to it, and only downwards from there, after ``patience``
         steps without a lower one."""
-        assert self.point is not None and self.best is not None
-        progress = self.point.enthalpy < self.best.enthalpy - noise
+        progress = self.here.enthalpy < self.best.enthalpy - noise
         self.without_progress = 0 if progress else self.without_progress + 1
-        if self.point.enthalpy <= self.best.enthalpy:
+        if self.here.enthalpy <= self.best.enthalpy:
             self.best = self.point
         if self.without_progress >= self.coordinates.patience and not self.downwards:
             self.downwards = True
@@ -422,13 +415,17 @@ class MinimiserState:
 
     def return_to_best(self) -> None:
         """Stand at the lowest point that was visited."""
-        assert self.best is not None
         self.point, self.x = self.best, self.best.x
 
     def shrink(self) -> None:
         """The last trial was bad: the next one is shorter."""
         self.radius = min(self.radius, self._size(self.trial - self.x)) / 3.0
         self.rule.shorten()
+
+    @property
+    def here(self) -> Point:
+        """Where the search stands, once anything was evaluated."""
+        return self.point  # type: ignore[return-value]
 
     @property
     def stuck(self) -> bool:
@@ -449,8 +446,7 @@ class MinimiserState:
     def residual(self) -> tuple[float, float]:
         """Largest force (eV/A) on an atom that is not fixed, and largest component of stress + P
         (eV/A^3; zero when the cell is fixed)."""
-        assert self.point is not None
-        force = float(np.sqrt(((self.free * self.point.forces) ** 2).sum(axis=1).max()))
+        force = float(np.sqrt(((self.free * self.here.forces) ** 2).sum(axis=1).max()))
         return force, float(
-            np.abs(self.point.stress + self.pressure * np.eye(3)).max()
+            np.abs(self.here.stress + self.pressure * np.eye(3)).max()
         ) if self.relax_cell else 0.0

@@ -32,7 +32,7 @@ from magus_anharmonic.errors import (
     typed_line,
 )
 from magus_anharmonic.evaluator import Evaluator
-from magus_anharmonic.potential.remote import serialised
+from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.ranking.elimination import Standing, Stop
 from magus_anharmonic.ranking.run import Key, Run

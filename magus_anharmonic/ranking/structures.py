@@ -159,7 +159,7 @@ def relax_inplace(
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
     or runs away stays as it was.
     """
-    from magus_anharmonic.potential.remote import relax_on, relax_options
+    from magus_anharmonic.potential.relax import relax_on, relax_options
 
     options = relax_options(_relaxation_block(settings))
     if max_steps is not None:
