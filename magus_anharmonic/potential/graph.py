@@ -79,12 +79,12 @@ def check(atoms: Atoms, where: str = "structure 0") -> None:
     """Raise InputError, naming ``where``, for a structure that no M3GNet model can evaluate."""
     if reason := why_no_structure(atoms, MIN_VOLUME):
         raise InputError(f"{where}: {reason}")
-    for number in atoms.numbers:
-        if not 1 <= number <= MAX_ATOMIC_NUMBER:
-            raise InputError(
-                f"{where}: atomic number {number} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
-                " MatterSim knows"
-            )
+    wrong = atoms.numbers[(atoms.numbers < 1) | (atoms.numbers > MAX_ATOMIC_NUMBER)]
+    if len(wrong):
+        raise InputError(
+            f"{where}: atomic number {wrong.min()} is outside 1 to {MAX_ATOMIC_NUMBER}, which"
+            " MatterSim knows"
+        )
 
 
 def expected_pairs(atoms: Atoms, cutoff: float) -> float:
