@@ -313,7 +313,7 @@ def _nan_weight(content, path):
         ),
         (
             _change(model_args={"num_blocks": 2, "units": 16, "threebody_cutoff": 6.0}),
-            "threebody_cutoff = 6.0 .* up to 5.0",
+            "threebody_cutoff = 6.0: .* up to 5.0",
         ),
         (_nan_weight, "not finite"),
         (_flipped_bit, "those of model .*, not of model .* as it says itself"),

@@ -30,7 +30,7 @@ from pydantic import (
 
 from magus_anharmonic.errors import CheckpointError, one_line
 from magus_anharmonic.io.digests import digest
-from magus_anharmonic.io.files import raise_machine_error, replacing
+from magus_anharmonic.io.files import raise_machine_error, replacing, seal
 
 if TYPE_CHECKING:
     import torch
@@ -334,9 +334,9 @@ def save(
     )
 
 
-def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
-    """``torch.save`` whole or not at all; the same content gives the same bytes. Raises OSError
-    where the disk is full."""
+def write_torch(path: str | Path, content: Mapping[str, Any], sealed: bool = False) -> None:
+    """``torch.save`` whole or not at all; the same content gives the same bytes. ``sealed``: to be
+    read by `unsealed`. Raises OSError where the disk is full."""
     import torch
 
     # Through memory: torch's own writer hides the disk's error and puts the name of the temporary
@@ -345,6 +345,8 @@ def write_torch(path: str | Path, content: Mapping[str, Any]) -> None:
     torch.save(content, buffer)
     with replacing(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+        if sealed:
+            seal(temporary)
 
 
 def _plain(value: Any) -> Any:
