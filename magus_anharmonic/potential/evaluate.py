@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ SHARED_FROM = 4
 LEAST_EDGES_OF_A_THREAD = 1_000
 """Fewer, and the time to call torch counts."""
 _CHECKED_FROM = 2e8  # bytes; what is smaller is tried without a look at the free memory
+
+Batch = tuple[list[int], int, Callable[[list[int]], Graph]]
+"""Places of structures, about how many edges they have, and what makes the graph of some."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -150,14 +153,14 @@ class Potential:
         share = self._edges_of_a_thread(structures, n_threads)
         if share is None:
             n_threads, share = 1, self.edges_per_batch
-        tasks = itertools.chain(
-            *(
-                self._shared_batches(structures, topology, indices, share, results)
-                for topology, indices in shared
-            ),
-            self._lone_batches(structures, lone, share, results),
+        batches = itertools.chain(
+            *(self._shared(structures, topology, places, share) for topology, places in shared),
+            self._lone(structures, lone, share),
         )
-        run_side_by_side(tasks, n_threads)
+        run_side_by_side(
+            (partial(self._evaluate_batch, structures, results, *batch) for batch in batches),
+            n_threads,
+        )
         return Evaluation(results.energy, results.forces, results.stress, results.energy_error)
 
     def _checked(self, structures: Sequence[Atoms]) -> list[Atoms]:
@@ -241,8 +244,8 @@ class Potential:
     def _graphs(self, structures: Sequence[Atoms]) -> Iterator[Graph]:
         """Batches in the order of the input."""
         structures = self._checked(structures)
-        for indices, neighbours in self._batches(structures, range(len(structures))):
-            yield self._join(structures, indices, dict(zip(indices, neighbours, strict=True)))
+        for indices, _, graph_of in self._lone(structures, range(len(structures)), math.inf):
+            yield graph_of(indices)
 
     def _share(
         self, structures: Sequence[Atoms]
@@ -273,64 +276,42 @@ class Potential:
         enough = share >= LEAST_EDGES_OF_A_THREAD and len(structures) >= n_threads
         return min(share, self.edges_per_batch) if enough else None
 
-    def _lone_batches(
-        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: int, results: _Results
-    ) -> Iterator[Callable[[], None]]:
-        """Evaluations of batches of structures each with its own neighbours."""
+    def _lone(
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float
+    ) -> Iterator[Batch]:
+        """Batches of structures each with its own neighbours, in the order of ``chosen``."""
         for indices, neighbours in self._batches(structures, chosen, limit):
             found = dict(zip(indices, neighbours, strict=True))
             n_edges = sum(len(edges.length) for edges in neighbours)
-            yield functools.partial(
-                self._evaluate_batch,
-                structures,
-                indices,
-                n_edges,
-                lambda part, found=found: self._join(structures, part, found),
-                results,
-            )
+            yield indices, n_edges, lambda part, found=found: self._join(structures, part, found)
 
-    def _shared_batches(
-        self,
-        structures: Sequence[Atoms],
-        topology: Topology,
-        indices: list[int],
-        limit: int,
-        results: _Results,
-    ) -> Iterator[Callable[[], None]]:
-        """Evaluations of batches of structures with common neighbours."""
+    def _shared(
+        self, structures: Sequence[Atoms], topology: Topology, indices: list[int], limit: int
+    ) -> Iterator[Batch]:
+        """Batches of structures with common neighbours."""
 
         def graph(part: list[int]) -> Graph:
-            members, names = (
-                [structures[index] for index in part],
-                [f"structure {index}" for index in part],
-            )
-            return topology.graph(
-                members, self.model.threebody_cutoff, self.dtype, self.device, names
-            )
+            members = [structures[index] for index in part]
+            names = [f"structure {index}" for index in part]
+            near = self.model.threebody_cutoff
+            return topology.graph(members, near, self.dtype, self.device, names)
 
-        n_edges = max(1, topology.n_inside)
-        start = 0
+        n_edges, start = max(1, topology.n_inside), 0
         while start < len(indices):
-            size = max(
-                1,
-                min(
-                    min(limit, self.edges_per_batch) // n_edges,
-                    self.atoms_per_batch // len(topology.numbers),
-                ),
-            )
+            # both may fall on the way, where memory runs out
+            by_edges = min(limit, self.edges_per_batch) // n_edges
+            size = max(1, min(by_edges, self.atoms_per_batch // len(topology.numbers)))
             part = indices[start : start + size]
-            yield functools.partial(
-                self._evaluate_batch, structures, part, n_edges * len(part), graph, results
-            )
+            yield part, n_edges * len(part), graph
             start += size
 
     def _evaluate_batch(
         self,
         structures: Sequence[Atoms],
+        results: _Results,
         indices: list[int],
         n_edges: int,
         graph_of: Callable[[list[int]], Graph],
-        results: _Results,
     ) -> None:
         """Evaluate a batch; memory that runs out halves it and all batches after it."""
         try:
@@ -365,9 +346,8 @@ class Potential:
             torch.cuda.empty_cache()
         middle = len(indices) // 2
         for part in (indices[:middle], indices[middle:]):
-            self._evaluate_batch(
-                structures, part, max(1, n_edges * len(part) // len(indices)), graph_of, results
-            )
+            rest = max(1, n_edges * len(part) // len(indices))
+            self._evaluate_batch(structures, results, part, rest, graph_of)
 
     def _join(
         self, structures: Sequence[Atoms], indices: list[int], found: dict[int, Neighbours]
@@ -382,7 +362,7 @@ class Potential:
         )
 
     def _batches(
-        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float = float("inf")
+        self, structures: Sequence[Atoms], chosen: Sequence[int], limit: float
     ) -> Iterator[tuple[list[int], list[Neighbours]]]:
         """Chosen structures in their order whose edges and atoms fit one batch together; at least
         one structure each."""
@@ -451,21 +431,13 @@ class _Results:
         features: torch.Tensor,
     ) -> None:
         """Raises NotFinite, with the index, for a result that is not finite."""
-        by_structure = np.split(forces, np.cumsum(graph.n_atoms)[:-1])
-        for position, index in enumerate(indices):
-            if not (
-                np.isfinite(energy[position])
-                and np.isfinite(by_structure[position]).all()
-                and np.isfinite(stress[position]).all()
-            ):
+        parts = energy, np.split(forces, np.cumsum(graph.n_atoms)[:-1]), stress
+        for index, *numbers in zip(indices, *parts, strict=True):
+            if not all(np.isfinite(part).all() for part in numbers):
                 raise NotFinite(
                     f"structure {index}: the potential gives an energy, force or stress that is not"
                     " finite"
                 )
-            self.energy[index], self.stress[index], self.forces[index] = (
-                energy[position],
-                stress[position],
-                by_structure[position],
-            )
+            self.energy[index], self.forces[index], self.stress[index] = numbers
         if self.error_model is not None and self.energy_error is not None:
             self.energy_error[indices] = self.error_model.predict(features, graph).energy_error

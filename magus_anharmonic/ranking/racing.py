@@ -227,7 +227,7 @@ def run_race(runs: Runs, candidates: Sequence[Candidate]) -> None:
         final = runs.made(job, key, outcome, whose[name].enthalpy) or run
         runs.keep(whose[name], key, stopped_run(final, stop), outcome)
     waiting = sum(
-        runs.of(whose[name], key) is None and (name, key) not in runs.record for name in names
+        runs.of(whose[name], key) is None and (name, key) not in runs.failures for name in names
     )
     if waiting:
         log.warning(

@@ -269,7 +269,7 @@ class Ranking:
             run = self.runs.of(candidate, first)
             if run is None or run.status == "failed":
                 reason = f"not run: {first.temperature:g} K, where it would start, failed"
-                self.runs.record.update({(candidate.id, key): reason for key in later})
+                self.runs.failures.update({(candidate.id, key): reason for key in later})
             elif later and run.status != "eliminated":
                 start = self.runs.root / run.folder
                 jobs.append(self.runs.job(candidate.structure, later, start=start))
@@ -299,7 +299,7 @@ class Ranking:
 
     def _with_run(self, candidate: Candidate, key: Key) -> Candidate:
         candidate = replace(candidate, temperature=key.temperature)
-        if (reason := self.runs.record.get((candidate.id, key))) is not None:
+        if (reason := self.runs.failures.get((candidate.id, key))) is not None:
             return candidate.updated(status="failed", reason=reason)
         run = self.runs.of(candidate, key)
         return candidate if run is None else with_result(candidate, run, self.runs.store.final(run))
