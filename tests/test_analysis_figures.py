@@ -12,9 +12,9 @@ import pytest
 from campaign_tables import foundation, ranking, relaxed, soft_mode, write_campaign
 
 from magus_anharmonic.errors import InputError
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.files import SUMS
 from magus_anharmonic.paper import enthalpies, quantities, script, tables
-from magus_anharmonic.phase_diagram import style
 
 figures = script("figures")
 make_figures, mark_transitions = figures.make_figures, figures.mark_transitions

@@ -30,12 +30,13 @@ BASE = {
     "calculator_check",
     "calculator_id",
     "hull",
+    "notebook",
     "__init__",
 }
 
 ALLOWED: dict[str, set[str]] = {
     **{name: BASE for name in BASE},
-    "__init__": BASE | {"potential", "sscha"},  # the lazy public names
+    "__init__": BASE | {"potential", "sscha", "ranking"},  # the lazy public names
     "scheduler": BASE,
     "potential": BASE | {"scheduler"},
     "sscha": BASE,
@@ -102,9 +103,9 @@ def inside(path: Path) -> Path:
 
 
 def part(path: Path) -> str:
-    """``potential/m3gnet.py`` -> ``potential``; ``settings.py`` -> ``settings``."""
+    """``potential/m3gnet.py`` -> ``potential``; ``settings.py`` -> ``settings``; ``python -m`` is ``cli``."""
     first = inside(path).parts[0]
-    return first.removesuffix(".py")
+    return "cli" if first == "__main__.py" else first.removesuffix(".py")
 
 
 def label(path: Path) -> str:

@@ -68,7 +68,7 @@ def test_the_folder_and_the_words_of_a_hessian_are_printed_as_they_are(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "magus_anharmonic.sscha.report.table_rows", lambda hessian: [("[/q]", "1", "2", "3")]
+        "magus_anharmonic.sscha.report.softest_levels", lambda hessian: [("[/q]", "1", "2", "3")]
     )
     _show_hessian(
         SimpleNamespace(

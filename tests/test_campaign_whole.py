@@ -67,7 +67,7 @@ SMALL = {
 
 
 def start(file: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "magus_anharmonic.cli", "campaign", str(file)]
+    command = [sys.executable, "-m", "magus_anharmonic", "campaign", str(file)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

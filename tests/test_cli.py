@@ -7,6 +7,8 @@ import copy
 import io
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +335,7 @@ def test_nothing_that_comes_from_a_file_controls_the_terminal(
 ) -> None:
     """Reasons of labels, names of isotopes and phases, messages of other codes: by the log, by
     tables and sentences, by errors."""
-    configure_logging(True)
+    configure_logging(logging.DEBUG)
     try:
         log = logging.getLogger("magus_anharmonic.test")
         log.warning("the label failed: %s", EVIL)
@@ -417,32 +419,67 @@ def test_files_are_ranked_with_the_calculator_of_an_import_path_and_keys_of_a_fi
     assert "copper-hcp.vasp" in text
 
 
-def test_the_defaults_that_the_help_shows_are_those_of_the_settings():
-    import typer
+def test_hessian_and_errors_take_calculator_labeler_and_keys_from_a_file(folder):
+    """The same file for both; an option goes before it. -q: no word on the screen."""
+    from ase.build import bulk
 
-    from magus_anharmonic.cli import app
-    from magus_anharmonic.settings import CalculatorSettings, Settings, SschaSettings
-
-    homes = {"pressure": Settings, "checkpoint": CalculatorSettings}
-    shown = [
-        (command, option.name, option.show_default)
-        for command in ("rank", "hessian", "phase-diagram", "errors")
-        for option in typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-        if isinstance(option.show_default, str)
-    ]
-    assert len({command for command, _, _ in shown}) == 4
-    assert len(shown) >= 8 + 3 + 2 + 1
-    for command, name, text in shown:
-        if name == "seed":
-            continue  # a search draws it; a ranking takes 0
-        field = {"check_hessian": "hessian"}.get(name, name)
-        default = homes.get(name, SschaSettings).model_fields[field].default
-        words = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert text == words, (command, name)
+    write("cu.vasp", bulk("Cu", a=3.6))
+    lj = "{calculator: ase.calculators.lj.LennardJones, arguments: {sigma: 2.2}, n_workers: 1}"
+    Path("keys.yaml").write_text(
+        "pressure: 5\nscheduler: serial\nMainCalculator: {calculator: ase.calculators.emt.EMT}\n"
+        "sscha: {supercell: [2, 1, 1], n_configs: 8, max_populations: 2, hessian: 0}\n"
+        f"learning: {{labeler: {lj}}}\n"
+    )
+    code, text = run("hessian", "cu.vasp", "-i", "keys.yaml", "--max-populations", "1", "-q")
+    assert code == 0 and all(" WARNING " in line for line in text.splitlines()), text
+    result = json.loads(Path("hessian/sscha/result.json").read_text())
+    assert result["target_pressure"] == 5 and result["n_populations"] == 1
+    code, text = run("errors", "hessian/sscha", "-i", "keys.yaml", "-n", "4")
+    assert code == 0 and "Fm-3m at 5 GPa" in text, text
+    code, text = run("errors", "hessian/sscha", "-n", "4", "-o", "no")
+    assert code == 2 and "--reference" in text
 
 
-def test_the_version_is_shown():
+def test_training_takes_seed_start_and_stage_from_a_file(folder, tiny_checkpoint, monkeypatch):
+    from magus_anharmonic.potential import train
+
+    asked = []
+    monkeypatch.setattr(
+        train, "train_file", lambda labels, out, recipe, device: asked.append((recipe, device))
+    )
+    Path("keys.yaml").write_text(
+        f"seed: 4\nMainCalculator: {{calculator: mattersim, checkpoint: {tiny_checkpoint},"
+        " device: cpu}\nlearning: {labeler: {calculator: gpaw}, epochs: 7, loss: mse}\n"
+    )
+    Path("recipe.yaml").write_text("split: [2, 1, 1]\nstages: [{epochs: 9}]\n")
+    run("train", "labels.xyz", "-i", "keys.yaml", "--learning-rate", "1e-3")
+    run("train", "labels.xyz", "-i", "keys.yaml", "--recipe", "recipe.yaml")
+    (first, device), (second, _) = asked
+    assert (first.seed, first.checkpoint, device) == (4, str(tiny_checkpoint), "cpu")
+    (stage,) = first.stages
+    assert (stage.epochs, stage.loss, stage.learning_rate) == (7, "mse", 1e-3)
+    assert second.seed == 4 and second.split == (2, 1, 1) and second.stages[0].epochs == 9
+
+
+def test_the_defaults_that_the_help_shows_are_those_of_the_settings(monkeypatch):
+    from magus_anharmonic.settings import SschaSettings
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(SschaSettings.model_fields["n_configs"], "default", 1234)
+    for command in ("rank", "hessian", "phase-diagram"):
+        code, text = run(command, "-h")
+        assert code == 0 and "[default: 1234]" in text and "[default: 2, 2, 2]" in text
+    assert "[default: mattersim-v1.0.0-1M]" in run("errors", "-h")[1]
+
+
+def test_the_version_is_shown_in_every_spelling():
     from magus_anharmonic import __version__
 
-    code, text = run("--version")
-    assert (code, text.split()) == (0, ["magus-anharmonic", __version__])
+    for word in ("--version", "-V"):
+        code, text = run(word)
+        assert (code, text.split()) == (0, ["magus-anharmonic", __version__])
+    found = subprocess.run(
+        [sys.executable, "-m", "magus_anharmonic", "-V"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split()[-1] == __version__
+    assert "_magus_anharmonic_completion" in run("--show-completion")[1]

@@ -25,6 +25,7 @@ from magus_anharmonic.paper.ensemble_errors import (
 )
 from magus_anharmonic.paper.ensemble_labels import sample_displacements
 from magus_anharmonic.runs.record import read_failures
+from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha.ensemble import Ensemble
 from magus_anharmonic.sscha.result import RunFolder
 
@@ -271,15 +272,17 @@ def test_the_configurations_of_a_population_can_be_taken(tmp_path: Path) -> None
 
 def test_wrong_sources_and_settings_are_named(tmp_path: Path) -> None:
     model, _ = pair(0.2)
+    nothing = parse_settings({})
     with pytest.raises(InputError, match="no such structure file"):
-        find_source(tmp_path / "nothing", model, tmp_path)
+        find_source(tmp_path / "nothing", model, tmp_path, nothing, run=None)
     (tmp_path / "x.cif").write_text("not a crystal")
     with pytest.raises(InputError, match="--pressure"):
-        find_source(tmp_path / "x.cif", model, tmp_path)
+        find_source(tmp_path / "x.cif", model, tmp_path, nothing, run=None)
     with pytest.raises(InputError, match="not readable as structures by ASE"):
-        find_source(tmp_path / "x.cif", model, tmp_path, pressure=10.0)
+        given = parse_settings({"pressure": 10.0})
+        find_source(tmp_path / "x.cif", model, tmp_path, given, run=None)
     with pytest.raises(InputError, match="result.json"):
-        find_source(tmp_path, model, tmp_path)
+        find_source(tmp_path, model, tmp_path, nothing, run=None)
     (tmp_path / "ref.yaml").write_text("kpts: 3\n")
     with pytest.raises(InputError, match="names no labeler"):
         load_labeler_settings(tmp_path / "ref.yaml")

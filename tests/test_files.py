@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from magus_anharmonic.campaign.steps import phase_folder
 from magus_anharmonic.errors import one_line, reason_of, typed_line
+from magus_anharmonic.io import pictures as style
 from magus_anharmonic.io.digests import digest, safe_name
 from magus_anharmonic.io.files import append_jsonl, replacing, write_json, write_text
 from magus_anharmonic.paper import tables
-from magus_anharmonic.phase_diagram import style
 from magus_anharmonic.phase_diagram.grid import point_folder
 from magus_anharmonic.units import time_left
 

@@ -24,16 +24,17 @@ from magus_anharmonic.ranking.table import read_ranking
 from magus_anharmonic.report.summary import sentences
 from magus_anharmonic.settings import parse_settings
 from magus_anharmonic.sscha import free_energy
-from magus_anharmonic.sscha.state import SschaState, variance
-from magus_anharmonic.sscha.supercells import image_warning
-from magus_anharmonic.sscha.warnings import (
+from magus_anharmonic.sscha.state import (
     CLOSE_PACKING,
     MELTED,
     THERMAL,
+    SschaState,
     lindemann_ratios,
     melted,
     melting_warning,
+    variance,
 )
+from magus_anharmonic.sscha.supercells import image_warning
 from magus_anharmonic.units import HBAR, KELVIN
 
 SOUND = crystal((3.0, 3.0, 3.1), 1.0, 0.2, -0.3, 1.0, depth=-8.0)

@@ -374,7 +374,7 @@ def test_what_dask_says_goes_into_a_file(tools):
     code = (
         "import scheduler_tasks as tasks; from magus_anharmonic.cli.common import"
         " configure_logging\nfrom magus_anharmonic.scheduler import open_scheduler; from"
-        " magus_anharmonic.settings import parse_settings\nconfigure_logging(False)\nwith"
+        " magus_anharmonic.settings import parse_settings\nconfigure_logging(20)\nwith"
         f" open_scheduler(parse_settings({{'scheduler': 'slurm', 'workers': {workers}}})) as"
         " scheduler:\n    print([done.value for done in scheduler.map(tasks.square, [3])])"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import re
 import sqlite3
@@ -28,6 +29,7 @@ from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore, read_records
 from magus_anharmonic.report import report_at_end, structures, write_report
 from magus_anharmonic.report.figures import stored_picture
+from magus_anharmonic.structures import number_of, space_group, with_isotopes
 
 VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -447,18 +449,43 @@ def test_structures_are_written_as_they_were_stored_in_three_formats(search: Pat
         "structures.extxyz",
     ]
     stored = h3s(2.95, 0.05)
-    for path in (folder / f"{stem}.cif", folder / f"{stem}.vasp"):
-        found = read(path)
-        assert found.get_chemical_formula() == stored.get_chemical_formula()
-        assert found.get_volume() == pytest.approx(stored.get_volume(), abs=1e-4)
-        ours, theirs = (
-            np.sort(atoms.get_all_distances(mic=True).ravel()) for atoms in (stored, found)
-        )
-        assert ours == pytest.approx(theirs, abs=1e-3)
-    assert [atoms.info["kind"] for atoms in read(folder / "structures.extxyz", ":")] == [
-        "static",
-        "centroids",
-    ]
+    found = read(folder / f"{stem}.vasp")
+    ours, theirs = (np.sort(atoms.get_all_distances(mic=True).ravel()) for atoms in (stored, found))
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    frames = read(folder / "structures.extxyz", ":")
+    assert [atoms.info["kind"] for atoms in frames] == ["static", "centroids"]
+    assert frames[0].info["gibbs_eV_per_atom"] == 1.446
+    assert frames[0].info["status"] == "stable"
+
+
+def test_a_cif_and_the_picture_have_the_symmetry_that_the_table_names(search: Path, h3s) -> None:
+    write_report(search)
+    folder = search / "results" / "anharmonic" / "structures"
+    for kind, group, natoms, symprec in (
+        ("001-68d68caea394-static", "R3m (160)", 12, 1e-4),
+        ("0K-001-68d68caea394-centroids", "Im-3m (229)", 8, 1e-4),
+    ):
+        file = folder / f"150GPa-{kind}.cif"
+        found = read(file)
+        assert (space_group(found, symprec), len(found)) == (group, natoms)
+        assert f"_space_group_IT_number {number_of(group)}" in file.read_text()
+        assert found.get_volume() / natoms == pytest.approx(h3s(2.95).get_volume() / 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("group", ["R3m (160) or Im-3m (229): not decided, 0.4 sigma", "Pm (6)"])
+def test_a_group_that_a_structure_does_not_have_is_not_made_up(h3s, group: str) -> None:
+    line = Candidate(id="a", natoms=4, formula="H3S")
+    one = structures.Crystal(line, 150.0, 0.0, "static", group, h3s(2.95, 0.05))
+    assert one.conventional is None and "'P1'" in structures.cif(one)
+    assert not structures.scene(one).conventional
+
+
+def test_deuterium_stays_deuterium_in_a_cif(h3s) -> None:
+    heavy = with_isotopes(h3s(2.95), {"H": 2.014})
+    line = Candidate(id="a", natoms=4, formula="D3S")
+    text = structures.cif(structures.Crystal(line, 150.0, 0.0, "static", "Im-3m (229)", heavy))
+    found = read(io.StringIO(text), format="cif")
+    assert "D D" in text and len(found) == 8 and found.get_masses().max() > 30
 
 
 def test_files_of_an_earlier_report_are_removed_and_those_of_others_kept(search: Path) -> None:

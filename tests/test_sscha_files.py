@@ -192,6 +192,12 @@ def test_the_path_is_that_of_the_crystal_in_the_given_cell():
     assert max(step.max() for step in steps) <= 0.01 + 1e-9
 
 
+@pytest.mark.parametrize(("tolerance", "cubic"), [(0.05, True), (1e-3, False)])
+def test_the_path_is_that_of_the_space_group_at_the_tolerance_of_its_label(tolerance, cubic):
+    path = band_path(im3m(0.01), symprec=tolerance)
+    assert ("H" in {label for _, label in path.ticks}) == cubic
+
+
 @pytest.mark.parametrize(
     ("matrix", "points"),
     [((2, 2, 2), 5), (((-1, 1, 1), (1, -1, 1), (1, 1, -1)), 4)],

@@ -22,11 +22,11 @@ from magus_anharmonic.search.population import symmetrised
 from magus_anharmonic.search.relaxation import Relaxer
 from magus_anharmonic.settings import AseCalculatorSettings, parse_settings
 from magus_anharmonic.sscha import SschaResult, free_energy
+from magus_anharmonic.sscha.engines import Pool
 from magus_anharmonic.sscha.ensemble import average
-from magus_anharmonic.sscha.isotopes import overlap
+from magus_anharmonic.sscha.gibbs import overlap
 from magus_anharmonic.sscha.qe_files import state_from_dyn, write_dyn
 from magus_anharmonic.sscha.result import final_ensemble
-from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.sscha.symmetry import Symmetry
 from magus_anharmonic.structures import (

@@ -14,11 +14,10 @@ from magus_anharmonic.errors import SschaError
 from magus_anharmonic.evaluator import as_evaluator
 from magus_anharmonic.settings import SschaSettings
 from magus_anharmonic.sscha import engines, free_energy, python_sscha
+from magus_anharmonic.sscha.engines import Pool, reweighted
 from magus_anharmonic.sscha.ensemble import average
-from magus_anharmonic.sscha.isotopes import reweighted
 from magus_anharmonic.sscha.reciprocal import Reciprocal, Spectrum, without_translations
 from magus_anharmonic.sscha.result import RunFolder
-from magus_anharmonic.sscha.reweight import Pool
 from magus_anharmonic.sscha.run import SschaRun
 from magus_anharmonic.sscha.sampling import sample_ensemble
 from magus_anharmonic.sscha.state import SschaState, inverse_fourier

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from magus_anharmonic.sscha.state import SschaState, sample
-from magus_anharmonic.sscha.warnings import LARGE_LIBRATION, librations, rotation_warning
+from magus_anharmonic.sscha.state import (
+    LARGE_LIBRATION,
+    SschaState,
+    librations,
+    rotation_warning,
+    sample,
+)
 from magus_anharmonic.units import HBAR
 
 

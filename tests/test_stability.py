@@ -23,9 +23,9 @@ from magus_anharmonic.ranking.rank import rank
 from magus_anharmonic.ranking.store import FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.settings import Settings, parse_settings
-from magus_anharmonic.sscha.convergence_figure import NAME, draw_convergence, read_convergence
 from magus_anharmonic.sscha.gibbs import free_energy
 from magus_anharmonic.sscha.hessian import Hessian
+from magus_anharmonic.sscha.report import draw_convergence, read_convergence
 from magus_anharmonic.sscha.result import RunFolder
 from magus_anharmonic.sscha.state import SschaState, fourier, repeated
 from magus_anharmonic.sscha.supercells import cell_offsets, commensurate, shape_supercell_matrix
@@ -109,7 +109,7 @@ def test_a_minimum_is_called_stable_and_is_checked_once(
         and candidate.free_energy.p_stable > 0.99
         and candidate.free_energy.hessian_lowest > 0
     )
-    assert (tmp_path / "sscha" / candidate.sscha_folder / NAME).stat().st_size > 10_000
+    assert (tmp_path / "sscha" / candidate.sscha_folder / "convergence.png").stat().st_size > 10_000
     monkeypatch.setattr(
         stability, "hessian_of_folder", lambda folder: pytest.fail("computed twice")
     )

@@ -83,9 +83,13 @@ class Column:
     digits: str = ".10g"
     needed: bool = True
 
+    def value(self, record: Any) -> Any:
+        """What a record has in this column."""
+        return reduce(getattr, self.path, record)
+
     def text(self, record: Any) -> str:
         """The cell of a record: nothing for ``None`` and what is no finite number."""
-        return cell(reduce(getattr, self.path, record), self.digits)
+        return cell(self.value(record), self.digits)
 
 
 @cache

@@ -45,7 +45,7 @@ class MemoryModel:
 
 
 def memory_model(model: FactorisedM3GNet, dtype: torch.dtype) -> MemoryModel:
-    """An upper bound of what torch allocates, a fifth above it for usual models, as a test measures.
+    """An upper bound of what torch allocates, a fifth above it for usual models.
 
     Of each edge: what the backward pass needs of every block (`inference.Inference`), a gradient,
     and the basis in float64 with its derivatives. Of each atom: tables and gradients of a block.

@@ -37,7 +37,6 @@ from magus_anharmonic.hull import (
 from magus_anharmonic.ranking.candidate import Candidate
 from magus_anharmonic.sscha.record import OLD_STATES, RANKED
 from magus_anharmonic.structures import formula
-from magus_anharmonic.units import ev_to_mev
 
 MIN_POINTS = 3
 SLOPE_RANGE = (0.5, 1.5)
@@ -61,9 +60,10 @@ class GibbsEstimate:
     @property
     def description(self) -> str:
         """The line in words, for the ranking's column ``reason``."""
+        several = "s" * (self.n_points != 1)
         return (
-            f"{self.intercept:+.4f} + {self.slope:.3f} H + {ev_to_mev(self.margin):.1f} meV/atom"
-            f" margin, from {self.n_points} SSCHA result{'s' * (self.n_points != 1)}"
+            f"G = {self.slope:.3f} H {self.intercept + self.margin:+.4f} eV/atom, with a margin of"
+            f" {self.margin:.4f} above {self.n_points} SSCHA result{several}"
         )
 
 

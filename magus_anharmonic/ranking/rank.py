@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -16,7 +15,7 @@ from ase import Atoms
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.evaluator import ENERGY_ERROR, Evaluator
 from magus_anharmonic.hull import comparable
-from magus_anharmonic.ranking.candidate import Candidate, numbered
+from magus_anharmonic.ranking.candidate import Candidate, RankingTable, numbered
 from magus_anharmonic.ranking.fitness import (
     GibbsEstimate,
     composition,
@@ -44,6 +43,7 @@ from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
 from magus_anharmonic.sscha.record import FreeEnergy
+from magus_anharmonic.sscha.result import SschaResult
 from magus_anharmonic.sscha.state import SschaState
 from magus_anharmonic.structures import isotopes, space_group, stripped, structure_id
 
@@ -63,11 +63,11 @@ def rank(
     generation: int | None = None,
     n_generations: int | None = None,
     energy_rmse: float | None = None,
-    free_energy: Callable[..., Any] | None = None,
+    free_energy: Callable[..., SschaResult] | None = None,
     workers: Workers = None,
     starts: Mapping[str, SschaState] | None = None,
     measured: Mapping[str, ModelTerm] | None = None,
-) -> list[Candidate]:
+) -> RankingTable:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
     Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures), ``quantum.traj``
@@ -275,12 +275,12 @@ class Ranking:
                 jobs.append(self.runs.job(candidate.structure, later, start=start))
         return jobs
 
-    def tables(self) -> list[list[Candidate]]:
+    def tables(self) -> list[RankingTable]:
         """The candidates in the order of the table, one list per temperature (one list without
         ``sscha``)."""
         return [self.table(key) for key in self.runs.keys] or [self.table(None)]
 
-    def table(self, key: Key | None) -> list[Candidate]:
+    def table(self, key: Key | None) -> RankingTable:
         """The candidates as they are known now, in the order of the table; ``key`` None: without
         free energies."""
         candidates, runs, energy_rmse = list(self.candidates), self.runs, self.runs.energy_rmse

@@ -9,7 +9,7 @@ from ase import Atoms
 
 from magus_anharmonic.io.files import remove, replacing
 from magus_anharmonic.io.tables import read, write
-from magus_anharmonic.ranking.candidate import Candidate
+from magus_anharmonic.ranking.candidate import Candidate, RankingTable
 from magus_anharmonic.ranking.jobs import info_of
 from magus_anharmonic.ranking.run import Run
 from magus_anharmonic.structures import stripped
@@ -20,16 +20,16 @@ def write_ranking(path: str | Path, candidates: Sequence[Candidate]) -> None:
     write(Candidate, path, candidates)
 
 
-def read_ranking(path: str | Path) -> list[Candidate]:
+def read_ranking(path: str | Path) -> RankingTable:
     """Read ``ranking.csv``; rows in the order of the file. Raises ``InputError`` (file, line,
     column)."""
-    return read(Candidate, path)
+    return RankingTable(read(Candidate, path))
 
 
 def draw_best(run_dir: Path, candidates: Sequence[Candidate], n_best: int) -> list[Path]:
     """``convergence.png`` in the run folders of the lowest ``n_best`` phases and of the saddle
     points; those that have a table."""
-    from magus_anharmonic.sscha.convergence_figure import draw_convergence
+    from magus_anharmonic.sscha.report import draw_convergence
 
     best = [
         c

@@ -88,10 +88,10 @@ def reference(crystals: list[Crystal], n_configs: int) -> Truth:
         )
         if not result.converged:
             raise SystemExit(f"crystal {number}: no reference: {result.reason}")
-        found.append((result.gibbs, result.gibbs_error))
+        found.append((result.numbers.gibbs, result.gibbs_error))
         print(
             f"crystal {number:2d}: {result.space_group_start:>13s} -> {result.space_group:13s}"
-            f" static {one.depth / 2 * 1e3:6.1f}, G {result.gibbs * 1e3:8.3f} +-"
+            f" static {one.depth / 2 * 1e3:6.1f}, G {result.numbers.gibbs * 1e3:8.3f} +-"
             f" {result.gibbs_error * 1e3:.3f} meV/atom, {result.n_populations} populations",
             flush=True,
         )
@@ -258,11 +258,11 @@ def compare_h3s(folder: Path, n_reference: int) -> Races:
         )
         print(
             f"reference {number}: {result.space_group_start:>12s} -> {result.space_group:12s}"
-            f" {result.status}, G {result.gibbs * 1e3:9.2f} +- {result.gibbs_error * 1e3:.2f}"
+            f" {result.status}, G {result.numbers.gibbs * 1e3:9.2f} +- {result.gibbs_error * 1e3:.2f}"
             f" meV/atom, {result.n_evaluations} evaluations",
             flush=True,
         )
-        found.append((result.gibbs, result.gibbs_error))
+        found.append((result.numbers.gibbs, result.gibbs_error))
     truth = Truth(*np.array(found).T)
     used = sum(c.free_energy.n_evaluations for c in table)
     print(f"model {potential.model_id}; race {order}, reference {np.argsort(truth.gibbs).tolist()}")

@@ -57,7 +57,7 @@ def main() -> int:
             print(
                 f"symprec {symprec:5.3f} A, crystal {number}: static"
                 f" {space_group(atoms, symprec):>14s}, quantum {found.space_group:14s}"
-                f" {found.status}, G {1e3 * found.gibbs:.2f} +- {1e3 * found.gibbs_error:.2f}"
+                f" {found.status}, G {1e3 * found.numbers.gibbs:.2f} +- {1e3 * found.gibbs_error:.2f}"
                 f" meV/atom, {found.n_evaluations} evaluations",
                 flush=True,
             )
