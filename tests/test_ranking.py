@@ -805,7 +805,7 @@ def test_rank_structures_takes_any_calculator_and_leaves_the_structures_alone(
 def test_candidates_are_relaxed_as_the_block_of_the_calculator_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from magus_anharmonic.potential import remote as relaxations
+    from magus_anharmonic.potential import relax as relaxations
 
     square = Atoms(
         "Cu4",

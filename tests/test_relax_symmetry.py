@@ -17,7 +17,7 @@ from ase.spacegroup import crystal
 
 from magus_anharmonic.errors import InputError
 from magus_anharmonic.evaluator import CalculatorEvaluator
-from magus_anharmonic.potential import symmetrise
+from magus_anharmonic.potential import guards as symmetrise
 from magus_anharmonic.potential.guards import SymmetryProjector
 from magus_anharmonic.potential.relax import relax
 from magus_anharmonic.structures import spglib_cell

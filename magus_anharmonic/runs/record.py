@@ -87,8 +87,8 @@ class RunRecord(BaseModel):
 class SearchState(BaseModel):
     """``search.json``: the last finished generation, and the volume ratio for the next."""
 
-    finished: int = 0
-    volume_ratio: float = float("nan")
+    finished: int
+    volume_ratio: float
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,11 @@ def status(folder: str | Path) -> Status:
 
 def _search(ours: Path) -> Status:
     results, record = ours.parent, _read(RunRecord, ours / "run.json") or RunRecord(version="")
-    state = _read(SearchState, ours / "search.json") or SearchState()
+    state = _read(SearchState, ours / "search.json")
     settings, total = record.settings, record.settings.num_gen or 0
     history = read_jsonl(ours / "generations.jsonl", {"generation": int}) or _rounds(results)
-    finished = state.finished or max((line["generation"] for line in history), default=0)
+    last = max((line["generation"] for line in history), default=0)
+    finished = (state.finished if state else 0) or last
     seconds = _numbers(line.get("seconds") for line in history[-5:])
     done = 0 < total <= finished
     owner, word = holder(ours, done)
