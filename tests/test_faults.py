@@ -60,7 +60,7 @@ from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
 from magus_anharmonic.ranking.structures import reevaluate
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import read_failures
-from magus_anharmonic.scheduler.base import SerialScheduler
+from magus_anharmonic.scheduler import SerialScheduler
 from magus_anharmonic.search import host, run
 from magus_anharmonic.search.archive import Archive, whole_frames, write_frames
 from magus_anharmonic.settings import LabelerSettings, parse_settings

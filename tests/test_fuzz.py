@@ -27,8 +27,8 @@ from magus_anharmonic.campaign.structures import _frames
 from magus_anharmonic.errors import MagusAnharmonicError
 from magus_anharmonic.gate import read_structures
 from magus_anharmonic.io.files import SUMS, load_arrays, read_json, read_jsonl, write_json
+from magus_anharmonic.learning.choose import Families
 from magus_anharmonic.learning.dataset import LabelStore, read_dataset, read_labels
-from magus_anharmonic.learning.families import Families
 from magus_anharmonic.learning.round import read_plan
 from magus_anharmonic.paper.ensemble_labels import claim
 from magus_anharmonic.phase_diagram.grid import _isotope_name

@@ -28,8 +28,15 @@ from magus_anharmonic.labelers import get_labeler
 from magus_anharmonic.labelers.pool import ScheduledLabeler
 from magus_anharmonic.potential.relax import relax, relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
-from magus_anharmonic.scheduler import close_clusters, open_scheduler
-from magus_anharmonic.scheduler.base import MAX_DEATHS, SerialScheduler, changed, packed, unpack
+from magus_anharmonic.scheduler import (
+    MAX_DEATHS,
+    SerialScheduler,
+    changed,
+    close_clusters,
+    open_scheduler,
+    packed,
+    unpack,
+)
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
 from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer

@@ -27,8 +27,7 @@ from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, set
 from magus_anharmonic.labelers.worker import begin
 from magus_anharmonic.processes import Worker, descendants, end_processes
 from magus_anharmonic.runs.record import Progress
-from magus_anharmonic.scheduler import Scheduling, open_scheduler
-from magus_anharmonic.scheduler.base import packed, unpack
+from magus_anharmonic.scheduler import Scheduling, open_scheduler, packed, unpack
 from magus_anharmonic.structures import change_of, stripped, structure_id
 from magus_anharmonic.units import GPa
 

@@ -17,9 +17,8 @@ from ase import Atoms
 from magus_anharmonic.errors import CheckpointError
 from magus_anharmonic.io.files import append_jsonl, read_jsonl, remove, replacing, set_aside
 from magus_anharmonic.labelers.base import Failure, Label, Labeler
-from magus_anharmonic.learning.choose import Contender
+from magus_anharmonic.learning.choose import SIDES, Contender
 from magus_anharmonic.learning.dataset import LabelStore, labelled, on_side, read_dataset
-from magus_anharmonic.learning.families import SIDES
 from magus_anharmonic.learning.round import Purpose, Round
 from magus_anharmonic.potential.label_check import in_words, outliers, without_outliers
 from magus_anharmonic.potential.labelled import FEW, Scores, score

@@ -2,29 +2,202 @@
 workers anywhere.
 
 A piece is a *task*, a function of one item that returns data. Only the process that calls `map`
-writes tables and databases.
+writes tables and databases: workers return what they wrote as bytes.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-from collections.abc import Iterator
-from typing import Protocol
+import logging
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Scheduler, Shared, available_cores
+from magus_anharmonic.errors import (
+    LostLock,
+    MachineError,
+    MagusAnharmonicError,
+    is_machine_error,
+    reason_of,
+    typed_line,
+)
+from magus_anharmonic.io.files import replacing
 from magus_anharmonic.settings import WorkerSettings
 
-__all__ = [
-    "MAX_DEATHS",
-    "Done",
-    "Scheduler",
-    "Scheduling",
-    "Shared",
-    "available_cores",
-    "close_clusters",
-    "open_scheduler",
-]
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""A task whose worker died this many times is given up."""
+
+KEPT = 2
+"""Shared objects (models) that a worker keeps: the one in use and the one before."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use (a job's share of the machine), not those that the machine
+    has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of one task: what it returned, or why it returned nothing; ``died``: because its
+    worker did.
+
+    Raises ``MachineError`` where that is what the worker met (see `attempt`).
+    """
+
+    index: int
+    value: Any = None
+    reason: str = ""
+    died: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, MachineError):
+            raise self.value
+
+
+class Shared(Protocol):
+    """What all tasks of a call need, e.g. a model: travels once to each worker, which makes the
+    object once and keeps it."""
+
+    @property
+    def key(self) -> str:
+        """Names the content: equal keys, equal objects."""
+        ...
+
+    def make(self) -> Any:
+        """The object; raises what the tasks are to fail with."""
+        ...
+
+
+Task = Callable[[Any, Any], Any]
+"""``task(item, shared object or None) -> data``; a function of a module, so that another process
+finds it."""
+
+
+class Scheduler(Protocol):
+    """Runs tasks. ``remote``: the workers need not see this process's folders; ``device``: where
+    they compute, cpu or cuda."""
+
+    remote: bool
+
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def n_workers(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
+        """One `Done` per item, in the order in which they end; items are taken as workers become
+        free.
+
+        Raises ``MachineError`` when the memory, the disk or the GPU of a worker gave out.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+_MADE: OrderedDict[str, Any] = OrderedDict()
+
+
+def made(shared: Shared | None) -> Any:
+    """The object of ``shared`` in this process, made at its first use and kept while it is among
+    the last `KEPT`."""
+    if shared is None:
+        return None
+    if shared.key not in _MADE:
+        # Room first: two models and a third would be too much for a GPU.
+        while len(_MADE) >= KEPT:
+            _MADE.popitem(last=False)
+        _MADE[shared.key] = shared.make()
+    _MADE.move_to_end(shared.key)
+    return _MADE[shared.key]
+
+
+def attempt(task: Task, item: Any, shared: Shared | None) -> tuple[Any, str]:
+    """Value and empty reason, or None and why: an error of one task stops no other. A machine error
+    comes back as the value."""
+    try:
+        return task(item, made(shared)), ""
+    except LostLock as error:
+        return MachineError(str(error)), ""
+    except Exception as error:
+        if is_machine_error(error):
+            return MachineError(
+                f"{socket.gethostname()}, process {os.getpid()}: {reason_of(error)}"
+            ), ""
+        log.warning("a task failed", exc_info=True)
+        return None, typed_line(error)
+
+
+Files = Mapping[str, bytes]
+"""Name relative to the folder -> content."""
+
+LAST = "result.json"
+"""Written after everything else: a run counts as finished when it is there."""
+
+
+def packed(folder: Path, *, largest: int | None = None) -> dict[str, bytes]:
+    """Every plain file below ``folder`` (none when there is no folder), except temporary ones and
+    those above ``largest`` bytes."""
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink() and path.suffix != ".tmp"
+    )
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in found
+        if largest is None or path.stat().st_size <= largest
+    }
+
+
+def changed(before: Files, after: Files) -> dict[str, bytes]:
+    """What is new or different in ``after``."""
+    return {name: content for name, content in after.items() if before.get(name) != content}
+
+
+def unpack(files: Files, folder: Path) -> None:
+    """Write the files below ``folder``, each whole or not at all; raises ``MagusAnharmonicError``
+    for a name that leads out of it."""
+    root = folder.resolve()
+    for name in sorted(files, key=lambda name: (Path(name).name == LAST, name)):
+        target = (root / name).resolve()
+        if not target.is_relative_to(root):
+            raise MagusAnharmonicError(f"{name}: a worker returned a file outside its folder")
+        with replacing(target) as temporary:
+            temporary.write_bytes(files[name])
+
+
+class SerialScheduler:
+    """No other process: for debugging, and where a step is one piece anyway."""
+
+    remote = False
+    device = "cpu"
+    n_workers = 1
+    description = "this process, one task after the other"
+
+    def map(self, task: Task, items: Iterable[Any], shared: Shared | None = None) -> Iterator[Done]:
+        """See `Scheduler`."""
+        for index, item in enumerate(items):
+            value, reason = attempt(task, item, shared)
+            yield Done(index, value, reason)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 _CLUSTERS: dict[str, Scheduler] = {}
 
@@ -52,8 +225,6 @@ def open_scheduler(scheduling: Scheduling, *, device: str = "cpu") -> Iterator[S
         yield _cluster(name, workers)
         return
     if name == "serial":
-        from magus_anharmonic.scheduler.base import SerialScheduler
-
         yield SerialScheduler()
         return
     from magus_anharmonic.scheduler.local import LocalScheduler
@@ -78,11 +249,9 @@ def _cluster(name: str, workers: WorkerSettings) -> Scheduler:
     return _CLUSTERS[key]
 
 
+@atexit.register
 def close_clusters() -> None:
     """Leave every Dask scheduler and end the jobs that were sent for one; called when the process
     ends."""
     while _CLUSTERS:
         _CLUSTERS.popitem()[1].close()
-
-
-atexit.register(close_clusters)

@@ -12,7 +12,7 @@ from typing import Any
 
 from magus_anharmonic.processes import Worker
 from magus_anharmonic.runs.lock import adopt, claims
-from magus_anharmonic.scheduler.base import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
+from magus_anharmonic.scheduler import MAX_DEATHS, Done, Shared, Task, attempt, available_cores
 
 log = logging.getLogger(__name__)
 
