@@ -212,8 +212,7 @@ def _said(numbers: dict[str, Any]) -> str:
     return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
-FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed")
-FIXED_HOST_KEYS = ("formula",)
+FIXED_KEYS = ("pressure", "symbols", "formula_type", "seed", "formula")
 
 
 def check_continues(directory: str | Path, settings: Settings, host: str) -> None:
@@ -239,17 +238,20 @@ def check_continues(directory: str | Path, settings: Settings, host: str) -> Non
         )
     before = record.settings.model_dump(exclude_unset=True) | {"seed": record.seed}
     now = settings.model_dump(mode="json")
-    if now["seed"] is None:
-        now["seed"] = record.seed
-    old, new = {**before, **before.get("host", {})}, {**now, **now["host"]}
-    for key in _changed(before, now):
-        for path, was, is_now in _differences(key, old.get(key), new.get(key)):
-            logger.warning(
-                "%s: %s, but the search was started with %s",
-                path,
-                one_line(repr(is_now), 80),
-                one_line(repr(was), 80),
+    now["seed"] = record.seed if now["seed"] is None else now["seed"]
+    old, new = before.pop("host", {}), now.pop("host")
+    changed = list(_differences("", before | old, now | new))
+    if any(path in FIXED_KEYS for path, _, _ in changed):
+        raise InputError(
+            *(
+                f"{key}: {is_now!r} but the search was started with {was!r}; start anew without -r"
+                for key, was, is_now in changed
+                if key in FIXED_KEYS
             )
+        )
+    for path, *values in changed:
+        is_now, was = (one_line(repr(value), 80) for value in reversed(values))
+        logger.warning("%s: %s, but the search was started with %s", path, is_now, was)
 
 
 _COMMANDS = {
@@ -262,26 +264,9 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
     """Path of every key below ``path`` that changed, and both its values."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in [*now, *(key for key in before if key not in now)]:
-            yield from _differences(f"{path}.{key}", before.get(key), now.get(key))
+            yield from _differences(f"{path}.{key}".lstrip("."), before.get(key), now.get(key))
     elif before != now:
         yield path, before, now
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Names of settings that changed; raises ``InputError`` when one did that may not."""
-    old, new = before.get("host", {}), now.get("host", {})
-    changed = [key for key in now if key != "host" and before.get(key) != now[key]]
-    of_host = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    fixed = [(key, before.get(key), now[key]) for key in changed if key in FIXED_KEYS]
-    fixed += [(key, old.get(key), new.get(key)) for key in of_host if key in FIXED_HOST_KEYS]
-    if fixed:
-        raise InputError(
-            *(
-                f"{key}: {is_now!r} but the search was started with {was!r}; start anew without -r"
-                for key, was, is_now in fixed
-            )
-        )
-    return changed + of_host
 
 
 def record_file(path: str | Path) -> Path:
