@@ -299,7 +299,7 @@ class Potential:
         while start < len(indices):
             # both may fall on the way, where memory runs out
             by_edges = min(limit, self.edges_per_batch) // n_edges
-            size = max(1, min(by_edges, self.atoms_per_batch // len(topology.numbers)))
+            size = max(1, min(by_edges, self.atoms_per_batch // len(topology.reference)))
             part = indices[start : start + size]
             yield part, n_edges * len(part), graph
             start += size

@@ -181,20 +181,13 @@ MAX_GROWTH = 2.5
 
 @dataclass(frozen=True)
 class Topology:
-    """Pairs of a reference structure, with room for displacements and strain.
+    """Pairs of a reference structure (with a complete cell), with room for displacements and strain.
 
-    positions (N, 3), cell (3, 3): the reference; radius (N,): how far each atom may move, Angstrom;
-    stretch: smallest singular value of the strain that is allowed; centre, neighbour (E,), vector
-    (E, 3): the pairs, sorted by centre; n_inside: how many of them are within the cutoff in the
-    reference, about as many as each configuration has.
+    centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of them
+    are within the cutoff in the reference, about as many as each configuration has.
     """
 
-    numbers: np.ndarray
-    pbc: np.ndarray
-    positions: np.ndarray
-    cell: np.ndarray
-    radius: np.ndarray
-    stretch: float
+    reference: Atoms
     cutoff: float
     centre: Tensor
     neighbour: Tensor
@@ -212,8 +205,8 @@ class Topology:
         """The graph of configurations that the list covers; InputError, with the name, when two
         atoms coincide."""
         names = names or [f"structure {index}" for index in range(len(structures))]
-        strain, displacement = displacements(self, structures)
-        n, n_atoms = len(structures), len(self.numbers)
+        strain, displacement = displacements(self.reference, structures)
+        n, n_atoms = len(structures), len(self.reference)
         centre, neighbour = self.centre.to(device), self.neighbour.to(device)
         moved = torch.as_tensor(displacement, device=device)
         vector = torch.matmul(self.vector.to(device), torch.as_tensor(strain, device=device).mT)
@@ -237,22 +230,19 @@ class Topology:
             vector=vector.view(-1, 3).index_select(0, chosen).to(dtype),
             n_near=len(first),
             edge_structure=which,
-            numbers=torch.as_tensor(np.tile(self.numbers, n), dtype=torch.long, device=device),
+            numbers=torch.as_tensor(
+                np.tile(self.reference.numbers, n), dtype=torch.long, device=device
+            ),
             structure=torch.arange(n, device=device).repeat_interleave(n_atoms),
             volume=torch.as_tensor(volume, dtype=dtype, device=device),
             n_atoms=(n_atoms,) * n,
         )
 
 
-def displacements(
-    reference: Topology | Atoms, structures: Sequence[Atoms]
-) -> tuple[np.ndarray, np.ndarray]:
+def displacements(reference: Atoms, structures: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     """Strain F (n, 3, 3) and rest u (n, N, 3) of the module's docstring, without the common shift
     of all atoms (Angstrom)."""
-    if isinstance(reference, Atoms):
-        origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
-    else:
-        origin, cell, pbc = reference.positions, reference.cell, reference.pbc
+    origin, cell, pbc = reference.positions, complete_cell(reference).array, reference.pbc
     cells = np.array([complete_cell(atoms).array for atoms in structures])
     # rows of the cell are its vectors: h' = h F^T
     strain = (np.linalg.inv(cell) @ cells).transpose(0, 2, 1)
@@ -291,17 +281,7 @@ def find_topology(structures: Sequence[Atoms], cutoff: float) -> Topology | None
     n_inside = int((found.length <= cutoff).sum())
     if kept.sum() > MAX_GROWTH * n_inside:
         return None
-    arrays = (
+    centre, neighbour, vector = (
         torch.as_tensor(values[kept]) for values in (found.centre, found.neighbour, found.vector)
     )
-    return Topology(
-        first.numbers.copy(),
-        first.pbc.copy(),
-        reference.positions,
-        reference.cell.array,
-        radius,
-        stretch,
-        cutoff,
-        *arrays,
-        n_inside,
-    )
+    return Topology(reference, cutoff, centre, neighbour, vector, n_inside)

@@ -26,10 +26,6 @@ from magus_anharmonic.settings.section import MAX_PRESSURE_GPA
 from magus_anharmonic.structures import stripped
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
-START_CURVATURE = 40.0  # eV/A^2, between a soft metal and a bond of hydrogen; ASE has 70
-
-SMALLEST_CURVATURE = 1e-2  # eV/A^2
-
 
 @dataclass(frozen=True)
 class Coordinates:
@@ -52,55 +48,9 @@ class Coordinates:
     patience: float = 40
 
 
-class _Newton:
-    """What rules with a model of the Hessian share."""
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
-
-    def predicted_decrease(self, gradient: np.ndarray) -> float:
-        """Half of what the Newton step gains at first order."""
-        return -0.5 * float(gradient @ self.step(gradient))
-
-    def shorten(self) -> None:
-        """Nothing to do: what was learnt stays valid."""
-
-
-class Bfgs(_Newton):
-    """Newton steps on a BFGS model of the Hessian B, along |eigenvalues|, so that they go down from
-    saddles too.
-
-    The rule of ASE's BFGS with a smaller first B. B is positive definite nearly always: the step is
-    then found by Cholesky's decomposition, several times faster than by eigenvectors.
-    """
-
-    coordinates: ClassVar[Coordinates] = Coordinates()
-
-    def __init__(self, size: int) -> None:
-        self.hessian = START_CURVATURE * np.eye(size)
-
-    def step(self, gradient: np.ndarray) -> np.ndarray:
-        try:
-            return -cho_solve(cho_factor(self.hessian), gradient)
-        except LinAlgError:
-            values, vectors = np.linalg.eigh(self.hessian)
-            return -vectors @ (
-                (vectors.T @ gradient) / np.maximum(np.abs(values), SMALLEST_CURVATURE)
-            )
-
-    def learn(self, step: np.ndarray, change: np.ndarray) -> None:
-        """The BFGS update; left out where the curvature along the step is lost in rounding."""
-        curvature = float(step @ change)
-        predicted = self.hessian @ step
-        along = float(step @ predicted)
-        if abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12:
-            self.hessian += (
-                np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
-            )
-
-
-class AseBfgs(_Newton):
-    """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``.
+class AseBfgs:
+    """ASE's ``BFGS``, step for step when the coordinates are those of its ``FrechetCellFilter``:
+    Newton steps along |eigenvalues| of a BFGS model B of the Hessian, down from saddles too.
 
     It follows ASE's path to the same minimum until rounding decides: where the curvature along a
     step vanishes, and at saddle points, which a symmetric start reaches.
@@ -118,18 +68,50 @@ class AseBfgs(_Newton):
 
     def step(self, gradient: np.ndarray) -> np.ndarray:
         values, vectors = np.linalg.eigh(self.hessian)
-        return -vectors @ (
-            (gradient @ vectors) / np.maximum(np.abs(values), self.SMALLEST_CURVATURE)
-        )
+        curvatures = np.maximum(np.abs(values), self.SMALLEST_CURVATURE)
+        return -vectors @ ((gradient @ vectors) / curvatures)
 
     def learn(self, step: np.ndarray, change: np.ndarray) -> None:
-        """The BFGS update, also with a negative curvature along the step."""
+        """The BFGS update."""
         curvature, predicted = float(step @ change), self.hessian @ step
         along = float(step @ predicted)
-        if np.abs(step).max() >= self.SHORTEST_STEP and curvature and along:
+        if self._tells(step, curvature, along):
             self.hessian += (
                 np.outer(change, change) / curvature - np.outer(predicted, predicted) / along
             )
+
+    def _tells(self, step: np.ndarray, curvature: float, along: float) -> bool:
+        """Whether B can learn of a step; also with a negative curvature along it."""
+        return bool(np.abs(step).max() >= self.SHORTEST_STEP and curvature and along)
+
+    def predicted_decrease(self, gradient: np.ndarray) -> float:
+        """Half of what the Newton step gains at first order."""
+        return -0.5 * float(gradient @ self.step(gradient))
+
+    def shorten(self) -> None:
+        """Nothing to do: what was learnt stays valid."""
+
+
+class Bfgs(AseBfgs):
+    """The same with a smaller first B, in coordinates of its own.
+
+    B is positive definite nearly always: the step is then found by Cholesky's decomposition,
+    several times faster than by eigenvectors.
+    """
+
+    coordinates: ClassVar[Coordinates] = Coordinates()
+    START_CURVATURE = 40.0  # between a soft metal and a bond of hydrogen
+    SMALLEST_CURVATURE = 1e-2
+
+    def step(self, gradient: np.ndarray) -> np.ndarray:
+        try:
+            return -cho_solve(cho_factor(self.hessian), gradient)
+        except LinAlgError:
+            return super().step(gradient)
+
+    def _tells(self, step: np.ndarray, curvature: float, along: float) -> bool:
+        """Not where the curvature along the step is lost in rounding."""
+        return abs(curvature) > 1e-8 * (step @ step) and abs(along) > 1e-12
 
 
 class Fire:
@@ -177,11 +159,7 @@ class Fire:
         self.mixing, self.downhill = self.MIXING, 0
 
 
-OPTIMIZERS: dict[str, type[Bfgs] | type[AseBfgs] | type[Fire]] = {
-    "bfgs": Bfgs,
-    "ase": AseBfgs,
-    "fire": Fire,
-}
+OPTIMIZERS: dict[str, type[AseBfgs] | type[Fire]] = {"bfgs": Bfgs, "ase": AseBfgs, "fire": Fire}
 
 
 def _real(value: Any) -> Any:
