@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -23,7 +23,7 @@ from ase import Atoms
 from magus_anharmonic.errors import LabelerError, MachineError
 from magus_anharmonic.evaluator import Relaxation
 from magus_anharmonic.io.files import replacing
-from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe, settings_hash
+from magus_anharmonic.labelers.base import Failure, Label, Labeler, OnResult, Recipe, settings_hash
 from magus_anharmonic.labelers.worker import begin
 from magus_anharmonic.processes import Worker, descendants, end_processes
 from magus_anharmonic.runs.record import Progress
@@ -128,41 +128,24 @@ def bound_log(file: Path, limit: int = LOG_LIMIT) -> None:
         log_file.truncate(0)
 
 
-class JobLabeler:
-    """What labelers that run one `Recipe` as jobs share; `_run` says where the jobs run."""
+class JobLabeler(Labeler):
+    """What labelers that run one `Recipe` as jobs share; `_answers` says where the jobs run, and
+    ``timeout`` (s) is that of one structure."""
 
     def __init__(self, recipe: Recipe, directory: Path, *, timeout: float) -> None:
         self.recipe = recipe
         self.directory = Path(directory).absolute()
         self.timeout = timeout
-
-    @property
-    def settings_hash(self) -> str:
-        """Names the energy surface, see `Recipe`."""
-        return self.recipe.settings_hash
-
-    @property
-    def description(self) -> str:
-        """One line: code, arguments, k-point spacing."""
-        arguments = ", ".join(f"{key}={value}" for key, value in self.recipe.arguments.items())
-        spacing = (
-            ""
-            if self.recipe.k_spacing is None
-            else f", k spacing 2 pi x {self.recipe.k_spacing:g} / A"
-        )
-        return f"{self.recipe.code} ({arguments}{spacing})"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.settings_hash = recipe.settings_hash
+        arguments = ", ".join(f"{key}={value}" for key, value in recipe.arguments.items())
+        if recipe.k_spacing is not None:
+            arguments += f", k spacing 2 pi x {recipe.k_spacing:g} / A"
+        self.description = f"{recipe.code} ({arguments})"
 
     def label(
         self, structures: Sequence[Atoms], on_result: OnResult | None = None
     ) -> list[Label | Failure]:
-        """Single points in the order of the input; ``on_result(index, result)`` is called here as
-        each one finishes."""
+        """See `Labeler`."""
 
         def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Label | Failure:
             if reason:
@@ -180,12 +163,7 @@ class JobLabeler:
         force_tolerance: float = 0.05,
         max_steps: int = 300,
     ) -> list[Relaxation]:
-        """Relax positions and cell at ``pressure`` (GPa) by BFGS until forces are below
-        ``force_tolerance`` (eV/A).
-
-        A structure that fails comes back as it was given, with ``failed=True`` and the reason.
-        ``timeout`` is per structure.
-        """
+        """See `Labeler`."""
 
         def made(atoms: Atoms, answer: dict[str, Any], reason: str | None) -> Relaxation:
             if reason:
@@ -226,10 +204,6 @@ class JobLabeler:
         self, jobs: Sequence[dict[str, Any]], structures: Sequence[Atoms]
     ) -> Generator[tuple[int, dict[str, Any]]]:
         """Places and answers of the jobs as they end."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """End what the labeler has started; it cannot be used afterwards."""
         raise NotImplementedError
 
 
@@ -362,9 +336,6 @@ class ScheduledLabeler(JobLabeler):
                     unpack(files, kept)
                 yield end.index, answer
 
-    def close(self) -> None:
-        """Nothing to end: the workers are the scheduler's."""
-
 
 _THREAD = threading.local()
 
@@ -393,7 +364,7 @@ def _warm_worker() -> DftProcess:
     return _THREAD.worker
 
 
-class CallableLabeler:
+class CallableLabeler(Labeler):
     """Labels made by ``function(structures) -> results``, one result per structure, in order.
 
     A result is a mapping with ``energy`` (eV), ``forces`` (N, 3) eV/A, ``stress`` (6,) or (3, 3)
@@ -468,17 +439,3 @@ class CallableLabeler:
             self.settings_hash,
             seconds,
         )
-
-    def relax(
-        self,
-        structures: Sequence[Atoms],
-        pressure: GPa = 0.0,
-        *,
-        force_tolerance: float = 0.05,
-        max_steps: int = 300,
-    ) -> list[Relaxation]:
-        """Raises ``LabelerError``: a function of single points cannot relax."""
-        raise LabelerError(f"{self.description}: makes single points only")
-
-    def close(self) -> None:
-        """Nothing to end."""

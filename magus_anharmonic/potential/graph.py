@@ -181,7 +181,7 @@ MAX_GROWTH = 2.5
 
 @dataclass(frozen=True)
 class Topology:
-    """Pairs of a reference structure (with a complete cell), with room for displacements and strain.
+    """Pairs of a reference (whose cell is complete), with room for displacements and strain.
 
     centre, neighbour (E,), vector (E, 3): the pairs, sorted by centre; n_inside: how many of them
     are within the cutoff in the reference, about as many as each configuration has.
