@@ -30,6 +30,7 @@ from magus_anharmonic.potential.relax import relax, relax_on, serialised
 from magus_anharmonic.ranking.jobs import Job, run_jobs
 from magus_anharmonic.scheduler import (
     MAX_DEATHS,
+    LocalScheduler,
     SerialScheduler,
     changed,
     close_clusters,
@@ -38,7 +39,6 @@ from magus_anharmonic.scheduler import (
     unpack,
 )
 from magus_anharmonic.scheduler.cluster import DaskScheduler, _is_here
-from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.search.relaxation import Relaxer, build_relaxer
 from magus_anharmonic.settings import LabelerSettings, Settings, WorkerSettings, parse_settings
 from magus_anharmonic.sscha import free_energy
@@ -210,7 +210,7 @@ def test_a_local_worker_that_ends_takes_the_programs_of_its_tasks_along(tmp_path
 def test_a_search_that_is_killed_takes_the_programs_of_its_tasks_along(tmp_path):
     file = tmp_path / "program"
     code = (
-        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler.local import"
+        "import scheduler_tasks as tasks; from magus_anharmonic.scheduler import"
         " LocalScheduler\nif __name__ == '__main__':"
         f" list(LocalScheduler(1).map(tasks.leaves_a_program, [({str(file)!r}, 'hang')]))"
     )

@@ -33,9 +33,8 @@ from magus_anharmonic.labelers.base import Recipe
 from magus_anharmonic.labelers.pool import label_on_worker
 from magus_anharmonic.potential.relax import serialised
 from magus_anharmonic.ranking.jobs import Job, _remote_job, _run_elsewhere
-from magus_anharmonic.scheduler import Scheduler
+from magus_anharmonic.scheduler import LocalScheduler, Scheduler
 from magus_anharmonic.scheduler.cluster import DaskScheduler
-from magus_anharmonic.scheduler.local import LocalScheduler
 from magus_anharmonic.scheduler.queues import QUIET, extensions
 from magus_anharmonic.settings import WorkerSettings
 
