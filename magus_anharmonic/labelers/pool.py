@@ -27,7 +27,7 @@ from magus_anharmonic.labelers.base import Failure, Label, Labeler, OnResult, Re
 from magus_anharmonic.labelers.worker import begin
 from magus_anharmonic.processes import Worker, descendants, end_processes
 from magus_anharmonic.runs.record import Progress
-from magus_anharmonic.scheduler import Scheduling, open_scheduler, packed, unpack
+from magus_anharmonic.scheduler import THREAD_VARIABLES, Scheduling, open_scheduler, packed, unpack
 from magus_anharmonic.structures import change_of, stripped, structure_id
 from magus_anharmonic.units import GPa
 
@@ -41,15 +41,7 @@ ENDING = 10.0
 LOG_LIMIT = 1 << 20
 """Bytes of a worker's log above which the next job begins a new one; as much of the end of one
 earlier log is kept."""
-_ONE_THREAD = {
-    name: "1"
-    for name in (
-        "OMP_NUM_THREADS",
-        "OPENBLAS_NUM_THREADS",
-        "MKL_NUM_THREADS",
-        "NUMEXPR_NUM_THREADS",
-    )
-}
+_ONE_THREAD = dict.fromkeys(THREAD_VARIABLES, "1")
 
 
 def _failed(reason: str, machine_error: bool = False) -> dict[str, Any]:

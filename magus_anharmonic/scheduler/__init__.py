@@ -206,7 +206,12 @@ class SerialScheduler:
 MAX_PER_GPU = 4
 GOODBYE = 5.0
 """Seconds that an idle process may take to end by itself."""
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
 DIED = (
     "its process died {} times (crash, or out of memory); a script of your own needs `if __name__"
     " == '__main__':`"
