@@ -194,18 +194,11 @@ class FactorisedM3GNet(nn.Module):
         With ``create_graph`` the results can be differentiated again, by the parameters.
         """
         if not create_graph:
-            energy, gradient, _ = self._evaluate(graph)
-            return energy, *_forces_and_stress(graph, gradient)
+            return self.evaluate(graph)[:3]
         vector = graph.vector.detach().requires_grad_(True)
         energy = self.energy(graph, vector)
         (gradient,) = torch.autograd.grad(energy.sum(), vector, create_graph=True)
         return energy, *_forces_and_stress(graph, gradient)
-
-    def evaluate(self, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs,
-        at no further cost."""
-        energy, gradient, atom = self._evaluate(graph)
-        return energy, *_forces_and_stress(graph, gradient), atom
 
     def atom_features(self, graph: Graph) -> Tensor:
         """Atom features (N, u) after the last block, before the readout; the forward pass alone."""
@@ -219,9 +212,9 @@ class FactorisedM3GNet(nn.Module):
             self._workspace.give(inference.memory)
         return atom
 
-    def _evaluate(self, graph: Graph) -> tuple[Tensor, Tensor, Tensor]:
-        """Energy, its gradient by the edge vectors, and the last atom features; nothing can be
-        differentiated again.
+    def evaluate(self, graph: Graph) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `forward`, and the atom features (N, u) before the readout: what `uncertainty` needs,
+        at no further cost. Nothing can be differentiated again.
 
         R_ln is computed in float64: its closed forms cancel at small r, which costs two digits of
         float32.
@@ -241,7 +234,7 @@ class FactorisedM3GNet(nn.Module):
         with torch.no_grad():
             gradients = inference.backward(by_atom)
         (gradient,) = torch.autograd.grad((radial, threebody), vector, gradients)
-        return energy.detach(), gradient, atom.detach()
+        return energy.detach(), *_forces_and_stress(graph, gradient), atom.detach()
 
     def energy(self, graph: Graph, vector: Tensor) -> Tensor:
         """Energies (n,) in eV, float64, as a differentiable function of the edge vectors (E, 3)."""
