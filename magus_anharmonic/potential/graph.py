@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,36 +140,39 @@ def build_graph(
     n_atoms = np.array([len(atoms) for atoms in structures], dtype=np.int64)
     n_edges = np.array([len(edges.length) for edges in neighbours], dtype=np.int64)
     first = np.repeat(np.cumsum(n_atoms) - n_atoms, n_edges)
-    near = _concatenate([edges.length for edges in neighbours], (0,)) <= threebody_cutoff
+    near = np.concatenate([edges.length for edges in neighbours]) <= threebody_cutoff
     order = np.argsort(~near, kind="stable")
 
     def edge_tensor(values: np.ndarray, kind: torch.dtype) -> Tensor:
         return torch.as_tensor(values[order], dtype=kind, device=device)
 
-    volume = [cell_volume(atoms) for atoms in structures]
     return Graph(
         centre=edge_tensor(
-            _concatenate([edges.centre for edges in neighbours], (0,)) + first, torch.long
+            np.concatenate([edges.centre for edges in neighbours]) + first, torch.long
         ),
         neighbour=edge_tensor(
-            _concatenate([edges.neighbour for edges in neighbours], (0,)) + first, torch.long
+            np.concatenate([edges.neighbour for edges in neighbours]) + first, torch.long
         ),
-        vector=edge_tensor(_concatenate([edges.vector for edges in neighbours], (0, 3)), dtype),
+        vector=edge_tensor(np.concatenate([edges.vector for edges in neighbours]), dtype),
         n_near=int(near.sum()),
         edge_structure=edge_tensor(np.repeat(np.arange(len(n_atoms)), n_edges), torch.long),
-        numbers=torch.as_tensor(
-            np.concatenate([atoms.numbers for atoms in structures]), dtype=torch.long, device=device
-        ),
-        structure=torch.as_tensor(
-            np.repeat(np.arange(len(n_atoms)), n_atoms), dtype=torch.long, device=device
-        ),
-        volume=torch.as_tensor(volume, dtype=dtype, device=device),
-        n_atoms=tuple(n_atoms.tolist()),
+        **_atoms_of(structures, dtype, device),
     )
 
 
-def _concatenate(parts: list[np.ndarray], empty_shape: tuple[int, ...]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(empty_shape)
+def _atoms_of(
+    structures: Sequence[Atoms], dtype: torch.dtype, device: str | torch.device
+) -> dict[str, Any]:
+    """What a `Graph` knows of atoms and cells."""
+    n_atoms = [len(atoms) for atoms in structures]
+    numbers = np.concatenate([atoms.numbers for atoms in structures])
+    volume = [cell_volume(atoms) for atoms in structures]
+    return {
+        "numbers": torch.as_tensor(numbers, dtype=torch.long, device=device),
+        "structure": torch.as_tensor(np.repeat(np.arange(len(n_atoms)), n_atoms), device=device),
+        "volume": torch.as_tensor(volume, dtype=dtype, device=device),
+        "n_atoms": tuple(n_atoms),
+    }
 
 
 SKIN = 0.5
@@ -206,7 +210,7 @@ class Topology:
         atoms coincide."""
         names = names or [f"structure {index}" for index in range(len(structures))]
         strain, displacement = displacements(self.reference, structures)
-        n, n_atoms = len(structures), len(self.reference)
+        n_atoms = len(self.reference)
         centre, neighbour = self.centre.to(device), self.neighbour.to(device)
         moved = torch.as_tensor(displacement, device=device)
         vector = torch.matmul(self.vector.to(device), torch.as_tensor(strain, device=device).mT)
@@ -223,19 +227,13 @@ class Topology:
         chosen = torch.cat([first, second])
         which = torch.div(chosen, len(centre), rounding_mode="floor") if len(centre) else chosen
         pair = chosen - which * len(centre)
-        volume = [cell_volume(atoms) for atoms in structures]
         return Graph(
             centre=centre.index_select(0, pair) + which * n_atoms,
             neighbour=neighbour.index_select(0, pair) + which * n_atoms,
             vector=vector.view(-1, 3).index_select(0, chosen).to(dtype),
             n_near=len(first),
             edge_structure=which,
-            numbers=torch.as_tensor(
-                np.tile(self.reference.numbers, n), dtype=torch.long, device=device
-            ),
-            structure=torch.arange(n, device=device).repeat_interleave(n_atoms),
-            volume=torch.as_tensor(volume, dtype=dtype, device=device),
-            n_atoms=(n_atoms,) * n,
+            **_atoms_of(structures, dtype, device),
         )
 
 

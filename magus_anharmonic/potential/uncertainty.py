@@ -196,9 +196,13 @@ def fit(
         np.concatenate(part) for part in zip(*parts, strict=True)
     )
     scales = _scale(energy, energy_distance), _scale(forces, force_distance)
+    inside = [_whitened(whitening, value, graph) for graph, value in features]
     usual = [
-        _usual(whitening, features, column, (energy_distance, force_distance)[column])
-        for column in (0, 1)
+        np.quantile(np.concatenate(distances), USUAL)
+        for distances in (
+            [*(np.linalg.norm(means, axis=1) for means, _ in inside), energy_distance],
+            [*(local for _, local in inside), force_distance],
+        )
     ]
     numbers = np.array(
         [*scales, *(scale * value for scale, value in zip(scales, usual, strict=True))]
@@ -235,12 +239,6 @@ def _means(values: Tensor, graph: Graph) -> Tensor:
     return total / counts.view(-1, *[1] * (values.dim() - 1))
 
 
-def _distances(whitening: Tensor, features: Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) |A mean(v)| and (n,) root mean square over the atoms of |A v|."""
-    means, local = _whitened(whitening, features, graph)
-    return np.linalg.norm(means, axis=1), local
-
-
 def _whitened(whitening: Tensor, features: Tensor, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     """(n, u) A mean(v) and (n,) root mean square over the atoms of |A v|."""
     white = features.double() @ whitening.double().T
@@ -258,16 +256,10 @@ def _errors_and_distances(
     square = (
         _means((forces - targets.forces).double().square().mean(dim=1), graph).sqrt().cpu().numpy()
     )
-    return difference, square, *_distances(whitening, features, graph)
+    means, local = _whitened(whitening, features, graph)
+    return difference, square, np.linalg.norm(means, axis=1), local
 
 
 def _scale(errors: np.ndarray, distances: np.ndarray) -> float:
     """alpha of greatest likelihood for Gaussian errors of width alpha * distance."""
     return float(np.sqrt(np.mean((errors / np.maximum(distances, 1e-12)) ** 2)))
-
-
-def _usual(
-    whitening: Tensor, known: Sequence[tuple[Graph, Tensor]], column: int, further: np.ndarray
-) -> float:
-    of_training = [_distances(whitening, features, graph)[column] for graph, features in known]
-    return float(np.quantile(np.concatenate([*of_training, further]), USUAL))
