@@ -23,7 +23,7 @@ from ase.data import chemical_symbols
 from pydantic import Field
 from torch_ema import ExponentialMovingAverage
 
-from magus_anharmonic.errors import InputError
+from magus_anharmonic.errors import DamagedFile, InputError
 from magus_anharmonic.io.files import readable, unsealed
 from magus_anharmonic.potential.checkpoint import write_torch
 from magus_anharmonic.potential.graph import Graph
@@ -87,9 +87,11 @@ def read_state(path: Path, trainer: Trainer, key: str) -> TrainingState | None:
     """
     with readable(path, "the state of a training"):
         # torch loads half a state, or one with changed bits, without an error
-        content = io.BytesIO(unsealed(path))
+        content = unsealed(path)
+        if len(content) == path.stat().st_size:
+            raise DamagedFile(f"{path}: its seal is gone")
         device = next(trainer.module.parameters()).device
-        found = torch.load(content, map_location=device, weights_only=True)
+        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         if found["key"] != key:
             return None
         state = TrainingState(**found | {"history": [Epoch.of(one) for one in found["history"]]})
