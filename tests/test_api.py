@@ -1,8 +1,6 @@
 """The Python face: typed, documented, on its page; results that show themselves; what a notebook
 sees of a long call."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import logging
@@ -31,8 +29,8 @@ MAKE = Path(__file__).parents[1] / "docs" / "make_api.py"
 API = runpy.run_path(str(MAKE))
 
 
-def a_result(**changes: object) -> SschaResult:
-    values: dict = {one.name: None for one in dataclasses.fields(SschaResult)} | {
+def a_result(**changes):
+    values = {one.name: None for one in dataclasses.fields(SschaResult)} | {
         "status": "converged", "reason": "", "gibbs": -1.25, "gibbs_error": 2e-4,
         "space_group_start": "R3m (160)", "space_group": "Im-3m (229)", "target_pressure": 150.0,
         "temperature": 300.0, "centroids": h3s(), "stress": np.zeros((3, 3)), "stress_error": np.zeros((3, 3)),
@@ -40,7 +38,7 @@ def a_result(**changes: object) -> SschaResult:
     return SschaResult(**{**values, **changes})
 
 
-def test_the_page_is_that_of_the_code_and_has_every_public_name() -> None:
+def test_the_page_is_that_of_the_code_and_has_every_public_name():
     assert MAKE.with_name("api.md").read_text() == API["render"](), "run docs/make_api.py"
     paths = {path for path, _ in API["public"]()}
     missing = set(magus_anharmonic.__all__) - {path.rsplit(".", 1)[1] for path in paths}
@@ -48,7 +46,7 @@ def test_the_page_is_that_of_the_code_and_has_every_public_name() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path, _ in API["public"]()])
-def test_public_functions_have_real_types_and_docstrings(path: str) -> None:
+def test_public_functions_have_real_types_and_docstrings(path):
     what = dict(API["public"]())[path]
     assert inspect.getdoc(what)
     functions = [what] if inspect.isfunction(what) else [value for _, value in API["members"](what)]
@@ -62,7 +60,7 @@ def test_public_functions_have_real_types_and_docstrings(path: str) -> None:
             assert found.return_annotation not in (found.empty, "Any"), function
 
 
-def test_g_of_a_run_that_has_not_converged_is_no_plain_number() -> None:
+def test_g_of_a_run_that_has_not_converged_is_no_plain_number():
     result = a_result()
     assert result.gibbs == result.numbers.gibbs == -1.25
     assert pickle.loads(pickle.dumps(result)).gibbs == -1.25
@@ -74,7 +72,7 @@ def test_g_of_a_run_that_has_not_converged_is_no_plain_number() -> None:
         assert pickle.loads(pickle.dumps(short)).status == status
 
 
-def test_results_show_themselves_in_a_line_and_as_a_table() -> None:
+def test_results_show_themselves_in_a_line_and_as_a_table():
     ranking = RankingTable([a_candidate("0123", name="<b>.cif", gibbs=-1.25, gibbs_error=2e-4)])
     diagram = phase_diagram(data({"low": LOW, "high": HIGH}, 0), n_samples=20)
     for result, words in (
@@ -95,12 +93,8 @@ def test_results_show_themselves_in_a_line_and_as_a_table() -> None:
     [(None, "NOTSET", ""), ("ipykernel", "NOTSET", "population 1\n"), ("ipykernel", "WARNING", "")],
 )
 def test_a_long_call_says_what_it_does_below_the_cell_of_a_notebook(
-    kernel: str | None,
-    level: str,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    kernel, level, said, monkeypatch, capsys
+):
     shell = SimpleNamespace(kernel=kernel)
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     log = logging.getLogger("magus_anharmonic")
@@ -108,7 +102,7 @@ def test_a_long_call_says_what_it_does_below_the_cell_of_a_notebook(
     monkeypatch.setattr(log, "hasHandlers", lambda: False)
 
     @says_in_notebooks
-    def inner() -> int:
+    def inner():
         logging.getLogger("magus_anharmonic.sscha.run").info("population 1")
         return 1
 

@@ -168,9 +168,11 @@ class Candidate(WithFreeEnergy):
 
     @property
     def label(self) -> str:
-        """What it is called in a sentence: its file where it came from one, else the beginning of
-        its id."""
-        return Path(self.name).name or self.id[:8]
+        """What it is called in a sentence: its file where it came from one (with the folder where
+        files are called alike, as CONTCAR), else the beginning of its id."""
+        path = Path(self.name)
+        alike = not path.suffix or path.stem.lower() in ("vasprun", "structure", "relaxed")
+        return "/".join(path.parts[-2:]) if alike and self.name else path.name or self.id[:8]
 
     @property
     def composition(self) -> str:

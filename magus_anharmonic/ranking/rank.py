@@ -38,7 +38,7 @@ from magus_anharmonic.ranking.run import Key
 from magus_anharmonic.ranking.runs import Runs
 from magus_anharmonic.ranking.stability import check_stability, with_followers
 from magus_anharmonic.ranking.store import FreeEnergyStore
-from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking
+from magus_anharmonic.ranking.table import draw_best, write_quantum, write_ranking, write_results
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.scheduler import Scheduler, open_scheduler
 from magus_anharmonic.settings import Settings
@@ -70,9 +70,9 @@ def rank(
 ) -> RankingTable:
     """Rank structures that all carry ``info['enthalpy']`` (eV/atom) of ``evaluator``'s model.
 
-    Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures), ``quantum.traj``
-    and ``free_energies.db`` in ``run_dir``, one folder per SSCHA run in ``run_dir/sscha``, and the
-    flat ``info`` keys.
+    Writes ``ranking.csv`` (and ``ranking_<T>K.csv`` for the further temperatures),
+    ``results.json``, ``quantum.traj`` and ``free_energies.db`` in ``run_dir``, one folder
+    per SSCHA run in ``run_dir/sscha``, and the flat ``info`` keys.
 
     Parameters
     ----------
@@ -242,6 +242,8 @@ class Ranking:
             for c in chosen
             if c.id not in out and any(runs.of(c, key) is None for key in runs.keys)
         ]
+        for candidate in (c for c in todo if c.name):
+            log.info("%s is %s", candidate.id, candidate.name)
         log.info(
             "SSCHA: %d distinct structures of %d, %d within reach, %d of them already known",
             len(self.candidates), len(self.population), len(chosen), len(chosen) - len(todo),
@@ -339,7 +341,7 @@ def write_tables(
     run_dir: Path, tables: Sequence[Sequence[Candidate]], store: FreeEnergyStore
 ) -> None:
     """``ranking.csv`` for the first temperature, ``ranking_<T>K.csv`` for the others,
-    ``quantum.traj`` for all results."""
+    ``results.json`` of all together, ``quantum.traj`` for all results."""
     for index, candidates in enumerate(tables):
         name = (
             "ranking.csv"
@@ -347,6 +349,7 @@ def write_tables(
             else f"ranking_{candidates[0].temperature:g}K.csv"
         )
         write_ranking(run_dir / name, candidates)
+    write_results(run_dir / "results.json", tables)
     write_quantum(run_dir / "quantum.traj", store.runs())
 
 

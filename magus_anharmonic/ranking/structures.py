@@ -37,6 +37,7 @@ from magus_anharmonic.notebook import says_in_notebooks
 from magus_anharmonic.ranking.candidate import RankingTable
 from magus_anharmonic.ranking.jobs import Workers
 from magus_anharmonic.ranking.rank import rank
+from magus_anharmonic.ranking.table import write_relaxed
 from magus_anharmonic.ranking.uncertainty import ModelTerm
 from magus_anharmonic.runs.lock import locked
 from magus_anharmonic.runs.record import check_results_version, read_run_record, write_run_record
@@ -136,7 +137,10 @@ def evaluator_of(
             " it is mattersim"
         )
     block = parse(AseCalculatorSettings, settings.main_calculator, "MainCalculator")
-    return CalculatorEvaluator(make_calculator(block), elements=settings.symbols), block
+    made = make_calculator(block)
+    if not isinstance(made, Evaluator):
+        made = CalculatorEvaluator(made, elements=settings.symbols)
+    return made, block
 
 
 def _relaxation_block(settings: Settings) -> RelaxationSettings:
@@ -377,7 +381,8 @@ def rank_structures(
     """Relax at ``settings.pressure``, find the distinct ones, and rank them by free energy.
 
     Everything goes to ``run_dir``: ``ranking.csv`` (and ``ranking_<T>K.csv`` for further
-    temperatures), ``quantum.traj``, ``free_energies.db``, and a folder per SSCHA run in ``sscha/``.
+    temperatures), ``results.json``, ``relaxed.extxyz`` (`write_relaxed`), ``quantum.traj``,
+    ``free_energies.db``, and a folder per SSCHA run in ``sscha/``.
     The same call again takes up what is finished. The structures are not changed; one that cannot
     be relaxed is in the table as failed, with the reason.
 
@@ -420,7 +425,7 @@ def rank_structures(
         if reason:
             atoms.info["reason"] = f"relaxation: {reason}"
             log.warning("structure %d is out of the ranking: %s", index, atoms.info["reason"])
-    return rank(
+    found = rank(
         copies,
         evaluator=source,
         settings=settings,
@@ -431,3 +436,5 @@ def rank_structures(
         starts=starts,
         measured=measured,
     )
+    write_relaxed(Path(run_dir) / "relaxed.extxyz", copies, structures, found)
+    return found
