@@ -161,7 +161,7 @@ def test_directions_without_pbc_are_not_periodic_and_no_cell_means_no_stress(pot
 @pytest.mark.parametrize(
     ("atoms", "message"),
     [
-        (Atoms(), "structure 1 has no atoms"),
+        (Atoms(), "structure 1: has no atoms"),
         (Atoms("Cm", cell=[5, 5, 5], pbc=True), "structure 1: atomic number 96"),
         (
             Atoms("H2", positions=[[0, 0, 0], [0, 0, 5]], cell=[5, 5, 5], pbc=True),
