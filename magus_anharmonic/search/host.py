@@ -31,7 +31,7 @@ from magus_anharmonic.generation import (
     start,
 )
 from magus_anharmonic.io.files import read_jsonl
-from magus_anharmonic.ranking.structures import reevaluate
+from magus_anharmonic.ranking.structures import ranking_evaluator, reevaluate
 from magus_anharmonic.report import report_at_end
 from magus_anharmonic.runs.lock import check_free, guarded, locked, remove_unfinished
 from magus_anharmonic.runs.record import (
@@ -112,6 +112,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
             settings,
             newest_checkpoint(archive.anharmonic, archive.finished()[0]) if restart else None,
         )
+        evaluator = ranking_evaluator(settings, relaxer.evaluator)
         if not restart:
             archive.directory.mkdir(parents=True, exist_ok=True)
             with guarded(
@@ -128,7 +129,7 @@ def run(settings: Settings, directory: str | Path = ".", restart: bool = False) 
                 settings,
                 archive.anharmonic,
                 restart=restart,
-                potential=relaxer.evaluator,
+                potential=evaluator,
                 seed=settings.seed,
                 record=False,
             )
@@ -295,7 +296,8 @@ class Search:
 
     def _evaluate_again(self) -> None:
         survivors = {id(atoms): atoms for atoms in [*self.good, *self.keep, *self.current]}
-        reevaluate(list(survivors.values()), self.relaxer.evaluator, self.settings)
+        evaluator = self.state.potential if self.state else self.relaxer.evaluator
+        reevaluate(list(survivors.values()), evaluator, self.settings)
         self._keep_usable()
 
     def _step(self, generation: int) -> None:
@@ -389,7 +391,8 @@ class Search:
         survivors = [*self.good, *self.keep, *self.current]
         last = generation == self.num_gen
         seeds = after_generation(self.state, relaxed, survivors, generation, last=last)
-        self.relaxer.evaluator = self.state.potential
+        if self.state.learn:
+            self.relaxer.evaluator = self.state.potential
         self.archive.write_seeds(generation + 1, seeds)
         self._keep_usable()
 

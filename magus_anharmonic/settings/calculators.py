@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from magus_anharmonic import third_party
 from magus_anharmonic.settings.section import (
     Count,
     Force,
@@ -16,6 +18,7 @@ from magus_anharmonic.settings.section import (
     Seconds,
     Section,
     Spacing,
+    parse,
     snake_case,
 )
 
@@ -87,6 +90,30 @@ class AseCalculatorSettings(RelaxationSettings):
         default_factory=dict, description="keyword arguments of the calculator"
     )
     max_step: Count = Field(100, description="most relaxation steps")
+
+
+SHORT_NAMES = {"emt": "ase.calculators.emt.EMT", "lj": "ase.calculators.lj.LennardJones"}
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
+
+
+def import_path(name: str) -> str | None:
+    """Of the ASE calculator that a block names, in full or short; None where the name is a
+    checkpoint, or one that MAGUS alone knows."""
+    path = SHORT_NAMES.get(name, name)
+    return path if IMPORT_PATH.fullmatch(path) and not path.endswith(".pth") else None
+
+
+def parse_calculator(
+    named: str | Mapping[str, Any], where: str
+) -> CalculatorSettings | AseCalculatorSettings:
+    """The block of a calculator (mattersim where it does not say), or what a name alone stands for:
+    the import path of an ASE calculator, another package's evaluator, or a checkpoint. Raises
+    ``InputError`` that begins with ``where``."""
+    if isinstance(named, str):
+        calculates = import_path(named) or named in third_party.declared("evaluators")
+        named = {"calculator" if calculates else "checkpoint": named}
+    ours = named.get("calculator", "mattersim") == "mattersim"
+    return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 
 
 _PER_STAGE = frozenset(
