@@ -23,7 +23,7 @@ from typing import Any
 
 from magus_anharmonic.errors import InputError, one_line
 from magus_anharmonic.runs.lock import guarded
-from magus_anharmonic.scheduler import THREAD_VARIABLES
+from magus_anharmonic.scheduler.base import THREAD_VARIABLES
 from magus_anharmonic.settings import QUEUES, WorkerSettings
 
 COMMANDS = {"slurm": ("sbatch", "scancel"), "lsf": ("bsub", "bkill"), "pbs": ("qsub", "qdel")}
