@@ -47,7 +47,7 @@ from magus_anharmonic.settings import (
     CalculatorSettings,
     RelaxationSettings,
     Settings,
-    import_path,
+    is_evaluator,
     parse_calculator,
 )
 from magus_anharmonic.sscha.engines import effective_number, minimise, reweighted
@@ -162,7 +162,7 @@ def _relaxation_block(settings: Settings) -> RelaxationSettings:
     """Where it is said how to relax with what is ranked by: the block of the calculator, or the
     defaults where it is one of MAGUS's own."""
     block = settings.evaluator or settings.calculator
-    if block is None and import_path(str(settings.main_calculator.get("calculator", ""))):
+    if block is None and is_evaluator(str(settings.main_calculator.get("calculator", ""))):
         block = parse_calculator(settings.main_calculator, "MainCalculator")
     return block or CalculatorSettings()
 
