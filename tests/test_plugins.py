@@ -814,6 +814,24 @@ def test_the_fitness_reads_flat_keys_and_is_finite_for_everybody(magus):
     assert np.argsort(values)[::-1].tolist()[:3] == [1, 0, 2]
 
 
+def test_the_fitness_of_another_package_is_known_to_magus(magus, monkeypatch):
+    from magus.populations.populations import Population
+
+    from magus_anharmonic import third_party
+    from magus_anharmonic.ranking.fitness import third_party_fitness
+
+    monkeypatch.setattr(third_party, "declared", lambda kind: {"Size": [], "Broken": []})
+    parts = {"Size": lambda population: map(len, population), "Broken": 3}
+    monkeypatch.setattr(third_party, "load", lambda kind, name: parts[name])
+    magus.plugins.register()
+    pop = Population([Atoms("H2"), Atoms("H")])
+    magus.fitness.fit_dict["Size"]({}).calc(pop)
+    assert [ind.info["fitness"]["size"] for ind in pop] == [2.0, 1.0]
+    with pytest.raises(SystemExit):
+        magus.fitness.fit_dict["Broken"]({})
+    third_party_fitness.cache_clear()
+
+
 # Hook
 
 

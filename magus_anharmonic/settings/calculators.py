@@ -103,6 +103,12 @@ def import_path(name: str) -> str | None:
     return path if IMPORT_PATH.fullmatch(path) and not path.endswith(".pth") else None
 
 
+def is_evaluator(name: str) -> bool:
+    """Whether a block's ``calculator`` is one that is made here: an ASE calculator, or another
+    package's evaluator."""
+    return import_path(name) is not None or name in third_party.declared("evaluators")
+
+
 def parse_calculator(
     named: str | Mapping[str, Any], where: str
 ) -> CalculatorSettings | AseCalculatorSettings:
@@ -110,8 +116,7 @@ def parse_calculator(
     the import path of an ASE calculator, another package's evaluator, or a checkpoint. Raises
     ``InputError`` that begins with ``where``."""
     if isinstance(named, str):
-        calculates = import_path(named) or named in third_party.declared("evaluators")
-        named = {"calculator" if calculates else "checkpoint": named}
+        named = {"calculator" if is_evaluator(named) else "checkpoint": named}
     ours = named.get("calculator", "mattersim") == "mattersim"
     return parse(CalculatorSettings if ours else AseCalculatorSettings, dict(named), where)
 
