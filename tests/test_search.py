@@ -32,8 +32,7 @@ from magus_anharmonic.io.digests import versions
 from magus_anharmonic.io.files import TEMPORARY
 from magus_anharmonic.ranking import rank_file
 from magus_anharmonic.ranking.store import NAME, FreeEnergyStore
-from magus_anharmonic.runs.lock import check_free, locked
-from magus_anharmonic.runs.owner import born
+from magus_anharmonic.runs.lock import born, check_free, locked
 from magus_anharmonic.search import host, population, relaxation, run
 from magus_anharmonic.search.archive import Archive
 from magus_anharmonic.search.generate import Geometry, RandomGenerator
@@ -85,7 +84,7 @@ def dataset(atoms, symprec):
 @pytest.fixture(scope="module", autouse=True)
 def small_chunks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("magus_anharmonic.potential.remote.CHUNK", {"cpu": 2, "cuda": 2})
+        patch.setattr("magus_anharmonic.potential.relax.CHUNK", {"cpu": 2, "cuda": 2})
         yield
 
 

@@ -179,7 +179,7 @@ def relax_inplace(
     Returns one reason per structure, empty where it went well; a structure that dissolves, overlaps
     or runs away stays as it was.
     """
-    from magus_anharmonic.potential.remote import relax_on, relax_options
+    from magus_anharmonic.potential.relax import relax_on, relax_options
 
     options = relax_options(_relaxation_block(settings))
     if max_steps is not None:
@@ -371,11 +371,7 @@ def rank_alone(
     with locked(output, "magus-anharmonic rank"):
         check_results_version(output)
         begun = (Path(output) / "run.json").is_file()
-        if (
-            "start" in sources
-            and begun
-            and read_run_record(output).get("start") != sources["start"]
-        ):
+        if "start" in sources and begun and read_run_record(output).start != sources["start"]:
             raise InputError(f"{output}: holds a ranking with another start; give another folder")
         evaluator = as_evaluator(ranking_evaluator(settings), structures)
         seed = settings.seed or 0
