@@ -80,11 +80,7 @@ def _show(path: Path) -> None:
     found = status(path)
     table = Table(title=str(path))
     for name in found.columns:
-        table.add_column(
-            name,
-            justify="left" if name in ("step", "status", "remark") else "right",
-            overflow="fold",
-        )
+        table.add_column(name, justify="left" if name in ("step", "status", "remark") else "right")
     for row in found.rows:
         table.add_row(*row)
     screen = console(140)
