@@ -30,7 +30,7 @@ from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.io.files import replacing
 from magus_anharmonic.labelers.base import Failure, Label, OnResult, Recipe
 from magus_anharmonic.labelers.worker import READY, atoms_from_json, atoms_to_json
-from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark
+from magus_anharmonic.processes import MARK, descendants, end_processes, new_mark, require_space
 from magus_anharmonic.runs.progress import Progress
 from magus_anharmonic.structures import structure_id
 from magus_anharmonic.units import GPa
@@ -162,6 +162,7 @@ class Worker:
         self.stop()
         if self._closed:
             return WorkerDied("the labeler was closed")
+        require_space(self.log_file.parent)
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         died = WorkerDied(f"the labeler's process ended: {how} (see {self.log_file})")
         died.machine_error = code == -signal.SIGKILL

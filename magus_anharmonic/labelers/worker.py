@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import subprocess
 import threading
 import time
 import traceback
@@ -27,7 +28,15 @@ from magus_anharmonic.errors import (
 from magus_anharmonic.io.digests import from_json, to_json
 from magus_anharmonic.labelers.base import Code, Recipe, no_shell
 from magus_anharmonic.labelers.codes import code_of
-from magus_anharmonic.processes import MARK, adopt_orphans, descendants, end_processes
+from magus_anharmonic.processes import (
+    MARK,
+    adopt_orphans,
+    descendants,
+    end_processes,
+    failed_program,
+    last_words,
+    require_space,
+)
 from magus_anharmonic.structures import change_of
 from magus_anharmonic.units import gpa_to_ev_per_a3
 
@@ -36,20 +45,25 @@ READY = "ready"
 
 
 def atoms_to_json(atoms: Atoms) -> dict[str, Any]:
-    """Species, positions and cell of a bulk structure as plain lists."""
+    """Species, positions and cell of a bulk structure as plain lists, and the magnetic moments and
+    charges to begin with where it has them."""
+    initial = {
+        key: atoms.get_array(name).tolist()
+        for key, name in (("magmoms", "initial_magmoms"), ("charges", "initial_charges"))
+        if atoms.has(name)
+    }
     return {
         "numbers": atoms.numbers.tolist(),
         "positions": atoms.positions.tolist(),
         "cell": atoms.cell.array.tolist(),
         "pbc": [bool(flag) for flag in atoms.pbc],
+        **initial,
     }
 
 
 def atoms_from_json(data: dict[str, Any]) -> Atoms:
     """Inverse of `atoms_to_json`."""
-    return Atoms(
-        numbers=data["numbers"], positions=data["positions"], cell=data["cell"], pbc=data["pbc"]
-    )
+    return Atoms(**data)
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +86,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             result = {"ok": True, **task(atoms, recipe, directory, job)}
     except Exception as error:
         traceback.print_exc()
-        result = {"ok": False, "reason": _reason(error), "machine_error": is_machine_error(error)}
+        cause = _cause(error, job)
+        result = {"ok": False, "reason": _reason(cause), "machine_error": is_machine_error(cause)}
     result["seconds"] = time.monotonic() - started
     return result
 
@@ -101,6 +116,19 @@ def _absolute_variables() -> None:
     for name, value in os.environ.items():
         if name.endswith(("_PATH", "_DIR", "_PSEUDO")) and os.path.exists(value):
             os.environ[name] = os.path.abspath(value)
+
+
+def _cause(error: Exception, job: dict[str, Any]) -> Exception:
+    """What led to ``error``: a disk without space, or the end of a program in its own words."""
+    directory = Path(job["directory"]).absolute()
+    try:
+        for folder in (directory, *code_of(job["recipe"]["code"]).writes_to(job["recipe"])):
+            require_space(folder)
+    except OSError as full:
+        return full
+    if isinstance(error, subprocess.CalledProcessError):
+        return failed_program(error, last_words(directory))
+    return error
 
 
 def _reason(error: Exception) -> str:
